@@ -1,0 +1,43 @@
+#include "cpu/capability.h"
+
+#include <cstdlib>
+#include <string_view>
+
+namespace sparse_adv {
+
+namespace {
+
+Capability detect() {
+  Capability best = Capability::portable;
+#if defined(SPARSE_ADV_X86)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Capability::avx2;
+  if (best == Capability::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+    best = Capability::avx512;
+#endif
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view asked = variable ? variable : "";
+  if (asked == "default") return Capability::portable;
+  if (asked == "avx2" && best == Capability::avx512) return Capability::avx2;
+  return best;
+}
+
+}  // namespace
+
+Capability cpu_capability() {
+  static const Capability capability = detect();
+  return capability;
+}
+
+const char* name_of(Capability capability) {
+  switch (capability) {
+    case Capability::avx512:
+      return "avx512";
+    case Capability::avx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+}  // namespace sparse_adv

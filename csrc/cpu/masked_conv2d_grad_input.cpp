@@ -1,0 +1,29 @@
+#include <torch/csrc/stable/library.h>
+
+#include "checks.h"
+#include "cpu/convolution.h"
+#include "cpu/dense_conv2d.h"
+
+namespace sparse_adv {
+
+namespace {
+
+using torch::stable::Tensor;
+
+Tensor masked_conv2d_grad_input_cpu(Tensor grad_output, Tensor weight, std::vector<Tensor> pattern_tensors,
+                                    std::vector<int64_t> input_size, std::vector<int64_t> stride,
+                                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
+  const Pattern pattern = read_pattern(pattern_tensors);
+  const Convolution conv = make_convolution(pattern, input_size, stride, padding, dilation, groups);
+  check_weight(pattern, weight, grad_output);
+  check_size("grad_output", grad_output, {conv.N, conv.K, conv.P, conv.Q});
+  return dense_conv2d_grad_input(conv, pattern, grad_output, weight);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) {
+  m.impl("masked_conv2d_grad_input", TORCH_BOX(&masked_conv2d_grad_input_cpu));
+}
+
+}  // namespace sparse_adv

@@ -1,0 +1,38 @@
+// A compiled pattern as the ops read it: checked views of the tensors that pattern_layout.h describes.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "pattern_layout.h"
+
+namespace sparse_adv {
+
+struct PatternLists {
+  int64_t vector, segment_channels;
+  int64_t vectors, segments;  // lists number vectors * segments
+  const int32_t* rows;
+  const int32_t* entries;
+  int64_t entry_count;
+  const float* values;  // [entry_count * vector], or null: read them from the weight
+};
+
+struct Pattern {
+  int64_t out_channels, group_in_channels, filter_rows, filter_cols, groups, kept;
+  int64_t path[3];  // of forward, grad_input, grad_weight
+  bool weight_is_masked;
+  torch::stable::Tensor mask;
+  PatternLists forward, grad_input;
+
+  int64_t group_out_channels() const { return out_channels / groups; }
+  int64_t in_channels() const { return group_in_channels * groups; }
+  int64_t taps() const { return filter_rows * filter_cols; }
+  double density() const;
+};
+
+// Throws std::runtime_error where the tensors are no pattern or an index would lead out of bounds.
+Pattern read_pattern(const std::vector<torch::stable::Tensor>& tensors);
+
+}  // namespace sparse_adv

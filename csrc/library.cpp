@@ -1,0 +1,28 @@
+// Every op of the library with its schema: the native table of contents. The arithmetic registers itself elsewhere,
+// in csrc/<device>/<op>.*; documentation, fake kernels and gradients are in sparse_adv/ops/<op>.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(sparse_adv, m) {
+  // y = relu(scale[k] * conv2d(input, weight * mask) + bias[k] + residual); `pattern` is what compile_pattern returns.
+  m.def(
+      "masked_conv2d(Tensor input, Tensor weight, Tensor[] pattern, Tensor? bias=None, SymInt[2] stride=1, "
+      "SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, Tensor? scale=None, Tensor? residual=None, "
+      "bool relu=False) -> Tensor");
+  // Gradient of conv2d(input, weight * mask) with respect to input; input_size is [N, C, H, W].
+  m.def(
+      "masked_conv2d_grad_input(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[4] input_size, "
+      "SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1) -> Tensor");
+  // Gradient with respect to weight, exactly 0 where the mask is false.
+  m.def(
+      "masked_conv2d_grad_weight(Tensor grad_output, Tensor input, Tensor[] pattern, SymInt[2] stride=1, "
+      "SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1) -> Tensor");
+  // linf: clamp(clamp(adv + alpha * sign(grad), clean - eps, clean + eps), lo, hi); l2: normalised step and projection.
+  m.def(
+      "pgd_step(Tensor adv, Tensor grad, Tensor clean, float alpha, float eps, str norm, float lo, float hi) -> "
+      "Tensor");
+  m.def(
+      "pgd_step_(Tensor(a!) adv, Tensor grad, Tensor clean, float alpha, float eps, str norm, float lo, float hi) -> "
+      "()");
+  // clamp(clean + noise, lo, hi), noise uniform in the ball; seed is int64 [2]: Philox key and offset.
+  m.def("random_start(Tensor clean, Tensor seed, float eps, str norm, float lo, float hi) -> Tensor");
+}

@@ -1,0 +1,11 @@
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+version: str
+compiler: str
+header_fields: dict[str, int]
+
+def cpu_capability() -> str: ...
+def compile_pattern(mask: NDArray[np.bool_], block: Sequence[int], groups: int = 1) -> list[NDArray[np.generic]]: ...

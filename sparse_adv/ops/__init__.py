@@ -1,0 +1,13 @@
+"""The torch ops: loading this package loads the native library and registers fake kernels, gradients and autocast."""
+
+from sparse_adv.ops._library import build_facts, cpu_capability
+from sparse_adv.ops.masked_conv2d import Pattern, compile_pattern, masked_conv2d, pack_pattern
+
+__all__ = [
+    "Pattern",
+    "build_facts",
+    "compile_pattern",
+    "cpu_capability",
+    "masked_conv2d",
+    "pack_pattern",
+]
