@@ -76,4 +76,9 @@ Tensor in_plain_layout(const Tensor& tensor) {
   return tensor.is_contiguous() || is_channels_last(tensor) ? tensor : torch::stable::contiguous(tensor);
 }
 
+Tensor in_layout_of(const Tensor& like, const Tensor& tensor) {
+  return torch::stable::contiguous(tensor,
+                                   is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
 }  // namespace sparse_adv

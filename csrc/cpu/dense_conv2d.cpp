@@ -7,7 +7,6 @@ namespace sparse_adv {
 
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
@@ -35,11 +34,6 @@ Tensor keep_only(const Pattern& pattern, const Tensor& weight) {
 
 Tensor masked(const Pattern& pattern, const Tensor& weight) {
   return pattern.weight_is_masked ? weight : keep_only(pattern, weight);
-}
-
-Tensor in_layout_of(const Tensor& like, const Tensor& tensor) {
-  return torch::stable::contiguous(tensor,
-                                   is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // The stable ABI hands over no Scalar, so aten::add cannot be called; subtract has a C entry of its own.

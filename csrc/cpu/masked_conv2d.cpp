@@ -1,14 +1,37 @@
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
 #include "cpu/convolution.h"
 #include "cpu/dense_conv2d.h"
+#include "cpu/path.h"
+#include "cpu/sparse_pass.h"
 
 namespace sparse_adv {
 
 namespace {
 
 using torch::stable::Tensor;
+
+Tensor sparse_conv2d(const Convolution& conv, const Pattern& pattern, const Tensor& input, const Tensor& weight,
+                     const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& residual, bool relu) {
+  const Tensor source = in_plain_layout(input);
+  Tensor output = empty_in_layout_of(source, {conv.N, conv.K, conv.P, conv.Q});
+  // Kept alive until the kernels are done.
+  const auto plain = [](const Tensor& vector) { return torch::stable::contiguous(vector); };
+  const std::optional<Tensor> bias_data = bias ? std::optional(plain(*bias)) : std::nullopt;
+  const std::optional<Tensor> scale_data = scale ? std::optional(plain(*scale)) : std::nullopt;
+  const std::optional<Tensor> residual_data =
+      residual ? std::optional(in_layout_of(output, *residual)) : std::nullopt;
+  const auto data = [](const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->const_data_ptr<float>() : nullptr;
+  };
+  run({pattern.forward, pattern.groups, pattern.group_out_channels(), WeightLayout::forward(weight, pattern),
+       forward_window(conv), source, {data(scale_data), data(bias_data), data(residual_data), relu}},
+      output);
+  return output;
+}
 
 Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> pattern_tensors, std::optional<Tensor> bias,
                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
@@ -22,11 +45,43 @@ Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> patter
           "bias and scale must hold one number per output channel, in the input's dtype");
   check(!residual || residual->scalar_type() == input.scalar_type(), "residual must have the input's dtype");
   check_size("residual", residual, {conv.N, conv.K, conv.P, conv.Q});
+  if (choose_path(pattern, conv, Pass::forward, input.scalar_type()) == Path::sparse)
+    return sparse_conv2d(conv, pattern, input, weight, bias, scale, residual, relu);
   return dense_conv2d(conv, pattern, input, weight, bias, scale, residual, relu);
+}
+
+std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_tensors) {
+  const Pattern pattern = read_pattern(pattern_tensors);
+  check_size("weight", weight,
+             {pattern.out_channels, pattern.group_in_channels, pattern.filter_rows, pattern.filter_cols});
+  check(weight.scalar_type() == torch::headeronly::ScalarType::Float, "weight must be float32 to be packed");
+  auto packed = [&](const PatternLists& lists, int64_t group_rows, const WeightLayout& layout) {
+    Tensor values = torch::stable::new_empty(weight, {lists.entry_count * lists.vector});
+    pack_values(lists, pattern.groups, group_rows, layout, values.mutable_data_ptr<float>());
+    return values;
+  };
+  return {packed(pattern.forward, pattern.group_out_channels(), WeightLayout::forward(weight, pattern)),
+          packed(pattern.grad_input, pattern.group_in_channels, WeightLayout::grad_input(weight))};
+}
+
+std::vector<int64_t> chosen_paths_cpu(std::vector<Tensor> pattern_tensors, std::vector<int64_t> input_size,
+                                      std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                      std::vector<int64_t> dilation) {
+  const Pattern pattern = read_pattern(pattern_tensors);
+  const Convolution conv = make_convolution(pattern, input_size, stride, padding, dilation, pattern.groups);
+  std::vector<int64_t> paths;
+  for (Pass pass : {Pass::forward, Pass::grad_input, Pass::grad_weight})
+    paths.push_back(
+        static_cast<int64_t>(choose_path(pattern, conv, pass, torch::headeronly::ScalarType::Float)));
+  return paths;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) { m.impl("masked_conv2d", TORCH_BOX(&masked_conv2d_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) {
+  m.impl("masked_conv2d", TORCH_BOX(&masked_conv2d_cpu));
+  m.impl("pack_values", TORCH_BOX(&pack_values_cpu));
+  m.impl("chosen_paths", TORCH_BOX(&chosen_paths_cpu));
+}
 
 }  // namespace sparse_adv

@@ -3,6 +3,8 @@
 #include "checks.h"
 #include "cpu/convolution.h"
 #include "cpu/dense_conv2d.h"
+#include "cpu/path.h"
+#include "cpu/sparse_pass.h"
 
 namespace sparse_adv {
 
@@ -17,6 +19,14 @@ Tensor masked_conv2d_grad_input_cpu(Tensor grad_output, Tensor weight, std::vect
   const Convolution conv = make_convolution(pattern, input_size, stride, padding, dilation, groups);
   check_weight(pattern, weight, grad_output);
   check_size("grad_output", grad_output, {conv.N, conv.K, conv.P, conv.Q});
+  if (choose_path(pattern, conv, Pass::grad_input, grad_output.scalar_type()) == Path::sparse) {
+    const Tensor source = in_plain_layout(grad_output);
+    Tensor grad_input = empty_in_layout_of(source, {conv.N, conv.C, conv.H, conv.W});
+    run({pattern.grad_input, pattern.groups, pattern.group_in_channels, WeightLayout::grad_input(weight),
+         grad_input_window(conv), source, {}},
+        grad_input);
+    return grad_input;
+  }
   return dense_conv2d_grad_input(conv, pattern, grad_output, weight);
 }
 

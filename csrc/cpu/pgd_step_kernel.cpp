@@ -1,0 +1,80 @@
+#include "cpu/pgd_step_kernel.h"
+
+namespace sparse_adv {
+namespace SPARSE_ADV_ISA {
+
+namespace {
+
+// NaN stays NaN, as in torch.clamp.
+template <class T>
+T clamp(T x, T low, T high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// In double, and in an order that depends on `count` alone: 16 running sums, which GCC keeps in vector registers.
+template <class Value>
+double sum_of_squares(int64_t count, Value value) {
+  constexpr int kLanes = 16;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += value(i + lane) * value(i + lane);
+  for (; i < count; ++i) lanes[i % kLanes] += value(i) * value(i);
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+template <class T>
+void l2_sample(const T* adv, const T* grad, const T* clean, T* out, int64_t count, const StepSizes& sizes) {
+  // Entries that are not finite count as 0, so that one overflow does not lose the whole image.
+  auto slope = [=](int64_t i) { return grad[i] - grad[i] == 0 ? static_cast<double>(grad[i]) : 0.0; };
+  const double length = __builtin_sqrt(sum_of_squares(count, slope));
+  const double rate = length > 0 ? sizes.alpha / length : 0.0;
+#pragma GCC ivdep  // out may be adv, never a shifted view of it
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(adv[i] + rate * slope(i));
+
+  auto offset = [=](int64_t i) { return static_cast<double>(out[i]) - static_cast<double>(clean[i]); };
+  const double distance = __builtin_sqrt(sum_of_squares(count, offset));
+  if (!(distance <= sizes.eps)) {
+    const double shrink = sizes.eps / distance;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(clean[i] + shrink * offset(i));
+  }
+  const T lo = static_cast<T>(sizes.lo), hi = static_cast<T>(sizes.hi);
+  for (int64_t i = 0; i < count; ++i) out[i] = clamp(out[i], lo, hi);
+}
+
+}  // namespace
+
+// alpha * sign is exact, so contraction into an FMA changes no bit.
+template <class T>
+void pgd_step_linf(const T* adv, const T* grad, const T* clean, T* out, int64_t count, const StepSizes& sizes) {
+  const T alpha = static_cast<T>(sizes.alpha), eps = static_cast<T>(sizes.eps);
+  const T lo = static_cast<T>(sizes.lo), hi = static_cast<T>(sizes.hi);
+#pragma GCC ivdep  // out may be adv, never a shifted view of it
+  for (int64_t i = 0; i < count; ++i) {
+    const T sign = (grad[i] > 0 ? T(1) : T(0)) - (grad[i] < 0 ? T(1) : T(0));
+    const T moved = clamp(adv[i] + alpha * sign, clean[i] - eps, clean[i] + eps);
+    // Comparisons with a NaN bound let every value pass, so a NaN in clean is carried over by hand.
+    out[i] = clean[i] == clean[i] ? clamp(moved, lo, hi) : clean[i];
+  }
+}
+
+template <class T>
+void pgd_step_l2(const T* adv, const T* grad, const T* clean, T* out, int64_t samples, int64_t count,
+                 const StepSizes& sizes) {
+  for (int64_t n = 0; n < samples; ++n) {
+    const int64_t first = n * count;
+    l2_sample(adv + first, grad + first, clean + first, out + first, count, sizes);
+  }
+}
+
+template void pgd_step_linf(const float*, const float*, const float*, float*, int64_t, const StepSizes&);
+template void pgd_step_linf(const double*, const double*, const double*, double*, int64_t, const StepSizes&);
+template void pgd_step_l2(const float*, const float*, const float*, float*, int64_t, int64_t, const StepSizes&);
+template void pgd_step_l2(const double*, const double*, const double*, double*, int64_t, int64_t, const StepSizes&);
+
+}  // namespace SPARSE_ADV_ISA
+}  // namespace sparse_adv

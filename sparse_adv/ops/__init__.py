@@ -1,13 +1,22 @@
 """The torch ops: loading this package loads the native library and registers fake kernels, gradients and autocast."""
 
 from sparse_adv.ops._library import build_facts, cpu_capability
-from sparse_adv.ops.masked_conv2d import Pattern, compile_pattern, masked_conv2d, pack_pattern
+from sparse_adv.ops.masked_conv2d import (
+    Pattern,
+    chosen_paths,
+    compile_pattern,
+    masked_conv2d,
+    pack_pattern,
+    set_paths,
+)
 
 __all__ = [
     "Pattern",
     "build_facts",
+    "chosen_paths",
     "compile_pattern",
     "cpu_capability",
     "masked_conv2d",
     "pack_pattern",
+    "set_paths",
 ]

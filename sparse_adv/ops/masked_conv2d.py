@@ -6,6 +6,7 @@ Letters: N batch, C input channels, H x W image; K output channels, R x S filter
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ Pattern = list[Tensor]
 """A compiled mask: what `compile_pattern` returns and `masked_conv2d` takes. Its layout: csrc/pattern_layout.h."""
 
 _HEADER = host.header_fields
-_GRAD_INPUT_VALUES = 7
+_PLAIN_LENGTH = 6  # without packed values
+_PATHS = ("auto", "sparse", "dense")
 
 
 def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1) -> Pattern:
@@ -54,20 +56,57 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
 def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
     """Add the weight's kept values to a pattern, so that calls read them in the kernel's order instead of gathering.
 
-    The result holds for this weight only as long as the weight does not change, and says so to the kernels: use it
-    for the passes between two optimiser steps. Pruned entries of the weight must be 0.
+    The result stands for this weight as long as the weight does not change: use it for the passes between two
+    optimiser steps. The kernels then also take for granted that pruned entries of the weight are 0.
 
     Args:
-        pattern: what `compile_pattern` returned for the weight's mask.
-        weight: float32 tensor [K, C/groups, R, S] on the CPU.
+        pattern: what `compile_pattern` returned for the weight's mask, on the CPU.
+        weight: float32 tensor [K, C/groups, R, S] on the CPU, 0 where pruned.
     """
-    header, mask, rows, entries, grad_rows, grad_entries = pattern[:6]
-    header = header.clone()
-    header[_HEADER["weight_is_masked"]] = 1
-    values, grad_values = host.pack_values(
-        weight.detach().contiguous().numpy(), *(t.numpy() for t in (header, rows, entries, grad_rows, grad_entries))
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ValueError(f"weight must be float32 on the CPU to be packed, got {weight.dtype} on {weight.device}")
+    plain = _without_values(pattern)
+    values = torch.ops.sparse_adv.pack_values(weight.detach(), plain)
+    return [_with_header(plain, "weight_is_masked", [1])[0], *plain[1:], *values]
+
+
+def set_paths(pattern: Pattern, forward: str = "auto", grad_input: str = "auto", grad_weight: str = "auto") -> Pattern:
+    """A copy of the pattern that fixes which kernel each pass takes: "sparse", "dense", or "auto", a static table.
+
+    A pass for which there is no sparse kernel (float64, 16-bit) stays dense.
+    """
+    paths = (forward, grad_input, grad_weight)
+    for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True):
+        if path not in _PATHS:
+            raise ValueError(f"{name} must be one of {', '.join(_PATHS)}, got {path!r}")
+    return _with_header(pattern, "path", [_PATHS.index(path) for path in paths])
+
+
+def chosen_paths(
+    pattern: Pattern,
+    input_shape: Sequence[int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+) -> dict[str, str]:
+    """The kernel that each pass takes for float32 input of shape [N, C, H, W]: {"forward": "sparse", ...}."""
+    paths = torch.ops.sparse_adv.chosen_paths(
+        pattern, list(input_shape), list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
     )
-    return [header, mask, rows, entries, grad_rows, grad_entries, torch.from_numpy(values), torch.from_numpy(grad_values)]
+    return {name: _PATHS[path] for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True)}
+
+
+def _with_header(pattern: Pattern, field: str, values: Sequence[int]) -> Pattern:
+    header = pattern[0].clone()
+    start = _HEADER[field]
+    header[start : start + len(values)] = torch.tensor(values)
+    return [header, *pattern[1:]]
+
+
+def _without_values(pattern: Pattern) -> Pattern:
+    if len(pattern) == _PLAIN_LENGTH:
+        return pattern
+    return _with_header(pattern[:_PLAIN_LENGTH], "weight_is_masked", [0])
 
 
 def check_block(block: Sequence[int]) -> tuple[int, int, int, int]:
@@ -149,7 +188,7 @@ def masked_conv2d(
     padding = _padding(padding, weight, stride, dilation)
     _check(input, weight, pattern, bias, stride, padding, dilation, groups, scale, residual)
     return torch.ops.sparse_adv.masked_conv2d(
-        input, weight, pattern, bias, stride, padding, dilation, groups, scale=scale, residual=residual, relu=relu
+        input, weight, pattern, bias, stride, padding, dilation, groups, scale, residual, relu
     )
 
 
@@ -245,7 +284,7 @@ def _empty_in_layout_of(like: Tensor, size: Sequence[int]) -> Tensor:
 
 
 @torch.library.register_fake("sparse_adv::masked_conv2d")
-def _(input, weight, pattern, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, **_):  # type: ignore
+def _(input, weight, pattern, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), *_):  # type: ignore
     spans = [
         input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) for i in range(2)
     ]
@@ -260,3 +299,116 @@ def _(grad_output, weight, pattern, input_size, *_):  # type: ignore
 @torch.library.register_fake("sparse_adv::masked_conv2d_grad_weight")
 def _(grad_output, input, pattern, *_):  # type: ignore
     return input.new_empty(pattern[1].shape)
+
+
+# Gradients. The three ops are closed under differentiation: the convolution is linear in its input and in its weight,
+# so each gradient of each op is another of the three.
+
+
+def _shape_args(ctx: Any) -> tuple[Any, ...]:
+    return ctx.stride, ctx.padding, ctx.dilation, ctx.groups
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, pattern, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, scale, _, ctx.relu = inputs
+    ctx.save_for_backward(input, weight, scale, output if ctx.relu else None, *pattern)
+
+
+def _backward_forward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, scale, output, *pattern = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    needs_input, needs_weight, needs_bias, needs_scale, needs_residual = (needs[i] for i in (0, 1, 3, 8, 9))
+    if ctx.relu:
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)
+    shape = _shape_args(ctx)
+    grad_input = grad_weight = grad_scale = None
+    if needs_input:
+        scaled = grad if scale is None else grad * scale[:, None, None]
+        grad_input = torch.ops.sparse_adv.masked_conv2d_grad_input(scaled, weight, pattern, input.shape, *shape)
+    if needs_weight or needs_scale:
+        grad_weight = torch.ops.sparse_adv.masked_conv2d_grad_weight(grad, input, pattern, *shape)
+    if scale is not None and grad_weight is not None:
+        # <grad, conv> per channel without the unscaled output: the convolution is linear in the weight.
+        grad_scale = torch.where(pattern[1], grad_weight * weight, 0).sum((1, 2, 3))
+        grad_weight = torch.where(pattern[1], grad_weight * scale[:, None, None, None], 0)
+    return (
+        grad_input,
+        grad_weight if needs_weight else None,
+        [None] * len(pattern),
+        grad.sum((0, 2, 3)) if needs_bias else None,
+        *[None] * 4,
+        grad_scale if needs_scale else None,
+        grad if needs_residual else None,
+        None,
+    )  # type: ignore[return-value]
+
+
+def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, weight, pattern, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
+    ctx.save_for_backward(grad_output, weight, *pattern)
+
+
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, weight, *pattern = ctx.saved_tensors
+    shape = _shape_args(ctx)
+    needs_grad_output, needs_weight = ctx.needs_input_grad[:2]
+    return (
+        torch.ops.sparse_adv.masked_conv2d(grad, weight, pattern, None, *shape) if needs_grad_output else None,
+        torch.ops.sparse_adv.masked_conv2d_grad_weight(grad_output, grad, pattern, *shape) if needs_weight else None,
+        [None] * len(pattern),
+        *[None] * 5,
+    )  # type: ignore[return-value]
+
+
+def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, input, pattern, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
+    ctx.save_for_backward(grad_output, input, *pattern)
+
+
+def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, input, *pattern = ctx.saved_tensors
+    # Here the gradient takes the weight's place, and values packed for the weight must not.
+    pattern = _without_values(pattern)
+    shape = _shape_args(ctx)
+    needs_grad_output, needs_input = ctx.needs_input_grad[:2]
+    return (
+        torch.ops.sparse_adv.masked_conv2d(input, grad, pattern, None, *shape) if needs_grad_output else None,
+        torch.ops.sparse_adv.masked_conv2d_grad_input(grad_output, grad, pattern, input.shape, *shape)
+        if needs_input
+        else None,
+        [None] * len(ctx.saved_tensors[2:]),
+        *[None] * 4,
+    )  # type: ignore[return-value]
+
+
+torch.library.register_autograd("sparse_adv::masked_conv2d", _backward_forward, setup_context=_setup_forward)
+torch.library.register_autograd(
+    "sparse_adv::masked_conv2d_grad_input", _backward_grad_input, setup_context=_setup_grad_input
+)
+torch.library.register_autograd(
+    "sparse_adv::masked_conv2d_grad_weight", _backward_grad_weight, setup_context=_setup_grad_weight
+)
+
+
+def _register_autocast(device: str) -> None:
+    """Cast to autocast's dtype of the moment; torch.library.register_autocast would fix one for ever."""
+    key = f"Autocast{device.upper()}"
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        # As torch.amp does: float64 is left alone.
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device))
+
+    def autocast(input: Tensor, weight: Tensor, pattern: Pattern, bias: Tensor | None = None, *rest: Any) -> Tensor:
+        rest = tuple(cast(argument) if isinstance(argument, Tensor) else argument for argument in rest)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return torch.ops.sparse_adv.masked_conv2d(cast(input), cast(weight), pattern, cast(bias), *rest)
+
+    _LIBRARY.impl("masked_conv2d", autocast, key)
+
+
+_LIBRARY = torch.library.Library("sparse_adv", "IMPL")
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device)

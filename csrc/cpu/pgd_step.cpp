@@ -1,0 +1,82 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+
+#include "checks.h"
+#include "cpu/convolution.h"
+#include "cpu/pgd_step_kernel.h"
+#include "cpu/staging.h"
+
+namespace sparse_adv {
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain = 32768;  // elements worth waking a thread for, as in ATen's elementwise kernels
+
+template <class T>
+void run(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out, const StepSizes& sizes,
+         const std::string& norm) {
+  const T* adv_data = adv.const_data_ptr<T>();
+  const T* grad_data = grad.const_data_ptr<T>();
+  const T* clean_data = clean.const_data_ptr<T>();
+  T* out_data = out.mutable_data_ptr<T>();
+  if (norm == "linf") {
+    const auto kernel = SPARSE_ADV_CHOOSE(pgd_step_linf<T>);
+    torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      kernel(adv_data + begin, grad_data + begin, clean_data + begin, out_data + begin, end - begin, sizes);
+    });
+    return;
+  }
+  const auto kernel = SPARSE_ADV_CHOOSE(pgd_step_l2<T>);
+  const int64_t samples = out.dim() == 0 ? 1 : out.size(0), count = out.numel() / samples;
+  torch::stable::parallel_for(0, samples, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * count;
+    kernel(adv_data + first, grad_data + first, clean_data + first, out_data + first, end - begin, count, sizes);
+  });
+}
+
+void check_images(const Tensor& adv, const Tensor& grad, const Tensor& clean, const std::string& norm) {
+  check_floating("adv", adv);
+  check_floating("grad", grad);
+  check_floating("clean", clean);
+  check_same_sizes("grad", grad, adv);
+  check_same_sizes("clean", clean, adv);
+  check(norm == "linf" || norm == "l2", "norm must be linf or l2, got ", norm);
+}
+
+void step_into(Tensor& out, const Tensor& adv, const Tensor& grad, const Tensor& clean, const StepSizes& sizes,
+               const std::string& norm) {
+  if (out.numel() == 0) return;
+  // Both layouts keep each image in one piece, which the l2 norm needs.
+  const Tensor staging = staging_for(out, out.is_contiguous() || is_channels_last(out));
+  const auto step = is_double(staging) ? &run<double> : &run<float>;
+  step(staged(adv, staging), staged(grad, staging), staged(clean, staging), staging, sizes, norm);
+  unstage(staging, out);
+}
+
+Tensor pgd_step_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
+                    double hi) {
+  check_images(adv, grad, clean, norm);
+  Tensor out = torch::stable::empty_like(adv);
+  step_into(out, adv, grad, clean, {alpha, eps, lo, hi}, norm);
+  return out;
+}
+
+void pgd_step_inplace_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
+                          double hi) {
+  check_images(adv, grad, clean, norm);
+  step_into(adv, adv, grad, clean, {alpha, eps, lo, hi}, norm);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) {
+  m.impl("pgd_step", TORCH_BOX(&pgd_step_cpu));
+  m.impl("pgd_step_", TORCH_BOX(&pgd_step_inplace_cpu));
+}
+
+}  // namespace sparse_adv

@@ -1,0 +1,58 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+
+#include "checks.h"
+#include "cpu/random_start_kernel.h"
+#include "cpu/staging.h"
+
+namespace sparse_adv {
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain = 8192;  // elements worth waking a thread for: each costs some 20 operations
+
+template <class T>
+void run(const Tensor& clean, const Tensor& out, const Noise& noise, const std::string& norm) {
+  const T* clean_data = clean.const_data_ptr<T>();
+  T* out_data = out.mutable_data_ptr<T>();
+  if (norm == "linf") {
+    const auto kernel = SPARSE_ADV_CHOOSE(random_start_linf<T>);
+    torch::stable::parallel_for(0, out.numel(), kGrain,
+                                [&](int64_t begin, int64_t end) { kernel(clean_data, out_data, begin, end, noise); });
+    return;
+  }
+  const auto kernel = SPARSE_ADV_CHOOSE(random_start_l2<T>);
+  const int64_t samples = out.dim() == 0 ? 1 : out.size(0), count = out.numel() / samples;
+  torch::stable::parallel_for(0, samples, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) kernel(clean_data, out_data, n, count, noise);
+  });
+}
+
+Tensor random_start_cpu(Tensor clean, Tensor seed, double eps, std::string norm, double lo, double hi) {
+  check_floating("clean", clean);
+  check(seed.is_cpu() && seed.dim() == 1 && seed.size(0) == 2 &&
+            seed.scalar_type() == torch::headeronly::ScalarType::Long,
+        "seed must be an int64 tensor of size [2] on the CPU");
+  check(norm == "linf" || norm == "l2", "norm must be linf or l2, got ", norm);
+  Tensor out = torch::stable::empty_like(clean);
+  if (out.numel() == 0) return out;
+  const int64_t* words = seed.const_data_ptr<int64_t>();
+  const Noise noise{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[seed.stride(0)]), eps, lo, hi};
+  // Elements are counted in NCHW order, so that the layout of the images does not change their noise.
+  const Tensor staging = staging_for(out, out.is_contiguous());
+  const auto start = is_double(staging) ? &run<double> : &run<float>;
+  start(staged(clean, staging), staging, noise, norm);
+  unstage(staging, out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) { m.impl("random_start", TORCH_BOX(&random_start_cpu)); }
+
+}  // namespace sparse_adv

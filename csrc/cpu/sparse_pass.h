@@ -1,0 +1,42 @@
+// The forward pass and grad_input over the kept weights: threads, strips and tiles around the kernels.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/lane_layout_kernel.h"
+#include "cpu/pattern.h"
+#include "cpu/window.h"
+
+namespace sparse_adv {
+
+// Where a weight keeps the value of (row that the pass writes, channel that it reads, tap), in elements.
+struct WeightLayout {
+  const float* data;
+  int64_t row_stride, channel_stride;
+  int64_t group_stride;  // added per group, since rows are numbered within their group and channels across groups
+  std::vector<int64_t> tap_offset;
+
+  static WeightLayout forward(const torch::stable::Tensor& weight, const Pattern& pattern);
+  static WeightLayout grad_input(const torch::stable::Tensor& weight);
+};
+
+struct SparsePass {
+  const PatternLists& lists;
+  int64_t groups, group_rows;  // output channels per group
+  WeightLayout weight;
+  Window window;
+  const torch::stable::Tensor& source;  // in a plain layout
+  Epilogue epilogue;                    // its residual in the layout of `output`
+};
+
+// Writes output [N, groups * group_rows, ...], which has the source's layout.
+void run(const SparsePass& pass, torch::stable::Tensor& output);
+
+// The kept values in the order of the lists.
+void pack_values(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
+                 float* values);
+
+// A description of images `first` .. of a tensor in a plain layout, at most `lanes` of them.
+Images images_of(const torch::stable::Tensor& tensor, int64_t first, int lanes);
+
+}  // namespace sparse_adv
