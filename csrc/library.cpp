@@ -3,26 +3,26 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sparse_adv, m) {
-  // No argument is keyword-only: torch.library.register_autograd takes no keyword-only tensors.
+  // Neither keyword-only arguments nor defaults: torch.library.register_autograd takes no keyword-only tensors, and the
+  // dispatcher drops arguments that equal their default, so that gradients would no longer match them in number.
   // y = relu(scale[k] * conv2d(input, weight * mask) + bias[k] + residual); `pattern` is what compile_pattern returns.
   m.def(
-      "masked_conv2d(Tensor input, Tensor weight, Tensor[] pattern, Tensor? bias=None, SymInt[2] stride=1, "
-      "SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, Tensor? scale=None, Tensor? residual=None, "
-      "bool relu=False) -> Tensor");
+      "masked_conv2d(Tensor input, Tensor weight, Tensor[] pattern, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
+      "SymInt[2] dilation, SymInt groups, Tensor? scale, Tensor? residual, bool relu) -> Tensor");
   // Gradient of conv2d(input, weight * mask) with respect to input; input_size is [N, C, H, W].
   m.def(
-      "masked_conv2d_grad_input(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[4] input_size, "
-      "SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1) -> Tensor");
+      "masked_conv2d_grad_input(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[4] input_size, SymInt[2] "
+      "stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   // Gradient with respect to weight, exactly 0 where the mask is false.
   m.def(
-      "masked_conv2d_grad_weight(Tensor grad_output, Tensor input, Tensor[] pattern, SymInt[2] stride=1, "
-      "SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1) -> Tensor");
+      "masked_conv2d_grad_weight(Tensor grad_output, Tensor input, Tensor[] pattern, SymInt[2] stride, SymInt[2] "
+      "padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   // The weight's kept values in the order of the two lists of entries.
   m.def("pack_values(Tensor weight, Tensor[] pattern) -> Tensor[]");
   // The path (1 sparse, 2 dense) of forward, grad_input and grad_weight for float32 images of this size.
   m.def(
-      "chosen_paths(Tensor[] pattern, SymInt[4] input_size, SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] "
-      "dilation=1) -> int[]");
+      "chosen_paths(Tensor[] pattern, SymInt[4] input_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) "
+      "-> int[]");
   // linf: clamp(clamp(adv + alpha * sign(grad), clean - eps, clean + eps), lo, hi); l2: normalised step and projection.
   m.def(
       "pgd_step(Tensor adv, Tensor grad, Tensor clean, float alpha, float eps, str norm, float lo, float hi) -> "

@@ -284,10 +284,8 @@ def _empty_in_layout_of(like: Tensor, size: Sequence[int]) -> Tensor:
 
 
 @torch.library.register_fake("sparse_adv::masked_conv2d")
-def _(input, weight, pattern, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), *_):  # type: ignore
-    spans = [
-        input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) for i in range(2)
-    ]
+def _(input, weight, pattern, bias, stride, padding, dilation, *_):  # type: ignore
+    spans = [input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) for i in range(2)]
     return _empty_in_layout_of(input, (input.shape[0], weight.shape[0], *_output_size(spans, stride)))
 
 
@@ -353,7 +351,9 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     shape = _shape_args(ctx)
     needs_grad_output, needs_weight = ctx.needs_input_grad[:2]
     return (
-        torch.ops.sparse_adv.masked_conv2d(grad, weight, pattern, None, *shape) if needs_grad_output else None,
+        torch.ops.sparse_adv.masked_conv2d(grad, weight, pattern, None, *shape, None, None, False)
+        if needs_grad_output
+        else None,
         torch.ops.sparse_adv.masked_conv2d_grad_weight(grad_output, grad, pattern, *shape) if needs_weight else None,
         [None] * len(pattern),
         *[None] * 5,
@@ -372,7 +372,9 @@ def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     shape = _shape_args(ctx)
     needs_grad_output, needs_input = ctx.needs_input_grad[:2]
     return (
-        torch.ops.sparse_adv.masked_conv2d(input, grad, pattern, None, *shape) if needs_grad_output else None,
+        torch.ops.sparse_adv.masked_conv2d(input, grad, pattern, None, *shape, None, None, False)
+        if needs_grad_output
+        else None,
         torch.ops.sparse_adv.masked_conv2d_grad_input(grad_output, grad, pattern, input.shape, *shape)
         if needs_input
         else None,
@@ -401,7 +403,7 @@ def _register_autocast(device: str) -> None:
             return tensor
         return tensor.to(torch.get_autocast_dtype(device))
 
-    def autocast(input: Tensor, weight: Tensor, pattern: Pattern, bias: Tensor | None = None, *rest: Any) -> Tensor:
+    def autocast(input: Tensor, weight: Tensor, pattern: Pattern, bias: Tensor | None, *rest: Any) -> Tensor:
         rest = tuple(cast(argument) if isinstance(argument, Tensor) else argument for argument in rest)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return torch.ops.sparse_adv.masked_conv2d(cast(input), cast(weight), pattern, cast(bias), *rest)
