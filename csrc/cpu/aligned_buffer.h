@@ -15,7 +15,8 @@ class AlignedBuffer {
     if (size > size_) {
       data_.reset();
       constexpr std::size_t kAlignment = 64;
-      const std::size_t bytes = (static_cast<std::size_t>(size) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
+      const std::size_t bytes =
+          (static_cast<std::size_t>(size) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
       data_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, bytes)));
       if (!data_) throw std::bad_alloc();
       size_ = size;

@@ -28,7 +28,8 @@ Convolution make_convolution(const Pattern& pattern, const std::vector<int64_t>&
   conv.groups = groups;
   check(conv.C == pattern.in_channels(), "input has ", conv.C, " channels, the pattern ", pattern.in_channels());
   for (int i = 0; i < 2; ++i) {
-    check(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0, "stride and dilation must be positive, padding not "
+    check(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0,
+          "stride and dilation must be positive, padding not "
           "negative");
     check(stride[i] < (1 << 20) && dilation[i] < (1 << 20) && padding[i] < (1 << 20),
           "stride, padding or dilation is absurdly large");
@@ -67,8 +68,7 @@ bool is_channels_last(const Tensor& tensor) {
 }
 
 Tensor empty_in_layout_of(const Tensor& like, const std::array<int64_t, 4>& size) {
-  return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt, like.device(),
-                              std::nullopt,
+  return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 

@@ -46,8 +46,8 @@ Tensor backward(const Convolution& conv, const Tensor& grad_output, const Tensor
                 int which) {
   const std::array<bool, 3> wanted{which == 0, which == 1, false};
   auto outputs = call<3>("aten::convolution_backward", "", grad_output, input, weight, std::optional<Sizes>{},
-                         to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false,
-                         Sizes{0, 0}, conv.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()));
+                         to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false, Sizes{0, 0},
+                         conv.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()));
   std::array<Tensor, 3> gradients;
   for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::detail::to<Tensor>(outputs[i]);
   return gradients[which];

@@ -11,7 +11,8 @@
 namespace sparse_adv {
 
 torch::stable::Tensor dense_conv2d(const Convolution& conv, const Pattern& pattern, const torch::stable::Tensor& input,
-                                   const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias,
+                                   const torch::stable::Tensor& weight,
+                                   const std::optional<torch::stable::Tensor>& bias,
                                    const std::optional<torch::stable::Tensor>& scale,
                                    const std::optional<torch::stable::Tensor>& residual, bool relu);
 

@@ -58,69 +58,56 @@ static inline void finish(Vec v, const Epilogue& epilogue, float* output, int64_
   store_first(output + at, v, count);
 }
 
-static inline Vec scaled(const Tile& tile, const Epilogue& epilogue, int64_t k, int q) {
-  Vec v = load(tile.data + (static_cast<int64_t>(tile.row_of[k]) * kTilePixels + q) * kLanes);
-  if (epilogue.scale) v = fma(v, broadcast(epilogue.scale[k]), broadcast(epilogue.bias ? epilogue.bias[k] : 0.0f));
-  else if (epilogue.bias) v = add(v, broadcast(epilogue.bias[k]));
-  return v;
+static inline Vec scaled(const Sums& sums, const Epilogue& epilogue, int64_t k, int64_t at) {
+  const Vec v = load(sums.data + (sums.plane_of[k] * sums.plane + at) * kLanes);
+  if (epilogue.scale) return fma(v, broadcast(epilogue.scale[k]), broadcast(epilogue.bias ? epilogue.bias[k] : 0.0f));
+  return epilogue.bias ? add(v, broadcast(epilogue.bias[k])) : v;
 }
 
-void store_tile(const Tile& tile, const Epilogue& epilogue, const Images& shape, float* output) {
+static void store_channels_last(const Sums& sums, const Epilogue& epilogue, const Images& shape, float* output) {
   Vec v[kLanes];
-  if (shape.channels_last) {
-    for (int q = 0; q < kTilePixels; ++q) {
-      if (tile.place[q] < 0) continue;
+  for (int64_t r = 0; r < sums.run_count; ++r)
+    for (int32_t p = 0; p < sums.runs[r].count; ++p)
       for (int64_t k = 0; k < shape.channels; k += kLanes) {
         const int columns = shape.channels - k < kLanes ? static_cast<int>(shape.channels - k) : kLanes;
-        for (int j = 0; j < kLanes; ++j) v[j] = j < columns ? scaled(tile, epilogue, k + j, q) : broadcast(0.0f);
+        for (int j = 0; j < kLanes; ++j)
+          v[j] = j < columns ? scaled(sums, epilogue, k + j, sums.runs[r].from + p) : broadcast(0.0f);
         transpose(v);
-        for (int i = 0; i < shape.count; ++i)
-          finish(v[i], epilogue, output, i * shape.image_size + tile.place[q] * shape.channels + k, columns);
+        const int64_t at = (sums.runs[r].to + static_cast<int64_t>(p) * sums.step) * shape.channels + k;
+        for (int i = 0; i < shape.count; ++i) finish(v[i], epilogue, output, i * shape.image_size + at, columns);
       }
-    }
-    return;
-  }
-  // Runs of consecutive output pixels: a whole vector where the tile's pixels follow each other, else row by row.
-  int run_start[kTilePixels], run_length[kTilePixels], runs = 0;
-  for (int q = 0; q < kTilePixels; ++q) {
-    if (tile.place[q] < 0) continue;
-    const bool goes_on = runs > 0 && q % kLanes != 0 && run_start[runs - 1] + run_length[runs - 1] == q &&
-                         tile.place[q] == tile.place[q - 1] + 1;
-    if (goes_on) {
-      ++run_length[runs - 1];
-    } else {
-      run_start[runs] = q;
-      run_length[runs++] = 1;
-    }
-  }
-  const bool whole = runs == kTilePixels / kLanes && run_length[0] == kLanes && run_length[runs - 1] == kLanes;
-  float rows[kLanes * kLanes + kLanes];  // a run may be loaded as a whole vector from near the end
-  for (int64_t k = 0; k < shape.channels; ++k) {
-    const int64_t channel = k * shape.pixels;
-    int run = 0;
-    for (int q = 0; q < kTilePixels; q += kLanes) {
+}
+
+void store_sums(const Sums& sums, const Epilogue& epilogue, const Images& shape, float* output) {
+  if (shape.channels_last) return store_channels_last(sums, epilogue, shape, output);
+  const bool plain = !epilogue.residual && !epilogue.relu && shape.count == kLanes && sums.step == 1;
+  Vec v[kLanes];
+  for (int64_t k = 0; k < shape.channels; ++k)
+    for (int64_t r = 0; r < sums.run_count; ++r)
+      for (int32_t p = 0; p < sums.runs[r].count; p += kLanes) {
+        const int columns = sums.runs[r].count - p < kLanes ? sums.runs[r].count - p : kLanes;
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) v[j] = scaled(tile, epilogue, k, q + j);
-      transpose(v);
-      if (whole) {
-        const int64_t at = channel + tile.place[q];
-        if (epilogue.residual || epilogue.relu || shape.count < kLanes) {
-          for (int i = 0; i < shape.count; ++i) finish(v[i], epilogue, output, i * shape.image_size + at, kLanes);
-        } else {
+        for (int j = 0; j < kLanes; ++j)
+          v[j] = j < columns ? scaled(sums, epilogue, k, sums.runs[r].from + p + j) : broadcast(0.0f);
+        // The output's lines lie in as many pages as there are samples, where no hardware prefetcher follows.
+        const int64_t ahead = p + 2 * kLanes < sums.runs[r].count ? 2 * kLanes : shape.pixels - p;
+        transpose(v);
+        const int64_t at = k * shape.pixels + sums.runs[r].to + static_cast<int64_t>(p) * sums.step;
+        for (int i = 0; i < shape.count; ++i) __builtin_prefetch(output + i * shape.image_size + at + ahead, 1, 2);
+        if (plain && columns == kLanes) {
 #pragma GCC unroll 16
           for (int i = 0; i < kLanes; ++i) store(output + i * shape.image_size + at, v[i]);
+        } else if (sums.step == 1) {
+          for (int i = 0; i < shape.count; ++i) finish(v[i], epilogue, output, i * shape.image_size + at, columns);
+        } else {
+          for (int i = 0; i < shape.count; ++i) {
+            float pixels[kLanes];
+            store(pixels, v[i]);
+            for (int j = 0; j < columns; ++j)
+              finish(broadcast(pixels[j]), epilogue, output, i * shape.image_size + at + j * sums.step, 1);
+          }
         }
-        continue;
       }
-      for (int i = 0; i < kLanes; ++i) store(rows + i * kLanes, v[i]);
-      for (; run < runs && run_start[run] < q + kLanes; ++run) {
-        const int64_t at = channel + tile.place[run_start[run]];
-        for (int i = 0; i < shape.count; ++i)
-          finish(load(rows + i * kLanes + run_start[run] - q), epilogue, output, i * shape.image_size + at,
-                 run_length[run]);
-      }
-    }
-  }
 }
 
 }  // namespace SPARSE_ADV_ISA

@@ -8,11 +8,9 @@
 
 namespace sparse_adv {
 
-constexpr int kTilePixels = 16;  // output pixels computed together, for every instruction set
-
 // Up to kLanes images, NCHW or channels_last without gaps.
 struct Images {
-  const float* data;  // the first of these images
+  const float* data;   // the first of these images
   int64_t image_size;  // from one image to the next
   int64_t channels, pixels;
   bool channels_last;
@@ -37,18 +35,25 @@ struct Epilogue {
   bool relu;
 };
 
-// A computed tile: vector (row_of[channel] * kTilePixels + q) holds pixel q; it goes to pixel place[q] of the output
-// images, or nowhere if that is negative.
-struct Tile {
+// Consecutive vectors of a computed plane, `from` on, that go to the output pixels to, to + step, ...
+struct Run {
+  int32_t from, to, count;
+};
+
+// Computed planes of vectors, one per output channel: channel k's is plane number plane_of[k].
+struct Sums {
   const float* data;
-  const int32_t* row_of;
-  const int32_t* place;
+  const int32_t* plane_of;
+  int64_t plane;  // vectors from one plane to the next
+  const Run* runs;
+  int64_t run_count;
+  int32_t step;
 };
 
 SPARSE_ADV_FOR_EACH_ISA(int lane_count());
 SPARSE_ADV_FOR_EACH_ISA(void fill_window(const Images& images, const Placement& placement, int64_t first_channel,
                                          int64_t last_channel, float* window));
-SPARSE_ADV_FOR_EACH_ISA(void store_tile(const Tile& tile, const Epilogue& epilogue, const Images& shape,
+SPARSE_ADV_FOR_EACH_ISA(void store_sums(const Sums& sums, const Epilogue& epilogue, const Images& shape,
                                         float* output));
 
 }  // namespace sparse_adv

@@ -14,6 +14,13 @@
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
+// Keeps the compiler from folding a pointer's index into every load: with an index register, a load and its
+// multiply-add are two micro-operations instead of one.
+static inline const float* in_register(const float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;
@@ -63,6 +70,23 @@ static inline void transpose(Vec r[16]) {
   }
 }
 
+// Lane i = the sum of the lanes of v[i].
+static inline Vec sum_of_each(const Vec v[16]) {
+  Vec a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    a[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    c[i] = add(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  return add(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
+
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
@@ -103,6 +127,17 @@ static inline void transpose(Vec r[8]) {
   }
 }
 
+static inline Vec sum_of_each(const Vec v[8]) {
+  Vec a[4], b[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    a[i] = add(_mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    b[i] = add(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+  return add(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31));
+}
+
 #else
 
 constexpr int kLanes = 4;
@@ -136,17 +171,13 @@ static inline void transpose(Vec r[4]) {
       r[j][i] = x;
     }
 }
+static inline Vec sum_of_each(const Vec v[4]) {
+  Vec sums;
+  for (int i = 0; i < kLanes; ++i) sums[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+  return sums;
+}
 
 #endif
-
-static inline float sum_of_lanes(Vec v) {
-  float lane[kLanes];
-  store(lane, v);
-  // A tree, so that the order of the sum is the same wherever it is computed.
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-}
 
 }  // namespace SPARSE_ADV_ISA
 }  // namespace sparse_adv

@@ -22,13 +22,17 @@ Tensor sparse_conv2d(const Convolution& conv, const Pattern& pattern, const Tens
   const auto plain = [](const Tensor& vector) { return torch::stable::contiguous(vector); };
   const std::optional<Tensor> bias_data = bias ? std::optional(plain(*bias)) : std::nullopt;
   const std::optional<Tensor> scale_data = scale ? std::optional(plain(*scale)) : std::nullopt;
-  const std::optional<Tensor> residual_data =
-      residual ? std::optional(in_layout_of(output, *residual)) : std::nullopt;
+  const std::optional<Tensor> residual_data = residual ? std::optional(in_layout_of(output, *residual)) : std::nullopt;
   const auto data = [](const std::optional<Tensor>& tensor) {
     return tensor ? tensor->const_data_ptr<float>() : nullptr;
   };
-  run({pattern.forward, pattern.groups, pattern.group_out_channels(), WeightLayout::forward(weight, pattern),
-       forward_window(conv), source, {data(scale_data), data(bias_data), data(residual_data), relu}},
+  run({pattern.forward(),
+       pattern.groups,
+       pattern.group_out_channels(),
+       WeightLayout::forward(weight, pattern),
+       forward_window(conv),
+       source,
+       {data(scale_data), data(bias_data), data(residual_data), relu}},
       output);
   return output;
 }
@@ -37,8 +41,8 @@ Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> patter
                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                          int64_t groups, std::optional<Tensor> scale, std::optional<Tensor> residual, bool relu) {
   const Pattern pattern = read_pattern(pattern_tensors);
-  const Convolution conv = make_convolution(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding,
-                                            dilation, groups);
+  const Convolution conv =
+      make_convolution(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding, dilation, groups);
   check_weight(pattern, weight, input);
   for (const auto& vector : {bias, scale})
     check(!vector || (vector->dim() == 1 && vector->size(0) == conv.K && vector->scalar_type() == input.scalar_type()),
@@ -60,8 +64,8 @@ std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_t
     pack_values(lists, pattern.groups, group_rows, layout, values.mutable_data_ptr<float>());
     return values;
   };
-  return {packed(pattern.forward, pattern.group_out_channels(), WeightLayout::forward(weight, pattern)),
-          packed(pattern.grad_input, pattern.group_in_channels, WeightLayout::grad_input(weight))};
+  return {packed(pattern.forward(), pattern.group_out_channels(), WeightLayout::forward(weight, pattern)),
+          packed(pattern.grad_input(), pattern.group_in_channels, WeightLayout::grad_input(weight))};
 }
 
 std::vector<int64_t> chosen_paths_cpu(std::vector<Tensor> pattern_tensors, std::vector<int64_t> input_size,
@@ -71,8 +75,7 @@ std::vector<int64_t> chosen_paths_cpu(std::vector<Tensor> pattern_tensors, std::
   const Convolution conv = make_convolution(pattern, input_size, stride, padding, dilation, pattern.groups);
   std::vector<int64_t> paths;
   for (Pass pass : {Pass::forward, Pass::grad_input, Pass::grad_weight})
-    paths.push_back(
-        static_cast<int64_t>(choose_path(pattern, conv, pass, torch::headeronly::ScalarType::Float)));
+    paths.push_back(static_cast<int64_t>(choose_path(pattern, conv, pass, torch::headeronly::ScalarType::Float)));
   return paths;
 }
 

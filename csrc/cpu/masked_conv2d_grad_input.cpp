@@ -22,8 +22,13 @@ Tensor masked_conv2d_grad_input_cpu(Tensor grad_output, Tensor weight, std::vect
   if (choose_path(pattern, conv, Pass::grad_input, grad_output.scalar_type()) == Path::sparse) {
     const Tensor source = in_plain_layout(grad_output);
     Tensor grad_input = empty_in_layout_of(source, {conv.N, conv.C, conv.H, conv.W});
-    run({pattern.grad_input, pattern.groups, pattern.group_in_channels, WeightLayout::grad_input(weight),
-         grad_input_window(conv), source, {}},
+    run({pattern.grad_input(),
+         pattern.groups,
+         pattern.group_in_channels,
+         WeightLayout::grad_input(weight),
+         grad_input_window(conv),
+         source,
+         {}},
         grad_input);
     return grad_input;
   }

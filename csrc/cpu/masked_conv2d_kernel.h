@@ -15,9 +15,18 @@ struct OffsetLists {
   const float* values;     // [offsets * vector]
 };
 
-// A tile of kTilePixels pixels, `tile_cols` (16, 8 or 4) of them in a row.
-//   tile[(vector index * vector + j) * kTilePixels + q] = sum over the list of value[j] * window[offset + pixel q]
-SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_tile(const OffsetLists& lists, const float* window, int64_t row_pitch,
-                                                int tile_cols, float* tile));
+constexpr int kTilePixels = 16;  // output pixels computed together, whatever the instruction set
+
+// A tile of kTilePixels pixels, `cols` (16, 8 or 4) of them in a row. All strides in floats.
+struct Tile {
+  int cols;
+  const float* window;  // at the tile's first pixel
+  int64_t window_row_pitch;
+  float* sums;  // at the tile's first pixel, one plane per row of a vector
+  int64_t sums_row_pitch, sums_plane;
+};
+
+// sums[i * vector + j][pixel] = sum over list i of values[j] * window[offset + pixel]
+SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_tile(const OffsetLists& lists, const Tile& tile));
 
 }  // namespace sparse_adv

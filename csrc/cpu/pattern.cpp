@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cpu/entries_kernel.h"
 
 namespace sparse_adv {
 
@@ -43,13 +44,14 @@ PatternLists read_lists(const std::vector<Tensor>& tensors, int rows_at, int val
   for (int64_t i = 0; i < list_count; ++i) ascending &= lists.rows[i] <= lists.rows[i + 1];
   check(ascending, "pattern: list starts must not descend");
   // The channel bound is the image's: an entry names channels of all groups.
-  const auto channels = static_cast<uint32_t>(group_channels * groups);
-  bool inside = true;
-  for (int64_t i = 0; i < lists.entry_count; ++i) {
-    const auto entry = static_cast<uint32_t>(lists.entries[i]);
-    inside &= (entry >> kTapBits) < channels && (entry & (kMaxTaps - 1)) < static_cast<uint32_t>(taps);
-  }
-  check(inside, "pattern: an entry lies outside the weight");
+  bool inside = SPARSE_ADV_CHOOSE(entries_inside)(lists.entries, lists.entry_count, group_channels * groups, taps);
+  if (groups > 1)
+    for (int64_t list = 0; list < list_count; ++list) {
+      const int64_t group = list % lists.vectors / (lists.vectors / groups);
+      for (int32_t i = lists.rows[list]; i < lists.rows[list + 1]; ++i)
+        inside &= (lists.entries[i] >> kTapBits) / group_channels == group;
+    }
+  check(inside, "pattern: an entry lies outside the weight or its group");
   if (tensors.size() > static_cast<size_t>(values_at)) {
     const Tensor& values = tensors[values_at];
     check(values.is_cpu() && values.scalar_type() == ScalarType::Float && values.is_contiguous() &&
@@ -65,6 +67,18 @@ PatternLists read_lists(const std::vector<Tensor>& tensors, int rows_at, int val
 double Pattern::density() const {
   const double size = static_cast<double>(out_channels * group_in_channels * taps());
   return size > 0 ? static_cast<double>(kept) / size : 1.0;
+}
+
+PatternLists Pattern::forward() const {
+  const int64_t* header = tensors[kHeader].const_data_ptr<int64_t>();
+  return read_lists(tensors, kRows, kValues, header[kVector], header[kSegmentChannels], groups, group_out_channels(),
+                    group_in_channels, taps());
+}
+
+PatternLists Pattern::grad_input() const {
+  const int64_t* header = tensors[kHeader].const_data_ptr<int64_t>();
+  return read_lists(tensors, kGradInputRows, kGradInputValues, header[kGradInputVector],
+                    header[kGradInputSegmentChannels], groups, group_in_channels, group_out_channels(), taps());
 }
 
 Pattern read_pattern(const std::vector<Tensor>& tensors) {
@@ -88,22 +102,16 @@ Pattern read_pattern(const std::vector<Tensor>& tensors) {
   pattern.groups = header[kGroups];
   pattern.kept = header[kKept];
   pattern.weight_is_masked = header[kWeightIsMasked] == 1;
-  check(pattern.out_channels % pattern.groups == 0 && pattern.in_channels() <= kMaxChannels &&
-            pattern.taps() <= kMaxTaps,
-        "pattern: the header's sizes do not fit together");
+  check(
+      pattern.out_channels % pattern.groups == 0 && pattern.in_channels() <= kMaxChannels && pattern.taps() <= kMaxTaps,
+      "pattern: the header's sizes do not fit together");
   std::copy_n(header + kForwardPath, 3, pattern.path);
   pattern.mask = tensors[kMask];
   check(pattern.mask.is_cpu() && pattern.mask.scalar_type() == ScalarType::Bool && pattern.mask.dim() == 4 &&
             pattern.mask.size(0) == pattern.out_channels && pattern.mask.size(1) == pattern.group_in_channels &&
             pattern.mask.size(2) == pattern.filter_rows && pattern.mask.size(3) == pattern.filter_cols,
         "pattern: the mask's shape differs from the header's");
-  pattern.forward =
-      read_lists(tensors, kRows, kValues, header[kVector], header[kSegmentChannels], pattern.groups,
-                 pattern.group_out_channels(), pattern.group_in_channels, pattern.taps());
-  pattern.grad_input =
-      read_lists(tensors, kGradInputRows, kGradInputValues, header[kGradInputVector],
-                 header[kGradInputSegmentChannels], pattern.groups, pattern.group_in_channels,
-                 pattern.group_out_channels(), pattern.taps());
+  pattern.tensors = tensors;
   return pattern;
 }
 

@@ -24,15 +24,21 @@ struct Pattern {
   int64_t path[3];  // of forward, grad_input, grad_weight
   bool weight_is_masked;
   torch::stable::Tensor mask;
-  PatternLists forward, grad_input;
 
   int64_t group_out_channels() const { return out_channels / groups; }
   int64_t in_channels() const { return group_in_channels * groups; }
   int64_t taps() const { return filter_rows * filter_cols; }
   double density() const;
+
+  // The lists of the forward pass and grad_weight, and those of grad_input. Throw std::runtime_error where an index
+  // would lead out of bounds.
+  PatternLists forward() const;
+  PatternLists grad_input() const;
+
+  std::vector<torch::stable::Tensor> tensors;
 };
 
-// Throws std::runtime_error where the tensors are no pattern or an index would lead out of bounds.
+// Throws std::runtime_error where the tensors are no pattern.
 Pattern read_pattern(const std::vector<torch::stable::Tensor>& tensors);
 
 }  // namespace sparse_adv

@@ -29,7 +29,7 @@ double sum_of_squares(int64_t count, Value value) {
 template <class T>
 void l2_sample(const T* adv, const T* grad, const T* clean, T* out, int64_t count, const StepSizes& sizes) {
   // Entries that are not finite count as 0, so that one overflow does not lose the whole image.
-  auto slope = [=](int64_t i) { return grad[i] - grad[i] == 0 ? static_cast<double>(grad[i]) : 0.0; };
+  auto slope = [=](int64_t i) { return static_cast<double>(grad[i] - grad[i] == 0 ? grad[i] : T(0)); };
   const double length = __builtin_sqrt(sum_of_squares(count, slope));
   const double rate = length > 0 ? sizes.alpha / length : 0.0;
 #pragma GCC ivdep  // out may be adv, never a shifted view of it

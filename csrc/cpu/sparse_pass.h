@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
+#include <vector>
+
 #include "cpu/lane_layout_kernel.h"
 #include "cpu/pattern.h"
 #include "cpu/window.h"
@@ -21,7 +24,7 @@ struct WeightLayout {
 };
 
 struct SparsePass {
-  const PatternLists& lists;
+  PatternLists lists;
   int64_t groups, group_rows;  // output channels per group
   WeightLayout weight;
   Window window;
@@ -35,6 +38,13 @@ void run(const SparsePass& pass, torch::stable::Tensor& output);
 // The kept values in the order of the lists.
 void pack_values(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
                  float* values);
+
+// Writes totals [vector, entries] to their places in a contiguous weight gradient, and 0 everywhere else.
+void unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
+                   const float* totals, float* to);
+
+// The entries as offsets into the window, in floats, where all taps are of one output phase.
+std::unique_ptr<int32_t[]> window_offsets(const PatternLists& lists, const Window& window, int lanes);
 
 // A description of images `first` .. of a tensor in a plain layout, at most `lanes` of them.
 Images images_of(const torch::stable::Tensor& tensor, int64_t first, int lanes);

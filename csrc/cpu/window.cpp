@@ -27,12 +27,17 @@ Axis Axis::grad_input(int64_t source, int64_t output, int64_t filter, int64_t st
   const int64_t last = (output - 1 + padding) / stride;
   const int64_t reach = (filter - 1) * dilation / stride;
   Axis axis{source, output, 1, stride, last - first + 1, reach - first, {}, reach, first * stride - padding};
-  for (int64_t t = 0; t < filter; ++t)
-    axis.taps.push_back({0, t * dilation % stride, reach - t * dilation / stride});
+  for (int64_t t = 0; t < filter; ++t) axis.taps.push_back({0, t * dilation % stride, reach - t * dilation / stride});
   return axis;
 }
 
-Window::Window(Axis rows_, Axis cols_, int64_t channels_, int lanes, int64_t bytes)
+Axis::Range Axis::inside(int64_t begin, int64_t end, int64_t phase) const {
+  while (begin < end && output(begin, phase) < 0) ++begin;
+  while (begin < end && output(end - 1, phase) >= output_size) --end;
+  return {begin, end};
+}
+
+Window::Window(Axis rows_, Axis cols_, int64_t channels_, int64_t output_channels, int lanes, int64_t bytes)
     : rows(std::move(rows_)), cols(std::move(cols_)), channels(channels_) {
   // The tile shape that computes the fewest pixels outside the image; longer rows first.
   int64_t least = -1;
@@ -46,13 +51,21 @@ Window::Window(Axis rows_, Axis cols_, int64_t channels_, int lanes, int64_t byt
   tile_rows = kTilePixels / tile_cols;
   window_cols = round_up(cols.extent, tile_cols) + cols.max_shift;
   row_pitch = cols.source_phases * window_cols;
-  const int64_t row_bytes = channels * rows.source_phases * row_pitch * lanes * static_cast<int64_t>(sizeof(float));
-  const int64_t fitting = std::max<int64_t>(bytes / row_bytes - rows.max_shift, tile_rows) / tile_rows * tile_rows;
+  sums_row_pitch = window_cols - cols.max_shift;
+  const int64_t vector_bytes = lanes * static_cast<int64_t>(sizeof(float));
+  const int64_t halo_bytes = channels * rows.source_phases * rows.max_shift * row_pitch * vector_bytes;
+  const int64_t row_bytes =
+      (channels * rows.source_phases * row_pitch + output_channels * sums_row_pitch) * vector_bytes;
+  const int64_t fitting = std::max<int64_t>((bytes - halo_bytes) / row_bytes, tile_rows) / tile_rows * tile_rows;
   // Equal strips: the last one must not be a sliver that converts as many halo rows as the others.
   strips = (rows.extent + fitting - 1) / fitting;
   strip = round_up((rows.extent + strips - 1) / strips, tile_rows);
   strips = (rows.extent + strip - 1) / strip;
   plane = rows.source_phases * (strip + rows.max_shift) * row_pitch;
+  // Not a multiple of half the L1's period of 64 lines: otherwise the tiles of all channels fall into the same cache
+  // sets and push the window out of them.
+  sums_plane = strip * sums_row_pitch;
+  if (sums_plane % 32 == 0) sums_plane += 16;
 }
 
 int64_t Window::tap_offset(int64_t tap, int64_t phase) const {
@@ -64,19 +77,26 @@ int64_t Window::tap_offset(int64_t tap, int64_t phase) const {
          col.shift;
 }
 
-// Half of a 2 MB L2; the rest is for the tile, the lists and the images that stream through.
-constexpr int64_t kStripBytes = 1 << 20;
+// Measured from 0.5 to 8 MB on a core with 2 MB of L2: larger strips convert fewer halo rows and write longer runs, and
+// win until the strip no longer leaves the L2 room for the lists (benchmarks/NOTES.md).
+constexpr int64_t kStripBytes = 3 << 19;
 
 Window forward_window(const Convolution& conv) {
   return {Axis::forward(conv.H, conv.P, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
-          Axis::forward(conv.W, conv.Q, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]), conv.C,
-          SPARSE_ADV_CHOOSE(lane_count)(), kStripBytes};
+          Axis::forward(conv.W, conv.Q, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),
+          conv.C,
+          conv.K,
+          SPARSE_ADV_CHOOSE(lane_count)(),
+          kStripBytes};
 }
 
 Window grad_input_window(const Convolution& conv) {
   return {Axis::grad_input(conv.P, conv.H, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
-          Axis::grad_input(conv.Q, conv.W, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]), conv.K,
-          SPARSE_ADV_CHOOSE(lane_count)(), kStripBytes};
+          Axis::grad_input(conv.Q, conv.W, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),
+          conv.K,
+          conv.C,
+          SPARSE_ADV_CHOOSE(lane_count)(),
+          kStripBytes};
 }
 
 Placement StripPlacement::describe(const Window& window, int64_t strip) {
@@ -102,8 +122,34 @@ Placement StripPlacement::describe(const Window& window, int64_t strip) {
   gaps.clear();
   for (int64_t i = 0; i < window.plane; ++i)
     if (!filled[i]) gaps.push_back(static_cast<int32_t>(i));
-  return {first * cols.source_size, static_cast<int64_t>(place.size()), place.data(),
-          gaps.data(),              static_cast<int64_t>(gaps.size()),  window.plane};
+  return {first * cols.source_size,
+          static_cast<int64_t>(place.size()),
+          place.data(),
+          gaps.data(),
+          static_cast<int64_t>(gaps.size()),
+          window.plane};
+}
+
+void describe_runs(const Window& window, int64_t strip, int64_t phase, std::vector<Run>& runs) {
+  const Axis& rows = window.rows;
+  const Axis& cols = window.cols;
+  const int64_t row_phase = phase / cols.output_phases, col_phase = phase % cols.output_phases;
+  const int64_t start = strip * window.strip;
+  const auto [top, bottom] = rows.inside(start, std::min(start + window.strip, rows.extent), row_phase);
+  const auto [left, right] = cols.inside(0, cols.extent, col_phase);
+  runs.clear();
+  if (left == right) return;
+  for (int64_t m = top; m < bottom; ++m) {
+    const Run run{static_cast<int32_t>((m - start) * window.sums_row_pitch + left),
+                  static_cast<int32_t>(rows.output(m, row_phase) * cols.output_size + cols.output(left, col_phase)),
+                  static_cast<int32_t>(right - left)};
+    const bool follows = !runs.empty() && cols.output_phases == 1 && runs.back().from + runs.back().count == run.from &&
+                         runs.back().to + runs.back().count == run.to;
+    if (follows)
+      runs.back().count += run.count;
+    else
+      runs.push_back(run);
+  }
 }
 
 }  // namespace sparse_adv

@@ -13,6 +13,7 @@
 
 #include "cpu/convolution.h"
 #include "cpu/lane_layout_kernel.h"
+#include "cpu/masked_conv2d_kernel.h"
 
 namespace sparse_adv {
 
@@ -32,11 +33,12 @@ struct Axis {
                       int64_t dilation);
   static Axis grad_input(int64_t source, int64_t output, int64_t filter, int64_t stride, int64_t padding,
                          int64_t dilation);
-  // A tile over an axis may reach outside the output: -1 there.
-  int64_t output(int64_t position, int64_t phase) const {
-    const int64_t at = position * output_phases + phase + output_origin;
-    return position < extent && at >= 0 && at < output_size ? at : -1;
-  }
+  int64_t output(int64_t position, int64_t phase) const { return position * output_phases + phase + output_origin; }
+  // The positions first .. last - 1 of [begin, end) whose output of this phase lies in the image.
+  struct Range {
+    int64_t first, last;
+  };
+  Range inside(int64_t begin, int64_t end, int64_t phase) const;
 };
 
 struct Window {
@@ -45,12 +47,13 @@ struct Window {
   int tile_rows, tile_cols;
   int64_t strip;  // positions (of rows) per strip: a multiple of tile_rows
   int64_t strips;
-  int64_t window_cols;  // vectors per source phase and row
-  int64_t row_pitch;    // vectors from one window row to the next
-  int64_t plane;        // vectors per channel
+  int64_t window_cols;                 // vectors per source phase and row
+  int64_t row_pitch;                   // vectors from one window row to the next
+  int64_t plane;                       // vectors per channel
+  int64_t sums_row_pitch, sums_plane;  // the same of the computed sums
 
-  // `bytes` bounds the window of a strip of more than one tile row.
-  Window(Axis rows, Axis cols, int64_t channels, int lanes, int64_t bytes);
+  // A strip of more than one tile row reads and writes at most `bytes`; output_channels are written.
+  Window(Axis rows, Axis cols, int64_t channels, int64_t output_channels, int lanes, int64_t bytes);
 
   int64_t phases() const { return rows.output_phases * cols.output_phases; }
   // Vector offset of a tap from the position it belongs to, or -1 if it is of another phase.
@@ -67,5 +70,8 @@ struct StripPlacement {
   std::vector<int32_t> place, gaps;
   Placement describe(const Window& window, int64_t strip);
 };
+
+// Where the sums of a strip go in the output, for one phase; replaces `runs`.
+void describe_runs(const Window& window, int64_t strip, int64_t phase, std::vector<Run>& runs);
 
 }  // namespace sparse_adv

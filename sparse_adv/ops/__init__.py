@@ -9,6 +9,8 @@ from sparse_adv.ops.masked_conv2d import (
     pack_pattern,
     set_paths,
 )
+from sparse_adv.ops.pgd_step import pgd_step, pgd_step_
+from sparse_adv.ops.random_start import random_start
 
 __all__ = [
     "Pattern",
@@ -18,5 +20,8 @@ __all__ = [
     "cpu_capability",
     "masked_conv2d",
     "pack_pattern",
+    "pgd_step",
+    "pgd_step_",
+    "random_start",
     "set_paths",
 ]

@@ -1,0 +1,25 @@
+#include "cpu/entries_kernel.h"
+
+#include "pattern_layout.h"
+
+namespace sparse_adv {
+namespace SPARSE_ADV_ISA {
+
+bool entries_inside(const int32_t* entries, int64_t count, int64_t channels, int64_t taps) {
+  const auto channel_end = static_cast<uint32_t>(channels), tap_end = static_cast<uint32_t>(taps);
+  uint32_t outside = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto entry = static_cast<uint32_t>(entries[i]);
+    outside |= static_cast<uint32_t>(entry >> kTapBits >= channel_end) |
+               static_cast<uint32_t>((entry & (kMaxTaps - 1)) >= tap_end);
+  }
+  return outside == 0;
+}
+
+void entry_offsets(const int32_t* entries, int64_t count, int32_t plane, const int32_t* tap_offset, int32_t* offsets) {
+  for (int64_t i = 0; i < count; ++i)
+    offsets[i] = (entries[i] >> kTapBits) * plane + tap_offset[entries[i] & (kMaxTaps - 1)];
+}
+
+}  // namespace SPARSE_ADV_ISA
+}  // namespace sparse_adv

@@ -1,0 +1,25 @@
+// The arithmetic of grad_weight: one tile of output pixels, some of the output channels.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/capability.h"
+#include "cpu/masked_conv2d_kernel.h"
+
+namespace sparse_adv {
+
+// The lanes of both windows are samples; grad has one plane of `grad_plane` floats per output channel, no padding.
+struct GradWeightTile {
+  const float* window;                                   // at the tile's first pixel
+  const float* grad;                                     // at the tile's first pixel
+  int64_t window_row_pitch, grad_row_pitch, grad_plane;  // in floats
+  int tile_cols;
+  const int32_t* channel_of;  // [vectors * vector]: the output channel of each row of a vector, -1 beyond the last
+};
+
+// totals[j * entries + entry] += sum over the tile's pixels and the lanes of window * grad, for the vectors
+// first_vector .. last_vector - 1.
+SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_grad_weight_tile(const OffsetLists& lists, const GradWeightTile& tile,
+                                                            int64_t first_vector, int64_t last_vector, float* totals));
+
+}  // namespace sparse_adv

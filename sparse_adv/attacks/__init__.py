@@ -1,0 +1,13 @@
+"""Attacks: loops around the fused step that find, within a ball around each image, one that the model gets wrong.
+
+Every attack leaves the model as it found it: each module's training flag, buffers, `requires_grad` and `.grad`. None
+forms weight gradients. Images are in [lo, hi], normally [0, 1]: a model that wants normalised images normalises inside.
+Of a DistributedDataParallel model, whose forward prepares a gradient exchange that an attack never makes, `.module` is
+used.
+"""
+
+from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2
+from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, n_fgsm, pgd
+from sparse_adv.attacks.search import MODES, Loss
+
+__all__ = ["FFGSM", "FGSM", "MODES", "PGD", "PGDL2", "Loss", "Options", "fgsm", "fgsm_rs", "n_fgsm", "pgd"]

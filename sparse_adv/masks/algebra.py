@@ -1,0 +1,102 @@
+"""What can be said about masks: how much they keep, how far apart two are, which blocks they obey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from sparse_adv.masks.convolutions import run_once, unknown_module
+from sparse_adv.ops.masked_conv2d import check_block, check_mask, obeys
+
+SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (
+    (64, 64),
+    (32, 32),
+    (8, 8),
+    (4, 4),
+    (1, 1, "R", "S"),
+    (2, 2),
+    (4, 1),
+    (1, 1, 1, "S"),
+    (2, 1),
+    (1, 1),
+)
+"""The block shapes that kernels are made for; R and S stand for the filter's height and width."""
+
+
+def density(masks: Mapping[str, Tensor]) -> float:
+    """The fraction of the masked weights that is kept: (number kept) / (number of elements of all masks)."""
+    total = sum(mask.numel() for mask in masks.values())
+    if total == 0:
+        raise ValueError(f"masks must hold at least one element, got {len(masks)} masks")
+    return sum(int(mask.count_nonzero()) for mask in masks.values()) / total
+
+
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The normalised Hamming distance of two sets of masks: the fraction of positions where they differ.
+
+    Two successive masks of a training run that are nearly equal say that the ticket has been found (Early-Bird
+    tickets, You et al. 2020, section 3.2, which stops at 0.1).
+
+    Raises:
+        ValueError: if the two do not have the same modules with the same shapes.
+    """
+    if a.keys() != b.keys():
+        raise ValueError(f"a and b must mask the same modules, only one of them has {sorted(a.keys() ^ b.keys())}")
+    for name in a:
+        if a[name].shape != b[name].shape:
+            raise ValueError(f"masks of {name!r} differ in shape: {tuple(a[name].shape)} and {tuple(b[name].shape)}")
+    return density({name: a[name] != b[name].to(a[name].device) for name in a})
+
+
+def multiply_add_density(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]) -> float:
+    """The fraction of the convolutions' multiply-adds that remains under the masks.
+
+    It differs from the density of weights: a weight of an early layer is used once per output pixel, and early images
+    are large. Convolutions without a mask count as dense; a forward pass in eval mode finds the image sizes.
+
+    Args:
+        model: the model that the masks belong to, sparse or dense.
+        masks: bool tensors keyed by module name.
+        input_shape: the model's input [N, C, H, W]; N = 1 will do.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in masks:
+        if name not in modules:
+            raise ValueError(unknown_module(name, modules))
+    by_layer = {modules[name]: mask for name, mask in masks.items()}
+    kept = dense = 0
+
+    def visit(layer: nn.Conv2d, input: Tensor, output: Tensor) -> None:
+        nonlocal kept, dense
+        pixels = output.numel() // layer.out_channels
+        weights = layer.weight.numel()
+        dense += pixels * weights
+        kept += pixels * (int(by_layer[layer].count_nonzero()) if layer in by_layer else weights)
+
+    run_once(model, input_shape, visit)
+    if dense == 0:
+        raise ValueError("model runs no convolution, so there are no multiply-adds to count")
+    return kept / dense
+
+
+def largest_block(
+    mask: Tensor, candidates: Sequence[Sequence[int | str]] = SUPPORTED_BLOCKS
+) -> tuple[int, int, int, int]:
+    """The block with most elements, of the candidates, that the mask obeys.
+
+    Args:
+        mask: bool tensor [K, C/groups, R, S].
+        candidates: blocks (bo, bi) or (bo, bi, br, bs); "R" and "S" stand for the filter's sizes.
+
+    Returns:
+        The block as (bo, bi, br, bs); (1, 1, 1, 1), which every mask obeys, if no candidate fits.
+    """
+    check_mask(mask)
+    taps = {"R": mask.shape[2], "S": mask.shape[3]}
+    blocks = []
+    for candidate in candidates:
+        blocks.append(check_block([taps[size] if isinstance(size, str) else size for size in candidate]))
+    fitting = (block for block in sorted(blocks, key=math.prod, reverse=True) if obeys(mask, block))
+    return next(fitting, (1, 1, 1, 1))

@@ -1,0 +1,181 @@
+"""From scores to masks: which weights to keep, across layers and within blocks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.masks.convolutions import convolutions, unknown_module
+from sparse_adv.ops.masked_conv2d import check_block
+
+log = logging.getLogger(__name__)
+
+Score = Callable[[str, Tensor], Tensor]
+
+
+def _magnitude(name: str, weight: Tensor) -> Tensor:
+    return weight.abs()
+
+
+def _relative_magnitude(name: str, weight: Tensor) -> Tensor:
+    size = weight.abs().double().cpu()
+    # NumPy's mean does not depend on the number of threads. A layer of zeros scores 0 throughout.
+    mean = float(size.numpy().mean()) if size.numel() else 0.0
+    return size / mean if mean > 0 else size
+
+
+_SCORES: dict[str, Score] = {"magnitude": _magnitude, "relative_magnitude": _relative_magnitude}
+_SCOPES = ("global", "uniform", "erk")
+
+
+def prune(
+    model: nn.Module,
+    density: float = 0.1,
+    block: Sequence[int] = (1, 1),
+    scope: str = "global",
+    score: str | Score = "magnitude",
+    exclude: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Choose the weights to keep: those with the highest scores, `density` of all.
+
+    Every Conv2d weight is a candidate, and nothing else: Linear layers, biases and normalisation stay dense. The model
+    is not changed; `sparse_adv.sparsify(model, masks)` does that. Masks of boosting tickets (Li et al. 2020, as in
+    their code) come from `scope="global", score="relative_magnitude"`.
+
+    Args:
+        model: any module, sparse already or not.
+        density: fraction of the weights to keep, in [0, 1].
+        block: `(bo, bi)` or `(bo, bi, br, bs)`: weights of one block share their fate; a block scores the mean square
+            of its weights' scores.
+        scope: how the kept weights are shared out among layers. "global": one ranking of all. "uniform": the same
+            density in each layer. "erk": Erdos-Renyi-kernel, density of a layer proportional to
+            (K + C + R + S) / (K C R S), at most 1 (Evci et al. 2020, section 3).
+        score: "magnitude", |w|; "relative_magnitude", |w| over the layer's mean |w|; or a function of (module name,
+            weight) that returns a tensor of the weight's shape, nowhere negative.
+        exclude: names of convolutions that stay dense; they get no mask.
+
+    Returns:
+        A bool mask of the weight's shape, on its device, for each convolution. Their number of kept weights is
+        `round(density * count)`, over the model ("global") or in each layer, as near as whole blocks allow. Of equal
+        scores, the first in order of module, then index, is kept.
+
+    Raises:
+        ValueError: if an argument is out of its range, or a score is NaN, negative or of another shape.
+    """
+    block4 = check_block(block)
+    if not isinstance(density, int | float) or not 0 <= density <= 1:
+        raise ValueError(f"density must be a number in [0, 1], got {density!r}")
+    if scope not in _SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, got {scope!r}")
+    if not callable(score) and score not in _SCORES:
+        raise ValueError(f"score must be a function or one of {', '.join(_SCORES)}, got {score!r}")
+    rule = score if callable(score) else _SCORES[score]
+    layers = convolutions(model)
+    for name in exclude:
+        if name not in layers:
+            raise ValueError(f"exclude: {unknown_module(name, layers)}")
+
+    weights = {name: layer.weight.detach() for name, layer in layers.items() if name not in exclude}
+    owner: dict[int, str] = {}  # of each weight, the first layer to use it: a tied weight is counted and ranked once
+    for name in weights:
+        owner.setdefault(id(layers[name].weight), name)
+    shapes = {name: weights[name].shape for name in owner.values()}
+    scores = {name: _block_scores(_checked_scores(rule, name, weights[name]), block4) for name in shapes}
+    sizes = {name: _block_sizes(shape, block4) for name, shape in shapes.items()}
+    kept = _keep(scores, sizes, _targets(shapes, float(density), scope))
+
+    masks = {}
+    for name, weight in weights.items():
+        blocks = kept[owner[id(layers[name].weight)]]
+        masks[name] = _whole_blocks(blocks, block4, weight.shape).to(weight.device)
+        if density > 0 and not blocks.any():
+            log.warning("prune keeps no weight of %r: nothing passes through this layer", name)
+    return masks
+
+
+def _checked_scores(rule: Score, name: str, weight: Tensor) -> Tensor:
+    found = rule(name, weight)
+    if not isinstance(found, Tensor) or found.shape != weight.shape:
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"score of {name!r} must be a tensor of the weight's shape {tuple(weight.shape)}, got {what}")
+    found = found.detach().double().cpu()
+    if found.isnan().any():
+        raise ValueError(f"score of {name!r} is NaN in {int(found.isnan().sum())} places, so it cannot be ranked")
+    if (found < 0).any():
+        raise ValueError(f"score of {name!r} must not be negative, got {float(found.min()):g}")
+    return found
+
+
+def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
+    """The root mean square of each block's scores; for single weights the scores themselves, which rank the same."""
+    if math.prod(block) == 1:
+        return scores
+    grid = [-(-length // size) for length, size in zip(scores.shape, block, strict=True)]
+    padded = scores.new_zeros([count * size for count, size in zip(grid, block, strict=True)])
+    padded[tuple(slice(length) for length in scores.shape)] = scores
+    split = [length for pair in zip(grid, block, strict=True) for length in pair]
+    return (padded.square().reshape(split).sum((1, 3, 5, 7)) / _block_sizes(scores.shape, block)).sqrt()
+
+
+def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
+    """How many weights each block has: fewer at the edges."""
+    sizes = torch.ones(1, dtype=torch.int64)
+    for length, size in zip(shape, block, strict=True):
+        sizes = sizes.unsqueeze(-1) * torch.tensor([min(size, length - start) for start in range(0, length, size)])
+    return sizes.squeeze(0)
+
+
+def _whole_blocks(kept: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
+    for dim, size in enumerate(block):
+        kept = kept.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
+    return kept.contiguous()
+
+
+def _targets(shapes: Mapping[str, torch.Size], density: float, scope: str) -> dict[tuple[str, ...], int]:
+    """How many weights to keep in each group of layers that is ranked together."""
+    if scope == "global":
+        return {tuple(shapes): round(density * sum(shape.numel() for shape in shapes.values()))}
+    densities = _erk_densities(shapes, density) if scope == "erk" else dict.fromkeys(shapes, density)
+    return {(name,): round(densities[name] * shape.numel()) for name, shape in shapes.items()}
+
+
+def _erk_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
+    """min(1, scale * (K + C + R + S) / (K C R S)), the scale such that the whole has the wanted density.
+
+    A layer whose share exceeds 1 is kept whole, and what is left goes to the others by the same rule.
+    """
+    whole: set[str] = set()
+    budget = density * sum(shape.numel() for shape in shapes.values())
+    while True:
+        rest = {name: shape for name, shape in shapes.items() if name not in whole}
+        left = budget - sum(shapes[name].numel() for name in whole)
+        scale = left / sum(sum(shape) for shape in rest.values()) if rest else 0.0
+        over = {name for name, shape in rest.items() if scale * sum(shape) > shape.numel()}
+        if not over:
+            return dict.fromkeys(whole, 1.0) | {n: scale * sum(shape) / shape.numel() for n, shape in rest.items()}
+        whole |= over
+
+
+def _keep(
+    scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], targets: Mapping[tuple[str, ...], int]
+) -> dict[str, Tensor]:
+    """The blocks kept in each layer: of each group the highest, until its target is met as nearly as can be."""
+    kept: dict[str, Tensor] = {}
+    for names, target in targets.items():
+        if not names:
+            continue
+        order = torch.cat([scores[name].flatten() for name in names]).argsort(descending=True, stable=True)
+        totals = torch.cat([sizes[name].flatten() for name in names])[order].cumsum(0)
+        count = int(torch.searchsorted(totals, target, right=True))
+        missing = target - int(totals[count - 1]) if count else target
+        if count < len(totals) and int(totals[count]) - target < missing:
+            count += 1
+        flags = torch.zeros(len(totals), dtype=torch.bool)
+        flags[order[:count]] = True
+        parts = flags.split([scores[name].numel() for name in names])
+        kept |= {name: part.reshape(scores[name].shape) for name, part in zip(names, parts, strict=True)}
+    return kept

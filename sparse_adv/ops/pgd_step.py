@@ -1,0 +1,133 @@
+"""`pgd_step`: one step of projected gradient ascent, fused: move along the gradient, project, clamp."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NORMS = ("linf", "l2")
+
+
+def pgd_step(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    alpha: float,
+    eps: float,
+    norm: str = "linf",
+    lo: float = 0.0,
+    hi: float = 1.0,
+) -> Tensor:
+    """Move images along the gradient by alpha, project them on the ball around the clean ones, clamp to [lo, hi].
+
+    Equivalent to, for "linf"::
+
+        adv = adv + alpha * grad.sign()
+        adv = adv.clamp(clean - eps, clean + eps).clamp(lo, hi)
+
+    bit for bit (the sign of NaN is 0), and for "l2", with g one image's gradient and d one image's offset::
+
+        adv = adv + alpha * g / norm(g)
+        d = adv - clean
+        adv = (clean + d * min(1, eps / norm(d))).clamp(lo, hi)
+
+    where entries of g that are not finite count as 0, a zero gradient moves nothing and norms are summed in float64.
+    The step is not differentiable: the output is detached. Results do not depend on the number of threads.
+
+    Args:
+        adv: float tensor [N, ...], the images to move. 16-bit images are computed in float32 and rounded once.
+        grad: float tensor of adv's shape, of any float dtype: the loss's gradient at adv.
+        clean: float tensor of adv's shape and dtype: the centre of the ball.
+        alpha: step size in image units; negative to descend.
+        eps: radius of the ball in image units; `math.inf` for no projection.
+        norm: "linf" or "l2".
+        lo, hi: the range of pixel values.
+
+    Returns:
+        float tensor of adv's shape and dtype, laid out in memory as `torch.empty_like(adv)`.
+
+    Raises:
+        TypeError: if an image tensor is not floating, or the dtypes of adv and clean differ.
+        ValueError: if shapes or devices differ, alpha is not finite, eps is negative, lo > hi, or the norm is unknown.
+
+    Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
+    """
+    _check(adv, grad, clean, alpha, eps, norm, lo, hi)
+    return torch.ops.sparse_adv.pgd_step(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
+
+
+def pgd_step_(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    alpha: float,
+    eps: float,
+    norm: str = "linf",
+    lo: float = 0.0,
+    hi: float = 1.0,
+) -> Tensor:
+    """`pgd_step` in place: writes the moved images into adv, whatever its strides, and returns it.
+
+    Args and errors are those of `pgd_step`; moreover adv must not share memory among its own elements, and in-place
+    writing to a tensor that requires grad needs `torch.no_grad()`, as everywhere in PyTorch.
+    """
+    _check(adv, grad, clean, alpha, eps, norm, lo, hi)
+    if adv.requires_grad and torch.is_grad_enabled():
+        raise ValueError("adv requires grad: call pgd_step_ under torch.no_grad(), or use pgd_step")
+    if any(stride == 0 and size > 1 for stride, size in zip(adv.stride(), adv.shape, strict=True)):
+        raise ValueError(f"adv is expanded (strides {adv.stride()}): several elements share memory; clone it first")
+    torch.ops.sparse_adv.pgd_step_(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
+    # An op from outside PyTorch must count its write itself, or a graph that saved adv would go on with wrong values.
+    if not torch.compiler.is_compiling() and not adv.is_inference():
+        torch.autograd.graph.increment_version(adv)
+    return adv
+
+
+def check_ball(eps: float, norm: str, lo: float, hi: float) -> None:
+    """Raises ValueError if these describe no ball of images."""
+    if norm not in NORMS:
+        raise ValueError(f'norm must be "linf" or "l2", got {norm!r}')
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative or NaN, got {eps}")
+    if not lo <= hi:
+        raise ValueError(f"lo must not exceed hi, got lo={lo} and hi={hi}")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises ValueError if this is no step size."""
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError if this is no tensor of floating point numbers."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+
+
+def _check(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float) -> None:
+    check_ball(eps, norm, lo, hi)
+    check_alpha(alpha)
+    check_floating("adv", adv)
+    for name, tensor in {"grad": grad, "clean": clean}.items():
+        check_floating(name, tensor)
+        if tensor.shape != adv.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, adv {tuple(adv.shape)}: they must agree")
+        if tensor.device != adv.device:
+            raise ValueError(f"{name} is on {tensor.device}, adv on {adv.device}")
+    if clean.dtype != adv.dtype:
+        raise TypeError(f"clean is {clean.dtype}, adv is {adv.dtype}: they must agree")
+
+
+@torch.library.register_fake("sparse_adv::pgd_step")
+def _(adv: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(adv)
+
+
+@torch.library.register_fake("sparse_adv::pgd_step_")
+def _(adv: Tensor, *_: object) -> None:
+    return None

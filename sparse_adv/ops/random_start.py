@@ -1,0 +1,82 @@
+"""`random_start`: images moved to a random point of the ball around them, the start of an attack."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_adv.ops.pgd_step import check_ball, check_floating
+
+_SEEDS = range(-(2**63), 2**63)
+
+
+def random_start(
+    clean: Tensor,
+    eps: float,
+    norm: str = "linf",
+    seed: int | Tensor | torch.Generator = 0,
+    lo: float = 0.0,
+    hi: float = 1.0,
+) -> Tensor:
+    """Add noise that is uniform in the ball of radius eps, then clamp to [lo, hi].
+
+    Equivalent to, for "linf"::
+
+        (clean + torch.empty_like(clean).uniform_(-eps, eps)).clamp(lo, hi)
+
+    and for "l2", with z one image of normal noise, u uniform in (0, 1] and d the number of its elements::
+
+        (clean + eps * u ** (1 / d) * z / norm(z)).clamp(lo, hi)
+
+    Random numbers come from a counter: element i of the batch, in NCHW order, reads word i % 4 of Philox block
+    i // 4 + offset. So neither threads nor the memory layout change them. N-FGSM's wider noise is
+    `random_start(clean, 2 * eps, lo=-math.inf, hi=math.inf)`. Not differentiable: the output is detached.
+
+    Args:
+        clean: float tensor [N, ...]. 16-bit images are computed in float32 and rounded once.
+        eps: radius of the ball in image units.
+        norm: "linf" or "l2".
+        seed: an integer of 64 bits; or an int64 tensor [2], Philox key and block offset (the next offset that shares
+            no number with this call is `offset + ceil(clean.numel() / 4)`); or a generator, of which one number is
+            drawn.
+        lo, hi: the range of pixel values.
+
+    Returns:
+        float tensor of clean's shape and dtype, laid out in memory as `torch.empty_like(clean)`.
+
+    Raises:
+        TypeError: if clean is not floating or seed is of no such type.
+        ValueError: if eps is negative or infinite, lo > hi, the norm is unknown, or a seed tensor is not [2].
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Philox4x32-10; the start itself is
+    that of Madry et al. (ICLR 2018), section 4.
+    """
+    check_floating("clean", clean)
+    check_ball(eps, norm, lo, hi)
+    if eps == float("inf"):
+        raise ValueError("eps must be finite, got inf")
+    return torch.ops.sparse_adv.random_start(clean.detach(), seed_words(seed).to(clean.device), eps, norm, lo, hi)
+
+
+def seed_words(seed: int | Tensor | torch.Generator | None) -> Tensor:
+    """The int64 tensor [2] that a seed stands for: Philox key and offset; None is PyTorch's global CPU generator."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}")
+        if seed.shape != (2,):
+            raise ValueError(f"seed must have shape [2] (key and offset), got {tuple(seed.shape)}")
+        return seed
+    if seed is None or isinstance(seed, torch.Generator):
+        device = seed.device if seed is not None else "cpu"
+        key = torch.randint(_SEEDS[0], _SEEDS[-1], (1,), generator=seed, device=device)
+        return torch.cat([key, torch.zeros_like(key)])
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, an int64 tensor [2] or a torch.Generator, got {type(seed).__name__}")
+    if seed not in _SEEDS:
+        raise ValueError(f"seed must fit in a signed 64-bit integer, got {seed}")
+    return torch.tensor([seed, 0])
+
+
+@torch.library.register_fake("sparse_adv::random_start")
+def _(clean: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(clean)

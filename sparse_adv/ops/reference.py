@@ -1,0 +1,173 @@
+"""Every op in plain PyTorch: the specification. Tests, benchmarks and `doctor` alone use it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+IntPair = int | tuple[int, int]
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """The convolution with the kept weights alone, then scale, bias, residual and ReLU."""
+    output = F.conv2d(input, _kept(weight, mask), None, stride, padding, dilation, groups)
+    if scale is not None:
+        output = output * scale[:, None, None]
+    if bias is not None:
+        output = output + bias[:, None, None]
+    if residual is not None:
+        output = output + residual
+    return output.relu() if relu else output
+
+
+def masked_conv2d_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    input_size: tuple[int, ...],
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The gradient of the convolution with respect to its input."""
+    return conv2d_input(input_size, _kept(weight, mask), grad_output, stride, padding, dilation, groups)
+
+
+def masked_conv2d_grad_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: Tensor,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The gradient of the convolution with respect to its weight, 0 where the mask is false."""
+    size = tuple(mask.shape)
+    return _kept(conv2d_weight(input, size, grad_output, stride, padding, dilation, groups), mask)
+
+
+def pgd_step(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    alpha: float,
+    eps: float,
+    norm: str = "linf",
+    lo: float = 0.0,
+    hi: float = 1.0,
+) -> Tensor:
+    """One step of projected gradient ascent; norms are taken in float64, 16-bit images are computed in float32."""
+    dtype = _working(adv)
+    step, working = (_step_linf, dtype) if norm == "linf" else (_step_l2, torch.float64)
+    moved = step(adv.to(working), grad.to(dtype).to(working), clean.to(working), alpha, eps)
+    return moved.to(dtype).clamp(lo, hi).to(adv.dtype)
+
+
+def _step_linf(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float) -> Tensor:
+    return (adv + alpha * grad.sign()).clamp(clean - eps, clean + eps)
+
+
+def _step_l2(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float) -> Tensor:
+    slope = grad.where(grad.isfinite(), 0)
+    length = _norm(slope)
+    moved = adv + alpha * (slope / length).where(length > 0, 0)
+    offset = moved - clean
+    distance = _norm(offset)
+    return moved.where(distance <= eps, clean + offset * (eps / distance))
+
+
+def random_start(
+    clean: Tensor, seed: Tensor, eps: float, norm: str = "linf", lo: float = 0.0, hi: float = 1.0
+) -> Tensor:
+    """Uniform noise in the ball from the Philox stream of `seed`, int64 [2]: key and offset."""
+    dtype = _working(clean)
+    key, offset = seed
+    elements = _stream(clean.numel(), key, offset, stream=0)
+    if norm == "linf":
+        radius = torch.tensor(eps, dtype=dtype).double()
+        noise = radius * ((elements >> 8).double() * 2.0**-23 - 1)
+        return (clean.double() + noise.view(clean.shape)).to(dtype).clamp(lo, hi).to(clean.dtype)
+    samples = clean.shape[0] if clean.dim() else 1
+    if samples == 0 or clean.numel() == 0:
+        return torch.empty_like(clean)
+    direction = _normal(clean.numel(), key, offset).view(samples, -1)
+    direction = direction / direction.norm(dim=1, keepdim=True)
+    radius = eps * _unit(_stream(samples, key, offset, stream=1)) ** (1 / direction.shape[1])
+    noise = (radius[:, None] * direction).view(clean.shape)
+    return (clean.double() + noise).to(dtype).clamp(lo, hi).to(clean.dtype)
+
+
+def philox(counter: Tensor, stream: int, key: Tensor) -> Tensor:
+    """Philox4x32-10: the words int64 [n, 4], each below 2**32, of 64-bit counters [n] with `stream` as third word."""
+    zeros = torch.zeros_like(counter)
+    words = [counter & _LOW32, (counter >> 32) & _LOW32, zeros + stream, zeros]
+    return philox_rounds(words, [key & _LOW32, (key >> 32) & _LOW32])
+
+
+def philox_rounds(words: list[Tensor], keys: list[Tensor]) -> Tensor:
+    """The ten rounds on four counter words and two key words, int64 tensors of values below 2**32."""
+    for _ in range(10):
+        high0, low0 = _multiply32(0xD2511F53, words[0])
+        high1, low1 = _multiply32(0xCD9E8D57, words[2])
+        words = [high1 ^ words[1] ^ keys[0], low1, high0 ^ words[3] ^ keys[1], low0]
+        keys = [(keys[0] + 0x9E3779B9) & _LOW32, (keys[1] + 0xBB67AE85) & _LOW32]
+    return torch.stack(words, dim=-1)
+
+
+_LOW32 = 0xFFFFFFFF
+
+
+def _multiply32(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    """The high and the low 32 bits of a product, by halves: int64 cannot hold an unsigned product of 64 bits."""
+    high = ((factor >> 16) * words + ((factor & 0xFFFF) * words >> 16)) >> 16
+    return high, (factor * words) & _LOW32
+
+
+def _stream(count: int, key: Tensor, offset: Tensor, stream: int) -> Tensor:
+    """The words that the elements 0 ... count - 1 read."""
+    return philox(torch.arange((count + 3) // 4) + offset, stream, key).flatten()[:count]
+
+
+def _unit(words: Tensor) -> Tensor:
+    return (words.double() + 1) * 2.0**-32
+
+
+def _normal(count: int, key: Tensor, offset: Tensor) -> Tensor:
+    """Box-Muller on neighbouring words."""
+    first, second = _unit(_stream((count + 1) // 2 * 2, key, offset, stream=0)).view(-1, 2).unbind(1)
+    radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()[:count]
+
+
+def _kept(weight: Tensor, mask: Tensor) -> Tensor:
+    """Selected and not multiplied: a pruned NaN counts as 0."""
+    return weight.where(mask, 0)
+
+
+def _norm(images: Tensor) -> Tensor:
+    """The l2 norm of each image of a batch, in a shape that broadcasts against it."""
+    dims = tuple(range(1, images.dim()))
+    return torch.linalg.vector_norm(images, dim=dims, keepdim=True) if dims else images.abs()
+
+
+def _working(images: Tensor) -> torch.dtype:
+    return torch.float64 if images.dtype == torch.float64 else torch.float32
