@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -24,29 +25,30 @@ struct Lists {
   std::vector<int32_t> rows, entries;
 };
 
-struct Entry {
-  int64_t row, channel, tap;  // row: the channel that the pass writes; channel: the one that it reads
-};
+// The kept weights in memory order: those of output channel k are codes[starts[k]] .. codes[starts[k + 1] - 1], each
+// channel << kTapBits | tap with the channel's number within its group.
+struct Kept {
+  std::vector<int32_t> starts{0}, codes;
 
-// Calls visit(k, c, tap) for each kept weight in memory order, skipping eight pruned ones at a time.
-template <class Visit>
-void for_each_kept(const uint8_t* mask, int64_t out_channels, int64_t in_channels, int64_t taps, Visit visit) {
-  for (int64_t k = 0; k < out_channels; ++k) {
-    const uint8_t* row = mask + k * in_channels * taps;
-    const int64_t size = in_channels * taps;
-    for (int64_t i = 0; i < size;) {
-      uint64_t eight = 1;
-      if (i + 8 <= size) std::memcpy(&eight, row + i, 8);
-      const int64_t end = std::min(size, i + 8);
-      if (eight == 0) {
-        i = end;
-        continue;
+  Kept(const uint8_t* mask, int64_t out_channels, int64_t in_channels, int64_t taps) {
+    const int64_t row_size = in_channels * taps;
+    std::vector<int32_t> code_of(row_size);  // a table, because dividing by `taps` for each weight took half the time
+    for (int64_t i = 0; i < row_size; ++i) code_of[i] = static_cast<int32_t>(i / taps << kTapBits | i % taps);
+    codes.reserve(out_channels * row_size / 8);
+    for (int64_t k = 0; k < out_channels; ++k) {
+      const uint8_t* row = mask + k * row_size;
+      for (int64_t i = 0; i < row_size; i += 8) {
+        const int64_t end = std::min(row_size, i + 8);
+        uint64_t eight = 0;
+        std::memcpy(&eight, row + i, end - i);
+        if (eight == 0) continue;
+        for (int64_t j = i; j < end; ++j)
+          if (row[j]) codes.push_back(code_of[j]);
       }
-      for (; i < end; ++i)
-        if (row[i]) visit(k, i / taps, i % taps);
+      starts.push_back(static_cast<int32_t>(codes.size()));
     }
   }
-}
+};
 
 // The channels of a segment, so that a list holds about 14 kept entries: enough FMAs to hide loading and storing the
 // accumulators, few enough channels for the image tile to stay in L1. Measured in benchmarks/NOTES.md.
@@ -59,29 +61,39 @@ int64_t segment_channels(int64_t kept, int64_t rows, int64_t channels, int64_t v
   return segment;
 }
 
-// Lists for rows that are written `vector` at a time. Rows and channels are numbered within their group; entries carry
-// the channel's number in the whole image.
-template <class ForEachEntry>
-Lists build(int64_t groups, int64_t group_rows, int64_t group_channels, int64_t vector, int64_t segment,
-            ForEachEntry for_each_entry) {
-  Lists lists{vector, segment, {}, {}};
+struct Place {
+  int64_t row, channel;  // within the group: the channel that the pass writes, and the one that it reads
+  int32_t entry;
+};
+
+// Sorts the kept weights into lists; place_of(k, code) says where one belongs.
+template <class PlaceOf>
+Lists build(const Kept& kept, int64_t groups, int64_t group_rows, int64_t group_channels, int64_t vector,
+            PlaceOf place_of) {
+  const auto count = static_cast<int64_t>(kept.codes.size());
+  const auto out_channels = static_cast<int64_t>(kept.starts.size()) - 1;
+  Lists lists{vector, segment_channels(count, group_rows * groups, group_channels, vector), {}, {}};
   const int64_t vectors = (group_rows + vector - 1) / vector;
-  const int64_t segments = (group_channels + segment - 1) / segment;
-  auto list_of = [&](int64_t group, const Entry& entry) {
-    return entry.channel / segment * vectors * groups + group * vectors + entry.row / vector;
+  const int64_t segments = (group_channels + lists.segment_channels - 1) / lists.segment_channels;
+  const int vector_bits = std::countr_zero(static_cast<uint64_t>(vector));
+  const int segment_bits = std::countr_zero(static_cast<uint64_t>(lists.segment_channels));
+  auto for_each_entry = [&](auto visit) {
+    for (int64_t k = 0; k < out_channels; ++k) {
+      const int64_t group = k / (out_channels / groups);
+      for (int32_t i = kept.starts[k]; i < kept.starts[k + 1]; ++i) {
+        const Place place = place_of(k, kept.codes[i]);
+        if (place.row & (vector - 1)) continue;  // the first row stands for the vector
+        visit((place.channel >> segment_bits) * vectors * groups + group * vectors + (place.row >> vector_bits),
+              place.entry);
+      }
+    }
   };
   lists.rows.assign(segments * vectors * groups + 1, 0);
-  for_each_entry([&](int64_t group, const Entry& entry) {
-    if (entry.row % vector == 0) ++lists.rows[list_of(group, entry) + 1];
-  });
+  for_each_entry([&](int64_t list, int32_t) { ++lists.rows[list + 1]; });
   for (size_t i = 1; i < lists.rows.size(); ++i) lists.rows[i] += lists.rows[i - 1];
   lists.entries.resize(lists.rows.back());
   std::vector<int32_t> next(lists.rows.begin(), lists.rows.end() - 1);
-  for_each_entry([&](int64_t group, const Entry& entry) {
-    if (entry.row % vector != 0) return;
-    const int64_t channel = group * group_channels + entry.channel;
-    lists.entries[next[list_of(group, entry)]++] = static_cast<int32_t>(channel << kTapBits | entry.tap);
-  });
+  for_each_entry([&](int64_t list, int32_t entry) { lists.entries[next[list]++] = entry; });
   return lists;
 }
 
@@ -106,23 +118,18 @@ py::list compile_pattern(const py::array_t<bool, py::array::c_style>& mask, cons
   if (taps > kMaxTaps || out_channels > kMaxChannels || in_channels * groups > kMaxChannels)
     throw std::invalid_argument("mask is too large");
   const int64_t group_out = out_channels / groups;
-  const auto* flags = reinterpret_cast<const uint8_t*>(mask.data());
-  auto for_each = [&](auto visit) { for_each_kept(flags, out_channels, in_channels, taps, visit); };
-  int64_t kept = 0;
-  for_each([&](int64_t, int64_t, int64_t) { ++kept; });
-
-  const int64_t vector = vector_of(block[0], groups, group_out);
+  const Kept kept(reinterpret_cast<const uint8_t*>(mask.data()), out_channels, in_channels, taps);
   const Lists forward =
-      build(groups, group_out, in_channels, vector, segment_channels(kept, out_channels, in_channels, vector),
-            [&](auto visit) {
-              for_each([&](int64_t k, int64_t c, int64_t tap) { visit(k / group_out, {k % group_out, c, tap}); });
+      build(kept, groups, group_out, in_channels, vector_of(block[0], groups, group_out),
+            [&](int64_t k, int32_t code) -> Place {
+              const int64_t first = k / group_out * in_channels;
+              return {k % group_out, code >> kTapBits, static_cast<int32_t>(code + (first << kTapBits))};
             });
-  const int64_t grad_input_vector = vector_of(block[1], groups, in_channels);
-  const Lists grad_input =
-      build(groups, in_channels, group_out, grad_input_vector,
-            segment_channels(kept, in_channels * groups, group_out, grad_input_vector), [&](auto visit) {
-              for_each([&](int64_t k, int64_t c, int64_t tap) { visit(k / group_out, {c, k % group_out, tap}); });
-            });
+  const Lists grad_input = build(kept, groups, in_channels, group_out, vector_of(block[1], groups, in_channels),
+                                 [&](int64_t k, int32_t code) -> Place {
+                                   const auto tap = static_cast<int32_t>(code & (kMaxTaps - 1));
+                                   return {code >> kTapBits, k % group_out, static_cast<int32_t>(k << kTapBits) | tap};
+                                 });
 
   py::array_t<int64_t> header_array(kHeaderSize);
   int64_t* header = header_array.mutable_data();
@@ -134,10 +141,10 @@ py::list compile_pattern(const py::array_t<bool, py::array::c_style>& mask, cons
   header[kFilterCols] = mask.shape(3);
   header[kGroups] = groups;
   std::copy_n(block.data(), 4, header + kBlockOut);
-  header[kKept] = kept;
-  header[kVector] = vector;
+  header[kKept] = static_cast<int64_t>(kept.codes.size());
+  header[kVector] = forward.vector;
   header[kSegmentChannels] = forward.segment_channels;
-  header[kGradInputVector] = grad_input_vector;
+  header[kGradInputVector] = grad_input.vector;
   header[kGradInputSegmentChannels] = grad_input.segment_channels;
   py::list pattern;
   pattern.append(header_array);

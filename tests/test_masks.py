@@ -9,7 +9,7 @@ from torch import nn
 from sparse_adv import masks
 from sparse_adv import nn as masked
 from sparse_adv.masks import SUPPORTED_BLOCKS, density, distance, largest_block, multiply_add_density, prune
-from sparse_adv.ops.masked_conv2d import obeys
+from sparse_adv.ops.pattern import obeys
 
 SCOPES = ("global", "uniform", "erk")
 

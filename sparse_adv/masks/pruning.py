@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks.convolutions import convolutions, unknown_module
-from sparse_adv.ops.masked_conv2d import check_block
+from sparse_adv.ops.pattern import check_block
 
 log = logging.getLogger(__name__)
 

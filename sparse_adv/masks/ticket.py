@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sparse_adv.masks.algebra import density, largest_block
 from sparse_adv.ops import build_facts
-from sparse_adv.ops.masked_conv2d import check_mask
+from sparse_adv.ops.pattern import check_mask
 
 _FORMAT = "sparse_adv ticket 1"
 

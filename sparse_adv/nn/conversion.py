@@ -15,7 +15,7 @@ from sparse_adv.masks.convolutions import unknown_module
 from sparse_adv.nn import optimizer_guard
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_convertible, pattern_of
 from sparse_adv.ops import Pattern
-from sparse_adv.ops.masked_conv2d import check_block, check_mask
+from sparse_adv.ops.pattern import check_block, check_mask
 
 
 class _Plan(NamedTuple):

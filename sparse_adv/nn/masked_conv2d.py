@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from sparse_adv.masks import largest_block
 from sparse_adv.nn import optimizer_guard
 from sparse_adv.ops import Pattern, compile_pattern, masked_conv2d, pack_pattern, set_paths
-from sparse_adv.ops.masked_conv2d import check_block, check_mask, obeys
+from sparse_adv.ops.pattern import check_block, check_mask, obeys
 
 PASSES = ("forward", "grad_input", "grad_weight")
 

@@ -1,4 +1,4 @@
-"""`masked_conv2d`: a 2-D convolution whose weight is sparse under a fixed mask, and its gradients.
+"""`masked_conv2d`: a 2-D convolution whose weight is sparse under a fixed mask.
 
 Letters: N batch, C input channels, H x W image; K output channels, R x S filter; P x Q output.
 """
@@ -12,132 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from sparse_adv.ops._library import host
-
-Pattern = list[Tensor]
-"""A compiled mask: what `compile_pattern` returns and `masked_conv2d` takes. Its layout: csrc/pattern_layout.h."""
-
-_HEADER = host.header_fields
-_PLAIN_LENGTH = 6  # without packed values
-_PATHS = ("auto", "sparse", "dense")
-
-
-def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1) -> Pattern:
-    """Compile a mask into the index lists that the sparse kernels walk; do it once per mask change, not per call.
-
-    Args:
-        mask: bool tensor [K, C/groups, R, S], true = kept.
-        block: `(bo, bi)` or `(bo, bi, br, bs)`: all weights in a group of bo consecutive output channels x bi
-            consecutive input channels x br x bs filter taps share their fate; `(bo, bi)` means one tap at a time.
-            Blocks at an edge are smaller.
-        groups: the convolution's groups.
-
-    Returns:
-        The pattern: a list of index tensors that name channels and taps, never image sizes.
-
-    Raises:
-        TypeError: if the mask is not a bool tensor.
-        ValueError: if its shape, the block or the groups do not fit, or the mask does not obey the block.
-    """
-    block4 = check_block(block)
-    check_mask(mask)
-    if groups < 1 or mask.shape[0] % groups:
-        raise ValueError(f"groups must divide the mask's {mask.shape[0]} output channels, got {groups}")
-    if not obeys(mask, block4):
-        raise ValueError(f"mask does not obey block {tuple(block)}: some block is neither kept nor pruned as a whole")
-    try:
-        arrays = host.compile_pattern(mask.detach().contiguous().cpu().numpy(), block4, groups)
-    except ValueError as error:
-        raise ValueError(f"mask of shape {tuple(mask.shape)} cannot be compiled: {error}") from error
-    header, *lists = (torch.from_numpy(array) for array in arrays)
-    return [header, *(tensor.to(mask.device) for tensor in lists)]
-
-
-def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
-    """Add the weight's kept values to a pattern, so that calls read them in the kernel's order instead of gathering.
-
-    The result stands for this weight as long as the weight does not change: use it for the passes between two
-    optimiser steps. The kernels then also take for granted that pruned entries of the weight are 0.
-
-    Args:
-        pattern: what `compile_pattern` returned for the weight's mask, on the CPU.
-        weight: float32 tensor [K, C/groups, R, S] on the CPU, 0 where pruned.
-    """
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise ValueError(f"weight must be float32 on the CPU to be packed, got {weight.dtype} on {weight.device}")
-    plain = _without_values(pattern)
-    values = torch.ops.sparse_adv.pack_values(weight.detach(), plain)
-    return [_with_header(plain, "weight_is_masked", [1])[0], *plain[1:], *values]
-
-
-def set_paths(pattern: Pattern, forward: str = "auto", grad_input: str = "auto", grad_weight: str = "auto") -> Pattern:
-    """A copy of the pattern that fixes which kernel each pass takes: "sparse", "dense", or "auto", a static table.
-
-    A pass for which there is no sparse kernel (float64, 16-bit) stays dense.
-    """
-    paths = (forward, grad_input, grad_weight)
-    for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True):
-        if path not in _PATHS:
-            raise ValueError(f"{name} must be one of {', '.join(_PATHS)}, got {path!r}")
-    return _with_header(pattern, "path", [_PATHS.index(path) for path in paths])
-
-
-def chosen_paths(
-    pattern: Pattern,
-    input_shape: Sequence[int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-) -> dict[str, str]:
-    """The kernel that each pass takes for float32 input of shape [N, C, H, W]: {"forward": "sparse", ...}."""
-    paths = torch.ops.sparse_adv.chosen_paths(
-        pattern, list(input_shape), list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
-    )
-    return {name: _PATHS[path] for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True)}
-
-
-def _with_header(pattern: Pattern, field: str, values: Sequence[int]) -> Pattern:
-    header = pattern[0].clone()
-    start = _HEADER[field]
-    header[start : start + len(values)] = torch.tensor(values)
-    return [header, *pattern[1:]]
-
-
-def _without_values(pattern: Pattern) -> Pattern:
-    if len(pattern) == _PLAIN_LENGTH:
-        return pattern
-    return _with_header(pattern[:_PLAIN_LENGTH], "weight_is_masked", [0])
-
-
-def check_block(block: Sequence[int]) -> tuple[int, int, int, int]:
-    """The block as (bo, bi, br, bs); raises ValueError if it is none."""
-    sizes = tuple(block)
-    if len(sizes) == 2:
-        sizes = (*sizes, 1, 1)
-    if len(sizes) != 4 or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise ValueError(f"block must be 2 or 4 positive integers (bo, bi) or (bo, bi, br, bs), got {tuple(block)}")
-    return sizes
-
-
-def check_mask(mask: Tensor) -> None:
-    """Raises TypeError or ValueError if this is no convolution mask."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor (true = kept), got {found}")
-    if mask.dim() != 4:
-        raise ValueError(f"mask must have the weight's shape [K, C/groups, R, S], got {tuple(mask.shape)}")
-
-
-def obeys(mask: Tensor, block: Sequence[int]) -> bool:
-    """Whether all weights of each block of the mask share their fate."""
-    for dim, size in enumerate(check_block(block)):
-        length = mask.shape[dim]
-        if size == 1 or length == 0:
-            continue
-        first = torch.arange(length, device=mask.device) // size * size
-        if not torch.equal(mask, mask.index_select(dim, first)):
-            return False
-    return True
+from sparse_adv.ops.pattern import Pattern
 
 
 def masked_conv2d(
@@ -184,11 +59,11 @@ def masked_conv2d(
         TypeError: if dtypes differ or are not floating.
         ValueError: if shapes or devices do not fit together, or the pattern belongs to another weight.
     """
-    stride, dilation = _pair(stride), _pair(dilation)
-    padding = _padding(padding, weight, stride, dilation)
-    _check(input, weight, pattern, bias, stride, padding, dilation, groups, scale, residual)
+    strides, dilations = _pair(stride), _pair(dilation)
+    paddings = _padding(padding, weight, strides, dilations)
+    _check(input, weight, pattern, bias, strides, paddings, dilations, groups, scale, residual)
     return torch.ops.sparse_adv.masked_conv2d(
-        input, weight, pattern, bias, stride, padding, dilation, groups, scale, residual, relu
+        input, weight, pattern, bias, strides, paddings, dilations, groups, scale, residual, relu
     )
 
 
@@ -297,99 +172,6 @@ def _(grad_output, weight, pattern, input_size, *_):  # type: ignore
 @torch.library.register_fake("sparse_adv::masked_conv2d_grad_weight")
 def _(grad_output, input, pattern, *_):  # type: ignore
     return input.new_empty(pattern[1].shape)
-
-
-# Gradients. The three ops are closed under differentiation: the convolution is linear in its input and in its weight,
-# so each gradient of each op is another of the three.
-
-
-def _shape_args(ctx: Any) -> tuple[Any, ...]:
-    return ctx.stride, ctx.padding, ctx.dilation, ctx.groups
-
-
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, pattern, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, scale, _, ctx.relu = inputs
-    ctx.save_for_backward(input, weight, scale, output if ctx.relu else None, *pattern)
-
-
-def _backward_forward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, scale, output, *pattern = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    needs_input, needs_weight, needs_bias, needs_scale, needs_residual = (needs[i] for i in (0, 1, 3, 8, 9))
-    if ctx.relu:
-        grad = torch.ops.aten.threshold_backward(grad, output, 0)
-    shape = _shape_args(ctx)
-    grad_input = grad_weight = grad_scale = None
-    if needs_input:
-        scaled = grad if scale is None else grad * scale[:, None, None]
-        grad_input = torch.ops.sparse_adv.masked_conv2d_grad_input(scaled, weight, pattern, input.shape, *shape)
-    if needs_weight or needs_scale:
-        grad_weight = torch.ops.sparse_adv.masked_conv2d_grad_weight(grad, input, pattern, *shape)
-    if scale is not None and grad_weight is not None:
-        # <grad, conv> per channel without the unscaled output: the convolution is linear in the weight.
-        grad_scale = torch.where(pattern[1], grad_weight * weight, 0).sum((1, 2, 3))
-        grad_weight = torch.where(pattern[1], grad_weight * scale[:, None, None, None], 0)
-    return (
-        grad_input,
-        grad_weight if needs_weight else None,
-        [None] * len(pattern),
-        grad.sum((0, 2, 3)) if needs_bias else None,
-        *[None] * 4,
-        grad_scale if needs_scale else None,
-        grad if needs_residual else None,
-        None,
-    )  # type: ignore[return-value]
-
-
-def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, weight, pattern, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
-    ctx.save_for_backward(grad_output, weight, *pattern)
-
-
-def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_output, weight, *pattern = ctx.saved_tensors
-    shape = _shape_args(ctx)
-    needs_grad_output, needs_weight = ctx.needs_input_grad[:2]
-    return (
-        torch.ops.sparse_adv.masked_conv2d(grad, weight, pattern, None, *shape, None, None, False)
-        if needs_grad_output
-        else None,
-        torch.ops.sparse_adv.masked_conv2d_grad_weight(grad_output, grad, pattern, *shape) if needs_weight else None,
-        [None] * len(pattern),
-        *[None] * 5,
-    )  # type: ignore[return-value]
-
-
-def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, input, pattern, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
-    ctx.save_for_backward(grad_output, input, *pattern)
-
-
-def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_output, input, *pattern = ctx.saved_tensors
-    # Here the gradient takes the weight's place, and values packed for the weight must not.
-    pattern = _without_values(pattern)
-    shape = _shape_args(ctx)
-    needs_grad_output, needs_input = ctx.needs_input_grad[:2]
-    return (
-        torch.ops.sparse_adv.masked_conv2d(input, grad, pattern, None, *shape, None, None, False)
-        if needs_grad_output
-        else None,
-        torch.ops.sparse_adv.masked_conv2d_grad_input(grad_output, grad, pattern, input.shape, *shape)
-        if needs_input
-        else None,
-        [None] * len(ctx.saved_tensors[2:]),
-        *[None] * 4,
-    )  # type: ignore[return-value]
-
-
-torch.library.register_autograd("sparse_adv::masked_conv2d", _backward_forward, setup_context=_setup_forward)
-torch.library.register_autograd(
-    "sparse_adv::masked_conv2d_grad_input", _backward_grad_input, setup_context=_setup_grad_input
-)
-torch.library.register_autograd(
-    "sparse_adv::masked_conv2d_grad_weight", _backward_grad_weight, setup_context=_setup_grad_weight
-)
 
 
 def _register_autocast(device: str) -> None:

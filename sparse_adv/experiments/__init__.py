@@ -1,0 +1,1 @@
+"""Declared sets of runs, each with its controls."""

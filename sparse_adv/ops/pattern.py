@@ -1,0 +1,139 @@
+"""Patterns: masks compiled into the index lists that the sparse kernels walk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from sparse_adv.ops._library import host
+
+Pattern = list[Tensor]
+"""A compiled mask: what `compile_pattern` returns and `masked_conv2d` takes. Its layout: csrc/pattern_layout.h."""
+
+_HEADER = host.header_fields
+_PLAIN_LENGTH = 6  # without packed values
+_PATHS = ("auto", "sparse", "dense")
+
+
+def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1) -> Pattern:
+    """Compile a mask into the index lists that the sparse kernels walk; do it once per mask change, not per call.
+
+    Args:
+        mask: bool tensor [K, C/groups, R, S], true = kept.
+        block: `(bo, bi)` or `(bo, bi, br, bs)`: all weights in a group of bo consecutive output channels x bi
+            consecutive input channels x br x bs filter taps share their fate; `(bo, bi)` means one tap at a time.
+            Blocks at an edge are smaller.
+        groups: the convolution's groups.
+
+    Returns:
+        The pattern: a list of index tensors that name channels and taps, never image sizes.
+
+    Raises:
+        TypeError: if the mask is not a bool tensor.
+        ValueError: if its shape, the block or the groups do not fit, or the mask does not obey the block.
+    """
+    block4 = check_block(block)
+    check_mask(mask)
+    if groups < 1 or mask.shape[0] % groups:
+        raise ValueError(f"groups must divide the mask's {mask.shape[0]} output channels, got {groups}")
+    if not obeys(mask, block4):
+        raise ValueError(f"mask does not obey block {block}: some block is neither kept nor pruned as a whole")
+    try:
+        # A copy: the pattern keeps the mask, and must not change with the caller's.
+        kept = mask.detach().clone(memory_format=torch.contiguous_format).cpu()
+        arrays = host.compile_pattern(kept.numpy(), block4, groups)
+    except ValueError as error:
+        raise ValueError(f"mask of shape {tuple(mask.shape)} cannot be compiled: {error}") from error
+    header, *lists = (torch.from_numpy(array) for array in arrays)
+    return [header, *(tensor.to(mask.device) for tensor in lists)]
+
+
+def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
+    """Add the weight's kept values to a pattern, so that calls read them in the kernel's order instead of gathering.
+
+    The result stands for this weight as long as the weight does not change: use it for the passes between two
+    optimiser steps. The kernels then also take for granted that pruned entries of the weight are 0.
+
+    Args:
+        pattern: what `compile_pattern` returned for the weight's mask, on the CPU.
+        weight: float32 tensor [K, C/groups, R, S] on the CPU, 0 where pruned.
+    """
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ValueError(f"weight must be float32 on the CPU to be packed, got {weight.dtype} on {weight.device}")
+    plain = without_values(pattern)
+    values = torch.ops.sparse_adv.pack_values(weight.detach(), plain)
+    return [_with_header(plain, "weight_is_masked", [1])[0], *plain[1:], *values]
+
+
+def set_paths(pattern: Pattern, forward: str = "auto", grad_input: str = "auto", grad_weight: str = "auto") -> Pattern:
+    """A copy of the pattern that fixes which kernel each pass takes: "sparse", "dense", or "auto", a static table.
+
+    A pass for which there is no sparse kernel (float64, 16-bit) stays dense.
+    """
+    paths = (forward, grad_input, grad_weight)
+    for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True):
+        if path not in _PATHS:
+            raise ValueError(f"{name} must be one of {', '.join(_PATHS)}, got {path!r}")
+    return _with_header(pattern, "path", [_PATHS.index(path) for path in paths])
+
+
+def chosen_paths(
+    pattern: Pattern,
+    input_shape: Sequence[int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+) -> dict[str, str]:
+    """The kernel that each pass takes for float32 input of shape [N, C, H, W]: {"forward": "sparse", ...}."""
+    paths = torch.ops.sparse_adv.chosen_paths(
+        pattern, list(input_shape), list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
+    )
+    return {name: _PATHS[path] for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True)}
+
+
+def _with_header(pattern: Pattern, field: str, values: Sequence[int]) -> Pattern:
+    header = pattern[0].clone()
+    start = _HEADER[field]
+    header[start : start + len(values)] = torch.tensor(values)
+    return [header, *pattern[1:]]
+
+
+def without_values(pattern: Pattern) -> Pattern:
+    """The pattern without the values of a weight, for a call in which another tensor takes the weight's place."""
+    if len(pattern) == _PLAIN_LENGTH:
+        return pattern
+    return _with_header(pattern[:_PLAIN_LENGTH], "weight_is_masked", [0])
+
+
+def check_block(block: Sequence[int]) -> tuple[int, int, int, int]:
+    """The block as (bo, bi, br, bs); raises ValueError if it is none."""
+    sizes = tuple(block) if isinstance(block, Sequence) else ()
+    if len(sizes) == 2:
+        sizes = (*sizes, 1, 1)
+    if len(sizes) != 4 or not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise ValueError(f"block must be 2 or 4 positive integers (bo, bi) or (bo, bi, br, bs), got {block!r}")
+    return sizes
+
+
+def check_mask(mask: Tensor) -> None:
+    """Raises TypeError or ValueError if this is no convolution mask."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor (true = kept), got {found}")
+    if mask.dim() != 4:
+        raise ValueError(f"mask must have the weight's shape [K, C/groups, R, S], got {tuple(mask.shape)}")
+
+
+def obeys(mask: Tensor, block: Sequence[int]) -> bool:
+    """Whether all weights of each block of the mask share their fate."""
+    for dim, size in enumerate(check_block(block)):
+        length = mask.shape[dim]
+        if size == 1 or length == 0:
+            continue
+        first = torch.arange(length, device=mask.device) // size * size
+        if not torch.equal(mask, mask.index_select(dim, first)):
+            return False
+    return True

@@ -1,0 +1,132 @@
+"""The command line: what it prints, what it writes, and how it speaks of wrong input."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sparse_adv
+from sparse_adv import data, doctor, masks, models, report
+from sparse_adv.__main__ import main
+
+DEMO_FILES = {"epochs.jsonl", "robust_accuracy.png", "robust_accuracy.svg", "table.md", "ticket.safetensors"}
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The demo's data, cut down to what a test can wait for."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    whole = data.digits()
+    few = data.Dataset(*(data.Split(part.images[:64], part.labels[:64]) for part in whole))
+    monkeypatch.setattr(data, "digits", lambda seed: few)
+
+
+@pytest.fixture
+def ticket_file(tmp_path):
+    model = models.build("digits_cnn")
+    kept = masks.prune(model, density=0.2, block=(4, 1), scope="uniform")
+    path = tmp_path / "ticket.safetensors"
+    masks.save_ticket(path, kept, model.state_dict(), {"arch": "digits_cnn"})
+    return path
+
+
+def refused(capsys, *arguments: str) -> str:
+    """What a command prints that must end with exit code 2 and one sentence."""
+    try:
+        code = main(arguments)
+    except SystemExit as end:  # argparse's own way out
+        code = end.code
+    message = capsys.readouterr().err
+    assert code == 2 and "error:" in message and "Traceback" not in message
+    return message
+
+
+def test_the_demo_compares_three_runs_and_writes_its_files(few_digits, tmp_path, capsys):
+    out = tmp_path / "new" / "demo"
+    assert main(["demo", "--out", str(out), "--epochs", "2", "--search-epochs", "1", "--block", "4,1"]) == 0
+    assert {file.name for file in out.iterdir()} == DEMO_FILES
+    records = report.read_records(out / "epochs.jsonl")
+    runs = {record["run"] for record in records}
+    assert runs == {"search", "ticket", "same mask, re-initialised", "dense"}
+    search, first = records[0], next(record for record in records if record["run"] == "ticket")
+    assert first["total_seconds"] >= search["total_seconds"] + first["seconds"]
+    assert first["weights"] == pytest.approx(0.1, abs=0.01) and 0 < first["multiply_adds"] < 1
+    printed = capsys.readouterr().out
+    assert all(run in printed for run in runs) and "search included" in printed
+    assert printed.rstrip().splitlines()[-1].startswith("Files:") and str(out / "table.md") in printed
+
+
+def test_the_ticket_of_a_demo_restores_the_sparse_network(few_digits, tmp_path, capsys):
+    main(["demo", "--out", str(tmp_path), "--epochs", "1", "--search-epochs", "1"])
+    ticket = masks.load_ticket(tmp_path / "ticket.safetensors")
+    start = models.build("digits_cnn", seed=0).state_dict()
+    assert all(torch.equal(start[key], value) for key, value in ticket.state_dict.items())
+    assert masks.density(ticket.masks) == pytest.approx(0.1, abs=0.01)
+    assert ticket.provenance["recipe"]["objective"] == "fgsm"
+    assert main(["explain", str(tmp_path / "ticket.safetensors")]) == 0
+
+
+def test_explain_lists_every_masked_layer(ticket_file, capsys):
+    assert main(["explain", str(ticket_file)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("conv1", "conv2", "conv3", "4x1x1x1"))
+
+
+def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, capsys):
+    assert "nowhere" in refused(capsys, "explain", str(tmp_path / "nowhere"))
+    assert "resnet9" in refused(capsys, "explain", str(ticket_file), "--arch", "resnet9")
+    ticket_file.write_bytes(ticket_file.read_bytes()[:100])
+    assert "ticket.safetensors" in refused(capsys, "explain", str(ticket_file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--density", "1.5"], "1.5"),
+        (["--block", "4,x"], "4,x"),
+        (["--block", "0,1"], "(0, 1)"),
+        (["--epochs", "many"], "many"),
+    ],
+)
+def test_the_demo_refuses_impossible_numbers(few_digits, tmp_path, capsys, arguments, said):
+    message = refused(capsys, "demo", "--out", str(tmp_path), "--search-epochs", "1", *arguments)
+    assert said in message
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(few_digits, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(capsys, "demo", "--out", str(tmp_path / "file" / "demo"))
+
+
+def test_the_doctor_finds_this_installation_healthy(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "SUCCESS"
+    assert torch.__version__ in printed and sparse_adv.__version__ in printed
+    assert all(op in printed for op in ("masked_conv2d", "pgd_step", "random_start"))
+
+
+def test_the_doctor_reports_a_wrong_op_and_a_broken_one(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.ops, "pgd_step", lambda adv, *_: adv)
+    monkeypatch.setattr(doctor.ops, "random_start", None)
+    assert main(["doctor"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("FAILURE") and "pgd_step linf" in last and "random_start l2" in last
+    assert "masked_conv2d" not in last
+
+
+def test_the_doctor_takes_nan_for_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.ops, "random_start", lambda clean, *_: clean * torch.nan)
+    assert main(["doctor"]) == 1
+
+
+def test_help_names_every_command():
+    run = subprocess.run([sys.executable, "-m", "sparse_adv", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in run.stdout for command in ("demo", "doctor", "explain"))
+
+
+def test_no_command_is_wrong_input(capsys):
+    assert "COMMAND" in refused(capsys)
