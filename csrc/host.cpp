@@ -50,13 +50,14 @@ struct Kept {
   }
 };
 
-// The channels of a segment, so that a list holds about 14 kept entries: enough FMAs to hide loading and storing the
-// accumulators, few enough channels for the image tile to stay in L1. Measured in benchmarks/NOTES.md.
+// The channels of a segment: enough for a list to hold 7 entries per output channel of a vector, which hides loading
+// and storing the accumulators; no more, so that the part of the image that a segment reads stays in the L1. A vector
+// of 4 reads tiles of 4 pixels, so more channels of them fit. Measured: benchmarks/NOTES.md.
 int64_t segment_channels(int64_t kept, int64_t rows, int64_t channels, int64_t vector) {
   const double per_channel = static_cast<double>(kept) / static_cast<double>(std::max<int64_t>(rows * channels, 1));
-  int64_t segment = 16;
+  int64_t segment = vector == 4 ? 64 : 16;
   const int64_t limit = vector == 1 ? 64 : 256;
-  while (segment < limit && static_cast<double>(segment) * per_channel < 14.0 * static_cast<double>(vector))
+  while (segment < limit && static_cast<double>(segment) * per_channel < 7.0 * static_cast<double>(vector))
     segment *= 2;
   return segment;
 }

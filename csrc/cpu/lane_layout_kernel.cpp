@@ -43,10 +43,16 @@ void fill_window(const Images& images, const Placement& placement, int64_t first
     for (int64_t p = 0; p < placement.pixel_count; p += kLanes) {
       const int columns = placement.pixel_count - p < kLanes ? static_cast<int>(placement.pixel_count - p) : kLanes;
       load_transposed(v, channel + p, images.image_size, images.count, columns);
+      const int32_t* place = placement.place + p;
+      // Between ascending places that lie kLanes - 1 apart there is no gap.
+      if (placement.ascending && columns == kLanes && place[kLanes - 1] - place[0] == kLanes - 1) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j)
-        if (j < columns && placement.place[p + j] >= 0)
-          store(to + static_cast<int64_t>(placement.place[p + j]) * kLanes, v[j]);
+        for (int j = 0; j < kLanes; ++j) store(to + (place[0] + static_cast<int64_t>(j)) * kLanes, v[j]);
+      } else {
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j)
+          if (j < columns && place[j] >= 0) store(to + static_cast<int64_t>(place[j]) * kLanes, v[j]);
+      }
     }
   }
 }

@@ -24,7 +24,8 @@ struct Placement {
   const int32_t* place;
   const int32_t* gaps;
   int64_t gap_count;
-  int64_t plane;  // vectors from one channel to the next
+  int64_t plane;   // vectors from one channel to the next
+  bool ascending;  // place ascends from pixel to pixel, as it does at unit stride
 };
 
 // What follows the sum: out = relu(scale[k] * sum + bias[k] + residual). Null pointers leave their part out.

@@ -63,7 +63,8 @@ Placement grad_strip(const Window& window, int64_t strip, int64_t row_pitch, Str
           buffers.place.data(),
           buffers.gaps.data(),
           static_cast<int64_t>(buffers.gaps.size()),
-          window.strip * row_pitch};
+          window.strip * row_pitch,
+          true};
 }
 
 // Threads own ranges of output channels, not of images: no sum crosses threads, so the result does not depend on their

@@ -50,17 +50,19 @@ static void tile_of(const OffsetLists& lists, const Tile& tile) {
   constexpr int kPixels = kAccumulators / VECTOR;
   constexpr int kCols = kPixels < TILE_COLS ? kPixels : TILE_COLS;
   constexpr int kRows = kPixels / kCols;
-  for (int part = 0; part < kTilePixels; part += kPixels) {
-    const int row = part / TILE_COLS, col = part % TILE_COLS * kLanes;
-    const float* window = tile.window + row * tile.window_row_pitch + col;
-    float* sums = tile.sums + row * tile.sums_row_pitch + col;
-    for (int64_t segment = 0; segment < lists.segments; ++segment) {
-      const int32_t* rows = lists.rows + segment * lists.vectors;
-      for (int64_t i = 0; i < lists.vectors; ++i) {
-        const int count = rows[i + 1] - rows[i];
-        if (count == 0 && segment > 0) continue;
-        accumulate<VECTOR, kRows, kCols>(tile, window, sums + i * VECTOR * tile.sums_plane, lists.offsets + rows[i],
-                                         lists.values + static_cast<int64_t>(rows[i]) * VECTOR, count, segment == 0);
+  for (int64_t segment = 0; segment < lists.segments; ++segment) {
+    const int32_t* rows = lists.rows + segment * lists.vectors;
+    for (int64_t i = 0; i < lists.vectors; ++i) {
+      const int count = rows[i + 1] - rows[i];
+      if (count == 0 && segment > 0) continue;
+      const int32_t* offsets = lists.offsets + rows[i];
+      const float* values = lists.values + static_cast<int64_t>(rows[i]) * VECTOR;
+      // Part by part within the list and not the other way round: the list stays in the L1.
+      for (int part = 0; part < kTilePixels; part += kPixels) {
+        const int row = part / TILE_COLS, col = part % TILE_COLS * kLanes;
+        accumulate<VECTOR, kRows, kCols>(tile, tile.window + row * tile.window_row_pitch + col,
+                                         tile.sums + i * VECTOR * tile.sums_plane + row * tile.sums_row_pitch + col,
+                                         offsets, values, count, segment == 0);
       }
     }
   }

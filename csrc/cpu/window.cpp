@@ -108,12 +108,16 @@ Placement StripPlacement::describe(const Window& window, int64_t strip) {
   const int64_t last = std::clamp<int64_t>(start + window_rows * rows.source_phases, first, rows.source_size);
   place.assign((last - first) * cols.source_size, -1);
   std::vector<bool> filled(window.plane);
+  bool skipped = false;
   for (int64_t y = first; y < last; ++y) {
     const int64_t row =
         ((y - start) % rows.source_phases * window_rows + (y - start) / rows.source_phases) * window.row_pitch;
     for (int64_t x = 0; x < cols.source_size; ++x) {
       const int64_t u = x + cols.pad;
-      if (u < 0 || u / cols.source_phases >= window.window_cols) continue;
+      if (u < 0 || u / cols.source_phases >= window.window_cols) {
+        skipped = true;
+        continue;
+      }
       const int64_t at = row + u % cols.source_phases * window.window_cols + u / cols.source_phases;
       place[(y - first) * cols.source_size + x] = static_cast<int32_t>(at);
       filled[at] = true;
@@ -127,7 +131,8 @@ Placement StripPlacement::describe(const Window& window, int64_t strip) {
           place.data(),
           gaps.data(),
           static_cast<int64_t>(gaps.size()),
-          window.plane};
+          window.plane,
+          !skipped && cols.source_phases == 1};
 }
 
 void describe_runs(const Window& window, int64_t strip, int64_t phase, std::vector<Run>& runs) {
