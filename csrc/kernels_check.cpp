@@ -85,32 +85,38 @@ int64_t element(const Images& images, int64_t image, int64_t channel, int64_t pi
          (images.channels_last ? pixel * images.channels + channel : channel * images.pixels + pixel);
 }
 
+bool check_fill_window(const Kernels& kernels, bool channels_last, int count, int64_t first_pixel, bool ascending) {
+  const int64_t channels = 2 * kernels.lanes + 3, pixels = 4 * kernels.lanes + 5, plane = pixels + 6;
+  const std::vector<float> data = numbers(count * channels * pixels);
+  const Images images = describe(data.data(), channels, pixels, channels_last, count);
+  // Ascending with a gap after every lanes + 2 pixels, or in reverse with one pixel that goes nowhere.
+  std::vector<int32_t> place(pixels - first_pixel), gaps;
+  for (int32_t i = 0; i < std::ssize(place); ++i)
+    place[i] = ascending ? i + i / (kernels.lanes + 2) : i == 1 ? -1 : static_cast<int32_t>(plane - 2 - i);
+  for (int32_t i = 0; i < plane; ++i)
+    if (std::ranges::find(place, i) == place.end()) gaps.push_back(i);
+  const Placement placement{first_pixel, std::ssize(place), place.data(), gaps.data(), std::ssize(gaps),
+                            plane,       ascending};
+  const int64_t first = 1, last = channels;
+  std::vector<float> window(channels * plane * kernels.lanes, kUntouched);
+  kernels.fill_window(images, placement, first, last, window.data());
+
+  std::vector<double> expected(window.size(), kUntouched);
+  std::fill(expected.begin() + first * plane * kernels.lanes, expected.end(), 0.0);
+  for (int64_t c = first; c < last; ++c)
+    for (int64_t p = 0; p < std::ssize(place); ++p)
+      for (int i = 0; i < count && place[p] >= 0; ++i)
+        expected[(c * plane + place[p]) * kernels.lanes + i] = data[element(images, i, c, first_pixel + p)];
+  return equal(window, expected);
+}
+
 bool check_fill_window(const Kernels& kernels) {
-  const int64_t channels = 2 * kernels.lanes + 3, pixels = 2 * kernels.lanes + 5, plane = pixels + 4;
   bool good = true;
   for (bool channels_last : {false, true})
     for (int count : {1, kernels.lanes - 1, kernels.lanes})
-      for (int64_t first_pixel : {0, 3}) {
-        const std::vector<float> data = numbers(count * channels * pixels);
-        const Images images = describe(data.data(), channels, pixels, channels_last, count);
-        // Pixels in reverse order, one of them nowhere; what they leave free is a gap.
-        std::vector<int32_t> place(pixels - first_pixel), gaps;
-        for (size_t i = 0; i < place.size(); ++i) place[i] = i == 1 ? -1 : static_cast<int32_t>(plane - 2 - i);
-        for (int32_t i = 0; i < plane; ++i)
-          if (std::ranges::find(place, i) == place.end()) gaps.push_back(i);
-        const Placement placement{first_pixel, std::ssize(place), place.data(), gaps.data(), std::ssize(gaps), plane};
-        const int64_t first = 1, last = channels;
-        std::vector<float> window(channels * plane * kernels.lanes, kUntouched);
-        kernels.fill_window(images, placement, first, last, window.data());
-
-        std::vector<double> expected(window.size(), kUntouched);
-        std::fill(expected.begin() + first * plane * kernels.lanes, expected.end(), 0.0);
-        for (int64_t c = first; c < last; ++c)
-          for (int64_t p = 0; p < std::ssize(place); ++p)
-            for (int i = 0; i < count && place[p] >= 0; ++i)
-              expected[(c * plane + place[p]) * kernels.lanes + i] = data[element(images, i, c, first_pixel + p)];
-        good &= equal(window, expected);
-      }
+      for (int64_t first_pixel : {0, 3})
+        for (bool ascending : {false, true})
+          good &= check_fill_window(kernels, channels_last, count, first_pixel, ascending);
   return good;
 }
 

@@ -64,21 +64,16 @@ PatternLists read_lists(const std::vector<Tensor>& tensors, int rows_at, int val
 
 }  // namespace
 
-double Pattern::density() const {
-  const double size = static_cast<double>(out_channels * group_in_channels * taps());
-  return size > 0 ? static_cast<double>(kept) / size : 1.0;
-}
-
 PatternLists Pattern::forward() const {
   const int64_t* header = tensors[kHeader].const_data_ptr<int64_t>();
-  return read_lists(tensors, kRows, kValues, header[kVector], header[kSegmentChannels], groups, group_out_channels(),
+  return read_lists(tensors, kRows, kValues, forward_vector, header[kSegmentChannels], groups, group_out_channels(),
                     group_in_channels, taps());
 }
 
 PatternLists Pattern::grad_input() const {
   const int64_t* header = tensors[kHeader].const_data_ptr<int64_t>();
-  return read_lists(tensors, kGradInputRows, kGradInputValues, header[kGradInputVector],
-                    header[kGradInputSegmentChannels], groups, group_in_channels, group_out_channels(), taps());
+  return read_lists(tensors, kGradInputRows, kGradInputValues, grad_input_vector, header[kGradInputSegmentChannels],
+                    groups, group_in_channels, group_out_channels(), taps());
 }
 
 Pattern read_pattern(const std::vector<Tensor>& tensors) {
@@ -101,6 +96,8 @@ Pattern read_pattern(const std::vector<Tensor>& tensors) {
   pattern.filter_cols = header[kFilterCols];
   pattern.groups = header[kGroups];
   pattern.kept = header[kKept];
+  pattern.forward_vector = header[kVector];
+  pattern.grad_input_vector = header[kGradInputVector];
   pattern.weight_is_masked = header[kWeightIsMasked] == 1;
   check(
       pattern.out_channels % pattern.groups == 0 && pattern.in_channels() <= kMaxChannels && pattern.taps() <= kMaxTaps,

@@ -21,6 +21,7 @@ struct PatternLists {
 
 struct Pattern {
   int64_t out_channels, group_in_channels, filter_rows, filter_cols, groups, kept;
+  int64_t forward_vector, grad_input_vector;
   int64_t path[3];  // of forward, grad_input, grad_weight
   bool weight_is_masked;
   torch::stable::Tensor mask;
@@ -28,7 +29,6 @@ struct Pattern {
   int64_t group_out_channels() const { return out_channels / groups; }
   int64_t in_channels() const { return group_in_channels * groups; }
   int64_t taps() const { return filter_rows * filter_cols; }
-  double density() const;
 
   // The lists of the forward pass and grad_weight, and those of grad_input. Throw std::runtime_error where an index
   // would lead out of bounds.
