@@ -94,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="check this installation",
-        description="Prints versions and what the ops use, compares a small forward and backward of every op with plain "
-        "PyTorch, and ends with SUCCESS (exit code 0) or FAILURE (exit code 1).",
+        description="Prints versions and what the ops use, compares a small forward and backward of every op with "
+        "plain PyTorch, and ends with SUCCESS (exit code 0) or FAILURE (exit code 1).",
     )
     doctor.set_defaults(command=_doctor)
 

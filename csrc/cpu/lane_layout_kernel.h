@@ -25,7 +25,7 @@ struct Placement {
   const int32_t* gaps;
   int64_t gap_count;
   int64_t plane;   // vectors from one channel to the next
-  bool ascending;  // place ascends from pixel to pixel, as it does at unit stride
+  bool ascending;  // place ascends from pixel to pixel, as it does at unit stride if no pixel is left out
 };
 
 // What follows the sum: out = relu(scale[k] * sum + bias[k] + residual). Null pointers leave their part out.

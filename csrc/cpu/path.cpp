@@ -42,6 +42,8 @@ Path choose_path(const Pattern& pattern, const Convolution& conv, Pass pass, tor
   const auto asked = static_cast<Path>(pattern.path[static_cast<int>(pass)]);
   const bool possible = dtype == torch::headeronly::ScalarType::Float && conv.N > 0 && conv.C > 0 && conv.H > 0 &&
                         conv.W > 0 && conv.K > 0;
+  constexpr int64_t kMaxPixels = int64_t{1} << 31;  // the kernels number pixels in int32
+  if (conv.H * conv.W >= kMaxPixels || conv.P * conv.Q >= kMaxPixels) return Path::dense;
   if (!possible || asked == Path::dense) return Path::dense;
   const Window window = pass == Pass::grad_input ? grad_input_window(conv) : forward_window(conv);
   if (!window.fits_int32(SPARSE_ADV_CHOOSE(lane_count)())) return Path::dense;

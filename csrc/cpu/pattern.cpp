@@ -25,7 +25,8 @@ PatternLists read_lists(const std::vector<Tensor>& tensors, int rows_at, int val
                         int64_t segment_channels, int64_t groups, int64_t group_rows, int64_t group_channels,
                         int64_t taps) {
   check(vector == 1 || vector == 2 || vector == 4, "pattern: vector must be 1, 2 or 4, not ", vector);
-  check(segment_channels >= 1, "pattern: segments must hold at least one channel");
+  check(segment_channels >= 1 && segment_channels <= kMaxChannels, "pattern: segments of ", segment_channels,
+        " channels");
   PatternLists lists{};
   lists.vector = vector;
   lists.segment_channels = segment_channels;

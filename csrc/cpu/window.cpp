@@ -132,7 +132,7 @@ Placement StripPlacement::describe(const Window& window, int64_t strip) {
           gaps.data(),
           static_cast<int64_t>(gaps.size()),
           window.plane,
-          !skipped && cols.source_phases == 1};
+          !skipped && rows.source_phases == 1 && cols.source_phases == 1};
 }
 
 void describe_runs(const Window& window, int64_t strip, int64_t phase, std::vector<Run>& runs) {

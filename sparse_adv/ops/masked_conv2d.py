@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from sparse_adv.ops.pattern import Pattern
+from sparse_adv.ops.pattern import Pattern, check_pattern
 
 
 def masked_conv2d(
@@ -59,7 +59,7 @@ def masked_conv2d(
         TypeError: if dtypes differ or are not floating.
         ValueError: if shapes or devices do not fit together, or the pattern belongs to another weight.
     """
-    strides, dilations = _pair(stride), _pair(dilation)
+    strides, dilations = _two("stride", stride), _two("dilation", dilation)
     paddings = _padding(padding, weight, strides, dilations)
     _check(input, weight, pattern, bias, strides, paddings, dilations, groups, scale, residual)
     return torch.ops.sparse_adv.masked_conv2d(
@@ -84,7 +84,14 @@ def _padding(
         return (total[0] // 2, total[1] // 2)
     if isinstance(padding, str):
         raise ValueError(f'padding must be numbers, "same" or "valid", got "{padding}"')
-    return _pair(padding)
+    return _two("padding", padding)
+
+
+def _two(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = tuple(_pair(value))
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be one or two integers, got {value}")
+    return pair
 
 
 def _check(
@@ -103,8 +110,7 @@ def _check(
         raise ValueError(f"input must be [N, C, H, W], got shape {tuple(input.shape)}")
     if not input.is_floating_point():
         raise TypeError(f"input must be a floating point tensor, got {input.dtype}")
-    if len(pattern) not in (6, 8):
-        raise ValueError(f"pattern must be what compile_pattern returned, got a list of {len(pattern)} tensors")
+    check_pattern(pattern, groups)
     if weight.shape != pattern[1].shape:
         raise ValueError(
             f"pattern was made for a weight of shape {tuple(pattern[1].shape)}, weight has shape {tuple(weight.shape)}"

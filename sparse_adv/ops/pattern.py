@@ -61,6 +61,11 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
         pattern: what `compile_pattern` returned for the weight's mask, on the CPU.
         weight: float32 tensor [K, C/groups, R, S] on the CPU, 0 where pruned.
     """
+    check_pattern(pattern)
+    if weight.shape != pattern[1].shape:
+        raise ValueError(
+            f"pattern was made for a weight of shape {tuple(pattern[1].shape)}, weight has shape {tuple(weight.shape)}"
+        )
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         raise ValueError(f"weight must be float32 on the CPU to be packed, got {weight.dtype} on {weight.device}")
     plain = without_values(pattern)
@@ -73,6 +78,7 @@ def set_paths(pattern: Pattern, forward: str = "auto", grad_input: str = "auto",
 
     A pass for which there is no sparse kernel (float64, 16-bit) stays dense.
     """
+    check_pattern(pattern)
     paths = (forward, grad_input, grad_weight)
     for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True):
         if path not in _PATHS:
@@ -88,6 +94,12 @@ def chosen_paths(
     dilation: int | tuple[int, int] = 1,
 ) -> dict[str, str]:
     """The kernel that each pass takes for float32 input of shape [N, C, H, W]: {"forward": "sparse", ...}."""
+    check_pattern(pattern)
+    groups = int(pattern[0][_HEADER["groups"]])
+    if len(input_shape) != 4 or input_shape[1] != pattern[1].shape[1] * groups:
+        raise ValueError(
+            f"input_shape must be [N, {pattern[1].shape[1] * groups}, H, W] for this pattern, got {list(input_shape)}"
+        )
     paths = torch.ops.sparse_adv.chosen_paths(
         pattern, list(input_shape), list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
     )
@@ -125,6 +137,16 @@ def check_mask(mask: Tensor) -> None:
         raise TypeError(f"mask must be a bool tensor (true = kept), got {found}")
     if mask.dim() != 4:
         raise ValueError(f"mask must have the weight's shape [K, C/groups, R, S], got {tuple(mask.shape)}")
+
+
+def check_pattern(pattern: Pattern, groups: int | None = None) -> None:
+    """Raises ValueError if this is no compiled pattern, or one for other groups."""
+    if len(pattern) not in (_PLAIN_LENGTH, _PLAIN_LENGTH + 2):
+        raise ValueError(f"pattern must be what compile_pattern returned, got a list of {len(pattern)} tensors")
+    if groups is not None and not torch.compiler.is_compiling() and pattern[0].numel() > _HEADER["groups"]:
+        compiled_for = int(pattern[0][_HEADER["groups"]])
+        if compiled_for != groups:
+            raise ValueError(f"pattern was compiled for groups={compiled_for}, got groups={groups}")
 
 
 def obeys(mask: Tensor, block: Sequence[int]) -> bool:

@@ -1,0 +1,59 @@
+# `make` says what there is. Everything runs in .venv, which any target makes when it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ENVIRONMENT := $(VENV)/.environment
+BUILT := $(VENV)/.built
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
+SANITIZED := build/sanitize
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench doctor sanitize clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(BUILT)  ## only make the environment and build (every other target does so too)
+
+demo: $(BUILT)  ## the main job: ticket search, adversarial training and controls on real digits (about 3 minutes)
+	$(BIN)/python -m sparse_adv demo
+
+test: $(BUILT)  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(BUILT)  ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f)
+	$(BIN)/mypy
+
+format: $(BUILT)  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $$(find csrc -type f)
+
+bench: $(BUILT)  ## measure every op against dense PyTorch (benchmarks/)
+	$(BIN)/python -m pytest benchmarks --benchmark-enable
+
+doctor: $(BUILT)  ## check the installation
+	$(BIN)/python -m sparse_adv doctor
+
+sanitize: $(BUILT)  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
+	.ci/sanitize $(BIN)/python $(SANITIZED)
+
+clean:  ## remove what was built and the environment
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -f sparse_adv/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes before the build, which needs it; see "Installing" in README.md.
+$(ENVIRONMENT): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch setuptools cmake ninja pybind11
+	@touch $@
+
+$(BUILT): $(ENVIRONMENT) $(NATIVE)
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[demo,test,dev]"
+	@touch $@
