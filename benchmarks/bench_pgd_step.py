@@ -1,11 +1,11 @@
 """`pgd_step` against plain PyTorch, eager and compiled: `pytest benchmarks/bench_pgd_step.py --benchmark-enable -s`."""
 
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from harness import interleaved
 from torch import Tensor
 
 from sparse_adv.ops import pgd_step, reference
@@ -40,15 +40,7 @@ def test_linf_step(benchmark, tensors, rival):
 
 
 def test_ratio_of_interleaved_medians(tensors):
-    """The rivals take turns within each round, so that a busy machine slows all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in RIVALS}
-    for step in RIVALS.values():
-        step(*tensors, ALPHA, EPS)
-    for _ in range(ROUNDS):
-        for name, step in RIVALS.items():
-            begin = time.perf_counter()
-            step(*tensors, ALPHA, EPS)
-            seconds[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    sides = {name: partial(step, *tensors, ALPHA, EPS) for name, step in RIVALS.items()}
+    medians = {name: times["median"] for name, times in interleaved(sides, ROUNDS).items()}
     ratios = ", ".join(f"{name} {medians[name] / medians['sparse_adv']:.2f}x" for name in ("eager", "compile"))
     print(f"\npgd_step {tuple(tensors[0].shape)}: {medians['sparse_adv'] * 1e6:.0f} us; {ratios} of that time")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,10 +103,19 @@ def train(
     Raises:
         FloatingPointError: if the loss is no longer a number.
     """
+    records = []
+    for record in epochs(model, dataset, recipe):
+        records.append(record)
+        if on_epoch:
+            on_epoch(record)
+    return records
+
+
+def epochs(model: nn.Module, dataset: Dataset, recipe: Recipe) -> Iterator[Record]:
+    """The same as `train`, an epoch at each turn: runs that take turns can be compared on a machine that is shared."""
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     order = torch.Generator().manual_seed(recipe.seed)
     noise = torch.Generator().manual_seed(recipe.seed + 1)
-    records: list[Record] = []
     seconds = 0.0
     for epoch in range(recipe.epochs):
         for group in optimizer.param_groups:
@@ -118,10 +127,7 @@ def train(
         last = epoch + 1 == recipe.epochs
         if last or (epoch + 1) % recipe.evaluate_every == 0:
             record |= evaluate(model, dataset.validation, recipe)
-        records.append(record)
-        if on_epoch:
-            on_epoch(record)
-    return records
+        yield record
 
 
 def _train_epoch(

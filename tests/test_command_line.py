@@ -48,9 +48,10 @@ def test_the_demo_compares_three_runs_and_writes_its_files(few_digits, tmp_path,
     assert {file.name for file in out.iterdir()} == DEMO_FILES
     records = report.read_records(out / "epochs.jsonl")
     runs = {record["run"] for record in records}
-    assert runs == {"search", "ticket", "same mask, re-initialised", "dense"}
-    search, first = records[0], next(record for record in records if record["run"] == "ticket")
+    assert runs == {"search (dense, FGSM)", "ticket", "same mask, re-initialised", "dense"}
+    search, first = records[:2]
     assert first["total_seconds"] >= search["total_seconds"] + first["seconds"]
+    assert [record["run"] for record in records[1:4]] == ["ticket", "same mask, re-initialised", "dense"]  # in turns
     assert first["weights"] == pytest.approx(0.1, abs=0.01) and 0 < first["multiply_adds"] < 1
     printed = capsys.readouterr().out
     assert all(run in printed for run in runs) and "search included" in printed

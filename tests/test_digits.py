@@ -9,10 +9,10 @@ from sparse_adv.experiments.digits import DENSE, Run, findings
 
 def made_up(name: str, before: float, accuracies: list[float], seconds: float, densities: dict[str, float]) -> Run:
     records = [
-        {"epoch": i + 1, "seconds": seconds * (i + 1), "robust_accuracy": accuracy}
-        for i, accuracy in enumerate(accuracies)
+        {"attack_seconds": seconds - 1, "update_seconds": 1.0, "seconds": seconds * i, "robust_accuracy": accuracy}
+        for i, accuracy in enumerate(accuracies, 1)
     ]
-    return Run(name, before, records, densities | {"test_robust": accuracies[-1]})
+    return Run(name, before, densities | {"test_robust": accuracies[-1]}, records)
 
 
 TICKET = made_up("ticket", 10.0, [0.3, 0.5, 0.6], 2.0, {"weights": 0.1, "multiply_adds": 0.2})
@@ -27,7 +27,7 @@ def test_seconds_to_a_level_include_the_search():
 
 @pytest.mark.parametrize(("before", "winner"), [(10.0, "ticket"), (15.0, "dense")])
 def test_the_faster_run_is_named_first_whichever_it_is(before, winner):
-    ticket = Run(TICKET.name, before, TICKET.records, TICKET.facts)
+    ticket = Run(TICKET.name, before, TICKET.facts, TICKET.records)
     assert findings([ticket, FULL], 300)[0].startswith(
         f"First to 50.0% robust validation accuracy, search included: {winner} after"
     )

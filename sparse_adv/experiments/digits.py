@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 from torch import nn
 
@@ -29,16 +29,17 @@ DENSE = {"weights": 1.0, "multiply_adds": 1.0}
 
 @dataclass
 class Run:
-    """One trained network: what it cost before its first epoch, its records, and its numbers for the table."""
+    """One network in training: what it cost before its first epoch, and all that is known of it."""
 
     name: str
     before: float
-    records: list[Record]
-    facts: dict[str, Any]
+    facts: dict[str, float]
+    records: list[Record] = field(default_factory=list)
 
     @property
     def seconds_per_epoch(self) -> float:
-        return self.records[-1]["seconds"] / len(self.records)
+        """The median, which a disturbed epoch does not move."""
+        return median(record["attack_seconds"] + record["update_seconds"] for record in self.records)
 
     @property
     def seconds(self) -> float:
@@ -79,8 +80,11 @@ def run(
     report.write_text(journal, "")
 
     model = models.build(ARCH, seed)
-    on_epoch = _recorder(journal, "search", search_epochs)
-    ticket = tickets.search(model, dataset, cheap, density=density, block=block, on_epoch=on_epoch)
+    search = Run("search (dense, FGSM)", 0.0, DENSE)
+    with _Diary(journal, search_epochs) as diary:
+        ticket = tickets.search(
+            model, dataset, cheap, density=density, block=block, on_epoch=lambda record: diary.note(search, record)
+        )
     found = ticket.provenance | {"arch": ARCH, "data": "digits", "seed": seed}
     masks.save_ticket(out / "ticket.safetensors", ticket.masks, ticket.state_dict, found)
 
@@ -90,45 +94,52 @@ def run(
         "multiply_adds": masks.multiply_add_density(model, ticket.masks, (1, *models.find(ARCH).input_shape)),
     }
     control = models.build(ARCH, seed + 1)
-    entries = [
-        ("ticket", cost, sparsify(model, ticket.masks), kept),
-        ("same mask, re-initialised", cost, sparsify(control, ticket.masks), kept),
-        ("dense", 0.0, models.build(ARCH, seed), DENSE),
+    networks = [
+        (Run("ticket", cost, dict(kept)), sparsify(model, ticket.masks)),
+        (Run("same mask, re-initialised", cost, dict(kept)), sparsify(control, ticket.masks)),
+        (Run("dense", 0.0, dict(DENSE)), models.build(ARCH, seed)),
     ]
-    runs = [Run("search (dense, FGSM)", 0.0, ticket.provenance["epochs"], DENSE)]
-    for name, before, network, densities in entries:
-        on_epoch = _recorder(journal, name, epochs, before, densities)
-        records = training.train(network, dataset, recipe, on_epoch)
-        runs.append(Run(name, before, records, densities | _test(network, dataset.test, recipe)))
+    runs = [run for run, _ in networks]
+    with _Diary(journal, epochs * len(runs)) as diary:
+        # In turns, so that whatever else the machine does slows all of them alike.
+        for records in zip(*(training.epochs(network, dataset, recipe) for _, network in networks), strict=True):
+            for run, record in zip(runs, records, strict=True):
+                diary.note(run, record)
+    for run, network in networks:
+        run.facts |= _test(network, dataset.test, recipe)
 
-    table = _table(runs)
+    table = _table([search, *runs])
     report.write_text(out / "table.md", table)
-    pictures = _picture(out / "robust_accuracy", runs[1:])
+    pictures = _picture(out / "robust_accuracy", runs)
     files = ", ".join(str(file) for file in [out / "table.md", *pictures, out / "ticket.safetensors", journal])
-    return "\n".join([table, *findings(runs[1:], len(dataset.test.labels)), f"Files: {files}"])
+    return "\n".join([table, *findings(runs, len(dataset.test.labels)), f"Files: {files}"])
 
 
-def _recorder(
-    journal: Path, name: str, epochs: int, before: float = 0.0, facts: dict[str, float] | None = None
-) -> Callable[[Record], None]:
-    """What to do after each epoch: a line of the journal, a step of the progress bar (on a terminal only)."""
-    from tqdm import tqdm
+class _Diary:
+    """Keeps what each epoch gave: a line of the journal, and a step of the progress bar or a log line."""
 
-    bar = tqdm(total=epochs, desc=name, unit="epoch", disable=None)
+    def __init__(self, journal: Path, epochs: int) -> None:
+        self.journal, self.epochs = journal, epochs
 
-    def on_epoch(record: Record) -> None:
-        total = before + record["seconds"]
-        report.append_record(journal, {"run": name, **record, "total_seconds": total, **(facts or {})})
+    def __enter__(self) -> _Diary:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=self.epochs, unit="epoch", disable=None)  # None: only on a terminal
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def note(self, run: Run, record: Record) -> None:
+        run.records.append(record)
+        report.append_record(self.journal, {"run": run.name, **record, "total_seconds": run.seconds, **run.facts})
+        told = f"{run.name}: epoch {record['epoch']}"
         if "robust_accuracy" in record:
-            bar.set_postfix_str(f"robust {record['robust_accuracy']:.1%}")
-        bar.update()
-        if record["epoch"] == epochs:
-            bar.close()
-            log.info(
-                "%s: %d epochs, robust %.1f %%, %.1f s in all", name, epochs, 100 * record["robust_accuracy"], total
-            )
-
-    return on_epoch
+            told += f", robust {record['robust_accuracy']:.1%}"
+        self.bar.set_description(told, refresh=False)
+        self.bar.update()
+        if self.bar.disable:
+            log.info("%s, %.1f s", told, run.seconds)
 
 
 def _test(network: nn.Module, images: data.Split, recipe: Recipe) -> dict[str, float]:

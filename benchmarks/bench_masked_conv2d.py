@@ -1,0 +1,156 @@
+"""`masked_conv2d` and its gradients against the better of PyTorch's NCHW and channels_last convolution, float32.
+
+    python benchmarks/bench_masked_conv2d.py [--threads 1] [--batch 64] [--out benchmarks/results/FILE.jsonl]
+    pytest benchmarks/bench_masked_conv2d.py --benchmark-enable
+
+NCHW in and out, the conversion to the kernels' layout and back included. Forward and grad_input run on packed values, as the
+passes of an attack do; "ours, unpacked" gathers them from the weight in each call, as a training step does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from harness import environment, interleaved, keep_freed_memory
+
+from sparse_adv import ops
+from sparse_adv.ops import reference
+
+LAYERS = [(64, 32), (128, 16), (256, 8), (512, 4)]  # channels, pixels a side: the stages of a CIFAR ResNet-18
+BLOCKS = [(1, 1), (2, 1), (4, 1), (4, 4)]
+DENSITIES = [0.2, 0.1, 0.05, 0.02]
+GEOMETRY = ((1, 1), (1, 1), (1, 1), 1)  # 3x3 filters, stride 1
+Sides = dict[str, Callable[[], torch.Tensor]]
+
+
+def mask_of(channels: int, block: tuple[int, int], density: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(channels // block[0], channels // block[1], 3, 3, generator=generator) < density
+    return blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+
+
+def sides_of(channels: int, size: int, batch: int, block: tuple[int, int], density: float) -> dict[str, Sides]:
+    """For each pass, what to time; the first side is ours. Asserts that ours is right."""
+    mask = mask_of(channels, block, density)
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, batch, channels, size, size)
+    weight = torch.randn(mask.shape) * mask
+    pattern = ops.set_paths(ops.compile_pattern(mask, block), "sparse", "sparse", "sparse")
+    packed = ops.pack_pattern(pattern, weight)
+    native = torch.ops.sparse_adv
+    last = {name: t.contiguous(memory_format=torch.channels_last) for name, t in {"x": x, "grad": grad}.items()}
+
+    def backward(grad: torch.Tensor, x: torch.Tensor, which: int) -> torch.Tensor:
+        wanted = [which == 0, which == 1, False]
+        stride, padding, dilation, groups = GEOMETRY
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted
+        )[which]
+
+    forward: Sides = {
+        "ours": lambda: native.masked_conv2d(x, weight, packed, None, *GEOMETRY, None, None, False),
+        "ours, unpacked": lambda: native.masked_conv2d(x, weight, pattern, None, *GEOMETRY, None, None, False),
+        "dense": lambda: torch.conv2d(x, weight, None, 1, 1),
+        "dense, channels_last": lambda: torch.conv2d(last["x"], weight, None, 1, 1),
+    }
+    grad_input: Sides = {
+        "ours": lambda: native.masked_conv2d_grad_input(grad, weight, packed, x.shape, *GEOMETRY),
+        "dense": lambda: backward(grad, x, 0),
+        "dense, channels_last": lambda: backward(last["grad"], last["x"], 0),
+    }
+    grad_weight: Sides = {
+        "ours": lambda: native.masked_conv2d_grad_weight(grad, x, pattern, *GEOMETRY),
+        "dense": lambda: backward(grad, x, 1),
+        "dense, channels_last": lambda: backward(last["grad"], last["x"], 1),
+    }
+    few = slice(0, 2)
+    expected = reference.masked_conv2d(x[few].double(), weight.double(), mask, None, *GEOMETRY)
+    torch.testing.assert_close(forward["ours"]()[few].double(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(grad_input["ours"](), grad_input["dense"](), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(grad_weight["ours"](), grad_weight["dense"]() * mask, rtol=1e-3, atol=0.05)
+    return {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}
+
+
+def rows(batch: int) -> Iterator[dict]:
+    for block in BLOCKS:
+        for density in DENSITIES:
+            for channels, size in LAYERS:
+                for name, sides in sides_of(channels, size, batch, block, density).items():
+                    times = interleaved(sides)
+                    dense = min(times["dense"]["median"], times["dense, channels_last"]["median"])
+                    multiply_adds = batch * size**2 * channels**2 * 9
+                    yield {
+                        "op": "masked_conv2d",
+                        "pass": name,
+                        "layer": f"{channels}@{size}",
+                        "batch": batch,
+                        "block": block,
+                        "density": density,
+                        "dtype": "float32",
+                        "path": "sparse",
+                        "seconds": times,
+                        "ratio_to_dense": dense / times["ours"]["median"],
+                        "dense_equivalent_gflops": 2e-9 * multiply_adds / times["ours"]["median"],
+                    }
+
+
+def table(measured: list[dict]) -> str:
+    """Ratios to dense: the geometric mean over the layers and, in brackets, the lowest and highest layer."""
+    lines = [
+        "| block | pass | " + " | ".join(f"density {density}" for density in DENSITIES) + " |",
+        "| --- | --- |" + " --- |" * len(DENSITIES),
+    ]
+    for block in BLOCKS:
+        for name in ("forward", "grad_input", "grad_weight"):
+            cells = []
+            for density in DENSITIES:
+                ratios = [
+                    row["ratio_to_dense"]
+                    for row in measured
+                    if (tuple(row["block"]), row["pass"], row["density"]) == (block, name, density)
+                ]
+                cells.append(f"{math.prod(ratios) ** (1 / len(ratios)):.1f} ({min(ratios):.1f}-{max(ratios):.1f})")
+            lines.append(f"| {block} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--out", type=Path, help="also write a JSON line per row")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    facts = environment()
+    measured = []
+    for row in rows(arguments.batch):
+        measured.append(row)
+        print(f"{row['layer']:>7} {row['block']} {row['density']:<5} {row['pass']:<12}{row['ratio_to_dense']:6.2f}x")
+    if arguments.out:
+        lines = "".join(json.dumps(row | facts) + "\n" for row in measured)
+        partial = arguments.out.with_suffix(".partial")
+        partial.write_text(lines)
+        partial.replace(arguments.out)
+    print(f"\n{facts}, batch {arguments.batch}\n\n{table(measured)}")
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("name", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize("side", ["ours", "dense"])
+def test_masked_conv2d(benchmark, layer, block, name, side):
+    """A row each at density 0.1, batch 64."""
+    benchmark.group = f"{layer[0]}@{layer[1]} {block} {name}"
+    benchmark.extra_info.update(environment())
+    benchmark.pedantic(sides_of(*layer, 64, block, 0.1)[name][side], rounds=5, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    main()
