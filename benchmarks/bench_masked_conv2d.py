@@ -3,8 +3,8 @@
     python benchmarks/bench_masked_conv2d.py [--threads 1] [--batch 64] [--out benchmarks/results/FILE.jsonl]
     pytest benchmarks/bench_masked_conv2d.py --benchmark-enable
 
-NCHW in and out, the conversion to the kernels' layout and back included. Forward and grad_input run on packed values, as the
-passes of an attack do; "ours, unpacked" gathers them from the weight in each call, as a training step does.
+NCHW in and out, the conversion to the kernels' layout and back included. Forward and grad_input run on packed values,
+as the passes of an attack do; "ours, unpacked" gathers them from the weight in each call, as a training step does.
 """
 
 from __future__ import annotations
