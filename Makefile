@@ -34,7 +34,7 @@ format: $(BUILT)  ## rewrite the sources in the project's format
 	$(BIN)/clang-format -i $$(find csrc -type f)
 
 bench: $(BUILT)  ## measure every op against dense PyTorch (benchmarks/)
-	$(BIN)/python -m pytest benchmarks --benchmark-enable
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-enable
 
 doctor: $(BUILT)  ## check the installation
 	$(BIN)/python -m sparse_adv doctor

@@ -110,7 +110,7 @@ def _paths(layer: MaskedConv2d, input: Tensor | None) -> dict[str, str]:
     x, padding = layer.padded(input)
     shape = x.shape if x.dim() == 4 else (1, *x.shape)
     paths = chosen_paths(layer.pattern, shape, layer.stride, padding, layer.dilation)
-    why = "table, for determinism" if layer.choices is not None else "table"
+    why = "deterministic" if deterministic else "table"
     return {name: f"{path} ({why})" for name, path in paths.items()}
 
 

@@ -19,7 +19,7 @@ from sparse_adv.ops.pattern import check_block, check_mask, obeys
 
 PASSES = ("forward", "grad_input", "grad_weight")
 
-_DERIVED = ("_pattern", "_tuned_pattern", "_seen", "_constant")
+_DERIVED = ("_pattern", "_tuned_pattern", "_deterministic_pattern", "_seen", "_constant")
 """Attributes that follow from the weight and the mask: neither pickled nor copied, but computed again."""
 
 
@@ -50,6 +50,7 @@ class MaskedConv2d(nn.Conv2d):
 
     _pattern: Pattern | None
     _tuned_pattern: Pattern | None
+    _deterministic_pattern: Pattern | None
     _seen: tuple[Tensor, int]
     _constant: tuple[Tensor, Tensor | None, Pattern] | None
 
@@ -147,11 +148,16 @@ class MaskedConv2d(nn.Conv2d):
 
     @property
     def pattern(self) -> Pattern:
-        """The compiled mask. Measured choices of kernels are left out under `torch.use_deterministic_algorithms`."""
+        """The compiled mask, with the choice of kernels.
+
+        Under `torch.use_deterministic_algorithms` nothing measured counts, and grad_weight is always the sparse kernel:
+        oneDNN's dense one gives other bits with another number of threads.
+        """
         assert self._pattern is not None, "a layer on the meta device has no pattern"
-        if self._tuned_pattern is None or torch.are_deterministic_algorithms_enabled():
-            return self._pattern
-        return self._tuned_pattern
+        if torch.are_deterministic_algorithms_enabled():
+            assert self._deterministic_pattern is not None
+            return self._deterministic_pattern
+        return self._tuned_pattern or self._pattern
 
     def choose_paths(self, choices: Mapping[str, Any]) -> None:
         """Fix which kernel each pass takes: `choices[pass]["path"]` is "sparse" or "dense"; see `nn.tune`."""
@@ -251,7 +257,9 @@ class MaskedConv2d(nn.Conv2d):
     def _settle(self) -> None:
         self._constant = None
         self._seen = (self.weight_mask, _version(self.weight_mask))
+        self._deterministic_pattern = None
         if self._pattern is not None:
+            self._deterministic_pattern = set_paths(self._pattern, grad_weight="sparse")
             with torch.no_grad():
                 self.weight.masked_fill_(~self.weight_mask, 0)
             optimizer_guard.watch(self.weight, self._pattern[1])

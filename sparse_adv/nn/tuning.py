@@ -31,7 +31,7 @@ def tune(
 
     Without it, a static table chooses. A choice stays with its layer until the layer gets another mask or device, goes
     through `deepcopy` and `pickle`, and is no part of the `state_dict`. Under
-    `torch.use_deterministic_algorithms(True)` layers follow the table alone. Only float32 layers on the CPU have a
+    `torch.use_deterministic_algorithms(True)` nothing measured counts. Only float32 layers on the CPU have a
     choice.
 
     Args:
