@@ -1,7 +1,7 @@
 """Gradients of `masked_conv2d`.
 
-The three ops are closed under differentiation: the convolution is linear in its input and in its weight, so each gradient
-of each op is another of the three.
+The three ops are closed under differentiation: the convolution is linear in its input and in its weight, so each
+gradient of each op is another of the three.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _shape_args(ctx: Any) -> tuple[Any, ...]:
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, pattern, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, scale, _, ctx.relu = inputs
+    input, weight, pattern, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, scale, _, ctx.relu = inputs
     ctx.save_for_backward(input, weight, scale, output if ctx.relu else None, *pattern)
 
 
