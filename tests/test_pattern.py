@@ -95,7 +95,7 @@ def test_set_paths_are_the_chosen_ones_and_leave_the_pattern_alone(wanted):
     before = [tensor.clone() for tensor in pattern]
     fixed = set_paths(pattern, *wanted)
     assert tuple(chosen_paths(fixed, CASE.input_size, *CASE.shape[:3]).values()) == wanted
-    assert set(chosen_paths(set_paths(fixed), CASE.input_size).values()) == {"sparse"}
+    assert chosen_paths(set_paths(fixed), CASE.input_size) == chosen_paths(pattern, CASE.input_size)
     for tensor, expected in zip(pattern, before, strict=True):
         assert_equal(tensor, expected)
 
@@ -144,9 +144,9 @@ def test_bad_paths_and_weights_are_told_by_name_and_value():
         set_paths(CASE.pattern(), grad_input="quick")
     with pytest.raises(ValueError, match=r"weight must be float32 .*, got torch.float64 on cpu"):
         pack_pattern(CASE.pattern(), CASE.weight.double())
-    with pytest.raises((ValueError, RuntimeError), match=r"weight must have size \[8, 3, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"made for a weight of shape \(8, 3, 3, 3\), weight has shape \(7, 3, 3, 3\)"):
         pack_pattern(CASE.pattern(), CASE.weight[1:])
-    with pytest.raises((ValueError, RuntimeError), match="input has 7 channels, the pattern 6"):
+    with pytest.raises(ValueError, match=r"input_shape must be \[N, 6, H, W\] for this pattern, got \[2, 7, 9, 11\]"):
         chosen_paths(CASE.pattern(), (2, 7, 9, 11))
 
 
@@ -201,7 +201,7 @@ TAMPERED = {
     "other groups": (with_tensor(0, lambda t: changed(t, 5, 1)), "compiled for 1"),
     "vectors of 3": (with_tensor(0, lambda t: changed(t, 11, 3)), "vector must be 1, 2 or 4, not 3"),
     "other vectors": (with_tensor(0, lambda t: changed(t, 11, 4)), "list starts where"),
-    "no segments": (with_tensor(0, lambda t: changed(t, 12, 0)), "segments must hold at least one channel"),
+    "no segments": (with_tensor(0, lambda t: changed(t, 12, 0)), "segments of 0 channels"),
     "mask of numbers": (with_tensor(1, lambda t: t.float()), "mask's shape differs"),
     "another mask": (with_tensor(1, lambda t: t[:, 1:]), "mask's shape differs"),
     "flat mask": (with_tensor(1, lambda t: t.flatten()), "mask's shape differs"),

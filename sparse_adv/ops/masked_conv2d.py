@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from sparse_adv.ops.pattern import Pattern, check_pattern
+from sparse_adv.ops.pattern import Pattern, check_groups, check_pattern
 
 
 def masked_conv2d(
@@ -110,11 +110,12 @@ def _check(
         raise ValueError(f"input must be [N, C, H, W], got shape {tuple(input.shape)}")
     if not input.is_floating_point():
         raise TypeError(f"input must be a floating point tensor, got {input.dtype}")
-    check_pattern(pattern, groups)
+    check_pattern(pattern)
     if weight.shape != pattern[1].shape:
         raise ValueError(
             f"pattern was made for a weight of shape {tuple(pattern[1].shape)}, weight has shape {tuple(weight.shape)}"
         )
+    check_groups(pattern, groups)
     if input.shape[1] != weight.shape[1] * groups:
         raise ValueError(
             f"input has {input.shape[1]} channels, weight of shape {tuple(weight.shape)} with groups={groups} needs "

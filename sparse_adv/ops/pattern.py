@@ -139,14 +139,19 @@ def check_mask(mask: Tensor) -> None:
         raise ValueError(f"mask must have the weight's shape [K, C/groups, R, S], got {tuple(mask.shape)}")
 
 
-def check_pattern(pattern: Pattern, groups: int | None = None) -> None:
-    """Raises ValueError if this is no compiled pattern, or one for other groups."""
+def check_pattern(pattern: Pattern) -> None:
+    """Raises ValueError if this is no compiled pattern."""
     if len(pattern) not in (_PLAIN_LENGTH, _PLAIN_LENGTH + 2):
         raise ValueError(f"pattern must be what compile_pattern returned, got a list of {len(pattern)} tensors")
-    if groups is not None and not torch.compiler.is_compiling() and pattern[0].numel() > _HEADER["groups"]:
-        compiled_for = int(pattern[0][_HEADER["groups"]])
-        if compiled_for != groups:
-            raise ValueError(f"pattern was compiled for groups={compiled_for}, got groups={groups}")
+
+
+def check_groups(pattern: Pattern, groups: int) -> None:
+    """Raises ValueError if the pattern was compiled for other groups; traced code leaves that to the op."""
+    if torch.compiler.is_compiling() or pattern[0].numel() <= _HEADER["groups"]:
+        return
+    compiled_for = int(pattern[0][_HEADER["groups"]])
+    if compiled_for != groups:
+        raise ValueError(f"pattern was compiled for groups={compiled_for}, got groups={groups}")
 
 
 def obeys(mask: Tensor, block: Sequence[int]) -> bool:
