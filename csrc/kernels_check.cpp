@@ -220,31 +220,30 @@ bool check_conv_tile(const Kernels& kernels) {
 bool check_grad_weight_tile(const Kernels& kernels) {
   bool good = true;
   for (int64_t vector : {1, 2, 4})
-    for (int cols : {16, 8, 4})
-      for (int64_t first_vector : {0, 1}) {
-        const TileCase tile(kernels, vector, cols);
-        const int64_t lanes = kernels.lanes, row_pitch = (cols + 1) * lanes, plane = kTilePixels / cols * row_pitch;
-        const int64_t entries = std::ssize(tile.offsets);
-        std::vector<int32_t> channel_of(tile.channels);
-        for (int64_t k = 0; k < tile.channels; ++k) channel_of[k] = static_cast<int32_t>(tile.channels - 1 - k);
-        const std::vector<float> grad = numbers((tile.channels - 1) * plane + plane - lanes);
-        std::vector<float> totals = numbers(vector * entries);
-        std::vector<double> expected(totals.begin(), totals.end());
-        kernels.grad_weight_tile(
-            tile.lists(), {tile.window.data(), grad.data(), tile.row_pitch, row_pitch, plane, cols, channel_of.data()},
-            first_vector, TileCase::kVectors, totals.data());
+    for (int cols : {16, 8, 4}) {
+      const TileCase tile(kernels, vector, cols);
+      const int64_t lanes = kernels.lanes, row_pitch = (cols + 1) * lanes, plane = kTilePixels / cols * row_pitch;
+      const int64_t entries = std::ssize(tile.offsets);
+      std::vector<int32_t> channel_of(tile.channels);
+      for (int64_t k = 0; k < tile.channels; ++k) channel_of[k] = static_cast<int32_t>(tile.channels - 1 - k);
+      const std::vector<float> grad = numbers((tile.channels - 1) * plane + plane - lanes);
+      std::vector<float> totals = numbers(vector * entries);
+      std::vector<double> expected(totals.begin(), totals.end());
+      kernels.grad_weight_tile(
+          tile.lists(), {tile.window.data(), grad.data(), tile.row_pitch, row_pitch, plane, cols, channel_of.data()},
+          totals.data());
 
-        for (int64_t list = 0; list < TileCase::kVectors * TileCase::kSegments; ++list)
-          for (int32_t i = tile.rows[list]; i < tile.rows[list + 1]; ++i)
-            for (int64_t j = 0; j < vector && list % TileCase::kVectors >= first_vector; ++j) {
-              const int32_t k = channel_of[list % TileCase::kVectors * vector + j];
-              for (int64_t at = 0; at < kTilePixels * lanes; ++at)
-                expected[j * entries + i] +=
-                    static_cast<double>(grad[k * plane + at / (cols * lanes) * row_pitch + at % (cols * lanes)]) *
-                    tile.source(i, at, cols);
-            }
-        good &= equal(totals, expected);
-      }
+      for (int64_t list = 0; list < TileCase::kVectors * TileCase::kSegments; ++list)
+        for (int32_t i = tile.rows[list]; i < tile.rows[list + 1]; ++i)
+          for (int64_t j = 0; j < vector; ++j) {
+            const int32_t k = channel_of[list % TileCase::kVectors * vector + j];
+            for (int64_t at = 0; at < kTilePixels * lanes; ++at)
+              expected[j * entries + i] +=
+                  static_cast<double>(grad[k * plane + at / (cols * lanes) * row_pitch + at % (cols * lanes)]) *
+                  tile.source(i, at, cols);
+          }
+      good &= equal(totals, expected);
+    }
   return good;
 }
 

@@ -29,24 +29,6 @@ std::vector<int32_t> channels_of_rows(const PatternLists& lists, const Pattern& 
   return channels;
 }
 
-// Cuts the vectors into `parts` ranges of about equally many entries: [0, ..., vectors].
-std::vector<int64_t> balanced_ranges(const PatternLists& lists, int64_t parts) {
-  std::vector<int64_t> work(lists.vectors);
-  for (int64_t list = 0; list < lists.vectors * lists.segments; ++list)
-    work[list % lists.vectors] += lists.rows[list + 1] - lists.rows[list];
-  std::vector<int64_t> bounds{0};
-  int64_t done = 0;
-  for (int64_t i = 0; i < lists.vectors; ++i) {
-    done += work[i];
-    while (static_cast<int64_t>(bounds.size()) < parts &&
-           done * parts >= lists.entry_count * static_cast<int64_t>(bounds.size()))
-      bounds.push_back(i + 1);
-  }
-  bounds.resize(parts, lists.vectors);
-  bounds.push_back(lists.vectors);
-  return bounds;
-}
-
 // Strips of grad_output: lane = sample, as many rows as the input's window, no padding.
 Placement grad_strip(const Window& window, int64_t strip, int64_t row_pitch, StripPlacement& buffers) {
   const Axis& rows = window.rows;
@@ -67,8 +49,10 @@ Placement grad_strip(const Window& window, int64_t strip, int64_t row_pitch, Str
           true};
 }
 
-// Threads own ranges of output channels, not of images: no sum crosses threads, so the result does not depend on their
-// number and needs one float per kept weight in all.
+// The images are cut into at most this many parts, each with totals of its own, which are added in order at the end:
+// the result does not depend on which thread computed which part, and costs at most 64 bytes per kept weight.
+constexpr int64_t kMaxParts = 16;
+
 Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern, const Tensor& grad_output,
                                  const Tensor& input) {
   const int lanes = SPARSE_ADV_CHOOSE(lane_count)();
@@ -82,49 +66,41 @@ Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern
   const std::unique_ptr<int32_t[]> offsets = window_offsets(lists, window, lanes);
   const OffsetLists offset_lists{lists.vector, lists.vectors, lists.segments, lists.rows, offsets.get(), nullptr};
   const std::vector<int32_t> channel_of = channels_of_rows(lists, pattern);
-  const int64_t threads = torch::stable::get_num_threads();
-  const std::vector<int64_t> bounds = balanced_ranges(lists, threads);
 
   const int64_t grad_row_pitch = window.sums_row_pitch;
   const int64_t grad_plane = window.strip * grad_row_pitch;
   const int64_t window_size = conv.C * window.plane * lanes, grad_size = conv.K * grad_plane * lanes;
-  std::vector<float> totals(lists.vector * lists.entry_count);
-  thread_local AlignedBuffer buffer;
-  float* const scratch = buffer.at_least(window_size + grad_size);
-  float* const grad_scratch = scratch + window_size;
+  const int64_t items = (conv.N + lanes - 1) / lanes * window.strips, parts = std::min(items, kMaxParts);
+  const int64_t total_count = lists.vector * lists.entry_count;
+  const auto totals = std::make_unique_for_overwrite<float[]>(parts * total_count);
 
-  const int64_t batches = (conv.N + lanes - 1) / lanes;
-  StripPlacement placement, grad_placement;
-  for (int64_t item = 0; item < batches * window.strips; ++item) {
-    const int64_t first = item / window.strips * lanes, strip = item % window.strips;
-    const Placement place = placement.describe(window, strip);
-    const Placement grad_place = grad_strip(window, strip, grad_row_pitch, grad_placement);
-    const Images image = images_of(images, first, lanes), grad = images_of(grads, first, lanes);
-    const auto pieces = [&](int64_t channels) { return (channels + lanes - 1) / lanes; };
-    torch::stable::parallel_for(0, pieces(conv.C) + pieces(conv.K), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) {
-        const bool of_image = piece < pieces(conv.C);
-        const int64_t channel = (of_image ? piece : piece - pieces(conv.C)) * lanes;
-        const int64_t last = std::min(channel + lanes, of_image ? conv.C : conv.K);
-        fill(of_image ? image : grad, of_image ? place : grad_place, channel, last, of_image ? scratch : grad_scratch);
-      }
-    });
-    const int64_t end_row = std::min(window.strip, window.rows.extent - strip * window.strip);
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part)
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    thread_local AlignedBuffer buffer;
+    float* const scratch = buffer.at_least(window_size + grad_size);
+    float* const grad_scratch = scratch + window_size;
+    StripPlacement placement, grad_placement;
+    for (int64_t part = begin; part < end; ++part) {
+      float* const part_totals = totals.get() + part * total_count;
+      std::fill_n(part_totals, total_count, 0.0f);
+      for (int64_t item = part * items / parts; item < (part + 1) * items / parts; ++item) {
+        const int64_t first = item / window.strips * lanes, strip = item % window.strips;
+        fill(images_of(images, first, lanes), placement.describe(window, strip), 0, conv.C, scratch);
+        fill(images_of(grads, first, lanes), grad_strip(window, strip, grad_row_pitch, grad_placement), 0, conv.K,
+             grad_scratch);
+        const int64_t end_row = std::min(window.strip, window.rows.extent - strip * window.strip);
         for (int64_t m = 0; m < end_row; m += window.tile_rows)
           for (int64_t l = 0; l < window.cols.extent; l += window.tile_cols)
             compute(offset_lists,
                     {scratch + (m * window.row_pitch + l) * lanes, grad_scratch + (m * grad_row_pitch + l) * lanes,
                      window.row_pitch * lanes, grad_row_pitch * lanes, grad_plane * lanes, window.tile_cols,
                      channel_of.data()},
-                    bounds[part], bounds[part + 1], totals.data());
-    });
-  }
+                    part_totals);
+      }
+    }
+  });
 
-  const WeightLayout layout = WeightLayout::forward(grad_weight, pattern);
-  unpack_totals(lists, pattern.groups, pattern.group_out_channels(), layout, totals.data(),
-                grad_weight.mutable_data_ptr<float>());
+  unpack_totals(lists, pattern.groups, pattern.group_out_channels(), WeightLayout::forward(grad_weight, pattern),
+                totals.get(), parts, grad_weight.mutable_data_ptr<float>());
   return grad_weight;
 }
 

@@ -60,8 +60,7 @@ static inline __attribute__((always_inline)) void accumulate(const float* window
 }
 
 template <int TILE_COLS>
-static void tile_of(const OffsetLists& lists, const GradWeightTile& tile, int64_t first_vector, int64_t last_vector,
-                    float* totals) {
+static void tile_of(const OffsetLists& lists, const GradWeightTile& tile, float* totals) {
   constexpr int kCols = kAccumulators < TILE_COLS ? kAccumulators : TILE_COLS;
   constexpr int kRows = kAccumulators / kCols;
   const int64_t entries = lists.rows[lists.segments * lists.vectors];
@@ -72,8 +71,8 @@ static void tile_of(const OffsetLists& lists, const GradWeightTile& tile, int64_
     for (int64_t segment = 0; segment < lists.segments; ++segment) {
       const int32_t* rows = lists.rows + segment * lists.vectors;
       for (int64_t j = 0; j < lists.vector; ++j) {
-        LaneSums sums(totals + j * entries + rows[first_vector]);
-        for (int64_t i = first_vector; i < last_vector; ++i) {
+        LaneSums sums(totals + j * entries + rows[0]);
+        for (int64_t i = 0; i < lists.vectors; ++i) {
           // A row beyond the last channel: its totals are never read, so any plane will do.
           const int32_t channel = tile.channel_of[i * lists.vector + j];
           accumulate<kRows, kCols>(window, tile.window_row_pitch, grad + (channel < 0 ? 0 : channel) * tile.grad_plane,
@@ -85,11 +84,10 @@ static void tile_of(const OffsetLists& lists, const GradWeightTile& tile, int64_
   }
 }
 
-void masked_conv2d_grad_weight_tile(const OffsetLists& lists, const GradWeightTile& tile, int64_t first_vector,
-                                    int64_t last_vector, float* totals) {
-  if (tile.tile_cols == 16) return tile_of<16>(lists, tile, first_vector, last_vector, totals);
-  if (tile.tile_cols == 8) return tile_of<8>(lists, tile, first_vector, last_vector, totals);
-  return tile_of<4>(lists, tile, first_vector, last_vector, totals);
+void masked_conv2d_grad_weight_tile(const OffsetLists& lists, const GradWeightTile& tile, float* totals) {
+  if (tile.tile_cols == 16) return tile_of<16>(lists, tile, totals);
+  if (tile.tile_cols == 8) return tile_of<8>(lists, tile, totals);
+  return tile_of<4>(lists, tile, totals);
 }
 
 }  // namespace SPARSE_ADV_ISA

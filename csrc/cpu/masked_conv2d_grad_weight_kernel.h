@@ -1,4 +1,4 @@
-// The arithmetic of grad_weight: one tile of output pixels, some of the output channels.
+// The arithmetic of grad_weight: one tile of output pixels, all kept weights.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +17,8 @@ struct GradWeightTile {
   const int32_t* channel_of;  // [vectors * vector]: the output channel of each row of a vector, -1 beyond the last
 };
 
-// totals[j * entries + entry] += sum over the tile's pixels and the lanes of window * grad, for the vectors
-// first_vector .. last_vector - 1.
+// totals[j * entries + entry] += sum over the tile's pixels and the lanes of window * grad.
 SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_grad_weight_tile(const OffsetLists& lists, const GradWeightTile& tile,
-                                                            int64_t first_vector, int64_t last_vector, float* totals));
+                                                            float* totals));
 
 }  // namespace sparse_adv

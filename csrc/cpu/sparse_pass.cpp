@@ -143,7 +143,7 @@ void pack_values(const PatternLists& lists, int64_t groups, int64_t group_rows, 
 }
 
 void unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
-                   const float* totals, float* to) {
+                   const float* totals, int64_t parts, float* to) {
   const int64_t group_vectors = lists.vectors / groups;
   const auto clear = [&](int64_t vector) {
     const int64_t row = vector % group_vectors * lists.vector;
@@ -151,7 +151,11 @@ void unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows
     std::fill_n(to + (vector / group_vectors * group_rows + row) * weight.row_stride, count * weight.row_stride, 0.0f);
   };
   for_each_value(lists, groups, group_rows, weight, clear, [&](int64_t i, int64_t j, int64_t at) {
-    if (at >= 0) to[at] = totals[j * lists.entry_count + i];
+    if (at < 0) return;
+    const float* total = totals + j * lists.entry_count + i;
+    float sum = 0.0f;
+    for (int64_t part = 0; part < parts; ++part) sum += total[part * lists.vector * lists.entry_count];
+    to[at] = sum;
   });
 }
 

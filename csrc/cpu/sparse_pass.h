@@ -39,9 +39,10 @@ void run(const SparsePass& pass, torch::stable::Tensor& output);
 void pack_values(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
                  float* values);
 
-// Writes totals [vector, entries] to their places in a contiguous weight gradient, and 0 everywhere else.
+// Adds totals [parts, vector, entries] over the parts and writes them to their places in a contiguous weight gradient,
+// and 0 everywhere else.
 void unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
-                   const float* totals, float* to);
+                   const float* totals, int64_t parts, float* to);
 
 // The entries as offsets into the window, in floats, where all taps are of one output phase.
 std::unique_ptr<int32_t[]> window_offsets(const PatternLists& lists, const Window& window, int lanes);
