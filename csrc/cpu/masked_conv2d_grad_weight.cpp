@@ -49,9 +49,10 @@ Placement grad_strip(const Window& window, int64_t strip, int64_t row_pitch, Str
           true};
 }
 
-// The images are cut into at most this many parts, each with totals of its own, which are added in order at the end:
-// the result does not depend on which thread computed which part, and costs at most 64 bytes per kept weight.
-constexpr int64_t kMaxParts = 16;
+// The batch's strips are cut into parts with totals of their own, which are added in order at the end: the result does
+// not depend on which thread computed which part. At most 16 parts, 64 bytes per kept weight; two strips each where
+// there are enough of them, since clearing and adding totals costs 8 % of the time at one strip of 512@4 each.
+int64_t count_parts(int64_t strips) { return std::min<int64_t>({strips, std::max<int64_t>(2, strips / 2), 16}); }
 
 Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern, const Tensor& grad_output,
                                  const Tensor& input) {
@@ -70,7 +71,7 @@ Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern
   const int64_t grad_row_pitch = window.sums_row_pitch;
   const int64_t grad_plane = window.strip * grad_row_pitch;
   const int64_t window_size = conv.C * window.plane * lanes, grad_size = conv.K * grad_plane * lanes;
-  const int64_t items = (conv.N + lanes - 1) / lanes * window.strips, parts = std::min(items, kMaxParts);
+  const int64_t items = (conv.N + lanes - 1) / lanes * window.strips, parts = count_parts(items);
   const int64_t total_count = lists.vector * lists.entry_count;
   const auto totals = std::make_unique_for_overwrite<float[]>(parts * total_count);
 
