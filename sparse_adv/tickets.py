@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from torch import nn
 
@@ -25,7 +26,7 @@ def search(
     density: float = 0.2,
     block: Sequence[int] = (1, 1),
     scope: str = "global",
-    score: str = "relative_magnitude",
+    score: str | masks.Score = "relative_magnitude",
     on_epoch: Callable[[Record], None] | None = None,
 ) -> masks.Ticket:
     """Find a boosting ticket: train dense and cheaply, prune once, go back to the start.
@@ -44,16 +45,19 @@ def search(
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
     section 3.1.
     """
+    prune = partial(masks.prune, model, density=density, block=block, scope=scope)
+    # What pruning would refuse it refuses now, not after the training. (A callable may need what training leaves.)
+    prune(score="magnitude" if callable(score) else score)
     initial_state = copy.deepcopy(model.state_dict())
     records = train(model, dataset, recipe, on_epoch)
     begin = time.perf_counter()
-    found = masks.prune(model, density=density, block=block, scope=scope, score=score)
+    found = prune(score=score)
     model.load_state_dict(initial_state)
     seconds = records[-1]["seconds"] + time.perf_counter() - begin
     log.info("ticket that keeps %.1f %% of the weights found in %.1f s", 100 * masks.density(found), seconds)
     provenance = {
         "recipe": asdict(recipe),
-        "rule": {"density": density, "block": list(block), "scope": scope, "score": score},
+        "rule": {"density": density, "block": list(block), "scope": scope, "score": getattr(score, "__name__", score)},
         "epochs": records,
         "seconds": seconds,
     }

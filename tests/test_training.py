@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_adv import attacks, training
+from sparse_adv import attacks, data, models, tickets, training
 from sparse_adv.data import Dataset, Split
 from sparse_adv.training import Recipe
 
@@ -127,3 +127,12 @@ def test_an_impossible_recipe_names_the_field_and_the_value(field, value):
 def test_no_accuracy_of_no_images():
     with pytest.raises(ValueError, match="images must hold"):
         training.clean_accuracy(network(), Split(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.int64)))
+
+
+def test_a_search_refuses_a_wrong_rule_before_it_trains():
+    epochs = []
+    with pytest.raises(ValueError, match=r"density must be a number in \[0, 1\], got 2"):
+        tickets.search(
+            models.build("digits_cnn", 0), data.digits(), Recipe(epochs=1), density=2, on_epoch=epochs.append
+        )
+    assert not epochs

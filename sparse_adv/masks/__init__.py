@@ -5,12 +5,13 @@ by module name.
 """
 
 from sparse_adv.masks.algebra import SUPPORTED_BLOCKS, density, distance, largest_block, multiply_add_density
-from sparse_adv.masks.pruning import prune
+from sparse_adv.masks.pruning import Score, prune
 from sparse_adv.masks.state_dicts import from_state_dict
 from sparse_adv.masks.ticket import Ticket, load_ticket, save_ticket
 
 __all__ = [
     "SUPPORTED_BLOCKS",
+    "Score",
     "Ticket",
     "density",
     "distance",
