@@ -1,57 +1,14 @@
-"""Run files, tables and pictures from plain records. Whole files appear under their name only when complete."""
+"""Tables and pictures from plain records."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_adv.files import replacing
+
 Record = Mapping[str, Any]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` at the end, or vanishes after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield draft
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with replacing(path) as draft:
-        draft.write_text(text, encoding="utf-8")
-
-
-def append_record(path: Path, record: Record) -> None:
-    """Add one line of JSON, so that a run that dies keeps what it knew."""
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines.
-
-    Raises:
-        ValueError: naming the file and the line that is not a JSON object.
-    """
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number} is not a JSON object")
-        records.append(record)
-    return records
 
 
 def table(rows: Sequence[Record], columns: Mapping[str, str]) -> str:

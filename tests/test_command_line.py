@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sparse_adv
-from sparse_adv import data, doctor, masks, models, report
+from sparse_adv import data, doctor, masks, models, runs
 from sparse_adv.__main__ import main
 
 DEMO_FILES = {"epochs.jsonl", "robust_accuracy.png", "robust_accuracy.svg", "table.md", "ticket.safetensors"}
@@ -46,15 +46,15 @@ def test_the_demo_compares_three_runs_and_writes_its_files(few_digits, tmp_path,
     out = tmp_path / "new" / "demo"
     assert main(["demo", "--out", str(out), "--epochs", "2", "--search-epochs", "1", "--block", "4,1"]) == 0
     assert {file.name for file in out.iterdir()} == DEMO_FILES
-    records = report.read_records(out / "epochs.jsonl")
-    runs = {record["run"] for record in records}
-    assert runs == {"search (dense, FGSM)", "ticket", "same mask, re-initialised", "dense"}
+    records = runs.read_records(out / "epochs.jsonl")
+    names = {record["run"] for record in records}
+    assert names == {"search (dense, FGSM)", "ticket", "same mask, re-initialised", "dense"}
     search, first = records[:2]
     assert first["total_seconds"] >= search["total_seconds"] + first["seconds"]
     assert [record["run"] for record in records[1:4]] == ["ticket", "same mask, re-initialised", "dense"]  # in turns
     assert first["weights"] == pytest.approx(0.1, abs=0.01) and 0 < first["multiply_adds"] < 1
     printed = capsys.readouterr().out
-    assert all(run in printed for run in runs) and "search included" in printed
+    assert all(name in printed for name in names) and "search included" in printed
     assert printed.rstrip().splitlines()[-1].startswith("Files:") and str(out / "table.md") in printed
 
 

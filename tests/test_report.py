@@ -1,8 +1,4 @@
-"""Tables, pictures and run files."""
-
-import json
-
-import pytest
+"""Tables and pictures."""
 
 from sparse_adv import report
 
@@ -13,32 +9,6 @@ def test_a_table_aligns_its_columns_and_leaves_missing_fields_empty():
     assert lines[0].split() == ["|", "run", "|", "s", "|"]
     assert "12.3" in lines[2] and "12.3" not in lines[3]
     assert len({len(line) for line in lines}) == 1
-
-
-def test_records_come_back_as_they_were_written(tmp_path):
-    path = tmp_path / "epochs.jsonl"
-    records = [{"epoch": 1, "robust_accuracy": 0.25}, {"epoch": 2, "robust_accuracy": 0.1 + 0.2}]
-    for record in records:
-        report.append_record(path, record)
-    assert report.read_records(path) == records
-
-
-@pytest.mark.parametrize("broken", ['{"epoch": ', "[1, 2]"])
-def test_a_broken_run_file_is_named_with_its_line(tmp_path, broken):
-    path = tmp_path / "epochs.jsonl"
-    path.write_text(json.dumps({"epoch": 1}) + "\n" + broken + "\n")
-    with pytest.raises(ValueError, match=r"epochs\.jsonl, line 2"):
-        report.read_records(path)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path):
-    path = tmp_path / "table.md"
-    report.write_text(path, "old")
-    with pytest.raises(RuntimeError), report.replacing(path) as draft:
-        draft.write_text("half of the new")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_curves_are_drawn_as_png_and_svg(tmp_path):

@@ -15,7 +15,9 @@ from statistics import median
 from torch import nn
 
 from sparse_adv import data, masks, models, report, tickets, training
+from sparse_adv.files import write_text
 from sparse_adv.nn import sparsify
+from sparse_adv.runs import append_record
 from sparse_adv.training import Recipe, Record
 
 log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ def run(
     cheap = replace(SEARCH, epochs=search_epochs, evaluate_every=search_epochs, seed=seed)
     dataset = data.digits(seed=seed)
     journal = out / "epochs.jsonl"
-    report.write_text(journal, "")
+    write_text(journal, "")
 
     model = models.build(ARCH, seed)
     search = Run("search (dense, FGSM)", 0.0, DENSE)
@@ -109,7 +111,7 @@ def run(
         run.facts |= _test(network, dataset.test, recipe)
 
     table = _table([search, *runs])
-    report.write_text(out / "table.md", table)
+    write_text(out / "table.md", table)
     pictures = _picture(out / "robust_accuracy", runs)
     files = ", ".join(str(file) for file in [out / "table.md", *pictures, out / "ticket.safetensors", journal])
     return "\n".join([table, *findings(runs, len(dataset.test.labels)), f"Files: {files}"])
@@ -132,7 +134,7 @@ class _Diary:
 
     def note(self, run: Run, record: Record) -> None:
         run.records.append(record)
-        report.append_record(self.journal, {"run": run.name, **record, "total_seconds": run.seconds, **run.facts})
+        append_record(self.journal, {"run": run.name, **record, "total_seconds": run.seconds, **run.facts})
         told = f"{run.name}: epoch {record['epoch']}"
         if "robust_accuracy" in record:
             told += f", robust {record['robust_accuracy']:.1%}"

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sparse_adv.files import write_bytes
 from sparse_adv.masks.algebra import density, largest_block
 from sparse_adv.ops import build_facts
 from sparse_adv.ops.pattern import check_mask
@@ -75,7 +76,7 @@ def save_ticket(
         "mask_shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
         "sha256": _digest(tensors),
     }
-    _replace(Path(path), save(tensors, metadata))
+    write_bytes(Path(path), save(tensors, metadata))
 
 
 def load_ticket(path: str | os.PathLike[str]) -> Ticket:
@@ -127,16 +128,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(key.encode())
         digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
