@@ -55,5 +55,5 @@ $(ENVIRONMENT): constraints.txt pyproject.toml
 	@touch $@
 
 $(BUILT): $(ENVIRONMENT) $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[demo,test,dev]"
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[data,demo,test,dev]"
 	@touch $@

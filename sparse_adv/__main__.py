@@ -6,111 +6,96 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from sparse_adv import doctor, masks, models
-from sparse_adv.experiments import digits
-from sparse_adv.nn import explain, sparsify
+from sparse_adv import doctor
+from sparse_adv.commands import convert, demo, evaluate, explain, flags, report, search, train
+from sparse_adv.tickets import BrokenTicket
 
 log = logging.getLogger("sparse_adv")
 
 DESCRIPTION = """\
 Weight-sparse convolutions and a fused PGD step as PyTorch ops: fast robust training of sparse networks."""
 
+EPILOG = """\
+'COMMAND --help' tells more. From images to a comparison:
+  sparse-adv search --data cifar-10-batches-py --arch resnet18 --width 16 --density 0.2 --out runs/a
+  sparse-adv train --ticket runs/a/ticket.safetensors --data cifar-10-batches-py --epochs 20 --out runs/b
+  sparse-adv report runs/a runs/b"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 where a check failed, or 2 where the input was wrong."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    """Run one command; the exit code is 0, 1 where a check failed, 2 where the input was wrong, 130 where stopped."""
+    parser, commands = _parser()
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return options.command(options)
+        options = _parsed(parser, commands, given)
+        logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
+        logging.getLogger("matplotlib").setLevel(logging.WARNING)
+        if getattr(options, "print_config", False):
+            print(flags.config_text(options), end="")
+            return 0
+        return options.run(options)
+    except BrokenTicket:
+        raise  # our defect, and no wrong input: whoever reports it needs the place
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
         log.debug("where it happened:", exc_info=True)
-        print(f"sparse-adv: error: {error}", file=sys.stderr)
+        print(f"sparse-adv: error: {_sentence(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sparse-adv: stopped; the same command continues after the last whole epoch", file=sys.stderr)
+        return 130
 
 
-def _demo(options: argparse.Namespace) -> int:
-    found = digits.run(
-        options.out,
-        epochs=options.epochs,
-        search_epochs=options.search_epochs,
-        density=options.density,
-        block=options.block,
-        seed=options.seed,
-    )
-    print(found)
-    return 0
+def _parsed(parser: argparse.ArgumentParser, commands: Any, given: list[str]) -> argparse.Namespace:
+    """Arguments with those of the config file before them; a flag that does not exist is told with its like."""
+    named = next((i for i, word in enumerate(given) if word in commands.choices), None)
+    if named is not None:
+        chosen = commands.choices[given[named]]
+        given = [*given[: named + 1], *flags.with_config(chosen, given[named + 1 :])]
+    options, unknown = parser.parse_known_args(given)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        known = flags.known_flags(commands.choices[given[named]]) if named is not None else []
+        raise ValueError(f"there is no {word!r} here{flags.suggestion(word, known)}")
+    return options
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, in one line; a full disk and its like name the file."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, ConnectionError):
+        text += "; start the same command again, it continues after the last whole epoch"
+    return text
 
 
 def _doctor(options: argparse.Namespace) -> int:
     return doctor.run()
 
 
-def _explain(options: argparse.Namespace) -> int:
-    ticket = masks.load_ticket(options.ticket)
-    name = options.arch or ticket.provenance.get("arch")
-    if name is None:
-        raise ValueError(f"{options.ticket} does not say which network it is for: name one with --arch")
-    architecture = models.find(name)
-    model = models.build(name)
-    model.load_state_dict(ticket.state_dict)
-    sparsify(model, ticket.masks)
-    print(explain(model, (options.batch, *architecture.input_shape)))
-    return 0
-
-
-def _block(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers with commas, such as 4,1, got '{text}'") from None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sparse-adv", description=DESCRIPTION, epilog="'COMMAND --help' tells more.")
+def _parser() -> tuple[argparse.ArgumentParser, Any]:
+    parser = argparse.ArgumentParser(
+        prog="sparse-adv",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="tell more, and show where an error happened")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    demo = commands.add_parser(
-        "demo",
-        help="search a ticket on real digits, train it and its controls, compare",
-        description="Searches a ticket on scikit-learn's digits (dense, FGSM), then trains the ticket, the same mask "
-        "re-initialised and the dense network with PGD-10 at eps 0.2; writes a table, a picture, the ticket and a line "
-        "of JSON per epoch. About two minutes on two cores.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for what it finds")
-    demo.add_argument(
-        "--epochs", type=int, default=digits.TRAINING.epochs, help="of adversarial training, for each of the three runs"
-    )
-    demo.add_argument("--search-epochs", type=int, default=digits.SEARCH.epochs, help="of the ticket search")
-    demo.add_argument("--density", type=float, default=0.1, help="share of the weights that the ticket keeps")
-    demo.add_argument("--block", type=_block, default=(1, 1), metavar="BO,BI[,BR,BS]", help="block shape of the mask")
-    demo.add_argument("--seed", type=int, default=0, help="of split, weights, order of images and attacks")
-    demo.set_defaults(command=_demo)
-
-    doctor = commands.add_parser(
+    for module in (search, train, evaluate, report, explain, convert, demo):
+        module.add(commands)
+    checkup = flags.command(
+        commands,
         "doctor",
-        help="check this installation",
-        description="Prints versions and what the ops use, compares a small forward and backward of every op with "
-        "plain PyTorch, and ends with SUCCESS (exit code 0) or FAILURE (exit code 1).",
+        "check this installation",
+        "Prints versions and what the ops use, compares a small forward and backward of every op with plain PyTorch, "
+        "and ends with SUCCESS (exit code 0) or FAILURE (exit code 1).",
     )
-    doctor.set_defaults(command=_doctor)
-
-    explainer = commands.add_parser(
-        "explain",
-        help="show what each layer of a ticket costs and which kernel it takes",
-        description="Loads a ticket file into its network and prints, layer by layer, shape, block, both densities and "
-        "the path that the kernels choose.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    explainer.add_argument("ticket", type=Path, help="a ticket file, such as runs/demo/ticket.safetensors")
-    explainer.add_argument("--arch", help="name of the network; left out, the ticket says it")
-    explainer.add_argument("--batch", type=int, default=128, help="batch size to choose paths for")
-    explainer.set_defaults(command=_explain)
-    return parser
+    checkup.set_defaults(run=_doctor)
+    return parser, commands
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and how it speaks of wrong input."""
 
+import json
 import subprocess
 import sys
 
@@ -10,16 +11,14 @@ import sparse_adv
 from sparse_adv import data, doctor, masks, models, runs
 from sparse_adv.__main__ import main
 
-DEMO_FILES = {"epochs.jsonl", "robust_accuracy.png", "robust_accuracy.svg", "table.md", "ticket.safetensors"}
-
 
 @pytest.fixture
 def few_digits(monkeypatch):
     """The demo's data, cut down to what a test can wait for."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-    whole = data.digits()
-    few = data.Dataset(*(data.Split(part.images[:64], part.labels[:64]) for part in whole))
-    monkeypatch.setattr(data, "digits", lambda seed: few)
+    whole = data.load("digits")
+    parts = {name: data.Split(*(x[:64] for x in getattr(whole, name))) for name in ("train", "validation", "test")}
+    monkeypatch.setattr(data, "load", lambda *_, **__: whole._replace(**parts))
 
 
 @pytest.fixture
@@ -42,41 +41,52 @@ def refused(capsys, *arguments: str) -> str:
     return message
 
 
-def test_the_demo_compares_three_runs_and_writes_its_files(few_digits, tmp_path, capsys):
+def test_the_demo_compares_three_runs_and_reports(few_digits, tmp_path, capsys):
     out = tmp_path / "new" / "demo"
-    assert main(["demo", "--out", str(out), "--epochs", "2", "--search-epochs", "1", "--block", "4,1"]) == 0
-    assert {file.name for file in out.iterdir()} == DEMO_FILES
-    records = runs.read_records(out / "epochs.jsonl")
-    names = {record["run"] for record in records}
-    assert names == {"search (dense, FGSM)", "ticket", "same mask, re-initialised", "dense"}
-    search, first = records[:2]
-    assert first["total_seconds"] >= search["total_seconds"] + first["seconds"]
-    assert [record["run"] for record in records[1:4]] == ["ticket", "same mask, re-initialised", "dense"]  # in turns
-    assert first["weights"] == pytest.approx(0.1, abs=0.01) and 0 < first["multiply_adds"] < 1
+    demo = ["demo", "--out", str(out), "--epochs", "2", "--search-epochs", "1", "--block", "4,1"]
+    assert main(demo) == 0
+    assert {folder.name for folder in out.iterdir() if folder.is_dir()} == {
+        "search",
+        "ticket",
+        "reinitialised",
+        "dense",
+    }
+    assert {"report.md", "report.csv", "accuracy.png", "accuracy.svg"} <= {file.name for file in out.iterdir()}
+    search, ticket, dense = (runs.read(out / name) for name in ("search", "ticket", "dense"))
+    assert ticket.facts["before"]["seconds"] == search.result["seconds"] and dense.facts["before"]["seconds"] == 0
+    assert ticket.records[0]["seconds"] > search.result["seconds"]
+    assert ticket.facts["densities"]["weights"] == pytest.approx(0.1, abs=0.01)
+    assert ticket.result["test"].keys() == {"clean", "fgsm", "pgd-20"} and ticket.result["checks"]
     printed = capsys.readouterr().out
-    assert all(name in printed for name in names) and "search included" in printed
-    assert printed.rstrip().splitlines()[-1].startswith("Files:") and str(out / "table.md") in printed
+    assert "same mask, re-initialised" in printed and "speed-up over dense" in printed
+    written = (out / "ticket" / runs.EPOCHS).read_text()
+    assert main(demo) == 0  # a finished demo only reports again
+    assert (out / "ticket" / runs.EPOCHS).read_text() == written
 
 
 def test_the_ticket_of_a_demo_restores_the_sparse_network(few_digits, tmp_path, capsys):
     main(["demo", "--out", str(tmp_path), "--epochs", "1", "--search-epochs", "1"])
-    ticket = masks.load_ticket(tmp_path / "ticket.safetensors")
+    path = tmp_path / "search" / "ticket.safetensors"
+    ticket = masks.load_ticket(path)
     start = models.build("digits_cnn", seed=0).state_dict()
     assert all(torch.equal(start[key], value) for key, value in ticket.state_dict.items())
     assert masks.density(ticket.masks) == pytest.approx(0.1, abs=0.01)
-    assert ticket.provenance["recipe"]["objective"] == "fgsm"
-    assert main(["explain", str(tmp_path / "ticket.safetensors")]) == 0
+    assert ticket.provenance["recipe"]["objective"] == "fgsm-rs"
+    assert main(["explain", str(path)]) == 0
 
 
 def test_explain_lists_every_masked_layer(ticket_file, capsys):
-    assert main(["explain", str(ticket_file)]) == 0
+    assert main(["explain", str(ticket_file), "--no-json"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("conv1", "conv2", "conv3", "4x1x1x1"))
+    assert main(["explain", str(ticket_file)]) == 0  # in a pipe
+    *rows, total = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [row["layer"] for row in rows] == ["conv1", "conv2", "conv3", "fc"] and 0 < total["density"] < 1
 
 
 def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, capsys):
     assert "nowhere" in refused(capsys, "explain", str(tmp_path / "nowhere"))
-    assert "resnet9" in refused(capsys, "explain", str(ticket_file), "--arch", "resnet9")
+    assert "does not fit" in refused(capsys, "explain", str(ticket_file), "--arch", "resnet18")
     ticket_file.write_bytes(ticket_file.read_bytes()[:100])
     assert "ticket.safetensors" in refused(capsys, "explain", str(ticket_file))
 
@@ -84,7 +94,7 @@ def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),
         (["--density", "1.5"], "1.5"),
         (["--block", "4,x"], "4,x"),
         (["--block", "0,1"], "(0, 1)"),
@@ -94,7 +104,7 @@ def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, ca
 def test_the_demo_refuses_impossible_numbers(few_digits, tmp_path, capsys, arguments, said):
     message = refused(capsys, "demo", "--out", str(tmp_path), "--search-epochs", "1", *arguments)
     assert said in message
-    assert not (tmp_path / "table.md").exists()
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(few_digits, tmp_path, capsys):
@@ -126,7 +136,10 @@ def test_the_doctor_takes_nan_for_wrong(monkeypatch, capsys):
 
 def test_help_names_every_command():
     run = subprocess.run([sys.executable, "-m", "sparse_adv", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in run.stdout for command in ("demo", "doctor", "explain"))
+    assert all(
+        command in run.stdout
+        for command in ("search", "train", "evaluate", "report", "explain", "convert", "demo", "doctor")
+    )
 
 
 def test_no_command_is_wrong_input(capsys):

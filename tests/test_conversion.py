@@ -7,8 +7,8 @@ import torch
 from conftest import assert_close
 from torch import nn
 
-from sparse_adv.masks import prune
-from sparse_adv.nn import MaskedConv2d, constant_weights, densify, explain, sparsify
+from sparse_adv.masks import multiply_add_density, prune
+from sparse_adv.nn import MaskedConv2d, MaskedLinear, constant_weights, densify, explain, sparsify
 
 
 class Block(nn.Module):
@@ -76,12 +76,17 @@ def test_a_stated_block_must_be_obeyed(model):
 
 def bad_masks(masks):
     yield masks | {"0.conv2": masks["2"]}, ValueError, "model has no module '0.conv2'; did you mean '0.conv1'?"
-    yield masks | {"4": masks["2"]}, TypeError, "module '4': only Conv2d layers can be masked, got Linear"
+    yield masks | {"3": masks["2"]}, TypeError, "module '3': only Conv2d and Linear layers can be masked, got Flatten"
+    yield (
+        masks | {"4": masks["2"]},
+        ValueError,
+        r"module '4': mask has shape \(4, 8, 3, 3\), weight has",
+    )
     yield masks | {"2": masks["2"][:2]}, ValueError, r"module '2': mask has shape \(2, 8, 3, 3\), weight has"
     yield masks | {"2": masks["2"].float()}, TypeError, "module '2': mask must be a bool tensor .* got torch.float32"
 
 
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", range(5))
 def test_if_anything_is_wrong_nothing_changes(model, case):
     masks, error, sentence = list(bad_masks(prune(model, 0.4)))[case]
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -105,11 +110,47 @@ def test_a_shared_weight_needs_one_mask_everywhere():
 
 
 def test_a_sparse_model_takes_new_masks(model, x):
-    sparsify(model, prune(model, 0.6))
-    layer = model[2]
-    sparsify(model, prune(model, 0.3))
-    assert model[2] is layer
+    sparsify(model, prune(model, 0.6, linear=True))
+    layers = model[2], model[4]
+    sparsify(model, prune(model, 0.3, linear=True))
+    assert (model[2], model[4]) == layers
     assert explain(model).density == pytest.approx(0.3, abs=2e-3)
+
+
+def test_linear_layers_are_converted_like_convolutions(model, x):
+    keys, masks = list(model.state_dict()), prune(model, 0.4, linear=True)
+    expected = copy.deepcopy(model)
+    for name, mask in masks.items():
+        expected.get_submodule(name).weight.data.mul_(mask)
+    weight = model[4].weight
+    sparsify(model, masks)
+    assert isinstance(model[4], MaskedLinear) and model[4].weight is weight
+    assert_close(model(x), expected(x))
+    densify(model)
+    assert type(model[4]) is nn.Linear and model[4].weight is weight
+    assert vars(model[4]).keys() == vars(nn.Linear(2, 2)).keys()
+    assert list(model.state_dict()) == keys
+    assert_close(model(x), expected(x))
+
+
+def test_a_stated_block_holds_for_linear_layers_too(model):
+    masks = prune(model, 0.4, (2, 4), linear=True)
+    with pytest.raises(ValueError, match=r"module '4': mask does not obey block \(2, 4, 1, 1\)"):
+        sparsify(model, masks | {"4": prune(model, 0.4, linear=True)["4"]}, block=(2, 4))
+    assert type(model[4]) is nn.Linear
+    sparsify(model, masks, block=(2, 4))
+
+
+def test_explain_counts_linear_layers_by_the_rows_of_their_input(model):
+    masks = prune(model, 0.4, linear=True)
+    dense = explain(model, (3, 4, 5, 5)).rows[-1]
+    assert set(dense.paths.values()) == {"dense (no mask)"} and dense.multiply_adds == (3 * 72, 3 * 72)
+    explanation = explain(sparsify(model, masks), (3, 4, 5, 5))
+    row = explanation.rows[-1]
+    assert row.layer == "4" and set(row.paths.values()) == {"dense (linear)"}
+    assert row.multiply_adds == (3 * int(masks["4"].sum()), 3 * 72)
+    assert explanation.multiply_add_density == multiply_add_density(model, masks, (3, 4, 5, 5))
+    assert "density of convolution and linear weights: 0.4" in str(explanation)
 
 
 def test_a_single_convolution_is_returned_anew():

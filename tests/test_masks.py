@@ -39,6 +39,22 @@ def test_every_convolution_and_nothing_else_gets_a_mask():
     assert all(mask.dtype == torch.bool and mask.shape == model[int(n)].weight.shape for n, mask in found.items())
 
 
+def test_linear_layers_are_candidates_when_asked():
+    model = network()
+    found = prune(model, 0.5, linear=True)
+    assert list(found) == ["0", "3", "4", "7"]
+    assert found["7"].dtype == torch.bool and found["7"].shape == (4, 18)
+    assert list(prune(model, 0.5, linear=True, exclude=["7"])) == ["0", "3", "4"]
+    # One ranking of all.
+    kept = torch.cat([model[int(n)].weight[mask].abs() for n, mask in found.items()])
+    pruned = torch.cat([model[int(n)].weight[~mask].abs() for n, mask in found.items()])
+    assert kept.min() > pruned.max() and len(kept) == round(0.5 * (len(kept) + len(pruned)))
+
+
+def test_an_attentions_projection_is_no_candidate():
+    assert list(prune(nn.TransformerEncoderLayer(8, 2, 16), 0.5, linear=True)) == ["linear1", "linear2"]
+
+
 def test_excluded_layers_get_no_mask():
     assert list(prune(network(), 0.5, exclude=["0"])) == ["3", "4"]
 
@@ -86,6 +102,13 @@ def test_erdos_renyi_densities_follow_the_formula():
     assert counts(found) == {n: round(scale * sum(shape)) for n, shape in shapes.items()}
 
 
+def test_erdos_renyi_counts_a_linear_layer_without_filter_sizes():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(20, 30), nn.Linear(30, 40))
+    scale = 0.2 * (288 + 600 + 1200) / (18 + 50 + 70)
+    expected = {"0": round(scale * 18), "1": round(scale * 50), "2": round(scale * 70)}
+    assert counts(prune(model, 0.2, scope="erk", linear=True)) == expected
+
+
 def test_layers_that_erdos_renyi_would_overfill_are_whole_and_the_rest_is_redistributed():
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 32, 3), nn.Conv2d(32, 32, 3))  # 4, 1152, 9216 weights
     left = 0.1 * 10372 - 4
@@ -100,7 +123,7 @@ def test_layers_that_erdos_renyi_would_overfill_are_whole_and_the_rest_is_redist
     block=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4)),
 )
 def test_masks_obey_their_block_and_come_as_near_the_density_as_blocks_allow(scope, share, block):
-    found = prune(network(), share, block, scope)
+    found = prune(network(), share, block, scope, linear=True)
     assert all(obeys(mask, block) for mask in found.values())
     groups = [found] if scope == "global" else [{n: mask} for n, mask in found.items()]
     for group in groups if scope != "erk" else []:
@@ -209,6 +232,17 @@ def test_multiply_adds_weigh_each_layer_by_its_pixels():
     assert multiply_add_density(model, found, (3, 3, 8, 8)) == kept / dense
 
 
+def test_multiply_adds_of_a_linear_layer_count_once_per_row_of_its_input():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 4), nn.Flatten(), nn.Linear(256, 2))  # rows: 64, then 1
+    found = {"1": torch.zeros(4, 8, dtype=torch.bool), "3": torch.zeros(2, 256, dtype=torch.bool)}
+    found["1"][:1] = found["3"][:1] = True
+    kept = 64 * 24 + 64 * 8 + 256
+    dense = 64 * 24 + 64 * 32 + 512
+    assert multiply_add_density(model, found, (1, 3, 8, 8)) == kept / dense
+    with pytest.raises(ValueError, match="model runs no convolution and no linear layer"):
+        multiply_add_density(nn.ReLU(), {}, (1, 3, 8, 8))
+
+
 def test_counting_multiply_adds_leaves_model_and_random_numbers_alone():
     model = network().train()
     model[1].eval()
@@ -238,6 +272,11 @@ def test_kernel_and_row_blocks_take_their_size_from_the_filter():
     assert largest_block(prune(nn.Conv2d(9, 8, 3), 0.5, (1, 1, 3, 3))[""]) == (1, 1, 3, 3)
     assert largest_block(prune(nn.Conv2d(9, 8, 5), 0.5, (1, 1, 1, 5))[""]) == (1, 1, 1, 5)
     assert largest_block(prune(nn.Conv2d(16, 16, 3), 0.5)[""], candidates=[(4, 4)]) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 1), (8, 8)])
+def test_a_linear_layers_mask_has_a_largest_block_too(block):
+    assert largest_block(prune(nn.Linear(40, 48), 0.5, block, linear=True)[""]) == (*block, 1, 1)
 
 
 def test_masks_are_exported():

@@ -1,48 +1,137 @@
-"""Networks by name."""
+"""Networks: the published sizes, names that others know, and no surprise in copying, tracing or seeding."""
+
+import copy
+import pickle
 
 import pytest
 import torch
-from torch import nn
 
-from sparse_adv import models
-from sparse_adv.models.normalize import Normalize
+from sparse_adv import masks, models
+from sparse_adv.models import Normalize
+from sparse_adv.nn import densify, sparsify
 
-
-@pytest.mark.parametrize("name", models.ARCHITECTURES)
-def test_every_network_takes_its_input_shape_and_gives_class_scores(name):
-    model = models.build(name).eval()
-    images = torch.rand(3, *models.find(name).input_shape)
-    assert model(images).shape == (3, 10)
-
-
-@pytest.mark.parametrize("name", models.ARCHITECTURES)
-def test_every_network_normalises_inside(name):
-    assert any(isinstance(module, Normalize) for module in models.build(name).modules())
-
-
-def test_normalize_gives_mean_zero_and_deviation_one_per_channel():
-    images = torch.rand(50, 3, 8, 8) * torch.tensor([0.2, 0.5, 1.0]).view(3, 1, 1)
-    mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3))
-    out = Normalize(mean.tolist(), std.tolist())(images)
-    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(3))
+PUBLISHED = {
+    "resnet18": 11_173_962,
+    "vgg16": 14_987_722,
+    "preact_resnet18": 11_172_170,  # with BatchNorm before the pooling, as in Wong et al. 2020
+    "wrn-34-10": 46_160_474,
+    "wrn-28-10": 36_479_194,
+    "wrn-22-10": 26_797_914,
+    "wrn-16-10": 17_116_634,
+    "wrn-10-10": 7_435_354,
+    "wrn-34-1": 466_714,
+}
+SMALL = ("resnet18", "vgg16", "preact_resnet18", "wrn-10-2", "digits_cnn")
 
 
-def test_the_seed_decides_the_weights_and_the_global_random_state_stays():
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    first, again, other = (models.build("digits_cnn", seed).state_dict() for seed in (1, 1, 2))
-    assert torch.equal(torch.rand(1), expected)
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert not torch.equal(first["conv2.weight"], other["conv2.weight"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+    with torch.device("meta"):
+        model = models.build(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
 
 
-def test_digits_cnn_is_wide_enough_for_sparse_kernels():
-    widths = [module.out_channels for module in models.build("digits_cnn") if isinstance(module, nn.Conv2d)]
-    assert widths == [64, 128, 128]
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 33, 17)])
+@pytest.mark.parametrize("name", SMALL)
+def test_every_network_takes_any_image_and_can_be_copied_and_traced(name, shape):
+    model = models.build(name, width=4, classes=7, input_shape=shape).eval()
+    images = torch.rand(2, *shape)
+    logits = model(images)
+    assert logits.shape == (2, 7) and logits.isfinite().all()
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), torch.fx.symbolic_trace(model)):
+        assert other(images).equal(logits)
 
 
-def test_an_unknown_network_is_refused_with_the_names_there_are():
-    with pytest.raises(ValueError, match=r'"resnet9".*digits_cnn'):
-        models.build("resnet9")
+@pytest.mark.parametrize("name", SMALL)
+def test_every_network_can_be_made_sparse_and_trained(name):
+    model = models.build(name, width=4)
+    images = torch.rand(4, *models.find(name).input_shape)
+    sparsify(model, masks.prune(model, 0.5, score="relative_magnitude", linear=True))
+    model(images).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.eval()
+    sparse = model(images)
+    torch.testing.assert_close(densify(model)(images), sparse, rtol=1e-4, atol=1e-5)
+
+
+def test_a_seed_decides_the_weights_and_nothing_else():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second, other = (models.build("resnet18", seed, width=4) for seed in (0, 0, 1))
+    assert torch.get_rng_state().equal(before)
+    assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not first.conv1.weight.equal(other.conv1.weight)
+
+
+def test_width_scales_all_channels():
+    narrow, wide = (models.build("resnet18", width=width).state_dict() for width in (4, 8))
+    assert narrow["layer4.1.conv2.weight"].shape[:2] == (32, 32) and wide["layer4.1.conv2.weight"].shape[:2] == (64, 64)
+    assert models.build("wrn-10-3", width=4).layer3[0].conv1.out_channels == 4 * 3 * 4
+
+
+def test_names_of_modules_are_those_of_torchvision():
+    keys = models.build("resnet18", width=4).state_dict().keys()
+    assert {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "fc.bias"} <= keys
+
+
+def test_convolutions_begin_with_the_fan_out_of_he():
+    for name in ("resnet18", "preact_resnet18"):
+        weight = models.build(name, width=16).layer3[0].conv1.weight  # 32 channels in, 64 out
+        assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
+
+
+def test_vgg_begins_as_in_the_code_of_the_paper():
+    layers = list(models.build("vgg16", width=16).modules())
+    norms = [layer for layer in layers if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert len(norms) == 13 and all((norm.weight == 0.5).all() for norm in norms)
+    hidden, last = (layer for layer in layers if isinstance(layer, torch.nn.Linear))
+    assert hidden.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert (hidden.bias == 0).all() and (last.bias == 0).all()
+
+
+def test_every_stage_but_the_first_halves_the_resolution():
+    for name, stages in (("resnet18", 4), ("preact_resnet18", 4), ("wrn-10-1", 3)):
+        model, sizes = models.build(name, width=4), []
+        for i in range(stages):
+            getattr(model, f"layer{i + 1}").register_forward_hook(lambda *seen, to=sizes: to.append(seen[2].shape[-1]))
+        model(torch.rand(2, 3, 32, 32))
+        assert sizes == [32, 16, 8, 4][:stages]
+
+
+@pytest.mark.parametrize("stage", ["layer1", "layer2"])
+def test_blocks_compute_what_their_papers_have(stage):
+    x, relu = torch.randn(2, 4, 6, 6), torch.relu
+    after, before = (getattr(models.build(name, width=4), stage)[0] for name in ("resnet18", "preact_resnet18"))
+    y = relu(after.bn1(after.conv1(x)))
+    shortcut = after.downsample(x) if after.downsample else x
+    assert after(x).equal(relu(after.bn2(after.conv2(y)) + shortcut))
+    y = relu(before.bn1(x))
+    shortcut = before.downsample(y) if before.downsample else x
+    assert before(x).equal(before.conv2(relu(before.bn2(before.conv1(y)))) + shortcut)
+
+
+def test_normalisation_is_inside_and_fits_the_data():
+    layer = Normalize.of("cifar10", 3)
+    assert layer(layer.mean.expand(1, 3, 2, 2)).abs().max() == 0
+    assert torch.allclose(layer((layer.mean + layer.std).expand(1, 3, 2, 2)), torch.ones(1, 3, 2, 2))
+    assert Normalize.of("mnist", 1).mean.item() == pytest.approx(0.1307)
+    assert Normalize.of("holiday pictures", 3).mean.flatten().tolist() == [0.5] * 3
+    assert Normalize.of("cifar10", 1).mean.flatten().tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("resnet19", {}, '"resnet18"'),
+        ("wrn-30-10", {}, "30"),
+        ("wrn-28-0", {}, "0"),
+        ("wrn-28-x", {}, "wrn-28-10"),
+        ("resnet18", {"width": 0}, "width must be a whole number, at least 1, got 0"),
+        ("resnet18", {"classes": 0}, "classes must be a whole number, at least 1, got 0"),
+        ("vgg16", {"input_shape": (1, 8, 8)}, "16 x 16"),
+        ("resnet18", {"input_shape": (32, 32)}, "32, 32"),
+    ],
+)
+def test_what_cannot_be_built_is_told_in_a_sentence(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        models.build(name, **options)

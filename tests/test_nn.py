@@ -306,7 +306,7 @@ def test_a_layer_that_works_in_its_own_way_is_refused():
     pruned = torch_prune.identity(nn.Conv2d(2, 2, 1), "weight")
     with pytest.raises(TypeError, match="weight is computed from something else"):
         MaskedConv2d.from_dense(pruned, mask)
-    with pytest.raises(TypeError, match="only Conv2d layers can be masked, got Linear"):
+    with pytest.raises(TypeError, match="only a Conv2d can become a MaskedConv2d, got Linear"):
         MaskedConv2d.from_dense(nn.Linear(2, 2), mask)
 
 

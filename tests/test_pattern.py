@@ -65,6 +65,15 @@ def test_a_pattern_does_not_follow_its_mask():
         assert_equal(tensor, expected)
 
 
+def test_the_mask_of_a_linear_layer_obeys_blocks_as_one_of_single_taps_does_but_is_not_compiled():
+    mask = torch.zeros(6, 4, dtype=torch.bool)
+    mask[2:4, 1] = True
+    for block, expected in (((2, 1), True), ((2, 1, 3, 3), True), ((4, 1), False), ((2, 2), False)):
+        assert obeys(mask, block) is obeys(mask[:, :, None, None], block) is expected
+    with pytest.raises(ValueError, match=r"shape \[K, C/groups, R, S\], got \(6, 4\)"):
+        compile_pattern(mask)
+
+
 @given(cases(), st.integers(0, 2**30))
 def test_a_mask_with_one_weight_changed_no_longer_obeys_its_block(case, place):
     assert obeys(case.mask, case.block)

@@ -5,9 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.utils import prune as torch_prune
 
-from sparse_adv.masks import Ticket, from_state_dict, load_ticket, prune, save_ticket
+from sparse_adv.masks import Ticket, load_ticket, prune, save_ticket
 
 
 @pytest.fixture
@@ -43,6 +42,15 @@ def test_a_ticket_says_where_it_comes_from(path):
     assert provenance["torch"] == torch.__version__
     assert provenance["blocks"] == {"0": [1, 1, 1, 1], "2": [1, 1, 1, 1]}
     assert {"sparse_adv", "date"} <= provenance.keys()
+
+
+def test_masks_of_linear_layers_come_back_too(model, tmp_path):
+    expected = prune(model, 0.3) | {"3": torch.tensor([[True, False, True, False]] * 2)}
+    save_ticket(tmp_path / "t", expected, model.state_dict(), {})
+    ticket = load_ticket(tmp_path / "t")
+    assert list(ticket.masks) == ["0", "2", "3"]
+    assert all(torch.equal(mask, expected[name]) for name, mask in ticket.masks.items())
+    assert ticket.provenance["blocks"]["3"] == [4, 1, 1, 1]
 
 
 def test_masks_take_one_bit_per_weight(tmp_path):
@@ -104,48 +112,6 @@ def test_what_does_not_fit_together_is_not_saved(model, tmp_path):
     with pytest.raises(ValueError, match=r"provenance must be JSON data: .*Tensor"):
         save_ticket(tmp_path / "t", masks, model.state_dict(), {"lr": torch.ones(1)})
     assert not list(tmp_path.iterdir())
-
-
-def test_prunes_state_dict_becomes_masks_and_a_dense_state_dict(model):
-    expected = {key: value.clone() for key, value in model.state_dict().items()}
-    for module, name in ((model[0], "weight"), (model[0], "bias"), (model[3], "weight")):
-        torch_prune.l1_unstructured(module, name, amount=0.5)
-    masks, dense = from_state_dict(model.state_dict())
-    assert list(masks) == ["0"] and masks["0"].dtype == torch.bool
-    assert torch.equal(masks["0"], model[0].weight_mask != 0)
-    assert dense.keys() == expected.keys()
-    for key, module, name in (
-        ("0.weight", model[0], "weight"),
-        ("0.bias", model[0], "bias"),
-        ("3.weight", model[3], "weight"),
-    ):
-        assert torch.equal(dense[key], getattr(module, name))
-    assert torch.equal(dense["2.weight"], expected["2.weight"])
-
-
-def test_a_pruned_weight_that_is_not_finite_reads_as_zero(model):
-    mask = torch.ones(7, 3, 3, 3)
-    mask[0] = 0
-    weight = torch.where(mask == 0, float("nan"), 1.0)
-    _, dense = from_state_dict({"weight_orig": weight, "weight_mask": mask})
-    assert torch.equal(dense["weight"], mask)
-
-
-def test_zeros_are_masks_only_when_asked(model):
-    with torch.no_grad():
-        model[0].weight[0] = 0
-        model[3].weight[0] = 0
-    assert from_state_dict(model.state_dict())[0] == {}
-    masks, dense = from_state_dict(model.state_dict(), infer_zeros=True)
-    assert list(masks) == ["0"] and torch.equal(masks["0"], model[0].weight != 0)
-    assert dense.keys() == model.state_dict().keys()
-
-
-def test_a_mask_without_its_weight_is_refused():
-    with pytest.raises(ValueError, match=r"has 'a.weight_mask' but neither 'a.weight' nor 'a.weight_orig'"):
-        from_state_dict({"a.weight_mask": torch.ones(1, 1, 1, 1)})
-    with pytest.raises(ValueError, match="'weight_mask' has shape"):
-        from_state_dict({"weight_mask": torch.ones(1, 1, 1, 1), "weight": torch.ones(2, 1, 1, 1)})
 
 
 def test_the_provenance_is_plain_json_in_the_file(path):

@@ -6,8 +6,22 @@ Of a DistributedDataParallel model, whose forward prepares a gradient exchange t
 used.
 """
 
-from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2
-from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, n_fgsm, pgd
+from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2, TPGD
+from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.search import MODES, Loss
 
-__all__ = ["FFGSM", "FGSM", "MODES", "PGD", "PGDL2", "Loss", "Options", "fgsm", "fgsm_rs", "n_fgsm", "pgd"]
+__all__ = [
+    "FFGSM",
+    "FGSM",
+    "MODES",
+    "PGD",
+    "PGDL2",
+    "TPGD",
+    "Loss",
+    "Options",
+    "fgsm",
+    "fgsm_rs",
+    "n_fgsm",
+    "pgd",
+    "tpgd",
+]

@@ -7,7 +7,7 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, pgd
+from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, pgd, tpgd
 
 
 class _Attack:
@@ -82,3 +82,15 @@ class FFGSM(_Attack):
         self, model: nn.Module, eps: float = 8 / 255, alpha: float = 10 / 255, **options: Unpack[Options]
     ) -> None:
         super().__init__(fgsm_rs, model, eps=eps, alpha=alpha, **options)
+
+
+class TPGD(_Attack):
+    """`tpgd` in torchattacks' call shape; the labels are not looked at."""
+
+    def __init__(
+        self, model: nn.Module, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options: object
+    ) -> None:
+        super().__init__(tpgd, model, eps=eps, alpha=alpha, steps=steps, **options)
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.attack(self.model, images, **self.settings)

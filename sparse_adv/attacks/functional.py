@@ -6,10 +6,11 @@ import math
 from typing import TypedDict, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_adv import ops
-from sparse_adv.attacks.search import MODES, Loss, Objective, ascend, random_starts
+from sparse_adv.attacks.search import MODES, Loss, Objective, ascend, attacked, crafting, random_starts
 from sparse_adv.ops.pgd_step import check_alpha, check_ball, check_floating
 
 
@@ -80,7 +81,7 @@ def pgd(
     if restarts < 1 or (restarts > 1 and not random_start):
         raise ValueError(f"restarts must be 1, or more with random_start=True, got {restarts}")
     if check:
-        _check_batch(x, y, loss, lo, hi)
+        check_batch(x, y, loss, lo, hi)
 
     def step(adv: Tensor, grad: Tensor) -> Tensor:
         return ops.pgd_step(adv, grad, x, alpha, eps, norm, lo, hi)
@@ -141,13 +142,50 @@ def n_fgsm(
     alpha = eps if alpha is None else alpha
     _check_settings(model, eps, alpha, "linf", lo, hi, 1, loss, mode)
     if check:
-        _check_batch(x, y, loss, lo, hi)
+        check_batch(x, y, loss, lo, hi)
 
     def step(adv: Tensor, grad: Tensor) -> Tensor:
         return ops.pgd_step(adv, grad, x, alpha, math.inf, "linf", lo, hi)
 
     starts = random_starts(x, 1, 2 * eps, "linf", -math.inf, math.inf, generator)
     return ascend(model, x, y, starts, step, 1, Objective(loss, targeted, check), mode)
+
+
+def tpgd(
+    model: nn.Module,
+    x: Tensor,
+    eps: float = 8 / 255,
+    alpha: float = 2 / 255,
+    steps: int = 10,
+    *,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    generator: torch.Generator | None = None,
+    mode: str = "eval",
+    check: bool = True,
+) -> Tensor:
+    """The attack of TRADES: linf PGD that maximises KL(p(x) || p(adv)), with no labels; arguments as in `pgd`.
+
+    It starts from uniform noise of 0.001, since the divergence has no gradient at x itself. The probabilities of x are
+    computed once.
+
+    Source: Zhang et al., "Theoretically principled trade-off between robustness and accuracy" (ICML 2019), algorithm 1,
+    whose noise is normal with deviation 0.001.
+    """
+    _check_settings(model, eps, alpha, "linf", lo, hi, steps, "ce", mode)
+    if check:
+        _check_images(x, lo, hi)
+    with crafting(model, mode), torch.no_grad():
+        clean = F.log_softmax(attacked(model)(x), 1)
+
+    def divergence(logits: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(logits, 1), target, reduction="none", log_target=True).sum(1)
+
+    def step(adv: Tensor, grad: Tensor) -> Tensor:
+        return ops.pgd_step(adv, grad, x, alpha, eps, "linf", lo, hi)
+
+    starts = random_starts(x, 1, min(eps, 0.001), "linf", lo, hi, generator)
+    return ascend(model, x, clean, starts, step, steps, Objective(divergence, False, check), mode)
 
 
 def _check_settings(
@@ -173,7 +211,18 @@ def _check_settings(
         raise ValueError(f"steps must be an integer that is not negative, got {steps!r}")
 
 
-def _check_batch(x: Tensor, y: Tensor, loss: str | Loss, lo: float, hi: float) -> None:
+def check_batch(x: Tensor, y: Tensor, loss: str | Loss = "ce", lo: float = 0.0, hi: float = 1.0) -> None:
+    """Refuse images outside [lo, hi] or not finite, and labels that do not fit them."""
+    _check_images(x, lo, hi)
+    if callable(loss):
+        return
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise TypeError(f"y must be an int64 tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"y must have one label per image, shape [{len(x)}], got {tuple(y.shape)}")
+
+
+def _check_images(x: Tensor, lo: float, hi: float) -> None:
     check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must be a batch of images [N, ...], got shape {tuple(x.shape)}")
@@ -186,9 +235,3 @@ def _check_batch(x: Tensor, y: Tensor, loss: str | Loss, lo: float, hi: float) -
                 f"x must lie in [{lo:g}, {hi:g}], got values from {low:g} to {high:g}: put the normalisation inside "
                 "the model"
             )
-    if callable(loss):
-        return
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        raise TypeError(f"y must be an int64 tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"y must have one label per image, shape [{len(x)}], got {tuple(y.shape)}")

@@ -64,9 +64,8 @@ def ascend(
     """Climb from each start; per image, return the end of highest objective."""
     if x.shape[0] == 0:
         return x.detach().clone()
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    with torch.inference_mode(False), torch.enable_grad(), _crafting(model, mode), constant_weights(model):
+    model = attacked(model)
+    with torch.inference_mode(False), torch.enable_grad(), crafting(model, mode), constant_weights(model):
         y = y.clone() if isinstance(y, Tensor) and y.is_inference() else y
 
         def climb(start: Tensor) -> Tensor:
@@ -90,6 +89,11 @@ def ascend(
     return best
 
 
+def attacked(model: nn.Module) -> nn.Module:
+    """The model itself: DistributedDataParallel's forward would prepare a gradient exchange that no attack makes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 @torch.no_grad()
 def _evaluate(model: nn.Module, adv: Tensor, y: Tensor, objective: Objective) -> Tensor:
     return objective.per_image(model(adv), y)
@@ -105,7 +109,7 @@ def random_starts(
 
 
 @contextmanager
-def _crafting(model: nn.Module, mode: str) -> Iterator[None]:
+def crafting(model: nn.Module, mode: str) -> Iterator[None]:
     """The model in an attack's mode; flags are set one by one, since `train()` would not bring back a frozen layer."""
     found = [(module, module.training) for module in model.modules()]
     norms = [module for module, _ in found if isinstance(module, _BatchNorm)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from sparse_adv.masks.convolutions import run_once, unknown_module
+from sparse_adv.masks.convolutions import Layer, run_once, unknown_module, uses
 from sparse_adv.ops.pattern import check_block, check_mask, obeys
 
 SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (
@@ -51,10 +51,11 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 def multiply_add_density(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]) -> float:
-    """The fraction of the convolutions' multiply-adds that remains under the masks.
+    """The fraction of the multiply-adds of convolutions and linear layers that remains under the masks.
 
-    It differs from the density of weights: a weight of an early layer is used once per output pixel, and early images
-    are large. Convolutions without a mask count as dense; a forward pass in eval mode finds the image sizes.
+    It differs from the density of weights: a convolution's weight is used once per output pixel, and early images are
+    large; a linear layer's is used once per row of its input. Layers without a mask count as dense; a forward pass in
+    eval mode finds the sizes.
 
     Args:
         model: the model that the masks belong to, sparse or dense.
@@ -68,16 +69,15 @@ def multiply_add_density(model: nn.Module, masks: Mapping[str, Tensor], input_sh
     by_layer = {modules[name]: mask for name, mask in masks.items()}
     kept = dense = 0
 
-    def visit(layer: nn.Conv2d, input: Tensor, output: Tensor) -> None:
+    def visit(layer: Layer, input: Tensor, output: Tensor) -> None:
         nonlocal kept, dense
-        pixels = output.numel() // layer.out_channels
-        weights = layer.weight.numel()
-        dense += pixels * weights
-        kept += pixels * (int(by_layer[layer].count_nonzero()) if layer in by_layer else weights)
+        count, weights = uses(layer, output), layer.weight.numel()
+        dense += count * weights
+        kept += count * (int(by_layer[layer].count_nonzero()) if layer in by_layer else weights)
 
-    run_once(model, input_shape, visit)
+    run_once(model, input_shape, visit, linear=True)
     if dense == 0:
-        raise ValueError("model runs no convolution, so there are no multiply-adds to count")
+        raise ValueError("model runs no convolution and no linear layer, so there are no multiply-adds to count")
     return kept / dense
 
 
@@ -87,14 +87,15 @@ def largest_block(
     """The block with most elements, of the candidates, that the mask obeys.
 
     Args:
-        mask: bool tensor [K, C/groups, R, S].
+        mask: bool tensor [K, C/groups, R, S], or [K, C] of a linear layer, which counts as [K, C, 1, 1].
         candidates: blocks (bo, bi) or (bo, bi, br, bs); "R" and "S" stand for the filter's sizes.
 
     Returns:
         The block as (bo, bi, br, bs); (1, 1, 1, 1), which every mask obeys, if no candidate fits.
     """
-    check_mask(mask)
-    taps = {"R": mask.shape[2], "S": mask.shape[3]}
+    check_mask(mask, linear=True)
+    height, width = (*mask.shape, 1, 1)[2:4]
+    taps = {"R": height, "S": width}
     blocks = []
     for candidate in candidates:
         blocks.append(check_block([taps[size] if isinstance(size, str) else size for size in candidate]))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.masks.convolutions import convolutions, unknown_module
+from sparse_adv.masks.convolutions import maskable, unknown_module
 from sparse_adv.ops.pattern import check_block
 
 log = logging.getLogger(__name__)
@@ -39,27 +39,29 @@ def prune(
     scope: str = "global",
     score: str | Score = "magnitude",
     exclude: Collection[str] = (),
+    linear: bool = False,
 ) -> dict[str, Tensor]:
     """Choose the weights to keep: those with the highest scores, `density` of all.
 
-    Every Conv2d weight is a candidate, and nothing else: Linear layers, biases and normalisation stay dense. The model
-    is not changed; `sparse_adv.sparsify(model, masks)` does that. Masks of boosting tickets (Li et al. 2020, as in
-    their code) come from `scope="global", score="relative_magnitude"`.
+    Every Conv2d weight is a candidate, with `linear=True` every Linear weight too, and nothing else: biases and
+    normalisation stay dense. The model is not changed; `sparse_adv.sparsify(model, masks)` does that. Masks of boosting
+    tickets (Li et al. 2020, as in their code) come from `scope="global", score="relative_magnitude", linear=True`.
 
     Args:
         model: any module, sparse already or not.
         density: fraction of the weights to keep, in [0, 1].
         block: `(bo, bi)` or `(bo, bi, br, bs)`: weights of one block share their fate; a block scores the mean square
-            of its weights' scores.
+            of its weights' scores. A linear layer's weight [K, C] counts as [K, C, 1, 1].
         scope: how the kept weights are shared out among layers. "global": one ranking of all. "uniform": the same
             density in each layer. "erk": Erdos-Renyi-kernel, density of a layer proportional to
-            (K + C + R + S) / (K C R S), at most 1 (Evci et al. 2020, section 3).
+            (K + C + R + S) / (K C R S), for linear layers (K + C) / (K C), at most 1 (Evci et al. 2020, section 3).
         score: "magnitude", |w|; "relative_magnitude", |w| over the layer's mean |w|; or a function of (module name,
             weight) that returns a tensor of the weight's shape, nowhere negative.
-        exclude: names of convolutions that stay dense; they get no mask.
+        exclude: names of layers that stay dense; they get no mask.
+        linear: whether Linear weights are candidates, ranked together with the convolutions'.
 
     Returns:
-        A bool mask of the weight's shape, on its device, for each convolution. Their number of kept weights is
+        A bool mask of the weight's shape, on its device, for each candidate. Their number of kept weights is
         `round(density * count)`, over the model ("global") or in each layer, as near as whole blocks allow. Of equal
         scores, the first in order of module, then index, is kept.
 
@@ -74,7 +76,7 @@ def prune(
     if not callable(score) and score not in _SCORES:
         raise ValueError(f"score must be a function or one of {', '.join(_SCORES)}, got {score!r}")
     rule = score if callable(score) else _SCORES[score]
-    layers = convolutions(model)
+    layers = maskable(model, linear)
     for name in exclude:
         if name not in layers:
             raise ValueError(f"exclude: {unknown_module(name, layers)}")
@@ -85,13 +87,13 @@ def prune(
         owner.setdefault(id(layers[name].weight), name)
     shapes = {name: weights[name].shape for name in owner.values()}
     scores = {name: _block_scores(_checked_scores(rule, name, weights[name]), block4) for name in shapes}
-    sizes = {name: _block_sizes(shape, block4) for name, shape in shapes.items()}
+    sizes = {name: _block_sizes(_four(shape), block4) for name, shape in shapes.items()}
     kept = _keep(scores, sizes, _targets(shapes, float(density), scope))
 
     masks = {}
     for name, weight in weights.items():
         blocks = kept[owner[id(layers[name].weight)]]
-        masks[name] = _whole_blocks(blocks, block4, weight.shape).to(weight.device)
+        masks[name] = _whole_blocks(blocks, block4, _four(weight.shape)).reshape(weight.shape).to(weight.device)
         if density > 0 and not blocks.any():
             log.warning("prune keeps no weight of %r: nothing passes through this layer", name)
     return masks
@@ -110,8 +112,14 @@ def _checked_scores(rule: Score, name: str, weight: Tensor) -> Tensor:
     return found
 
 
+def _four(shape: Sequence[int]) -> tuple[int, ...]:
+    """[K, C] of a linear layer as [K, C, 1, 1]."""
+    return (*shape, 1, 1)[:4]
+
+
 def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
     """The root mean square of each block's scores; for single weights the scores themselves, which rank the same."""
+    scores = scores.reshape(_four(scores.shape))
     if math.prod(block) == 1:
         return scores
     grid = [-(-length // size) for length, size in zip(scores.shape, block, strict=True)]
@@ -144,7 +152,7 @@ def _targets(shapes: Mapping[str, torch.Size], density: float, scope: str) -> di
 
 
 def _erk_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
-    """min(1, scale * (K + C + R + S) / (K C R S)), the scale such that the whole has the wanted density.
+    """min(1, scale * (sum of sizes) / (product of sizes)), the scale such that the whole has the wanted density.
 
     A layer whose share exceeds 1 is kept whole, and what is left goes to the others by the same rule.
     """

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from sparse_adv.files import write_bytes
 from sparse_adv.masks.algebra import density, largest_block
+from sparse_adv.masks.convolutions import parameter_of
 from sparse_adv.ops import build_facts
 from sparse_adv.ops.pattern import check_mask
 
-_FORMAT = "sparse_adv ticket 1"
+TICKET_FORMAT = "sparse_adv ticket 1"
+"""What the metadata of a ticket file calls its format."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,15 @@ def save_ticket(
     Raises:
         ValueError: if a mask has no weight of its shape in `state_dict`, or the provenance is not JSON data.
     """
-    for name, mask in masks.items():
-        check_mask(mask)
-        key = f"{name}.weight" if name else "weight"
-        if key not in state_dict or state_dict[key].shape != mask.shape:
-            found = tuple(state_dict[key].shape) if key in state_dict else "nothing"
-            raise ValueError(f"state_dict must hold {key!r} of the mask's shape {tuple(mask.shape)}, found {found}")
+    check_fit(masks, state_dict)
     try:
         provenance_json = json.dumps(_facts(masks) | dict(provenance))
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance must be JSON data: {error}") from error
     tensors = {f"mask/{name}": torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()}
-    # Copies, since safetensors refuses tensors that share memory, as tied weights do.
-    tensors |= {f"weight/{key}": value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
+    tensors |= {f"weight/{key}": value for key, value in own_copies(state_dict).items()}
     metadata = {
-        "format": _FORMAT,
+        "format": TICKET_FORMAT,
         "provenance": provenance_json,
         "mask_shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
         "sha256": _digest(tensors),
@@ -93,8 +89,8 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+        if metadata.get("format") != TICKET_FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}, not {TICKET_FORMAT!r}")
         if metadata["sha256"] != _digest(tensors):
             raise ValueError("its contents do not match its checksum")
         masks = {
@@ -105,6 +101,21 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
         raise ValueError(f"{str(path)!r} is no readable ticket file: {error}") from error
     weights = {key.removeprefix("weight/"): value for key, value in tensors.items() if key.startswith("weight/")}
     return Ticket(masks, weights, provenance)
+
+
+def check_fit(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Raises TypeError or ValueError unless `state_dict` holds a weight of its shape for each mask."""
+    for name, mask in masks.items():
+        check_mask(mask, linear=True)
+        key = parameter_of(name)
+        if key not in state_dict or state_dict[key].shape != mask.shape:
+            found = tuple(state_dict[key].shape) if key in state_dict else "nothing"
+            raise ValueError(f"state_dict must hold {key!r} of the mask's shape {tuple(mask.shape)}, found {found}")
+
+
+def own_copies(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each with memory of its own: safetensors refuses tied weights otherwise."""
+    return {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
 
 
 def _facts(masks: Mapping[str, Tensor]) -> dict[str, Any]:

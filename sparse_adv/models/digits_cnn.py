@@ -8,18 +8,18 @@ from torch import nn
 
 from sparse_adv.models.normalize import Normalize
 
-INPUT_SHAPE = (1, 8, 8)
 
-
-def digits_cnn(width: int = 64, classes: int = 10) -> nn.Sequential:
+def digits_cnn(width: int, classes: int, input_shape: tuple[int, int, int], data: str) -> nn.Sequential:
     """Three 3x3 convolutions with BatchNorm and ReLU at full resolution, then the mean over pixels and a classifier.
 
     Args:
         width: channels of the first convolution; the others have twice as many.
         classes: outputs.
+        input_shape: [C, H, W] of one image, of any size.
+        data: whose statistics to normalise with.
     """
-    layers: OrderedDict[str, nn.Module] = OrderedDict(normalize=Normalize([0.305], [0.376]))
-    channels = [INPUT_SHAPE[0], width, 2 * width, 2 * width]
+    layers: OrderedDict[str, nn.Module] = OrderedDict(normalize=Normalize.of(data, input_shape[0]))
+    channels = [input_shape[0], width, 2 * width, 2 * width]
     for i in range(1, len(channels)):
         layers[f"conv{i}"] = nn.Conv2d(channels[i - 1], channels[i], 3, padding=1, bias=False)
         layers[f"bn{i}"] = nn.BatchNorm2d(channels[i])

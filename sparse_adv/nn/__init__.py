@@ -5,8 +5,27 @@ is.
 """
 
 from sparse_adv.nn.conversion import constant_weights, densify, sparsify
+from sparse_adv.nn.dead_channels import dead_channels, silence_dead_channels
 from sparse_adv.nn.explanation import Explanation, explain
+from sparse_adv.nn.gradient_exchange import Traffic, exchange_kept_gradients
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
+from sparse_adv.nn.masked_linear import MaskedLinear
 from sparse_adv.nn.tuning import tune
+from sparse_adv.nn.work import Work, multiply_adds
 
-__all__ = ["Explanation", "MaskedConv2d", "constant_weights", "densify", "explain", "sparsify", "tune"]
+__all__ = [
+    "Explanation",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "Traffic",
+    "Work",
+    "constant_weights",
+    "dead_channels",
+    "densify",
+    "exchange_kept_gradients",
+    "explain",
+    "multiply_adds",
+    "silence_dead_channels",
+    "sparsify",
+    "tune",
+]

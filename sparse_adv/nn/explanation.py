@@ -1,4 +1,4 @@
-"""`explain`: which kernel each convolution of a model takes, why, and what the masks leave of its work."""
+"""`explain`: which kernel each layer of a model takes, why, and what the masks leave of its work."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.masks.convolutions import convolutions, run_once
+from sparse_adv.masks.convolutions import Layer, maskable, run_once, uses
 from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
+from sparse_adv.nn.masked_linear import MaskedLinear
 from sparse_adv.ops import chosen_paths
 
 
 @dataclass(frozen=True)
 class Row:
-    """One convolution."""
+    """One convolution or linear layer."""
 
     layer: str
     weight_shape: tuple[int, ...]
     block: tuple[int, int, int, int] | None
-    """None: the layer is dense."""
+    """None: the layer is dense, or linear and makes nothing of blocks."""
     kept: int
     """Number of weights kept."""
     multiply_adds: tuple[int, int] | None
@@ -41,13 +42,13 @@ class Explanation:
 
     @property
     def density(self) -> float | None:
-        """The fraction of the convolutions' weights that is kept; None if there are none."""
+        """The fraction of the weights of convolutions and linear layers that is kept; None if there are none."""
         total = sum(row.weights for row in self.rows)
         return sum(row.kept for row in self.rows) / total if total else None
 
     @property
     def multiply_add_density(self) -> float | None:
-        """The fraction of the convolutions' multiply-adds that remains; None without an input shape."""
+        """The fraction of these layers' multiply-adds that remains; None without an input shape."""
         counts = [row.multiply_adds for row in self.rows if row.multiply_adds is not None]
         total = sum(dense for _, dense in counts)
         return sum(kept for kept, _ in counts) / total if total else None
@@ -63,37 +64,40 @@ class Explanation:
 
     def _totals(self) -> str:
         if self.density is None:
-            return "the model has no convolutions"
+            return "the model has no linear layers and no convolutions"
         work = self.multiply_add_density
         remains = "unknown without an input shape" if work is None else f"{work:.4f}"
-        return f"density of convolution weights: {self.density:.4f}; of multiply-adds: {remains}"
+        kinds = {"linear" if len(row.weight_shape) == 2 else "convolution" for row in self.rows}
+        return f"density of {' and '.join(sorted(kinds))} weights: {self.density:.4f}; of multiply-adds: {remains}"
 
 
 def explain(model: nn.Module, shape: Sequence[int] | Tensor | None = None) -> Explanation:
-    """Say which kernel each pass of each convolution takes, and why.
+    """Say which kernel each pass of each convolution and linear layer takes, and why.
 
     Args:
         model: any model; it runs one forward pass, in eval mode, if a shape is given.
         shape: shape [N, C, H, W] of its input, or a sample of it. Without it, only tuned layers tell their kernels,
             and multiply-adds are not counted.
     """
-    inputs: dict[nn.Conv2d, Tensor] = {}
-    pixels: dict[nn.Conv2d, int] = {}
+    inputs: dict[Layer, Tensor] = {}
+    counts: dict[Layer, int] = {}
 
-    def visit(layer: nn.Conv2d, input: Tensor, output: Tensor) -> None:
+    def visit(layer: Layer, input: Tensor, output: Tensor) -> None:
         inputs[layer] = input
-        pixels[layer] = pixels.get(layer, 0) + output.numel() // layer.out_channels
+        counts[layer] = counts.get(layer, 0) + uses(layer, output)
 
     if shape is not None:
-        run_once(model, shape, visit)
-    return Explanation([_row(name, layer, inputs.get(layer), pixels) for name, layer in convolutions(model).items()])
+        run_once(model, shape, visit, linear=True)
+    return Explanation([_row(name, layer, inputs.get(layer), counts) for name, layer in maskable(model).items()])
 
 
-def _row(name: str, layer: nn.Conv2d, input: Tensor | None, pixels: dict[nn.Conv2d, int]) -> Row:
-    weights, count, shape = layer.weight.numel(), pixels.get(layer), tuple(layer.weight.shape)
+def _row(name: str, layer: Layer, input: Tensor | None, counts: dict[Layer, int]) -> Row:
+    weights, count, shape = layer.weight.numel(), counts.get(layer), tuple(layer.weight.shape)
     kept, block, paths = weights, None, dict.fromkeys(PASSES, "dense (no mask)")
     if isinstance(layer, MaskedConv2d):
         kept, block, paths = int(layer.weight_mask.count_nonzero()), layer.block, _paths(layer, input)
+    elif isinstance(layer, MaskedLinear):
+        kept, paths = int(layer.weight_mask.count_nonzero()), dict.fromkeys(PASSES, "dense (linear)")
     return Row(name, shape, block, kept, None if count is None else (count * kept, count * weights), paths)
 
 

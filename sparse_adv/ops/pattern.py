@@ -130,13 +130,14 @@ def check_block(block: Sequence[int]) -> tuple[int, int, int, int]:
     return sizes
 
 
-def check_mask(mask: Tensor) -> None:
-    """Raises TypeError or ValueError if this is no convolution mask."""
+def check_mask(mask: Tensor, linear: bool = False) -> None:
+    """Raises TypeError or ValueError if this is no convolution mask; `linear` allows [K, C] too."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor (true = kept), got {found}")
-    if mask.dim() != 4:
-        raise ValueError(f"mask must have the weight's shape [K, C/groups, R, S], got {tuple(mask.shape)}")
+    if mask.dim() != 4 and not (linear and mask.dim() == 2):
+        shapes = "[K, C/groups, R, S] or [K, C]" if linear else "[K, C/groups, R, S]"
+        raise ValueError(f"mask must have the weight's shape {shapes}, got {tuple(mask.shape)}")
 
 
 def check_pattern(pattern: Pattern) -> None:
@@ -155,9 +156,8 @@ def check_groups(pattern: Pattern, groups: int) -> None:
 
 
 def obeys(mask: Tensor, block: Sequence[int]) -> bool:
-    """Whether all weights of each block of the mask share their fate."""
-    for dim, size in enumerate(check_block(block)):
-        length = mask.shape[dim]
+    """Whether all weights of each block of the mask share their fate; a mask [K, C] is one of single taps."""
+    for dim, (length, size) in enumerate(zip(mask.shape, check_block(block), strict=False)):
         if size == 1 or length == 0:
             continue
         first = torch.arange(length, device=mask.device) // size * size

@@ -1,0 +1,262 @@
+"""Flags that several commands share, and config files, whose keys are flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from sparse_adv import models
+from sparse_adv.files import write_text
+from sparse_adv.tickets import Rule
+from sparse_adv.training import OBJECTIVES, PRECISIONS, SCHEDULES, Recipe
+
+CONFIG = "config.yaml"
+
+_RECIPE = {
+    "objective": "what an update sees: " + ", ".join(OBJECTIVES),
+    "epochs": "passes over the training images",
+    "lr": "learning rate of SGD",
+    "momentum": "of SGD",
+    "weight_decay": "of SGD",
+    "schedule": "of the learning rate, by step: " + ", ".join(SCHEDULES),
+    "drops": "shares of the epochs after which the piecewise rate falls to a tenth",
+    "warmup_epochs": "epochs in which the rate climbs",
+    "warmup_from": "where it climbs from, such as the search's rate",
+    "eps": "radius of the attack's ball, in image units",
+    "norm": "of the ball: linf, l2",
+    "alpha": "step size of the attack; left out, the objective's own",
+    "steps": "of the objectives pgd and trades",
+    "beta": "weight of the robust term of trades",
+    "replays": "how often free updates on each batch",
+    "clip": "largest norm of an update's gradient; 0 leaves it alone",
+    "ema": "decay per step of averaged weights, which are then evaluated and kept; 0 for none",
+    "precision": "what autocast computes in: " + ", ".join(PRECISIONS),
+    "evaluate_every": "epochs between evaluations on held-out images",
+    "evaluation_steps": "of the PGD attack of evaluations",
+    "guard": "look for a collapse of robustness, undo it and train that epoch with PGD",
+}
+
+_RULE = {
+    "density": "share of the weights that the ticket keeps",
+    "block": "block shape of the masks, BO,BI or BO,BI,BR,BS",
+    "scope": "how kept weights are shared out among layers: global, uniform, erk",
+    "score": "what ranks weights: magnitude, relative_magnitude",
+    "linear": "prune linear layers too",
+    "rounds": "times of training, pruning and going back; 1 is one-shot",
+    "rewind_step": "update to whose weights the ticket goes back; 0 is the start",
+    "stop_distance": "end the search when the mask has moved less than this share in five epochs (Early-Bird: 0.1)",
+}
+
+
+_UNCONFIGURED = {"config", "print_config", "json", "verbose", "run"}
+"""Options that are no setting."""
+
+_INDIFFERENT = {"out", "name", "device", "ticket"}
+"""Settings that a run may be continued without; the ticket counts by its contents."""
+
+
+def number(text: str) -> float:
+    """A decimal number or a fraction: "0.03", "8/255"."""
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 8/255, got '{text}'") from None
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas: a block shape."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas, such as 4,1, got '{text}'") from None
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas; nothing at all for none."""
+    return tuple(number(part) for part in text.split(",") if part)
+
+
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got '{text}'") from None
+
+
+def command(commands: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
+    """A new command's parser. Flags are not abbreviated, so that a config file and a later version mean the same."""
+    return commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """How a command speaks."""
+    parser.add_argument(
+        "--json",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="JSON lines instead of text for people; left out, text on a terminal and JSON when piped",
+    )
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """A file of flags."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file whose keys are flags; flags win over it")
+    parser.add_argument("--print-config", action="store_true", help="print such a file with all settings, and stop")
+
+
+def add_data(parser: argparse.ArgumentParser, data: str | None = "digits", seed: int | None = 0) -> None:
+    """Which images there are, and on which device."""
+    group = parser.add_argument_group("data")
+    left_out = "" if data else "; left out, the run's"
+    group.add_argument("--data", default=data, help=f"'digits', or a folder or archive of images{left_out}")
+    group.add_argument("--limit", type=whole, metavar="N", help="use the first N training images only")
+    group.add_argument("--validation", type=number, help="share, or number, of training images to hold out")
+    group.add_argument("--seed", type=whole, default=seed, help="of split, weights, order of the images and attacks")
+    group.add_argument("--device", default="auto", help="cpu, cuda or auto")
+
+
+def add_batches(parser: argparse.ArgumentParser) -> None:
+    """How training goes through the images."""
+    group = parser.add_argument_group("batches")
+    group.add_argument("--batch-size", type=whole, default=128, help="images per update, over all processes")
+    group.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="random crop and flip; left out, of 32 x 32 colour images",
+    )
+
+
+def add_network(parser: argparse.ArgumentParser, arch: str | None) -> None:
+    """Which network."""
+    group = parser.add_argument_group("network")
+    left_out = "" if arch else "; left out, the ticket or the run says it"
+    group.add_argument("--arch", default=arch, help=", ".join(models.names()) + left_out)
+    group.add_argument("--width", type=whole, help="channels of the first stage; left out, the published number")
+
+
+def add_recipe(parser: argparse.ArgumentParser, defaults: Recipe) -> None:
+    """A flag for every number of a recipe but its seed."""
+    _add_fields(parser.add_argument_group("recipe"), _RECIPE, defaults)
+
+
+def add_rule(parser: argparse.ArgumentParser) -> None:
+    """A flag for every number of a pruning rule."""
+    _add_fields(parser.add_argument_group("pruning"), _RULE, Rule())
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that the flags describe."""
+    return Recipe(**{name: getattr(options, name) for name in _RECIPE}, seed=options.seed)
+
+
+def rule_of(options: argparse.Namespace) -> Rule:
+    """The pruning rule that the flags describe."""
+    return Rule(**{name: getattr(options, name) for name in _RULE})
+
+
+def _add_fields(group: Any, texts: dict[str, str], defaults: Any) -> None:
+    types = {field.name: str(field.type) for field in dataclasses.fields(defaults)}
+    for name, text in texts.items():
+        flag, kind, default = f"--{name.replace('_', '-')}", types[name], getattr(defaults, name)
+        if kind == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        else:
+            parse = {
+                "int": whole,
+                "tuple[int, ...]": whole_numbers,
+                "tuple[float, ...]": numbers,
+                "str": str,
+                "str | masks.Score": str,
+            }.get(kind, number)
+            group.add_argument(flag, type=parse, default=default, help=text, metavar=name.upper())
+
+
+def with_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command, with those of its config file before them.
+
+    Raises:
+        ValueError: if the file is no YAML mapping or has a key that is no flag.
+        FileNotFoundError: if there is no such file.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    path = finder.parse_known_args(list(arguments))[0].config
+    if path is None:
+        return list(arguments)
+    flags = known_flags(parser)
+    tokens: list[str] = []
+    for key, value in _read(path).items():
+        flag = f"--{key.replace('_', '-')}"
+        if flag not in flags or flag == "--config":
+            raise ValueError(f"{path}: no setting is called {key!r}{suggestion(flag, flags)}")
+        if isinstance(value, bool):
+            tokens.append(flag if value else f"--no-{flag[2:]}")
+        elif value is not None:
+            tokens.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return [*tokens, *arguments]
+
+
+def known_flags(parser: argparse.ArgumentParser) -> list[str]:
+    """All flags of a command."""
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def suggestion(flag: str, flags: Sequence[str]) -> str:
+    """A question about the flag that may have been meant, or nothing."""
+    near = get_close_matches(flag, flags, n=1)
+    return f"; did you mean {near[0][2:]!r}?" if near else ""
+
+
+def config_text(options: argparse.Namespace) -> str:
+    """The settings as a config file."""
+    import yaml
+
+    return yaml.safe_dump(_given(options), sort_keys=False)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide how a run ends, as JSON data."""
+    return {name: value for name, value in _given(options).items() if name not in _INDIFFERENT}
+
+
+def write_config(folder: Path, options: argparse.Namespace) -> None:
+    """Leave the settings in a run's folder, ready for `--config`."""
+    write_text(folder / CONFIG, config_text(options))
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """All that a config file can hold."""
+    return {
+        name: _plain(value) for name, value in vars(options).items() if name not in _UNCONFIGURED and value is not None
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = str(error).replace("\n", " ")
+        raise ValueError(f"{path} is no YAML file: {where}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"{path} must hold settings as 'name: value', got {type(found).__name__}")
+    return found

@@ -1,0 +1,64 @@
+"""What a command says: sentences on a terminal, JSON lines in a pipe; of several processes one speaks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sparse_adv.runs import Record
+from sparse_adv.training import Recipe, ranks
+
+
+class Output:
+    """Prints results as they come.
+
+    Args:
+        as_json: None decides by whether standard output is a terminal.
+    """
+
+    def __init__(self, as_json: bool | None) -> None:
+        self.as_json = not sys.stdout.isatty() if as_json is None else as_json
+        self._bar: Any = None
+
+    def say(self, text: str, content: Mapping[str, Any]) -> None:
+        """Print the text for people, or the content as a line of JSON for programs."""
+        if ranks.rank():
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        print(json.dumps(content) if self.as_json else text, flush=True)
+
+    def epoch(self, record: Record) -> None:
+        """Tell what an epoch brought."""
+        accuracy = "".join(
+            f", {name} {record[f'{name}_accuracy']:.1%}" for name in ("clean", "robust") if f"{name}_accuracy" in record
+        )
+        undone = " (undone once: robustness had collapsed)" if record.get("rolled_back") else ""
+        self.say(
+            f"epoch {record['epoch']}: loss {record['loss']:.3f}{accuracy}, {record['seconds']:.1f} s{undone}", record
+        )
+
+    @contextmanager
+    def progress(self, batches: int, recipe: Recipe) -> Iterator[Any]:
+        """A bar over all updates of a run, on a terminal only; yields what to call after each."""
+        replays = recipe.replays if recipe.objective == "free" else 1
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError:
+            yield None
+            return
+        with tqdm(
+            total=batches * recipe.epochs * replays,
+            unit="update",
+            disable=None if ranks.rank() == 0 else True,
+            leave=False,
+        ) as self._bar:
+
+            def step(count: int) -> None:
+                self._bar.update(count - self._bar.n if count > self._bar.n else 1)
+
+            yield step
+        self._bar = None

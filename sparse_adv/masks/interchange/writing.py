@@ -1,0 +1,60 @@
+"""Masks and weights for others to read."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from sparse_adv.files import write_bytes
+from sparse_adv.masks.convolutions import parameter_of
+from sparse_adv.masks.ticket import check_fit, own_copies
+
+_FORMATS = ("dense", "prune")
+_TORCH_SUFFIXES = (".pt", ".pth")
+
+
+def save_pruned(
+    path: str | os.PathLike[str],
+    masks: Mapping[str, Tensor],
+    state_dict: Mapping[str, Tensor],
+    format: str = "dense",
+) -> None:
+    """Write a pruned model as a state dict that needs nothing of this library; a file of that name is replaced.
+
+    Args:
+        path: the file; its suffix says how: `.safetensors`, or `.pt` and `.pth` by torch.save.
+        masks: bool masks keyed by module name.
+        state_dict: the dense model's, without the masks; it must hold the weight of each mask.
+        format: "dense": a plain state dict with zeros where pruned. "prune": for a model to which
+            `torch.nn.utils.prune` has been applied at these weights (`X.weight_orig` as in `state_dict`, and
+            `X.weight_mask`).
+
+    Raises:
+        ValueError: if the suffix or the format is unknown, or a mask has no weight of its shape in `state_dict`.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
+        raise ValueError(f"path must end in .safetensors, {' or '.join(_TORCH_SUFFIXES)}, got {path.name!r}")
+    if format not in _FORMATS:
+        raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
+    check_fit(masks, state_dict)
+    tensors = own_copies(state_dict)
+    for name, mask in masks.items():
+        key = parameter_of(name)
+        if format == "dense":
+            tensors[key] = torch.where(mask.cpu(), tensors[key], 0)
+        else:
+            tensors[f"{key}_orig"] = tensors.pop(key)
+            tensors[f"{key}_mask"] = mask.cpu().to(tensors[f"{key}_orig"].dtype)
+    if path.suffix in _TORCH_SUFFIXES:
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        write_bytes(path, buffer.getvalue())
+    else:
+        write_bytes(path, save(tensors, {"format": "pt"}))

@@ -1,0 +1,136 @@
+"""BatchNorm channels that only a wholly pruned filter feeds: which they are, and how they are put to rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparse_adv.masks.convolutions import run_once, unknown_module
+from sparse_adv.nn import optimizer_guard
+from sparse_adv.ops.pattern import check_mask
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+_handles = WeakTensorKeyDictionary()
+"""Of each silenced gamma and beta, the handle of the hook on its gradient."""
+
+
+def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> dict[str, Tensor]:
+    """Find the BatchNorm channels whose input is always 0: the output of a filter with no kept weight, and no more.
+
+    A BatchNorm2d (or SyncBatchNorm) with gamma and beta counts only if, whenever it runs, its input is the very tensor
+    that a masked convolution returned, with nothing added in between. One that follows a residual sum never counts,
+    whatever comes before it in module order: the other summand may keep its channels alive. A filter with a bias other
+    than 0 is not dead, as it gives that bias.
+
+    Args:
+        model: any model, dense or sparse; it runs one forward pass, in eval mode.
+        masks: bool masks keyed by module name, as `masks.prune` returns them; those of other layers than convolutions
+            play no part.
+        shape: shape [N, C, H, W] of the model's input, or a sample of it.
+
+    Returns:
+        For each BatchNorm that counts, by module name, a bool tensor [C]: true = dead.
+
+    Raises:
+        TypeError: if a mask is no bool tensor.
+        ValueError: if a mask's name is unknown, or its shape is not the weight's.
+
+    Source: Li et al., "Towards Practical Lottery Ticket Hypothesis for Adversarial Training" (arXiv 2003.05733); the
+    paper does not speak of BatchNorm, and its code goes by module order.
+    """
+    filters = _dead_filters(model, masks)
+    norms = ((name, m) for name, m in model.named_modules() if isinstance(m, _NORMS) and m.affine)
+    names: dict[nn.Module, str] = {norm: name for name, norm in norms}
+    made = WeakTensorKeyDictionary()
+    found: dict[nn.Module, Tensor] = {}
+    fed_otherwise: set[nn.Module] = set()
+
+    def visit_convolution(layer: nn.Conv2d, input: Tensor, output: Tensor) -> None:
+        if layer in filters:
+            made[output] = filters[layer], output._version
+
+    def visit_norm(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        dead, version = made.get(args[0], (None, 0))
+        if dead is None or args[0]._version != version:  # another version: something was added in place
+            fed_otherwise.add(norm)
+        else:
+            found[norm] = found.get(norm, dead) & dead
+
+    handles = [norm.register_forward_pre_hook(visit_norm) for norm in names]
+    try:
+        run_once(model, shape, visit_convolution)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {names[norm]: dead for norm, dead in found.items() if norm not in fed_otherwise}
+
+
+def silence_dead_channels(
+    model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor
+) -> dict[str, int]:
+    """Set gamma and beta of the dead channels to 0, and keep them there under training.
+
+    A dead channel gives the constant beta; now it gives 0, and neither gradient, momentum nor weight decay can bring it
+    back, DistributedDataParallel or not. Running statistics stay as they are. Call it again after new masks or loaded
+    weights; channels that are no longer dead are then free to move, from where they are. Neither `deepcopy` nor
+    `pickle` takes along what keeps the zeros: a copy that is only averaged or evaluated needs none, one that is trained
+    needs a call of its own. So do parameters that did not require gradients and later do.
+
+    Args:
+        model, masks, shape: as for `dead_channels`.
+
+    Returns:
+        For each BatchNorm that only a masked convolution feeds, by module name, the number of its dead channels.
+
+    Raises:
+        TypeError, ValueError: as for `dead_channels`.
+    """
+    found = dead_channels(model, masks, shape)
+    for name, module in model.named_modules():
+        if isinstance(module, _NORMS):
+            for parameter in module.parameters(recurse=False):
+                _release(parameter)
+                if name in found and found[name].any():
+                    _hold(parameter, found[name].to(parameter.device))
+    return {name: int(dead.count_nonzero()) for name, dead in found.items()}
+
+
+def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Module, Tensor]:
+    """Of each masked convolution, which output channels are always 0."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    filters: dict[nn.Module, Tensor] = {}
+    for name, mask in masks.items():
+        if name not in modules:
+            raise ValueError(unknown_module(name, modules))
+        layer = modules[name]
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        check_mask(mask)
+        if mask.shape != layer.weight.shape:
+            raise ValueError(
+                f"mask of {name!r} has shape {tuple(mask.shape)}, weight has shape {tuple(layer.weight.shape)}"
+            )
+        dead = ~mask.flatten(1).any(1)
+        filters[layer] = dead if layer.bias is None else dead & (layer.bias.detach() == 0).to(dead.device)
+    return filters
+
+
+def _hold(parameter: nn.Parameter, dead: Tensor) -> None:
+    with torch.no_grad():
+        parameter.masked_fill_(dead, 0)
+    # Takes care of a momentum that the optimiser may already have.
+    optimizer_guard.watch(parameter, ~dead)
+    if parameter.requires_grad:
+        _handles[parameter] = parameter.register_hook(lambda grad: grad.masked_fill(dead.to(grad.device), 0))
+
+
+def _release(parameter: nn.Parameter) -> None:
+    handle: RemovableHandle | None = _handles.pop(parameter, None)
+    if handle is not None:
+        handle.remove()
+    optimizer_guard.unwatch(parameter)

@@ -1,0 +1,131 @@
+"""`MaskedLinear`: a linear layer whose weight is sparse under a mask; the product itself is dense."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.optim import Optimizer
+
+from sparse_adv.nn import optimizer_guard
+from sparse_adv.nn.masked_layer import MaskedLayer, check_own_weight, check_shape
+from sparse_adv.ops.pattern import check_mask
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """`nn.Linear` that keeps only the weights under a mask. It saves no time: the product is dense.
+
+    `y = x @ (weight * weight_mask).T + bias`, where a pruned weight counts as 0 and gets gradient 0 whatever it holds.
+    Weight, mask, optimisers, copies and state dicts are handled as in `MaskedConv2d`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        mask: bool tensor [K, C]; None keeps everything.
+    """
+
+    _dense = nn.Linear
+    _derived = ("_compiled", "_seen", "_constant")
+
+    _compiled: Tensor | None
+    _constant: tuple[Tensor, Tensor | None] | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if mask is None:
+            mask = torch.ones_like(self.weight, dtype=torch.bool)
+        check_linear_mask(self, mask)
+        self._adopt(mask)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, mask: Tensor) -> Self:
+        """Make a masked layer of a dense one, with the same Parameter objects; pruned weights become 0 in place.
+
+        Raises:
+            TypeError: if `linear` is not a plain Linear with its own weight.
+            ValueError: if the mask has another shape than the weight.
+        """
+        check_linear(linear)
+        check_linear_mask(linear, mask)
+        return cls.around(linear, mask)
+
+    @classmethod
+    def around(cls, linear: nn.Linear, mask: Tensor) -> Self:
+        """`from_dense` after all checks; a masked layer is kept and takes the mask over."""
+        layer = cls._shell(linear)
+        layer._adopt(mask)
+        return layer
+
+    def set_mask(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
+        """Change the mask: weights that it prunes become 0, weights that it revives start at 0.
+
+        Args:
+            mask: bool tensor of the weight's shape.
+            optimizer: its momentum (and whatever else it keeps) of pruned weights becomes 0 now; without it, that
+                happens before its next step.
+
+        Raises:
+            ValueError: if the mask has another shape than the weight.
+        """
+        check_linear_mask(self, mask)
+        self._adopt(mask)
+        if optimizer is not None:
+            optimizer_guard.settle(optimizer)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `[..., C]` to `[..., K]`."""
+        if not torch.compiler.is_compiling():
+            self._refresh()
+        # Selecting, unlike multiplying, makes 0 of NaN too, in the weight and in its gradient.
+        weight, bias = self._constant or (torch.where(self.weight_mask, self.weight, 0), self.bias)
+        return F.linear(input, weight, bias)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.weight_mask.is_meta else f", density={self.density:.4g}")
+
+    def _constants(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, bias
+
+    def _adopt(self, mask: Tensor) -> None:
+        self._store_mask(mask)
+        self._forget()
+        self._derive()
+
+    def _compiled_mask(self) -> Tensor | None:
+        return self._compiled
+
+    def _compile(self) -> None:
+        self._compiled = self.weight_mask.clone()
+
+    def _forget(self) -> None:
+        self._compiled = None
+
+
+def check_linear_mask(linear: nn.Linear, mask: Tensor) -> None:
+    """Raises TypeError or ValueError if this is no mask for the layer's weight."""
+    check_mask(mask, linear=True)
+    check_shape(mask, linear.weight)
+
+
+def check_linear(linear: nn.Module) -> None:
+    """Raises TypeError if no masked layer can stand in for this module."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"only a Linear can become a MaskedLinear, got {type(linear).__name__}")
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        raise TypeError("MultiheadAttention reads this layer's weight and never calls it, so its gradient has no mask")
+    if not isinstance(linear, MaskedLinear) and type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"{type(linear).__name__} computes its output in its own way, only plain Linear layers can be masked"
+        )
+    check_own_weight(linear)

@@ -1,0 +1,259 @@
+"""Ticket search: cheap training finds a mask, and the weights return to where they began."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparse_adv import masks, runs
+from sparse_adv.nn import densify, sparsify
+from sparse_adv.runs import Record
+from sparse_adv.tickets import checks
+from sparse_adv.tickets.early_stop import MaskWatch
+from sparse_adv.training import Recipe, ranks, train
+from sparse_adv.training.checkpoint import read_weights, write_weights
+from sparse_adv.training.evaluation import Images
+from sparse_adv.training.loop import Batches
+
+log = logging.getLogger(__name__)
+
+INITIAL = "initial.safetensors"
+REWIND = "rewind.safetensors"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a trained network is pruned; the defaults are the paper's.
+
+    Attributes:
+        density, block, scope, score, linear: see `masks.prune`.
+        rounds: times of training, pruning and going back; round i of n keeps density^(i/n) (Frankle and Carbin 2019,
+            iterative magnitude pruning). 1 is one-shot.
+        rewind_step: the update of the first round to whose weights the ticket goes back (Frankle et al. 2020); 0 is
+            the start.
+        stop_distance: end a round's training when its mask has moved less than this in five epochs (Early-Bird
+            tickets, You et al. 2020, who take 0.1); None trains to the end.
+    """
+
+    density: float = 0.2
+    block: tuple[int, ...] = (1, 1)
+    scope: str = "global"
+    score: str | masks.Score = "relative_magnitude"
+    linear: bool = True
+    rounds: int = 1
+    rewind_step: int = 0
+    stop_distance: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("rewind_step", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)}")
+        if self.stop_distance is not None and not 0 <= self.stop_distance <= 1:
+            raise ValueError(f"stop_distance must be a share in [0, 1], got {self.stop_distance}")
+
+    def prune(self, model: nn.Module, number: int, score: str | masks.Score | None = None) -> dict[str, Tensor]:
+        """The masks at the end of a round, counted from 1."""
+        return masks.prune(
+            model,
+            density=self.density ** (number / self.rounds),
+            block=self.block,
+            scope=self.scope,
+            score=self.score if score is None else score,
+            linear=self.linear,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """The rule as JSON data; a function of scores is told by its name."""
+        score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", repr(self.score))
+        return {**asdict(self), "block": list(self.block), "score": score}
+
+
+def search(
+    model: nn.Module,
+    batches: Batches,
+    recipe: Recipe,
+    rule: Rule | None = None,
+    *,
+    validation: Images | None = None,
+    folder: Path | str | None = None,
+    about: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Record], object] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> masks.Ticket:
+    """Find a boosting ticket: train dense and cheaply, prune, go back to the start.
+
+    With a folder, a search that was stopped continues when called again, and a finished one returns at once.
+
+    Args:
+        model: a dense model at its initial state; the search ends with the model there again, BatchNorm included.
+        batches, validation, on_step: see `training.train`.
+        recipe: of the search; the paper's is a small constant learning rate without warm-up, taking the last weights.
+        rule: how to prune; None is the paper's, one-shot to density 0.2.
+        folder: see `training.train`; each round has a folder in it.
+        about: JSON data for the ticket's provenance, such as network and data; the search adds its own.
+        on_epoch: see `training.train`; epochs are counted through all rounds.
+
+    Returns:
+        The ticket: masks, the weights to begin with, and as provenance recipe, rule, epochs, seconds, multiply-adds
+        and the checks that were made. `tickets.restore(model, ticket, shape)` makes the sparse network.
+
+    Raises:
+        ValueError: if the rule does not fit the model, before anything is trained.
+
+    Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
+    section 3.1; without the defects of its code.
+    """
+    rule = rule or Rule()
+    # What pruning would refuse it refuses now, not after the training. (A callable may need what training leaves.)
+    rule.prune(model, rule.rounds, "magnitude" if callable(rule.score) else None)
+    where = None if folder is None else Path(folder)
+    if where is not None and ranks.rank() == 0 and not (where / runs.FACTS).exists():
+        runs.begin(where, {"recipe": asdict(recipe), "rule": rule.facts()})
+    ranks.meet()
+    if where is not None and (where / runs.TICKET).exists():
+        return masks.load_ticket(where / runs.TICKET)
+    return _Search(model, batches, recipe, rule, validation, where, on_epoch, on_step).run(dict(about or {}))
+
+
+class _Search:
+    """A search in progress: what its rounds hand on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        recipe: Recipe,
+        rule: Rule,
+        validation: Images | None,
+        folder: Path | None,
+        on_epoch: Callable[[Record], object] | None,
+        on_step: Callable[[int], None] | None,
+    ) -> None:
+        self.model, self.batches, self.recipe, self.rule = model, batches, recipe, rule
+        self.validation, self.folder, self.on_epoch, self.on_step = validation, folder, on_epoch, on_step
+        self.initial = self._kept(INITIAL, model.state_dict())
+        self.start: dict[str, Tensor] | None = None if rule.rewind_step else self.initial
+        if folder is not None and (folder / REWIND).exists():
+            self.start = read_weights(folder / REWIND)[0]
+        self.found: dict[str, Tensor] = {}
+        self.records: list[Record] = []
+        self.seconds, self.multiply_adds = 0.0, 0
+        self.checks: dict[str, Any] = {}
+
+    def run(self, about: dict[str, Any]) -> masks.Ticket:
+        for number in range(1, self.rule.rounds + 1):
+            self._round(number)
+        densify(self.model)
+        start = self._start()
+        self.model.load_state_dict(start)
+        self.checks |= checks.reset(self.model, start)
+        self.model.load_state_dict(self.initial)
+        log.info(
+            "ticket that keeps %.1f %% of the weights found in %.1f s", 100 * masks.density(self.found), self.seconds
+        )
+        ticket = masks.Ticket(self.found, start, about | self._provenance())
+        if self.folder is not None:
+            if ranks.rank() == 0:
+                masks.save_ticket(self.folder / runs.TICKET, *_parts(ticket))
+            ranks.meet()
+            ticket = masks.load_ticket(self.folder / runs.TICKET)
+        return ticket
+
+    def _round(self, number: int) -> None:
+        """Train, prune, and remember what for; a finished round is read from its file."""
+        folder = self.folder / f"round_{number}" if self.folder is not None else None
+        if folder is not None and (folder / runs.TICKET).exists():
+            ticket = masks.load_ticket(folder / runs.TICKET)
+            self.found, self.start, told = ticket.masks, ticket.state_dict, ticket.provenance
+            self.records, self.checks = told["epochs"], told["checks"]
+            self.seconds, self.multiply_adds = told["seconds"], told["multiply_adds"]
+            return
+        self.model.load_state_dict(self.initial if number == 1 else self._start())
+        sparsify(self.model, self.found)
+        done, watch = list(self.records), MaskWatch(self.rule.stop_distance, folder)
+
+        def after_epoch(record: Record) -> bool:
+            record = {**record, "epoch": len(done) + record["epoch"], "round": number}
+            settled = watch.settled(record["epoch"], lambda: self.rule.prune(self.model, number))
+            if watch.distance is not None:
+                record["mask_distance"] = watch.distance
+            self._remember(record)
+            return settled
+
+        train(
+            self.model,
+            self.batches,
+            self.recipe,
+            validation=self.validation,
+            folder=folder,
+            before=(self.seconds, self.multiply_adds),
+            on_epoch=after_epoch,
+            on_step=self._at_step if number == 1 else self.on_step,
+        )
+        start, begin = self._start(), time.perf_counter()
+        new = self.rule.prune(self.model, number)
+        self.seconds = self.records[-1]["seconds"] + time.perf_counter() - begin
+        self.multiply_adds = self.records[-1]["multiply_adds"]
+        self.checks |= checks.pruned_weights_are_zero(self.model, self.found)
+        self.checks |= checks.nested(new, self.found) | checks.density(new, self.rule, number)
+        self.found = new
+        if folder is not None:
+            if ranks.rank() == 0:
+                masks.save_ticket(folder / runs.TICKET, *_parts(masks.Ticket(self.found, start, self._provenance())))
+            ranks.meet()
+
+    def _at_step(self, step: int) -> None:
+        if step == self.rule.rewind_step:
+            if self.folder is not None:
+                (self.folder / REWIND).unlink(missing_ok=True)  # of an epoch that was undone or cut off
+                ranks.meet()
+            self.start = self._kept(REWIND, self.model.state_dict())
+        if self.on_step:
+            self.on_step(step)
+
+    def _start(self) -> dict[str, Tensor]:
+        """The weights that each round, and the ticket, goes back to."""
+        if self.start is None:
+            raise ValueError(
+                f"rewind_step must come before the first round ends, got {self.rule.rewind_step}: it made "
+                f"{self.records[-1]['step']} updates"
+            )
+        return self.start
+
+    def _kept(self, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A copy of the weights, or those of an earlier call that was stopped: the file decides."""
+        if self.folder is None:
+            return copy.deepcopy(dict(state_dict))
+        path = self.folder / name
+        if ranks.rank() == 0 and not path.exists():
+            write_weights(path, state_dict, {})
+        ranks.meet()
+        return read_weights(path)[0]
+
+    def _remember(self, record: Record) -> None:
+        self.records = [*self.records[: record["epoch"] - 1], record]
+        if self.folder is not None and ranks.rank() == 0:
+            runs.write_records(self.folder / runs.EPOCHS, self.records)
+        if self.on_epoch:
+            self.on_epoch(record)
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "recipe": asdict(self.recipe),
+            "rule": self.rule.facts(),
+            "epochs": self.records,
+            "seconds": self.seconds,
+            "multiply_adds": self.multiply_adds,
+            "checks": self.checks,
+        }
+
+
+def _parts(ticket: masks.Ticket) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    return ticket.masks, ticket.state_dict, ticket.provenance

@@ -1,0 +1,353 @@
+"""The training loop: any classifier of images in [0, 1], on any iterable of batches; knows no mask."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparse_adv import runs
+from sparse_adv.nn import Traffic, Work, exchange_kept_gradients, multiply_adds
+from sparse_adv.runs import Record
+from sparse_adv.training import objectives, ranks
+from sparse_adv.training.checkpoint import read_state, write_state, write_weights
+from sparse_adv.training.evaluation import Accuracy, Images, clean_accuracy, device_of, robust_accuracy
+from sparse_adv.training.guard import Guard
+from sparse_adv.training.recipe import Recipe
+from sparse_adv.training.stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+PHASES = ("attack", "update", "evaluation")
+ORDER_SEED, NOISE_SEED = 1, 2
+
+
+class Training:
+    """A run in progress: what `train` and `epochs` are made of. All processes of a distributed run make one each."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        recipe: Recipe,
+        *,
+        validation: Images | None = None,
+        folder: Path | None = None,
+        before: tuple[float, int] = (0.0, 0),
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
+        if not isinstance(batches, Sized):
+            raise TypeError(
+                f"batches must have a length and be iterable once an epoch (a list, a DataLoader, data.Batches), got "
+                f"{type(batches).__name__}"
+            )
+        if not len(batches):
+            raise ValueError("batches must hold at least one batch, got none")
+        self.model, self.batches, self.recipe, self.validation = model, batches, recipe, validation
+        self.folder, self.on_step = folder, on_step
+        self.device = device_of(model)
+        self.records: list[Record] = []
+        self.seconds: float = before[0]
+        self.multiply_adds: int = before[1]
+        self.best: dict[str, Any] = {}
+        self.step = 0
+        self.objective = objectives.build(recipe, check=True)
+        self.steps_per_epoch = len(batches) * self.objective.updates
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+        watched = recipe.guard and recipe.objective != "natural" and validation is not None
+        self.guard = Guard.over(validation, recipe) if watched and validation is not None else None
+        self.wrapped = model
+        self.traffic: Traffic | None = None
+        if ranks.world() > 1:
+            self.wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+            self.traffic = exchange_kept_gradients(self.wrapped)
+        self.work: Work | None = None
+        self._restore()
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and kept: the averaged one if the recipe averages."""
+        return self.model if self.ema is None else self.ema.module
+
+    def epochs(self) -> Iterator[Record]:
+        """The records of the epochs, first those that were there, then each as soon as it is trained and safe."""
+        yield from list(self.records)
+        while len(self.records) < self.recipe.epochs:
+            self.records.append(self._healthy_epoch(len(self.records)))
+            self._save()
+            yield self.records[-1]
+
+    def _healthy_epoch(self, epoch: int) -> Record:
+        """Train an epoch; one that collapses is undone and trained again with PGD."""
+        undone: dict[str, float] = {}
+        while True:
+            start = copy.deepcopy(self._moving_state()) if self.guard else {}
+            record = self._train_epoch(epoch)
+            probe = self._probe(record)
+            if self.guard is None or probe is None or not self.guard.collapsed(probe):
+                self._account(record)
+                return record | undone
+            told = f"from {self.guard.best:.1%} to {probe:.1%}"
+            log.warning("epoch %d: robustness collapsed (%s); undone, trained again with PGD", epoch + 1, told)
+            for phase in ("attack", "update"):
+                self.seconds += record[f"{phase}_seconds"]
+                self.multiply_adds += record[f"{phase}_multiply_adds"]
+            self._load_moving_state(start)
+            undone = {"rolled_back": True, "undone_accuracy": float(probe)}
+
+    def _train_epoch(self, epoch: int) -> Record:
+        recipe, rule = self.recipe, self.objective
+        if self.guard and self.guard.pgd_epochs:
+            rule = objectives.build(replace(recipe, objective="pgd", alpha=None))
+        watch = Stopwatch(self.device)
+        noise = torch.Generator().manual_seed(ranks.own_seed(recipe.seed, NOISE_SEED, epoch))
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(epoch)
+        loss_sum, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        self.model.train()
+        # Whatever an iterable or a layer draws from the global generators follows from seed and epoch too.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(ranks.own_seed(recipe.seed, ORDER_SEED, epoch))
+            for x, y in self.batches:
+                x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+                if self.work is None:
+                    with self._autocast():
+                        self.work = multiply_adds(self.model, x.shape).per_image()
+                for _ in range(rule.updates):
+                    loss_sum += self._update(rule, x, y, noise, watch) * len(y)
+                    images += len(y)
+        self.objective.check = False  # every batch has been looked at once
+        self.model.eval()
+        ranks.average_buffers(self.model)
+        if self.ema is not None:
+            ranks.average_buffers(self.ema.module)
+        loss, seen = ranks.total([float(loss_sum), float(images)], self.device)
+        images = int(seen)
+        if not math.isfinite(loss):
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(f"training diverged in epoch {epoch + 1} (loss {loss / images}) at lr {rate:g}")
+        seconds = watch.seconds()
+        attack, update = self._passes(rule.passes)
+        exchanged = (
+            {"bytes_sent": self.traffic.bytes_sent, "bytes_dense": self.traffic.bytes_dense} if self.traffic else {}
+        )
+        return exchanged | {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "loss": loss / images,
+            "images": images,
+            "attack_seconds": seconds.get("attack", 0.0),
+            "update_seconds": seconds.get("update", 0.0),
+            "attack_multiply_adds": attack * images,
+            "update_multiply_adds": update * images,
+        }
+
+    def _update(
+        self, rule: objectives.Natural, x: Tensor, y: Tensor, noise: torch.Generator, watch: Stopwatch
+    ) -> Tensor:
+        """One step of the optimiser; returns the loss, still on the device."""
+        recipe = self.recipe
+        with watch.phase("attack"), self._autocast():
+            adv = rule.craft(self.model, x, y, noise)
+        with watch.phase("update"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.learning_rate(self.step, self.steps_per_epoch)
+            self.optimizer.zero_grad()
+            with self._autocast():
+                loss = rule.loss(self.wrapped, x, adv, y)
+            self.scaler.scale(loss).backward()
+            if recipe.clip:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            rule.after_update()
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+            self.step += 1
+            if self.on_step:
+                self.on_step(self.step)
+        return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.recipe.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _passes(self, passes: objectives.Passes) -> tuple[int, int]:
+        """Multiply-adds per image of attack and update."""
+        assert self.work is not None
+        work = self.work
+        attack = passes.attack_forward * work.forward + passes.attack_backward * work.grad_input
+        to_image = 0 if passes.to_image else work.first_grad_input
+        return attack, passes.update * (work.forward + work.grad_weight + work.grad_input - to_image)
+
+    def _probe(self, record: Record) -> Accuracy | None:
+        """Evaluate if it is time, and look whether the epoch has collapsed."""
+        recipe, model = self.recipe, self.evaluated
+        watch, spent = Stopwatch(self.device), []
+        with watch.phase("evaluation"):
+            probe = self.guard.measure(model) if self.guard else None
+            last = record["epoch"] == recipe.epochs
+            if self.validation is not None and (last or record["epoch"] % recipe.evaluate_every == 0):
+                clean = clean_accuracy(model, self.validation)
+                robust = robust_accuracy(
+                    model,
+                    self.validation,
+                    eps=recipe.eps,
+                    norm=recipe.norm,
+                    steps=recipe.evaluation_steps,
+                    seed=recipe.seed,
+                )
+                record |= {"clean_accuracy": float(clean), "robust_accuracy": float(robust)}
+                spent += [clean, robust]
+        if probe is not None:
+            record["guard_accuracy"] = float(probe)
+            spent.append(probe)
+        assert self.work is not None
+        work = sum(found.forward * self.work.forward + found.backward * self.work.grad_input for found in spent)
+        record |= {
+            "evaluation_seconds": watch.seconds().get("evaluation", 0.0),
+            "evaluation_multiply_adds": work,
+        }
+        return probe
+
+    def _account(self, record: Record) -> None:
+        """Add the epoch to the running totals, and remember it if it is the best."""
+        self.seconds += record["attack_seconds"] + record["update_seconds"]
+        self.multiply_adds += record["attack_multiply_adds"] + record["update_multiply_adds"]
+        record |= {"seconds": self.seconds, "multiply_adds": self.multiply_adds}
+        measure = "clean_accuracy" if self.recipe.objective == "natural" else "robust_accuracy"
+        if record.get(measure, -1.0) > self.best.get(measure, -1.0):
+            self.best = {key: record[key] for key in ("epoch", "clean_accuracy", "robust_accuracy")}
+
+    def _moving_state(self) -> dict[str, Any]:
+        """All that an epoch changes, but for the guard, which remembers an epoch that was undone."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "objective": self.objective.state_dict(),
+        }
+
+    def _load_moving_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.objective.load_state_dict(state["objective"])
+
+    def _save(self) -> None:
+        """Make the epoch safe: the one file of the state decides, all others can be made from it."""
+        if self.folder is not None and ranks.rank() == 0:
+            if self.best.get("epoch") == len(self.records):
+                write_weights(self.folder / runs.BEST, self.evaluated.state_dict(), self.records[-1])
+            write_state(
+                self.folder / runs.STATE,
+                {
+                    "recipe": asdict(self.recipe),
+                    "records": self.records,
+                    "best": self.best,
+                    "totals": [self.seconds, self.multiply_adds],
+                    "guard": self.guard.state_dict() if self.guard else None,
+                    **self._moving_state(),
+                },
+            )
+            self._publish()
+        ranks.meet()
+
+    def _publish(self) -> None:
+        assert self.folder is not None
+        runs.write_records(self.folder / runs.EPOCHS, self.records)
+        write_weights(self.folder / runs.LAST, self.evaluated.state_dict(), self.records[-1])
+
+    def _restore(self) -> None:
+        """Continue where the folder's state stands, if there is one."""
+        if self.folder is None:
+            return
+        path = self.folder / runs.STATE
+        if not path.exists():
+            return
+        state = read_state(path, self.device)
+        if state["recipe"] != asdict(self.recipe):
+            raise ValueError(f"{self.folder} holds a run of another recipe: take another folder, or delete it")
+        self._load_moving_state(state)
+        self.records, self.best = state["records"], state["best"]
+        self.seconds, self.multiply_adds = state["totals"]
+        if self.guard:
+            self.guard.load_state_dict(state["guard"])
+        self.model.eval()
+        if ranks.rank() == 0:
+            self._publish()
+        log.info("%s: %d of %d epochs are done", self.folder, len(self.records), self.recipe.epochs)
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    recipe: Recipe,
+    *,
+    validation: Images | None = None,
+    folder: Path | str | None = None,
+    before: tuple[float, int] = (0.0, 0),
+    on_epoch: Callable[[Record], object] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> list[Record]:
+    """Train a model in place, with SGD, on the images that the recipe's objective crafts.
+
+    With a folder the run can be stopped at any moment, kill -9 included: the same call continues after the last whole
+    epoch, and on a CPU ends with the same weights, bit for bit. Under `torchrun` (see `training.ranks.group`) each
+    process passes its own part of the batches.
+
+    Args:
+        model: any classifier of images [N, C, H, W] in [0, 1]; it ends in eval mode.
+        batches: (float images in [0, 1], int64 labels), iterable once an epoch, with a length: `data.Batches`, a
+            DataLoader, a list. If it has `set_epoch(epoch)`, that is called before each epoch.
+        recipe: everything else.
+        validation: held-out images, a `data.Split` or batches, for the evaluations, the choice of the best epoch and
+            the collapse guard; without it there are none of these.
+        folder: where to keep records, weights and state (`sparse_adv.runs`); None keeps nothing.
+        before: seconds and multiply-adds already spent on this run, by a ticket search.
+        on_epoch: called with the record of each epoch as soon as it is safe, in a continued run first with the
+            records that were there; if it returns True, training ends.
+        on_step: called after each update with the number of updates so far.
+
+    Returns:
+        A record per epoch: "epoch" (from 1), "step", "learning_rate", "loss" (mean, on the crafted images), "images",
+        "seconds" and "multiply_adds" (of attacks and updates so far, `before` included), for each phase "attack",
+        "update" and "evaluation" its own "_seconds" and "_multiply_adds", and where evaluated "clean_accuracy" and
+        "robust_accuracy"; "guard_accuracy" where guarded, "rolled_back" where an epoch had to be undone.
+
+    Raises:
+        FloatingPointError: if the loss is no longer a number; the folder keeps what was safe.
+        Collapse: if robustness is lost and PGD cannot keep it.
+        ValueError: if the folder holds another run.
+    """
+    where = None if folder is None else Path(folder)
+    if where is not None and ranks.rank() == 0 and not (where / runs.FACTS).exists():
+        runs.begin(where, {"recipe": asdict(recipe)})
+    training = Training(model, batches, recipe, validation=validation, folder=where, before=before, on_step=on_step)
+    records = []
+    for record in training.epochs():
+        records.append(record)
+        if on_epoch and on_epoch(record) is True:
+            break
+    return records

@@ -1,0 +1,154 @@
+"""Batches: every image once an epoch, the same epoch from the same numbers, and augmentation as a loop would do it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from sparse_adv.data import Batches, Split, crop_and_flip, to_unit
+
+
+def numbered(count: int) -> Split:
+    """One-pixel images whose labels are their numbers."""
+    return Split(torch.arange(count, dtype=torch.uint8).view(count, 1, 1, 1), torch.arange(count))
+
+
+def labels(batches: Batches) -> list[list[int]]:
+    return [y.tolist() for _, y in batches]
+
+
+def noise(count: int = 20, height: int = 6, width: int = 5) -> Split:
+    return Split(torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8), torch.arange(count))
+
+
+def test_batches_are_floats_in_zero_one_that_stay_with_their_labels():
+    for x, y in Batches(numbered(200), 64):
+        assert x.dtype == torch.float32 and y.dtype == torch.int64 and x.shape == (len(y), 1, 1, 1)
+        assert x.flatten().equal(y.float() / 255)
+
+
+def test_floats_in_zero_one_are_taken_as_they_are_and_other_numbers_refused():
+    images = torch.rand(4, 1, 2, 2)
+    ((x, _),) = Batches(Split(images.double(), torch.arange(4)), 4, shuffle=False)
+    assert x.dtype == torch.float32 and x.equal(images)
+    with pytest.raises(TypeError, match=r"uint8 or floats in \[0, 1\], got torch.int64"):
+        Batches(Split(torch.arange(4), torch.arange(4)), 2)
+
+
+def test_making_batches_leaves_the_images_alone():
+    split = noise()
+    before = split.images.clone()
+    for x, _ in Batches(split, 8, augment=True):
+        x.zero_()
+    assert split.images.equal(before)
+
+
+@given(images=st.integers(0, 40), share=st.integers(1, 5), world=st.integers(1, 4), shuffle=st.booleans())
+def test_processes_share_each_batch_and_have_as_many_as_they_say(images, share, world, shuffle):
+    assume(not shuffle or images >= world)
+    ranks = [Batches(numbered(images), share * world, shuffle=shuffle, rank=r, world=world) for r in range(world)]
+    own = [labels(batches) for batches in ranks]
+    assert [len(batches) for batches in ranks] == [len(found) for found in own]
+    assert all(batch for found in own for batch in found)
+    seen = sorted(label for found in own for batch in found for label in batch)
+    if shuffle:
+        assert len({tuple(map(len, found)) for found in own}) == 1
+        assert len(seen) == len(set(seen)) == images - images % world
+    else:
+        assert seen == list(range(images))
+        assert max(map(len, own)) == math.ceil(images / (share * world))
+
+
+def test_the_processes_of_a_run_see_what_one_process_would_see():
+    split = noise(20)
+    options = {"augment": True, "seed": 3}
+    whole = list(Batches(split, 8, **options))
+    parts = [list(Batches(split, 8, rank=rank, world=2, **options)) for rank in range(2)]
+    for i, (x, y) in enumerate(whole):
+        for rank in range(2):
+            assert parts[rank][i][0].equal(x[rank::2]) and parts[rank][i][1].equal(y[rank::2])
+
+
+def test_an_epoch_follows_from_seed_and_number_alone():
+    split = noise()
+    batches, other = Batches(split, 8, augment=True, seed=1), Batches(split, 8, augment=True, seed=1)
+    epochs = [list(batches) for _ in range(3)]
+    torch.rand(1)
+    other.set_epoch(2)
+    assert all(x.equal(a) and y.equal(b) for (x, y), (a, b) in zip(epochs[2], other, strict=True))
+    orders = {str([y.tolist() for _, y in epoch]) for epoch in epochs}
+    orders.add(str(labels(Batches(split, 8, augment=True, seed=2))))
+    assert len(orders) == 4
+
+
+def test_an_iteration_that_is_left_early_was_an_epoch():
+    batches, other = Batches(numbered(40), 8), Batches(numbered(40), 8)
+    iter(batches)
+    other.set_epoch(1)
+    assert labels(batches) == labels(other)
+
+
+def test_making_batches_leaves_the_global_random_state_alone():
+    batches, before = Batches(noise(), 8, augment=True), torch.get_rng_state()
+    list(batches)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_without_shuffling_images_come_in_order_each_epoch():
+    batches = Batches(numbered(7), 3, shuffle=False)
+    assert labels(batches) == labels(batches) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 5, 9)])
+def test_a_batch_is_cropped_and_flipped_as_image_by_image(dtype, shape):
+    _, height, width = shape
+    images = torch.randint(1, 256, (50, *shape)).to(dtype)
+    shifts, flips = torch.randint(0, 9, (2, 50)), torch.rand(50) < 0.5
+    expected = []
+    for image, row, column, flip in zip(images, *shifts.tolist(), flips.tolist(), strict=True):
+        padded = torch.zeros(shape[0], height + 8, width + 8, dtype=dtype)
+        padded[:, 4:-4, 4:-4] = image
+        crop = padded[:, row : row + height, column : column + width]
+        expected.append(crop.flip(2) if flip else crop)
+    found = crop_and_flip(images, shifts, flips)
+    assert found.dtype == dtype and found.equal(torch.stack(expected))
+
+
+def test_augmentation_moves_by_up_to_four_pixels_and_flips_half():
+    split = Split(torch.zeros(2000, 1, 9, 9, dtype=torch.uint8), torch.zeros(2000, dtype=torch.int64))
+    split.images[:, :, 4, 4], split.images[:, :, 4, 3] = 255, 51
+    ((x, _),) = Batches(split, 2000, augment=True)
+    bright, grey = (x == level for level in (1, 51 / 255))
+    assert bright.any(0).all()  # from the centre to every pixel
+    both = bright.flatten(1).any(1) & grey.flatten(1).any(1)
+    straight = bright[both].flatten(1).int().argmax(1) > grey[both].flatten(1).int().argmax(1)
+    assert 0.45 < straight.float().mean() < 0.55
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 0}, "batch_size must be a positive multiple of the 1 processes, got 0"),
+        ({"batch_size": 9, "world": 2}, "multiple of the 2 processes, got 9"),
+        ({"rank": 2, "world": 2}, r"rank must be in \[0, 1\], got 2"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"split": Split(torch.zeros(3, 1, 2, 2), torch.arange(4))}, "3 images, 4 labels"),
+        ({"split": numbered(3), "world": 4}, "an image for each of the 4 processes, got 3"),
+    ],
+)
+def test_what_makes_no_batches_is_told_in_a_sentence(options, said):
+    with pytest.raises(ValueError, match=said):
+        Batches(**{"split": numbered(10), "batch_size": 8, **options})
+
+
+def test_an_epoch_before_the_first_is_refused():
+    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+        Batches(numbered(4), 2).set_epoch(-1)
+
+
+def test_every_byte_has_its_own_number():
+    levels = to_unit(torch.arange(256, dtype=torch.uint8))
+    assert levels.equal(torch.arange(256) / 255) and (levels * 255).round().equal(torch.arange(256).float())

@@ -1,0 +1,124 @@
+"""Two processes train as one: same effective batch, same result twice, and a lost process costs one epoch at most."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparse_adv import masks, models, runs
+from sparse_adv.training import checkpoint
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+FLAGS = (
+    *("--arch", "digits_cnn", "--width", "8", "--limit", "300", "--batch-size", "64", "--epochs", "3"),
+    *("--objective", "fgsm-rs", "--eps", "0.1", "--evaluation-steps", "2"),
+)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(out, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "sparse_adv", "train", *FLAGS, "--out", str(out), *more),
+    ]
+
+
+def run(command: list[str]) -> list[dict]:
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def ticket(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ticket") / "ticket.safetensors"
+    model = models.build("digits_cnn", width=8)
+    kept = masks.prune(model, density=0.1, linear=True)
+    masks.save_ticket(path, kept, model.state_dict(), {"arch": "digits_cnn", "width": 8})
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, ticket):
+    out = tmp_path_factory.mktemp("distributed") / "whole"
+    return out, run(torchrun(out, "--ticket", str(ticket)))
+
+
+def test_one_process_speaks_and_each_image_is_seen_once(whole):
+    out, told = whole
+    assert [line.get("epoch") for line in told] == [1, 2, 3, None]
+    assert [record["images"] for record in runs.read(out).records] == [270] * 3
+    assert told[-1]["test"].keys() == {"clean", "fgsm", "pgd-20"}
+
+
+def test_only_gradients_of_kept_weights_travel(whole, ticket):
+    record = whole[1][2]
+    model = models.build("digits_cnn", width=8)
+    kept = sum(int(mask.count_nonzero()) for mask in masks.load_ticket(ticket).masks.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    pruned = sum(mask.numel() for mask in masks.load_ticket(ticket).masks.values()) - kept
+    assert record["bytes_dense"] == 4 * total * record["step"]
+    assert record["bytes_sent"] == 4 * (total - pruned) * record["step"]
+
+
+def test_the_same_command_gives_the_same_weights(whole, tmp_path, ticket):
+    run(torchrun(tmp_path / "again", "--ticket", str(ticket)))
+    first, second = (checkpoint.read_weights(out / runs.LAST)[0] for out in (whole[0], tmp_path / "again"))
+    assert all(first[key].equal(second[key]) for key in first)
+
+
+def test_a_dense_run_of_two_learns_as_one_process_does(tmp_path):
+    """The halves of a batch see their own BatchNorm statistics, so the numbers are near and not equal."""
+    run(torchrun(tmp_path / "two"))
+    alone = [sys.executable, "-m", "sparse_adv", "train", *FLAGS, "--out", str(tmp_path / "one")]
+    run(alone)
+    two, one = (runs.read(tmp_path / name) for name in ("two", "one"))
+    assert [record["step"] for record in two.records] == [record["step"] for record in one.records]
+    assert two.records[-1]["loss"] == pytest.approx(one.records[-1]["loss"], rel=0.2)
+    assert two.result["multiply_adds"] == pytest.approx(one.result["multiply_adds"], rel=0.01)
+
+
+def test_a_lost_process_ends_the_job_with_a_sentence_and_the_run_continues(whole, tmp_path, ticket):
+    out = tmp_path / "killed"
+    job = subprocess.Popen(
+        torchrun(out, "--ticket", str(ticket)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert json.loads(job.stdout.readline())["epoch"] == 1
+    os.kill(_worker(job.pid, rank=1), signal.SIGKILL)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "start the same command again" in errors and errors.count("sparse-adv: ") == 1
+    assert runs.read(out).result is None
+    run(torchrun(out, "--ticket", str(ticket)))
+    first, second = (checkpoint.read_weights(run / runs.LAST)[0] for run in (whole[0], out))
+    assert all(first[key].equal(second[key]) for key in first)
+
+
+def _worker(parent: int, rank: int) -> int:
+    """The process of a rank among torchrun's children."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            with open(f"/proc/{child}/environ", "rb") as variables:
+                if f"RANK={rank}".encode() in variables.read().split(b"\0"):
+                    return int(child)
+        time.sleep(0.05)
+    raise AssertionError(f"torchrun started no process of rank {rank}")
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    done = subprocess.run(
+        torchrun(tmp_path / "odd", "--batch-size", "63"), capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+    assert done.returncode != 0 and "multiple of the 2 processes, got 63" in done.stderr
+    assert done.stderr.startswith("sparse-adv: error: ")
