@@ -11,6 +11,7 @@ from typing import Any
 from sparse_adv import doctor
 from sparse_adv.commands import convert, demo, evaluate, explain, flags, report, search, train
 from sparse_adv.tickets import BrokenTicket
+from sparse_adv.training import ranks
 
 log = logging.getLogger("sparse_adv")
 
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = _parsed(parser, commands, given)
-        logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
+        level = logging.WARNING if ranks.launched_rank() else logging.INFO
+        logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else level)
         logging.getLogger("matplotlib").setLevel(logging.WARNING)
         if getattr(options, "print_config", False):
             print(flags.config_text(options), end="")

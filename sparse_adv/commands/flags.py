@@ -60,6 +60,15 @@ _INDIFFERENT = {"out", "name", "device", "ticket"}
 """Settings that a run may be continued without; the ticket counts by its contents."""
 
 
+_METAVARS = {
+    "int": "N",
+    "tuple[int, ...]": "N,N",
+    "tuple[float, ...]": "X,X",
+    "str": "NAME",
+    "str | masks.Score": "NAME",
+}
+
+
 def number(text: str) -> float:
     """A decimal number or a fraction: "0.03", "8/255"."""
     try:
@@ -96,8 +105,15 @@ def command(commands: Any, name: str, help: str, description: str) -> argparse.A
         help=help,
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults that say something; what a flag left out means is told by its text."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -180,7 +196,11 @@ def _add_fields(group: Any, texts: dict[str, str], defaults: Any) -> None:
                 "str": str,
                 "str | masks.Score": str,
             }.get(kind, number)
-            group.add_argument(flag, type=parse, default=default, help=text, metavar=name.upper())
+            if name == "eps":
+                default = f"{255 * default:g}/255"
+            elif isinstance(default, tuple):
+                default = ",".join(map(str, default))
+            group.add_argument(flag, type=parse, default=default, help=text, metavar=_METAVARS.get(kind, "X"))
 
 
 def with_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from sparse_adv.masks.convolutions import Layer, run_once, unknown_module, uses
+from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses
 from sparse_adv.ops.pattern import check_block, check_mask, obeys
 
 SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.masks.convolutions import maskable, unknown_module
+from sparse_adv.masks.layers import maskable, unknown_module
 from sparse_adv.ops.pattern import check_block
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sparse_adv.files import write_bytes
 from sparse_adv.masks.algebra import density, largest_block
-from sparse_adv.masks.convolutions import parameter_of
+from sparse_adv.masks.layers import parameter_of
 from sparse_adv.ops import build_facts
 from sparse_adv.ops.pattern import check_mask
 

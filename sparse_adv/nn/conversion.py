@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparse_adv.masks import largest_block
-from sparse_adv.masks.convolutions import Layer, unknown_module
+from sparse_adv.masks.layers import Layer, unknown_module
 from sparse_adv.nn import optimizer_guard
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_convertible, pattern_of
 from sparse_adv.nn.masked_layer import MaskedLayer

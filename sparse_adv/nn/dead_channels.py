@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_adv.masks.convolutions import run_once, unknown_module
+from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn import optimizer_guard
 from sparse_adv.ops.pattern import check_mask
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.masks.convolutions import Layer, maskable, run_once, uses
+from sparse_adv.masks.layers import Layer, maskable, run_once, uses
 from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
 from sparse_adv.nn.masked_linear import MaskedLinear
-from sparse_adv.ops import chosen_paths
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,8 @@ def _paths(layer: MaskedConv2d, input: Tensor | None) -> dict[str, str]:
         return {name: _tuned(layer.choices[name]) for name in PASSES}
     if input is None:
         return {}
-    x, padding = layer.padded(input)
-    shape = x.shape if x.dim() == 4 else (1, *x.shape)
-    paths = chosen_paths(layer.pattern, shape, layer.stride, padding, layer.dilation)
     why = "deterministic" if deterministic else "table"
-    return {name: f"{path} ({why})" for name, path in paths.items()}
+    return {name: f"{path} ({why})" for name, path in layer.paths(input).items()}
 
 
 def _tuned(choice: dict[str, float | str]) -> str:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sparse_adv.masks import largest_block
 from sparse_adv.nn import optimizer_guard
 from sparse_adv.nn.masked_layer import MaskedLayer, check_own_weight, check_shape
-from sparse_adv.ops import Pattern, compile_pattern, masked_conv2d, pack_pattern, set_paths
+from sparse_adv.ops import Pattern, chosen_paths, compile_pattern, masked_conv2d, pack_pattern, set_paths
 from sparse_adv.ops.pattern import check_block, check_mask, obeys
 
 PASSES = ("forward", "grad_input", "grad_weight")
@@ -156,6 +156,15 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         weight, bias, pattern = self._constant or (self.weight, self.bias, self.pattern)
         input, padding = self.padded(input)
         return masked_conv2d(input, weight, pattern, bias, self.stride, padding, self.dilation, self.groups)
+
+    def paths(self, input: Tensor) -> dict[str, str]:
+        """Which kernel each pass takes for an input: "sparse" or "dense"."""
+        device = self.weight.device.type
+        if device != "cpu" or self.weight.dtype != torch.float32 or torch.is_autocast_enabled(device):
+            return dict.fromkeys(PASSES, "dense")
+        x, padding = self.padded(input)
+        shape = x.shape if x.dim() == 4 else (1, *x.shape)
+        return chosen_paths(self.pattern, shape, self.stride, padding, self.dilation)
 
     def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input with whatever padding is not plain zeros, the same on both sides; and the padding that is."""

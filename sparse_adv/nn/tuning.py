@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.masks.convolutions import run_once, unknown_module
+from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
 from sparse_adv.ops import Pattern, chosen_paths, masked_conv2d, set_paths
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from sparse_adv.masks.convolutions import Layer, run_once, uses
+from sparse_adv.masks.layers import Layer, run_once, uses
 from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
-from sparse_adv.ops import chosen_paths
 
 
 class Work(NamedTuple):
@@ -53,7 +51,7 @@ def multiply_adds(model: nn.Module, shape: Sequence[int] | Tensor) -> Work:
         executed = dict.fromkeys(PASSES, dense)
         if isinstance(layer, MaskedConv2d):
             kept = count * int(layer.weight_mask.count_nonzero())
-            executed |= {name: kept for name, path in _paths(layer, input).items() if path == "sparse"}
+            executed |= {name: kept for name, path in layer.paths(input).items() if path == "sparse"}
         calls.append(Work(**executed, first_grad_input=0, dense=dense, first_dense=0, images=0))
 
     run_once(model, shape, visit, linear=True)
@@ -62,13 +60,3 @@ def multiply_adds(model: nn.Module, shape: Sequence[int] | Tensor) -> Work:
         return Work(0, 0, 0, 0, 0, 0, images)
     total = Work(*map(sum, zip(*calls, strict=True)))
     return total._replace(first_grad_input=calls[0].grad_input, first_dense=calls[0].dense, images=images)
-
-
-def _paths(layer: MaskedConv2d, input: Tensor) -> dict[str, str]:
-    """The kernel that each pass takes."""
-    device = layer.weight.device.type
-    if device != "cpu" or layer.weight.dtype != torch.float32 or torch.is_autocast_enabled(device):
-        return dict.fromkeys(PASSES, "dense")
-    x, padding = layer.padded(input)
-    shape = x.shape if x.dim() == 4 else (1, *x.shape)
-    return chosen_paths(layer.pattern, shape, layer.stride, padding, layer.dilation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,7 +74,10 @@ class Training:
         self.wrapped = model
         self.traffic: Traffic | None = None
         if ranks.world() > 1:
-            self.wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                # Newer versions have another name for it, which torch 2.10 does not know.
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self.wrapped = DistributedDataParallel(model, broadcast_buffers=False)
             self.traffic = exchange_kept_gradients(self.wrapped)
         self.work: Work | None = None
         self._restore()
@@ -142,10 +146,7 @@ class Training:
             raise FloatingPointError(f"training diverged in epoch {epoch + 1} (loss {loss / images}) at lr {rate:g}")
         seconds = watch.seconds()
         attack, update = self._passes(rule.passes)
-        exchanged = (
-            {"bytes_sent": self.traffic.bytes_sent, "bytes_dense": self.traffic.bytes_dense} if self.traffic else {}
-        )
-        return exchanged | {
+        record: Record = {
             "epoch": epoch + 1,
             "step": self.step,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -156,6 +157,9 @@ class Training:
             "attack_multiply_adds": attack * images,
             "update_multiply_adds": update * images,
         }
+        if self.traffic is not None:
+            record |= {"bytes_sent": self.traffic.bytes_sent, "bytes_dense": self.traffic.bytes_dense}
+        return record
 
     def _update(
         self, rule: objectives.Natural, x: Tensor, y: Tensor, noise: torch.Generator, watch: Stopwatch

@@ -17,6 +17,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def launched_rank() -> int:
+    """The number that torchrun has given this process, before there is a group."""
+    return int(os.environ.get("RANK", 0))
+
+
 def world() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1

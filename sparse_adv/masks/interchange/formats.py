@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_adv.masks.convolutions import parameter_of
+from sparse_adv.masks.layers import parameter_of
 
 State = dict[str, Tensor]
 Density = float | Mapping[str, float] | None

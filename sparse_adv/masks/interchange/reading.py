@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks.algebra import density as density_of
-from sparse_adv.masks.convolutions import parameter_of, unknown_module
 from sparse_adv.masks.interchange.containers import is_npy, read_npy_list, read_tensors, safetensors_metadata
 from sparse_adv.masks.interchange.formats import (
     FORMATS,
@@ -24,6 +23,7 @@ from sparse_adv.masks.interchange.formats import (
     open_lth_parameter,
     recognised,
 )
+from sparse_adv.masks.layers import parameter_of, unknown_module
 from sparse_adv.masks.ticket import TICKET_FORMAT, Ticket, load_ticket
 
 _NESTS = ("state_dict", "model_state_dict", "net", "model")

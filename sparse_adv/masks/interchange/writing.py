@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sparse_adv.files import write_bytes
-from sparse_adv.masks.convolutions import parameter_of
+from sparse_adv.masks.layers import parameter_of
 from sparse_adv.masks.ticket import check_fit, own_copies
 
 _FORMATS = ("dense", "prune")
