@@ -53,7 +53,8 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, stop_at, in_batch):
         assert equal_states(kept[0], told[0]) and kept[1]["epoch"] == told[1]["epoch"]
     records = [runs.read(tmp_path / run).records for run in ("whole", "stopped")]
     assert [record["loss"] for record in records[0]] == [record["loss"] for record in records[1]]
-    assert [record["multiply_adds"] for record in records[0]] == [record["multiply_adds"] for record in records[1]]
+    for name in ("multiply_adds", "density", "multiply_add_density"):
+        assert [record[name] for record in records[0]] == [record[name] for record in records[1]]
 
 
 def test_a_finished_run_returns_at_once(tmp_path):

@@ -60,6 +60,7 @@ def test_provenance_tells_what_was_done_and_checked():
         "weights": 468,
     }
     first, last = told["epochs"][0], told["epochs"][-1]
+    assert first["density"] == 1 and last["density"] == pytest.approx(0.3**0.5, abs=0.01)
     assert told["seconds"] >= last["seconds"] > first["seconds"] and told["multiply_adds"] == last["multiply_adds"]
 
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparse_adv import runs
-from sparse_adv.nn import Traffic, Work, exchange_kept_gradients, multiply_adds
+from sparse_adv.nn import Traffic, Work, exchange_kept_gradients, explain, multiply_adds
 from sparse_adv.runs import Record
 from sparse_adv.training import objectives, ranks
 from sparse_adv.training.checkpoint import read_state, write_state, write_weights
@@ -80,6 +80,7 @@ class Training:
                 self.wrapped = DistributedDataParallel(model, broadcast_buffers=False)
             self.traffic = exchange_kept_gradients(self.wrapped)
         self.work: Work | None = None
+        self.densities: dict[str, float | None] = {}
         self._restore()
 
     @property
@@ -131,6 +132,11 @@ class Training:
                 if self.work is None:
                     with self._autocast():
                         self.work = multiply_adds(self.model, x.shape).per_image()
+                    layers = explain(self.model, (1, *x.shape[1:]))
+                    self.densities = {
+                        "density": layers.density,
+                        "multiply_add_density": layers.multiply_add_density,
+                    }
                 for _ in range(rule.updates):
                     loss_sum += self._update(rule, x, y, noise, watch) * len(y)
                     images += len(y)
@@ -234,7 +240,7 @@ class Training:
         """Add the epoch to the running totals, and remember it if it is the best."""
         self.seconds += record["attack_seconds"] + record["update_seconds"]
         self.multiply_adds += record["attack_multiply_adds"] + record["update_multiply_adds"]
-        record |= {"seconds": self.seconds, "multiply_adds": self.multiply_adds}
+        record |= {"seconds": self.seconds, "multiply_adds": self.multiply_adds, **self.densities}
         measure = "clean_accuracy" if self.recipe.objective == "natural" else "robust_accuracy"
         if record.get(measure, -1.0) > self.best.get(measure, -1.0):
             self.best = {key: record[key] for key in ("epoch", "clean_accuracy", "robust_accuracy")}
@@ -337,7 +343,8 @@ def train(
     Returns:
         A record per epoch: "epoch" (from 1), "step", "learning_rate", "loss" (mean, on the crafted images), "images",
         "seconds" and "multiply_adds" (of attacks and updates so far, `before` included), for each phase "attack",
-        "update" and "evaluation" its own "_seconds" and "_multiply_adds", and where evaluated "clean_accuracy" and
+        "update" and "evaluation" its own "_seconds" and "_multiply_adds" (executed ones), "density" of the weights of
+        convolutions and linear layers and "multiply_add_density" of their work; where evaluated "clean_accuracy" and
         "robust_accuracy"; "guard_accuracy" where guarded, "rolled_back" where an epoch had to be undone.
 
     Raises:
