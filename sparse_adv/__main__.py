@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_adv import doctor
-from sparse_adv.commands import convert, demo, evaluate, explain, flags, report, search, train
+from sparse_adv.commands import config, convert, demo, evaluate, explain, flags, report, search, train
 from sparse_adv.tickets import BrokenTicket
 from sparse_adv.training import ranks
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else level)
         logging.getLogger("matplotlib").setLevel(logging.WARNING)
         if getattr(options, "print_config", False):
-            print(flags.config_text(options), end="")
+            print(config.config_text(options), end="")
             return 0
         return options.run(options)
     except BrokenTicket:
@@ -54,12 +54,12 @@ def _parsed(parser: argparse.ArgumentParser, commands: Any, given: list[str]) ->
     named = next((i for i, word in enumerate(given) if word in commands.choices), None)
     if named is not None:
         chosen = commands.choices[given[named]]
-        given = [*given[: named + 1], *flags.with_config(chosen, given[named + 1 :])]
+        given = [*given[: named + 1], *config.with_config(chosen, given[named + 1 :])]
     options, unknown = parser.parse_known_args(given)
     if unknown:
         word = unknown[0].partition("=")[0]
-        known = flags.known_flags(commands.choices[given[named]]) if named is not None else []
-        raise ValueError(f"there is no {word!r} here{flags.suggestion(word, known)}")
+        known = config.known_flags(commands.choices[given[named]]) if named is not None else []
+        raise ValueError(f"there is no {word!r} here{config.suggestion(word, known)}")
     return options
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from refusal import refused
 
 import sparse_adv
 from sparse_adv import data, doctor, masks, models, runs
@@ -28,17 +29,6 @@ def ticket_file(tmp_path):
     path = tmp_path / "ticket.safetensors"
     masks.save_ticket(path, kept, model.state_dict(), {"arch": "digits_cnn"})
     return path
-
-
-def refused(capsys, *arguments: str) -> str:
-    """What a command prints that must end with exit code 2 and one sentence."""
-    try:
-        code = main(arguments)
-    except SystemExit as end:  # argparse's own way out
-        code = end.code
-    message = capsys.readouterr().err
-    assert code == 2 and "error:" in message and "Traceback" not in message
-    return message
 
 
 def test_the_demo_compares_three_runs_and_reports(few_digits, tmp_path, capsys):

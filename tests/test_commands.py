@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 import yaml
+from refusal import refused
 
 from sparse_adv import masks, models, runs
 from sparse_adv.__main__ import main
@@ -34,17 +35,6 @@ def trained(searched):
 
 def lines(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def refused(capsys, *arguments: str) -> str:
-    capsys.readouterr()
-    try:
-        code = main(arguments)
-    except SystemExit as end:  # argparse's own way out
-        code = end.code
-    message = capsys.readouterr().err
-    assert code == 2 and "error:" in message and "Traceback" not in message
-    return message
 
 
 def test_a_search_leaves_a_ticket_and_how_it_came_about(searched):

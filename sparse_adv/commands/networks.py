@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparse_adv import data, models, runs
-from sparse_adv.commands import flags
+from sparse_adv.commands import config
 from sparse_adv.training import ranks
 
 
@@ -89,6 +89,6 @@ def agreed(options: argparse.Namespace, told: Mapping[str, Any], source: str) ->
 def begin(options: argparse.Namespace, command: str, identity: Mapping[str, Any] | None = None, **facts: Any) -> None:
     """Begin the run in its folder, or make sure that the one begun there is the same; rank 0 writes."""
     if ranks.rank() == 0:
-        runs.begin(options.out, {"command": command, **flags.settings_of(options), **(identity or {})}, **facts)
-        flags.write_config(options.out, options)
+        runs.begin(options.out, {"command": command, **config.settings_of(options), **(identity or {})}, **facts)
+        config.write_config(options.out, options)
     ranks.meet()

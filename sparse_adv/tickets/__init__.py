@@ -3,6 +3,7 @@
 from sparse_adv.tickets.checks import BrokenTicket, pruned_weights_are_zero
 from sparse_adv.tickets.controls import restore, shuffle
 from sparse_adv.tickets.early_stop import MaskWatch
-from sparse_adv.tickets.search import Rule, search
+from sparse_adv.tickets.rule import Rule
+from sparse_adv.tickets.search import search
 
 __all__ = ["BrokenTicket", "MaskWatch", "Rule", "pruned_weights_are_zero", "restore", "search", "shuffle"]

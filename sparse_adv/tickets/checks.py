@@ -7,13 +7,12 @@ that were not what was asked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from sparse_adv.tickets.search import Rule
+from sparse_adv.tickets.rule import Rule
 
 
 class BrokenTicket(RuntimeError):
