@@ -141,6 +141,8 @@ class Training:
                     loss_sum += self._update(rule, x, y, noise, watch) * len(y)
                     images += len(y)
         self.objective.check = False  # every batch has been looked at once
+        # The schedule goes by whole epochs, also after one of PGD in a run of "free", which makes fewer updates.
+        self.step = (epoch + 1) * self.steps_per_epoch
         self.model.eval()
         ranks.average_buffers(self.model)
         if self.ema is not None:
