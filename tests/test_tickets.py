@@ -122,6 +122,10 @@ def test_a_finished_search_returns_at_once(tmp_path):
     first, _ = search(tmp_path)
     again = tickets.search(network(), [None], RECIPE, Rule(), folder=tmp_path)
     assert equal_states(first.masks, again.masks)
+    with pytest.raises(ValueError, match="the ticket of another rule"):
+        search(tmp_path, density=0.5)
+    with pytest.raises(ValueError, match="the ticket of another recipe"):
+        search(tmp_path, replace(RECIPE, lr=0.5))
 
 
 def test_a_search_ends_when_its_mask_stands_still(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -59,7 +60,7 @@ def search(
         and the checks that were made. `tickets.restore(model, ticket, shape)` makes the sparse network.
 
     Raises:
-        ValueError: if the rule does not fit the model, before anything is trained.
+        ValueError: if the rule does not fit the model, before anything is trained, or the folder holds another search.
 
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
     section 3.1; without the defects of its code.
@@ -72,7 +73,7 @@ def search(
         runs.begin(where, {"recipe": asdict(recipe), "rule": rule.facts()})
     ranks.meet()
     if where is not None and (where / runs.TICKET).exists():
-        return masks.load_ticket(where / runs.TICKET)
+        return _finished(where, recipe, rule)
     return _Search(model, batches, recipe, rule, validation, where, on_epoch, on_step).run(dict(about or {}))
 
 
@@ -165,9 +166,8 @@ class _Search:
 
     def _at_step(self, step: int) -> None:
         if step == self.rule.rewind_step:
-            if self.folder is not None:
+            if self.folder is not None and ranks.rank() == 0:
                 (self.folder / REWIND).unlink(missing_ok=True)  # of an epoch that was undone or cut off
-                ranks.meet()
             self.start = self._kept(REWIND, self.model.state_dict())
         if self.on_step:
             self.on_step(step)
@@ -207,6 +207,16 @@ class _Search:
             "multiply_adds": self.multiply_adds,
             "checks": self.checks,
         }
+
+
+def _finished(folder: Path, recipe: Recipe, rule: Rule) -> masks.Ticket:
+    """The ticket that is there, if it was searched for in this way."""
+    ticket = masks.load_ticket(folder / runs.TICKET)
+    asked = json.loads(json.dumps({"recipe": asdict(recipe), "rule": rule.facts()}))
+    for name, wanted in asked.items():
+        if ticket.provenance.get(name) != wanted:
+            raise ValueError(f"{folder} holds the ticket of another {name}: take another folder, or delete it")
+    return ticket
 
 
 def _parts(ticket: masks.Ticket) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
