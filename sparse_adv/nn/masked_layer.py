@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
 import torch
@@ -74,21 +75,21 @@ class MaskedLayer(nn.Module):
     def release_constant(self) -> None:
         self._constant = None
 
+    @abstractmethod
     def _constants(self, weight: Tensor, bias: Tensor | None) -> Any:
         """What the forward pass takes in place of weight and bias while they are constant."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _compiled_mask(self) -> Tensor | None:
         """The mask of which `_compile` last made something, as it was then; a tensor of the layer's own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _compile(self) -> None:
         """Make what follows from the buffer `weight_mask`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _forget(self) -> None:
         """Drop what followed from a mask."""
-        raise NotImplementedError
 
     def _store_mask(self, mask: Tensor) -> None:
         if "weight_mask" in self._buffers:
