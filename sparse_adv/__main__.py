@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +29,7 @@ EPILOG = """\
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 where a check failed, 2 where the input was wrong, 130 where stopped."""
+    _heed_termination(True)
     parser, commands = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -41,12 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenTicket:
         raise  # our defect, and no wrong input: whoever reports it needs the place
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
+        _heed_termination(False)
         log.debug("where it happened:", exc_info=True)
         print(f"sparse-adv: error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sparse-adv: stopped; the same command continues after the last whole epoch", file=sys.stderr)
         return 130
+
+
+def _heed_termination(heed: bool) -> None:
+    """Let torchrun, which ends all processes when one is lost, be heard as an error, so that a sentence is said."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise ConnectionError(f"rank {ranks.launched_rank()} was told to end: another process of the run was lost")
+
+    if "WORLD_SIZE" in os.environ:
+        signal.signal(signal.SIGTERM, end if heed else signal.SIG_IGN)
 
 
 def _parsed(parser: argparse.ArgumentParser, commands: Any, given: list[str]) -> argparse.Namespace:

@@ -266,6 +266,7 @@ def test_distributed_models_are_attacked_like_their_module(model, x, y):
             pgd(wrapped, x, y, steps=2, generator=generator()), pgd(model, x, y, steps=2, generator=generator())
         )
         wrapped(x).sum().backward()  # the next training step finds its reducer ready
+        del wrapped  # freed after its group it would wait, with the GIL held, for threads that may want the GIL
     finally:
         torch.distributed.destroy_process_group()
 

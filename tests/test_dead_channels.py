@@ -220,6 +220,7 @@ def test_silenced_channels_stay_at_zero_under_ddp(tmp_path, wrapped_first):
         wrapped = DistributedDataParallel(model) if wrapped_first else None
         silence_dead_channels(model, masks, SHAPE)
         train(wrapped or DistributedDataParallel(model))
+        del wrapped  # freed after its group it would wait, with the GIL held, for threads that may want the GIL
     finally:
         dist.destroy_process_group()
     for layer in (model[1].bn2, model[2].bn2):

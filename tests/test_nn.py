@@ -218,6 +218,7 @@ def test_distributed_data_parallel_ignores_the_masks(x, tmp_path):
         assert {"0.weight_mask", "3.weight_mask"} <= wrapped.parameters_to_ignore
         wrapped(x).sum().backward()
         assert model[0].weight.grad is not None
+        del wrapped  # freed after its group it would wait, with the GIL held, for threads that may want the GIL
     finally:
         torch.distributed.destroy_process_group()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,11 +43,25 @@ def group(device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        _free_frames(error)
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError(f"rank {rank()} lost another process of the run") from error
         raise
+    except BaseException as error:
+        _free_frames(error)
+        raise
     finally:
+        gc.collect()
         dist.destroy_process_group()
+
+
+def _free_frames(error: BaseException) -> None:
+    """Let go of the DistributedDataParallel model that the frames of an error hold.
+
+    Freed after its group, it would wait for the group's threads with Python's lock held, which they may be waiting for:
+    seen as a process that never ends.
+    """
+    traceback.clear_frames(error.__traceback__)
 
 
 def total(values: list[float], device: torch.device) -> list[float]:
