@@ -172,4 +172,6 @@ PYBIND11_MODULE(_host, m) {
                py::arg("weight_is_masked") = static_cast<int>(kWeightIsMasked));
   m.attr("version") = SPARSE_ADV_VERSION;
   m.attr("compiler") = SPARSE_ADV_COMPILER;
+  m.attr("cuda") = SPARSE_ADV_CUDA;              // nvcc's version, empty where the CUDA ops were not built
+  m.attr("cuda_archs") = SPARSE_ADV_CUDA_ARCHS;  // as in TORCH_CUDA_ARCH_LIST
 }

@@ -5,6 +5,8 @@ from numpy.typing import NDArray
 
 version: str
 compiler: str
+cuda: str
+cuda_archs: str
 header_fields: dict[str, int]
 
 def cpu_capability() -> str: ...

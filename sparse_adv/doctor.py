@@ -55,6 +55,7 @@ def facts() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "ops": ", ".join(op for op in OPS if hasattr(torch.ops.sparse_adv, op)),
         "CUDA": cuda,
+        "ops on CUDA": ops.cuda_ops(),
     }
 
 

@@ -22,7 +22,7 @@ BELOW = ("kernels", "ops", "masks", "nn", "engine", "attacks")
 ABOVE = ("data", "models", "report", "training", "tickets", "methods", "experiments", "doctor", "commands", "__main__")
 LAYERS = (*FILES, *BELOW, "", *ABOVE)
 STANDING_ALONE = {"data", "models", "report"}
-NATIVE = ("_host", "_ops_cpu")
+NATIVE = ("_host", "_ops_cpu", "_ops_cuda")
 
 
 def layer_of(module: str) -> str:

@@ -1,14 +1,11 @@
 #include "cpu/convolution.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "checks.h"
 
 namespace sparse_adv {
 
-using torch::headeronly::MemoryFormat;
 using torch::stable::Tensor;
 
 Convolution make_convolution(const Pattern& pattern, const std::vector<int64_t>& input_size,
@@ -58,27 +55,6 @@ void check_weight(const Pattern& pattern, const Tensor& weight, const Tensor& im
   check_size("weight", weight,
              {pattern.out_channels, pattern.group_in_channels, pattern.filter_rows, pattern.filter_cols});
   check(weight.scalar_type() == images.scalar_type(), "weight and images must have one dtype");
-}
-
-bool is_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 4 || tensor.is_contiguous()) return false;
-  const int64_t C = tensor.size(1), H = tensor.size(2), W = tensor.size(3);
-  return (C == 1 || tensor.stride(1) == 1) && (W == 1 || tensor.stride(3) == C) &&
-         (H == 1 || tensor.stride(2) == C * W) && (tensor.size(0) == 1 || tensor.stride(0) == C * W * H);
-}
-
-Tensor empty_in_layout_of(const Tensor& like, const std::array<int64_t, 4>& size) {
-  return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-Tensor in_plain_layout(const Tensor& tensor) {
-  return tensor.is_contiguous() || is_channels_last(tensor) ? tensor : torch::stable::contiguous(tensor);
-}
-
-Tensor in_layout_of(const Tensor& like, const Tensor& tensor) {
-  return torch::stable::contiguous(tensor,
-                                   is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 }  // namespace sparse_adv

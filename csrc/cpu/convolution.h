@@ -28,16 +28,4 @@ void check_weight(const Pattern& pattern, const torch::stable::Tensor& weight, c
 void check_size(const char* name, const std::optional<torch::stable::Tensor>& tensor,
                 const std::array<int64_t, 4>& size);
 
-// The layout rule of every op: a channels_last tensor gives channels_last, anything else NCHW.
-bool is_channels_last(const torch::stable::Tensor& tensor);
-
-// A tensor of this size in the layout of `like`, uninitialised.
-torch::stable::Tensor empty_in_layout_of(const torch::stable::Tensor& like, const std::array<int64_t, 4>& size);
-
-// The tensor, copied where needed, in the layout of `like`.
-torch::stable::Tensor in_layout_of(const torch::stable::Tensor& like, const torch::stable::Tensor& tensor);
-
-// The tensor itself if it is NCHW or channels_last without gaps, else a copy that is.
-torch::stable::Tensor in_plain_layout(const torch::stable::Tensor& tensor);
-
 }  // namespace sparse_adv

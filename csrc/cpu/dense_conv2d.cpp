@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
+#include "layout.h"
+
 namespace sparse_adv {
 
 namespace {

@@ -5,6 +5,7 @@
 #include "cpu/dense_conv2d.h"
 #include "cpu/path.h"
 #include "cpu/sparse_pass.h"
+#include "layout.h"
 
 namespace sparse_adv {
 

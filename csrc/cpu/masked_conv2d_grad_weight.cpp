@@ -10,6 +10,7 @@
 #include "cpu/masked_conv2d_grad_weight_kernel.h"
 #include "cpu/path.h"
 #include "cpu/sparse_pass.h"
+#include "layout.h"
 
 namespace sparse_adv {
 

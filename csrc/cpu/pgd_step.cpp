@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <string>
 
-#include "checks.h"
-#include "cpu/convolution.h"
 #include "cpu/pgd_step_kernel.h"
 #include "cpu/staging.h"
+#include "images.h"
+#include "layout.h"
 
 namespace sparse_adv {
 
@@ -39,20 +39,11 @@ void run(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tenso
   });
 }
 
-void check_images(const Tensor& adv, const Tensor& grad, const Tensor& clean, const std::string& norm) {
-  check_floating("adv", adv);
-  check_floating("grad", grad);
-  check_floating("clean", clean);
-  check_same_sizes("grad", grad, adv);
-  check_same_sizes("clean", clean, adv);
-  check(norm == "linf" || norm == "l2", "norm must be linf or l2, got ", norm);
-}
-
 void step_into(Tensor& out, const Tensor& adv, const Tensor& grad, const Tensor& clean, const StepSizes& sizes,
                const std::string& norm) {
   if (out.numel() == 0) return;
   // Both layouts keep each image in one piece, which the l2 norm needs.
-  const Tensor staging = staging_for(out, out.is_contiguous() || is_channels_last(out));
+  const Tensor staging = staging_for(out, has_plain_layout(out));
   const auto step = is_double(staging) ? &run<double> : &run<float>;
   step(staged(adv, staging), staged(grad, staging), staged(clean, staging), staging, sizes, norm);
   unstage(staging, out);
@@ -60,7 +51,7 @@ void step_into(Tensor& out, const Tensor& adv, const Tensor& grad, const Tensor&
 
 Tensor pgd_step_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
                     double hi) {
-  check_images(adv, grad, clean, norm);
+  check_step(adv, grad, clean, norm);
   Tensor out = torch::stable::empty_like(adv);
   step_into(out, adv, grad, clean, {alpha, eps, lo, hi}, norm);
   return out;
@@ -68,7 +59,7 @@ Tensor pgd_step_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, double 
 
 void pgd_step_inplace_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
                           double hi) {
-  check_images(adv, grad, clean, norm);
+  check_step(adv, grad, clean, norm);
   step_into(adv, adv, grad, clean, {alpha, eps, lo, hi}, norm);
 }
 

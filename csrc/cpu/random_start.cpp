@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <string>
 
-#include "checks.h"
 #include "cpu/random_start_kernel.h"
 #include "cpu/staging.h"
+#include "images.h"
 
 namespace sparse_adv {
 
@@ -34,11 +34,7 @@ void run(const Tensor& clean, const Tensor& out, const Noise& noise, const std::
 }
 
 Tensor random_start_cpu(Tensor clean, Tensor seed, double eps, std::string norm, double lo, double hi) {
-  check_floating("clean", clean);
-  check(seed.is_cpu() && seed.dim() == 1 && seed.size(0) == 2 &&
-            seed.scalar_type() == torch::headeronly::ScalarType::Long,
-        "seed must be an int64 tensor of size [2] on the CPU");
-  check(norm == "linf" || norm == "l2", "norm must be linf or l2, got ", norm);
+  check_start(clean, seed, norm);
   Tensor out = torch::stable::empty_like(clean);
   if (out.numel() == 0) return out;
   const int64_t* words = seed.const_data_ptr<int64_t>();

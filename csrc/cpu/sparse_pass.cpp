@@ -8,6 +8,7 @@
 #include "cpu/aligned_buffer.h"
 #include "cpu/entries_kernel.h"
 #include "cpu/masked_conv2d_kernel.h"
+#include "layout.h"
 
 namespace sparse_adv {
 

@@ -5,11 +5,6 @@
 
 namespace sparse_adv {
 
-// Throws unless the tensor is on the CPU and float64, float32, bfloat16 or float16.
-void check_floating(const char* name, const torch::stable::Tensor& tensor);
-
-void check_same_sizes(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& images);
-
 bool is_double(const torch::stable::Tensor& tensor);
 
 // Where a kernel writes what belongs into `output`: `output` itself if its layout suits the kernel, else contiguous

@@ -1,12 +1,15 @@
-"""Loads the native op library and the host module; everything else in `ops` imports them from here."""
+"""Loads the native op libraries and the host module; everything else in `ops` imports them from here."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 
-_OPS_CPU = Path(__file__).parent.parent / "_ops_cpu.so"
+_OPS_CPU, _OPS_CUDA = (Path(__file__).parent.parent / f"_ops_{device}.so" for device in ("cpu", "cuda"))
 
 try:
     from sparse_adv import _host as host
@@ -22,6 +25,68 @@ except OSError as error:
     raise ImportError(
         f"{_OPS_CPU.name} cannot be loaded under torch {torch.__version__} ({error}); it needs torch 2.10 or newer"
     ) from error
+
+
+def _load_cuda_ops(torch_cuda: str | None) -> str:
+    """Load the CUDA ops; returns why they are not there, "" if they are."""
+    if torch_cuda is None:
+        return "torch has no CUDA"
+    if not host.cuda:
+        return "they were not built, which takes nvcc beside a torch with CUDA"
+    if host.cuda.split(".")[0] != torch_cuda.split(".")[0]:
+        reason = f"they were built with CUDA {host.cuda}, torch has CUDA {torch_cuda}"
+        warnings.warn(f"sparse_adv's CUDA ops cannot be loaded ({reason}); build sparse_adv again", stacklevel=2)
+        return reason
+    try:
+        torch.ops.load_library(_OPS_CUDA)
+    except OSError as error:
+        warnings.warn(f"sparse_adv's CUDA ops cannot be loaded ({error}); build sparse_adv again", stacklevel=2)
+        return str(error)
+    return ""
+
+
+_no_cuda_ops = _load_cuda_ops(torch.version.cuda)
+_STAND_INS = torch.library.Library("sparse_adv", "IMPL")
+
+
+def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
+    """Decorate what takes an op's place on CUDA where the CUDA ops could not be loaded."""
+
+    def register(function: Callable[..., object]) -> None:
+        if _no_cuda_ops:
+            _STAND_INS.impl(op, function, "CUDA")
+
+    return register
+
+
+def cuda_ops() -> str:
+    """What computes `pgd_step` and `random_start` on CUDA, and on which GPUs."""
+    if _no_cuda_ops:
+        return f"Triton kernels (no CUDA C++: {_no_cuda_ops})"
+    return f"CUDA C++ ({host.cuda}, for {host.cuda_archs})"
+
+
+def check_capability(device: torch.device) -> None:
+    """Raises RuntimeError if this is a GPU that the CUDA ops were not built for."""
+    if device.type == "cuda" and not _no_cuda_ops and not torch.compiler.is_compiling():
+        _check_capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _check_capability(index: int) -> None:
+    found = torch.cuda.get_device_capability(index)
+    least = least_capability(host.cuda_archs)
+    if found < least:
+        raise RuntimeError(
+            f"sparse_adv's CUDA ops were built for compute capability {least[0]}.{least[1]} or newer, "
+            f"{torch.cuda.get_device_name(index)} has {found[0]}.{found[1]}: set TORCH_CUDA_ARCH_LIST and build again"
+        )
+
+
+def least_capability(archs: str) -> tuple[int, int]:
+    """The lowest compute capability of a list as in TORCH_CUDA_ARCH_LIST."""
+    versions = (arch.removesuffix("+PTX").rstrip("af").split(".") for arch in archs.split())
+    return min((int(major), int(minor)) for major, minor in versions)
 
 
 def cpu_capability() -> str:

@@ -158,7 +158,7 @@ def _output_size(spans: Sequence[int], stride: Sequence[int]) -> tuple[int, int]
 
 
 def _empty_in_layout_of(like: Tensor, size: Sequence[int]) -> Tensor:
-    """The layout rule of every op (csrc/cpu/convolution.h): channels_last stays so, anything else becomes NCHW."""
+    """The layout rule of every op (csrc/layout.h): channels_last stays so, anything else becomes NCHW."""
     channels_last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
     return like.new_empty(size).contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_adv.ops._library import check_capability
+
 NORMS = ("linf", "l2")
 
 
@@ -121,6 +123,7 @@ def _check(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, n
             raise ValueError(f"{name} is on {tensor.device}, adv on {adv.device}")
     if clean.dtype != adv.dtype:
         raise TypeError(f"clean is {clean.dtype}, adv is {adv.dtype}: they must agree")
+    check_capability(adv.device)
 
 
 @torch.library.register_fake("sparse_adv::pgd_step")

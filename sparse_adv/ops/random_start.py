@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_adv.ops._library import check_capability
 from sparse_adv.ops.pgd_step import check_ball, check_floating
 
 _SEEDS = range(-(2**63), 2**63)
@@ -55,7 +56,11 @@ def random_start(
     check_ball(eps, norm, lo, hi)
     if eps == float("inf"):
         raise ValueError("eps must be finite, got inf")
-    return torch.ops.sparse_adv.random_start(clean.detach(), seed_words(seed).to(clean.device), eps, norm, lo, hi)
+    check_capability(clean.device)
+    words = seed_words(seed).to(
+        clean.device, non_blocking=True
+    )  # or the host would wait for all that the GPU has to do
+    return torch.ops.sparse_adv.random_start(clean.detach(), words, eps, norm, lo, hi)
 
 
 def seed_words(seed: int | Tensor | torch.Generator | None) -> Tensor:

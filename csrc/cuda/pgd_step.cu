@@ -1,0 +1,119 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+
+#include "cuda/launch.h"
+#include "cuda/pgd_step_kernel.h"
+#include "images.h"
+#include "layout.h"
+
+namespace sparse_adv {
+
+namespace {
+
+using torch::stable::Tensor;
+
+// One block per image. What its threads can keep in registers from the sums to the move is moved once; larger images
+// (over 8,192 float32 elements) are read a second time: 28 bytes an element instead of 16.
+constexpr int kImageThreads = 512;
+constexpr int kHeldBytes = 192;
+
+template <int V, class Image, class Grad>
+__global__ void __launch_bounds__(kThreads) pgd_step_linf(PgdStep<Image, Grad> step, int64_t count) {
+  pgd_step_linf_thread<V>(step, count, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
+}
+
+template <int V, int kHeld, class Image, class Grad>
+__global__ void __launch_bounds__(kImageThreads) pgd_step_l2(PgdStep<Image, Grad> step, int64_t count) {
+  StepThread<kImageThreads, V, kHeld, Image, Grad> thread{step, blockIdx.x * count, count,
+                                                          static_cast<int>(threadIdx.x)};
+  const StepSums own = thread.add();
+  double sums[3] = {own.gg, own.dg, own.dd};
+  block_sums<kImageThreads>(sums);
+  thread.move(step_scales({sums[0], sums[1], sums[2]}, step.alpha, step.eps));
+}
+
+template <int V, class Image, class Grad>
+void launch_l2(const PgdStep<Image, Grad>& step, int64_t images, int64_t count, cudaStream_t stream) {
+  constexpr int kHeld = std::min(8, kHeldBytes / static_cast<int>(sizeof(StepVector<V, Image, Grad>)));
+  const auto kernel =
+      count <= kHeld * kImageThreads * V ? &pgd_step_l2<V, kHeld, Image, Grad> : &pgd_step_l2<V, 0, Image, Grad>;
+  kernel<<<static_cast<unsigned>(images), kImageThreads, 0, stream>>>(step, count);
+}
+
+template <class Image, class Grad>
+void launch(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out, const double (&sizes)[4],
+            const std::string& norm) {
+  const PgdStep<Image, Grad> step{adv.const_data_ptr<Image>(),
+                                  grad.const_data_ptr<Grad>(),
+                                  clean.const_data_ptr<Image>(),
+                                  out.mutable_data_ptr<Image>(),
+                                  sizes[0],
+                                  sizes[1],
+                                  sizes[2],
+                                  sizes[3]};
+  constexpr int V = kVector<Image, Grad>;
+  const bool aligned = is_aligned(step.adv) && is_aligned(step.grad) && is_aligned(step.clean) && is_aligned(step.out);
+  const cudaStream_t stream = current_stream(out);
+  const int64_t count = out.numel();
+  if (norm == "linf") {
+    const int64_t threads = aligned ? pgd_step_linf_threads<V>(count) : count;
+    const auto kernel = aligned ? &pgd_step_linf<V, Image, Grad> : &pgd_step_linf<1, Image, Grad>;
+    kernel<<<blocks_for(threads), kThreads, 0, stream>>>(step, count);
+  } else {
+    const int64_t images = out.dim() == 0 ? 1 : out.size(0), each = count / images;
+    check(images <= INT32_MAX, "a batch of ", images, " images is too large for one launch");
+    if (aligned && each % V == 0)
+      launch_l2<V>(step, images, each, stream);
+    else
+      launch_l2<1>(step, images, each, stream);
+  }
+  check_launch("pgd_step");
+}
+
+template <class Image>
+void launch_grad(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out,
+                 const double (&sizes)[4], const std::string& norm) {
+  with_type_of(grad, [&](auto zero) { launch<Image, decltype(zero)>(adv, grad, clean, out, sizes, norm); });
+}
+
+void launch_image(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out,
+                  const double (&sizes)[4], const std::string& norm) {
+  with_type_of(out, [&](auto zero) { launch_grad<decltype(zero)>(adv, grad, clean, out, sizes, norm); });
+}
+
+void step_into(Tensor& out, const Tensor& adv, const Tensor& grad, const Tensor& clean, const double (&sizes)[4],
+               const std::string& norm) {
+  if (out.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  const bool writable = has_plain_layout(out);
+  const Tensor moved =
+      writable ? out : torch::stable::empty(out.sizes(), out.scalar_type(), std::nullopt, out.device());
+  launch_image(in_layout_of(moved, adv), in_layout_of(moved, grad), in_layout_of(moved, clean), moved, sizes, norm);
+  if (!writable) torch::stable::copy_(out, moved);
+}
+
+Tensor pgd_step_cuda(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
+                     double hi) {
+  check_step(adv, grad, clean, norm);
+  Tensor out = torch::stable::empty_like(adv);
+  step_into(out, adv, grad, clean, {alpha, eps, lo, hi}, norm);
+  return out;
+}
+
+void pgd_step_inplace_cuda(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
+                           double hi) {
+  check_step(adv, grad, clean, norm);
+  step_into(adv, adv, grad, clean, {alpha, eps, lo, hi}, norm);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CUDA, m) {
+  m.impl("pgd_step", TORCH_BOX(&pgd_step_cuda));
+  m.impl("pgd_step_", TORCH_BOX(&pgd_step_inplace_cuda));
+}
+
+}  // namespace sparse_adv

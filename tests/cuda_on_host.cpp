@@ -1,0 +1,99 @@
+// Runs the bodies of the CUDA kernels on the host, one thread after the other: everything but the launch itself and the
+// sums over a block, which are formed here. test_cuda_on_host.py compiles this and calls it.
+#include <type_traits>
+#include <vector>
+
+#include "cuda/pgd_step_kernel.h"
+#include "cuda/random_start_kernel.h"
+
+namespace {
+
+using namespace sparse_adv;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// dtypes are numbered as here; calls visit with a number of that type.
+template <class Visit>
+void with_type(int dtype, Visit visit) {
+  dtype == 0 ? visit(float{}) : dtype == 1 ? visit(double{}) : dtype == 2 ? visit(BFloat16{}) : visit(Half{});
+}
+
+template <int V, class Image, class Grad>
+void linf(const PgdStep<Image, Grad>& step, int64_t count) {
+  for (int64_t thread = 0; thread < pgd_step_linf_threads<V>(count); ++thread)
+    pgd_step_linf_thread<V>(step, count, thread);
+}
+
+template <int V, int kHeld, class Image, class Grad>
+void l2(const PgdStep<Image, Grad>& step, int64_t images, int64_t count) {
+  constexpr int kThreads = 32;
+  using Thread = StepThread<kThreads, V, kHeld, Image, Grad>;
+  for (int64_t image = 0; image < images; ++image) {
+    std::vector<Thread> threads;
+    StepSums sums{};
+    for (int thread = 0; thread < kThreads; ++thread) {
+      threads.push_back(Thread{step, image * count, count, thread, {}});
+      const StepSums own = threads.back().add();
+      sums = {sums.gg + own.gg, sums.dg + own.dg, sums.dd + own.dd};
+    }
+    for (Thread& thread : threads) thread.move(step_scales(sums, step.alpha, step.eps));
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// `held`: -1 for linf, else how many vectors a thread of the l2 kernel keeps. Returns the vector's length.
+int host_pgd_step(int image_dtype, int grad_dtype, bool aligned, int held, const void* adv, const void* grad,
+                  const void* clean, void* out, int64_t images, int64_t count, const double* sizes) {
+  int vector = 1;
+  with_type(image_dtype, [&](auto image) {
+    with_type(grad_dtype, [&](auto slope) {
+      using Image = decltype(image);
+      using Grad = decltype(slope);
+      constexpr int V = kVector<Image, Grad>;
+      const PgdStep<Image, Grad> step{static_cast<const Image*>(adv),
+                                      static_cast<const Grad*>(grad),
+                                      static_cast<const Image*>(clean),
+                                      static_cast<Image*>(out),
+                                      sizes[0],
+                                      sizes[1],
+                                      sizes[2],
+                                      sizes[3]};
+      vector = aligned ? V : 1;
+      if (held < 0)
+        aligned ? linf<V>(step, images * count) : linf<1>(step, images * count);
+      else if (held == 0)
+        aligned ? l2<V, 0>(step, images, count) : l2<1, 0>(step, images, count);
+      else
+        aligned ? l2<V, 4>(step, images, count) : l2<1, 4>(step, images, count);
+    });
+  });
+  return vector;
+}
+
+void host_random_start(int dtype, bool aligned, bool is_l2, const void* clean, void* out, int64_t images, int64_t count,
+                       const int64_t* seed, const double* sizes) {
+  const auto key = static_cast<uint64_t>(seed[0]), offset = static_cast<uint64_t>(seed[1]);
+  with_type(dtype, [&](auto image) {
+    using Image = decltype(image);
+    const RandomStart<Image> start{static_cast<const Image*>(clean), static_cast<Image*>(out), sizes[0], sizes[1],
+                                   sizes[2]};
+    const int64_t total = images * count;
+    constexpr int kThreads = 32;
+    if (!is_l2) {
+      for (int64_t block = 0; 4 * block < total; ++block)
+        aligned ? random_start_linf_thread<4>(start, total, block, key, offset)
+                : random_start_linf_thread<1>(start, total, block, key, offset);
+      return;
+    }
+    for (int64_t sample = 0; sample < images; ++sample) {
+      double sum = 0;
+      const auto thread = [&](int i) { return StartThread<Image>{start, sample, count, i, kThreads, key, offset}; };
+      for (int i = 0; i < kThreads; ++i) sum += thread(i).sum_of_squares();
+      for (int i = 0; i < kThreads; ++i) thread(i).move(sum);
+    }
+  });
+}
+}
