@@ -183,6 +183,7 @@ def test_autocast(x):
         y = model[0](x)
         with constant_weights(model):
             assert torch.equal(model[0](x), y)
+            assert model[0]._constant[0].dtype == torch.bfloat16  # cast once, not in every pass
     assert y.dtype == torch.bfloat16
 
 

@@ -180,8 +180,12 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return f"{super().extra_repr()}{density}, block={self.block}"
 
     def _constants(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Pattern]:
-        packable = weight.device.type == "cpu" and weight.dtype == torch.float32
-        return weight, bias, pack_pattern(self.pattern, weight) if packable else self.pattern
+        device = weight.device.type
+        if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+            # Cast here, and autocast has nothing left to cast in each pass.
+            dtype = torch.get_autocast_dtype(device)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return weight, bias, pack_pattern(self.pattern, weight)
 
     def _fitting_block(self, mask: Tensor) -> tuple[int, int, int, int]:
         return self.block if obeys(mask, self.block) else largest_block(mask)

@@ -1,5 +1,6 @@
 """The torch ops: loading this package loads the native library and registers fake kernels, gradients and autocast."""
 
+from sparse_adv.ops import masked_conv2d_cuda as _registers_cuda  # noqa: F401
 from sparse_adv.ops import masked_conv2d_grad as _registers_gradients  # noqa: F401
 from sparse_adv.ops._library import build_facts, cpu_capability, cuda_ops
 from sparse_adv.ops.masked_conv2d import masked_conv2d

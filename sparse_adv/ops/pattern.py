@@ -52,25 +52,32 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
 
 
 def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
-    """Add the weight's kept values to a pattern, so that calls read them in the kernel's order instead of gathering.
+    """Promise that the weight is 0 where pruned and stays as it is, so that calls need not mask it again.
 
-    The result stands for this weight as long as the weight does not change: use it for the passes between two
-    optimiser steps. The kernels then also take for granted that pruned entries of the weight are 0.
+    Where there are sparse kernels for it (float32 on the CPU), the pattern also gets the kept values in the kernels'
+    order, and calls read them instead of gathering. The result stands for this weight as long as the weight does not
+    change: use it for the passes between two optimiser steps.
 
     Args:
-        pattern: what `compile_pattern` returned for the weight's mask, on the CPU.
-        weight: float32 tensor [K, C/groups, R, S] on the CPU, 0 where pruned.
+        pattern: what `compile_pattern` returned for the weight's mask.
+        weight: float tensor [K, C/groups, R, S] on the pattern's device, 0 where pruned.
     """
     check_pattern(pattern)
     if weight.shape != pattern[1].shape:
         raise ValueError(
             f"pattern was made for a weight of shape {tuple(pattern[1].shape)}, weight has shape {tuple(weight.shape)}"
         )
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise ValueError(f"weight must be float32 on the CPU to be packed, got {weight.dtype} on {weight.device}")
+    if weight.device != pattern[1].device:
+        raise ValueError(f"weight is on {weight.device}, pattern on {pattern[1].device}")
     plain = without_values(pattern)
-    values = torch.ops.sparse_adv.pack_values(weight.detach(), plain)
+    packable = weight.device.type == "cpu" and weight.dtype == torch.float32
+    values = torch.ops.sparse_adv.pack_values(weight.detach(), plain) if packable else []
     return [_with_header(plain, "weight_is_masked", [1])[0], *plain[1:], *values]
+
+
+def weight_is_masked(pattern: Pattern) -> bool:
+    """Whether the caller has promised, by `pack_pattern`, that pruned entries of the weight are 0."""
+    return bool(pattern[0][_HEADER["weight_is_masked"]])
 
 
 def set_paths(pattern: Pattern, forward: str = "auto", grad_input: str = "auto", grad_weight: str = "auto") -> Pattern:
@@ -114,9 +121,7 @@ def _with_header(pattern: Pattern, field: str, values: Sequence[int]) -> Pattern
 
 
 def without_values(pattern: Pattern) -> Pattern:
-    """The pattern without the values of a weight, for a call in which another tensor takes the weight's place."""
-    if len(pattern) == _PLAIN_LENGTH:
-        return pattern
+    """The pattern without what `pack_pattern` added, for a call in which another tensor takes the weight's place."""
     return _with_header(pattern[:_PLAIN_LENGTH], "weight_is_masked", [0])
 
 
