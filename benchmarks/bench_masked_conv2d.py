@@ -10,14 +10,13 @@ as the passes of an attack do; "ours, unpacked" gathers them from the weight in 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from harness import environment, interleaved, keep_freed_memory
+from harness import environment, interleaved, keep_freed_memory, write_rows
 
 from sparse_adv import ops
 from sparse_adv.ops import reference
@@ -128,17 +127,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    facts = environment()
     measured = []
     for row in rows(arguments.batch):
         measured.append(row)
         print(f"{row['layer']:>7} {row['block']} {row['density']:<5} {row['pass']:<12}{row['ratio_to_dense']:6.2f}x")
-    if arguments.out:
-        lines = "".join(json.dumps(row | facts) + "\n" for row in measured)
-        partial = arguments.out.with_suffix(".partial")
-        partial.write_text(lines)
-        partial.replace(arguments.out)
-    print(f"\n{facts}, batch {arguments.batch}\n\n{table(measured)}")
+    write_rows(arguments.out, measured)
+    print(f"\n{environment()}, batch {arguments.batch}\n\n{table(measured)}")
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

@@ -1,13 +1,19 @@
-"""What every benchmark shares. Times are wall-clock seconds of a call in this process, output allocation included."""
+"""What every benchmark shares.
+
+Times are seconds of a call in this process, output allocation included: by the wall clock on a CPU, by CUDA events on a
+GPU.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,17 +35,75 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[str, dict[str, float]]:
+def interleaved(
+    sides: Mapping[str, Callable[[], object]], rounds: int = 9, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
     """Time the sides in turns, so that a busy machine slows all of them alike: median, 20 % and 80 % quantile."""
+    clock = _by_events if device == "cuda" else _by_wall_clock
     for side in sides.values():
         side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            begin = time.perf_counter()
-            side()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clock(side))
     return {name: _quantiles(times) for name, times in seconds.items()}
+
+
+def captured(side: Callable[[], object], calls: int = 20) -> Callable[[], object]:
+    """Some calls of a side as one CUDA graph, so that what is timed is the GPU's work and not the launching of it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            side()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            side()
+    return graph.replay
+
+
+def interleaved_graphs(
+    sides: Mapping[str, Callable[[], object]], rounds: int = 9, calls: int = 20
+) -> dict[str, dict[str, float]]:
+    """`interleaved` on a GPU, each side under a CUDA graph of several calls; seconds of one call."""
+    times = interleaved({name: captured(side, calls) for name, side in sides.items()}, rounds, "cuda")
+    return {name: {key: value / calls for key, value in found.items()} for name, found in times.items()}
+
+
+def copy_bandwidth(gigabytes: float = 2.0) -> float:
+    """Bytes a second, read and written, of the GPU's own copy: the bound of whatever only moves memory."""
+    source = torch.empty(int(gigabytes * 2**30) // 4, device="cuda")
+    target = torch.empty_like(source)
+    median = interleaved({"copy": lambda: target.copy_(source)}, 9, "cuda")["copy"]["median"]
+    return 2 * source.numel() * 4 / median
+
+
+def write_rows(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A JSON line per row, each with the facts that its numbers depend on."""
+    if path is None:
+        return
+    facts = environment()
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows))
+    partial.replace(path)
+
+
+def _by_wall_clock(side: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    side()
+    return time.perf_counter() - begin
+
+
+def _by_events(side: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    side()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def _quantiles(times: list[float]) -> dict[str, float]:
@@ -49,7 +113,12 @@ def _quantiles(times: list[float]) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     """What a number depends on."""
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "ops_on_cuda": ops.cuda_ops()}
     return {
+        "date": time.strftime("%Y-%m-%d"),
+        **gpu,
         "device": _cpu_name(),
         "instruction_set": ops.cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -47,7 +47,7 @@ def facts() -> dict[str, str]:
         f"{torch.cuda.get_device_name()} (torch built for {torch.version.cuda})" if torch.cuda.is_available() else "no"
     )
     return {
-        "sparse_adv": f"{sparse_adv.__version__} (native part {built['version']}, {built['compiler']})",
+        "sparse_adv": f"{sparse_adv.__version__} (built with {built['compiler']})",
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",

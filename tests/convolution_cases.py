@@ -75,6 +75,14 @@ class Case:
         vars(self).update({name: torch.randn(size, generator=generator) for name, size in sizes.items()})
         return self
 
+    def on(self, device: torch.device) -> Self:
+        """The same tensors on another device; layouts are kept, but for gaps."""
+        for name in ("mask", "input", "weight", "grad_output"):
+            vars(self)[name] = getattr(self, name).to(device)
+        options = self.epilogue.items()
+        vars(self)["epilogue"] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options}
+        return self
+
     @cached_property
     def mask(self) -> Tensor:
         return block_mask(self.weight_size, self.block, self.density, self.seed)

@@ -10,6 +10,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -131,4 +132,4 @@ def test_the_public_names_are_reachable_from_the_package():
 
     assert sparse_adv.nn.MaskedConv2d and sparse_adv.ops.pgd_step and sparse_adv.attacks.pgd and sparse_adv.masks.prune
     assert sparse_adv.sparsify is sparse_adv.nn.sparsify
-    assert sparse_adv.__version__ == sparse_adv.ops.build_facts()["version"]
+    assert sparse_adv.__version__ == metadata.version("sparse_adv")

@@ -15,7 +15,7 @@ Pattern = list[Tensor]
 
 _HEADER = host.header_fields
 _PLAIN_LENGTH = 6  # without packed values
-_PATHS = ("auto", "sparse", "dense")
+PATHS = ("auto", "sparse", "dense")
 
 
 def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1) -> Pattern:
@@ -88,9 +88,9 @@ def set_paths(pattern: Pattern, forward: str = "auto", grad_input: str = "auto",
     check_pattern(pattern)
     paths = (forward, grad_input, grad_weight)
     for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True):
-        if path not in _PATHS:
-            raise ValueError(f"{name} must be one of {', '.join(_PATHS)}, got {path!r}")
-    return _with_header(pattern, "path", [_PATHS.index(path) for path in paths])
+        if path not in PATHS:
+            raise ValueError(f"{name} must be one of {', '.join(PATHS)}, got {path!r}")
+    return _with_header(pattern, "path", [PATHS.index(path) for path in paths])
 
 
 def chosen_paths(
@@ -110,7 +110,7 @@ def chosen_paths(
     paths = torch.ops.sparse_adv.chosen_paths(
         pattern, list(input_shape), list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
     )
-    return {name: _PATHS[path] for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True)}
+    return {name: PATHS[path] for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True)}
 
 
 def _with_header(pattern: Pattern, field: str, values: Sequence[int]) -> Pattern:
