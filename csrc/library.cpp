@@ -30,6 +30,11 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "pgd_step_(Tensor(a!) adv, Tensor grad, Tensor clean, float alpha, float eps, str norm, float lo, float hi) -> "
       "()");
+  // The linf step, and what a network with the normalisation inside makes of it first: (moved - mean[c]) / std[c] in
+  // bfloat16 and channels_last.
+  m.def(
+      "pgd_step_normalized(Tensor adv, Tensor grad, Tensor clean, Tensor mean, Tensor std, float alpha, float eps, "
+      "float lo, float hi) -> (Tensor, Tensor)");
   // clamp(clean + noise, lo, hi), noise uniform in the ball; seed is int64 [2]: Philox key and offset.
   m.def("random_start(Tensor clean, Tensor seed, float eps, str norm, float lo, float hi) -> Tensor");
 }

@@ -105,6 +105,7 @@ OPS = (
     "masked_conv2d_grad_weight",
     "pgd_step",
     "pgd_step_",
+    "pgd_step_normalized",
     "random_start",
 )
 CHECKS: dict[str, Callable[[], float]] = {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/pgd_step_kernel.h"
+#include "cuda/pgd_step_normalized_kernel.h"
 #include "cuda/random_start_kernel.h"
 
 namespace {
@@ -71,6 +72,19 @@ int host_pgd_step(int image_dtype, int grad_dtype, bool aligned, int held, const
     });
   });
   return vector;
+}
+
+void host_pgd_step_normalized(int grad_dtype, bool channels_last, const float* adv, const void* grad,
+                              const float* clean, float* out, const float* mean, const float* std, void* normalized,
+                              int64_t images, int64_t channels, int64_t area, const double* sizes) {
+  with_type(grad_dtype, [&](auto slope) {
+    using Grad = decltype(slope);
+    const PgdStep<float, Grad> step{adv,     static_cast<const Grad*>(grad), clean, out, sizes[0], sizes[1], sizes[2],
+                                    sizes[3]};
+    const NormalizedStep<Grad> whole{step,     mean, std,          static_cast<BFloat16*>(normalized),
+                                     channels, area, channels_last};
+    for (int64_t pixel = 0; pixel < images * area; ++pixel) pgd_step_normalized_pixel(whole, pixel);
+  });
 }
 
 void host_random_start(int dtype, bool aligned, bool is_l2, const void* clean, void* out, int64_t images, int64_t count,

@@ -33,7 +33,7 @@ def test_it_compiles_for_sm_80_and_sm_90a_without_spilling(source, tmp_path):
 
 
 def test_there_are_cuda_sources():
-    assert {source.stem for source in SOURCES} == {"pgd_step", "random_start"}
+    assert {source.stem for source in SOURCES} == {"pgd_step", "pgd_step_normalized", "random_start"}
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,27 @@ def test_the_l2_step_is_the_reference(host, shape, image_dtype, grad_dtype, held
     assert_close(out, expected, "elementwise")
 
 
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 30), dtypes, st.booleans())
+def test_the_step_that_normalises_is_the_reference(host, images, channels, area, grad_dtype, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    adv, clean, grad = (torch.rand(3, images, channels, area, 1) - 0.1).unbind()
+    grad = (grad - 0.5).to(grad_dtype)
+    adv, clean, grad = (tensor.contiguous(memory_format=layout) for tensor in (adv, clean, grad))
+    mean, std = torch.rand(2, channels) + 0.1
+    sizes = (0.03, 0.07, 0.0, 1.0)
+    out, normalized = torch.empty_like(adv), torch.empty(images, area, channels, dtype=torch.bfloat16)
+    host.host_pgd_step_normalized(
+        numbers(grad_dtype),
+        channels_last,
+        *map(pointer, (adv, grad, clean, out, mean, std, normalized)),
+        *map(ctypes.c_int64, (images, channels, area)),
+        doubles(*sizes),
+    )
+    expected = reference.pgd_step_normalized(adv, grad, clean, mean, std, *sizes)
+    assert_equal(out, expected[0])
+    assert_equal(normalized.transpose(1, 2).unsqueeze(3), expected[1])
+
+
 @given(shapes, dtypes, st.booleans(), st.sampled_from(("linf", "l2")), st.integers(-(2**63), 2**62))
 def test_random_starts_are_those_of_the_cpu(host, shape, dtype, aligned, norm, key):
     clean = at_an_address(torch.rand(shape, generator=torch.Generator().manual_seed(key % 1000)).to(dtype), aligned)

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from sparse_adv import attacks
 from sparse_adv.models import build
 from sparse_adv.nn import MaskedConv2d, constant_weights, sparsify
-from sparse_adv.ops import compile_pattern, masked_conv2d, pack_pattern, pgd_step, pgd_step_, random_start
+from sparse_adv.ops import (
+    compile_pattern,
+    masked_conv2d,
+    pack_pattern,
+    pgd_step,
+    pgd_step_,
+    pgd_step_normalized,
+    random_start,
+    reference,
+)
 
 OPS = torch.ops.sparse_adv
 NORMS = ("linf", "l2")
@@ -178,12 +187,30 @@ def test_the_start_is_that_of_the_cpu(device, layout, dtype, norm):
     compare(found.cpu(), expected, norm if dtype != torch.float64 else "an FMA may round otherwise")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+def test_the_step_that_normalises(device, layout, grad_dtype):
+    adv, grad, clean = step_images((3, 2, 8, 6), torch.float32)
+    mean, std = torch.tensor([[0.5, 0.3], [0.2, 0.25]])
+    expected = reference.pgd_step_normalized(adv, grad, clean, mean, std, 0.1, 0.2)
+    adv, clean = (LAYOUTS[layout](t.to(device)) for t in (adv, clean))
+    moved, normalized = pgd_step_normalized(
+        adv, grad.to(device, grad_dtype), clean, mean.to(device), std.to(device), 0.1, 0.2
+    )
+    assert_equal(moved.cpu(), expected[0])
+    assert_equal(normalized.cpu(), expected[1])
+    assert normalized.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_opcheck_of_the_attacks_ops(device, norm):
     adv, grad, clean = (t.to(device) for t in step_images((2, 3, 5, 4), torch.float32))
     numbers = (0.1, 0.2, norm, 0.0, 1.0)
     torch.library.opcheck(OPS.pgd_step.default, (adv, grad, clean, *numbers))
     torch.library.opcheck(OPS.pgd_step_.default, (adv, grad, clean, *numbers))
+    statistics = torch.rand(2, 3, device=device)
+    images = (adv.to(memory_format=torch.channels_last), grad, clean)
+    torch.library.opcheck(OPS.pgd_step_normalized.default, (*images, *statistics, 0.1, 0.2, 0.0, 1.0))
     seed = torch.tensor([1, 2], device=device)
     torch.library.opcheck(OPS.random_start.default, (clean, seed, 0.3, norm, 0.0, 1.0))
 

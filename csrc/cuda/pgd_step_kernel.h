@@ -14,25 +14,29 @@ struct PgdStep {
   double alpha, eps, lo, hi;
 };
 
-// Elements [first, first + V). alpha * sign is exact, so contraction into an FMA changes no bit.
-template <int V, class Image, class Grad>
-SPARSE_ADV_DEVICE void pgd_step_linf_vector(const PgdStep<Image, Grad>& step, int64_t first) {
+// One element. alpha * sign is exact, so contraction into an FMA changes no bit.
+template <class Image, class Grad>
+SPARSE_ADV_DEVICE Image moved_linf(const PgdStep<Image, Grad>& step, Image adv, Grad grad, Image clean) {
   using T = Compute<Image>;
   const T alpha = static_cast<T>(step.alpha), eps = static_cast<T>(step.eps);
-  const T lo = static_cast<T>(step.lo), hi = static_cast<T>(step.hi);
+  const auto slope = static_cast<Compute<Grad>>(grad);
+  const T sign = static_cast<T>(slope > 0) - static_cast<T>(slope < 0);
+  const T centre = static_cast<T>(clean);
+  const T moved = clamped(static_cast<T>(adv) + alpha * sign, centre - eps, centre + eps);
+  // Comparisons with a NaN bound let every value pass, so a NaN in clean is carried over by hand.
+  return centre == centre ? static_cast<Image>(clamped(moved, static_cast<T>(step.lo), static_cast<T>(step.hi)))
+                          : clean;
+}
+
+// Elements [first, first + V).
+template <int V, class Image, class Grad>
+SPARSE_ADV_DEVICE void pgd_step_linf_vector(const PgdStep<Image, Grad>& step, int64_t first) {
   Vector<Image, V> adv, clean;
   Vector<Grad, V> grad;
   adv.load(step.adv + first);
   grad.load(step.grad + first);
   clean.load(step.clean + first);
-  for (int i = 0; i < V; ++i) {
-    const auto slope = static_cast<Compute<Grad>>(grad.at[i]);
-    const T sign = static_cast<T>(slope > 0) - static_cast<T>(slope < 0);
-    const T centre = static_cast<T>(clean.at[i]);
-    const T moved = clamped(static_cast<T>(adv.at[i]) + alpha * sign, centre - eps, centre + eps);
-    // Comparisons with a NaN bound let every value pass, so a NaN in clean is carried over by hand.
-    adv.at[i] = static_cast<Image>(centre == centre ? clamped(moved, lo, hi) : centre);
-  }
+  for (int i = 0; i < V; ++i) adv.at[i] = moved_linf(step, adv.at[i], grad.at[i], clean.at[i]);
   adv.store(step.out + first);
 }
 

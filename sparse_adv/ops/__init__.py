@@ -6,6 +6,7 @@ from sparse_adv.ops._library import build_facts, cpu_capability, cuda_ops
 from sparse_adv.ops.masked_conv2d import masked_conv2d
 from sparse_adv.ops.pattern import Pattern, chosen_paths, compile_pattern, pack_pattern, set_paths
 from sparse_adv.ops.pgd_step import pgd_step, pgd_step_
+from sparse_adv.ops.pgd_step_normalized import pgd_step_normalized
 from sparse_adv.ops.random_start import random_start
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "pack_pattern",
     "pgd_step",
     "pgd_step_",
+    "pgd_step_normalized",
     "random_start",
     "set_paths",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
+from sparse_adv.ops.layout import in_layout_of
 from sparse_adv.ops.pattern import Pattern, check_groups, check_pattern
 
 
@@ -157,23 +158,15 @@ def _output_size(spans: Sequence[int], stride: Sequence[int]) -> tuple[int, int]
     return ((spans[0] - 1) // stride[0] + 1, (spans[1] - 1) // stride[1] + 1)
 
 
-def _empty_in_layout_of(like: Tensor, size: Sequence[int]) -> Tensor:
-    """The layout rule of every op (csrc/layout.h): channels_last stays so, anything else becomes NCHW."""
-    channels_last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    return like.new_empty(size).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
-
-
 @torch.library.register_fake("sparse_adv::masked_conv2d")
 def _(input, weight, pattern, bias, stride, padding, dilation, *_):  # type: ignore
     spans = [input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) for i in range(2)]
-    return _empty_in_layout_of(input, (input.shape[0], weight.shape[0], *_output_size(spans, stride)))
+    return in_layout_of(input, input.new_empty((input.shape[0], weight.shape[0], *_output_size(spans, stride))))
 
 
 @torch.library.register_fake("sparse_adv::masked_conv2d_grad_input")
 def _(grad_output, weight, pattern, input_size, *_):  # type: ignore
-    return _empty_in_layout_of(grad_output, input_size)
+    return in_layout_of(grad_output, grad_output.new_empty(input_size))
 
 
 @torch.library.register_fake("sparse_adv::masked_conv2d_grad_weight")

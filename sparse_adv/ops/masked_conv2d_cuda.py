@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_adv.ops.layout import in_layout_of
 from sparse_adv.ops.pattern import PATHS, Pattern, weight_is_masked
 
 
@@ -32,10 +33,10 @@ def masked_conv2d(
     kept = _kept(weight, pattern)
     if scale is not None:
         kept = kept * scale[:, None, None, None]  # a pass over the weight instead of one over the output
-    output = torch.conv2d(input, _in_layout_of(input, kept), bias, stride, padding, dilation, groups)
+    output = torch.conv2d(input, in_layout_of(input, kept), bias, stride, padding, dilation, groups)
     if residual is not None:
         output += residual
-    return _in_layout_of(input, output.relu_() if relu else output)
+    return in_layout_of(input, output.relu_() if relu else output)
 
 
 def masked_conv2d_grad_input(
@@ -48,12 +49,12 @@ def masked_conv2d_grad_input(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    kept = _in_layout_of(grad_output, _kept(weight, pattern))
+    kept = in_layout_of(grad_output, _kept(weight, pattern))
     # Of the input only the size is read. The weight's layout, then, is what makes cuDNN take this one.
     input = grad_output.new_empty(1).expand(*input_size)
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, kept, None, *geometry, (True, False, False))[0]
-    return _in_layout_of(grad_output, grad)
+    return in_layout_of(grad_output, grad)
 
 
 def masked_conv2d_grad_weight(
@@ -85,12 +86,6 @@ def chosen_paths(
 
 def _kept(weight: Tensor, pattern: Pattern) -> Tensor:
     return weight if weight_is_masked(pattern) else weight.where(pattern[1], 0)
-
-
-def _in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
-    """The layout rule of csrc/layout.h: channels_last stays so, anything else becomes NCHW."""
-    channels_last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 _LIBRARY = torch.library.Library("sparse_adv", "IMPL")

@@ -56,7 +56,7 @@ def pgd_step(
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
     """
-    _check(adv, grad, clean, alpha, eps, norm, lo, hi)
+    check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
     return torch.ops.sparse_adv.pgd_step(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
 
 
@@ -75,7 +75,7 @@ def pgd_step_(
     Args and errors are those of `pgd_step`; moreover adv must not share memory among its own elements, and in-place
     writing to a tensor that requires grad needs `torch.no_grad()`, as everywhere in PyTorch.
     """
-    _check(adv, grad, clean, alpha, eps, norm, lo, hi)
+    check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
     if adv.requires_grad and torch.is_grad_enabled():
         raise ValueError("adv requires grad: call pgd_step_ under torch.no_grad(), or use pgd_step")
     if any(stride == 0 and size > 1 for stride, size in zip(adv.stride(), adv.shape, strict=True)):
@@ -111,7 +111,10 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
 
 
-def _check(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float) -> None:
+def check_step(
+    adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float
+) -> None:
+    """Raises TypeError or ValueError if these describe no step."""
     check_ball(eps, norm, lo, hi)
     check_alpha(alpha)
     check_floating("adv", adv)

@@ -82,6 +82,22 @@ def pgd_step(
     return moved.to(dtype).clamp(lo, hi).to(adv.dtype)
 
 
+def pgd_step_normalized(
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    alpha: float,
+    eps: float,
+    lo: float = 0.0,
+    hi: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The linf step, and the moved images normalised, in bfloat16."""
+    moved = pgd_step(adv, grad, clean, alpha, eps, "linf", lo, hi)
+    return moved, ((moved - mean[:, None, None]) / std[:, None, None]).bfloat16()
+
+
 def _step_linf(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float) -> Tensor:
     return (adv + alpha * grad.sign()).clamp(clean - eps, clean + eps)
 
