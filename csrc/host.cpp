@@ -167,8 +167,9 @@ PYBIND11_MODULE(_host, m) {
       "cpu_capability", [] { return name_of(cpu_capability()); },
       "The instruction set in use: portable, avx2 or avx512.");
   m.attr("header_fields") =
-      py::dict(py::arg("groups") = static_cast<int>(kGroups), py::arg("block") = static_cast<int>(kBlockOut),
-               py::arg("kept") = static_cast<int>(kKept), py::arg("path") = static_cast<int>(kForwardPath),
+      py::dict(py::arg("format") = static_cast<int>(kFormat), py::arg("groups") = static_cast<int>(kGroups),
+               py::arg("block") = static_cast<int>(kBlockOut), py::arg("kept") = static_cast<int>(kKept),
+               py::arg("path") = static_cast<int>(kForwardPath),
                py::arg("weight_is_masked") = static_cast<int>(kWeightIsMasked));
   m.attr("version") = SPARSE_ADV_VERSION;
   m.attr("compiler") = SPARSE_ADV_COMPILER;

@@ -45,7 +45,7 @@ enum HeaderField {
 
 enum class Path : int64_t { automatic = 0, sparse = 1, dense = 2 };
 
-constexpr int64_t kPatternFormat = 1;
+constexpr int64_t kPatternFormat = 1;  // 2 is that of the GPU's block lists, which ops/pattern.py makes and reads
 constexpr int kTapBits = 12;
 constexpr int64_t kMaxTaps = int64_t{1} << kTapBits;
 constexpr int64_t kMaxChannels = int64_t{1} << (31 - kTapBits);

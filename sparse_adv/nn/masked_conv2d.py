@@ -160,7 +160,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def paths(self, input: Tensor) -> dict[str, str]:
         """Which kernel each pass takes for an input: "sparse" or "dense"."""
         device = self.weight.device.type
-        if device != "cpu" or self.weight.dtype != torch.float32 or torch.is_autocast_enabled(device):
+        reduced = self.weight.dtype != torch.float32 or torch.is_autocast_enabled(device)
+        if device not in ("cpu", "cuda") or (device == "cpu" and reduced):
             return dict.fromkeys(PASSES, "dense")
         x, padding = self.padded(input)
         shape = x.shape if x.dim() == 4 else (1, *x.shape)

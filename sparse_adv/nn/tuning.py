@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
-from sparse_adv.ops import Pattern, chosen_paths, masked_conv2d, set_paths
+from sparse_adv.ops import Pattern, chosen_paths, masked_conv2d, pack_pattern, set_paths
+from sparse_adv.ops.pattern import has_blocks
 
 Choices = dict[str, dict[str, Any]]
 
@@ -31,8 +33,9 @@ def tune(
 
     Without it, a static table chooses. A choice stays with its layer until the layer gets another mask or device, goes
     through `deepcopy` and `pickle`, and is no part of the `state_dict`. Under
-    `torch.use_deterministic_algorithms(True)` nothing measured counts. Only float32 layers on the CPU have a
-    choice.
+    `torch.use_deterministic_algorithms(True)` nothing measured counts. A choice have float32 layers on the CPU, and on
+    CUDA layers with blocks of 32 or 64 channels: these are timed in the dtype of the autocast that surrounds the call,
+    under CUDA graphs.
 
     Args:
         model: a model with masked layers; it runs one forward pass, in eval mode.
@@ -54,8 +57,7 @@ def tune(
         names = {layer: name for name, layer in layers.items()}
 
         def visit(layer: nn.Conv2d, input: Tensor, output: Tensor) -> None:
-            tunable = input.dtype == torch.float32 and input.device.type == "cpu" and input.dim() == 4
-            if isinstance(layer, MaskedConv2d) and tunable and names[layer] not in found:
+            if isinstance(layer, MaskedConv2d) and _has_choice(layer, input) and names[layer] not in found:
                 found[names[layer]] = _measure(layer, input, output, trials, seconds)
 
         run_once(model, shape, visit)
@@ -66,6 +68,14 @@ def tune(
     for name, choice in found.items():
         layers[name].choose_paths(choice)
     return found
+
+
+def _has_choice(layer: MaskedConv2d, input: Tensor) -> bool:
+    if input.dim() != 4:
+        return False
+    if input.device.type == "cuda":
+        return has_blocks(layer.pattern)
+    return input.device.type == "cpu" and input.dtype == torch.float32
 
 
 def _check_choice(name: str, choice: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> None:
@@ -79,10 +89,15 @@ def _check_choice(name: str, choice: Mapping[str, Any], layers: Mapping[str, nn.
 
 def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, seconds: float) -> dict[str, Any]:
     x, padding = layer.padded(input)
-    plain = set_paths(layer.pattern)
+    plain, weight, grad = set_paths(layer.pattern), layer.weight.detach(), torch.ones_like(output)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, grad = (tensor.to(dtype) for tensor in (x, weight, grad))
+    if x.device.type == "cuda":
+        plain = pack_pattern(plain, weight)  # as an attack's passes find it
     by_table = chosen_paths(plain, x.shape, layer.stride, padding, layer.dilation)
     choice = {}
-    for name, run in _passes(layer, x, padding, torch.ones_like(output)).items():
+    for name, run in _passes(layer, x, weight, padding, grad).items():
         patterns = {path: set_paths(plain, **{name: path}) for path in ("sparse", "dense")}
         times = _race(run, patterns, trials, seconds)
         table = by_table[name]
@@ -93,10 +108,9 @@ def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, se
 
 
 def _passes(
-    layer: MaskedConv2d, x: Tensor, padding: tuple[int, int], grad: Tensor
+    layer: MaskedConv2d, x: Tensor, weight: Tensor, padding: tuple[int, int], grad: Tensor
 ) -> dict[str, Callable[[Pattern], Tensor]]:
-    ops = torch.ops.sparse_adv
-    weight, bias = layer.weight.detach(), layer.bias
+    ops, bias = torch.ops.sparse_adv, layer.bias
     geometry = (layer.stride, padding, layer.dilation, layer.groups)
     return {
         "forward": lambda pattern: masked_conv2d(x, weight, pattern, bias, *geometry),
@@ -111,11 +125,45 @@ def _race(
     """The shortest time of each, taking turns so that a slow moment of the machine strikes both."""
     best = dict.fromkeys(patterns, float("inf"))
     end = time.perf_counter() + seconds
+    clocks = {path: _clock(partial(run, pattern), pattern[1].device) for path, pattern in patterns.items()}
     for trial in range(max(2, trials)):
-        for path, pattern in patterns.items():
-            start = time.perf_counter()
-            run(pattern)
-            best[path] = min(best[path], time.perf_counter() - start)
+        for path, clock in clocks.items():
+            best[path] = min(best[path], clock())
         if trial >= 1 and time.perf_counter() > end:
             break
     return best
+
+
+def _clock(run: Callable[[], Tensor], device: torch.device) -> Callable[[], float]:
+    """What runs it once and returns the seconds; on CUDA those of the GPU alone, by replays of a graph."""
+    if device.type == "cuda":
+        return _graph_clock(run)
+
+    def clock() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return clock
+
+
+def _graph_clock(run: Callable[[], Tensor], calls: int = 10) -> Callable[[], float]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def clock() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+    return clock

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from sparse_adv.ops._library import host
+from sparse_adv.ops.live_blocks import blocks_fit, live_blocks
 
 Pattern = list[Tensor]
 """A compiled mask: what `compile_pattern` returns and `masked_conv2d` takes. Its layout: csrc/pattern_layout.h."""
 
 _HEADER = host.header_fields
+_FORMAT_OF_BLOCKS = 2
 _PLAIN_LENGTH = 6  # without packed values
 PATHS = ("auto", "sparse", "dense")
 
@@ -48,15 +50,27 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
     except ValueError as error:
         raise ValueError(f"mask of shape {tuple(mask.shape)} cannot be compiled: {error}") from error
     header, *lists = (torch.from_numpy(array) for array in arrays)
-    return [header, *(tensor.to(mask.device) for tensor in lists)]
+    pattern = [header, *(tensor.to(mask.device) for tensor in lists)]
+    return block_pattern(pattern) if mask.device.type == "cuda" and blocks_fit(block4, groups, mask.shape) else pattern
+
+
+def block_pattern(pattern: Pattern) -> Pattern:
+    """The pattern with the lists of live blocks that the Triton kernels walk, where `blocks_fit`: format 2.
+
+    Its tensors: header, mask, rows, blocks, grad_rows, grad_order (see `live_blocks`), and where `pack_pattern` was
+    called the blocks' values [n, bo, bi].
+    """
+    blocks, rows, grad_rows, grad_order = live_blocks(pattern[1], block_of(pattern), groups_of(pattern))
+    header = _with_header(pattern, "format", [_FORMAT_OF_BLOCKS])[0]
+    return [header, pattern[1], rows, blocks, grad_rows, grad_order]
 
 
 def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
     """Promise that the weight is 0 where pruned and stays as it is, so that calls need not mask it again.
 
-    Where there are sparse kernels for it (float32 on the CPU), the pattern also gets the kept values in the kernels'
-    order, and calls read them instead of gathering. The result stands for this weight as long as the weight does not
-    change: use it for the passes between two optimiser steps.
+    Where there are sparse kernels for it (float32 on the CPU, blocks on CUDA), the pattern also gets the kept values in
+    the kernels' order, and calls read them instead of gathering. The result stands for this weight as long as the
+    weight does not change: use it for the passes between two optimiser steps.
 
     Args:
         pattern: what `compile_pattern` returned for the weight's mask.
@@ -70,9 +84,33 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
     if weight.device != pattern[1].device:
         raise ValueError(f"weight is on {weight.device}, pattern on {pattern[1].device}")
     plain = without_values(pattern)
-    packable = weight.device.type == "cpu" and weight.dtype == torch.float32
+    packable = has_blocks(plain) or (weight.device.type == "cpu" and weight.dtype == torch.float32)
     values = torch.ops.sparse_adv.pack_values(weight.detach(), plain) if packable else []
     return [_with_header(plain, "weight_is_masked", [1])[0], *plain[1:], *values]
+
+
+def has_blocks(pattern: Pattern) -> bool:
+    """Whether it lists live blocks, for the Triton kernels."""
+    return int(pattern[0][_HEADER["format"]]) == _FORMAT_OF_BLOCKS
+
+
+def block_of(pattern: Pattern) -> tuple[int, ...]:
+    """(bo, bi, br, bs)."""
+    return tuple(pattern[0][_HEADER["block"] : _HEADER["block"] + 4].tolist())
+
+
+def groups_of(pattern: Pattern) -> int:
+    return int(pattern[0][_HEADER["groups"]])
+
+
+def asked_path(pattern: Pattern, pass_: int) -> str:
+    """What `set_paths` fixed for a pass (0 forward, 1 grad_input, 2 grad_weight)."""
+    return PATHS[int(pattern[0][_HEADER["path"] + pass_])]
+
+
+def kept_of(pattern: Pattern) -> int:
+    """The number of weights kept."""
+    return int(pattern[0][_HEADER["kept"]])
 
 
 def weight_is_masked(pattern: Pattern) -> bool:
@@ -100,9 +138,12 @@ def chosen_paths(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
 ) -> dict[str, str]:
-    """The kernel that each pass takes for float32 input of shape [N, C, H, W]: {"forward": "sparse", ...}."""
+    """The kernel that each pass takes for input of shape [N, C, H, W]: {"forward": "sparse", ...}.
+
+    That is for float32 on the CPU, where all other dtypes are dense, and for 16-bit images on CUDA.
+    """
     check_pattern(pattern)
-    groups = int(pattern[0][_HEADER["groups"]])
+    groups = groups_of(pattern)
     if len(input_shape) != 4 or input_shape[1] != pattern[1].shape[1] * groups:
         raise ValueError(
             f"input_shape must be [N, {pattern[1].shape[1] * groups}, H, W] for this pattern, got {list(input_shape)}"
@@ -147,7 +188,7 @@ def check_mask(mask: Tensor, linear: bool = False) -> None:
 
 def check_pattern(pattern: Pattern) -> None:
     """Raises ValueError if this is no compiled pattern."""
-    if len(pattern) not in (_PLAIN_LENGTH, _PLAIN_LENGTH + 2):
+    if not _PLAIN_LENGTH <= len(pattern) <= _PLAIN_LENGTH + 2:
         raise ValueError(f"pattern must be what compile_pattern returned, got a list of {len(pattern)} tensors")
 
 
@@ -155,7 +196,7 @@ def check_groups(pattern: Pattern, groups: int) -> None:
     """Raises ValueError if the pattern was compiled for other groups; traced code leaves that to the op."""
     if torch.compiler.is_compiling() or pattern[0].numel() <= _HEADER["groups"]:
         return
-    compiled_for = int(pattern[0][_HEADER["groups"]])
+    compiled_for = groups_of(pattern)
     if compiled_for != groups:
         raise ValueError(f"pattern was compiled for groups={compiled_for}, got groups={groups}")
 
