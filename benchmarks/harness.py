@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -139,5 +141,6 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    known = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return known or os.environ.get("COMMIT", "unknown")
