@@ -9,10 +9,10 @@ SANITIZED := build/sanitize
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench doctor sanitize clean
+.PHONY: help setup demo test lint format bench gpu-check doctor sanitize clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(BUILT)  ## only make the environment and build (every other target does so too)
 
@@ -35,6 +35,9 @@ format: $(BUILT)  ## rewrite the sources in the project's format
 
 bench: $(BUILT)  ## measure every op against dense PyTorch (benchmarks/)
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-enable
+
+gpu-check:  ## on a machine with a GPU and a CUDA torch: build, prove and measure there (OUT=build/gpu_check)
+	PYTHON=$(PYTHON) benchmarks/gpu_check.sh $(or $(OUT),build/gpu_check)
 
 doctor: $(BUILT)  ## check the installation
 	$(BIN)/python -m sparse_adv doctor

@@ -58,6 +58,33 @@ def test_other_dtypes(device, dtype, layout):
         assert_close(found.cpu(), expected[name])
 
 
+WIDE = {
+    "3x3": Case(3, 1, 70, 96, (7, 9), block=(32, 32)),
+    "strided, with an epilogue": Case(2, 1, 64, 128, (9, 8), stride=(2, 2), block=(64, 64), density=0.5, seed=15),
+    "dilated groups": Case(2, 2, 32, 64, (9, 11), dilation=(2, 1), block=(64, 32), layout="channels_last"),
+    "1x1": Case(4, 1, 100, 40, (4, 4), (1, 1), padding=(0, 0), block=(32, 64), density=0.7),
+    "nothing kept": Case(2, 1, 64, 64, (5, 5), block=(32, 32), density=0.0, seed=2),
+    "no images": Case(0, 1, 64, 64, (5, 5), block=(32, 32)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_that_a_gpu_has_kernels_for(device, name, dtype):
+    case = copy.deepcopy(WIDE[name])
+    expected = case.expected()
+    for tensor in ("input", "weight", "grad_output"):
+        vars(case)[tensor] = getattr(case, tensor).to(dtype)
+    vars(case)["epilogue"] = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.epilogue.items()}
+    pattern = case.on(device).pattern("sparse")
+    unpacked = case.found(pattern)
+    vars(case)["weight"] = case.weight.where(case.mask, 0)
+    for found in (unpacked, case.found(pack_pattern(pattern, case.weight))):
+        for pass_, value in found.items():
+            assert_close(value.cpu(), expected[pass_])
+        assert (found["grad_weight"][~case.mask] == 0).all()
+
+
 @pytest.mark.parametrize("op", ["masked_conv2d", "masked_conv2d_grad_input", "masked_conv2d_grad_weight"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck_of_the_convolution(device, op, layout):
