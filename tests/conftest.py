@@ -40,6 +40,9 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, check_dtype=False)
 
 
+# These need Triton's interpreter, which is chosen before the import: test_interpreted.py runs them.
+collect_ignore = [] if "TRITON_INTERPRET" in os.environ else ["interpreted"]
+
 DEVICES = (
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_adv.ops._library import check_capability
+from sparse_adv.ops._library import check_capability, cuda_stand_in
 
 NORMS = ("linf", "l2")
 
@@ -137,3 +138,18 @@ def _(adv: Tensor, *_: object) -> Tensor:
 @torch.library.register_fake("sparse_adv::pgd_step_")
 def _(adv: Tensor, *_: object) -> None:
     return None
+
+
+# Triton is imported when it is first needed: a CPU's torch does not bring it.
+@cuda_stand_in("pgd_step")
+def _(adv: Tensor, *step: Any) -> Tensor:
+    from sparse_adv.kernels import pgd_step as kernels
+
+    return kernels.pgd_step(adv, *step)
+
+
+@cuda_stand_in("pgd_step_")
+def _(adv: Tensor, *step: Any) -> None:
+    from sparse_adv.kernels import pgd_step as kernels
+
+    kernels.pgd_step_(adv, *step)

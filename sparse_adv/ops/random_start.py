@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sparse_adv.ops._library import check_capability
+from sparse_adv.ops._library import check_capability, cuda_stand_in
 from sparse_adv.ops.pgd_step import check_ball, check_floating
 
 _SEEDS = range(-(2**63), 2**63)
@@ -85,3 +87,10 @@ def seed_words(seed: int | Tensor | torch.Generator | None) -> Tensor:
 @torch.library.register_fake("sparse_adv::random_start")
 def _(clean: Tensor, *_: object) -> Tensor:
     return torch.empty_like(clean)
+
+
+@cuda_stand_in("random_start")
+def _(clean: Tensor, *start: Any) -> Tensor:
+    from sparse_adv.kernels import random_start as kernels
+
+    return kernels.random_start(clean, *start)

@@ -1,0 +1,219 @@
+"""`pgd_step` in Triton: what runs on a GPU where the CUDA library is not built."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Two accesses of 16 bytes by each thread to each tensor of float32.
+_ELEMENTS_PER_WARP = 8 * 32
+# The largest image whose pixels stay in registers from the first norm to the move, so that each is read once.
+_HELD = 16 * _ELEMENTS_PER_WARP
+
+
+def pgd_step(
+    adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float
+) -> Tensor:
+    """The op `sparse_adv::pgd_step`; see `ops.pgd_step` for its meaning. Never waits for the device."""
+    _check(adv, grad, clean, norm)
+    out = torch.empty_like(adv)
+    _step_into(out, adv, grad, clean, alpha, eps, norm, lo, hi)
+    return out
+
+
+def pgd_step_(
+    adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float
+) -> None:
+    """The op `sparse_adv::pgd_step_`: `pgd_step` in place."""
+    _check(adv, grad, clean, norm)
+    _step_into(adv, adv, grad, clean, alpha, eps, norm, lo, hi)
+
+
+def check_floating(name: str, tensor: Tensor, first: Tensor) -> None:
+    """Raises RuntimeError unless a kernel can read it: floating, of a dtype it knows, on the device of `first`."""
+    if tensor.device != first.device:
+        raise RuntimeError(f"sparse_adv: {name} must be on the device of the images")
+    if tensor.dtype not in FLOATING:
+        raise RuntimeError(f"sparse_adv: {name} must be float64, float32, bfloat16 or float16")
+
+
+def check_norm(norm: str) -> None:
+    """Raises RuntimeError if no kernel has this norm."""
+    if norm not in ("linf", "l2"):
+        raise RuntimeError(f"sparse_adv: norm must be linf or l2, got {norm}")
+
+
+def _check(adv: Tensor, grad: Tensor, clean: Tensor, norm: str) -> None:
+    for name, tensor in {"adv": adv, "grad": grad, "clean": clean}.items():
+        check_floating(name, tensor, adv)
+        if tensor.shape != adv.shape:
+            raise RuntimeError(f"sparse_adv: {name} must have the sizes of adv")
+    check_norm(norm)
+
+
+def _step_into(
+    out: Tensor,
+    adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    alpha: float,
+    eps: float,
+    norm: str,
+    lo: float,
+    hi: float,
+) -> None:
+    if out.numel() == 0:
+        return
+    moved = out if _lies_in_pieces(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    tensors = [_like(moved, tensor) for tensor in (adv, grad, clean)]
+    with torch.cuda.device_of(out):
+        if norm == "linf":
+            block = 4 * _ELEMENTS_PER_WARP
+            grid = (triton.cdiv(out.numel(), block),)
+            linf_kernel[grid](*tensors, moved, out.numel(), alpha, eps, lo, hi, BLOCK=block, num_warps=4)
+        else:
+            images = out.shape[0] if out.dim() else 1
+            count = out.numel() // images
+            block = min(max(triton.next_power_of_2(count), _ELEMENTS_PER_WARP), _HELD)
+            l2_kernel[(images,)](
+                *tensors,
+                moved,
+                count,
+                alpha,
+                eps,
+                lo,
+                hi,
+                BLOCK=block,
+                HELD=count <= block,
+                num_warps=block // _ELEMENTS_PER_WARP,
+            )
+    if moved is not out:
+        out.copy_(moved)
+
+
+def _lies_in_pieces(images: Tensor) -> bool:
+    """Whether its memory has no gaps and each image lies in one piece, as the l2 norm needs."""
+    expected = 1
+    axes = [(stride, size) for stride, size in zip(images.stride(), images.shape, strict=True) if size != 1]
+    for stride, size in sorted(axes):
+        if stride != expected:
+            return False
+        expected *= size
+    return images.dim() == 0 or images.shape[0] in (1, images.numel() // images.stride(0))
+
+
+def _like(model: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor itself if it keeps each element where `model` does, else a copy that does."""
+    if all(a == b or size == 1 for a, b, size in zip(tensor.stride(), model.stride(), model.shape, strict=True)):
+        return tensor
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
+
+
+@triton.jit
+def clamped(x: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """NaN stays NaN, as in torch.clamp."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def linf_kernel(
+    adv: tl.tensor,
+    grad: tl.tensor,
+    clean: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    alpha: tl.float64,
+    eps: tl.float64,
+    lo: tl.float64,
+    hi: tl.float64,
+    BLOCK: tl.constexpr,
+) -> None:
+    """`BLOCK` elements of all images."""
+    dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    slope = tl.load(grad + i, inside).to(dtype)
+    centre = tl.load(clean + i, inside).to(dtype)
+    sign = (slope > 0).to(dtype) - (slope < 0).to(dtype)
+    radius = tl.full((), eps, dtype)
+    # alpha * sign is exact, so contraction into an FMA changes no bit.
+    moved = tl.load(adv + i, inside).to(dtype) + tl.full((), alpha, dtype) * sign
+    moved = clamped(moved, centre - radius, centre + radius)
+    moved = clamped(moved, tl.full((), lo, dtype), tl.full((), hi, dtype))
+    # Comparisons with a NaN bound let every value pass, so a NaN in clean is carried over by hand.
+    moved = tl.where(centre == centre, moved, centre)
+    tl.store(out + i, moved.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def l2_kernel(
+    adv: tl.tensor,
+    grad: tl.tensor,
+    clean: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    alpha: tl.float64,
+    eps: tl.float64,
+    lo: tl.float64,
+    hi: tl.float64,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
+) -> None:
+    """One image of `count` elements, in tiles of `BLOCK`.
+
+    Where one tile is enough (HELD), the loops have one turn, known when compiling, and the compiler merges their loads.
+    """
+    dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    image = tl.program_id(0).to(tl.int64) * count
+    end = BLOCK if HELD else count
+
+    squares = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, end, BLOCK):
+        slope = _slope(grad + image, first + tl.arange(0, BLOCK), count, dtype)
+        squares += slope * slope
+    length = tl.sqrt(tl.sum(squares))
+    rate = tl.where(length > 0, alpha / length, 0.0)
+
+    squares = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        moved, centre = _moved(adv + image, grad + image, clean + image, i, count, rate, dtype)
+        squares += (moved.to(tl.float64) - centre) * (moved.to(tl.float64) - centre)
+    distance = tl.sqrt(tl.sum(squares))
+    shrink = eps / distance
+
+    for first in range(0, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        moved, centre = _moved(adv + image, grad + image, clean + image, i, count, rate, dtype)
+        projected = (centre + shrink * (moved.to(tl.float64) - centre)).to(dtype)
+        moved = tl.where(distance <= eps, moved, projected)
+        moved = clamped(moved, tl.full((), lo, dtype), tl.full((), hi, dtype))
+        tl.store(out + image + i, moved.to(out.dtype.element_ty), i < count)
+
+
+@triton.jit
+def _slope(grad: tl.tensor, i: tl.tensor, count: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Entries that are not finite count as 0, so that one overflow does not lose the whole image."""
+    slope = tl.load(grad + i, i < count, other=0).to(dtype)
+    return tl.where(slope - slope == 0, slope, 0).to(tl.float64)
+
+
+@triton.jit
+def _moved(
+    adv: tl.tensor,
+    grad: tl.tensor,
+    clean: tl.tensor,
+    i: tl.tensor,
+    count: tl.tensor,
+    rate: tl.tensor,
+    dtype: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Pixels before the projection, rounded as the image's numbers are, and in float64 the centre of the ball."""
+    start = tl.load(adv + i, i < count, other=0).to(tl.float64)
+    centre = tl.load(clean + i, i < count, other=0).to(tl.float64)
+    return (start + rate * _slope(grad, i, count, dtype)).to(dtype), centre

@@ -1,0 +1,176 @@
+"""`random_start` in Triton: the numbers of the CPU's kernel, where the CUDA library is not built."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_adv.kernels.pgd_step import check_floating, check_norm, clamped
+
+# The third counter word: draws of different streams never meet.
+_ELEMENTS, _RADII = tl.constexpr(0), tl.constexpr(1)
+_TURN = tl.constexpr(6.283185307179586)
+
+_LINF_BLOCK = 256  # Philox blocks, of four elements each
+_HELD = 1024
+
+
+def random_start(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, hi: float) -> Tensor:
+    """The op `sparse_adv::random_start`; see `ops.random_start` for its meaning. Never waits for the device.
+
+    Key and offset are read where they lie: a CUDA graph that changes them between replays draws new numbers.
+    """
+    check_floating("clean", clean, clean)
+    if seed.device != clean.device or seed.shape != (2,) or seed.dtype != torch.int64:
+        raise RuntimeError("sparse_adv: seed must be an int64 tensor of size [2] on the device of the images")
+    check_norm(norm)
+    out = torch.empty_like(clean)
+    if out.numel() == 0:
+        return out
+    # Elements are counted in NCHW order, so that the layout of the images does not change their noise.
+    clean = clean.contiguous()
+    moved = out if out.is_contiguous() else torch.empty_like(clean)
+    with torch.cuda.device_of(out):
+        if norm == "linf":
+            grid = (triton.cdiv(out.numel(), 4 * _LINF_BLOCK),)
+            linf_kernel[grid](
+                clean, moved, seed, seed.stride(0), out.numel(), eps, lo, hi, BLOCK=_LINF_BLOCK, num_warps=4
+            )
+        else:
+            images = out.shape[0] if out.dim() else 1
+            count = out.numel() // images
+            most = (count + 6) // 4  # an image may share its first block and its last one with its neighbours
+            block = min(max(triton.next_power_of_2(most), 32), _HELD)
+            l2_kernel[(images,)](
+                clean,
+                moved,
+                seed,
+                seed.stride(0),
+                count,
+                eps,
+                lo,
+                hi,
+                BLOCK=block,
+                HELD=most <= block,
+                num_warps=max(block // 128, 1),
+            )
+    if moved is not out:
+        out.copy_(moved)
+    return out
+
+
+@triton.jit
+def linf_kernel(
+    clean: tl.tensor,
+    out: tl.tensor,
+    seed: tl.tensor,
+    seed_stride: tl.tensor,
+    count: tl.tensor,
+    eps: tl.float64,
+    lo: tl.float64,
+    hi: tl.float64,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Elements of `BLOCK` Philox blocks of the batch.
+
+    For float32 the product of eps and a 24-bit fraction is exact in float64: with or without FMA every bit is the CPU's.
+    """
+    dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    block = tl.program_id(0).to(tl.int64) * BLOCK
+    w0, w1, w2, w3 = _draw(seed, seed_stride, block + tl.arange(0, BLOCK), _ELEMENTS)
+    bits = _in_order(w0, w1, w2, w3)
+    fraction = (bits >> 8).to(tl.float64) * 2**-23 - 1
+    i = 4 * block + tl.arange(0, 4 * BLOCK)
+    moved = tl.load(clean + i, i < count).to(tl.float64) + tl.full((), eps, dtype).to(tl.float64) * fraction
+    _store(out + i, moved.to(dtype), lo, hi, i < count)
+
+
+@triton.jit
+def l2_kernel(
+    clean: tl.tensor,
+    out: tl.tensor,
+    seed: tl.tensor,
+    seed_stride: tl.tensor,
+    count: tl.tensor,
+    eps: tl.float64,
+    lo: tl.float64,
+    hi: tl.float64,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
+) -> None:
+    """One image of `count` elements, in tiles of `BLOCK` Philox blocks: a direction with no preference and a radius.
+
+    Its normal numbers are drawn twice, once for their norm and once to use them. Where one tile is enough (HELD), the
+    loops have one turn, known when compiling, and the compiler merges the draws.
+    """
+    dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    image = tl.program_id(0).to(tl.int64)
+    begin, end = image * count, image * count + count
+    blocks = (end + 3) // 4 - begin // 4
+    stop = BLOCK if HELD else blocks
+
+    squares = tl.zeros([4 * BLOCK], tl.float64)
+    for first in range(0, stop, BLOCK):
+        block = begin // 4 + first
+        normal = _normal(seed, seed_stride, block, BLOCK)
+        i = 4 * block + tl.arange(0, 4 * BLOCK)
+        squares += tl.where((i >= begin) & (i < end), normal * normal, 0)
+    total = tl.sum(squares)
+
+    w0, w1, w2, w3 = _draw(seed, seed_stride, image // 4, _RADII)
+    place = image % 4
+    bits = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
+    # Density ~ radius^(count - 1): a power of a uniform number.
+    radius = eps * tl.exp(tl.log(_unit(bits)) / tl.full((), count, tl.float64))
+    scale = tl.where(total > 0, radius / tl.sqrt(total), 0)
+
+    for first in range(0, stop, BLOCK):
+        block = begin // 4 + first
+        # Rounded before it is scaled, as on the CPU.
+        normal = _normal(seed, seed_stride, block, BLOCK).to(dtype).to(tl.float64)
+        i = 4 * block + tl.arange(0, 4 * BLOCK)
+        own = (i >= begin) & (i < end)
+        moved = tl.load(clean + i, own).to(tl.float64) + scale * normal
+        _store(out + i, moved.to(dtype), lo, hi, own)
+
+
+@triton.jit
+def _draw(
+    seed: tl.tensor, seed_stride: tl.tensor, block: tl.tensor, STREAM: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Words of Philox4x32-10 blocks: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011)."""
+    key, offset = tl.load(seed), tl.load(seed + seed_stride)
+    counter = (block + offset).to(tl.uint64)
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    return tl.philox(key, low, high, low * 0 + STREAM, low * 0)
+
+
+@triton.jit
+def _in_order(x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor) -> tl.tensor:
+    """Element 4 i + k is element i of the k-th: each thread gets neighbours."""
+    return tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([4 * x0.shape[0]])
+
+
+@triton.jit
+def _unit(bits: tl.tensor) -> tl.tensor:
+    """In (0, 1], so that its logarithm is finite."""
+    return (bits.to(tl.float64) + 1) * 2**-32
+
+
+@triton.jit
+def _normal(seed: tl.tensor, seed_stride: tl.tensor, block: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Box-Muller on two neighbouring words: the cosine for the even element, the sine for the odd one."""
+    w0, w1, w2, w3 = _draw(seed, seed_stride, block + tl.arange(0, BLOCK), _ELEMENTS)
+    radius0, angle0 = tl.sqrt(-2 * tl.log(_unit(w0))), _unit(w1) * _TURN
+    radius2, angle2 = tl.sqrt(-2 * tl.log(_unit(w2))), _unit(w3) * _TURN
+    return _in_order(
+        radius0 * tl.cos(angle0), radius0 * tl.sin(angle0), radius2 * tl.cos(angle2), radius2 * tl.sin(angle2)
+    )
+
+
+@triton.jit
+def _store(out: tl.tensor, moved: tl.tensor, lo: tl.tensor, hi: tl.tensor, mask: tl.tensor) -> None:
+    moved = clamped(moved, tl.full((), lo, moved.dtype), tl.full((), hi, moved.dtype))
+    tl.store(out, moved.to(out.dtype.element_ty), mask)
