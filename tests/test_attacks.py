@@ -368,3 +368,9 @@ def test_bad_settings_are_named(model, change, message):
 
 def test_values_go_unchecked_on_request(model):
     assert pgd(model, X * 2 - 1, Y, steps=1, check=False).min() >= 0
+
+
+def test_a_setting_that_an_attack_does_not_have_is_refused(model):
+    for attack, settings in ((n_fgsm, {"norm": "l2"}), (n_fgsm, {"restarts": 2}), (attacks.tpgd, {"targeted": True})):
+        with pytest.raises(TypeError, match=next(iter(settings))):
+            attack(model, x=X, **settings, **({} if attack is attacks.tpgd else {"y": Y}))

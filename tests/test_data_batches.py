@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -81,6 +82,23 @@ def test_an_epoch_follows_from_seed_and_number_alone():
     orders = {str([y.tolist() for _, y in epoch]) for epoch in epochs}
     orders.add(str(labels(Batches(split, 8, augment=True, seed=2))))
     assert len(orders) == 4
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epochs_numbers_are_drawn_batch_by_batch(world):
+    """The numbers of an epoch are part of what a seed means: they may not change with how they travel."""
+    split = noise(21)
+    draws = torch.Generator().manual_seed(int(np.random.SeedSequence([5, 3, 0]).generate_state(1)[0]))
+    expected = []
+    for batch in torch.randperm(21, generator=draws)[: 21 - 21 % world].split(8):
+        shifts = torch.randint(0, 9, (2, len(batch)), generator=draws)
+        flips = torch.rand(len(batch), generator=draws) < 0.5
+        own = slice(world - 1, None, world)
+        expected.append((to_unit(crop_and_flip(split.images[batch[own]], shifts[:, own], flips[own])), batch[own]))
+    batches = Batches(split, 8, augment=True, seed=5, rank=world - 1, world=world)
+    batches.set_epoch(3)
+    for (x, y), (images, labels) in zip(batches, expected, strict=True):
+        assert x.equal(images) and y.equal(labels)
 
 
 def test_an_iteration_that_is_left_early_was_an_epoch():

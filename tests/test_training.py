@@ -2,15 +2,17 @@
 
 import copy
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from small_runs import QUICK, TEST, TRAIN, VALIDATION, batches, equal_states, network
+from tape import TapedGraphs, no_reading
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_adv import attacks, data, nn, training
-from sparse_adv.training import Recipe
+from sparse_adv import attacks, data, masks, nn, runs, sparsify, training
+from sparse_adv.training import Recipe, checkpoint, devices, evaluation, loop
 
 
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
@@ -120,11 +122,12 @@ def test_batches_without_a_length_are_refused():
         (torch.full((4, 1, 6, 6), 2.0), torch.zeros(4, dtype=torch.int64), r"x must lie in \[0, 1\]"),
         (torch.full((4, 1, 6, 6), math.nan), torch.zeros(4, dtype=torch.int64), "x must be finite"),
         (torch.zeros(4, 1, 6, 6), torch.zeros(3, dtype=torch.int64), "one label per image"),
+        (torch.zeros(4, 1, 6, 6, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), "x must be a floating point"),
     ],
 )
 @pytest.mark.parametrize("objective", ["natural", "fgsm", "free"])
 def test_wrong_batches_are_named(images, labels, said, objective):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         training.train(network(), [(images, labels)], replace(QUICK, objective=objective))
 
 
@@ -153,35 +156,6 @@ def test_bfloat16_trains_with_weights_of_float32():
     records = training.train(model, batches(), replace(QUICK, precision="bfloat16", objective="pgd"), validation=TEST)
     assert records[-1]["clean_accuracy"] > 0.9
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-
-
-def test_evaluation_changes_neither_mode_nor_weights():
-    model = network().train()
-    model[1].eval()
-    before = copy.deepcopy(model.state_dict())
-    training.robust_accuracy(model, VALIDATION, steps=2)
-    assert model.training and model[0].training and not model[1].training
-    assert equal_states(before, model.state_dict())
-
-
-def test_accuracies_are_those_of_the_images_and_of_the_attacked_images():
-    model = network()
-    training.train(model, batches(), QUICK)
-    images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels
-    right = model(images).argmax(1) == labels
-    assert training.clean_accuracy(model, VALIDATION, batch_size=7) == right.float().mean().item()
-    fgsm = attacks.fgsm(model, images, labels, 0.2)
-    expected = (right & (model(fgsm).argmax(1) == labels)).float().mean().item()
-    assert training.fgsm_accuracy(model, VALIDATION, eps=0.2) == pytest.approx(expected)
-
-
-def test_restarts_only_lower_the_accuracy_and_count_their_passes():
-    model = network()
-    training.train(model, batches(), replace(QUICK, epochs=1))
-    attack = {"eps": 0.12, "alpha": 0.04, "steps": 3, "seed": 9}
-    one, five = (training.robust_accuracy(model, VALIDATION, **attack, restarts=n) for n in (1, 5))
-    assert 0 < five <= one < 1
-    assert one.images == 40 and one.backward <= 3 * 40 and five.backward > one.backward
 
 
 def test_the_learning_rate_follows_its_schedule():
@@ -234,6 +208,135 @@ def test_a_diverged_run_stops_with_a_sentence():
         training.train(network(), batches(), replace(QUICK, lr=1e30))
 
 
-def test_no_accuracy_of_no_images():
-    with pytest.raises(ValueError, match="images must hold"):
-        training.clean_accuracy(network(), data.Split(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.int64)))
+class Watched:
+    """Batches among which, but for the first of a run, a context lasts: an epoch without its beginning and end."""
+
+    def __init__(self, watch) -> None:
+        self.batches, self.watch, self.seen = batches(augment=True), watch, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+
+    def __iter__(self):
+        found = iter(self.batches)
+        if not self.seen:
+            yield next(found)
+        self.seen += 1
+        with self.watch():
+            yield from found
+
+
+@pytest.mark.parametrize("objective", training.OBJECTIVES)
+def test_within_an_epoch_nothing_waits_for_a_gpu(objective, monkeypatch):
+    monkeypatch.setattr(loop, "reads_at_once", lambda device: False)
+    recipe = replace(QUICK, objective=objective, epochs=2, ema=0.5, clip=1.0, replays=2)
+    given = Watched(no_reading)
+    training.train(network(), given, recipe, validation=VALIDATION)
+    assert given.seen == 2
+
+
+def test_a_read_within_an_epoch_would_be_seen():
+    with pytest.raises(RuntimeError, match="the host reads"):
+        training.train(network(), Watched(no_reading), QUICK)  # on a CPU batches are checked at once
+
+
+@contextmanager
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("objective", training.OBJECTIVES)
+def test_within_an_epoch_nothing_waits_for_the_gpu(objective, precision):
+    recipe = replace(QUICK, objective=objective, epochs=4, ema=0.5, clip=1.0, replays=2, precision=precision)
+    model, given = network().cuda(), Watched(waiting_is_an_error)
+    sparsify(model, masks.prune(model, density=0.5))
+    given.batches.split = TRAIN.to("cuda")
+    records = training.train(model, given, recipe, validation=VALIDATION.to("cuda"))
+    assert given.seen == 4 and records[-1]["clean_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("objective", training.OBJECTIVES)
+def test_graphs_change_no_bit_of_a_run(objective, sparse, monkeypatch):
+    recipe = replace(QUICK, objective=objective, ema=0.9, precision="bfloat16", replays=2)
+    monkeypatch.setattr(evaluation, "reads_at_once", lambda device: False)
+    found = []
+    for graphs in (attacks.Graphs, TapedGraphs):
+        monkeypatch.setattr(loop, "Graphs", graphs)
+        model = network()
+        if sparse:
+            sparsify(model, masks.prune(model, density=0.5))
+        run = training.Training(model, batches(40), recipe, validation=VALIDATION)
+        records = [without_seconds(record) for record in run.epochs()]
+        found.append((records, run.evaluated.state_dict()))
+    assert found[0][0] == found[1][0] and equal_states(found[0][1], found[1][1])
+    # Evaluation, probe, and the attack on full batches and on the last: the second is recorded, the third replayed.
+    replays = {"natural": 1, "free": 2}.get(objective, 2 + 4 + 1)
+    assert run.graphs.counts == (min(replays, 4), replays)
+
+
+def without_seconds(record: dict) -> dict:
+    return {name: value for name, value in record.items() if "seconds" not in name}
+
+
+@pytest.mark.parametrize("objective", training.OBJECTIVES)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ((torch.full((4, 1, 6, 6), 2.0), torch.zeros(4, dtype=torch.int64)), r"x must lie in \[0, 1\].* to 2:"),
+        ((torch.full((4, 1, 6, 6), math.nan), torch.zeros(4, dtype=torch.int64)), "x must be finite"),
+        ((torch.zeros(4, 1, 6, 6), torch.full((4,), 2)), r"y must lie in \[0, 1\], the model's classes, got 0 to 2"),
+        ((torch.zeros(4, 1, 6, 6), torch.full((4,), -100)), r"y must lie in \[0, 1\], .*, got -100 to 1"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_wrong_values_in_a_later_batch_are_named_at_the_latest_when_the_epoch_ends(
+    objective, wrong, said, at_once, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(loop, "reads_at_once", lambda device: at_once)
+    good = next(iter(batches()))
+    said = said if not at_once else said.replace("got 0", "got 2").replace(" to 1", " to -100")
+    with pytest.raises(ValueError, match=said):
+        training.train(network(), [good, wrong, good], replace(QUICK, objective=objective), folder=tmp_path)
+    assert not (tmp_path / runs.STATE).exists()
+
+
+def test_channels_last_training_learns_and_continues_bit_for_bit(tmp_path, monkeypatch):
+    recipe = replace(QUICK, objective="pgd", precision="bfloat16", ema=0.5)
+    options = {"validation": VALIDATION}
+    monkeypatch.setattr(loop, "wants_channels_last", lambda device, precision: True)
+    whole, stopped, other = network(channels=8), network(channels=8), network(channels=8)
+    records = training.train(whole, batches(), recipe, folder=tmp_path / "whole", **options)
+    for folder in ("stopped", "other"):
+        training.train(network(channels=8), batches(), recipe, folder=tmp_path / folder, on_epoch=once, **options)
+    training.train(stopped, batches(), recipe, folder=tmp_path / "stopped", **options)
+    assert records[-1]["clean_accuracy"] > 0.9 and equal_states(whole.state_dict(), stopped.state_dict())
+    assert whole[3].weight.is_contiguous(memory_format=torch.channels_last) and whole[3].weight.dtype == torch.float32
+    monkeypatch.undo()
+    training.train(other, batches(), recipe, folder=tmp_path / "other", **options)
+    assert other[3].weight.is_contiguous() and other.state_dict().keys() == whole.state_dict().keys()
+    for name, weights in checkpoint.read_weights(tmp_path / "whole" / runs.LAST)[0].items():
+        assert weights.is_contiguous() and weights.shape == network(channels=8).state_dict()[name].shape
+
+
+def once(record: dict) -> bool:
+    return True
+
+
+def test_channels_last_is_for_tensor_cores():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    chosen = [
+        devices.wants_channels_last(device, precision)
+        for device in (cuda, cpu)
+        for precision in ("float32", "bfloat16", "float16")
+    ]
+    assert chosen == [False, True, True, False, False, False]

@@ -3,11 +3,12 @@
 Every attack leaves the model as it found it: each module's training flag, buffers, `requires_grad` and `.grad`. None
 forms weight gradients. Images are in [lo, hi], normally [0, 1]: a model that wants normalised images normalises inside.
 Of a DistributedDataParallel model, whose forward prepares a gradient exchange that an attack never makes, `.module` is
-used.
+used. On CUDA, attacks that come again can be CUDA graphs: see `Graphs`.
 """
 
 from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
+from sparse_adv.attacks.graph import Graphs
 from sparse_adv.attacks.search import MODES, Loss
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PGD",
     "PGDL2",
     "TPGD",
+    "Graphs",
     "Loss",
     "Options",
     "fgsm",

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, pgd, tpgd
+from sparse_adv.attacks.graph import Graphs
+
+
+class _Options(Options, total=False):
+    graph: bool
 
 
 class _Attack:
-    """A function of this module with its settings bound, called with (images, labels)."""
+    """A function of this module with its settings bound, called with (images, labels).
 
-    def __init__(self, attack: Callable[..., Tensor], model: nn.Module, **settings: object) -> None:
+    With `graph=True` it keeps itself as CUDA graphs (see `Graphs`); elsewhere than on CUDA that changes nothing.
+    """
+
+    def __init__(
+        self, attack: Callable[..., Tensor], model: nn.Module, *, graph: bool = False, **settings: object
+    ) -> None:
+        if graph:
+            settings["graphs"] = Graphs()
         self.attack, self.model, self.settings = attack, model, settings
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -36,7 +48,7 @@ class PGD(_Attack):
         *,
         norm: str = "linf",
         restarts: int = 1,
-        **options: Unpack[Options],
+        **options: Unpack[_Options],
     ) -> None:
         super().__init__(
             pgd,
@@ -63,7 +75,7 @@ class PGDL2(PGD):
         random_start: bool = True,
         *,
         restarts: int = 1,
-        **options: Unpack[Options],
+        **options: Unpack[_Options],
     ) -> None:
         super().__init__(model, eps, alpha, steps, random_start, norm="l2", restarts=restarts, **options)
 
@@ -71,7 +83,7 @@ class PGDL2(PGD):
 class FGSM(_Attack):
     """`fgsm` in torchattacks' call shape."""
 
-    def __init__(self, model: nn.Module, eps: float = 8 / 255, **options: Unpack[Options]) -> None:
+    def __init__(self, model: nn.Module, eps: float = 8 / 255, **options: Unpack[_Options]) -> None:
         super().__init__(fgsm, model, eps=eps, **options)
 
 
@@ -79,7 +91,7 @@ class FFGSM(_Attack):
     """`fgsm_rs` in torchattacks' call shape."""
 
     def __init__(
-        self, model: nn.Module, eps: float = 8 / 255, alpha: float = 10 / 255, **options: Unpack[Options]
+        self, model: nn.Module, eps: float = 8 / 255, alpha: float = 10 / 255, **options: Unpack[_Options]
     ) -> None:
         super().__init__(fgsm_rs, model, eps=eps, alpha=alpha, **options)
 
@@ -88,7 +100,7 @@ class TPGD(_Attack):
     """`tpgd` in torchattacks' call shape; the labels are not looked at."""
 
     def __init__(
-        self, model: nn.Module, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options: object
+        self, model: nn.Module, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, **options: Any
     ) -> None:
         super().__init__(tpgd, model, eps=eps, alpha=alpha, steps=steps, **options)
 

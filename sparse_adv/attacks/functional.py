@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import TypedDict, Unpack
+from functools import partial
+from typing import Any, TypedDict, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_adv import ops
-from sparse_adv.attacks.search import MODES, Loss, Objective, ascend, attacked, crafting, random_starts
-from sparse_adv.ops.pgd_step import check_alpha, check_ball, check_floating
+from sparse_adv.attacks.checks import check_batch
+from sparse_adv.attacks.graph import Graphs
+from sparse_adv.attacks.search import MODES, Ball, Loss, Objective, Search, attacked, divergence
+from sparse_adv.ops.pgd_step import check_alpha, check_ball
+from sparse_adv.ops.random_start import seed_words
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments that all attacks share; `pgd` documents them."""
+class CommonOptions(TypedDict, total=False):
+    """Keyword arguments of all attacks, those without labels included; `pgd` documents them."""
 
-    loss: str | Loss
-    targeted: bool
     lo: float
     hi: float
     generator: torch.Generator | None
     mode: str
     check: bool
+    graphs: Graphs | None
+
+
+class Options(CommonOptions, total=False):
+    """Keyword arguments of all attacks that take labels."""
+
+    loss: str | Loss
+    targeted: bool
 
 
 def pgd(
@@ -44,6 +52,7 @@ def pgd(
     generator: torch.Generator | None = None,
     mode: str = "eval",
     check: bool = True,
+    graphs: Graphs | None = None,
 ) -> Tensor:
     """Projected gradient descent: `steps` times adv = project(adv + alpha * direction(gradient of the loss)).
 
@@ -66,7 +75,8 @@ def pgd(
         mode: what BatchNorm layers do meanwhile: "eval" uses their running statistics, "train" those of the batch and
             updates the running ones, "batch" those of the batch and leaves the running ones. All else (dropout) is in
             eval mode.
-        check: look at the values of x and y (on a GPU this waits for them).
+        check: look at the values of x and y (on a GPU this waits for them, before anything runs).
+        graphs: where attacks on a GPU that come again are kept as CUDA graphs; None runs step by step.
 
     Returns:
         The adversarial images, detached, of x's shape, dtype and memory format, in [lo, hi].
@@ -77,17 +87,12 @@ def pgd(
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
     """
-    _check_settings(model, eps, alpha, norm, lo, hi, steps, loss, mode)
     if restarts < 1 or (restarts > 1 and not random_start):
         raise ValueError(f"restarts must be 1, or more with random_start=True, got {restarts}")
-    if check:
-        check_batch(x, y, loss, lo, hi)
-
-    def step(adv: Tensor, grad: Tensor) -> Tensor:
-        return ops.pgd_step(adv, grad, x, alpha, eps, norm, lo, hi)
-
-    starts = random_starts(x, restarts, eps, norm, lo, hi, generator) if random_start else [x.detach]
-    return ascend(model, x, y, starts, step, steps, Objective(loss, targeted, check), mode)
+    start = Ball(eps, norm, lo, hi) if random_start else None
+    options: Options = {"loss": loss, "targeted": targeted, "lo": lo, "hi": hi, "mode": mode}
+    options |= {"generator": generator, "check": check, "graphs": graphs}
+    return _run(model, x, y, start, eps, alpha, steps, norm, restarts, **options)
 
 
 def fgsm(
@@ -123,14 +128,7 @@ def n_fgsm(
     y: Tensor,
     eps: float = 8 / 255,
     alpha: float | None = None,
-    *,
-    loss: str | Loss = "ce",
-    targeted: bool = False,
-    lo: float = 0.0,
-    hi: float = 1.0,
-    generator: torch.Generator | None = None,
-    mode: str = "eval",
-    check: bool = True,
+    **options: Unpack[Options],
 ) -> Tensor:
     """N-FGSM: noise from U(-2 eps, 2 eps), then one linf step of size alpha, by default eps; no projection.
 
@@ -139,16 +137,9 @@ def n_fgsm(
 
     Source: de Jorge et al., "Make some noise" (NeurIPS 2022), algorithm 1.
     """
-    alpha = eps if alpha is None else alpha
-    _check_settings(model, eps, alpha, "linf", lo, hi, 1, loss, mode)
-    if check:
-        check_batch(x, y, loss, lo, hi)
-
-    def step(adv: Tensor, grad: Tensor) -> Tensor:
-        return ops.pgd_step(adv, grad, x, alpha, math.inf, "linf", lo, hi)
-
-    starts = random_starts(x, 1, 2 * eps, "linf", -math.inf, math.inf, generator)
-    return ascend(model, x, y, starts, step, 1, Objective(loss, targeted, check), mode)
+    check_ball(eps, "linf", 0.0, 1.0)
+    start = Ball(2 * eps, "linf", -math.inf, math.inf)
+    return _run(model, x, y, start, math.inf, eps if alpha is None else alpha, 1, **options)
 
 
 def tpgd(
@@ -157,12 +148,7 @@ def tpgd(
     eps: float = 8 / 255,
     alpha: float = 2 / 255,
     steps: int = 10,
-    *,
-    lo: float = 0.0,
-    hi: float = 1.0,
-    generator: torch.Generator | None = None,
-    mode: str = "eval",
-    check: bool = True,
+    **options: Unpack[CommonOptions],
 ) -> Tensor:
     """The attack of TRADES: linf PGD that maximises KL(p(x) || p(adv)), with no labels; arguments as in `pgd`.
 
@@ -172,33 +158,31 @@ def tpgd(
     Source: Zhang et al., "Theoretically principled trade-off between robustness and accuracy" (ICML 2019), algorithm 1,
     whose noise is normal with deviation 0.001.
     """
-    _check_settings(model, eps, alpha, "linf", lo, hi, steps, "ce", mode)
-    if check:
-        _check_images(x, lo, hi)
-    with crafting(model, mode), torch.no_grad():
-        clean = F.log_softmax(attacked(model)(x), 1)
-
-    def divergence(logits: Tensor, target: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(logits, 1), target, reduction="none", log_target=True).sum(1)
-
-    def step(adv: Tensor, grad: Tensor) -> Tensor:
-        return ops.pgd_step(adv, grad, x, alpha, eps, "linf", lo, hi)
-
-    starts = random_starts(x, 1, min(eps, 0.001), "linf", lo, hi, generator)
-    return ascend(model, x, clean, starts, step, steps, Objective(divergence, False, check), mode)
+    start = Ball(min(eps, 0.001), "linf", options.get("lo", 0.0), options.get("hi", 1.0))
+    return _run(model, x, None, start, eps, alpha, steps, loss=divergence, targeted=False, **options)
 
 
-def _check_settings(
+def _run(
     model: nn.Module,
+    x: Tensor,
+    y: Any,
+    start: Ball | None,
     eps: float,
     alpha: float,
-    norm: str,
-    lo: float,
-    hi: float,
     steps: int,
-    loss: str | Loss,
-    mode: str,
-) -> None:
+    norm: str = "linf",
+    restarts: int = 1,
+    /,
+    *,
+    loss: str | Loss = "ce",
+    targeted: bool = False,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    generator: torch.Generator | None = None,
+    mode: str = "eval",
+    check: bool = True,
+    graphs: Graphs | None = None,
+) -> Tensor:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_ball(eps, norm, lo, hi)
@@ -209,29 +193,16 @@ def _check_settings(
         raise ValueError(f'mode must be "eval", "train" or "batch", got {mode!r}')
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps must be an integer that is not negative, got {steps!r}")
-
-
-def check_batch(x: Tensor, y: Tensor, loss: str | Loss = "ce", lo: float = 0.0, hi: float = 1.0) -> None:
-    """Refuse images outside [lo, hi] or not finite, and labels that do not fit them."""
-    _check_images(x, lo, hi)
-    if callable(loss):
-        return
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        raise TypeError(f"y must be an int64 tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"y must have one label per image, shape [{len(x)}], got {tuple(y.shape)}")
-
-
-def _check_images(x: Tensor, lo: float, hi: float) -> None:
-    check_floating("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must be a batch of images [N, ...], got shape {tuple(x.shape)}")
-    if x.numel():
-        low, high = (value.item() for value in x.detach().aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("x must be finite, got NaN or infinite values")
-        if low < lo or high > hi:
-            raise ValueError(
-                f"x must lie in [{lo:g}, {hi:g}], got values from {low:g} to {high:g}: put the normalisation inside "
-                "the model"
-            )
+    labels = check_batch(x, y, not callable(loss), lo, hi) if check else None
+    with torch.inference_mode(False):  # or what is made here could not be written to
+        words = None
+        if start is not None:
+            # Without waiting, to a GPU.
+            words = seed_words(generator).to(x.device, non_blocking=x.device.type == "cuda")
+        if not len(x):
+            return x.detach().clone()
+        search = Search(
+            attacked(model), Objective(loss, targeted), start, Ball(eps, norm, lo, hi), alpha, steps, restarts, mode
+        )
+        run = search.run if graphs is None else partial(graphs.run, search)
+        return run(x, y, words, labels)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import ops
+from sparse_adv.attacks.checks import Labels, check_labels, classes_of
 from sparse_adv.nn import constant_weights
-from sparse_adv.ops.random_start import seed_words
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """loss(logits, y) -> the batch's loss, a scalar, or one number per image [N]."""
@@ -23,89 +23,114 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 MODES = ("eval", "train", "batch")
 
 
-@dataclass
-class Objective:
+class Ball(NamedTuple):
+    """Where images may go: the radius around the clean ones, its norm, and the range of pixel values."""
+
+    eps: float
+    norm: str
+    lo: float
+    hi: float
+
+
+class Objective(NamedTuple):
     """What an attack climbs: the loss, or its negative where the labels are a target."""
 
     loss: str | Loss
-    targeted: bool
-    check_labels: bool  # once, at the first logits: they tell the number of classes
+    targeted: bool = False
 
-    def total(self, logits: Tensor, y: Tensor) -> Tensor:
+    def total(self, logits: Tensor, y: Any) -> Tensor:
         return self._value(logits, y).sum()
 
-    def per_image(self, logits: Tensor, y: Tensor) -> Tensor:
+    def per_image(self, logits: Tensor, y: Any) -> Tensor:
         value = self._value(logits, y)
         if value.shape == logits.shape[:1]:
             return value
         return torch.cat([self._value(logits[i : i + 1], y[i : i + 1]).view(1) for i in range(len(logits))])
 
-    def _value(self, logits: Tensor, y: Tensor) -> Tensor:
-        if callable(self.loss):
-            value = self.loss(logits, y)
-        else:
-            if self.check_labels:
-                _check_range(logits, y)
-                self.check_labels = False
-            value = F.cross_entropy(logits, y, reduction="none")
+    def _value(self, logits: Tensor, y: Any) -> Tensor:
+        value = self.loss(logits, y) if callable(self.loss) else F.cross_entropy(logits, y, reduction="none")
         return -value if self.targeted else value
 
 
-def ascend(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    starts: Sequence[Callable[[], Tensor]],
-    step: Callable[[Tensor, Tensor], Tensor],
-    steps: int,
-    objective: Objective,
-    mode: str,
-) -> Tensor:
-    """Climb from each start; per image, return the end of highest objective."""
-    if x.shape[0] == 0:
-        return x.detach().clone()
-    model = attacked(model)
-    with torch.inference_mode(False), torch.enable_grad(), crafting(model, mode), constant_weights(model):
-        y = y.clone() if isinstance(y, Tensor) and y.is_inference() else y
+def divergence(logits: Tensor, y: Tensor) -> Tensor:
+    """KL(y || p) of each image, y being log-probabilities: with this loss, a search makes y of the clean images."""
+    return F.kl_div(F.log_softmax(logits, 1), y, reduction="none", log_target=True).sum(1)
 
-        def climb(start: Tensor) -> Tensor:
-            adv = start.clone()  # x itself stays untouched, and a tensor of inference mode could enter no graph
-            for _ in range(steps):
-                adv.requires_grad_()
-                (grad,) = torch.autograd.grad(objective.total(model(adv), y), adv)
-                adv = step(adv, grad)
-            return adv
 
-        best = climb(starts[0]())
-        if len(starts) == 1:
-            return best
-        best_value = _evaluate(model, best, y, objective)
-        for start in starts[1:]:
-            adv = climb(start())
-            value = _evaluate(model, adv, y, objective)
-            better = value > best_value
-            best = adv.where(better.view(-1, *[1] * (x.dim() - 1)), best)
-            best_value = value.where(better, best_value)
-    return best
+@dataclass(eq=False)
+class Search:
+    """An attack with all its settings, to be run on batches; nothing in it waits for a GPU."""
+
+    model: nn.Module
+    objective: Objective
+    start: Ball | None
+    """Where the search begins, at a random point; None for the images themselves."""
+    ball: Ball
+    alpha: float
+    steps: int
+    restarts: int
+    mode: str
+    classes: int | None = None
+    """How many the model has, as a run with labels to be checked found out."""
+
+    def run(self, x: Tensor, y: Any, words: Tensor | None, labels: Labels = None) -> Tensor:
+        """Climb from each start; per image, return the end of highest objective.
+
+        Args:
+            x: float tensor [N, ...], the clean images.
+            y: what the loss takes.
+            words: int64 tensor [2] on x's device, the random start's key and offset. The offset is moved on past the
+                numbers that were read: each restart, and a replay of a graph, reads new ones.
+            labels: the labels' range, to be compared with the model's classes.
+        """
+        model = self.model
+        # Outside of inference mode, whose tensors can enter no graph.
+        with torch.inference_mode(False), torch.enable_grad(), crafting(model, self.mode), constant_weights(model):
+            if self.objective.loss is divergence:
+                with torch.no_grad():
+                    y = F.log_softmax(model(x), 1)
+            elif isinstance(y, Tensor) and y.is_inference():
+                y = y.clone()
+            best = self._climb(x, y, words, labels)
+            if self.restarts == 1:
+                return best
+            best_value = self._evaluate(best, y)
+            for _ in range(self.restarts - 1):
+                adv = self._climb(x, y, words, None)
+                value = self._evaluate(adv, y)
+                better = value > best_value
+                best = adv.where(better.view(-1, *[1] * (x.dim() - 1)), best)
+                best_value = value.where(better, best_value)
+        return best
+
+    def _climb(self, x: Tensor, y: Any, words: Tensor | None, labels: Labels) -> Tensor:
+        adv = self._begin(x, words)
+        for _ in range(self.steps):
+            logits = self.model(adv.requires_grad_())
+            if labels is not None:
+                self.classes = classes_of(logits, len(x))
+                check_labels(labels, self.classes)
+                labels = None
+            (grad,) = torch.autograd.grad(self.objective.total(logits, y), adv)
+            adv = ops.pgd_step(adv, grad, x, self.alpha, *self.ball)
+        return adv
+
+    def _begin(self, x: Tensor, words: Tensor | None) -> Tensor:
+        if self.start is None or words is None:
+            return x.detach().clone()
+        eps, norm, *pixels = self.start
+        adv = ops.random_start(x, eps, norm, words, *pixels)
+        words[1:].add_((x.numel() + 3) // 4)
+        return adv
+
+    @torch.no_grad()
+    def _evaluate(self, adv: Tensor, y: Any) -> Tensor:
+        return self.objective.per_image(self.model(adv), y)
 
 
 def attacked(model: nn.Module) -> nn.Module:
     """The model itself: DistributedDataParallel's forward would prepare a gradient exchange that no attack makes."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, adv: Tensor, y: Tensor, objective: Objective) -> Tensor:
-    return objective.per_image(model(adv), y)
-
-
-def random_starts(
-    x: Tensor, restarts: int, eps: float, norm: str, lo: float, hi: float, generator: torch.Generator | None
-) -> list[Callable[[], Tensor]]:
-    """Starts that share one drawn key and no random number: each restart reads the counter further on."""
-    blocks = torch.tensor([0, (x.numel() + 3) // 4])
-    words = seed_words(generator).cpu()
-    return [partial(ops.random_start, x, eps, norm, words + restart * blocks, lo, hi) for restart in range(restarts)]
 
 
 @contextmanager
@@ -125,11 +150,3 @@ def crafting(model: nn.Module, mode: str) -> Iterator[None]:
             module.training = training
         for module, track in tracking:
             module.track_running_stats = track
-
-
-def _check_range(logits: Tensor, y: Tensor) -> None:
-    if logits.dim() != 2 or len(logits) != len(y):
-        raise ValueError(f"model must return logits [{len(y)}, classes], got shape {tuple(logits.shape)}")
-    low, high = (value.item() for value in y.aminmax())
-    if low < 0 or high >= logits.shape[1]:
-        raise ValueError(f"y must lie in [0, {logits.shape[1] - 1}], the model's classes, got {low} to {high}")

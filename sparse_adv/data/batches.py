@@ -81,16 +81,27 @@ class Batches:
         sequence = np.random.SeedSequence([self.seed, epoch, 0])
         draws = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         order = torch.randperm(len(self.split.labels), generator=draws) if self.shuffle else torch.arange(self._images)
-        device = self.split.images.device
-        for batch in order[: self._images].split(self.batch_size)[: len(self)]:
-            own = slice(self.rank, None, self.world)
-            index = batch[own].to(device)
-            images = self.split.images[index]
+        batches = order[: self._images].split(self.batch_size)[: len(self)]
+        if not batches:
+            return
+        own = slice(self.rank, None, self.world)
+        sizes = [len(batch[own]) for batch in batches]
+        # All numbers of the epoch travel at once and unawaited: a GPU never stands still for the next batch's.
+        index = self._sent([batch[own] for batch in batches]).split(sizes)
+        if self.augment:
+            shifts, flips = [], []
+            for batch in batches:
+                shifts.append(torch.randint(0, 2 * PADDING + 1, (2, len(batch)), generator=draws)[:, own])
+                flips.append((torch.rand(len(batch), generator=draws) < 0.5)[own])
+            moves = zip(self._sent(shifts).split(sizes, 1), self._sent(flips).split(sizes), strict=True)
+        for chosen in index:
+            images = self.split.images[chosen]
             if self.augment:
-                shifts = torch.randint(0, 2 * PADDING + 1, (2, len(batch)), generator=draws)
-                flips = torch.rand(len(batch), generator=draws) < 0.5
-                images = crop_and_flip(images, shifts[:, own].to(device), flips[own].to(device))
-            yield to_unit(images), self.split.labels[index]
+                images = crop_and_flip(images, *next(moves))
+            yield to_unit(images), self.split.labels[chosen]
+
+    def _sent(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, -1).to(self.split.images.device, non_blocking=True)
 
 
 def to_unit(images: Tensor) -> Tensor:

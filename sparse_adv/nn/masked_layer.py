@@ -62,9 +62,14 @@ class MaskedLayer(nn.Module):
         if "weight_mask" in self._buffers:  # not yet, when the dense layer's constructor calls this
             self._derive()
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether `nn.constant_weights` holds this layer."""
+        return self._constant is not None
+
     def hold_constant(self) -> bool:
         """Begin what `nn.constant_weights` describes; returns False if it had begun already."""
-        if self._constant is not None:
+        if self.is_constant:
             return False
         self._refresh()
         # Zeros are made sure of, in a copy: the weight may be part of a graph.

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparse_adv.attacks import Graphs
 from sparse_adv.data import Split
 from sparse_adv.training.evaluation import Accuracy, Images, batches_of, robust_accuracy
 from sparse_adv.training.recipe import Recipe
@@ -37,9 +38,11 @@ class Guard:
     best: float = 0.0
     collapses: int = 0
     pgd_epochs: int = 0
+    graphs: Graphs | None = None
+    """Where the probes' attack is kept."""
 
     @classmethod
-    def over(cls, images: Images, recipe: Recipe) -> Guard:
+    def over(cls, images: Images, recipe: Recipe, graphs: Graphs | None = None) -> Guard:
         """A guard that probes with the first held-out images."""
         if isinstance(images, Split):
             images = Split(images.images[:PROBE_IMAGES], images.labels[:PROBE_IMAGES])
@@ -48,12 +51,20 @@ class Guard:
             probe.append((x, y))
             if sum(len(y) for _, y in probe) >= PROBE_IMAGES:
                 break
-        return cls(probe, recipe)
+        return cls(probe, recipe, graphs=graphs)
 
     def measure(self, model: nn.Module) -> Accuracy:
         """Accuracy of the probe under PGD-5 of step size eps / 4."""
         recipe = self.recipe
-        return robust_accuracy(model, self.probe, eps=recipe.eps, norm=recipe.norm, steps=PROBE_STEPS, seed=recipe.seed)
+        return robust_accuracy(
+            model,
+            self.probe,
+            eps=recipe.eps,
+            norm=recipe.norm,
+            steps=PROBE_STEPS,
+            seed=recipe.seed,
+            graphs=self.graphs,
+        )
 
     def collapsed(self, accuracy: float) -> bool:
         """Whether an epoch that ends with this probe is to be undone; a healthy one is remembered."""

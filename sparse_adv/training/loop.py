@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparse_adv import runs
-from sparse_adv.nn import Traffic, Work, exchange_kept_gradients, explain, multiply_adds
+from sparse_adv.attacks import Graphs
+from sparse_adv.attacks.checks import Inspection
+from sparse_adv.nn import Traffic, exchange_kept_gradients
 from sparse_adv.runs import Record
 from sparse_adv.training import objectives, ranks
+from sparse_adv.training.average import Average
 from sparse_adv.training.checkpoint import read_state, write_state, write_weights
+from sparse_adv.training.costs import Costs, densities
+from sparse_adv.training.devices import reads_at_once, wants_channels_last
 from sparse_adv.training.evaluation import Accuracy, Images, clean_accuracy, device_of, robust_accuracy
 from sparse_adv.training.guard import Guard
 from sparse_adv.training.recipe import Recipe
@@ -62,15 +66,20 @@ class Training:
         self.multiply_adds: int = before[1]
         self.best: dict[str, Any] = {}
         self.step = 0
-        self.objective = objectives.build(recipe, check=True)
+        self.graphs = Graphs()
+        self.inspection: Inspection | None = Inspection(deferred=not reads_at_once(self.device))
+        self.objective = objectives.build(recipe, graphs=self.graphs)
         self.steps_per_epoch = len(batches) * self.objective.updates
+        self.channels_last = wants_channels_last(self.device, recipe.precision)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+        self.ema = Average(model, recipe.ema) if recipe.ema else None
         watched = recipe.guard and recipe.objective != "natural" and validation is not None
-        self.guard = Guard.over(validation, recipe) if watched and validation is not None else None
+        self.guard = Guard.over(validation, recipe, self.graphs) if watched and validation is not None else None
         self.wrapped = model
         self.traffic: Traffic | None = None
         if ranks.world() > 1:
@@ -79,7 +88,7 @@ class Training:
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 self.wrapped = DistributedDataParallel(model, broadcast_buffers=False)
             self.traffic = exchange_kept_gradients(self.wrapped)
-        self.work: Work | None = None
+        self.costs: Costs | None = None
         self.densities: dict[str, float | None] = {}
         self._restore()
 
@@ -117,7 +126,7 @@ class Training:
     def _train_epoch(self, epoch: int) -> Record:
         recipe, rule = self.recipe, self.objective
         if self.guard and self.guard.pgd_epochs:
-            rule = objectives.build(replace(recipe, objective="pgd", alpha=None))
+            rule = objectives.build(replace(recipe, objective="pgd", alpha=None), graphs=self.graphs)
         watch = Stopwatch(self.device)
         noise = torch.Generator().manual_seed(ranks.own_seed(recipe.seed, NOISE_SEED, epoch))
         if hasattr(self.batches, "set_epoch"):
@@ -129,31 +138,34 @@ class Training:
             torch.manual_seed(ranks.own_seed(recipe.seed, ORDER_SEED, epoch))
             for x, y in self.batches:
                 x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-                if self.work is None:
+                if self.channels_last and x.dim() == 4:
+                    x = x.to(memory_format=torch.channels_last)
+                if self.costs is None:
                     with self._autocast():
-                        self.work = multiply_adds(self.model, x.shape).per_image()
-                    layers = explain(self.model, (1, *x.shape[1:]))
-                    self.densities = {
-                        "density": layers.density,
-                        "multiply_add_density": layers.multiply_add_density,
-                    }
+                        self.costs = Costs(self.model, x)
+                    self.densities = densities(self.model, x)
+                if self.inspection is not None:
+                    y = self.inspection.admit(x, y, self.costs.classes)
                 for _ in range(rule.updates):
                     loss_sum += self._update(rule, x, y, noise, watch) * len(y)
                     images += len(y)
-        self.objective.check = False  # every batch has been looked at once
+        if self.inspection is not None:
+            self.inspection.report()
+            self.inspection = None  # every batch has been looked at once
         # The schedule goes by whole epochs, also after one of PGD in a run of "free", which makes fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
         self.model.eval()
         ranks.average_buffers(self.model)
         if self.ema is not None:
-            ranks.average_buffers(self.ema.module)
+            self.ema.copy_buffers(self.model)
         loss, seen = ranks.total([float(loss_sum), float(images)], self.device)
         images = int(seen)
         if not math.isfinite(loss):
             rate = self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(f"training diverged in epoch {epoch + 1} (loss {loss / images}) at lr {rate:g}")
         seconds = watch.seconds()
-        attack, update = self._passes(rule.passes)
+        assert self.costs is not None
+        attack, update = self.costs.training(rule.passes)
         record: Record = {
             "epoch": epoch + 1,
             "step": self.step,
@@ -190,7 +202,7 @@ class Training:
             self.scaler.update()
             rule.after_update()
             if self.ema is not None:
-                self.ema.update_parameters(self.model)
+                self.ema.follow(self.model, first=self.step == 0)
             self.step += 1
             if self.on_step:
                 self.on_step(self.step)
@@ -199,14 +211,6 @@ class Training:
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.recipe.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
-    def _passes(self, passes: objectives.Passes) -> tuple[int, int]:
-        """Multiply-adds per image of attack and update."""
-        assert self.work is not None
-        work = self.work
-        attack = passes.attack_forward * work.forward + passes.attack_backward * work.grad_input
-        to_image = 0 if passes.to_image else work.first_grad_input
-        return attack, passes.update * (work.forward + work.grad_weight + work.grad_input - to_image)
 
     def _probe(self, record: Record) -> Accuracy | None:
         """Evaluate if it is time, and look whether the epoch has collapsed."""
@@ -224,17 +228,17 @@ class Training:
                     norm=recipe.norm,
                     steps=recipe.evaluation_steps,
                     seed=recipe.seed,
+                    graphs=self.graphs,
                 )
                 record |= {"clean_accuracy": float(clean), "robust_accuracy": float(robust)}
                 spent += [clean, robust]
         if probe is not None:
             record["guard_accuracy"] = float(probe)
             spent.append(probe)
-        assert self.work is not None
-        work = sum(found.forward * self.work.forward + found.backward * self.work.grad_input for found in spent)
+        assert self.costs is not None
         record |= {
             "evaluation_seconds": watch.seconds().get("evaluation", 0.0),
-            "evaluation_multiply_adds": work,
+            "evaluation_multiply_adds": self.costs.evaluation(spent),
         }
         return probe
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from sparse_adv import attacks
-from sparse_adv.attacks.functional import check_batch
+from sparse_adv.attacks.checks import check_batch
+from sparse_adv.attacks.functional import CommonOptions
 from sparse_adv.training.recipe import Recipe
 
 
@@ -34,8 +35,8 @@ class Natural:
     updates = 1
     """Updates that are made of each batch."""
 
-    def __init__(self, recipe: Recipe, check: bool = False) -> None:
-        self.recipe, self.check = recipe, check
+    def __init__(self, recipe: Recipe, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
+        self.recipe, self.check, self.graphs = recipe, check, graphs
 
     @property
     def passes(self) -> Passes:
@@ -60,6 +61,10 @@ class Natural:
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def _with(self, noise: Generator | None) -> CommonOptions:
+        """What all attacks are given."""
+        return {"generator": noise, "check": self.check, "graphs": self.graphs}
+
 
 class FGSM(Natural):
     """One signed step of size eps from x (Goodfellow et al. 2015, section 4): loss = CE(f(x + eps sign(g)), y)."""
@@ -70,7 +75,7 @@ class FGSM(Natural):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         recipe = self.recipe
-        return attacks.pgd(model, x, y, recipe.eps, recipe.step_size, 1, False, norm=recipe.norm, check=self.check)
+        return attacks.pgd(model, x, y, recipe.eps, recipe.step_size, 1, False, norm=recipe.norm, **self._with(noise))
 
 
 class FGSMRS(FGSM):
@@ -78,16 +83,14 @@ class FGSMRS(FGSM):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         recipe = self.recipe
-        return attacks.fgsm_rs(
-            model, x, y, recipe.eps, recipe.step_size, norm=recipe.norm, generator=noise, check=self.check
-        )
+        return attacks.fgsm_rs(model, x, y, recipe.eps, recipe.step_size, norm=recipe.norm, **self._with(noise))
 
 
 class NFGSM(FGSM):
     """Noise from U(-2 eps, 2 eps), then one step of size alpha, not projected (de Jorge et al. 2022, algorithm 1)."""
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
-        return attacks.n_fgsm(model, x, y, self.recipe.eps, self.recipe.step_size, generator=noise, check=self.check)
+        return attacks.n_fgsm(model, x, y, self.recipe.eps, self.recipe.step_size, **self._with(noise))
 
 
 class PGD(Natural):
@@ -100,7 +103,7 @@ class PGD(Natural):
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         recipe = self.recipe
         return attacks.pgd(
-            model, x, y, recipe.eps, recipe.step_size, recipe.steps, norm=recipe.norm, generator=noise, check=self.check
+            model, x, y, recipe.eps, recipe.step_size, recipe.steps, norm=recipe.norm, **self._with(noise)
         )
 
 
@@ -113,7 +116,7 @@ class TRADES(Natural):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         recipe = self.recipe
-        return attacks.tpgd(model, x, recipe.eps, recipe.step_size, recipe.steps, generator=noise, check=self.check)
+        return attacks.tpgd(model, x, recipe.eps, recipe.step_size, recipe.steps, **self._with(noise))
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         clean = model(x)
@@ -128,8 +131,8 @@ class Free(Natural):
     batch to batch (their algorithm 1).
     """
 
-    def __init__(self, recipe: Recipe, check: bool = False) -> None:
-        super().__init__(recipe, check)
+    def __init__(self, recipe: Recipe, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
+        super().__init__(recipe, check, graphs)
         self.updates = recipe.replays
         self.delta: Tensor | None = None
         self.seen: Tensor | None = None
@@ -170,9 +173,9 @@ _BY_NAME: dict[str, type[Natural]] = {
 }
 
 
-def build(recipe: Recipe, check: bool = False) -> Natural:
-    """The objective of a recipe, at its start; `check` looks at the values of every batch."""
-    return _BY_NAME[recipe.objective](recipe, check)
+def build(recipe: Recipe, check: bool = False, graphs: attacks.Graphs | None = None) -> Natural:
+    """The objective of a recipe, at its start; `check` looks at the values of every batch, `graphs` is `pgd`'s."""
+    return _BY_NAME[recipe.objective](recipe, check, graphs)
 
 
 def adversarial_loss(
