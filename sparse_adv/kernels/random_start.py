@@ -54,7 +54,7 @@ def random_start(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, 
                 hi,
                 BLOCK=block,
                 HELD=most <= block,
-                num_warps=max(block // 128, 1),
+                num_warps=max(block // 64, 1),
             )
     if moved is not out:
         out.copy_(moved)
@@ -163,11 +163,28 @@ def _unit(bits: tl.tensor) -> tl.tensor:
 def _normal(seed: tl.tensor, seed_stride: tl.tensor, block: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     """Box-Muller on two neighbouring words: the cosine for the even element, the sine for the odd one."""
     w0, w1, w2, w3 = _draw(seed, seed_stride, block + tl.arange(0, BLOCK), _ELEMENTS)
-    radius0, angle0 = tl.sqrt(-2 * tl.log(_unit(w0))), _unit(w1) * _TURN
-    radius2, angle2 = tl.sqrt(-2 * tl.log(_unit(w2))), _unit(w3) * _TURN
-    return _in_order(
-        radius0 * tl.cos(angle0), radius0 * tl.sin(angle0), radius2 * tl.cos(angle2), radius2 * tl.sin(angle2)
-    )
+    radius0, radius2 = tl.sqrt(-2 * tl.log(_unit(w0))), tl.sqrt(-2 * tl.log(_unit(w2)))
+    cos0, sin0 = _cos_and_sin(_unit(w1))
+    cos2, sin2 = _cos_and_sin(_unit(w3))
+    return _in_order(radius0 * cos0, radius0 * sin0, radius2 * cos2, radius2 * sin2)
+
+
+@triton.jit
+def _cos_and_sin(turns: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Of an angle in turns, 0 to 1, by Taylor series on the nearest quarter turn: `tl.cos` brings a stack frame along,
+    to reduce angles of any size.
+    """
+    quarter = (4 * turns + 0.5).to(tl.int32)
+    angle = (turns - 0.25 * quarter.to(tl.float64)) * _TURN
+    square = angle * angle
+    cos, sin = tl.full(turns.shape, 1, tl.float64), tl.full(turns.shape, 1, tl.float64)
+    for k in tl.static_range(16, 0, -2):
+        cos = 1 - cos * square * (1 / (k * (k - 1)))
+        sin = 1 - sin * square * (1 / (k * (k + 1)))
+    sin *= angle
+    cos, sin = tl.where(quarter % 2 == 0, cos, -sin), tl.where(quarter % 2 == 0, sin, cos)
+    back = (quarter == 2) | (quarter == 3)
+    return tl.where(back, -cos, cos), tl.where(back, -sin, sin)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from sparse_adv.ops.pattern import (
 log = logging.getLogger(__name__)
 
 _BLOCK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_PIXELS = 2**30  # of a batch, that the kernels can number
 _FORWARD, _GRAD_INPUT, _GRAD_WEIGHT = range(3)
 
 
@@ -48,12 +49,11 @@ def masked_conv2d(
     relu: bool,
 ) -> Tensor:
     if _takes_blocks(pattern, _FORWARD, input.shape, stride, padding, dilation, input.dtype):
-        rows, blocks = pattern[2:4]
-        values = _block_values(pattern, weight)
-        geometry = (stride, padding, dilation, groups)
         from sparse_adv.kernels import masked_conv2d as kernels
 
-        return kernels.forward(input, values, blocks, rows, weight.shape[0], bias, *geometry, scale, residual, relu)
+        values, (rows, blocks) = _block_values(pattern, weight), pattern[2:4]
+        strides, fused = (stride, padding, dilation), (scale, residual, relu)
+        return kernels.forward(input, values, blocks, rows, weight.shape, bias, *strides, *fused, _precision())
     kept = _kept(weight, pattern)
     if scale is not None:
         kept = kept * scale[:, None, None, None]  # a pass over the weight instead of one over the output
@@ -74,12 +74,12 @@ def masked_conv2d_grad_input(
     groups: int,
 ) -> Tensor:
     if _takes_blocks(pattern, _GRAD_INPUT, input_size, stride, padding, dilation, grad_output.dtype):
-        blocks, grad_rows, grad_order = pattern[3:6]
-        values = _block_values(pattern, weight)
         from sparse_adv.kernels import masked_conv2d as kernels
 
+        values, (blocks, rows, order) = _block_values(pattern, weight), pattern[3:6]
+        strides = (stride, padding, dilation)
         return kernels.grad_input(
-            grad_output, values, blocks, grad_rows, grad_order, input_size, stride, padding, dilation, groups
+            grad_output, values, blocks, rows, order, input_size, *strides, precision=_precision()
         )
     kept = in_layout_of(grad_output, _kept(weight, pattern))
     # Of the input only the size is read. The weight's layout, then, is what makes cuDNN take this one.
@@ -102,18 +102,8 @@ def masked_conv2d_grad_weight(
     if _takes_blocks(pattern, _GRAD_WEIGHT, input.shape, stride, padding, dilation, input.dtype):
         from sparse_adv.kernels import masked_conv2d_grad_weight as kernels
 
-        return kernels.grad_weight(
-            grad_output,
-            input,
-            pattern[3],
-            block_of(pattern)[:2],
-            mask.shape,
-            stride,
-            padding,
-            dilation,
-            groups,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
+        block, strides = block_of(pattern)[:2], (stride, padding, dilation)
+        return kernels.grad_weight(grad_output, input, pattern[3], block, mask.shape, *strides, groups, _precision())
     weight = input.new_empty(1).expand(mask.shape)
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, (False, True, False))[1]
@@ -155,13 +145,15 @@ def _takes_blocks(
     asked = asked_path(pattern, pass_)
     if asked == "dense" or not has_blocks(pattern) or dtype not in _BLOCK_DTYPES or not _triton():
         return False
-    if asked == "sparse":
-        return True
     pixels = [
         (size + 2 * p - d * (f - 1) - 1) // step + 1
         for size, p, d, f, step in zip(input_size[2:], padding, dilation, pattern[1].shape[2:], stride, strict=True)
     ]
-    passes = block_path.Pass(
+    if input_size[0] * max(input_size[2] * input_size[3], pixels[0] * pixels[1]) >= _MOST_PIXELS:
+        return False
+    if asked == "sparse":
+        return True
+    work = block_path.Pass(
         images=input_size[0],
         in_elements=input_size[1] * input_size[2] * input_size[3],
         out_elements=pattern[1].shape[0] * pixels[0] * pixels[1],
@@ -170,7 +162,7 @@ def _takes_blocks(
         kept=kept_of(pattern),
         element_bytes=dtype.itemsize,
     )
-    return block_path.blocks_are_faster(passes, gradient_of_weight=pass_ == _GRAD_WEIGHT)
+    return block_path.blocks_are_faster(work, gradient_of_weight=pass_ == _GRAD_WEIGHT)
 
 
 def _block_values(pattern: Pattern, weight: Tensor) -> Tensor:
@@ -184,6 +176,11 @@ def _block_values(pattern: Pattern, weight: Tensor) -> Tensor:
 
 def _kept(weight: Tensor, pattern: Pattern) -> Tensor:
     return weight if weight_is_masked(pattern) else weight.where(pattern[1], 0)
+
+
+def _precision() -> str:
+    """How float32 blocks are multiplied: as PyTorch's convolutions are, but never without tensor cores."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
 
 
 @cache

@@ -1,0 +1,179 @@
+"""The weight gradient of `masked_conv2d` for the live blocks of a mask alone.
+
+Letters: N images, C input channels, H x W pixels; K output channels, R x S filter; P x Q output pixels.
+
+A program takes one live block and one share of the output pixels, and sums over these the products of the gradient's 32
+or 64 channels with the input's under the block's tap. A second kernel adds the shares in a fixed order and rounds once:
+the result is the same in each call. Adding them by atomic operations would save no pass, as the sums have to go
+from float32 into the weight's layout and dtype in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_adv.kernels.tiles import check_size, divider, gradient_shares, gradient_tile, kind_of, quotient
+
+
+def grad_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    blocks: Tensor,
+    block: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str = "tf32x3",
+) -> Tensor:
+    """The op `sparse_adv::masked_conv2d_grad_weight` over live blocks; never waits for the device.
+
+    Args:
+        grad_output: float tensor [N, K, P, Q].
+        input: float tensor [N, C, H, W], of the same dtype.
+        blocks: int32 tensor [n, 4], what `ops.live_blocks` returned.
+        block: (bo, bi).
+        weight_size: (K, C/groups, R, S).
+        precision: how float32 is multiplied, see `masked_conv2d.forward`.
+
+    Returns:
+        float tensor [K, C/groups, R, S], exactly 0 outside the live blocks.
+    """
+    grad = input.new_zeros(tuple(weight_size))
+    images, out_channels, out_rows, out_cols = grad_output.shape
+    pixels = check_size(images * out_rows * out_cols)
+    live = blocks.shape[0]
+    if live == 0 or pixels == 0:
+        return grad
+    grad_output, input = (x.contiguous(memory_format=torch.channels_last) for x in (grad_output, input))
+    tile = gradient_tile(kind_of(input, precision))
+    shares = gradient_shares(pixels, live, tile)
+    share = triton.cdiv(triton.cdiv(pixels, shares), tile.pixels) * tile.pixels
+    sums = torch.empty(shares, live, *block, dtype=torch.float32, device=input.device)
+    with torch.cuda.device_of(input):
+        sum_products_kernel[(live, shares)](
+            *(grad_output, input, blocks, sums, pixels, share, live, out_channels, *input.shape[1:]),
+            *(*divider(out_rows), *divider(out_cols), out_rows, out_cols, *stride, *padding, *dilation),
+            BLOCK_OUT=block[0],
+            BLOCK_IN=block[1],
+            PIXELS=tile.pixels,
+            PRECISION=precision,
+            **tile.options,
+        )
+        add_shares_kernel[(live, block[0] // _ROWS)](
+            *(sums, blocks, grad, shares, live, weight_size[0] // groups, *weight_size),
+            BLOCK_OUT=block[0],
+            BLOCK_IN=block[1],
+            ROWS=_ROWS,
+            num_warps=4,
+        )
+    return grad
+
+
+_ROWS = 16  # of a block, that one program of the second kernel adds
+
+_GEOMETRY = ["rows", "cols", "row_factor", "row_shift", "col_factor", "col_shift", "out_rows", "out_cols"]
+_GEOMETRY += ["stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"]
+
+
+@triton.jit(do_not_specialize=["pixels", "share", "live", *_GEOMETRY])
+def sum_products_kernel(
+    grad_output,
+    input,
+    blocks,
+    sums,
+    pixels,
+    share,
+    live,
+    out_channels,
+    in_channels,
+    rows,
+    cols,
+    row_factor,
+    row_shift,
+    col_factor,
+    col_shift,
+    out_rows,
+    out_cols,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    PIXELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    number = tl.program_id(0)
+    block = blocks + 4 * number
+    k = tl.load(block) // BLOCK_OUT * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    c = tl.load(block + 1) // BLOCK_IN * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    dh = tl.load(block + 2) * dilation_h - pad_h
+    dw = tl.load(block + 3) * dilation_w - pad_w
+
+    # wgmma takes its first operand 64 rows at a time: the wider channels come first.
+    OUT_FIRST: tl.constexpr = BLOCK_OUT >= BLOCK_IN
+    acc = tl.zeros((BLOCK_OUT, BLOCK_IN) if OUT_FIRST else (BLOCK_IN, BLOCK_OUT), tl.float32)
+    start = tl.program_id(1) * share
+    end = tl.minimum(start + share, pixels)
+    for first in range(start, end, PIXELS):
+        pixel = first + tl.arange(0, PIXELS)
+        line = quotient(pixel, col_factor, col_shift)
+        image = quotient(line, row_factor, row_shift)
+        h = (line - image * out_rows) * stride_h + dh
+        w = (pixel - line * out_cols) * stride_w + dw
+        inside = (pixel < end) & (h >= 0) & (h < rows) & (w >= 0) & (w < cols)
+        at = ((image.to(tl.int64) * rows + h) * cols + w) * in_channels
+        x = tl.load(input + at[:, None] + c[None, :], mask=inside[:, None] & (c < in_channels)[None, :], other=0.0)
+        at = pixel.to(tl.int64) * out_channels
+        there = (pixel < end)[:, None] & (k < out_channels)[None, :]
+        grad = tl.load(grad_output + at[:, None] + k[None, :], mask=there, other=0.0)
+        if OUT_FIRST:
+            acc = tl.dot(grad.T, x, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x.T, grad, acc, input_precision=PRECISION)
+
+    total = acc if OUT_FIRST else acc.T
+    place = (tl.program_id(1).to(tl.int64) * live + number) * (BLOCK_OUT * BLOCK_IN)
+    at = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, :]
+    tl.store(sums + place + at, total)
+
+
+@triton.jit(do_not_specialize=["shares", "live", "group_out", "out_channels", "in_channels", "filter_rows", "filter_cols"])
+def add_shares_kernel(
+    sums,
+    blocks,
+    grad,
+    shares,
+    live,
+    group_out,
+    out_channels,
+    in_channels,
+    filter_rows,
+    filter_cols,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    number = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_IN)
+    at = row[:, None] * BLOCK_IN + col[None, :] + number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN)
+    total = tl.zeros((ROWS, BLOCK_IN), tl.float32)
+    for share in range(shares):
+        total += tl.load(sums + share * live.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + at)
+    first_out = tl.load(blocks + 4 * number)
+    k = first_out + row
+    c = tl.load(blocks + 4 * number + 1) - first_out // group_out * in_channels + col
+    tap = tl.load(blocks + 4 * number + 2) * filter_cols + tl.load(blocks + 4 * number + 3)
+    at = (k.to(tl.int64)[:, None] * in_channels + c[None, :]) * (filter_rows * filter_cols) + tap
+    there = (k < out_channels)[:, None] & (c < in_channels)[None, :]
+    tl.store(grad + at, total.to(grad.dtype.element_ty), mask=there)

@@ -1,0 +1,65 @@
+"""Packs the live blocks of a weight, so that the kernels read each as one piece of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def pack(weight: Tensor, blocks: Tensor, block: Sequence[int], groups: int, dtype: torch.dtype) -> Tensor:
+    """The live blocks of a weight, in one pass; never waits for the device.
+
+    Args:
+        weight: float tensor [K, C/groups, R, S].
+        blocks: int32 tensor [n, 4], what `ops.live_blocks` returned.
+        block: (bo, bi).
+        groups: the convolution's groups.
+        dtype: of the result.
+
+    Returns:
+        [n, bo, bi], 0 beyond the weight's last channels.
+    """
+    values = torch.empty(blocks.shape[0], *block, dtype=dtype, device=weight.device)
+    if values.numel() == 0:
+        return values
+    out_channels, in_channels = weight.shape[:2]
+    with torch.cuda.device_of(weight):
+        pack_kernel[(blocks.shape[0],)](
+            *(weight, blocks, values, out_channels, in_channels, out_channels // groups, *weight.stride()),
+            BLOCK_OUT=block[0],
+            BLOCK_IN=block[1],
+            num_warps=4,
+        )
+    return values
+
+
+@triton.jit(do_not_specialize=["out_channels", "in_channels", "group_out"])
+def pack_kernel(
+    weight,
+    blocks,
+    values,
+    out_channels,
+    in_channels,
+    group_out,
+    out_step,
+    in_step,
+    row_step,
+    col_step,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    number = tl.program_id(0)
+    first_out = tl.load(blocks + 4 * number)
+    first_in = tl.load(blocks + 4 * number + 1) - first_out // group_out * in_channels
+    tap = tl.load(blocks + 4 * number + 2).to(tl.int64) * row_step
+    tap += tl.load(blocks + 4 * number + 3).to(tl.int64) * col_step
+    k = (first_out + tl.arange(0, BLOCK_OUT))[:, None]
+    c = (first_in + tl.arange(0, BLOCK_IN))[None, :]
+    there = (k < out_channels) & (c < in_channels)
+    value = tl.load(weight + tap + k.to(tl.int64) * out_step + c.to(tl.int64) * in_step, mask=there, other=0.0)
+    at = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, :]
+    tl.store(values + number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + at, value.to(values.dtype.element_ty))
