@@ -9,6 +9,7 @@ from torch import nn
 from sparse_adv import masks
 from sparse_adv import nn as masked
 from sparse_adv.masks import SUPPORTED_BLOCKS, density, distance, largest_block, multiply_add_density, prune
+from sparse_adv.models import build
 from sparse_adv.ops.pattern import obeys
 
 SCOPES = ("global", "uniform", "erk")
@@ -277,6 +278,51 @@ def test_kernel_and_row_blocks_take_their_size_from_the_filter():
 @pytest.mark.parametrize("block", [(1, 1), (4, 1), (8, 8)])
 def test_a_linear_layers_mask_has_a_largest_block_too(block):
     assert largest_block(prune(nn.Linear(40, 48), 0.5, block, linear=True)[""]) == (*block, 1, 1)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(("block", "dim"), [("filter", 0), ("channel", 1)])
+def test_whole_filters_and_channels_share_their_fate(block, dim, scope):
+    for name, mask in prune(network(), 0.5, block, scope).items():
+        channels = mask.transpose(0, dim).flatten(1)
+        assert torch.equal(channels.any(1), channels.all(1)), name
+
+
+def test_the_filters_with_the_largest_mean_square_are_kept():
+    conv = nn.Conv2d(3, 8, 3)
+    mask = prune(conv, 0.5, "filter")[""]
+    expected = conv.weight.detach().square().mean((1, 2, 3)).topk(4).indices
+    assert mask[expected].all() and int(mask.sum()) == 4 * 27
+
+
+def residual_network() -> nn.Module:
+    torch.manual_seed(0)
+    return build("resnet18", width=8)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_filters_that_meet_in_a_residual_sum_share_their_fate_if_coupled(scope):
+    model, shape = residual_network(), (1, 3, 32, 32)
+    found = prune(model, 0.5, "filter", scope, couple=shape)
+    rows = {name: mask.flatten(1).any(1) for name, mask in found.items()}
+    assert rows["conv1"].equal(rows["layer1.0.conv2"]) and rows["conv1"].equal(rows["layer1.1.conv2"])
+    alone = prune(model, 0.5, "filter", scope)
+    assert not alone["conv1"].equal(alone["layer1.0.conv2"])
+    kept = sum(int(mask.sum()) for mask in found.values()) / sum(mask.numel() for mask in found.values())
+    assert abs(kept - 0.5) < 0.02
+
+
+def test_where_nothing_is_summed_coupling_changes_nothing():
+    model = network()
+    apart, coupled = prune(model, 0.5, "filter"), prune(model, 0.5, "filter", couple=(1, 3, 8, 8))
+    assert all(apart[name].equal(coupled[name]) for name in apart)
+
+
+def test_unknown_structures_and_coupled_blocks_are_refused():
+    with pytest.raises(ValueError, match="block must be a block shape or one of filter, channel, got 'row'"):
+        prune(network(), 0.5, "row")
+    with pytest.raises(ValueError, match=r'couple needs block="filter", got block=\(1, 1, 1, 1\)'):
+        prune(network(), 0.5, couple=(1, 3, 8, 8))
 
 
 def test_masks_are_exported():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.masks.coupling import channel_groups
 from sparse_adv.masks.layers import maskable, unknown_module
 from sparse_adv.ops.pattern import check_block
 
@@ -30,16 +31,18 @@ def _relative_magnitude(name: str, weight: Tensor) -> Tensor:
 
 _SCORES: dict[str, Score] = {"magnitude": _magnitude, "relative_magnitude": _relative_magnitude}
 _SCOPES = ("global", "uniform", "erk")
+_STRUCTURED = ("filter", "channel")
 
 
 def prune(
     model: nn.Module,
     density: float = 0.1,
-    block: Sequence[int] = (1, 1),
+    block: Sequence[int] | str = (1, 1),
     scope: str = "global",
     score: str | Score = "magnitude",
     exclude: Collection[str] = (),
     linear: bool = False,
+    couple: Sequence[int] | Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Choose the weights to keep: those with the highest scores, `density` of all.
 
@@ -51,7 +54,8 @@ def prune(
         model: any module, sparse already or not.
         density: fraction of the weights to keep, in [0, 1].
         block: `(bo, bi)` or `(bo, bi, br, bs)`: weights of one block share their fate; a block scores the mean square
-            of its weights' scores. A linear layer's weight [K, C] counts as [K, C, 1, 1].
+            of its weights' scores. A linear layer's weight [K, C] counts as [K, C, 1, 1]. "filter" makes one block of
+            all weights of an output channel, "channel" of all that read an input channel: `nn.shrink` removes these.
         scope: how the kept weights are shared out among layers. "global": one ranking of all. "uniform": the same
             density in each layer. "erk": Erdos-Renyi-kernel, density of a layer proportional to
             (K + C + R + S) / (K C R S), for linear layers (K + C) / (K C), at most 1 (Evci et al. 2020, section 3).
@@ -59,6 +63,8 @@ def prune(
             weight) that returns a tensor of the weight's shape, nowhere negative.
         exclude: names of layers that stay dense; they get no mask.
         linear: whether Linear weights are candidates, ranked together with the convolutions'.
+        couple: with block="filter" the shape [N, C, H, W] of the model's input, or a sample of it: filters whose
+            outputs are added in a residual sum then share their fate, so that the sum, too, gets narrower.
 
     Returns:
         A bool mask of the weight's shape, on its device, for each candidate. Their number of kept weights is
@@ -68,7 +74,13 @@ def prune(
     Raises:
         ValueError: if an argument is out of its range, or a score is NaN, negative or of another shape.
     """
-    block4 = check_block(block)
+    if isinstance(block, str):
+        if block not in _STRUCTURED:
+            raise ValueError(f"block must be a block shape or one of {', '.join(_STRUCTURED)}, got {block!r}")
+    else:
+        block = check_block(block)
+    if couple is not None and block != "filter":
+        raise ValueError(f'couple needs block="filter", got block={block!r}')
     if not isinstance(density, int | float) or not 0 <= density <= 1:
         raise ValueError(f"density must be a number in [0, 1], got {density!r}")
     if scope not in _SCOPES:
@@ -86,17 +98,69 @@ def prune(
     for name in weights:
         owner.setdefault(id(layers[name].weight), name)
     shapes = {name: weights[name].shape for name in owner.values()}
-    scores = {name: _block_scores(_checked_scores(rule, name, weights[name]), block4) for name in shapes}
-    sizes = {name: _block_sizes(_four(shape), block4) for name, shape in shapes.items()}
-    kept = _keep(scores, sizes, _targets(shapes, float(density), scope))
+    blocks = {name: _block_of(block, _four(shape)) for name, shape in shapes.items()}
+    scores = {name: _block_scores(_checked_scores(rule, name, weights[name]), blocks[name]) for name in shapes}
+    sizes = {name: _block_sizes(_four(shape), blocks[name]) for name, shape in shapes.items()}
+    leader = _leaders(model, couple, shapes)
+    targets = _of_leaders(_targets(shapes, float(density), scope), leader)
+    kept = _keep(*_together(scores, sizes, leader), targets)
 
     masks = {}
     for name, weight in weights.items():
-        blocks = kept[owner[id(layers[name].weight)]]
-        masks[name] = _whole_blocks(blocks, block4, _four(weight.shape)).reshape(weight.shape).to(weight.device)
-        if density > 0 and not blocks.any():
+        first = owner[id(layers[name].weight)]
+        chosen = kept[leader[first]]
+        masks[name] = (
+            _whole_blocks(chosen.view(scores[first].shape), blocks[first], _four(weight.shape))
+            .reshape(weight.shape)
+            .to(weight.device)
+        )
+        if density > 0 and not chosen.any():
             log.warning("prune keeps no weight of %r: nothing passes through this layer", name)
     return masks
+
+
+def _block_of(block: Sequence[int] | str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The block's sizes in a weight of this shape."""
+    if block == "filter":
+        return (1, *shape[1:])
+    if block == "channel":
+        return (shape[0], 1, *shape[2:])
+    assert not isinstance(block, str)
+    return tuple(block)
+
+
+def _leaders(model: nn.Module, couple: Sequence[int] | Tensor | None, names: Collection[str]) -> dict[str, str]:
+    """For each layer the first one that shares its fate, filter by filter: itself, if no sum joins it to another."""
+    leader = {name: name for name in names}
+    if couple is not None:
+        for group in channel_groups(model, couple):
+            members = [name for name in group.producers if name in leader]
+            leader |= dict.fromkeys(members, members[0]) if members else {}
+    return leader
+
+
+def _of_leaders(targets: Mapping[tuple[str, ...], int], leader: Mapping[str, str]) -> dict[tuple[str, ...], int]:
+    """The targets of groups of layers, members counted with their leader."""
+    merged: dict[tuple[str, ...], int] = {}
+    for names, target in targets.items():
+        first = tuple(dict.fromkeys(leader[name] for name in names))
+        merged[first] = merged.get(first, 0) + target
+    return merged
+
+
+def _together(
+    scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], leader: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Scores and sizes of each leader's filters with those that share their fate: root mean square, and sum."""
+    squares: dict[str, Tensor] = {}
+    total: dict[str, Tensor] = {}
+    for name, first in leader.items():
+        weighted = scores[name].square() * sizes[name]
+        size = sizes[name].view(total[first].shape) if first in total else sizes[name]
+        squares[first] = squares[first] + weighted.view(squares[first].shape) if first in squares else weighted
+        total[first] = total[first] + size if first in total else size
+    alone = {first for first in squares if sum(other == first for other in leader.values()) == 1}
+    return {f: scores[f] if f in alone else (squares[f] / total[f]).sqrt() for f in squares}, total
 
 
 def _checked_scores(rule: Score, name: str, weight: Tensor) -> Tensor:

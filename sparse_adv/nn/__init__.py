@@ -10,6 +10,7 @@ from sparse_adv.nn.explanation import Explanation, explain
 from sparse_adv.nn.gradient_exchange import Traffic, exchange_kept_gradients
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
 from sparse_adv.nn.masked_linear import MaskedLinear
+from sparse_adv.nn.shrinking import Shrunk, shrink
 from sparse_adv.nn.tuning import tune
 from sparse_adv.nn.work import Work, multiply_adds
 
@@ -17,6 +18,7 @@ __all__ = [
     "Explanation",
     "MaskedConv2d",
     "MaskedLinear",
+    "Shrunk",
     "Traffic",
     "Work",
     "constant_weights",
@@ -25,6 +27,7 @@ __all__ = [
     "exchange_kept_gradients",
     "explain",
     "multiply_adds",
+    "shrink",
     "silence_dead_channels",
     "sparsify",
     "tune",

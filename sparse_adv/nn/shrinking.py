@@ -1,0 +1,292 @@
+"""`shrink`: channels that no kept weight feeds or reads are removed, and a smaller model computes the same.
+
+The only kind of sparsity that also shrinks the images between the layers: what is left is dense, and fast everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparse_adv.masks.coupling import NORMS, ChannelGroup, Trace, trace
+from sparse_adv.masks.layers import unknown_module
+from sparse_adv.nn.conversion import densify, sparsify
+from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.ops.pattern import check_mask
+
+log = logging.getLogger(__name__)
+
+_NOT_CONSTANT = math.nan
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What `shrink` made of a model."""
+
+    model: nn.Module
+    widths: dict[str, tuple[int, int]]
+    """Of each layer whose output was traced: its output channels before and after."""
+    held: dict[str, int]
+    """Of each layer with channels that are constant, but had to stay: how many; a constant other than 0 meets zero
+    padding, channels are fixed from outside, or the width is a multiple."""
+
+
+def shrink(
+    model: nn.Module,
+    masks: Mapping[str, Tensor] | None,
+    shape: Sequence[int] | Tensor,
+    multiple: int = 1,
+) -> Shrunk:
+    """Remove channels that are constant, or that nobody reads, with whatever belongs to them.
+
+    Filters go with their biases, the BatchNorm channels behind them, and the inputs of all layers that read them; a
+    residual sum keeps the union of what its summands need. A constant other than 0 goes into the bias of those who read
+    it where that is exact: linear layers and convolutions without padding. What went empties others in turn, until
+    nothing more goes. In eval mode the function is unchanged to rounding. In training mode, too, where BatchNorm is
+    silent on what was removed (`nn.silence_dead_channels`).
+
+    Masks of whole filters come from `masks.prune(..., block="filter", couple=shape)`. Nothing but a model is needed to
+    run the result; it is an ordinary one, with Parameters of its own: make a new optimiser.
+
+    Args:
+        model: dense or sparse; it is not changed.
+        masks: bool masks keyed by module name; None takes those of a sparse model.
+        shape: shape [N, C, H, W] of the model's input, or a sample of it.
+        multiple: widths are rounded up to multiples of this, as far as there are channels; 8 or more on a GPU.
+
+    Returns:
+        The small model, the widths, and the channels that had to stay. Layers that still have pruned weights are
+        masked layers, all others plain ones.
+
+    Raises:
+        ValueError: if torch.fx cannot trace the model, a mask fits no layer, or multiple is not positive.
+
+    Source: Lym et al., "PruneTrain" (SC 2019), section 3, for removal with a union at residual sums.
+    """
+    if not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"multiple must be a positive integer, got {multiple!r}")
+    if masks is None:
+        masks = {name: m.weight_mask for name, m in model.named_modules() if isinstance(m, MaskedLayer)}
+    small = densify(copy.deepcopy(model))
+    kept = _checked(small, masks)
+    with torch.no_grad():
+        for name, mask in kept.items():
+            _module(small, name).weight.masked_fill_(~mask, 0)
+    before = _widths(trace(small, shape).groups, small)
+    while True:
+        found = trace(small, shape)
+        constants = _Constants(small, found, kept)
+        plans = {group: _kept_channels(small, group, kept, constants, multiple) for group in _free(found)}
+        changing = {group: channels for group, channels in plans.items() if not channels.all()}
+        if not changing:
+            break
+        for group, channels in changing.items():
+            _cut(small, group, channels, kept, constants)
+    partly = {name: mask for name, mask in kept.items() if not mask.all()}
+    after = _widths(found.groups, small)
+    held = {name: count for name, count in constants.counts().items() if count}
+    if partly:
+        small = sparsify(small, partly)
+    return Shrunk(small, {name: (width, after[name]) for name, width in before.items()}, held)
+
+
+def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    kept = {}
+    for name, mask in masks.items():
+        if name not in modules:
+            raise ValueError(unknown_module(name, modules))
+        check_mask(mask, linear=True)
+        weight = getattr(modules[name], "weight", None)
+        if not isinstance(weight, Tensor) or mask.shape != weight.shape:
+            raise ValueError(f"mask of {name!r} has shape {tuple(mask.shape)}, which its weight has not")
+        kept[name] = mask.to(weight.device, copy=True)
+    return kept
+
+
+def _widths(groups: Sequence[ChannelGroup], model: nn.Module) -> dict[str, int]:
+    return {name: len(_module(model, name).weight) for group in groups for name in group.producers}
+
+
+def _free(found: Trace) -> list[ChannelGroup]:
+    """Groups whose width may change, all members of which are known."""
+    return [group for group in found.groups if not group.fixed and group.producers]
+
+
+class _Constants(fx.Interpreter):
+    """Which channels of which activations are always the same number, and which one: NaN where they are not.
+
+    Activations are followed as [1, C, 1, 1], so that NaN makes unknown whatever it meets.
+    """
+
+    def __init__(self, model: nn.Module, found: Trace, masks: Mapping[str, Tensor]) -> None:
+        super().__init__(model, graph=found.graph)
+        self.found, self.masks = found, masks
+        self.device = next(model.parameters()).device
+        self.inputs: dict[str, Tensor] = {}
+        """What each convolution and linear layer reads."""
+        self.outputs: dict[str, Tensor] = {}
+        with torch.no_grad():
+            self.run(*[None] * sum(node.op == "placeholder" for node in found.graph.nodes))
+
+    def counts(self) -> dict[str, int]:
+        """How many output channels of each layer are constant."""
+        return {name: int(values.isfinite().sum()) for name, values in self.outputs.items()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        kind = self.found.kinds[n]
+        if n not in self.found.shapes:
+            # No activation: a number or a parameter stays what it is, what is made of activations is not known.
+            return super().run_node(n) if n.op == "get_attr" else None
+        width = self.found.shapes[n][1]
+        if kind in ("input", "unknown"):
+            return self._unknown(width)
+        source = self._of(n.args[0])
+        if kind in ("convolution", "linear"):
+            return self._layer(str(n.target), source)
+        if kind == "flatten":
+            return source.flatten().repeat_interleave(width // source.numel()).view(1, -1, 1, 1)
+        if kind == "spatial":
+            return self._spatial(source, width)
+        if kind == "norm":
+            return self._norm(_module(self.module, str(n.target)), source)
+        operands = [self._of(source) for source in n.all_input_nodes]
+        if any(operand.numel() != width for operand in operands):
+            return self._unknown(width)
+        return super().run_node(n).view(1, -1, 1, 1)
+
+    def _of(self, node: Any) -> Tensor:
+        value = self.env.get(node) if isinstance(node, fx.Node) else None
+        return value if isinstance(value, Tensor) else self._unknown(1)
+
+    def _unknown(self, width: int) -> Tensor:
+        return torch.full((1, width, 1, 1), _NOT_CONSTANT, device=self.device)
+
+    def _spatial(self, source: Tensor, width: int) -> Tensor:
+        """Pooling and resizing: padding may bring zeros in, so that only the constant 0 is sure to stay."""
+        return source.where(source == 0, _NOT_CONSTANT) if source.numel() == width else self._unknown(width)
+
+    def _layer(self, name: str, source: Tensor) -> Tensor:
+        layer = _module(self.module, name)
+        kept = _kept(layer, name, self.masks)
+        self.inputs[name] = values = source.flatten()
+        if getattr(layer, "groups", 1) > 1:
+            reads = kept.flatten(1).any(1)
+        else:
+            # What a filter reads of channels that are always 0 is nothing.
+            reads = (_by_taps(kept).any(2) & (values != 0)).any(1)
+        bias = layer.bias if layer.bias is not None else layer.weight.new_zeros(len(layer.weight))
+        self.outputs[name] = bias.detach().where(~reads, _NOT_CONSTANT)
+        return self.outputs[name].view(1, -1, 1, 1)
+
+    def _norm(self, norm: Any, source: Tensor) -> Tensor:
+        if norm.running_mean is None or norm.running_var is None:
+            return self._unknown(source.numel())
+        values = source.flatten()
+        values = (values - norm.running_mean) * (norm.running_var + norm.eps).rsqrt()
+        if norm.affine:
+            values = values * norm.weight + norm.bias
+        return values.view(1, -1, 1, 1)
+
+
+def _kept_channels(
+    model: nn.Module, group: ChannelGroup, masks: Mapping[str, Tensor], constants: _Constants, multiple: int
+) -> Tensor:
+    """Which channels of a group stay: those that some reader needs, and as many more as a multiple asks for."""
+    device = constants.device
+    needed = torch.zeros(group.width, dtype=torch.bool, device=device)
+    for name, features in group.consumers:
+        layer = _module(model, name)
+        values = constants.inputs[name]
+        exact = isinstance(layer, nn.Linear) or not any(_padding(layer))
+        replaceable = values.isfinite() if exact else values == 0
+        reads = _by_taps(_kept(layer, name, masks)).any(2).any(0)
+        needed |= (reads & ~replaceable).view(group.width, features).any(1)
+    wanted = max(1, int(needed.sum()))
+    spare = min(group.width, math.ceil(wanted / multiple) * multiple) - int(needed.sum())
+    return needed | ((~needed).cumsum(0) <= spare)
+
+
+def _module(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
+
+
+def _kept(layer: Any, name: str, masks: Mapping[str, Tensor]) -> Tensor:
+    """Its mask; without one all weights count, also those that are 0 and may learn."""
+    return masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
+
+
+def _by_taps(weight: Tensor) -> Tensor:
+    """[K, C, R, S] as [K, C, R S]; a linear layer has one tap."""
+    return weight.reshape(*weight.shape[:2], -1)
+
+
+def _padding(layer: Any) -> tuple[int, ...]:
+    """The padding of a convolution; "same" counts as padding wherever the filter has more than one tap."""
+    if isinstance(layer.padding, str):
+        return tuple(int(layer.padding == "same" and size > 1) for size in layer.kernel_size)
+    return tuple(layer.padding)
+
+
+@torch.no_grad()
+def _cut(
+    model: nn.Module, group: ChannelGroup, channels: Tensor, masks: dict[str, Tensor], constants: _Constants
+) -> None:
+    """Remove a group's channels from all its members."""
+    for name, features in group.consumers:
+        layer = _module(model, name)
+        columns = channels.repeat_interleave(features)
+        _fold(layer, constants.inputs[name], columns)
+        _replace(layer, "weight", layer.weight[:, columns])
+        if name in masks:
+            masks[name] = masks[name][:, columns]
+        size = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
+        setattr(layer, size, int(columns.sum()))
+    for name in (*group.producers, *group.depthwise):
+        layer = _module(model, name)
+        _replace(layer, "weight", layer.weight[channels])
+        if layer.bias is not None:
+            _replace(layer, "bias", layer.bias[channels])
+        if name in masks:
+            masks[name] = masks[name][channels]
+        size = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+        setattr(layer, size, int(channels.sum()))
+        if name in group.depthwise:
+            layer.in_channels = layer.groups = layer.out_channels
+    for name, features in group.norms:
+        norm = _module(model, name)
+        assert isinstance(norm, NORMS)
+        entries = channels.repeat_interleave(features)
+        for parameter in ("weight", "bias"):
+            if norm.affine:
+                _replace(norm, parameter, getattr(norm, parameter)[entries])
+        for buffer in ("running_mean", "running_var"):
+            if getattr(norm, buffer) is not None:
+                setattr(norm, buffer, getattr(norm, buffer)[entries])
+        norm.num_features = int(entries.sum())
+
+
+def _fold(layer: Any, values: Tensor, columns: Tensor) -> None:
+    """Bring what the removed columns always added into the bias."""
+    lost = ~columns & (values != 0) & values.isfinite()
+    weight = _by_taps(layer.weight).sum(2)
+    if not (weight[:, lost] != 0).any():
+        return
+    added = weight[:, lost] @ values[lost].to(weight.dtype)
+    _replace(layer, "bias", added if layer.bias is None else layer.bias + added)
+
+
+def _replace(module: Any, name: str, value: Tensor) -> None:
+    """A Parameter in the layout of the old one."""
+    old = getattr(module, name)
+    if old is not None and old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        value = value.contiguous(memory_format=torch.channels_last)
+    trained = old.requires_grad if old is not None else module.weight.requires_grad
+    setattr(module, name, nn.Parameter(value.contiguous() if value.dim() != 4 else value.clone(), trained))
