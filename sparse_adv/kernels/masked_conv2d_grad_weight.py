@@ -147,7 +147,9 @@ def sum_products_kernel(
     tl.store(sums + place + at, total)
 
 
-@triton.jit(do_not_specialize=["shares", "live", "group_out", "out_channels", "in_channels", "filter_rows", "filter_cols"])
+@triton.jit(
+    do_not_specialize=["shares", "live", "group_out", "out_channels", "in_channels", "filter_rows", "filter_cols"]
+)
 def add_shares_kernel(
     sums,
     blocks,

@@ -9,10 +9,11 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Two accesses of 16 bytes by each thread to each tensor of float32.
-_ELEMENTS_PER_WARP = 8 * 32
-# The largest image whose pixels stay in registers from the first norm to the move, so that each is read once.
-_HELD = 16 * _ELEMENTS_PER_WARP
+_SHARE = 4 * 32  # elements of a warp: an access of 16 bytes to float32 by each thread
+_WARPS = 32  # of one image; what they hold at a time is the largest image that is read once
+
+# Without it the float64 arithmetic takes twice the instructions; Triton is about to change the default.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def pgd_step(
@@ -70,26 +71,19 @@ def _step_into(
         return
     moved = out if _lies_in_pieces(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     tensors = [_like(moved, tensor) for tensor in (adv, grad, clean)]
+    sizes = (alpha, eps, lo, hi)
     with torch.cuda.device_of(out):
         if norm == "linf":
-            block = 4 * _ELEMENTS_PER_WARP
+            block = 8 * _SHARE  # by four warps: of 16 bits, too, each thread takes 16 bytes
             grid = (triton.cdiv(out.numel(), block),)
-            linf_kernel[grid](*tensors, moved, out.numel(), alpha, eps, lo, hi, BLOCK=block, num_warps=4)
+            linf_kernel[grid](*tensors, moved, out.numel(), *sizes, BLOCK=block, num_warps=4, **OPTIONS)
         else:
             images = out.shape[0] if out.dim() else 1
             count = out.numel() // images
-            block = min(max(triton.next_power_of_2(count), _ELEMENTS_PER_WARP), _HELD)
+            warps = min(triton.next_power_of_2(triton.cdiv(count, _SHARE)), _WARPS)
+            block = warps * _SHARE
             l2_kernel[(images,)](
-                *tensors,
-                moved,
-                count,
-                alpha,
-                eps,
-                lo,
-                hi,
-                BLOCK=block,
-                HELD=count <= block,
-                num_warps=block // _ELEMENTS_PER_WARP,
+                *tensors, moved, count, *sizes, BLOCK=block, HELD=count <= block, num_warps=warps, **OPTIONS
             )
     if moved is not out:
         out.copy_(moved)
@@ -103,7 +97,7 @@ def _lies_in_pieces(images: Tensor) -> bool:
         if stride != expected:
             return False
         expected *= size
-    return images.dim() == 0 or images.shape[0] in (1, images.numel() // images.stride(0))
+    return images.dim() == 0 or images.shape[0] == 1 or images.shape[0] * images.stride(0) == images.numel()
 
 
 def _like(model: Tensor, tensor: Tensor) -> Tensor:
@@ -170,7 +164,7 @@ def l2_kernel(
     """
     dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     image = tl.program_id(0).to(tl.int64) * count
-    end = BLOCK if HELD else count
+    end = BLOCK if HELD else count.to(tl.int64)
 
     squares = tl.zeros([BLOCK], tl.float64)
     for first in range(0, end, BLOCK):

@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.pgd_step import check_floating, check_norm, clamped
+from sparse_adv.kernels.pgd_step import OPTIONS, check_floating, check_norm, clamped
 
 # The third counter word: draws of different streams never meet.
 _ELEMENTS, _RADII = tl.constexpr(0), tl.constexpr(1)
 _TURN = tl.constexpr(6.283185307179586)
 
-_LINF_BLOCK = 256  # Philox blocks, of four elements each
-_HELD = 1024
+_SHARE = 32  # Philox blocks of a warp, each of four elements
+_WARPS = 32  # of one image; what they hold at a time is the largest image whose noise is drawn once
 
 
 def random_start(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, hi: float) -> Tensor:
@@ -32,29 +32,20 @@ def random_start(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, 
     # Elements are counted in NCHW order, so that the layout of the images does not change their noise.
     clean = clean.contiguous()
     moved = out if out.is_contiguous() else torch.empty_like(clean)
+    arguments = (clean, moved, seed, seed.stride(0))
     with torch.cuda.device_of(out):
         if norm == "linf":
-            grid = (triton.cdiv(out.numel(), 4 * _LINF_BLOCK),)
-            linf_kernel[grid](
-                clean, moved, seed, seed.stride(0), out.numel(), eps, lo, hi, BLOCK=_LINF_BLOCK, num_warps=4
-            )
+            block = 8 * _SHARE  # by four warps
+            grid = (triton.cdiv(out.numel(), 4 * block),)
+            linf_kernel[grid](*arguments, out.numel(), eps, lo, hi, BLOCK=block, num_warps=4, **OPTIONS)
         else:
             images = out.shape[0] if out.dim() else 1
             count = out.numel() // images
             most = (count + 6) // 4  # an image may share its first block and its last one with its neighbours
-            block = min(max(triton.next_power_of_2(most), 32), _HELD)
+            warps = min(triton.next_power_of_2(triton.cdiv(most, _SHARE)), _WARPS)
+            block = warps * _SHARE
             l2_kernel[(images,)](
-                clean,
-                moved,
-                seed,
-                seed.stride(0),
-                count,
-                eps,
-                lo,
-                hi,
-                BLOCK=block,
-                HELD=most <= block,
-                num_warps=max(block // 64, 1),
+                *arguments, count, eps, lo, hi, BLOCK=block, HELD=most <= block, num_warps=warps, **OPTIONS
             )
     if moved is not out:
         out.copy_(moved)
@@ -75,7 +66,7 @@ def linf_kernel(
 ) -> None:
     """Elements of `BLOCK` Philox blocks of the batch.
 
-    For float32 the product of eps and a 24-bit fraction is exact in float64: with or without FMA every bit is the CPU's.
+    For float32 the product of eps and a 24-bit fraction is exact in float64, so contraction into an FMA changes no bit.
     """
     dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     block = tl.program_id(0).to(tl.int64) * BLOCK
@@ -171,8 +162,9 @@ def _normal(seed: tl.tensor, seed_stride: tl.tensor, block: tl.tensor, BLOCK: tl
 
 @triton.jit
 def _cos_and_sin(turns: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Of an angle in turns, 0 to 1, by Taylor series on the nearest quarter turn: `tl.cos` brings a stack frame along,
-    to reduce angles of any size.
+    """Of an angle in turns, 0 to 1, by Taylor series around the nearest quarter turn.
+
+    `tl.cos` would reduce angles of any size, for which it takes three times the registers and memory on the stack.
     """
     quarter = (4 * turns + 0.5).to(tl.int32)
     angle = (turns - 0.25 * quarter.to(tl.float64)) * _TURN

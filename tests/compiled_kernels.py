@@ -1,0 +1,88 @@
+"""Triton kernels compiled as their launchers would, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from tempfile import NamedTemporaryFile
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+CAPABILITIES = (80, 90)
+
+
+@dataclass(frozen=True, repr=False)
+class Kernel:
+    """What became of one kernel: Triton's type of each argument, and its text on the way down to machine code."""
+
+    signature: dict[str, str]
+    ttgir: str
+    ptx: str
+    cubin: bytes
+    shared: int
+    """Bytes of shared memory of a program."""
+
+    @property
+    def registers(self) -> int:
+        """Of each thread."""
+        return self._usage("REG")
+
+    @property
+    def stack(self) -> int:
+        """Bytes of each thread: where registers go that are spilled."""
+        return self._usage("STACK")
+
+    @cached_property
+    def instructions(self) -> list[str]:
+        """The machine instructions, without predicates and operands."""
+        return re.findall(r"^\s+/\*\w+\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", self._dump("-sass"), re.MULTILINE)
+
+    def _usage(self, resource: str) -> int:
+        return int(re.search(rf"\b{resource}:(\d+)", self._dump("-res-usage"))[1])
+
+    def _dump(self, flag: str) -> str:
+        with NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compiled(capability: int, launch: Callable[[], object]) -> list[Kernel]:
+    """The kernels that `launch()` would launch on a GPU of this compute capability, each compiled and none launched."""
+    found = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        asm, shared = kernel.asm, kernel.metadata.shared
+        found.append(Kernel(kernel.src.signature, asm["ttgir"], asm["ptx"], asm["cubin"], shared))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(driver, "_active", _AbsentGpu(capability))
+        launch()
+    return found
+
+
+class _AbsentGpu:
+    """As much of a driver as Triton asks before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps the kernels of each device apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
