@@ -73,6 +73,7 @@ class Uses(nn.Module):
         (lambda x: x.softmax(1), False),
         (lambda x: x - x.mean(1, keepdim=True), False),
         (lambda x: x * torch.arange(8.0).view(-1, 1, 1), False),
+        (lambda x: x / x.shape[1], False),
     ],
 )
 def test_what_mixes_channels_or_is_unknown_fixes_them(function, free):

@@ -127,6 +127,20 @@ def test_a_layer_of_which_nothing_is_left_keeps_one_channel():
     assert_close(shrunk.model(torch.rand(1, 3, 9, 9)), model[2].bias.view(1, 4, 1, 1).expand(1, 4, 5, 5))
 
 
+class OverWidth(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.shape[1]
+
+
+def test_a_model_that_computes_with_its_width_keeps_it():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), OverWidth(), nn.Conv2d(8, 4, 3))
+    masks = filters(model[:1])
+    shrunk = shrink(model, masks, (1, 3, 9, 9))
+    assert shrunk.widths["0"] == (8, 8)
+    x = torch.rand(2, 3, 9, 9)
+    assert_close(shrunk.model(x), sparsify(model, masks)(x))
+
+
 def test_weights_that_are_zero_but_kept_may_still_learn_and_stay():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
     nn.init.zeros_(model[0].weight[:4])

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_adv.kernels.layout import in_layout_of, layout_of
 from sparse_adv.kernels.tiles import check_size, convolution_tile, divider, kind_of, quotient
 
 # What a group of programs that run at about the same time reads stays in the L2 cache, of 40 MB and more.
@@ -62,7 +63,7 @@ def forward(
     ]
     output = _empty_like_layout(input, (input.shape[0], weight_size[0], *size))
     if residual is not None:
-        residual = residual.contiguous(memory_format=_layout(input))
+        residual = in_layout_of(input, residual)
     fused = (None, _dense(scale), _dense(bias), residual)
     _launch(output, input, values, blocks, None, rows, *fused, stride, padding, dilation, relu, precision, False)
     return output
@@ -177,15 +178,8 @@ def _phases(
     return phase_rows, phase_order
 
 
-def _layout(like: Tensor) -> torch.memory_format:
-    """The layout rule of every op (csrc/layout.h)."""
-    if like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last
-
-
 def _empty_like_layout(like: Tensor, size: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=_layout(like))
+    return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=layout_of(like))
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:

@@ -308,8 +308,9 @@ class _Walk(fx.Interpreter):
             shape = self.found.shapes.get(source)
             if shape is None or source not in self._axes:
                 other = self.env.get(source)
-                if shape is not None or (isinstance(other, Tensor) and other.numel() > 1):
-                    self._fix(axes, f"{n.name} combines them with a tensor of its own order")
+                # A number that is computed may follow from the number of channels.
+                if shape is not None or not isinstance(other, Tensor) or other.numel() > 1:
+                    self._fix(axes, f"{n.name} combines them with something of its own")
             elif len(shape) == value.dim() and shape[1] == value.shape[1]:
                 same.append(self._axes[source])
             else:

@@ -109,11 +109,7 @@ def prune(
     for name, weight in weights.items():
         first = owner[id(layers[name].weight)]
         chosen = kept[leader[first]]
-        masks[name] = (
-            _whole_blocks(chosen.view(scores[first].shape), blocks[first], _four(weight.shape))
-            .reshape(weight.shape)
-            .to(weight.device)
-        )
+        masks[name] = _whole_blocks(chosen, blocks[first], _four(weight.shape)).reshape(weight.shape).to(weight.device)
         if density > 0 and not chosen.any():
             log.warning("prune keeps no weight of %r: nothing passes through this layer", name)
     return masks
@@ -152,15 +148,16 @@ def _together(
     scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], leader: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Scores and sizes of each leader's filters with those that share their fate: root mean square, and sum."""
-    squares: dict[str, Tensor] = {}
-    total: dict[str, Tensor] = {}
+    joined: dict[str, list[str]] = {}
     for name, first in leader.items():
-        weighted = scores[name].square() * sizes[name]
-        size = sizes[name].view(total[first].shape) if first in total else sizes[name]
-        squares[first] = squares[first] + weighted.view(squares[first].shape) if first in squares else weighted
-        total[first] = total[first] + size if first in total else size
-    alone = {first for first in squares if sum(other == first for other in leader.values()) == 1}
-    return {f: scores[f] if f in alone else (squares[f] / total[f]).sqrt() for f in squares}, total
+        joined.setdefault(first, []).append(name)
+    merged: dict[str, Tensor] = {}
+    total = {first: torch.stack([sizes[name] for name in names]).sum(0) for first, names in joined.items()}
+    for first, names in joined.items():
+        squares = [scores[name].square() * sizes[name] for name in names]
+        alone = len(names) == 1  # its own scores then, to the last bit
+        merged[first] = scores[first] if alone else (torch.stack(squares).sum(0) / total[first]).sqrt()
+    return merged, total
 
 
 def _checked_scores(rule: Score, name: str, weight: Tensor) -> Tensor:

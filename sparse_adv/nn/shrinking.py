@@ -6,7 +6,6 @@ The only kind of sparsity that also shrinks the images between the layers: what 
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.masks.coupling import NORMS, ChannelGroup, Trace, trace
 from sparse_adv.masks.layers import unknown_module
 from sparse_adv.nn.conversion import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.pattern import check_mask
-
-log = logging.getLogger(__name__)
 
 _NOT_CONSTANT = math.nan
 
@@ -157,8 +155,8 @@ class _Constants(fx.Interpreter):
             return self._spatial(source, width)
         if kind == "norm":
             return self._norm(_module(self.module, str(n.target)), source)
-        operands = [self._of(source) for source in n.all_input_nodes]
-        if any(operand.numel() != width for operand in operands):
+        operands = [self.env.get(source) for source in n.all_input_nodes]
+        if not all(isinstance(operand, Tensor) and operand.numel() == width for operand in operands):
             return self._unknown(width)
         return super().run_node(n).view(1, -1, 1, 1)
 
@@ -200,8 +198,7 @@ def _kept_channels(
     model: nn.Module, group: ChannelGroup, masks: Mapping[str, Tensor], constants: _Constants, multiple: int
 ) -> Tensor:
     """Which channels of a group stay: those that some reader needs, and as many more as a multiple asks for."""
-    device = constants.device
-    needed = torch.zeros(group.width, dtype=torch.bool, device=device)
+    needed = torch.zeros(group.width, dtype=torch.bool, device=constants.device)
     for name, features in group.consumers:
         layer = _module(model, name)
         values = constants.inputs[name]
@@ -209,8 +206,8 @@ def _kept_channels(
         replaceable = values.isfinite() if exact else values == 0
         reads = _by_taps(_kept(layer, name, masks)).any(2).any(0)
         needed |= (reads & ~replaceable).view(group.width, features).any(1)
-    wanted = max(1, int(needed.sum()))
-    spare = min(group.width, math.ceil(wanted / multiple) * multiple) - int(needed.sum())
+    count = int(needed.sum())
+    spare = min(group.width, math.ceil(max(1, count) / multiple) * multiple) - count
     return needed | ((~needed).cumsum(0) <= spare)
 
 
@@ -286,7 +283,5 @@ def _fold(layer: Any, values: Tensor, columns: Tensor) -> None:
 def _replace(module: Any, name: str, value: Tensor) -> None:
     """A Parameter in the layout of the old one."""
     old = getattr(module, name)
-    if old is not None and old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
-        value = value.contiguous(memory_format=torch.channels_last)
-    trained = old.requires_grad if old is not None else module.weight.requires_grad
-    setattr(module, name, nn.Parameter(value.contiguous() if value.dim() != 4 else value.clone(), trained))
+    trained = module.weight.requires_grad if old is None else old.requires_grad
+    setattr(module, name, nn.Parameter(value if old is None else in_layout_of(old, value), trained))

@@ -46,7 +46,8 @@ def _load_cuda_ops(torch_cuda: str | None) -> str:
 
 
 _no_cuda_ops = _load_cuda_ops(torch.version.cuda)
-_STAND_INS = torch.library.Library("sparse_adv", "IMPL")
+IMPLEMENTATIONS = torch.library.Library("sparse_adv", "IMPL")
+"""Where what is written in Python registers itself as an op's implementation."""
 
 
 def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
@@ -54,7 +55,7 @@ def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
 
     def register(function: Callable[..., object]) -> None:
         if _no_cuda_ops:
-            _STAND_INS.impl(op, function, "CUDA")
+            IMPLEMENTATIONS.impl(op, function, "CUDA")
 
     return register
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from sparse_adv.ops.layout import in_layout_of
+from sparse_adv.kernels.layout import in_layout_of
+from sparse_adv.ops._library import IMPLEMENTATIONS
 from sparse_adv.ops.pattern import Pattern, check_groups, check_pattern
 
 
@@ -190,9 +191,8 @@ def _register_autocast(device: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return torch.ops.sparse_adv.masked_conv2d(cast(input), cast(weight), pattern, cast(bias), *rest)
 
-    _LIBRARY.impl("masked_conv2d", autocast, key)
+    IMPLEMENTATIONS.impl("masked_conv2d", autocast, key)
 
 
-_LIBRARY = torch.library.Library("sparse_adv", "IMPL")
 for _device in ("cpu", "cuda"):
     _register_autocast(_device)

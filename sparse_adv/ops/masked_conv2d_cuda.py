@@ -15,8 +15,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.ops import block_path
-from sparse_adv.ops.layout import in_layout_of
+from sparse_adv.ops._library import IMPLEMENTATIONS
 from sparse_adv.ops.pattern import (
     PATHS,
     Pattern,
@@ -194,6 +195,5 @@ def _triton() -> bool:
     return True
 
 
-_LIBRARY = torch.library.Library("sparse_adv", "IMPL")
 for _function in (masked_conv2d, masked_conv2d_grad_input, masked_conv2d_grad_weight, pack_values, chosen_paths):
-    _LIBRARY.impl(_function.__name__, _function, "CUDA")
+    IMPLEMENTATIONS.impl(_function.__name__, _function, "CUDA")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.layout import in_layout_of, layout_of
+from sparse_adv.kernels.layout import in_layout_of, layout_of
+from sparse_adv.ops._library import IMPLEMENTATIONS
 from sparse_adv.ops.pgd_step import check_step
 
 
@@ -68,21 +69,12 @@ def _(adv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _in_two_passes(
-    adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    alpha: float,
-    eps: float,
-    lo: float,
-    hi: float,
+    adv: Tensor, grad: Tensor, clean: Tensor, mean: Tensor, std: Tensor, alpha: float, eps: float, *pixels: float
 ) -> tuple[Tensor, Tensor]:
     """Wherever the CUDA ops are not."""
-    moved = torch.ops.sparse_adv.pgd_step(in_layout_of(adv, adv), grad, clean, alpha, eps, "linf", lo, hi)
+    moved = torch.ops.sparse_adv.pgd_step(in_layout_of(adv, adv), grad, clean, alpha, eps, "linf", *pixels)
     normalized = (moved - mean[:, None, None]) / std[:, None, None]
     return moved, normalized.to(torch.bfloat16, memory_format=torch.channels_last)
 
 
-_LIBRARY = torch.library.Library("sparse_adv", "IMPL")
-_LIBRARY.impl("pgd_step_normalized", _in_two_passes, "CompositeExplicitAutograd")
+IMPLEMENTATIONS.impl("pgd_step_normalized", _in_two_passes, "CompositeExplicitAutograd")
