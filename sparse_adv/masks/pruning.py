@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -81,38 +82,61 @@ def prune(
         block = check_block(block)
     if couple is not None and block != "filter":
         raise ValueError(f'couple needs block="filter", got block={block!r}')
+    found = candidates(model, density, scope, score, exclude, linear)
+    blocks = {name: _block_of(block, four_sizes(shape)) for name, shape in found.shapes.items()}
+    scores = {name: _block_scores(found.scores(name), blocks[name]) for name in found.shapes}
+    sizes = {name: block_sizes(four_sizes(shape), blocks[name]) for name, shape in found.shapes.items()}
+    leader = _leaders(model, couple, found.shapes)
+    kept = keep_blocks(*_together(scores, sizes, leader), _of_leaders(found.targets, leader))
+
+    masks = {}
+    for name, weight in found.weights.items():
+        first = found.owner[name]
+        chosen, shape = kept[leader[first]], four_sizes(weight.shape)
+        masks[name] = _whole_blocks(chosen, blocks[first], shape).reshape(weight.shape).to(weight.device)
+        if density > 0 and not chosen.any():
+            log.warning("prune keeps no weight of %r: nothing passes through this layer", name)
+    return masks
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What is ranked: the weights that may be pruned, and how many of them to keep."""
+
+    weights: dict[str, Tensor]
+    owner: dict[str, str]
+    """Of each layer the first one that uses its weight: a tied weight is counted and ranked once."""
+    shapes: dict[str, torch.Size]
+    """Of the weights that are ranked, by their first layer."""
+    targets: dict[tuple[str, ...], int]
+    """How many weights to keep in each group of layers that is ranked together."""
+    rule: Score
+
+    def scores(self, name: str) -> Tensor:
+        """A layer's scores, float64 on the CPU, of its weight's shape; raises ValueError if there is a bad one."""
+        return _checked_scores(self.rule, name, self.weights[name])
+
+
+def candidates(
+    model: nn.Module, density: float, scope: str, score: str | Score, exclude: Collection[str], linear: bool
+) -> Candidates:
+    """What `prune` ranks; raises ValueError as it does."""
     if not isinstance(density, int | float) or not 0 <= density <= 1:
         raise ValueError(f"density must be a number in [0, 1], got {density!r}")
     if scope not in _SCOPES:
         raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, got {scope!r}")
     if not callable(score) and score not in _SCORES:
         raise ValueError(f"score must be a function or one of {', '.join(_SCORES)}, got {score!r}")
-    rule = score if callable(score) else _SCORES[score]
     layers = maskable(model, linear)
     for name in exclude:
         if name not in layers:
             raise ValueError(f"exclude: {unknown_module(name, layers)}")
-
     weights = {name: layer.weight.detach() for name, layer in layers.items() if name not in exclude}
-    owner: dict[int, str] = {}  # of each weight, the first layer to use it: a tied weight is counted and ranked once
-    for name in weights:
-        owner.setdefault(id(layers[name].weight), name)
-    shapes = {name: weights[name].shape for name in owner.values()}
-    blocks = {name: _block_of(block, _four(shape)) for name, shape in shapes.items()}
-    scores = {name: _block_scores(_checked_scores(rule, name, weights[name]), blocks[name]) for name in shapes}
-    sizes = {name: _block_sizes(_four(shape), blocks[name]) for name, shape in shapes.items()}
-    leader = _leaders(model, couple, shapes)
-    targets = _of_leaders(_targets(shapes, float(density), scope), leader)
-    kept = _keep(*_together(scores, sizes, leader), targets)
-
-    masks = {}
-    for name, weight in weights.items():
-        first = owner[id(layers[name].weight)]
-        chosen = kept[leader[first]]
-        masks[name] = _whole_blocks(chosen, blocks[first], _four(weight.shape)).reshape(weight.shape).to(weight.device)
-        if density > 0 and not chosen.any():
-            log.warning("prune keeps no weight of %r: nothing passes through this layer", name)
-    return masks
+    first: dict[int, str] = {}
+    owner = {name: first.setdefault(id(layers[name].weight), name) for name in weights}
+    shapes = {name: weights[name].shape for name in first.values()}
+    rule = score if callable(score) else _SCORES[score]
+    return Candidates(weights, owner, shapes, _targets(shapes, float(density), scope), rule)
 
 
 def _block_of(block: Sequence[int] | str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -173,24 +197,32 @@ def _checked_scores(rule: Score, name: str, weight: Tensor) -> Tensor:
     return found
 
 
-def _four(shape: Sequence[int]) -> tuple[int, ...]:
+def four_sizes(shape: Sequence[int]) -> tuple[int, ...]:
     """[K, C] of a linear layer as [K, C, 1, 1]."""
     return (*shape, 1, 1)[:4]
 
 
 def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
     """The root mean square of each block's scores; for single weights the scores themselves, which rank the same."""
-    scores = scores.reshape(_four(scores.shape))
+    scores = scores.reshape(four_sizes(scores.shape))
     if math.prod(block) == 1:
         return scores
-    grid = [-(-length // size) for length, size in zip(scores.shape, block, strict=True)]
-    padded = scores.new_zeros([count * size for count, size in zip(grid, block, strict=True)])
-    padded[tuple(slice(length) for length in scores.shape)] = scores
+    return (block_sums(scores.square(), block) / block_sizes(scores.shape, block)).sqrt()
+
+
+def block_sums(values: Tensor, block: Sequence[int]) -> Tensor:
+    """The sum over each block; the block has a size for each dimension, and is smaller at the edges."""
+    grid = [-(-length // size) for length, size in zip(values.shape, block, strict=True)]
+    whole = [count * size for count, size in zip(grid, block, strict=True)]
+    if whole != list(values.shape):
+        padded = values.new_zeros(whole)
+        padded[tuple(slice(length) for length in values.shape)] = values
+        values = padded
     split = [length for pair in zip(grid, block, strict=True) for length in pair]
-    return (padded.square().reshape(split).sum((1, 3, 5, 7)) / _block_sizes(scores.shape, block)).sqrt()
+    return values.reshape(split).sum(tuple(range(1, len(split), 2)))
 
 
-def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
+def block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
     """How many weights each block has: fewer at the edges."""
     sizes = torch.ones(1, dtype=torch.int64)
     for length, size in zip(shape, block, strict=True):
@@ -229,7 +261,7 @@ def _erk_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str
         whole |= over
 
 
-def _keep(
+def keep_blocks(
     scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], targets: Mapping[tuple[str, ...], int]
 ) -> dict[str, Tensor]:
     """The blocks kept in each layer: of each group the highest, until its target is met as nearly as can be."""
