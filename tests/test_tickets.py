@@ -87,12 +87,55 @@ def test_an_update_that_never_comes_is_no_place_to_rewind_to():
         search(rewind_step=99)
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_gathering_reorders_masks_and_initial_weights_alike(rounds):
+    rule = {"density": 0.3, "block": (2, 2), "scope": "uniform"}
+    start = network(channels=8)
+    ticket, searched = search(model=network(channels=8), gather=True, rounds=rounds, **rule)
+    assert equal_states(searched.state_dict(), start.state_dict())
+    assert not equal_states(ticket.state_dict, start.state_dict())
+    x = torch.rand(3, 1, 6, 6)
+    reordered = network(channels=8)
+    reordered.load_state_dict(ticket.state_dict)
+    torch.testing.assert_close(reordered.eval()(x), start.eval()(x))
+    before, after = ticket.provenance["checks"]["retained"]
+    assert before < after < 1
+    if rounds == 1:  # the masks are those of the trained network in the same order
+        model = network(channels=8)
+        training.train(model, batches(), RECIPE, validation=VALIDATION)
+        order = Rule(**rule).order(model, SHAPE)
+        order.apply(model)
+        assert equal_states(ticket.masks, Rule(**rule).prune(model, 1))
+        assert equal_states(ticket.state_dict, order.reorder(start.state_dict()))
+    sparse = tickets.restore(network(seed=3, channels=8), ticket, SHAPE)
+    assert sparse[3].weight_mask.equal(ticket.masks["3"])
+
+
+class Untraceable(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_gathering_refuses_a_model_that_it_cannot_trace_before_it_trains():
+    epochs = []
+    with pytest.raises(ValueError, match=r"torch\.fx cannot trace"):
+        tickets.search(Untraceable(*network()), batches(), RECIPE, Rule(gather=True), on_epoch=epochs.append)
+    assert not epochs
+
+
 class Stop(Exception):
     pass
 
 
 @pytest.mark.parametrize("stop_at", range(1, 7))
-@pytest.mark.parametrize("rule", [{"rounds": 3, "rewind_step": 2}, {"rounds": 2, "stop_distance": 0.9}])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"rounds": 3, "rewind_step": 2},
+        {"rounds": 2, "stop_distance": 0.9},
+        {"rounds": 3, "rewind_step": 2, "gather": True, "block": (2, 2)},
+    ],
+)
 def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, rule):
     recipe = replace(RECIPE, epochs=2 if "rewind_step" in rule else 7)
     expected, _ = search(tmp_path / "whole", recipe, density=0.3, **rule)

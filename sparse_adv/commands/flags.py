@@ -44,6 +44,7 @@ _RULE = {
     "linear": "prune linear layers too",
     "rounds": "times of training, pruning and going back; 1 is one-shot",
     "rewind_step": "update to whose weights the ticket goes back; 0 is the start",
+    "gather": "reorder channels before pruning, so that whole blocks hold more; for blocks such as 64,64",
     "stop_distance": "end the search when the mask has moved less than this share in five epochs (Early-Bird: 0.1)",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ class Rule:
             iterative magnitude pruning). 1 is one-shot.
         rewind_step: the update of the first round to whose weights the ticket goes back (Frankle et al. 2020); 0 is
             the start.
+        gather: reorder the channels before the first pruning, so that whole blocks hold more of the scores, see
+            `masks.gather_channels`; the ticket then holds the initial weights in that order, too.
         stop_distance: end a round's training when its mask has moved less than this in five epochs (Early-Bird
             tickets, You et al. 2020, who take 0.1); None trains to the end.
     """
@@ -31,6 +34,7 @@ class Rule:
     linear: bool = True
     rounds: int = 1
     rewind_step: int = 0
+    gather: bool = False
     stop_distance: float | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +53,17 @@ class Rule:
             scope=self.scope,
             score=self.score if score is None else score,
             linear=self.linear,
+        )
+
+    def order(self, model: nn.Module, shape: Sequence[int]) -> masks.ChannelOrder:
+        """The order of a trained model's channels in which the last round's blocks hold the most.
+
+        Args:
+            model: dense.
+            shape: shape [N, C, H, W] of its input.
+        """
+        return masks.gather_channels(
+            model, self.density, self.block, shape, scope=self.scope, score=self.score, linear=self.linear
         )
 
     def facts(self) -> dict[str, Any]:

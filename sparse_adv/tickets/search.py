@@ -11,9 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparse_adv import masks, runs
+from sparse_adv.masks.coupling import channel_groups
 from sparse_adv.nn import densify, sparsify
 from sparse_adv.runs import Record
 from sparse_adv.tickets import checks
@@ -50,7 +52,8 @@ def search(
         model: a dense model at its initial state; the search ends with the model there again, BatchNorm included.
         batches, validation, on_step: see `training.train`.
         recipe: of the search; the paper's is a small constant learning rate without warm-up, taking the last weights.
-        rule: how to prune; None is the paper's, one-shot to density 0.2.
+        rule: how to prune; None is the paper's, one-shot to density 0.2. With `gather` the ticket's weights are those
+            to begin with in another order of channels: the same function.
         folder: see `training.train`; each round has a folder in it.
         about: JSON data for the ticket's provenance, such as network and data; the search adds its own.
         on_epoch: see `training.train`; epochs are counted through all rounds.
@@ -93,6 +96,7 @@ class _Search:
     ) -> None:
         self.model, self.batches, self.recipe, self.rule = model, batches, recipe, rule
         self.validation, self.folder, self.on_epoch, self.on_step = validation, folder, on_epoch, on_step
+        self.input_shape = _input_shape(model, batches) if rule.gather else None
         self.initial = self._kept(INITIAL, model.state_dict())
         self.start: dict[str, Tensor] | None = None if rule.rewind_step else self.initial
         if folder is not None and (folder / REWIND).exists():
@@ -152,7 +156,13 @@ class _Search:
             on_epoch=after_epoch,
             on_step=self._at_step if number == 1 else self.on_step,
         )
-        start, begin = self._start(), time.perf_counter()
+        begin = time.perf_counter()
+        if self.input_shape and number == 1:
+            order = self.rule.order(self.model, self.input_shape)
+            order.apply(self.model)
+            self.start = order.reorder(self._start())
+            self.checks |= {"retained": list(order.retained)}
+        start = self._start()
         new = self.rule.prune(self.model, number)
         self.seconds = self.records[-1]["seconds"] + time.perf_counter() - begin
         self.multiply_adds = self.records[-1]["multiply_adds"]
@@ -207,6 +217,17 @@ class _Search:
             "multiply_adds": self.multiply_adds,
             "checks": self.checks,
         }
+
+
+def _input_shape(model: nn.Module, batches: Batches) -> tuple[int, ...] | None:
+    """The shape of one image, None if there is none; raises ValueError before any training if tracing fails."""
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws when it is iterated
+        batch = next(iter(batches), None)
+    if batch is None:
+        return None
+    shape = (1, *batch[0].shape[1:])
+    channel_groups(model, shape)
+    return shape
 
 
 def _finished(folder: Path, recipe: Recipe, rule: Rule) -> masks.Ticket:
