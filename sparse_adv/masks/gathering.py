@@ -116,8 +116,8 @@ def gather_channels(
         are (`masks.coupling`) do. Where nothing is gained, every channel stays.
 
     Raises:
-        ValueError: if an argument is out of its range, a score is NaN, negative or of another shape, or torch.fx
-            cannot trace the model.
+        ValueError: if an argument is out of its range, a score is NaN, negative, infinite or of another shape, or
+            torch.fx cannot trace the model.
 
     Source: Huang et al., "Shfl-BW" (DAC 2022, arXiv 2203.05016), for shuffled block-wise pruning; Pool and Yu, "Channel
     permutations for N:M sparsity" (NeurIPS 2021), for permutations that the surrounding layers absorb.
@@ -152,6 +152,8 @@ class _Gathering:
         self.sizes: dict[str, Tensor] = {}
         for name, shape in found.shapes.items():
             squares = found.scores(name).square().reshape(four_sizes(shape))
+            if not squares.isfinite().all():
+                raise ValueError(f"score of {name!r} must have finite squares, got one of {float(squares.max())}")
             # Taps do not move: those of one block are one number for each pair of channels.
             self.squares[name] = _taps_first(block_sums(squares, (1, 1, *block[2:])))
             self.sizes[name] = _taps_first(block_sizes(four_sizes(shape), block))
