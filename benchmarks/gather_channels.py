@@ -1,16 +1,17 @@
-"""What gathering channels before block pruning retains: tables of a run's network, as trained.
+"""What gathering channels before block pruning retains, in a run's network and in a fresh one of its kind.
 
     python benchmarks/gather_channels.py RUN_FOLDER [--blocks 32,32 64,64] [--densities 0.1 0.2]
 
 For each block, scope and density the share of the squared weights that `masks.prune` keeps, in brackets that of their
-absolute values: as trained, after `masks.gather_channels`, and without blocks, which no order of channels can exceed.
+absolute values: as they are, after `masks.gather_channels`, and without blocks, which no order of channels can exceed.
+What the fresh network gains is chance.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import time
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,14 +21,7 @@ from sparse_adv import masks, models, runs
 from sparse_adv.commands.flags import whole_numbers
 from sparse_adv.training.checkpoint import read_weights
 
-
-def network_of(folder: Path) -> tuple[nn.Module, tuple[int, ...]]:
-    """A run's network with its last weights, and its input's shape."""
-    weights, _ = read_weights(folder / runs.LAST)
-    told = runs.read(folder).facts["network"]
-    model = models.build(told["arch"], width=told["width"])
-    model.load_state_dict(weights)
-    return model, (1, *models.find(told["arch"]).input_shape)
+COLUMNS = ("block", "scope", "density", "fresh", "fresh, gathered", "trained", "trained, gathered", "without blocks")
 
 
 def retained(model: nn.Module, kept: Mapping[str, Tensor]) -> str:
@@ -40,28 +34,35 @@ def retained(model: nn.Module, kept: Mapping[str, Tensor]) -> str:
     return "{:.3f} ({:.3f})".format(*shares)
 
 
+def gathered(model: nn.Module, density: float, block: tuple[int, ...], shape: tuple[int, ...], scope: str) -> nn.Module:
+    """The model in the order that suits these blocks."""
+    model = copy.deepcopy(model)
+    masks.gather_channels(model, density, block, shape, scope).apply(model)
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of a dense run")
+    parser.add_argument("folder", type=Path, help="of a dense run of `sparse-adv train`")
     parser.add_argument("--blocks", type=whole_numbers, nargs="+", default=[(32, 32), (64, 64)])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2])
     arguments = parser.parse_args()
-    model, shape = network_of(arguments.folder)
-    print("| block | scope | density | as trained | gathered | without blocks | s |\n|" + " --- |" * 7)
+    logging.disable(logging.WARNING)  # of layers of which nothing is kept
+    told = runs.read(arguments.folder).facts["network"]
+    shape = (1, *models.find(told["arch"]).input_shape)
+    fresh, trained = (models.build(told["arch"], seed=1, width=told["width"]) for _ in range(2))
+    trained.load_state_dict(read_weights(arguments.folder / runs.LAST)[0])
+    print("|", " | ".join(COLUMNS), "|\n|" + " --- |" * len(COLUMNS))
     for block in arguments.blocks:
         for scope in ("uniform", "global"):
             for density in arguments.densities:
-                begin = time.perf_counter()
-                order = masks.gather_channels(model, density, block, shape, scope)
-                seconds = time.perf_counter() - begin
-                gathered = copy.deepcopy(model)
-                order.apply(gathered)
                 cells = [
-                    retained(model, masks.prune(model, density, block, scope)),
-                    retained(gathered, masks.prune(gathered, density, block, scope)),
-                    retained(model, masks.prune(model, density, (1, 1), scope)),
+                    retained(network, masks.prune(network, density, block, scope))
+                    for model in (fresh, trained)
+                    for network in (model, gathered(model, density, block, shape, scope))
                 ]
-                print("|", " | ".join([str(block), scope, str(density), *cells, f"{seconds:.1f}"]), "|", flush=True)
+                cells.append(retained(trained, masks.prune(trained, density, (1, 1), scope)))
+                print("|", " | ".join([str(block), scope, str(density), *cells]), "|", flush=True)
 
 
 if __name__ == "__main__":
