@@ -120,6 +120,26 @@ def test_pixels_that_are_not_finite_reach_the_outputs_that_read_them_and_no_othe
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("width", [9, 16, 20])
+@pytest.mark.parametrize("place", [(0, 1, 8, 3), (0, 1, 0, 0), (0, 1, 4, -1)])
+def test_a_pixel_that_is_not_finite_reaches_the_gradients_of_the_weights_that_meet_it(path, width, place):
+    case = Case(density=1.0, image=(9, width))
+    case.input[place] = math.nan
+    spoiled = case.found(case.pattern(path))["grad_weight"].isnan()
+    assert_equal(spoiled, case.expected()["grad_weight"].isnan())
+
+
+@pytest.mark.parametrize("width", [14, 20])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("padding", [(1, 1), (0, 0), (2, 3)])
+@pytest.mark.parametrize("batch", [2, 33])
+def test_blocks_of_whole_filter_rows_equal_the_reference(width, stride, padding, batch):
+    for block in ((1, 1, 1, 3), (1, 1, 3, 3)):
+        case = Case(batch, group_in=70, image=(5, width), stride=stride, padding=padding, block=block, seed=15)
+        assert_passes_equal(case.found(case.pattern("sparse")), case.expected())
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("filter", [(1, 1), (3, 3)])
 def test_channels_last_gives_channels_last_and_all_else_contiguous(path, layout, filter):

@@ -211,6 +211,7 @@ TAMPERED = {
     "vectors of 3": (with_tensor(0, lambda t: changed(t, 11, 3)), "vector must be 1, 2 or 4, not 3"),
     "other vectors": (with_tensor(0, lambda t: changed(t, 11, 4)), "list starts where"),
     "no segments": (with_tensor(0, lambda t: changed(t, 12, 0)), "segments of 0 channels"),
+    "rows of a filter": (with_tensor(0, lambda t: changed(t, 9, 3)), "block spans rows of the filter"),
     "mask of numbers": (with_tensor(1, lambda t: t.float()), "mask's shape differs"),
     "another mask": (with_tensor(1, lambda t: t[:, 1:]), "mask's shape differs"),
     "flat mask": (with_tensor(1, lambda t: t.flatten()), "mask's shape differs"),

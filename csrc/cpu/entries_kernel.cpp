@@ -16,9 +16,17 @@ bool entries_inside(const int32_t* entries, int64_t count, int64_t channels, int
   return outside == 0;
 }
 
-void entry_offsets(const int32_t* entries, int64_t count, int32_t plane, const int32_t* tap_offset, int32_t* offsets) {
+bool entries_in_threes(const int32_t* entries, int64_t count) {
+  int32_t wrong = count % 3;
+  for (int64_t i = 0; i + 2 < count; i += 3)
+    wrong |= (entries[i] & (kMaxTaps - 1)) % 3 | (entries[i + 1] - entries[i] - 1) | (entries[i + 2] - entries[i] - 2);
+  return wrong == 0;
+}
+
+void entry_offsets(const int32_t* entries, int64_t count, int32_t block_mask, int32_t plane, const int32_t* tap_offset,
+                   int32_t* offsets) {
   for (int64_t i = 0; i < count; ++i)
-    offsets[i] = (entries[i] >> kTapBits) * plane + tap_offset[entries[i] & (kMaxTaps - 1)];
+    offsets[i] = (entries[i] >> kTapBits & block_mask) * plane + tap_offset[entries[i] & (kMaxTaps - 1)];
 }
 
 }  // namespace SPARSE_ADV_ISA

@@ -1,5 +1,4 @@
-// A vector of float lanes in the instruction set that the including kernel file is compiled for. Lane = sample: the
-// kernels compute kLanes images at once, each at the same pixel.
+// A vector of float lanes in the instruction set that the including kernel file is compiled for.
 //
 // Everything lives in the instruction set's own namespace, and kernel files use no inline function of another library:
 // the linker keeps one copy of each inline function, and that might be the AVX-512 one on a machine that has none.
@@ -15,7 +14,7 @@ namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
 // Keeps the compiler from folding a pointer's index into every load: with an index register, a load and its
-// multiply-add are two micro-operations instead of one.
+// multiply-add are two micro-operations instead of one. Of a vector: from loading it anew for each of its uses.
 static inline const float* in_register(const float* p) {
   asm("" : "+r"(p));
   return p;
@@ -29,11 +28,23 @@ using Vec = __m512;
 
 static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+static inline Vec in_register(Vec v) {
+  asm("" : "+v"(v));
+  return v;
+}
 static inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 // max(v, 0) that keeps NaN: vmaxps returns its second operand where one is NaN.
 static inline Vec relu(Vec v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+// The vectors one float before and after `v`, which lies at p, aligned, between two others. Shifting in registers costs
+// less than a load that crosses a cache line; of shorter vectors every other load crosses none, and loading costs less.
+static inline Vec one_before(const float*, Vec before, Vec v) {
+  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(v), _mm512_castps_si512(before), 15));
+}
+static inline Vec one_after(const float*, Vec v, Vec after) {
+  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(after), _mm512_castps_si512(v), 1));
+}
 static inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 static inline Vec load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
 static inline void store_first(float* p, Vec v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
@@ -70,21 +81,17 @@ static inline void transpose(Vec r[16]) {
   }
 }
 
-// Lane i = the sum of the lanes of v[i].
-static inline Vec sum_of_each(const Vec v[16]) {
-  Vec a[8], b[4], c[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    a[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
-    b[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i)
-    c[i] = add(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-  return add(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+// Sums over the lanes of kLanes vectors, in three steps: pairs, pairs of pairs, and all kLanes / 4 of these. Lane i of
+// the end is the sum of the lanes of vector i.
+static inline Vec add_pair(Vec a, Vec b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+static inline Vec add_pairs(Vec a, Vec b) {
+  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+static inline Vec add_quads(const Vec v[4]) {
+  const Vec a = add(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+  const Vec b = add(_mm512_shuffle_f32x4(v[2], v[3], 0x88), _mm512_shuffle_f32x4(v[2], v[3], 0xdd));
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
 #elif defined(__AVX2__)
@@ -95,10 +102,16 @@ using Vec = __m256;
 
 static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+static inline Vec in_register(Vec v) {
+  asm("" : "+x"(v));
+  return v;
+}
 static inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec relu(Vec v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+static inline Vec one_before(const float* p, Vec, Vec) { return load(p - 1); }
+static inline Vec one_after(const float* p, Vec, Vec) { return load(p + 1); }
 static inline __m256i first(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -127,15 +140,10 @@ static inline void transpose(Vec r[8]) {
   }
 }
 
-static inline Vec sum_of_each(const Vec v[8]) {
-  Vec a[4], b[2];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    a[i] = add(_mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i)
-    b[i] = add(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
-  return add(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31));
+static inline Vec add_pair(Vec a, Vec b) { return add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
+static inline Vec add_pairs(Vec a, Vec b) { return add(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee)); }
+static inline Vec add_quads(const Vec v[2]) {
+  return add(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31));
 }
 
 #else
@@ -148,6 +156,7 @@ static inline Vec load(const float* p) { return Vec{p[0], p[1], p[2], p[3]}; }
 static inline void store(float* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) p[i] = v[i];
 }
+static inline Vec in_register(Vec v) { return v; }
 static inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 static inline Vec add(Vec a, Vec b) { return a + b; }
@@ -155,6 +164,8 @@ static inline Vec relu(Vec v) {
   for (int i = 0; i < kLanes; ++i) v[i] = v[i] <= 0.0f ? 0.0f : v[i];
   return v;
 }
+static inline Vec one_before(const float* p, Vec, Vec) { return load(p - 1); }
+static inline Vec one_after(const float* p, Vec, Vec) { return load(p + 1); }
 static inline Vec load_first(const float* p, int count) {
   Vec v{};
   for (int i = 0; i < count; ++i) v[i] = p[i];
@@ -171,11 +182,9 @@ static inline void transpose(Vec r[4]) {
       r[j][i] = x;
     }
 }
-static inline Vec sum_of_each(const Vec v[4]) {
-  Vec sums;
-  for (int i = 0; i < kLanes; ++i) sums[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
-  return sums;
-}
+static inline Vec add_pair(Vec a, Vec b) { return Vec{a[0] + a[2], b[0] + b[2], a[1] + a[3], b[1] + b[3]}; }
+static inline Vec add_pairs(Vec a, Vec b) { return Vec{a[0] + a[2], a[1] + a[3], b[0] + b[2], b[1] + b[3]}; }
+static inline Vec add_quads(const Vec v[1]) { return v[0]; }
 
 #endif
 

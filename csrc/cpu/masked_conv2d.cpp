@@ -31,7 +31,7 @@ Tensor sparse_conv2d(const Convolution& conv, const Pattern& pattern, const Tens
        pattern.groups,
        pattern.group_out_channels(),
        WeightLayout::forward(weight, pattern),
-       forward_window(conv),
+       forward_window(conv, pattern, is_channels_last(source)),
        source,
        {data(scale_data), data(bias_data), data(residual_data), relu}},
       output);
@@ -50,7 +50,7 @@ Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> patter
           "bias and scale must hold one number per output channel, in the input's dtype");
   check(!residual || residual->scalar_type() == input.scalar_type(), "residual must have the input's dtype");
   check_size("residual", residual, {conv.N, conv.K, conv.P, conv.Q});
-  if (choose_path(pattern, conv, Pass::forward, input.scalar_type()) == Path::sparse)
+  if (choose_path(pattern, conv, Pass::forward, input.scalar_type(), is_channels_last(input)) == Path::sparse)
     return sparse_conv2d(conv, pattern, input, weight, bias, scale, residual, relu);
   return dense_conv2d(conv, pattern, input, weight, bias, scale, residual, relu);
 }
@@ -76,7 +76,8 @@ std::vector<int64_t> chosen_paths_cpu(std::vector<Tensor> pattern_tensors, std::
   const Convolution conv = make_convolution(pattern, input_size, stride, padding, dilation, pattern.groups);
   std::vector<int64_t> paths;
   for (Pass pass : {Pass::forward, Pass::grad_input, Pass::grad_weight})
-    paths.push_back(static_cast<int64_t>(choose_path(pattern, conv, pass, torch::headeronly::ScalarType::Float)));
+    paths.push_back(
+        static_cast<int64_t>(choose_path(pattern, conv, pass, torch::headeronly::ScalarType::Float, false)));
   return paths;
 }
 

@@ -5,89 +5,141 @@
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
-// Collects one vector per entry and, each time kLanes are there, adds their sums over the lanes to the totals: about
-// three instructions per entry, where keeping a vector of lanes per entry and tile would load and store 128 bytes.
+// Collects a vector of lanes per kept value and, each time kLanes are there, adds their sums over the lanes to the
+// totals: about three instructions a value, where keeping a vector of lanes per value and tile would load and store 128
+// bytes.
+template <int VECTOR>
 class LaneSums {
  public:
+  static constexpr int kRoom = kLanes / VECTOR;  // entries
   explicit LaneSums(float* totals) : totals_(totals) {}
-  int room() const { return kLanes - filled_; }
-  void push(Vec v) { store(vectors_ + filled_++ * kLanes, v); }
+  int room() const { return kRoom - filled_; }
+  void push(const Vec v[VECTOR]) {
+    Vec folded = v[0];
+    if constexpr (VECTOR == 2) folded = add_pair(v[0], v[1]);
+    if constexpr (VECTOR == 4) folded = add_pairs(add_pair(v[0], v[1]), add_pair(v[2], v[3]));
+    store(vectors_ + filled_++ * kLanes, folded);
+  }
   void flush() {
-    Vec v[kLanes];
+    Vec v[kRoom], quads[kLanes / 4];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) v[i] = load(vectors_ + i * kLanes);
-    const Vec sums = sum_of_each(v);
-    if (filled_ == kLanes) {
+    for (int i = 0; i < kRoom; ++i) v[i] = load(vectors_ + i * kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes / 4; ++i) {
+      if constexpr (VECTOR == 1)
+        quads[i] = add_pairs(add_pair(v[4 * i], v[4 * i + 1]), add_pair(v[4 * i + 2], v[4 * i + 3]));
+      else if constexpr (VECTOR == 2)
+        quads[i] = add_pairs(v[2 * i], v[2 * i + 1]);
+      else
+        quads[i] = v[i];
+    }
+    const Vec sums = add_quads(quads);
+    const int count = filled_ * VECTOR;
+    if (count == kLanes) {
       store(totals_, add(load(totals_), sums));
     } else {
-      store_first(totals_, add(load_first(totals_, filled_), sums), filled_);
+      store_first(totals_, add(load_first(totals_, count), sums), count);
     }
-    totals_ += filled_;
+    totals_ += count;
     filled_ = 0;
   }
 
  private:
   float* totals_;
   int filled_ = 0;
-  alignas(64) float vectors_[kLanes * kLanes] = {};
+  alignas(64) float vectors_[kRoom * kLanes] = {};
 };
 
-// The gradient's ROWS x COLS pixels stay in registers while the list is walked: one multiply-add per pixel and entry,
-// in four partial sums that hide its latency.
-template <int ROWS, int COLS>
-static inline __attribute__((always_inline)) void accumulate(const float* window, int64_t row_pitch, const float* grad,
-                                                             int64_t grad_row_pitch, const int32_t* offsets, int count,
-                                                             LaneSums& sums) {
-  constexpr int kPartial = 4;
-  Vec g[ROWS * COLS];
+// ROWS x COLS vectors of the gradient of VECTOR channels stay in registers while the list is walked: one load per
+// vector of the window and entry, VECTOR multiply-adds each, in sums enough to hide their latency.
+template <int VECTOR, int ROWS, int COLS>
+static inline __attribute__((always_inline)) void accumulate(const float* window, int64_t row_pitch,
+                                                             const float* const grad[VECTOR], int64_t grad_row_pitch,
+                                                             const int32_t* offsets, int count,
+                                                             LaneSums<VECTOR>& sums) {
+  constexpr int kVectors = ROWS * COLS, kPartial = 4 / VECTOR;
+  Vec g[VECTOR * kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < VECTOR; ++j)
 #pragma GCC unroll 16
-  for (int q = 0; q < ROWS * COLS; ++q) g[q] = load(grad + q / COLS * grad_row_pitch + q % COLS * kLanes);
+    for (int q = 0; q < kVectors; ++q)
+      g[j * kVectors + q] = load(grad[j] + q / COLS * grad_row_pitch + q % COLS * kLanes);
   for (int i = 0; i < count;) {
     const int end = count - i < sums.room() ? count : i + sums.room();
     for (; i < end; ++i) {
-      const float* row[ROWS];
-      row[0] = in_register(window + offsets[i]);
-#pragma GCC unroll 4
-      for (int r = 1; r < ROWS; ++r) row[r] = in_register(row[r - 1] + row_pitch);
-      Vec partial[kPartial] = {};
+      const float* at = in_register(window + offsets[i]);
+      Vec partial[VECTOR * kPartial] = {};
 #pragma GCC unroll 16
-      for (int q = 0; q < ROWS * COLS; ++q)
-        partial[q % kPartial] = fma(load(row[q / COLS] + q % COLS * kLanes), g[q], partial[q % kPartial]);
-      sums.push(add(add(partial[0], partial[1]), add(partial[2], partial[3])));
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+        for (int c = 0; c < COLS; ++c) {
+          const int q = r * COLS + c;
+          Vec x = load(at + c * kLanes);
+          if constexpr (VECTOR > 1) x = in_register(x);
+#pragma GCC unroll 4
+          for (int j = 0; j < VECTOR; ++j) {
+            Vec& sum = partial[q % kPartial * VECTOR + j];
+            sum = fma(x, g[j * kVectors + q], sum);
+          }
+        }
+        if (r + 1 < ROWS) at = in_register(at + row_pitch);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTOR; ++j) {
+        if constexpr (kPartial == 4)
+          partial[j] = add(add(partial[j], partial[VECTOR + j]), add(partial[2 * VECTOR + j], partial[3 * VECTOR + j]));
+        else if constexpr (kPartial == 2)
+          partial[j] = add(partial[j], partial[VECTOR + j]);
+      }
+      sums.push(partial);
     }
     if (sums.room() == 0) sums.flush();
   }
 }
 
-template <int TILE_COLS>
-static void tile_of(const OffsetLists& lists, const GradWeightTile& tile, float* totals) {
-  constexpr int kCols = kAccumulators < TILE_COLS ? kAccumulators : TILE_COLS;
-  constexpr int kRows = kAccumulators / kCols;
-  const int64_t entries = lists.rows[lists.segments * lists.vectors];
-  for (int part = 0; part < kTilePixels; part += kAccumulators) {
+template <int VECTOR, int TILE_COLS>
+static void tile_of(const OffsetLists& lists, int64_t first_segment, int64_t last_segment, const GradWeightTile& tile,
+                    float* totals) {
+  constexpr int kVectors = kAccumulators / VECTOR;
+  constexpr int kCols = kVectors < TILE_COLS ? kVectors : TILE_COLS;
+  constexpr int kRows = kVectors / kCols;
+  for (int part = 0; part < kTileVectors; part += kVectors) {
     const int row = part / TILE_COLS, col = part % TILE_COLS * kLanes;
     const float* window = tile.window + row * tile.window_row_pitch + col;
-    const float* grad = tile.grad + row * tile.grad_row_pitch + col;
-    for (int64_t segment = 0; segment < lists.segments; ++segment) {
+    const float* first = tile.grad + row * tile.grad_row_pitch + col;
+    for (int64_t segment = first_segment; segment < last_segment; ++segment) {
       const int32_t* rows = lists.rows + segment * lists.vectors;
-      for (int64_t j = 0; j < lists.vector; ++j) {
-        LaneSums sums(totals + j * entries + rows[0]);
-        for (int64_t i = 0; i < lists.vectors; ++i) {
+      LaneSums<VECTOR> sums(totals + static_cast<int64_t>(rows[0]) * VECTOR);
+      for (int64_t i = 0; i < lists.vectors; ++i) {
+        const float* grad[VECTOR];
+        for (int j = 0; j < VECTOR; ++j) {
           // A row beyond the last channel: its totals are never read, so any plane will do.
-          const int32_t channel = tile.channel_of[i * lists.vector + j];
-          accumulate<kRows, kCols>(window, tile.window_row_pitch, grad + (channel < 0 ? 0 : channel) * tile.grad_plane,
-                                   tile.grad_row_pitch, lists.offsets + rows[i], rows[i + 1] - rows[i], sums);
+          const int32_t channel = tile.channel_of[i * VECTOR + j];
+          grad[j] = first + (channel < 0 ? 0 : channel) * tile.grad_plane;
         }
-        sums.flush();
+        accumulate<VECTOR, kRows, kCols>(window, tile.window_row_pitch, grad, tile.grad_row_pitch,
+                                         lists.offsets + rows[i], rows[i + 1] - rows[i], sums);
       }
+      sums.flush();
     }
   }
 }
 
-void masked_conv2d_grad_weight_tile(const OffsetLists& lists, const GradWeightTile& tile, float* totals) {
-  if (tile.tile_cols == 16) return tile_of<16>(lists, tile, totals);
-  if (tile.tile_cols == 8) return tile_of<8>(lists, tile, totals);
-  return tile_of<4>(lists, tile, totals);
+template <int VECTOR>
+static void tile_of(const OffsetLists& lists, int64_t first_segment, int64_t last_segment, const GradWeightTile& tile,
+                    float* totals) {
+  if (tile.tile_cols == 16) return tile_of<VECTOR, 16>(lists, first_segment, last_segment, tile, totals);
+  if (tile.tile_cols == 8) return tile_of<VECTOR, 8>(lists, first_segment, last_segment, tile, totals);
+  if (tile.tile_cols == 4) return tile_of<VECTOR, 4>(lists, first_segment, last_segment, tile, totals);
+  if (tile.tile_cols == 2) return tile_of<VECTOR, 2>(lists, first_segment, last_segment, tile, totals);
+  return tile_of<VECTOR, 1>(lists, first_segment, last_segment, tile, totals);
+}
+
+void masked_conv2d_grad_weight_tile(const OffsetLists& lists, int64_t first_segment, int64_t last_segment,
+                                    const GradWeightTile& tile, float* totals) {
+  if (lists.vector == 4) return tile_of<4>(lists, first_segment, last_segment, tile, totals);
+  if (lists.vector == 2) return tile_of<2>(lists, first_segment, last_segment, tile, totals);
+  return tile_of<1>(lists, first_segment, last_segment, tile, totals);
 }
 
 }  // namespace SPARSE_ADV_ISA

@@ -6,50 +6,55 @@ namespace sparse_adv {
 
 namespace {
 
-// The static table: what a pass costs, in multiply-adds of the dense convolution. Fitted to 1,008 timings of each pass
-// on AVX-512 (15 layers of 3 to 512 channels and 4 to 32 pixels, batch 4 to 64, density 0.1 to 0.7), with a margin, so
-// that taking the sparse path where it is slower is rare; the price is some missed gains near the break-even, which
+// The static table: what a pass costs, in multiply-adds of the dense convolution. Fitted to 1,000 timings of each pass
+// on AVX-512 (22 layers of 3 to 512 channels and 2 to 112 pixels, batch 1 to 64, density 0.05 to 0.5), with a margin,
+// so that taking the sparse path where it is slower is rare; the price is some missed gains near the break-even, which
 // nn.tune finds. benchmarks/NOTES.md has the numbers.
-constexpr double kPerSparseElement = 40;  // converting an element of input or output to lanes and back
-constexpr double kPerDenseElement = 30;   // reading and writing it
-constexpr double kPerKeptWeight = 300;    // checking, gathering and placing it, once per call
-constexpr double kPerCall = 2e6;
+constexpr double kPerElement = 14;      // moving an element of input or output to lanes and back
+constexpr double kPerKeptWeight = 250;  // checking, gathering and placing it, once per call
+constexpr double kPerCall = 4e6;
+constexpr double kMargin = 1.15;
 
-// A kept weight's multiply-add: a vector of 4 output channels reuses each loaded pixel four times, grad_weight none.
+// A kept weight's multiply-add: a vector of 2 or 4 output channels shares each load.
 double per_kept(Pass pass, int64_t vector) {
-  const double on_simd = pass == Pass::grad_weight ? 2.2 : vector == 4 ? 1.35 : vector == 2 ? 1.9 : 2.0;
+  const double shared = vector == 4 ? 1.15 : 1.25;
+  const double on_simd = vector > 1 ? shared : pass == Pass::grad_weight ? 1.7 : 1.9;
   return cpu_capability() == Capability::portable ? 3 * on_simd : on_simd;
 }
 
-bool sparse_is_faster(const Pattern& pattern, const Convolution& conv, Pass pass, int64_t vector) {
-  const int64_t lanes = SPARSE_ADV_CHOOSE(lane_count)();
-  const auto batch = static_cast<double>(conv.N), padded = static_cast<double>((conv.N + lanes - 1) / lanes * lanes);
+double per_dense_element(Pass pass) { return pass == Pass::forward ? 23 : pass == Pass::grad_input ? 40 : 10; }
+
+bool sparse_is_faster(const Pattern& pattern, const Convolution& conv, Pass pass, int64_t vector,
+                      const Window& window) {
+  const auto batch = static_cast<double>(conv.N);
   const auto weights = static_cast<double>(conv.K * pattern.group_in_channels * conv.R * conv.S);
   const auto pixels = static_cast<double>(conv.P * conv.Q);
   const auto elements = static_cast<double>(conv.C * conv.H * conv.W + conv.K * conv.P * conv.Q);
-  // A strided grad_input sorts the lists into phases and writes single pixels.
-  const bool strided = pass == Pass::grad_input && (conv.stride[0] > 1 || conv.stride[1] > 1);
-  const double kept = static_cast<double>(pattern.kept);
-  const double sparse = padded * (per_kept(pass, vector) * (strided ? 1.5 : 1) * kept * pixels +
-                                  kPerSparseElement * (strided ? 2 : 1) * elements) +
-                        kPerKeptWeight * (strided ? 2 : 1) * kept + kPerCall;
-  return sparse < batch * (weights * pixels + kPerDenseElement * elements);
+  // A strided grad_input sorts the lists into phases, on one thread.
+  const bool strided = pass == Pass::grad_input && window.phases() > 1;
+  const auto kept = static_cast<double>(pattern.kept);
+  const double sparse = per_kept(pass, vector) * kept * static_cast<double>(window.computed_positions()) +
+                        kPerElement * elements * static_cast<double>(window.padded_batch()) +
+                        kPerKeptWeight * (strided ? 3 : 1) * kept + kPerCall;
+  return kMargin * sparse < batch * (weights * pixels + per_dense_element(pass) * elements);
 }
 
 }  // namespace
 
-Path choose_path(const Pattern& pattern, const Convolution& conv, Pass pass, torch::headeronly::ScalarType dtype) {
+Path choose_path(const Pattern& pattern, const Convolution& conv, Pass pass, torch::headeronly::ScalarType dtype,
+                 bool channels_last) {
   const auto asked = static_cast<Path>(pattern.path[static_cast<int>(pass)]);
   const bool possible = dtype == torch::headeronly::ScalarType::Float && conv.N > 0 && conv.C > 0 && conv.H > 0 &&
                         conv.W > 0 && conv.K > 0;
   constexpr int64_t kMaxPixels = int64_t{1} << 31;  // the kernels number pixels in int32
   if (conv.H * conv.W >= kMaxPixels || conv.P * conv.Q >= kMaxPixels) return Path::dense;
   if (!possible || asked == Path::dense) return Path::dense;
-  const Window window = pass == Pass::grad_input ? grad_input_window(conv) : forward_window(conv);
-  if (!window.fits_int32(SPARSE_ADV_CHOOSE(lane_count)())) return Path::dense;
+  const Window window = pass == Pass::grad_input ? grad_input_window(conv, pattern, channels_last)
+                                                 : forward_window(conv, pattern, channels_last);
+  if (!window.fits_int32()) return Path::dense;
   if (asked == Path::sparse) return Path::sparse;
   const int64_t vector = pass == Pass::grad_input ? pattern.grad_input_vector : pattern.forward_vector;
-  return sparse_is_faster(pattern, conv, pass, vector) ? Path::sparse : Path::dense;
+  return sparse_is_faster(pattern, conv, pass, vector, window) ? Path::sparse : Path::dense;
 }
 
 }  // namespace sparse_adv

@@ -11,6 +11,7 @@ namespace sparse_adv {
 enum class Pass { forward, grad_input, grad_weight };
 
 // Path::sparse or Path::dense.
-Path choose_path(const Pattern& pattern, const Convolution& conv, Pass pass, torch::headeronly::ScalarType dtype);
+Path choose_path(const Pattern& pattern, const Convolution& conv, Pass pass, torch::headeronly::ScalarType dtype,
+                 bool channels_last);
 
 }  // namespace sparse_adv

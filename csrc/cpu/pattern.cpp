@@ -25,8 +25,6 @@ PatternLists read_lists(const std::vector<Tensor>& tensors, int rows_at, int val
                         int64_t segment_channels, int64_t groups, int64_t group_rows, int64_t group_channels,
                         int64_t taps) {
   check(vector == 1 || vector == 2 || vector == 4, "pattern: vector must be 1, 2 or 4, not ", vector);
-  check(segment_channels >= 1 && segment_channels <= kMaxChannels, "pattern: segments of ", segment_channels,
-        " channels");
   PatternLists lists{};
   lists.vector = vector;
   lists.segment_channels = segment_channels;
@@ -63,18 +61,32 @@ PatternLists read_lists(const std::vector<Tensor>& tensors, int rows_at, int val
   return lists;
 }
 
+// Marks the lists of a mask whose blocks span the rows of a filter with three columns.
+PatternLists with_rows_of_three(PatternLists lists, int64_t block_cols, int64_t filter_cols) {
+  lists.rows_of_three = lists.vector == 1 && filter_cols == 3 && block_cols % 3 == 0;
+  if (lists.rows_of_three) {
+    bool whole = true;
+    for (int64_t i = 0; i <= lists.vectors * lists.segments; ++i) whole &= lists.rows[i] % 3 == 0;
+    check(whole && SPARSE_ADV_CHOOSE(entries_in_threes)(lists.entries, lists.entry_count),
+          "pattern: the block spans rows of the filter, and the entries do not");
+  }
+  return lists;
+}
+
 }  // namespace
 
 PatternLists Pattern::forward() const {
   const int64_t* header = tensors[kHeader].const_data_ptr<int64_t>();
-  return read_lists(tensors, kRows, kValues, forward_vector, header[kSegmentChannels], groups, group_out_channels(),
-                    group_in_channels, taps());
+  return with_rows_of_three(read_lists(tensors, kRows, kValues, forward_vector, forward_segment, groups,
+                                       group_out_channels(), group_in_channels, taps()),
+                            header[kBlockCols], filter_cols);
 }
 
 PatternLists Pattern::grad_input() const {
   const int64_t* header = tensors[kHeader].const_data_ptr<int64_t>();
-  return read_lists(tensors, kGradInputRows, kGradInputValues, grad_input_vector, header[kGradInputSegmentChannels],
-                    groups, group_in_channels, group_out_channels(), taps());
+  return with_rows_of_three(read_lists(tensors, kGradInputRows, kGradInputValues, grad_input_vector, grad_input_segment,
+                                       groups, group_in_channels, group_out_channels(), taps()),
+                            header[kBlockCols], filter_cols);
 }
 
 Pattern read_pattern(const std::vector<Tensor>& tensors) {
@@ -99,7 +111,11 @@ Pattern read_pattern(const std::vector<Tensor>& tensors) {
   pattern.kept = header[kKept];
   pattern.forward_vector = header[kVector];
   pattern.grad_input_vector = header[kGradInputVector];
+  pattern.forward_segment = header[kSegmentChannels];
+  pattern.grad_input_segment = header[kGradInputSegmentChannels];
   pattern.weight_is_masked = header[kWeightIsMasked] == 1;
+  for (const int64_t segment : {pattern.forward_segment, pattern.grad_input_segment})
+    check(segment >= 1 && segment <= kMaxChannels, "pattern: segments of ", segment, " channels");
   check(
       pattern.out_channels % pattern.groups == 0 && pattern.in_channels() <= kMaxChannels && pattern.taps() <= kMaxTaps,
       "pattern: the header's sizes do not fit together");

@@ -17,12 +17,14 @@ struct PatternLists {
   const int32_t* entries;
   int64_t entry_count;
   const float* values;  // [entry_count * vector], or null: read them from the weight
+  bool rows_of_three;   // the entries come in threes: all taps of a filter's row
 };
 
 struct Pattern {
   int64_t out_channels, group_in_channels, filter_rows, filter_cols, groups, kept;
   int64_t forward_vector, grad_input_vector;
-  int64_t path[3];  // of forward, grad_input, grad_weight
+  int64_t forward_segment, grad_input_segment;  // channels
+  int64_t path[3];                              // of forward, grad_input, grad_weight
   bool weight_is_masked;
   torch::stable::Tensor mask;
 

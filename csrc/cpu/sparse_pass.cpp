@@ -3,11 +3,14 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 
 #include "checks.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/entries_kernel.h"
 #include "cpu/masked_conv2d_kernel.h"
+#include "cpu/sample_lanes_kernel.h"
 #include "layout.h"
 
 namespace sparse_adv {
@@ -38,18 +41,24 @@ std::unique_ptr<float[]> packed_values(const SparsePass& pass) {
 }
 
 // All taps are of the one phase: the lists stay as they are.
-void make_single_phase(const SparsePass& pass, int lanes, PhaseLists& phase) {
+void make_single_phase(const SparsePass& pass, PhaseLists& phase) {
   const PatternLists& lists = pass.lists;
-  phase.offsets = window_offsets(lists, pass.window, lanes);
+  phase.offsets = window_offsets(lists, pass.window);
   const float* values = lists.values;
   if (!values) {
     phase.values = packed_values(pass);
     values = phase.values.get();
   }
-  phase.view = {lists.vector, lists.vectors, lists.segments, lists.rows, phase.offsets.get(), values};
+  phase.view = {lists.vector,
+                lists.vectors,
+                lists.segments,
+                lists.rows,
+                phase.offsets.get(),
+                values,
+                lists.rows_of_three ? pass.window.runs_of_three() : Runs::none};
 }
 
-void make_phase(const SparsePass& pass, int lanes, int64_t index, const float* all_values, PhaseLists& phase) {
+void make_phase(const SparsePass& pass, int64_t index, const float* all_values, PhaseLists& phase) {
   const PatternLists& lists = pass.lists;
   const auto taps = static_cast<int64_t>(pass.weight.tap_offset.size());
   std::vector<int64_t> tap_offset(taps);
@@ -65,25 +74,25 @@ void make_phase(const SparsePass& pass, int lanes, int64_t index, const float* a
       const int64_t offset = tap_offset[lists.entries[i] & (kMaxTaps - 1)];
       if (offset < 0) continue;
       const int64_t channel = lists.entries[i] >> kTapBits;
-      phase.offsets[next] = static_cast<int32_t>((channel * pass.window.plane + offset) * lanes);
+      phase.offsets[next] = static_cast<int32_t>(channel * pass.window.plane * pass.window.lanes + offset);
       std::copy_n(all_values + i * lists.vector, lists.vector, phase.values.get() + next * lists.vector);
       ++next;
     }
     phase.rows.push_back(next);
   }
-  phase.view = {lists.vector,      lists.vectors,       lists.segments,
-                phase.rows.data(), phase.offsets.get(), phase.values.get()};
+  phase.view = {lists.vector,        lists.vectors,      lists.segments, phase.rows.data(),
+                phase.offsets.get(), phase.values.get(), Runs::none};
 }
 
-std::vector<PhaseLists> make_phases(const SparsePass& pass, int lanes) {
+std::vector<PhaseLists> make_phases(const SparsePass& pass) {
   std::vector<PhaseLists> phases(pass.window.phases());
   if (phases.size() == 1) {
-    make_single_phase(pass, lanes, phases[0]);
+    make_single_phase(pass, phases[0]);
     return phases;
   }
   const std::unique_ptr<float[]> packed = pass.lists.values ? nullptr : packed_values(pass);
   const float* values = pass.lists.values ? pass.lists.values : packed.get();
-  for (size_t i = 0; i < phases.size(); ++i) make_phase(pass, lanes, static_cast<int64_t>(i), values, phases[i]);
+  for (size_t i = 0; i < phases.size(); ++i) make_phase(pass, static_cast<int64_t>(i), values, phases[i]);
   return phases;
 }
 
@@ -143,9 +152,10 @@ void pack_values(const PatternLists& lists, int64_t groups, int64_t group_rows, 
       [&](int64_t i, int64_t j, int64_t at) { values[i * lists.vector + j] = at >= 0 ? weight.data[at] : 0.0f; });
 }
 
-void unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
+bool unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
                    const float* totals, int64_t parts, float* to) {
   const int64_t group_vectors = lists.vectors / groups;
+  std::atomic<bool> finite = true;
   const auto clear = [&](int64_t vector) {
     const int64_t row = vector % group_vectors * lists.vector;
     const int64_t count = std::min(lists.vector, group_rows - row);
@@ -153,75 +163,160 @@ void unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows
   };
   for_each_value(lists, groups, group_rows, weight, clear, [&](int64_t i, int64_t j, int64_t at) {
     if (at < 0) return;
-    const float* total = totals + j * lists.entry_count + i;
+    const float* total = totals + i * lists.vector + j;
     float sum = 0.0f;
     for (int64_t part = 0; part < parts; ++part) sum += total[part * lists.vector * lists.entry_count];
     to[at] = sum;
+    if (!std::isfinite(sum)) finite.store(false, std::memory_order_relaxed);
   });
+  return finite;
 }
 
-std::unique_ptr<int32_t[]> window_offsets(const PatternLists& lists, const Window& window, int lanes) {
+std::unique_ptr<int32_t[]> window_offsets(const PatternLists& lists, const Window& window) {
   std::vector<int32_t> tap_offset;
   for (size_t tap = 0; tap < window.rows.taps.size() * window.cols.taps.size(); ++tap)
-    tap_offset.push_back(static_cast<int32_t>(window.tap_offset(static_cast<int64_t>(tap), 0) * lanes));
+    tap_offset.push_back(static_cast<int32_t>(window.tap_offset(static_cast<int64_t>(tap), 0)));
   auto offsets = std::make_unique_for_overwrite<int32_t[]>(lists.entry_count);
-  const auto plane = static_cast<int32_t>(window.plane * lanes);
+  const auto plane = static_cast<int32_t>(window.plane * window.lanes);
+  const auto block_mask = static_cast<int32_t>(window.block < window.channels ? window.block - 1 : kMaxChannels - 1);
   torch::stable::parallel_for(0, lists.entry_count, 32768, [&](int64_t begin, int64_t end) {
-    SPARSE_ADV_CHOOSE(entry_offsets)(lists.entries + begin, end - begin, plane, tap_offset.data(),
+    SPARSE_ADV_CHOOSE(entry_offsets)(lists.entries + begin, end - begin, block_mask, plane, tap_offset.data(),
                                      offsets.get() + begin);
   });
   return offsets;
 }
 
-Images images_of(const Tensor& tensor, int64_t first, int lanes) {
+std::vector<int32_t> channels_of_rows(const PatternLists& lists, int64_t groups, int64_t group_rows) {
+  const int64_t padded = lists.vectors / groups * lists.vector;
+  std::vector<int32_t> channels;
+  for (int64_t i = 0; i < lists.vectors * lists.vector; ++i)
+    channels.push_back(i % padded < group_rows ? static_cast<int32_t>(i / padded * group_rows + i % padded) : -1);
+  return channels;
+}
+
+Segments segments_of_block(const PatternLists& lists, const Window& window, int64_t first_channel) {
+  if (window.block >= window.channels) return {0, lists.segments};
+  return {first_channel / lists.segment_channels,
+          std::min(lists.segments, (first_channel + window.block) / lists.segment_channels)};
+}
+
+Images images_of(const Tensor& tensor, const Window& window, int64_t item) {
   const int64_t channels = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
+  const int64_t first = item / window.strips * window.images;
   return {tensor.const_data_ptr<float>() + first * channels * pixels,
           channels * pixels,
           channels,
           pixels,
           is_channels_last(tensor),
-          static_cast<int>(std::min<int64_t>(lanes, tensor.size(0) - first))};
+          static_cast<int>(std::min(window.images, tensor.size(0) - first))};
 }
 
-void run(const SparsePass& pass, Tensor& output) {
-  const int lanes = SPARSE_ADV_CHOOSE(lane_count)();
-  const auto fill = SPARSE_ADV_CHOOSE(fill_window);
-  const auto compute = SPARSE_ADV_CHOOSE(masked_conv2d_tile);
-  const auto store = SPARSE_ADV_CHOOSE(store_sums);
-  const Window& window = pass.window;
-  const std::vector<PhaseLists> phases = make_phases(pass, lanes);
-  const std::vector<int32_t> plane_of = planes_of_channels(pass);
-  const int64_t window_size = window.channels * window.plane * lanes;
-  const int64_t sums_size = pass.lists.vectors * pass.lists.vector * window.sums_plane * lanes;
-  const int64_t batches = (output.size(0) + lanes - 1) / lanes;
-  float* const output_data = output.mutable_data_ptr<float>();
+namespace {
 
-  torch::stable::parallel_for(0, batches * window.strips, 1, [&](int64_t begin, int64_t end) {
-    thread_local AlignedBuffer buffer;
-    float* const scratch = buffer.at_least(window_size + sums_size);
-    float* const sums = scratch + window_size;
-    StripPlacement placement;
-    std::vector<Run> runs;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / window.strips * lanes, strip = item % window.strips;
-      fill(images_of(pass.source, first, lanes), placement.describe(window, strip), 0, window.channels, scratch);
-      const Images shape = images_of(output, first, lanes);
-      Epilogue epilogue = pass.epilogue;
-      if (epilogue.residual) epilogue.residual += first * shape.image_size;
-      const int64_t strip_rows = std::min(window.strip, window.rows.extent - strip * window.strip);
-      for (int64_t phase = 0; phase < window.phases(); ++phase) {
-        describe_runs(window, strip, phase, runs);
-        if (runs.empty()) continue;
-        for (int64_t m = 0; m < strip_rows; m += window.tile_rows)
-          for (int64_t l = 0; l < window.cols.extent; l += window.tile_cols)
-            compute(phases[phase].view, {window.tile_cols, scratch + (m * window.row_pitch + l) * lanes,
-                                         window.row_pitch * lanes, sums + (m * window.sums_row_pitch + l) * lanes,
-                                         window.sums_row_pitch * lanes, window.sums_plane * lanes});
-        store({sums, plane_of.data(), window.sums_plane, runs.data(), static_cast<int64_t>(runs.size()),
-               static_cast<int32_t>(window.cols.output_phases)},
-              epilogue, shape, output_data + first * shape.image_size);
+// One strip: its window is filled block by block of channels, and each block added to the sums.
+class Strip {
+ public:
+  Strip(const SparsePass& pass, const std::vector<PhaseLists>& phases, const std::vector<int32_t>& channel_of,
+        Tensor& output)
+      : pass_(pass),
+        window_(pass.window),
+        phases_(phases),
+        channel_of_(channel_of),
+        plane_of_(planes_of_channels(pass)),
+        output_(output),
+        planes_(pass.lists.vectors * pass.lists.vector),
+        scratch_(thread_buffer().at_least(window_.block_size() + window_.sums_size(planes_) * window_.lanes)),
+        sums_(scratch_ + window_.block_size()) {
+    if (window_.lane_is_pixel) std::fill_n(scratch_, window_.block_size(), 0.0f);
+  }
+
+  void run(int64_t item) {
+    const int64_t strip = item % window_.strips;
+    const Filler filler(window_, placement_, strip, images_of(pass_.source, window_, item));
+    const Images shape = images_of(output_, window_, item);
+    const int64_t at = shape.data - output_.const_data_ptr<float>();
+    float* const output = output_.mutable_data_ptr<float>() + at;
+    Epilogue epilogue = pass_.epilogue;
+    if (epilogue.residual) epilogue.residual += at;
+    if (window_.lane_is_pixel) {
+      for (int64_t first = 0; first < window_.channels; first += window_.block) {
+        filler.fill(first, scratch_);
+        compute_rows(strip, first, epilogue, shape, output);
       }
+      return;
     }
+    filler.fill(0, scratch_);
+    const int64_t phase_size = window_.strip * window_.sums_row_pitch * window_.lanes;
+    for (int64_t phase = 0; phase < window_.phases(); ++phase) {
+      const OffsetLists& lists = phases_[phase].view;
+      for_each_tile(strip, [&](int64_t, int64_t, Tile tile) {
+        tile.sums += phase * phase_size;
+        convolve(lists, 0, lists.segments, tile);
+      });
+    }
+    Sums sums = placement_.sums(window_, strip);
+    sums.data = sums_;
+    sums.plane_of = plane_of_.data();
+    SPARSE_ADV_CHOOSE(store_sums)(sums, epilogue, shape, output);
+  }
+
+ private:
+  static AlignedBuffer& thread_buffer() {
+    thread_local AlignedBuffer buffer;
+    return buffer;
+  }
+
+  void convolve(const OffsetLists& lists, int64_t first_segment, int64_t last_segment, const Tile& tile) const {
+    SPARSE_ADV_CHOOSE(masked_conv2d_tile)(lists, first_segment, last_segment, tile);
+  }
+
+  template <class Visit>
+  void for_each_tile(int64_t strip, const Visit& visit) const {
+    const int64_t lanes = window_.lanes, strip_rows = window_.rows_of(strip);
+    for (int64_t row = 0; row < strip_rows; row += window_.tile_rows)
+      for (int64_t col = 0; col < window_.across; col += window_.tile_cols)
+        visit(row, col,
+              {window_.tile_cols, scratch_ + (row * window_.row_pitch + col) * lanes, window_.row_pitch * lanes,
+               sums_ + window_.sums_at(row, col, planes_) * lanes, window_.sums_row_pitch * lanes,
+               window_.sums_plane * lanes, nullptr});
+  }
+
+  void compute_rows(int64_t strip, int64_t first_channel, const Epilogue& epilogue, const Images& shape,
+                    float* output) const {
+    const OffsetLists& lists = phases_[0].view;
+    const auto [first, last] = segments_of_block(pass_.lists, window_, first_channel);
+    const int64_t width = window_.cols.output_size;
+    for_each_tile(strip, [&](int64_t row, int64_t col, Tile tile) {
+      const int64_t at = (strip * window_.strip + row) * width + col * window_.lanes;
+      TileOutput to{
+          output + at,        width,   shape.pixels, window_.rows_of(strip) - row, width - col * window_.lanes,
+          channel_of_.data(), epilogue};
+      if (epilogue.residual) to.epilogue.residual += at;
+      tile.output = &to;
+      convolve(lists, first, last, tile);
+    });
+  }
+
+  const SparsePass& pass_;
+  const Window& window_;
+  const std::vector<PhaseLists>& phases_;
+  const std::vector<int32_t>& channel_of_;
+  const std::vector<int32_t> plane_of_;
+  Tensor& output_;
+  const int64_t planes_;
+  float* const scratch_;
+  float* const sums_;
+  StripPlacement placement_;
+};
+
+}  // namespace
+
+void run(const SparsePass& pass, Tensor& output) {
+  const std::vector<PhaseLists> phases = make_phases(pass);
+  const std::vector<int32_t> channel_of = channels_of_rows(pass.lists, pass.groups, pass.group_rows);
+  torch::stable::parallel_for(0, pass.window.items(), 1, [&](int64_t begin, int64_t end) {
+    Strip strip(pass, phases, channel_of, output);
+    for (int64_t item = begin; item < end; ++item) strip.run(item);
   });
 }
 

@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/lane_layout_kernel.h"
 #include "cpu/pattern.h"
+#include "cpu/sample_lanes_kernel.h"
 #include "cpu/window.h"
 
 namespace sparse_adv {
@@ -39,15 +39,24 @@ void run(const SparsePass& pass, torch::stable::Tensor& output);
 void pack_values(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
                  float* values);
 
-// Adds totals [parts, vector, entries] over the parts and writes them to their places in a contiguous weight gradient,
-// and 0 everywhere else.
-void unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
+// Adds totals [parts, entries, vector] over the parts and writes them to their places in a contiguous weight gradient,
+// and 0 everywhere else. Returns whether all sums are finite.
+bool unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
                    const float* totals, int64_t parts, float* to);
 
 // The entries as offsets into the window, in floats, where all taps are of one output phase.
-std::unique_ptr<int32_t[]> window_offsets(const PatternLists& lists, const Window& window, int lanes);
+std::unique_ptr<int32_t[]> window_offsets(const PatternLists& lists, const Window& window);
 
-// A description of images `first` .. of a tensor in a plain layout, at most `lanes` of them.
-Images images_of(const torch::stable::Tensor& tensor, int64_t first, int lanes);
+// The output channel of each row of each vector; -1 beyond the end of a group.
+std::vector<int32_t> channels_of_rows(const PatternLists& lists, int64_t groups, int64_t group_rows);
+
+// The segments of the lists whose channels the window holds as one block.
+struct Segments {
+  int64_t first, last;
+};
+Segments segments_of_block(const PatternLists& lists, const Window& window, int64_t first_channel);
+
+// The images of an item of the window's work, from a tensor in a plain layout.
+Images images_of(const torch::stable::Tensor& tensor, const Window& window, int64_t item);
 
 }  // namespace sparse_adv

@@ -1,5 +1,7 @@
 #include "cpu/window.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 namespace sparse_adv {
@@ -11,7 +13,7 @@ int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) 
 }  // namespace
 
 Axis Axis::forward(int64_t source, int64_t output, int64_t filter, int64_t stride, int64_t padding, int64_t dilation) {
-  Axis axis{source, output, stride, 1, output, padding, {}, 0, 0};
+  Axis axis{source, output, stride, 1, output, padding, {}, 0};
   for (int64_t t = 0; t < filter; ++t) {
     axis.taps.push_back({t * dilation % stride, 0, t * dilation / stride});
     axis.max_shift = std::max(axis.max_shift, axis.taps.back().shift);
@@ -21,41 +23,81 @@ Axis Axis::forward(int64_t source, int64_t output, int64_t filter, int64_t strid
 
 Axis Axis::grad_input(int64_t source, int64_t output, int64_t filter, int64_t stride, int64_t padding,
                       int64_t dilation) {
-  // Padded output coordinate y + padding = a + stride * m takes tap t where t * dilation % stride == a, from source row
-  // m - t * dilation / stride. The first m that lies in the image is padding / stride.
-  const int64_t first = padding / stride;
-  const int64_t last = (output - 1 + padding) / stride;
-  const int64_t reach = (filter - 1) * dilation / stride;
-  Axis axis{source, output, 1, stride, last - first + 1, reach - first, {}, reach, first * stride - padding};
-  for (int64_t t = 0; t < filter; ++t) axis.taps.push_back({0, t * dilation % stride, reach - t * dilation / stride});
+  // Output y = stride * m + phase gets tap t from source row (y + padding - t * dilation) / stride where that is whole.
+  Axis axis{source, output, 1, stride, (output + stride - 1) / stride, 0, {}, 0};
+  for (int64_t t = 0; t < filter; ++t) {
+    const int64_t behind = t * dilation - padding, phase = (behind % stride + stride) % stride;
+    axis.taps.push_back({0, phase, (phase - behind) / stride});
+    axis.pad = std::max(axis.pad, -axis.taps.back().shift);
+  }
+  for (Tap& tap : axis.taps) {
+    tap.shift += axis.pad;
+    axis.max_shift = std::max(axis.max_shift, tap.shift);
+  }
   return axis;
 }
 
-Axis::Range Axis::inside(int64_t begin, int64_t end, int64_t phase) const {
-  while (begin < end && output(begin, phase) < 0) ++begin;
-  while (begin < end && output(end - 1, phase) >= output_size) --end;
-  return {begin, end};
+namespace {
+
+// Half for the sums, a third for the window, the rest for lists and what streams by.
+int64_t l2_bytes() {
+  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 19, 2 << 20);
+  return bytes;
 }
 
-Window::Window(Axis rows_, Axis cols_, int64_t channels_, int64_t output_channels, int lanes, int64_t bytes)
-    : rows(std::move(rows_)), cols(std::move(cols_)), channels(channels_) {
-  // The tile shape that computes the fewest pixels outside the image; longer rows first.
-  int64_t least = -1;
-  for (int width : {16, 8, 4}) {
-    const int64_t computed = round_up(cols.extent, width) * round_up(rows.extent, kTilePixels / width);
-    if (least < 0 || computed < least) {
-      least = computed;
-      tile_cols = width;
-    }
-  }
-  tile_rows = kTilePixels / tile_cols;
-  window_cols = round_up(cols.extent, tile_cols) + cols.max_shift;
+constexpr int64_t kFloat = sizeof(float);
+
+// Whether every position reads its taps at unit stride, and writes so.
+bool is_unit(const Axis& axis) { return axis.source_phases == 1 && axis.output_phases == 1; }
+
+}  // namespace
+
+Window::Window(Axis rows_, Axis cols_, const PassShape& shape)
+    : rows(std::move(rows_)),
+      cols(std::move(cols_)),
+      channels(shape.channels),
+      lanes(SPARSE_ADV_CHOOSE(lane_count)()),
+      batch_(shape.batch) {
+  const bool rows_can_be_vectors = !shape.channels_last && is_unit(rows) && is_unit(cols);
+  choose_layout(rows_can_be_vectors);
+  if (lane_is_pixel) lay_out_pixels(shape);
+  if (lane_is_pixel && fits_int32()) return;
+  choose_layout(false);
+  lay_out_samples(shape);
+}
+
+// The layout and tile that compute the fewest vectors. Lane = sample must save a tenth, since it transposes images.
+void Window::choose_layout(bool pixels_allowed) {
+  double least = -1;
+  const auto offer = [&](bool pixel, int width, int64_t samples, int64_t row_vectors, double factor) {
+    const int64_t vectors = round_up(row_vectors, width) * round_up(rows.extent, kTileVectors / width);
+    const double cost = factor * static_cast<double>((batch_ + samples - 1) / samples * vectors);
+    if (least >= 0 && cost >= least) return;
+    least = cost;
+    lane_is_pixel = pixel;
+    tile_cols = width;
+    tile_rows = kTileVectors / width;
+  };
+  if (pixels_allowed)
+    for (int width : {2, 4, 1, 8, 16}) offer(true, width, 1, (cols.extent + lanes - 1) / lanes, 1);
+  for (int width : {16, 8, 4}) offer(false, width, lanes, cols.extent, 1.1);
+}
+
+void Window::lay_out_samples(const PassShape& shape) {
+  images = lanes;
+  block = channels;
+  lead = 0;
+  across = round_up(cols.extent, tile_cols);
+  window_cols = across + cols.max_shift;
   row_pitch = cols.source_phases * window_cols;
-  sums_row_pitch = window_cols - cols.max_shift;
-  const int64_t vector_bytes = lanes * static_cast<int64_t>(sizeof(float));
+  sums_row_pitch = across;
+  const int64_t vector_bytes = lanes * kFloat;
   const int64_t halo_bytes = channels * rows.source_phases * rows.max_shift * row_pitch * vector_bytes;
   const int64_t row_bytes =
-      (channels * rows.source_phases * row_pitch + output_channels * sums_row_pitch) * vector_bytes;
+      (channels * rows.source_phases * row_pitch + shape.output_channels * phases() * sums_row_pitch) * vector_bytes;
+  // Three quarters of the L2. Measured from 0.5 to 8 MB on a core with 2 MB: larger strips convert fewer halo rows and
+  // write longer runs, and win until the strip no longer leaves the L2 room for the lists (benchmarks/NOTES.md).
+  const int64_t bytes = l2_bytes() / 4 * 3;
   const int64_t fitting = std::max<int64_t>((bytes - halo_bytes) / row_bytes, tile_rows) / tile_rows * tile_rows;
   // Equal strips: the last one must not be a sliver that converts as many halo rows as the others.
   strips = (rows.extent + fitting - 1) / fitting;
@@ -64,42 +106,70 @@ Window::Window(Axis rows_, Axis cols_, int64_t channels_, int64_t output_channel
   plane = rows.source_phases * (strip + rows.max_shift) * row_pitch;
   // Not a multiple of half the L1's period of 64 lines: otherwise the tiles of all channels fall into the same cache
   // sets and push the window out of them.
-  sums_plane = strip * sums_row_pitch;
+  sums_plane = phases() * strip * sums_row_pitch;
   if (sums_plane % 32 == 0) sums_plane += 16;
 }
+
+void Window::lay_out_pixels(const PassShape& shape) {
+  images = 1;
+  across = round_up((cols.extent + lanes - 1) / lanes, tile_cols);
+  // A vector that starts in the last columns of a row ends in the zeros before the next row, never in its pixels.
+  lead = round_up(std::max(cols.pad, cols.max_shift - cols.pad), lanes);
+  row_pitch = lead / lanes + std::max(across, (cols.source_size + lanes - 1) / lanes);
+  const int64_t vector_bytes = lanes * kFloat;
+  const int64_t row_bytes = shape.output_channels * across * vector_bytes;
+  const int64_t fitting = std::max<int64_t>(l2_bytes() / 2 / row_bytes, tile_rows) / tile_rows * tile_rows;
+  strips = (rows.extent + fitting - 1) / fitting;
+  strip = round_up((rows.extent + strips - 1) / strips, tile_rows);
+  strips = (rows.extent + strip - 1) / strip;
+  plane = (strip + rows.max_shift) * row_pitch;
+  // Tile after tile and not plane after plane: the kernel then walks the sums in memory order.
+  sums_row_pitch = tile_cols;
+  sums_plane = kTileVectors;
+  block = channels;
+  if (shape.segment_channels > 0) {
+    block = shape.segment_channels;
+    while (block < channels && 2 * block * plane * vector_bytes <= l2_bytes() / 3) block *= 2;
+  }
+}
+
+int64_t Window::sums_at(int64_t row, int64_t col, int64_t planes) const {
+  if (!lane_is_pixel) return row * sums_row_pitch + col;
+  return (row / tile_rows * (across / tile_cols) + col / tile_cols) * planes * kTileVectors;
+}
+
+int64_t Window::sums_size(int64_t planes) const { return planes * (lane_is_pixel ? strip * across : sums_plane); }
 
 int64_t Window::tap_offset(int64_t tap, int64_t phase) const {
   const auto filter_cols = static_cast<int64_t>(cols.taps.size());
   const Axis::Tap& row = rows.taps[tap / filter_cols];
   const Axis::Tap& col = cols.taps[tap % filter_cols];
   if (row.output_phase != phase / cols.output_phases || col.output_phase != phase % cols.output_phases) return -1;
-  return (row.source_phase * (strip + rows.max_shift) + row.shift) * row_pitch + col.source_phase * window_cols +
-         col.shift;
+  if (lane_is_pixel) return row.shift * row_pitch * lanes + lead - cols.pad + col.shift;
+  return ((row.source_phase * (strip + rows.max_shift) + row.shift) * row_pitch + col.source_phase * window_cols +
+          col.shift) *
+         lanes;
 }
 
-// Measured from 0.5 to 8 MB on a core with 2 MB of L2: larger strips convert fewer halo rows and write longer runs, and
-// win until the strip no longer leaves the L2 room for the lists (benchmarks/NOTES.md).
-constexpr int64_t kStripBytes = 3 << 19;
+Runs Window::runs_of_three() const {
+  const bool neighbours = is_unit(cols) && is_unit(rows) && cols.taps.size() == 3 && cols.max_shift == 2;
+  if (!neighbours || (lane_is_pixel && cols.pad != 1)) return Runs::none;
+  return lane_is_pixel ? Runs::of_pixels : Runs::of_samples;
+}
 
-Window forward_window(const Convolution& conv) {
+Window forward_window(const Convolution& conv, const Pattern& pattern, bool channels_last) {
   return {Axis::forward(conv.H, conv.P, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
           Axis::forward(conv.W, conv.Q, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),
-          conv.C,
-          conv.K,
-          SPARSE_ADV_CHOOSE(lane_count)(),
-          kStripBytes};
+          {conv.N, conv.C, conv.K, conv.groups == 1 ? pattern.forward_segment : 0, channels_last}};
 }
 
-Window grad_input_window(const Convolution& conv) {
+Window grad_input_window(const Convolution& conv, const Pattern& pattern, bool channels_last) {
   return {Axis::grad_input(conv.P, conv.H, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
           Axis::grad_input(conv.Q, conv.W, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),
-          conv.K,
-          conv.C,
-          SPARSE_ADV_CHOOSE(lane_count)(),
-          kStripBytes};
+          {conv.N, conv.K, conv.C, conv.groups == 1 ? pattern.grad_input_segment : 0, channels_last}};
 }
 
-Placement StripPlacement::describe(const Window& window, int64_t strip) {
+Placement StripPlacement::samples(const Window& window, int64_t strip) {
   const Axis& rows = window.rows;
   const Axis& cols = window.cols;
   const int64_t window_rows = window.strip + rows.max_shift;
@@ -135,26 +205,48 @@ Placement StripPlacement::describe(const Window& window, int64_t strip) {
           !skipped && rows.source_phases == 1 && cols.source_phases == 1};
 }
 
-void describe_runs(const Window& window, int64_t strip, int64_t phase, std::vector<Run>& runs) {
+Filler::Filler(const Window& window, StripPlacement& buffers, int64_t strip, const Images& images)
+    : window_(window), images_(images), samples_{}, pixels_{} {
+  if (!window.lane_is_pixel) {
+    samples_ = buffers.samples(window, strip);
+    return;
+  }
+  const int64_t start = strip * window.strip - window.rows.pad, rows = window.strip + window.rows.max_shift;
+  const int64_t first = std::clamp<int64_t>(start, 0, window.rows.source_size);
+  const int64_t last = std::clamp<int64_t>(start + rows, first, window.rows.source_size);
+  const int64_t lanes = window.lanes;
+  pixels_ = {window.cols.source_size,
+             first,
+             last - first,
+             first - start,
+             rows,
+             window.row_pitch * lanes - window.lead,
+             window.row_pitch * lanes,
+             window.plane * lanes};
+}
+
+void Filler::fill(int64_t first_channel, float* to) const {
+  const int64_t end = first_channel + window_.block_channels(first_channel);
+  if (window_.lane_is_pixel)
+    SPARSE_ADV_CHOOSE(fill_rows)(images_.data, images_.pixels, pixels_, first_channel, end, to + window_.lead);
+  else
+    SPARSE_ADV_CHOOSE(fill_window)(images_, samples_, first_channel, end, to);
+}
+
+Sums StripPlacement::sums(const Window& window, int64_t strip) {
   const Axis& rows = window.rows;
   const Axis& cols = window.cols;
-  const int64_t row_phase = phase / cols.output_phases, col_phase = phase % cols.output_phases;
-  const int64_t start = strip * window.strip;
-  const auto [top, bottom] = rows.inside(start, std::min(start + window.strip, rows.extent), row_phase);
-  const auto [left, right] = cols.inside(0, cols.extent, col_phase);
-  runs.clear();
-  if (left == right) return;
-  for (int64_t m = top; m < bottom; ++m) {
-    const Run run{static_cast<int32_t>((m - start) * window.sums_row_pitch + left),
-                  static_cast<int32_t>(rows.output(m, row_phase) * cols.output_size + cols.output(left, col_phase)),
-                  static_cast<int32_t>(right - left)};
-    const bool follows = !runs.empty() && cols.output_phases == 1 && runs.back().from + runs.back().count == run.from &&
-                         runs.back().to + runs.back().count == run.to;
-    if (follows)
-      runs.back().count += run.count;
-    else
-      runs.push_back(run);
-  }
+  const int64_t top = strip * window.strip * rows.output_phases;
+  const int64_t bottom = std::min(top + window.strip * rows.output_phases, rows.output_size);
+  const int64_t phase_size = window.strip * window.sums_row_pitch;
+  sums_place.clear();
+  for (int64_t y = top; y < bottom; ++y)
+    for (int64_t x = 0; x < cols.output_size; ++x) {
+      const int64_t phase = y % rows.output_phases * cols.output_phases + x % cols.output_phases;
+      const int64_t row = (y - top) / rows.output_phases, col = x / cols.output_phases;
+      sums_place.push_back(static_cast<int32_t>(phase * phase_size + row * window.sums_row_pitch + col));
+    }
+  return {nullptr, nullptr, window.sums_plane, top * cols.output_size, std::ssize(sums_place), sums_place.data()};
 }
 
 }  // namespace sparse_adv

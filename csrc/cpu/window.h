@@ -1,5 +1,5 @@
 // How one pass reads the images: the geometry of a convolution along each axis, cut into strips of output rows whose
-// window (padding included, lane = sample) fits the L2 cache.
+// window (padding included) fits the L2 cache.
 //
 // Every pass is a sum over taps of a shifted image, at unit stride:
 // - forward with stride s: padded column u goes to plane u % s, position u / s, so that neighbouring outputs of a tap
@@ -8,12 +8,14 @@
 //   of that remainder (an output phase); all phases read one window.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "cpu/convolution.h"
-#include "cpu/lane_layout_kernel.h"
 #include "cpu/masked_conv2d_kernel.h"
+#include "cpu/pixel_lanes_kernel.h"
+#include "cpu/sample_lanes_kernel.h"
 
 namespace sparse_adv {
 
@@ -27,51 +29,95 @@ struct Axis {
   };
   std::vector<Tap> taps;
   int64_t max_shift;
-  int64_t output_origin;  // output of position m and phase a: m * output_phases + a + output_origin
 
   static Axis forward(int64_t source, int64_t output, int64_t filter, int64_t stride, int64_t padding,
                       int64_t dilation);
   static Axis grad_input(int64_t source, int64_t output, int64_t filter, int64_t stride, int64_t padding,
                          int64_t dilation);
-  int64_t output(int64_t position, int64_t phase) const { return position * output_phases + phase + output_origin; }
-  // The positions first .. last - 1 of [begin, end) whose output of this phase lies in the image.
-  struct Range {
-    int64_t first, last;
-  };
-  Range inside(int64_t begin, int64_t end, int64_t phase) const;
 };
 
+// What a pass reads and writes, as far as the window depends on it.
+struct PassShape {
+  int64_t batch, channels, output_channels;
+  int64_t segment_channels;  // the window may hold multiples of so many channels at a time; 0: only all of them
+  bool channels_last;
+};
+
+// How the images of a strip lie in vectors: a line is a row of the images, padding included. A lane is either
+// - a sample: a vector is a pixel of kLanes images (sample_lanes_kernel.h), or
+// - a pixel: a vector is kLanes neighbouring pixels of one image (pixel_lanes_kernel.h), for NCHW at unit stride.
+// Tiles are tile_rows lines x tile_cols vectors.
 struct Window {
   Axis rows, cols;
   int64_t channels;
+  int64_t block;  // channels that the window holds at a time: a power of 2, unless it holds all
+  int lanes;
+  bool lane_is_pixel;
+  int64_t images;  // of a strip
   int tile_rows, tile_cols;
   int64_t strip;  // positions (of rows) per strip: a multiple of tile_rows
   int64_t strips;
-  int64_t window_cols;                 // vectors per source phase and row
-  int64_t row_pitch;                   // vectors from one window row to the next
-  int64_t plane;                       // vectors per channel
-  int64_t sums_row_pitch, sums_plane;  // the same of the computed sums
+  int64_t across;                      // vectors that tiles compute of a row
+  int64_t lead;                        // lane = pixel: floats before a row's first pixel, always 0
+  int64_t window_cols;                 // lane = sample: vectors per source phase and row
+  int64_t row_pitch, plane;            // vectors from one row, one channel to the next
+  int64_t sums_row_pitch, sums_plane;  // the same of the sums, within a tile; lane = sample: a plane holds all phases
 
-  // A strip of more than one tile row reads and writes at most `bytes`; output_channels are written.
-  Window(Axis rows, Axis cols, int64_t channels, int64_t output_channels, int lanes, int64_t bytes);
+  Window(Axis rows, Axis cols, const PassShape& shape);
 
   int64_t phases() const { return rows.output_phases * cols.output_phases; }
-  // Vector offset of a tap from the position it belongs to, or -1 if it is of another phase.
+  int64_t items() const { return (batch_ + images - 1) / images * strips; }
+  // The batch, filled up to whole vectors, and all positions that are computed of it, those outside images included.
+  int64_t padded_batch() const { return (batch_ + images - 1) / images * images; }
+  int64_t computed_positions() const {
+    return padded_batch() / images * lanes * across * ((rows.extent + tile_rows - 1) / tile_rows * tile_rows);
+  }
+  int64_t rows_of(int64_t strip_index) const { return std::min(strip, rows.extent - strip_index * strip); }
+  // Where a tile's sums start, in vectors, and how many vectors the sums of all `planes` channels take.
+  int64_t sums_at(int64_t row, int64_t col, int64_t planes) const;
+  int64_t sums_size(int64_t planes) const;
+  // Room for a block of channels, in floats.
+  int64_t block_size() const { return block * plane * lanes + lead; }
+  int64_t block_channels(int64_t first) const { return std::min(block, channels - first); }
+  // Offset of a tap from the position it belongs to, in floats, or -1 if it is of another phase.
   int64_t tap_offset(int64_t tap, int64_t phase) const;
-  bool fits_int32(int lanes) const { return channels * plane * lanes < (int64_t{1} << 31); }
+  // How the kernel finds the taps of a row of three, if it can take them together.
+  Runs runs_of_three() const;
+  bool fits_int32() const { return block_size() < (int64_t{1} << 31); }
+
+ private:
+  int64_t batch_;
+  void choose_layout(bool pixels_allowed);
+  void lay_out_samples(const PassShape& shape);
+  void lay_out_pixels(const PassShape& shape);
 };
 
 // The windows of the two passes, for the instruction set in use.
-Window forward_window(const Convolution& conv);
-Window grad_input_window(const Convolution& conv);
+Window forward_window(const Convolution& conv, const Pattern& pattern, bool channels_last);
+Window grad_input_window(const Convolution& conv, const Pattern& pattern, bool channels_last);
 
 // The buffers that a thread fills for a strip; they keep their memory from call to call.
 struct StripPlacement {
-  std::vector<int32_t> place, gaps;
-  Placement describe(const Window& window, int64_t strip);
+  std::vector<int32_t> place, gaps, sums_place;
+  Placement samples(const Window& window, int64_t strip);
+  // Lane = sample: which pixels of the output the strip's sums are, and the place of each in a plane; the rest of
+  // `Sums` is left empty.
+  Sums sums(const Window& window, int64_t strip);
 };
 
-// Where the sums of a strip go in the output, for one phase; replaces `runs`.
-void describe_runs(const Window& window, int64_t strip, int64_t phase, std::vector<Run>& runs);
+// Fills a strip's window from its images.
+class Filler {
+ public:
+  // `buffers` hold what it points to.
+  Filler(const Window& window, StripPlacement& buffers, int64_t strip, const Images& images);
+  // The block of channels from `first_channel` on.
+  void fill(int64_t first_channel, float* to) const;
+
+ private:
+  const Window& window_;
+  Images images_;
+  Placement samples_;
+  RowPlacement pixels_;
+};
 
 }  // namespace sparse_adv

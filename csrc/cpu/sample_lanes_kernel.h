@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/capability.h"
+#include "cpu/masked_conv2d_kernel.h"
 
 namespace sparse_adv {
 
@@ -28,27 +29,13 @@ struct Placement {
   bool ascending;  // place ascends from pixel to pixel, as it does at unit stride if no pixel is left out
 };
 
-// What follows the sum: out = relu(scale[k] * sum + bias[k] + residual). Null pointers leave their part out.
-struct Epilogue {
-  const float* scale;
-  const float* bias;
-  const float* residual;  // laid out as the output
-  bool relu;
-};
-
-// Consecutive vectors of a computed plane, `from` on, that go to the output pixels to, to + step, ...
-struct Run {
-  int32_t from, to, count;
-};
-
 // Computed planes of vectors, one per output channel: channel k's is plane number plane_of[k].
 struct Sums {
   const float* data;
   const int32_t* plane_of;
-  int64_t plane;  // vectors from one plane to the next
-  const Run* runs;
-  int64_t run_count;
-  int32_t step;
+  int64_t plane;                     // vectors from one plane to the next
+  int64_t first_pixel, pixel_count;  // of the output, to be written
+  const int32_t* place;              // of each of these pixels in a plane
 };
 
 SPARSE_ADV_FOR_EACH_ISA(int lane_count());

@@ -1,4 +1,4 @@
-#include "cpu/lane_layout_kernel.h"
+#include "cpu/sample_lanes_kernel.h"
 
 #include "cpu/lanes.h"
 
@@ -23,7 +23,7 @@ void fill_window(const Images& images, const Placement& placement, int64_t first
   const int64_t plane = placement.plane;
   for (int64_t c = first_channel; c < last_channel; ++c)
     for (int64_t i = 0; i < placement.gap_count; ++i)
-      store(window + (c * plane + placement.gaps[i]) * kLanes, broadcast(0.0f));
+      store(window + ((c - first_channel) * plane + placement.gaps[i]) * kLanes, broadcast(0.0f));
   Vec v[kLanes];
   if (images.channels_last) {
     for (int64_t p = 0; p < placement.pixel_count; ++p) {
@@ -32,14 +32,15 @@ void fill_window(const Images& images, const Placement& placement, int64_t first
       for (int64_t c = first_channel; c < last_channel; c += kLanes) {
         const int columns = last_channel - c < kLanes ? static_cast<int>(last_channel - c) : kLanes;
         load_transposed(v, pixel + c, images.image_size, images.count, columns);
-        for (int j = 0; j < columns; ++j) store(window + ((c + j) * plane + placement.place[p]) * kLanes, v[j]);
+        for (int j = 0; j < columns; ++j)
+          store(window + ((c - first_channel + j) * plane + placement.place[p]) * kLanes, v[j]);
       }
     }
     return;
   }
   for (int64_t c = first_channel; c < last_channel; ++c) {
     const float* channel = images.data + c * images.pixels + placement.first_pixel;
-    float* to = window + c * plane * kLanes;
+    float* to = window + (c - first_channel) * plane * kLanes;
     for (int64_t p = 0; p < placement.pixel_count; p += kLanes) {
       const int columns = placement.pixel_count - p < kLanes ? static_cast<int>(placement.pixel_count - p) : kLanes;
       load_transposed(v, channel + p, images.image_size, images.count, columns);
@@ -72,48 +73,39 @@ static inline Vec scaled(const Sums& sums, const Epilogue& epilogue, int64_t k, 
 
 static void store_channels_last(const Sums& sums, const Epilogue& epilogue, const Images& shape, float* output) {
   Vec v[kLanes];
-  for (int64_t r = 0; r < sums.run_count; ++r)
-    for (int32_t p = 0; p < sums.runs[r].count; ++p)
-      for (int64_t k = 0; k < shape.channels; k += kLanes) {
-        const int columns = shape.channels - k < kLanes ? static_cast<int>(shape.channels - k) : kLanes;
-        for (int j = 0; j < kLanes; ++j)
-          v[j] = j < columns ? scaled(sums, epilogue, k + j, sums.runs[r].from + p) : broadcast(0.0f);
-        transpose(v);
-        const int64_t at = (sums.runs[r].to + static_cast<int64_t>(p) * sums.step) * shape.channels + k;
-        for (int i = 0; i < shape.count; ++i) finish(v[i], epilogue, output, i * shape.image_size + at, columns);
-      }
+  for (int64_t p = 0; p < sums.pixel_count; ++p)
+    for (int64_t k = 0; k < shape.channels; k += kLanes) {
+      const int columns = shape.channels - k < kLanes ? static_cast<int>(shape.channels - k) : kLanes;
+      for (int j = 0; j < kLanes; ++j)
+        v[j] = j < columns ? scaled(sums, epilogue, k + j, sums.place[p]) : broadcast(0.0f);
+      transpose(v);
+      const int64_t at = (sums.first_pixel + p) * shape.channels + k;
+      for (int i = 0; i < shape.count; ++i) finish(v[i], epilogue, output, i * shape.image_size + at, columns);
+    }
 }
 
 void store_sums(const Sums& sums, const Epilogue& epilogue, const Images& shape, float* output) {
   if (shape.channels_last) return store_channels_last(sums, epilogue, shape, output);
-  const bool plain = !epilogue.residual && !epilogue.relu && shape.count == kLanes && sums.step == 1;
+  const bool plain = !epilogue.residual && !epilogue.relu && shape.count == kLanes;
   Vec v[kLanes];
   for (int64_t k = 0; k < shape.channels; ++k)
-    for (int64_t r = 0; r < sums.run_count; ++r)
-      for (int32_t p = 0; p < sums.runs[r].count; p += kLanes) {
-        const int columns = sums.runs[r].count - p < kLanes ? sums.runs[r].count - p : kLanes;
+    for (int64_t p = 0; p < sums.pixel_count; p += kLanes) {
+      const int columns = sums.pixel_count - p < kLanes ? static_cast<int>(sums.pixel_count - p) : kLanes;
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j)
-          v[j] = j < columns ? scaled(sums, epilogue, k, sums.runs[r].from + p + j) : broadcast(0.0f);
-        // The output's lines lie in as many pages as there are samples, where no hardware prefetcher follows.
-        const int64_t ahead = p + 2 * kLanes < sums.runs[r].count ? 2 * kLanes : shape.pixels - p;
-        transpose(v);
-        const int64_t at = k * shape.pixels + sums.runs[r].to + static_cast<int64_t>(p) * sums.step;
-        for (int i = 0; i < shape.count; ++i) __builtin_prefetch(output + i * shape.image_size + at + ahead, 1, 2);
-        if (plain && columns == kLanes) {
+      for (int j = 0; j < kLanes; ++j)
+        v[j] = j < columns ? scaled(sums, epilogue, k, sums.place[p + j]) : broadcast(0.0f);
+      // The output's lines lie in as many pages as there are samples, where no hardware prefetcher follows.
+      const int64_t ahead = p + 2 * kLanes < sums.pixel_count ? 2 * kLanes : shape.pixels - p;
+      transpose(v);
+      const int64_t at = k * shape.pixels + sums.first_pixel + p;
+      for (int i = 0; i < shape.count; ++i) __builtin_prefetch(output + i * shape.image_size + at + ahead, 1, 2);
+      if (plain && columns == kLanes) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) store(output + i * shape.image_size + at, v[i]);
-        } else if (sums.step == 1) {
-          for (int i = 0; i < shape.count; ++i) finish(v[i], epilogue, output, i * shape.image_size + at, columns);
-        } else {
-          for (int i = 0; i < shape.count; ++i) {
-            float pixels[kLanes];
-            store(pixels, v[i]);
-            for (int j = 0; j < columns; ++j)
-              finish(broadcast(pixels[j]), epilogue, output, i * shape.image_size + at + j * sums.step, 1);
-          }
-        }
+        for (int i = 0; i < kLanes; ++i) store(output + i * shape.image_size + at, v[i]);
+      } else {
+        for (int i = 0; i < shape.count; ++i) finish(v[i], epilogue, output, i * shape.image_size + at, columns);
       }
+    }
 }
 
 }  // namespace SPARSE_ADV_ISA
