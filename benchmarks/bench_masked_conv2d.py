@@ -3,15 +3,17 @@
     python benchmarks/bench_masked_conv2d.py [--threads 1] [--batch 64] [--out benchmarks/results/FILE.jsonl]
     pytest benchmarks/bench_masked_conv2d.py --benchmark-enable
 
-NCHW in and out, the conversion to the kernels' layout and back included. Forward and grad_input run on packed values,
-as the passes of an attack do; "ours, unpacked" gathers them from the weight in each call, as a training step does.
+NCHW in and out, all conversion included. Forward and grad_input run on packed values, as the passes of an attack do;
+"ours, unpacked" gathers them from the weight in each call, as a training step does. Where SparseProp is installed
+(`pip install sparseprop`) it takes part with unstructured masks; its one backward call forms both gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,19 +24,24 @@ from sparse_adv import ops
 from sparse_adv.ops import reference
 
 LAYERS = [(64, 32), (128, 16), (256, 8), (512, 4)]  # channels, pixels a side: the stages of a CIFAR ResNet-18
-BLOCKS = [(1, 1), (2, 1), (4, 1), (4, 4)]
+BLOCKS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 4), (1, 1, 1, 3), (1, 1, 3, 3)]
 DENSITIES = [0.2, 0.1, 0.05, 0.02]
 GEOMETRY = ((1, 1), (1, 1), (1, 1), 1)  # 3x3 filters, stride 1
-Sides = dict[str, Callable[[], torch.Tensor]]
+SPARSEPROP = importlib.util.find_spec("sparseprop") is not None
+Sides = dict[str, Callable[[], object]]
 
 
-def mask_of(channels: int, block: tuple[int, int], density: float) -> torch.Tensor:
+def mask_of(channels: int, block: Sequence[int], density: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    blocks = torch.rand(channels // block[0], channels // block[1], 3, 3, generator=generator) < density
-    return blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    sizes = (*block, 1, 1)[:4]
+    shape = [length // size for length, size in zip((channels, channels, 3, 3), sizes, strict=True)]
+    mask = torch.rand(shape, generator=generator) < density
+    for dim, size in enumerate(sizes):
+        mask = mask.repeat_interleave(size, dim)
+    return mask
 
 
-def sides_of(channels: int, size: int, batch: int, block: tuple[int, int], density: float) -> dict[str, Sides]:
+def sides_of(channels: int, size: int, batch: int, block: Sequence[int], density: float) -> dict[str, Sides]:
     """For each pass, what to time; the first side is ours. Asserts that ours is right."""
     mask = mask_of(channels, block, density)
     torch.manual_seed(0)
@@ -73,17 +80,42 @@ def sides_of(channels: int, size: int, batch: int, block: tuple[int, int], densi
     torch.testing.assert_close(forward["ours"]()[few].double(), expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(grad_input["ours"](), grad_input["dense"](), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(grad_weight["ours"](), grad_weight["dense"]() * mask, rtol=1e-3, atol=0.05)
+    if SPARSEPROP and tuple(block) == (1, 1):
+        forward["sparseprop"], grad_weight["sparseprop, both gradients"] = sparseprop_sides(weight, x, grad)
     return {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}
+
+
+def sparseprop_sides(
+    weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Forward and backward of its layer, vectorised along rows from 32 pixels on, as its documentation advises."""
+    from sparseprop.modules import SparseConv2d
+
+    dense = torch.nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=1, bias=False)
+    dense.weight.data.copy_(weight)
+    layer = SparseConv2d.from_dense(dense, vectorizing_over_on=x.shape[3] >= 32)
+    source = x.clone().requires_grad_()
+    output = layer(source)
+    torch.testing.assert_close(output, torch.conv2d(x, weight, None, 1, 1), rtol=1e-3, atol=1e-3)
+    wanted = [source, *layer.parameters()]
+    return lambda: layer(x), lambda: torch.autograd.grad(
+        output, wanted, grad, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
 
 
 def rows(batch: int) -> Iterator[dict]:
     for block in BLOCKS:
         for density in DENSITIES:
             for channels, size in LAYERS:
-                for name, sides in sides_of(channels, size, batch, block, density).items():
-                    times = interleaved(sides)
-                    dense = min(times["dense"]["median"], times["dense, channels_last"]["median"])
+                times = {
+                    name: interleaved(sides) for name, sides in sides_of(channels, size, batch, block, density).items()
+                }
+                both = times["grad_input"]["ours"]["median"] + times["grad_weight"]["ours"]["median"]
+                for name, found in times.items():
+                    ours = found["ours"]["median"]
+                    dense = min(found["dense"]["median"], found["dense, channels_last"]["median"])
                     multiply_adds = batch * size**2 * channels**2 * 9
+                    rival = found.get("sparseprop", found.get("sparseprop, both gradients"))
                     yield {
                         "op": "masked_conv2d",
                         "pass": name,
@@ -93,14 +125,16 @@ def rows(batch: int) -> Iterator[dict]:
                         "density": density,
                         "dtype": "float32",
                         "path": "sparse",
-                        "seconds": times,
-                        "ratio_to_dense": dense / times["ours"]["median"],
-                        "dense_equivalent_gflops": 2e-9 * multiply_adds / times["ours"]["median"],
+                        "seconds": found,
+                        "ratio_to_dense": dense / ours,
+                        # Of grad_weight: its backward to both of our gradients.
+                        "ratio_to_sparseprop": rival and rival["median"] / (ours if name == "forward" else both),
+                        "dense_equivalent_gflops": 2e-9 * multiply_adds / ours,
                     }
 
 
-def table(measured: list[dict]) -> str:
-    """Ratios to dense: the geometric mean over the layers and, in brackets, the lowest and highest layer."""
+def table(measured: list[dict], ratio: str = "ratio_to_dense") -> str:
+    """Ratios: the geometric mean over the layers and, in brackets, the lowest and highest layer."""
     lines = [
         "| block | pass | " + " | ".join(f"density {density}" for density in DENSITIES) + " |",
         "| --- | --- |" + " --- |" * len(DENSITIES),
@@ -110,12 +144,15 @@ def table(measured: list[dict]) -> str:
             cells = []
             for density in DENSITIES:
                 ratios = [
-                    row["ratio_to_dense"]
+                    row[ratio]
                     for row in measured
-                    if (tuple(row["block"]), row["pass"], row["density"]) == (block, name, density)
+                    if (tuple(row["block"]), row["pass"], row["density"]) == (block, name, density) and row[ratio]
                 ]
-                cells.append(f"{math.prod(ratios) ** (1 / len(ratios)):.1f} ({min(ratios):.1f}-{max(ratios):.1f})")
-            lines.append(f"| {block} | {name} | " + " | ".join(cells) + " |")
+                if ratios:
+                    mean = math.prod(ratios) ** (1 / len(ratios))
+                    cells.append(f"{mean:.1f} ({min(ratios):.1f}-{max(ratios):.1f})")
+            if cells:
+                lines.append(f"| {block} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -132,7 +169,9 @@ def main() -> None:
         measured.append(row)
         print(f"{row['layer']:>7} {row['block']} {row['density']:<5} {row['pass']:<12}{row['ratio_to_dense']:6.2f}x")
     write_rows(arguments.out, measured)
-    print(f"\n{environment()}, batch {arguments.batch}\n\n{table(measured)}")
+    print(f"\n{environment()}, batch {arguments.batch}\n\nTo dense PyTorch:\n{table(measured)}")
+    if SPARSEPROP:
+        print(f"\nTo SparseProp, the gradients together:\n{table(measured, 'ratio_to_sparseprop')}")
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
