@@ -9,7 +9,7 @@ SANITIZED := build/sanitize
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench gpu-check doctor sanitize clean
+.PHONY: help setup demo test lint format bench bench-cpu gpu-check doctor sanitize clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ format: $(BUILT)  ## rewrite the sources in the project's format
 
 bench: $(BUILT)  ## measure every op against dense PyTorch (benchmarks/)
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-enable
+
+bench-cpu: $(BUILT)  ## the README's table of CPU kernels: ratios to dense, by mask and density (about 5 minutes)
+	$(BIN)/python benchmarks/bench_masked_conv2d.py
 
 gpu-check:  ## on a machine with a GPU and a CUDA torch: build, prove and measure there (OUT=build/gpu_check)
 	PYTHON=$(PYTHON) benchmarks/gpu_check.sh $(or $(OUT),build/gpu_check)

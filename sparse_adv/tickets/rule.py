@@ -24,7 +24,8 @@ class Rule:
         gather: reorder the channels before the first pruning, so that whole blocks hold more of the scores, see
             `masks.gather_channels`; the ticket then holds the initial weights in that order, too.
         stop_distance: end a round's training when its mask has moved less than this in five epochs (Early-Bird
-            tickets, You et al. 2020, who take 0.1); None trains to the end.
+            tickets, You et al. 2020, who take 0.1); None trains to the end. What is watched are masks before any
+            gathering.
     """
 
     density: float = 0.2
