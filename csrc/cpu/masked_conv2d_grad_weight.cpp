@@ -68,9 +68,22 @@ Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern
 
   const PatternLists lists = pattern.forward();
   const Window window = forward_window(conv, pattern, is_channels_last(images) || is_channels_last(grads));
-  const std::unique_ptr<int32_t[]> offsets = window_offsets(lists, window);
-  const OffsetLists offset_lists{lists.vector,  lists.vectors, lists.segments, lists.rows,
-                                 offsets.get(), nullptr,       Runs::none};
+  std::unique_ptr<int32_t[]> offsets = window_offsets(lists, window);
+  std::optional<ColumnOrder> order;
+  if (window.sorts_by_column(lists.vector)) {
+    order.emplace(lists, window);
+    auto sorted = std::make_unique_for_overwrite<int32_t[]>(lists.entry_count);
+    for (int64_t i = 0; i < lists.entry_count; ++i) sorted[order->place[i]] = offsets[i];
+    offsets = std::move(sorted);
+  }
+  const OffsetLists offset_lists{lists.vector,
+                                 lists.vectors,
+                                 lists.segments,
+                                 lists.rows,
+                                 offsets.get(),
+                                 nullptr,
+                                 order ? Columns::by_column : Columns::any,
+                                 order ? order->turns.data() : nullptr};
   const std::vector<int32_t> channel_of = channels_of_rows(lists, pattern.groups, pattern.group_out_channels());
 
   const int64_t lanes = window.lanes, grad_plane = GradFiller(window).plane;
@@ -110,7 +123,7 @@ Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern
 
   const bool finite =
       unpack_totals(lists, pattern.groups, pattern.group_out_channels(), WeightLayout::forward(grad_weight, pattern),
-                    totals.get(), parts, grad_weight.mutable_data_ptr<float>());
+                    totals.get(), parts, order ? order->place.get() : nullptr, grad_weight.mutable_data_ptr<float>());
   // Tiles reach beyond the image, where 0 times a pixel that is not finite is not 0: the dense pass knows where it
   // ends.
   return finite ? grad_weight : dense_conv2d_grad_weight(conv, pattern, grad_output, input);

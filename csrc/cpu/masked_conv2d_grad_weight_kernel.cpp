@@ -50,51 +50,81 @@ class LaneSums {
   alignas(64) float vectors_[kRoom * kLanes] = {};
 };
 
+// One entry: sum[j] = its products with the gradient g of VECTOR channels, added over ROWS x COLS vectors. An entry of
+// COLUMN -1 or 1 reads the column before or after its position, from aligned vectors that are shifted; what comes in at
+// the ends of a row is 0.
+template <int VECTOR, int ROWS, int COLS, int COLUMN>
+static inline __attribute__((always_inline)) void multiply(const float* at, int64_t row_pitch, const Vec* g, Vec* sum) {
+  constexpr int kVectors = ROWS * COLS, kPartial = 4 / VECTOR;  // enough sums to hide the latency of a multiply-add
+  Vec partial[VECTOR * kPartial] = {};
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+    Vec beside = broadcast(0.0f);
+#pragma GCC unroll 16
+    for (int i = 0; i < COLS; ++i) {
+      const int c = COLUMN > 0 ? COLS - 1 - i : i, q = r * COLS + c;
+      const float* p = at + c * kLanes;
+      Vec x = load(p);
+      if constexpr (VECTOR > 1 || COLUMN != 0) x = in_register(x);
+      const Vec shifted = COLUMN < 0 ? one_before(p, beside, x) : COLUMN > 0 ? one_after(p, x, beside) : x;
+      beside = x;
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTOR; ++j) {
+        Vec& to = partial[q % kPartial * VECTOR + j];
+        to = fma(shifted, g[j * kVectors + q], to);
+      }
+    }
+    if (r + 1 < ROWS) at = in_register(at + row_pitch);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < VECTOR; ++j) {
+    if constexpr (kPartial == 4)
+      sum[j] = add(add(partial[j], partial[VECTOR + j]), add(partial[2 * VECTOR + j], partial[3 * VECTOR + j]));
+    else if constexpr (kPartial == 2)
+      sum[j] = add(partial[j], partial[VECTOR + j]);
+    else
+      sum[j] = partial[j];
+  }
+}
+
+template <int VECTOR, int ROWS, int COLS, int COLUMN>
+static inline __attribute__((always_inline)) void walk(const float* window, int64_t row_pitch, const Vec* g,
+                                                       const int32_t* offsets, int count, LaneSums<VECTOR>& sums) {
+  window -= COLUMN;
+  for (int i = 0; i < count;) {
+    const int end = count - i < sums.room() ? count : i + sums.room();
+    for (; i < end; ++i) {
+      Vec sum[VECTOR];
+      multiply<VECTOR, ROWS, COLS, COLUMN>(in_register(window + offsets[i]), row_pitch, g, sum);
+      sums.push(sum);
+    }
+    if (sums.room() == 0) sums.flush();
+  }
+}
+
 // ROWS x COLS vectors of the gradient of VECTOR channels stay in registers while the list is walked: one load per
-// vector of the window and entry, VECTOR multiply-adds each, in sums enough to hide their latency.
+// vector of the window and entry, VECTOR multiply-adds each.
 template <int VECTOR, int ROWS, int COLS>
 static inline __attribute__((always_inline)) void accumulate(const float* window, int64_t row_pitch,
                                                              const float* const grad[VECTOR], int64_t grad_row_pitch,
-                                                             const int32_t* offsets, int count,
+                                                             const int32_t* offsets, int count, const int32_t* turns,
                                                              LaneSums<VECTOR>& sums) {
-  constexpr int kVectors = ROWS * COLS, kPartial = 4 / VECTOR;
+  constexpr int kVectors = ROWS * COLS;
   Vec g[VECTOR * kVectors];
 #pragma GCC unroll 4
   for (int j = 0; j < VECTOR; ++j)
 #pragma GCC unroll 16
     for (int q = 0; q < kVectors; ++q)
       g[j * kVectors + q] = load(grad[j] + q / COLS * grad_row_pitch + q % COLS * kLanes);
-  for (int i = 0; i < count;) {
-    const int end = count - i < sums.room() ? count : i + sums.room();
-    for (; i < end; ++i) {
-      const float* at = in_register(window + offsets[i]);
-      Vec partial[VECTOR * kPartial] = {};
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 16
-        for (int c = 0; c < COLS; ++c) {
-          const int q = r * COLS + c;
-          Vec x = load(at + c * kLanes);
-          if constexpr (VECTOR > 1) x = in_register(x);
-#pragma GCC unroll 4
-          for (int j = 0; j < VECTOR; ++j) {
-            Vec& sum = partial[q % kPartial * VECTOR + j];
-            sum = fma(x, g[j * kVectors + q], sum);
-          }
-        }
-        if (r + 1 < ROWS) at = in_register(at + row_pitch);
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < VECTOR; ++j) {
-        if constexpr (kPartial == 4)
-          partial[j] = add(add(partial[j], partial[VECTOR + j]), add(partial[2 * VECTOR + j], partial[3 * VECTOR + j]));
-        else if constexpr (kPartial == 2)
-          partial[j] = add(partial[j], partial[VECTOR + j]);
-      }
-      sums.push(partial);
+  if constexpr (VECTOR == 1) {
+    if (turns) {
+      walk<1, ROWS, COLS, -1>(window, row_pitch, g, offsets, turns[0], sums);
+      walk<1, ROWS, COLS, 0>(window, row_pitch, g, offsets + turns[0], turns[1] - turns[0], sums);
+      walk<1, ROWS, COLS, 1>(window, row_pitch, g, offsets + turns[1], count - turns[1], sums);
+      return;
     }
-    if (sums.room() == 0) sums.flush();
   }
+  walk<VECTOR, ROWS, COLS, 0>(window, row_pitch, g, offsets, count, sums);
 }
 
 template <int VECTOR, int TILE_COLS>
@@ -118,7 +148,8 @@ static void tile_of(const OffsetLists& lists, int64_t first_segment, int64_t las
           grad[j] = first + (channel < 0 ? 0 : channel) * tile.grad_plane;
         }
         accumulate<VECTOR, kRows, kCols>(window, tile.window_row_pitch, grad, tile.grad_row_pitch,
-                                         lists.offsets + rows[i], rows[i + 1] - rows[i], sums);
+                                         lists.offsets + rows[i], rows[i + 1] - rows[i],
+                                         lists.turns ? lists.turns + 2 * (segment * lists.vectors + i) : nullptr, sums);
       }
       sums.flush();
     }

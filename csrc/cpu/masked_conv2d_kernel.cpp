@@ -43,7 +43,8 @@ struct Entries {
 
   template <int ROWS, int COLS>
   static inline __attribute__((always_inline)) void walk(Vec* sum, const float* window, int64_t row_pitch,
-                                                         const int32_t* offsets, const float* values, int count) {
+                                                         const int32_t* offsets, const float* values, int count,
+                                                         const int32_t*) {
     for (int i = 0; i < count; ++i) {
       const float* at = in_register(window + offsets[i]);
       Vec value[VECTOR];
@@ -70,12 +71,13 @@ struct Entries {
 // Three entries at a time that are neighbouring columns, in either direction: a loaded vector serves all three. Where
 // lane = pixel the middle one is aligned, and its neighbours follow from it.
 template <bool PIXELS>
-struct RunsOfThree {
+struct Threes {
   static constexpr int kVector = 1;
 
   template <int ROWS, int COLS>
   static inline __attribute__((always_inline)) void walk(Vec* sum, const float* window, int64_t row_pitch,
-                                                         const int32_t* offsets, const float* values, int count) {
+                                                         const int32_t* offsets, const float* values, int count,
+                                                         const int32_t*) {
     if (count == 0) return;
     const int left = offsets[0] < offsets[2] ? 0 : 2;
     window += PIXELS ? 1 - kLanes : 0;
@@ -102,11 +104,55 @@ struct RunsOfThree {
   }
 };
 
+// Entries sorted by column: in place of loads that cross cache lines, aligned ones whose vectors are shifted. What
+// comes in at the ends of a row is 0.
+struct SortedByColumn {
+  static constexpr int kVector = 1;
+
+  template <int ROWS, int COLS>
+  static inline __attribute__((always_inline)) void walk(Vec* sum, const float* window, int64_t row_pitch,
+                                                         const int32_t* offsets, const float* values, int count,
+                                                         const int32_t* turns) {
+    int i = 0;
+    for (; i < turns[0]; ++i) {
+      const float* p = in_register(window + offsets[i] + 1);
+      const Vec value = broadcast(values[i]);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        Vec before = broadcast(0.0f);
+#pragma GCC unroll 16
+        for (int c = 0; c < COLS; ++c) {
+          const Vec v = in_register(load(p + c * kLanes));
+          sum[r * COLS + c] = fma(one_before(p + c * kLanes, before, v), value, sum[r * COLS + c]);
+          before = v;
+        }
+        if (r + 1 < ROWS) p = in_register(p + row_pitch);
+      }
+    }
+    Entries<1>::walk<ROWS, COLS>(sum, window, row_pitch, offsets + i, values + i, turns[1] - i, nullptr);
+    for (i = turns[1]; i < count; ++i) {
+      const float* p = in_register(window + offsets[i] - 1);
+      const Vec value = broadcast(values[i]);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        Vec after = broadcast(0.0f);
+#pragma GCC unroll 16
+        for (int c = COLS - 1; c >= 0; --c) {
+          const Vec v = in_register(load(p + c * kLanes));
+          sum[r * COLS + c] = fma(one_after(p + c * kLanes, v, after), value, sum[r * COLS + c]);
+          after = v;
+        }
+        if (r + 1 < ROWS) p = in_register(p + row_pitch);
+      }
+    }
+  }
+};
+
 // ROWS x COLS vectors of Walk::kVector output channels stay in registers while the list is walked.
 template <class Walk, int ROWS, int COLS>
 static inline __attribute__((always_inline)) void accumulate(const Tile& tile, int row, int col, int64_t list,
                                                              const int32_t* offsets, const float* values, int count,
-                                                             bool first, bool last) {
+                                                             const int32_t* turns, bool first, bool last) {
   constexpr int kVectors = ROWS * COLS, kVector = Walk::kVector;
   float* const sums =
       tile.sums + list * kVector * tile.sums_plane + row * tile.sums_row_pitch + static_cast<int64_t>(col) * kLanes;
@@ -122,7 +168,7 @@ static inline __attribute__((always_inline)) void accumulate(const Tile& tile, i
         sum[j * kVectors + q] = load(sums + j * tile.sums_plane + q / COLS * tile.sums_row_pitch + q % COLS * kLanes);
   }
   Walk::template walk<ROWS, COLS>(sum, tile.window + row * tile.window_row_pitch + col * kLanes, tile.window_row_pitch,
-                                  offsets, values, count);
+                                  offsets, values, count, turns);
   if (last && tile.output) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVector; ++j)
@@ -149,9 +195,10 @@ static void tile_of(const OffsetLists& lists, int64_t first_segment, int64_t las
       if (count == 0 && segment > 0 && !(last && tile.output)) continue;
       const int32_t* offsets = lists.offsets + rows[i];
       const float* values = lists.values + static_cast<int64_t>(rows[i]) * Walk::kVector;
+      const int32_t* turns = lists.turns ? lists.turns + 2 * (segment * lists.vectors + i) : nullptr;
       // Part by part within the list and not the other way round: the list stays in the L1.
       for (int part = 0; part < kTileVectors; part += kVectors)
-        accumulate<Walk, kRows, kCols>(tile, part / TILE_COLS, part % TILE_COLS, i, offsets, values, count,
+        accumulate<Walk, kRows, kCols>(tile, part / TILE_COLS, part % TILE_COLS, i, offsets, values, count, turns,
                                        segment == 0, last);
     }
   }
@@ -167,8 +214,16 @@ static void tile_of(const OffsetLists& lists, int64_t first_segment, int64_t las
 }
 
 void masked_conv2d_tile(const OffsetLists& lists, int64_t first_segment, int64_t last_segment, const Tile& tile) {
-  if (lists.runs == Runs::of_samples) return tile_of<RunsOfThree<false>>(lists, first_segment, last_segment, tile);
-  if (lists.runs == Runs::of_pixels) return tile_of<RunsOfThree<true>>(lists, first_segment, last_segment, tile);
+  switch (lists.columns) {
+    case Columns::threes_of_vectors:
+      return tile_of<Threes<false>>(lists, first_segment, last_segment, tile);
+    case Columns::threes_of_pixels:
+      return tile_of<Threes<true>>(lists, first_segment, last_segment, tile);
+    case Columns::by_column:
+      return tile_of<SortedByColumn>(lists, first_segment, last_segment, tile);
+    default:
+      break;
+  }
   if (lists.vector == 4) return tile_of<Entries<4>>(lists, first_segment, last_segment, tile);
   if (lists.vector == 2) return tile_of<Entries<2>>(lists, first_segment, last_segment, tile);
   return tile_of<Entries<1>>(lists, first_segment, last_segment, tile);

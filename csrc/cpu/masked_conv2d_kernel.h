@@ -7,8 +7,11 @@
 
 namespace sparse_adv {
 
-// Whether each three consecutive entries are three neighbouring columns of the window, and where these lie.
-enum class Runs { none, of_samples, of_pixels };
+// What is known of the columns that entries read:
+// - threes: each three consecutive entries are three neighbouring columns, vectors or pixels;
+// - by_column: lane = pixel, tiles hold whole rows, and entries read the column before a position, then the position
+//   itself, then the column after it; of each list `turns` says at which entries these begin.
+enum class Columns { any, threes_of_vectors, threes_of_pixels, by_column };
 
 // Lists as in pattern_layout.h, with entries turned into offsets into the window.
 struct OffsetLists {
@@ -16,7 +19,8 @@ struct OffsetLists {
   const int32_t* rows;     // [vectors * segments + 1]
   const int32_t* offsets;  // in floats, from the tile's first vector
   const float* values;     // [offsets * vector]
-  Runs runs;
+  Columns columns;
+  const int32_t* turns;  // by_column: [vectors * segments * 2], from the list's start
 };
 
 constexpr int kTileVectors = 16;  // computed together, whatever the instruction set

@@ -43,8 +43,13 @@ void fill_window(const Images& images, const Placement& placement, int64_t first
     float* to = window + (c - first_channel) * plane * kLanes;
     for (int64_t p = 0; p < placement.pixel_count; p += kLanes) {
       const int columns = placement.pixel_count - p < kLanes ? static_cast<int>(placement.pixel_count - p) : kLanes;
-      load_transposed(v, channel + p, images.image_size, images.count, columns);
       const int32_t* place = placement.place + p;
+      if (!placement.ascending) {
+        int32_t largest = -1;
+        for (int j = 0; j < columns; ++j) largest = place[j] > largest ? place[j] : largest;
+        if (largest < 0) continue;
+      }
+      load_transposed(v, channel + p, images.image_size, images.count, columns);
       // Between ascending places that lie kLanes - 1 apart there is no gap.
       if (placement.ascending && columns == kLanes && place[kLanes - 1] - place[0] == kLanes - 1) {
 #pragma GCC unroll 16

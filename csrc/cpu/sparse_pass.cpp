@@ -3,32 +3,32 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 
-#include "checks.h"
 #include "cpu/aligned_buffer.h"
-#include "cpu/entries_kernel.h"
 #include "cpu/masked_conv2d_kernel.h"
 #include "cpu/sample_lanes_kernel.h"
 #include "layout.h"
 
 namespace sparse_adv {
 
-namespace {
-
 using torch::stable::Tensor;
 
-std::vector<int64_t> tap_offsets(const Tensor& weight) {
-  std::vector<int64_t> offsets;
-  for (int64_t r = 0; r < weight.size(2); ++r)
-    for (int64_t s = 0; s < weight.size(3); ++s) offsets.push_back(r * weight.stride(2) + s * weight.stride(3));
-  return offsets;
+Images images_of(const Tensor& tensor, const Window& window, int64_t item) {
+  const int64_t channels = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
+  const int64_t first = item / window.strips * window.images;
+  return {tensor.const_data_ptr<float>() + first * channels * pixels,
+          channels * pixels,
+          channels,
+          pixels,
+          is_channels_last(tensor),
+          static_cast<int>(std::min(window.images, tensor.size(0) - first))};
 }
+
+namespace {
 
 // The lists of one output phase with offsets into the window, and values in the same order.
 struct PhaseLists {
-  std::vector<int32_t> rows;
+  std::vector<int32_t> rows, turns;
   std::unique_ptr<int32_t[]> offsets;
   std::unique_ptr<float[]> values;
   OffsetLists view;
@@ -40,7 +40,7 @@ std::unique_ptr<float[]> packed_values(const SparsePass& pass) {
   return values;
 }
 
-// All taps are of the one phase: the lists stay as they are.
+// All taps are of the one phase.
 void make_single_phase(const SparsePass& pass, PhaseLists& phase) {
   const PatternLists& lists = pass.lists;
   phase.offsets = window_offsets(lists, pass.window);
@@ -55,7 +55,25 @@ void make_single_phase(const SparsePass& pass, PhaseLists& phase) {
                 lists.rows,
                 phase.offsets.get(),
                 values,
-                lists.rows_of_three ? pass.window.runs_of_three() : Runs::none};
+                lists.rows_of_three ? pass.window.columns_of_threes() : Columns::any,
+                nullptr};
+  if (lists.rows_of_three || !pass.window.sorts_by_column(lists.vector)) return;
+  const ColumnOrder order(lists, pass.window);
+  auto sorted_offsets = std::make_unique_for_overwrite<int32_t[]>(lists.entry_count);
+  auto sorted_values = std::make_unique_for_overwrite<float[]>(lists.entry_count);
+  torch::stable::parallel_for(0, lists.entry_count, 32768, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      sorted_offsets[order.place[i]] = phase.offsets[i];
+      sorted_values[order.place[i]] = values[i];
+    }
+  });
+  phase.offsets = std::move(sorted_offsets);
+  phase.values = std::move(sorted_values);
+  phase.turns = order.turns;
+  phase.view.offsets = phase.offsets.get();
+  phase.view.values = phase.values.get();
+  phase.view.columns = Columns::by_column;
+  phase.view.turns = phase.turns.data();
 }
 
 void make_phase(const SparsePass& pass, int64_t index, const float* all_values, PhaseLists& phase) {
@@ -81,7 +99,7 @@ void make_phase(const SparsePass& pass, int64_t index, const float* all_values, 
     phase.rows.push_back(next);
   }
   phase.view = {lists.vector,        lists.vectors,      lists.segments, phase.rows.data(),
-                phase.offsets.get(), phase.values.get(), Runs::none};
+                phase.offsets.get(), phase.values.get(), Columns::any,   nullptr};
 }
 
 std::vector<PhaseLists> make_phases(const SparsePass& pass) {
@@ -104,114 +122,6 @@ std::vector<int32_t> planes_of_channels(const SparsePass& pass) {
     for (int64_t row = 0; row < pass.group_rows; ++row) planes.push_back(static_cast<int32_t>(group * padded + row));
   return planes;
 }
-
-}  // namespace
-
-WeightLayout WeightLayout::forward(const Tensor& weight, const Pattern& pattern) {
-  return {weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1),
-          pattern.group_out_channels() * weight.stride(0) - pattern.group_in_channels * weight.stride(1),
-          tap_offsets(weight)};
-}
-
-WeightLayout WeightLayout::grad_input(const Tensor& weight) {
-  return {weight.const_data_ptr<float>(), weight.stride(1), weight.stride(0), 0, tap_offsets(weight)};
-}
-
-namespace {
-
-// Calls begin_vector(vector), then visit(entry, row of the vector, offset in the weight) for each kept value of it;
-// offset -1 beyond the end of a group. Vector by vector and not list by list: that walks the weight in memory order,
-// which was 2.5x faster for 512 x 512 x 3 x 3 at density 0.1.
-template <class BeginVector, class Visit>
-void for_each_value(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
-                    const BeginVector& begin_vector, const Visit& visit) {
-  const int64_t group_vectors = lists.vectors / groups;
-  torch::stable::parallel_for(0, lists.vectors, 32, [&](int64_t begin, int64_t end) {
-    for (int64_t vector = begin; vector < end; ++vector) {
-      begin_vector(vector);
-      const int64_t group = vector / group_vectors, row = vector % group_vectors * lists.vector;
-      const int64_t base = row * weight.row_stride + group * weight.group_stride;
-      for (int64_t list = vector; list < lists.vectors * lists.segments; list += lists.vectors)
-        for (int64_t i = lists.rows[list]; i < lists.rows[list + 1]; ++i) {
-          const int32_t entry = lists.entries[i];
-          const int64_t at =
-              base + (entry >> kTapBits) * weight.channel_stride + weight.tap_offset[entry & (kMaxTaps - 1)];
-          for (int64_t j = 0; j < lists.vector; ++j)
-            visit(i, j, row + j < group_rows ? at + j * weight.row_stride : -1);
-        }
-    }
-  });
-}
-
-}  // namespace
-
-void pack_values(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
-                 float* values) {
-  for_each_value(
-      lists, groups, group_rows, weight, [](int64_t) {},
-      [&](int64_t i, int64_t j, int64_t at) { values[i * lists.vector + j] = at >= 0 ? weight.data[at] : 0.0f; });
-}
-
-bool unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
-                   const float* totals, int64_t parts, float* to) {
-  const int64_t group_vectors = lists.vectors / groups;
-  std::atomic<bool> finite = true;
-  const auto clear = [&](int64_t vector) {
-    const int64_t row = vector % group_vectors * lists.vector;
-    const int64_t count = std::min(lists.vector, group_rows - row);
-    std::fill_n(to + (vector / group_vectors * group_rows + row) * weight.row_stride, count * weight.row_stride, 0.0f);
-  };
-  for_each_value(lists, groups, group_rows, weight, clear, [&](int64_t i, int64_t j, int64_t at) {
-    if (at < 0) return;
-    const float* total = totals + i * lists.vector + j;
-    float sum = 0.0f;
-    for (int64_t part = 0; part < parts; ++part) sum += total[part * lists.vector * lists.entry_count];
-    to[at] = sum;
-    if (!std::isfinite(sum)) finite.store(false, std::memory_order_relaxed);
-  });
-  return finite;
-}
-
-std::unique_ptr<int32_t[]> window_offsets(const PatternLists& lists, const Window& window) {
-  std::vector<int32_t> tap_offset;
-  for (size_t tap = 0; tap < window.rows.taps.size() * window.cols.taps.size(); ++tap)
-    tap_offset.push_back(static_cast<int32_t>(window.tap_offset(static_cast<int64_t>(tap), 0)));
-  auto offsets = std::make_unique_for_overwrite<int32_t[]>(lists.entry_count);
-  const auto plane = static_cast<int32_t>(window.plane * window.lanes);
-  const auto block_mask = static_cast<int32_t>(window.block < window.channels ? window.block - 1 : kMaxChannels - 1);
-  torch::stable::parallel_for(0, lists.entry_count, 32768, [&](int64_t begin, int64_t end) {
-    SPARSE_ADV_CHOOSE(entry_offsets)(lists.entries + begin, end - begin, block_mask, plane, tap_offset.data(),
-                                     offsets.get() + begin);
-  });
-  return offsets;
-}
-
-std::vector<int32_t> channels_of_rows(const PatternLists& lists, int64_t groups, int64_t group_rows) {
-  const int64_t padded = lists.vectors / groups * lists.vector;
-  std::vector<int32_t> channels;
-  for (int64_t i = 0; i < lists.vectors * lists.vector; ++i)
-    channels.push_back(i % padded < group_rows ? static_cast<int32_t>(i / padded * group_rows + i % padded) : -1);
-  return channels;
-}
-
-Segments segments_of_block(const PatternLists& lists, const Window& window, int64_t first_channel) {
-  if (window.block >= window.channels) return {0, lists.segments};
-  return {first_channel / lists.segment_channels,
-          std::min(lists.segments, (first_channel + window.block) / lists.segment_channels)};
-}
-
-Images images_of(const Tensor& tensor, const Window& window, int64_t item) {
-  const int64_t channels = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
-  const int64_t first = item / window.strips * window.images;
-  return {tensor.const_data_ptr<float>() + first * channels * pixels,
-          channels * pixels,
-          channels,
-          pixels,
-          is_channels_last(tensor),
-          static_cast<int>(std::min(window.images, tensor.size(0) - first))};
-}
-
-namespace {
 
 // One strip: its window is filled block by block of channels, and each block added to the sums.
 class Strip {

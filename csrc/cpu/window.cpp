@@ -151,10 +151,26 @@ int64_t Window::tap_offset(int64_t tap, int64_t phase) const {
          lanes;
 }
 
-Runs Window::runs_of_three() const {
+namespace {
+
+std::vector<bool> phases_read(const Axis& axis) {
+  std::vector<bool> read(axis.source_phases);
+  for (const Axis::Tap& tap : axis.taps) read[tap.source_phase] = true;
+  return read;
+}
+
+}  // namespace
+
+Columns Window::columns_of_threes() const {
   const bool neighbours = is_unit(cols) && is_unit(rows) && cols.taps.size() == 3 && cols.max_shift == 2;
-  if (!neighbours || (lane_is_pixel && cols.pad != 1)) return Runs::none;
-  return lane_is_pixel ? Runs::of_pixels : Runs::of_samples;
+  if (!neighbours || (lane_is_pixel && cols.pad != 1)) return Columns::any;
+  return lane_is_pixel ? Columns::threes_of_pixels : Columns::threes_of_vectors;
+}
+
+// Vectors of a whole cache line only: of shorter ones not every load beside the position crosses one. And where no
+// output channels share a load, which then counts less.
+bool Window::sorts_by_column(int64_t vector) const {
+  return vector == 1 && lanes == 16 && across == tile_cols && columns_of_threes() == Columns::threes_of_pixels;
 }
 
 Window forward_window(const Convolution& conv, const Pattern& pattern, bool channels_last) {
@@ -177,14 +193,17 @@ Placement StripPlacement::samples(const Window& window, int64_t strip) {
   const int64_t first = std::clamp<int64_t>(start, 0, rows.source_size);
   const int64_t last = std::clamp<int64_t>(start + window_rows * rows.source_phases, first, rows.source_size);
   place.assign((last - first) * cols.source_size, -1);
+  // Rows and columns that no tap reads, as half of them with one tap at stride 2, are left as they are.
+  const std::vector<bool> row_is_read = phases_read(rows), col_is_read = phases_read(cols);
   std::vector<bool> filled(window.plane);
   bool skipped = false;
   for (int64_t y = first; y < last; ++y) {
+    if (!row_is_read[(y - start) % rows.source_phases]) continue;
     const int64_t row =
         ((y - start) % rows.source_phases * window_rows + (y - start) / rows.source_phases) * window.row_pitch;
     for (int64_t x = 0; x < cols.source_size; ++x) {
       const int64_t u = x + cols.pad;
-      if (u < 0 || u / cols.source_phases >= window.window_cols) {
+      if (u < 0 || u / cols.source_phases >= window.window_cols || !col_is_read[u % cols.source_phases]) {
         skipped = true;
         continue;
       }
@@ -194,8 +213,11 @@ Placement StripPlacement::samples(const Window& window, int64_t strip) {
     }
   }
   gaps.clear();
-  for (int64_t i = 0; i < window.plane; ++i)
-    if (!filled[i]) gaps.push_back(static_cast<int32_t>(i));
+  for (int64_t i = 0; i < window.plane; ++i) {
+    const int64_t row = i / window.row_pitch, col = i % window.row_pitch;
+    if (!filled[i] && row_is_read[row / window_rows] && col_is_read[col / window.window_cols])
+      gaps.push_back(static_cast<int32_t>(i));
+  }
   return {first * cols.source_size,
           static_cast<int64_t>(place.size()),
           place.data(),

@@ -81,8 +81,11 @@ struct Window {
   int64_t block_channels(int64_t first) const { return std::min(block, channels - first); }
   // Offset of a tap from the position it belongs to, in floats, or -1 if it is of another phase.
   int64_t tap_offset(int64_t tap, int64_t phase) const;
-  // How the kernel finds the taps of a row of three, if it can take them together.
-  Runs runs_of_three() const;
+  // How the kernel may take the taps of a row of three together, if it can, and whether it may take sorted ones.
+  Columns columns_of_threes() const;
+  bool sorts_by_column(int64_t vector) const;
+  // By how many columns a tap reads beside its position; lane = pixel.
+  int64_t column_of(int64_t tap) const { return cols.taps[tap % std::ssize(cols.taps)].shift - cols.pad; }
   bool fits_int32() const { return block_size() < (int64_t{1} << 31); }
 
  private:

@@ -7,25 +7,31 @@ namespace sparse_adv {
 namespace {
 
 // Lists of 0 to 4 * lanes entries, the second one empty, and a window that the entry with the largest offset reads to
-// its end. With runs each three entries are neighbouring columns, from the right to the left if `reversed`.
+// its end. In threes they are neighbouring columns, from the right to the left if `reversed`; sorted by column they
+// read rows between zeros.
 struct TileCase {
   static constexpr int64_t kVectors = 3, kSegments = 2;
   int64_t lanes, vector, row_pitch, reach, channels = kVectors * vector;
-  Runs runs;
-  std::vector<int32_t> rows{0}, offsets;
+  Columns columns;
+  std::vector<int32_t> rows{0}, offsets, turns;
   std::vector<float> values, window;
 
-  TileCase(const Kernels& kernels, int64_t vector_, int cols, Runs runs_ = Runs::none, bool reversed = false)
+  TileCase(const Kernels& kernels, int64_t vector_, int cols, Columns columns_ = Columns::any, bool reversed = false)
       : lanes(kernels.lanes),
         vector(vector_),
         row_pitch((cols + 3) * lanes),
         reach((kTileVectors / cols - 1) * row_pitch + cols * lanes),
-        runs(runs_) {
-    const int64_t largest = 5 * row_pitch, step = runs == Runs::of_pixels ? 1 : lanes;
-    // Runs of pixels read the vectors beside their middle column.
-    const int64_t lead = runs == Runs::of_pixels ? lanes - 1 : 0;
+        columns(columns_) {
+    if (columns == Columns::by_column) {
+      fill_by_column(cols);
+      return;
+    }
+    const int64_t largest = 5 * row_pitch, step = columns == Columns::threes_of_pixels ? 1 : lanes;
+    // Threes of pixels read the vectors beside their middle column.
+    const int64_t lead = columns == Columns::threes_of_pixels ? lanes - 1 : 0;
+    const bool in_threes = columns != Columns::any;
     const auto push = [&](int64_t offset) {
-      for (int i = 0; i < (runs == Runs::none ? 1 : 3); ++i)
+      for (int i = 0; i < (in_threes ? 3 : 1); ++i)
         offsets.push_back(static_cast<int32_t>(lead + offset + (reversed ? 2 - i : i) * step));
     };
     for (int64_t i = 0; i < kVectors * kSegments; ++i) {
@@ -34,9 +40,26 @@ struct TileCase {
       rows.push_back(static_cast<int32_t>(offsets.size()));
     }
     values = numbers(std::ssize(offsets) * vector);
-    window = numbers(largest + reach + (runs == Runs::none ? 0 : 2 * lanes));
+    window = numbers(largest + reach + (in_threes ? 2 * lanes : 0));
   }
-  OffsetLists lists() const { return {vector, kVectors, kSegments, rows.data(), offsets.data(), values.data(), runs}; }
+  void fill_by_column(int cols) {
+    for (int64_t i = 0; i < kVectors * kSegments; ++i) {
+      for (int64_t column : {-1, 0, 1}) {
+        if (column > -1) turns.push_back(static_cast<int32_t>(std::ssize(offsets) - rows.back()));
+        for (int64_t entries = i == 1 ? 0 : below(lanes); entries > 0; --entries)
+          offsets.push_back(static_cast<int32_t>(below(6) * row_pitch + lanes + column));
+      }
+      rows.push_back(static_cast<int32_t>(offsets.size()));
+    }
+    values = numbers(std::ssize(offsets));
+    window = numbers(5 * row_pitch + reach + 2 * lanes);
+    for (int64_t at = lanes; at < std::ssize(window); at += row_pitch)
+      for (int64_t beside : {at - 1, at + cols * lanes})
+        if (beside < std::ssize(window)) window[beside] = 0;
+  }
+  OffsetLists lists() const {
+    return {vector, kVectors, kSegments, rows.data(), offsets.data(), values.data(), columns, turns.data()};
+  }
   float source(int32_t entry, int64_t at, int cols) const {
     return window[offsets[entry] + at / (cols * lanes) * row_pitch + at % (cols * lanes)];
   }
@@ -100,8 +123,9 @@ bool check_conv_tile(const Kernels& kernels) {
   for (int cols : {16, 8, 4, 2, 1}) {
     std::vector<TileCase> cases;
     for (int64_t vector : {1, 2, 4}) cases.emplace_back(kernels, vector, cols);
-    for (Runs runs : {Runs::of_samples, Runs::of_pixels})
-      for (bool reversed : {false, true}) cases.emplace_back(kernels, 1, cols, runs, reversed);
+    for (Columns columns : {Columns::threes_of_vectors, Columns::threes_of_pixels})
+      for (bool reversed : {false, true}) cases.emplace_back(kernels, 1, cols, columns, reversed);
+    cases.emplace_back(kernels, 1, cols, Columns::by_column);
     for (const TileCase& tile : cases)
       good &= check_sums(kernels, tile, cols) && check_output(kernels, tile, cols, false) &&
               check_output(kernels, tile, cols, true);
