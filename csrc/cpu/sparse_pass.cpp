@@ -148,22 +148,14 @@ class Strip {
     float* const output = output_.mutable_data_ptr<float>() + at;
     Epilogue epilogue = pass_.epilogue;
     if (epilogue.residual) epilogue.residual += at;
-    if (window_.lane_is_pixel) {
-      for (int64_t first = 0; first < window_.channels; first += window_.block) {
-        filler.fill(first, scratch_);
+    for (int64_t first = 0; first < window_.channels; first += window_.block) {
+      filler.fill(first, scratch_);
+      if (window_.lane_is_pixel)
         compute_rows(strip, first, epilogue, shape, output);
-      }
-      return;
+      else
+        compute_sums(strip, first);
     }
-    filler.fill(0, scratch_);
-    const int64_t phase_size = window_.strip * window_.sums_row_pitch * window_.lanes;
-    for (int64_t phase = 0; phase < window_.phases(); ++phase) {
-      const OffsetLists& lists = phases_[phase].view;
-      for_each_tile(strip, [&](int64_t, int64_t, Tile tile) {
-        tile.sums += phase * phase_size;
-        convolve(lists, 0, lists.segments, tile);
-      });
-    }
+    if (window_.lane_is_pixel) return;
     Sums sums = placement_.sums(window_, strip);
     sums.data = sums_;
     sums.plane_of = plane_of_.data();
@@ -191,6 +183,18 @@ class Strip {
                window_.sums_plane * lanes, nullptr});
   }
 
+  // Lane = sample: the sums of all phases stay in the scratch memory.
+  void compute_sums(int64_t strip, int64_t first_channel) const {
+    const auto [first, last] = segments_of_block(pass_.lists, window_, first_channel);
+    const int64_t phase_size = window_.strip * window_.sums_row_pitch * window_.lanes;
+    for (int64_t phase = 0; phase < window_.phases(); ++phase)
+      for_each_tile(strip, [&](int64_t, int64_t, Tile tile) {
+        tile.sums += phase * phase_size;
+        convolve(phases_[phase].view, first, last, tile);
+      });
+  }
+
+  // Lane = pixel: the last block of channels takes the sums to the output.
   void compute_rows(int64_t strip, int64_t first_channel, const Epilogue& epilogue, const Images& shape,
                     float* output) const {
     const OffsetLists& lists = phases_[0].view;

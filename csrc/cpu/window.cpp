@@ -39,7 +39,6 @@ Axis Axis::grad_input(int64_t source, int64_t output, int64_t filter, int64_t st
 
 namespace {
 
-// Half for the sums, a third for the window, the rest for lists and what streams by.
 int64_t l2_bytes() {
   static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 19, 2 << 20);
   return bytes;
@@ -83,27 +82,32 @@ void Window::choose_layout(bool pixels_allowed) {
   for (int width : {16, 8, 4}) offer(false, width, lanes, cols.extent, 1.1);
 }
 
-void Window::lay_out_samples(const PassShape& shape) {
-  images = lanes;
-  block = channels;
-  lead = 0;
-  across = round_up(cols.extent, tile_cols);
-  window_cols = across + cols.max_shift;
-  row_pitch = cols.source_phases * window_cols;
-  sums_row_pitch = across;
+// Cuts the rows into strips whose sums fill half of the L2, and the channels into blocks whose window fills a third of
+// it: the rest is for the lists and for what streams by. Strips are equal, since the last one must not be a sliver that
+// converts as many halo rows as the others.
+void Window::cut(const PassShape& shape, int64_t sums_per_row, int64_t pitch) {
   const int64_t vector_bytes = lanes * kFloat;
-  const int64_t halo_bytes = channels * rows.source_phases * rows.max_shift * row_pitch * vector_bytes;
-  const int64_t row_bytes =
-      (channels * rows.source_phases * row_pitch + shape.output_channels * phases() * sums_row_pitch) * vector_bytes;
-  // Three quarters of the L2. Measured from 0.5 to 8 MB on a core with 2 MB: larger strips convert fewer halo rows and
-  // write longer runs, and win until the strip no longer leaves the L2 room for the lists (benchmarks/NOTES.md).
-  const int64_t bytes = l2_bytes() / 4 * 3;
-  const int64_t fitting = std::max<int64_t>((bytes - halo_bytes) / row_bytes, tile_rows) / tile_rows * tile_rows;
-  // Equal strips: the last one must not be a sliver that converts as many halo rows as the others.
+  const int64_t row_bytes = shape.output_channels * sums_per_row * vector_bytes;
+  const int64_t fitting = std::max<int64_t>(l2_bytes() / 2 / row_bytes, tile_rows) / tile_rows * tile_rows;
   strips = (rows.extent + fitting - 1) / fitting;
   strip = round_up((rows.extent + strips - 1) / strips, tile_rows);
   strips = (rows.extent + strip - 1) / strip;
+  row_pitch = pitch;
   plane = rows.source_phases * (strip + rows.max_shift) * row_pitch;
+  block = channels;
+  if (shape.segment_channels > 0 && phases() == 1) {
+    block = shape.segment_channels;
+    while (block < channels && 2 * block * plane * vector_bytes <= l2_bytes() / 3) block *= 2;
+  }
+}
+
+void Window::lay_out_samples(const PassShape& shape) {
+  images = lanes;
+  lead = 0;
+  across = round_up(cols.extent, tile_cols);
+  window_cols = across + cols.max_shift;
+  sums_row_pitch = across;
+  cut(shape, phases() * across, cols.source_phases * window_cols);
   // Not a multiple of half the L1's period of 64 lines: otherwise the tiles of all channels fall into the same cache
   // sets and push the window out of them.
   sums_plane = phases() * strip * sums_row_pitch;
@@ -115,22 +119,10 @@ void Window::lay_out_pixels(const PassShape& shape) {
   across = round_up((cols.extent + lanes - 1) / lanes, tile_cols);
   // A vector that starts in the last columns of a row ends in the zeros before the next row, never in its pixels.
   lead = round_up(std::max(cols.pad, cols.max_shift - cols.pad), lanes);
-  row_pitch = lead / lanes + std::max(across, (cols.source_size + lanes - 1) / lanes);
-  const int64_t vector_bytes = lanes * kFloat;
-  const int64_t row_bytes = shape.output_channels * across * vector_bytes;
-  const int64_t fitting = std::max<int64_t>(l2_bytes() / 2 / row_bytes, tile_rows) / tile_rows * tile_rows;
-  strips = (rows.extent + fitting - 1) / fitting;
-  strip = round_up((rows.extent + strips - 1) / strips, tile_rows);
-  strips = (rows.extent + strip - 1) / strip;
-  plane = (strip + rows.max_shift) * row_pitch;
   // Tile after tile and not plane after plane: the kernel then walks the sums in memory order.
   sums_row_pitch = tile_cols;
   sums_plane = kTileVectors;
-  block = channels;
-  if (shape.segment_channels > 0) {
-    block = shape.segment_channels;
-    while (block < channels && 2 * block * plane * vector_bytes <= l2_bytes() / 3) block *= 2;
-  }
+  cut(shape, across, lead / lanes + std::max(across, (cols.source_size + lanes - 1) / lanes));
 }
 
 int64_t Window::sums_at(int64_t row, int64_t col, int64_t planes) const {

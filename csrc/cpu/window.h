@@ -91,6 +91,7 @@ struct Window {
  private:
   int64_t batch_;
   void choose_layout(bool pixels_allowed);
+  void cut(const PassShape& shape, int64_t sums_per_row, int64_t pitch);
   void lay_out_samples(const PassShape& shape);
   void lay_out_pixels(const PassShape& shape);
 };
