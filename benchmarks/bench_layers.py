@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import environment, interleaved, keep_freed_memory, write_rows
+from harness import environment, interleaved, keep_freed_memory, mask_of, write_rows
 from torch import Tensor, nn
 
 from sparse_adv import models, ops
@@ -61,12 +61,8 @@ def layers() -> Iterator[Layer]:
 
 
 def row_of(layer: Layer, block: tuple[int, int], density: float) -> Iterator[dict]:
-    generator = torch.Generator().manual_seed(0)
     shape = (layer.out_channels, layer.channels, layer.filter, layer.filter)
-    counts = (-(-shape[0] // block[0]), -(-shape[1] // block[1]), *shape[2:])
-    mask = torch.rand(counts, generator=generator) < density
-    for dim in (0, 1):
-        mask = mask.repeat_interleave(block[dim], dim).narrow(dim, 0, shape[dim])
+    mask = mask_of(shape, block, density)
     pads, strides = (layer.filter // 2,) * 2, (layer.stride,) * 2
     geometry = (strides, pads, (1, 1), 1)
     x, weight = torch.randn(layer.batch, layer.channels, layer.size, layer.size), torch.randn(shape) * mask

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import environment, interleaved, keep_freed_memory, write_rows
+from harness import environment, interleaved, keep_freed_memory, mask_of, write_rows
 
 from sparse_adv import ops
 from sparse_adv.ops import reference
@@ -31,21 +31,11 @@ SPARSEPROP = importlib.util.find_spec("sparseprop") is not None
 Sides = dict[str, Callable[[], object]]
 
 
-def mask_of(channels: int, block: Sequence[int], density: float) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    sizes = (*block, 1, 1)[:4]
-    shape = [length // size for length, size in zip((channels, channels, 3, 3), sizes, strict=True)]
-    mask = torch.rand(shape, generator=generator) < density
-    for dim, size in enumerate(sizes):
-        mask = mask.repeat_interleave(size, dim)
-    return mask
-
-
 def sides_of(
     channels: int, size: int, batch: int, block: Sequence[int], density: float, rival: bool = False
 ) -> dict[str, Sides]:
     """For each pass, what to time; the first side is ours, `rival` adds SparseProp. Asserts that ours is right."""
-    mask = mask_of(channels, block, density)
+    mask = mask_of((channels, channels, 3, 3), block, density)
     torch.manual_seed(0)
     x, grad = torch.randn(2, batch, channels, size, size)
     weight = torch.randn(mask.shape) * mask

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from harness import copy_bandwidth, interleaved, interleaved_graphs, write_rows
+from harness import copy_bandwidth, interleaved, interleaved_graphs, mask_of, write_rows
 
 from sparse_adv import ops
 from sparse_adv.ops import reference
@@ -25,14 +25,6 @@ BATCHES = [128, 512]
 MASKS = [((1, 1), 0.1), ((32, 32), 0.1), ((64, 64), 0.2), ((64, 64), 0.1)]
 GEOMETRY = ((1, 1), (1, 1), (1, 1), 1)
 Sides = dict[str, Callable[[], torch.Tensor]]
-
-
-def mask_of(channels: int, block: tuple[int, int], density: float) -> torch.Tensor:
-    """Blocks at random, edge blocks smaller."""
-    counts = [-(-channels // size) for size in block]
-    blocks = torch.rand(*counts, 3, 3, generator=torch.Generator().manual_seed(0)) < density
-    mask = blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return mask[:channels, :channels].contiguous().cuda()
 
 
 def sides_of(channels: int, size: int, batch: int, mask: torch.Tensor, block: tuple[int, int]) -> dict[str, Sides]:
@@ -81,7 +73,7 @@ def rows() -> Iterator[dict]:
     for batch in BATCHES:
         for channels, size in LAYERS:
             for block, density in MASKS:
-                mask = mask_of(channels, block, density)
+                mask = mask_of((channels, channels, 3, 3), block, density).cuda()
                 kept = int(mask.count_nonzero())
                 for name, sides in sides_of(channels, size, batch, mask, block).items():
                     times = interleaved_graphs(sides)

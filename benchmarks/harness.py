@@ -37,6 +37,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def mask_of(shape: Sequence[int], block: Sequence[int], density: float) -> torch.Tensor:
+    """A random mask of whole blocks, always the same; edge blocks are smaller."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (*block, 1, 1)[:4]
+    counts = [-(-length // size) for length, size in zip(shape, sizes, strict=True)]
+    mask = torch.rand(counts, generator=generator) < density
+    for dim, size in enumerate(sizes):
+        mask = mask.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
+    return mask.contiguous()
+
+
 def interleaved(
     sides: Mapping[str, Callable[[], object]], rounds: int = 9, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:

@@ -200,7 +200,7 @@ def test_where_nothing_is_gained_every_channel_stays(density, block):
 
 @pytest.mark.parametrize(("items", "slot"), [(64, 16), (60, 16), (40, 2), (5, 8), (7, 1)])
 def test_the_assignment_is_near_the_best_one(items, slot):
-    optimize = pytest.importorskip("scipy.optimize")
+    optimize = pytest.importorskip("scipy.optimize", reason="SciPy comes with scikit-learn")
     position = torch.arange(items)
     gain = torch.rand(items, -(-items // slot), dtype=torch.float64) * torch.rand(items, 1, dtype=torch.float64)
     order = assign(gain, slot)

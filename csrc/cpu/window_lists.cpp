@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cmath>
 
-#include "checks.h"
 #include "cpu/entries_kernel.h"
 
 namespace sparse_adv {
