@@ -5,14 +5,13 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.environment
 BUILT := $(VENV)/.built
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
-SANITIZED := build/sanitize
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-cpu gpu-check doctor sanitize clean
+.PHONY: help setup demo test lint format bench bench-cpu gpu-check doctor sanitize two-unwinders clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(BUILT)  ## only make the environment and build (every other target does so too)
 
@@ -46,7 +45,10 @@ doctor: $(BUILT)  ## check the installation
 	$(BIN)/python -m sparse_adv doctor
 
 sanitize: $(BUILT)  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
-	.ci/sanitize $(BIN)/python $(SANITIZED)
+	.ci/sanitize $(BIN)/python build/sanitize
+
+two-unwinders: $(BUILT)  ## run the tests of refusals on a build whose op libraries have an unwinder of their own
+	.ci/two_unwinders $(BIN)/python build/two_unwinders
 
 clean:  ## remove what was built and the environment
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,7 @@ class CMakeBuild(build_ext):
             f"-DTORCH_DIR={torch_dir()}",
             *(self.cuda or ["-DSPARSE_ADV_CUDA_ARCHS="]),
             f"-DSPARSE_ADV_VERSION={self.distribution.get_version()}",
-            *os.environ.get("CMAKE_ARGS", "").split(),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         # The environment's own cmake and ninja come first, also where it is not activated.
         tools = os.environ | {"PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <string>
 
-#include "checks.h"
+#include "errors.h"
 
 namespace sparse_adv {
 

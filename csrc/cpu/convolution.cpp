@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "checks.h"
+#include "errors.h"
 
 namespace sparse_adv {
 

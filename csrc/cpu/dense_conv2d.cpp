@@ -17,7 +17,7 @@ template <size_t results, class... Args>
 std::array<StableIValue, results> call(const char* op, const char* overload, const Args&... args) {
   std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> stack{
       torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   std::array<StableIValue, results> outputs;
   std::copy_n(stack.begin(), results, outputs.begin());
   return outputs;

@@ -1,11 +1,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "checks.h"
 #include "cpu/convolution.h"
 #include "cpu/dense_conv2d.h"
 #include "cpu/path.h"
 #include "cpu/sparse_pass.h"
+#include "errors.h"
 #include "layout.h"
 
 namespace sparse_adv {
@@ -84,9 +84,9 @@ std::vector<int64_t> chosen_paths_cpu(std::vector<Tensor> pattern_tensors, std::
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) {
-  m.impl("masked_conv2d", TORCH_BOX(&masked_conv2d_cpu));
-  m.impl("pack_values", TORCH_BOX(&pack_values_cpu));
-  m.impl("chosen_paths", TORCH_BOX(&chosen_paths_cpu));
+  m.impl("masked_conv2d", SPARSE_ADV_BOX(&masked_conv2d_cpu));
+  m.impl("pack_values", SPARSE_ADV_BOX(&pack_values_cpu));
+  m.impl("chosen_paths", SPARSE_ADV_BOX(&chosen_paths_cpu));
 }
 
 }  // namespace sparse_adv

@@ -1,10 +1,10 @@
 #include <torch/csrc/stable/library.h>
 
-#include "checks.h"
 #include "cpu/convolution.h"
 #include "cpu/dense_conv2d.h"
 #include "cpu/path.h"
 #include "cpu/sparse_pass.h"
+#include "errors.h"
 #include "layout.h"
 
 namespace sparse_adv {
@@ -40,7 +40,7 @@ Tensor masked_conv2d_grad_input_cpu(Tensor grad_output, Tensor weight, std::vect
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) {
-  m.impl("masked_conv2d_grad_input", TORCH_BOX(&masked_conv2d_grad_input_cpu));
+  m.impl("masked_conv2d_grad_input", SPARSE_ADV_BOX(&masked_conv2d_grad_input_cpu));
 }
 
 }  // namespace sparse_adv

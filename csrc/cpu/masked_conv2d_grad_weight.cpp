@@ -3,13 +3,13 @@
 
 #include <algorithm>
 
-#include "checks.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/convolution.h"
 #include "cpu/dense_conv2d.h"
 #include "cpu/masked_conv2d_grad_weight_kernel.h"
 #include "cpu/path.h"
 #include "cpu/sparse_pass.h"
+#include "errors.h"
 #include "layout.h"
 
 namespace sparse_adv {
@@ -92,7 +92,7 @@ Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern
   const int64_t total_count = lists.vector * lists.entry_count;
   const auto totals = std::make_unique_for_overwrite<float[]>(parts * total_count);
 
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     thread_local AlignedBuffer buffer;
     float* const scratch = buffer.at_least(window_size + grad_size);
     float* const grad_scratch = scratch + window_size;
@@ -146,7 +146,7 @@ Tensor masked_conv2d_grad_weight_cpu(Tensor grad_output, Tensor input, std::vect
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) {
-  m.impl("masked_conv2d_grad_weight", TORCH_BOX(&masked_conv2d_grad_weight_cpu));
+  m.impl("masked_conv2d_grad_weight", SPARSE_ADV_BOX(&masked_conv2d_grad_weight_cpu));
 }
 
 }  // namespace sparse_adv

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "checks.h"
 #include "cpu/entries_kernel.h"
+#include "errors.h"
 
 namespace sparse_adv {
 

@@ -6,6 +6,7 @@
 
 #include "cpu/pgd_step_kernel.h"
 #include "cpu/staging.h"
+#include "errors.h"
 #include "images.h"
 #include "layout.h"
 
@@ -26,14 +27,14 @@ void run(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tenso
   T* out_data = out.mutable_data_ptr<T>();
   if (norm == "linf") {
     const auto kernel = SPARSE_ADV_CHOOSE(pgd_step_linf<T>);
-    torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
       kernel(adv_data + begin, grad_data + begin, clean_data + begin, out_data + begin, end - begin, sizes);
     });
     return;
   }
   const auto kernel = SPARSE_ADV_CHOOSE(pgd_step_l2<T>);
   const int64_t samples = out.dim() == 0 ? 1 : out.size(0), count = out.numel() / samples;
-  torch::stable::parallel_for(0, samples, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
+  parallel_for(0, samples, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * count;
     kernel(adv_data + first, grad_data + first, clean_data + first, out_data + first, end - begin, count, sizes);
   });
@@ -66,8 +67,8 @@ void pgd_step_inplace_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, d
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) {
-  m.impl("pgd_step", TORCH_BOX(&pgd_step_cpu));
-  m.impl("pgd_step_", TORCH_BOX(&pgd_step_inplace_cpu));
+  m.impl("pgd_step", SPARSE_ADV_BOX(&pgd_step_cpu));
+  m.impl("pgd_step_", SPARSE_ADV_BOX(&pgd_step_inplace_cpu));
 }
 
 }  // namespace sparse_adv

@@ -1,5 +1,12 @@
 #include "cpu/pgd_step_kernel.h"
 
+// Before a loop whose output may be one of its inputs but never a shifted view of one: it may be vectorised unchecked.
+#ifdef __clang__
+#define SPARSE_ADV_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define SPARSE_ADV_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
@@ -32,14 +39,14 @@ void l2_sample(const T* adv, const T* grad, const T* clean, T* out, int64_t coun
   auto slope = [=](int64_t i) { return static_cast<double>(grad[i] - grad[i] == 0 ? grad[i] : T(0)); };
   const double length = __builtin_sqrt(sum_of_squares(count, slope));
   const double rate = length > 0 ? sizes.alpha / length : 0.0;
-#pragma GCC ivdep  // out may be adv, never a shifted view of it
+  SPARSE_ADV_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(adv[i] + rate * slope(i));
 
   auto offset = [=](int64_t i) { return static_cast<double>(out[i]) - static_cast<double>(clean[i]); };
   const double distance = __builtin_sqrt(sum_of_squares(count, offset));
   if (!(distance <= sizes.eps)) {
     const double shrink = sizes.eps / distance;
-#pragma GCC ivdep
+    SPARSE_ADV_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(clean[i] + shrink * offset(i));
   }
   const T lo = static_cast<T>(sizes.lo), hi = static_cast<T>(sizes.hi);
@@ -53,7 +60,7 @@ template <class T>
 void pgd_step_linf(const T* adv, const T* grad, const T* clean, T* out, int64_t count, const StepSizes& sizes) {
   const T alpha = static_cast<T>(sizes.alpha), eps = static_cast<T>(sizes.eps);
   const T lo = static_cast<T>(sizes.lo), hi = static_cast<T>(sizes.hi);
-#pragma GCC ivdep  // out may be adv, never a shifted view of it
+  SPARSE_ADV_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     const T sign = (grad[i] > 0 ? T(1) : T(0)) - (grad[i] < 0 ? T(1) : T(0));
     const T moved = clamp(adv[i] + alpha * sign, clean[i] - eps, clean[i] + eps);

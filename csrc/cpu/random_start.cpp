@@ -6,6 +6,7 @@
 
 #include "cpu/random_start_kernel.h"
 #include "cpu/staging.h"
+#include "errors.h"
 #include "images.h"
 
 namespace sparse_adv {
@@ -22,13 +23,13 @@ void run(const Tensor& clean, const Tensor& out, const Noise& noise, const std::
   T* out_data = out.mutable_data_ptr<T>();
   if (norm == "linf") {
     const auto kernel = SPARSE_ADV_CHOOSE(random_start_linf<T>);
-    torch::stable::parallel_for(0, out.numel(), kGrain,
-                                [&](int64_t begin, int64_t end) { kernel(clean_data, out_data, begin, end, noise); });
+    parallel_for(0, out.numel(), kGrain,
+                 [&](int64_t begin, int64_t end) { kernel(clean_data, out_data, begin, end, noise); });
     return;
   }
   const auto kernel = SPARSE_ADV_CHOOSE(random_start_l2<T>);
   const int64_t samples = out.dim() == 0 ? 1 : out.size(0), count = out.numel() / samples;
-  torch::stable::parallel_for(0, samples, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
+  parallel_for(0, samples, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) kernel(clean_data, out_data, n, count, noise);
   });
 }
@@ -49,6 +50,6 @@ Tensor random_start_cpu(Tensor clean, Tensor seed, double eps, std::string norm,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) { m.impl("random_start", TORCH_BOX(&random_start_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) { m.impl("random_start", SPARSE_ADV_BOX(&random_start_cpu)); }
 
 }  // namespace sparse_adv

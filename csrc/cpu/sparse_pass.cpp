@@ -7,6 +7,7 @@
 #include "cpu/aligned_buffer.h"
 #include "cpu/masked_conv2d_kernel.h"
 #include "cpu/sample_lanes_kernel.h"
+#include "errors.h"
 #include "layout.h"
 
 namespace sparse_adv {
@@ -61,7 +62,7 @@ void make_single_phase(const SparsePass& pass, PhaseLists& phase) {
   const ColumnOrder order(lists, pass.window);
   auto sorted_offsets = std::make_unique_for_overwrite<int32_t[]>(lists.entry_count);
   auto sorted_values = std::make_unique_for_overwrite<float[]>(lists.entry_count);
-  torch::stable::parallel_for(0, lists.entry_count, 32768, [&](int64_t begin, int64_t end) {
+  parallel_for(0, lists.entry_count, 32768, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       sorted_offsets[order.place[i]] = phase.offsets[i];
       sorted_values[order.place[i]] = values[i];
@@ -185,12 +186,12 @@ class Strip {
 
   // Lane = sample: the sums of all phases stay in the scratch memory.
   void compute_sums(int64_t strip, int64_t first_channel) const {
-    const auto [first, last] = segments_of_block(pass_.lists, window_, first_channel);
+    const Segments segments = segments_of_block(pass_.lists, window_, first_channel);
     const int64_t phase_size = window_.strip * window_.sums_row_pitch * window_.lanes;
     for (int64_t phase = 0; phase < window_.phases(); ++phase)
       for_each_tile(strip, [&](int64_t, int64_t, Tile tile) {
         tile.sums += phase * phase_size;
-        convolve(phases_[phase].view, first, last, tile);
+        convolve(phases_[phase].view, segments.first, segments.last, tile);
       });
   }
 
@@ -198,7 +199,7 @@ class Strip {
   void compute_rows(int64_t strip, int64_t first_channel, const Epilogue& epilogue, const Images& shape,
                     float* output) const {
     const OffsetLists& lists = phases_[0].view;
-    const auto [first, last] = segments_of_block(pass_.lists, window_, first_channel);
+    const Segments segments = segments_of_block(pass_.lists, window_, first_channel);
     const int64_t width = window_.cols.output_size;
     for_each_tile(strip, [&](int64_t row, int64_t col, Tile tile) {
       const int64_t at = (strip * window_.strip + row) * width + col * window_.lanes;
@@ -207,7 +208,7 @@ class Strip {
           channel_of_.data(), epilogue};
       if (epilogue.residual) to.epilogue.residual += at;
       tile.output = &to;
-      convolve(lists, first, last, tile);
+      convolve(lists, segments.first, segments.last, tile);
     });
   }
 
@@ -228,7 +229,7 @@ class Strip {
 void run(const SparsePass& pass, Tensor& output) {
   const std::vector<PhaseLists> phases = make_phases(pass);
   const std::vector<int32_t> channel_of = channels_of_rows(pass.lists, pass.groups, pass.group_rows);
-  torch::stable::parallel_for(0, pass.window.items(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pass.window.items(), 1, [&](int64_t begin, int64_t end) {
     Strip strip(pass, phases, channel_of, output);
     for (int64_t item = begin; item < end; ++item) strip.run(item);
   });

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "cpu/entries_kernel.h"
+#include "errors.h"
 
 namespace sparse_adv {
 
@@ -42,7 +43,7 @@ template <class BeginVector, class Visit>
 void for_each_value(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
                     const BeginVector& begin_vector, const Visit& visit) {
   const int64_t group_vectors = lists.vectors / groups;
-  torch::stable::parallel_for(0, lists.vectors, 32, [&](int64_t begin, int64_t end) {
+  parallel_for(0, lists.vectors, 32, [&](int64_t begin, int64_t end) {
     for (int64_t vector = begin; vector < end; ++vector) {
       begin_vector(vector);
       const int64_t group = vector / group_vectors, row = vector % group_vectors * lists.vector;
@@ -95,7 +96,7 @@ std::unique_ptr<int32_t[]> window_offsets(const PatternLists& lists, const Windo
   auto offsets = std::make_unique_for_overwrite<int32_t[]>(lists.entry_count);
   const auto plane = static_cast<int32_t>(window.plane * window.lanes);
   const auto block_mask = static_cast<int32_t>(window.block < window.channels ? window.block - 1 : kMaxChannels - 1);
-  torch::stable::parallel_for(0, lists.entry_count, 32768, [&](int64_t begin, int64_t end) {
+  parallel_for(0, lists.entry_count, 32768, [&](int64_t begin, int64_t end) {
     SPARSE_ADV_CHOOSE(entry_offsets)(lists.entries + begin, end - begin, block_mask, plane, tap_offset.data(),
                                      offsets.get() + begin);
   });
@@ -115,7 +116,7 @@ ColumnOrder::ColumnOrder(const PatternLists& lists, const Window& window)
   std::vector<int64_t> column_of;
   for (size_t tap = 0; tap < window.rows.taps.size() * window.cols.taps.size(); ++tap)
     column_of.push_back(window.column_of(static_cast<int64_t>(tap)));
-  torch::stable::parallel_for(0, lists.vectors * lists.segments, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, lists.vectors * lists.segments, 64, [&](int64_t begin, int64_t end) {
     for (int64_t list = begin; list < end; ++list) {
       int32_t next = lists.rows[list];
       for (const int64_t column : {-1, 0, 1}) {

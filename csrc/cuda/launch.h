@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "checks.h"
+#include "errors.h"
 
 namespace sparse_adv {
 

@@ -112,8 +112,8 @@ void pgd_step_inplace_cuda(Tensor adv, Tensor grad, Tensor clean, double alpha, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CUDA, m) {
-  m.impl("pgd_step", TORCH_BOX(&pgd_step_cuda));
-  m.impl("pgd_step_", TORCH_BOX(&pgd_step_inplace_cuda));
+  m.impl("pgd_step", SPARSE_ADV_BOX(&pgd_step_cuda));
+  m.impl("pgd_step_", SPARSE_ADV_BOX(&pgd_step_inplace_cuda));
 }
 
 }  // namespace sparse_adv

@@ -63,6 +63,8 @@ std::tuple<Tensor, Tensor> pgd_step_normalized_cuda(Tensor adv, Tensor grad, Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CUDA, m) { m.impl("pgd_step_normalized", TORCH_BOX(&pgd_step_normalized_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CUDA, m) {
+  m.impl("pgd_step_normalized", SPARSE_ADV_BOX(&pgd_step_normalized_cuda));
+}
 
 }  // namespace sparse_adv

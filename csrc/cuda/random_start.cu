@@ -71,6 +71,6 @@ Tensor random_start_cuda(Tensor clean, Tensor seed, double eps, std::string norm
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CUDA, m) { m.impl("random_start", TORCH_BOX(&random_start_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CUDA, m) { m.impl("random_start", SPARSE_ADV_BOX(&random_start_cuda)); }
 
 }  // namespace sparse_adv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -19,8 +20,23 @@ except ImportError as error:
         f"`pip install --no-build-isolation .` under this Python and torch {torch.__version__}"
     ) from error
 
+
+def _load(path: Path) -> None:
+    """Load an op library; warns if it was linked with an unwinder of its own.
+
+    Its errors reach Python all the same (csrc/errors.h): none leaves the library as a C++ exception.
+    """
+    torch.ops.load_library(path)
+    if ctypes.CDLL(str(path)).sparse_adv_has_own_unwinder():
+        warnings.warn(
+            f"{path.name} was linked with -static-libgcc, so that two unwinders are in this process; build sparse_adv "
+            "with -shared-libgcc to have one",
+            stacklevel=2,
+        )
+
+
 try:
-    torch.ops.load_library(_OPS_CPU)
+    _load(_OPS_CPU)
 except OSError as error:
     raise ImportError(
         f"{_OPS_CPU.name} cannot be loaded under torch {torch.__version__} ({error}); it needs torch 2.10 or newer"
@@ -38,7 +54,7 @@ def _load_cuda_ops(torch_cuda: str | None) -> str:
         warnings.warn(f"sparse_adv's CUDA ops cannot be loaded ({reason}); build sparse_adv again", stacklevel=2)
         return reason
     try:
-        torch.ops.load_library(_OPS_CUDA)
+        _load(_OPS_CUDA)
     except OSError as error:
         warnings.warn(f"sparse_adv's CUDA ops cannot be loaded ({error}); build sparse_adv again", stacklevel=2)
         return str(error)
