@@ -35,7 +35,7 @@ format: $(BUILT)  ## rewrite the sources in the project's format
 bench: $(BUILT)  ## measure every op against dense PyTorch (benchmarks/)
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-enable
 
-bench-cpu: $(BUILT)  ## the README's table of CPU kernels: ratios to dense, by mask and density (about 5 minutes)
+bench-cpu: $(BUILT)  ## the README's table of CPU kernels: ratios to dense and their bounds on this machine (5 minutes)
 	$(BIN)/python benchmarks/bench_masked_conv2d.py
 
 gpu-check:  ## on a machine with a GPU and a CUDA torch: build, prove and measure there (OUT=build/gpu_check)

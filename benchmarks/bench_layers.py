@@ -4,7 +4,8 @@
 
 Each pass takes the path that the library's table chooses, and is timed against the better of PyTorch's NCHW and
 channels_last convolution. Time lost counts as more than 5 % where dense takes over 2 ms, below that as more than 60 us
-(forward) or 60 us (each gradient).
+(forward) or 60 us (each gradient). Beside each ratio to dense stands its bound, as in bench_masked_conv2d.py; it is the
+bound of the kept weights, also where the dense path is taken.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import environment, interleaved, keep_freed_memory, mask_of, write_rows
+from harness import (
+    Peak,
+    convolution_work,
+    interleaved,
+    keep_freed_memory,
+    mask_of,
+    measured_peak,
+    print_machine,
+    write_rows,
+)
 from torch import Tensor, nn
 
 from sparse_adv import models, ops
@@ -60,7 +70,7 @@ def layers() -> Iterator[Layer]:
                 yield Layer(channels, channels, 3, 1, size, batch, "odd")
 
 
-def row_of(layer: Layer, block: tuple[int, int], density: float) -> Iterator[dict]:
+def rows_of(layer: Layer, block: tuple[int, int], density: float, peak: Peak) -> Iterator[dict]:
     shape = (layer.out_channels, layer.channels, layer.filter, layer.filter)
     mask = mask_of(shape, block, density)
     pads, strides = (layer.filter // 2,) * 2, (layer.stride,) * 2
@@ -92,6 +102,7 @@ def row_of(layer: Layer, block: tuple[int, int], density: float) -> Iterator[dic
             **{side: lambda side=side: backward(side, 1) for side in images},
         },
     }
+    bound = peak.seconds(*convolution_work(mask, x.shape, layer.stride, layer.filter // 2))
     chosen = ops.chosen_paths(pattern, x.shape, strides, pads)
     for name, sides in passes.items():
         times = interleaved(sides, rounds=7)
@@ -106,6 +117,9 @@ def row_of(layer: Layer, block: tuple[int, int], density: float) -> Iterator[dic
             "path": chosen[name],
             "seconds": times,
             "ratio_to_dense": dense / ours,
+            "bound_ratio": dense / bound,
+            "bound_seconds": bound,
+            "peak": peak._asdict(),
             "slower": ours > dense * SLOWER if dense > SMALL_DENSE else ours > dense + LOST,
         }
 
@@ -119,18 +133,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
+    peak = measured_peak()
+    print_machine(peak)
     measured = []
     for layer in layers():
         cells = []
-        for row in row_of(layer, tuple(arguments.block), arguments.density):
+        for row in rows_of(layer, tuple(arguments.block), arguments.density, peak):
             measured.append(row)
             mark = " slower" if row["slower"] else ""
-            cells.append(f"{row['pass']} {row['ratio_to_dense']:5.2f}x ({row['path']}){mark}")
+            ratio = f"{row['ratio_to_dense']:5.2f} of at most {row['bound_ratio']:5.2f}"
+            cells.append(f"{row['pass']} {ratio} ({row['path']}){mark}")
         what = f"{layer.channels}-{layer.out_channels} {layer.filter}x{layer.filter}/{layer.stride} @{layer.size}"
         print(f"{layer.where:<11}{what:<22} batch {layer.batch:<4}" + "  ".join(cells), flush=True)
     write_rows(arguments.out, measured)
     slower = [row for row in measured if row["slower"]]
-    print(f"\n{environment()}\n{len(slower)} of {len(measured)} passes lose time")
+    print(f"\n{len(slower)} of {len(measured)} passes lose time")
 
 
 if __name__ == "__main__":

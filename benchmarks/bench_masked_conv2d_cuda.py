@@ -2,9 +2,9 @@
 
     python benchmarks/bench_masked_conv2d_cuda.py [--out benchmarks/results/FILE.jsonl]
 
-The floor of a pass is the larger of its bytes at the GPU's own copy bandwidth, each tensor moved once, and its kept
-multiply-adds at the rate of a large matrix product; "of_floor" is the floor's share of our time. Weights are packed, as
-the passes of an attack find them. Block (1, 1) takes cuDNN on a masked weight: there a ratio of 1 is the aim.
+The floor of a pass is its bound by `harness.measured_peak` and `harness.convolution_work`; "of_floor" is the floor's
+share of our time. Weights are packed, as the passes of an attack find them. Block (1, 1) takes cuDNN on a masked
+weight: there a ratio of 1 is the aim.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from harness import copy_bandwidth, interleaved, interleaved_graphs, mask_of, write_rows
+from harness import convolution_work, interleaved_graphs, mask_of, measured_peak, write_rows
 
 from sparse_adv import ops
 from sparse_adv.ops import reference
@@ -69,32 +69,25 @@ def sides_of(channels: int, size: int, batch: int, mask: torch.Tensor, block: tu
 
 def rows() -> Iterator[dict]:
     torch.backends.cudnn.benchmark = True
-    bandwidth, rate = copy_bandwidth(), multiply_add_rate()
+    peak = measured_peak("cuda")
     for batch in BATCHES:
         for channels, size in LAYERS:
             for block, density in MASKS:
                 mask = mask_of((channels, channels, 3, 3), block, density).cuda()
-                kept = int(mask.count_nonzero())
+                floor = peak.seconds(*convolution_work(mask, (batch, channels, size, size), element_bytes=2))
+                kept = float(mask.float().mean())
                 for name, sides in sides_of(channels, size, batch, mask, block).items():
                     times = interleaved_graphs(sides)
                     median = times["ours"]["median"]
-                    moved = 2 * (2 * batch * size**2 * channels + kept)
-                    floor = max(moved / bandwidth, batch * size**2 * kept / rate)
                     yield {
                         "op": f"masked_conv2d {name}",
-                        "case": f"{channels}@{size}, batch {batch}, block {block}, density {kept / mask.numel():.2f}",
+                        "case": f"{channels}@{size}, batch {batch}, block {block}, density {kept:.2f}",
                         "dtype": "bfloat16",
                         "seconds": times,
                         "ratios": {"dense": times["dense"]["median"] / median},
                         "floor_seconds": floor,
                         "of_floor": floor / median,
                     }
-
-
-def multiply_add_rate(size: int = 8192) -> float:
-    """Multiply-adds a second of a large matrix product on random data."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return size**3 / interleaved({"product": lambda: a @ b}, 9, "cuda")["product"]["median"]
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def sides_of(shape: tuple[int, ...], device: str) -> Iterator[tuple[str, int, Si
 
 
 def rows(device: str) -> Iterator[dict]:
-    bandwidth = copy_bandwidth() if device == "cuda" else None
+    bandwidth = copy_bandwidth("cuda") if device == "cuda" else None
     for shape in SHAPES[device]:
         for name, element_bytes, sides in sides_of(shape, device):
             times = interleaved_graphs(sides) if device == "cuda" else interleaved(sides, 30)

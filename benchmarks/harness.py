@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,13 +17,14 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sparse_adv import ops
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+COPIED_BYTES = {"cpu": 2**24, "cuda": 2**31}  # 16 MiB are the images of 64@32 at batch 64
 
 
 def keep_freed_memory() -> None:
@@ -85,12 +87,65 @@ def interleaved_graphs(
     return {name: {key: value / calls for key, value in found.items()} for name, found in times.items()}
 
 
-def copy_bandwidth(gigabytes: float = 2.0) -> float:
-    """Bytes a second, read and written, of the GPU's own copy: the bound of whatever only moves memory."""
-    source = torch.empty(int(gigabytes * 2**30) // 4, device="cuda")
+class Peak(NamedTuple):
+    """The highest rates of this machine that plain PyTorch reaches in this process: `measured_peak`."""
+
+    flops: float  # a second; a multiply-add is two
+    bandwidth: float  # bytes a second, those read and those written
+
+    def seconds(self, multiply_adds: int, moved: int) -> float:
+        """The bound of a call: its multiply-adds, or the bytes that it moves, whichever takes longer."""
+        return max(2 * multiply_adds / self.flops, moved / self.bandwidth)
+
+
+def measured_peak(device: str = "cpu") -> Peak:
+    """Measure both rates, of each the second fastest of 9 calls, with the threads that PyTorch has now.
+
+    FLOP/s on a CPU, float32: `torch.mm` of square matrices, three of which fit the L2 of the threads' cores, or a 3x3
+    convolution of 64 channels at 34 x 34 without padding, batch 64, whichever is faster: BLAS and oneDNN differ by
+    machine. On a GPU: `torch.mm` of 8192 x 8192 bfloat16 matrices. Bytes: `copy_bandwidth`.
+    """
+    if device == "cuda":
+        a, b = torch.randn(2, 8192, 8192, device=device).bfloat16()
+        sides: dict[str, Callable[[], object]] = {"mm": lambda: torch.mm(a, b)}
+    else:
+        rows = math.isqrt(torch.get_num_threads() * (_l2_bytes() or 2**20) // 12)
+        a, b = torch.randn(2, *[max(64, rows // 64 * 64)] * 2)
+        x, weight = torch.randn(64, 64, 34, 34).contiguous(memory_format=torch.channels_last), torch.randn(64, 64, 3, 3)
+        sides = {"mm": lambda: torch.mm(a, b), "conv2d": lambda: torch.conv2d(x, weight)}
+    multiply_adds = {"mm": len(a) ** 3, "conv2d": 64 * 32**2 * 64**2 * 9}
+    times = interleaved(sides, 9, device)
+    return Peak(max(2 * multiply_adds[side] / times[side]["q20"] for side in sides), copy_bandwidth(device))
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of PyTorch's own copy: the bound of whatever only moves memory."""
+    source = torch.ones(COPIED_BYTES[device] // 4, device=device)
     target = torch.empty_like(source)
-    median = interleaved({"copy": lambda: target.copy_(source)}, 9, "cuda")["copy"]["median"]
-    return 2 * source.numel() * 4 / median
+    return 2 * source.nbytes / interleaved({"copy": lambda: target.copy_(source)}, 9, device)["copy"]["q20"]
+
+
+def convolution_work(
+    mask: torch.Tensor, shape: Sequence[int], stride: int = 1, padding: int = 1, element_bytes: int = 4
+) -> tuple[int, int]:
+    """The least multiply-adds and bytes of a masked convolution on input of `shape`, the same in each of its passes.
+
+    Taps that fall on padding do not count; input, output and kept weights, or their gradients, move once.
+    """
+    ones = torch.ones(1, *shape[1:])
+    products = torch.conv2d(ones, mask.cpu().float(), None, stride, padding)
+    moved = shape[0] * (ones.numel() + products.numel()) + int(mask.count_nonzero())
+    return shape[0] * int(products.sum(dtype=torch.float64)), element_bytes * moved
+
+
+def print_machine(peak: Peak) -> None:
+    """What the numbers of a CPU benchmark depend on, a line each."""
+    rates = {
+        "peak": f"{peak.flops / 1e9:.0f} GFLOP/s, torch.mm in the L2 or a dense convolution, whichever is faster",
+        "copy": f"{peak.bandwidth / 1e9:.1f} GB/s, read and written, copy of {COPIED_BYTES['cpu'] >> 20} MiB",
+    }
+    for name, value in (environment() | rates).items():
+        print(f"{name:<16}{value}")
 
 
 def write_rows(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -133,6 +188,8 @@ def environment() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         **gpu,
         "device": _cpu_name(),
+        "cores": os.cpu_count(),
+        "l2_bytes": _l2_bytes(),
         "instruction_set": ops.cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -151,7 +208,16 @@ def _cpu_name() -> str:
     return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
+def _l2_bytes() -> int:
+    """Of one core; 0 where it is not known."""
+    size = _output_of("getconf", "LEVEL2_CACHE_SIZE")
+    return int(size) if size.isdecimal() else 0
+
+
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    known = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return known or os.environ.get("COMMIT", "unknown")
+    return _output_of("git", "describe", "--always", "--dirty") or os.environ.get("COMMIT", "unknown")
+
+
+def _output_of(*command: str) -> str:
+    """What a command prints, nothing where there is no such command."""
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which(command[0]) else ""
