@@ -24,13 +24,13 @@ test: $(BUILT)  ## run the tests
 lint: $(BUILT)  ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f)
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 	$(BIN)/mypy
 
 format: $(BUILT)  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $$(find csrc -type f)
+	$(BIN)/clang-format -i $$(find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 
 bench: $(BUILT)  ## measure every op against dense PyTorch (benchmarks/)
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-enable

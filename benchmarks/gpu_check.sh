@@ -35,7 +35,7 @@ everything() {
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist loadfile)
   part "tests" 150 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}"
   part "memcheck" 45 compute-sanitizer --tool memcheck --error-exitcode 1 \
-    "$python" -m pytest -q -p no:cacheprovider -k "cuda and (step_takes_any or start_is or promised)" tests/test_devices.py
+    "$python" -m pytest -q -p no:cacheprovider -k "cuda and (step_takes_any or start_is or promised)" tests/ops/test_devices.py
   part "pgd_step" 30 "$python" benchmarks/bench_pgd_step.py --device cuda --out "$out/pgd_step.jsonl"
   part "masked_conv2d" 60 "$python" benchmarks/bench_masked_conv2d_cuda.py --out "$out/masked_conv2d.jsonl"
   part "attack" 60 "$python" benchmarks/bench_attack.py --device cuda --out "$out/attack.jsonl"

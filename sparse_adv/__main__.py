@@ -13,7 +13,7 @@ from typing import Any
 from sparse_adv import doctor
 from sparse_adv.commands import config, convert, demo, evaluate, explain, flags, report, search, train
 from sparse_adv.tickets import BrokenTicket
-from sparse_adv.training import ranks
+from sparse_adv.training import distributed
 
 log = logging.getLogger("sparse_adv")
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = _parsed(parser, commands, given)
-        level = logging.WARNING if ranks.launched_rank() else logging.INFO
+        level = logging.WARNING if distributed.launched_rank() else logging.INFO
         logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else level)
         logging.getLogger("matplotlib").setLevel(logging.WARNING)
         if getattr(options, "print_config", False):
@@ -58,7 +58,7 @@ def _heed_termination(heed: bool) -> None:
 
     def end(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise ConnectionError(f"rank {ranks.launched_rank()} was told to end: another process of the run was lost")
+        raise ConnectionError(f"rank {distributed.launched_rank()} was ended: another process of the run was lost")
 
     if "WORLD_SIZE" in os.environ:
         signal.signal(signal.SIGTERM, end if heed else signal.SIG_IGN)

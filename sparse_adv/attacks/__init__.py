@@ -7,9 +7,9 @@ used. On CUDA, attacks that come again can be CUDA graphs: see `Graphs`.
 """
 
 from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2, TPGD
+from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
-from sparse_adv.attacks.graph import Graphs
-from sparse_adv.attacks.search import MODES, Loss
+from sparse_adv.attacks.loop import MODES, Loss
 
 __all__ = [
     "FFGSM",

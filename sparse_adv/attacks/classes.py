@@ -7,8 +7,8 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
+from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, pgd, tpgd
-from sparse_adv.attacks.graph import Graphs
 
 
 class _Options(Options, total=False):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.attacks.checks import check_batch
-from sparse_adv.attacks.graph import Graphs
-from sparse_adv.attacks.search import MODES, Ball, Loss, Objective, Search, attacked, divergence
+from sparse_adv.attacks.cuda_graph import Graphs
+from sparse_adv.attacks.loop import MODES, Ball, Loss, Objective, Search, attacked, divergence
 from sparse_adv.ops.pgd_step import check_alpha, check_ball
 from sparse_adv.ops.random_start import seed_words
 

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sparse_adv import demo
 from sparse_adv.commands import flags
-from sparse_adv.experiments import digits
 
 
 def add(commands: Any) -> None:
@@ -21,9 +21,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for what it finds")
     parser.add_argument(
-        "--epochs", type=flags.whole, default=digits.TRAINING.epochs, help="of adversarial training, for each run"
+        "--epochs", type=flags.whole, default=demo.TRAINING.epochs, help="of adversarial training, for each run"
     )
-    parser.add_argument("--search-epochs", type=flags.whole, default=digits.SEARCH.epochs, help="of the search")
+    parser.add_argument("--search-epochs", type=flags.whole, default=demo.SEARCH.epochs, help="of the search")
     parser.add_argument("--density", type=flags.number, default=0.1, help="share of the weights that the ticket keeps")
     parser.add_argument("--block", type=flags.whole_numbers, default=(1, 1), help="block shape of the mask")
     parser.add_argument("--seed", type=flags.whole, default=0, help="of split, weights, order of images and attacks")
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     print(
-        digits.run(
+        demo.run(
             options.out,
             epochs=options.epochs,
             search_epochs=options.search_epochs,

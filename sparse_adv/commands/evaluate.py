@@ -12,7 +12,7 @@ from sparse_adv import data, masks, runs
 from sparse_adv.commands import flags, networks
 from sparse_adv.commands.output import Output
 from sparse_adv.nn import sparsify
-from sparse_adv.training import clean_accuracy, fgsm_accuracy, ranks, robust_accuracy
+from sparse_adv.training import clean_accuracy, distributed, fgsm_accuracy, robust_accuracy
 
 SPLITS = ("test", "validation", "train")
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     device = networks.device_of(options.device)
-    with ranks.group(device):
+    with distributed.group(device):
         folder = runs.read(options.what) if options.what.is_dir() else None
         told: dict[str, Any] = folder.facts.get("settings", {}) if folder else {}
         for name in ("data", "limit", "validation", "seed", "eps", "norm"):
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
             ),
         }
         result = {"what": str(options.what), "split": options.split, "images": len(images.labels), **ball, **found}
-        if options.out and ranks.rank() == 0:
+        if options.out and distributed.rank() == 0:
             runs.write_json(options.out, result)
         told_as = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in found.items())
         Output(options.json).say(

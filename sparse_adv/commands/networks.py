@@ -12,7 +12,7 @@ from torch import nn
 
 from sparse_adv import data, models, runs
 from sparse_adv.commands import config
-from sparse_adv.training import ranks
+from sparse_adv.training import distributed
 
 
 def device_of(name: str) -> torch.device:
@@ -51,8 +51,8 @@ def batches_of(options: argparse.Namespace, dataset: data.Dataset) -> data.Batch
         options.batch_size,
         augment=augment,
         seed=options.seed,
-        rank=ranks.rank(),
-        world=ranks.world(),
+        rank=distributed.rank(),
+        world=distributed.world_size(),
     )
 
 
@@ -88,7 +88,7 @@ def agreed(options: argparse.Namespace, told: Mapping[str, Any], source: str) ->
 
 def begin(options: argparse.Namespace, command: str, identity: Mapping[str, Any] | None = None, **facts: Any) -> None:
     """Begin the run in its folder, or make sure that the one begun there is the same; rank 0 writes."""
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         runs.begin(options.out, {"command": command, **config.settings_of(options), **(identity or {})}, **facts)
         config.write_config(options.out, options)
-    ranks.meet()
+    distributed.barrier()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparse_adv.runs import Record
-from sparse_adv.training import Recipe, ranks
+from sparse_adv.training import Recipe, distributed
 
 
 class Output:
@@ -25,7 +25,7 @@ class Output:
 
     def say(self, text: str, content: Mapping[str, Any]) -> None:
         """Print the text for people, or the content as a line of JSON for programs."""
-        if ranks.rank():
+        if distributed.rank():
             return
         if self._bar is not None:
             self._bar.clear()
@@ -53,7 +53,7 @@ class Output:
         with tqdm(
             total=batches * recipe.epochs * replays,
             unit="update",
-            disable=None if ranks.rank() == 0 else True,
+            disable=None if distributed.rank() == 0 else True,
             leave=False,
         ) as self._bar:
 

@@ -9,7 +9,7 @@ from typing import Any
 from sparse_adv import masks, runs, tickets
 from sparse_adv.commands import flags, networks
 from sparse_adv.commands.output import Output
-from sparse_adv.training import Recipe, ranks
+from sparse_adv.training import Recipe, distributed
 
 DEFAULTS = Recipe(objective="fgsm-rs", epochs=20, lr=0.05, schedule="constant", weight_decay=1e-4)
 """The paper's search: a small constant rate without warm-up."""
@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     device = networks.device_of(options.device)
-    with ranks.group(device):
+    with distributed.group(device):
         dataset = networks.dataset_of(options, device)
         recipe, rule, output = flags.recipe_of(options), flags.rule_of(options), Output(options.json)
         about = {
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
             "multiply_adds": masks.multiply_add_density(model, ticket.masks, (1, *dataset.input_shape)),
         }
         result = {name: told[name] for name in ("seconds", "multiply_adds", "checks")} | {"kept": kept}
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             runs.write_json(options.out / runs.RESULT, result)
         path = options.out / runs.TICKET
         output.say(

@@ -12,7 +12,7 @@ from torch import nn
 from sparse_adv import masks, runs, tickets
 from sparse_adv.commands import flags, networks
 from sparse_adv.commands.output import Output
-from sparse_adv.training import Recipe, conclude, ranks, train
+from sparse_adv.training import Recipe, conclude, distributed, train
 
 DENSE = {"weights": 1.0, "multiply_adds": 1.0}
 
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     device = networks.device_of(options.device)
-    with ranks.group(device):
+    with distributed.group(device):
         dataset = networks.dataset_of(options, device)
         recipe, output = flags.recipe_of(options), Output(options.json)
         if options.ticket is None and (options.reinit or options.shuffle):
@@ -111,4 +111,4 @@ def _plant(
 def _identity(options: argparse.Namespace) -> dict[str, Any]:
     """What decides the run beside its flags: the ticket's contents, and how many processes share a batch."""
     content = hashlib.sha256(options.ticket.read_bytes()).hexdigest() if options.ticket else None
-    return {"ticket_sha256": content, "processes": ranks.world()}
+    return {"ticket_sha256": content, "processes": distributed.world_size()}

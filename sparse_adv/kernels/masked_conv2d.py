@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, layout_of
-from sparse_adv.kernels.tiles import check_size, convolution_tile, divider, kind_of, quotient
+from sparse_adv.kernels.masked_conv2d_tiles import check_size, convolution_tile, divider, kind_of, quotient
 
 # What a group of programs that run at about the same time reads stays in the L2 cache, of 40 MB and more.
 _GROUP_BYTES = 2**24
@@ -51,7 +51,7 @@ def forward(
 
     Args:
         input: float tensor [N, C, H, W].
-        values: [n, bo, bi], what `pack_blocks.pack` returned, of the input's dtype.
+        values: [n, bo, bi], what `masked_conv2d_pack.pack` returned, of the input's dtype.
         blocks, rows: what `ops.live_blocks` returned.
         weight_size: (K, C/groups, R, S).
         precision: how float32 is multiplied: as "tf32", or split into three products of it, "tf32x3", which lose 2 of

@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.tiles import check_size, divider, gradient_shares, gradient_tile, kind_of, quotient
+from sparse_adv.kernels.masked_conv2d_tiles import (
+    check_size,
+    divider,
+    gradient_shares,
+    gradient_tile,
+    kind_of,
+    quotient,
+)
 
 
 def grad_weight(

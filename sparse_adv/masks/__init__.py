@@ -5,7 +5,7 @@ true = kept; the masks of a model are a dict keyed by module name.
 """
 
 from sparse_adv.masks.algebra import SUPPORTED_BLOCKS, density, distance, largest_block, multiply_add_density
-from sparse_adv.masks.gathering import ChannelOrder, gather_channels
+from sparse_adv.masks.channel_permutation import ChannelOrder, gather_channels
 from sparse_adv.masks.interchange import from_state_dict, load_pruned, save_pruned
 from sparse_adv.masks.pruning import Score, prune
 from sparse_adv.masks.ticket import Ticket, load_ticket, save_ticket

@@ -4,15 +4,15 @@ The seam of the library: above it nobody knows how a masked convolution is compu
 is.
 """
 
+from sparse_adv.nn.allreduce_hook import Traffic, exchange_kept_gradients
 from sparse_adv.nn.conversion import constant_weights, densify, sparsify
 from sparse_adv.nn.dead_channels import dead_channels, silence_dead_channels
 from sparse_adv.nn.explanation import Explanation, explain
-from sparse_adv.nn.gradient_exchange import Traffic, exchange_kept_gradients
+from sparse_adv.nn.macs import Work, multiply_adds
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
 from sparse_adv.nn.masked_linear import MaskedLinear
 from sparse_adv.nn.shrinking import Shrunk, shrink
 from sparse_adv.nn.tuning import tune
-from sparse_adv.nn.work import Work, multiply_adds
 
 __all__ = [
     "Explanation",

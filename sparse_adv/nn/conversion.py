@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from sparse_adv.masks import largest_block
 from sparse_adv.masks.layers import Layer, unknown_module
-from sparse_adv.nn import optimizer_guard
+from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_convertible, pattern_of
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.masked_linear import MaskedLinear, check_linear, check_linear_mask
-from sparse_adv.ops.pattern import check_block, check_mask, obeys
+from sparse_adv.ops.masked_conv2d_pattern import check_block, check_mask, obeys
 
 
 class _Plan(NamedTuple):
@@ -69,7 +69,7 @@ def sparsify(
     layers = {module: plan.convert() for module, plan in plans.items()}
     model = _replace(model, modules, layers)
     if optimizer is not None:
-        optimizer_guard.settle(optimizer)
+        optimizer_hook.settle(optimizer)
     return model
 
 

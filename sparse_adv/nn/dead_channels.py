@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_adv.masks.layers import run_once, unknown_module
-from sparse_adv.nn import optimizer_guard
-from sparse_adv.ops.pattern import check_mask
+from sparse_adv.nn import optimizer_hook
+from sparse_adv.ops.masked_conv2d_pattern import check_mask
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -124,7 +124,7 @@ def _hold(parameter: nn.Parameter, dead: Tensor) -> None:
     with torch.no_grad():
         parameter.masked_fill_(dead, 0)
     # Takes care of a momentum that the optimiser may already have.
-    optimizer_guard.watch(parameter, ~dead)
+    optimizer_hook.watch(parameter, ~dead)
     if parameter.requires_grad:
         _handles[parameter] = parameter.register_hook(lambda grad: grad.masked_fill(dead.to(grad.device), 0))
 
@@ -133,4 +133,4 @@ def _release(parameter: nn.Parameter) -> None:
     handle: RemovableHandle | None = _handles.pop(parameter, None)
     if handle is not None:
         handle.remove()
-    optimizer_guard.unwatch(parameter)
+    optimizer_hook.unwatch(parameter)

@@ -12,10 +12,10 @@ from torch.nn.common_types import _size_2_t
 from torch.optim import Optimizer
 
 from sparse_adv.masks import largest_block
-from sparse_adv.nn import optimizer_guard
+from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_layer import MaskedLayer, check_own_weight, check_shape
 from sparse_adv.ops import Pattern, chosen_paths, compile_pattern, masked_conv2d, pack_pattern, set_paths
-from sparse_adv.ops.pattern import check_block, check_mask, obeys
+from sparse_adv.ops.masked_conv2d_pattern import check_block, check_mask, obeys
 
 PASSES = ("forward", "grad_input", "grad_weight")
 
@@ -25,7 +25,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     `y = conv2d(x, weight * weight_mask) + bias`. The Parameter is `weight`, as in `nn.Conv2d`, with zeros where
     pruned; the mask is the bool buffer `weight_mask`, true = kept. Pruned weights, their gradients and the momentum of
-    `torch.optim`'s optimisers stay exactly zero (`sparse_adv/nn/optimizer_guard.py` says how). Whoever writes values
+    `torch.optim`'s optimisers stay exactly zero (`sparse_adv/nn/optimizer_hook.py` says how). Whoever writes values
     into `weight` by hand calls `set_mask(layer.weight_mask)` afterwards.
 
     Loading a dense state dict keeps the mask and zeroes the weight by it; one of `nn.utils.prune` loads too.
@@ -123,7 +123,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         block4 = check_block(block) if block is not None else self._fitting_block(mask)
         self._adopt(mask, block4, pattern_of(self, mask, block4))
         if optimizer is not None:
-            optimizer_guard.settle(optimizer)
+            optimizer_hook.settle(optimizer)
 
     @property
     def pattern(self) -> Pattern:

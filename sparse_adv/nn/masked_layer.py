@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.nn import optimizer_guard
+from sparse_adv.nn import optimizer_hook
 
 
 class MaskedLayer(nn.Module):
@@ -49,7 +49,7 @@ class MaskedLayer(nn.Module):
         for name in (*self._derived, *self._own):
             del dense.__dict__[name]
         del dense._buffers["weight_mask"]
-        optimizer_guard.unwatch(self.weight)
+        optimizer_hook.unwatch(self.weight)
         return dense
 
     @property
@@ -131,7 +131,7 @@ class MaskedLayer(nn.Module):
         if mask is not None:
             with torch.no_grad():
                 self.weight.masked_fill_(~self.weight_mask, 0)
-            optimizer_guard.watch(self.weight, mask)
+            optimizer_hook.watch(self.weight, mask)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

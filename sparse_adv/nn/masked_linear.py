@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 
-from sparse_adv.nn import optimizer_guard
+from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_layer import MaskedLayer, check_own_weight, check_shape
-from sparse_adv.ops.pattern import check_mask
+from sparse_adv.ops.masked_conv2d_pattern import check_mask
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -81,7 +81,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         check_linear_mask(self, mask)
         self._adopt(mask)
         if optimizer is not None:
-            optimizer_guard.settle(optimizer)
+            optimizer_hook.settle(optimizer)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., C]` to `[..., K]`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
 from sparse_adv.ops import Pattern, chosen_paths, masked_conv2d, pack_pattern, set_paths
-from sparse_adv.ops.pattern import has_blocks
+from sparse_adv.ops.masked_conv2d_pattern import has_blocks
 
 Choices = dict[str, dict[str, Any]]
 

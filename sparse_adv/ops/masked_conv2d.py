@@ -14,7 +14,7 @@ from torch.nn.modules.utils import _pair
 
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.ops._library import IMPLEMENTATIONS
-from sparse_adv.ops.pattern import Pattern, check_groups, check_pattern
+from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_groups, check_pattern
 
 
 def masked_conv2d(

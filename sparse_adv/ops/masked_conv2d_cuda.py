@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of
-from sparse_adv.ops import block_path
+from sparse_adv.ops import masked_conv2d_roofline
 from sparse_adv.ops._library import IMPLEMENTATIONS
-from sparse_adv.ops.pattern import (
+from sparse_adv.ops.masked_conv2d_pattern import (
     PATHS,
     Pattern,
     asked_path,
@@ -154,7 +154,7 @@ def _takes_blocks(
         return False
     if asked == "sparse":
         return True
-    work = block_path.Pass(
+    work = masked_conv2d_roofline.Pass(
         images=input_size[0],
         in_elements=input_size[1] * input_size[2] * input_size[3],
         out_elements=pattern[1].shape[0] * pixels[0] * pixels[1],
@@ -163,14 +163,14 @@ def _takes_blocks(
         kept=kept_of(pattern),
         element_bytes=dtype.itemsize,
     )
-    return block_path.blocks_are_faster(work, gradient_of_weight=pass_ == _GRAD_WEIGHT)
+    return masked_conv2d_roofline.blocks_are_faster(work, gradient_of_weight=pass_ == _GRAD_WEIGHT)
 
 
 def _block_values(pattern: Pattern, weight: Tensor) -> Tensor:
     """The packed values, which `pack_pattern` may have added in this dtype already."""
     if weight_is_masked(pattern) and len(pattern) > 6 and pattern[6].dtype == weight.dtype:
         return pattern[6]
-    from sparse_adv.kernels import pack_blocks as kernels
+    from sparse_adv.kernels import masked_conv2d_pack as kernels
 
     return kernels.pack(weight, pattern[3], block_of(pattern)[:2], groups_of(pattern), weight.dtype)
 

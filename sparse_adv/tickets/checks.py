@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.tickets.rule import Rule
+from sparse_adv.tickets.config import Rule
 
 
 class BrokenTicket(RuntimeError):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv import masks
-from sparse_adv.training import ranks
+from sparse_adv.training import distributed
 from sparse_adv.training.checkpoint import read_state, write_state
 
 QUEUE = 5
@@ -46,7 +46,7 @@ class MaskWatch:
             self._distances[epoch] = max((masks.distance(mask, old) for old in self._masks.values()), default=1.0)
             kept = sorted([*self._masks, epoch])[-QUEUE:]
             self._masks = {number: known for number, known in (self._masks | {epoch: mask}).items() if number in kept}
-            if self.path is not None and ranks.rank() == 0:
+            if self.path is not None and distributed.rank() == 0:
                 write_state(self.path, {"masks": self._masks, "distances": self._distances})
         self.distance = self._distances[epoch]
         return len([known for known in self._distances if known <= epoch]) > QUEUE and self.distance < self.threshold

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import masks, runs
-from sparse_adv.masks.coupling import channel_groups
+from sparse_adv.masks.dependency_graph import channel_groups
 from sparse_adv.nn import densify, sparsify
 from sparse_adv.runs import Record
 from sparse_adv.tickets import checks
+from sparse_adv.tickets.config import Rule
 from sparse_adv.tickets.early_stop import MaskWatch
-from sparse_adv.tickets.rule import Rule
-from sparse_adv.training import Recipe, ranks, train
+from sparse_adv.training import Recipe, distributed, train
 from sparse_adv.training.checkpoint import read_weights, write_weights
 from sparse_adv.training.evaluation import Images
 from sparse_adv.training.loop import Batches
@@ -72,9 +72,9 @@ def search(
     # What pruning would refuse it refuses now, not after the training. (A callable may need what training leaves.)
     rule.prune(model, rule.rounds, "magnitude" if callable(rule.score) else None)
     where = None if folder is None else Path(folder)
-    if where is not None and ranks.rank() == 0 and not (where / runs.FACTS).exists():
+    if where is not None and distributed.rank() == 0 and not (where / runs.FACTS).exists():
         runs.begin(where, {"recipe": asdict(recipe), "rule": rule.facts()})
-    ranks.meet()
+    distributed.barrier()
     if where is not None and (where / runs.TICKET).exists():
         return _finished(where, recipe, rule)
     return _Search(model, batches, recipe, rule, validation, where, on_epoch, on_step).run(dict(about or {}))
@@ -119,9 +119,9 @@ class _Search:
         )
         ticket = masks.Ticket(self.found, start, about | self._provenance())
         if self.folder is not None:
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 masks.save_ticket(self.folder / runs.TICKET, *_parts(ticket))
-            ranks.meet()
+            distributed.barrier()
             ticket = masks.load_ticket(self.folder / runs.TICKET)
         return ticket
 
@@ -170,13 +170,13 @@ class _Search:
         self.checks |= checks.nested(new, self.found) | checks.density(new, self.rule, number)
         self.found = new
         if folder is not None:
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 masks.save_ticket(folder / runs.TICKET, *_parts(masks.Ticket(self.found, start, self._provenance())))
-            ranks.meet()
+            distributed.barrier()
 
     def _at_step(self, step: int) -> None:
         if step == self.rule.rewind_step:
-            if self.folder is not None and ranks.rank() == 0:
+            if self.folder is not None and distributed.rank() == 0:
                 (self.folder / REWIND).unlink(missing_ok=True)  # of an epoch that was undone or cut off
             self.start = self._kept(REWIND, self.model.state_dict())
         if self.on_step:
@@ -196,14 +196,14 @@ class _Search:
         if self.folder is None:
             return copy.deepcopy(dict(state_dict))
         path = self.folder / name
-        if ranks.rank() == 0 and not path.exists():
+        if distributed.rank() == 0 and not path.exists():
             write_weights(path, state_dict, {})
-        ranks.meet()
+        distributed.barrier()
         return read_weights(path)[0]
 
     def _remember(self, record: Record) -> None:
         self.records = [*self.records[: record["epoch"] - 1], record]
-        if self.folder is not None and ranks.rank() == 0:
+        if self.folder is not None and distributed.rank() == 0:
             runs.write_records(self.folder / runs.EPOCHS, self.records)
         if self.on_epoch:
             self.on_epoch(record)

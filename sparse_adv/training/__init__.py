@@ -1,12 +1,12 @@
 """Adversarial training of any classifier on images in [0, 1]; knows no mask."""
 
 from sparse_adv.training.checkpoint import read_weights
-from sparse_adv.training.conclusion import conclude
+from sparse_adv.training.config import OBJECTIVES, PRECISIONS, SCHEDULES, Recipe
 from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, robust_accuracy
-from sparse_adv.training.guard import Collapse
+from sparse_adv.training.final_test import conclude
 from sparse_adv.training.loop import Training, train
 from sparse_adv.training.objectives import adversarial_loss
-from sparse_adv.training.recipe import OBJECTIVES, PRECISIONS, SCHEDULES, Recipe
+from sparse_adv.training.overfitting import Collapse
 
 __all__ = [
     "OBJECTIVES",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.attacks.checks import classes_of
-from sparse_adv.attacks.search import crafting
+from sparse_adv.attacks.loop import crafting
 from sparse_adv.nn import explain, multiply_adds
 from sparse_adv.training.evaluation import Accuracy
 from sparse_adv.training.objectives import Passes

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_adv import attacks
 from sparse_adv.attacks.checks import Inspection, classes_of
 from sparse_adv.data import Batches, Split
-from sparse_adv.training import ranks
+from sparse_adv.training import distributed
 from sparse_adv.training.devices import reads_at_once
 
 Images = Split | Iterable[tuple[Tensor, Tensor]]
@@ -76,7 +76,7 @@ def robust_accuracy(
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 5.
     """
-    noise = torch.Generator().manual_seed(ranks.own_seed(seed))
+    noise = torch.Generator().manual_seed(distributed.own_seed(seed))
     size = eps / 4 if alpha is None else alpha
     options: attacks.Options = {"generator": noise, "check": False, "graphs": graphs or attacks.Graphs()}
 
@@ -128,7 +128,7 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
         for module, training in modes:
             module.training = training
     inspection.report()
-    totals = ranks.total([float(right), *(float(value) for value in counts.values())], device)
+    totals = distributed.all_reduce_sum([float(right), *(float(value) for value in counts.values())], device)
     if not totals[1]:
         raise ValueError("images must hold at least one image to measure an accuracy")
     return Accuracy(*(int(value) for value in totals))
@@ -137,7 +137,13 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
 def batches_of(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
     """The batches of a Split, or those that were given; a process of several gets its own part of a Split."""
     if isinstance(images, Split):
-        return Batches(images, batch_size * ranks.world(), shuffle=False, rank=ranks.rank(), world=ranks.world())
+        return Batches(
+            images,
+            batch_size * distributed.world_size(),
+            shuffle=False,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+        )
     return images
 
 

@@ -20,14 +20,14 @@ from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import Inspection
 from sparse_adv.nn import Traffic, exchange_kept_gradients
 from sparse_adv.runs import Record
-from sparse_adv.training import objectives, ranks
-from sparse_adv.training.average import Average
+from sparse_adv.training import distributed, objectives
 from sparse_adv.training.checkpoint import read_state, write_state, write_weights
+from sparse_adv.training.config import Recipe
 from sparse_adv.training.costs import Costs, densities
 from sparse_adv.training.devices import reads_at_once, wants_channels_last
+from sparse_adv.training.ema import Average
 from sparse_adv.training.evaluation import Accuracy, Images, clean_accuracy, device_of, robust_accuracy
-from sparse_adv.training.guard import Guard
-from sparse_adv.training.recipe import Recipe
+from sparse_adv.training.overfitting import Guard
 from sparse_adv.training.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Training:
         self.guard = Guard.over(validation, recipe, self.graphs) if watched and validation is not None else None
         self.wrapped = model
         self.traffic: Traffic | None = None
-        if ranks.world() > 1:
+        if distributed.world_size() > 1:
             with warnings.catch_warnings():
                 # Newer versions have another name for it, which torch 2.10 does not know.
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -128,14 +128,14 @@ class Training:
         if self.guard and self.guard.pgd_epochs:
             rule = objectives.build(replace(recipe, objective="pgd", alpha=None), graphs=self.graphs)
         watch = Stopwatch(self.device)
-        noise = torch.Generator().manual_seed(ranks.own_seed(recipe.seed, NOISE_SEED, epoch))
+        noise = torch.Generator().manual_seed(distributed.own_seed(recipe.seed, NOISE_SEED, epoch))
         if hasattr(self.batches, "set_epoch"):
             self.batches.set_epoch(epoch)
         loss_sum, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
         self.model.train()
         # Whatever an iterable or a layer draws from the global generators follows from seed and epoch too.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(ranks.own_seed(recipe.seed, ORDER_SEED, epoch))
+            torch.manual_seed(distributed.own_seed(recipe.seed, ORDER_SEED, epoch))
             for x, y in self.batches:
                 x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
                 if self.channels_last and x.dim() == 4:
@@ -155,10 +155,10 @@ class Training:
         # The schedule goes by whole epochs, also after one of PGD in a run of "free", which makes fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
         self.model.eval()
-        ranks.average_buffers(self.model)
+        distributed.average_buffers(self.model)
         if self.ema is not None:
             self.ema.copy_buffers(self.model)
-        loss, seen = ranks.total([float(loss_sum), float(images)], self.device)
+        loss, seen = distributed.all_reduce_sum([float(loss_sum), float(images)], self.device)
         images = int(seen)
         if not math.isfinite(loss):
             rate = self.optimizer.param_groups[0]["lr"]
@@ -273,7 +273,7 @@ class Training:
 
     def _save(self) -> None:
         """Make the epoch safe: the one file of the state decides, all others can be made from it."""
-        if self.folder is not None and ranks.rank() == 0:
+        if self.folder is not None and distributed.rank() == 0:
             if self.best.get("epoch") == len(self.records):
                 write_weights(self.folder / runs.BEST, self.evaluated.state_dict(), self.records[-1])
             write_state(
@@ -288,7 +288,7 @@ class Training:
                 },
             )
             self._publish()
-        ranks.meet()
+        distributed.barrier()
 
     def _publish(self) -> None:
         assert self.folder is not None
@@ -311,7 +311,7 @@ class Training:
         if self.guard:
             self.guard.load_state_dict(state["guard"])
         self.model.eval()
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             self._publish()
         log.info("%s: %d of %d epochs are done", self.folder, len(self.records), self.recipe.epochs)
 
@@ -359,7 +359,7 @@ def train(
         ValueError: if the folder holds another run.
     """
     where = None if folder is None else Path(folder)
-    if where is not None and ranks.rank() == 0 and not (where / runs.FACTS).exists():
+    if where is not None and distributed.rank() == 0 and not (where / runs.FACTS).exists():
         runs.begin(where, {"recipe": asdict(recipe)})
     training = Training(model, batches, recipe, validation=validation, folder=where, before=before, on_step=on_step)
     records = []

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from sparse_adv import attacks
 from sparse_adv.attacks.checks import check_batch
 from sparse_adv.attacks.functional import CommonOptions
-from sparse_adv.training.recipe import Recipe
+from sparse_adv.training.config import Recipe
 
 
 class Passes(NamedTuple):

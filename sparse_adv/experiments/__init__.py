@@ -1,1 +1,0 @@
-"""Declared sets of runs, each with its controls."""

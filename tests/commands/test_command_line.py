@@ -1,0 +1,136 @@
+"""The command line: what it prints, what it writes, and how it speaks of wrong input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.refusal import refused
+
+import sparse_adv
+from sparse_adv import data, doctor, masks, models, runs
+from sparse_adv.__main__ import main
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The demo's data, cut down to what a test can wait for."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    whole = data.load("digits")
+    parts = {name: data.Split(*(x[:64] for x in getattr(whole, name))) for name in ("train", "validation", "test")}
+    monkeypatch.setattr(data, "load", lambda *_, **__: whole._replace(**parts))
+
+
+@pytest.fixture
+def ticket_file(tmp_path):
+    model = models.build("digits_cnn")
+    kept = masks.prune(model, density=0.2, block=(4, 1), scope="uniform")
+    path = tmp_path / "ticket.safetensors"
+    masks.save_ticket(path, kept, model.state_dict(), {"arch": "digits_cnn"})
+    return path
+
+
+def test_the_demo_compares_three_runs_and_reports(few_digits, tmp_path, capsys):
+    out = tmp_path / "new" / "demo"
+    demo = ["demo", "--out", str(out), "--epochs", "2", "--search-epochs", "1", "--block", "4,1"]
+    assert main(demo) == 0
+    assert {folder.name for folder in out.iterdir() if folder.is_dir()} == {
+        "search",
+        "ticket",
+        "reinitialised",
+        "dense",
+    }
+    assert {"report.md", "report.csv", "accuracy.png", "accuracy.svg"} <= {file.name for file in out.iterdir()}
+    search, ticket, dense = (runs.read(out / name) for name in ("search", "ticket", "dense"))
+    assert ticket.facts["before"]["seconds"] == search.result["seconds"] and dense.facts["before"]["seconds"] == 0
+    assert ticket.records[0]["seconds"] > search.result["seconds"]
+    assert ticket.facts["densities"]["weights"] == pytest.approx(0.1, abs=0.01)
+    assert ticket.result["test"].keys() == {"clean", "fgsm", "pgd-20"} and ticket.result["checks"]
+    printed = capsys.readouterr().out
+    assert "same mask, re-initialised" in printed and "speed-up over dense" in printed
+    written = (out / "ticket" / runs.EPOCHS).read_text()
+    assert main(demo) == 0  # a finished demo only reports again
+    assert (out / "ticket" / runs.EPOCHS).read_text() == written
+
+
+def test_the_ticket_of_a_demo_restores_the_sparse_network(few_digits, tmp_path, capsys):
+    main(["demo", "--out", str(tmp_path), "--epochs", "1", "--search-epochs", "1"])
+    path = tmp_path / "search" / "ticket.safetensors"
+    ticket = masks.load_ticket(path)
+    start = models.build("digits_cnn", seed=0).state_dict()
+    assert all(torch.equal(start[key], value) for key, value in ticket.state_dict.items())
+    assert masks.density(ticket.masks) == pytest.approx(0.1, abs=0.01)
+    assert ticket.provenance["recipe"]["objective"] == "fgsm-rs"
+    assert main(["explain", str(path)]) == 0
+
+
+def test_explain_lists_every_masked_layer(ticket_file, capsys):
+    assert main(["explain", str(ticket_file), "--no-json"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("conv1", "conv2", "conv3", "4x1x1x1"))
+    assert main(["explain", str(ticket_file)]) == 0  # in a pipe
+    *rows, total = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [row["layer"] for row in rows] == ["conv1", "conv2", "conv3", "fc"] and 0 < total["density"] < 1
+
+
+def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, capsys):
+    assert "nowhere" in refused(capsys, "explain", str(tmp_path / "nowhere"))
+    assert "does not fit" in refused(capsys, "explain", str(ticket_file), "--arch", "resnet18")
+    ticket_file.write_bytes(ticket_file.read_bytes()[:100])
+    assert "ticket.safetensors" in refused(capsys, "explain", str(ticket_file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),
+        (["--density", "1.5"], "1.5"),
+        (["--block", "4,x"], "4,x"),
+        (["--block", "0,1"], "(0, 1)"),
+        (["--epochs", "many"], "many"),
+    ],
+)
+def test_the_demo_refuses_impossible_numbers(few_digits, tmp_path, capsys, arguments, said):
+    message = refused(capsys, "demo", "--out", str(tmp_path), "--search-epochs", "1", *arguments)
+    assert said in message
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(few_digits, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(capsys, "demo", "--out", str(tmp_path / "file" / "demo"))
+
+
+def test_the_doctor_finds_this_installation_healthy(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "SUCCESS"
+    assert torch.__version__ in printed and sparse_adv.__version__ in printed
+    assert all(op in printed for op in ("masked_conv2d", "pgd_step", "random_start"))
+
+
+def test_the_doctor_reports_a_wrong_op_and_a_broken_one(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.ops, "pgd_step", lambda adv, *_: adv)
+    monkeypatch.setattr(doctor.ops, "random_start", None)
+    assert main(["doctor"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("FAILURE") and "pgd_step linf" in last and "random_start l2" in last
+    assert "masked_conv2d" not in last
+
+
+def test_the_doctor_takes_nan_for_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(doctor.ops, "random_start", lambda clean, *_: clean * torch.nan)
+    assert main(["doctor"]) == 1
+
+
+def test_help_names_every_command():
+    run = subprocess.run([sys.executable, "-m", "sparse_adv", "--help"], capture_output=True, text=True, check=True)
+    assert all(
+        command in run.stdout
+        for command in ("search", "train", "evaluate", "report", "explain", "convert", "demo", "doctor")
+    )
+
+
+def test_no_command_is_wrong_input(capsys):
+    assert "COMMAND" in refused(capsys)

@@ -1,0 +1,203 @@
+"""`search`, `train`, `evaluate`, `report` and `convert`, as somebody uses them; config files; wrong input."""
+
+import json
+import resource
+
+import pytest
+import torch
+import yaml
+from helpers.refusal import refused
+
+from sparse_adv import masks, models, runs
+from sparse_adv.__main__ import main
+from sparse_adv.training import checkpoint
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+NETWORK = ("--arch", "digits_cnn", "--width", "8", "--limit", "200")
+QUICK = ("--epochs", "2", "--eps", "0.1", "--objective", "fgsm-rs", "--evaluation-steps", "2")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "search"
+    assert main(["search", *NETWORK, *QUICK, "--density", "0.3", "--block", "2,1", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(searched):
+    out = searched.parent / "train"
+    ticket = ("--ticket", str(searched / runs.TICKET))
+    assert main(["train", *ticket, "--limit", "200", *QUICK, "--name", "a ticket", "--out", str(out)]) == 0
+    return out
+
+
+def lines(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_search_leaves_a_ticket_and_how_it_came_about(searched):
+    run, ticket = runs.read(searched), masks.load_ticket(searched / runs.TICKET)
+    assert masks.density(ticket.masks) == pytest.approx(0.3, abs=0.01)
+    assert masks.largest_block(ticket.masks["conv2"])[:2] == (2, 1)
+    assert ticket.provenance["arch"] == "digits_cnn" and ticket.provenance["width"] == 8
+    assert run.result["checks"]["reset"] and run.result["kept"]["multiply_adds"] < 1
+    assert run.facts["settings"]["command"] == "search" and len(run.records) == 2
+
+
+def test_a_ticket_names_network_and_cost_of_the_run_that_trains_it(trained, searched):
+    run, search = runs.read(trained), runs.read(searched)
+    assert run.name == "a ticket" and run.facts["network"] == {"arch": "digits_cnn", "width": 8}
+    assert run.facts["before"]["multiply_adds"] == search.result["multiply_adds"]
+    assert run.result["multiply_adds"] > search.result["multiply_adds"]
+    assert run.result["checks"]["pruned_weights_zero"] and run.result["test"]["clean"] > 0.1
+    assert {runs.LAST, runs.BEST, runs.STATE, "config.yaml"} <= {file.name for file in trained.iterdir()}
+
+
+def test_the_same_command_again_says_the_same_at_once(trained, searched, capsys):
+    ticket = ("--ticket", str(searched / runs.TICKET))
+    before = (trained / runs.STATE).stat().st_mtime_ns
+    main(["train", *ticket, "--limit", "200", *QUICK, "--name", "another name", "--out", str(trained)])
+    assert lines(capsys)[-1]["test"] == runs.read(trained).result["test"]
+    assert (trained / runs.STATE).stat().st_mtime_ns == before
+
+
+def test_a_folder_holds_one_run(trained, searched, capsys):
+    ticket = ("--ticket", str(searched / runs.TICKET))
+    said = refused(capsys, "train", *ticket, "--limit", "200", *QUICK, "--lr", "0.5", "--out", str(trained))
+    assert "another --out" in said and "lr 0.1, now 0.5" in said
+
+
+@pytest.mark.parametrize("control", ["--reinit", "--shuffle"])
+def test_controls_change_one_thing(searched, tmp_path, control):
+    ticket = masks.load_ticket(searched / runs.TICKET)
+    arguments = ["train", "--ticket", str(searched / runs.TICKET), "--limit", "200", *QUICK, "--lr", "0", "--out"]
+    main([*arguments, str(tmp_path / "plain")])
+    main([*arguments, str(tmp_path / "control"), control])
+    plain, changed = (checkpoint.read_weights(tmp_path / run / runs.LAST)[0] for run in ("plain", "control"))
+    same_mask = changed["conv2.weight_mask"].equal(ticket.masks["conv2"])
+    both = plain["conv2.weight_mask"] & changed["conv2.weight_mask"]
+    same_weights = changed["conv2.weight"][both].equal(plain["conv2.weight"][both])
+    assert (same_mask, same_weights) == ((True, False) if control == "--reinit" else (False, True))
+    assert changed["conv2.weight_mask"].sum() == plain["conv2.weight_mask"].sum()
+
+
+def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
+    arguments = ["evaluate", str(trained), "--out", str(tmp_path / "found.json")]
+    assert main(arguments) == 0
+    (found,) = lines(capsys)
+    test = runs.read(trained).result["test"]
+    assert {name: found[name] for name in test} == test and found["eps"] == 0.1
+    assert runs.read_json(tmp_path / "found.json") == found
+    assert main([*arguments, "--steps", "5", "--restarts", "3", "--split", "validation", "--images", "15"]) == 0
+    (found,) = lines(capsys)
+    assert found["images"] == 15 and found["pgd-5 x 3"] <= found["clean"]
+
+
+def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
+    model = models.build("digits_cnn", width=8)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "a.pt")
+    assert main(["evaluate", str(tmp_path / "a.pt"), "--arch", "digits_cnn", "--width", "8", "--images", "20"]) == 0
+    assert lines(capsys)[0]["images"] == 20
+    assert "does not fit" in refused(capsys, "evaluate", str(tmp_path / "a.pt"), "--arch", "digits_cnn")
+    assert "--arch" in refused(capsys, "evaluate", str(tmp_path / "a.pt"))
+
+
+def test_report_speaks_to_people_and_to_programs(trained, searched, tmp_path, capsys):
+    assert main(["report", str(searched), str(trained), "--out", str(tmp_path), "--no-json"]) == 0
+    assert "| a ticket" in capsys.readouterr().out
+    assert main(["report", str(searched), str(trained), "--out", str(tmp_path)]) == 0
+    assert [line.get("name") for line in lines(capsys)] == ["search", "a ticket", None]
+    assert (tmp_path / "report.md").exists() and (tmp_path / "accuracy.png").exists()
+
+
+def test_convert_goes_there_and_back(searched, tmp_path, capsys):
+    ticket, prune = str(searched / runs.TICKET), str(tmp_path / "prune.pt")
+    assert main(["convert", ticket, prune, "--to", "prune"]) == 0
+    assert "conv1.weight_orig" in torch.load(prune, weights_only=True)
+    assert main(["convert", prune, str(tmp_path / "back.safetensors"), "--arch", "digits_cnn", "--width", "8"]) == 0
+    back = masks.load_ticket(tmp_path / "back.safetensors")
+    assert all(mask.equal(back.masks[name]) for name, mask in masks.load_ticket(ticket).masks.items())
+    assert main(["explain", str(tmp_path / "back.safetensors")]) == 0
+
+
+def test_epochs_are_told_to_people_in_words(tmp_path, capsys):
+    main(["train", *NETWORK, *QUICK, "--out", str(tmp_path / "run"), "--no-json"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("epoch 1: loss ") and "robust" in told[0] and "test accuracy clean" in told[-1]
+
+
+def test_every_key_of_a_config_is_a_flag_and_flags_win(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "arch: digits_cnn\nwidth: 8\neps: 8/255\ndrops: [0.25, 0.5]\nguard: false\nlimit: 200\nepochs: 7\n"
+    )
+    main(["train", "--config", str(config), "--epochs", "1", "--out", str(tmp_path / "run"), "--print-config"])
+    told = yaml.safe_load(capsys.readouterr().out)
+    assert told["width"] == 8 and told["eps"] == pytest.approx(8 / 255) and told["drops"] == [0.25, 0.5]
+    assert told["guard"] is False and told["epochs"] == 1
+
+
+def test_a_runs_own_config_continues_it(trained, capsys):
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["out"] == str(trained)
+    assert main(["train", "--config", str(trained / "config.yaml")]) == 0
+    assert lines(capsys)[-1]["run"] == str(trained)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("epoch: 3\n", "no setting is called 'epoch'; did you mean 'epochs'?"),
+        ("epochs: many\n", "whole number, got 'many'"),
+        ("objective: fgms\n", 'objective must be one of natural, fgsm, fgsm-rs, n-fgsm, pgd, free, trades, got "fgms"'),
+        ("- epochs\n", "must hold settings as 'name: value'"),
+        ("epochs: [1\n", "is no YAML file"),
+    ],
+)
+def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
+    (tmp_path / "run.yaml").write_text(content)
+    assert said in refused(capsys, "train", "--config", str(tmp_path / "run.yaml"), *NETWORK, "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epoch", "3"], "there is no '--epoch' here; did you mean 'epochs'?"),
+        (["--data", "nowhere"], "no data set at nowhere"),
+        (["--arch", "resnet"], "resnet18"),
+        (["--arch", "digits_cnn", "--eps", "1/0"], "1/0"),
+        (["--arch", "digits_cnn", "--reinit"], "--ticket"),
+        (["--arch", "digits_cnn", "--device", "tpu"], "device must be cpu, cuda or auto, got 'tpu'"),
+        (["--ticket", "nowhere"], "nowhere"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        ([], "name one with --arch"),
+    ],
+)
+def test_wrong_flags_are_told_in_a_sentence(tmp_path, capsys, arguments, said):
+    assert said in refused(capsys, "train", *arguments, "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_ticket_for_another_network_is_refused(searched, tmp_path, capsys):
+    ticket = ("--ticket", str(searched / runs.TICKET), "--out", str(tmp_path / "run"))
+    assert "--width 4 does not fit" in refused(capsys, "train", *ticket, "--width", "4")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes((searched / runs.TICKET).read_bytes()[:-100])
+    assert "damaged.safetensors" in refused(capsys, "train", "--ticket", str(damaged), "--out", str(tmp_path / "run"))
+
+
+def test_a_full_disk_and_a_diverged_loss_lose_nothing(tmp_path, capsys):
+    run = ["train", *NETWORK, *QUICK, "--out", str(tmp_path / "run")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # a larger file is refused, as on a full disk
+    try:
+        assert "File too large" in refused(capsys, *run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [file for file in (tmp_path / "run").iterdir() if file.name.startswith(".")]
+    assert main(run) == 0
+    assert runs.read(tmp_path / "run").result
+    said = refused(capsys, "train", *NETWORK, *QUICK, "--lr", "1e30", "--out", str(tmp_path / "diverged"))
+    assert "training diverged in epoch 1" in said

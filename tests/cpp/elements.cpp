@@ -1,0 +1,93 @@
+// Kernels that go over elements: the PGD step and its start.
+#include <array>
+
+#include "cpp/kernels_check.h"
+
+namespace sparse_adv {
+
+template <class T>
+static double norm_of(const std::vector<T>& a, const std::vector<T>& b, int64_t begin, int64_t end) {
+  double sum = 0;
+  for (int64_t i = begin; i < end; ++i) sum += std::pow(static_cast<double>(a[i]) - b[i], 2);
+  return std::sqrt(sum);
+}
+
+template <class T>
+bool check_pgd_step(const ElementKernels<T>& kernels) {
+  bool good = true;
+  const StepSizes sizes{0.25, 0.375, -0.5, 0.75};
+  for (int64_t count : {1, 15, 35}) {
+    const int64_t samples = 3, size = samples * count;
+    const std::vector<T> adv = numbers<T>(size), grad = numbers<T>(size), clean = numbers<T>(size), zero(size);
+    std::vector<T> linf(size, kUntouched), l2 = adv;  // in place
+    std::vector<double> expected_linf(size), expected_l2(size);
+    kernels.step_linf(adv.data(), grad.data(), clean.data(), linf.data(), size, sizes);
+    kernels.step_l2(l2.data(), grad.data(), clean.data(), l2.data(), samples, count, sizes);
+    for (int64_t begin = 0; begin < size; begin += count) {
+      const double length = norm_of(grad, zero, begin, begin + count);
+      double distance = 0;
+      for (int64_t i = begin; i < begin + count; ++i) {
+        const double moved = adv[i] + (grad[i] > 0 ? 1 : -1) * sizes.alpha;
+        expected_linf[i] =
+            std::clamp(std::clamp(moved, clean[i] - sizes.eps, clean[i] + sizes.eps), sizes.lo, sizes.hi);
+        expected_l2[i] = adv[i] + sizes.alpha * grad[i] / length - clean[i];
+        distance += expected_l2[i] * expected_l2[i];
+      }
+      const double shrink = std::min(1.0, sizes.eps / std::sqrt(distance));
+      for (int64_t i = begin; i < begin + count; ++i)
+        expected_l2[i] = std::clamp(clean[i] + shrink * expected_l2[i], sizes.lo, sizes.hi);
+    }
+    good &= equal(linf, expected_linf) && equal(l2, expected_l2);
+  }
+  return good;
+}
+
+// Word `place` of the Philox4x32-10 block `counter` of a stream.
+static uint32_t philox(uint64_t counter, uint32_t stream, uint64_t key, int64_t place) {
+  std::array<uint32_t, 4> x{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), stream, 0};
+  uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
+    const uint64_t a = uint64_t{0xD2511F53} * x[0], b = uint64_t{0xCD9E8D57} * x[2];
+    x = {static_cast<uint32_t>(b >> 32) ^ x[1] ^ key0, static_cast<uint32_t>(b),
+         static_cast<uint32_t>(a >> 32) ^ x[3] ^ key1, static_cast<uint32_t>(a)};
+  }
+  return x[place];
+}
+
+template <class T>
+bool check_random_start(const ElementKernels<T>& kernels) {
+  const Noise noise{0x0123456789abcdef, (uint64_t{1} << 32) - 2, 0.5, -0.9, 0.9};  // the counter's carry included
+  const int64_t count = 37, samples = 3, size = count * samples, skipped = 5;
+  const std::vector<T> clean = numbers<T>(size);
+  std::vector<T> linf(size, kUntouched), l2(size, kUntouched);
+  kernels.start_linf(clean.data(), linf.data(), skipped, size, noise);
+  for (int64_t sample = 0; sample < samples; ++sample) kernels.start_l2(clean.data(), l2.data(), sample, count, noise);
+
+  const auto unit = [&](int64_t i, uint32_t stream) {
+    return (philox(i / 4 + noise.offset, stream, noise.key, i % 4) + 1.0) / 4294967296.0;
+  };
+  std::vector<double> expected_linf(size, kUntouched), expected_l2(size);
+  for (int64_t i = skipped; i < size; ++i) {
+    const double fraction = (philox(i / 4 + noise.offset, 0, noise.key, i % 4) >> 8) / 8388608.0 - 1;
+    expected_linf[i] = std::clamp(clean[i] + noise.eps * fraction, noise.lo, noise.hi);
+  }
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    double sum = 0;
+    for (int64_t i = sample * count; i < (sample + 1) * count; ++i) {
+      const double angle = 2 * std::acos(-1.0) * unit(i | 1, 0);
+      expected_l2[i] = std::sqrt(-2 * std::log(unit(i & ~1, 0))) * (i % 2 ? std::sin(angle) : std::cos(angle));
+      sum += expected_l2[i] * expected_l2[i];
+    }
+    const double radius = noise.eps * std::pow(unit(sample, 1), 1.0 / count);
+    for (int64_t i = sample * count; i < (sample + 1) * count; ++i)
+      expected_l2[i] = std::clamp(clean[i] + radius / std::sqrt(sum) * expected_l2[i], noise.lo, noise.hi);
+  }
+  return equal(linf, expected_linf) && equal(l2, expected_l2);
+}
+
+template bool check_pgd_step(const ElementKernels<float>& kernels);
+template bool check_pgd_step(const ElementKernels<double>& kernels);
+template bool check_random_start(const ElementKernels<float>& kernels);
+template bool check_random_start(const ElementKernels<double>& kernels);
+
+}  // namespace sparse_adv

@@ -1,0 +1,69 @@
+"""The CUDA implementation of the convolution ops on live blocks: choice, packing and Triton kernels, interpreted."""
+
+import pytest
+import torch
+from helpers.convolution_cases import Case
+from helpers.tolerances import assert_close, assert_equal
+from torch import Tensor
+
+from sparse_adv.ops import masked_conv2d_cuda as cuda
+from sparse_adv.ops import set_paths
+from sparse_adv.ops._library import host
+from sparse_adv.ops.masked_conv2d_pattern import Pattern, block_pattern, without_values
+
+CASES = {
+    "3x3": Case(3, 1, 70, 40, (5, 6), block=(32, 32)),
+    "strided, with an epilogue": Case(2, 1, 64, 64, (7, 6), stride=(2, 2), block=(64, 64), density=0.5, seed=15),
+    "dilated groups": Case(2, 2, 32, 64, (6, 7), dilation=(2, 1), block=(64, 32), layout="channels_last"),
+    "1x1": Case(3, 1, 100, 40, (3, 4), (1, 1), padding=(0, 0), block=(32, 64), density=0.7, weight_layout="sliced"),
+    "nothing kept": Case(2, 1, 64, 64, (3, 3), block=(32, 32), density=0.0, seed=2),
+    "no images": Case(0, 1, 64, 64, (3, 3), block=(32, 32)),
+}
+
+
+def pattern_of(case: Case) -> Pattern:
+    return set_paths(block_pattern(case.pattern()), "sparse", "sparse", "sparse")
+
+
+def packed(pattern: Pattern, weight: Tensor) -> Pattern:
+    """What `ops.pack_pattern` makes of it on CUDA."""
+    promised = pattern[0].clone()
+    promised[host.header_fields["weight_is_masked"]] = 1
+    return [promised, *pattern[1:], *cuda.pack_values(weight, pattern)]
+
+
+def passes(case: Case, pattern: Pattern, dtype: torch.dtype) -> dict[str, Tensor]:
+    input, weight, grad = (t.to(dtype) for t in (case.input, case.weight, case.grad_output))
+    fused = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.epilogue.items()}
+    rest = (fused.get("scale"), fused.get("residual"), fused.get("relu", False))
+    return {
+        "forward": cuda.masked_conv2d(input, weight, pattern, fused.get("bias"), *case.shape, *rest),
+        "grad_input": cuda.masked_conv2d_grad_input(grad, weight, pattern, case.input_size, *case.shape),
+        "grad_weight": cuda.masked_conv2d_grad_weight(grad, input, pattern, *case.shape),
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_pass_equals_the_reference(name, dtype):
+    case = CASES[name]
+    for pass_, found in passes(case, pattern_of(case), dtype).items():
+        assert found.dtype == dtype
+        (assert_equal if dtype == torch.float32 else assert_close)(found, case.expected()[pass_])
+
+
+def test_packed_values_are_read_and_those_of_another_dtype_are_not():
+    case = CASES["3x3"]
+    vars(case)["weight"] = case.weight.where(case.mask, 0)
+    twice = packed(pattern_of(case), 2 * case.weight)
+    for pass_ in ("forward", "grad_input"):
+        assert_equal(passes(case, twice, torch.float32)[pass_], 2 * case.expected()[pass_])
+        assert_close(passes(case, twice, torch.float16)[pass_], case.expected()[pass_])
+    assert len(without_values(twice)) == 6
+
+
+def test_what_is_pruned_is_not_read():
+    case = CASES["dilated groups"]
+    vars(case)["weight"] = case.weight.where(case.mask, torch.nan)
+    found = passes(case, pattern_of(case), torch.float32)
+    assert found["forward"].isfinite().all() and found["grad_input"].isfinite().all()

@@ -1,0 +1,92 @@
+"""The Triton kernels of the convolution, compiled for GPUs that need not be there; interpreted/ has their numbers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="no Triton")
+
+from helpers.compiled_kernels import CAPABILITIES, Kernel, compiled
+
+from sparse_adv.kernels.masked_conv2d import forward, grad_input
+from sparse_adv.kernels.masked_conv2d_grad_weight import grad_weight
+from sparse_adv.kernels.masked_conv2d_pack import pack
+
+F32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # that one program may have
+LIVE = 40
+LAYERS = {"fills a GPU": (512, 256, 8), "does not": (4, 256, 8)}  # images, channels, pixels a side
+
+
+def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def images(layer: str, dtype: torch.dtype) -> Tensor:
+    batch, channels, size = LAYERS[layer]
+    return empty(batch, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def passes(layer: str, block: tuple[int, int], dtype: torch.dtype, precision: str) -> dict:
+    """What to launch for each pass of a 3x3 layer."""
+    x, channels = images(layer, dtype), LAYERS[layer][1]
+    weight = (channels, channels, 3, 3)
+    blocks, order, values = empty(LIVE, 4), empty(LIVE), empty(LIVE, *block, dtype=dtype)
+    rows, grad_rows = (empty(channels // size, 3) for size in block)
+    vector, same = empty(channels, dtype=dtype), ((1, 1), (1, 1), (1, 1))
+    lists = (blocks, grad_rows, order)
+    return {
+        "forward": lambda: forward(x, values, blocks, rows, weight, None, *same, precision=precision),
+        "forward, fused": lambda: forward(
+            x, values, blocks, rows, weight, vector, *same, vector, x, True, precision=precision
+        ),
+        "grad_input": lambda: grad_input(x, values, *lists, x.shape, *same, precision=precision),
+        "grad_input, gated": lambda: grad_input(x, values, *lists, x.shape, *same, x, vector, precision=precision),
+        "grad_weight": lambda: grad_weight(x, x, blocks, block, weight, *same, 1, precision),
+    }
+
+
+def kernel_of(capability: int, name: str, *case: object) -> Kernel:
+    """The one that multiplies."""
+    return compiled(capability, passes(*case)[name])[0]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ["forward", "forward, fused", "grad_input", "grad_input, gated", "grad_weight"])
+@pytest.mark.parametrize("block", [(64, 64), (32, 32), (64, 32), (32, 64)], ids=str)
+def test_bfloat16_runs_on_tensor_cores_and_spills_nothing(block, name, capability):
+    for layer in LAYERS:
+        kernel = kernel_of(capability, name, layer, block, B16, "tf32")
+        assert kernel.stack == 0 and kernel.registers <= 255
+        assert kernel.shared <= SHARED[capability]
+        multiplied = {instruction.split(".")[0] for instruction in kernel.instructions} & {"HGMMA", "HMMA"}
+        # A product of wgmma has 64 rows at least, which a block of 32 x 32 has not in its weight gradient.
+        assert multiplied == {"HGMMA" if capability == 90 and (name != "grad_weight" or 64 in block) else "HMMA"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize("name", ["forward", "grad_input", "grad_weight"])
+def test_float32_runs_on_tensor_cores(name, precision, capability):
+    kernel = kernel_of(capability, name, "fills a GPU", (64, 64), F32, precision)
+    assert kernel.stack == 0 and kernel.shared <= SHARED[capability]
+    assert any(instruction.startswith(("HGMMA", "HMMA")) for instruction in kernel.instructions)
+
+
+def test_float16_is_as_bfloat16():
+    kernel = kernel_of(90, "forward", "fills a GPU", (64, 64), F16, "tf32")
+    assert kernel.stack == 0 and any(instruction.startswith("HGMMA") for instruction in kernel.instructions)
+
+
+@pytest.mark.parametrize("dtype", [B16, F32])
+def test_packing_moves_whole_lines_of_a_channels_last_weight(dtype):
+    weight = empty(256, 256, 3, 3, dtype=F32).to(memory_format=torch.channels_last)
+    (kernel,) = compiled(90, lambda: pack(weight, empty(LIVE, 4), (64, 64), 1, dtype))
+    assert kernel.stack == 0 and any(instruction.startswith("STG.E.128") for instruction in kernel.instructions)
+
+
+def test_a_strided_gradient_cuts_its_lists_on_the_device():
+    x = empty(512, 256, 4, 4, dtype=B16).to(memory_format=torch.channels_last)
+    lists = (empty(LIVE, 64, 64, dtype=B16), empty(LIVE, 4), empty(4, 3), empty(LIVE))
+    run = compiled(90, lambda: grad_input(x, *lists, (512, 256, 8, 8), (2, 2), (1, 1), (1, 1), precision="tf32"))
+    assert len(run) == 2 and all(kernel.stack == 0 for kernel in run)

@@ -1,0 +1,221 @@
+"""Whole models: dense to sparse, back, and held constant."""
+
+import copy
+
+import pytest
+import torch
+from helpers.tolerances import assert_close
+from torch import nn
+
+from sparse_adv.masks import multiply_add_density, prune
+from sparse_adv.nn import MaskedConv2d, MaskedLinear, constant_weights, densify, explain, sparsify
+
+
+class Block(nn.Module):
+    """A residual block whose shortcut is reached by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 8, 3, padding=1)
+        self.shortcut = nn.Conv2d(4, 8, 1, bias=False)
+        self.paths = nn.ModuleList([self.conv1, self.shortcut])
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.conv1(x)) + self.paths[1](x)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 4, 5, 5)
+
+
+def test_sparsify_masks_in_place_and_keeps_parameters(model, x):
+    masks = prune(model, 0.4)
+    expected = copy.deepcopy(model)
+    for name, mask in masks.items():
+        expected.get_submodule(name).weight.data.mul_(mask)
+    parameters = dict(model.named_parameters())
+    assert sparsify(model, masks) is model
+    assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
+    assert_close(model(x), expected(x))
+    assert all(isinstance(model.get_submodule(name), MaskedConv2d) for name in masks)
+
+
+def test_a_module_with_two_names_becomes_one_layer(model):
+    sparsify(model, prune(model, 0.4))
+    assert model[0].paths[1] is model[0].shortcut and isinstance(model[0].shortcut, MaskedConv2d)
+    again = copy.deepcopy(model)
+    masks = {"0.shortcut": again[0].shortcut.weight_mask.clone()}
+    with pytest.raises(ValueError, match=r"module '0.paths.1' has another name with another mask"):
+        sparsify(again, masks | {"0.paths.1": ~masks["0.shortcut"]})
+    sparsify(again, masks | {"0.paths.1": masks["0.shortcut"]})
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 1), (4, 4), (1, 1, 3, 3)])
+def test_the_largest_block_is_found(block):
+    model = nn.Sequential(nn.Conv2d(32, 32, 3))
+    sparsify(model, prune(model, 0.4, block))
+    assert model[0].block == (*block, 1, 1)[:4]
+
+
+def test_a_stated_block_must_be_obeyed(model):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"module '0.conv1': mask does not obey block \(4, 4, 1, 1\)"):
+        sparsify(model, prune(model, 0.4), block=(4, 4))
+    assert before.keys() == model.state_dict().keys()
+    sparsify(model, prune(model, 0.4, (4, 2)), block=(2, 2))
+    assert model[2].block == (2, 2, 1, 1)
+
+
+def bad_masks(masks):
+    yield masks | {"0.conv2": masks["2"]}, ValueError, "model has no module '0.conv2'; did you mean '0.conv1'?"
+    yield masks | {"3": masks["2"]}, TypeError, "module '3': only Conv2d and Linear layers can be masked, got Flatten"
+    yield (
+        masks | {"4": masks["2"]},
+        ValueError,
+        r"module '4': mask has shape \(4, 8, 3, 3\), weight has",
+    )
+    yield masks | {"2": masks["2"][:2]}, ValueError, r"module '2': mask has shape \(2, 8, 3, 3\), weight has"
+    yield masks | {"2": masks["2"].float()}, TypeError, "module '2': mask must be a bool tensor .* got torch.float32"
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_if_anything_is_wrong_nothing_changes(model, case):
+    masks, error, sentence = list(bad_masks(prune(model, 0.4)))[case]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(error, match=sentence):
+        sparsify(model, masks)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in after)
+
+
+def test_a_shared_weight_needs_one_mask_everywhere():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    model[1].weight = model[0].weight
+    masks = prune(model, 0.5)
+    for wrong in ({"0": masks["0"]}, masks | {"1": ~masks["1"]}):
+        with pytest.raises(ValueError, match=r"the weight of module '.' is also another's"):
+            sparsify(model, wrong)
+    sparsify(model, masks)
+    assert model[1].weight is model[0].weight
+    x = torch.rand(1, 4, 6, 6)
+    assert_close(model(x), densify(copy.deepcopy(model))(x))
+
+
+def test_a_sparse_model_takes_new_masks(model, x):
+    sparsify(model, prune(model, 0.6, linear=True))
+    layers = model[2], model[4]
+    sparsify(model, prune(model, 0.3, linear=True))
+    assert (model[2], model[4]) == layers
+    assert explain(model).density == pytest.approx(0.3, abs=2e-3)
+
+
+def test_linear_layers_are_converted_like_convolutions(model, x):
+    keys, masks = list(model.state_dict()), prune(model, 0.4, linear=True)
+    expected = copy.deepcopy(model)
+    for name, mask in masks.items():
+        expected.get_submodule(name).weight.data.mul_(mask)
+    weight = model[4].weight
+    sparsify(model, masks)
+    assert isinstance(model[4], MaskedLinear) and model[4].weight is weight
+    assert_close(model(x), expected(x))
+    densify(model)
+    assert type(model[4]) is nn.Linear and model[4].weight is weight
+    assert vars(model[4]).keys() == vars(nn.Linear(2, 2)).keys()
+    assert list(model.state_dict()) == keys
+    assert_close(model(x), expected(x))
+
+
+def test_a_stated_block_holds_for_linear_layers_too(model):
+    masks = prune(model, 0.4, (2, 4), linear=True)
+    with pytest.raises(ValueError, match=r"module '4': mask does not obey block \(2, 4, 1, 1\)"):
+        sparsify(model, masks | {"4": prune(model, 0.4, linear=True)["4"]}, block=(2, 4))
+    assert type(model[4]) is nn.Linear
+    sparsify(model, masks, block=(2, 4))
+
+
+def test_explain_counts_linear_layers_by_the_rows_of_their_input(model):
+    masks = prune(model, 0.4, linear=True)
+    dense = explain(model, (3, 4, 5, 5)).rows[-1]
+    assert set(dense.paths.values()) == {"dense (no mask)"} and dense.multiply_adds == (3 * 72, 3 * 72)
+    explanation = explain(sparsify(model, masks), (3, 4, 5, 5))
+    row = explanation.rows[-1]
+    assert row.layer == "4" and set(row.paths.values()) == {"dense (linear)"}
+    assert row.multiply_adds == (3 * int(masks["4"].sum()), 3 * 72)
+    assert explanation.multiply_add_density == multiply_add_density(model, masks, (3, 4, 5, 5))
+    assert "density of convolution and linear weights: 0.4" in str(explanation)
+
+
+def test_a_single_convolution_is_returned_anew():
+    conv = nn.Conv2d(4, 4, 3)
+    layer = sparsify(conv, prune(conv, 0.5))
+    assert isinstance(layer, MaskedConv2d) and layer.weight is conv.weight
+    assert type(densify(layer)) is nn.Conv2d
+
+
+def test_densify_gives_back_plain_layers_and_a_plain_state_dict(model, x):
+    keys = list(model.state_dict())
+    sparsify(model, prune(model, 0.4))
+    expected = model(x)
+    assert densify(model) is model
+    assert list(model.state_dict()) == keys
+    assert type(model[0].conv1) is type(model[2]) is nn.Conv2d
+    assert model[0].paths[0] is model[0].conv1
+    assert_close(model(x), expected)
+    copy.deepcopy(model).load_state_dict(model.state_dict())
+    assert vars(model[2]).keys() == vars(nn.Conv2d(8, 4, 3)).keys()
+
+
+def test_no_gradient_of_weights_while_they_are_constant(model, x):
+    sparsify(model, prune(model, 0.4))
+    expected = model.eval()(x)
+    x.requires_grad_()
+    with constant_weights(model):
+        y = model(x)
+        y.sum().backward()
+    assert_close(y, expected)
+    assert x.grad.any()
+    assert model[2].weight.grad is None and model[2].bias.grad is None and model[4].weight.grad is not None
+    model(x).sum().backward()
+    assert model[2].weight.grad is not None
+
+
+def test_input_gradients_are_the_same_while_weights_are_constant(model, x):
+    sparsify(model, prune(model, 0.4))
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    with constant_weights(model):
+        (found,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert_close(found, expected)
+
+
+def test_constancy_ends_with_the_outermost_use_and_after_an_exception(model, x):
+    sparsify(model, prune(model, 0.4))
+    with pytest.raises(RuntimeError, match="stop"), constant_weights(model):
+        with constant_weights(model):
+            pass
+        assert not model[2](torch.rand(1, 8, 5, 5)).requires_grad
+        raise RuntimeError("stop")
+    with torch.no_grad():
+        model[2].weight.zero_()
+    y = model[2](torch.rand(1, 8, 3, 3))
+    assert y.requires_grad
+    assert_close(y.flatten(), model[2].bias)
+
+
+def test_weights_written_by_hand_do_not_leak_into_a_constant_pass(model):
+    layer = sparsify(model, prune(model, 0.4))[2]
+    x = torch.rand(1, 8, 5, 5)
+    expected = layer(x)
+    with torch.no_grad():
+        layer.weight.add_(~layer.weight_mask)
+    assert_close(layer(x), expected)
+    with constant_weights(model):
+        assert_close(layer(x), expected)

@@ -1,0 +1,157 @@
+"""After every optimiser step, pruned weights, their gradients and what the optimiser keeps of them are exactly 0."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_adv.masks import prune
+from sparse_adv.nn import MaskedConv2d, densify, optimizer_hook, sparsify
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True, foreach=False),
+    "sgd-foreach": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, foreach=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1, amsgrad=True, foreach=False),
+    "adam-foreach": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1, foreach=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, foreach=False),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True, weight_decay=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, weight_decay=0.1),
+}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def make_optimizer(request):
+    return OPTIMIZERS[request.param]
+
+
+def train(model, optimizer, steps=2):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.rand(3, 2, 7, 7)).square().sum().backward()
+        optimizer.step()
+
+
+def assert_nothing_outside_the_masks(model, optimizer):
+    layers = [module for module in model.modules() if isinstance(module, MaskedConv2d)]
+    assert layers
+    for layer in layers:
+        state = [value for value in optimizer.state[layer.weight].values() if value.shape == layer.weight.shape]
+        assert state
+        for tensor in (layer.weight, layer.weight.grad, *state):
+            assert not tensor[~layer.weight_mask].any()
+        assert layer.weight[layer.weight_mask].any()
+
+
+def test_from_the_first_step_on(model, make_optimizer):
+    sparsify(model, prune(model, 0.5))
+    optimizer = make_optimizer(model.parameters())
+    for _ in range(3):
+        train(model, optimizer, 1)
+        assert_nothing_outside_the_masks(model, optimizer)
+
+
+def test_after_sparsify_of_a_model_whose_optimiser_has_stepped(model, make_optimizer):
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer)
+    sparsify(model, prune(model, 0.5))
+    train(model, optimizer, 1)
+    assert_nothing_outside_the_masks(model, optimizer)
+
+
+def test_after_a_mask_changed_between_backward_and_step(model, make_optimizer):
+    sparsify(model, prune(model, 0.5))
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer)
+    model(torch.rand(3, 2, 7, 7)).square().sum().backward()
+    model[0].set_mask(~model[0].weight_mask)
+    model[2].set_mask(torch.rand(4, 4, 3, 3) < 0.3)
+    with torch.no_grad():
+        model[0].weight.add_(model[0].weight_mask * 0.1)
+    optimizer.step()
+    assert_nothing_outside_the_masks(model, optimizer)
+    train(model, optimizer, 1)
+    assert_nothing_outside_the_masks(model, optimizer)
+
+
+def test_a_given_optimiser_is_cleared_at_once(model, make_optimizer):
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer)
+    sparsify(model, prune(model, 0.5), optimizer=optimizer)
+    assert_nothing_outside_the_masks(model, optimizer)
+    model[2].set_mask(prune(model, 0.2)["2"], optimizer=optimizer)
+    assert_nothing_outside_the_masks(model, optimizer)
+
+
+def test_after_loading_dense_weights_and_a_dense_optimisers_state(model, make_optimizer):
+    dense = copy.deepcopy(model)
+    dense_optimizer = make_optimizer(dense.parameters())
+    train(dense, dense_optimizer)
+    sparsify(model, prune(model, 0.5))
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer)
+    model.load_state_dict(dense.state_dict())
+    optimizer.load_state_dict(dense_optimizer.state_dict())
+    train(model, optimizer, 1)
+    assert_nothing_outside_the_masks(model, optimizer)
+
+
+def test_copies_of_a_model_are_watched_too(model, make_optimizer):
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer)
+    twin = copy.deepcopy(sparsify(model, prune(model, 0.5)))
+    twin_optimizer = make_optimizer(twin.parameters())
+    twin_optimizer.load_state_dict(optimizer.state_dict())
+    train(twin, twin_optimizer, 1)
+    assert_nothing_outside_the_masks(twin, twin_optimizer)
+
+
+def test_it_costs_one_look_a_step(model, monkeypatch):
+    sparsify(model, prune(model, 0.5))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    calls = []
+    zero = optimizer_hook._zero_outside
+    monkeypatch.setattr(optimizer_hook, "_zero_outside", lambda *args: (calls.append(1), zero(*args)))
+    train(model, optimizer, 5)
+    assert len(calls) == 2
+    model[0].set_mask(~model[0].weight_mask)
+    train(model, optimizer, 5)
+    assert len(calls) == 3
+
+
+def test_a_densified_model_trains_dense(model):
+    sparsify(model, prune(model, 0.5))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    train(model, optimizer)
+    densify(model)
+    train(model, OPTIMIZERS["sgd"](model.parameters()))
+    assert model[0].weight.all()
+
+
+def test_a_compiled_step(model):
+    sparsify(model, prune(model, 0.5))
+    optimizer = OPTIMIZERS["sgd-foreach"](model.parameters())
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for _ in range(2):
+        model(torch.rand(3, 2, 7, 7)).square().sum().backward()
+        step()
+    assert_nothing_outside_the_masks(model, optimizer)
+
+
+def test_nothing_is_kept_alive(model):
+    sparsify(model, prune(model, 0.5))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    train(model, optimizer)
+    gc.collect()
+    watched, settled = len(optimizer_hook._masks), len(optimizer_hook._settled)
+    del model[2], optimizer
+    gc.collect()
+    assert (len(optimizer_hook._masks), len(optimizer_hook._settled)) == (watched - 1, settled - 1)

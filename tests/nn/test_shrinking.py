@@ -1,0 +1,166 @@
+"""`nn.shrink`: a smaller model that computes the same."""
+
+import copy
+
+import pytest
+import torch
+from helpers.networks import NETWORKS, network
+from helpers.tolerances import assert_close
+from torch import Tensor, nn
+
+from sparse_adv.masks import prune
+from sparse_adv.nn import MaskedConv2d, shrink, silence_dead_channels, sparsify
+
+
+def filters(model: nn.Module, density: float = 0.5) -> dict[str, Tensor]:
+    """Random whole filters of each convolution."""
+    masks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            kept = torch.rand(len(module.weight)) < density
+            kept[0] = True
+            masks[name] = kept.view(-1, 1, 1, 1).expand_as(module.weight).clone()
+    return masks
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_the_function_is_unchanged(name, silent, multiple):
+    model, shape = network(name)
+    masks = filters(model)
+    if silent:
+        silence_dead_channels(model, masks, shape)
+    x = torch.rand(shape)
+    expected = sparsify(copy.deepcopy(model), masks)(x)
+    before = copy.deepcopy(model.state_dict())
+    small = shrink(model, masks, shape, multiple).model
+    assert_close(small(x), expected)
+    assert parameters(small) < parameters(model)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_half_of_every_width_goes_where_residual_streams_agree():
+    model, shape = network("resnet18")
+    masks = prune(model, 0.5, "filter", "uniform", couple=shape)
+    silence_dead_channels(model, masks, shape)
+    shrunk = shrink(model, masks, shape)
+    assert {after / before for name, (before, after) in shrunk.widths.items() if name in masks} == {0.5}
+    assert not shrunk.held.keys() & masks.keys()
+    assert not any(isinstance(module, MaskedConv2d) for module in shrunk.model.modules())
+    x = torch.rand(shape)
+    assert_close(shrunk.model(x), sparsify(copy.deepcopy(model), masks)(x))
+
+
+def test_without_coupling_only_inner_channels_go():
+    model, shape = network("resnet18")
+    masks = prune(model, 0.5, "filter", "uniform")
+    silence_dead_channels(model, masks, shape)
+    widths = shrink(model, masks, shape).widths
+    halved = [name for name, (before, after) in widths.items() if after == before / 2]
+    assert len(halved) >= 8
+
+
+def test_what_is_left_of_a_mask_stays_a_mask():
+    model, shape = network("vgg16")
+    masks = filters(model)
+    masks = {name: mask & (torch.rand(mask.shape) < 0.5) for name, mask in masks.items()}
+    silence_dead_channels(model, masks, shape)
+    x = torch.rand(shape)
+    expected = sparsify(copy.deepcopy(model), masks)(x)
+    small = shrink(model, masks, shape).model
+    assert_close(small(x), expected)
+    layers = [module for module in small.modules() if isinstance(module, MaskedConv2d)]
+    assert layers and all(0 < layer.density < 1 for layer in layers)
+    again = shrink(sparsify(model, masks), None, shape).model
+    assert again.state_dict().keys() == small.state_dict().keys()
+    assert_close(again(x), expected)
+
+
+def test_channels_that_nobody_reads_go_with_all_that_made_them():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    masks = {"4": torch.ones(4, 6, 1, 1, dtype=torch.bool), "2": torch.ones(6, 8, 3, 3, dtype=torch.bool)}
+    masks["4"][:, 2:] = False
+    masks["2"][:2, 5:] = False  # what the two that are read read of
+    shrunk = shrink(model, masks, (1, 3, 9, 9))
+    assert shrunk.widths == {"0": (8, 5), "2": (6, 2), "4": (4, 4)}
+    x = torch.rand(2, 3, 9, 9)
+    assert_close(shrunk.model(x), sparsify(model, masks)(x))
+
+
+@pytest.mark.parametrize(("padding", "width"), [(0, 1), (1, 8)])
+def test_a_constant_goes_into_the_bias_where_no_padding_stands_beside_it(padding, width):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=padding, bias=False))
+    masks = {"0": torch.zeros(8, 3, 3, 3, dtype=torch.bool)}
+    masks["0"][0] = True
+    shrunk = shrink(model, masks, (1, 3, 9, 9))
+    assert shrunk.widths["0"] == (8, width)
+    assert (shrunk.held.get("0", 0) > 0) is (padding > 0)
+    x = torch.rand(2, 3, 9, 9)
+    assert_close(shrunk.model(x), sparsify(model, masks)(x))
+
+
+def test_a_layer_of_which_nothing_is_left_keeps_one_channel():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    shrunk = shrink(model, {"0": torch.zeros(8, 3, 3, 3, dtype=torch.bool)}, (1, 3, 9, 9))
+    assert shrunk.widths["0"] == (8, 1)
+    assert_close(shrunk.model(torch.rand(1, 3, 9, 9)), model[2].bias.view(1, 4, 1, 1).expand(1, 4, 5, 5))
+
+
+class OverWidth(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.shape[1]
+
+
+def test_a_model_that_computes_with_its_width_keeps_it():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), OverWidth(), nn.Conv2d(8, 4, 3))
+    masks = filters(model[:1])
+    shrunk = shrink(model, masks, (1, 3, 9, 9))
+    assert shrunk.widths["0"] == (8, 8)
+    x = torch.rand(2, 3, 9, 9)
+    assert_close(shrunk.model(x), sparsify(model, masks)(x))
+
+
+def test_weights_that_are_zero_but_kept_may_still_learn_and_stay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    nn.init.zeros_(model[0].weight[:4])
+    nn.init.zeros_(model[1].weight)
+    assert shrink(model, {}, (1, 3, 9, 9)).widths["0"] == (8, 8)
+
+
+def test_the_small_model_trains_copies_and_has_a_state():
+    model, shape = network("resnet18")
+    masks = prune(model, 0.5, "filter", couple=shape)
+    silence_dead_channels(model, masks, shape)
+    small = shrink(model, masks, shape, multiple=2).model.train()
+    optimizer = torch.optim.SGD(small.parameters(), 0.1)
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(small(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    twin = copy.deepcopy(small)
+    twin.load_state_dict(small.state_dict())
+    compiled = torch.compile(small.eval(), backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x), twin.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("masks", "multiple", "message"),
+    [
+        ({"conv9": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, 1, "model has no module 'conv9'"),
+        ({"0": torch.ones(8, 3, 1, 1, dtype=torch.bool)}, 1, r"mask of '0' has shape \(8, 3, 1, 1\)"),
+        ({}, 0, "multiple must be a positive integer, got 0"),
+    ],
+)
+def test_bad_input_is_told(masks, multiple, message):
+    with pytest.raises(ValueError, match=message):
+        shrink(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), masks, (1, 3, 9, 9), multiple)

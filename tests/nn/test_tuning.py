@@ -1,0 +1,194 @@
+"""Which kernel a layer takes: measured, given, from the table; and how that is told."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from helpers.tolerances import assert_close
+from torch import nn
+
+from sparse_adv.masks import multiply_add_density, prune
+from sparse_adv.nn import constant_weights, explain, sparsify, tune, tuning
+from sparse_adv.nn.masked_conv2d import PASSES
+
+SHAPE = (2, 3, 8, 8)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.Conv2d(16, 16, (2, 3), padding="same", padding_mode="zeros"),
+        nn.Conv2d(16, 8, 1),
+    )
+    return sparsify(dense, prune(dense, 0.2, exclude=["3"]))
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def forced(path):
+    return {name: {p: {"path": path} for p in PASSES} for name in ("0", "2")}
+
+
+def header_paths(layer):
+    return {name: text.split()[0] for name, text in explain(layer, (2, layer.in_channels, 8, 8)).rows[0].paths.items()}
+
+
+def race_won_by(winner, loser_ms=2.0):
+    def race(run, patterns, trials, seconds):
+        run(patterns["sparse"])
+        return {path: 1e-3 * (1.0 if path == winner else loser_ms) for path in patterns}
+
+    return race
+
+
+@pytest.mark.parametrize("winner", ["sparse", "dense"])
+def test_the_faster_kernel_is_fixed(model, monkeypatch, winner):
+    monkeypatch.setattr(tuning, "_race", race_won_by(winner))
+    choices = tune(model, SHAPE)
+    assert list(choices) == ["0", "2"]
+    for name, choice in choices.items():
+        assert {p: choice[p]["path"] for p in PASSES} == dict.fromkeys(PASSES, winner)
+        assert header_paths(model[int(name)]) == dict.fromkeys(PASSES, winner)
+
+
+def test_the_table_decides_between_equals(model, monkeypatch):
+    by_table = header_paths(model[2])
+    for winner in ("sparse", "dense"):
+        monkeypatch.setattr(tuning, "_race", race_won_by(winner, loser_ms=1.03))
+        assert {p: c["path"] for p, c in tune(model, SHAPE)["2"].items()} == by_table
+
+
+def test_real_measurements_choose_the_shorter_time(model):
+    for choice in tune(model, SHAPE, trials=2).values():
+        for measured in choice.values():
+            other = "dense" if measured["path"] == "sparse" else "sparse"
+            assert 0 < measured[f"{measured['path']}_ms"] <= measured[f"{other}_ms"] / 0.95 + 1e-3
+
+
+def test_tuning_leaves_values_statistics_and_modes_alone(model):
+    x = torch.rand(SHAPE)
+    before = copy.deepcopy(model)
+    tune(model, x, trials=1)
+    assert all(torch.equal(value, before.state_dict()[key]) for key, value in model.state_dict().items())
+    assert model.training and model[1].training
+    assert_close(model(x), before(x))
+    assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_both_kernels_compute_the_same(model, path):
+    x = torch.rand(SHAPE, requires_grad=True)
+    expected = model(x)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    tune(model, SHAPE, forced(path))
+    found = model(x)
+    assert_close(found, expected)
+    assert_close(torch.autograd.grad(found.square().sum(), x)[0], expected_grad)
+    with constant_weights(model):
+        assert_close(model(x), expected)
+
+
+def test_choices_are_plain_data_that_can_be_given_back(model, monkeypatch):
+    twin = copy.deepcopy(model)
+    choices = tune(model, SHAPE, trials=1)
+    stored = json.loads(json.dumps(choices))
+    monkeypatch.setattr(tuning, "_race", None)
+    assert tune(twin, SHAPE, stored) == choices
+    assert str(explain(twin, SHAPE)) == str(explain(model, SHAPE))
+
+
+def test_choices_go_with_copies_and_go_away_with_the_mask(model):
+    tune(model, SHAPE, forced("sparse"))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert header_paths(twin[0]) == dict.fromkeys(PASSES, "sparse")
+    model.load_state_dict(model.state_dict())
+    assert model[0].choices is not None
+    model[0].set_mask(torch.zeros_like(model[0].weight_mask))
+    assert model[0].choices is None
+    model[2].weight_mask.logical_not_()
+    model(torch.rand(SHAPE))
+    assert model[2].choices is None and "tuned" not in str(explain(model, SHAPE))
+
+
+def test_deterministic_algorithms_follow_nothing_measured(model, deterministic):
+    by_table = header_paths(model[0])
+    for path in ("sparse", "dense"):
+        tune(model, SHAPE, forced(path))
+        assert header_paths(model[0]) == by_table
+        assert "(deterministic)" in str(explain(model, SHAPE))
+
+
+def test_wrong_choices_are_refused(model):
+    with pytest.raises(ValueError, match=r"choices: model has no module '22'; did you mean '2'?"):
+        tune(model, SHAPE, {"22": forced("sparse")["0"]})
+    with pytest.raises(ValueError, match=r'choices of .0.: path of forward must be "sparse" or "dense", got .fast.'):
+        tune(model, SHAPE, forced("fast"))
+    assert model[0].choices is None
+
+
+def test_layers_without_a_sparse_kernel_are_not_tuned(model):
+    model.double()
+    assert tune(model, torch.rand(SHAPE).double()) == {}
+    assert "dense (no sparse kernel for float64 on cpu)" in str(explain(model))
+
+
+def test_explain_shows_every_convolution_and_both_densities(model):
+    masks = {name: model[int(name)].weight_mask for name in ("0", "2")}
+    explanation = explain(model, SHAPE)
+    text = str(explanation)
+    assert [row.layer for row in explanation.rows] == ["0", "2", "3"]
+    assert explanation.multiply_add_density == multiply_add_density(model, masks, SHAPE)
+    kept = sum(int(mask.sum()) for mask in masks.values()) + 128
+    assert explanation.density == kept / (16 * 27 + 16 * 96 + 128)
+    assert f"density of convolution weights: {explanation.density:.4f}" in text
+    assert f"of multiply-adds: {explanation.multiply_add_density:.4f}" in text
+    assert "16x3x3x3" in text and "(table)" in text and "dense (no mask)" in text
+
+
+def test_explain_without_a_shape(model):
+    assert explain(model).multiply_add_density is None
+    assert "unknown without an input shape" in str(explain(model))
+    tune(model, SHAPE, forced("sparse"))
+    assert "sparse (given)" in str(explain(model))
+    assert str(explain(nn.ReLU())).endswith("no convolutions")
+
+
+def test_explain_tells_what_was_measured(model, monkeypatch):
+    monkeypatch.setattr(tuning, "_race", race_won_by("sparse", loser_ms=4.8))
+    tune(model, SHAPE)
+    assert "sparse (tuned: 1 ms, dense 4.8 ms)" in str(explain(model))
+
+
+def weights_after_training(threads: int) -> list[torch.Tensor]:
+    """Density 0.7 at 8 x 8 pixels: left to itself, the table would take the dense grad_weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    )
+    sparsify(model, prune(model, 0.7))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.rand(64, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+def test_training_gives_the_same_bits_with_any_number_of_threads(deterministic):
+    one, two = weights_after_training(1), weights_after_training(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -1,0 +1,72 @@
+"""The convolution on each instruction set: a process per set, since a process chooses once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_adv.ops import cpu_capability
+
+SETS = {"portable": "default", "avx2": "avx2", "avx512": "avx512"}  # the values that PyTorch's variable takes
+TESTS = str(Path(__file__).resolve().parents[1])
+
+
+def sweep() -> None:
+    """Compares all passes, over blocks, filters and strides, with the reference."""
+    import torch
+    from helpers.convolution_cases import BLOCKS, FILTERS, LAYOUTS, Case
+    from helpers.tolerances import assert_close, assert_equal
+
+    torch.set_num_threads(1)
+    layouts = sorted(LAYOUTS)
+    for i, filter in enumerate(FILTERS):
+        for j, block in enumerate(BLOCKS):
+            block = tuple({"R": filter[0], "S": filter[1]}.get(size, size) for size in block)
+            case = Case(
+                batch=(3, 16, 21)[j % 3],
+                groups=1 + (i + j) % 2,
+                group_in=9,
+                group_out=10,
+                filter=filter,
+                stride=(1 + i % 3, 1 + j % 3),
+                padding=(3, 2),
+                dilation=(1 + j % 2, 1),
+                block=block,
+                layout=layouts[j % len(layouts)],
+                seed=len(BLOCKS) * i + j,
+            )
+            found, expected = case.found(case.pattern("sparse")), case.expected()
+            for name, value in expected.items():
+                assert_equal(found[name], value)
+    case = Case(37, 1, 40, 24, (19, 30), density=0.2).with_real_numbers()
+    found, expected = case.found(case.pattern("sparse")), case.expected()
+    for name, value in expected.items():
+        assert_close(found[name], value)
+    print(cpu_capability())
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_forced_instruction_set_equals_the_reference(name):
+    result = subprocess.run(
+        [sys.executable, "-c", "from ops.test_instruction_sets import sweep; sweep()"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": SETS[name], "PYTHONPATH": os.pathsep.join([TESTS, *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    used = result.stdout.split()[-1]
+    if list(SETS).index(used) < list(SETS).index(name):
+        pytest.skip(f"this CPU has no {name}: {used} was used")
+    assert used == name
+
+
+def test_an_unknown_name_changes_nothing():
+    command = "from sparse_adv.ops import cpu_capability as f; print(f())"
+    used = {
+        subprocess.check_output([sys.executable, "-c", command], env={**environment, **extra}, text=True)
+        for environment in [{k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}]
+        for extra in ({}, {"ATEN_CPU_CAPABILITY": "avx1024"})
+    }
+    assert len(used) == 1 and used.pop().strip() in SETS

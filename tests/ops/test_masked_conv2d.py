@@ -1,0 +1,251 @@
+"""The three passes of the convolution: values, layouts, dtypes, and that nothing but the arguments counts."""
+
+import itertools
+import math
+import threading
+
+import pytest
+import torch
+from helpers.convolution_cases import BLOCKS, FILTERS, LAYOUTS, Case, cases, integers
+from helpers.tolerances import assert_close, assert_equal
+from hypothesis import given, settings
+from torch import Tensor
+
+from sparse_adv.ops import masked_conv2d, pack_pattern, reference
+
+PATHS = ("sparse", "auto", "dense")
+
+
+def assert_passes_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        assert_equal(found[name], value)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_passes_equal_the_reference(path):
+    @settings(max_examples=500 if path == "sparse" else 50)
+    @given(cases())
+    def check(case: Case) -> None:
+        assert_passes_equal(case.found(case.pattern(path)), case.expected())
+
+    check()
+
+
+@pytest.mark.parametrize("stride", list(itertools.product((1, 2, 3), repeat=2)), ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_strides_of_rows_and_columns_are_independent_whatever_the_width(stride, layout):
+    for width in range(3, 26):
+        case = Case(16, 1, 3, 2, (11, width), (5, 3), stride, density=0.5, layout=layout, seed=width)
+        assert_passes_equal(case.found(case.pattern("sparse")), case.expected())
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("filter", [(3, 3), (4, 3)])
+def test_every_block_equals_the_reference_with_smaller_blocks_at_the_edge(block, filter):
+    named = {"R": filter[0], "S": filter[1]}
+    block = tuple(named.get(size, size) for size in block)
+    case = Case(batch=17, group_in=37, group_out=70, image=(9, 7), filter=filter, block=block, seed=15)
+    assert 0 < case.mask.sum() < case.mask.numel() or block == (64, 64)
+    assert_passes_equal(case.found(case.pattern("sparse")), case.expected())
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_images_larger_than_the_cache_equal_the_reference(stride, layout):
+    case = Case(17, 1, 24, 12, (53, 71), stride=(stride, stride), layout=layout, density=0.1, seed=15)
+    assert_passes_equal(case.found(case.pattern("sparse")), case.expected())
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_real_numbers_equal_the_reference_up_to_rounding(filter):
+    case = Case(19, 1, 48, 32, filter=filter, padding=(3, 3), density=0.1).with_real_numbers()
+    found, expected = case.found(case.pattern("sparse")), case.expected()
+    for name, value in expected.items():
+        assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_nothing_kept_and_everything_kept(path, density):
+    case = Case(batch=3, density=density)
+    assert_passes_equal(case.found(case.pattern(path)), case.expected())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_empty_batch(path, layout):
+    case = Case(batch=0, layout=layout, seed=15)
+    found = case.found(case.pattern(path))
+    assert found["forward"].shape == case.output_size and found["grad_input"].shape == case.input_size
+    assert_equal(found["grad_weight"], torch.zeros(case.weight_size))
+
+
+@given(cases())
+def test_packed_values_change_no_bit(case):
+    vars(case)["weight"] = case.weight.where(case.mask, 0)
+    pattern = case.pattern("sparse")
+    assert_passes_equal(case.found(pack_pattern(pattern, case.weight)), case.found(pattern))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("block", [(1, 1), (4, 1), (1, 4), (4, 4)])
+def test_pruned_entries_of_the_weight_are_never_read(path, value, block):
+    case = Case(group_in=9, group_out=13, block=block)
+    expected = case.expected()
+    case.weight.masked_fill_(~case.mask, value)
+    assert_passes_equal(case.found(case.pattern(path)), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("place", ["input", "grad_output"])
+def test_pruned_weights_get_no_gradient_even_from_what_is_not_finite(path, place):
+    case = Case()
+    getattr(case, place)[1, 2] = math.nan
+    getattr(case, place)[0, 1, 2, 3] = math.inf
+    grad_weight = case.found(case.pattern(path))["grad_weight"]
+    assert grad_weight.isnan().any()
+    assert_equal(grad_weight[~case.mask], torch.zeros(int((~case.mask).sum())))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_pixels_that_are_not_finite_reach_the_outputs_that_read_them_and_no_other(path, value):
+    case = Case(density=1.0, batch=3)
+    case.input[1, 2, 4, 5] = value
+    spoiled = ~case.found(case.pattern(path))["forward"].isfinite()
+    expected = torch.zeros(case.output_size, dtype=torch.bool)
+    expected[1, :, 3:6, 4:7] = True
+    assert_equal(spoiled.any(1), expected.any(1))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("width", [9, 16, 20])
+@pytest.mark.parametrize("place", [(0, 1, 8, 3), (0, 1, 0, 0), (0, 1, 4, -1)])
+def test_a_pixel_that_is_not_finite_reaches_the_gradients_of_the_weights_that_meet_it(path, width, place):
+    case = Case(density=1.0, image=(9, width))
+    case.input[place] = math.nan
+    spoiled = case.found(case.pattern(path))["grad_weight"].isnan()
+    assert_equal(spoiled, case.expected()["grad_weight"].isnan())
+
+
+@pytest.mark.parametrize("width", [14, 20])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("padding", [(1, 1), (0, 0), (2, 3)])
+@pytest.mark.parametrize("batch", [2, 33])
+def test_blocks_of_whole_filter_rows_equal_the_reference(width, stride, padding, batch):
+    for block in ((1, 1, 1, 3), (1, 1, 3, 3)):
+        case = Case(batch, group_in=70, image=(5, width), stride=stride, padding=padding, block=block, seed=15)
+        assert_passes_equal(case.found(case.pattern("sparse")), case.expected())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("filter", [(1, 1), (3, 3)])
+def test_channels_last_gives_channels_last_and_all_else_contiguous(path, layout, filter):
+    case = Case(layout=layout, filter=filter, seed=15)
+    format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    found = case.found(case.pattern(path))
+    assert found["forward"].is_contiguous(memory_format=format)
+    assert found["grad_input"].is_contiguous(memory_format=format)
+    assert found["grad_weight"].is_contiguous()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_equal_the_reference(path, dtype):
+    # At most 27 terms below 16: the 16-bit formats round the result alone.
+    case = Case(group_in=3, seed=13)
+    tensors = {name: getattr(case, name).to(dtype) for name in ("input", "weight", "grad_output")}
+    expected = case.expected()
+    vars(case).update(
+        tensors, epilogue={k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.epilogue.items()}
+    )
+    found = case.found(case.pattern(path))
+    for name, value in expected.items():
+        assert found[name].dtype == dtype
+        assert_close(found[name], value)
+
+
+def in_threads(count: int, case: Case, pattern: list[Tensor]) -> dict[str, Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return case.found(pattern)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 1), (1, 1, 3, 3)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+def test_results_depend_neither_on_the_number_of_threads_nor_on_the_call(block, stride):
+    case = Case(33, 1, 21, 19, (17, 23), stride=stride, block=block).with_real_numbers()
+    pattern = case.pattern("sparse")
+    once = in_threads(1, case, pattern)
+    for count in (1, 2, 3):
+        assert_passes_equal(in_threads(count, case, pattern), once)
+
+
+def test_two_threads_at_once_get_what_they_get_alone():
+    calls = [Case(33, 1, 10 + 5 * i, 19, (15 + i, 20)).with_real_numbers() for i in range(2)]
+    patterns = [case.pattern("sparse") for case in calls]
+    alone = [case.found(pattern) for case, pattern in zip(calls, patterns, strict=True)]
+    together: list[list[dict[str, Tensor]]] = [[], []]
+
+    def work(i: int) -> None:
+        together[i] = [calls[i].found(patterns[i]) for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert len(together[i]) == 20
+        for found in together[i]:
+            assert_passes_equal(found, alone[i])
+
+
+@pytest.mark.parametrize("path", ["auto", "sparse"])
+@pytest.mark.parametrize("padding", ["same", "valid", 0, (1, 2)])
+def test_the_function_takes_what_torch_takes(path, padding):
+    case = Case()
+    bias = integers(6)
+    found = masked_conv2d(case.input, case.weight, case.pattern(path), bias, 1, padding, relu=True)
+    assert_equal(found, reference.masked_conv2d(case.input, case.weight, case.mask, bias, 1, padding, relu=True))
+
+
+BAD = {
+    "input is no image": ({"input": torch.zeros(5, 9, 11)}, r"input must be \[N, C, H, W\], got shape \(5, 9, 11\)"),
+    "input of integers": ({"input": torch.zeros(2, 5, 9, 11).long()}, "input must be .*, got torch.int64"),
+    "no pattern": ({"pattern": [torch.zeros(1)]}, "pattern must be .*, got a list of 1 tensors"),
+    "another pattern": ({"weight": torch.zeros(6, 4, 3, 3)}, r"pattern .*\(6, 5, 3, 3\), weight .*\(6, 4, 3, 3\)"),
+    "channels": ({"input": torch.zeros(2, 4, 9, 11)}, "input has 4 channels, .* needs 5"),
+    "groups": ({"groups": 2}, "pattern was compiled for groups=1, got groups=2"),
+    "stride": ({"stride": 0}, r"stride .* must be positive .* \(0, 0\)"),
+    "dilation": ({"dilation": (1, -1)}, r"dilation must be positive .* \(1, -1\)"),
+    "padding": ({"padding": -1}, r"padding not negative, .* \(-1, -1\)"),
+    "padding's name": ({"padding": "full"}, 'padding must be .*, got "full"'),
+    "same with a stride": ({"padding": "same", "stride": 2}, r'padding="same" needs stride 1, got stride \(2, 2\)'),
+    "filter too large": ({"dilation": 6}, r"input of 9 x 11 pixels .* smaller than the filter \(3, 3\)"),
+    "dtypes": ({"weight": torch.zeros(6, 5, 3, 3).double()}, "weight is torch.float64, input is torch.float32"),
+    "devices": ({"weight": torch.zeros(6, 5, 3, 3, device="meta")}, "weight is on meta, input on cpu"),
+    "bias": ({"bias": torch.zeros(5)}, r"bias must have shape \[6\], got \(5,\)"),
+    "scale": ({"scale": torch.zeros(6, 1)}, r"scale must have shape \[6\], got \(6, 1\)"),
+    "residual": ({"residual": torch.zeros(2, 6, 7, 8)}, r"residual must .*\(2, 6, 7, 9\), got \(2, 6, 7, 8\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told_by_name_and_value(name):
+    change, message = BAD[name]
+    case = Case()
+    arguments = {"input": case.input, "weight": case.weight, "pattern": case.pattern(), **change}
+    with pytest.raises(TypeError if "torch." in message else ValueError, match=message):
+        masked_conv2d(**arguments)
+
+
+def test_a_pattern_for_other_groups_is_refused():
+    case, other = Case(groups=2), Case(group_out=12)
+    with pytest.raises(ValueError, match="pattern was compiled for groups=1, got groups=2"):
+        masked_conv2d(case.input, case.weight, other.pattern(), groups=2)

@@ -1,0 +1,55 @@
+"""The CUDA implementation of the convolution ops, dense path: plain PyTorch, so it is run here on the CPU's tensors."""
+
+import pytest
+import torch
+from helpers.convolution_cases import Case, cases
+from helpers.tolerances import assert_equal
+from hypothesis import given, settings
+from torch import Tensor
+
+from sparse_adv.ops import masked_conv2d_cuda as cuda
+from sparse_adv.ops import pack_pattern
+
+
+def passes(case: Case, weight: Tensor, pattern: list[Tensor]) -> dict[str, Tensor]:
+    epilogue = case.epilogue
+    rest = (epilogue.get("scale"), epilogue.get("residual"), epilogue.get("relu", False))
+    return {
+        "forward": cuda.masked_conv2d(case.input, weight, pattern, epilogue.get("bias"), *case.shape, *rest),
+        "grad_input": cuda.masked_conv2d_grad_input(case.grad_output, weight, pattern, case.input_size, *case.shape),
+        "grad_weight": cuda.masked_conv2d_grad_weight(case.grad_output, case.input, pattern, *case.shape),
+    }
+
+
+def steps(tensor: Tensor) -> list[int]:
+    """The strides that mean something."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+@settings(max_examples=200)
+@given(cases())
+def test_every_pass_is_the_reference_and_lies_as_the_op_promises(case):
+    found = passes(case, case.weight, case.pattern())
+    ops = case.found(case.pattern("dense"))
+    for name, expected in case.expected().items():
+        assert_equal(found[name], expected)
+        assert steps(found[name]) == steps(ops[name]), name
+
+
+def test_a_weight_that_was_promised_to_be_masked_is_not_masked_again():
+    case = Case()
+    masked = case.weight.where(case.mask, 0)
+    assert_equal(passes(case, masked, pack_pattern(case.pattern(), masked))["forward"], case.expected()["forward"])
+    unmasked = passes(case, case.weight, pack_pattern(case.pattern(), masked))["forward"]
+    assert not torch.equal(unmasked.double(), case.expected()["forward"])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_pruned_counts_as_nothing_even_where_it_is_not_finite(bad):
+    case = Case()
+    weight = case.weight.where(case.mask, bad)
+    found = passes(case, weight, case.pattern())
+    assert_equal(found["forward"], case.expected()["forward"])
+    assert_equal(found["grad_input"], case.expected()["grad_input"])
+    vars(case)["input"] = torch.full_like(case.input, bad)
+    assert (passes(case, case.weight, case.pattern())["grad_weight"][~case.mask] == 0).all()

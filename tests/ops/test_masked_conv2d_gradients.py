@@ -1,0 +1,236 @@
+"""Derivatives of the convolution, and how the ops behave under autograd, autocast, torch.compile and torch.export."""
+
+import pytest
+import torch
+from helpers.convolution_cases import Case, cases
+from helpers.tolerances import assert_close, assert_equal
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from sparse_adv.ops import masked_conv2d, pack_pattern, reference
+
+PATHS = ("sparse", "auto", "dense")
+OPS = torch.ops.sparse_adv
+DIFFERENTIABLE = ("input", "weight", "bias", "scale", "residual")
+# Sizes at which gradcheck's finite differences take little time.
+SMALL = {
+    "plain": Case(2, 1, 2, 3, (4, 5)),
+    "strided": Case(1, 1, 2, 2, (5, 6), stride=(2, 3), padding=(2, 0)),
+    "dilated": Case(1, 1, 1, 2, (6, 5), (2, 3), dilation=(2, 1), layout="channels_last"),
+    "grouped": Case(1, 2, 1, 2, (3, 3), block=(2, 1)),
+}
+
+
+def differentiable_tensors(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    channels = case.output_size[1]
+    sizes = (case.input_size, case.weight_size, (channels,), (channels,), case.output_size)
+    return {
+        name: torch.randn(size, dtype=dtype).requires_grad_() for name, size in zip(DIFFERENTIABLE, sizes, strict=True)
+    }
+
+
+def convolve(case: Case, pattern: list[Tensor], tensors: dict[str, Tensor], relu: bool) -> Tensor:
+    epilogue = {name: tensors[name] for name in tensors if name in ("scale", "residual")}
+    return masked_conv2d(
+        tensors["input"], tensors["weight"], pattern, tensors.get("bias"), *case.shape, **epilogue, relu=relu
+    )
+
+
+def expect(case: Case, tensors: dict[str, Tensor], relu: bool) -> Tensor:
+    return reference.masked_conv2d(
+        *(tensors[name] for name in ("input", "weight")),
+        case.mask,
+        tensors["bias"],
+        *case.shape,
+        scale=tensors["scale"],
+        residual=tensors["residual"],
+        relu=relu,
+    )
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradients_of_every_argument_equal_autograds(path, relu):
+    @settings(max_examples=30)
+    @given(cases())
+    def check(case: Case) -> None:
+        # Away from 0, where float32 and float64 might disagree about the ReLU.
+        tensors = {k: v.detach() for k, v in differentiable_tensors(case, torch.float32).items()}
+        tensors = {k: (v * 4).round().requires_grad_() for k, v in tensors.items()}
+        found = torch.autograd.grad(
+            convolve(case, case.pattern(path), tensors, relu), list(tensors.values()), case.grad_output
+        )
+        doubles = {k: v.detach().double().requires_grad_() for k, v in tensors.items()}
+        expected = torch.autograd.grad(expect(case, doubles, relu), list(doubles.values()), case.grad_output.double())
+        for name, gradient, value in zip(tensors, found, expected, strict=True):
+            value = value.where(case.mask, 0) if name == "weight" else value
+            assert_close(gradient, value)
+            assert gradient.shape == value.shape
+        assert not found[1][~case.mask].any()
+
+    check()
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradcheck_and_gradgradcheck(name, relu):
+    case = SMALL[name]
+    tensors = differentiable_tensors(case)
+    pattern = case.pattern()
+
+    def function(*values: Tensor) -> Tensor:
+        return convolve(case, pattern, dict(zip(DIFFERENTIABLE, values, strict=True)), relu)
+
+    assert torch.autograd.gradcheck(function, tuple(tensors.values()))
+    assert torch.autograd.gradgradcheck(function, tuple(tensors.values()))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradcheck_and_gradgradcheck_of_the_gradient_ops(name):
+    case = SMALL[name]
+    pattern = case.pattern()
+    input, weight, grad = (
+        torch.randn(size, dtype=torch.float64, requires_grad=True)
+        for size in (case.input_size, case.weight_size, case.output_size)
+    )
+
+    def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+        return OPS.masked_conv2d_grad_input(grad, weight, pattern, case.input_size, *case.shape)
+
+    def grad_weight(grad: Tensor, input: Tensor) -> Tensor:
+        return OPS.masked_conv2d_grad_weight(grad, input, pattern, *case.shape)
+
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(grad_input, (grad, weight))
+        assert check(grad_weight, (grad, input))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_second_derivatives_of_the_sparse_kernels_equal_the_references(path, packed):
+    case = Case(3, 2, 5, 4, stride=(2, 1), block=(2, 1))
+    tensors = {name: t.detach() for name, t in differentiable_tensors(case, torch.float32).items()}
+    tensors["weight"] = tensors["weight"].where(case.mask, 0)
+    pattern = case.pattern(path)
+    if packed:
+        pattern = pack_pattern(pattern, tensors["weight"])
+
+    def penalty(function, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The gradient of a gradient's norm, as in a GradAlign loss."""
+        tensors = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        output = function(tensors).sigmoid().sum()
+        grad_input, grad_weight = torch.autograd.grad(output, [tensors["input"], tensors["weight"]], create_graph=True)
+        loss = grad_input.square().sum() + grad_weight.square().sum()
+        return torch.autograd.grad(loss, list(tensors.values()))
+
+    found = penalty(lambda t: convolve(case, pattern, t, relu=True), tensors)
+    expected = penalty(lambda t: expect(case, t, relu=True), {k: v.double() for k, v in tensors.items()})
+    for gradient, value in zip(found, expected, strict=True):
+        assert_close(gradient, value)
+
+
+def sample_calls(case: Case, pattern: list[Tensor], grad: bool) -> dict[str, tuple]:
+    input, weight, grad_output = (t.clone().requires_grad_(grad) for t in (case.input, case.weight, case.grad_output))
+    channels = case.output_size[1]
+    bias, scale = torch.randn(channels), torch.randn(channels)
+    return {
+        "masked_conv2d": (input, weight, pattern, bias, *case.shape, scale, case.grad_output, True),
+        "masked_conv2d_grad_input": (grad_output, weight, pattern, list(case.input_size), *case.shape),
+        "masked_conv2d_grad_weight": (grad_output, input, pattern, *case.shape),
+    }
+
+
+OPCHECK_CASES = {
+    "plain": Case(),
+    "channels_last": Case(layout="channels_last", weight_layout="channels_last", stride=(2, 1)),
+    "sliced": Case(layout="sliced", groups=2),
+    "one channel": Case(group_in=1, group_out=1, layout="channels_last"),
+    "one pixel": Case(image=(1, 1), filter=(1, 1), padding=(0, 0), layout="channels_last"),
+    "empty batch": Case(batch=0),
+}
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize("name", OPCHECK_CASES)
+@pytest.mark.parametrize("op", ["masked_conv2d", "masked_conv2d_grad_input", "masked_conv2d_grad_weight"])
+def test_opcheck(op, name, path):
+    case = OPCHECK_CASES[name]
+    for grad in (False, True):
+        arguments = sample_calls(case, case.pattern(path), grad)[op]
+        torch.library.opcheck(getattr(OPS, op).default, arguments)
+
+
+def test_opcheck_of_the_ops_on_patterns():
+    # The schema alone: they are called between passes, never while a graph is traced, and have no fake kernels.
+    case = Case()
+    torch.library.opcheck(OPS.pack_values.default, (case.weight, case.pattern()), test_utils=("test_schema",))
+    arguments = (case.pattern(), list(case.input_size), *case.shape[:3])
+    torch.library.opcheck(OPS.chosen_paths.default, arguments, test_utils=("test_schema",))
+
+
+class Net(nn.Module):
+    def __init__(self, case: Case, path: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(case.weight.clone()), nn.Parameter(torch.randn(case.weight_size[0]))
+        self.case, self.pattern = case, case.pattern(path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return masked_conv2d(x, self.weight, self.pattern, self.bias, *self.case.shape, relu=True).sin()
+
+
+@pytest.mark.parametrize("path", ["sparse", "auto"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiled_as_one_graph_equals_eager_for_every_batch(path, layout):
+    case = Case(batch=6, layout=layout, stride=(2, 1))
+    net = Net(case, path)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (6, 2, 5):
+        x = case.input[:batch].detach().requires_grad_()
+        wanted = [x, *net.parameters()]
+        found, expected = compiled(x), net(x)
+        assert found.stride() == expected.stride()
+        assert_equal(found, expected)
+        pairs = zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (found, expected)), strict=True)
+        for gradient, value in pairs:
+            assert_equal(gradient, value)
+
+
+def test_exported_with_a_free_batch_equals_eager():
+    case = Case(batch=6)
+    net = Net(case, "sparse")
+    program = torch.export.export(net, (case.input,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    assert any("masked_conv2d" in str(node.target) for node in program.graph.nodes)
+    for batch in (6, 3):
+        assert_equal(program.module()(case.input[:batch]), net(case.input[:batch]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_at_its_dtype_of_the_moment(dtype):
+    case = Case(group_in=3)
+    net = Net(case, "auto")
+    with torch.autocast("cpu", dtype):
+        output = masked_conv2d(case.input, net.weight, net.pattern, net.bias)
+    assert output.dtype == dtype
+    output.float().sum().backward()
+    assert net.weight.grad.dtype == net.bias.grad.dtype == torch.float32
+    assert_close(output, reference.masked_conv2d(case.input, net.weight, case.mask, net.bias).to(dtype))
+    assert not net.weight.grad[~case.mask].any() and net.weight.grad[case.mask].any()
+
+
+def test_autocast_leaves_float64_alone():
+    case = Case()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert masked_conv2d(case.input.double(), case.weight.double(), case.pattern()).dtype == torch.float64
+
+
+def test_only_the_gradients_asked_for_are_formed():
+    case = Case()
+    tensors = differentiable_tensors(case, torch.float32)
+    for name in DIFFERENTIABLE:
+        frozen = {k: v.detach().requires_grad_(k == name) for k, v in tensors.items()}
+        with torch.profiler.profile() as profile:
+            convolve(case, case.pattern("sparse"), frozen, relu=True).sum().backward()
+        calls = {event.key for event in profile.key_averages()}
+        assert ("sparse_adv::masked_conv2d_grad_input" in calls) == (name == "input")
+        assert ("sparse_adv::masked_conv2d_grad_weight" in calls) == (name in ("weight", "scale"))
+        assert frozen[name].grad is not None

@@ -1,0 +1,308 @@
+"""Patterns: what they are compiled to, the paths they ask for, and that no list of tensors can crash the process."""
+
+import contextlib
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers.convolution_cases import Case, block_mask, cases
+from helpers.tolerances import assert_equal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_adv.ops import Pattern, chosen_paths, compile_pattern, masked_conv2d, pack_pattern, set_paths
+from sparse_adv.ops.masked_conv2d_pattern import obeys
+
+CASE = Case(groups=2, group_in=3, group_out=4, block=(2, 1), seed=7)
+TAP_BITS = 12
+NO_EPILOGUE = (None, None, False)  # the last arguments of masked_conv2d
+
+
+def lists_of(pattern: Pattern, at: int) -> list[list[tuple[int, int]]]:
+    """The (channel, tap) pairs of every list whose starts are tensor number `at`."""
+    starts, entries = pattern[at].tolist(), pattern[at + 1].tolist()
+    pairs = [(entry >> TAP_BITS, entry & ((1 << TAP_BITS) - 1)) for entry in entries]
+    return [pairs[begin:end] for begin, end in pairwise(starts)]
+
+
+@given(cases())
+def test_lists_name_every_kept_weight_once_in_order(case):
+    pattern = case.pattern()
+    for at, kept in ((2, case.mask.flatten(2)), (4, case.mask.flatten(2).unflatten(0, (case.groups, -1)))):
+        if at == 4:  # grad_input: the channels that are read are output channels
+            kept = kept.transpose(1, 2).flatten(0, 1)
+        rows, channels = kept.shape[:2]
+        group_rows = rows // case.groups
+        block = case.block[0] if at == 2 else case.block[1]
+        vector = next(v for v in (4, 2, 1) if block % v == 0 and (case.groups == 1 or group_rows % v == 0))
+        vectors = -(-group_rows // vector)
+        found: set[tuple[int, int, int]] = set()
+        lists = lists_of(pattern, at)
+        assert len(lists) % (vectors * case.groups) == 0
+        for i, pairs in enumerate(lists):
+            assert pairs == sorted(set(pairs))
+            group, place = divmod(i % (vectors * case.groups), vectors)
+            for channel, tap in pairs:
+                for row in range(place * vector, min((place + 1) * vector, group_rows)):
+                    found.add((group * group_rows + row, channel - group * channels, tap))
+        assert found == {tuple(index) for index in kept.nonzero().tolist()}
+
+
+@pytest.mark.parametrize("change", [lambda m: m.mT, lambda m: m[:, 1:], lambda m: m.flip(0), lambda m: m[::2]])
+def test_a_mask_may_have_any_strides(change):
+    mask = change(block_mask((6, 5, 3, 3), (1, 1), 0.4))
+    for tensor, expected in zip(compile_pattern(mask), compile_pattern(mask.clone().contiguous()), strict=True):
+        assert_equal(tensor, expected)
+
+
+def test_a_pattern_does_not_follow_its_mask():
+    mask = CASE.mask.clone()
+    pattern = compile_pattern(mask, CASE.block, CASE.groups)
+    mask.logical_not_()
+    for tensor, expected in zip(pattern, compile_pattern(CASE.mask, CASE.block, CASE.groups), strict=True):
+        assert_equal(tensor, expected)
+
+
+def test_the_mask_of_a_linear_layer_obeys_blocks_as_one_of_single_taps_does_but_is_not_compiled():
+    mask = torch.zeros(6, 4, dtype=torch.bool)
+    mask[2:4, 1] = True
+    for block, expected in (((2, 1), True), ((2, 1, 3, 3), True), ((4, 1), False), ((2, 2), False)):
+        assert obeys(mask, block) is obeys(mask[:, :, None, None], block) is expected
+    with pytest.raises(ValueError, match=r"shape \[K, C/groups, R, S\], got \(6, 4\)"):
+        compile_pattern(mask)
+
+
+@given(cases(), st.integers(0, 2**30))
+def test_a_mask_with_one_weight_changed_no_longer_obeys_its_block(case, place):
+    assert obeys(case.mask, case.block)
+    changed = case.mask.clone().flatten()
+    changed[place % changed.numel()] ^= True
+    changed = changed.view_as(case.mask)
+    place = place % changed.numel()
+    for size, length, stride in zip((*case.block, 1, 1)[:4], changed.shape, changed.stride(), strict=True):
+        first = place // stride % length // size * size
+        if min(size, length - first) > 1:  # the weight shares its block with others
+            assert not obeys(changed, case.block)
+            with pytest.raises(ValueError, match="mask does not obey block"):
+                compile_pattern(changed, case.block, case.groups)
+            return
+    assert obeys(changed, case.block)
+
+
+def test_auto_is_sparse_for_few_weights_and_dense_for_many():
+    for density, expected in ((0.1, "sparse"), (1.0, "dense")):
+        case = Case(group_in=32, group_out=32, density=density)
+        paths = chosen_paths(case.pattern(), (16, 32, 9, 9), padding=1)
+        assert paths == dict.fromkeys(("forward", "grad_input", "grad_weight"), expected)
+
+
+@pytest.mark.parametrize("wanted", [("sparse", "dense", "dense"), ("dense", "sparse", "sparse")])
+def test_set_paths_are_the_chosen_ones_and_leave_the_pattern_alone(wanted):
+    pattern = CASE.pattern()
+    before = [tensor.clone() for tensor in pattern]
+    fixed = set_paths(pattern, *wanted)
+    assert tuple(chosen_paths(fixed, CASE.input_size, *CASE.shape[:3]).values()) == wanted
+    assert chosen_paths(set_paths(fixed), CASE.input_size) == chosen_paths(pattern, CASE.input_size)
+    for tensor, expected in zip(pattern, before, strict=True):
+        assert_equal(tensor, expected)
+
+
+def test_an_empty_batch_is_dense():
+    assert set(chosen_paths(CASE.pattern("sparse"), (0, *CASE.input_size[1:])).values()) == {"dense"}
+
+
+def test_packed_values_are_the_weights_in_the_lists_order():
+    case = Case(group_in=4, group_out=3, block=(1, 1))
+    weight = case.weight.where(case.mask, 0)
+    packed = pack_pattern(case.pattern(), weight)
+    vector = weight.flatten(2)
+    expected = [vector[k, c, tap] for k, pairs in enumerate(lists_of(packed, 2)) for c, tap in pairs]
+    assert_equal(packed[6], torch.stack(expected))
+    assert_equal(pack_pattern(packed, 2 * weight)[6], 2 * packed[6])
+
+
+BAD = {
+    "no tensor": ({"mask": [True]}, TypeError, "mask must be a bool tensor .*, got list"),
+    "numbers": ({"mask": torch.ones(2, 2, 1, 1)}, TypeError, "mask must be a bool tensor .*, got torch.float32"),
+    "dimensions": (
+        {"mask": torch.ones(2, 2).bool()},
+        ValueError,
+        r"mask must have the .* shape .*, got \(2, 2\)",
+    ),
+    "too many taps": ({"mask": torch.ones(1, 1, 65, 64).bool()}, ValueError, r"mask of shape \(1, 1, 65, 64\) cannot"),
+    "block of 0": ({"block": (0, 1)}, ValueError, r"block must be .*, got \(0, 1\)"),
+    "block of fractions": ({"block": (2.0, 1)}, ValueError, r"block must be .*, got \(2.0, 1\)"),
+    "block of 3": ({"block": (1, 1, 1)}, ValueError, r"block must be .*, got \(1, 1, 1\)"),
+    "another block": ({"block": (4, 4)}, ValueError, r"mask does not obey block \(4, 4\)"),
+    "groups": ({"groups": 3}, ValueError, "groups must divide the mask's 8 output channels, got 3"),
+    "no groups": ({"groups": 0}, ValueError, "groups must divide .*, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told_by_name_and_value(name):
+    change, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        compile_pattern(**{"mask": CASE.mask, "block": (1, 1), "groups": 1, **change})
+
+
+def test_bad_paths_and_weights_are_told_by_name_and_value():
+    with pytest.raises(ValueError, match="grad_input must be one of auto, sparse, dense, got 'quick'"):
+        set_paths(CASE.pattern(), grad_input="quick")
+    with pytest.raises(ValueError, match="weight is on meta, pattern on cpu"):
+        pack_pattern(CASE.pattern(), CASE.weight.to("meta"))
+    with pytest.raises(ValueError, match=r"made for a weight of shape \(8, 3, 3, 3\), weight has shape \(7, 3, 3, 3\)"):
+        pack_pattern(CASE.pattern(), CASE.weight[1:])
+    with pytest.raises(ValueError, match=r"input_shape must be \[N, 6, H, W\] for this pattern, got \[2, 7, 9, 11\]"):
+        chosen_paths(CASE.pattern(), (2, 7, 9, 11))
+
+
+# Below Python: the ops check every pattern that they are given.
+
+
+def call_all(pattern: Pattern, case: Case = CASE) -> None:
+    """Calls every op; an op that accepts the pattern returns a tensor of the right size."""
+    errors = []
+    sizes = {"forward": case.output_size, "grad_input": case.input_size, "grad_weight": case.weight_size}
+    ops = torch.ops.sparse_adv
+    calls: dict[str, Callable[[], Tensor]] = {
+        "forward": lambda: ops.masked_conv2d(case.input, case.weight, pattern, None, *case.shape, *NO_EPILOGUE),
+        "grad_input": lambda: ops.masked_conv2d_grad_input(
+            case.grad_output, case.weight, pattern, case.input_size, *case.shape
+        ),
+        "grad_weight": lambda: ops.masked_conv2d_grad_weight(case.grad_output, case.input, pattern, *case.shape),
+        "pack_values": lambda: ops.pack_values(case.weight, pattern)[0],
+    }
+    for name, call in calls.items():
+        try:
+            result = call()
+        except RuntimeError as error:
+            errors.append(error)
+        else:
+            assert name not in sizes or tuple(result.shape) == tuple(sizes[name])
+    if errors:
+        raise errors[0]
+
+
+def changed(tensor: Tensor, at: int, value: int) -> Tensor:
+    tensor = tensor.clone()
+    tensor[at] = value
+    return tensor
+
+
+def with_tensor(at: int, change: Callable[[Tensor], Tensor]) -> Callable[[Pattern], Pattern]:
+    return lambda pattern: [*pattern[:at], change(pattern[at]), *pattern[at + 1 :]]
+
+
+TAMPERED = {
+    "no tensors": (lambda p: [], "expected 6 tensors, or 8"),
+    "five tensors": (lambda p: p[:5], "expected 6 tensors, or 8"),
+    "seven tensors": (lambda p: [*p, p[5]], "expected 6 tensors, or 8"),
+    "short header": (with_tensor(0, lambda t: t[1:]), "header must be 19 int64"),
+    "header of another dtype": (with_tensor(0, lambda t: t.int()), "header must be 19 int64"),
+    "header with gaps": (with_tensor(0, lambda t: t.repeat_interleave(2)[::2]), "header must be 19 int64"),
+    "another format": (with_tensor(0, lambda t: changed(t, 0, 2)), "format 2, this library reads 1"),
+    "no groups": (with_tensor(0, lambda t: changed(t, 5, 0)), "header field 5 is out of range"),
+    "negative channels": (with_tensor(0, lambda t: changed(t, 2, -3)), "header field 2 is out of range"),
+    "groups that do not divide": (with_tensor(0, lambda t: changed(t, 5, 3)), "sizes do not fit together"),
+    "other groups": (with_tensor(0, lambda t: changed(t, 5, 1)), "compiled for 1"),
+    "vectors of 3": (with_tensor(0, lambda t: changed(t, 11, 3)), "vector must be 1, 2 or 4, not 3"),
+    "other vectors": (with_tensor(0, lambda t: changed(t, 11, 4)), "list starts where"),
+    "no segments": (with_tensor(0, lambda t: changed(t, 12, 0)), "segments of 0 channels"),
+    "rows of a filter": (with_tensor(0, lambda t: changed(t, 9, 3)), "block spans rows of the filter"),
+    "mask of numbers": (with_tensor(1, lambda t: t.float()), "mask's shape differs"),
+    "another mask": (with_tensor(1, lambda t: t[:, 1:]), "mask's shape differs"),
+    "flat mask": (with_tensor(1, lambda t: t.flatten()), "mask's shape differs"),
+    "rows of another dtype": (with_tensor(2, lambda t: t.long()), "contiguous one-dimensional int32"),
+    "rows with gaps": (with_tensor(2, lambda t: t.repeat_interleave(2)[::2]), "contiguous one-dimensional int32"),
+    "rows too few": (with_tensor(2, lambda t: t[:-1]), "list starts where"),
+    "rows from 1": (with_tensor(2, lambda t: changed(t, 0, 1)), "do not span the entries"),
+    "rows too far": (with_tensor(2, lambda t: changed(t, -1, 10**6)), "do not span the entries"),
+    "rows descend": (with_tensor(2, lambda t: changed(t, 1, 10**6)), "must not descend"),
+    "rows negative": (with_tensor(4, lambda t: changed(t, 1, -1)), "must not descend"),
+    "entries of another dtype": (with_tensor(3, lambda t: t.float()), "contiguous one-dimensional int32"),
+    "entries in two dimensions": (with_tensor(3, lambda t: t[None]), "contiguous one-dimensional int32"),
+    "entries too few": (with_tensor(3, lambda t: t[:-1]), "do not span the entries"),
+    "tap out of range": (with_tensor(3, lambda t: changed(t, 0, 9)), "an entry lies outside"),
+    "channel out of range": (with_tensor(3, lambda t: changed(t, -1, 6 << TAP_BITS)), "an entry lies outside"),
+    "channel of another group": (with_tensor(3, lambda t: changed(t, 0, 4 << TAP_BITS)), "an entry lies outside"),
+    "negative entry": (with_tensor(5, lambda t: changed(t, 0, -1)), "an entry lies outside"),
+    "too few values": (lambda p: [*p, torch.zeros(3), torch.zeros(3)], "packed values must be"),
+    "values of another dtype": (lambda p: [*p, *(t.double() for t in values(p))], "packed values must be"),
+    "values with gaps": (lambda p: [*p, *(t.repeat_interleave(2)[::2] for t in values(p))], "packed values must be"),
+}
+
+
+def values(pattern: Pattern) -> list[Tensor]:
+    return pack_pattern(pattern, CASE.weight)[6:]
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_tampered_patterns_are_refused(name):
+    change, message = TAMPERED[name]
+    with pytest.raises(RuntimeError, match=message):
+        call_all(change(CASE.pattern("sparse")))
+
+
+def test_a_segment_size_that_overflows_is_refused():
+    case = Case(group_in=2, group_out=1)
+    header, mask, _, _, *grad_input = case.pattern("sparse")
+    none = torch.empty(0, dtype=torch.int32)
+    with pytest.raises(RuntimeError):
+        call_all([changed(header, 12, 2**63 - 1), mask, none, none, *grad_input], case)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_no_pattern_crashes_the_process(data):
+    """Whatever is changed, an op either refuses the pattern or returns a tensor of the right size."""
+    numbers = st.sampled_from((-(2**63), -(2**31), -1, 0, 1, 2, 3, 4, 6, 8, 9, 16, 1 << TAP_BITS, 2**31 - 1, 2**63 - 1))
+    pattern = CASE.pattern("sparse")
+    if data.draw(st.booleans()):
+        pattern = pack_pattern(pattern, CASE.weight)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(pattern) - 1))
+        tensor = pattern[at].clone()
+        match data.draw(st.sampled_from(("element", "cut", "swap", "dtype"))):
+            case "element" if tensor.numel():
+                flat = tensor.view(-1)
+                value = data.draw(numbers)
+                limits = torch.iinfo(flat.dtype) if flat.dtype in (torch.int32, torch.int64) else None
+                place = data.draw(st.integers(0, flat.numel() - 1))
+                flat[place] = min(max(value, limits.min), limits.max) if limits else float(value)
+            case "cut":
+                tensor = tensor[: data.draw(st.integers(0, len(tensor)))].clone()
+            case "swap":
+                tensor = pattern[data.draw(st.integers(0, len(pattern) - 1))]
+            case "dtype":
+                tensor = tensor.to(data.draw(st.sampled_from((torch.int64, torch.int32, torch.float32, torch.bool))))
+        pattern = [*pattern[:at], tensor, *pattern[at + 1 :]]
+    with contextlib.suppress(RuntimeError):
+        call_all(pattern)
+
+
+@pytest.mark.parametrize("name", ["dtype", "channels", "residual", "bias", "size", "negative", "grad", "stride"])
+def test_ops_refuse_arguments_that_do_not_fit_the_pattern(name):
+    case, pattern, ops = CASE, CASE.pattern("sparse"), torch.ops.sparse_adv
+    tensors = (case.input, case.weight, pattern, None)
+    calls = {
+        "dtype": lambda: ops.masked_conv2d(case.input, case.weight.double(), *tensors[2:], *case.shape, *NO_EPILOGUE),
+        "channels": lambda: ops.masked_conv2d(case.input[:, 1:], *tensors[1:], *case.shape, *NO_EPILOGUE),
+        "residual": lambda: ops.masked_conv2d(*tensors, *case.shape, None, case.grad_output[:1], False),
+        "bias": lambda: ops.masked_conv2d(*tensors[:3], torch.zeros(7), *case.shape, *NO_EPILOGUE),
+        "size": lambda: ops.masked_conv2d_grad_input(case.grad_output, case.weight, pattern, [9] * 4, *case.shape),
+        "negative": lambda: ops.masked_conv2d_grad_input(
+            case.grad_output, case.weight, pattern, [-2, 6, 9, 11], *case.shape
+        ),
+        "grad": lambda: ops.masked_conv2d_grad_weight(case.grad_output[..., 1:], case.input, pattern, *case.shape),
+        "stride": lambda: ops.masked_conv2d(*tensors, [0, 1], *case.shape[1:], *NO_EPILOGUE),
+    }
+    with pytest.raises(RuntimeError, match="sparse_adv: "):
+        calls[name]()
+
+
+def test_a_pattern_for_another_weight_is_refused():
+    with pytest.raises(ValueError, match="pattern was made for a weight of shape"):
+        masked_conv2d(CASE.input, CASE.weight, Case().pattern(), groups=2)

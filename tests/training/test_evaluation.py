@@ -1,0 +1,140 @@
+"""Evaluation: accuracies are those of the images, attacked or not, and nothing of the model changes."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
+from helpers.tape import TapedGraphs, no_reading
+from torch import nn
+
+from sparse_adv import attacks, data, training
+from sparse_adv.training import evaluation
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """A network that some attacks fool on some images."""
+    trained = network()
+    training.train(trained, batches(), replace(QUICK, epochs=1))
+    return trained
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> None:
+    """Evaluation goes the way that it goes on a GPU."""
+    monkeypatch.setattr(evaluation, "reads_at_once", lambda device: False)
+
+
+def test_evaluation_changes_neither_mode_nor_weights():
+    model = network().train()
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    training.robust_accuracy(model, VALIDATION, steps=2)
+    assert model.training and model[0].training and not model[1].training
+    assert equal_states(before, model.state_dict())
+
+
+def test_accuracies_are_those_of_the_images_and_of_the_attacked_images():
+    model = network()
+    training.train(model, batches(), QUICK)
+    images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels
+    right = model(images).argmax(1) == labels
+    assert training.clean_accuracy(model, VALIDATION, batch_size=7) == right.float().mean().item()
+    fgsm = attacks.fgsm(model, images, labels, 0.2)
+    expected = (right & (model(fgsm).argmax(1) == labels)).float().mean().item()
+    assert training.fgsm_accuracy(model, VALIDATION, eps=0.2) == pytest.approx(expected)
+
+
+def test_restarts_only_lower_the_accuracy_and_count_their_passes():
+    model = network()
+    training.train(model, batches(), replace(QUICK, epochs=1))
+    attack = {"eps": 0.12, "alpha": 0.04, "steps": 3, "seed": 9}
+    one, five = (training.robust_accuracy(model, VALIDATION, **attack, restarts=n) for n in (1, 5))
+    assert 0 < five <= one < 1
+    assert one.images == 40 and one.backward <= 3 * 40 and five.backward > one.backward
+
+
+def test_no_accuracy_of_no_images():
+    with pytest.raises(ValueError, match="images must hold"):
+        training.clean_accuracy(network(), data.Split(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.int64)))
+
+
+class Quiet(nn.Module):
+    """A model in whose passes, and between them, nothing may be read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.shapes = model, set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shapes.add(tuple(x.shape))
+        return self.model(x)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_nothing_is_read_before_the_end_and_batches_keep_their_shape(model):
+    quiet = Quiet(model)
+
+    def watched():
+        with no_reading():
+            yield from data.Batches(VALIDATION, 16, shuffle=False)
+
+    found = training.robust_accuracy(quiet, watched(), eps=0.12, steps=3, restarts=2)
+    assert quiet.shapes == {(16, 1, 6, 6), (8, 1, 6, 6)} and 0 < found < 1
+    assert found.images == 40 and found.forward == 40 * (1 + 2 * 4) and found.backward == 40 * 2 * 3
+
+
+def test_a_read_before_the_end_would_be_seen(model):
+    def watched():
+        with no_reading():
+            yield from data.Batches(VALIDATION, 16, shuffle=False)
+
+    with pytest.raises(RuntimeError, match="the host reads"):
+        training.robust_accuracy(model, watched())
+
+
+def test_attacking_all_images_finds_what_attacking_those_that_stand_finds(model, monkeypatch):
+    found = training.fgsm_accuracy(model, VALIDATION, eps=0.12, batch_size=16)
+    monkeypatch.setattr(evaluation, "reads_at_once", lambda device: False)
+    assert 0 < found == training.fgsm_accuracy(model, VALIDATION, eps=0.12, batch_size=16) < 1
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_image_that_one_restart_fooled_stays_fooled(model):
+    attack = {"eps": 0.25, "steps": 1, "seed": 9}
+    accuracies = [training.robust_accuracy(model, VALIDATION, **attack, restarts=n) for n in (1, 2, 8)]
+    assert accuracies == sorted(accuracies, reverse=True) and 0 < accuracies[2] < accuracies[0]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_graphs_change_no_accuracy(model):
+    graphs, attack = TapedGraphs(), {"eps": 0.12, "steps": 2, "batch_size": 16}
+    for _ in range(3):
+        expected = training.robust_accuracy(model, VALIDATION, **attack)
+        assert training.robust_accuracy(model, VALIDATION, **attack, graphs=graphs) == expected
+    assert graphs.counts == (2, 5)  # batches of 16, 16 and 8, three times
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_wrong_images_are_named_however_late(model, at_once, monkeypatch):
+    monkeypatch.setattr(evaluation, "reads_at_once", lambda device: at_once)
+    images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels
+    for wrong, said in (((images * 2, labels), r"x must lie in \[0, 1\]"), ((images, labels + 1), r"y must lie in")):
+        with pytest.raises(ValueError, match=said):
+            training.fgsm_accuracy(model, [(images, labels), wrong])
+    assert training.clean_accuracy(model, [(images, labels - 1)]) < 1  # nothing but an attack needs them right
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_nothing_waits_for_the_gpu_before_the_end(model):
+    def watched():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from data.Batches(VALIDATION.to("cuda"), 8, shuffle=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    found = training.robust_accuracy(model.cuda(), watched(), eps=0.12, steps=3, restarts=2)
+    assert found.forward == 40 * (1 + 2 * 4)

@@ -1,0 +1,95 @@
+"""Objectives: each loss against its formula, written out here."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.small_runs import TRAIN, network
+
+from sparse_adv import attacks, data
+from sparse_adv.training import Recipe, adversarial_loss, objectives
+
+X, Y = data.to_unit(TRAIN.images[:16]), TRAIN.labels[:16]
+
+
+def generator(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def craft(objective: str, model: torch.nn.Module, **settings) -> torch.Tensor:
+    rule = objectives.build(Recipe(objective=objective, eps=0.1, **settings), check=True)
+    return rule.craft(model, X, Y, generator())
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("natural", lambda model: X),
+        ("fgsm", lambda model: attacks.fgsm(model, X, Y, 0.1)),
+        ("fgsm-rs", lambda model: attacks.fgsm_rs(model, X, Y, 0.1, 0.125, generator=generator())),
+        ("n-fgsm", lambda model: attacks.n_fgsm(model, X, Y, 0.1, 0.1, generator=generator())),
+        ("pgd", lambda model: attacks.pgd(model, X, Y, 0.1, 0.025, 10, generator=generator())),
+        ("trades", lambda model: attacks.tpgd(model, X, 0.1, 0.025, 10, generator=generator())),
+    ],
+)
+def test_the_images_are_those_of_the_attack_with_the_papers_step(objective, expected):
+    model = network().train()
+    assert craft(objective, model).equal(expected(model))
+
+
+@pytest.mark.parametrize("objective", ["natural", "fgsm", "fgsm-rs", "n-fgsm", "pgd"])
+def test_the_loss_is_cross_entropy_on_the_crafted_images(objective):
+    model = network().eval()
+    loss = adversarial_loss(model, X, Y, objective, eps=0.1, generator=generator())
+    assert loss.item() == pytest.approx(F.cross_entropy(model(craft(objective, model)), Y).item(), rel=1e-6)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_loss_of_trades():
+    model = network().eval()
+    loss = adversarial_loss(model, X, Y, "trades", eps=0.1, beta=3.0, generator=generator())
+    p, q = (model(images).double().softmax(1) for images in (X, craft("trades", model)))
+    expected = -p[torch.arange(16), Y].log().mean() + 3.0 * (p * (p / q).log()).sum(1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_attack_of_trades_raises_the_divergence_within_the_ball_and_leaves_the_model_alone():
+    model = network().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    adv = attacks.tpgd(model, X, 0.1, 0.025, 10, generator=generator())
+    assert (adv - X).abs().max() <= 0.1 + 1e-6 and adv.min() >= 0 and adv.max() <= 1
+    assert model.training and all(value.equal(before[key]) for key, value in model.state_dict().items())
+    model.eval()
+    noise = attacks.tpgd(model, X, 0.1, 0.0, 1, generator=generator())
+
+    def divergence(images: torch.Tensor) -> torch.Tensor:
+        return F.kl_div(model(images).log_softmax(1), model(X).log_softmax(1), reduction="sum", log_target=True)
+
+    assert divergence(adv) > 10 * divergence(noise)
+
+
+def test_free_moves_its_perturbation_with_the_gradient_of_the_update():
+    recipe = Recipe(objective="free", eps=0.1, replays=3)
+    rule, model = objectives.build(recipe), network()
+    delta = torch.zeros_like(X)
+    for _ in range(3):
+        expected = (X + delta).clamp(0, 1)
+        adv = rule.craft(model, X, Y, None)
+        assert adv.equal(expected)
+        rule.loss(model, X, adv, Y).backward()
+        delta = (delta + 0.1 * adv.grad.sign()).clamp(-0.1, 0.1)
+        rule.after_update()
+    assert rule.updates == 3 and rule.state_dict()["delta"].equal(delta) and delta.abs().max() > 0
+    assert rule.craft(model, X[:5], Y[:5], None).equal((X[:5] + delta[:5]).clamp(0, 1))  # a smaller last batch
+
+
+def test_free_is_a_loop_and_no_loss():
+    with pytest.raises(ValueError, match="free"):
+        adversarial_loss(network(), X, Y, "free")
+
+
+def test_a_loss_checks_its_batch_and_its_settings():
+    with pytest.raises(ValueError, match=r"x must lie in \[0, 1\]"):
+        adversarial_loss(network(), X + 1, Y, "natural")
+    with pytest.raises(ValueError, match="eps must be finite"):
+        adversarial_loss(network(), X, Y, "pgd", eps=-1.0)
