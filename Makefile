@@ -26,6 +26,7 @@ lint: $(BUILT)  ## check style, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(BUILT)  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix-only
