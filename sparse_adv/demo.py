@@ -15,14 +15,14 @@ from statistics import median
 
 from sparse_adv import data, masks, models, report, runs, tickets
 from sparse_adv.runs import Record, Run
-from sparse_adv.tickets import Rule
-from sparse_adv.training import Recipe, Training, conclude
+from sparse_adv.tickets import PruneConfig
+from sparse_adv.training import TrainConfig, Training, conclude
 
 log = logging.getLogger(__name__)
 
 ARCH = "digits_cnn"
 BATCH_SIZE = 64
-TRAINING = Recipe(objective="pgd", epochs=12, lr=0.2, warmup_epochs=3, eps=0.2)
+TRAINING = TrainConfig(objective="pgd", epochs=12, lr=0.2, warmup_epochs=3, eps=0.2)
 SEARCH = replace(TRAINING, objective="fgsm-rs", epochs=6, lr=0.05, warmup_epochs=0, schedule="constant")
 DENSE = {"weights": 1.0, "multiply_adds": 1.0}
 NAMES = {"ticket": "ticket", "reinitialised": "same mask, re-initialised", "dense": "dense"}
@@ -52,13 +52,15 @@ def run(
     """
     recipe = replace(TRAINING, epochs=epochs, seed=seed)
     cheap = replace(SEARCH, epochs=search_epochs, evaluate_every=search_epochs, seed=seed)
-    rule = Rule(density=density, block=tuple(block), linear=False)
+    rule = PruneConfig(density=density, block=tuple(block), linear=False)
     dataset = data.load("digits", validation=300, seed=seed)
     settings = {"arch": ARCH, "data": "digits", "seed": seed}
 
     model = models.build(ARCH, seed)
     folder = out / "search"
-    runs.begin(folder, settings | {"command": "search", "recipe": asdict(cheap), "rule": rule.facts()}, densities=DENSE)
+    runs.begin(
+        folder, settings | {"command": "search", "recipe": asdict(cheap), "rule": asdict(rule.named())}, densities=DENSE
+    )
     ticket = tickets.search(
         model,
         data.Batches(dataset.train, BATCH_SIZE, seed=seed),
@@ -87,7 +89,7 @@ def run(
         before, densities = (dict.fromkeys(cost, 0), DENSE) if key == "dense" else (cost, kept)
         runs.begin(
             out / key,
-            settings | {"command": "train", "recipe": asdict(recipe), "rule": rule.facts(), "start": key},
+            settings | {"command": "train", "recipe": asdict(recipe), "rule": asdict(rule.named()), "start": key},
             name=NAMES[key],
             densities=densities,
             before=before,

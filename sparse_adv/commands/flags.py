@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_adv import models
-from sparse_adv.tickets import Rule
-from sparse_adv.training import OBJECTIVES, PRECISIONS, SCHEDULES, Recipe
+from sparse_adv.config import OBJECTIVES, PRECISIONS, SCHEDULES, PruneConfig, TrainConfig
 
 _RECIPE = {
     "objective": "what an update sees: " + ", ".join(OBJECTIVES),
@@ -19,21 +18,21 @@ _RECIPE = {
     "momentum": "of SGD",
     "weight_decay": "of SGD",
     "schedule": "of the learning rate, by step: " + ", ".join(SCHEDULES),
-    "drops": "shares of the epochs after which the piecewise rate falls to a tenth",
+    "milestones": "shares of the epochs after which the piecewise rate falls to a tenth",
     "warmup_epochs": "epochs in which the rate climbs",
-    "warmup_from": "where it climbs from, such as the search's rate",
+    "warmup_start_lr": "where it climbs from, such as the search's rate",
     "eps": "radius of the attack's ball, in image units",
     "norm": "of the ball: linf, l2",
     "alpha": "step size of the attack; left out, the objective's own",
     "steps": "of the objectives pgd and trades",
     "beta": "weight of the robust term of trades",
     "replays": "how often free updates on each batch",
-    "clip": "largest norm of an update's gradient; 0 leaves it alone",
-    "ema": "decay per step of averaged weights, which are then evaluated and kept; 0 for none",
+    "max_grad_norm": "largest norm of an update's gradient; 0 leaves it alone",
+    "ema_decay": "decay per step of averaged weights, which are then evaluated and kept; 0 for none",
     "precision": "what autocast computes in: " + ", ".join(PRECISIONS),
     "evaluate_every": "epochs between evaluations on held-out images",
     "evaluation_steps": "of the PGD attack of evaluations",
-    "guard": "look for a collapse of robustness, undo it and train that epoch with PGD",
+    "overfitting_monitor": "look for a collapse of robustness, undo it and train that epoch with PGD",
 }
 
 _RULE = {
@@ -44,17 +43,18 @@ _RULE = {
     "linear": "prune linear layers too",
     "rounds": "times of training, pruning and going back; 1 is one-shot",
     "rewind_step": "update to whose weights the ticket goes back; 0 is the start",
-    "gather": "reorder channels before pruning, so that whole blocks hold more; for blocks such as 64,64",
-    "stop_distance": "end the search when the mask has moved less than this share in five epochs (Early-Bird: 0.1)",
+    "permute_channels": "reorder channels before pruning, so that whole blocks hold more; for blocks such as 64,64",
+    "early_stop_distance": "end the search when the mask has moved less than this share in five epochs; 0.1",
 }
 
+
+_TEXTS = ("str", "str | Callable[[str, Tensor], Tensor]", "Objective", "Schedule", "Norm", "Precision", "Scope")
 
 _METAVARS = {
     "int": "N",
     "tuple[int, ...]": "N,N",
     "tuple[float, ...]": "X,X",
-    "str": "NAME",
-    "str | masks.Score": "NAME",
+    **dict.fromkeys(_TEXTS, "NAME"),
 }
 
 
@@ -151,24 +151,24 @@ def add_network(parser: argparse.ArgumentParser, arch: str | None) -> None:
     group.add_argument("--width", type=whole, help="channels of the first stage; left out, the published number")
 
 
-def add_recipe(parser: argparse.ArgumentParser, defaults: Recipe) -> None:
+def add_recipe(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     """A flag for every number of a recipe but its seed."""
     _add_fields(parser.add_argument_group("recipe"), _RECIPE, defaults)
 
 
 def add_rule(parser: argparse.ArgumentParser) -> None:
     """A flag for every number of a pruning rule."""
-    _add_fields(parser.add_argument_group("pruning"), _RULE, Rule())
+    _add_fields(parser.add_argument_group("pruning"), _RULE, PruneConfig())
 
 
-def recipe_of(options: argparse.Namespace) -> Recipe:
+def recipe_of(options: argparse.Namespace) -> TrainConfig:
     """The recipe that the flags describe."""
-    return Recipe(**{name: getattr(options, name) for name in _RECIPE}, seed=options.seed)
+    return TrainConfig(**{name: getattr(options, name) for name in _RECIPE}, seed=options.seed)
 
 
-def rule_of(options: argparse.Namespace) -> Rule:
+def rule_of(options: argparse.Namespace) -> PruneConfig:
     """The pruning rule that the flags describe."""
-    return Rule(**{name: getattr(options, name) for name in _RULE})
+    return PruneConfig(**{name: getattr(options, name) for name in _RULE})
 
 
 def _add_fields(group: Any, texts: dict[str, str], defaults: Any) -> None:
@@ -182,8 +182,7 @@ def _add_fields(group: Any, texts: dict[str, str], defaults: Any) -> None:
                 "int": whole,
                 "tuple[int, ...]": whole_numbers,
                 "tuple[float, ...]": numbers,
-                "str": str,
-                "str | masks.Score": str,
+                **dict.fromkeys(_TEXTS, str),
             }.get(kind, number)
             if name == "eps":
                 default = f"{255 * default:g}/255"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparse_adv.runs import Record
-from sparse_adv.training import Recipe, distributed
+from sparse_adv.training import TrainConfig, distributed
 
 
 class Output:
@@ -42,7 +42,7 @@ class Output:
         )
 
     @contextmanager
-    def progress(self, batches: int, recipe: Recipe) -> Iterator[Any]:
+    def progress(self, batches: int, recipe: TrainConfig) -> Iterator[Any]:
         """A bar over all updates of a run, on a terminal only; yields what to call after each."""
         replays = recipe.replays if recipe.objective == "free" else 1
         try:

@@ -9,9 +9,10 @@ from typing import Any
 from sparse_adv import masks, runs, tickets
 from sparse_adv.commands import flags, networks
 from sparse_adv.commands.output import Output
-from sparse_adv.training import Recipe, distributed
+from sparse_adv.config import TrainConfig
+from sparse_adv.training import distributed
 
-DEFAULTS = Recipe(objective="fgsm-rs", epochs=20, lr=0.05, schedule="constant", weight_decay=1e-4)
+DEFAULTS = TrainConfig(objective="fgsm-rs", epochs=20, lr=0.05, schedule="constant", weight_decay=1e-4)
 """The paper's search: a small constant rate without warm-up."""
 
 

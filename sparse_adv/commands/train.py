@@ -12,7 +12,7 @@ from torch import nn
 from sparse_adv import masks, runs, tickets
 from sparse_adv.commands import flags, networks
 from sparse_adv.commands.output import Output
-from sparse_adv.training import Recipe, conclude, distributed, train
+from sparse_adv.training import TrainConfig, conclude, distributed, train
 
 DENSE = {"weights": 1.0, "multiply_adds": 1.0}
 
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     flags.add_data(parser)
     flags.add_batches(parser)
     flags.add_network(parser, None)
-    flags.add_recipe(parser, Recipe())
+    flags.add_recipe(parser, TrainConfig())
     parser.set_defaults(run=run)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.tickets.config import Rule
+from sparse_adv.config import PruneConfig
 
 
 class BrokenTicket(RuntimeError):
@@ -45,13 +45,13 @@ def nested(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, An
     return {"nested": True}
 
 
-def density(masks: Mapping[str, Tensor], rule: Rule, number: int) -> dict[str, Any]:
+def density(masks: Mapping[str, Tensor], config: PruneConfig, number: int) -> dict[str, Any]:
     """As many weights are kept as were asked for, to within one block for each group that is ranked together."""
     counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     sizes = {name: mask.numel() for name, mask in masks.items()}
-    asked = rule.density ** (number / rule.rounds) * sum(sizes.values())
+    asked = config.density_of_round(number) * sum(sizes.values())
     kept = sum(counts.values())
-    slack = torch.Size(rule.block).numel() * (1 if rule.scope == "global" else len(masks))
+    slack = torch.Size(config.block).numel() * (1 if config.scope == "global" else len(masks))
     _require(abs(kept - asked) <= slack, f"{kept} of {sum(sizes.values())} weights are kept, asked was {asked:.0f}")
     return {"kept": kept, "asked": round(asked), "weights": sum(sizes.values())}
 

@@ -1,20 +1,20 @@
 """Adversarial training of any classifier on images in [0, 1]; knows no mask."""
 
+from sparse_adv.config import OBJECTIVES, PRECISIONS, SCHEDULES, TrainConfig
 from sparse_adv.training.checkpoint import read_weights
-from sparse_adv.training.config import OBJECTIVES, PRECISIONS, SCHEDULES, Recipe
 from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.final_test import conclude
 from sparse_adv.training.loop import Training, train
 from sparse_adv.training.objectives import adversarial_loss
-from sparse_adv.training.overfitting import Collapse
+from sparse_adv.training.overfitting import CatastrophicOverfittingError
 
 __all__ = [
     "OBJECTIVES",
     "PRECISIONS",
     "SCHEDULES",
     "Accuracy",
-    "Collapse",
-    "Recipe",
+    "CatastrophicOverfittingError",
+    "TrainConfig",
     "Training",
     "adversarial_loss",
     "clean_accuracy",

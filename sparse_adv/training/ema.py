@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
-class Average(AveragedModel):
+class EMA(AveragedModel):
     """Exponential moving average of a model's weights, theta' <- decay theta' + (1 - decay) theta after each update.
 
     It is PyTorch's, but for two things: no update makes the host wait for a GPU, and buffers are copied only when asked

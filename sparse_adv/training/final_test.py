@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from sparse_adv import runs
+from sparse_adv.config import TrainConfig
 from sparse_adv.runs import Record
 from sparse_adv.training import distributed
 from sparse_adv.training.checkpoint import read_weights
-from sparse_adv.training.config import Recipe
 from sparse_adv.training.evaluation import Images, clean_accuracy, fgsm_accuracy, robust_accuracy
 
 TEST_STEPS = 20
@@ -22,7 +22,7 @@ def conclude(
     model: nn.Module,
     folder: Path,
     records: Sequence[Record],
-    recipe: Recipe,
+    config: TrainConfig,
     test: Images | None,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def conclude(
         model: takes the best weights, and keeps them.
         folder: the run's; it gets `result.json`, which says that the run is finished.
         records: see `training.train`.
-        recipe: gives ball and seed of the test attacks: FGSM, and PGD-20 of step size eps / 4.
+        config: gives ball and seed of the test attacks: FGSM, and PGD-20 of step size eps / 4.
         test: images that nothing of the run has seen; None tests nothing.
         facts: more JSON data for the result.
 
@@ -53,9 +53,9 @@ def conclude(
     if test is not None:
         result["test"] = {
             "clean": clean_accuracy(model, test),
-            "fgsm": fgsm_accuracy(model, test, eps=recipe.eps, norm=recipe.norm),
+            "fgsm": fgsm_accuracy(model, test, eps=config.eps, norm=config.norm),
             f"pgd-{TEST_STEPS}": robust_accuracy(
-                model, test, eps=recipe.eps, norm=recipe.norm, steps=TEST_STEPS, seed=recipe.seed
+                model, test, eps=config.eps, norm=config.norm, steps=TEST_STEPS, seed=config.seed
             ),
         }
     if distributed.rank() == 0:

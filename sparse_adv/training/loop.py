@@ -18,16 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_adv import runs
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import Inspection
+from sparse_adv.config import TrainConfig
 from sparse_adv.nn import Traffic, exchange_kept_gradients
 from sparse_adv.runs import Record
 from sparse_adv.training import distributed, objectives
 from sparse_adv.training.checkpoint import read_state, write_state, write_weights
-from sparse_adv.training.config import Recipe
 from sparse_adv.training.costs import Costs, densities
 from sparse_adv.training.devices import reads_at_once, wants_channels_last
-from sparse_adv.training.ema import Average
+from sparse_adv.training.ema import EMA
 from sparse_adv.training.evaluation import Accuracy, Images, clean_accuracy, device_of, robust_accuracy
-from sparse_adv.training.overfitting import Guard
+from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Training:
         self,
         model: nn.Module,
         batches: Batches,
-        recipe: Recipe,
+        config: TrainConfig,
         *,
         validation: Images | None = None,
         folder: Path | None = None,
@@ -58,7 +58,7 @@ class Training:
             )
         if not len(batches):
             raise ValueError("batches must hold at least one batch, got none")
-        self.model, self.batches, self.recipe, self.validation = model, batches, recipe, validation
+        self.model, self.batches, self.config, self.validation = model, batches, config, validation
         self.folder, self.on_step = folder, on_step
         self.device = device_of(model)
         self.records: list[Record] = []
@@ -68,18 +68,20 @@ class Training:
         self.step = 0
         self.graphs = Graphs()
         self.inspection: Inspection | None = Inspection(deferred=not reads_at_once(self.device))
-        self.objective = objectives.build(recipe, graphs=self.graphs)
+        self.objective = objectives.build(config, graphs=self.graphs)
         self.steps_per_epoch = len(batches) * self.objective.updates
-        self.channels_last = wants_channels_last(self.device, recipe.precision)
+        self.channels_last = wants_channels_last(self.device, config.precision)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
-            model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+            model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
-        self.ema = Average(model, recipe.ema) if recipe.ema else None
-        watched = recipe.guard and recipe.objective != "natural" and validation is not None
-        self.guard = Guard.over(validation, recipe, self.graphs) if watched and validation is not None else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
+        watched = config.overfitting_monitor and config.objective != "natural" and validation is not None
+        self.guard = (
+            OverfittingMonitor.over(validation, config, self.graphs) if watched and validation is not None else None
+        )
         self.wrapped = model
         self.traffic: Traffic | None = None
         if distributed.world_size() > 1:
@@ -94,13 +96,13 @@ class Training:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is evaluated and kept: the averaged one if the recipe averages."""
+        """The model that is evaluated and kept: the averaged one if the config averages."""
         return self.model if self.ema is None else self.ema.module
 
     def epochs(self) -> Iterator[Record]:
         """The records of the epochs, first those that were there, then each as soon as it is trained and safe."""
         yield from list(self.records)
-        while len(self.records) < self.recipe.epochs:
+        while len(self.records) < self.config.epochs:
             self.records.append(self._healthy_epoch(len(self.records)))
             self._save()
             yield self.records[-1]
@@ -124,18 +126,18 @@ class Training:
             undone = {"rolled_back": True, "undone_accuracy": float(probe)}
 
     def _train_epoch(self, epoch: int) -> Record:
-        recipe, rule = self.recipe, self.objective
+        config, objective = self.config, self.objective
         if self.guard and self.guard.pgd_epochs:
-            rule = objectives.build(replace(recipe, objective="pgd", alpha=None), graphs=self.graphs)
+            objective = objectives.build(replace(config, objective="pgd", alpha=None), graphs=self.graphs)
         watch = Stopwatch(self.device)
-        noise = torch.Generator().manual_seed(distributed.own_seed(recipe.seed, NOISE_SEED, epoch))
+        noise = torch.Generator().manual_seed(distributed.own_seed(config.seed, NOISE_SEED, epoch))
         if hasattr(self.batches, "set_epoch"):
             self.batches.set_epoch(epoch)
         loss_sum, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
         self.model.train()
         # Whatever an iterable or a layer draws from the global generators follows from seed and epoch too.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(distributed.own_seed(recipe.seed, ORDER_SEED, epoch))
+            torch.manual_seed(distributed.own_seed(config.seed, ORDER_SEED, epoch))
             for x, y in self.batches:
                 x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
                 if self.channels_last and x.dim() == 4:
@@ -146,8 +148,8 @@ class Training:
                     self.densities = densities(self.model, x)
                 if self.inspection is not None:
                     y = self.inspection.admit(x, y, self.costs.classes)
-                for _ in range(rule.updates):
-                    loss_sum += self._update(rule, x, y, noise, watch) * len(y)
+                for _ in range(objective.updates):
+                    loss_sum += self._update(objective, x, y, noise, watch) * len(y)
                     images += len(y)
         if self.inspection is not None:
             self.inspection.report()
@@ -165,7 +167,7 @@ class Training:
             raise FloatingPointError(f"training diverged in epoch {epoch + 1} (loss {loss / images}) at lr {rate:g}")
         seconds = watch.seconds()
         assert self.costs is not None
-        attack, update = self.costs.training(rule.passes)
+        attack, update = self.costs.training(objective.passes)
         record: Record = {
             "epoch": epoch + 1,
             "step": self.step,
@@ -182,25 +184,25 @@ class Training:
         return record
 
     def _update(
-        self, rule: objectives.Natural, x: Tensor, y: Tensor, noise: torch.Generator, watch: Stopwatch
+        self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: torch.Generator, watch: Stopwatch
     ) -> Tensor:
         """One step of the optimiser; returns the loss, still on the device."""
-        recipe = self.recipe
+        config = self.config
         with watch.phase("attack"), self._autocast():
-            adv = rule.craft(self.model, x, y, noise)
+            adv = objective.craft(self.model, x, y, noise)
         with watch.phase("update"):
             for group in self.optimizer.param_groups:
-                group["lr"] = recipe.learning_rate(self.step, self.steps_per_epoch)
+                group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
             self.optimizer.zero_grad()
             with self._autocast():
-                loss = rule.loss(self.wrapped, x, adv, y)
+                loss = objective.loss(self.wrapped, x, adv, y)
             self.scaler.scale(loss).backward()
-            if recipe.clip:
+            if config.max_grad_norm:
                 self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+                nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            rule.after_update()
+            objective.after_update()
             if self.ema is not None:
                 self.ema.follow(self.model, first=self.step == 0)
             self.step += 1
@@ -209,25 +211,25 @@ class Training:
         return loss.detach()
 
     def _autocast(self) -> torch.autocast:
-        dtype = getattr(torch, self.recipe.precision)
+        dtype = getattr(torch, self.config.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _probe(self, record: Record) -> Accuracy | None:
         """Evaluate if it is time, and look whether the epoch has collapsed."""
-        recipe, model = self.recipe, self.evaluated
+        config, model = self.config, self.evaluated
         watch, spent = Stopwatch(self.device), []
         with watch.phase("evaluation"):
             probe = self.guard.measure(model) if self.guard else None
-            last = record["epoch"] == recipe.epochs
-            if self.validation is not None and (last or record["epoch"] % recipe.evaluate_every == 0):
+            last = record["epoch"] == config.epochs
+            if self.validation is not None and (last or record["epoch"] % config.evaluate_every == 0):
                 clean = clean_accuracy(model, self.validation)
                 robust = robust_accuracy(
                     model,
                     self.validation,
-                    eps=recipe.eps,
-                    norm=recipe.norm,
-                    steps=recipe.evaluation_steps,
-                    seed=recipe.seed,
+                    eps=config.eps,
+                    norm=config.norm,
+                    steps=config.evaluation_steps,
+                    seed=config.seed,
                     graphs=self.graphs,
                 )
                 record |= {"clean_accuracy": float(clean), "robust_accuracy": float(robust)}
@@ -247,7 +249,7 @@ class Training:
         self.seconds += record["attack_seconds"] + record["update_seconds"]
         self.multiply_adds += record["attack_multiply_adds"] + record["update_multiply_adds"]
         record |= {"seconds": self.seconds, "multiply_adds": self.multiply_adds, **self.densities}
-        measure = "clean_accuracy" if self.recipe.objective == "natural" else "robust_accuracy"
+        measure = "clean_accuracy" if self.config.objective == "natural" else "robust_accuracy"
         if record.get(measure, -1.0) > self.best.get(measure, -1.0):
             self.best = {key: record[key] for key in ("epoch", "clean_accuracy", "robust_accuracy")}
 
@@ -279,7 +281,7 @@ class Training:
             write_state(
                 self.folder / runs.STATE,
                 {
-                    "recipe": asdict(self.recipe),
+                    "recipe": asdict(self.config),
                     "records": self.records,
                     "best": self.best,
                     "totals": [self.seconds, self.multiply_adds],
@@ -303,8 +305,8 @@ class Training:
         if not path.exists():
             return
         state = read_state(path, self.device)
-        if state["recipe"] != asdict(self.recipe):
-            raise ValueError(f"{self.folder} holds a run of another recipe: take another folder, or delete it")
+        if state["recipe"] != asdict(self.config):
+            raise ValueError(f"{self.folder} holds a run of another configuration: take another folder, or delete it")
         self._load_moving_state(state)
         self.records, self.best = state["records"], state["best"]
         self.seconds, self.multiply_adds = state["totals"]
@@ -313,13 +315,13 @@ class Training:
         self.model.eval()
         if distributed.rank() == 0:
             self._publish()
-        log.info("%s: %d of %d epochs are done", self.folder, len(self.records), self.recipe.epochs)
+        log.info("%s: %d of %d epochs are done", self.folder, len(self.records), self.config.epochs)
 
 
 def train(
     model: nn.Module,
     batches: Batches,
-    recipe: Recipe,
+    config: TrainConfig,
     *,
     validation: Images | None = None,
     folder: Path | str | None = None,
@@ -327,7 +329,7 @@ def train(
     on_epoch: Callable[[Record], object] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Record]:
-    """Train a model in place, with SGD, on the images that the recipe's objective crafts.
+    """Train a model in place, with SGD, on the images that the config's objective crafts.
 
     With a folder the run can be stopped at any moment, kill -9 included: the same call continues after the last whole
     epoch, and on a CPU ends with the same weights, bit for bit. Under `torchrun` (see `training.ranks.group`) each
@@ -337,7 +339,7 @@ def train(
         model: any classifier of images [N, C, H, W] in [0, 1]; it ends in eval mode.
         batches: (float images in [0, 1], int64 labels), iterable once an epoch, with a length: `data.Batches`, a
             DataLoader, a list. If it has `set_epoch(epoch)`, that is called before each epoch.
-        recipe: everything else.
+        config: everything else.
         validation: held-out images, a `data.Split` or batches, for the evaluations, the choice of the best epoch and
             the collapse guard; without it there are none of these.
         folder: where to keep records, weights and state (`sparse_adv.runs`); None keeps nothing.
@@ -355,13 +357,13 @@ def train(
 
     Raises:
         FloatingPointError: if the loss is no longer a number; the folder keeps what was safe.
-        Collapse: if robustness is lost and PGD cannot keep it.
+        CatastrophicOverfittingError: if robustness is lost and PGD cannot keep it.
         ValueError: if the folder holds another run.
     """
     where = None if folder is None else Path(folder)
     if where is not None and distributed.rank() == 0 and not (where / runs.FACTS).exists():
-        runs.begin(where, {"recipe": asdict(recipe)})
-    training = Training(model, batches, recipe, validation=validation, folder=where, before=before, on_step=on_step)
+        runs.begin(where, {"recipe": asdict(config)})
+    training = Training(model, batches, config, validation=validation, folder=where, before=before, on_step=on_step)
     records = []
     for record in training.epochs():
         records.append(record)

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from sparse_adv import attacks
 from sparse_adv.attacks.checks import check_batch
 from sparse_adv.attacks.functional import CommonOptions
-from sparse_adv.training.config import Recipe
+from sparse_adv.config import Objective, TrainConfig
 
 
 class Passes(NamedTuple):
@@ -35,8 +35,8 @@ class Natural:
     updates = 1
     """Updates that are made of each batch."""
 
-    def __init__(self, recipe: Recipe, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
-        self.recipe, self.check, self.graphs = recipe, check, graphs
+    def __init__(self, config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
+        self.config, self.check, self.graphs = config, check, graphs
 
     @property
     def passes(self) -> Passes:
@@ -74,23 +74,23 @@ class FGSM(Natural):
         return Passes(1, 1)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
-        recipe = self.recipe
-        return attacks.pgd(model, x, y, recipe.eps, recipe.step_size, 1, False, norm=recipe.norm, **self._with(noise))
+        config = self.config
+        return attacks.pgd(model, x, y, config.eps, config.step_size, 1, False, norm=config.norm, **self._with(noise))
 
 
 class FGSMRS(FGSM):
     """One step of size alpha from a random point of the ball, projected (Wong et al. 2020, algorithm 3)."""
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
-        recipe = self.recipe
-        return attacks.fgsm_rs(model, x, y, recipe.eps, recipe.step_size, norm=recipe.norm, **self._with(noise))
+        config = self.config
+        return attacks.fgsm_rs(model, x, y, config.eps, config.step_size, norm=config.norm, **self._with(noise))
 
 
 class NFGSM(FGSM):
     """Noise from U(-2 eps, 2 eps), then one step of size alpha, not projected (de Jorge et al. 2022, algorithm 1)."""
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
-        return attacks.n_fgsm(model, x, y, self.recipe.eps, self.recipe.step_size, **self._with(noise))
+        return attacks.n_fgsm(model, x, y, self.config.eps, self.config.step_size, **self._with(noise))
 
 
 class PGD(Natural):
@@ -98,12 +98,12 @@ class PGD(Natural):
 
     @property
     def passes(self) -> Passes:
-        return Passes(self.recipe.steps, self.recipe.steps)
+        return Passes(self.config.steps, self.config.steps)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
-        recipe = self.recipe
+        config = self.config
         return attacks.pgd(
-            model, x, y, recipe.eps, recipe.step_size, recipe.steps, norm=recipe.norm, **self._with(noise)
+            model, x, y, config.eps, config.step_size, config.steps, norm=config.norm, **self._with(noise)
         )
 
 
@@ -112,16 +112,16 @@ class TRADES(Natural):
 
     @property
     def passes(self) -> Passes:
-        return Passes(self.recipe.steps + 1, self.recipe.steps, update=2)
+        return Passes(self.config.steps + 1, self.config.steps, update=2)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
-        recipe = self.recipe
-        return attacks.tpgd(model, x, recipe.eps, recipe.step_size, recipe.steps, **self._with(noise))
+        config = self.config
+        return attacks.tpgd(model, x, config.eps, config.step_size, config.steps, **self._with(noise))
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         clean = model(x)
         divergence = F.kl_div(F.log_softmax(model(adv), 1), F.softmax(clean, 1), reduction="batchmean")
-        return F.cross_entropy(clean, y) + self.recipe.beta * divergence
+        return F.cross_entropy(clean, y) + self.config.beta * divergence
 
 
 class Free(Natural):
@@ -131,9 +131,9 @@ class Free(Natural):
     batch to batch (their algorithm 1).
     """
 
-    def __init__(self, recipe: Recipe, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
-        super().__init__(recipe, check, graphs)
-        self.updates = recipe.replays
+    def __init__(self, config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
+        super().__init__(config, check, graphs)
+        self.updates = config.replays
         self.delta: Tensor | None = None
         self.seen: Tensor | None = None
 
@@ -152,7 +152,7 @@ class Free(Natural):
         assert self.delta is not None and self.seen is not None
         if self.seen.grad is not None:
             moved = self.delta[: len(self.seen)]
-            moved.add_(self.seen.grad.sign(), alpha=self.recipe.step_size).clamp_(-self.recipe.eps, self.recipe.eps)
+            moved.add_(self.seen.grad.sign(), alpha=self.config.step_size).clamp_(-self.config.eps, self.config.eps)
         self.seen = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,16 +173,16 @@ _BY_NAME: dict[str, type[Natural]] = {
 }
 
 
-def build(recipe: Recipe, check: bool = False, graphs: attacks.Graphs | None = None) -> Natural:
-    """The objective of a recipe, at its start; `check` looks at the values of every batch, `graphs` is `pgd`'s."""
-    return _BY_NAME[recipe.objective](recipe, check, graphs)
+def build(config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> Natural:
+    """The objective of a config, at its start; `check` looks at the values of every batch, `graphs` is `pgd`'s."""
+    return _BY_NAME[config.objective](config, check, graphs)
 
 
 def adversarial_loss(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    objective: str = "pgd",
+    objective: Objective = "pgd",
     *,
     generator: Generator | None = None,
     **settings: Any,
@@ -196,9 +196,9 @@ def adversarial_loss(
         model: maps images [N, C, H, W] in [0, 1] to logits [N, classes].
         x: float images in [0, 1].
         y: int64 classes [N].
-        objective: as in `Recipe`, except "free", which is a loop and no loss.
+        objective: as in `TrainConfig`, except "free", which is a loop and no loss.
         generator: where the random start's one number is drawn; None draws it from PyTorch's global generator.
-        settings: `eps`, `alpha`, `steps`, `norm`, `beta`, as in `Recipe`.
+        settings: `eps`, `alpha`, `steps`, `norm`, `beta`, as in `TrainConfig`.
 
     Returns:
         The mean loss, a scalar with a gradient.
@@ -206,8 +206,8 @@ def adversarial_loss(
     Raises:
         ValueError: if a setting is out of range.
     """
-    recipe = Recipe(objective=objective, **settings)
-    if recipe.objective == "free":
+    config = TrainConfig(objective=objective, **settings)
+    if config.objective == "free":
         raise ValueError('objective must be a loss for one update, got "free": use training.train for it')
-    rule = build(recipe, check=True)
-    return rule.loss(model, x, rule.craft(model, x, y, generator), y)
+    loss = build(config, check=True)
+    return loss.loss(model, x, loss.craft(model, x, y, generator), y)

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_adv.attacks import Graphs
+from sparse_adv.config import TrainConfig
 from sparse_adv.data import Split
-from sparse_adv.training.config import Recipe
 from sparse_adv.training.evaluation import Accuracy, Images, batches_of, robust_accuracy
 
 PROBE_IMAGES = 256
@@ -25,16 +25,16 @@ LARGEST_FALL = 0.1
 """No fall of less counts, nor one to more than half of the best: 256 images scatter by 3 points."""
 
 
-class Collapse(ArithmeticError):
+class CatastrophicOverfittingError(ArithmeticError):
     """Robustness is gone, and PGD training could not keep it either."""
 
 
 @dataclass
-class Guard:
+class OverfittingMonitor:
     """Remembers the best probe, and for how many epochs PGD still has to take over."""
 
     probe: list[tuple[Tensor, Tensor]]
-    recipe: Recipe
+    config: TrainConfig
     best: float = 0.0
     collapses: int = 0
     pgd_epochs: int = 0
@@ -42,8 +42,8 @@ class Guard:
     """Where the probes' attack is kept."""
 
     @classmethod
-    def over(cls, images: Images, recipe: Recipe, graphs: Graphs | None = None) -> Guard:
-        """A guard that probes with the first held-out images."""
+    def over(cls, images: Images, config: TrainConfig, graphs: Graphs | None = None) -> OverfittingMonitor:
+        """A monitor that probes with the first held-out images."""
         if isinstance(images, Split):
             images = Split(images.images[:PROBE_IMAGES], images.labels[:PROBE_IMAGES])
         probe: list[tuple[Tensor, Tensor]] = []
@@ -51,18 +51,18 @@ class Guard:
             probe.append((x, y))
             if sum(len(y) for _, y in probe) >= PROBE_IMAGES:
                 break
-        return cls(probe, recipe, graphs=graphs)
+        return cls(probe, config, graphs=graphs)
 
     def measure(self, model: nn.Module) -> Accuracy:
         """Accuracy of the probe under PGD-5 of step size eps / 4."""
-        recipe = self.recipe
+        config = self.config
         return robust_accuracy(
             model,
             self.probe,
-            eps=recipe.eps,
-            norm=recipe.norm,
+            eps=config.eps,
+            norm=config.norm,
             steps=PROBE_STEPS,
-            seed=recipe.seed,
+            seed=config.seed,
             graphs=self.graphs,
         )
 
@@ -72,10 +72,10 @@ class Guard:
             self.best = max(self.best, float(accuracy))
             self.pgd_epochs = max(0, self.pgd_epochs - 1)
             return False
-        if self.pgd_epochs or self.recipe.objective in ("pgd", "trades"):
-            raise Collapse(
+        if self.pgd_epochs or self.config.objective in ("pgd", "trades"):
+            raise CatastrophicOverfittingError(
                 f"robustness collapsed: accuracy under PGD-{PROBE_STEPS} fell from {self.best:.1%} to {accuracy:.1%} "
-                f"in an epoch of {'PGD' if self.pgd_epochs else self.recipe.objective} training: lower lr or eps"
+                f"in an epoch of {'PGD' if self.pgd_epochs else self.config.objective} training: lower lr or eps"
             )
         self.collapses += 1
         self.pgd_epochs = 2 ** (self.collapses - 1)

@@ -84,7 +84,7 @@ def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),
+        (["--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
         (["--density", "1.5"], "1.5"),
         (["--block", "4,x"], "4,x"),
         (["--block", "0,1"], "(0, 1)"),

@@ -131,12 +131,13 @@ def test_epochs_are_told_to_people_in_words(tmp_path, capsys):
 def test_every_key_of_a_config_is_a_flag_and_flags_win(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "arch: digits_cnn\nwidth: 8\neps: 8/255\ndrops: [0.25, 0.5]\nguard: false\nlimit: 200\nepochs: 7\n"
+        "arch: digits_cnn\nwidth: 8\neps: 8/255\nmilestones: [0.25, 0.5]\n"
+        "overfitting_monitor: false\nlimit: 200\nepochs: 7\n"
     )
     main(["train", "--config", str(config), "--epochs", "1", "--out", str(tmp_path / "run"), "--print-config"])
     told = yaml.safe_load(capsys.readouterr().out)
-    assert told["width"] == 8 and told["eps"] == pytest.approx(8 / 255) and told["drops"] == [0.25, 0.5]
-    assert told["guard"] is False and told["epochs"] == 1
+    assert told["width"] == 8 and told["eps"] == pytest.approx(8 / 255) and told["milestones"] == [0.25, 0.5]
+    assert told["overfitting_monitor"] is False and told["epochs"] == 1
 
 
 def test_a_runs_own_config_continues_it(trained, capsys):
@@ -151,7 +152,7 @@ def test_a_runs_own_config_continues_it(trained, capsys):
     [
         ("epoch: 3\n", "no setting is called 'epoch'; did you mean 'epochs'?"),
         ("epochs: many\n", "whole number, got 'many'"),
-        ("objective: fgms\n", 'objective must be one of natural, fgsm, fgsm-rs, n-fgsm, pgd, free, trades, got "fgms"'),
+        ("objective: fgms\n", "objective must be one of natural, fgsm, fgsm-rs, n-fgsm, pgd, free, trades, got 'fgms'"),
         ("- epochs\n", "must hold settings as 'name: value'"),
         ("epochs: [1\n", "is no YAML file"),
     ],

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.data import Batches, Split
-from sparse_adv.training import Recipe
+from sparse_adv.training import TrainConfig
 
-QUICK = Recipe(
+QUICK = TrainConfig(
     objective="natural", epochs=3, lr=0.1, schedule="constant", eps=0.05, alpha=0.02, steps=2, evaluation_steps=2
 )
 

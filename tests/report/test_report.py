@@ -31,7 +31,7 @@ def make(
     named = {"name": name} if name else {}
     runs.begin(
         folder,
-        {"command": command, "objective": objective, "epochs": epochs, "drops": [0.5, 0.75]},
+        {"command": command, "objective": objective, "epochs": epochs, "milestones": [0.5, 0.75]},
         densities={"weights": weights, "multiply_adds": weights},
         before={"seconds": before[0], "multiply_adds": before[1]},
         **named,
@@ -212,7 +212,7 @@ def test_a_report_says_how_its_runs_were_made(tmp_path):
     facts = {row["fact"]: row["every run"] for row in shared}
     assert (
         facts["settings.command"] == "train"
-        and facts["settings.drops"] == "[0.5, 0.75]"
+        and facts["settings.milestones"] == "[0.5, 0.75]"
         and facts["versions.torch"]
         and facts["machine.cores"]
     )

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.small_runs import TRAIN, network
 
 from sparse_adv import attacks, data
-from sparse_adv.training import Recipe, adversarial_loss, objectives
+from sparse_adv.training import TrainConfig, adversarial_loss, objectives
 
 X, Y = data.to_unit(TRAIN.images[:16]), TRAIN.labels[:16]
 
@@ -16,7 +16,7 @@ def generator(seed: int = 3) -> torch.Generator:
 
 
 def craft(objective: str, model: torch.nn.Module, **settings) -> torch.Tensor:
-    rule = objectives.build(Recipe(objective=objective, eps=0.1, **settings), check=True)
+    rule = objectives.build(TrainConfig(objective=objective, eps=0.1, **settings), check=True)
     return rule.craft(model, X, Y, generator())
 
 
@@ -69,7 +69,7 @@ def test_the_attack_of_trades_raises_the_divergence_within_the_ball_and_leaves_t
 
 
 def test_free_moves_its_perturbation_with_the_gradient_of_the_update():
-    recipe = Recipe(objective="free", eps=0.1, replays=3)
+    recipe = TrainConfig(objective="free", eps=0.1, replays=3)
     rule, model = objectives.build(recipe), network()
     delta = torch.zeros_like(X)
     for _ in range(3):

@@ -8,14 +8,14 @@ import torch
 from helpers.small_runs import QUICK, VALIDATION, batches, network
 
 from sparse_adv import training
-from sparse_adv.training import Collapse, Recipe
-from sparse_adv.training.overfitting import Guard
+from sparse_adv.training import CatastrophicOverfittingError, TrainConfig
+from sparse_adv.training.overfitting import OverfittingMonitor
 
 RECIPE = replace(QUICK, objective="fgsm-rs", epochs=4)
 
 
-def guard(**settings) -> Guard:
-    return Guard([], Recipe(objective="fgsm-rs", **settings))
+def guard(**settings) -> OverfittingMonitor:
+    return OverfittingMonitor([], TrainConfig(objective="fgsm-rs", **settings))
 
 
 def test_a_fall_to_less_than_half_is_a_collapse_and_scatter_is_none():
@@ -43,9 +43,9 @@ def test_pgd_takes_over_for_longer_after_each_collapse():
 
 @pytest.mark.parametrize("objective", ["pgd", "trades"])
 def test_what_pgd_cannot_keep_ends_the_run(objective):
-    judge = Guard([], Recipe(objective=objective))
+    judge = OverfittingMonitor([], TrainConfig(objective=objective))
     judge.collapsed(0.5)
-    with pytest.raises(Collapse, match=r"fell from 50\.0% to 5\.0%"):
+    with pytest.raises(CatastrophicOverfittingError, match=r"fell from 50\.0% to 5\.0%"):
         judge.collapsed(0.05)
 
 
@@ -53,21 +53,21 @@ def test_a_collapse_in_an_epoch_of_pgd_ends_the_run():
     judge = guard()
     judge.collapsed(0.5)
     assert judge.collapsed(0.05)
-    with pytest.raises(Collapse, match="an epoch of PGD training"):
+    with pytest.raises(CatastrophicOverfittingError, match="an epoch of PGD training"):
         judge.collapsed(0.05)
 
 
 @pytest.fixture
 def collapse_once(monkeypatch):
     """The guard's second probe says that all robustness is gone; the others are what they are."""
-    measured, count = Guard.measure, [0]
+    measured, count = OverfittingMonitor.measure, [0]
 
     def measure(self, model):
         count[0] += 1
         found = measured(self, model)
         return training.Accuracy(0, 40, found.forward, found.backward) if count[0] == 2 else found
 
-    monkeypatch.setattr(Guard, "measure", measure)
+    monkeypatch.setattr(OverfittingMonitor, "measure", measure)
 
 
 def test_a_collapsed_epoch_is_undone_and_trained_again_with_pgd(collapse_once, caplog):
@@ -93,13 +93,13 @@ def test_without_held_out_images_or_for_natural_training_there_is_no_guard():
     assert training.Training(network(), batches(), RECIPE).guard is None
     natural = replace(RECIPE, objective="natural")
     assert training.Training(network(), batches(), natural, validation=VALIDATION).guard is None
-    off = replace(RECIPE, guard=False)
+    off = replace(RECIPE, overfitting_monitor=False)
     assert training.Training(network(), batches(), off, validation=VALIDATION).guard is None
 
 
 def test_the_probe_tells_a_robust_network_from_one_that_is_not():
     model = network()
-    judge = Guard.over(VALIDATION, replace(RECIPE, eps=0.15))
+    judge = OverfittingMonitor.over(VALIDATION, replace(RECIPE, eps=0.15))
     training.train(model, batches(), replace(RECIPE, objective="pgd", eps=0.15, steps=5), validation=None)
     healthy = judge.measure(model)
     assert healthy > 0.5 and not judge.collapsed(healthy)

@@ -16,7 +16,7 @@ from sparse_adv import masks, runs, training
 from sparse_adv.nn import sparsify
 from sparse_adv.training import checkpoint
 
-RECIPE = replace(QUICK, objective="free", replays=2, epochs=4, ema=0.9, schedule="cosine", evaluate_every=2)
+RECIPE = replace(QUICK, objective="free", replays=2, epochs=4, ema_decay=0.9, schedule="cosine", evaluate_every=2)
 
 
 class Stop(Exception):
@@ -80,7 +80,7 @@ def test_the_journal_is_made_anew_from_the_state(tmp_path):
 
 def test_a_folder_holds_one_recipe(tmp_path):
     train(tmp_path)
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(ValueError, match="another configuration"):
         train(tmp_path, recipe=replace(RECIPE, lr=0.2))
 
 

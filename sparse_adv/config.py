@@ -1,0 +1,285 @@
+"""Hyperparameters of a run: plain dataclasses, validated when they are created.
+
+The texts under `Args:` are also the help texts of the command line, which has a flag for every field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, TypeGuard, get_args
+
+from torch import Tensor
+
+Objective = Literal["natural", "fgsm", "fgsm-rs", "n-fgsm", "pgd", "free", "trades"]
+Schedule = Literal["piecewise", "cosine", "cyclic", "constant"]
+Norm = Literal["linf", "l2"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Scope = Literal["global", "uniform", "erk"]
+
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+NORMS: tuple[str, ...] = get_args(Norm)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+_ALPHA_OVER_EPS = {"fgsm": 1.0, "fgsm-rs": 1.25, "n-fgsm": 1.0, "pgd": 0.25, "free": 1.0, "trades": 0.25}
+"""Default step size of each objective as a multiple of eps, from its paper (PGD and TRADES: 2/255 at eps 8/255)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Hyperparameters of adversarial training with SGD, of its evaluations and of its overfitting monitor.
+
+    Args:
+        objective: training loss; `training.objectives` has the formula and the paper of each.
+        epochs: passes over the training images, at least 1.
+        lr: learning rate of SGD before schedule and warm-up, at least 0.
+        momentum: momentum of SGD, at least 0.
+        weight_decay: L2 penalty of SGD on all parameters, at least 0.
+        schedule: learning rate schedule, applied at every update: piecewise (times 0.1 at each milestone), cosine
+            (from lr to 0), cyclic (linear from 0 to lr in the first half of the epochs, back to 0 in the second) or
+            constant.
+        milestones: fractions of the epochs, in [0, 1], after which the piecewise schedule multiplies the learning
+            rate by 0.1.
+        warmup_epochs: number of first epochs, fractions allowed, in which the learning rate rises linearly; 0 for no
+            warm-up.
+        warmup_start_lr: learning rate at which the warm-up starts, at least 0.
+        eps: radius of the perturbation ball in training and evaluation; images lie in [0, 1], so 8/255 is usual for
+            linf.
+        norm: norm of the perturbation ball; l2 is for the objectives natural, fgsm, fgsm-rs and pgd only.
+        alpha: step size of the attack in image units; null for the default of the objective, which is eps for fgsm,
+            n-fgsm and free, 1.25 eps for fgsm-rs, and eps / 4 for pgd and trades.
+        steps: attack steps of the objectives pgd and trades, at least 1.
+        beta: weight of the robust (KL divergence) term of the objective trades, at least 0.
+        replays: updates that the objective free makes on each batch, at least 1; it is usual to divide the epochs by
+            this number.
+        max_grad_norm: gradients of an update are scaled down to this L2 norm; 0 for no clipping.
+        ema_decay: decay per update, in [0, 1), of an exponential moving average of the weights, which is evaluated and
+            saved instead of the weights themselves; 0 for no average.
+        precision: float32, or the dtype of automatic mixed precision, bfloat16 or float16; float16 scales the loss.
+        evaluate_every: epochs from one evaluation on the validation images to the next, at least 1; the last epoch is
+            always evaluated.
+        evaluation_steps: steps of the PGD attack in evaluations, at least 1; their size is eps / 4.
+        overfitting_monitor: detect catastrophic overfitting with a PGD-5 attack on 256 validation images after each
+            epoch, undo that epoch and repeat it with PGD training.
+        seed: seed of the random starts of attacks, of the order of images and of the network's own random numbers
+            (dropout), at least 0.
+
+    Raises:
+        ValueError: if a value is out of range, naming the field and the value.
+
+    Example:
+        >>> config = TrainConfig(objective="fgsm-rs", epochs=4, schedule="cosine")
+        >>> config.learning_rate(step=100, steps_per_epoch=50)  # after two of four epochs
+        0.05
+        >>> round(255 * config.step_size, 6)  # 1.25 eps
+        10.0
+    """
+
+    objective: Objective = "pgd"
+    epochs: int = 30
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = "piecewise"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    warmup_epochs: float = 0.0
+    warmup_start_lr: float = 0.0
+    eps: float = 8 / 255
+    norm: Norm = "linf"
+    alpha: float | None = None
+    steps: int = 10
+    beta: float = 6.0
+    replays: int = 8
+    max_grad_norm: float = 0.0
+    ema_decay: float = 0.0
+    precision: Precision = "float32"
+    evaluate_every: int = 1
+    evaluation_steps: int = 10
+    overfitting_monitor: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON and YAML give a list
+        _require_one_of("objective", self.objective, OBJECTIVES)
+        _require_one_of("schedule", self.schedule, SCHEDULES)
+        _require_one_of("norm", self.norm, NORMS)
+        _require_one_of("precision", self.precision, PRECISIONS)
+        for name in ("epochs", "steps", "replays", "evaluate_every", "evaluation_steps"):
+            _require_integer(name, getattr(self, name), least=1)
+        _require_integer("seed", self.seed, least=0)
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps", "beta"):
+            _require_number(name, getattr(self, name))
+        _require_number("max_grad_norm", self.max_grad_norm)
+        if self.alpha is not None:
+            _require_number("alpha", self.alpha)
+        if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
+        if not all(_is_number(milestone) and 0 <= milestone <= 1 for milestone in self.milestones):
+            raise ValueError(f"milestones must be fractions of the epochs in [0, 1], got {self.milestones}")
+        if self.norm == "l2" and self.objective in ("n-fgsm", "free", "trades"):
+            raise ValueError(f"norm of objective {self.objective!r} must be 'linf', got 'l2'")
+
+    @property
+    def step_size(self) -> float:
+        """Step size of the training attack in image units: `alpha`, or the default of the objective."""
+        return _ALPHA_OVER_EPS.get(self.objective, 0.0) * self.eps if self.alpha is None else self.alpha
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of an update.
+
+        With t = step / steps_per_epoch epochs done of E: "piecewise" is lr / 10^(number of milestones m with t >= m E);
+        "cosine" is lr (1 + cos(pi t / E)) / 2 (Loshchilov and Hutter 2017, equation 5); "cyclic" is
+        lr (1 - |1 - 2 t / E|) (Wong et al. 2020, section 5), shifted by half an update so that no update has rate 0.
+        A warm-up replaces lr by warmup_start_lr + (lr - warmup_start_lr) t / warmup_epochs in the same formula, so
+        that milestones inside the warm-up take effect.
+
+        Args:
+            step: updates made before this one.
+            steps_per_epoch: updates of an epoch.
+        """
+        progress = step / (steps_per_epoch * self.epochs)
+        if self.schedule == "piecewise":
+            factor = 0.1 ** sum(progress >= milestone for milestone in self.milestones)
+        elif self.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * progress))
+        elif self.schedule == "cyclic":
+            factor = 1 - abs(1 - 2 * (step + 1) / (self.epochs * steps_per_epoch + 1))
+        else:
+            factor = 1.0
+        warmup = min(1.0, (step + 1) / (self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 1.0
+        return factor * (self.warmup_start_lr + (self.lr - self.warmup_start_lr) * warmup)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Hyperparameters of the ticket search: how the trained dense network is pruned. The defaults are the paper's.
+
+    `density`, `block`, `scope`, `score` and `linear` are arguments of `masks.prune`, which validates them.
+
+    Args:
+        density: fraction of the weights that the ticket keeps, in [0, 1].
+        block: shape of the blocks of weights that are kept or pruned together, BO,BI or BO,BI,BR,BS (output channels,
+            input channels, filter rows, filter columns).
+        scope: how the kept weights are distributed over layers: global (one ranking), uniform (the same density in
+            each layer) or erk (Erdos-Renyi-kernel).
+        score: importance of a weight: magnitude, or relative_magnitude (divided by the mean magnitude of its layer);
+            in Python also a function (module name, weight) -> scores.
+        linear: prune the weights of linear layers too, not only those of convolutions.
+        rounds: rounds of training, pruning and rewinding, at least 1; round i of n prunes to density^(i/n), and 1 is
+            one-shot pruning.
+        rewind_step: update of the first round to whose weights the ticket is rewound, at least 0; 0 for the initial
+            weights.
+        permute_channels: before the first pruning, permute channels so that whole blocks contain more of the scores;
+            the function of the network stays the same. Meant for large blocks such as 64,64.
+        early_stop_distance: end the training of a round when its mask differed from the masks of the five epochs
+            before in less than this fraction of positions, in [0, 1] (Early-Bird tickets use 0.1); null to train all
+            epochs.
+
+    Raises:
+        ValueError: if a value is out of range, naming the field and the value.
+
+    Source: Frankle and Carbin 2019 (iterative magnitude pruning), Frankle et al. 2020 (rewinding), You et al. 2020
+    (Early-Bird tickets).
+
+    Example:
+        >>> PruneConfig(density=0.04, rounds=2).density_of_round(1)
+        0.2
+    """
+
+    density: float = 0.2
+    block: tuple[int, ...] = (1, 1)
+    scope: Scope = "global"
+    score: str | Callable[[str, Tensor], Tensor] = "relative_magnitude"
+    linear: bool = True
+    rounds: int = 1
+    rewind_step: int = 0
+    permute_channels: bool = False
+    early_stop_distance: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", tuple(self.block))  # JSON and YAML give a list
+        _require_integer("rounds", self.rounds, least=1)
+        _require_integer("rewind_step", self.rewind_step, least=0)
+        distance = self.early_stop_distance
+        if distance is not None and not (_is_number(distance) and 0 <= distance <= 1):
+            raise ValueError(f"early_stop_distance must be in [0, 1], got {distance!r}")
+
+    def density_of_round(self, number: int) -> float:
+        """Return the density after a round, counted from 1: density^(number / rounds)."""
+        return self.density ** (number / self.rounds)
+
+    def named(self) -> PruneConfig:
+        """Return a copy that can be written to a file: a score that is a function is replaced by its name."""
+        name = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", repr(self.score))
+        return replace(self, score=name)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images of a run and their division into batches.
+
+    Args:
+        data: "digits" (scikit-learn's), or path of a folder or archive of images.
+        limit: number of training images to use, the first ones; null for all.
+        validation: part of the training images to hold out for validation: a fraction below 1, or a number of images;
+            null for the default of the data set.
+        batch_size: images per update, summed over all processes, at least 1.
+        augment: random crop and horizontal flip; null for yes with 32 x 32 colour images, else no.
+
+    Raises:
+        ValueError: if a value is out of range, naming the field and the value.
+    """
+
+    data: str = "digits"
+    limit: int | None = None
+    validation: float | None = None
+    batch_size: int = 128
+    augment: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            _require_integer("limit", self.limit, least=1)
+        if self.validation is not None:
+            _require_number("validation", self.validation)
+        _require_integer("batch_size", self.batch_size, least=1)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The architecture of a run's network.
+
+    Args:
+        arch: name of an architecture of `sparse_adv.models`.
+        width: channels of the first stage, at least 1; null for the published number.
+
+    Raises:
+        ValueError: if a value is out of range, naming the field and the value.
+    """
+
+    arch: str
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.width is not None:
+            _require_integer("width", self.width, least=1)
+
+
+def _require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _require_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _require_number(name: str, value: object) -> None:
+    if not _is_number(value) or value < 0:
+        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

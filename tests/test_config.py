@@ -1,0 +1,84 @@
+"""Configurations: the learning rate schedules follow their formulas; values out of range are refused by name."""
+
+import dataclasses
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+
+
+def rates(config: TrainConfig, steps: range, steps_per_epoch: int = 1) -> list[float]:
+    return [config.learning_rate(step, steps_per_epoch) for step in steps]
+
+
+def test_the_learning_rate_follows_its_schedule():
+    config = TrainConfig(epochs=8, lr=1.0)
+    assert rates(config, range(8)) == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+    assert rates(replace(config, schedule="cosine"), range(0, 8, 4)) == pytest.approx([1.0, 0.5])
+    cyclic = rates(replace(config, schedule="cyclic"), range(8))
+    assert max(cyclic) < 1 and min(cyclic) > 0 and cyclic == pytest.approx(cyclic[::-1])
+    assert set(rates(replace(config, schedule="constant"), range(24), 3)) == {1.0}
+
+
+def test_the_warm_up_is_linear_and_keeps_milestones():
+    config = TrainConfig(epochs=8, lr=1.0, warmup_epochs=4)
+    assert rates(config, range(8)) == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.1, 0.1, 0.01, 0.01])
+    start = rates(replace(config, warmup_start_lr=0.5), range(8), 2)
+    assert start == pytest.approx([0.5 + 0.0625 * (step + 1) for step in range(8)])
+    early = TrainConfig(epochs=4, lr=1.0, warmup_epochs=3, milestones=(0.25,))
+    assert early.learning_rate(1, 1) == pytest.approx(2 / 3 * 0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (TrainConfig, "objective", "fgms"),
+        (TrainConfig, "schedule", "linear"),
+        (TrainConfig, "norm", "l1"),
+        (TrainConfig, "precision", "int8"),
+        (TrainConfig, "epochs", 0),
+        (TrainConfig, "epochs", True),
+        (TrainConfig, "steps", 0),
+        (TrainConfig, "replays", 1.5),
+        (TrainConfig, "seed", -1),
+        (TrainConfig, "eps", -0.1),
+        (TrainConfig, "lr", math.nan),
+        (TrainConfig, "lr", "0.1"),
+        (TrainConfig, "alpha", math.inf),
+        (TrainConfig, "ema_decay", 1.0),
+        (TrainConfig, "milestones", (0.5, 2)),
+        (PruneConfig, "rounds", 0),
+        (PruneConfig, "rewind_step", -1),
+        (PruneConfig, "early_stop_distance", 1.5),
+        (DataConfig, "limit", 0),
+        (DataConfig, "batch_size", 0),
+        (DataConfig, "validation", -0.1),
+        (NetworkConfig, "width", 0),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_field(config, field, value):
+    required = {"arch": "vgg16"} if config is NetworkConfig else {}
+    with pytest.raises(ValueError) as refusal:
+        config(**required, **{field: value})
+    assert str(refusal.value).startswith(f"{field} must be ") and str(refusal.value).endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize("objective", ["n-fgsm", "free", "trades"])
+def test_objectives_without_an_l2_attack_refuse_the_l2_norm(objective):
+    with pytest.raises(ValueError, match=f"norm of objective '{objective}' must be 'linf', got 'l2'"):
+        TrainConfig(objective=objective, norm="l2")
+
+
+@pytest.mark.parametrize("config", [TrainConfig(milestones=(0.1, 0.9)), PruneConfig(block=(4, 1)), DataConfig(limit=9)])
+def test_a_configuration_survives_json(config):
+    assert type(config)(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_a_score_function_is_written_by_its_name():
+    def taylor(name, weight):
+        return weight.abs()
+
+    assert PruneConfig(score=taylor).named() == PruneConfig(score="taylor")
