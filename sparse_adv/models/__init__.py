@@ -1,4 +1,4 @@
-"""Networks by name: each takes images in [0, 1] and normalises inside."""
+"""Networks by name. Each takes images in [0, 1] and normalises them in its first layer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from torch import nn
 
 from sparse_adv.models.digits_cnn import digits_cnn
 from sparse_adv.models.normalize import Normalize
-from sparse_adv.models.preact_resnet import preact_resnet18
-from sparse_adv.models.resnet import resnet18
+from sparse_adv.models.resnet import preact_resnet18, resnet18, wide_resnet
 from sparse_adv.models.vgg import vgg16
-from sparse_adv.models.wide_resnet import wide_resnet
 
 __all__ = ["Architecture", "Normalize", "build", "find", "names"]
 
 
 class Architecture(NamedTuple):
-    """How to make a network from width, classes, input shape and data set, and what these are unless told."""
+    """A function that makes a network from (width, classes, input_shape, data), and the defaults of these arguments."""
 
     make: Callable[[int, int, tuple[int, int, int], str], nn.Module]
     width: int = 64
@@ -37,8 +35,8 @@ _ARCHITECTURES = {
     "digits_cnn": Architecture(digits_cnn, input_shape=(1, 8, 8), data="digits"),
 }
 _WIDE = re.compile(r"wrn-(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")
-_KNOWN_WIDE = ("wrn-28-10", "wrn-34-10")
-"""What somebody may have meant who spells a wide network wrongly."""
+_COMMON_WIDE = ("wrn-28-10", "wrn-34-10")
+"""Suggested in the error message if a misspelt name resembles them."""
 
 
 def build(
@@ -50,31 +48,41 @@ def build(
     input_shape: Sequence[int] | None = None,
     data: str | None = None,
 ) -> nn.Module:
-    """A freshly initialised network; the same seed gives the same weights and leaves torch's random state alone.
+    """Build a freshly initialised network.
+
+    The same seed gives the same weights, on every device. PyTorch's global random state does not change.
 
     Args:
         name: "vgg16", "resnet18", "preact_resnet18", "wrn-D-K" such as "wrn-34-10", or "digits_cnn".
-        seed: of the weights.
-        width: channels of the first stage, of wrn-D-K those of the stem, which K multiplies; None for the published
-            number.
-        classes: outputs.
-        input_shape: [C, H, W] of one image; None for [3, 32, 32], of "digits_cnn" [1, 8, 8].
-        data: the data set whose mean and deviation normalise the images: "cifar10", "cifar100", "mnist",
-            "fashion_mnist" or "digits"; mean 0.5 and deviation 0.25 for any other name, or if the number of channels
-            is another. None for "cifar10", of "digits_cnn" "digits".
+        seed: seed of the weights.
+        width: channels of the first stage (of wrn-D-K: of the first convolution, K times as many in the first stage);
+            None for the published number.
+        classes: number of outputs.
+        input_shape: [C, H, W] of one image; None for [3, 32, 32], for "digits_cnn" [1, 8, 8].
+        data: name of the data set whose mean and standard deviation normalise the images, see `Normalize.of`; None
+            for "cifar10", for "digits_cnn" "digits".
 
     Returns:
-        The network, in training mode, on torch's default device; the weights do not depend on that.
+        The network, in training mode, on torch's default device.
 
     Raises:
-        ValueError: if no network has that name, width, number of classes or input shape.
+        ValueError: if the name is unknown, or width, classes or input_shape is out of range.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import models
+        >>> model = models.build("resnet18", width=16, classes=100)
+        >>> model(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 100])
+        >>> sum(parameter.numel() for parameter in models.build("resnet18").parameters())
+        11173962
     """
     architecture = find(name)
     width = architecture.width if width is None else width
     shape = architecture.input_shape if input_shape is None else tuple(input_shape)
     for argument, value in (("width", width), ("classes", classes)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument} must be a whole number, at least 1, got {value!r}")
+            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
     if len(shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in shape):
         raise ValueError(f"input_shape must be [C, H, W], each at least 1, got {list(shape)}")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -84,20 +92,31 @@ def build(
 
 
 def find(name: str) -> Architecture:
-    """The architecture of that name.
+    """Return the architecture of a name.
 
     Raises:
-        ValueError: if there is none; it names those there are, and the nearest.
+        ValueError: if there is no such architecture; the message lists all names and the most similar one.
+
+    Example:
+        >>> from sparse_adv import models
+        >>> models.find("digits_cnn").input_shape
+        (1, 8, 8)
     """
     if name in _ARCHITECTURES:
         return _ARCHITECTURES[name]
     if wide := _WIDE.fullmatch(name):
         return Architecture(partial(wide_resnet, int(wide[1]), int(wide[2])), width=16)
-    near = get_close_matches(name.lower(), (*_ARCHITECTURES, *_KNOWN_WIDE), n=1)
-    meant = f' (did you mean "{near[0]}"?)' if near else ""
-    raise ValueError(f'no architecture is called "{name}"{meant}; there are: {", ".join(names())}')
+    similar = get_close_matches(name.lower(), (*_ARCHITECTURES, *_COMMON_WIDE), n=1)
+    suggestion = f' (did you mean "{similar[0]}"?)' if similar else ""
+    raise ValueError(f'there is no architecture "{name}"{suggestion}, only {", ".join(names())}')
 
 
 def names() -> tuple[str, ...]:
-    """What networks are called; D and K of "wrn-D-K" stand for numbers."""
+    """Return the names of all architectures; D (depth) and K (width factor) of "wrn-D-K" stand for numbers.
+
+    Example:
+        >>> from sparse_adv import models
+        >>> models.names()
+        ('vgg16', 'resnet18', 'preact_resnet18', 'digits_cnn', 'wrn-D-K')
+    """
     return (*_ARCHITECTURES, "wrn-D-K")

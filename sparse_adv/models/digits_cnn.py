@@ -1,4 +1,4 @@
-"""A small CNN for 8 x 8 digits, wide enough (64-128 channels) for sparse kernels to pay."""
+"""A small convolutional network for 8 x 8 digits; its 64 to 128 channels are enough for sparse kernels to gain time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sparse_adv.models.normalize import Normalize
 
 
 def digits_cnn(width: int, classes: int, input_shape: tuple[int, int, int], data: str) -> nn.Sequential:
-    """Three 3x3 convolutions with BatchNorm and ReLU at full resolution, then the mean over pixels and a classifier.
+    """Three 3x3 convolutions with BatchNorm and ReLU at full resolution, global average pooling and a classifier.
 
     Args:
-        width: channels of the first convolution; the others have twice as many.
-        classes: outputs.
+        width: channels of the first convolution; the other two have twice as many.
+        classes: number of outputs.
         input_shape: [C, H, W] of one image, of any size.
-        data: whose statistics to normalise with.
+        data: name of the data set whose mean and standard deviation normalise the images.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict(normalize=Normalize.of(data, input_shape[0]))
     channels = [input_shape[0], width, 2 * width, 2 * width]

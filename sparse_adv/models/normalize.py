@@ -1,4 +1,4 @@
-"""Normalisation as the first layer of a model, so that everyone outside speaks of images in [0, 1]."""
+"""Normalisation as the first layer of a network, so that images outside of it are always in [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,11 +14,23 @@ _STATISTICS = {
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "digits": ((0.305,), (0.376,)),
 }
-"""Mean and standard deviation of each channel over the training images."""
+"""Mean and standard deviation of each channel over the training images, which are in [0, 1]."""
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel; attacks and eps stay in image units (RobustBench's rule)."""
+    """Return (x - mean) / std for each channel.
+
+    As the first layer of a network it keeps attacks, and their eps, in units of images in [0, 1] (as in RobustBench).
+
+    Args:
+        mean, std: one number per channel; they become buffers of shape [C, 1, 1].
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv.models import Normalize
+        >>> Normalize(mean=[0.5], std=[0.25])(torch.tensor([[[[0.5, 1.0]]]]))
+        tensor([[[[0., 2.]]]])
+    """
 
     mean: Tensor
     std: Tensor
@@ -30,7 +42,13 @@ class Normalize(nn.Module):
 
     @classmethod
     def of(cls, data: str, channels: int) -> Normalize:
-        """By the statistics of a data set; mean 0.5 and deviation 0.25 where none are known for so many channels."""
+        """Return the layer for a data set.
+
+        Args:
+            data: "cifar10", "cifar100", "mnist", "fashion_mnist" or "digits". For any other name, or if that data set
+                has another number of channels, mean 0.5 and standard deviation 0.25 are used.
+            channels: number of channels of the images.
+        """
         mean, std = _STATISTICS.get(data, ((), ()))
         return cls(mean, std) if len(mean) == channels else cls([0.5] * channels, [0.25] * channels)
 

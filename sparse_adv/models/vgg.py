@@ -6,34 +6,37 @@ from collections import OrderedDict
 
 from torch import nn
 
-from sparse_adv.models.initialisation import initialise
 from sparse_adv.models.normalize import Normalize
 
 _STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
-"""Of each stage, the channels in units of the width, and the number of convolutions."""
+"""For each stage the channels as a multiple of the width, and the number of convolutions."""
 
 
 def vgg16(width: int, classes: int, input_shape: tuple[int, int, int], data: str) -> nn.Sequential:
-    """Thirteen 3x3 convolutions with four max-pools between them, the mean over pixels and two linear layers.
+    """Thirteen 3x3 convolutions with four max-pools between them, global average pooling and two linear layers.
 
-    Convolutions have BatchNorm and ReLU, and no bias. Of 32 x 32 pixels 2 x 2 are left for the mean to take.
+    Each convolution is followed by BatchNorm and ReLU and has no bias. Images of 32 x 32 pixels reach the pooling with
+    2 x 2 pixels.
 
     Args:
-        width: channels of the first stage; the others have 2, 4, 8 and 8 times as many, the hidden layer 8 times.
-        classes: outputs.
+        width: channels of the first stage; the other stages have 2, 4, 8 and 8 times as many, and so has the hidden
+            linear layer (8 times).
+        classes: number of outputs.
         input_shape: [C, H, W] of one image, at least 16 x 16 pixels.
-        data: whose statistics to normalise with.
+        data: name of the data set whose mean and standard deviation normalise the images.
 
     Raises:
         ValueError: if the images are too small for the max-pools.
 
     Source: Simonyan and Zisserman, "Very deep convolutional networks" (ICLR 2015), table 1 D; classifier and
-        initialisation as in the code of Li et al., "Towards Practical Lottery Ticket Hypothesis for Adversarial
-        Training" (arXiv 2003.05733).
+    initialisation as in the code of Li et al., "Towards Practical Lottery Ticket Hypothesis for Adversarial Training"
+    (arXiv 2003.05733).
     """
-    channels, height, breadth = input_shape
-    if min(height, breadth) < 16:
-        raise ValueError(f"vgg16 halves images four times: they need at least 16 x 16 pixels, got {height} x {breadth}")
+    channels, height, image_width = input_shape
+    if min(height, image_width) < 16:
+        raise ValueError(
+            f"vgg16 halves images four times: they need at least 16 x 16 pixels, got {height} x {image_width}"
+        )
     features: list[nn.Module] = []
     for i, (multiple, convolutions) in enumerate(_STAGES):
         if i > 0:
@@ -55,5 +58,17 @@ def vgg16(width: int, classes: int, input_shape: tuple[int, int, int], data: str
         ),
     )
     model = nn.Sequential(layers)
-    initialise(model, gamma=0.5, linear_std=0.01)
+    _initialise(model)
     return model
+
+
+def _initialise(model: nn.Module) -> None:
+    """Convolutions from N(0, 2 / (K R S)) (He fan-out), BatchNorm2d's gamma 0.5, linear layers from N(0, 0.01^2)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 0.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)

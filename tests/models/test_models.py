@@ -1,4 +1,4 @@
-"""Networks: the published sizes, names that others know, and no surprise in copying, tracing or seeding."""
+"""Networks: published sizes, module names, initialisation, and that copying, tracing, pruning and seeding work."""
 
 import copy
 import pickle
@@ -10,7 +10,7 @@ from sparse_adv import masks, models
 from sparse_adv.models import Normalize
 from sparse_adv.nn import densify, sparsify
 
-PUBLISHED = {
+PUBLISHED_PARAMETERS = {
     "resnet18": 11_173_962,
     "vgg16": 14_987_722,
     "preact_resnet18": 11_172_170,  # with BatchNorm before the pooling, as in Wong et al. 2020
@@ -21,19 +21,19 @@ PUBLISHED = {
     "wrn-10-10": 7_435_354,
     "wrn-34-1": 466_714,
 }
-SMALL = ("resnet18", "vgg16", "preact_resnet18", "wrn-10-2", "digits_cnn")
+NAMES = ("resnet18", "vgg16", "preact_resnet18", "wrn-10-2", "digits_cnn")
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_counts_are_the_published_ones(name):
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_number_of_parameters_is_the_published_one(name):
     with torch.device("meta"):
         model = models.build(name)
-    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED_PARAMETERS[name]
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 33, 17)])
-@pytest.mark.parametrize("name", SMALL)
-def test_every_network_takes_any_image_and_can_be_copied_and_traced(name, shape):
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_take_any_image_size_and_can_be_pickled_copied_and_traced(name, shape):
     model = models.build(name, width=4, classes=7, input_shape=shape).eval()
     images = torch.rand(2, *shape)
     logits = model(images)
@@ -42,19 +42,19 @@ def test_every_network_takes_any_image_and_can_be_copied_and_traced(name, shape)
         assert other(images).equal(logits)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_every_network_can_be_made_sparse_and_trained(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_can_be_sparsified_trained_and_densified(name):
     model = models.build(name, width=4)
     images = torch.rand(4, *models.find(name).input_shape)
     sparsify(model, masks.prune(model, 0.5, score="relative_magnitude", linear=True))
     model(images).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.eval()
-    sparse = model(images)
-    torch.testing.assert_close(densify(model)(images), sparse, rtol=1e-4, atol=1e-5)
+    sparse_logits = model(images)
+    torch.testing.assert_close(densify(model)(images), sparse_logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_seed_decides_the_weights_and_nothing_else():
+def test_weights_depend_on_the_seed_and_the_global_random_state_does_not_change():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first, second, other = (models.build("resnet18", seed, width=4) for seed in (0, 0, 1))
@@ -69,18 +69,18 @@ def test_width_scales_all_channels():
     assert models.build("wrn-10-3", width=4).layer3[0].conv1.out_channels == 4 * 3 * 4
 
 
-def test_names_of_modules_are_those_of_torchvision():
+def test_resnet18_has_the_module_names_of_torchvision():
     keys = models.build("resnet18", width=4).state_dict().keys()
     assert {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "fc.bias"} <= keys
 
 
-def test_convolutions_begin_with_the_fan_out_of_he():
+def test_convolutions_of_resnets_are_initialised_with_he_fan_out():
     for name in ("resnet18", "preact_resnet18"):
         weight = models.build(name, width=16).layer3[0].conv1.weight  # 32 channels in, 64 out
         assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
 
 
-def test_vgg_begins_as_in_the_code_of_the_paper():
+def test_vgg16_is_initialised_as_in_the_code_of_the_boosting_ticket_paper():
     layers = list(models.build("vgg16", width=16).modules())
     norms = [layer for layer in layers if isinstance(layer, torch.nn.BatchNorm2d)]
     assert len(norms) == 13 and all((norm.weight == 0.5).all() for norm in norms)
@@ -93,24 +93,26 @@ def test_every_stage_but_the_first_halves_the_resolution():
     for name, stages in (("resnet18", 4), ("preact_resnet18", 4), ("wrn-10-1", 3)):
         model, sizes = models.build(name, width=4), []
         for i in range(stages):
-            getattr(model, f"layer{i + 1}").register_forward_hook(lambda *seen, to=sizes: to.append(seen[2].shape[-1]))
+            getattr(model, f"layer{i + 1}").register_forward_hook(
+                lambda module, args, output, sizes=sizes: sizes.append(output.shape[-1])
+            )
         model(torch.rand(2, 3, 32, 32))
         assert sizes == [32, 16, 8, 4][:stages]
 
 
 @pytest.mark.parametrize("stage", ["layer1", "layer2"])
-def test_blocks_compute_what_their_papers_have(stage):
+def test_residual_blocks_compute_the_formulas_of_their_papers(stage):
     x, relu = torch.randn(2, 4, 6, 6), torch.relu
-    after, before = (getattr(models.build(name, width=4), stage)[0] for name in ("resnet18", "preact_resnet18"))
-    y = relu(after.bn1(after.conv1(x)))
-    shortcut = after.downsample(x) if after.downsample else x
-    assert after(x).equal(relu(after.bn2(after.conv2(y)) + shortcut))
-    y = relu(before.bn1(x))
-    shortcut = before.downsample(y) if before.downsample else x
-    assert before(x).equal(before.conv2(relu(before.bn2(before.conv1(y)))) + shortcut)
+    basic, preact = (getattr(models.build(name, width=4), stage)[0] for name in ("resnet18", "preact_resnet18"))
+    y = relu(basic.bn1(basic.conv1(x)))
+    shortcut = basic.downsample(x) if basic.downsample else x
+    assert basic(x).equal(relu(basic.bn2(basic.conv2(y)) + shortcut))
+    y = relu(preact.bn1(x))
+    shortcut = preact.downsample(y) if preact.downsample else x
+    assert preact(x).equal(preact.conv2(relu(preact.bn2(preact.conv1(y)))) + shortcut)
 
 
-def test_normalisation_is_inside_and_fits_the_data():
+def test_normalize_uses_the_statistics_of_the_data_set_or_else_one_half_and_one_quarter():
     layer = Normalize.of("cifar10", 3)
     assert layer(layer.mean.expand(1, 3, 2, 2)).abs().max() == 0
     assert torch.allclose(layer((layer.mean + layer.std).expand(1, 3, 2, 2)), torch.ones(1, 3, 2, 2))
@@ -120,18 +122,18 @@ def test_normalisation_is_inside_and_fits_the_data():
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
-        ("resnet19", {}, '"resnet18"'),
-        ("wrn-30-10", {}, "30"),
-        ("wrn-28-0", {}, "0"),
+        ("resnet19", {}, 'there is no architecture "resnet19" .did you mean "resnet18"'),
+        ("wrn-30-10", {}, "the depth D of wrn-D-K must be 4 plus a multiple of 6 .* got 30"),
+        ("wrn-28-0", {}, "the factor K of wrn-D-K must be at least 1, got 0"),
         ("wrn-28-x", {}, "wrn-28-10"),
-        ("resnet18", {"width": 0}, "width must be a whole number, at least 1, got 0"),
-        ("resnet18", {"classes": 0}, "classes must be a whole number, at least 1, got 0"),
-        ("vgg16", {"input_shape": (1, 8, 8)}, "16 x 16"),
-        ("resnet18", {"input_shape": (32, 32)}, "32, 32"),
+        ("resnet18", {"width": 0}, "width must be an integer of at least 1, got 0"),
+        ("resnet18", {"classes": 0}, "classes must be an integer of at least 1, got 0"),
+        ("vgg16", {"input_shape": (1, 8, 8)}, "at least 16 x 16 pixels, got 8 x 8"),
+        ("resnet18", {"input_shape": (32, 32)}, r"input_shape must be \[C, H, W\], each at least 1, got \[32, 32\]"),
     ],
 )
-def test_what_cannot_be_built_is_told_in_a_sentence(name, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_arguments_raise_an_error_that_names_them(name, options, message):
+    with pytest.raises(ValueError, match=message):
         models.build(name, **options)
