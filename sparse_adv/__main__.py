@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_adv import doctor
-from sparse_adv.commands import config, convert, demo, evaluate, explain, flags, report, search, train
+from sparse_adv.commands import config, convert, demo, evaluate, explain, flags, output, report, search, train
 from sparse_adv.tickets import BrokenTicket
 from sparse_adv.training import distributed
 
@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
         _heed_termination(False)
         log.debug("where it happened:", exc_info=True)
-        print(f"sparse-adv: error: {_sentence(error)}", file=sys.stderr)
+        output.complain(f"error: {_sentence(error)}", follows=isinstance(error, ConnectionError))
         return 2
     except KeyboardInterrupt:
-        print("sparse-adv: stopped; the same command continues after the last whole epoch", file=sys.stderr)
+        output.complain("stopped; the same command continues after the last whole epoch")
         return 130
 
 

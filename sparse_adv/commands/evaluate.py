@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparse_adv import data, masks, runs
@@ -51,8 +52,7 @@ def run(options: argparse.Namespace) -> int:
     for name in ("steps", "restarts", "images"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    device = networks.device_of(options.device)
-    with distributed.group(device):
+    with distributed.group(options.device) as device:
         folder = runs.read(options.what) if options.what.is_dir() else None
         told: dict[str, Any] = folder.facts.get("settings", {}) if folder else {}
         for name in ("data", "limit", "validation", "seed", "eps", "norm"):
@@ -102,7 +102,7 @@ def _network(options: argparse.Namespace, folder: runs.Run | None, dataset: data
     found = masks.load_pruned(path, dense=True)
     told = folder.facts.get("network", {}) if folder is not None else found.provenance
     about = networks.agreed(options, told, str(options.what))
-    model = networks.build(about, dataset, 0, networks.device_of("cpu"))
+    model = networks.build(about, dataset, 0, torch.device("cpu"))
     try:
         model.load_state_dict(found.state_dict)
     except RuntimeError as error:

@@ -129,7 +129,11 @@ def add_data(parser: argparse.ArgumentParser, data: str | None = "digits", seed:
     group.add_argument("--limit", type=whole, metavar="N", help="use the first N training images only")
     group.add_argument("--validation", type=number, help="share, or number, of training images to hold out")
     group.add_argument("--seed", type=whole, default=seed, help="of split, weights, order of the images and attacks")
-    group.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, one GPU such as cuda:0, or auto, which is cuda where there is a GPU",
+    )
 
 
 def add_batches(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,29 +12,6 @@ from torch import nn
 from sparse_adv import data, models, runs
 from sparse_adv.commands import config
 from sparse_adv.training import distributed
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name; under torchrun each process has its own GPU.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or auto, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or auto, got {name!r}")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {name!r} is not there: this torch sees no CUDA GPU")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    return device
 
 
 def dataset_of(options: argparse.Namespace, device: torch.device) -> data.Dataset:

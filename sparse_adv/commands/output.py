@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sparse_adv.runs import Record
@@ -62,3 +65,34 @@ class Output:
 
             yield step
         self._bar = None
+
+
+def complain(text: str, follows: bool = False) -> None:
+    """Say on standard error what went wrong; what several processes of a machine have to say, one of them says.
+
+    Args:
+        text: a sentence.
+        follows: whether it only tells what another process's end led to; then nothing is said where that process has
+            spoken.
+    """
+    if not _was_said(text, follows):
+        print(f"sparse-adv: {text}", file=sys.stderr)
+
+
+def _was_said(text: str, follows: bool) -> bool:
+    """Whether another process has said it; from now on, this one has."""
+    # torchrun gives each process a file OWN/error.json in a folder for all processes of the machine and the attempt.
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if own is None:
+        return False
+    told = "what follows" if follows else text
+    mark = Path(own).parent.parent / f"said_{hashlib.sha256(told.encode()).hexdigest()}"
+    try:
+        if follows and any(mark.parent.glob("said_*")):
+            return True
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -37,8 +37,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = networks.device_of(options.device)
-    with distributed.group(device):
+    with distributed.group(options.device) as device:
         dataset = networks.dataset_of(options, device)
         recipe, rule, output = flags.recipe_of(options), flags.rule_of(options), Output(options.json)
         about = {

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         "train a network adversarially, dense or from a ticket",
         "Trains a network and tests it once, at the end. Stopped at any moment, the same command continues and ends "
         "with the same weights. Under torchrun --nproc-per-node N the N processes share each batch and exchange only "
-        "the gradients of kept weights.",
+        "the gradients of kept weights; each takes a GPU of its own, or all take the one that --device names.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--name", help="what reports call the run; left out, the folder's name")
@@ -46,8 +46,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = networks.device_of(options.device)
-    with distributed.group(device):
+    with distributed.group(options.device) as device:
         dataset = networks.dataset_of(options, device)
         recipe, output = flags.recipe_of(options), Output(options.json)
         if options.ticket is None and (options.reinit or options.shuffle):

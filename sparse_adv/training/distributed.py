@@ -1,4 +1,4 @@
-"""The processes of a distributed run, and what they add up; a run of one process needs no group."""
+"""The processes of a distributed run, their devices, and what they add up; a run of one process needs no group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rank() -> int:
 
 def launched_rank() -> int:
     """The number that torchrun has given this process, before there is a group."""
-    return int(os.environ.get("RANK", 0))
+    return _launched("RANK", 0)
 
 
 def world_size() -> int:
@@ -30,18 +30,30 @@ def world_size() -> int:
 
 
 @contextmanager
-def group(device: torch.device) -> Iterator[None]:
-    """The process group that `torchrun` has prepared for: gloo on the CPU, nccl on GPUs; none without torchrun.
+def group(device: torch.device | str = "auto") -> Iterator[torch.device]:
+    """The process group that `torchrun` has prepared for, and the device of this process; no group without torchrun.
+
+    Args:
+        device: "cpu"; "cuda", a GPU of its own for each process; a GPU such as "cuda:0", for all processes of a machine
+            together; or "auto", which is "cuda" where there is a GPU and "cpu" elsewhere.
+
+    Returns:
+        A context that gives this process's device. The processes talk over nccl where each has a GPU of its own, and
+        else over gloo, because nccl refuses two processes on one GPU.
 
     Raises:
+        ValueError: if there is no such device, or "cuda" finds fewer GPUs than processes.
         ConnectionError: in place of whatever the backend raises when another process is lost.
     """
+    own, backend = _placed(str(device))
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield
+        yield own
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend)
     try:
-        yield
+        yield own
     except RuntimeError as error:
         _free_frames(error)
         if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -53,6 +65,42 @@ def group(device: torch.device) -> Iterator[None]:
     finally:
         gc.collect()
         dist.destroy_process_group()
+
+
+def _placed(name: str) -> tuple[torch.device, str]:
+    """The device of this process, and over which backend the run's processes talk."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or a GPU such as cuda:0, got {name!r}")
+    if device.type == "cpu":
+        return device, "gloo"
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not there: this torch sees no CUDA GPU")
+    gpus = torch.cuda.device_count()
+    there = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+    if device.index is not None:
+        if device.index >= gpus:
+            raise ValueError(f"device {name!r} is not there: this torch sees {there}, numbered from 0")
+        # On every machine the same answer, or the processes would wait for each other with unlike backends.
+        shared = _launched("WORLD_SIZE", 1) > _launched("GROUP_WORLD_SIZE", 1)
+        return device, "gloo" if shared else "nccl"
+    processes = _launched("LOCAL_WORLD_SIZE", 1)
+    if processes > gpus:
+        raise ValueError(
+            f"device {name!r} gives each process a GPU of its own, got {processes} processes and {there}: start at "
+            f"most {gpus} (--nproc-per-node {gpus}), take device cpu, or name a GPU that all share, such as cuda:0"
+        )
+    return torch.device("cuda", _launched("LOCAL_RANK", 0)), "nccl"
+
+
+def _launched(name: str, otherwise: int) -> int:
+    """A number that torchrun has given this process."""
+    return int(os.environ.get(name, otherwise))
 
 
 def _free_frames(error: BaseException) -> None:

@@ -332,8 +332,8 @@ def train(
     """Train a model in place, with SGD, on the images that the config's objective crafts.
 
     With a folder the run can be stopped at any moment, kill -9 included: the same call continues after the last whole
-    epoch, and on a CPU ends with the same weights, bit for bit. Under `torchrun` (see `training.ranks.group`) each
-    process passes its own part of the batches.
+    epoch, and on a CPU ends with the same weights, bit for bit. Under `torchrun` (see `training.distributed.group`)
+    each process passes its own part of the batches.
 
     Args:
         model: any classifier of images [N, C, H, W] in [0, 1]; it ends in eval mode.

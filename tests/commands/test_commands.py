@@ -170,7 +170,7 @@ def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
         (["--arch", "resnet"], "resnet18"),
         (["--arch", "digits_cnn", "--eps", "1/0"], "1/0"),
         (["--arch", "digits_cnn", "--reinit"], "--ticket"),
-        (["--arch", "digits_cnn", "--device", "tpu"], "device must be cpu, cuda or auto, got 'tpu'"),
+        (["--arch", "digits_cnn", "--device", "tpu"], "auto, cpu, cuda or a GPU such as cuda:0, got 'tpu'"),
         (["--ticket", "nowhere"], "nowhere"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         ([], "name one with --arch"),

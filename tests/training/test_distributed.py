@@ -16,16 +16,16 @@ from sparse_adv.training import checkpoint
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 FLAGS = (
-    *("--arch", "digits_cnn", "--width", "8", "--limit", "300", "--batch-size", "64", "--epochs", "3"),
-    *("--objective", "fgsm-rs", "--eps", "0.1", "--evaluation-steps", "2"),
+    *("--device", "cpu", "--arch", "digits_cnn", "--width", "8", "--limit", "300", "--batch-size", "64"),
+    *("--epochs", "3", "--objective", "fgsm-rs", "--eps", "0.1", "--evaluation-steps", "2"),
 )
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def torchrun(out, *more: str) -> list[str]:
+def torchrun(out, *more: str, program: tuple[str, ...] = ("-m", "sparse_adv")) -> list[str]:
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "sparse_adv", "train", *FLAGS, "--out", str(out), *more),
+        *(*program, "train", *FLAGS, "--out", str(out), *more),
     ]
 
 
@@ -69,8 +69,7 @@ def test_only_gradients_of_kept_weights_travel(whole, ticket):
 
 def test_the_same_command_gives_the_same_weights(whole, tmp_path, ticket):
     run(torchrun(tmp_path / "again", "--ticket", str(ticket)))
-    first, second = (checkpoint.read_weights(out / runs.LAST)[0] for out in (whole[0], tmp_path / "again"))
-    assert all(first[key].equal(second[key]) for key in first)
+    assert last(tmp_path / "again") == last(whole[0])
 
 
 def test_a_dense_run_of_two_learns_as_one_process_does(tmp_path):
@@ -86,22 +85,25 @@ def test_a_dense_run_of_two_learns_as_one_process_does(tmp_path):
 
 def test_a_lost_process_ends_the_job_with_a_sentence_and_the_run_continues(whole, tmp_path, ticket):
     out = tmp_path / "killed"
-    job = subprocess.Popen(
-        torchrun(out, "--ticket", str(ticket)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    kill_and_continue(torchrun(out, "--ticket", str(ticket)), out)
+    assert last(out) == last(whole[0])
+
+
+def kill_and_continue(command: list[str], out: Path) -> None:
+    """Kill a process of the job after its first epoch; then finish the run."""
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert json.loads(job.stdout.readline())["epoch"] == 1
     os.kill(_worker(job.pid, rank=1), signal.SIGKILL)
     _, errors = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "start the same command again" in errors and errors.count("sparse-adv: ") == 1
     assert runs.read(out).result is None
-    run(torchrun(out, "--ticket", str(ticket)))
-    first, second = (checkpoint.read_weights(run / runs.LAST)[0] for run in (whole[0], out))
-    assert all(first[key].equal(second[key]) for key in first)
+    run(command)
+
+
+def last(out: Path) -> dict[str, bytes]:
+    """A run's last weights, bit for bit."""
+    return {name: tensor.numpy().tobytes() for name, tensor in checkpoint.read_weights(out / runs.LAST)[0].items()}
 
 
 def _worker(parent: int, rank: int) -> int:
@@ -116,9 +118,17 @@ def _worker(parent: int, rank: int) -> int:
     raise AssertionError(f"torchrun started no process of rank {rank}")
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    done = subprocess.run(
-        torchrun(tmp_path / "odd", "--batch-size", "63"), capture_output=True, text=True, env=ENVIRONMENT, timeout=120
-    )
-    assert done.returncode != 0 and "multiple of the 2 processes, got 63" in done.stderr
-    assert done.stderr.startswith("sparse-adv: error: ")
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--batch-size", "63"), "multiple of the 2 processes, got 63"),
+        (("--device", "auto"), "got 2 processes and 1 GPU: start at most 1 (--nproc-per-node 1), take device cpu, "),
+    ],
+)
+def test_what_processes_cannot_do_is_refused_by_one_of_them(tmp_path, more, said):
+    command = torchrun(tmp_path / "run", *more, program=(str(Path(__file__).parents[1] / "helpers" / "one_gpu.py"),))
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    told = [line for line in done.stderr.splitlines() if line.startswith("sparse-adv: ")]
+    assert len(told) == 1 and told[0].startswith("sparse-adv: error: ") and said in told[0]
+    assert "exitcode  : 2 " in done.stderr and "invalid device" not in done.stderr
