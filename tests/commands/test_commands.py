@@ -27,8 +27,9 @@ def searched(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(searched):
+    """On the CPU, where an evaluation repeats to the last image."""
     out = searched.parent / "train"
-    ticket = ("--ticket", str(searched / runs.TICKET))
+    ticket = ("--ticket", str(searched / runs.TICKET), "--device", "cpu")
     assert main(["train", *ticket, "--limit", "200", *QUICK, "--name", "a ticket", "--out", str(out)]) == 0
     return out
 
@@ -84,7 +85,7 @@ def test_controls_change_one_thing(searched, tmp_path, control):
 
 
 def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
-    arguments = ["evaluate", str(trained), "--out", str(tmp_path / "found.json")]
+    arguments = ["evaluate", str(trained), "--device", "cpu", "--out", str(tmp_path / "found.json")]
     assert main(arguments) == 0
     (found,) = lines(capsys)
     test = runs.read(trained).result["test"]

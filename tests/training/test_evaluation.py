@@ -129,10 +129,12 @@ def test_wrong_images_are_named_however_late(model, at_once, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_waits_for_the_gpu_before_the_end(model):
+    images = data.Batches(VALIDATION.to("cuda"), 8, shuffle=False)
+
     def watched():
         torch.cuda.set_sync_debug_mode("error")
         try:
-            yield from data.Batches(VALIDATION.to("cuda"), 8, shuffle=False)
+            yield from images
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
