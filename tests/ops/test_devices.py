@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sparse_adv.models import build
 from sparse_adv.nn import MaskedConv2d, constant_weights, sparsify
 from sparse_adv.ops import (
     compile_pattern,
+    cuda_ops,
     masked_conv2d,
     pack_pattern,
     pgd_step,
@@ -69,7 +71,7 @@ WIDE = {
 
 
 @pytest.mark.parametrize("name", WIDE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_blocks_that_a_gpu_has_kernels_for(device, name, dtype):
     case = copy.deepcopy(WIDE[name])
     expected = case.expected()
@@ -240,6 +242,29 @@ def test_opcheck_of_the_attacks_ops(device, norm):
     torch.library.opcheck(OPS.pgd_step_normalized.default, (*images, *statistics, 0.1, 0.2, 0.0, 1.0))
     seed = torch.tensor([1, 2], device=device)
     torch.library.opcheck(OPS.random_start.default, (clean, seed, 0.3, norm, 0.0, 1.0))
+
+
+STEP, START = (0.1, 0.2, "linf", 0.0, 1.0), (0.3, "linf", 0.0, 1.0)
+UNSAFE: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "a gradient of other sizes": lambda x, seed: OPS.pgd_step(x, x[:1], x, *STEP),
+    "clean images of other sizes": lambda x, seed: OPS.pgd_step_(x, x, x[..., :2], *STEP),
+    "whole numbers": lambda x, seed: OPS.pgd_step(x.long(), x, x, *STEP),
+    "an unknown norm": lambda x, seed: OPS.pgd_step(x, x, x, 0.1, 0.2, "l1", 0.0, 1.0),
+    "a short seed": lambda x, seed: OPS.random_start(x, seed[:1], *START),
+    "a seed of floats": lambda x, seed: OPS.random_start(x, seed.double(), *START),
+    "a start of whole numbers": lambda x, seed: OPS.random_start(x.long(), seed, *START),
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_native_ops_refuse_what_is_unsafe(device, name):
+    if device.type == "cuda" and not cuda_ops().startswith("CUDA C++"):
+        pytest.skip("no native ops for CUDA here")
+    x, seed = torch.rand(2, 3, 4, 4, device=device), torch.tensor([1, 2], device=device)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="sparse_adv: "):
+        UNSAFE[name](x, seed)
+    assert x.equal(before)  # and the device still answers
 
 
 def test_a_generator_of_the_device_repeats_its_start(device):
