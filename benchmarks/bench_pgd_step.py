@@ -100,11 +100,11 @@ def main() -> None:
     measured = []
     for row in rows(arguments.device):
         measured.append(row)
+        write_rows(arguments.out, measured)  # a time limit must not lose what is there
         ratios = ", ".join(f"{rival} {ratio:.2f}x" for rival, ratio in row["ratios"].items())
         share = f", {row['of_copy_bandwidth']:.0%} of copy" if "of_copy_bandwidth" in row else ""
         median = row["seconds"]["ours"]["median"] * 1e6
         print(f"{row['op']:<34}{'x'.join(map(str, row['shape'])):<16}{median:10.1f} us   {ratios} of that time{share}")
-    write_rows(arguments.out, measured)
 
 
 @pytest.mark.parametrize("side", ["ours", "eager", "compile"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,43 @@ from typing import Any
 from harness import environment
 
 COLUMNS = ("op", "case", "microseconds", "ratios", "of the bound")
+LAST_LINES = 15
+TEST = r"\S+\.py::.+?"
 
 
 def parts(folder: Path) -> list[dict[str, Any]]:
-    """Each part with its exit status and seconds."""
-    lines = [line.split("\t") for line in (folder / "parts.tsv").read_text().splitlines()]
-    return [{"part": name, "status": int(status), "seconds": int(seconds)} for name, status, seconds in lines]
+    """Each part with its exit status, seconds, limit and, where it failed, the tests that did or its last lines."""
+    found = []
+    for line in (folder / "parts.tsv").read_text().splitlines():
+        name, status, seconds, limit, note = line.split("\t")
+        part = {"part": name, "status": int(status), "seconds": int(seconds), "limit": int(limit), "note": note}
+        if part["status"]:
+            log = (folder / f"{name}.log").read_text(errors="replace")
+            tests = failed_tests(log)
+            part |= {"failed": tests} if tests else {"last_lines": log.splitlines()[-LAST_LINES:]}
+        found.append(part)
+    return found
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+def failed_tests(log: str) -> list[str]:
+    """The tests that failed according to `pytest -v`, with a reason where its summary was reached.
+
+    A run that is stopped, or that a test ends, has no summary; the lines of single tests are then all there is.
+    """
+    ended = [f"{test} - {error}" for test, error in re.findall(rf"^({TEST}) (Fatal Python error: .*)$", log, re.M)]
+    if summary := re.findall(r"^(?:FAILED|ERROR) (\S+\.py\b.*)$", log, re.M):
+        return summary + ended
+    single = re.findall(rf"^({TEST}) (?:FAILED|ERROR)\b", log, re.M)  # one process
+    shared = re.findall(rf"^\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) ({TEST}) *(?:Fatal .*)?$", log, re.M)  # pytest-xdist
+    return list(dict.fromkeys(single + shared)) + ended
+
+
+def rows(folder: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the parts measured, without the facts that hold for all."""
+    names = [line.split("\t")[0] for line in (folder / "parts.tsv").read_text().splitlines()]
+    files = [path for name in names if (path := folder / f"{name}.jsonl").exists()]
+    found = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if facts.get(key) != value} for row in found]
 
 
 def table_line(row: dict[str, Any]) -> list[str]:
@@ -30,24 +58,48 @@ def table_line(row: dict[str, Any]) -> list[str]:
     return [row["op"], str(row.get("case") or row.get("shape")), spread, ratios, bound]
 
 
-def report(folder: Path) -> str:
-    """The parts, then a table of all rows: our time and how much longer each rival takes."""
-    facts = environment()
+def what_failed(part: dict[str, Any]) -> list[str]:
+    limit = f" (its limit of {part['limit']} s)" if part["status"] in (124, 137) else ""
+    lines = ["", f"## {part['part']} failed with status {part['status']}{limit}", ""]
+    if "failed" in part:
+        return lines + [f"- `{test}`" for test in part["failed"]]
+    return [*lines, f"The last lines of {part['part']}.log:", "", "```", *part["last_lines"], "```"]
+
+
+def report(whole: dict[str, Any]) -> str:
+    """The parts, what failed in them, then a table of all rows: our time and how much longer each rival takes."""
+    facts = {key: value for key, value in whole.items() if key not in ("parts", "rows")}
     lines = [f"# {facts.get('gpu', 'no GPU')}, {facts['date']}, commit {facts['commit']}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += ["", "| part | status | seconds |", "| --- | --- | --- |"]
-    for part in parts(folder):
-        lines.append(f"| {part['part']} | {'ok' if part['status'] == 0 else part['status']} | {part['seconds']} |")
-    lines += ["", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(table_line(row))} |" for row in rows(folder)]
+    lines += ["", "| part | status | seconds | limit | note |", "| --- | --- | --- | --- | --- |"]
+    for part in whole["parts"]:
+        status = "ok" if part["status"] == 0 else f"**{part['status']}**"
+        lines.append(f"| {part['part']} | {status} | {part['seconds']} | {part['limit']} | {part['note']} |")
+    for part in whole["parts"]:
+        if part["status"]:
+            lines += what_failed(part)
+    if whole["rows"]:
+        lines += ["", "## Measured", "", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+        lines += [f"| {' | '.join(table_line(row))} |" for row in whole["rows"]]
     return "\n".join(lines) + "\n"
 
 
+def as_json(whole: dict[str, Any]) -> str:
+    """JSON with a line for each fact, and for each item of a list."""
+
+    def text(value: object) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value)
+        return "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n ]"
+
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {text(value)}" for key, value in whole.items()) + "\n}\n"
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
-    whole = {**environment(), "parts": parts(folder), "rows": rows(folder)}
-    (folder / "gpu_check.json").write_text(json.dumps(whole, indent=1) + "\n")
-    text = report(folder)
+    folder, facts = Path(sys.argv[1]), environment()
+    whole = {**facts, "parts": parts(folder), "rows": rows(folder, facts)}
+    (folder / "gpu_check.json").write_text(as_json(whole))
+    text = report(whole)
     (folder / "gpu_check.md").write_text(text)
     print(text)
 

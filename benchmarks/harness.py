@@ -23,6 +23,7 @@ import torch
 
 from sparse_adv import ops
 
+ROOT = Path(__file__).resolve().parent.parent
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 COPIED_BYTES = {"cpu": 2**24, "cuda": 2**31}  # 16 MiB are the images of 64@32 at batch 64
 
@@ -215,7 +216,11 @@ def _l2_bytes() -> int:
 
 
 def _commit() -> str:
-    return _output_of("git", "describe", "--always", "--dirty") or os.environ.get("COMMIT", "unknown")
+    """COMMIT in the environment, else what git says, where this project is a repository and not a folder in another."""
+    known = os.environ.get("COMMIT", "")
+    if not known and (ROOT / ".git").exists():
+        known = _output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    return known or "unknown"
 
 
 def _output_of(*command: str) -> str:

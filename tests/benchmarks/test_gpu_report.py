@@ -1,12 +1,18 @@
-"""The report of a GPU check: made of whatever parts and rows are there, also where a part failed."""
+"""The check of a GPU: which tests its parts run, how long they may take, and the report, also where a part failed."""
 
+import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 ROW = {
     "op": "pgd_step linf",
     "shape": [128, 3, 32, 32],
@@ -17,29 +23,149 @@ ROW = {
     "ratios": {"eager": 4.0},
     "of_copy_bandwidth": 0.91,
 }
+FAILING = """\
+import ctypes, pytest
+def test_fine(): pass
+def test_wrong(): assert 2 + 2 == 5
+@pytest.mark.parametrize("name", ["other", "two words"])
+def test_ends_the_process(name):
+    if name == "two words": ctypes.string_at(0)
+"""
+ENDS = "test_it.py::test_ends_the_process"
 
 
-def test_parts_and_rows_become_a_file_and_a_table(tmp_path):
-    (tmp_path / "parts.tsv").write_text("build\t0\t40\nmemcheck\t127\t1\n")
-    (tmp_path / "pgd_step.jsonl").write_text(json.dumps(ROW) + "\n")
-    command = [sys.executable, BENCHMARKS / "gpu_report.py", tmp_path]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "| memcheck | 127 | 1 |" in printed and "| build | ok | 40 |" in printed
+@pytest.fixture
+def reported(tmp_path, monkeypatch, capsys):
+    """Makes the report of the test's folder; returns what is printed."""
+
+    def run() -> str:
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(tmp_path)])
+        importlib.import_module("gpu_report").main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_parts_and_rows_become_a_file_and_a_table(tmp_path, reported, monkeypatch):
+    monkeypatch.setenv("COMMIT", "abc")
+    (tmp_path / "parts.tsv").write_text("build\t0\t40\t75\t\npgd_step\t0\t20\t30\tno l2\nmemcheck\t127\t1\t45\t\n")
+    (tmp_path / "pgd_step.jsonl").write_text(json.dumps(ROW | {"commit": "abc", "threads": -1}) + "\n")
+    (tmp_path / "memcheck.log").write_text("no such tool\n")
+    (tmp_path / "of_an_earlier_check.jsonl").write_text("{}\n")
+    printed = reported()
+    assert "| build | ok | 40 | 75 |  |" in printed and "| pgd_step | ok | 20 | 30 | no l2 |" in printed
+    assert "| memcheck | **127** | 1 | 45 |  |" in printed and "```\nno such tool\n```" in printed
     assert "| pgd_step linf | [128, 3, 32, 32] | 2.0 (1.0-3.0) | eager 4.00 | 91% |" in printed
     assert (tmp_path / "gpu_check.md").read_text() + "\n" == printed
     found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert found["rows"] == [ROW] and found["parts"][1] == {"part": "memcheck", "status": 127, "seconds": 1}
+    assert found["rows"] == [ROW | {"threads": -1}]  # the commit is that of the whole
+    assert found["parts"][2]["status"] == 127 and found["parts"][2]["last_lines"] == ["no such tool"]
 
 
-def test_a_failing_part_fails_the_check_and_the_next_ones_still_run(tmp_path):
-    """With an interpreter that does nothing but fail."""
-    broken = tmp_path / "python"
-    broken.write_text(f'#!/bin/sh\ncase "$1" in *gpu_report.py) exec {sys.executable} "$@";; esac\nexit 3\n')
-    broken.chmod(0o755)
-    out = tmp_path / "out"
-    environment = os.environ | {"PYTHON": str(broken)}
-    run = subprocess.run([BENCHMARKS / "gpu_check.sh", out], env=environment, capture_output=True, text=True)
-    assert run.returncode == 1
-    failed = {part["part"]: part["status"] for part in json.loads((out / "gpu_check.json").read_text())["parts"]}
-    assert failed["build"] == failed["shrink"] == 3
-    assert "=== build FAILED with status 3" in (out / "log.txt").read_text()
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [
+        ("not two", ["test_it.py::test_wrong - assert (2 + 2) == 5"]),
+        ("test", ["test_it.py::test_wrong", f"{ENDS}[two words] - Fatal Python error: Segmentation fault"]),
+    ],
+)
+def test_failing_tests_are_named(tmp_path, reported, chosen, named):
+    (tmp_path / "test_it.py").write_text(FAILING)
+    command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", "-k", chosen, "test_it.py"]
+    with (tmp_path / "tests.log").open("w") as log:
+        status = subprocess.run(command, cwd=tmp_path, stdout=log, stderr=log).returncode
+    (tmp_path / "parts.tsv").write_text(f"tests\t{status}\t2\t135\t\n")
+    printed = reported()
+    assert all(f"- `{test}`" in printed for test in named) and "test_fine" not in printed
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["parts"][0]["failed"] == named
+
+
+def test_failing_tests_of_several_processes_are_named(tmp_path, reported):
+    """As pytest-xdist tells of them, in a run that was stopped."""
+    (tmp_path / "tests.log").write_text(
+        "tests/test_a.py::test_slow \n"
+        "[gw0] [  1%] PASSED tests/test_a.py::test_fine \n"
+        "[gw11] [ 33%] FAILED tests/test_a.py::test_wrong[two words] \n"
+        "[gw1] [ 50%] FAILED tests/test_b.py::test_worse Fatal Python error: Segmentation fault\n"
+        "[gw1] [100%] ERROR tests/test_b.py::test_worse \n"
+    )
+    (tmp_path / "parts.tsv").write_text("tests\t124\t135\t135\t\n")
+    assert "failed with status 124 (its limit of 135 s)" in reported()
+    (part,) = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    assert part["failed"] == ["tests/test_a.py::test_wrong[two words]", "tests/test_b.py::test_worse"]
+
+
+def test_the_commit_that_is_named_wins_and_that_of_an_enclosing_repository_does_not_count(tmp_path, monkeypatch):
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    project = tmp_path / "project"
+    (project / "benchmarks").mkdir(parents=True)
+    shutil.copy(BENCHMARKS / "harness.py", project / "benchmarks")
+    spec = importlib.util.spec_from_file_location("copy_of_harness", project / "benchmarks" / "harness.py")
+    harness = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(harness)
+
+    def make_repository(folder: Path) -> str:
+        git = ["git", "-C", folder, "-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+        for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+            subprocess.run([*git, *command], check=True)
+        return subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.delenv("COMMIT", raising=False)
+    make_repository(tmp_path)
+    assert harness.environment()["commit"] == "unknown"
+    described = make_repository(project)
+    assert harness.environment()["commit"] == described
+    monkeypatch.setenv("COMMIT", "1a48e42, one word changed")
+    assert harness.environment()["commit"] == "1a48e42, one word changed"
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """The folder and the result of a check in which only the report works; other commands tell their arguments."""
+    tools = tmp_path_factory.mktemp("tools")
+    for name in ("python", "nvidia-smi", "compute-sanitizer"):
+        report = f'case "$1" in *gpu_report.py) exec {sys.executable} "$@";; esac\n' if name == "python" else ""
+        (tools / name).write_text(f'#!/bin/sh\n{report}printf "%s\\n" "$@"\nexit 3\n')
+        (tools / name).chmod(0o755)
+    out = tools / "out"
+    variables = os.environ | {"PYTHON": str(tools / "python"), "PATH": f"{tools}:{os.environ['PATH']}"}
+    run = subprocess.run([BENCHMARKS / "gpu_check.sh", out], env=variables, capture_output=True, text=True)
+    return out, run
+
+
+def test_a_failing_part_fails_the_check_and_the_next_ones_still_run(checked):
+    out, run = checked
+    assert run.returncode == 1 and "=== build FAILED with status 3" in run.stdout
+    parts = json.loads((out / "gpu_check.json").read_text())["parts"]
+    assert {part["part"] for part in parts} >= {"build", "native_errors", "tests", "memcheck", "attack_wrn", "shrink"}
+    assert {part["status"] for part in parts} == {3}
+    assert sum(part["limit"] for part in parts) < 540
+    assert "## shrink failed with status 3" in run.stdout and "without pytest-xdist" in run.stdout
+
+
+NATIVE_ERRORS = (
+    "test_tampered_patterns_are_refused[too few values]",
+    "test_ops_refuse_arguments_that_do_not_fit_the_pattern[stride]",
+    "test_a_segment_size_that_overflows_is_refused",
+    "test_no_pattern_crashes_the_process",
+    "test_raw_op_refuses_what_is_unsafe[tensors0]",
+    "test_native_ops_refuse_what_is_unsafe[cuda-an unknown norm]",
+)
+UNDER_MEMCHECK = (
+    "test_the_step_takes_any_layout[cuda-contiguous-permuted-l2]",
+    "test_the_step_that_normalises[cuda-grad_dtype0-sliced]",
+    "test_the_start_is_that_of_the_cpu[cuda-every other-dtype0-l2]",
+    "test_blocks_that_a_gpu_has_kernels_for[cuda-torch.bfloat16-strided, with an epilogue]",
+)
+
+
+@pytest.mark.parametrize(("part", "names"), [("native_errors", NATIVE_ERRORS), ("memcheck", UNDER_MEMCHECK)])
+def test_the_parts_that_choose_tests_choose_those_they_are_for(checked, part, names):
+    _, _, arguments = (checked[0] / f"{part}.log").read_text().partition("-m\npytest\n")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", *arguments.splitlines()]
+    chosen = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    found = {name for line in chosen.splitlines() for name in re.findall(r"::(.+)$", line)}
+    assert found >= set(names)
+    assert part == "native_errors" or all("[cuda-" in name or "promised" in name for name in found)
