@@ -78,7 +78,7 @@ def rows_of(layer: Layer, block: tuple[int, int], density: float, peak: Peak) ->
     x, weight = torch.randn(layer.batch, layer.channels, layer.size, layer.size), torch.randn(shape) * mask
     pattern = ops.pack_pattern(ops.compile_pattern(mask, block), weight)
     grad = torch.randn_like(torch.conv2d(x, weight, None, strides, pads))
-    native, last = torch.ops.sparse_adv, torch.channels_last
+    native, tensors, last = torch.ops.sparse_adv, pattern.flatten(), torch.channels_last
     images = {"dense": (x, grad), "dense, channels_last": tuple(t.contiguous(memory_format=last) for t in (x, grad))}
 
     def backward(side: str, which: int) -> Tensor:
@@ -90,15 +90,15 @@ def rows_of(layer: Layer, block: tuple[int, int], density: float, peak: Peak) ->
 
     passes = {
         "forward": {
-            "ours": lambda: native.masked_conv2d(x, weight, pattern, None, *geometry, None, None, False),
+            "ours": lambda: native.masked_conv2d(x, weight, tensors, None, *geometry, None, None, False),
             **{side: lambda side=side: torch.conv2d(images[side][0], weight, None, strides, pads) for side in images},
         },
         "grad_input": {
-            "ours": lambda: native.masked_conv2d_grad_input(grad, weight, pattern, x.shape, *geometry),
+            "ours": lambda: native.masked_conv2d_grad_input(grad, weight, tensors, x.shape, *geometry),
             **{side: lambda side=side: backward(side, 0) for side in images},
         },
         "grad_weight": {
-            "ours": lambda: native.masked_conv2d_grad_weight(grad, x, pattern, *geometry),
+            "ours": lambda: native.masked_conv2d_grad_weight(grad, x, tensors, *geometry),
             **{side: lambda side=side: backward(side, 1) for side in images},
         },
     }

@@ -55,8 +55,8 @@ def sides_of(
     torch.manual_seed(0)
     x, grad = torch.randn(2, batch, channels, size, size)
     weight = torch.randn(mask.shape) * mask
-    pattern = ops.set_paths(ops.compile_pattern(mask, block), "sparse", "sparse", "sparse")
-    packed = ops.pack_pattern(pattern, weight)
+    pattern = ops.set_kernels(ops.compile_pattern(mask, block), "sparse", "sparse", "sparse")
+    tensors, packed = pattern.flatten(), ops.pack_pattern(pattern, weight).flatten()
     native = torch.ops.sparse_adv
     last = {name: t.contiguous(memory_format=torch.channels_last) for name, t in {"x": x, "grad": grad}.items()}
 
@@ -69,7 +69,7 @@ def sides_of(
 
     forward: Sides = {
         "ours": lambda: native.masked_conv2d(x, weight, packed, None, *GEOMETRY, None, None, False),
-        "ours, unpacked": lambda: native.masked_conv2d(x, weight, pattern, None, *GEOMETRY, None, None, False),
+        "ours, unpacked": lambda: native.masked_conv2d(x, weight, tensors, None, *GEOMETRY, None, None, False),
         "dense": lambda: torch.conv2d(x, weight, None, 1, 1),
         "dense, channels_last": lambda: torch.conv2d(last["x"], weight, None, 1, 1),
     }
@@ -79,7 +79,7 @@ def sides_of(
         "dense, channels_last": lambda: backward(last["grad"], last["x"], 0),
     }
     grad_weight: Sides = {
-        "ours": lambda: native.masked_conv2d_grad_weight(grad, x, pattern, *GEOMETRY),
+        "ours": lambda: native.masked_conv2d_grad_weight(grad, x, tensors, *GEOMETRY),
         "dense": lambda: backward(grad, x, 1),
         "dense, channels_last": lambda: backward(last["grad"], last["x"], 1),
     }

@@ -34,8 +34,8 @@ def sides_of(channels: int, size: int, batch: int, mask: torch.Tensor, block: tu
     x, grad = (torch.randn(batch, channels, size, size).to(**like) for _ in range(2))
     weight = (torch.randn(mask.shape) * mask.cpu() / (9 * channels) ** 0.5).to(**like)
     pattern = ops.compile_pattern(mask, block)
-    packed = ops.pack_pattern(ops.set_paths(pattern, "sparse", "sparse", "sparse"), weight)
-    native = torch.ops.sparse_adv
+    packed = ops.pack_pattern(ops.set_kernels(pattern, "sparse", "sparse", "sparse"), weight).flatten()
+    native, tensors = torch.ops.sparse_adv, pattern.flatten()
 
     def dense(which: int) -> torch.Tensor:
         wanted = [which == 0, which == 1, False]
@@ -53,7 +53,7 @@ def sides_of(channels: int, size: int, batch: int, mask: torch.Tensor, block: tu
             "dense": lambda: dense(0),
         },
         "grad_weight": {
-            "ours": lambda: native.masked_conv2d_grad_weight(grad, x, pattern, *GEOMETRY),
+            "ours": lambda: native.masked_conv2d_grad_weight(grad, x, tensors, *GEOMETRY),
             "dense": lambda: dense(1),
         },
     }

@@ -68,7 +68,7 @@ def _masked_conv2d(block: tuple[int, int], path: str) -> float:
     mask = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     bias, scale = torch.randn(2, 16, generator=noise)
     residual = torch.randn(2, 16, 7, 9, generator=noise)
-    pattern = ops.set_paths(ops.compile_pattern(mask, block), forward=path, grad_input=path, grad_weight=path)
+    pattern = ops.set_kernels(ops.compile_pattern(mask, block), forward=path, grad_input=path, grad_weight=path)
 
     def results(op: Callable[..., Tensor], structure: Tensor | ops.Pattern) -> list[Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias, scale, residual)]

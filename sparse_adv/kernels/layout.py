@@ -1,6 +1,8 @@
-"""Where the ops' outputs keep their elements; csrc/layout.h says the same below Python."""
+"""Size and memory layout of the ops' outputs; csrc/layout.h has the same layout rule."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,5 +16,29 @@ def layout_of(tensor: Tensor) -> torch.memory_format:
 
 
 def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor, copied where needed, in the layout that an op's output has for `like`."""
+    """The tensor, copied where needed, in the layout that an op's output has for the input `like`."""
     return tensor.contiguous(memory_format=layout_of(like))
+
+
+def output_size(
+    image: Sequence[int],
+    filter: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Rows and columns of a convolution's output: floor((size + 2 padding - dilation (filter - 1) - 1) / stride) + 1.
+
+    Args:
+        image, filter: rows and columns of the input and of the filter.
+        stride, padding, dilation: (rows, columns).
+
+    Example:
+        >>> output_size((32, 32), (3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1))
+        (16, 16)
+    """
+    rows, cols = (
+        (size + 2 * pad - spread * (taps - 1) - 1) // step + 1
+        for size, taps, step, pad, spread in zip(image, filter, stride, padding, dilation, strict=True)
+    )
+    return rows, cols

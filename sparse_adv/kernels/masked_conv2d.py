@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.layout import in_layout_of, layout_of
+from sparse_adv.kernels.layout import in_layout_of, layout_of, output_size
 from sparse_adv.kernels.masked_conv2d_tiles import check_size, convolution_tile, divider, kind_of, quotient
 
 # What a group of programs that run at about the same time reads stays in the L2 cache, of 40 MB and more.
@@ -57,11 +57,8 @@ def forward(
         precision: how float32 is multiplied: as "tf32", or split into three products of it, "tf32x3", which lose 2 of
             the 24 bits and take a quarter of the time of float32 without tensor cores.
     """
-    size = [
-        (length + 2 * p - d * (f - 1) - 1) // step + 1
-        for length, p, d, f, step in zip(input.shape[2:], padding, dilation, weight_size[2:], stride, strict=True)
-    ]
-    output = _empty_like_layout(input, (input.shape[0], weight_size[0], *size))
+    pixels = output_size(input.shape[2:], weight_size[2:], stride, padding, dilation)
+    output = _empty_like_layout(input, (input.shape[0], weight_size[0], *pixels))
     if residual is not None:
         residual = in_layout_of(input, residual)
     fused = (None, _dense(scale), _dense(bias), residual)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses
-from sparse_adv.ops.masked_conv2d_pattern import check_block, check_mask, obeys
+from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
 
 SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (
     (64, 64),

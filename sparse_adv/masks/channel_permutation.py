@@ -22,7 +22,7 @@ from sparse_adv.masks.pruning import (
     four_sizes,
     keep_blocks,
 )
-from sparse_adv.ops.masked_conv2d_pattern import check_block
+from sparse_adv.ops.masked_conv2d_mask import check_block
 
 _SOFT_ROUNDS, _SOFT_POWER = 4, 4
 """Rounds in which every block counts, by this power of its mean squared score, before it is kept or pruned; tried."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_adv.masks.dependency_graph import channel_groups
 from sparse_adv.masks.layers import maskable, unknown_module
-from sparse_adv.ops.masked_conv2d_pattern import check_block
+from sparse_adv.ops.masked_conv2d_mask import check_block
 
 log = logging.getLogger(__name__)
 

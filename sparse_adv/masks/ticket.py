@@ -26,7 +26,7 @@ from sparse_adv.files import write_bytes
 from sparse_adv.masks.algebra import density, largest_block
 from sparse_adv.masks.layers import parameter_of
 from sparse_adv.ops import build_facts
-from sparse_adv.ops.masked_conv2d_pattern import check_mask
+from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 TICKET_FORMAT = "sparse_adv ticket 1"
 """What the metadata of a ticket file calls its format."""

@@ -17,7 +17,7 @@ from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_convertible, pattern_of
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.masked_linear import MaskedLinear, check_linear, check_linear_mask
-from sparse_adv.ops.masked_conv2d_pattern import check_block, check_mask, obeys
+from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
 
 
 class _Plan(NamedTuple):

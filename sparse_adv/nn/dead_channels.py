@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.ops.masked_conv2d_pattern import check_mask
+from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from sparse_adv.masks import largest_block
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_layer import MaskedLayer, check_own_weight, check_shape
-from sparse_adv.ops import Pattern, chosen_paths, compile_pattern, masked_conv2d, pack_pattern, set_paths
-from sparse_adv.ops.masked_conv2d_pattern import check_block, check_mask, obeys
+from sparse_adv.ops import Pattern, chosen_paths, compile_pattern, masked_conv2d, pack_pattern, set_kernels
+from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
 
 PASSES = ("forward", "grad_input", "grad_weight")
 
@@ -141,7 +141,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def choose_paths(self, choices: Mapping[str, Any]) -> None:
         """Fix which kernel each pass takes: `choices[pass]["path"]` is "sparse" or "dense"; see `nn.tune`."""
         assert self._pattern is not None, "a layer on the meta device has no pattern"
-        self._tuned_pattern = set_paths(self._pattern, **{name: choices[name]["path"] for name in PASSES})
+        self._tuned_pattern = set_kernels(self._pattern, **{name: choices[name]["path"] for name in PASSES})
         self.choices = dict(choices)
         self._constant = None
 
@@ -201,7 +201,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         self._settle()
 
     def _compiled_mask(self) -> Tensor | None:
-        return self._pattern[1] if self._pattern else None
+        return self._pattern.mask if self._pattern else None
 
     def _compile(self) -> None:
         if self._pattern is not None:
@@ -215,7 +215,9 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         self._pattern = self._tuned_pattern = None
 
     def _settle(self) -> None:
-        self._deterministic_pattern = None if self._pattern is None else set_paths(self._pattern, grad_weight="sparse")
+        self._deterministic_pattern = (
+            None if self._pattern is None else set_kernels(self._pattern, grad_weight="sparse")
+        )
         super()._settle()
 
 

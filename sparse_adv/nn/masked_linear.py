@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_layer import MaskedLayer, check_own_weight, check_shape
-from sparse_adv.ops.masked_conv2d_pattern import check_mask
+from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):

@@ -19,7 +19,7 @@ from sparse_adv.masks.dependency_graph import NORMS, ChannelGroup, Trace, trace
 from sparse_adv.masks.layers import unknown_module
 from sparse_adv.nn.conversion import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
-from sparse_adv.ops.masked_conv2d_pattern import check_mask
+from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 _NOT_CONSTANT = math.nan
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
-from sparse_adv.ops import Pattern, chosen_paths, masked_conv2d, pack_pattern, set_paths
-from sparse_adv.ops.masked_conv2d_pattern import has_blocks
+from sparse_adv.ops import Pattern, chosen_paths, masked_conv2d, pack_pattern, set_kernels
+from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
 
 Choices = dict[str, dict[str, Any]]
 
@@ -74,7 +74,7 @@ def _has_choice(layer: MaskedConv2d, input: Tensor) -> bool:
     if input.dim() != 4:
         return False
     if input.device.type == "cuda":
-        return has_blocks(layer.pattern)
+        return isinstance(layer.pattern, BlockPattern)
     return input.device.type == "cpu" and input.dtype == torch.float32
 
 
@@ -89,7 +89,7 @@ def _check_choice(name: str, choice: Mapping[str, Any], layers: Mapping[str, nn.
 
 def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, seconds: float) -> dict[str, Any]:
     x, padding = layer.padded(input)
-    plain, weight, grad = set_paths(layer.pattern), layer.weight.detach(), torch.ones_like(output)
+    plain, weight, grad = set_kernels(layer.pattern), layer.weight.detach(), torch.ones_like(output)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, grad = (tensor.to(dtype) for tensor in (x, weight, grad))
@@ -98,7 +98,7 @@ def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, se
     by_table = chosen_paths(plain, x.shape, layer.stride, padding, layer.dilation)
     choice = {}
     for name, run in _passes(layer, x, weight, padding, grad).items():
-        patterns = {path: set_paths(plain, **{name: path}) for path in ("sparse", "dense")}
+        patterns = {path: set_kernels(plain, **{name: path}) for path in ("sparse", "dense")}
         times = _race(run, patterns, trials, seconds)
         table = by_table[name]
         other = "dense" if table == "sparse" else "sparse"
@@ -114,8 +114,8 @@ def _passes(
     geometry = (layer.stride, padding, layer.dilation, layer.groups)
     return {
         "forward": lambda pattern: masked_conv2d(x, weight, pattern, bias, *geometry),
-        "grad_input": lambda pattern: ops.masked_conv2d_grad_input(grad, weight, pattern, x.shape, *geometry),
-        "grad_weight": lambda pattern: ops.masked_conv2d_grad_weight(grad, x, pattern, *geometry),
+        "grad_input": lambda pattern: ops.masked_conv2d_grad_input(grad, weight, pattern.flatten(), x.shape, *geometry),
+        "grad_weight": lambda pattern: ops.masked_conv2d_grad_weight(grad, x, pattern.flatten(), *geometry),
     }
 
 
@@ -125,7 +125,7 @@ def _race(
     """The shortest time of each, taking turns so that a slow moment of the machine strikes both."""
     best = dict.fromkeys(patterns, float("inf"))
     end = time.perf_counter() + seconds
-    clocks = {path: _clock(partial(run, pattern), pattern[1].device) for path, pattern in patterns.items()}
+    clocks = {path: _clock(partial(run, pattern), pattern.mask.device) for path, pattern in patterns.items()}
     for trial in range(max(2, trials)):
         for path, clock in clocks.items():
             best[path] = min(best[path], clock())

@@ -4,7 +4,7 @@ from sparse_adv.ops import masked_conv2d_cuda as _registers_cuda  # noqa: F401
 from sparse_adv.ops import masked_conv2d_gradients as _registers_gradients  # noqa: F401
 from sparse_adv.ops._library import build_facts, cpu_capability, cuda_ops
 from sparse_adv.ops.masked_conv2d import masked_conv2d
-from sparse_adv.ops.masked_conv2d_pattern import Pattern, chosen_paths, compile_pattern, pack_pattern, set_paths
+from sparse_adv.ops.masked_conv2d_pattern import Pattern, chosen_paths, compile_pattern, pack_pattern, set_kernels
 from sparse_adv.ops.pgd_step import pgd_step, pgd_step_
 from sparse_adv.ops.pgd_step_normalized import pgd_step_normalized
 from sparse_adv.ops.random_start import random_start
@@ -22,5 +22,5 @@ __all__ = [
     "pgd_step_",
     "pgd_step_normalized",
     "random_start",
-    "set_paths",
+    "set_kernels",
 ]

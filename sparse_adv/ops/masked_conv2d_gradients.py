@@ -6,14 +6,42 @@ gradient of each op is another of the three.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.masked_conv2d_pattern import without_values
+from sparse_adv.ops.masked_conv2d_pattern import unflatten
 
 Gradient = Tensor | list[None] | None
+
+# The arguments of each op, in the order of its schema.
+_FORWARD = (
+    "input",
+    "weight",
+    "pattern",
+    "bias",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "scale",
+    "residual",
+    "relu",
+)
+_GRAD_INPUT = ("grad_output", "weight", "pattern", "input_size", "stride", "padding", "dilation", "groups")
+_GRAD_WEIGHT = ("grad_output", "input", "pattern", "stride", "padding", "dilation", "groups")
+
+
+def _needs(ctx: Any, arguments: Sequence[str]) -> dict[str, bool]:
+    return dict(zip(arguments, ctx.needs_input_grad, strict=True))
+
+
+def _in_order(arguments: Sequence[str], tensors: Sequence[Tensor], **gradients: Tensor | None) -> tuple[Gradient, ...]:
+    """One gradient for each argument, None where it has none, and a list of None for the pattern's tensors."""
+    named: dict[str, Gradient] = {"pattern": [None] * len(tensors), **gradients}
+    return tuple(named.get(name) for name in arguments)
 
 
 def _shape_args(ctx: Any) -> tuple[Any, ...]:
@@ -21,79 +49,70 @@ def _shape_args(ctx: Any) -> tuple[Any, ...]:
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, pattern, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, scale, _, ctx.relu = inputs
-    ctx.save_for_backward(input, weight, scale, output if ctx.relu else None, *pattern)
+    input, weight, tensors, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, scale, _, ctx.relu = inputs
+    ctx.save_for_backward(input, weight, scale, output if ctx.relu else None, *tensors)
 
 
 def _backward_forward(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
-    input, weight, scale, output, *pattern = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    needs_input, needs_weight, needs_bias, needs_scale, needs_residual = (needs[i] for i in (0, 1, 3, 8, 9))
+    input, weight, scale, output, *tensors = ctx.saved_tensors
+    needs, shape = _needs(ctx, _FORWARD), _shape_args(ctx)
     if ctx.relu:
         grad = torch.ops.aten.threshold_backward(grad, output, 0)
-    shape = _shape_args(ctx)
     grad_input = grad_weight = grad_scale = None
-    if needs_input:
+    if needs["input"]:
         scaled = grad if scale is None else grad * scale[:, None, None]
-        grad_input = torch.ops.sparse_adv.masked_conv2d_grad_input(scaled, weight, pattern, input.shape, *shape)
-    if needs_weight or needs_scale:
-        grad_weight = torch.ops.sparse_adv.masked_conv2d_grad_weight(grad, input, pattern, *shape)
+        grad_input = torch.ops.sparse_adv.masked_conv2d_grad_input(scaled, weight, tensors, input.shape, *shape)
+    if needs["weight"] or needs["scale"]:
+        grad_weight = torch.ops.sparse_adv.masked_conv2d_grad_weight(grad, input, tensors, *shape)
     if scale is not None and grad_weight is not None:
-        # <grad, conv> per channel without the unscaled output: the convolution is linear in the weight.
-        grad_scale = torch.where(pattern[1], grad_weight * weight, 0).sum((1, 2, 3))
-        grad_weight = torch.where(pattern[1], grad_weight * scale[:, None, None, None], 0)
-    return (
-        grad_input,
-        grad_weight if needs_weight else None,
-        [None] * len(pattern),
-        grad.sum((0, 2, 3)) if needs_bias else None,
-        *[None] * 4,
-        grad_scale if needs_scale else None,
-        grad if needs_residual else None,
-        None,
+        # The gradient of scale[k] is <grad[k], conv[k]> = <grad_weight[k], weight[k]>, as conv is linear in the weight;
+        # so the unscaled output need not be saved.
+        mask = unflatten(tensors).mask
+        grad_scale = torch.where(mask, grad_weight * weight, 0).sum((1, 2, 3))
+        grad_weight = torch.where(mask, grad_weight * scale[:, None, None, None], 0)
+    return _in_order(
+        _FORWARD,
+        tensors,
+        input=grad_input,
+        weight=grad_weight if needs["weight"] else None,
+        bias=grad.sum((0, 2, 3)) if needs["bias"] else None,
+        scale=grad_scale if needs["scale"] else None,
+        residual=grad if needs["residual"] else None,
     )
 
 
 def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, weight, pattern, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
-    ctx.save_for_backward(grad_output, weight, *pattern)
+    grad_output, weight, tensors, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
+    ctx.save_for_backward(grad_output, weight, *tensors)
 
 
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
-    grad_output, weight, *pattern = ctx.saved_tensors
-    shape = _shape_args(ctx)
-    needs_grad_output, needs_weight = ctx.needs_input_grad[:2]
-    return (
-        torch.ops.sparse_adv.masked_conv2d(grad, weight, pattern, None, *shape, None, None, False)
-        if needs_grad_output
-        else None,
-        torch.ops.sparse_adv.masked_conv2d_grad_weight(grad_output, grad, pattern, *shape) if needs_weight else None,
-        [None] * len(pattern),
-        *[None] * 5,
-    )
+    grad_output, weight, *tensors = ctx.saved_tensors
+    ops, needs, shape = torch.ops.sparse_adv, _needs(ctx, _GRAD_INPUT), _shape_args(ctx)
+    grad_grad_output = grad_weight = None
+    if needs["grad_output"]:
+        grad_grad_output = ops.masked_conv2d(grad, weight, tensors, None, *shape, None, None, False)
+    if needs["weight"]:
+        grad_weight = ops.masked_conv2d_grad_weight(grad_output, grad, tensors, *shape)
+    return _in_order(_GRAD_INPUT, tensors, grad_output=grad_grad_output, weight=grad_weight)
 
 
 def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, input, pattern, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
-    ctx.save_for_backward(grad_output, input, *pattern)
+    grad_output, input, tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = inputs
+    ctx.save_for_backward(grad_output, input, *tensors)
 
 
 def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
-    grad_output, input, *pattern = ctx.saved_tensors
-    # Here the gradient takes the weight's place, and values packed for the weight must not.
-    pattern = without_values(pattern)
-    shape = _shape_args(ctx)
-    needs_grad_output, needs_input = ctx.needs_input_grad[:2]
-    return (
-        torch.ops.sparse_adv.masked_conv2d(input, grad, pattern, None, *shape, None, None, False)
-        if needs_grad_output
-        else None,
-        torch.ops.sparse_adv.masked_conv2d_grad_input(grad_output, grad, pattern, input.shape, *shape)
-        if needs_input
-        else None,
-        [None] * len(ctx.saved_tensors[2:]),
-        *[None] * 4,
-    )
+    grad_output, input, *tensors = ctx.saved_tensors
+    ops, needs, shape = torch.ops.sparse_adv, _needs(ctx, _GRAD_WEIGHT), _shape_args(ctx)
+    # `grad` is the weight of the ops below, so the values that were packed for the layer's weight must not be read.
+    without_values = unflatten(tensors).without_values().flatten()
+    grad_grad_output = grad_input = None
+    if needs["grad_output"]:
+        grad_grad_output = ops.masked_conv2d(input, grad, without_values, None, *shape, None, None, False)
+    if needs["input"]:
+        grad_input = ops.masked_conv2d_grad_input(grad_output, grad, without_values, input.shape, *shape)
+    return _in_order(_GRAD_WEIGHT, tensors, grad_output=grad_grad_output, input=grad_input)
 
 
 torch.library.register_autograd("sparse_adv::masked_conv2d", _backward_forward, setup_context=_setup_forward)

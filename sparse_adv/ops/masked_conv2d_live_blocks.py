@@ -1,8 +1,9 @@
-"""Masks of blocks compiled into the lists that the Triton kernels walk."""
+"""Block masks compiled into the lists of live blocks that the Triton kernels read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,16 +11,33 @@ from torch import Tensor
 _SIZES = (32, 64)
 
 
+class LiveBlocks(NamedTuple):
+    """The blocks that a mask keeps, listed by output channels and by input channels; int32 tensors.
+
+    A tile is the bo output channels, or the bi input channels, that one block covers.
+    """
+
+    rows: Tensor
+    """[tiles, 3]: for each tile of output channels (first channel, start, end), a slice of `blocks`; longest first."""
+    blocks: Tensor
+    """[n, 4]: (first output channel, first input channel counted over all groups, filter row, filter column) of each
+    block, in this order."""
+    grad_rows: Tensor
+    """[tiles, 3]: the same as `rows` for each tile of input channels, with slices of `grad_order`."""
+    grad_order: Tensor
+    """[n]: indices into `blocks`."""
+
+
 def blocks_fit(block: Sequence[int], groups: int, mask_shape: Sequence[int]) -> bool:
-    """Whether there are Triton kernels for this block: 32 or 64 channels wide, one tap, none across two groups."""
+    """Whether there are Triton kernels for this block: 32 or 64 channels wide, one tap, and in one group."""
     out, into, *taps = block
     if out not in _SIZES or into not in _SIZES or any(size != 1 for size in taps):
         return False
     return groups == 1 or (mask_shape[0] // groups % out == 0 and mask_shape[1] % into == 0)
 
 
-def live_blocks(mask: Tensor, block: Sequence[int], groups: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kept blocks of a mask, listed by output channels and by input channels.
+def live_blocks(mask: Tensor, block: Sequence[int], groups: int = 1) -> LiveBlocks:
+    """List the blocks that a mask keeps.
 
     Args:
         mask: bool tensor [K, C/groups, R, S] that obeys the block.
@@ -27,10 +45,13 @@ def live_blocks(mask: Tensor, block: Sequence[int], groups: int = 1) -> tuple[Te
         groups: the convolution's groups.
 
     Returns:
-        int32 tensors on the mask's device: `blocks` [n, 4], (first output channel, first input channel counted over
-        all groups, filter row, filter column) of each, in this order; `rows`, (first channel, start, end) of a slice of
-        `blocks` for each tile of bo output channels, longest first; `grad_rows`, the same for each tile of bi input
-        channels and slices of `grad_order`; `grad_order` [n], indices into `blocks`.
+        The lists, on the mask's device.
+
+    Example:
+        >>> mask = torch.zeros(64, 32, 1, 1, dtype=torch.bool)
+        >>> mask[32:] = True
+        >>> live_blocks(mask, (32, 32)).blocks
+        tensor([[32,  0,  0,  0]], dtype=torch.int32)
     """
     out, into = block[:2]
     grid = mask[::out, ::into]
@@ -42,16 +63,12 @@ def live_blocks(mask: Tensor, block: Sequence[int], groups: int = 1) -> tuple[Te
     grad_order = in_tile.argsort(stable=True).int()
     starts = torch.arange(grid.shape[1], device=mask.device) * into
     grad_starts = torch.arange(groups, device=mask.device)[:, None] * mask.shape[1] + starts
-    return (
-        blocks,
-        _rows(torch.arange(grid.shape[0], device=mask.device) * out, out_tile),
-        _rows(grad_starts.flatten(), in_tile),
-        grad_order,
-    )
+    out_starts = torch.arange(grid.shape[0], device=mask.device) * out
+    return LiveBlocks(_rows(out_starts, out_tile), blocks, _rows(grad_starts.flatten(), in_tile), grad_order)
 
 
 def _rows(first_channels: Tensor, tile: Tensor) -> Tensor:
-    """(first channel, start, end) per tile, where `tile` names the tile of each entry of the list, ascending or not."""
+    """(first channel, start, end) of each tile, longest first; `tile` is the tile of each block, in any order."""
     lengths = tile.bincount(minlength=len(first_channels))
     ends = lengths.cumsum(0)
     rows = torch.stack([first_channels, ends - lengths, ends], 1)

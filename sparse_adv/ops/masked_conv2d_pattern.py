@@ -1,8 +1,16 @@
-"""Patterns: masks compiled into the index lists that the sparse kernels walk."""
+"""Patterns: masks compiled into the index lists that the sparse kernels read.
+
+The ops of torch take a pattern as a list of tensors, `flatten`; csrc/pattern_layout.h describes the list. Everywhere
+else a pattern is an object with named fields.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -10,32 +18,173 @@ from torch.nn.modules.utils import _pair
 
 from sparse_adv.ops._library import host
 from sparse_adv.ops.masked_conv2d_live_blocks import blocks_fit, live_blocks
+from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, obeys
 
-Pattern = list[Tensor]
-"""A compiled mask: what `compile_pattern` returns and `masked_conv2d` takes. Its layout: csrc/pattern_layout.h."""
+_FIELDS = host.header_fields
+_BLOCK_FORMAT = 2
+KERNELS = ("auto", "sparse", "dense")
+"""What may be requested for a pass; the header holds the index."""
 
-_HEADER = host.header_fields
-_FORMAT_OF_BLOCKS = 2
-_PLAIN_LENGTH = 6  # without packed values
-PATHS = ("auto", "sparse", "dense")
+
+class Kernels(NamedTuple):
+    """The kernel requested for each pass: "sparse", "dense" or "auto"."""
+
+    forward: str = "auto"
+    grad_input: str = "auto"
+    grad_weight: str = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern(ABC):
+    """A compiled mask: `compile_pattern` returns one and `masked_conv2d` takes it.
+
+    It names channels and filter taps and no image size, so one pattern serves inputs of any size. It is either a
+    `CsrPattern` or a `BlockPattern`.
+    """
+
+    header: Tensor
+    """int64 [19] on the CPU: sizes, block, groups, requested kernels. Read it by the properties."""
+    mask: Tensor
+    """bool [K, C/groups, R, S]: true = kept."""
+
+    @property
+    def block(self) -> Block:
+        """(bo, bi, br, bs)."""
+        start = _FIELDS["block"]
+        out, into, rows, cols = self._header[start : start + 4]
+        return out, into, rows, cols
+
+    @property
+    def groups(self) -> int:
+        """The convolution's groups."""
+        return self._header[_FIELDS["groups"]]
+
+    @property
+    def nonzeros(self) -> int:
+        """The number of weights that the mask keeps."""
+        return self._header[_FIELDS["kept"]]
+
+    @property
+    def requested_kernels(self) -> Kernels:
+        """What `set_kernels` requested for each pass."""
+        start = _FIELDS["path"]
+        return Kernels(*(KERNELS[index] for index in self._header[start : start + 3]))
+
+    @property
+    def weight_is_masked(self) -> bool:
+        """Whether the caller has promised, by `pack_pattern`, that pruned entries of the weight are 0."""
+        return bool(self._header[_FIELDS["weight_is_masked"]])
+
+    @abstractmethod
+    def flatten(self) -> list[Tensor]:
+        """The list of tensors that the ops of torch take; `unflatten` is its inverse."""
+
+    @abstractmethod
+    def without_values(self) -> Self:
+        """The pattern without what `pack_pattern` added, for a call whose weight is another tensor."""
+
+    @cached_property
+    def _header(self) -> list[int]:
+        return self.header.tolist()
+
+    def _with_header(self, field: str, *values: int) -> Self:
+        header, start = self.header.clone(), _FIELDS[field]
+        header[start : start + len(values)] = torch.tensor(values)
+        return replace(self, header=header)
+
+
+@dataclass(frozen=True, eq=False)
+class CsrPattern(Pattern):
+    """The index lists of the CPU kernels: compressed sparse rows.
+
+    List i holds `col_indices[row_offsets[i]:row_offsets[i + 1]]`, each a (channel, tap) pair that a vector of 1, 2 or 4
+    output channels reads; csrc/pattern_layout.h has the details. The lists of grad_input run over output channels.
+    """
+
+    row_offsets: Tensor
+    """int32 [lists + 1], for forward and grad_weight."""
+    col_indices: Tensor
+    """int32 [row_offsets[-1]]."""
+    grad_input_row_offsets: Tensor
+    grad_input_col_indices: Tensor
+    values: Tensor | None = None
+    """float32, the weight's values in the order of `col_indices`, after `pack_pattern`."""
+    grad_input_values: Tensor | None = None
+
+    def flatten(self) -> list[Tensor]:
+        forward = [self.row_offsets, self.col_indices]
+        grad_input = [self.grad_input_row_offsets, self.grad_input_col_indices]
+        packed = [values for values in (self.values, self.grad_input_values) if values is not None]
+        return [self.header, self.mask, *forward, *grad_input, *packed]
+
+    def without_values(self) -> Self:
+        return replace(self, values=None, grad_input_values=None)._with_header("weight_is_masked", 0)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPattern(Pattern):
+    """The live blocks of a mask, which the Triton kernels read: blocks of 32 or 64 channels on a GPU.
+
+    `LiveBlocks` describes the fields from `rows` to `grad_order`.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    grad_rows: Tensor
+    grad_order: Tensor
+    values: Tensor | None = None
+    """[blocks, bo, bi], the weight's values in the order of `blocks`, after `pack_pattern`."""
+
+    def flatten(self) -> list[Tensor]:
+        packed = [] if self.values is None else [self.values]
+        return [self.header, self.mask, self.rows, self.blocks, self.grad_rows, self.grad_order, *packed]
+
+    def without_values(self) -> Self:
+        return replace(self, values=None)._with_header("weight_is_masked", 0)
+
+
+# A pattern may be an argument of an exported function.
+torch.export.register_dataclass(CsrPattern)
+torch.export.register_dataclass(BlockPattern)
+
+
+def unflatten(tensors: Sequence[Tensor]) -> Pattern:
+    """The pattern that an op got as a list of tensors.
+
+    It reads no values, only the number of dimensions of the third tensor, as tensors have none while a graph is traced.
+
+    Raises:
+        ValueError: if there are fewer than 6 or more than 8 tensors.
+    """
+    if not 6 <= len(tensors) <= 8:
+        raise ValueError(f"pattern must be a list of 6 to 8 tensors, got {len(tensors)}")
+    return BlockPattern(*tensors) if tensors[2].dim() == 2 else CsrPattern(*tensors)
 
 
 def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1) -> Pattern:
-    """Compile a mask into the index lists that the sparse kernels walk; do it once per mask change, not per call.
+    """Compile a mask into the index lists that the sparse kernels read; once per mask, not once per call.
 
     Args:
-        mask: bool tensor [K, C/groups, R, S], true = kept.
-        block: `(bo, bi)` or `(bo, bi, br, bs)`: all weights in a group of bo consecutive output channels x bi
-            consecutive input channels x br x bs filter taps share their fate; `(bo, bi)` means one tap at a time.
-            Blocks at an edge are smaller.
+        mask: bool tensor [K, C/groups, R, S], true = kept; it is copied.
+        block: `(bo, bi)` or `(bo, bi, br, bs)`: the mask keeps or prunes each group of bo consecutive output channels x
+            bi consecutive input channels x br x bs filter taps as a whole; `(bo, bi)` means one tap. Blocks at an edge
+            are smaller.
         groups: the convolution's groups.
 
     Returns:
-        The pattern: a list of index tensors that name channels and taps, never image sizes.
+        The pattern, on the mask's device: a `BlockPattern` on CUDA for blocks of 32 or 64 channels, else a
+        `CsrPattern`.
 
     Raises:
         TypeError: if the mask is not a bool tensor.
         ValueError: if its shape, the block or the groups do not fit, or the mask does not obey the block.
+
+    Example:
+        >>> mask = torch.zeros(4, 2, 3, 3, dtype=torch.bool)
+        >>> mask[0:2, 1] = True
+        >>> pattern = compile_pattern(mask, block=(2, 1))
+        >>> pattern.block, pattern.nonzeros
+        ((2, 1, 1, 1), 18)
     """
     block4 = check_block(block)
     check_mask(mask)
@@ -43,92 +192,90 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
         raise ValueError(f"groups must divide the mask's {mask.shape[0]} output channels, got {groups}")
     if not obeys(mask, block4):
         raise ValueError(f"mask does not obey block {block}: some block is neither kept nor pruned as a whole")
+    return compile_checked(mask, block4, groups)
+
+
+def compile_checked(mask: Tensor, block: Block, groups: int) -> Pattern:
+    """`compile_pattern` of arguments that have been checked; raises ValueError if the mask is too large."""
     try:
-        # A copy: the pattern keeps the mask, and must not change with the caller's.
-        kept = mask.detach().clone(memory_format=torch.contiguous_format).cpu()
-        arrays = host.compile_pattern(kept.numpy(), block4, groups)
+        # Cloned, because the pattern keeps the mask and must not change with the caller's.
+        on_cpu = mask.detach().clone(memory_format=torch.contiguous_format).cpu()
+        arrays = host.compile_pattern(on_cpu.numpy(), block, groups)
     except ValueError as error:
         raise ValueError(f"mask of shape {tuple(mask.shape)} cannot be compiled: {error}") from error
     header, *lists = (torch.from_numpy(array) for array in arrays)
-    pattern = [header, *(tensor.to(mask.device) for tensor in lists)]
-    return block_pattern(pattern) if mask.device.type == "cuda" and blocks_fit(block4, groups, mask.shape) else pattern
+    pattern = CsrPattern(header, *(tensor.to(mask.device) for tensor in lists))
+    return block_pattern(pattern) if mask.device.type == "cuda" and blocks_fit(block, groups, mask.shape) else pattern
 
 
-def block_pattern(pattern: Pattern) -> Pattern:
-    """The pattern with the lists of live blocks that the Triton kernels walk, where `blocks_fit`: format 2.
-
-    Its tensors: header, mask, rows, blocks, grad_rows, grad_order (see `live_blocks`), and where `pack_pattern` was
-    called the blocks' values [n, bo, bi].
-    """
-    blocks, rows, grad_rows, grad_order = live_blocks(pattern[1], block_of(pattern), groups_of(pattern))
-    header = _with_header(pattern, "format", [_FORMAT_OF_BLOCKS])[0]
-    return [header, pattern[1], rows, blocks, grad_rows, grad_order]
+def block_pattern(pattern: Pattern) -> BlockPattern:
+    """List the live blocks of a pattern whose block is one that `blocks_fit`."""
+    lists = live_blocks(pattern.mask, pattern.block, pattern.groups)
+    return BlockPattern(pattern.header, pattern.mask, *lists)._with_header("format", _BLOCK_FORMAT)
 
 
 def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
-    """Promise that the weight is 0 where pruned and stays as it is, so that calls need not mask it again.
+    """Promise that the weight is 0 where pruned and does not change, so that calls need not mask it again.
 
-    Where there are sparse kernels for it (float32 on the CPU, blocks on CUDA), the pattern also gets the kept values in
-    the kernels' order, and calls read them instead of gathering. The result stands for this weight as long as the
-    weight does not change: use it for the passes between two optimiser steps.
+    Where a sparse kernel can read them (float32 on the CPU, blocks on CUDA), the pattern also gets the kept values in
+    the kernel's order, and calls no longer gather them. The result is valid for this weight as long as the weight does
+    not change: use it for the passes between two optimiser steps.
 
     Args:
         pattern: what `compile_pattern` returned for the weight's mask.
         weight: float tensor [K, C/groups, R, S] on the pattern's device, 0 where pruned.
+
+    Returns:
+        A copy of the pattern, with the values.
+
+    Raises:
+        TypeError: if the pattern is none.
+        ValueError: if the weight has another shape or device than the pattern's mask.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])[:, :, None, None]
+        >>> pack_pattern(compile_pattern(weight != 0), weight).values
+        tensor([1., 2.])
     """
     check_pattern(pattern)
-    if weight.shape != pattern[1].shape:
+    if weight.shape != pattern.mask.shape:
         raise ValueError(
-            f"pattern was made for a weight of shape {tuple(pattern[1].shape)}, weight has shape {tuple(weight.shape)}"
+            f"pattern was made for a weight of shape {tuple(pattern.mask.shape)}, "
+            f"weight has shape {tuple(weight.shape)}"
         )
-    if weight.device != pattern[1].device:
-        raise ValueError(f"weight is on {weight.device}, pattern on {pattern[1].device}")
-    plain = without_values(pattern)
-    packable = has_blocks(plain) or (weight.device.type == "cpu" and weight.dtype == torch.float32)
-    values = torch.ops.sparse_adv.pack_values(weight.detach(), plain) if packable else []
-    return [_with_header(plain, "weight_is_masked", [1])[0], *plain[1:], *values]
+    if weight.device != pattern.mask.device:
+        raise ValueError(f"weight is on {weight.device}, pattern on {pattern.mask.device}")
+    plain = pattern.without_values()
+    packable = isinstance(plain, BlockPattern) or (weight.device.type == "cpu" and weight.dtype == torch.float32)
+    values = torch.ops.sparse_adv.pack_values(weight.detach(), plain.flatten()) if packable else []
+    return unflatten([*plain._with_header("weight_is_masked", 1).flatten(), *values])
 
 
-def has_blocks(pattern: Pattern) -> bool:
-    """Whether it lists live blocks, for the Triton kernels."""
-    return int(pattern[0][_HEADER["format"]]) == _FORMAT_OF_BLOCKS
+def set_kernels(
+    pattern: Pattern, forward: str = "auto", grad_input: str = "auto", grad_weight: str = "auto"
+) -> Pattern:
+    """Request a kernel for each pass: "sparse", "dense", or "auto", which lets `plan` choose.
 
+    A pass without a sparse kernel for its dtype (`plan` says which) runs the dense one in any case.
 
-def block_of(pattern: Pattern) -> tuple[int, ...]:
-    """(bo, bi, br, bs)."""
-    return tuple(pattern[0][_HEADER["block"] : _HEADER["block"] + 4].tolist())
+    Returns:
+        A copy of the pattern.
 
+    Raises:
+        TypeError: if the pattern is none.
+        ValueError: if a kernel has another name.
 
-def groups_of(pattern: Pattern) -> int:
-    return int(pattern[0][_HEADER["groups"]])
-
-
-def asked_path(pattern: Pattern, pass_: int) -> str:
-    """What `set_paths` fixed for a pass (0 forward, 1 grad_input, 2 grad_weight)."""
-    return PATHS[int(pattern[0][_HEADER["path"] + pass_])]
-
-
-def kept_of(pattern: Pattern) -> int:
-    """The number of weights kept."""
-    return int(pattern[0][_HEADER["kept"]])
-
-
-def weight_is_masked(pattern: Pattern) -> bool:
-    """Whether the caller has promised, by `pack_pattern`, that pruned entries of the weight are 0."""
-    return bool(pattern[0][_HEADER["weight_is_masked"]])
-
-
-def set_paths(pattern: Pattern, forward: str = "auto", grad_input: str = "auto", grad_weight: str = "auto") -> Pattern:
-    """A copy of the pattern that fixes which kernel each pass takes: "sparse", "dense", or "auto", a static table.
-
-    A pass for which there is no sparse kernel (float64, 16-bit) stays dense.
+    Example:
+        >>> pattern = compile_pattern(torch.ones(4, 2, 3, 3, dtype=torch.bool))
+        >>> set_kernels(pattern, forward="sparse").requested_kernels
+        Kernels(forward='sparse', grad_input='auto', grad_weight='auto')
     """
     check_pattern(pattern)
-    paths = (forward, grad_input, grad_weight)
-    for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True):
-        if path not in PATHS:
-            raise ValueError(f"{name} must be one of {', '.join(PATHS)}, got {path!r}")
-    return _with_header(pattern, "path", [PATHS.index(path) for path in paths])
+    request = Kernels(forward, grad_input, grad_weight)
+    for name, kernel in request._asdict().items():
+        if kernel not in KERNELS:
+            raise ValueError(f"{name} must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    return pattern._with_header("path", *(KERNELS.index(kernel) for kernel in request))
 
 
 def chosen_paths(
@@ -143,70 +290,24 @@ def chosen_paths(
     That is for float32 on the CPU, where all other dtypes are dense, and for 16-bit images on CUDA.
     """
     check_pattern(pattern)
-    groups = groups_of(pattern)
-    if len(input_shape) != 4 or input_shape[1] != pattern[1].shape[1] * groups:
+    if len(input_shape) != 4 or input_shape[1] != pattern.mask.shape[1] * pattern.groups:
         raise ValueError(
-            f"input_shape must be [N, {pattern[1].shape[1] * groups}, H, W] for this pattern, got {list(input_shape)}"
+            f"input_shape must be [N, {pattern.mask.shape[1] * pattern.groups}, H, W] for this pattern, "
+            f"got {list(input_shape)}"
         )
     paths = torch.ops.sparse_adv.chosen_paths(
-        pattern, list(input_shape), list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
+        pattern.flatten(), list(input_shape), list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
     )
-    return {name: PATHS[path] for name, path in zip(("forward", "grad_input", "grad_weight"), paths, strict=True)}
-
-
-def _with_header(pattern: Pattern, field: str, values: Sequence[int]) -> Pattern:
-    header = pattern[0].clone()
-    start = _HEADER[field]
-    header[start : start + len(values)] = torch.tensor(values)
-    return [header, *pattern[1:]]
-
-
-def without_values(pattern: Pattern) -> Pattern:
-    """The pattern without what `pack_pattern` added, for a call in which another tensor takes the weight's place."""
-    return _with_header(pattern[:_PLAIN_LENGTH], "weight_is_masked", [0])
-
-
-def check_block(block: Sequence[int]) -> tuple[int, int, int, int]:
-    """The block as (bo, bi, br, bs); raises ValueError if it is none."""
-    sizes = tuple(block) if isinstance(block, Sequence) else ()
-    if len(sizes) == 2:
-        sizes = (*sizes, 1, 1)
-    if len(sizes) != 4 or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise ValueError(f"block must be 2 or 4 positive integers (bo, bi) or (bo, bi, br, bs), got {block!r}")
-    return sizes
-
-
-def check_mask(mask: Tensor, linear: bool = False) -> None:
-    """Raises TypeError or ValueError if this is no convolution mask; `linear` allows [K, C] too."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor (true = kept), got {found}")
-    if mask.dim() != 4 and not (linear and mask.dim() == 2):
-        shapes = "[K, C/groups, R, S] or [K, C]" if linear else "[K, C/groups, R, S]"
-        raise ValueError(f"mask must have the weight's shape {shapes}, got {tuple(mask.shape)}")
+    return {name: KERNELS[path] for name, path in zip(Kernels._fields, paths, strict=True)}
 
 
 def check_pattern(pattern: Pattern) -> None:
-    """Raises ValueError if this is no compiled pattern."""
-    if not _PLAIN_LENGTH <= len(pattern) <= _PLAIN_LENGTH + 2:
-        raise ValueError(f"pattern must be what compile_pattern returned, got a list of {len(pattern)} tensors")
+    """Raises TypeError unless this is a compiled pattern."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be what compile_pattern returned, got {type(pattern).__name__}")
 
 
 def check_groups(pattern: Pattern, groups: int) -> None:
-    """Raises ValueError if the pattern was compiled for other groups; traced code leaves that to the op."""
-    if torch.compiler.is_compiling() or pattern[0].numel() <= _HEADER["groups"]:
-        return
-    compiled_for = groups_of(pattern)
-    if compiled_for != groups:
-        raise ValueError(f"pattern was compiled for groups={compiled_for}, got groups={groups}")
-
-
-def obeys(mask: Tensor, block: Sequence[int]) -> bool:
-    """Whether all weights of each block of the mask share their fate; a mask [K, C] is one of single taps."""
-    for dim, (length, size) in enumerate(zip(mask.shape, check_block(block), strict=False)):
-        if size == 1 or length == 0:
-            continue
-        first = torch.arange(length, device=mask.device) // size * size
-        if not torch.equal(mask, mask.index_select(dim, first)):
-            return False
-    return True
+    """Raises ValueError if the pattern was compiled for other groups; in traced code the op checks it instead."""
+    if not torch.compiler.is_compiling() and pattern.groups != groups:
+        raise ValueError(f"pattern was compiled for groups={pattern.groups}, got groups={groups}")

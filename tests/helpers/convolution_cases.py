@@ -13,7 +13,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_adv.ops import compile_pattern, reference, set_paths
+from sparse_adv.ops import Pattern, compile_pattern, reference, set_kernels
+from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 FILTERS = ((1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 2), (4, 3))
 # The blocks of the library's design; R and S stand for the whole filter.
@@ -39,9 +40,7 @@ def block_mask(shape: tuple[int, ...], block: tuple[int, ...], density: float, s
     block = (*block, 1, 1)[:4]
     counts = [-(-size // b) for size, b in zip(shape, block, strict=True)]
     mask = torch.rand(counts, generator=torch.Generator().manual_seed(seed)) < density
-    for dim, size in enumerate(block):
-        mask = mask.repeat_interleave(size, dim)
-    return mask[tuple(slice(size) for size in shape)].contiguous()
+    return expand_blocks(mask, block, shape)
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ class Case:
         }
         return {name: value for i, (name, value) in enumerate(options.items()) if self.seed >> i & 1}
 
-    def pattern(self, path: str = "auto") -> list[Tensor]:
-        return set_paths(compile_pattern(self.mask, self.block, self.groups), path, path, path)
+    def pattern(self, kernel: str = "auto") -> Pattern:
+        return set_kernels(compile_pattern(self.mask, self.block, self.groups), kernel, kernel, kernel)
 
     def expected(self) -> dict[str, Tensor]:
         """The passes in float64; forward with the epilogue."""
@@ -139,16 +138,16 @@ class Case:
             "grad_weight": reference.masked_conv2d_grad_weight(grad, input, self.mask, *self.shape),
         }
 
-    def found(self, pattern: list[Tensor]) -> dict[str, Tensor]:
+    def results(self, pattern: Pattern) -> dict[str, Tensor]:
         """The passes as the ops compute them."""
-        ops, epilogue = torch.ops.sparse_adv, self.epilogue
+        ops, epilogue, tensors = torch.ops.sparse_adv, self.epilogue, pattern.flatten()
         rest = (epilogue.get("scale"), epilogue.get("residual"), epilogue.get("relu", False))
         return {
-            "forward": ops.masked_conv2d(self.input, self.weight, pattern, epilogue.get("bias"), *self.shape, *rest),
+            "forward": ops.masked_conv2d(self.input, self.weight, tensors, epilogue.get("bias"), *self.shape, *rest),
             "grad_input": ops.masked_conv2d_grad_input(
-                self.grad_output, self.weight, pattern, self.input_size, *self.shape
+                self.grad_output, self.weight, tensors, self.input_size, *self.shape
             ),
-            "grad_weight": ops.masked_conv2d_grad_weight(self.grad_output, self.input, pattern, *self.shape),
+            "grad_weight": ops.masked_conv2d_grad_weight(self.grad_output, self.input, tensors, *self.shape),
         }
 
 

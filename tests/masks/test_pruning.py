@@ -10,7 +10,7 @@ from sparse_adv import masks
 from sparse_adv import nn as masked
 from sparse_adv.masks import SUPPORTED_BLOCKS, density, distance, largest_block, multiply_add_density, prune
 from sparse_adv.models import build
-from sparse_adv.ops.masked_conv2d_pattern import obeys
+from sparse_adv.ops.masked_conv2d_mask import obeys
 
 SCOPES = ("global", "uniform", "erk")
 

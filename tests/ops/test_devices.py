@@ -40,7 +40,7 @@ examples = settings(max_examples=100, suppress_health_check=[HealthCheck.differi
 @given(cases())
 def test_every_pass_equals_the_reference(device, case):
     expected = case.expected()
-    found = case.on(device).found(case.pattern())
+    found = case.on(device).results(case.pattern())
     for name in expected:
         assert found[name].device.type == device.type
         assert_close(found[name].cpu(), expected[name])
@@ -55,7 +55,7 @@ def test_other_dtypes(device, dtype, layout):
     for name in ("input", "weight", "grad_output"):
         vars(case)[name] = getattr(case, name).to(dtype)
     vars(case)["epilogue"] = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.epilogue.items()}
-    for name, found in case.on(device).found(case.pattern()).items():
+    for name, found in case.on(device).results(case.pattern()).items():
         assert found.dtype == dtype
         assert_close(found.cpu(), expected[name])
 
@@ -79,9 +79,9 @@ def test_blocks_that_a_gpu_has_kernels_for(device, name, dtype):
         vars(case)[tensor] = getattr(case, tensor).to(dtype)
     vars(case)["epilogue"] = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.epilogue.items()}
     pattern = case.on(device).pattern("sparse")
-    unpacked = case.found(pattern)
+    unpacked = case.results(pattern)
     vars(case)["weight"] = case.weight.where(case.mask, 0)
-    for found in (unpacked, case.found(pack_pattern(pattern, case.weight))):
+    for found in (unpacked, case.results(pack_pattern(pattern, case.weight))):
         for pass_, value in found.items():
             assert_close(value.cpu(), expected[pass_])
         assert (found["grad_weight"][~case.mask] == 0).all()
@@ -91,13 +91,13 @@ def test_blocks_that_a_gpu_has_kernels_for(device, name, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck_of_the_convolution(device, op, layout):
     case = Case(layout=layout, stride=(2, 1)).on(device)
-    pattern = case.pattern()
+    tensors = case.pattern().flatten()
     input, weight, grad = (t.clone().requires_grad_() for t in (case.input, case.weight, case.grad_output))
     channels = torch.randn(2, case.output_size[1], device=device)
     calls = {
-        "masked_conv2d": (input, weight, pattern, channels[0], *case.shape, channels[1], case.grad_output, True),
-        "masked_conv2d_grad_input": (grad, weight, pattern, list(case.input_size), *case.shape),
-        "masked_conv2d_grad_weight": (grad, input, pattern, *case.shape),
+        "masked_conv2d": (input, weight, tensors, channels[0], *case.shape, channels[1], case.grad_output, True),
+        "masked_conv2d_grad_input": (grad, weight, tensors, list(case.input_size), *case.shape),
+        "masked_conv2d_grad_weight": (grad, input, tensors, *case.shape),
     }
     torch.library.opcheck(getattr(OPS, op).default, calls[op])
 

@@ -37,11 +37,11 @@ def sweep() -> None:
                 layout=layouts[j % len(layouts)],
                 seed=len(BLOCKS) * i + j,
             )
-            found, expected = case.found(case.pattern("sparse")), case.expected()
+            found, expected = case.results(case.pattern("sparse")), case.expected()
             for name, value in expected.items():
                 assert_equal(found[name], value)
     case = Case(37, 1, 40, 24, (19, 30), density=0.2).with_real_numbers()
-    found, expected = case.found(case.pattern("sparse")), case.expected()
+    found, expected = case.results(case.pattern("sparse")), case.expected()
     for name, value in expected.items():
         assert_close(found[name], value)
     print(cpu_capability())

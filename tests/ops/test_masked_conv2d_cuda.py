@@ -7,17 +7,17 @@ from helpers.tolerances import assert_equal
 from hypothesis import given, settings
 from torch import Tensor
 
+from sparse_adv.ops import Pattern, pack_pattern
 from sparse_adv.ops import masked_conv2d_cuda as cuda
-from sparse_adv.ops import pack_pattern
 
 
-def passes(case: Case, weight: Tensor, pattern: list[Tensor]) -> dict[str, Tensor]:
-    epilogue = case.epilogue
+def passes(case: Case, weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
+    epilogue, tensors = case.epilogue, pattern.flatten()
     rest = (epilogue.get("scale"), epilogue.get("residual"), epilogue.get("relu", False))
     return {
-        "forward": cuda.masked_conv2d(case.input, weight, pattern, epilogue.get("bias"), *case.shape, *rest),
-        "grad_input": cuda.masked_conv2d_grad_input(case.grad_output, weight, pattern, case.input_size, *case.shape),
-        "grad_weight": cuda.masked_conv2d_grad_weight(case.grad_output, case.input, pattern, *case.shape),
+        "forward": cuda.masked_conv2d(case.input, weight, tensors, epilogue.get("bias"), *case.shape, *rest),
+        "grad_input": cuda.masked_conv2d_grad_input(case.grad_output, weight, tensors, case.input_size, *case.shape),
+        "grad_weight": cuda.masked_conv2d_grad_weight(case.grad_output, case.input, tensors, *case.shape),
     }
 
 
@@ -30,7 +30,7 @@ def steps(tensor: Tensor) -> list[int]:
 @given(cases())
 def test_every_pass_is_the_reference_and_lies_as_the_op_promises(case):
     found = passes(case, case.weight, case.pattern())
-    ops = case.found(case.pattern("dense"))
+    ops = case.results(case.pattern("dense"))
     for name, expected in case.expected().items():
         assert_equal(found[name], expected)
         assert steps(found[name]) == steps(ops[name]), name

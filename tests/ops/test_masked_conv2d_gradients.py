@@ -7,7 +7,7 @@ from helpers.tolerances import assert_close, assert_equal
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from sparse_adv.ops import masked_conv2d, pack_pattern, reference
+from sparse_adv.ops import Pattern, masked_conv2d, pack_pattern, reference
 
 PATHS = ("sparse", "auto", "dense")
 OPS = torch.ops.sparse_adv
@@ -29,7 +29,7 @@ def differentiable_tensors(case: Case, dtype: torch.dtype = torch.float64) -> di
     }
 
 
-def convolve(case: Case, pattern: list[Tensor], tensors: dict[str, Tensor], relu: bool) -> Tensor:
+def convolve(case: Case, pattern: Pattern, tensors: dict[str, Tensor], relu: bool) -> Tensor:
     epilogue = {name: tensors[name] for name in tensors if name in ("scale", "residual")}
     return masked_conv2d(
         tensors["input"], tensors["weight"], pattern, tensors.get("bias"), *case.shape, **epilogue, relu=relu
@@ -88,17 +88,17 @@ def test_gradcheck_and_gradgradcheck(name, relu):
 @pytest.mark.parametrize("name", SMALL)
 def test_gradcheck_and_gradgradcheck_of_the_gradient_ops(name):
     case = SMALL[name]
-    pattern = case.pattern()
+    tensors = case.pattern().flatten()
     input, weight, grad = (
         torch.randn(size, dtype=torch.float64, requires_grad=True)
         for size in (case.input_size, case.weight_size, case.output_size)
     )
 
     def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
-        return OPS.masked_conv2d_grad_input(grad, weight, pattern, case.input_size, *case.shape)
+        return OPS.masked_conv2d_grad_input(grad, weight, tensors, case.input_size, *case.shape)
 
     def grad_weight(grad: Tensor, input: Tensor) -> Tensor:
-        return OPS.masked_conv2d_grad_weight(grad, input, pattern, *case.shape)
+        return OPS.masked_conv2d_grad_weight(grad, input, tensors, *case.shape)
 
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(grad_input, (grad, weight))
@@ -129,14 +129,14 @@ def test_second_derivatives_of_the_sparse_kernels_equal_the_references(path, pac
         assert_close(gradient, value)
 
 
-def sample_calls(case: Case, pattern: list[Tensor], grad: bool) -> dict[str, tuple]:
+def sample_calls(case: Case, pattern: Pattern, grad: bool) -> dict[str, tuple]:
     input, weight, grad_output = (t.clone().requires_grad_(grad) for t in (case.input, case.weight, case.grad_output))
     channels = case.output_size[1]
-    bias, scale = torch.randn(channels), torch.randn(channels)
+    bias, scale, tensors = torch.randn(channels), torch.randn(channels), pattern.flatten()
     return {
-        "masked_conv2d": (input, weight, pattern, bias, *case.shape, scale, case.grad_output, True),
-        "masked_conv2d_grad_input": (grad_output, weight, pattern, list(case.input_size), *case.shape),
-        "masked_conv2d_grad_weight": (grad_output, input, pattern, *case.shape),
+        "masked_conv2d": (input, weight, tensors, bias, *case.shape, scale, case.grad_output, True),
+        "masked_conv2d_grad_input": (grad_output, weight, tensors, list(case.input_size), *case.shape),
+        "masked_conv2d_grad_weight": (grad_output, input, tensors, *case.shape),
     }
 
 
@@ -163,8 +163,8 @@ def test_opcheck(op, name, path):
 def test_opcheck_of_the_ops_on_patterns():
     # The schema alone: they are called between passes, never while a graph is traced, and have no fake kernels.
     case = Case()
-    torch.library.opcheck(OPS.pack_values.default, (case.weight, case.pattern()), test_utils=("test_schema",))
-    arguments = (case.pattern(), list(case.input_size), *case.shape[:3])
+    torch.library.opcheck(OPS.pack_values.default, (case.weight, case.pattern().flatten()), test_utils=("test_schema",))
+    arguments = (case.pattern().flatten(), list(case.input_size), *case.shape[:3])
     torch.library.opcheck(OPS.chosen_paths.default, arguments, test_utils=("test_schema",))
 
 

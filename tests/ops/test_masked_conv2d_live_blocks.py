@@ -14,7 +14,7 @@ sizes = st.sampled_from((32, 64))
 @given(sizes, sizes, st.integers(1, 200), st.integers(1, 200), st.sampled_from((0.0, 0.1, 0.6, 1.0)), st.integers(0, 9))
 def test_the_lists_hold_the_mask(out, into, out_channels, in_channels, density, seed):
     mask = block_mask((out_channels, in_channels, 3, 2), (out, into), density, seed)
-    blocks, rows, grad_rows, grad_order = live_blocks(mask, (out, into))
+    rows, blocks, grad_rows, grad_order = live_blocks(mask, (out, into))
     rebuilt = torch.zeros_like(mask)
     for k, c, r, s in blocks.tolist():
         assert not rebuilt[k, c, r, s]
@@ -30,7 +30,7 @@ def test_the_lists_hold_the_mask(out, into, out_channels, in_channels, density, 
 
 def test_groups_count_input_channels_over_all_of_them():
     mask = block_mask((128, 32, 3, 3), (64, 32), 1.0)
-    blocks, rows, grad_rows, _ = live_blocks(mask, (64, 32), groups=2)
+    rows, blocks, grad_rows, _ = live_blocks(mask, (64, 32), groups=2)
     assert {(k, c) for k, c, _, _ in blocks.tolist()} == {(0, 0), (64, 32)}
     assert sorted(rows[:, 0].tolist()) == [0, 64] and sorted(grad_rows[:, 0].tolist()) == [0, 32]
 

@@ -1,6 +1,8 @@
 """Patterns: what they are compiled to, the paths they ask for, and that no list of tensors can crash the process."""
 
 import contextlib
+import copy
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -10,36 +12,38 @@ from helpers.convolution_cases import Case, block_mask, cases
 from helpers.tolerances import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from sparse_adv.ops import Pattern, chosen_paths, compile_pattern, masked_conv2d, pack_pattern, set_paths
-from sparse_adv.ops.masked_conv2d_pattern import obeys
+from sparse_adv.ops import chosen_paths, compile_pattern, masked_conv2d, pack_pattern, set_kernels
+from sparse_adv.ops.masked_conv2d_mask import obeys
+from sparse_adv.ops.masked_conv2d_pattern import Pattern, block_pattern, unflatten
 
 CASE = Case(groups=2, group_in=3, group_out=4, block=(2, 1), seed=7)
 TAP_BITS = 12
 NO_EPILOGUE = (None, None, False)  # the last arguments of masked_conv2d
 
 
-def lists_of(pattern: Pattern, at: int) -> list[list[tuple[int, int]]]:
-    """The (channel, tap) pairs of every list whose starts are tensor number `at`."""
-    starts, entries = pattern[at].tolist(), pattern[at + 1].tolist()
-    pairs = [(entry >> TAP_BITS, entry & ((1 << TAP_BITS) - 1)) for entry in entries]
-    return [pairs[begin:end] for begin, end in pairwise(starts)]
+def pairs_of(row_offsets: Tensor, col_indices: Tensor) -> list[list[tuple[int, int]]]:
+    """The (channel, tap) pairs of every list."""
+    pairs = [(index >> TAP_BITS, index & ((1 << TAP_BITS) - 1)) for index in col_indices.tolist()]
+    return [pairs[begin:end] for begin, end in pairwise(row_offsets.tolist())]
 
 
 @given(cases())
 def test_lists_name_every_kept_weight_once_in_order(case):
     pattern = case.pattern()
-    for at, kept in ((2, case.mask.flatten(2)), (4, case.mask.flatten(2).unflatten(0, (case.groups, -1)))):
-        if at == 4:  # grad_input: the channels that are read are output channels
-            kept = kept.transpose(1, 2).flatten(0, 1)
+    mask = case.mask.flatten(2)
+    # grad_input reads output channels.
+    transposed = mask.unflatten(0, (case.groups, -1)).transpose(1, 2).flatten(0, 1)
+    forward = pairs_of(pattern.row_offsets, pattern.col_indices)
+    grad_input = pairs_of(pattern.grad_input_row_offsets, pattern.grad_input_col_indices)
+    for lists, kept, block in ((forward, mask, case.block[0]), (grad_input, transposed, case.block[1])):
         rows, channels = kept.shape[:2]
         group_rows = rows // case.groups
-        block = case.block[0] if at == 2 else case.block[1]
         vector = next(v for v in (4, 2, 1) if block % v == 0 and (case.groups == 1 or group_rows % v == 0))
         vectors = -(-group_rows // vector)
         found: set[tuple[int, int, int]] = set()
-        lists = lists_of(pattern, at)
         assert len(lists) % (vectors * case.groups) == 0
         for i, pairs in enumerate(lists):
             assert pairs == sorted(set(pairs))
@@ -53,7 +57,8 @@ def test_lists_name_every_kept_weight_once_in_order(case):
 @pytest.mark.parametrize("change", [lambda m: m.mT, lambda m: m[:, 1:], lambda m: m.flip(0), lambda m: m[::2]])
 def test_a_mask_may_have_any_strides(change):
     mask = change(block_mask((6, 5, 3, 3), (1, 1), 0.4))
-    for tensor, expected in zip(compile_pattern(mask), compile_pattern(mask.clone().contiguous()), strict=True):
+    contiguous = compile_pattern(mask.clone().contiguous())
+    for tensor, expected in zip(compile_pattern(mask).flatten(), contiguous.flatten(), strict=True):
         assert_equal(tensor, expected)
 
 
@@ -61,7 +66,8 @@ def test_a_pattern_does_not_follow_its_mask():
     mask = CASE.mask.clone()
     pattern = compile_pattern(mask, CASE.block, CASE.groups)
     mask.logical_not_()
-    for tensor, expected in zip(pattern, compile_pattern(CASE.mask, CASE.block, CASE.groups), strict=True):
+    unchanged = compile_pattern(CASE.mask, CASE.block, CASE.groups).flatten()
+    for tensor, expected in zip(pattern.flatten(), unchanged, strict=True):
         assert_equal(tensor, expected)
 
 
@@ -101,11 +107,11 @@ def test_auto_is_sparse_for_few_weights_and_dense_for_many():
 @pytest.mark.parametrize("wanted", [("sparse", "dense", "dense"), ("dense", "sparse", "sparse")])
 def test_set_paths_are_the_chosen_ones_and_leave_the_pattern_alone(wanted):
     pattern = CASE.pattern()
-    before = [tensor.clone() for tensor in pattern]
-    fixed = set_paths(pattern, *wanted)
+    before = [tensor.clone() for tensor in pattern.flatten()]
+    fixed = set_kernels(pattern, *wanted)
     assert tuple(chosen_paths(fixed, CASE.input_size, *CASE.shape[:3]).values()) == wanted
-    assert chosen_paths(set_paths(fixed), CASE.input_size) == chosen_paths(pattern, CASE.input_size)
-    for tensor, expected in zip(pattern, before, strict=True):
+    assert chosen_paths(set_kernels(fixed), CASE.input_size) == chosen_paths(pattern, CASE.input_size)
+    for tensor, expected in zip(pattern.flatten(), before, strict=True):
         assert_equal(tensor, expected)
 
 
@@ -117,10 +123,68 @@ def test_packed_values_are_the_weights_in_the_lists_order():
     case = Case(group_in=4, group_out=3, block=(1, 1))
     weight = case.weight.where(case.mask, 0)
     packed = pack_pattern(case.pattern(), weight)
-    vector = weight.flatten(2)
-    expected = [vector[k, c, tap] for k, pairs in enumerate(lists_of(packed, 2)) for c, tap in pairs]
-    assert_equal(packed[6], torch.stack(expected))
-    assert_equal(pack_pattern(packed, 2 * weight)[6], 2 * packed[6])
+    vector, lists = weight.flatten(2), pairs_of(packed.row_offsets, packed.col_indices)
+    expected = [vector[k, c, tap] for k, pairs in enumerate(lists) for c, tap in pairs]
+    assert_equal(packed.values, torch.stack(expected))
+    assert_equal(pack_pattern(packed, 2 * weight).values, 2 * packed.values)
+
+
+WIDE_MASK = block_mask((64, 64, 3, 3), (32, 32), 0.5)
+PATTERNS = {
+    "lists": CASE.pattern("sparse"),
+    "lists and values": pack_pattern(CASE.pattern(), CASE.weight),
+    "blocks": block_pattern(compile_pattern(WIDE_MASK, (32, 32))),
+}
+
+
+def fields_of(pattern: Pattern) -> dict[str, object]:
+    """Everything in the common interface of all patterns."""
+    names = ("block", "groups", "nonzeros", "requested_kernels", "weight_is_masked")
+    return {name: getattr(pattern, name) for name in names} | {"mask": pattern.mask.tolist()}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda pattern: pickle.loads(pickle.dumps(pattern)),
+        lambda pattern: unflatten(pattern.flatten()),
+        lambda pattern: pytree.tree_map(torch.clone, pattern),
+    ],
+    ids=["deepcopy", "pickle", "list of tensors", "pytree"],
+)
+def test_a_copied_pattern_has_the_same_fields_and_tensors(name, copied):
+    pattern = PATTERNS[name]
+    twin = copied(pattern)
+    assert type(twin) is type(pattern) and fields_of(twin) == fields_of(pattern)
+    for tensor, expected in zip(twin.flatten(), pattern.flatten(), strict=True):
+        assert_equal(tensor, expected)
+
+
+def test_the_fields_of_a_pattern():
+    pattern = PATTERNS["lists and values"]
+    assert pattern.block == (2, 1, 1, 1) and pattern.groups == 2 and pattern.nonzeros == int(CASE.mask.sum())
+    assert pattern.weight_is_masked and not pattern.without_values().weight_is_masked
+    assert pattern.without_values().values is None
+    assert PATTERNS["lists"].requested_kernels == ("sparse", "sparse", "sparse")
+    assert PATTERNS["blocks"].block == (32, 32, 1, 1) and PATTERNS["blocks"].requested_kernels.forward == "auto"
+    assert_equal(PATTERNS["blocks"].mask, WIDE_MASK)
+
+
+class Convolve(nn.Module):
+    """Takes the pattern as an argument."""
+
+    def forward(self, x: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
+        return masked_conv2d(x, weight, pattern, None, *CASE.shape).sin()
+
+
+@pytest.mark.parametrize("name", ["lists", "lists and values"])
+def test_a_pattern_may_be_an_argument_of_compiled_and_exported_code(name):
+    arguments = (CASE.input, CASE.weight.where(CASE.mask, 0), PATTERNS[name])
+    expected = Convolve()(*arguments)
+    assert_equal(torch.compile(Convolve(), fullgraph=True, backend="aot_eager")(*arguments), expected)
+    assert_equal(torch.export.export(Convolve(), arguments).module()(*arguments), expected)
 
 
 BAD = {
@@ -150,7 +214,7 @@ def test_bad_input_is_told_by_name_and_value(name):
 
 def test_bad_paths_and_weights_are_told_by_name_and_value():
     with pytest.raises(ValueError, match="grad_input must be one of auto, sparse, dense, got 'quick'"):
-        set_paths(CASE.pattern(), grad_input="quick")
+        set_kernels(CASE.pattern(), grad_input="quick")
     with pytest.raises(ValueError, match="weight is on meta, pattern on cpu"):
         pack_pattern(CASE.pattern(), CASE.weight.to("meta"))
     with pytest.raises(ValueError, match=r"made for a weight of shape \(8, 3, 3, 3\), weight has shape \(7, 3, 3, 3\)"):
@@ -162,8 +226,8 @@ def test_bad_paths_and_weights_are_told_by_name_and_value():
 # Below Python: the ops check every pattern that they are given.
 
 
-def call_all(pattern: Pattern, case: Case = CASE) -> None:
-    """Calls every op; an op that accepts the pattern returns a tensor of the right size."""
+def call_all(pattern: list[Tensor], case: Case = CASE) -> None:
+    """Calls every op; an op that accepts the list of tensors returns a tensor of the right size."""
     errors = []
     sizes = {"forward": case.output_size, "grad_input": case.input_size, "grad_weight": case.weight_size}
     ops = torch.ops.sparse_adv
@@ -192,7 +256,7 @@ def changed(tensor: Tensor, at: int, value: int) -> Tensor:
     return tensor
 
 
-def with_tensor(at: int, change: Callable[[Tensor], Tensor]) -> Callable[[Pattern], Pattern]:
+def with_tensor(at: int, change: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
     return lambda pattern: [*pattern[:at], change(pattern[at]), *pattern[at + 1 :]]
 
 
@@ -235,20 +299,20 @@ TAMPERED = {
 }
 
 
-def values(pattern: Pattern) -> list[Tensor]:
-    return pack_pattern(pattern, CASE.weight)[6:]
+def values(pattern: list[Tensor]) -> list[Tensor]:
+    return pack_pattern(unflatten(pattern), CASE.weight).flatten()[6:]
 
 
 @pytest.mark.parametrize("name", TAMPERED)
 def test_tampered_patterns_are_refused(name):
     change, message = TAMPERED[name]
     with pytest.raises(RuntimeError, match=message):
-        call_all(change(CASE.pattern("sparse")))
+        call_all(change(CASE.pattern("sparse").flatten()))
 
 
 def test_a_segment_size_that_overflows_is_refused():
     case = Case(group_in=2, group_out=1)
-    header, mask, _, _, *grad_input = case.pattern("sparse")
+    header, mask, _, _, *grad_input = case.pattern("sparse").flatten()
     none = torch.empty(0, dtype=torch.int32)
     with pytest.raises(RuntimeError):
         call_all([changed(header, 12, 2**63 - 1), mask, none, none, *grad_input], case)
@@ -259,9 +323,8 @@ def test_a_segment_size_that_overflows_is_refused():
 def test_no_pattern_crashes_the_process(data):
     """Whatever is changed, an op either refuses the pattern or returns a tensor of the right size."""
     numbers = st.sampled_from((-(2**63), -(2**31), -1, 0, 1, 2, 3, 4, 6, 8, 9, 16, 1 << TAP_BITS, 2**31 - 1, 2**63 - 1))
-    pattern = CASE.pattern("sparse")
-    if data.draw(st.booleans()):
-        pattern = pack_pattern(pattern, CASE.weight)
+    compiled = CASE.pattern("sparse")
+    pattern = (pack_pattern(compiled, CASE.weight) if data.draw(st.booleans()) else compiled).flatten()
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(pattern) - 1))
         tensor = pattern[at].clone()
@@ -285,7 +348,7 @@ def test_no_pattern_crashes_the_process(data):
 
 @pytest.mark.parametrize("name", ["dtype", "channels", "residual", "bias", "size", "negative", "grad", "stride"])
 def test_ops_refuse_arguments_that_do_not_fit_the_pattern(name):
-    case, pattern, ops = CASE, CASE.pattern("sparse"), torch.ops.sparse_adv
+    case, pattern, ops = CASE, CASE.pattern("sparse").flatten(), torch.ops.sparse_adv
     tensors = (case.input, case.weight, pattern, None)
     calls = {
         "dtype": lambda: ops.masked_conv2d(case.input, case.weight.double(), *tensors[2:], *case.shape, *NO_EPILOGUE),

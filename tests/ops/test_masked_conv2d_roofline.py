@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers.convolution_cases import block_mask
 
-from sparse_adv.ops import compile_pattern, masked_conv2d_cuda, set_paths
-from sparse_adv.ops.masked_conv2d_pattern import block_of, block_pattern, has_blocks, kept_of
+from sparse_adv.ops import compile_pattern, masked_conv2d_cuda, set_kernels
+from sparse_adv.ops.masked_conv2d_pattern import BlockPattern, CsrPattern, block_pattern
 from sparse_adv.ops.masked_conv2d_roofline import Pass, blocks_are_faster
 
 
@@ -44,13 +44,13 @@ def test_a_pattern_of_blocks_knows_its_block_and_paths():
     mask = block_mask((128, 64, 3, 3), (64, 32), 0.3)
     plain = compile_pattern(mask, (64, 32))
     pattern = block_pattern(plain)
-    assert has_blocks(pattern) and not has_blocks(plain)
-    assert block_of(pattern) == (64, 32, 1, 1) and kept_of(pattern) == int(mask.count_nonzero())
+    assert isinstance(pattern, BlockPattern) and isinstance(plain, CsrPattern)
+    assert pattern.block == (64, 32, 1, 1) and pattern.nonzeros == int(mask.count_nonzero())
     choose = masked_conv2d_cuda.chosen_paths
     geometry = ([512, 64, 16, 16], (1, 1), (1, 1), (1, 1))
     for path, expected in {"dense": [2, 2, 2], "sparse": [1, 1, 1]}.items():
-        assert choose(set_paths(pattern, path, path, path), *geometry) == expected
-    assert choose(set_paths(plain, "sparse", "sparse", "sparse"), *geometry) == [2, 2, 2]
+        assert choose(set_kernels(pattern, path, path, path).flatten(), *geometry) == expected
+    assert choose(set_kernels(plain, "sparse", "sparse", "sparse").flatten(), *geometry) == [2, 2, 2]
 
 
 def test_without_triton_blocks_take_the_dense_path_and_one_line_says_so(monkeypatch, caplog):
@@ -63,7 +63,7 @@ def test_without_triton_blocks_take_the_dense_path_and_one_line_says_so(monkeypa
     try:
         for _ in range(2):
             masked_conv2d_cuda.masked_conv2d(
-                x, torch.rand(64, 64, 3, 3), pattern, None, (1, 1), (1, 1), (1, 1), 1, None, None, False
+                x, torch.rand(64, 64, 3, 3), pattern.flatten(), None, (1, 1), (1, 1), (1, 1), 1, None, None, False
             )
     finally:
         masked_conv2d_cuda._triton.cache_clear()

@@ -6,10 +6,9 @@ from helpers.convolution_cases import Case
 from helpers.tolerances import assert_close, assert_equal
 from torch import Tensor
 
+from sparse_adv.ops import Pattern, set_kernels
 from sparse_adv.ops import masked_conv2d_cuda as cuda
-from sparse_adv.ops import set_paths
-from sparse_adv.ops._library import host
-from sparse_adv.ops.masked_conv2d_pattern import Pattern, block_pattern, without_values
+from sparse_adv.ops.masked_conv2d_pattern import block_pattern, unflatten
 
 CASES = {
     "3x3": Case(3, 1, 70, 40, (5, 6), block=(32, 32)),
@@ -22,24 +21,23 @@ CASES = {
 
 
 def pattern_of(case: Case) -> Pattern:
-    return set_paths(block_pattern(case.pattern()), "sparse", "sparse", "sparse")
+    return set_kernels(block_pattern(case.pattern()), "sparse", "sparse", "sparse")
 
 
 def packed(pattern: Pattern, weight: Tensor) -> Pattern:
     """What `ops.pack_pattern` makes of it on CUDA."""
-    promised = pattern[0].clone()
-    promised[host.header_fields["weight_is_masked"]] = 1
-    return [promised, *pattern[1:], *cuda.pack_values(weight, pattern)]
+    promised = pattern._with_header("weight_is_masked", 1).flatten()
+    return unflatten([*promised, *cuda.pack_values(weight, promised)])
 
 
 def passes(case: Case, pattern: Pattern, dtype: torch.dtype) -> dict[str, Tensor]:
     input, weight, grad = (t.to(dtype) for t in (case.input, case.weight, case.grad_output))
     fused = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.epilogue.items()}
-    rest = (fused.get("scale"), fused.get("residual"), fused.get("relu", False))
+    rest, tensors = (fused.get("scale"), fused.get("residual"), fused.get("relu", False)), pattern.flatten()
     return {
-        "forward": cuda.masked_conv2d(input, weight, pattern, fused.get("bias"), *case.shape, *rest),
-        "grad_input": cuda.masked_conv2d_grad_input(grad, weight, pattern, case.input_size, *case.shape),
-        "grad_weight": cuda.masked_conv2d_grad_weight(grad, input, pattern, *case.shape),
+        "forward": cuda.masked_conv2d(input, weight, tensors, fused.get("bias"), *case.shape, *rest),
+        "grad_input": cuda.masked_conv2d_grad_input(grad, weight, tensors, case.input_size, *case.shape),
+        "grad_weight": cuda.masked_conv2d_grad_weight(grad, input, tensors, *case.shape),
     }
 
 
@@ -59,7 +57,7 @@ def test_packed_values_are_read_and_those_of_another_dtype_are_not():
     for pass_ in ("forward", "grad_input"):
         assert_equal(passes(case, twice, torch.float32)[pass_], 2 * case.expected()[pass_])
         assert_close(passes(case, twice, torch.float16)[pass_], case.expected()[pass_])
-    assert len(without_values(twice)) == 6
+    assert len(twice.flatten()) == 7 and len(twice.without_values().flatten()) == 6
 
 
 def test_what_is_pruned_is_not_read():

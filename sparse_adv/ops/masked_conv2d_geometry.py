@@ -1,0 +1,98 @@
+"""Stride, padding and dilation of a convolution: read from what the caller passes, and checked against the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from sparse_adv.kernels.layout import output_size
+from sparse_adv.ops.masked_conv2d_pattern import Pattern
+
+Pair = int | tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """(rows, columns) of each."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+def read_geometry(filter: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair) -> Geometry:
+    """Complete stride, padding and dilation to pairs, and "same" and "valid" to numbers.
+
+    Args:
+        filter: rows and columns of the filter.
+        stride, padding, dilation: as in `torch.nn.functional.conv2d`.
+
+    Raises:
+        ValueError: if one is not one or two integers, is too small, or "same" padding would differ between two sides.
+    """
+    strides, dilations = _two("stride", stride), _two("dilation", dilation)
+    geometry = Geometry(strides, _padding(padding, filter, strides, dilations), dilations)
+    if min(strides) < 1 or min(dilations) < 1 or min(geometry.padding) < 0:
+        raise ValueError(
+            f"stride and dilation must be positive and padding not negative, got {strides}, {dilations}, "
+            f"{geometry.padding}"
+        )
+    return geometry
+
+
+def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry) -> tuple[int, int, int, int]:
+    """Check that an input fits a pattern.
+
+    Returns:
+        The shape of the output, (N, K, P, Q).
+
+    Raises:
+        TypeError: if the input is not floating.
+        ValueError: if it is not [N, C, H, W], has another number of channels, or is smaller than the filter.
+    """
+    weight = pattern.mask.shape
+    if input.dim() != 4:
+        raise ValueError(f"input must be [N, C, H, W], got shape {tuple(input.shape)}")
+    if not input.is_floating_point():
+        raise TypeError(f"input must be a floating point tensor, got {input.dtype}")
+    if input.shape[1] != weight[1] * groups:
+        raise ValueError(
+            f"input has {input.shape[1]} channels, weight of shape {tuple(weight)} with groups={groups} needs "
+            f"{weight[1] * groups}"
+        )
+    rows, cols = output_size(input.shape[2:], weight[2:], *geometry)
+    if rows < 1 or cols < 1:
+        raise ValueError(
+            f"input of {input.shape[2]} x {input.shape[3]} pixels with padding {geometry.padding} is smaller than the "
+            f"filter {tuple(weight[2:])} with dilation {geometry.dilation}"
+        )
+    return input.shape[0], weight[0], rows, cols
+
+
+def _padding(
+    padding: Pair | str, filter: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int]:
+    if padding == "valid":
+        return (0, 0)
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f'padding="same" needs stride 1, got stride {stride}')
+        total = [d * (size - 1) for d, size in zip(dilation, filter, strict=True)]
+        if any(t % 2 for t in total):
+            raise ValueError(
+                f'padding="same" with filter {tuple(filter)} and dilation {dilation} is not the same on both '
+                "sides: pad the input with torch.nn.functional.pad first"
+            )
+        return (total[0] // 2, total[1] // 2)
+    if isinstance(padding, str):
+        raise ValueError(f'padding must be numbers, "same" or "valid", got "{padding}"')
+    return _two("padding", padding)
+
+
+def _two(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = tuple(_pair(value))
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be one or two integers, got {value}")
+    return pair
