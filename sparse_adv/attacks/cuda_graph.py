@@ -170,7 +170,7 @@ class Graphs:
         if not (y is None or (isinstance(y, Tensor) and y.device == x.device)):
             return False
         # Weights held constant by the caller lie where no later call finds them.
-        return not any(isinstance(layer, MaskedLayer) and layer.is_constant for layer in search.model.modules())
+        return not any(isinstance(layer, MaskedLayer) and layer.is_frozen for layer in search.model.modules())
 
     def _record(
         self, recorder: Any, entry: _Entry, search: Search, batch: Sequence[Tensor | None], waits: bool

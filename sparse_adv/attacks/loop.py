@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import ops
 from sparse_adv.attacks.checks import Labels, check_labels, classes_of
-from sparse_adv.nn import constant_weights
+from sparse_adv.nn import frozen_weights
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """loss(logits, y) -> the batch's loss, a scalar, or one number per image [N]."""
@@ -85,7 +85,7 @@ class Search:
         """
         model = self.model
         # Outside of inference mode, whose tensors can enter no graph.
-        with torch.inference_mode(False), torch.enable_grad(), crafting(model, self.mode), constant_weights(model):
+        with torch.inference_mode(False), torch.enable_grad(), crafting(model, self.mode), frozen_weights(model):
             if self.objective.loss is divergence:
                 with torch.no_grad():
                     y = F.log_softmax(model(x), 1)

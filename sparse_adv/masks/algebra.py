@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses
-from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
+from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, obeys
 
 SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (
     (64, 64),
@@ -81,9 +81,7 @@ def multiply_add_density(model: nn.Module, masks: Mapping[str, Tensor], input_sh
     return kept / dense
 
 
-def largest_block(
-    mask: Tensor, candidates: Sequence[Sequence[int | str]] = SUPPORTED_BLOCKS
-) -> tuple[int, int, int, int]:
+def largest_block(mask: Tensor, candidates: Sequence[Sequence[int | str]] = SUPPORTED_BLOCKS) -> Block:
     """The block with most elements, of the candidates, that the mask obeys.
 
     Args:
@@ -94,10 +92,24 @@ def largest_block(
         The block as (bo, bi, br, bs); (1, 1, 1, 1), which every mask obeys, if no candidate fits.
     """
     check_mask(mask, linear=True)
-    height, width = (*mask.shape, 1, 1)[2:4]
-    taps = {"R": height, "S": width}
-    blocks = []
-    for candidate in candidates:
-        blocks.append(check_block([taps[size] if isinstance(size, str) else size for size in candidate]))
-    fitting = (block for block in sorted(blocks, key=math.prod, reverse=True) if obeys(mask, block))
-    return next(fitting, (1, 1, 1, 1))
+    return largest_obeyed_block(mask, [check_block(_numbers(candidate, mask)) for candidate in candidates])
+
+
+def largest_obeyed_block(mask: Tensor, blocks: Iterable[Block] | None = None) -> Block:
+    """`largest_block` of a mask and blocks that have been checked; None stands for `SUPPORTED_BLOCKS`."""
+    if blocks is None:
+        blocks = (_complete(_numbers(candidate, mask)) for candidate in SUPPORTED_BLOCKS)
+    obeyed = (block for block in sorted(blocks, key=math.prod, reverse=True) if obeys(mask, block))
+    return next(obeyed, (1, 1, 1, 1))
+
+
+def _numbers(block: Sequence[int | str], mask: Tensor) -> list[int]:
+    """The block with the filter's sizes in place of "R" and "S"."""
+    rows, cols = (*mask.shape, 1, 1)[2:4]
+    taps = {"R": rows, "S": cols}
+    return [taps[size] if isinstance(size, str) else size for size in block]
+
+
+def _complete(block: Sequence[int]) -> Block:
+    out, into, rows, cols = (*block, 1, 1)[:4]
+    return out, into, rows, cols

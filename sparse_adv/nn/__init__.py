@@ -5,7 +5,7 @@ is.
 """
 
 from sparse_adv.nn.allreduce_hook import Traffic, exchange_kept_gradients
-from sparse_adv.nn.conversion import constant_weights, densify, sparsify
+from sparse_adv.nn.conversion import densify, frozen_weights, sparsify
 from sparse_adv.nn.dead_channels import dead_channels, silence_dead_channels
 from sparse_adv.nn.explanation import Explanation, explain
 from sparse_adv.nn.macs import Work, multiply_adds
@@ -21,11 +21,11 @@ __all__ = [
     "Shrunk",
     "Traffic",
     "Work",
-    "constant_weights",
     "dead_channels",
     "densify",
     "exchange_kept_gradients",
     "explain",
+    "frozen_weights",
     "multiply_adds",
     "shrink",
     "silence_dead_channels",

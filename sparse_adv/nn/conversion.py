@@ -1,4 +1,4 @@
-"""Dense model to sparse model and back; and the state between two optimiser steps in which weights stand still."""
+"""Dense model to sparse model and back, and a context in which weights do not change."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sparse_adv.masks import largest_block
 from sparse_adv.masks.layers import Layer, unknown_module
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_convertible, pattern_of
+from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_conv_mask, check_convertible, compile_mask
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.masked_linear import MaskedLinear, check_linear, check_linear_mask
-from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
+from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys
 
 
-class _Plan(NamedTuple):
+class _Conversion(NamedTuple):
+    """A layer whose mask has been checked and compiled."""
+
     layer: Layer
     mask: Tensor
     convert: Callable[[], MaskedLayer]
@@ -34,14 +36,14 @@ def sparsify(
 ) -> nn.Module:
     """Replace convolutions of the model by `MaskedConv2d` and linear layers by `MaskedLinear`, in place.
 
-    Layers that are masked already get the new masks. Parameter objects stay the same, so an optimiser made before goes
-    on working. If anything is wrong, nothing changes.
+    Layers that are masked already get the new masks. Parameter objects stay the same, so an optimiser made before still
+    works. If anything is wrong, nothing changes.
 
     Args:
         model: any module.
         masks: bool masks keyed by module name, as `masks.prune` returns them; layers without a mask stay dense.
         block: the block shape of all masks; None finds for each the largest supported block that it obeys.
-        optimizer: its momentum (and whatever else it keeps) of pruned weights becomes 0 now; without it, that happens
+        optimizer: its momentum (and whatever else it stores) for pruned weights becomes 0 now; without it, that happens
             before its next step.
 
     Returns:
@@ -51,22 +53,29 @@ def sparsify(
         TypeError: if a named module is not a plain Conv2d or Linear, or a mask no bool tensor.
         ValueError: if a name is unknown, a mask has the wrong shape or disobeys the block, or one weight would need
             two masks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
+        >>> sparsify(model, {"0": torch.rand(8, 3, 3, 3) < 0.1})[0].density < 0.3
+        True
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    plans: dict[nn.Module, _Plan] = {}
+    conversions: dict[nn.Module, _Conversion] = {}
     for name, mask in masks.items():
         if name not in modules:
             raise ValueError(unknown_module(name, modules))
-        known = plans.get(modules[name])
-        if known is not None and not mask.equal(known.mask):
-            raise ValueError(f"module {name!r} has another name with another mask")
+        module = modules[name]
+        if module in conversions:  # it has several names
+            if not torch.equal(mask, conversions[module].mask):
+                raise ValueError(f"module {name!r} has another name with another mask")
+            continue
         try:
-            plans[modules[name]] = known or _plan(modules[name], mask, block)
+            conversions[module] = _conversion(module, mask, block)
         except (TypeError, ValueError) as error:
             raise type(error)(f"module {name!r}: {error}") from error
-    _refuse_divided_weights(modules, plans)
+    _check_shared_weights(modules, conversions)
 
-    layers = {module: plan.convert() for module, plan in plans.items()}
+    layers = {module: conversion.convert() for module, conversion in conversions.items()}
     model = _replace(model, modules, layers)
     if optimizer is not None:
         optimizer_hook.settle(optimizer)
@@ -76,54 +85,66 @@ def sparsify(
 def densify(model: nn.Module) -> nn.Module:
     """Replace every masked layer by a plain `nn.Conv2d` or `nn.Linear` with the same Parameters, zeros where pruned.
 
-    It happens in place. The model's `state_dict` is then what the dense model would save, and nothing keeps the zeros
+    It happens in place. The model's `state_dict` then has the dense model's keys, and nothing holds the zeros at zero
     any longer.
 
     Returns:
         The model; if that is itself a masked layer, the layer that replaces it.
+
+    Example:
+        >>> layer = sparsify(nn.Linear(2, 1), {"": torch.tensor([[True, False]])})
+        >>> type(densify(layer)) is nn.Linear
+        True
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     return _replace(model, modules, {m: m.to_dense() for m in model.modules() if isinstance(m, MaskedLayer)})
 
 
 @contextmanager
-def constant_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """While this lasts, the masked layers' weights and biases must not change, and passes profit from it.
+def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """A context in which the masked layers' weights and biases must not change, which makes passes faster.
 
-    Each layer reads its kept values once, in the kernels' order (float32 convolutions on the CPU), and forms no
-    gradient of weight or bias, whatever `requires_grad` says: what an attack needs. May be nested; ends with the
-    outermost.
+    Each layer reads the weights kept by its mask once, in the kernels' order (float32 convolutions on the CPU, blocks
+    on CUDA), casts them once under autocast, and computes no gradient of weight or bias, whatever `requires_grad` says.
+    That is what an attack needs. The context may be nested; it ends with the outermost one.
+
+    Example:
+        >>> model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": torch.rand(8, 3, 3, 3) < 0.1})
+        >>> with frozen_weights(model):
+        ...     model(torch.rand(1, 3, 8, 8)).requires_grad
+        False
     """
-    held = [layer for layer in model.modules() if isinstance(layer, MaskedLayer) and layer.hold_constant()]
+    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLayer) and layer.freeze()]
     try:
         yield model
     finally:
-        for layer in held:
-            layer.release_constant()
+        for layer in layers:
+            layer.unfreeze()
 
 
-def _plan(module: nn.Module, mask: Tensor, block: Sequence[int] | None) -> _Plan:
+def _conversion(module: nn.Module, mask: Tensor, block: Sequence[int] | None) -> _Conversion:
+    """Check a mask for a module and compile it; the module stays as it is."""
     if isinstance(module, nn.Linear):
         check_linear(module)
         check_linear_mask(module, mask)
-        if block is not None and not obeys(mask, block):
-            raise ValueError(f"mask does not obey block {check_block(block)}")
-        return _Plan(module, mask, partial(MaskedLinear.around, module, mask))
+        if block is not None:
+            check_obeys(mask, check_block(block))
+        return _Conversion(module, mask, partial(MaskedLinear.from_checked, module, mask))
     if not isinstance(module, nn.Conv2d):
         raise TypeError(f"only Conv2d and Linear layers can be masked, got {type(module).__name__}")
     check_convertible(module)
-    check_mask(mask)
-    block4 = largest_block(mask) if block is None else check_block(block)
-    return _Plan(module, mask, partial(MaskedConv2d.around, module, mask, block4, pattern_of(module, mask, block4)))
+    block4 = check_conv_mask(module, mask, block)
+    compiled = compile_mask(module, mask, block4)
+    return _Conversion(module, mask, partial(MaskedConv2d.from_compiled, module, mask, block4, compiled))
 
 
-def _refuse_divided_weights(modules: Mapping[str, nn.Module], plans: Mapping[nn.Module, _Plan]) -> None:
-    """A Parameter that several modules share must get the same mask from all."""
-    masked = {id(plan.layer.weight): plan.mask for plan in plans.values()}
+def _check_shared_weights(modules: Mapping[str, nn.Module], conversions: Mapping[nn.Module, _Conversion]) -> None:
+    """Raises ValueError unless modules that share a Parameter all get the same mask."""
+    masks = {id(conversion.layer.weight): conversion.mask for conversion in conversions.values()}
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
-            wanted = masked.get(id(parameter))
-            if wanted is not None and not (module in plans and plans[module].mask.equal(wanted)):
+            mask = masks.get(id(parameter))
+            if mask is not None and not (module in conversions and conversions[module].mask.equal(mask)):
                 raise ValueError(f"the weight of module {name!r} is also another's, and the two do not get one mask")
 
 
@@ -135,12 +156,12 @@ def _replace(model: nn.Module, modules: Mapping[str, nn.Module], new: Mapping[nn
             setattr(modules[parent], child, new[module])
     if model in new:
         return new[model]
-    _tell_ddp(model)
+    _ignore_masks_in_ddp(model)
     return model
 
 
-def _tell_ddp(model: nn.Module) -> None:
-    """DistributedDataParallel would broadcast the masks with every step; they are the same everywhere already."""
+def _ignore_masks_in_ddp(model: nn.Module) -> None:
+    """Exclude the masks from what DistributedDataParallel broadcasts with every step: all processes have them."""
     own = {f"{name}.weight_mask" for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
     others = [
         name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith("weight_mask")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import Layer, maskable, run_once, uses
-from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
+from sparse_adv.nn.masked_conv2d import Choice, MaskedConv2d
 from sparse_adv.nn.masked_linear import MaskedLinear
+from sparse_adv.ops import PASSES
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Row:
     """Number of weights kept."""
     multiply_adds: tuple[int, int] | None
     """Kept and of the dense layer, for the given input; None if no input shape was given."""
-    paths: dict[str, str]
+    kernels: dict[str, str]
     """For each pass, the kernel and why: "sparse (table)", "dense (tuned: 1.9 ms, sparse 4.8 ms)"."""
 
     @property
@@ -56,7 +57,7 @@ class Explanation:
         lines: list[tuple[str, ...]] = [("layer", "weight", "block", "density", *PASSES)]
         for row in self.rows:
             cells = (row.layer or "(model)", _times(row.weight_shape), _times(row.block) if row.block else "-")
-            lines.append((*cells, f"{row.kept / max(1, row.weights):.4f}", *(row.paths.get(p, "?") for p in PASSES)))
+            lines.append((*cells, f"{row.kept / max(1, row.weights):.4f}", *(row.kernels.get(p, "?") for p in PASSES)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         return "\n".join([*table, self._totals()])
@@ -114,12 +115,13 @@ def _paths(layer: MaskedConv2d, input: Tensor | None) -> dict[str, str]:
     return {name: f"{path} ({why})" for name, path in layer.paths(input).items()}
 
 
-def _tuned(choice: dict[str, float | str]) -> str:
-    path = choice["path"]
-    other = "dense" if path == "sparse" else "sparse"
-    if f"{path}_ms" not in choice or f"{other}_ms" not in choice:
-        return f"{path} (given)"
-    return f"{path} (tuned: {choice[f'{path}_ms']:.3g} ms, {other} {choice[f'{other}_ms']:.3g} ms)"
+def _tuned(choice: Choice) -> str:
+    if "sparse_ms" not in choice or "dense_ms" not in choice:
+        return f"{choice['kernel']} (given)"
+    sparse, dense = f"{choice['sparse_ms']:.3g} ms", f"{choice['dense_ms']:.3g} ms"
+    if choice["kernel"] == "sparse":
+        return f"sparse (tuned: {sparse}, dense {dense})"
+    return f"dense (tuned: {dense}, sparse {sparse})"
 
 
 def _times(sizes: Sequence[int]) -> str:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import Layer, run_once, uses
-from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
+from sparse_adv.nn.masked_conv2d import MaskedConv2d
+from sparse_adv.ops import PASSES
 
 
 class Work(NamedTuple):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,36 @@ from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 from torch.optim import Optimizer
 
-from sparse_adv.masks import largest_block
+from sparse_adv.masks.algebra import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.masked_layer import MaskedLayer, check_own_weight, check_shape
-from sparse_adv.ops import Pattern, chosen_paths, compile_pattern, masked_conv2d, pack_pattern, set_kernels
-from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
+from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape
+from sparse_adv.ops import PASSES, Pattern, chosen_paths, masked_conv2d, pack_pattern, set_kernels
+from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
+from sparse_adv.ops.masked_conv2d_pattern import compile_checked
 
-PASSES = ("forward", "grad_input", "grad_weight")
+
+class Choice(TypedDict):
+    """The kernel that `nn.tune` fixed for one pass, and the times that it measured."""
+
+    kernel: str
+    sparse_ms: NotRequired[float]
+    dense_ms: NotRequired[float]
+
+
+LayerChoices = dict[str, Choice]
+"""The choice for each pass: "forward", "grad_input" and "grad_weight"."""
+
+
+@dataclass(eq=False)
+class CompiledConvMask(CompiledMask):
+    """A mask with its pattern in three variants, of which `MaskedConv2d.pattern` selects one."""
+
+    pattern: Pattern
+    """The kernel of each pass is chosen by a static table."""
+    deterministic: Pattern
+    """grad_weight is always the sparse kernel: the bits of oneDNN's dense one depend on the number of threads."""
+    tuned: Pattern | None = None
+    """The kernels are those that `nn.tune` fixed."""
 
 
 class MaskedConv2d(MaskedLayer, nn.Conv2d):
@@ -25,8 +49,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     `y = conv2d(x, weight * weight_mask) + bias`. The Parameter is `weight`, as in `nn.Conv2d`, with zeros where
     pruned; the mask is the bool buffer `weight_mask`, true = kept. Pruned weights, their gradients and the momentum of
-    `torch.optim`'s optimisers stay exactly zero (`sparse_adv/nn/optimizer_hook.py` says how). Whoever writes values
-    into `weight` by hand calls `set_mask(layer.weight_mask)` afterwards.
+    `torch.optim`'s optimisers stay exactly zero (`sparse_adv/nn/optimizer_hook.py` explains how). After writing values
+    into `weight` by hand, call `set_mask(layer.weight_mask)`.
 
     Loading a dense state dict keeps the mask and zeroes the weight by it; one of `nn.utils.prune` loads too.
     `torch.optim.swa_utils.AveragedModel` works as it is; its `use_buffers=True` cannot average bool tensors.
@@ -40,18 +64,15 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     stride: tuple[int, int]
     dilation: tuple[int, int]
-    block: tuple[int, int, int, int]
-    choices: dict[str, Any] | None
-    """What `nn.tune` measured here, None before; it holds for one mask, so a new mask drops it."""
+    block: Block
+    choices: LayerChoices | None
+    """What `nn.tune` fixed, None before; a new mask resets it, as it was measured for one mask."""
 
     _dense = nn.Conv2d
-    _derived = ("_pattern", "_tuned_pattern", "_deterministic_pattern", "_seen", "_constant")
     _own = ("block", "choices")
 
-    _pattern: Pattern | None
-    _tuned_pattern: Pattern | None
-    _deterministic_pattern: Pattern | None
-    _constant: tuple[Tensor, Tensor | None, Pattern] | None
+    _compiled: CompiledConvMask | None
+    _frozen: tuple[Tensor, Tensor | None, Pattern] | None
 
     def __init__(
         self,
@@ -85,7 +106,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         )
         if mask is None:
             mask = torch.ones_like(self.weight, dtype=torch.bool)
-        self._adopt(mask, check_block(block))
+        block4 = check_conv_mask(self, mask, block)
+        self._set_mask(mask, block4, compile_mask(self, mask, block4))
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, mask: Tensor, block: Sequence[int] = (4, 4)) -> Self:
@@ -96,14 +118,14 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             ValueError: if the mask has another shape than the weight, or does not obey the block.
         """
         check_convertible(conv)
-        block4 = check_block(block)
-        return cls.around(conv, mask, block4, pattern_of(conv, mask, block4))
+        block4 = check_conv_mask(conv, mask, block)
+        return cls.from_compiled(conv, mask, block4, compile_mask(conv, mask, block4))
 
     @classmethod
-    def around(cls, conv: nn.Conv2d, mask: Tensor, block: tuple[int, int, int, int], pattern: Pattern) -> Self:
-        """`from_dense` after all checks, with the pattern at hand; a masked layer is kept and takes the mask over."""
-        layer = cls._shell(conv)
-        layer._adopt(mask, block, pattern)
+    def from_compiled(cls, conv: nn.Conv2d, mask: Tensor, block: Block, compiled: CompiledConvMask | None) -> Self:
+        """`from_dense` of a mask that has been checked and compiled; a masked layer stays itself and gets the mask."""
+        layer = cls._sharing_state_of(conv)
+        layer._set_mask(mask, block, compiled)
         return layer
 
     def set_mask(self, mask: Tensor, optimizer: Optimizer | None = None, block: Sequence[int] | None = None) -> None:
@@ -111,7 +133,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
         Args:
             mask: bool tensor of the weight's shape.
-            optimizer: its momentum (and whatever else it keeps) of pruned weights becomes 0 now; without it, that
+            optimizer: its momentum (and whatever else it stores) for pruned weights becomes 0 now; without it, that
                 happens before its next step.
             block: the mask's block; None keeps the present one if the mask obeys it, else takes the largest
                 supported one that it obeys.
@@ -119,41 +141,40 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         Raises:
             ValueError: if the mask has another shape than the weight, or does not obey the block.
         """
-        check_mask(mask)
-        block4 = check_block(block) if block is not None else self._fitting_block(mask)
-        self._adopt(mask, block4, pattern_of(self, mask, block4))
+        block4 = check_conv_mask(self, mask, block, self.block)
+        self._set_mask(mask, block4, compile_mask(self, mask, block4))
         if optimizer is not None:
             optimizer_hook.settle(optimizer)
 
     @property
     def pattern(self) -> Pattern:
-        """The compiled mask, with the choice of kernels.
+        """The compiled mask, with the kernels that are requested for the passes.
 
-        Under `torch.use_deterministic_algorithms` nothing measured counts, and grad_weight is always the sparse kernel:
-        oneDNN's dense one gives other bits with another number of threads.
+        Under `torch.use_deterministic_algorithms` what was measured is ignored, as it differs from run to run, and
+        grad_weight is always the sparse kernel.
         """
-        assert self._pattern is not None, "a layer on the meta device has no pattern"
+        assert self._compiled is not None, "a layer on the meta device has no pattern"
         if torch.are_deterministic_algorithms_enabled():
-            assert self._deterministic_pattern is not None
-            return self._deterministic_pattern
-        return self._tuned_pattern or self._pattern
+            return self._compiled.deterministic
+        return self._compiled.tuned or self._compiled.pattern
 
-    def choose_paths(self, choices: Mapping[str, Any]) -> None:
-        """Fix which kernel each pass takes: `choices[pass]["path"]` is "sparse" or "dense"; see `nn.tune`."""
-        assert self._pattern is not None, "a layer on the meta device has no pattern"
-        self._tuned_pattern = set_kernels(self._pattern, **{name: choices[name]["path"] for name in PASSES})
+    def choose_kernels(self, choices: Mapping[str, Choice]) -> None:
+        """Fix which kernel each pass takes: `choices[pass]["kernel"]` is "sparse" or "dense"; see `nn.tune`."""
+        assert self._compiled is not None, "a layer on the meta device has no pattern"
+        kernels = {name: choices[name]["kernel"] for name in PASSES}
+        self._compiled.tuned = set_kernels(self._compiled.pattern, **kernels)
         self.choices = dict(choices)
-        self._constant = None
+        self._frozen = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `[N, C, H, W]`, or `[C, H, W]`."""
         if not torch.compiler.is_compiling():
             self._refresh()
-        if self._pattern is None:
+        if self._compiled is None:
             return super().forward(input)
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        weight, bias, pattern = self._constant or (self.weight, self.bias, self.pattern)
+        weight, bias, pattern = self._frozen or (self.weight, self.bias, self.pattern)
         input, padding = self.padded(input)
         return masked_conv2d(input, weight, pattern, bias, self.stride, padding, self.dilation, self.groups)
 
@@ -168,7 +189,11 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return chosen_paths(self.pattern, shape, self.stride, padding, self.dilation)
 
     def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The input with whatever padding is not plain zeros, the same on both sides; and the padding that is."""
+        """Apply to the input what the op cannot pad: other values than zeros, or different widths on two sides.
+
+        Returns:
+            The input, and the padding (rows, columns) that is left for the op.
+        """
         left, right, top, bottom = widths = list(self._reversed_padding_repeated_twice)
         if self.padding_mode != "zeros":
             return F.pad(input, widths, mode=self.padding_mode), (0, 0)
@@ -180,53 +205,63 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         density = "" if self.weight_mask.is_meta else f", density={self.density:.4g}"
         return f"{super().extra_repr()}{density}, block={self.block}"
 
-    def _constants(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Pattern]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if state["choices"] is not None and self._compiled is not None:
+            self.choose_kernels(state["choices"])
+
+    def _set_mask(self, mask: Tensor, block: Block, compiled: CompiledConvMask | None) -> None:
+        self._write_mask(mask)
+        self.block, self.choices = block, None
+        self._install(compiled)
+
+    def _compile(self) -> CompiledConvMask | None:
+        mask = self.weight_mask
+        self.block = self.block if obeys(mask, self.block) else largest_obeyed_block(mask)
+        self.choices = None  # they were measured with another mask or on another device
+        return compile_mask(self, mask, self.block)
+
+    def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Pattern]:
         device = weight.device.type
         if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-            # Cast here, and autocast has nothing left to cast in each pass.
+            # Cast once here, so that autocast casts nothing in each pass.
             dtype = torch.get_autocast_dtype(device)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return weight, bias, pack_pattern(self.pattern, weight)
 
-    def _fitting_block(self, mask: Tensor) -> tuple[int, int, int, int]:
-        return self.block if obeys(mask, self.block) else largest_block(mask)
 
-    def _adopt(self, mask: Tensor, block: tuple[int, int, int, int], pattern: Pattern | None = None) -> None:
-        """Take a mask over, with its pattern if that is at hand."""
-        self._store_mask(mask)
-        self.block = block
-        if pattern is None and not self.weight_mask.is_meta:
-            pattern = pattern_of(self, mask, block)
-        self._pattern, self._tuned_pattern, self.choices = pattern, None, None
-        self._settle()
+def check_conv_mask(conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None, default: Block | None = None) -> Block:
+    """Check that a mask fits a convolution.
 
-    def _compiled_mask(self) -> Tensor | None:
-        return self._pattern.mask if self._pattern else None
+    Args:
+        block: the mask's block; None takes `default` if the mask obeys it, else the largest supported one that the mask
+            obeys.
 
-    def _compile(self) -> None:
-        if self._pattern is not None:
-            self.choices = None
-        self.block = self._fitting_block(self.weight_mask)
-        self._pattern, self._tuned_pattern = pattern_of(self, self.weight_mask, self.block), None
-        if self.choices is not None:
-            self.choose_paths(self.choices)
+    Returns:
+        The block as (bo, bi, br, bs).
 
-    def _forget(self) -> None:
-        self._pattern = self._tuned_pattern = None
-
-    def _settle(self) -> None:
-        self._deterministic_pattern = (
-            None if self._pattern is None else set_kernels(self._pattern, grad_weight="sparse")
-        )
-        super()._settle()
-
-
-def pattern_of(conv: nn.Conv2d, mask: Tensor, block: Sequence[int]) -> Pattern:
-    """The pattern of a mask for this convolution, on its device; raises ValueError if they do not fit."""
+    Raises:
+        TypeError: if the mask is not a bool tensor.
+        ValueError: if it has another shape than the weight, or does not obey the block.
+    """
     check_mask(mask)
     check_shape(mask, conv.weight)
-    # A copy, or the pattern would share the buffer's memory and never be seen to differ from it.
-    return compile_pattern(mask.to(conv.weight.device, copy=True), block, conv.groups)
+    if block is not None:
+        block4 = check_block(block)
+        if not mask.is_meta:
+            check_obeys(mask, block4)
+        return block4
+    if default is not None and obeys(mask, default):
+        return default
+    return largest_obeyed_block(mask)
+
+
+def compile_mask(conv: nn.Conv2d, mask: Tensor, block: Block) -> CompiledConvMask | None:
+    """Compile a mask that `check_conv_mask` has checked, on the layer's device; None on the meta device."""
+    if conv.weight.is_meta:
+        return None
+    pattern = compile_checked(mask.to(conv.weight.device), block, conv.groups)
+    return CompiledConvMask(pattern.mask, pattern, set_kernels(pattern, grad_weight="sparse"))
 
 
 def check_convertible(conv: nn.Module) -> None:

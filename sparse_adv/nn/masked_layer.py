@@ -1,9 +1,10 @@
-"""What masked layers have in common: the mask is a buffer, and outside it the weight stays zero whatever happens."""
+"""What masked layers have in common: the mask is a buffer, and the weight is 0 outside it whatever happens."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,11 +13,38 @@ from torch import Tensor, nn
 from sparse_adv.nn import optimizer_hook
 
 
+@dataclass(eq=False)
+class CompiledMask:
+    """All that a masked layer derives from the content of its buffer `weight_mask`."""
+
+    mask: Tensor
+    """A copy of the buffer, so that a write to the buffer shows as a difference."""
+    _source: tuple[Tensor, int] | None = field(default=None, init=False)
+    """The buffer whose content is known to equal `mask`, and the version of that content."""
+
+    def attach(self, buffer: Tensor) -> None:
+        """Note that the buffer's present content equals `mask`."""
+        self._source = buffer, _version(buffer)
+
+    def matches(self, buffer: Tensor) -> bool:
+        """Whether the buffer's content equals `mask`; elements are compared only after a write."""
+        if self._source is not None and buffer is self._source[0] and _version(buffer) == self._source[1]:
+            return True
+        if self.mask.device != buffer.device or not torch.equal(self.mask, buffer):
+            return False
+        self.attach(buffer)
+        return True
+
+
 class MaskedLayer(nn.Module):
     """A layer whose weight is 0 wherever its bool buffer `weight_mask` is false.
 
-    Subclasses name it before the dense layer that they stand in for. They say by `_forget` and `_compile` what follows
-    from a mask, and by `_compiled_mask` for which mask they have it.
+    A mask becomes effective in three steps: a subclass checks and compiles it, `_write_mask` writes it to the buffer,
+    and `_install` makes weight and optimisers obey it. Whoever else writes to the buffer (loading, averaging, moving to
+    another device) makes `_compiled` out of date; `_derive` then compiles the buffer's content.
+
+    Subclasses name this class before the dense layer that they replace, and implement `_compile` and
+    `_frozen_operands`.
     """
 
     weight: Tensor
@@ -24,17 +52,29 @@ class MaskedLayer(nn.Module):
     weight_mask: Tensor
 
     _dense: ClassVar[type[nn.Module]]
-    _derived: ClassVar[tuple[str, ...]]
-    """Attributes that follow from the weight and the mask: neither pickled nor copied, but computed again."""
+    """The class of the dense layer."""
     _own: ClassVar[tuple[str, ...]] = ()
-    """The other attributes that the dense layer does not have."""
+    """Attributes that the dense layer does not have, other than those of `_DERIVED`."""
 
-    _seen: tuple[Tensor, int]
-    _constant: Any
+    _compiled: CompiledMask | None
+    """None on the meta device, where the layer computes what the dense one does."""
+    _frozen: Any
+    """What the forward pass takes in place of weight and bias while `nn.frozen_weights` lasts, else None."""
+
+    _DERIVED: ClassVar = ("_compiled", "_frozen")
+    """Attributes that are neither pickled nor copied, but computed again."""
+
+    @abstractmethod
+    def _compile(self) -> CompiledMask | None:
+        """Compile the content of the buffer `weight_mask`; None on the meta device, where it has none."""
+
+    @abstractmethod
+    def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> Any:
+        """What the forward pass takes in place of weight and bias while they do not change."""
 
     @classmethod
-    def _shell(cls, dense: nn.Module) -> Self:
-        """The layer that takes the place of `dense`, still without a mask; a masked layer stays itself."""
+    def _sharing_state_of(cls, dense: nn.Module) -> Self:
+        """A layer with the attributes of `dense`, still without a mask; a masked layer is returned itself."""
         if isinstance(dense, cls):
             return dense
         layer = cls.__new__(cls)
@@ -46,7 +86,7 @@ class MaskedLayer(nn.Module):
         self._derive()
         dense = self._dense.__new__(self._dense)
         dense.__dict__ = _shared_state(self)
-        for name in (*self._derived, *self._own):
+        for name in (*self._DERIVED, *self._own):
             del dense.__dict__[name]
         del dense._buffers["weight_mask"]
         optimizer_hook.unwatch(self.weight)
@@ -59,79 +99,51 @@ class MaskedLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]
-        if "weight_mask" in self._buffers:  # not yet, when the dense layer's constructor calls this
+        if "weight_mask" in self._buffers:  # the dense layer's constructor calls this before there is a mask
             self._derive()
 
     @property
-    def is_constant(self) -> bool:
-        """Whether `nn.constant_weights` holds this layer."""
-        return self._constant is not None
+    def is_frozen(self) -> bool:
+        """Whether `nn.frozen_weights` is in force for this layer."""
+        return self._frozen is not None
 
-    def hold_constant(self) -> bool:
-        """Begin what `nn.constant_weights` describes; returns False if it had begun already."""
-        if self.is_constant:
+    def freeze(self) -> bool:
+        """Begin what `nn.frozen_weights` describes; returns False if it had begun already."""
+        if self.is_frozen:
             return False
         self._refresh()
-        # Zeros are made sure of, in a copy: the weight may be part of a graph.
+        # Pruned entries may have been written by hand. They are zeroed in a copy: the weight may be part of a graph.
         weight = torch.where(self.weight_mask, self.weight.detach(), 0)
-        self._constant = self._constants(weight, None if self.bias is None else self.bias.detach())
+        self._frozen = self._frozen_operands(weight, None if self.bias is None else self.bias.detach())
         return True
 
-    def release_constant(self) -> None:
-        self._constant = None
+    def unfreeze(self) -> None:
+        self._frozen = None
 
-    @abstractmethod
-    def _constants(self, weight: Tensor, bias: Tensor | None) -> Any:
-        """What the forward pass takes in place of weight and bias while they are constant."""
-
-    @abstractmethod
-    def _compiled_mask(self) -> Tensor | None:
-        """The mask of which `_compile` last made something, as it was then; a tensor of the layer's own."""
-
-    @abstractmethod
-    def _compile(self) -> None:
-        """Make what follows from the buffer `weight_mask`."""
-
-    @abstractmethod
-    def _forget(self) -> None:
-        """Drop what followed from a mask."""
-
-    def _store_mask(self, mask: Tensor) -> None:
+    def _write_mask(self, mask: Tensor) -> None:
         if "weight_mask" in self._buffers:
             self.weight_mask.copy_(mask)
         else:
             self.register_buffer("weight_mask", mask.to(self.weight.device, copy=True))
 
-    def _refresh(self) -> None:
-        """Notice a mask that was written to, as loading, averaging and copying of buffers do."""
-        mask = self.weight_mask
-        if mask is self._seen[0] and _version(mask) == self._seen[1]:
-            return
-        if self._is_compiled():
-            self._seen = (mask, _version(mask))
-        else:
-            self._derive()
-
-    def _is_compiled(self) -> bool:
-        known, mask = self._compiled_mask(), self.weight_mask
-        return known is not None and known.device == mask.device and torch.equal(known, mask)
-
-    def _derive(self) -> None:
-        """Compute anew all that follows from the buffer `weight_mask`."""
-        if self.weight_mask.is_meta:
-            self._forget()
-        elif not self._is_compiled():
-            self._compile()
-        self._settle()
-
-    def _settle(self) -> None:
-        self._constant = None
-        self._seen = (self.weight_mask, _version(self.weight_mask))
-        mask = self._compiled_mask()
-        if mask is not None:
+    def _install(self, compiled: CompiledMask | None) -> None:
+        """Make the weight and its optimisers obey the buffer, whose content `compiled` was made of."""
+        self._compiled, self._frozen = compiled, None
+        if compiled is not None:
+            compiled.attach(self.weight_mask)
             with torch.no_grad():
                 self.weight.masked_fill_(~self.weight_mask, 0)
-            optimizer_hook.watch(self.weight, mask)
+            optimizer_hook.watch(self.weight, compiled.mask)
+
+    def _derive(self) -> None:
+        """Compile the buffer if its content has changed, and install the result in any case."""
+        compiled = self._compiled
+        self._install(compiled if compiled is not None and compiled.matches(self.weight_mask) else self._compile())
+
+    def _refresh(self) -> None:
+        """Before a forward pass: notice that the buffer was written to."""
+        if self._compiled is None or not self._compiled.matches(self.weight_mask):
+            self._derive()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -145,11 +157,11 @@ class MaskedLayer(nn.Module):
         self._derive()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in self._derived}
+        return {name: value for name, value in self.__dict__.items() if name not in self._DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget()
+        self._compiled = None
         self._derive()
 
 
@@ -166,7 +178,10 @@ def check_shape(mask: Tensor, weight: Tensor) -> None:
 
 
 def _shared_state(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes for its successor: same Parameters, and same hook tables, so that hooks can be removed."""
+    """A module's attributes for the layer that replaces it.
+
+    Parameters are the same objects, and so are the tables of hooks, so that a hook can be removed by its old handle.
+    """
     own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     return {name: copy.copy(value) if name in own else value for name, value in module.__dict__.items()}
 

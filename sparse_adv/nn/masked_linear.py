@@ -11,14 +11,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.masked_layer import MaskedLayer, check_own_weight, check_shape
+from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
     """`nn.Linear` that keeps only the weights under a mask. It saves no time: the product is dense.
 
-    `y = x @ (weight * weight_mask).T + bias`, where a pruned weight counts as 0 and gets gradient 0 whatever it holds.
+    `y = x @ (weight * weight_mask).T + bias`, where a pruned weight counts as 0 and gets gradient 0 whatever its value.
     Weight, mask, optimisers, copies and state dicts are handled as in `MaskedConv2d`.
 
     Args:
@@ -27,10 +27,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     """
 
     _dense = nn.Linear
-    _derived = ("_compiled", "_seen", "_constant")
 
-    _compiled: Tensor | None
-    _constant: tuple[Tensor, Tensor | None] | None
+    _frozen: tuple[Tensor, Tensor | None] | None
 
     def __init__(
         self,
@@ -46,7 +44,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if mask is None:
             mask = torch.ones_like(self.weight, dtype=torch.bool)
         check_linear_mask(self, mask)
-        self._adopt(mask)
+        self._set_mask(mask)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, mask: Tensor) -> Self:
@@ -58,13 +56,13 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         """
         check_linear(linear)
         check_linear_mask(linear, mask)
-        return cls.around(linear, mask)
+        return cls.from_checked(linear, mask)
 
     @classmethod
-    def around(cls, linear: nn.Linear, mask: Tensor) -> Self:
-        """`from_dense` after all checks; a masked layer is kept and takes the mask over."""
-        layer = cls._shell(linear)
-        layer._adopt(mask)
+    def from_checked(cls, linear: nn.Linear, mask: Tensor) -> Self:
+        """`from_dense` of a mask that has been checked; a masked layer stays itself and gets the mask."""
+        layer = cls._sharing_state_of(linear)
+        layer._set_mask(mask)
         return layer
 
     def set_mask(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
@@ -72,14 +70,14 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
         Args:
             mask: bool tensor of the weight's shape.
-            optimizer: its momentum (and whatever else it keeps) of pruned weights becomes 0 now; without it, that
+            optimizer: its momentum (and whatever else it stores) for pruned weights becomes 0 now; without it, that
                 happens before its next step.
 
         Raises:
             ValueError: if the mask has another shape than the weight.
         """
         check_linear_mask(self, mask)
-        self._adopt(mask)
+        self._set_mask(mask)
         if optimizer is not None:
             optimizer_hook.settle(optimizer)
 
@@ -87,29 +85,22 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         """Map `[..., C]` to `[..., K]`."""
         if not torch.compiler.is_compiling():
             self._refresh()
-        # Selecting, unlike multiplying, makes 0 of NaN too, in the weight and in its gradient.
-        weight, bias = self._constant or (torch.where(self.weight_mask, self.weight, 0), self.bias)
+        # `where` and not a product, as a pruned NaN counts as 0, in the weight and in its gradient.
+        weight, bias = self._frozen or (torch.where(self.weight_mask, self.weight, 0), self.bias)
         return F.linear(input, weight, bias)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.weight_mask.is_meta else f", density={self.density:.4g}")
 
-    def _constants(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _set_mask(self, mask: Tensor) -> None:
+        self._write_mask(mask)
+        self._install(self._compile())
+
+    def _compile(self) -> CompiledMask | None:
+        return None if self.weight_mask.is_meta else CompiledMask(self.weight_mask.clone())
+
+    def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, bias
-
-    def _adopt(self, mask: Tensor) -> None:
-        self._store_mask(mask)
-        self._forget()
-        self._derive()
-
-    def _compiled_mask(self) -> Tensor | None:
-        return self._compiled
-
-    def _compile(self) -> None:
-        self._compiled = self.weight_mask.clone()
-
-    def _forget(self) -> None:
-        self._compiled = None
 
 
 def check_linear_mask(linear: nn.Linear, mask: Tensor) -> None:

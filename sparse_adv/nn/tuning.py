@@ -1,73 +1,82 @@
-"""`tune`: measure, once, which kernel each pass of each masked layer should take."""
+"""`tune`: measure once which kernel is the faster one for each pass of each masked convolution."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import run_once, unknown_module
-from sparse_adv.nn.masked_conv2d import PASSES, MaskedConv2d
-from sparse_adv.ops import Pattern, chosen_paths, masked_conv2d, pack_pattern, set_kernels
+from sparse_adv.nn.masked_conv2d import Choice, LayerChoices, MaskedConv2d
+from sparse_adv.ops import PASSES, Pattern, chosen_paths, masked_conv2d, pack_pattern, set_kernels
 from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
 
-Choices = dict[str, dict[str, Any]]
+Choices = dict[str, LayerChoices]
+"""The choices for each masked convolution, by its module name."""
 
 _HYSTERESIS = 0.95
-"""Of the table's time: another choice must be faster than this, or noise would decide between equals."""
+"""The kernel that the table chose is replaced only by one that takes less than this share of its time: differences
+within 5 % are mostly noise."""
 
 
 def tune(
     model: nn.Module,
     shape: Sequence[int] | Tensor,
-    choices: Mapping[str, Mapping[str, Any]] | None = None,
+    choices: Mapping[str, LayerChoices] | None = None,
     *,
     trials: int = 5,
     seconds: float = 0.5,
 ) -> Choices:
-    """Time the sparse and the dense kernel of each pass of each masked layer, and fix the faster one.
+    """Time the sparse and the dense kernel of each pass of each masked convolution, and fix the faster one.
 
-    Without it, a static table chooses. A choice stays with its layer until the layer gets another mask or device, goes
-    through `deepcopy` and `pickle`, and is no part of the `state_dict`. Under
-    `torch.use_deterministic_algorithms(True)` nothing measured counts. A choice have float32 layers on the CPU, and on
-    CUDA layers with blocks of 32 or 64 channels: these are timed in the dtype of the autocast that surrounds the call,
-    under CUDA graphs.
+    Without it, a static table (on CUDA, a roofline) chooses. A choice is valid until the layer gets another mask or
+    device; `deepcopy` and `pickle` copy it, and the `state_dict` does not contain it. Under
+    `torch.use_deterministic_algorithms(True)` choices are ignored. Layers with a sparse kernel are timed: those in
+    float32 on the CPU, and those with blocks of 32 or 64 channels on CUDA, which are timed in the dtype of the autocast
+    around the call, under CUDA graphs.
 
     Args:
         model: a model with masked layers; it runs one forward pass, in eval mode.
         shape: shape [N, C, H, W] of its input, or a sample of it.
-        choices: what an earlier call returned: applied without measuring anything.
-        trials: how often each kernel is timed at most, taking turns; the shortest time counts.
-        seconds: when to stop timing one pass of one layer, after two trials at least.
+        choices: what an earlier call returned; it is applied and nothing is measured.
+        trials: how often each kernel is timed at most; the shortest time counts.
+        seconds: time limit for one pass of one layer, which is checked after two trials.
 
     Returns:
-        Plain data, keyed by module name, then by pass ("forward", "grad_input", "grad_weight"): the "path" chosen and
-        the milliseconds "sparse_ms" and "dense_ms".
+        Plain data, by module name, then by pass ("forward", "grad_input", "grad_weight"): the "kernel" chosen, and the
+        milliseconds "sparse_ms" and "dense_ms".
 
     Raises:
-        ValueError: if `choices` name a module or a path that does not exist.
+        ValueError: if `choices` name a module or a kernel that does not exist.
+
+    Example:
+        >>> from sparse_adv.nn import explain, sparsify
+        >>> model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": torch.rand(8, 3, 3, 3) < 0.1})
+        >>> choice = {"kernel": "dense"}
+        >>> _ = tune(model, (1, 3, 8, 8), {"0": {"forward": choice, "grad_input": choice, "grad_weight": choice}})
+        >>> explain(model).rows[0].kernels["forward"]
+        'dense (given)'
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedConv2d)}
-    found: Choices = {}
+    applied: Choices = {}
     if choices is None:
         names = {layer: name for name, layer in layers.items()}
 
         def visit(layer: nn.Conv2d, input: Tensor, output: Tensor) -> None:
-            if isinstance(layer, MaskedConv2d) and _has_choice(layer, input) and names[layer] not in found:
-                found[names[layer]] = _measure(layer, input, output, trials, seconds)
+            if isinstance(layer, MaskedConv2d) and _has_choice(layer, input) and names[layer] not in applied:
+                applied[names[layer]] = _measure(layer, input, output, trials, seconds)
 
         run_once(model, shape, visit)
     else:
-        found = {name: dict(choice) for name, choice in choices.items()}
-        for name, choice in found.items():
+        applied = {name: dict(choice) for name, choice in choices.items()}
+        for name, choice in applied.items():
             _check_choice(name, choice, layers)
-    for name, choice in found.items():
-        layers[name].choose_paths(choice)
-    return found
+    for name, choice in applied.items():
+        layers[name].choose_kernels(choice)
+    return applied
 
 
 def _has_choice(layer: MaskedConv2d, input: Tensor) -> bool:
@@ -78,33 +87,37 @@ def _has_choice(layer: MaskedConv2d, input: Tensor) -> bool:
     return input.device.type == "cpu" and input.dtype == torch.float32
 
 
-def _check_choice(name: str, choice: Mapping[str, Any], layers: Mapping[str, nn.Module]) -> None:
+def _check_choice(name: str, choices: LayerChoices, layers: Mapping[str, nn.Module]) -> None:
     if name not in layers:
         raise ValueError(f"choices: {unknown_module(name, layers)}")
     for pass_ in PASSES:
-        path = choice.get(pass_, {}).get("path")
-        if path not in ("sparse", "dense"):
-            raise ValueError(f'choices of {name!r}: path of {pass_} must be "sparse" or "dense", got {path!r}')
+        kernel = choices[pass_].get("kernel") if pass_ in choices else None
+        if kernel not in ("sparse", "dense"):
+            raise ValueError(f'choices of {name!r}: kernel of {pass_} must be "sparse" or "dense", got {kernel!r}')
 
 
-def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, seconds: float) -> dict[str, Any]:
+def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, seconds: float) -> LayerChoices:
     x, padding = layer.padded(input)
     plain, weight, grad = set_kernels(layer.pattern), layer.weight.detach(), torch.ones_like(output)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, grad = (tensor.to(dtype) for tensor in (x, weight, grad))
     if x.device.type == "cuda":
-        plain = pack_pattern(plain, weight)  # as an attack's passes find it
+        plain = pack_pattern(plain, weight)  # as in the passes of an attack
     by_table = chosen_paths(plain, x.shape, layer.stride, padding, layer.dilation)
-    choice = {}
+    choices: LayerChoices = {}
     for name, run in _passes(layer, x, weight, padding, grad).items():
-        patterns = {path: set_kernels(plain, **{name: path}) for path in ("sparse", "dense")}
-        times = _race(run, patterns, trials, seconds)
+        times = _race(
+            run, {kernel: set_kernels(plain, **{name: kernel}) for kernel in ("sparse", "dense")}, trials, seconds
+        )
         table = by_table[name]
         other = "dense" if table == "sparse" else "sparse"
-        path = other if times[other] < _HYSTERESIS * times[table] else table
-        choice[name] = {"path": path} | {f"{key}_ms": round(1e3 * value, 4) for key, value in times.items()}
-    return choice
+        choices[name] = Choice(
+            kernel=other if times[other] < _HYSTERESIS * times[table] else table,
+            sparse_ms=round(1e3 * times["sparse"], 4),
+            dense_ms=round(1e3 * times["dense"], 4),
+        )
+    return choices
 
 
 def _passes(
@@ -122,20 +135,20 @@ def _passes(
 def _race(
     run: Callable[[Pattern], Tensor], patterns: Mapping[str, Pattern], trials: int, seconds: float
 ) -> dict[str, float]:
-    """The shortest time of each, taking turns so that a slow moment of the machine strikes both."""
+    """The shortest time of each. The kernels take turns, so that a slow moment of the machine affects both."""
     best = dict.fromkeys(patterns, float("inf"))
     end = time.perf_counter() + seconds
-    clocks = {path: _clock(partial(run, pattern), pattern.mask.device) for path, pattern in patterns.items()}
+    clocks = {kernel: _clock(partial(run, pattern), pattern.mask.device) for kernel, pattern in patterns.items()}
     for trial in range(max(2, trials)):
-        for path, clock in clocks.items():
-            best[path] = min(best[path], clock())
+        for kernel, clock in clocks.items():
+            best[kernel] = min(best[kernel], clock())
         if trial >= 1 and time.perf_counter() > end:
             break
     return best
 
 
 def _clock(run: Callable[[], Tensor], device: torch.device) -> Callable[[], float]:
-    """What runs it once and returns the seconds; on CUDA those of the GPU alone, by replays of a graph."""
+    """A function that runs `run` once and returns the seconds; on CUDA those of the GPU, by replays of a graph."""
     if device.type == "cuda":
         return _graph_clock(run)
 

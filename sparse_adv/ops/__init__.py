@@ -4,12 +4,20 @@ from sparse_adv.ops import masked_conv2d_cuda as _registers_cuda  # noqa: F401
 from sparse_adv.ops import masked_conv2d_gradients as _registers_gradients  # noqa: F401
 from sparse_adv.ops._library import build_facts, cpu_capability, cuda_ops
 from sparse_adv.ops.masked_conv2d import masked_conv2d
-from sparse_adv.ops.masked_conv2d_pattern import Pattern, chosen_paths, compile_pattern, pack_pattern, set_kernels
+from sparse_adv.ops.masked_conv2d_pattern import (
+    PASSES,
+    Pattern,
+    chosen_paths,
+    compile_pattern,
+    pack_pattern,
+    set_kernels,
+)
 from sparse_adv.ops.pgd_step import pgd_step, pgd_step_
 from sparse_adv.ops.pgd_step_normalized import pgd_step_normalized
 from sparse_adv.ops.random_start import random_start
 
 __all__ = [
+    "PASSES",
     "Pattern",
     "build_facts",
     "chosen_paths",

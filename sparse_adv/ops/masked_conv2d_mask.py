@@ -52,6 +52,12 @@ def obeys(mask: Tensor, block: Sequence[int]) -> bool:
     return True
 
 
+def check_obeys(mask: Tensor, block: Sequence[int]) -> None:
+    """Raises ValueError unless the mask keeps or prunes each block as a whole."""
+    if not obeys(mask, block):
+        raise ValueError(f"mask does not obey block {tuple(block)}: some block is neither kept nor pruned as a whole")
+
+
 def expand_blocks(grid: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Repeat the value of each block for all of its weights; blocks at an edge are smaller.
 

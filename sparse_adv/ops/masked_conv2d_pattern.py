@@ -18,7 +18,7 @@ from torch.nn.modules.utils import _pair
 
 from sparse_adv.ops._library import host
 from sparse_adv.ops.masked_conv2d_live_blocks import blocks_fit, live_blocks
-from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, obeys
+from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys
 
 _FIELDS = host.header_fields
 _BLOCK_FORMAT = 2
@@ -32,6 +32,9 @@ class Kernels(NamedTuple):
     forward: str = "auto"
     grad_input: str = "auto"
     grad_weight: str = "auto"
+
+
+PASSES = Kernels._fields
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +193,7 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
     check_mask(mask)
     if groups < 1 or mask.shape[0] % groups:
         raise ValueError(f"groups must divide the mask's {mask.shape[0]} output channels, got {groups}")
-    if not obeys(mask, block4):
-        raise ValueError(f"mask does not obey block {block}: some block is neither kept nor pruned as a whole")
+    check_obeys(mask, block)
     return compile_checked(mask, block4, groups)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_adv import attacks, masks, sparsify
 from sparse_adv.attacks import PGD, TPGD, Graphs, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
-from sparse_adv.nn import constant_weights
+from sparse_adv.nn import frozen_weights
 
 STEPS = {"steps": 2, "eps": 0.1, "alpha": 0.04}
 ATTACKS = {
@@ -251,7 +251,7 @@ def test_an_error_in_the_model_is_the_callers(model):
 def test_weights_that_the_caller_holds_constant_are_not_recorded(model):
     sparsify(model, masks.prune(model, density=0.5))
     graphs = TapedGraphs()
-    with constant_weights(model):
+    with frozen_weights(model):
         agree(model, graphs)
     assert not graphs._entries
 

@@ -1,14 +1,19 @@
-"""Whole models: dense to sparse, back, and held constant."""
+"""Whole models: dense to sparse and back, and frozen weights."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from helpers.tolerances import assert_close
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_adv.masks import multiply_add_density, prune
-from sparse_adv.nn import MaskedConv2d, MaskedLinear, constant_weights, densify, explain, sparsify
+from sparse_adv.masks import SUPPORTED_BLOCKS, multiply_add_density, prune
+from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, explain, frozen_weights, sparsify
+from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
+
+aten = torch.ops.aten
 
 
 class Block(nn.Module):
@@ -96,6 +101,54 @@ def test_if_anything_is_wrong_nothing_changes(model, case):
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in after)
 
 
+def calls(work, *functions) -> dict[str, int]:
+    """How often each of the functions is called, from wherever."""
+    names = {function.__code__: function.__name__ for function in functions}
+    counts = dict.fromkeys(names.values(), 0)
+
+    def count(frame, event, _) -> None:
+        if event == "call" and frame.f_code in names:
+            counts[names[frame.f_code]] += 1
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return counts
+
+
+class MaskCopies(TorchDispatchMode):
+    """Counts the copies of bool tensors of one shape."""
+
+    def __init__(self, shape) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (aten.clone, aten._to_copy, aten.copy_):
+            self.count += args[-1].dtype == torch.bool and args[-1].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("block", "searches"), [((2, 2), 1), (None, len(SUPPORTED_BLOCKS))])
+def test_a_mask_is_checked_once_and_copied_for_the_buffer_and_for_the_pattern(block, searches):
+    conv = nn.Conv2d(8, 8, 3)
+    mask = prune(conv, 0.4, (2, 2))[""]
+    with MaskCopies(mask.shape) as copies:
+        counts = calls(lambda: sparsify(conv, {"": mask}, block), check_mask, check_block, obeys)
+    assert counts["check_mask"] == 1 and counts["check_block"] == (0 if block is None else 1)
+    assert 1 <= counts["obeys"] <= searches  # without a block, once for each block that is tried
+    assert copies.count == 2
+
+
+def test_a_linear_mask_is_checked_once():
+    linear = nn.Linear(8, 8)
+    mask = prune(linear, 0.4, (2, 2), linear=True)[""]
+    counts = calls(lambda: sparsify(linear, {"": mask}, (2, 2)), check_mask, check_block, obeys)
+    assert counts == {"check_mask": 1, "check_block": 1, "obeys": 1}
+
+
 def test_a_shared_weight_needs_one_mask_everywhere():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
     model[1].weight = model[0].weight
@@ -144,10 +197,10 @@ def test_a_stated_block_holds_for_linear_layers_too(model):
 def test_explain_counts_linear_layers_by_the_rows_of_their_input(model):
     masks = prune(model, 0.4, linear=True)
     dense = explain(model, (3, 4, 5, 5)).rows[-1]
-    assert set(dense.paths.values()) == {"dense (no mask)"} and dense.multiply_adds == (3 * 72, 3 * 72)
+    assert set(dense.kernels.values()) == {"dense (no mask)"} and dense.multiply_adds == (3 * 72, 3 * 72)
     explanation = explain(sparsify(model, masks), (3, 4, 5, 5))
     row = explanation.rows[-1]
-    assert row.layer == "4" and set(row.paths.values()) == {"dense (linear)"}
+    assert row.layer == "4" and set(row.kernels.values()) == {"dense (linear)"}
     assert row.multiply_adds == (3 * int(masks["4"].sum()), 3 * 72)
     assert explanation.multiply_add_density == multiply_add_density(model, masks, (3, 4, 5, 5))
     assert "density of convolution and linear weights: 0.4" in str(explanation)
@@ -173,11 +226,11 @@ def test_densify_gives_back_plain_layers_and_a_plain_state_dict(model, x):
     assert vars(model[2]).keys() == vars(nn.Conv2d(8, 4, 3)).keys()
 
 
-def test_no_gradient_of_weights_while_they_are_constant(model, x):
+def test_frozen_weights_get_no_gradient(model, x):
     sparsify(model, prune(model, 0.4))
     expected = model.eval()(x)
     x.requires_grad_()
-    with constant_weights(model):
+    with frozen_weights(model):
         y = model(x)
         y.sum().backward()
     assert_close(y, expected)
@@ -187,19 +240,19 @@ def test_no_gradient_of_weights_while_they_are_constant(model, x):
     assert model[2].weight.grad is not None
 
 
-def test_input_gradients_are_the_same_while_weights_are_constant(model, x):
+def test_input_gradients_are_the_same_while_weights_are_frozen(model, x):
     sparsify(model, prune(model, 0.4))
     x.requires_grad_()
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-    with constant_weights(model):
+    with frozen_weights(model):
         (found,) = torch.autograd.grad(model(x).square().sum(), x)
     assert_close(found, expected)
 
 
-def test_constancy_ends_with_the_outermost_use_and_after_an_exception(model, x):
+def test_weights_are_frozen_until_the_outermost_context_ends_even_by_an_exception(model, x):
     sparsify(model, prune(model, 0.4))
-    with pytest.raises(RuntimeError, match="stop"), constant_weights(model):
-        with constant_weights(model):
+    with pytest.raises(RuntimeError, match="stop"), frozen_weights(model):
+        with frozen_weights(model):
             pass
         assert not model[2](torch.rand(1, 8, 5, 5)).requires_grad
         raise RuntimeError("stop")
@@ -210,12 +263,12 @@ def test_constancy_ends_with_the_outermost_use_and_after_an_exception(model, x):
     assert_close(y.flatten(), model[2].bias)
 
 
-def test_weights_written_by_hand_do_not_leak_into_a_constant_pass(model):
+def test_pruned_entries_written_by_hand_do_not_count_while_weights_are_frozen(model):
     layer = sparsify(model, prune(model, 0.4))[2]
     x = torch.rand(1, 8, 5, 5)
     expected = layer(x)
     with torch.no_grad():
         layer.weight.add_(~layer.weight_mask)
     assert_close(layer(x), expected)
-    with constant_weights(model):
+    with frozen_weights(model):
         assert_close(layer(x), expected)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparse_adv.nn import MaskedConv2d, Work, multiply_adds, sparsify
-from sparse_adv.nn.masked_conv2d import PASSES
+from sparse_adv.ops import PASSES
 
 SHAPE = (3, 4, 9, 7)
 STEM = 3 * (9 * 7) * (8 * 4 * 3 * 3)  # images * output pixels * weights
@@ -27,16 +27,16 @@ def model():
     )
 
 
-def masked(model, path, kept=24):
-    """Masks for both convolutions, of `kept` weights each, with the same kernel forced on all passes, or given one."""
+def masked(model, kernel, kept=24):
+    """Masks for both convolutions, of `kept` weights each; `kernel` is fixed for all passes, or one for each pass."""
     masks = {name: torch.zeros_like(model.get_submodule(name).weight, dtype=torch.bool) for name in ("0", "2")}
     for mask in masks.values():
         mask.view(-1)[torch.randperm(mask.numel())[:kept]] = True
     sparsify(model, masks, block=(1, 1))
-    paths = path if isinstance(path, dict) else dict.fromkeys(PASSES, path)
+    kernels = kernel if isinstance(kernel, dict) else dict.fromkeys(PASSES, kernel)
     for layer in model.modules():
         if isinstance(layer, MaskedConv2d):
-            layer.choose_paths({name: {"path": path} for name, path in paths.items()})
+            layer.choose_kernels({name: {"kernel": kernel} for name, kernel in kernels.items()})
     return model
 
 

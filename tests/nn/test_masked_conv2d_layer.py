@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.masks import prune
-from sparse_adv.nn import MaskedConv2d, constant_weights, sparsify
+from sparse_adv.nn import MaskedConv2d, frozen_weights, sparsify
 
 
 @pytest.fixture(autouse=True)
@@ -181,9 +181,9 @@ def test_autocast(x):
     model = network()
     with torch.autocast("cpu", torch.bfloat16):
         y = model[0](x)
-        with constant_weights(model):
+        with frozen_weights(model):
             assert torch.equal(model[0](x), y)
-            assert model[0]._constant[0].dtype == torch.bfloat16  # cast once, not in every pass
+            assert model[0]._frozen[0].dtype == torch.bfloat16  # cast once, not in every pass
     assert y.dtype == torch.bfloat16
 
 

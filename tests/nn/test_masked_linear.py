@@ -13,7 +13,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.masks import prune
-from sparse_adv.nn import MaskedLinear, constant_weights, densify, sparsify
+from sparse_adv.nn import MaskedLinear, densify, frozen_weights, sparsify
 
 
 def masked_layer(share=0.4, **options) -> MaskedLinear:
@@ -108,11 +108,11 @@ def test_what_a_pruned_weight_holds_plays_no_part(x):
     assert torch.equal(layer(x), expected)
 
 
-def test_an_attack_forms_no_gradient_of_constant_weights(x):
+def test_frozen_weights_get_no_gradient(x):
     model = network()
     x.requires_grad_()
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-    with constant_weights(model):
+    with frozen_weights(model):
         y = model(x)
         y.square().sum().backward()
         assert model[0].weight.grad is None and model[2].bias.grad is None

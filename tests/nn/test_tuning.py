@@ -10,8 +10,8 @@ from helpers.tolerances import assert_close
 from torch import nn
 
 from sparse_adv.masks import multiply_add_density, prune
-from sparse_adv.nn import constant_weights, explain, sparsify, tune, tuning
-from sparse_adv.nn.masked_conv2d import PASSES
+from sparse_adv.nn import explain, frozen_weights, sparsify, tune, tuning
+from sparse_adv.ops import PASSES
 
 SHAPE = (2, 3, 8, 8)
 
@@ -35,18 +35,19 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def forced(path):
-    return {name: {p: {"path": path} for p in PASSES} for name in ("0", "2")}
+def forced(kernel):
+    return {name: {p: {"kernel": kernel} for p in PASSES} for name in ("0", "2")}
 
 
-def header_paths(layer):
-    return {name: text.split()[0] for name, text in explain(layer, (2, layer.in_channels, 8, 8)).rows[0].paths.items()}
+def kernels_of(layer):
+    explanation = explain(layer, (2, layer.in_channels, 8, 8))
+    return {name: text.split()[0] for name, text in explanation.rows[0].kernels.items()}
 
 
 def race_won_by(winner, loser_ms=2.0):
     def race(run, patterns, trials, seconds):
         run(patterns["sparse"])
-        return {path: 1e-3 * (1.0 if path == winner else loser_ms) for path in patterns}
+        return {kernel: 1e-3 * (1.0 if kernel == winner else loser_ms) for kernel in patterns}
 
     return race
 
@@ -57,22 +58,22 @@ def test_the_faster_kernel_is_fixed(model, monkeypatch, winner):
     choices = tune(model, SHAPE)
     assert list(choices) == ["0", "2"]
     for name, choice in choices.items():
-        assert {p: choice[p]["path"] for p in PASSES} == dict.fromkeys(PASSES, winner)
-        assert header_paths(model[int(name)]) == dict.fromkeys(PASSES, winner)
+        assert {p: choice[p]["kernel"] for p in PASSES} == dict.fromkeys(PASSES, winner)
+        assert kernels_of(model[int(name)]) == dict.fromkeys(PASSES, winner)
 
 
 def test_the_table_decides_between_equals(model, monkeypatch):
-    by_table = header_paths(model[2])
+    by_table = kernels_of(model[2])
     for winner in ("sparse", "dense"):
         monkeypatch.setattr(tuning, "_race", race_won_by(winner, loser_ms=1.03))
-        assert {p: c["path"] for p, c in tune(model, SHAPE)["2"].items()} == by_table
+        assert {p: c["kernel"] for p, c in tune(model, SHAPE)["2"].items()} == by_table
 
 
 def test_real_measurements_choose_the_shorter_time(model):
     for choice in tune(model, SHAPE, trials=2).values():
         for measured in choice.values():
-            other = "dense" if measured["path"] == "sparse" else "sparse"
-            assert 0 < measured[f"{measured['path']}_ms"] <= measured[f"{other}_ms"] / 0.95 + 1e-3
+            other = "dense" if measured["kernel"] == "sparse" else "sparse"
+            assert 0 < measured[f"{measured['kernel']}_ms"] <= measured[f"{other}_ms"] / 0.95 + 1e-3
 
 
 def test_tuning_leaves_values_statistics_and_modes_alone(model):
@@ -85,16 +86,16 @@ def test_tuning_leaves_values_statistics_and_modes_alone(model):
     assert model[0].weight.grad is None
 
 
-@pytest.mark.parametrize("path", ["sparse", "dense"])
-def test_both_kernels_compute_the_same(model, path):
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+def test_both_kernels_compute_the_same(model, kernel):
     x = torch.rand(SHAPE, requires_grad=True)
     expected = model(x)
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
-    tune(model, SHAPE, forced(path))
+    tune(model, SHAPE, forced(kernel))
     found = model(x)
     assert_close(found, expected)
     assert_close(torch.autograd.grad(found.square().sum(), x)[0], expected_grad)
-    with constant_weights(model):
+    with frozen_weights(model):
         assert_close(model(x), expected)
 
 
@@ -110,7 +111,7 @@ def test_choices_are_plain_data_that_can_be_given_back(model, monkeypatch):
 def test_choices_go_with_copies_and_go_away_with_the_mask(model):
     tune(model, SHAPE, forced("sparse"))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert header_paths(twin[0]) == dict.fromkeys(PASSES, "sparse")
+        assert kernels_of(twin[0]) == dict.fromkeys(PASSES, "sparse")
     model.load_state_dict(model.state_dict())
     assert model[0].choices is not None
     model[0].set_mask(torch.zeros_like(model[0].weight_mask))
@@ -121,17 +122,17 @@ def test_choices_go_with_copies_and_go_away_with_the_mask(model):
 
 
 def test_deterministic_algorithms_follow_nothing_measured(model, deterministic):
-    by_table = header_paths(model[0])
-    for path in ("sparse", "dense"):
-        tune(model, SHAPE, forced(path))
-        assert header_paths(model[0]) == by_table
+    by_table = kernels_of(model[0])
+    for kernel in ("sparse", "dense"):
+        tune(model, SHAPE, forced(kernel))
+        assert kernels_of(model[0]) == by_table
         assert "(deterministic)" in str(explain(model, SHAPE))
 
 
 def test_wrong_choices_are_refused(model):
     with pytest.raises(ValueError, match=r"choices: model has no module '22'; did you mean '2'?"):
         tune(model, SHAPE, {"22": forced("sparse")["0"]})
-    with pytest.raises(ValueError, match=r'choices of .0.: path of forward must be "sparse" or "dense", got .fast.'):
+    with pytest.raises(ValueError, match=r'choices of .0.: kernel of forward must be "sparse" or "dense", got .fast.'):
         tune(model, SHAPE, forced("fast"))
     assert model[0].choices is None
 

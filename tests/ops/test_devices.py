@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_adv import attacks
 from sparse_adv.models import build
-from sparse_adv.nn import MaskedConv2d, constant_weights, sparsify
+from sparse_adv.nn import MaskedConv2d, frozen_weights, sparsify
 from sparse_adv.ops import (
     compile_pattern,
     cuda_ops,
@@ -120,12 +120,12 @@ def test_a_compiled_layer(device):
     assert_close(compiled(x), layer(x))
 
 
-def test_autocast_computes_in_its_dtype_and_casts_constant_weights_once(device):
+def test_autocast_computes_in_its_dtype_and_casts_frozen_weights_once(device):
     layer = MaskedConv2d(8, 16, 3, padding=1, mask=block_mask((16, 8, 3, 3), (1, 1), 0.3)).to(device)
     x = torch.randn(2, 8, 9, 9, device=device)
     with torch.autocast(device.type, torch.bfloat16):
         y = layer(x)
-        with constant_weights(layer):
+        with frozen_weights(layer):
             assert_close(layer(x), y)
     assert y.dtype == torch.bfloat16
     assert_close(y.float(), layer(x).detach().bfloat16())
