@@ -169,7 +169,7 @@ PYBIND11_MODULE(_host, m) {
   m.attr("header_fields") =
       py::dict(py::arg("format") = static_cast<int>(kFormat), py::arg("groups") = static_cast<int>(kGroups),
                py::arg("block") = static_cast<int>(kBlockOut), py::arg("kept") = static_cast<int>(kKept),
-               py::arg("path") = static_cast<int>(kForwardPath),
+               py::arg("path") = static_cast<int>(kForwardKernel),
                py::arg("weight_is_masked") = static_cast<int>(kWeightIsMasked));
   m.attr("version") = SPARSE_ADV_VERSION;
   m.attr("compiler") = SPARSE_ADV_COMPILER;

@@ -14,6 +14,10 @@ bool is_channels_last(const Tensor& tensor) {
          (H == 1 || tensor.stride(2) == C * W) && (tensor.size(0) == 1 || tensor.stride(0) == C * W * H);
 }
 
+bool is_channels_last_like(const Tensor& like, const std::array<int64_t, 4>& size) {
+  return is_channels_last(like) && size[1] != 1 && (size[2] != 1 || size[3] != 1);
+}
+
 bool has_plain_layout(const Tensor& tensor) { return tensor.is_contiguous() || is_channels_last(tensor); }
 
 Tensor empty_in_layout_of(const Tensor& like, const std::array<int64_t, 4>& size) {

@@ -19,10 +19,12 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   // The weight's kept values in the order of the two lists of entries.
   m.def("pack_values(Tensor weight, Tensor[] pattern) -> Tensor[]");
-  // The path (1 sparse, 2 dense) of forward, grad_input and grad_weight for float32 images of this size.
+  // What forward, grad_input and grad_weight do, in this order: of each the kernel (1 sparse, 2 dense) and the
+  // multiply-adds that it executes. Of the input only dtype, sizes and strides are read; grad_output is taken to have
+  // the layout of the output, which is the input's.
   m.def(
-      "chosen_paths(Tensor[] pattern, SymInt[4] input_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) "
-      "-> int[]");
+      "masked_conv2d_plan(Tensor input, Tensor[] pattern, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> "
+      "int[]");
   // linf: clamp(clamp(adv + alpha * sign(grad), clean - eps, clean + eps), lo, hi); l2: normalised step and projection.
   m.def(
       "pgd_step(Tensor adv, Tensor grad, Tensor clean, float alpha, float eps, str norm, float lo, float hi) -> "

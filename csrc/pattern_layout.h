@@ -36,14 +36,14 @@ enum HeaderField {
   kSegmentChannels,
   kGradInputVector,
   kGradInputSegmentChannels,
-  kForwardPath,  // a Path for each pass
-  kGradInputPath,
-  kGradWeightPath,
+  kForwardKernel,  // the Kernel requested for each pass
+  kGradInputKernel,
+  kGradWeightKernel,
   kWeightIsMasked,  // 1: the caller guarantees that `weight` is 0 where the mask is false
   kHeaderSize
 };
 
-enum class Path : int64_t { automatic = 0, sparse = 1, dense = 2 };
+enum class Kernel : int64_t { automatic = 0, sparse = 1, dense = 2 };
 
 constexpr int64_t kPatternFormat = 1;  // 2 is that of the GPU's block lists, which ops/pattern.py makes and reads
 constexpr int kTapBits = 12;

@@ -41,6 +41,10 @@ Convolution make_convolution(const Pattern& pattern, const std::vector<int64_t>&
   };
   conv.P = output_size(conv.H, conv.R, 0);
   conv.Q = output_size(conv.W, conv.S, 1);
+  int64_t pixels, positions, macs;
+  check(!__builtin_mul_overflow(conv.P, conv.Q, &pixels) && !__builtin_mul_overflow(conv.N, pixels, &positions) &&
+            !__builtin_mul_overflow(positions, conv.weights(), &macs),
+        "an output of ", conv.N, " x ", conv.P, " x ", conv.Q, " pixels is too large");
   return conv;
 }
 

@@ -15,9 +15,11 @@ struct Convolution {
   int64_t N, C, H, W, K, R, S, P, Q;
   std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
+
+  int64_t weights() const { return K * (C / groups) * R * S; }
 };
 
-// Throws where the sizes do not fit together or to the pattern.
+// Throws where the sizes do not fit together or to the pattern, or 64 bits cannot count the multiply-adds.
 Convolution make_convolution(const Pattern& pattern, const std::vector<int64_t>& input_size,
                              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                              const std::vector<int64_t>& dilation, int64_t groups);

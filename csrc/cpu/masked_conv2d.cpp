@@ -3,7 +3,7 @@
 
 #include "cpu/convolution.h"
 #include "cpu/dense_conv2d.h"
-#include "cpu/path.h"
+#include "cpu/plan.h"
 #include "cpu/sparse_pass.h"
 #include "errors.h"
 #include "layout.h"
@@ -14,8 +14,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor sparse_conv2d(const Convolution& conv, const Pattern& pattern, const Tensor& input, const Tensor& weight,
-                     const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+Tensor sparse_conv2d(const Convolution& conv, const Pattern& pattern, const Window& window, const Tensor& input,
+                     const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                      const std::optional<Tensor>& residual, bool relu) {
   const Tensor source = in_plain_layout(input);
   Tensor output = empty_in_layout_of(source, {conv.N, conv.K, conv.P, conv.Q});
@@ -31,7 +31,7 @@ Tensor sparse_conv2d(const Convolution& conv, const Pattern& pattern, const Tens
        pattern.groups,
        pattern.group_out_channels(),
        WeightLayout::forward(weight, pattern),
-       forward_window(conv, pattern, is_channels_last(source)),
+       window,
        source,
        {data(scale_data), data(bias_data), data(residual_data), relu}},
       output);
@@ -50,8 +50,9 @@ Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> patter
           "bias and scale must hold one number per output channel, in the input's dtype");
   check(!residual || residual->scalar_type() == input.scalar_type(), "residual must have the input's dtype");
   check_size("residual", residual, {conv.N, conv.K, conv.P, conv.Q});
-  if (choose_path(pattern, conv, Pass::forward, input.scalar_type(), is_channels_last(input)) == Path::sparse)
-    return sparse_conv2d(conv, pattern, input, weight, bias, scale, residual, relu);
+  const Plan plan = make_plan(pattern, conv, Pass::forward, input.scalar_type(), is_channels_last(input));
+  if (plan.kernel == Kernel::sparse)
+    return sparse_conv2d(conv, pattern, *plan.window, input, weight, bias, scale, residual, relu);
   return dense_conv2d(conv, pattern, input, weight, bias, scale, residual, relu);
 }
 
@@ -69,16 +70,23 @@ std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_t
           packed(pattern.grad_input(), pattern.group_in_channels, WeightLayout::grad_input(weight))};
 }
 
-std::vector<int64_t> chosen_paths_cpu(std::vector<Tensor> pattern_tensors, std::vector<int64_t> input_size,
-                                      std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                      std::vector<int64_t> dilation) {
+std::vector<int64_t> masked_conv2d_plan_cpu(Tensor input, std::vector<Tensor> pattern_tensors,
+                                            std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                            std::vector<int64_t> dilation) {
   const Pattern pattern = read_pattern(pattern_tensors);
-  const Convolution conv = make_convolution(pattern, input_size, stride, padding, dilation, pattern.groups);
-  std::vector<int64_t> paths;
-  for (Pass pass : {Pass::forward, Pass::grad_input, Pass::grad_weight})
-    paths.push_back(
-        static_cast<int64_t>(choose_path(pattern, conv, pass, torch::headeronly::ScalarType::Float, false)));
-  return paths;
+  const Convolution conv = make_convolution(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding,
+                                            dilation, pattern.groups);
+  const bool input_is_last = is_channels_last(input);
+  const bool grad_is_last = is_channels_last_like(input, {conv.N, conv.K, conv.P, conv.Q});
+  std::vector<int64_t> plans;
+  const auto append = [&](Pass pass, bool channels_last) {
+    const Plan plan = make_plan(pattern, conv, pass, input.scalar_type(), channels_last);
+    plans.insert(plans.end(), {static_cast<int64_t>(plan.kernel), plan.macs});
+  };
+  append(Pass::forward, input_is_last);
+  append(Pass::grad_input, grad_is_last);
+  append(Pass::grad_weight, input_is_last || grad_is_last);
+  return plans;
 }
 
 }  // namespace
@@ -86,7 +94,7 @@ std::vector<int64_t> chosen_paths_cpu(std::vector<Tensor> pattern_tensors, std::
 STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) {
   m.impl("masked_conv2d", SPARSE_ADV_BOX(&masked_conv2d_cpu));
   m.impl("pack_values", SPARSE_ADV_BOX(&pack_values_cpu));
-  m.impl("chosen_paths", SPARSE_ADV_BOX(&chosen_paths_cpu));
+  m.impl("masked_conv2d_plan", SPARSE_ADV_BOX(&masked_conv2d_plan_cpu));
 }
 
 }  // namespace sparse_adv

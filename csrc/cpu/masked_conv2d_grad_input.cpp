@@ -2,7 +2,7 @@
 
 #include "cpu/convolution.h"
 #include "cpu/dense_conv2d.h"
-#include "cpu/path.h"
+#include "cpu/plan.h"
 #include "cpu/sparse_pass.h"
 #include "errors.h"
 #include "layout.h"
@@ -20,15 +20,16 @@ Tensor masked_conv2d_grad_input_cpu(Tensor grad_output, Tensor weight, std::vect
   const Convolution conv = make_convolution(pattern, input_size, stride, padding, dilation, groups);
   check_weight(pattern, weight, grad_output);
   check_size("grad_output", grad_output, {conv.N, conv.K, conv.P, conv.Q});
-  if (choose_path(pattern, conv, Pass::grad_input, grad_output.scalar_type(), is_channels_last(grad_output)) ==
-      Path::sparse) {
+  const Plan plan =
+      make_plan(pattern, conv, Pass::grad_input, grad_output.scalar_type(), is_channels_last(grad_output));
+  if (plan.kernel == Kernel::sparse) {
     const Tensor source = in_plain_layout(grad_output);
     Tensor grad_input = empty_in_layout_of(source, {conv.N, conv.C, conv.H, conv.W});
     run({pattern.grad_input(),
          pattern.groups,
          pattern.group_in_channels,
          WeightLayout::grad_input(weight),
-         grad_input_window(conv, pattern, is_channels_last(source)),
+         *plan.window,
          source,
          {}},
         grad_input);

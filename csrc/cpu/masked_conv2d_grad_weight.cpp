@@ -7,7 +7,7 @@
 #include "cpu/convolution.h"
 #include "cpu/dense_conv2d.h"
 #include "cpu/masked_conv2d_grad_weight_kernel.h"
-#include "cpu/path.h"
+#include "cpu/plan.h"
 #include "cpu/sparse_pass.h"
 #include "errors.h"
 #include "layout.h"
@@ -60,14 +60,13 @@ class GradFiller {
 // there are enough of them, since clearing and adding totals costs 8 % of the time at one strip of 512@4 each.
 int64_t count_parts(int64_t strips) { return std::min<int64_t>({strips, std::max<int64_t>(2, strips / 2), 16}); }
 
-Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern, const Tensor& grad_output,
-                                 const Tensor& input) {
+Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern, const Window& window,
+                                 const Tensor& grad_output, const Tensor& input) {
   const auto compute = SPARSE_ADV_CHOOSE(masked_conv2d_grad_weight_tile);
   const Tensor images = in_plain_layout(input), grads = in_plain_layout(grad_output);
   Tensor grad_weight = torch::stable::new_empty(input, {conv.K, pattern.group_in_channels, conv.R, conv.S});
 
   const PatternLists lists = pattern.forward();
-  const Window window = forward_window(conv, pattern, is_channels_last(images) || is_channels_last(grads));
   std::unique_ptr<int32_t[]> offsets = window_offsets(lists, window);
   std::optional<ColumnOrder> order;
   if (window.sorts_by_column(lists.vector)) {
@@ -137,9 +136,9 @@ Tensor masked_conv2d_grad_weight_cpu(Tensor grad_output, Tensor input, std::vect
       make_convolution(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding, dilation, groups);
   check(grad_output.scalar_type() == input.scalar_type(), "grad_output must have the input's dtype");
   check_size("grad_output", grad_output, {conv.N, conv.K, conv.P, conv.Q});
-  if (choose_path(pattern, conv, Pass::grad_weight, input.scalar_type(),
-                  is_channels_last(input) || is_channels_last(grad_output)) == Path::sparse)
-    return sparse_conv2d_grad_weight(conv, pattern, grad_output, input);
+  const Plan plan = make_plan(pattern, conv, Pass::grad_weight, input.scalar_type(),
+                              is_channels_last(input) || is_channels_last(grad_output));
+  if (plan.kernel == Kernel::sparse) return sparse_conv2d_grad_weight(conv, pattern, *plan.window, grad_output, input);
   return dense_conv2d_grad_weight(conv, pattern, grad_output, input);
 }
 

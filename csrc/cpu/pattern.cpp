@@ -119,7 +119,7 @@ Pattern read_pattern(const std::vector<Tensor>& tensors) {
   check(
       pattern.out_channels % pattern.groups == 0 && pattern.in_channels() <= kMaxChannels && pattern.taps() <= kMaxTaps,
       "pattern: the header's sizes do not fit together");
-  std::copy_n(header + kForwardPath, 3, pattern.path);
+  std::copy_n(header + kForwardKernel, 3, pattern.requested_kernel);
   pattern.mask = tensors[kMask];
   check(pattern.mask.is_cpu() && pattern.mask.scalar_type() == ScalarType::Bool && pattern.mask.dim() == 4 &&
             pattern.mask.size(0) == pattern.out_channels && pattern.mask.size(1) == pattern.group_in_channels &&

@@ -24,7 +24,7 @@ struct Pattern {
   int64_t out_channels, group_in_channels, filter_rows, filter_cols, groups, kept;
   int64_t forward_vector, grad_input_vector;
   int64_t forward_segment, grad_input_segment;  // channels
-  int64_t path[3];                              // of forward, grad_input, grad_weight
+  int64_t requested_kernel[3];                  // of forward, grad_input, grad_weight: a Kernel
   bool weight_is_masked;
   torch::stable::Tensor mask;
 

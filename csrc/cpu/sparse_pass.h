@@ -13,7 +13,7 @@ struct SparsePass {
   PatternLists lists;
   int64_t groups, group_rows;  // output channels per group
   WeightLayout weight;
-  Window window;
+  const Window& window;
   const torch::stable::Tensor& source;  // in a plain layout
   Epilogue epilogue;                    // its residual in the layout of `output`
 };

@@ -1,6 +1,6 @@
-#include "cpu/path.h"
+#include "cpu/plan.h"
 
-#include "cpu/window.h"
+#include <utility>
 
 namespace sparse_adv {
 
@@ -8,8 +8,8 @@ namespace {
 
 // The static table: what a pass costs, in multiply-adds of the dense convolution. Fitted to 1,000 timings of each pass
 // on AVX-512 (22 layers of 3 to 512 channels and 2 to 112 pixels, batch 1 to 64, density 0.05 to 0.5), with a margin,
-// so that taking the sparse path where it is slower is rare; the price is some missed gains near the break-even, which
-// nn.tune finds. benchmarks/NOTES.md has the numbers.
+// so that taking the sparse kernel where it is slower is rare; the price is some missed gains near the break-even,
+// which nn.tune finds. benchmarks/NOTES.md has the numbers.
 constexpr double kPerElement = 14;      // moving an element of input or output to lanes and back
 constexpr double kPerKeptWeight = 250;  // checking, gathering and placing it, once per call
 constexpr double kPerCall = 4e6;
@@ -27,7 +27,7 @@ double per_dense_element(Pass pass) { return pass == Pass::forward ? 23 : pass =
 bool sparse_is_faster(const Pattern& pattern, const Convolution& conv, Pass pass, int64_t vector,
                       const Window& window) {
   const auto batch = static_cast<double>(conv.N);
-  const auto weights = static_cast<double>(conv.K * pattern.group_in_channels * conv.R * conv.S);
+  const auto weights = static_cast<double>(conv.weights());
   const auto pixels = static_cast<double>(conv.P * conv.Q);
   const auto elements = static_cast<double>(conv.C * conv.H * conv.W + conv.K * conv.P * conv.Q);
   // A strided grad_input sorts the lists into phases, on one thread.
@@ -39,22 +39,27 @@ bool sparse_is_faster(const Pattern& pattern, const Convolution& conv, Pass pass
   return kMargin * sparse < batch * (weights * pixels + per_dense_element(pass) * elements);
 }
 
+// Whether the sparse kernel exists for these images at all.
+bool sparse_is_possible(const Convolution& conv, torch::headeronly::ScalarType dtype) {
+  constexpr int64_t kMaxPixels = int64_t{1} << 31;  // the kernels number pixels in int32
+  return dtype == torch::headeronly::ScalarType::Float && conv.N > 0 && conv.C > 0 && conv.H > 0 && conv.W > 0 &&
+         conv.K > 0 && conv.H * conv.W < kMaxPixels && conv.P * conv.Q < kMaxPixels;
+}
+
 }  // namespace
 
-Path choose_path(const Pattern& pattern, const Convolution& conv, Pass pass, torch::headeronly::ScalarType dtype,
-                 bool channels_last) {
-  const auto asked = static_cast<Path>(pattern.path[static_cast<int>(pass)]);
-  const bool possible = dtype == torch::headeronly::ScalarType::Float && conv.N > 0 && conv.C > 0 && conv.H > 0 &&
-                        conv.W > 0 && conv.K > 0;
-  constexpr int64_t kMaxPixels = int64_t{1} << 31;  // the kernels number pixels in int32
-  if (conv.H * conv.W >= kMaxPixels || conv.P * conv.Q >= kMaxPixels) return Path::dense;
-  if (!possible || asked == Path::dense) return Path::dense;
-  const Window window = pass == Pass::grad_input ? grad_input_window(conv, pattern, channels_last)
-                                                 : forward_window(conv, pattern, channels_last);
-  if (!window.fits_int32()) return Path::dense;
-  if (asked == Path::sparse) return Path::sparse;
+Plan make_plan(const Pattern& pattern, const Convolution& conv, Pass pass, torch::headeronly::ScalarType dtype,
+               bool channels_last) {
+  const int64_t positions = conv.N * conv.P * conv.Q;
+  const Plan dense{.kernel = Kernel::dense, .macs = positions * conv.weights(), .window = std::nullopt};
+  const auto requested = static_cast<Kernel>(pattern.requested_kernel[static_cast<int>(pass)]);
+  if (requested == Kernel::dense || !sparse_is_possible(conv, dtype)) return dense;
+  Window window = pass == Pass::grad_input ? grad_input_window(conv, pattern, channels_last)
+                                           : forward_window(conv, pattern, channels_last);
+  if (!window.fits_int32()) return dense;
   const int64_t vector = pass == Pass::grad_input ? pattern.grad_input_vector : pattern.forward_vector;
-  return sparse_is_faster(pattern, conv, pass, vector, window) ? Path::sparse : Path::dense;
+  if (requested != Kernel::sparse && !sparse_is_faster(pattern, conv, pass, vector, window)) return dense;
+  return {.kernel = Kernel::sparse, .macs = positions * pattern.kept, .window = std::move(window)};
 }
 
 }  // namespace sparse_adv
