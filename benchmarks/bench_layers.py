@@ -103,7 +103,7 @@ def rows_of(layer: Layer, block: tuple[int, int], density: float, peak: Peak) ->
         },
     }
     bound = peak.seconds(*convolution_work(mask, x.shape, layer.stride, layer.filter // 2))
-    chosen = ops.chosen_paths(pattern, x.shape, strides, pads)
+    chosen = ops.plan(pattern, x, strides, pads)
     for name, sides in passes.items():
         times = interleaved(sides, rounds=7)
         dense, ours = min(times[side]["median"] for side in images), times["ours"]["median"]

@@ -19,7 +19,7 @@ from torch import nn
 
 from sparse_adv import masks
 from sparse_adv.models import build
-from sparse_adv.nn import multiply_adds, shrink
+from sparse_adv.nn import count_macs, shrink
 
 SIZES = {"cpu": (64, 32), "cuda": (64, 128)}  # width, batch
 
@@ -43,7 +43,7 @@ def rows(device: str) -> Iterator[dict]:
             for _ in range(3 if device == "cuda" else 1):
                 side()
         times = interleaved(sides, 5, device)
-        work = [multiply_adds(model, x[:1].shape).forward for model in (small, network)]
+        work = [count_macs(model, x[:1].shape).forward for model in (small, network)]
         yield {
             "op": "PGD-10 update, shrunk",
             "case": f"resnet18 width {width}, batch {batch}, {name}",

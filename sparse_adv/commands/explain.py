@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for row in found.rows:
         output.say("", asdict(row))
-    output.say("", {"density": found.density, "multiply_add_density": found.multiply_add_density})
+    output.say("", {"density": found.density, "multiply_add_density": found.mac_density})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a model executes: the multiply-adds of each pass, with the kernels that its masked layers take."""
+"""The multiply-adds (MACs) that a model executes, with the kernels that its masked layers take."""
 
 from __future__ import annotations
 
@@ -9,55 +9,83 @@ from torch import Tensor, nn
 
 from sparse_adv.masks.layers import Layer, run_once, uses
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
-from sparse_adv.ops import PASSES
+from sparse_adv.nn.masked_linear import MaskedLinear
+from sparse_adv.ops import PassPlan, Plan
 
 
-class Work(NamedTuple):
-    """Multiply-adds of one batch: what `multiply_adds` returns."""
+class Macs(NamedTuple):
+    """MACs of one batch; `count_macs` returns it."""
 
     forward: int
     grad_input: int
-    """Of all layers: what an attack needs, which follows the gradient down to the images."""
+    """Of all layers. An attack executes these, as it follows the gradient down to the images."""
     grad_weight: int
     first_grad_input: int
-    """The part of `grad_input` that the first layer executed has: training without an attack leaves it out."""
+    """The part of `grad_input` that the first layer executed has; training without an attack does not execute it."""
     dense: int
-    """What each of the three passes executes without masks."""
+    """What each of the three passes would execute without masks."""
     first_dense: int
     """The part of `dense` that the first layer executed has."""
     images: int
     """The batch's size."""
 
-    def per_image(self) -> Work:
-        """The same for one image of the batch, with the kernels that the batch takes."""
-        return Work(*(count // max(1, self.images) for count in self))
+    def per_image(self) -> Macs:
+        """The MACs of one image of the batch, with the kernels that the batch takes."""
+        return Macs(*(count // max(1, self.images) for count in self))
 
 
-def multiply_adds(model: nn.Module, shape: Sequence[int] | Tensor) -> Work:
-    """Count the multiply-adds that the convolutions and linear layers of a model execute on one batch.
+class Call(NamedTuple):
+    """One call of a convolution or linear layer in a forward pass."""
 
-    A pass executes `weights * positions`: positions are the layer's output pixels (of a linear layer, output rows) over
-    the whole batch; weights are the kept ones where the pass takes a sparse kernel, else all of the layer's, for a
-    dense kernel multiplies the zeros as well. Taps that fall on padding count. Each call of a layer counts.
+    layer: Layer
+    uses: int
+    """How often each weight was multiplied."""
+    plan: Plan
+
+
+def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
+    """Count the MACs that the convolutions and linear layers of a model execute on one batch.
+
+    A pass executes `weights * positions`: positions are the layer's output pixels (for a linear layer, output rows)
+    over the whole batch; weights are those kept by the mask where the pass takes a sparse kernel, else all of the
+    layer's, as a dense kernel multiplies zeros as well. Taps that fall on padding count. Each call of a layer counts.
 
     Args:
         model: any model, dense or sparse; it runs one forward pass, in eval mode, and stays as it was.
         shape: shape [N, C, H, W] of its input, or a sample of it.
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 8, 3), (1, 3, 6, 6)).forward == 4 * 4 * 8 * 3 * 3 * 3
+        True
     """
-    calls: list[Work] = []
+    calls = calls_of(model, shape)
+    images = shape.shape[0] if isinstance(shape, Tensor) else shape[0]
+    if not calls:
+        return Macs(0, 0, 0, 0, 0, 0, images)
+    first = calls[0]
+    return Macs(
+        forward=sum(call.plan.forward.macs for call in calls),
+        grad_input=sum(call.plan.grad_input.macs for call in calls),
+        grad_weight=sum(call.plan.grad_weight.macs for call in calls),
+        first_grad_input=first.plan.grad_input.macs,
+        dense=sum(call.uses * call.layer.weight.numel() for call in calls),
+        first_dense=first.uses * first.layer.weight.numel(),
+        images=images,
+    )
+
+
+def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[Call]:
+    """The calls of convolutions and linear layers in one forward pass, in their order, each with its plan."""
+    calls: list[Call] = []
 
     def visit(layer: Layer, input: Tensor, output: Tensor) -> None:
         count = uses(layer, output)
-        dense = count * layer.weight.numel()
-        executed = dict.fromkeys(PASSES, dense)
         if isinstance(layer, MaskedConv2d):
-            kept = count * int(layer.weight_mask.count_nonzero())
-            executed |= {name: kept for name, path in layer.paths(input).items() if path == "sparse"}
-        calls.append(Work(**executed, first_grad_input=0, dense=dense, first_dense=0, images=0))
+            plan = layer.plan(input)
+        else:
+            reason = "linear" if isinstance(layer, MaskedLinear) else "no mask"
+            plan = Plan(*[PassPlan("dense", reason, count * layer.weight.numel())] * 3)
+        calls.append(Call(layer, count, plan))
 
     run_once(model, shape, visit, linear=True)
-    images = shape.shape[0] if isinstance(shape, Tensor) else shape[0]
-    if not calls:
-        return Work(0, 0, 0, 0, 0, 0, images)
-    total = Work(*map(sum, zip(*calls, strict=True)))
-    return total._replace(first_grad_input=calls[0].grad_input, first_dense=calls[0].dense, images=images)
+    return calls

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import Choice, LayerChoices, MaskedConv2d
-from sparse_adv.ops import PASSES, Pattern, chosen_paths, masked_conv2d, pack_pattern, set_kernels
-from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
+from sparse_adv.ops import PASSES, Pattern, masked_conv2d, pack_pattern, plan, set_kernels
+from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
+from sparse_adv.ops.masked_conv2d_plan import missing_kernel
 
 Choices = dict[str, LayerChoices]
 """The choices for each masked convolution, by its module name."""
@@ -80,11 +81,7 @@ def tune(
 
 
 def _has_choice(layer: MaskedConv2d, input: Tensor) -> bool:
-    if input.dim() != 4:
-        return False
-    if input.device.type == "cuda":
-        return isinstance(layer.pattern, BlockPattern)
-    return input.device.type == "cpu" and input.dtype == torch.float32
+    return input.dim() == 4 and not missing_kernel(layer.pattern, dtype_under_autocast(input), input.device.type)
 
 
 def _check_choice(name: str, choices: LayerChoices, layers: Mapping[str, nn.Module]) -> None:
@@ -98,19 +95,18 @@ def _check_choice(name: str, choices: LayerChoices, layers: Mapping[str, nn.Modu
 
 def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, seconds: float) -> LayerChoices:
     x, padding = layer.padded(input)
-    plain, weight, grad = set_kernels(layer.pattern), layer.weight.detach(), torch.ones_like(output)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, grad = (tensor.to(dtype) for tensor in (x, weight, grad))
+    operands = x, layer.weight.detach(), torch.ones_like(output)
+    x, weight, grad = (tensor.to(dtype_under_autocast(tensor)) for tensor in operands)
+    plain = set_kernels(layer.pattern)
     if x.device.type == "cuda":
         plain = pack_pattern(plain, weight)  # as in the passes of an attack
-    by_table = chosen_paths(plain, x.shape, layer.stride, padding, layer.dilation)
+    by_table = plan(plain, x, layer.stride, padding, layer.dilation)
     choices: LayerChoices = {}
     for name, run in _passes(layer, x, weight, padding, grad).items():
         times = _race(
             run, {kernel: set_kernels(plain, **{name: kernel}) for kernel in ("sparse", "dense")}, trials, seconds
         )
-        table = by_table[name]
+        table = getattr(by_table, name).kernel
         other = "dense" if table == "sparse" else "sparse"
         choices[name] = Choice(
             kernel=other if times[other] < _HYSTERESIS * times[table] else table,

@@ -7,20 +7,21 @@ from sparse_adv.ops.masked_conv2d import masked_conv2d
 from sparse_adv.ops.masked_conv2d_pattern import (
     PASSES,
     Pattern,
-    chosen_paths,
     compile_pattern,
     pack_pattern,
     set_kernels,
 )
+from sparse_adv.ops.masked_conv2d_plan import PassPlan, Plan, plan
 from sparse_adv.ops.pgd_step import pgd_step, pgd_step_
 from sparse_adv.ops.pgd_step_normalized import pgd_step_normalized
 from sparse_adv.ops.random_start import random_start
 
 __all__ = [
     "PASSES",
+    "PassPlan",
     "Pattern",
+    "Plan",
     "build_facts",
-    "chosen_paths",
     "compile_pattern",
     "cpu_capability",
     "cuda_ops",
@@ -29,6 +30,7 @@ __all__ = [
     "pgd_step",
     "pgd_step_",
     "pgd_step_normalized",
+    "plan",
     "random_start",
     "set_kernels",
 ]

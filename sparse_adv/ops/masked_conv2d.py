@@ -5,13 +5,11 @@ Letters: N batch, C input channels, H x W image; K output channels, R x S filter
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, output_size
-from sparse_adv.ops._library import IMPLEMENTATIONS
+from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_geometry import Pair, check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_groups, check_pattern, unflatten
 
@@ -83,13 +81,12 @@ def masked_conv2d(
 
 
 def _check_operands(input: Tensor, output_shape: tuple[int, ...], operands: dict[str, Tensor | None]) -> None:
-    autocast = torch.is_autocast_enabled(input.device.type)
     for name, tensor in operands.items():
         if tensor is None:
             continue
         if tensor.device != input.device:
             raise ValueError(f"{name} is on {tensor.device}, input on {input.device}")
-        if tensor.dtype != input.dtype and not autocast:
+        if dtype_under_autocast(tensor) != dtype_under_autocast(input):
             raise TypeError(f"{name} is {tensor.dtype}, input is {input.dtype}: they must agree")
     for name in ("bias", "scale"):
         vector = operands[name]
@@ -114,26 +111,3 @@ def _(grad_output, weight, pattern, input_size, *_):  # type: ignore
 @torch.library.register_fake("sparse_adv::masked_conv2d_grad_weight")
 def _(grad_output, input, pattern, *_):  # type: ignore
     return input.new_empty(unflatten(pattern).mask.shape)
-
-
-def _register_autocast(device: str) -> None:
-    """Cast to autocast's present dtype; torch.library.register_autocast would fix one dtype at registration."""
-    key = f"Autocast{device.upper()}"
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        # float64 is not cast, as in torch.amp.
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(device))
-
-    def autocast(input: Tensor, weight: Tensor, pattern: list[Tensor], bias: Tensor | None, *rest: Any) -> Tensor:
-        rest = tuple(cast(argument) if isinstance(argument, Tensor) else argument for argument in rest)
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return torch.ops.sparse_adv.masked_conv2d(cast(input), cast(weight), pattern, cast(bias), *rest)
-
-    IMPLEMENTATIONS.impl("masked_conv2d", autocast, key)
-
-
-for _device in ("cpu", "cuda"):
-    _register_autocast(_device)

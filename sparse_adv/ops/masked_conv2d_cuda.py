@@ -9,24 +9,16 @@ has promised that it does not change (`pack_pattern`), else once per call, which
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import cache
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from sparse_adv.kernels.layout import in_layout_of, output_size
-from sparse_adv.ops import masked_conv2d_roofline
+from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.ops._library import IMPLEMENTATIONS
-from sparse_adv.ops.masked_conv2d_pattern import KERNELS, BlockPattern, Pattern, unflatten
-
-log = logging.getLogger(__name__)
-
-_BLOCK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_PIXELS = 2**30  # of a batch, that the kernels can number
-_FORWARD, _GRAD_INPUT, _GRAD_WEIGHT = range(3)
+from sparse_adv.ops.masked_conv2d_pattern import BlockPattern, Pattern, unflatten
+from sparse_adv.ops.masked_conv2d_plan import missing_kernel, plan_on_cuda
 
 
 def masked_conv2d(
@@ -43,7 +35,7 @@ def masked_conv2d(
     relu: bool,
 ) -> Tensor:
     pattern = unflatten(tensors)
-    if _takes_blocks(pattern, _FORWARD, input.shape, stride, padding, dilation, input.dtype):
+    if _runs_blocks(pattern, "forward", input.shape, input.dtype, stride, padding, dilation):
         from sparse_adv.kernels import masked_conv2d as kernels
 
         values = _block_values(pattern, weight)
@@ -71,7 +63,7 @@ def masked_conv2d_grad_input(
     groups: int,
 ) -> Tensor:
     pattern = unflatten(tensors)
-    if _takes_blocks(pattern, _GRAD_INPUT, input_size, stride, padding, dilation, grad_output.dtype):
+    if _runs_blocks(pattern, "grad_input", input_size, grad_output.dtype, stride, padding, dilation):
         from sparse_adv.kernels import masked_conv2d as kernels
 
         values, lists = _block_values(pattern, weight), (pattern.blocks, pattern.grad_rows, pattern.grad_order)
@@ -96,7 +88,7 @@ def masked_conv2d_grad_weight(
 ) -> Tensor:
     pattern = unflatten(tensors)
     mask = pattern.mask
-    if _takes_blocks(pattern, _GRAD_WEIGHT, input.shape, stride, padding, dilation, input.dtype):
+    if _runs_blocks(pattern, "grad_weight", input.shape, input.dtype, stride, padding, dilation):
         from sparse_adv.kernels import masked_conv2d_grad_weight as kernels
 
         block, strides = pattern.block[:2], (stride, padding, dilation)
@@ -113,56 +105,21 @@ def masked_conv2d_grad_weight(
 def pack_values(weight: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """The values of the live blocks [n, bo, bi], in the order of the blocks; no tensor where no kernel reads them."""
     pattern = unflatten(tensors)
-    if weight.dtype not in _BLOCK_DTYPES or not isinstance(pattern, BlockPattern) or not _triton():
+    if missing_kernel(pattern, weight.dtype, "cuda") or not isinstance(pattern, BlockPattern):
         return []
     return [_block_values(pattern, weight)]
 
 
-def chosen_paths(
-    tensors: list[Tensor],
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[int]:
-    """For 16-bit images; see `ops.chosen_paths`."""
-    pattern = unflatten(tensors)
-    chosen = [
-        _takes_blocks(pattern, pass_, input_size, stride, padding, dilation, torch.bfloat16)
-        for pass_ in (_FORWARD, _GRAD_INPUT, _GRAD_WEIGHT)
-    ]
-    return [KERNELS.index("sparse" if blocks else "dense") for blocks in chosen]
-
-
-def _takes_blocks(
+def _runs_blocks(
     pattern: Pattern,
-    pass_: int,
+    pass_: str,
     input_size: Sequence[int],
+    dtype: torch.dtype,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    dtype: torch.dtype,
 ) -> TypeGuard[BlockPattern]:
-    if not isinstance(pattern, BlockPattern) or dtype not in _BLOCK_DTYPES or not _triton():
-        return False
-    requested = pattern.requested_kernels[pass_]
-    if requested == "dense":
-        return False
-    pixels = output_size(input_size[2:], pattern.mask.shape[2:], stride, padding, dilation)
-    if input_size[0] * max(input_size[2] * input_size[3], pixels[0] * pixels[1]) >= _MOST_PIXELS:
-        return False
-    if requested == "sparse":
-        return True
-    work = masked_conv2d_roofline.Pass(
-        images=input_size[0],
-        in_elements=input_size[1] * input_size[2] * input_size[3],
-        out_elements=pattern.mask.shape[0] * pixels[0] * pixels[1],
-        out_pixels=pixels[0] * pixels[1],
-        weights=pattern.mask.numel(),
-        kept=pattern.nonzeros,
-        element_bytes=dtype.itemsize,
-    )
-    return masked_conv2d_roofline.blocks_are_faster(work, gradient_of_weight=pass_ == _GRAD_WEIGHT)
+    return plan_on_cuda(pattern, pass_, input_size, dtype, stride, padding, dilation).kernel == "sparse"
 
 
 def _block_values(pattern: BlockPattern, weight: Tensor) -> Tensor:
@@ -183,16 +140,5 @@ def _precision() -> str:
     return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
 
 
-@cache
-def _triton() -> bool:
-    """Whether Triton is there; says once if not. It is imported only when a block mask is first used."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        log.warning("block masks take the dense convolution: Triton cannot be imported (%s)", error)
-        return False
-    return True
-
-
-for _function in (masked_conv2d, masked_conv2d_grad_input, masked_conv2d_grad_weight, pack_values, chosen_paths):
+for _function in (masked_conv2d, masked_conv2d_grad_input, masked_conv2d_grad_weight, pack_values):
     IMPLEMENTATIONS.impl(_function.__name__, _function, "CUDA")

@@ -14,7 +14,6 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from sparse_adv.ops._library import host
 from sparse_adv.ops.masked_conv2d_live_blocks import blocks_fit, live_blocks
@@ -278,29 +277,6 @@ def set_kernels(
         if kernel not in KERNELS:
             raise ValueError(f"{name} must be one of {', '.join(KERNELS)}, got {kernel!r}")
     return pattern._with_header("path", *(KERNELS.index(kernel) for kernel in request))
-
-
-def chosen_paths(
-    pattern: Pattern,
-    input_shape: Sequence[int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-) -> dict[str, str]:
-    """The kernel that each pass takes for input of shape [N, C, H, W]: {"forward": "sparse", ...}.
-
-    That is for float32 on the CPU, where all other dtypes are dense, and for 16-bit images on CUDA.
-    """
-    check_pattern(pattern)
-    if len(input_shape) != 4 or input_shape[1] != pattern.mask.shape[1] * pattern.groups:
-        raise ValueError(
-            f"input_shape must be [N, {pattern.mask.shape[1] * pattern.groups}, H, W] for this pattern, "
-            f"got {list(input_shape)}"
-        )
-    paths = torch.ops.sparse_adv.chosen_paths(
-        pattern.flatten(), list(input_shape), list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
-    )
-    return {name: KERNELS[path] for name, path in zip(Kernels._fields, paths, strict=True)}
 
 
 def check_pattern(pattern: Pattern) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse_adv.attacks.checks import classes_of
 from sparse_adv.attacks.loop import crafting
-from sparse_adv.nn import explain, multiply_adds
+from sparse_adv.nn import count_macs, explain
 from sparse_adv.training.evaluation import Accuracy
 from sparse_adv.training.objectives import Passes
 
@@ -23,7 +23,7 @@ class Costs:
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.work = multiply_adds(model, x.shape).per_image()
+        self.work = count_macs(model, x.shape).per_image()
         blank = torch.zeros_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32)
         with crafting(model, "eval"), torch.no_grad():
             self.classes = classes_of(model(blank), len(x))
@@ -44,4 +44,4 @@ class Costs:
 def densities(model: nn.Module, x: Tensor) -> dict[str, float | None]:
     """Densities of the model's weights and of its multiply-adds for such images, as a run records them."""
     layers = explain(model, (1, *x.shape[1:]))
-    return {"density": layers.density, "multiply_add_density": layers.multiply_add_density}
+    return {"density": layers.density, "multiply_add_density": layers.mac_density}

@@ -9,7 +9,7 @@ from helpers.tolerances import assert_close
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_adv.masks import SUPPORTED_BLOCKS, multiply_add_density, prune
+from sparse_adv.masks import SUPPORTED_BLOCKS, prune
 from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, explain, frozen_weights, sparsify
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
 
@@ -192,18 +192,6 @@ def test_a_stated_block_holds_for_linear_layers_too(model):
         sparsify(model, masks | {"4": prune(model, 0.4, linear=True)["4"]}, block=(2, 4))
     assert type(model[4]) is nn.Linear
     sparsify(model, masks, block=(2, 4))
-
-
-def test_explain_counts_linear_layers_by_the_rows_of_their_input(model):
-    masks = prune(model, 0.4, linear=True)
-    dense = explain(model, (3, 4, 5, 5)).rows[-1]
-    assert set(dense.kernels.values()) == {"dense (no mask)"} and dense.multiply_adds == (3 * 72, 3 * 72)
-    explanation = explain(sparsify(model, masks), (3, 4, 5, 5))
-    row = explanation.rows[-1]
-    assert row.layer == "4" and set(row.kernels.values()) == {"dense (linear)"}
-    assert row.multiply_adds == (3 * int(masks["4"].sum()), 3 * 72)
-    assert explanation.multiply_add_density == multiply_add_density(model, masks, (3, 4, 5, 5))
-    assert "density of convolution and linear weights: 0.4" in str(explanation)
 
 
 def test_a_single_convolution_is_returned_anew():

@@ -1,10 +1,10 @@
-"""The multiply-adds that a model executes, against counts by hand."""
+"""The multiply-adds that a model executes, compared with counts by hand."""
 
 import pytest
 import torch
 from torch import nn
 
-from sparse_adv.nn import MaskedConv2d, Work, multiply_adds, sparsify
+from sparse_adv.nn import Macs, MaskedConv2d, count_macs, sparsify
 from sparse_adv.ops import PASSES
 
 SHAPE = (3, 4, 9, 7)
@@ -49,29 +49,29 @@ SPARSE = STEM_KEPT + GROUPED_KEPT + HEAD
 
 
 def test_a_dense_model_executes_all_in_each_pass(model):
-    assert multiply_adds(model, SHAPE) == Work(DENSE, DENSE, DENSE, STEM, DENSE, STEM, 3)
+    assert count_macs(model, SHAPE) == Macs(DENSE, DENSE, DENSE, STEM, DENSE, STEM, 3)
 
 
 def test_sparse_kernels_execute_kept_weights(model):
-    assert multiply_adds(masked(model, "sparse"), SHAPE) == Work(SPARSE, SPARSE, SPARSE, STEM_KEPT, DENSE, STEM, 3)
+    assert count_macs(masked(model, "sparse"), SHAPE) == Macs(SPARSE, SPARSE, SPARSE, STEM_KEPT, DENSE, STEM, 3)
 
 
 def test_dense_kernels_execute_pruned_weights_too(model):
-    assert multiply_adds(masked(model, "dense"), SHAPE) == Work(DENSE, DENSE, DENSE, STEM, DENSE, STEM, 3)
+    assert count_macs(masked(model, "dense"), SHAPE) == Macs(DENSE, DENSE, DENSE, STEM, DENSE, STEM, 3)
 
 
 @pytest.mark.parametrize("sparse", PASSES)
 def test_each_pass_counts_by_its_own_kernel(model, sparse):
-    work = multiply_adds(masked(model, {name: "sparse" if name == sparse else "dense" for name in PASSES}), SHAPE)
-    assert {name: getattr(work, name) for name in PASSES} == {n: SPARSE if n == sparse else DENSE for n in PASSES}
-    assert work.first_grad_input == (STEM_KEPT if sparse == "grad_input" else STEM)
+    macs = count_macs(masked(model, {name: "sparse" if name == sparse else "dense" for name in PASSES}), SHAPE)
+    assert {name: getattr(macs, name) for name in PASSES} == {n: SPARSE if n == sparse else DENSE for n in PASSES}
+    assert macs.first_grad_input == (STEM_KEPT if sparse == "grad_input" else STEM)
 
 
 def test_what_has_no_sparse_kernel_executes_all(model):
     masked(model, "sparse")
     with torch.autocast("cpu", torch.bfloat16):
-        assert multiply_adds(model, SHAPE).forward == DENSE
-    assert multiply_adds(model.double(), SHAPE).forward == DENSE
+        assert count_macs(model, SHAPE).forward == DENSE
+    assert count_macs(model.double(), SHAPE).forward == DENSE
 
 
 class OneByOne(nn.Sequential):
@@ -85,30 +85,30 @@ class OneByOne(nn.Sequential):
 @pytest.mark.parametrize("kind", [nn.Sequential, OneByOne])
 def test_padding_of_any_kind_and_images_without_a_batch_count_alike(padding, kind):
     model = kind(nn.Conv2d(4, 8, 3, **padding), nn.ReLU(), nn.Conv2d(8, 8, 1))
-    work = multiply_adds(masked(model, "sparse"), SHAPE)
-    assert (work.forward, work.grad_weight) == (2 * STEM_KEPT, 2 * STEM_KEPT)
-    assert work.dense == STEM + STEM // 36 * 8
+    macs = count_macs(masked(model, "sparse"), SHAPE)
+    assert (macs.forward, macs.grad_weight) == (2 * STEM_KEPT, 2 * STEM_KEPT)
+    assert macs.dense == STEM + STEM // 36 * 8
 
 
-def test_work_is_proportional_to_the_batch(model):
+def test_macs_are_proportional_to_the_batch(model):
     masked(model, "sparse")
-    work = multiply_adds(model, SHAPE)
-    assert multiply_adds(model, torch.rand(6, 4, 9, 7)) == Work(*(2 * count for count in work))
-    assert work.per_image() == multiply_adds(model, (1, *SHAPE[1:]))
+    macs = count_macs(model, SHAPE)
+    assert count_macs(model, torch.rand(6, 4, 9, 7)) == Macs(*(2 * count for count in macs))
+    assert macs.per_image() == count_macs(model, (1, *SHAPE[1:]))
 
 
 def test_a_layer_that_runs_twice_counts_twice():
     layer = nn.Conv2d(4, 4, 3, padding=1)
-    once = multiply_adds(layer, SHAPE).forward
-    assert multiply_adds(nn.Sequential(layer, layer), SHAPE) == Work(*[2 * once] * 3, once, 2 * once, once, 3)
+    once = count_macs(layer, SHAPE).forward
+    assert count_macs(nn.Sequential(layer, layer), SHAPE) == Macs(*[2 * once] * 3, once, 2 * once, once, 3)
 
 
 def test_linear_layers_count_every_row():
-    assert multiply_adds(nn.Linear(7, 5), SHAPE).forward == 3 * 4 * 9 * (7 * 5)
+    assert count_macs(nn.Linear(7, 5), SHAPE).forward == 3 * 4 * 9 * (7 * 5)
 
 
 def test_a_model_with_neither_layer_executes_nothing():
-    assert multiply_adds(nn.ReLU(), SHAPE) == Work(0, 0, 0, 0, 0, 0, 3)
+    assert count_macs(nn.ReLU(), SHAPE) == Macs(0, 0, 0, 0, 0, 0, 3)
 
 
 def test_counting_leaves_the_model_and_random_numbers_as_they_were(model):
@@ -116,7 +116,7 @@ def test_counting_leaves_the_model_and_random_numbers_as_they_were(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     random_state = torch.get_rng_state()
-    multiply_adds(model, SHAPE)
+    count_macs(model, SHAPE)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)

@@ -1,4 +1,4 @@
-"""Which kernel a layer takes: measured, given, from the table; and how that is told."""
+"""Which kernel a layer takes: measured, given, or from the table."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ import torch
 from helpers.tolerances import assert_close
 from torch import nn
 
-from sparse_adv.masks import multiply_add_density, prune
+from sparse_adv.masks import prune
 from sparse_adv.nn import explain, frozen_weights, sparsify, tune, tuning
 from sparse_adv.ops import PASSES
 
@@ -141,33 +141,6 @@ def test_layers_without_a_sparse_kernel_are_not_tuned(model):
     model.double()
     assert tune(model, torch.rand(SHAPE).double()) == {}
     assert "dense (no sparse kernel for float64 on cpu)" in str(explain(model))
-
-
-def test_explain_shows_every_convolution_and_both_densities(model):
-    masks = {name: model[int(name)].weight_mask for name in ("0", "2")}
-    explanation = explain(model, SHAPE)
-    text = str(explanation)
-    assert [row.layer for row in explanation.rows] == ["0", "2", "3"]
-    assert explanation.multiply_add_density == multiply_add_density(model, masks, SHAPE)
-    kept = sum(int(mask.sum()) for mask in masks.values()) + 128
-    assert explanation.density == kept / (16 * 27 + 16 * 96 + 128)
-    assert f"density of convolution weights: {explanation.density:.4f}" in text
-    assert f"of multiply-adds: {explanation.multiply_add_density:.4f}" in text
-    assert "16x3x3x3" in text and "(table)" in text and "dense (no mask)" in text
-
-
-def test_explain_without_a_shape(model):
-    assert explain(model).multiply_add_density is None
-    assert "unknown without an input shape" in str(explain(model))
-    tune(model, SHAPE, forced("sparse"))
-    assert "sparse (given)" in str(explain(model))
-    assert str(explain(nn.ReLU())).endswith("no convolutions")
-
-
-def test_explain_tells_what_was_measured(model, monkeypatch):
-    monkeypatch.setattr(tuning, "_race", race_won_by("sparse", loser_ms=4.8))
-    tune(model, SHAPE)
-    assert "sparse (tuned: 1 ms, dense 4.8 ms)" in str(explain(model))
 
 
 def weights_after_training(threads: int) -> list[torch.Tensor]:

@@ -164,8 +164,8 @@ def test_opcheck_of_the_ops_on_patterns():
     # The schema alone: they are called between passes, never while a graph is traced, and have no fake kernels.
     case = Case()
     torch.library.opcheck(OPS.pack_values.default, (case.weight, case.pattern().flatten()), test_utils=("test_schema",))
-    arguments = (case.pattern().flatten(), list(case.input_size), *case.shape[:3])
-    torch.library.opcheck(OPS.chosen_paths.default, arguments, test_utils=("test_schema",))
+    arguments = (case.input, case.pattern().flatten(), *case.shape[:3])
+    torch.library.opcheck(OPS.masked_conv2d_plan.default, arguments, test_utils=("test_schema",))
 
 
 class Net(nn.Module):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparse_adv.ops import chosen_paths, compile_pattern, masked_conv2d, pack_pattern, set_kernels
+from sparse_adv.ops import compile_pattern, masked_conv2d, pack_pattern, set_kernels
 from sparse_adv.ops.masked_conv2d_mask import obeys
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, block_pattern, unflatten
 
@@ -97,26 +97,15 @@ def test_a_mask_with_one_weight_changed_no_longer_obeys_its_block(case, place):
     assert obeys(changed, case.block)
 
 
-def test_auto_is_sparse_for_few_weights_and_dense_for_many():
-    for density, expected in ((0.1, "sparse"), (1.0, "dense")):
-        case = Case(group_in=32, group_out=32, density=density)
-        paths = chosen_paths(case.pattern(), (16, 32, 9, 9), padding=1)
-        assert paths == dict.fromkeys(("forward", "grad_input", "grad_weight"), expected)
-
-
 @pytest.mark.parametrize("wanted", [("sparse", "dense", "dense"), ("dense", "sparse", "sparse")])
-def test_set_paths_are_the_chosen_ones_and_leave_the_pattern_alone(wanted):
+def test_set_kernels_requests_kernels_and_leaves_the_pattern_alone(wanted):
     pattern = CASE.pattern()
     before = [tensor.clone() for tensor in pattern.flatten()]
     fixed = set_kernels(pattern, *wanted)
-    assert tuple(chosen_paths(fixed, CASE.input_size, *CASE.shape[:3]).values()) == wanted
-    assert chosen_paths(set_kernels(fixed), CASE.input_size) == chosen_paths(pattern, CASE.input_size)
+    assert fixed.requested_kernels == wanted
+    assert set_kernels(fixed).requested_kernels == ("auto", "auto", "auto") == pattern.requested_kernels
     for tensor, expected in zip(pattern.flatten(), before, strict=True):
         assert_equal(tensor, expected)
-
-
-def test_an_empty_batch_is_dense():
-    assert set(chosen_paths(CASE.pattern("sparse"), (0, *CASE.input_size[1:])).values()) == {"dense"}
 
 
 def test_packed_values_are_the_weights_in_the_lists_order():
@@ -219,8 +208,6 @@ def test_bad_paths_and_weights_are_told_by_name_and_value():
         pack_pattern(CASE.pattern(), CASE.weight.to("meta"))
     with pytest.raises(ValueError, match=r"made for a weight of shape \(8, 3, 3, 3\), weight has shape \(7, 3, 3, 3\)"):
         pack_pattern(CASE.pattern(), CASE.weight[1:])
-    with pytest.raises(ValueError, match=r"input_shape must be \[N, 6, H, W\] for this pattern, got \[2, 7, 9, 11\]"):
-        chosen_paths(CASE.pattern(), (2, 7, 9, 11))
 
 
 # Below Python: the ops check every pattern that they are given.

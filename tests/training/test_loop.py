@@ -53,7 +53,7 @@ def test_executed_multiply_adds_follow_from_the_passes(objective, attack, update
     """For each image: forward and backward passes of the attack; updates, and how many go on to the image."""
     model = network()
     (record,) = training.train(model, batches(), replace(QUICK, objective=objective, epochs=1, replays=2))
-    work = nn.multiply_adds(model, (32, 1, 6, 6)).per_image()
+    work = nn.count_macs(model, (32, 1, 6, 6)).per_image()
     whole = work.forward + work.grad_weight + work.grad_input - work.first_grad_input
     assert record["attack_multiply_adds"] == 96 * (attack[0] * work.forward + attack[1] * work.grad_input)
     assert record["update_multiply_adds"] == 96 * (update[0] * whole + update[1] * work.first_grad_input)
