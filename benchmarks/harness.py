@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_adv import ops
+from sparse_adv.ops.cuda_graph import Capturer
+from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -45,10 +47,7 @@ def mask_of(shape: Sequence[int], block: Sequence[int], density: float) -> torch
     generator = torch.Generator().manual_seed(0)
     sizes = (*block, 1, 1)[:4]
     counts = [-(-length // size) for length, size in zip(shape, sizes, strict=True)]
-    mask = torch.rand(counts, generator=generator) < density
-    for dim, size in enumerate(sizes):
-        mask = mask.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
-    return mask.contiguous()
+    return expand_blocks(torch.rand(counts, generator=generator) < density, sizes, shape)
 
 
 def interleaved(
@@ -67,17 +66,15 @@ def interleaved(
 
 def captured(side: Callable[[], object], calls: int = 20) -> Callable[[], object]:
     """Some calls of a side as one CUDA graph, so that what is timed is the GPU's work and not the launching of it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            side()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    capturer = Capturer()
+    for _ in range(3):
+        capturer.run(side)
+
+    def repeat() -> None:
         for _ in range(calls):
             side()
-    return graph.replay
+
+    return capturer.capture(repeat)
 
 
 def interleaved_graphs(

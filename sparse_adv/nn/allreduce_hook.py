@@ -1,4 +1,4 @@
-"""Training on several processes: only the gradients of kept weights travel."""
+"""A communication hook for DistributedDataParallel that averages only the gradients of weights kept by the masks."""
 
 from __future__ import annotations
 
@@ -13,93 +13,100 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass
-class Traffic:
-    """What one process has handed to all-reduce since `exchange_kept_gradients`; counts on as training goes on."""
+class CommStats:
+    """What one process has passed to all-reduce since the hook was registered; the counts grow with every step."""
 
     steps: int = 0
-    """Backward passes that exchanged gradients (those under `no_sync` exchange none)."""
+    """Backward passes that averaged gradients (those under `no_sync` average none)."""
     bytes_sent: int = 0
-    """Bytes of gradients exchanged. Comparing the masks adds 16 bytes a parameter and step."""
+    """Bytes of gradients passed to all-reduce. Comparing the masks adds 16 bytes per parameter and step."""
     bytes_dense: int = 0
-    """Bytes that DistributedDataParallel exchanges without this."""
+    """Bytes that DistributedDataParallel passes to all-reduce without this hook."""
 
 
-def exchange_kept_gradients(model: DistributedDataParallel) -> Traffic:
-    """Let DistributedDataParallel average only the gradients of kept weights: at density 0.1, a tenth of the bytes.
+def register_masked_allreduce_hook(model: DistributedDataParallel) -> CommStats:
+    """Make DistributedDataParallel average only the gradients of kept weights: at density 0.1, a tenth of the bytes.
 
-    Of a weight under a mask (a layer with a Parameter `weight` and a bool buffer `weight_mask`) the kept entries are
-    packed, exchanged and put back, and the others become 0; of all other parameters everything is exchanged. The
-    averages are those of plain DistributedDataParallel. Masks may change between steps, on all processes alike: each
-    step begins by comparing them, for packed gradients of unlike masks would be added in the wrong places, or never
-    arrive.
+    Of a weight under a mask (a layer with a Parameter `weight` and a bool buffer `weight_mask`), the kept entries are
+    packed, averaged and unpacked, and the others become 0; of all other parameters, all entries are averaged. The
+    averages equal those of plain DistributedDataParallel. Masks may change between steps, in the same way on all
+    processes. Each step begins by comparing the processes' masks, because with different masks packed gradients would
+    be added at the wrong places, or all-reduce would wait for ever.
 
     Args:
-        model: a model without a communication hook, on any backend; dense or sparse, now or later.
+        model: a model without a communication hook, on any backend; it may be sparse now, later or never.
 
     Returns:
-        Counts of this process that grow with every step.
+        The counts of this process, which grow with every step.
 
     Raises:
         TypeError: if the model is not wrapped in DistributedDataParallel.
         ValueError: if it has a communication hook already. In a backward pass: if the processes' masks differ.
+
+    Example:
+        >>> register_masked_allreduce_hook(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        TypeError: model must be wrapped in DistributedDataParallel, got Linear
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be wrapped in DistributedDataParallel, got {type(model).__name__}")
-    exchange = _Exchange(model.module, model.process_group)
+    state = _HookState(model.module, model.process_group)
     try:
-        # A lambda: DistributedDataParallel compares a hook's annotations with types, and ours are strings.
-        model.register_comm_hook(exchange, lambda exchange, bucket: exchange.reduce(bucket))
+        # A lambda, because DistributedDataParallel compares a hook's annotations with types, and ours are strings.
+        model.register_comm_hook(state, lambda state, bucket: state.average(bucket))
     except RuntimeError as error:
         raise ValueError("model has a communication hook already, and DistributedDataParallel takes one") from error
-    return exchange.traffic
+    return state.stats
 
 
-class _Exchange:
-    """The state of the hook."""
+class _HookState:
+    """The state of the hook on one process."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
         self.module, self.group = module, group
-        self.traffic = Traffic()
+        self.stats = CommStats()
         self.masks: dict[Tensor, Tensor] = {}
-        self.stamp: list[tuple[int, int, int]] | None = None
+        """The mask of each masked weight."""
+        self.mask_versions: list[tuple[int, int, int]] | None = None
         self.checksums: dict[Tensor, int] = {}
-        self.kept: dict[int, tuple[list[int], Tensor | None]] = {}
-        """By the bucket's index, the identities of its parameters (they change after the first step) and `_kept`."""
+        self.kept_indices: dict[int, tuple[list[int], Tensor | None]] = {}
+        """For each bucket index, the identities of the bucket's parameters and the result of `_indices`. The parameters
+        of a bucket change once, after the first step."""
 
-    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def average(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Average one bucket of gradients; called in the same order on all processes."""
         buffer = bucket.buffer()
         if bucket.index() == 0:
-            self._look_at_masks()
+            self._read_masks()
             self._compare_masks(buffer.device)
-        kept = self._kept_of(bucket)
-        # Divided before it is added up, as DistributedDataParallel does: 16-bit gradients might overflow.
-        packed = (buffer if kept is None else buffer.index_select(0, kept)).div_(self.group.size())
-        self.traffic.bytes_sent += packed.numel() * packed.element_size()
-        self.traffic.bytes_dense += buffer.numel() * buffer.element_size()
-        self.traffic.steps += bucket.is_last()
+        indices = self._indices_of(bucket)
+        # Divided before the sum, as DistributedDataParallel does, because a sum of 16-bit gradients might overflow.
+        packed = (buffer if indices is None else buffer.index_select(0, indices)).div_(self.group.size())
+        self.stats.bytes_sent += packed.numel() * packed.element_size()
+        self.stats.bytes_dense += buffer.numel() * buffer.element_size()
+        self.stats.steps += bucket.is_last()
 
         def unpack(averaged: Future[list[Tensor]]) -> Tensor:
             values = averaged.value()[0]
-            return values if kept is None else buffer.zero_().index_copy_(0, kept, values)
+            return values if indices is None else buffer.zero_().index_copy_(0, indices, values)
 
         return dist.all_reduce(packed, group=self.group, async_op=True).get_future().then(unpack)
 
-    def _look_at_masks(self) -> None:
+    def _read_masks(self) -> None:
         masks: dict[Tensor, Tensor] = {}
         for module in self.module.modules():
             weight, mask = module._parameters.get("weight"), module._buffers.get("weight_mask")
             if weight is not None and mask is not None and mask.dtype == torch.bool:
                 masks[weight] = mask
-        # The masks last seen are still referred to, so no new one can have an old one's identity.
-        stamp = [(id(w), id(m), -1 if m.is_inference() else m._version) for w, m in masks.items()]
-        if stamp != self.stamp:
-            self.masks, self.stamp = masks, stamp
+        # `self.masks` still refers to the masks of the last step, so no new mask can have the identity of an old one.
+        versions = [(id(w), id(m), -1 if m.is_inference() else m._version) for w, m in masks.items()]
+        if versions != self.mask_versions:
+            self.masks, self.mask_versions = masks, versions
             self.checksums = {weight: _checksum(mask) for weight, mask in masks.items()}
-            self.kept.clear()
+            self.kept_indices.clear()
 
     def _compare_masks(self, device: torch.device) -> None:
-        """Every step, changed or not: one process cannot know whether another's masks changed."""
+        """In every step, because a process cannot know whether the masks of another have changed."""
         parameters = dict(self.module.named_parameters())
         own = torch.tensor([self.checksums.get(parameter, 0) for parameter in parameters.values()], device=device)
         extremes = torch.stack([own, -own])
@@ -108,17 +115,17 @@ class _Exchange:
             if differs:
                 raise ValueError(f"the processes have different masks for {name!r}; give all of them the same")
 
-    def _kept_of(self, bucket: dist.GradBucket) -> Tensor | None:
+    def _indices_of(self, bucket: dist.GradBucket) -> Tensor | None:
         parameters = bucket.parameters()
         identities = [id(parameter) for parameter in parameters]
-        known, kept = self.kept.get(bucket.index(), (None, None))
+        known, indices = self.kept_indices.get(bucket.index(), (None, None))
         if known != identities:
-            kept = self._kept(parameters)
-            self.kept[bucket.index()] = identities, kept
-        return kept
+            indices = self._indices(parameters)
+            self.kept_indices[bucket.index()] = identities, indices
+        return indices
 
-    def _kept(self, parameters: list[Tensor]) -> Tensor | None:
-        """The places in the bucket's buffer that are exchanged; None: all."""
+    def _indices(self, parameters: list[Tensor]) -> Tensor | None:
+        """The indices into the bucket's buffer of the gradients to average; None: all."""
         if not any(parameter in self.masks for parameter in parameters):
             return None
         flags = [_in_memory_order(self.masks.get(parameter), parameter) for parameter in parameters]
@@ -126,7 +133,10 @@ class _Exchange:
 
 
 def _in_memory_order(mask: Tensor | None, weight: Tensor) -> Tensor:
-    """The mask as the bucket holds the weight's gradient: strided like the weight, if that has no gaps."""
+    """The mask, flattened in the order in which the bucket stores the weight's gradient; None: all true.
+
+    The bucket gives the gradient the weight's strides, or contiguous ones if the weight's memory has gaps.
+    """
     if mask is None:
         return torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
     dense = torch.ops.aten.is_non_overlapping_and_dense(weight)

@@ -1,4 +1,4 @@
-"""BatchNorm channels that only a wholly pruned filter feeds: which they are, and how they are put to rest."""
+"""Dead BatchNorm channels, those fed only by fully pruned filters: find them, zero gamma and beta, keep them zero."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ from sparse_adv.ops.masked_conv2d_mask import check_mask
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 _handles = WeakTensorKeyDictionary()
-"""Of each silenced gamma and beta, the handle of the hook on its gradient."""
+"""For each gamma and beta with dead channels, the handle of the hook on its gradient."""
 
 
 def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> dict[str, Tensor]:
-    """Find the BatchNorm channels whose input is always 0: the output of a filter with no kept weight, and no more.
+    """Find the BatchNorm channels whose input is always 0: it is the output of a filter without any kept weight.
 
     A BatchNorm2d (or SyncBatchNorm) with gamma and beta counts only if, whenever it runs, its input is the very tensor
     that a masked convolution returned, with nothing added in between. One that follows a residual sum never counts,
-    whatever comes before it in module order: the other summand may keep its channels alive. A filter with a bias other
-    than 0 is not dead, as it gives that bias.
+    because the other summand may not be 0. A filter whose bias is not 0 is not dead, because it outputs that bias.
 
     Args:
         model: any model, dense or sparse; it runs one forward pass, in eval mode.
-        masks: bool masks keyed by module name, as `masks.prune` returns them; those of other layers than convolutions
-            play no part.
+        masks: bool masks keyed by module name, as `masks.prune` returns them; masks of linear layers are ignored.
         shape: shape [N, C, H, W] of the model's input, or a sample of it.
 
     Returns:
@@ -40,26 +38,34 @@ def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence
         TypeError: if a mask is no bool tensor.
         ValueError: if a mask's name is unknown, or its shape is not the weight's.
 
-    Source: Li et al., "Towards Practical Lottery Ticket Hypothesis for Adversarial Training" (arXiv 2003.05733); the
-    paper does not speak of BatchNorm, and its code goes by module order.
+    Source: Li et al., "Towards Practical Lottery Ticket Hypothesis for Adversarial Training" (arXiv 2003.05733). The
+    paper does not mention BatchNorm; its code pairs each BatchNorm with the convolution before it in module order.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2))
+        >>> mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+        >>> mask[1] = False
+        >>> dead_channels(model, {"0": mask}, (1, 1, 5, 5))
+        {'1': tensor([False,  True])}
     """
     filters = _dead_filters(model, masks)
     norms = ((name, m) for name, m in model.named_modules() if isinstance(m, _NORMS) and m.affine)
     names: dict[nn.Module, str] = {norm: name for name, norm in norms}
-    made = WeakTensorKeyDictionary()
-    found: dict[nn.Module, Tensor] = {}
+    outputs = WeakTensorKeyDictionary()
+    """For each tensor that a masked convolution returned, its dead channels and the tensor's version."""
+    dead_of: dict[nn.Module, Tensor] = {}
     fed_otherwise: set[nn.Module] = set()
 
     def visit_convolution(layer: nn.Conv2d, input: Tensor, output: Tensor) -> None:
         if layer in filters:
-            made[output] = filters[layer], output._version
+            outputs[output] = filters[layer], output._version
 
     def visit_norm(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        dead, version = made.get(args[0], (None, 0))
+        dead, version = outputs.get(args[0], (None, 0))
         if dead is None or args[0]._version != version:  # another version: something was added in place
             fed_otherwise.add(norm)
         else:
-            found[norm] = found.get(norm, dead) & dead
+            dead_of[norm] = dead_of.get(norm, dead) & dead
 
     handles = [norm.register_forward_pre_hook(visit_norm) for norm in names]
     try:
@@ -67,19 +73,17 @@ def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence
     finally:
         for handle in handles:
             handle.remove()
-    return {names[norm]: dead for norm, dead in found.items() if norm not in fed_otherwise}
+    return {names[norm]: dead for norm, dead in dead_of.items() if norm not in fed_otherwise}
 
 
-def silence_dead_channels(
-    model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor
-) -> dict[str, int]:
+def zero_dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> dict[str, int]:
     """Set gamma and beta of the dead channels to 0, and keep them there under training.
 
-    A dead channel gives the constant beta; now it gives 0, and neither gradient, momentum nor weight decay can bring it
-    back, DistributedDataParallel or not. Running statistics stay as they are. Call it again after new masks or loaded
-    weights; channels that are no longer dead are then free to move, from where they are. Neither `deepcopy` nor
-    `pickle` takes along what keeps the zeros: a copy that is only averaged or evaluated needs none, one that is trained
-    needs a call of its own. So do parameters that did not require gradients and later do.
+    A dead channel outputs the constant beta. After this call it outputs 0, and neither gradient, momentum nor weight
+    decay changes that, with DistributedDataParallel too. Running statistics stay as they are. Call it again after new
+    masks or loaded weights: channels that are no longer dead are then trained again, from the values that they have.
+    The hooks that keep the zeros are not copied by `deepcopy` and `pickle`: call it on a copy that is to be trained.
+    Call it again, too, for parameters that did not require gradients and later do.
 
     Args:
         model, masks, shape: as for `dead_channels`.
@@ -89,19 +93,28 @@ def silence_dead_channels(
 
     Raises:
         TypeError, ValueError: as for `dead_channels`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2))
+        >>> mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+        >>> mask[1] = False
+        >>> zero_dead_channels(model, {"0": mask}, (1, 1, 5, 5))
+        {'1': 1}
+        >>> model[1].weight.tolist()
+        [1.0, 0.0]
     """
-    found = dead_channels(model, masks, shape)
+    dead = dead_channels(model, masks, shape)
     for name, module in model.named_modules():
         if isinstance(module, _NORMS):
             for parameter in module.parameters(recurse=False):
-                _release(parameter)
-                if name in found and found[name].any():
-                    _hold(parameter, found[name].to(parameter.device))
-    return {name: int(dead.count_nonzero()) for name, dead in found.items()}
+                _train_again(parameter)
+                if name in dead and dead[name].any():
+                    _keep_zero(parameter, dead[name].to(parameter.device))
+    return {name: int(channels.count_nonzero()) for name, channels in dead.items()}
 
 
 def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Module, Tensor]:
-    """Of each masked convolution, which output channels are always 0."""
+    """For each masked convolution, which output channels are always 0."""
     modules = dict(model.named_modules(remove_duplicate=False))
     filters: dict[nn.Module, Tensor] = {}
     for name, mask in masks.items():
@@ -120,16 +133,16 @@ def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Modu
     return filters
 
 
-def _hold(parameter: nn.Parameter, dead: Tensor) -> None:
+def _keep_zero(parameter: nn.Parameter, dead: Tensor) -> None:
     with torch.no_grad():
         parameter.masked_fill_(dead, 0)
-    # Takes care of a momentum that the optimiser may already have.
+    # The optimiser may already have a momentum for it.
     optimizer_hook.watch(parameter, ~dead)
     if parameter.requires_grad:
         _handles[parameter] = parameter.register_hook(lambda grad: grad.masked_fill(dead.to(grad.device), 0))
 
 
-def _release(parameter: nn.Parameter) -> None:
+def _train_again(parameter: nn.Parameter) -> None:
     handle: RemovableHandle | None = _handles.pop(parameter, None)
     if handle is not None:
         handle.remove()

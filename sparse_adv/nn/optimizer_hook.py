@@ -1,16 +1,17 @@
-"""Keeps pruned weights at zero under any element-wise optimiser of torch.optim, with nothing to remember.
+"""Keeps pruned weights at zero under every element-wise optimiser of torch.optim, without a call by the user.
 
-The invariant: outside the mask, a weight, its gradient and every tensor that the optimiser keeps for it are exactly 0.
-SGD, Adam and their like map such zeros to zeros, weight decay and momentum included (Rprop keeps step sizes that are
-not 0, but moves no weight by them), and the gradient of `masked_conv2d` is exactly 0 there. So nothing needs doing from
-step to step. It is enough to establish the invariant once whenever an optimiser first meets a mask: when a model is
-sparsified or its mask changes after steps have been taken, or an old optimiser state is loaded. One hook before every
-optimiser's step looks for that case.
+The invariant: where the mask is false, a weight, its gradient and every tensor of the optimiser's state for it are
+exactly 0. SGD, Adam and other element-wise optimisers map such zeros to zeros, weight decay and momentum included
+(Rprop's step sizes are not 0, but they move no weight whose gradient is 0), and the gradient of `masked_conv2d` is
+exactly 0 there. So the invariant needs no work from step to step. It has to be established once when an optimiser first
+meets a mask: after a model is sparsified or a mask changes in the middle of training, and after an optimiser's state is
+loaded. A hook before the steps of all optimisers of the process detects these cases.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,25 +21,25 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _masks = WeakTensorKeyDictionary()
-"""Of each masked layer's weight, its mask. Each change of a mask makes a new tensor, so identity tells them apart."""
+"""The mask of each masked weight. A changed mask is a new tensor, so that masks can be told apart by identity."""
 
 _settled: WeakKeyDictionary[Optimizer, tuple[Any, WeakTensorKeyDictionary]] = WeakKeyDictionary()
-"""Of each optimiser, its state dictionary (loading makes a new one) and the mask last met of each weight."""
+"""For each optimiser, its state dictionary (loading makes a new one) and the mask last applied to each weight."""
 
 
 def watch(weight: Tensor, mask: Tensor) -> None:
-    """From now on optimisers keep `weight` at zero outside `mask`."""
+    """From now on optimisers keep `weight` at zero where `mask` is false."""
     _masks[weight] = mask
     _install_hook()
 
 
 def unwatch(weight: Tensor) -> None:
-    """The weight is dense again."""
+    """Optimisers treat the weight as dense again."""
     _masks.pop(weight, None)
 
 
 def settle(optimizer: Optimizer) -> None:
-    """Zero what lies outside the masks of this optimiser's weights, if they are new to it."""
+    """Zero what lies outside the masks of this optimiser's weights, for masks that it has not met before."""
     state, settled = _settled.get(optimizer, (None, None))
     if settled is None or state is not optimizer.state:
         settled = WeakTensorKeyDictionary()
@@ -52,10 +53,11 @@ def settle(optimizer: Optimizer) -> None:
 
 
 @torch.no_grad()
-def _zero_outside(mask: Tensor, candidates: list[Any]) -> None:
-    for tensor in candidates:
-        if isinstance(tensor, Tensor) and tensor.shape == mask.shape:
-            tensor.masked_fill_(~mask.to(tensor.device), 0)
+def _zero_outside(mask: Tensor, values: Iterable[object]) -> None:
+    """Zero those of the values that are tensors of the mask's shape; an optimiser's state has scalars too."""
+    for value in values:
+        if isinstance(value, Tensor) and value.shape == mask.shape:
+            value.masked_fill_(~mask.to(value.device), 0)
 
 
 @functools.cache

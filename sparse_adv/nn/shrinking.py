@@ -1,6 +1,6 @@
-"""`shrink`: channels that no kept weight feeds or reads are removed, and a smaller model computes the same.
+"""`shrink`: remove the channels that no kept weight feeds or reads, so that a smaller model computes the same.
 
-The only kind of sparsity that also shrinks the images between the layers: what is left is dense, and fast everywhere.
+This kind of sparsity also makes the images between the layers smaller. The result is dense, and fast on every device.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ _NOT_CONSTANT = math.nan
 
 
 @dataclass(frozen=True)
-class Shrunk:
-    """What `shrink` made of a model."""
+class ShrinkResult:
+    """What `shrink` returns."""
 
     model: nn.Module
+    """The smaller model."""
     widths: dict[str, tuple[int, int]]
-    """Of each layer whose output was traced: its output channels before and after."""
-    held: dict[str, int]
-    """Of each layer with channels that are constant, but had to stay: how many; a constant other than 0 meets zero
-    padding, channels are fixed from outside, or the width is a multiple."""
+    """For each layer whose output was traced, its number of output channels before and after."""
+    retained: dict[str, int]
+    """For each layer with channels that are constant but could not be removed, how many: a constant other than 0 is
+    read by a convolution with zero padding, the width is fixed from outside, or it is rounded up to a multiple."""
 
 
 def shrink(
@@ -41,17 +42,17 @@ def shrink(
     masks: Mapping[str, Tensor] | None,
     shape: Sequence[int] | Tensor,
     multiple: int = 1,
-) -> Shrunk:
-    """Remove channels that are constant, or that nobody reads, with whatever belongs to them.
+) -> ShrinkResult:
+    """Remove the channels that are constant or that no layer reads, with all parameters that belong to them.
 
-    Filters go with their biases, the BatchNorm channels behind them, and the inputs of all layers that read them; a
-    residual sum keeps the union of what its summands need. A constant other than 0 goes into the bias of those who read
-    it where that is exact: linear layers and convolutions without padding. What went empties others in turn, until
-    nothing more goes. In eval mode the function is unchanged to rounding. In training mode, too, where BatchNorm is
-    silent on what was removed (`nn.silence_dead_channels`).
+    A filter is removed with its bias, the BatchNorm channels after it, and the inputs of all layers that read it; a
+    residual sum keeps the union of the channels that its summands need. A constant other than 0 is added to the bias of
+    the layers that read it where that is exact: linear layers and convolutions without padding. Removed channels may
+    make others constant or unread, so this is repeated until nothing changes. In eval mode the function is unchanged up
+    to rounding; in training mode, too, if BatchNorm outputs 0 for the removed channels (`nn.zero_dead_channels`).
 
-    Masks of whole filters come from `masks.prune(..., block="filter", couple=shape)`. Nothing but a model is needed to
-    run the result; it is an ordinary one, with Parameters of its own: make a new optimiser.
+    Masks of whole filters come from `masks.prune(..., block="filter", couple=shape)`. The result is an ordinary model
+    with Parameters of its own: make a new optimiser for it.
 
     Args:
         model: dense or sparse; it is not changed.
@@ -60,90 +61,101 @@ def shrink(
         multiple: widths are rounded up to multiples of this, as far as there are channels; 8 or more on a GPU.
 
     Returns:
-        The small model, the widths, and the channels that had to stay. Layers that still have pruned weights are
-        masked layers, all others plain ones.
+        The small model, the widths, and the channels that could not be removed. Layers that still have pruned weights
+        are masked layers, all others plain ones.
 
     Raises:
         ValueError: if torch.fx cannot trace the model, a mask fits no layer, or multiple is not positive.
 
     Source: Lym et al., "PruneTrain" (SC 2019), section 3, for removal with a union at residual sums.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> mask = torch.ones(4, 1, 3, 3, dtype=torch.bool)
+        >>> mask[2:] = False
+        >>> shrink(model, {"0": mask}, (1, 1, 8, 8)).widths
+        {'0': (4, 2), '2': (2, 2)}
     """
     if not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"multiple must be a positive integer, got {multiple!r}")
     if masks is None:
         masks = {name: m.weight_mask for name, m in model.named_modules() if isinstance(m, MaskedLayer)}
     small = densify(copy.deepcopy(model))
-    kept = _checked(small, masks)
+    own_masks = _checked(small, masks)
     with torch.no_grad():
-        for name, mask in kept.items():
+        for name, mask in own_masks.items():
             _module(small, name).weight.masked_fill_(~mask, 0)
     before = _widths(trace(small, shape).groups, small)
     while True:
-        found = trace(small, shape)
-        constants = _Constants(small, found, kept)
-        plans = {group: _kept_channels(small, group, kept, constants, multiple) for group in _free(found)}
+        traced = trace(small, shape)
+        constants = _Constants(small, traced, own_masks)
+        plans = {group: _channels_to_keep(small, group, own_masks, constants, multiple) for group in _free(traced)}
         changing = {group: channels for group, channels in plans.items() if not channels.all()}
         if not changing:
             break
         for group, channels in changing.items():
-            _cut(small, group, channels, kept, constants)
-    partly = {name: mask for name, mask in kept.items() if not mask.all()}
-    after = _widths(found.groups, small)
-    held = {name: count for name, count in constants.counts().items() if count}
-    if partly:
-        small = sparsify(small, partly)
-    return Shrunk(small, {name: (width, after[name]) for name, width in before.items()}, held)
+            _cut(small, group, channels, own_masks, constants)
+    partly_pruned = {name: mask for name, mask in own_masks.items() if not mask.all()}
+    after = _widths(traced.groups, small)
+    retained = {name: count for name, count in constants.counts().items() if count}
+    if partly_pruned:
+        small = sparsify(small, partly_pruned)
+    return ShrinkResult(small, {name: (width, after[name]) for name, width in before.items()}, retained)
 
 
 def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the masks on their weights' devices; raises ValueError if one does not fit."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    kept = {}
+    copies = {}
     for name, mask in masks.items():
         if name not in modules:
             raise ValueError(unknown_module(name, modules))
         check_mask(mask, linear=True)
         weight = getattr(modules[name], "weight", None)
         if not isinstance(weight, Tensor) or mask.shape != weight.shape:
-            raise ValueError(f"mask of {name!r} has shape {tuple(mask.shape)}, which its weight has not")
-        kept[name] = mask.to(weight.device, copy=True)
-    return kept
+            size = tuple(weight.shape) if isinstance(weight, Tensor) else "none"
+            raise ValueError(f"mask of {name!r} has shape {tuple(mask.shape)}, weight has shape {size}")
+        copies[name] = mask.to(weight.device, copy=True)
+    return copies
 
 
 def _widths(groups: Sequence[ChannelGroup], model: nn.Module) -> dict[str, int]:
     return {name: len(_module(model, name).weight) for group in groups for name in group.producers}
 
 
-def _free(found: Trace) -> list[ChannelGroup]:
-    """Groups whose width may change, all members of which are known."""
-    return [group for group in found.groups if not group.fixed and group.producers]
+def _free(traced: Trace) -> list[ChannelGroup]:
+    """The groups whose width may change, because all members are known."""
+    return [group for group in traced.groups if not group.fixed and group.producers]
 
 
 class _Constants(fx.Interpreter):
-    """Which channels of which activations are always the same number, and which one: NaN where they are not.
+    """Finds the channels of each activation that have the same value for every input.
 
-    Activations are followed as [1, C, 1, 1], so that NaN makes unknown whatever it meets.
+    Runs the traced graph on tensors [1, C, 1, 1] that hold the value of each constant channel and NaN for all others.
+    NaN propagates through the model's operations, so that what depends on a channel that varies is NaN as well.
     """
 
-    def __init__(self, model: nn.Module, found: Trace, masks: Mapping[str, Tensor]) -> None:
-        super().__init__(model, graph=found.graph)
-        self.found, self.masks = found, masks
+    def __init__(self, model: nn.Module, traced: Trace, masks: Mapping[str, Tensor]) -> None:
+        super().__init__(model, graph=traced.graph)
+        self.traced, self.masks = traced, masks
         self.device = next(model.parameters()).device
         self.inputs: dict[str, Tensor] = {}
-        """What each convolution and linear layer reads."""
+        """For each convolution and linear layer, the constants that it reads."""
         self.outputs: dict[str, Tensor] = {}
+        """For each convolution and linear layer, the constants that it outputs."""
         with torch.no_grad():
-            self.run(*[None] * sum(node.op == "placeholder" for node in found.graph.nodes))
+            self.run(*[None] * sum(node.op == "placeholder" for node in traced.graph.nodes))
 
     def counts(self) -> dict[str, int]:
         """How many output channels of each layer are constant."""
         return {name: int(values.isfinite().sum()) for name, values in self.outputs.items()}
 
     def run_node(self, n: fx.Node) -> Any:
-        kind = self.found.kinds[n]
-        if n not in self.found.shapes:
-            # No activation: a number or a parameter stays what it is, what is made of activations is not known.
+        kind = self.traced.kinds[n]
+        if n not in self.traced.shapes:
+            # Not an image: a parameter has its value, and what is computed from images is unknown.
             return super().run_node(n) if n.op == "get_attr" else None
-        width = self.found.shapes[n][1]
+        width = self.traced.shapes[n][1]
         if kind in ("input", "unknown"):
             return self._unknown(width)
         source = self._of(n.args[0])
@@ -168,20 +180,20 @@ class _Constants(fx.Interpreter):
         return torch.full((1, width, 1, 1), _NOT_CONSTANT, device=self.device)
 
     def _spatial(self, source: Tensor, width: int) -> Tensor:
-        """Pooling and resizing: padding may bring zeros in, so that only the constant 0 is sure to stay."""
+        """Pooling and resizing: padding may add zeros, so only the constant 0 is certain to stay constant."""
         return source.where(source == 0, _NOT_CONSTANT) if source.numel() == width else self._unknown(width)
 
     def _layer(self, name: str, source: Tensor) -> Tensor:
         layer = _module(self.module, name)
-        kept = _kept(layer, name, self.masks)
+        mask = _mask_of(layer, name, self.masks)
         self.inputs[name] = values = source.flatten()
         if getattr(layer, "groups", 1) > 1:
-            reads = kept.flatten(1).any(1)
+            varies = mask.flatten(1).any(1)
         else:
-            # What a filter reads of channels that are always 0 is nothing.
-            reads = (_by_taps(kept).any(2) & (values != 0)).any(1)
+            # Channels that are always 0 add nothing to a filter's output.
+            varies = (_by_taps(mask).any(2) & (values != 0)).any(1)
         bias = layer.bias if layer.bias is not None else layer.weight.new_zeros(len(layer.weight))
-        self.outputs[name] = bias.detach().where(~reads, _NOT_CONSTANT)
+        self.outputs[name] = bias.detach().where(~varies, _NOT_CONSTANT)
         return self.outputs[name].view(1, -1, 1, 1)
 
     def _norm(self, norm: Any, source: Tensor) -> Tensor:
@@ -194,17 +206,17 @@ class _Constants(fx.Interpreter):
         return values.view(1, -1, 1, 1)
 
 
-def _kept_channels(
+def _channels_to_keep(
     model: nn.Module, group: ChannelGroup, masks: Mapping[str, Tensor], constants: _Constants, multiple: int
 ) -> Tensor:
-    """Which channels of a group stay: those that some reader needs, and as many more as a multiple asks for."""
+    """bool [width]: the channels of a group that a reader needs, and more of them up to a multiple."""
     needed = torch.zeros(group.width, dtype=torch.bool, device=constants.device)
     for name, features in group.consumers:
         layer = _module(model, name)
         values = constants.inputs[name]
         exact = isinstance(layer, nn.Linear) or not any(_padding(layer))
         replaceable = values.isfinite() if exact else values == 0
-        reads = _by_taps(_kept(layer, name, masks)).any(2).any(0)
+        reads = _by_taps(_mask_of(layer, name, masks)).any(2).any(0)
         needed |= (reads & ~replaceable).view(group.width, features).any(1)
     count = int(needed.sum())
     spare = min(group.width, math.ceil(max(1, count) / multiple) * multiple) - count
@@ -215,8 +227,8 @@ def _module(model: nn.Module, name: str) -> Any:
     return model.get_submodule(name)
 
 
-def _kept(layer: Any, name: str, masks: Mapping[str, Tensor]) -> Tensor:
-    """Its mask; without one all weights count, also those that are 0 and may learn."""
+def _mask_of(layer: Any, name: str, masks: Mapping[str, Tensor]) -> Tensor:
+    """The layer's mask; without one all weights count, also those that are 0, because training may change them."""
     return masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
 
@@ -271,7 +283,7 @@ def _cut(
 
 
 def _fold(layer: Any, values: Tensor, columns: Tensor) -> None:
-    """Bring what the removed columns always added into the bias."""
+    """Add to the bias what the removed columns contribute for every input."""
     lost = ~columns & (values != 0) & values.isfinite()
     weight = _by_taps(layer.weight).sum(2)
     if not (weight[:, lost] != 0).any():
@@ -281,7 +293,7 @@ def _fold(layer: Any, values: Tensor, columns: Tensor) -> None:
 
 
 def _replace(module: Any, name: str, value: Tensor) -> None:
-    """A Parameter in the layout of the old one."""
+    """Replace a Parameter by a new one in its memory layout."""
     old = getattr(module, name)
     trained = module.weight.requires_grad if old is None else old.requires_grad
     setattr(module, name, nn.Parameter(value if old is None else in_layout_of(old, value), trained))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import Choice, LayerChoices, MaskedConv2d
 from sparse_adv.ops import PASSES, Pattern, masked_conv2d, pack_pattern, plan, set_kernels
+from sparse_adv.ops.cuda_graph import Capturer
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_plan import missing_kernel
 
@@ -146,7 +147,7 @@ def _race(
 def _clock(run: Callable[[], Tensor], device: torch.device) -> Callable[[], float]:
     """A function that runs `run` once and returns the seconds; on CUDA those of the GPU, by replays of a graph."""
     if device.type == "cuda":
-        return _graph_clock(run)
+        return _graph_clock(run, device)
 
     def clock() -> float:
         start = time.perf_counter()
@@ -156,21 +157,20 @@ def _clock(run: Callable[[], Tensor], device: torch.device) -> Callable[[], floa
     return clock
 
 
-def _graph_clock(run: Callable[[], Tensor], calls: int = 10) -> Callable[[], float]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def _graph_clock(run: Callable[[], Tensor], device: torch.device, calls: int = 10) -> Callable[[], float]:
+    capturer = Capturer(device)
+    capturer.run(run)
+
+    def repeat() -> None:  # its results are freed at once, so that one call's memory is enough
         for _ in range(calls):
             run()
+
+    replay = capturer.capture(repeat)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def clock() -> float:
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / calls

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import masks
-from sparse_adv.nn import silence_dead_channels, sparsify
+from sparse_adv.nn import sparsify, zero_dead_channels
 
 
 def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], *, weights: bool = True) -> nn.Module:
@@ -34,7 +34,7 @@ def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], 
     if weights:
         model.load_state_dict(ticket.state_dict)
     sparsify(model, ticket.masks)
-    silence_dead_channels(model, ticket.masks, input_shape)
+    zero_dead_channels(model, ticket.masks, input_shape)
     return model
 
 

@@ -19,7 +19,7 @@ from sparse_adv import runs
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import Inspection
 from sparse_adv.config import TrainConfig
-from sparse_adv.nn import Traffic, exchange_kept_gradients
+from sparse_adv.nn import CommStats, register_masked_allreduce_hook
 from sparse_adv.runs import Record
 from sparse_adv.training import distributed, objectives
 from sparse_adv.training.checkpoint import read_state, write_state, write_weights
@@ -83,13 +83,13 @@ class Training:
             OverfittingMonitor.over(validation, config, self.graphs) if watched and validation is not None else None
         )
         self.wrapped = model
-        self.traffic: Traffic | None = None
+        self.comm_stats: CommStats | None = None
         if distributed.world_size() > 1:
             with warnings.catch_warnings():
                 # Newer versions have another name for it, which torch 2.10 does not know.
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 self.wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-            self.traffic = exchange_kept_gradients(self.wrapped)
+            self.comm_stats = register_masked_allreduce_hook(self.wrapped)
         self.costs: Costs | None = None
         self.densities: dict[str, float | None] = {}
         self._restore()
@@ -179,8 +179,8 @@ class Training:
             "attack_multiply_adds": attack * images,
             "update_multiply_adds": update * images,
         }
-        if self.traffic is not None:
-            record |= {"bytes_sent": self.traffic.bytes_sent, "bytes_dense": self.traffic.bytes_dense}
+        if self.comm_stats is not None:
+            record |= {"bytes_sent": self.comm_stats.bytes_sent, "bytes_dense": self.comm_stats.bytes_dense}
         return record
 
     def _update(

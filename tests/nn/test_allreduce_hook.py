@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv.masks import prune
-from sparse_adv.nn import MaskedConv2d, exchange_kept_gradients, sparsify
+from sparse_adv.nn import MaskedConv2d, register_masked_allreduce_hook, sparsify
 
 PROCESSES = 2
 BATCH = 4
@@ -59,8 +59,8 @@ def gradients(model, step, rows=slice(None)):
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def counts(traffic):
-    return [traffic.steps, traffic.bytes_sent, traffic.bytes_dense]
+def counts(stats):
+    return [stats.steps, stats.bytes_sent, stats.bytes_dense]
 
 
 def other_masks(model):
@@ -75,12 +75,12 @@ def averages(rank, make, **ddp):
     """Gradients of three steps with the exchange, and with plain DistributedDataParallel."""
     own = slice(rank * BATCH, (rank + 1) * BATCH)
     ours, plain = (DistributedDataParallel(make(), **ddp) for _ in range(2))
-    traffic = exchange_kept_gradients(ours)
+    stats = register_masked_allreduce_hook(ours)
     return {
         "ours": [gradients(ours, step, own) for step in range(3)],
         "plain": [gradients(plain, step, own) for step in range(3)],
         "buckets": len(ours.reducer._get_zeros_like_grad_buckets()),
-        "counts": counts(traffic),
+        "counts": counts(stats),
     }
 
 
@@ -89,22 +89,22 @@ def masks_that_change(rank):
     own = slice(rank * BATCH, (rank + 1) * BATCH)
     model = network()
     ours = DistributedDataParallel(model)
-    traffic = exchange_kept_gradients(ours)
+    stats = register_masked_allreduce_hook(ours)
     found = [gradients(ours, 0, own)]
     sparsify(model, other_masks(model))
     found.append(gradients(ours, 1, own))
-    after_two = counts(traffic)
+    after_two = counts(stats)
     torch.manual_seed(1)
     model[6].register_buffer("weight_mask", torch.rand(10, 64) < 0.5)
     found.append(gradients(ours, 2, own))
-    return {"ours": found, "counts": [after_two, counts(traffic)], "mask": model[6].weight_mask}
+    return {"ours": found, "counts": [after_two, counts(stats)], "mask": model[6].weight_mask}
 
 
 def masks_that_differ(rank, changed_on):
     """What is said if processes have other masks than the rest, from the start or from the second step on."""
     model = network()
     ours = DistributedDataParallel(model)
-    exchange_kept_gradients(ours)
+    register_masked_allreduce_hook(ours)
     gradients(ours, 0)
     if rank == changed_on:
         sparsify(model, {"2": other_masks(model)["2"]})
@@ -116,9 +116,9 @@ def masks_that_differ(rank, changed_on):
 
 def a_second_hook(rank):
     ours = DistributedDataParallel(network())
-    exchange_kept_gradients(ours)
+    register_masked_allreduce_hook(ours)
     try:
-        exchange_kept_gradients(ours)
+        register_masked_allreduce_hook(ours)
     except ValueError as error:
         return str(error)
 
@@ -126,13 +126,13 @@ def a_second_hook(rank):
 def accumulated(rank):
     """Two half batches, the first without exchange."""
     ours = DistributedDataParallel(network())
-    traffic = exchange_kept_gradients(ours)
+    stats = register_masked_allreduce_hook(ours)
     images, labels = batch(0)
     for half in range(2):
         rows = slice((2 * rank + half) * BATCH // 2, (2 * rank + half + 1) * BATCH // 2)
         ours.require_backward_grad_sync = half == 1
         (F.cross_entropy(ours(images[rows]), labels[rows]) / 2).backward()
-    return {"ours": [parameter.grad for parameter in ours.parameters()], "counts": counts(traffic)}
+    return {"ours": [parameter.grad for parameter in ours.parameters()], "counts": counts(stats)}
 
 
 AVERAGES = {
@@ -285,4 +285,4 @@ def test_steps_without_exchange_send_nothing(found):
 
 def test_a_model_without_ddp_is_refused():
     with pytest.raises(TypeError, match="model must be wrapped in DistributedDataParallel, got Sequential"):
-        exchange_kept_gradients(network())
+        register_masked_allreduce_hook(network())

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_adv.nn import dead_channels, silence_dead_channels, sparsify
+from sparse_adv.nn import dead_channels, sparsify, zero_dead_channels
 
 SHAPE = (4, 3, 6, 6)
 DEAD = [1, 4]
@@ -136,7 +136,7 @@ def test_a_norm_after_a_residual_sum_is_never_touched(prepare):
     assert masks["1.conv2"][DEAD].sum() == 0  # comes before the second block's bn1 in module order
     assert list(dead_channels(model, masks, SHAPE)) == ["1.bn2", "2.bn2"]
     before = copy.deepcopy(model[2].bn1.state_dict())
-    assert silence_dead_channels(model, masks, SHAPE) == {"1.bn2": 2, "2.bn2": 2}
+    assert zero_dead_channels(model, masks, SHAPE) == {"1.bn2": 2, "2.bn2": 2}
     assert all(value.equal(before[name]) for name, value in model[2].bn1.state_dict().items())
     train(model)
     assert model[2].bn1.weight.all() and model[2].bn1.bias.all()
@@ -157,7 +157,7 @@ def test_what_a_sparse_model_says_is_what_its_convolution_gives():
 def test_without_dead_filters_no_channel_is_dead(prepare):
     model, masks = prepare(chain(), dead=[])
     before = copy.deepcopy(model.state_dict())
-    assert silence_dead_channels(model, masks, SHAPE) == {"1": 0}
+    assert zero_dead_channels(model, masks, SHAPE) == {"1": 0}
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
@@ -187,19 +187,19 @@ def test_a_norm_that_runs_twice_needs_dead_channels_twice():
 
 def test_synchronised_norms_count_too():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(chain())
-    assert silence_dead_channels(model, masks_of(model), SHAPE) == {"1": 2}
+    assert zero_dead_channels(model, masks_of(model), SHAPE) == {"1": 2}
 
 
 def test_norms_without_gamma_and_beta_do_not_count():
     model = nn.Sequential(convolution(3), nn.BatchNorm2d(8, affine=False))
-    assert silence_dead_channels(model, masks_of(model), SHAPE) == {}
+    assert zero_dead_channels(model, masks_of(model), SHAPE) == {}
 
 
 @pytest.mark.parametrize("make", [chain, lambda: residual(PostActivation), lambda: residual(PreActivation)])
 def test_training_keeps_silenced_channels_at_exactly_zero(prepare, make):
     model, masks = prepare(make())
     found = dead_channels(model, masks, SHAPE)
-    silence_dead_channels(model, masks, SHAPE)
+    zero_dead_channels(model, masks, SHAPE)
     statistics = {name: model.get_submodule(name).running_var.clone() for name in found}
     sparsify(model, masks)
     train(model)
@@ -218,7 +218,7 @@ def test_silenced_channels_stay_at_zero_under_ddp(tmp_path, wrapped_first):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(model) if wrapped_first else None
-        silence_dead_channels(model, masks, SHAPE)
+        zero_dead_channels(model, masks, SHAPE)
         train(wrapped or DistributedDataParallel(model))
         del wrapped  # freed after its group it would wait, with the GIL held, for threads that may want the GIL
     finally:
@@ -241,7 +241,7 @@ def test_momentum_from_before_moves_nothing():
     masks = masks_of(model)
     sparsify(model, masks)
     optimizers = train(model, steps=2)
-    silence_dead_channels(model, masks, SHAPE)
+    zero_dead_channels(model, masks, SHAPE)
     for optimizer in optimizers:
         optimizer.step()
     for name, dead in dead_channels(model, masks, SHAPE).items():
@@ -255,7 +255,7 @@ def test_a_dead_channel_gives_zero_and_the_others_what_they_gave(prepare):
     images = torch.rand(SHAPE)
     for training in (True, False):
         reference = copy.deepcopy(model)
-        silence_dead_channels(model, masks, SHAPE)
+        zero_dead_channels(model, masks, SHAPE)
         model.train(training), reference.train(training)
         given, expected = model[:2](images), reference[:2](images)
         assert not given[:, DEAD].any()
@@ -265,14 +265,14 @@ def test_a_dead_channel_gives_zero_and_the_others_what_they_gave(prepare):
 def test_running_statistics_stay(prepare):
     model, masks = prepare(chain())
     before = copy.deepcopy(model[1].state_dict())
-    silence_dead_channels(model, masks, SHAPE)
+    zero_dead_channels(model, masks, SHAPE)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert_equal(model[1].state_dict()[name], before[name])
 
 
 def test_silencing_twice_is_silencing_once(prepare):
     model, masks = prepare(chain())
-    assert silence_dead_channels(model, masks, SHAPE) == silence_dead_channels(model, masks, SHAPE) == {"1": 2}
+    assert zero_dead_channels(model, masks, SHAPE) == zero_dead_channels(model, masks, SHAPE) == {"1": 2}
     assert len(model[1].bias._backward_hooks) == 1
 
 
@@ -280,13 +280,13 @@ def test_channels_that_come_alive_are_free_again():
     model = residual(PostActivation)
     masks = masks_of(model)
     sparsify(model, masks)
-    silence_dead_channels(model, masks, SHAPE)
+    zero_dead_channels(model, masks, SHAPE)
     masks = masks_of(model, dead=DEAD[:1])
     sparsify(model, masks)
-    assert silence_dead_channels(model, masks, SHAPE)["1.bn2"] == 1
+    assert zero_dead_channels(model, masks, SHAPE)["1.bn2"] == 1
     train(model)
     assert (model[1].bn2.bias == 0).nonzero().flatten().tolist() == DEAD[:1]
-    assert silence_dead_channels(model, masks_of(model, dead=[]), SHAPE)["1.bn2"] == 0
+    assert zero_dead_channels(model, masks_of(model, dead=[]), SHAPE)["1.bn2"] == 0
     with torch.no_grad():
         model[1].bn2.bias.fill_(1)
     torch.optim.SGD(model.parameters(), lr=0).step()
@@ -296,7 +296,7 @@ def test_channels_that_come_alive_are_free_again():
 def test_frozen_parameters_are_set_too():
     model = chain()
     model[1].requires_grad_(False)
-    silence_dead_channels(model, masks_of(model), SHAPE)
+    zero_dead_channels(model, masks_of(model), SHAPE)
     assert_equal(model[1].weight == 0, dead_vector())
 
 
@@ -317,5 +317,5 @@ def test_masks_of_other_layers_play_no_part():
 def test_masks_that_do_not_fit_are_refused(masks, error, message):
     model = chain()
     with pytest.raises(error, match=message):
-        silence_dead_channels(model, masks, SHAPE)
+        zero_dead_channels(model, masks, SHAPE)
     assert model[1].bias.all()

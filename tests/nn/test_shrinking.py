@@ -9,7 +9,7 @@ from helpers.tolerances import assert_close
 from torch import Tensor, nn
 
 from sparse_adv.masks import prune
-from sparse_adv.nn import MaskedConv2d, shrink, silence_dead_channels, sparsify
+from sparse_adv.nn import MaskedConv2d, shrink, sparsify, zero_dead_channels
 
 
 def filters(model: nn.Module, density: float = 0.5) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def test_the_function_is_unchanged(name, silent, multiple):
     model, shape = network(name)
     masks = filters(model)
     if silent:
-        silence_dead_channels(model, masks, shape)
+        zero_dead_channels(model, masks, shape)
     x = torch.rand(shape)
     expected = sparsify(copy.deepcopy(model), masks)(x)
     before = copy.deepcopy(model.state_dict())
@@ -47,10 +47,10 @@ def test_the_function_is_unchanged(name, silent, multiple):
 def test_half_of_every_width_goes_where_residual_streams_agree():
     model, shape = network("resnet18")
     masks = prune(model, 0.5, "filter", "uniform", couple=shape)
-    silence_dead_channels(model, masks, shape)
+    zero_dead_channels(model, masks, shape)
     shrunk = shrink(model, masks, shape)
     assert {after / before for name, (before, after) in shrunk.widths.items() if name in masks} == {0.5}
-    assert not shrunk.held.keys() & masks.keys()
+    assert not shrunk.retained.keys() & masks.keys()
     assert not any(isinstance(module, MaskedConv2d) for module in shrunk.model.modules())
     x = torch.rand(shape)
     assert_close(shrunk.model(x), sparsify(copy.deepcopy(model), masks)(x))
@@ -59,7 +59,7 @@ def test_half_of_every_width_goes_where_residual_streams_agree():
 def test_without_coupling_only_inner_channels_go():
     model, shape = network("resnet18")
     masks = prune(model, 0.5, "filter", "uniform")
-    silence_dead_channels(model, masks, shape)
+    zero_dead_channels(model, masks, shape)
     widths = shrink(model, masks, shape).widths
     halved = [name for name, (before, after) in widths.items() if after == before / 2]
     assert len(halved) >= 8
@@ -69,7 +69,7 @@ def test_what_is_left_of_a_mask_stays_a_mask():
     model, shape = network("vgg16")
     masks = filters(model)
     masks = {name: mask & (torch.rand(mask.shape) < 0.5) for name, mask in masks.items()}
-    silence_dead_channels(model, masks, shape)
+    zero_dead_channels(model, masks, shape)
     x = torch.rand(shape)
     expected = sparsify(copy.deepcopy(model), masks)(x)
     small = shrink(model, masks, shape).model
@@ -99,7 +99,7 @@ def test_a_constant_goes_into_the_bias_where_no_padding_stands_beside_it(padding
     masks["0"][0] = True
     shrunk = shrink(model, masks, (1, 3, 9, 9))
     assert shrunk.widths["0"] == (8, width)
-    assert (shrunk.held.get("0", 0) > 0) is (padding > 0)
+    assert (shrunk.retained.get("0", 0) > 0) is (padding > 0)
     x = torch.rand(2, 3, 9, 9)
     assert_close(shrunk.model(x), sparsify(model, masks)(x))
 
@@ -135,7 +135,7 @@ def test_weights_that_are_zero_but_kept_may_still_learn_and_stay():
 def test_the_small_model_trains_copies_and_has_a_state():
     model, shape = network("resnet18")
     masks = prune(model, 0.5, "filter", couple=shape)
-    silence_dead_channels(model, masks, shape)
+    zero_dead_channels(model, masks, shape)
     small = shrink(model, masks, shape, multiple=2).model.train()
     optimizer = torch.optim.SGD(small.parameters(), 0.1)
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
