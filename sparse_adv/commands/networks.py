@@ -28,7 +28,7 @@ def batches_of(options: argparse.Namespace, dataset: data.Dataset) -> data.Batch
         augment=augment,
         seed=options.seed,
         rank=distributed.rank(),
-        world=distributed.world_size(),
+        world_size=distributed.world_size(),
     )
 
 

@@ -1,11 +1,10 @@
-"""Data sets as tensors: uint8 images on the device, split into train, validation and test.
+"""Data sets as uint8 tensors in memory, divided into train, validation and test, and their batches.
 
-Own data need none of this: `training.train` takes any batches of (float images in [0, 1], int64 labels) that can be
-gone through once an epoch, and evaluations take a `Split` of uint8 or float images.
+Using this package is optional: `training.train` takes any iterable of batches (float images in [0, 1], int64 labels),
+for example a DataLoader, and evaluations also take a `Split` of your own tensors.
 """
 
-from sparse_adv.data.augmentation import crop_and_flip
-from sparse_adv.data.batches import Batches, to_unit
+from sparse_adv.data.batches import Batches, crop_and_flip, to_unit
 from sparse_adv.data.dataset import Dataset, Split, hold_out
 from sparse_adv.data.loading import load
 

@@ -1,4 +1,4 @@
-"""Batches of a split: order and augmentation of an epoch follow from its number and the seed alone."""
+"""Shuffled, augmented batches of a split; an epoch depends only on the seed and the number of the epoch."""
 
 from __future__ import annotations
 
@@ -7,32 +7,45 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_adv.data.augmentation import PADDING, crop_and_flip
 from sparse_adv.data.dataset import Split
+
+_PADDING = 4
 
 
 class Batches:
-    """Goes through a split once an epoch, in batches of (float32 images in [0, 1], int64 labels) on its device.
+    """An iterable over batches of (float32 images in [0, 1], int64 labels), on the device of the split.
 
-    Random numbers are drawn on the CPU, so that a GPU sees the same epoch; and from (seed, epoch), so that a run that
-    was stopped can repeat one.
+    Each iteration is one epoch. Random numbers are drawn on the CPU and depend only on (seed, epoch), so that a GPU
+    gets the same batches and an interrupted run can repeat an epoch.
 
     Args:
-        split: the images, uint8 or floats in [0, 1].
-        batch_size: images per batch, over all processes.
-        shuffle: whether to go in a new order each epoch.
-        augment: whether to crop and flip, see `crop_and_flip`.
-        seed: of order and augmentation.
-        rank, world: this process of how many; process r takes every world-th image of each batch, from the r-th. When
-            shuffling, up to world - 1 images that would make unequal shares are left out of an epoch; otherwise none,
-            and the last batches of two processes may differ by one image or, if that is none, be missing.
+        split: the images, uint8 or float in [0, 1].
+        batch_size: images per batch, summed over all processes.
+        shuffle: whether each epoch has a new random order.
+        augment: whether images are cropped and flipped at random, see `crop_and_flip`.
+        seed: seed of order and augmentation.
+        rank, world_size: number of this process, and of all processes. Process r takes the images r, r + world_size,
+            r + 2 world_size, ... of each batch. With shuffle, up to world_size - 1 images are left out of an epoch so
+            that all processes get the same number. Without, no image is left out; in the last batch a process may then
+            have one image less than another, or no batch at all.
 
     Raises:
-        ValueError: if the batch size is not a multiple of `world`, a number is out of range, images and labels differ
-            in number, or there are too few to shuffle.
-        TypeError: if the images are whole numbers, but not uint8.
+        ValueError: if batch_size is not a multiple of world_size, an argument is out of range, the numbers of images
+            and labels differ, or a shuffled epoch would have no image for some process.
+        TypeError: if the images are integers other than uint8.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv.data import Batches, Split
+        >>> split = Split(torch.full((5, 1, 8, 8), 255, dtype=torch.uint8), torch.arange(5))
+        >>> batches = Batches(split, batch_size=2, shuffle=False)
+        >>> [labels.tolist() for images, labels in batches]
+        [[0, 1], [2, 3], [4]]
+        >>> float(next(iter(batches))[0].max())
+        1.0
     """
 
     def __init__(
@@ -44,74 +57,112 @@ class Batches:
         augment: bool = False,
         seed: int = 0,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> None:
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size must be a positive multiple of the {world} processes, got {batch_size}")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be in [0, {world - 1}], got {rank}")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size must be a positive multiple of world_size ({world_size}), got {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, {world_size - 1}], got {rank}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
         images = len(split.labels)
         if len(split.images) != images:
             raise ValueError(f"split must have a label for each image, got {len(split.images)} images, {images} labels")
-        if shuffle and images < world:
-            raise ValueError(f"split must have an image for each of the {world} processes, got {images}")
-        to_unit(split.images[:0])
+        if shuffle and images < world_size:
+            raise ValueError(f"split must have an image for each of the {world_size} processes, got {images}")
+        to_unit(split.images[:0])  # raises TypeError for a wrong dtype
         self.split, self.batch_size, self.shuffle, self.augment = split, batch_size, shuffle, augment
-        self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
-        self._images = images - images % world if shuffle else images
+        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+        self._images = images - images % world_size if shuffle else images
 
     def __len__(self) -> int:
         return math.ceil(max(0, self._images - self.rank) / self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; each iteration goes on to the next by itself."""
+        """Set the number, from 0, of the epoch that the next iteration yields; each iteration increments it."""
         if epoch < 0:
             raise ValueError(f"epoch must be at least 0, got {epoch}")
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # Claimed here and not in the generator, which would count only once its first batch is asked for.
+        # The epoch is counted here: the generator would count it only when its first batch is requested.
         epoch, self.epoch = self.epoch, self.epoch + 1
         return self._batches(epoch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # Data and noise must not share numbers: 0 tells this stream from whatever else is seeded so.
+        # The 0 makes this stream of random numbers differ from others that are seeded by (seed, epoch, number).
         sequence = np.random.SeedSequence([self.seed, epoch, 0])
-        draws = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
-        order = torch.randperm(len(self.split.labels), generator=draws) if self.shuffle else torch.arange(self._images)
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+        order = (
+            torch.randperm(len(self.split.labels), generator=generator) if self.shuffle else torch.arange(self._images)
+        )
         batches = order[: self._images].split(self.batch_size)[: len(self)]
         if not batches:
             return
-        own = slice(self.rank, None, self.world)
+        own = slice(self.rank, None, self.world_size)
         sizes = [len(batch[own]) for batch in batches]
-        # All numbers of the epoch travel at once and unawaited: a GPU never stands still for the next batch's.
-        index = self._sent([batch[own] for batch in batches]).split(sizes)
+        # The random numbers of the whole epoch are copied to the GPU at once, without waiting: a copy per batch would
+        # leave the GPU idle between batches.
+        indices = self._to_device([batch[own] for batch in batches]).split(sizes)
         if self.augment:
             shifts, flips = [], []
             for batch in batches:
-                shifts.append(torch.randint(0, 2 * PADDING + 1, (2, len(batch)), generator=draws)[:, own])
-                flips.append((torch.rand(len(batch), generator=draws) < 0.5)[own])
-            moves = zip(self._sent(shifts).split(sizes, 1), self._sent(flips).split(sizes), strict=True)
-        for chosen in index:
-            images = self.split.images[chosen]
+                shifts.append(torch.randint(0, 2 * _PADDING + 1, (2, len(batch)), generator=generator)[:, own])
+                flips.append((torch.rand(len(batch), generator=generator) < 0.5)[own])
+            moves = zip(self._to_device(shifts).split(sizes, 1), self._to_device(flips).split(sizes), strict=True)
+        for index in indices:
+            images = self.split.images[index]
             if self.augment:
                 images = crop_and_flip(images, *next(moves))
-            yield to_unit(images), self.split.labels[chosen]
+            yield to_unit(images), self.split.labels[index]
 
-    def _sent(self, parts: list[Tensor]) -> Tensor:
+    def _to_device(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts, -1).to(self.split.images.device, non_blocking=True)
 
 
+def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Crop each image out of itself padded with 4 zeros on each side, and mirror some of them.
+
+    Image n becomes `padded[n, :, shifts[0, n] : shifts[0, n] + H, shifts[1, n] : shifts[1, n] + W]`, mirrored left to
+    right where `flips[n]`.
+
+    Args:
+        images: [N, C, H, W], any dtype.
+        shifts: int64 [2, N], row and column of each crop in the padded image, in [0, 8]; 4 does not move the image.
+        flips: bool [N].
+
+    Returns:
+        Images of the same shape, dtype and device.
+
+    Source: He et al., "Deep residual learning for image recognition" (CVPR 2016), section 4.2.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv.data import crop_and_flip
+        >>> image = torch.tensor([[[[1, 2, 3]]]])
+        >>> crop_and_flip(image, shifts=torch.tensor([[4], [5]]), flips=torch.tensor([False]))
+        tensor([[[[2, 3, 0]]]])
+    """
+    count, _, height, width = images.shape
+    windows = F.pad(images, [_PADDING] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: [N, C, 9, 9, H, W]
+    cropped = windows[torch.arange(count, device=images.device), :, shifts[0], shifts[1]]
+    return torch.where(flips.view(-1, 1, 1, 1), cropped.flip(3), cropped)
+
+
 def to_unit(images: Tensor) -> Tensor:
-    """Images as float32 in [0, 1]: uint8 divided by 255, floats as they are.
+    """Convert images to float32 in [0, 1]: uint8 is divided by 255, floats keep their values.
 
     Raises:
-        TypeError: for other dtypes, whose range nobody knows.
+        TypeError: for other dtypes, whose range of values is unknown.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv.data import to_unit
+        >>> to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8))
+        tensor([0.0000, 0.2000, 1.0000])
     """
     if images.dtype == torch.uint8:
         return images.float().div_(255)
     if not images.is_floating_point():
-        raise TypeError(f"images must be uint8 or floats in [0, 1], got {images.dtype}")
+        raise TypeError(f"images must be uint8 or float in [0, 1], got {images.dtype}")
     return images.float()

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as published (Krizhevsky 2009): a folder of pickled batches, or the archive of it."""
+"""CIFAR-10 and CIFAR-100 as published (Krizhevsky 2009): a folder of pickled batches, or the archive of that folder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 
-from sparse_adv.data.dataset import Split
-from sparse_adv.data.source import Source
+from sparse_adv.data.dataset import RawDataset, Split
 from sparse_adv.files import unpickle_arrays
 
 
-class _Edition(NamedTuple):
+class _Variant(NamedTuple):
+    """File names, key of the labels, number of classes and name of CIFAR-10 or CIFAR-100."""
+
     folder: str
     archive: str
     train: tuple[str, ...]
@@ -28,114 +29,125 @@ class _Edition(NamedTuple):
     name: str
 
 
-_EDITIONS = (
-    _Edition(
-        "cifar-10-batches-py",
-        "cifar-10-python.tar.gz",
-        tuple(f"data_batch_{i}" for i in range(1, 6)),
-        ("test_batch",),
-        "labels",
-        10,
-        "cifar10",
+_VARIANTS = (
+    _Variant(
+        folder="cifar-10-batches-py",
+        archive="cifar-10-python.tar.gz",
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test=("test_batch",),
+        labels="labels",
+        classes=10,
+        name="cifar10",
     ),
-    _Edition("cifar-100-python", "cifar-100-python.tar.gz", ("train",), ("test",), "fine_labels", 100, "cifar100"),
+    _Variant(
+        folder="cifar-100-python",
+        archive="cifar-100-python.tar.gz",
+        train=("train",),
+        test=("test",),
+        labels="fine_labels",
+        classes=100,
+        name="cifar100",
+    ),
 )
 
 
-def read_cifar(path: Path) -> Source | None:
-    """CIFAR from its folder, from its archive (whatever that is called), or from the folder that one of them lies in.
+def read_cifar(path: Path) -> RawDataset | None:
+    """Read CIFAR from its folder, from its archive (of any name), or from a folder that contains one of them.
 
     Returns:
-        None if nothing of the kind is there.
+        The data set; None if there is no such folder or archive.
 
     Raises:
         FileNotFoundError: if a batch is missing.
-        ValueError: if something is damaged or is not what CIFAR has there, or `path` holds both editions.
+        ValueError: if a file is damaged or has unexpected contents, or `path` contains both CIFAR-10 and CIFAR-100.
     """
     if path.is_file():
         return _from_archive(path)
-    found = [(edition, place) for edition in _EDITIONS if (place := _place(path, edition))]
-    if len(found) > 1:
-        raise ValueError(f"{path} holds two data sets, name one of them: {found[0][1]} or {found[1][1]}")
-    for edition, place in found:
-        return _from_folder(place, edition) if place.is_dir() else _from_archive(place)
+    present = [(variant, place) for variant in _VARIANTS if (place := _locate(path, variant))]
+    if len(present) > 1:
+        raise ValueError(f"{path} contains two data sets, choose one: {present[0][1]} or {present[1][1]}")
+    for variant, place in present:
+        return _from_folder(place, variant) if place.is_dir() else _from_archive(place)
     return None
 
 
-def _place(path: Path, edition: _Edition) -> Path | None:
-    """Where the edition is: an incomplete folder is still one, what it lacks is named when it is read."""
-    if path.resolve().name == edition.folder or any((path / name).is_file() for name in edition.train):
+def _locate(path: Path, variant: _Variant) -> Path | None:
+    """Return the folder or archive of a variant. A folder may be incomplete: reading it names the missing batch."""
+    if path.resolve().name == variant.folder or any((path / name).is_file() for name in variant.train):
         return path
-    return next((place for place in (path / edition.folder, path / edition.archive) if place.exists()), None)
+    return next((place for place in (path / variant.folder, path / variant.archive) if place.exists()), None)
 
 
-def _from_folder(folder: Path, edition: _Edition) -> Source:
+def _from_folder(folder: Path, variant: _Variant) -> RawDataset:
     def open_batch(name: str) -> IO[bytes]:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{folder} lacks the batch {name!r}")
         return path.open("rb")
 
-    return _source(open_batch, edition, folder)
+    return _read(open_batch, variant, folder)
 
 
-def _from_archive(path: Path) -> Source | None:
+def _from_archive(path: Path) -> RawDataset | None:
     with path.open("rb") as file:
-        if file.read(2) != b"\x1f\x8b":
+        if file.read(2) != b"\x1f\x8b":  # not gzip
             return None
-    found: dict[tuple[str, ...], bytes] = {}
-    wanted = {(edition.folder, name) for edition in _EDITIONS for name in (*edition.train, *edition.test)}
+    batches: dict[tuple[str, ...], bytes] = {}
+    wanted = {(variant.folder, name) for variant in _VARIANTS for name in (*variant.train, *variant.test)}
     try:
         with gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as archive:
             for member in archive:
                 place = PurePosixPath(member.name).parts[-2:]
                 content = archive.extractfile(member) if place in wanted else None
                 if content:
-                    found[place] = content.read()
-            while unpacked.read(1 << 20):  # only the end of the file has the checksum
+                    batches[place] = content.read()
+            while unpacked.read(1 << 20):  # gzip verifies its checksum at the end of the file
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is no .tar.gz archive or is damaged, as by a download cut short: {error}") from error
-    edition = next((edition for edition in _EDITIONS if any(folder == edition.folder for folder, _ in found)), None)
-    if edition is None:
+        raise ValueError(
+            f"{path} is not a .tar.gz archive, is damaged, or its download is incomplete: {error}"
+        ) from error
+    variant = next((variant for variant in _VARIANTS if any(folder == variant.folder for folder, _ in batches)), None)
+    if variant is None:
         return None
 
     def open_batch(name: str) -> IO[bytes]:
-        if (edition.folder, name) not in found:
+        if (variant.folder, name) not in batches:
             raise FileNotFoundError(f"{path} lacks the batch {name!r}")
-        return io.BytesIO(found[edition.folder, name])
+        return io.BytesIO(batches[variant.folder, name])
 
-    return _source(open_batch, edition, path)
-
-
-def _source(open_batch: Callable[[str], IO[bytes]], edition: _Edition, place: Path) -> Source:
-    train, test = (_split(open_batch, names, edition, place) for names in (edition.train, edition.test))
-    return Source(train, test, edition.classes, edition.name)
+    return _read(open_batch, variant, path)
 
 
-def _split(open_batch: Callable[[str], IO[bytes]], names: Sequence[str], edition: _Edition, place: Path) -> Split:
-    pixels, classes = [], []
+def _read(open_batch: Callable[[str], IO[bytes]], variant: _Variant, place: Path) -> RawDataset:
+    train, test = (_split(open_batch, names, variant, place) for names in (variant.train, variant.test))
+    return RawDataset(train, test, variant.classes, variant.name)
+
+
+def _split(open_batch: Callable[[str], IO[bytes]], names: Sequence[str], variant: _Variant, place: Path) -> Split:
+    images, labels = [], []
     for name in names:
         with open_batch(name) as file:
             try:
-                images, labels = _batch(unpickle_arrays(file), edition)
+                batch_images, batch_labels = _arrays(unpickle_arrays(file), variant)
             except ValueError as error:
                 raise ValueError(f"batch {name!r} of {place} {error}") from error
-        pixels.append(images)
-        classes.append(labels)
-    return Split(torch.from_numpy(np.concatenate(pixels)), torch.from_numpy(np.concatenate(classes)))
+        images.append(batch_images)
+        labels.append(batch_labels)
+    return Split(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
 
 
-def _batch(loaded: object, edition: _Edition) -> tuple[np.ndarray, np.ndarray]:
-    if not isinstance(loaded, dict):
-        raise ValueError(f"must hold a dict, got {type(loaded).__name__}")
-    # Python 2's text comes as bytes; what somebody pickled anew has text.
-    images = loaded.get(b"data", loaded.get("data"))
-    labels = loaded.get(edition.labels.encode(), loaded.get(edition.labels))
+def _arrays(batch: object, variant: _Variant) -> tuple[np.ndarray, np.ndarray]:
+    """Return images [N, 3, 32, 32] and labels [N] of an unpickled batch."""
+    if not isinstance(batch, dict):
+        raise ValueError(f"must hold a dict, got {type(batch).__name__}")
+    # The published files were pickled by Python 2: their keys are bytes. Files pickled again have str keys.
+    images = batch.get(b"data", batch.get("data"))
+    labels = batch.get(variant.labels.encode(), batch.get(variant.labels))
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
-        raise ValueError("must hold 'data', uint8 of 3072 bytes per image")
+        raise ValueError("must hold 'data', a uint8 array with 3072 bytes per image")
     if not isinstance(labels, list) or len(labels) != len(images) or not all(isinstance(x, int) for x in labels):
-        raise ValueError(f"must hold {edition.labels!r}, a list of one whole number per image")
-    if labels and not 0 <= min(labels) <= max(labels) < edition.classes:
-        raise ValueError(f"has labels from {min(labels)} to {max(labels)}, outside [0, {edition.classes - 1}]")
+        raise ValueError(f"must hold {variant.labels!r}, a list with one integer per image")
+    if labels and not 0 <= min(labels) <= max(labels) < variant.classes:
+        raise ValueError(f"has labels from {min(labels)} to {max(labels)}, outside [0, {variant.classes - 1}]")
     return images.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)

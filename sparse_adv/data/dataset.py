@@ -1,4 +1,4 @@
-"""What a data set is to this library: uint8 images in one tensor per split, on the device, and nothing loaded later."""
+"""The parts of a data set: labelled images in one tensor per split."""
 
 from __future__ import annotations
 
@@ -9,56 +9,104 @@ from torch import Tensor
 
 
 class Split(NamedTuple):
-    """Labelled images: uint8 [N, C, H, W], 255 meaning 1.0 (or floats in [0, 1]); and int64 classes [N]."""
+    """Labelled images.
+
+    Args:
+        images: uint8 [N, C, H, W] in [0, 255], or float in [0, 1].
+        labels: int64 [N], class numbers from 0.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv.data import Split
+        >>> split = Split(torch.zeros(10, 3, 32, 32, dtype=torch.uint8), torch.arange(10))
+        >>> split.to("cpu").labels[:3]
+        tensor([0, 1, 2])
+    """
 
     images: Tensor
     labels: Tensor
 
     def to(self, device: torch.device | str) -> Split:
-        """The same on a device."""
+        """Return a copy on another device; tensors that are there already are not copied."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 class Dataset(NamedTuple):
-    """Train on `train`, choose and watch on `validation`, touch `test` once, at the end."""
+    """A data set that is ready for training: `load` returns it.
+
+    Args:
+        train: images to train on.
+        validation: images to choose the best epoch and hyperparameters with.
+        test: images for one final test.
+        classes: number of classes.
+        name: "cifar10", "mnist", ... or any other name, see `models.Normalize.of`.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv.data import Dataset, Split, hold_out
+        >>> images = Split(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), torch.arange(100) % 5)
+        >>> train, validation = hold_out(images, 20)
+        >>> Dataset(train, validation, test=images, classes=5, name="squares").input_shape
+        (1, 8, 8)
+    """
 
     train: Split
     validation: Split
     test: Split
     classes: int
     name: str
-    """Tells `models` whose statistics to normalise with: "cifar10", "mnist", ..., or any name that it does not know."""
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of one image."""
+        """Shape [C, H, W] of one image."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
     def to(self, device: torch.device | str) -> Dataset:
-        """The same on a device."""
+        """Return a copy on another device; tensors that are there already are not copied."""
         return self._replace(
             train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
         )
 
 
-def hold_out(whole: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
-    """Divide images at random into those that remain and `count` that are held out.
+class RawDataset(NamedTuple):
+    """A data set as its files divide it, on the CPU; most have no validation images."""
+
+    train: Split
+    test: Split
+    classes: int
+    name: str
+    validation: Split | None = None
+
+
+def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
+    """Divide labelled images at random into two parts.
 
     Args:
-        whole: all images, on any device.
-        count: how many to hold out.
-        seed: decides which.
+        split: all images, on any device.
+        count: number of images in the second part.
+        seed: seed of the random order.
 
     Returns:
-        The rest and the held out, each in random order, on the same device.
+        The remaining images and the `count` images held out, each in random order, on the same device.
 
     Raises:
-        ValueError: if nothing would remain.
+        ValueError: if count is negative or leaves no image in the first part.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv.data import Split, hold_out
+        >>> split = Split(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))
+        >>> train, validation = hold_out(split, 3)
+        >>> len(train.labels), len(validation.labels)
+        (7, 3)
     """
-    images = len(whole.labels)
-    if not 0 <= count < images:
-        raise ValueError(f"validation must leave some of {images} images to train on, got {count}")
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
-    kept, held = (part.to(whole.labels.device) for part in order.split([images - count, count]))
-    return Split(whole.images[kept], whole.labels[kept]), Split(whole.images[held], whole.labels[held])
+    total = len(split.labels)
+    if not 0 <= count < total:
+        raise ValueError(f"count must be at least 0 and less than the {total} images of split, got {count}")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
+    remaining, held_out = order.split([total - count, count])
+    return (
+        Split(split.images[remaining], split.labels[remaining]),
+        Split(split.images[held_out], split.labels[held_out]),
+    )

@@ -1,4 +1,4 @@
-"""Trees with a folder of PNG or JPEG images for each class."""
+"""Folders with a subfolder of PNG or JPEG images for each class."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_adv.data.dataset import Split
-from sparse_adv.data.source import Source
+from sparse_adv.data.dataset import RawDataset, Split
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
-TEST_SHARE = 10
-"""Without a test folder every tenth image of each class is a test image."""
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+_TEST_EVERY = 10
+"""Without a test folder, every tenth image of each class is a test image."""
 
 
-def read_folders(path: Path) -> Source | None:
-    """Images from `train/CLASS/*.png` and `test/CLASS/*.png`, and `val` or `valid` if there; or from `CLASS/*.png`.
+def read_folders(path: Path) -> RawDataset | None:
+    """Read `train/CLASS/*.png`, `test/CLASS/*.png` and, if present, `val` or `valid`; or only `CLASS/*.png`.
 
-    Classes are numbered in the order of their names. They take turns, so that the first images are of all classes.
-    Without `test`, every tenth image of each class, by name, is a test image, whatever the seed of a run. Transparency
-    is ignored; if every image is grey, they have one channel.
+    Classes are numbered in alphabetical order. Images are ordered by their position within the class, then by class, so
+    that the first images contain all classes. Without a test folder every tenth image of each class, in alphabetical
+    order, is a test image in every run. Alpha channels are ignored. If all images are grey, they get one channel, else
+    three.
 
     Returns:
-        None if there is no such tree.
+        The data set; None if there are no such folders.
 
     Raises:
-        ValueError: if an image is damaged or has another size than the first, or the parts have other classes.
-        ModuleNotFoundError: if Pillow is missing.
+        ValueError: if an image is damaged or its size differs from the first one's, or the folders of the splits have
+            different classes.
+        ModuleNotFoundError: if Pillow is not installed.
     """
     if not path.is_dir():
         return None
@@ -37,23 +38,25 @@ def read_folders(path: Path) -> Source | None:
     return _read(path, train) if _classes(train) else None
 
 
-def _read(root: Path, train: Path) -> Source:
+def _read(root: Path, train: Path) -> RawDataset:
     classes = _classes(train)
-    parts = {"train": _files(train, classes)}
+    parts = {"train": _files_by_class(train, classes)}
     for name in ("test", "val", "valid") if train != root else ():
         if (root / name).is_dir():
-            if odd := sorted(set(_classes(root / name)) ^ set(classes)):
-                raise ValueError(f"{root / name} and {train} must have the same classes, only one has {odd[0]!r}")
-            parts[name] = _files(root / name, classes)
+            if different := sorted(set(_classes(root / name)) ^ set(classes)):
+                raise ValueError(f"{root / name} and {train} must have the same classes, only one has {different[0]!r}")
+            parts[name] = _files_by_class(root / name, classes)
     if "test" not in parts:
-        parts["test"] = [found[TEST_SHARE - 1 :: TEST_SHARE] for found in parts["train"]]
+        parts["test"] = [files[_TEST_EVERY - 1 :: _TEST_EVERY] for files in parts["train"]]
         if not any(parts["test"]):
-            raise ValueError(f"{root} needs a test folder, or {TEST_SHARE} images in a class to take a test image from")
-        parts["train"] = [[f for i, f in enumerate(found, 1) if i % TEST_SHARE] for found in parts["train"]]
+            raise ValueError(
+                f"{root} needs a folder test, or {_TEST_EVERY} images in a class to take a test image from"
+            )
+        parts["train"] = [[f for i, f in enumerate(files, 1) if i % _TEST_EVERY] for files in parts["train"]]
     reader = _Reader()
-    splits = reader.one_format({name: reader.split(files) for name, files in parts.items()})
+    splits = reader.drop_grey_channels({name: reader.read_split(files) for name, files in parts.items()})
     validation = splits.get("val", splits.get("valid"))
-    return Source(splits["train"], splits["test"], len(classes), root.resolve().name, validation)
+    return RawDataset(splits["train"], splits["test"], len(classes), root.resolve().name, validation)
 
 
 def _classes(folder: Path) -> list[str]:
@@ -61,41 +64,41 @@ def _classes(folder: Path) -> list[str]:
     return [child.name for child in children if child.is_dir() and _images(child)]
 
 
-def _files(folder: Path, classes: list[str]) -> list[list[Path]]:
+def _files_by_class(folder: Path, classes: list[str]) -> list[list[Path]]:
     return [_images(folder / name) for name in classes]
 
 
 def _images(folder: Path) -> list[Path]:
-    # A Mac leaves "._name.png", which is no image, beside every image that it copies.
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+    # macOS writes a file "._name.png", which is not an image, next to each copied image.
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES and file.name[0] != ".")
 
 
 class _Reader:
-    """Reads images of one size; the first decides which."""
+    """Reads images that must all have the size of the first one."""
 
     def __init__(self) -> None:
         try:
             from PIL import Image
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError('images are read by Pillow: pip install "sparse_adv[data]"') from error
+            raise ModuleNotFoundError('Pillow is needed to read images: pip install "sparse_adv[data]"') from error
         self._pillow: Any = Image
         self._first: tuple[Path, tuple[int, int]] | None = None
-        self._grey = True
+        self._all_grey = True
 
-    def split(self, files: list[list[Path]]) -> Split:
-        """The images of each class, as [N, 3, H, W]."""
-        turns = sorted((turn, label, file) for label, found in enumerate(files) for turn, file in enumerate(found))
-        images = np.stack([self._image(file) for _, _, file in turns])
-        labels = torch.tensor([label for _, label, _ in turns])
+    def read_split(self, files_by_class: list[list[Path]]) -> Split:
+        """Read the images of each class as uint8 [N, 3, H, W]."""
+        ordered = sorted((i, label, file) for label, files in enumerate(files_by_class) for i, file in enumerate(files))
+        images = np.stack([self._read_image(file) for _, _, file in ordered])
+        labels = torch.tensor([label for _, label, _ in ordered])
         return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
 
-    def one_format(self, splits: dict[str, Split]) -> dict[str, Split]:
-        """One channel for all if every image so far was grey."""
-        if not self._grey:
+    def drop_grey_channels(self, splits: dict[str, Split]) -> dict[str, Split]:
+        """Reduce three channels to one if all images read so far were grey."""
+        if not self._all_grey:
             return splits
         return {name: Split(part.images[:, :1].contiguous(), part.labels) for name, part in splits.items()}
 
-    def _image(self, file: Path) -> np.ndarray:
+    def _read_image(self, file: Path) -> np.ndarray:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", self._pillow.DecompressionBombWarning)
@@ -103,15 +106,16 @@ class _Reader:
             with image:
                 mode, size = image.mode, image.size
                 pixels = np.asarray(image.convert("RGB"))
-        except Exception as error:  # a damaged image fails in any way it likes; so does one that would fill the memory
-            raise ValueError(f"{file} is no readable image: {error}") from error
+        except Exception as error:  # Pillow raises many types for a damaged file, or for one that would fill the memory
+            raise ValueError(f"{file} is not a readable image: {error}") from error
         if mode[0] in "IF":
             raise ValueError(f"{file} must have 8 bits per channel, got an image of mode {mode!r}")
         self._first = self._first or (file, size)
-        first, wanted = self._first
-        if size != wanted:
+        first, first_size = self._first
+        if size != first_size:
             raise ValueError(
-                f"all images must have one size: {file} is {size[0]} x {size[1]}, {first} is {wanted[0]} x {wanted[1]}"
+                f"all images must have one size: {file} is {size[0]} x {size[1]}, "
+                f"{first} is {first_size[0]} x {first_size[1]}"
             )
-        self._grey &= mode in ("L", "1", "LA")
+        self._all_grey &= mode in ("L", "1", "LA")
         return pixels

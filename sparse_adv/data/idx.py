@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: idx files, packed by gzip or not (LeCun et al. 1998; Xiao et al. 2017)."""
+"""MNIST and Fashion-MNIST: idx files, compressed by gzip or not (LeCun et al. 1998; Xiao et al. 2017)."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparse_adv.data.dataset import Split
-from sparse_adv.data.source import Source
+from sparse_adv.data.dataset import RawDataset, Split
 
-CLASSES = 10
+_CLASSES = 10
 _UINT8 = 8
+"""Code of the element type in the header of an idx file."""
 _PARTS = ("train", "t10k")
 
 
-def read_idx(path: Path) -> Source | None:
-    """MNIST or Fashion-MNIST from this folder, or from where torchvision keeps them below it.
+def read_idx(path: Path) -> RawDataset | None:
+    """Read MNIST or Fashion-MNIST from a folder of idx files, or from the folders that torchvision makes below it.
 
-    The data set is called "fashion_mnist" if its folder, or the one around it, has "fashion" in its name.
+    The data set's name is "fashion_mnist" if the folder's name or its parent's contains "fashion", else "mnist".
 
     Returns:
-        None if there is no such file.
+        The data set; None if there are no idx files.
 
     Raises:
         FileNotFoundError: if one of the four files is missing.
-        ValueError: if one is damaged, or they do not fit each other.
+        ValueError: if a file is damaged, the files do not match, or there are two data sets.
     """
-    places = (path, path / "raw", path / "MNIST" / "raw", path / "FashionMNIST" / "raw")
-    found = [place for place in places if any(_files(place, _images(part)) for part in _PARTS)]
-    if len(found) > 1:
-        raise ValueError(f"{path} holds two data sets, name one of them: {found[0]} or {found[1]}")
-    return _read(found[0]) if found else None
+    folders = (path, path / "raw", path / "MNIST" / "raw", path / "FashionMNIST" / "raw")
+    present = [folder for folder in folders if any(_files(folder, _images_name(part)) for part in _PARTS)]
+    if len(present) > 1:
+        raise ValueError(f"{path} contains two data sets, choose one: {present[0]} or {present[1]}")
+    return _read(present[0]) if present else None
 
 
-def _images(part: str) -> str:
+def _images_name(part: str) -> str:
     return f"{part}-images-idx3-ubyte"
 
 
@@ -45,42 +45,42 @@ def _files(folder: Path, name: str) -> list[Path]:
     return [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
 
 
-def _read(folder: Path) -> Source:
+def _read(folder: Path) -> RawDataset:
     train, test = (
-        _split(_array(folder, _images(part), 3), _array(folder, f"{part}-labels-idx1-ubyte", 1), part, folder)
+        _split(_array(folder, _images_name(part), 3), _array(folder, f"{part}-labels-idx1-ubyte", 1), part, folder)
         for part in _PARTS
     )
     sizes = [" x ".join(map(str, split.images.shape[2:])) for split in (train, test)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{folder} has training images of {sizes[0]} pixels but test images of {sizes[1]}")
     fashion = "fashion" in "/".join(folder.resolve().parts[-2:]).lower()
-    return Source(train, test, CLASSES, "fashion_mnist" if fashion else "mnist")
+    return RawDataset(train, test, _CLASSES, "fashion_mnist" if fashion else "mnist")
 
 
 def _split(images: np.ndarray, labels: np.ndarray, part: str, folder: Path) -> Split:
     if len(images) != len(labels):
         raise ValueError(f"{folder} has {len(images)} {part}-images but {len(labels)} {part}-labels")
-    if len(labels) and labels.max() >= CLASSES:
-        raise ValueError(f"{folder} has {part}-labels up to {labels.max()}, outside [0, {CLASSES - 1}]")
+    if len(labels) and labels.max() >= _CLASSES:
+        raise ValueError(f"{folder} has {part}-labels up to {labels.max()}, outside [0, {_CLASSES - 1}]")
     return Split(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64)))
 
 
 def _array(folder: Path, name: str, dims: int) -> np.ndarray:
-    """The array of one file: two zero bytes, type, number of dimensions, sizes as big-endian int32, then the bytes."""
-    found = _files(folder, name)
-    if not found:
+    """Read one file: two zero bytes, type, number of dimensions, sizes as big-endian int32, then the elements."""
+    files = _files(folder, name)
+    if not files:
         raise FileNotFoundError(f"{folder} lacks {name} (or {name}.gz)")
-    path = found[0]
+    path = files[0]
     content = path.read_bytes()
     if path.suffix == ".gz":
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged, as by a download cut short: {error}") from error
-    begin = 4 + 4 * dims
-    if len(content) < begin or content[:4] != bytes([0, 0, _UINT8, dims]):
-        raise ValueError(f"{path} is no idx file of bytes in {dims} dimensions")
+            raise ValueError(f"{path} is damaged or its download is incomplete: {error}") from error
+    header = 4 + 4 * dims
+    if len(content) < header or content[:4] != bytes([0, 0, _UINT8, dims]):
+        raise ValueError(f"{path} is not an idx file of bytes with {dims} dimensions")
     sizes = [int(size) for size in np.frombuffer(content, ">u4", dims, 4)]
-    if len(content) != begin + math.prod(sizes):
-        raise ValueError(f"{path} must have {begin + math.prod(sizes)} bytes for {sizes}, got {len(content)}")
-    return np.frombuffer(content, np.uint8, offset=begin).reshape(sizes).copy()
+    if len(content) != header + math.prod(sizes):
+        raise ValueError(f"{path} must have {header + math.prod(sizes)} bytes for sizes {sizes}, got {len(content)}")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy()

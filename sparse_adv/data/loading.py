@@ -1,4 +1,4 @@
-"""`load`: a data set by its place."""
+"""`load`: read a data set from its name or path."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 
 from sparse_adv.data.cifar import read_cifar
-from sparse_adv.data.dataset import Dataset, Split, hold_out
+from sparse_adv.data.dataset import Dataset, RawDataset, Split, hold_out
 from sparse_adv.data.digits import read_digits
 from sparse_adv.data.folders import read_folders
 from sparse_adv.data.idx import read_idx
-from sparse_adv.data.source import Source
 
-VALIDATION = 0.1
+_VALIDATION_FRACTION = 0.1
 
-UNDERSTOOD = (
-    "'digits', cifar-10-batches-py, cifar-100-python or their .tar.gz, a folder of MNIST's idx files, or a folder of "
-    "PNG or JPEG images for each class"
+_FORMATS = (
+    "cifar-10-batches-py or cifar-100-python (folder or .tar.gz), MNIST or Fashion-MNIST (folder of idx files), or a "
+    "folder that has a subfolder of PNG or JPEG images for each class"
 )
 
 
@@ -33,51 +32,63 @@ def load(
     """Read a data set and hold validation images out of its training images.
 
     Args:
-        source: "digits" (scikit-learn's, no download), or a folder or archive: CIFAR-10 and CIFAR-100 as published,
-            MNIST and Fashion-MNIST (idx files), or a tree of PNG and JPEG images, see `folders.read_folders`.
-        validation: share of the training images to hold out, or from 1 on their number; None for a tenth, or for the
-            validation images that the data set has of its own.
-        limit: use the first N training images only, before any are held out.
-        seed: of the choice of validation images.
-        device: where the images shall live.
+        source: "digits" (included in scikit-learn, no download), or the path of a folder or archive: CIFAR-10 or
+            CIFAR-100 as published, MNIST or Fashion-MNIST (idx files), or a folder with a subfolder of PNG or JPEG
+            images for each class, see `folders.read_folders`.
+        validation: what to hold out of the training images: a fraction below 1, or a number of images; None for the
+            data set's own validation images, or for a tenth if it has none.
+        limit: use only the first `limit` training images, before any are held out.
+        seed: seed of the choice of validation images.
+        device: device of the images and labels.
+
+    Returns:
+        The data set; its test images do not depend on any argument but `source`.
 
     Raises:
-        FileNotFoundError: if there is nothing at that place, or a part of it is missing.
-        ValueError: if it is nothing that is understood, damaged, or too few images are left.
-        ModuleNotFoundError: if a package that reads it is missing.
+        FileNotFoundError: if the path does not exist, or a file of the data set is missing.
+        ValueError: if the format is not one of the above, a file is damaged, or validation or limit is out of range.
+        ModuleNotFoundError: if the package that reads the format is not installed.
+
+    Example:
+        >>> from sparse_adv import data
+        >>> dataset = data.load("digits", validation=100)
+        >>> dataset.train.images.shape
+        torch.Size([1397, 1, 8, 8])
+        >>> len(dataset.validation.labels), len(dataset.test.labels), dataset.classes
+        (100, 300, 10)
     """
-    found = _read(source)
-    train, held = found.train, found.validation
+    raw = _read(source)
+    train, held_out = raw.train, raw.validation
     if limit is not None:
         if not 2 <= limit <= len(train.labels):
             raise ValueError(
                 f"limit must be from 2 to the {len(train.labels)} training images of {source}, got {limit}"
             )
         train = Split(train.images[:limit], train.labels[:limit])
-    if held is None or validation is not None:
-        train, held = hold_out(train, _count(validation, len(train.labels)), seed)
-    return Dataset(train, held, found.test, found.classes, found.name).to(device)
+    if held_out is None or validation is not None:
+        train, held_out = hold_out(train, _validation_count(validation, len(train.labels)), seed)
+    return Dataset(train, held_out, raw.test, raw.classes, raw.name).to(device)
 
 
-def _read(source: str | Path) -> Source:
+def _read(source: str | Path) -> RawDataset:
     if source == "digits":
         return read_digits()
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"there is no data set at {path}; only 'digits' needs no files")
+        raise FileNotFoundError(f"there is no data set at {path}: no such file or folder")
     for read in (read_cifar, read_idx, read_folders):
-        found = read(path)
-        if found is not None:
-            return found
-    raise ValueError(f"{path} is no data set that is understood: {UNDERSTOOD}")
+        raw = read(path)
+        if raw is not None:
+            return raw
+    raise ValueError(f"{path} is not a data set in a supported format: {_FORMATS}")
 
 
-def _count(validation: float | None, images: int) -> int:
+def _validation_count(validation: float | None, images: int) -> int:
     if validation is None:
-        return max(1, round(VALIDATION * images))
+        return max(1, round(_VALIDATION_FRACTION * images))
     if not 0 < validation < math.inf or (validation > 1 and validation != int(validation)):
-        raise ValueError(f"validation must be a share in (0, 1) or a whole number of images, got {validation:g}")
+        raise ValueError(f"validation must be a fraction in (0, 1) or a whole number of images, got {validation:g}")
     count = round(validation * images) if validation < 1 else int(validation)
     if not 0 < count < images:
-        raise ValueError(f"validation must hold out some of {images} images and leave some, got {validation:g}")
+        raise ValueError(f"validation must hold out at least one of {images} images and not all, got {validation:g}")
     return count

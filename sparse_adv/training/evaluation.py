@@ -142,7 +142,7 @@ def batches_of(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor
             batch_size * distributed.world_size(),
             shuffle=False,
             rank=distributed.rank(),
-            world=distributed.world_size(),
+            world_size=distributed.world_size(),
         )
     return images
 

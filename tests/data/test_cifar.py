@@ -1,4 +1,4 @@
-"""CIFAR: the same images from folder and archive, and a sentence for whatever is missing, cut or not what it says."""
+"""CIFAR: the same images from folder and archive, and messages about missing, damaged and malicious files."""
 
 import os
 import pickle
@@ -16,13 +16,13 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3072), dtype=np.uint8)
 
 
 def batch(index: int, key=str.encode, labels="labels", classes=10) -> dict:
-    """Batch number `index`, of four images; keys are bytes unless told."""
+    """Batch number `index`, of four images; `key` converts the keys, by default to bytes."""
     values = {"data": PIXELS[index], labels: [(index + i) % classes for i in range(4)], "coarse_labels": [99] * 4}
     return {key(name): value for name, value in values.items()}
 
 
 def write(folder: Path, **contents) -> Path:
-    """CIFAR-10 in its folder, with other contents for some batches, None for none."""
+    """Write CIFAR-10 into a folder; `contents` replaces batches by name, None leaves one out."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(BATCHES):
         content = contents.get(name, batch(i))
@@ -42,7 +42,7 @@ def cifar10(tmp_path) -> Path:
     return write(tmp_path / "cifar-10-batches-py")
 
 
-def test_images_are_planes_of_red_green_and_blue_in_the_order_of_the_batches(cifar10):
+def test_images_are_uint8_planes_in_the_order_of_the_batches(cifar10):
     dataset = data.load(cifar10, validation=1)
     assert (dataset.classes, dataset.name, dataset.input_shape) == (10, "cifar10", (3, 32, 32))
     images = torch.from_numpy(PIXELS).view(6, 4, 3, 32, 32)
@@ -55,22 +55,23 @@ def test_images_are_planes_of_red_green_and_blue_in_the_order_of_the_batches(cif
 
 
 @pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-python (1).tar.gz"])
-def test_folder_archive_and_what_they_lie_in_hold_the_same(cifar10, tmp_path, name):
+def test_folder_archive_and_parent_folder_give_the_same_data_set(cifar10, tmp_path, name):
     (tmp_path / "downloads").mkdir()
     archive = pack(cifar10, tmp_path / "downloads" / name)
     places = [cifar10.parent, archive, *([archive.parent] if "(" not in name else [])]
     expected = data.load(cifar10)
     for place in places:
-        found = data.load(place)
-        assert all(a.equal(b) for x, y in zip(found[:3], expected[:3], strict=True) for a, b in zip(x, y, strict=True))
-        assert found[3:] == expected[3:]
+        dataset = data.load(place)
+        for split, expected_split in zip(dataset[:3], expected[:3], strict=True):
+            assert split.images.equal(expected_split.images) and split.labels.equal(expected_split.labels)
+        assert dataset[3:] == expected[3:]
 
 
-def test_a_renamed_folder_is_recognised(cifar10):
+def test_a_folder_with_another_name_is_recognised(cifar10):
     assert data.load(cifar10.rename(cifar10.with_name("images"))).name == "cifar10"
 
 
-def test_cifar100_has_its_fine_labels_and_keys_may_be_text(tmp_path):
+def test_cifar100_gives_fine_labels_and_accepts_str_keys(tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     for i, name in enumerate(("train", "test")):
@@ -81,13 +82,11 @@ def test_cifar100_has_its_fine_labels_and_keys_may_be_text(tmp_path):
     assert (dataset.classes, dataset.name) == (100, "cifar100")
     assert dataset.test.labels.tolist() == [96, 97, 98, 99]
     write(tmp_path / "cifar-10-batches-py")
-    with pytest.raises(
-        ValueError, match=r"two data sets, name one of them: .*cifar-10-batches-py or .*cifar-100-python"
-    ):
+    with pytest.raises(ValueError, match=r"two data sets, choose one: .*cifar-10-batches-py or .*cifar-100-python"):
         data.load(tmp_path)
 
 
-def test_a_missing_batch_is_named(cifar10, tmp_path):
+def test_error_names_a_missing_batch(cifar10, tmp_path):
     (cifar10 / "data_batch_3").unlink()
     archive = pack(cifar10, tmp_path / "cifar-10-python.tar.gz")
     for place in (cifar10, tmp_path, archive):
@@ -96,21 +95,24 @@ def test_a_missing_batch_is_named(cifar10, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (pickle.dumps(batch(1))[:-500], "no readable pickle"),
+        (pickle.dumps(batch(1))[:-500], "readable pickle"),
         (pickle.dumps([1, 2]), "must hold a dict, got list"),
-        ({**batch(1), b"data": PIXELS[1].astype(np.float32)}, "must hold 'data', uint8 of 3072 bytes per image"),
+        (
+            {**batch(1), b"data": PIXELS[1].astype(np.float32)},
+            "must hold 'data', a uint8 array with 3072 bytes per image",
+        ),
         ({**batch(1), b"data": PIXELS[1][:, :100]}, "3072 bytes per image"),
-        ({**batch(1), b"labels": [0, 1, 2]}, "must hold 'labels', a list of one whole number per image"),
-        ({**batch(1), b"labels": [0, 1, 2, 0.5]}, "one whole number per image"),
+        ({**batch(1), b"labels": [0, 1, 2]}, "must hold 'labels', a list with one integer per image"),
+        ({**batch(1), b"labels": [0, 1, 2, 0.5]}, "one integer per image"),
         ({**batch(1), b"labels": [0, 1, 2, 10]}, r"labels from 0 to 10, outside \[0, 9\]"),
         ({**batch(1), b"labels": [0, 1, 2, -1]}, r"labels from -1 to 2, outside \[0, 9\]"),
     ],
 )
-def test_a_batch_that_is_not_what_it_should_be_is_named(tmp_path, content, said):
+def test_error_names_an_invalid_batch(tmp_path, content, message):
     write(tmp_path / "cifar-10-batches-py", data_batch_2=content)
-    with pytest.raises(ValueError, match=rf"^batch 'data_batch_2' of .*cifar-10-batches-py .*{said}"):
+    with pytest.raises(ValueError, match=rf"^batch 'data_batch_2' of .*cifar-10-batches-py .*{message}"):
         data.load(tmp_path)
 
 
@@ -122,7 +124,7 @@ class Malicious:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_batch_that_would_run_code_is_refused_and_runs_none(tmp_path):
+def test_a_malicious_pickle_raises_and_its_code_does_not_run(tmp_path):
     trace = tmp_path / "executed"
     write(tmp_path / "cifar-10-batches-py", test_batch={**batch(5), b"data": Malicious(trace)})
     with pytest.raises(ValueError, match=r"'test_batch' .*asks for posix\.mkdir|'test_batch' .*asks for nt\.mkdir"):
@@ -131,16 +133,16 @@ def test_a_batch_that_would_run_code_is_refused_and_runs_none(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.3, 0.9, 0.9999])
-def test_an_archive_cut_short_is_told_in_a_sentence(cifar10, tmp_path, share):
+def test_a_truncated_archive_raises_one_sentence(cifar10, tmp_path, share):
     archive = pack(cifar10, tmp_path / "cifar-10-python.tar.gz")
     content = archive.read_bytes()
     archive.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz .*damaged, as by a download cut short"):
+    with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz .*is damaged, or its download is incomplete"):
         data.load(archive)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
-def test_an_archive_with_a_wrong_byte_is_found_by_its_checksum(cifar10, tmp_path, share):
+def test_a_changed_byte_in_an_archive_is_detected_by_its_checksum(cifar10, tmp_path, share):
     archive = pack(cifar10, tmp_path / "cifar-10-python.tar.gz")
     content = bytearray(archive.read_bytes())
     content[int(len(content) * share)] ^= 0xFF
@@ -149,8 +151,8 @@ def test_an_archive_with_a_wrong_byte_is_found_by_its_checksum(cifar10, tmp_path
         data.load(archive)
 
 
-def test_another_archive_is_not_understood(tmp_path):
+def test_an_archive_of_other_files_raises(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("no images")
-    with pytest.raises(ValueError, match="no data set that is understood"):
+    with pytest.raises(ValueError, match="is not a data set in a supported format"):
         data.load(pack(tmp_path / "other", tmp_path / "other.tar.gz"))

@@ -1,4 +1,4 @@
-"""Trees with a folder of images for each class."""
+"""Folders with a subfolder of images for each class."""
 
 import warnings
 from pathlib import Path
@@ -12,14 +12,14 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow reads the images")
 
 
 def draw(file: Path, value: int, size: tuple[int, int] = (3, 2), mode: str = "RGB") -> None:
-    """An image of one colour, whose red is `value`."""
+    """Write an image of one colour with red = `value`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, (value, 7, 9) if mode == "RGB" else value).save(file)
 
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """Cats are 100 to 111, dogs 200 to 211; test images are 50 more."""
+    """12 training and 2 test images per class; red is 100 + i for cats, 200 + i for dogs, 50 more in test images."""
     for label, name in enumerate(("cats", "dogs")):
         for i in range(12):
             draw(tmp_path / "pets" / "train" / name / f"{i:02}.png", 100 * (label + 1) + i)
@@ -32,7 +32,7 @@ def reds(split: data.Split) -> list[tuple[int, int]]:
     return sorted(zip(split.images[:, 0, 0, 0].tolist(), split.labels.tolist(), strict=True))
 
 
-def test_a_tree_of_train_and_test_has_classes_by_name(tree):
+def test_train_and_test_folders_give_classes_in_alphabetical_order(tree):
     dataset = data.load(tree, validation=4)
     assert (dataset.classes, dataset.name, dataset.input_shape) == (2, "pets", (3, 2, 3))
     assert reds(dataset.test) == [(150, 0), (151, 0), (250, 1), (251, 1)]
@@ -43,7 +43,7 @@ def test_a_tree_of_train_and_test_has_classes_by_name(tree):
     assert dataset.test.images[0, :, 1, 2].tolist() == [150, 7, 9]
 
 
-def test_classes_take_turns_so_that_a_limit_has_all_of_them(tree):
+def test_limit_takes_the_same_number_of_images_of_each_class(tree):
     dataset = data.load(tree, limit=6, validation=1)
     assert sorted(reds(dataset.train) + reds(dataset.validation)) == [
         (100 * k + i, k - 1) for k in (1, 2) for i in range(3)
@@ -51,7 +51,7 @@ def test_classes_take_turns_so_that_a_limit_has_all_of_them(tree):
 
 
 @pytest.mark.parametrize("name", ["val", "valid"])
-def test_own_validation_images_are_used_unless_others_are_asked_for(tree, name):
+def test_a_validation_folder_is_used_unless_a_fraction_is_given(tree, name):
     for label, kind in enumerate(("cats", "dogs")):
         draw(tree / name / kind / "x.png", label + 1)
     assert reds(data.load(tree).validation) == [(1, 0), (2, 1)]
@@ -59,19 +59,18 @@ def test_own_validation_images_are_used_unless_others_are_asked_for(tree, name):
     assert len(data.load(tree, validation=0.25).validation.labels) == 6
 
 
-def test_without_a_test_folder_every_tenth_image_of_a_class_is_a_test_image(tree):
-    (flat := tree / "train").rename(tree.with_name("flat"))
-    flat = tree.with_name("flat")
+def test_without_a_test_folder_every_tenth_image_of_each_class_is_a_test_image(tree):
+    flat = (tree / "train").rename(tree.with_name("flat"))
     first, other = data.load(flat, seed=0), data.load(flat, seed=1)
     assert reds(first.test) == reds(other.test) == [(109, 0), (209, 1)]
     assert len(first.train.labels) + len(first.validation.labels) == 22
     for file in flat.glob("*/0[5-9].png"):
         file.unlink()
-    with pytest.raises(ValueError, match="flat needs a test folder, or 10 images in a class"):
+    with pytest.raises(ValueError, match="flat needs a folder test, or 10 images in a class"):
         data.load(flat)
 
 
-def test_grey_images_have_one_channel_unless_one_has_colour(tmp_path):
+def test_grey_images_have_one_channel_unless_one_image_has_colour(tmp_path):
     for i in range(20):
         draw(tmp_path / "a" / f"{i:02}.png", i, mode="L")
     dataset = data.load(tmp_path)
@@ -80,21 +79,21 @@ def test_grey_images_have_one_channel_unless_one_has_colour(tmp_path):
     assert data.load(tmp_path).input_shape == (3, 2, 3)
 
 
-def test_jpegs_are_read_and_what_is_no_image_is_left_alone(tree):
+def test_jpegs_are_read_and_other_files_are_ignored(tree):
     draw(tree / "test" / "cats" / "2.JPG", 80)
     (tree / "test" / "cats" / "notes.txt").write_text("about cats")
     (tree / "test" / "cats" / "._2.JPG").write_bytes(b"a Mac's")
     assert len(data.load(tree).test.labels) == 5
 
 
-def test_an_image_of_another_size_is_named(tree):
+def test_error_names_an_image_of_another_size(tree):
     draw(tree / "train" / "dogs" / "03.png", 0, size=(2, 3))
     with pytest.raises(ValueError, match=r"one size: .*dogs/03\.png is 2 x 3, .* is 3 x 2"):
         data.load(tree)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "cut", "deep"])
-def test_an_image_that_cannot_be_read_is_named(tree, content):
+def test_error_names_an_image_that_cannot_be_read(tree, content):
     file = tree / "train" / "dogs" / "03.png"
     if content == "cut":
         file.write_bytes(file.read_bytes()[:-30])
@@ -102,26 +101,26 @@ def test_an_image_that_cannot_be_read_is_named(tree, content):
         Image.fromarray(np.full((2, 3), 3000, dtype=np.uint16)).save(file)
     else:
         file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"dogs/03\.png (is no readable image|must have 8 bits per channel)"):
+    with pytest.raises(ValueError, match=r"dogs/03\.png (is not a readable image|must have 8 bits per channel)"):
         data.load(tree)
 
 
 @pytest.mark.parametrize("factor", [1.5, 3])
-def test_an_image_that_would_fill_the_memory_is_refused_and_no_warning_gets_out(tree, monkeypatch, factor):
+def test_a_decompression_bomb_raises_without_a_warning(tree, monkeypatch, factor):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6)
     draw(tree / "train" / "dogs" / "03.png", 0, size=(int(6 * factor), 1))
-    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"dogs/03\.png is no readable image: .*bomb"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"dogs/03\.png is not a readable image: .*bomb"):
         warnings.simplefilter("error")
         data.load(tree)
 
 
-def test_parts_with_other_classes_are_refused(tree):
+def test_splits_with_different_classes_raise(tree):
     draw(tree / "test" / "birds" / "0.png", 1)
     with pytest.raises(ValueError, match=r"test and .*train must have the same classes, only one has 'birds'"):
         data.load(tree)
 
 
-def test_without_pillow_it_is_told_what_to_install(tree, monkeypatch):
+def test_error_without_pillow_says_what_to_install(tree, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "sparse_adv\[data\]"'):
         data.load(tree)

@@ -1,4 +1,4 @@
-"""MNIST's idx files: as they are, packed, where torchvision keeps them; and what is wrong with one in a sentence."""
+"""MNIST and Fashion-MNIST: plain and compressed idx files, the folders of torchvision, and messages about bad files."""
 
 import gzip
 import struct
@@ -19,7 +19,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write(folder: Path, packed: bool = False, **contents: bytes | None) -> Path:
-    """The four files; contents by name with _ for -, None for none."""
+    """Write the four files; `contents` replaces files by name (with _ for -), None leaves one out."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "t10k"):
         for name, array in ((f"{part}-images-idx3-ubyte", IMAGES), (f"{part}-labels-idx1-ubyte", LABELS)):
@@ -30,7 +30,7 @@ def write(folder: Path, packed: bool = False, **contents: bytes | None) -> Path:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_images_have_one_channel_and_keep_their_labels(tmp_path, packed):
+def test_images_have_one_channel_and_match_their_labels(tmp_path, packed):
     dataset = data.load(write(tmp_path, packed), validation=5)
     assert (dataset.classes, dataset.name, dataset.input_shape) == (10, "mnist", (1, 4, 3))
     assert dataset.test.images.equal(torch.from_numpy(IMAGES).unsqueeze(1))
@@ -44,52 +44,52 @@ def test_images_have_one_channel_and_keep_their_labels(tmp_path, packed):
 @pytest.mark.parametrize(
     ("folder", "name"), [("raw", "mnist"), ("MNIST/raw", "mnist"), ("FashionMNIST/raw", "fashion_mnist")]
 )
-def test_torchvisions_folders_are_found_and_tell_which_data_set_it_is(tmp_path, monkeypatch, folder, name):
+def test_folders_of_torchvision_are_recognised_and_give_the_name(tmp_path, monkeypatch, folder, name):
     write(tmp_path / folder)
     assert data.load(tmp_path).name == name
     monkeypatch.chdir(tmp_path / folder)
     assert data.load(".").name == name
 
 
-def test_of_two_data_sets_one_must_be_named(tmp_path):
+def test_a_folder_with_two_data_sets_raises(tmp_path):
     for folder in ("MNIST/raw", "FashionMNIST/raw"):
         write(tmp_path / folder)
-    with pytest.raises(ValueError, match=r"two data sets, name one of them: .*MNIST/raw or .*FashionMNIST/raw"):
+    with pytest.raises(ValueError, match=r"two data sets, choose one: .*MNIST/raw or .*FashionMNIST/raw"):
         data.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-def test_a_missing_file_is_named(tmp_path, name):
+def test_error_names_a_missing_file(tmp_path, name):
     write(tmp_path, **{name.replace("-", "_"): None})
     with pytest.raises(FileNotFoundError, match=name):
         data.load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("contents", "said"),
+    ("contents", "message"),
     [
         (
             {"train_images_idx3_ubyte": idx(IMAGES)[:-1]},
-            r"train-images.* must have 256 bytes for \[20, 4, 3\], got 255",
+            r"train-images.* must have 256 bytes for sizes \[20, 4, 3\], got 255",
         ),
         ({"train_images_idx3_ubyte": idx(IMAGES) + b"x"}, "got 257"),
-        ({"train_images_idx3_ubyte": b""}, "train-images.* no idx file of bytes in 3 dimensions"),
-        ({"train_labels_idx1_ubyte": idx(IMAGES)}, "train-labels.* no idx file of bytes in 1 dimensions"),
+        ({"train_images_idx3_ubyte": b""}, "train-images.* is not an idx file of bytes with 3 dimensions"),
+        ({"train_labels_idx1_ubyte": idx(IMAGES)}, "train-labels.* is not an idx file of bytes with 1 dimensions"),
         ({"t10k_labels_idx1_ubyte": idx(LABELS[:19])}, "20 t10k-images but 19 t10k-labels"),
         ({"train_labels_idx1_ubyte": idx(LABELS + 1)}, r"train-labels up to 10, outside \[0, 9\]"),
         ({"t10k_images_idx3_ubyte": idx(IMAGES[:, :2])}, "training images of 4 x 3 pixels but test images of 2 x 3"),
     ],
 )
-def test_files_that_are_wrong_are_named(tmp_path, contents, said):
+def test_error_names_an_invalid_file(tmp_path, contents, message):
     write(tmp_path, **contents)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         data.load(tmp_path)
 
 
-def test_a_packed_file_cut_short_is_named(tmp_path):
+def test_error_names_a_truncated_gzip_file(tmp_path):
     file = write(tmp_path, packed=True) / "train-images-idx3-ubyte.gz"
     whole = file.read_bytes()
     for end in (len(whole) - 4, len(whole) // 2, 5):
         file.write_bytes(whole[:end])
-        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is damaged, as by a download cut short"):
+        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is damaged or its download is incomplete"):
             data.load(tmp_path)
