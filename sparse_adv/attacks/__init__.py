@@ -1,26 +1,28 @@
-"""Attacks: loops around the fused step that find, within a ball around each image, one that the model gets wrong.
+"""Adversarial attacks: loops around the fused ops `random_start` and `pgd_step`.
 
-Every attack leaves the model as it found it: each module's training flag, buffers, `requires_grad` and `.grad`. None
-forms weight gradients. Images are in [lo, hi], normally [0, 1]: a model that wants normalised images normalises inside.
-Of a DistributedDataParallel model, whose forward prepares a gradient exchange that an attack never makes, `.module` is
-used. On CUDA, attacks that come again can be CUDA graphs: see `Graphs`.
+An attack leaves the model as it was: training flags, buffers (except with bn_mode "train"), `requires_grad` and
+`.grad`; no attack computes weight gradients. Images are in [lo, hi], normally [0, 1]; a model that needs normalised
+images must normalise inside. A model in DistributedDataParallel is attacked through its `.module`. On CUDA, repeated
+attacks can be captured as CUDA graphs, see `Graphs`.
 """
 
 from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
-from sparse_adv.attacks.functional import Options, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
-from sparse_adv.attacks.loop import MODES, Loss
+from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
+from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, Loss, LossOptions
 
 __all__ = [
+    "BN_MODES",
     "FFGSM",
     "FGSM",
-    "MODES",
     "PGD",
     "PGDL2",
     "TPGD",
+    "AttackOptions",
+    "CommonOptions",
     "Graphs",
     "Loss",
-    "Options",
+    "LossOptions",
     "fgsm",
     "fgsm_rs",
     "n_fgsm",

@@ -1,65 +1,70 @@
-"""The values that an attack refuses: images outside [lo, hi], labels that are no class of the model."""
+"""Validation of what an attack gets: images in [lo, hi], labels that are classes of the model."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_adv.ops.pgd_step import check_floating
 
-Labels = tuple[int, int] | None
-"""The least and the greatest label of a batch; None where there is none to look at."""
+LabelRange = tuple[int, int] | None
+"""Smallest and largest label of a batch; None without labels to check."""
 
 
-def check_batch(x: Tensor, y: Any, labelled: bool = True, lo: float = 0.0, hi: float = 1.0) -> Labels:
-    """Refuse images outside [lo, hi] or not finite, and labels that do not fit them; on a GPU this waits, once.
+def check_batch(
+    images: Tensor, labels: object, with_labels: bool = True, lo: float = 0.0, hi: float = 1.0
+) -> LabelRange:
+    """Check the values of a batch; on a GPU this synchronises once.
 
     Args:
-        x: float tensor [N, ...], the images.
-        y: int64 tensor [N], their labels, if `labelled`; else it is not looked at.
-        lo, hi: the range of pixel values.
+        images: float tensor [N, ...].
+        labels: int64 tensor [N]; anything if not `with_labels`.
+        with_labels: whether labels are checked.
+        lo, hi: range of pixel values.
 
     Returns:
-        The labels' range, for `check_labels` once the model's classes are known.
+        The range of the labels, for `check_label_range` as soon as the number of classes is known.
 
     Raises:
-        TypeError: if x is not floating or y not int64.
-        ValueError: if a value or shape is out of range.
+        TypeError: if images are not floating point or labels not int64.
+        ValueError: if images are outside of [lo, hi] or not finite, or a shape is wrong.
     """
-    _check_images(x)
-    fitting = labelled and _labels_fit(x, y)
-    labels = None
-    if x.numel():
-        least, greatest = _extremes(x, y if fitting else None).tolist()
-        _check_pixels(least[0], greatest[0], lo, hi)
-        labels = (int(least[1]), int(greatest[1])) if fitting else None
-    if labelled and not fitting:
-        _refuse_labels(x, y)
-    return labels
+    _check_images(images)
+    valid = _valid_labels(images, labels) if with_labels else None
+    label_range = None
+    if images.numel():
+        smallest, largest = _extremes(images, valid).tolist()
+        _check_pixel_range(smallest[0], largest[0], lo, hi)
+        label_range = None if valid is None else (int(smallest[1]), int(largest[1]))
+    if with_labels and valid is None:
+        raise _labels_error(images, labels)
+    return label_range
 
 
-def check_labels(labels: Labels, classes: int) -> None:
-    """Raises ValueError if labels of this range are not all among so many classes."""
-    if labels is not None and (labels[0] < 0 or labels[1] >= classes):
-        raise ValueError(f"y must lie in [0, {classes - 1}], the model's classes, got {labels[0]} to {labels[1]}")
+def check_label_range(label_range: LabelRange, classes: int) -> None:
+    """Raise ValueError if a label is not in [0, classes - 1]."""
+    if label_range is not None and (label_range[0] < 0 or label_range[1] >= classes):
+        raise ValueError(
+            f"labels must lie in [0, {classes - 1}], the model's classes, got {label_range[0]} to {label_range[1]}"
+        )
 
 
-def classes_of(logits: Tensor, images: int) -> int:
-    """How many classes the model tells apart; raises ValueError if these are no logits of so many images."""
+def count_classes(logits: Tensor, images: int) -> int:
+    """Return the number of classes; raise ValueError if the model's output is not logits [images, classes]."""
     if logits.dim() != 2 or len(logits) != images:
         raise ValueError(f"model must return logits [{images}, classes], got shape {tuple(logits.shape)}")
     return logits.shape[1]
 
 
-class Inspection:
-    """Checks one batch after the other, on a GPU without waiting: what it saw stays there until it is asked for.
+class InputValidator:
+    """Validates batches of images in [0, 1] and labels; on a GPU it can do so without synchronising.
 
     Args:
-        deferred: whether wrong values are told by `report` and not at once. What the host knows, shapes and dtypes, is
-            always told at once.
+        deferred: False: `check` raises errors about values. True: `check` only updates the range of all values seen, on
+            the device, and `raise_deferred` raises. Wrong shapes and dtypes, which the host knows, raise in `check` in
+            both cases.
     """
 
     def __init__(self, deferred: bool) -> None:
@@ -67,68 +72,76 @@ class Inspection:
         self._classes = 0
         self._seen: Tensor | None = None
 
-    def admit(self, x: Tensor, y: Tensor, classes: int) -> Tensor:
-        """Look at images, which should lie in [0, 1], and at their labels, as `check_batch` does.
+    def check(self, images: Tensor, labels: Tensor, classes: int) -> Tensor:
+        """Validate a batch.
+
+        Args:
+            images: float tensor [N, ...].
+            labels: int64 tensor [N].
+            classes: number of classes of the model.
 
         Returns:
-            Labels to go on with. Where the verdict is still to come, all of them are classes: with one that is none, a
-            GPU would give up the whole process before anybody could say why.
+            Labels to compute with. If deferred, they are clamped to [0, classes - 1], because on a GPU a label out of
+            range triggers a device-side assert that ends the process before `raise_deferred` is called.
+
+        Raises:
+            TypeError, ValueError: as in `check_batch`.
         """
         if not self.deferred:
-            check_labels(check_batch(x, y), classes)
-            return y
-        _check_images(x)
-        if not _labels_fit(x, y):
-            _refuse_labels(x, y)
-        if not x.numel():
-            return y
+            check_label_range(check_batch(images, labels), classes)
+            return labels
+        _check_images(images)
+        if _valid_labels(images, labels) is None:
+            raise _labels_error(images, labels)
+        if not images.numel():
+            return labels
         self._classes = classes
-        seen = _extremes(x, y)
+        seen = _extremes(images, labels)
         if self._seen is not None:
             seen = torch.stack([torch.minimum(self._seen[0], seen[0]), torch.maximum(self._seen[1], seen[1])])
         self._seen = seen
-        return y.clamp(0, classes - 1)
+        return labels.clamp(0, classes - 1)
 
-    def report(self) -> None:
-        """Say what was wrong with the batches since the last report; waits for the GPU.
-
-        Raises:
-            ValueError: if a value was out of range.
-        """
+    def raise_deferred(self) -> None:
+        """Raise ValueError if a value was out of range since the last call; synchronises with the GPU."""
         seen, self._seen = self._seen, None
         if seen is not None:
-            least, greatest = seen.tolist()
-            _check_pixels(least[0], greatest[0], 0.0, 1.0)
-            check_labels((int(least[1]), int(greatest[1])), self._classes)
+            smallest, largest = seen.tolist()
+            _check_pixel_range(smallest[0], largest[0], 0.0, 1.0)
+            check_label_range((int(smallest[1]), int(largest[1])), self._classes)
 
 
-def _check_images(x: Tensor) -> None:
-    check_floating("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must be a batch of images [N, ...], got shape {tuple(x.shape)}")
+def _check_images(images: Tensor) -> None:
+    check_floating("images", images)
+    if images.dim() < 2:
+        raise ValueError(f"images must be a batch [N, ...], got shape {tuple(images.shape)}")
 
 
-def _check_pixels(low: float, high: float, lo: float, hi: float) -> None:
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("x must be finite, got NaN or infinite values")
-    if low < lo or high > hi:
+def _check_pixel_range(smallest: float, largest: float, lo: float, hi: float) -> None:
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        raise ValueError("images must be finite, got NaN or infinite values")
+    if smallest < lo or largest > hi:
         raise ValueError(
-            f"x must lie in [{lo:g}, {hi:g}], got values from {low:g} to {high:g}: put the normalisation inside "
-            "the model"
+            f"images must lie in [{lo:g}, {hi:g}], got values from {smallest:g} to {largest:g}: put the normalisation "
+            "inside the model"
         )
 
 
-def _labels_fit(x: Tensor, y: Any) -> bool:
-    return isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == x.shape[:1]
+def _valid_labels(images: Tensor, labels: object) -> Tensor | None:
+    """Return the labels if type, dtype and shape are right, else None."""
+    if isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]:
+        return labels
+    return None
 
 
-def _refuse_labels(x: Tensor, y: Any) -> None:
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        raise TypeError(f"y must be an int64 tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
-    raise ValueError(f"y must have one label per image, shape [{len(x)}], got {tuple(y.shape)}")
+def _labels_error(images: Tensor, labels: object) -> TypeError | ValueError:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        actual = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        return TypeError(f"labels must be an int64 tensor, got {actual}")
+    return ValueError(f"labels must have one label per image, shape [{len(images)}], got {tuple(labels.shape)}")
 
 
-def _extremes(x: Tensor, y: Tensor | None) -> Tensor:
-    """float64 [2, 1 or 2]: least and greatest pixel and, if there are labels, least and greatest label; NaN spreads."""
-    found = [tensor.detach().aminmax() for tensor in (x, y) if tensor is not None]
-    return torch.stack([torch.stack([each[end].double() for each in found]) for end in (0, 1)])
+def _extremes(images: Tensor, labels: Tensor | None) -> Tensor:
+    """float64 [2, 1 or 2]: minimum and maximum of the pixels and, if given, of the labels; NaN if a pixel is NaN."""
+    ranges = [tensor.detach().aminmax() for tensor in (images, labels) if tensor is not None]
+    return torch.stack([torch.stack([extremes[i].double() for extremes in ranges]) for i in (0, 1)])

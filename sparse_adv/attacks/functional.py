@@ -1,48 +1,26 @@
-"""The attacks as functions: `pgd`, and the single-step ones of fast adversarial training."""
+"""The attacks as functions: `pgd`, the single-step attacks of fast adversarial training, and the attack of TRADES."""
 
 from __future__ import annotations
 
-import math
-from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.attacks.checks import check_batch
 from sparse_adv.attacks.cuda_graph import Graphs
-from sparse_adv.attacks.loop import MODES, Ball, Loss, Objective, Search, attacked, divergence
-from sparse_adv.ops.pgd_step import check_alpha, check_ball
-from sparse_adv.ops.random_start import seed_words
-
-
-class CommonOptions(TypedDict, total=False):
-    """Keyword arguments of all attacks, those without labels included; `pgd` documents them."""
-
-    lo: float
-    hi: float
-    generator: torch.Generator | None
-    mode: str
-    check: bool
-    graphs: Graphs | None
-
-
-class Options(CommonOptions, total=False):
-    """Keyword arguments of all attacks that take labels."""
-
-    loss: str | Loss
-    targeted: bool
+from sparse_adv.attacks.loop import run_attack
+from sparse_adv.attacks.options import AttackOptions, CommonOptions, Loss, LossOptions
 
 
 def pgd(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
     eps: float = 8 / 255,
     alpha: float = 2 / 255,
     steps: int = 10,
     random_start: bool = True,
-    *,
     norm: str = "linf",
     loss: str | Loss = "ce",
     restarts: int = 1,
@@ -50,159 +28,208 @@ def pgd(
     lo: float = 0.0,
     hi: float = 1.0,
     generator: torch.Generator | None = None,
-    mode: str = "eval",
+    bn_mode: str = "eval",
     check: bool = True,
     graphs: Graphs | None = None,
 ) -> Tensor:
-    """Projected gradient descent: `steps` times adv = project(adv + alpha * direction(gradient of the loss)).
+    """Projected gradient descent: repeat adv = project(adv + alpha * direction(d loss / d adv)) `steps` times.
+
+    direction(g) is sign(g) for linf and g / |g| of each image for l2; project returns the nearest point of the ball of
+    radius eps around the clean image, then clamps to [lo, hi], see `ops.pgd_step`. The model is left as it was:
+    training flags, buffers (except with bn_mode "train"), `requires_grad` and `.grad`.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
-        x: float tensor [N, ...], the clean images.
-        y: int64 tensor [N]: the true classes, or the classes to reach if targeted. With a callable loss, whatever it
-            takes.
-        eps: radius of the ball around each image, in image units.
-        alpha: step size in image units.
-        steps: number of steps, each one forward and one backward pass.
-        random_start: start at a random point of the ball rather than at x.
+        images: float tensor [N, ...], the clean images.
+        labels: int64 tensor [N]: the true classes, or the classes to reach if targeted. With a callable loss, whatever
+            it takes.
+        eps: radius of the ball around each image, in units of the images.
+        alpha: step size, in units of the images.
+        steps: number of steps; each is one forward and one backward pass.
+        random_start: start at a random point of the ball instead of the clean image.
         norm: "linf" or "l2".
-        loss: "ce" (cross-entropy) or a callable, see `Loss`.
-        restarts: number of random starts; per image the result of highest loss is kept. With more than one, a scalar
-            loss is called image by image to compare them.
-        targeted: descend the loss towards y instead of ascending it.
-        lo, hi: the range of pixel values.
-        generator: where the random start's one number is drawn; None draws it from PyTorch's global generator.
-        mode: what BatchNorm layers do meanwhile: "eval" uses their running statistics, "train" those of the batch and
-            updates the running ones, "batch" those of the batch and leaves the running ones. All else (dropout) is in
-            eval mode.
-        check: look at the values of x and y (on a GPU this waits for them, before anything runs).
-        graphs: where attacks on a GPU that come again are kept as CUDA graphs; None runs step by step.
+        loss: "ce" (cross-entropy) or a function (logits, labels) -> loss, a scalar or one number per image [N].
+        restarts: number of random starts; each image's result with the highest loss is returned. To compare them, a
+            loss that returns a scalar is evaluated image by image.
+        targeted: minimise the loss instead of maximising it.
+        lo, hi: range of pixel values.
+        generator: generator of the random starts, of which one number is drawn; None for PyTorch's global generator.
+        bn_mode: mode of BatchNorm layers during the attack: "eval" uses the running statistics; "train" uses the
+            statistics of the batch and updates the running ones at each step; "batch" uses the statistics of the batch
+            and leaves the running ones unchanged. All other layers (dropout) are in eval mode.
+        check: check the values of images and labels; on a GPU this synchronises once, before the attack starts.
+        graphs: cache of CUDA graphs, see `Graphs`; None runs the attack step by step.
 
     Returns:
-        The adversarial images, detached, of x's shape, dtype and memory format, in [lo, hi].
+        The adversarial images, detached, in [lo, hi], with shape, dtype and memory format of `images`.
 
     Raises:
-        TypeError: if x is not floating, y not int64 or model not a module.
+        TypeError: if model is not a module, images are not floating point or labels not int64.
         ValueError: if a value, shape or name is out of range.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = attacks.pgd(model, images, labels, eps=0.2, alpha=0.05, steps=10)
+        >>> adv.shape, bool((adv - images).abs().max() <= 0.2 + 1e-6)
+        (torch.Size([4, 1, 8, 8]), True)
     """
-    if restarts < 1 or (restarts > 1 and not random_start):
-        raise ValueError(f"restarts must be 1, or more with random_start=True, got {restarts}")
-    start = Ball(eps, norm, lo, hi) if random_start else None
-    options: Options = {"loss": loss, "targeted": targeted, "lo": lo, "hi": hi, "mode": mode}
-    options |= {"generator": generator, "check": check, "graphs": graphs}
-    return _run(model, x, y, start, eps, alpha, steps, norm, restarts, **options)
+    options = AttackOptions(
+        eps=eps,
+        alpha=alpha,
+        steps=steps,
+        random_start=random_start,
+        norm=norm,
+        loss=loss,
+        restarts=restarts,
+        targeted=targeted,
+        lo=lo,
+        hi=hi,
+        generator=generator,
+        bn_mode=bn_mode,
+        check=check,
+        graphs=graphs,
+    )
+    return run_attack(model, images, labels, options)
 
 
 def fgsm(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float = 8 / 255, *, norm: str = "linf", **options: Unpack[Options]
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float = 8 / 255,
+    norm: str = "linf",
+    **options: Unpack[LossOptions],
 ) -> Tensor:
-    """The fast gradient (sign) method: one step of size eps from x; arguments as in `pgd`.
+    """Fast gradient (sign) method: one step of size eps from the clean images.
+
+    Args:
+        model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
+            check and graphs.
+
+    Raises:
+        TypeError, ValueError: as in `pgd`.
 
     Source: Goodfellow et al., "Explaining and harnessing adversarial examples" (ICLR 2015), section 4.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.full((2, 1, 8, 8), 0.5), torch.tensor([0, 1])
+        >>> adv = attacks.fgsm(model, images, labels, eps=0.25)
+        >>> (adv - images).unique()  # -eps, +eps
+        tensor([-0.2500,  0.2500])
     """
-    return pgd(model, x, y, eps, eps, 1, False, norm=norm, **options)
+    return run_attack(model, images, labels, AttackOptions.fgsm(eps, norm, **options))
 
 
 def fgsm_rs(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
     eps: float = 8 / 255,
     alpha: float | None = None,
-    *,
     norm: str = "linf",
-    **options: Unpack[Options],
+    **options: Unpack[LossOptions],
 ) -> Tensor:
-    """FGSM from a random start: one step of size alpha, by default 1.25 eps; arguments as in `pgd`.
+    """FGSM with a random start: one step of size alpha from a random point of the ball, then projection.
+
+    Args:
+        alpha: step size; None for 1.25 eps.
+        model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
+            check and graphs.
+
+    Raises:
+        TypeError, ValueError: as in `pgd`.
 
     Source: Wong et al., "Fast is better than free" (ICLR 2020), algorithm 3.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+        >>> adv = attacks.fgsm_rs(model, images, labels, eps=0.1)
+        >>> bool((adv - images).abs().max() <= 0.1 + 1e-6)
+        True
     """
-    return pgd(model, x, y, eps, 1.25 * eps if alpha is None else alpha, 1, True, norm=norm, **options)
+    return run_attack(model, images, labels, AttackOptions.fgsm_rs(eps, alpha, norm, **options))
 
 
 def n_fgsm(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
     eps: float = 8 / 255,
     alpha: float | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[LossOptions],
 ) -> Tensor:
-    """N-FGSM: noise from U(-2 eps, 2 eps), then one linf step of size alpha, by default eps; no projection.
+    """N-FGSM: noise from U(-2 eps, 2 eps), then one signed step of size alpha, without projection.
 
-    The result lies in [lo, hi] but may be 2 eps + alpha away from x: it is for training, not for measuring robustness.
-    Arguments as in `pgd`.
+    The result is clamped to [lo, hi] but may be 2 eps + alpha away from the clean image: use it for training, not for
+    measuring robustness.
+
+    Args:
+        alpha: step size; None for eps.
+        model, images, labels, eps, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode, check
+            and graphs.
+
+    Raises:
+        TypeError, ValueError: as in `pgd`.
 
     Source: de Jorge et al., "Make some noise" (NeurIPS 2022), algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+        >>> adv = attacks.n_fgsm(model, images, labels, eps=0.1)
+        >>> bool((adv - images).abs().max() <= 0.3 + 1e-6)  # 2 eps + alpha
+        True
     """
-    check_ball(eps, "linf", 0.0, 1.0)
-    start = Ball(2 * eps, "linf", -math.inf, math.inf)
-    return _run(model, x, y, start, math.inf, eps if alpha is None else alpha, 1, **options)
+    return run_attack(model, images, labels, AttackOptions.n_fgsm(eps, alpha, **options))
 
 
 def tpgd(
     model: nn.Module,
-    x: Tensor,
+    images: Tensor,
+    *,
     eps: float = 8 / 255,
     alpha: float = 2 / 255,
     steps: int = 10,
     **options: Unpack[CommonOptions],
 ) -> Tensor:
-    """The attack of TRADES: linf PGD that maximises KL(p(x) || p(adv)), with no labels; arguments as in `pgd`.
+    """The attack of TRADES: PGD in the linf ball that maximises KL(p(images) || p(adv)), without labels.
 
-    It starts from uniform noise of 0.001, since the divergence has no gradient at x itself. The probabilities of x are
-    computed once.
+    It starts from uniform noise in [-0.001, 0.001], because the divergence has no gradient at the clean images. Their
+    probabilities p(images) are computed once.
 
-    Source: Zhang et al., "Theoretically principled trade-off between robustness and accuracy" (ICML 2019), algorithm 1,
-    whose noise is normal with deviation 0.001.
+    Args:
+        model, images, eps, alpha, steps, options: as in `pgd`; options are lo, hi, generator, bn_mode, check and
+            graphs.
+
+    Raises:
+        TypeError, ValueError: as in `pgd`.
+
+    Source: Zhang et al., "Theoretically principled trade-off between robustness and accuracy" (ICML 2019), algorithm 1;
+    the noise there is normal with standard deviation 0.001.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images = torch.rand(2, 1, 8, 8)
+        >>> adv = attacks.tpgd(model, images, eps=0.1, alpha=0.025)
+        >>> bool((adv - images).abs().max() <= 0.1 + 1e-6)
+        True
     """
-    start = Ball(min(eps, 0.001), "linf", options.get("lo", 0.0), options.get("hi", 1.0))
-    return _run(model, x, None, start, eps, alpha, steps, loss=divergence, targeted=False, **options)
-
-
-def _run(
-    model: nn.Module,
-    x: Tensor,
-    y: Any,
-    start: Ball | None,
-    eps: float,
-    alpha: float,
-    steps: int,
-    norm: str = "linf",
-    restarts: int = 1,
-    /,
-    *,
-    loss: str | Loss = "ce",
-    targeted: bool = False,
-    lo: float = 0.0,
-    hi: float = 1.0,
-    generator: torch.Generator | None = None,
-    mode: str = "eval",
-    check: bool = True,
-    graphs: Graphs | None = None,
-) -> Tensor:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    check_ball(eps, norm, lo, hi)
-    check_alpha(alpha)
-    if loss != "ce" and not callable(loss):
-        raise ValueError(f'loss must be "ce" or a callable, got {loss!r}')
-    if mode not in MODES:
-        raise ValueError(f'mode must be "eval", "train" or "batch", got {mode!r}')
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be an integer that is not negative, got {steps!r}")
-    labels = check_batch(x, y, not callable(loss), lo, hi) if check else None
-    with torch.inference_mode(False):  # or what is made here could not be written to
-        words = None
-        if start is not None:
-            # Without waiting, to a GPU.
-            words = seed_words(generator).to(x.device, non_blocking=x.device.type == "cuda")
-        if not len(x):
-            return x.detach().clone()
-        search = Search(
-            attacked(model), Objective(loss, targeted), start, Ball(eps, norm, lo, hi), alpha, steps, restarts, mode
-        )
-        run = search.run if graphs is None else partial(graphs.run, search)
-        return run(x, y, words, labels)
+    return run_attack(model, images, None, AttackOptions.tpgd(eps, alpha, steps, **options))

@@ -1,11 +1,11 @@
-"""The search that every attack is: climb the loss from one or more starts, and leave the model as it was."""
+"""The PGD loop that all attacks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,139 +14,152 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import ops
-from sparse_adv.attacks.checks import Labels, check_labels, classes_of
+from sparse_adv.attacks.checks import LabelRange, check_batch, check_label_range, count_classes
+from sparse_adv.attacks.options import AttackOptions, kl_divergence
 from sparse_adv.nn import frozen_weights
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""loss(logits, y) -> the batch's loss, a scalar, or one number per image [N]."""
-
-MODES = ("eval", "train", "batch")
+from sparse_adv.ops.random_start import seed_words
 
 
-class Ball(NamedTuple):
-    """Where images may go: the radius around the clean ones, its norm, and the range of pixel values."""
+def run_attack(model: nn.Module, images: Tensor, labels: Any, options: AttackOptions) -> Tensor:
+    """Check the batch, draw the seed of the random start, and run the loop, as a CUDA graph if `options.graphs` is set.
 
-    eps: float
-    norm: str
-    lo: float
-    hi: float
+    Args:
+        model: maps images to logits [N, classes].
+        images: float tensor [N, ...].
+        labels: int64 tensor [N]; with a callable loss, whatever it takes.
+        options: the settings of the attack.
 
+    Returns:
+        The adversarial images, detached.
 
-class Objective(NamedTuple):
-    """What an attack climbs: the loss, or its negative where the labels are a target."""
-
-    loss: str | Loss
-    targeted: bool = False
-
-    def total(self, logits: Tensor, y: Any) -> Tensor:
-        return self._value(logits, y).sum()
-
-    def per_image(self, logits: Tensor, y: Any) -> Tensor:
-        value = self._value(logits, y)
-        if value.shape == logits.shape[:1]:
-            return value
-        return torch.cat([self._value(logits[i : i + 1], y[i : i + 1]).view(1) for i in range(len(logits))])
-
-    def _value(self, logits: Tensor, y: Any) -> Tensor:
-        value = self.loss(logits, y) if callable(self.loss) else F.cross_entropy(logits, y, reduction="none")
-        return -value if self.targeted else value
-
-
-def divergence(logits: Tensor, y: Tensor) -> Tensor:
-    """KL(y || p) of each image, y being log-probabilities: with this loss, a search makes y of the clean images."""
-    return F.kl_div(F.log_softmax(logits, 1), y, reduction="none", log_target=True).sum(1)
+    Raises:
+        TypeError, ValueError: as `attacks.pgd`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    label_range = None
+    if options.check:
+        label_range = check_batch(images, labels, not callable(options.loss), options.lo, options.hi)
+    # Tensors made in inference mode could not be written to later; a CUDA graph does that in every replay.
+    with torch.inference_mode(False):
+        philox_state = None
+        if options.random_start:
+            # With non_blocking=False the host would wait until the GPU has finished all earlier work.
+            on_gpu = images.device.type == "cuda"
+            philox_state = seed_words(options.generator).to(images.device, non_blocking=on_gpu)
+        if not len(images):
+            return images.detach().clone()
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # the wrapper's forward would prepare an all-reduce of gradients that never comes
+        loop = PGDLoop(model, options)
+        if options.graphs is None:
+            return loop.run(images, labels, philox_state, label_range)
+        return options.graphs.run(loop, images, labels, philox_state, label_range)
 
 
 @dataclass(eq=False)
-class Search:
-    """An attack with all its settings, to be run on batches; nothing in it waits for a GPU."""
+class PGDLoop:
+    """The loop of an attack on a model. It never synchronises with a GPU, so that a CUDA graph can capture it."""
 
     model: nn.Module
-    objective: Objective
-    start: Ball | None
-    """Where the search begins, at a random point; None for the images themselves."""
-    ball: Ball
-    alpha: float
-    steps: int
-    restarts: int
-    mode: str
+    options: AttackOptions
     classes: int | None = None
-    """How many the model has, as a run with labels to be checked found out."""
+    """Number of classes of the model; known after a run with a label range."""
 
-    def run(self, x: Tensor, y: Any, words: Tensor | None, labels: Labels = None) -> Tensor:
-        """Climb from each start; per image, return the end of highest objective.
+    def run(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange = None) -> Tensor:
+        """Attack a batch; with restarts, return for each image the result with the highest loss.
 
         Args:
-            x: float tensor [N, ...], the clean images.
-            y: what the loss takes.
-            words: int64 tensor [2] on x's device, the random start's key and offset. The offset is moved on past the
-                numbers that were read: each restart, and a replay of a graph, reads new ones.
-            labels: the labels' range, to be compared with the model's classes.
+            images: float tensor [N, ...], the clean images.
+            labels: second argument of the loss.
+            philox_state: int64 tensor [2] on the device of the images, key and offset of the random start's generator.
+                The offset is advanced in place past the numbers read, so that each restart, and each replay of a CUDA
+                graph, reads new ones.
+            label_range: range of the labels, which is compared with the number of the model's classes.
         """
-        model = self.model
-        # Outside of inference mode, whose tensors can enter no graph.
-        with torch.inference_mode(False), torch.enable_grad(), crafting(model, self.mode), frozen_weights(model):
-            if self.objective.loss is divergence:
+        model, options = self.model, self.options
+        # Autograd cannot use tensors made in inference mode.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            bn_mode(model, options.bn_mode),
+            frozen_weights(model),
+        ):
+            if options.loss is kl_divergence:
                 with torch.no_grad():
-                    y = F.log_softmax(model(x), 1)
-            elif isinstance(y, Tensor) and y.is_inference():
-                y = y.clone()
-            best = self._climb(x, y, words, labels)
-            if self.restarts == 1:
+                    labels = F.log_softmax(model(images), 1)
+            elif isinstance(labels, Tensor) and labels.is_inference():
+                labels = labels.clone()
+            best = self._attack(images, labels, philox_state, label_range)
+            if options.restarts == 1:
                 return best
-            best_value = self._evaluate(best, y)
-            for _ in range(self.restarts - 1):
-                adv = self._climb(x, y, words, None)
-                value = self._evaluate(adv, y)
-                better = value > best_value
-                best = adv.where(better.view(-1, *[1] * (x.dim() - 1)), best)
-                best_value = value.where(better, best_value)
+            best_loss = self._loss_per_image(best, labels)
+            for _ in range(options.restarts - 1):
+                adv = self._attack(images, labels, philox_state, None)
+                loss = self._loss_per_image(adv, labels)
+                better = loss > best_loss
+                best = adv.where(better.view(-1, *[1] * (images.dim() - 1)), best)
+                best_loss = loss.where(better, best_loss)
         return best
 
-    def _climb(self, x: Tensor, y: Any, words: Tensor | None, labels: Labels) -> Tensor:
-        adv = self._begin(x, words)
-        for _ in range(self.steps):
+    def _attack(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange) -> Tensor:
+        """One start and all steps."""
+        options = self.options
+        adv = self._start(images, philox_state)
+        for _ in range(options.steps):
             logits = self.model(adv.requires_grad_())
-            if labels is not None:
-                self.classes = classes_of(logits, len(x))
-                check_labels(labels, self.classes)
-                labels = None
-            (grad,) = torch.autograd.grad(self.objective.total(logits, y), adv)
-            adv = ops.pgd_step(adv, grad, x, self.alpha, *self.ball)
+            if label_range is not None:
+                self.classes = count_classes(logits, len(images))
+                check_label_range(label_range, self.classes)
+                label_range = None
+            (grad,) = torch.autograd.grad(self._loss(logits, labels).sum(), adv)
+            adv = ops.pgd_step(adv, grad, images, options.alpha, *options.ball)
         return adv
 
-    def _begin(self, x: Tensor, words: Tensor | None) -> Tensor:
-        if self.start is None or words is None:
-            return x.detach().clone()
-        eps, norm, *pixels = self.start
-        adv = ops.random_start(x, eps, norm, words, *pixels)
-        words[1:].add_((x.numel() + 3) // 4)
+    def _start(self, images: Tensor, philox_state: Tensor | None) -> Tensor:
+        if self.options.start is None or philox_state is None:
+            return images.detach().clone()
+        eps, norm, lo, hi = self.options.start
+        adv = ops.random_start(images, eps, norm, philox_state, lo, hi)
+        philox_state[1:].add_((images.numel() + 3) // 4)  # one Philox block gives four numbers
         return adv
+
+    def _loss(self, logits: Tensor, labels: Any) -> Tensor:
+        """The loss to maximise, a scalar or one number per image: the negative loss if targeted."""
+        loss = self.options.loss
+        value = loss(logits, labels) if callable(loss) else F.cross_entropy(logits, labels, reduction="none")
+        return -value if self.options.targeted else value
 
     @torch.no_grad()
-    def _evaluate(self, adv: Tensor, y: Any) -> Tensor:
-        return self.objective.per_image(self.model(adv), y)
-
-
-def attacked(model: nn.Module) -> nn.Module:
-    """The model itself: DistributedDataParallel's forward would prepare a gradient exchange that no attack makes."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    def _loss_per_image(self, adv: Tensor, labels: Any) -> Tensor:
+        logits = self.model(adv)
+        loss = self._loss(logits, labels)
+        if loss.shape == logits.shape[:1]:
+            return loss
+        return torch.cat([self._loss(logits[i : i + 1], labels[i : i + 1]).view(1) for i in range(len(logits))])
 
 
 @contextmanager
-def crafting(model: nn.Module, mode: str) -> Iterator[None]:
-    """The model in an attack's mode; flags are set one by one, since `train()` would not bring back a frozen layer."""
-    found = [(module, module.training) for module in model.modules()]
-    norms = [module for module, _ in found if isinstance(module, _BatchNorm)]
+def bn_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Put a model in eval mode, except for its BatchNorm layers, and restore all flags at the end.
+
+    Args:
+        model: any model.
+        mode: mode of BatchNorm layers: "eval" uses the running statistics, "train" the statistics of the batch and
+            updates the running ones, "batch" the statistics of the batch without updating the running ones.
+    """
+    # Flags are saved and set for each module: model.train() at the end would unfreeze layers frozen in eval mode.
+    training = [(module, module.training) for module in model.modules()]
+    norms = [module for module, _ in training if isinstance(module, _BatchNorm)]
     tracking = [(module, module.track_running_stats) for module in norms]
     try:
-        for module, _ in found:
+        for module, _ in training:
             module.training = mode != "eval" and isinstance(module, _BatchNorm)
         for module in norms if mode == "batch" else ():
-            module.track_running_stats = False  # in training mode: statistics of the batch, the running ones left alone
+            module.track_running_stats = False
         yield
     finally:
-        for module, training in found:
-            module.training = training
-        for module, track in tracking:
-            module.track_running_stats = track
+        for module, flag in training:
+            module.training = flag
+        for module, flag in tracking:
+            module.track_running_stats = flag

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Capturer:
     A call is captured after it has run once on that stream, so that libraries have allocated their workspaces for it:
     `capturer.run(call)`, then `replay = capturer.capture(call)`.
     """
+
+    device: ClassVar[str] = "cuda"
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.stream = torch.cuda.Stream(device)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.attacks.checks import classes_of
-from sparse_adv.attacks.loop import crafting
+from sparse_adv.attacks.checks import count_classes
+from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.nn import count_macs, explain
 from sparse_adv.training.evaluation import Accuracy
 from sparse_adv.training.objectives import Passes
@@ -25,8 +25,8 @@ class Costs:
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.work = count_macs(model, x.shape).per_image()
         blank = torch.zeros_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32)
-        with crafting(model, "eval"), torch.no_grad():
-            self.classes = classes_of(model(blank), len(x))
+        with bn_mode(model, "eval"), torch.no_grad():
+            self.classes = count_classes(model(blank), len(x))
             """How many classes the model tells apart."""
 
     def training(self, passes: Passes) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import attacks
-from sparse_adv.attacks.checks import Inspection, classes_of
+from sparse_adv.attacks.checks import InputValidator, count_classes
 from sparse_adv.data import Batches, Split
 from sparse_adv.training import distributed
 from sparse_adv.training.devices import reads_at_once
@@ -78,10 +78,10 @@ def robust_accuracy(
     """
     noise = torch.Generator().manual_seed(distributed.own_seed(seed))
     size = eps / 4 if alpha is None else alpha
-    options: attacks.Options = {"generator": noise, "check": False, "graphs": graphs or attacks.Graphs()}
+    options: attacks.LossOptions = {"generator": noise, "check": False, "graphs": graphs or attacks.Graphs()}
 
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return attacks.pgd(model, x, y, eps, size, steps, norm=norm, **options)
+        return attacks.pgd(model, x, y, eps=eps, alpha=size, steps=steps, norm=norm, **options)
 
     return _accuracy(model, images, batch_size, [attack] * restarts, steps)
 
@@ -90,10 +90,10 @@ def fgsm_accuracy(
     model: nn.Module, images: Images, *, eps: float = 8 / 255, norm: str = "linf", batch_size: int = 256
 ) -> Accuracy:
     """The share of images classified rightly, clean and after one signed step of size eps (Goodfellow et al. 2015)."""
-    options: attacks.Options = {"check": False, "graphs": attacks.Graphs()}
+    options: attacks.LossOptions = {"check": False, "graphs": attacks.Graphs()}
 
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return attacks.fgsm(model, x, y, eps, norm=norm, **options)
+        return attacks.fgsm(model, x, y, eps=eps, norm=norm, **options)
 
     return _accuracy(model, images, batch_size, [attack])
 
@@ -103,7 +103,7 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
     at_once = reads_at_once(device)
     right = torch.zeros((), dtype=torch.int64, device=device)
     counts = dict.fromkeys(("images", "forward", "backward"), 0)
-    inspection = Inspection(deferred=not at_once)
+    validator = InputValidator(deferred=not at_once)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -114,7 +114,7 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
             counts["images"] += len(y)
             counts["forward"] += len(y)
             if tries:
-                y = inspection.admit(x, y, classes_of(logits, len(y)))
+                y = validator.check(x, y, count_classes(logits, len(y)))
             for attack in tries:
                 if at_once:
                     x, y, standing = x[standing], y[standing], standing[standing]
@@ -127,7 +127,7 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
     finally:
         for module, training in modes:
             module.training = training
-    inspection.report()
+    validator.raise_deferred()
     totals = distributed.all_reduce_sum([float(right), *(float(value) for value in counts.values())], device)
     if not totals[1]:
         raise ValueError("images must hold at least one image to measure an accuracy")

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import runs
 from sparse_adv.attacks import Graphs
-from sparse_adv.attacks.checks import Inspection
+from sparse_adv.attacks.checks import InputValidator
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, register_masked_allreduce_hook
 from sparse_adv.runs import Record
@@ -67,7 +67,7 @@ class Training:
         self.best: dict[str, Any] = {}
         self.step = 0
         self.graphs = Graphs()
-        self.inspection: Inspection | None = Inspection(deferred=not reads_at_once(self.device))
+        self.validator: InputValidator | None = InputValidator(deferred=not reads_at_once(self.device))
         self.objective = objectives.build(config, graphs=self.graphs)
         self.steps_per_epoch = len(batches) * self.objective.updates
         self.channels_last = wants_channels_last(self.device, config.precision)
@@ -146,14 +146,14 @@ class Training:
                     with self._autocast():
                         self.costs = Costs(self.model, x)
                     self.densities = densities(self.model, x)
-                if self.inspection is not None:
-                    y = self.inspection.admit(x, y, self.costs.classes)
+                if self.validator is not None:
+                    y = self.validator.check(x, y, self.costs.classes)
                 for _ in range(objective.updates):
                     loss_sum += self._update(objective, x, y, noise, watch) * len(y)
                     images += len(y)
-        if self.inspection is not None:
-            self.inspection.report()
-            self.inspection = None  # every batch has been looked at once
+        if self.validator is not None:
+            self.validator.raise_deferred()
+            self.validator = None  # every batch has been looked at once
         # The schedule goes by whole epochs, also after one of PGD in a run of "free", which makes fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
         self.model.eval()

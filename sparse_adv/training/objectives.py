@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from sparse_adv import attacks
+from sparse_adv.attacks import CommonOptions
 from sparse_adv.attacks.checks import check_batch
-from sparse_adv.attacks.functional import CommonOptions
 from sparse_adv.config import Objective, TrainConfig
 
 
@@ -75,7 +75,17 @@ class FGSM(Natural):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         config = self.config
-        return attacks.pgd(model, x, y, config.eps, config.step_size, 1, False, norm=config.norm, **self._with(noise))
+        return attacks.pgd(
+            model,
+            x,
+            y,
+            eps=config.eps,
+            alpha=config.step_size,
+            steps=1,
+            random_start=False,
+            norm=config.norm,
+            **self._with(noise),
+        )
 
 
 class FGSMRS(FGSM):
@@ -83,14 +93,16 @@ class FGSMRS(FGSM):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         config = self.config
-        return attacks.fgsm_rs(model, x, y, config.eps, config.step_size, norm=config.norm, **self._with(noise))
+        return attacks.fgsm_rs(
+            model, x, y, eps=config.eps, alpha=config.step_size, norm=config.norm, **self._with(noise)
+        )
 
 
 class NFGSM(FGSM):
     """Noise from U(-2 eps, 2 eps), then one step of size alpha, not projected (de Jorge et al. 2022, algorithm 1)."""
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
-        return attacks.n_fgsm(model, x, y, self.config.eps, self.config.step_size, **self._with(noise))
+        return attacks.n_fgsm(model, x, y, eps=self.config.eps, alpha=self.config.step_size, **self._with(noise))
 
 
 class PGD(Natural):
@@ -103,7 +115,14 @@ class PGD(Natural):
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         config = self.config
         return attacks.pgd(
-            model, x, y, config.eps, config.step_size, config.steps, norm=config.norm, **self._with(noise)
+            model,
+            x,
+            y,
+            eps=config.eps,
+            alpha=config.step_size,
+            steps=config.steps,
+            norm=config.norm,
+            **self._with(noise),
         )
 
 
@@ -116,7 +135,7 @@ class TRADES(Natural):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         config = self.config
-        return attacks.tpgd(model, x, config.eps, config.step_size, config.steps, **self._with(noise))
+        return attacks.tpgd(model, x, eps=config.eps, alpha=config.step_size, steps=config.steps, **self._with(noise))
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         clean = model(x)

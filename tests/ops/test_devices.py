@@ -140,7 +140,7 @@ def test_training_keeps_pruned_weights_at_zero(device):
     losses = []
     for _ in range(5):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(attacks.pgd(model, x, y, 0.1, 0.05, 2)), y)
+        loss = F.cross_entropy(model(attacks.pgd(model, x, y, eps=0.1, alpha=0.05, steps=2)), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

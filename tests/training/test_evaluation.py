@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.cpu_graphs import CpuGraphs, no_synchronisation
 from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
-from helpers.tape import TapedGraphs, no_reading
 from torch import nn
 
 from sparse_adv import attacks, data, training
@@ -42,7 +42,7 @@ def test_accuracies_are_those_of_the_images_and_of_the_attacked_images():
     images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels
     right = model(images).argmax(1) == labels
     assert training.clean_accuracy(model, VALIDATION, batch_size=7) == right.float().mean().item()
-    fgsm = attacks.fgsm(model, images, labels, 0.2)
+    fgsm = attacks.fgsm(model, images, labels, eps=0.2)
     expected = (right & (model(fgsm).argmax(1) == labels)).float().mean().item()
     assert training.fgsm_accuracy(model, VALIDATION, eps=0.2) == pytest.approx(expected)
 
@@ -78,7 +78,7 @@ def test_on_a_gpu_nothing_is_read_before_the_end_and_batches_keep_their_shape(mo
     quiet = Quiet(model)
 
     def watched():
-        with no_reading():
+        with no_synchronisation():
             yield from data.Batches(VALIDATION, 16, shuffle=False)
 
     found = training.robust_accuracy(quiet, watched(), eps=0.12, steps=3, restarts=2)
@@ -88,7 +88,7 @@ def test_on_a_gpu_nothing_is_read_before_the_end_and_batches_keep_their_shape(mo
 
 def test_a_read_before_the_end_would_be_seen(model):
     def watched():
-        with no_reading():
+        with no_synchronisation():
             yield from data.Batches(VALIDATION, 16, shuffle=False)
 
     with pytest.raises(RuntimeError, match="the host reads"):
@@ -110,7 +110,7 @@ def test_an_image_that_one_restart_fooled_stays_fooled(model):
 
 @pytest.mark.usefixtures("gpu")
 def test_graphs_change_no_accuracy(model):
-    graphs, attack = TapedGraphs(), {"eps": 0.12, "steps": 2, "batch_size": 16}
+    graphs, attack = CpuGraphs(), {"eps": 0.12, "steps": 2, "batch_size": 16}
     for _ in range(3):
         expected = training.robust_accuracy(model, VALIDATION, **attack)
         assert training.robust_accuracy(model, VALIDATION, **attack, graphs=graphs) == expected
@@ -121,8 +121,11 @@ def test_graphs_change_no_accuracy(model):
 def test_wrong_images_are_named_however_late(model, at_once, monkeypatch):
     monkeypatch.setattr(evaluation, "reads_at_once", lambda device: at_once)
     images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels
-    for wrong, said in (((images * 2, labels), r"x must lie in \[0, 1\]"), ((images, labels + 1), r"y must lie in")):
-        with pytest.raises(ValueError, match=said):
+    for wrong, message in (
+        ((images * 2, labels), r"images must lie in \[0, 1\]"),
+        ((images, labels + 1), "labels must lie in"),
+    ):
+        with pytest.raises(ValueError, match=message):
             training.fgsm_accuracy(model, [(images, labels), wrong])
     assert training.clean_accuracy(model, [(images, labels - 1)]) < 1  # nothing but an attack needs them right
 

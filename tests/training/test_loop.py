@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.cpu_graphs import CpuGraphs, no_synchronisation
 from helpers.small_runs import QUICK, TEST, TRAIN, VALIDATION, batches, equal_states, network
-from helpers.tape import TapedGraphs, no_reading
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_adv import attacks, data, masks, nn, runs, sparsify, training
@@ -119,10 +119,10 @@ def test_batches_without_a_length_are_refused():
 @pytest.mark.parametrize(
     ("images", "labels", "said"),
     [
-        (torch.full((4, 1, 6, 6), 2.0), torch.zeros(4, dtype=torch.int64), r"x must lie in \[0, 1\]"),
-        (torch.full((4, 1, 6, 6), math.nan), torch.zeros(4, dtype=torch.int64), "x must be finite"),
+        (torch.full((4, 1, 6, 6), 2.0), torch.zeros(4, dtype=torch.int64), r"images must lie in \[0, 1\]"),
+        (torch.full((4, 1, 6, 6), math.nan), torch.zeros(4, dtype=torch.int64), "images must be finite"),
         (torch.zeros(4, 1, 6, 6), torch.zeros(3, dtype=torch.int64), "one label per image"),
-        (torch.zeros(4, 1, 6, 6, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), "x must be a floating point"),
+        (torch.zeros(4, 1, 6, 6, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), "must be a floating point"),
     ],
 )
 @pytest.mark.parametrize("objective", ["natural", "fgsm", "free"])
@@ -188,14 +188,14 @@ class Watched:
 def test_within_an_epoch_nothing_waits_for_a_gpu(objective, monkeypatch):
     monkeypatch.setattr(loop, "reads_at_once", lambda device: False)
     recipe = replace(QUICK, objective=objective, epochs=2, ema_decay=0.5, max_grad_norm=1.0, replays=2)
-    given = Watched(no_reading)
+    given = Watched(no_synchronisation)
     training.train(network(), given, recipe, validation=VALIDATION)
     assert given.seen == 2
 
 
 def test_a_read_within_an_epoch_would_be_seen():
     with pytest.raises(RuntimeError, match="the host reads"):
-        training.train(network(), Watched(no_reading), QUICK)  # on a CPU batches are checked at once
+        training.train(network(), Watched(no_synchronisation), QUICK)  # on a CPU batches are checked at once
 
 
 @contextmanager
@@ -230,7 +230,7 @@ def test_graphs_change_no_bit_of_a_run(objective, sparse, monkeypatch):
     recipe = replace(QUICK, objective=objective, ema_decay=0.9, precision="bfloat16", replays=2)
     monkeypatch.setattr(evaluation, "reads_at_once", lambda device: False)
     found = []
-    for graphs in (attacks.Graphs, TapedGraphs):
+    for graphs in (attacks.Graphs, CpuGraphs):
         monkeypatch.setattr(loop, "Graphs", graphs)
         model = network()
         if sparse:
@@ -252,10 +252,10 @@ def without_seconds(record: dict) -> dict:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ((torch.full((4, 1, 6, 6), 2.0), torch.zeros(4, dtype=torch.int64)), r"x must lie in \[0, 1\].* to 2:"),
-        ((torch.full((4, 1, 6, 6), math.nan), torch.zeros(4, dtype=torch.int64)), "x must be finite"),
-        ((torch.zeros(4, 1, 6, 6), torch.full((4,), 2)), r"y must lie in \[0, 1\], the model's classes, got 0 to 2"),
-        ((torch.zeros(4, 1, 6, 6), torch.full((4,), -100)), r"y must lie in \[0, 1\], .*, got -100 to 1"),
+        ((torch.full((4, 1, 6, 6), 2.0), torch.zeros(4, dtype=torch.int64)), r"images must lie in \[0, 1\].* to 2:"),
+        ((torch.full((4, 1, 6, 6), math.nan), torch.zeros(4, dtype=torch.int64)), "images must be finite"),
+        ((torch.zeros(4, 1, 6, 6), torch.full((4,), 2)), r"labels must lie in \[0, 1\], .*, got 0 to 2"),
+        ((torch.zeros(4, 1, 6, 6), torch.full((4,), -100)), r"labels must lie in \[0, 1\], .*, got -100 to 1"),
     ],
 )
 @pytest.mark.parametrize("at_once", [True, False])

@@ -24,11 +24,11 @@ def craft(objective: str, model: torch.nn.Module, **settings) -> torch.Tensor:
     ("objective", "expected"),
     [
         ("natural", lambda model: X),
-        ("fgsm", lambda model: attacks.fgsm(model, X, Y, 0.1)),
-        ("fgsm-rs", lambda model: attacks.fgsm_rs(model, X, Y, 0.1, 0.125, generator=generator())),
-        ("n-fgsm", lambda model: attacks.n_fgsm(model, X, Y, 0.1, 0.1, generator=generator())),
-        ("pgd", lambda model: attacks.pgd(model, X, Y, 0.1, 0.025, 10, generator=generator())),
-        ("trades", lambda model: attacks.tpgd(model, X, 0.1, 0.025, 10, generator=generator())),
+        ("fgsm", lambda model: attacks.fgsm(model, X, Y, eps=0.1)),
+        ("fgsm-rs", lambda model: attacks.fgsm_rs(model, X, Y, eps=0.1, alpha=0.125, generator=generator())),
+        ("n-fgsm", lambda model: attacks.n_fgsm(model, X, Y, eps=0.1, alpha=0.1, generator=generator())),
+        ("pgd", lambda model: attacks.pgd(model, X, Y, eps=0.1, alpha=0.025, steps=10, generator=generator())),
+        ("trades", lambda model: attacks.tpgd(model, X, eps=0.1, alpha=0.025, steps=10, generator=generator())),
     ],
 )
 def test_the_images_are_those_of_the_attack_with_the_papers_step(objective, expected):
@@ -56,11 +56,11 @@ def test_the_loss_of_trades():
 def test_the_attack_of_trades_raises_the_divergence_within_the_ball_and_leaves_the_model_alone():
     model = network().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    adv = attacks.tpgd(model, X, 0.1, 0.025, 10, generator=generator())
+    adv = attacks.tpgd(model, X, eps=0.1, alpha=0.025, steps=10, generator=generator())
     assert (adv - X).abs().max() <= 0.1 + 1e-6 and adv.min() >= 0 and adv.max() <= 1
     assert model.training and all(value.equal(before[key]) for key, value in model.state_dict().items())
     model.eval()
-    noise = attacks.tpgd(model, X, 0.1, 0.0, 1, generator=generator())
+    noise = attacks.tpgd(model, X, eps=0.1, alpha=0.0, steps=1, generator=generator())
 
     def divergence(images: torch.Tensor) -> torch.Tensor:
         return F.kl_div(model(images).log_softmax(1), model(X).log_softmax(1), reduction="sum", log_target=True)
@@ -89,7 +89,7 @@ def test_free_is_a_loop_and_no_loss():
 
 
 def test_a_loss_checks_its_batch_and_its_settings():
-    with pytest.raises(ValueError, match=r"x must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
         adversarial_loss(network(), X + 1, Y, "natural")
     with pytest.raises(ValueError, match="eps must be finite"):
         adversarial_loss(network(), X, Y, "pgd", eps=-1.0)

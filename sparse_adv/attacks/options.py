@@ -1,0 +1,154 @@
+"""`AttackOptions`: all settings of an attack, validated in one place and passed on unchanged to the PGD loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_adv.ops.pgd_step import check_alpha, check_ball
+
+if TYPE_CHECKING:
+    from sparse_adv.attacks.cuda_graph import Graphs
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""loss(logits, labels) -> the loss of the batch (a scalar) or of each image [N]."""
+
+BN_MODES = ("eval", "train", "batch")
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keyword arguments of all attacks; `pgd` documents them."""
+
+    lo: float
+    hi: float
+    generator: torch.Generator | None
+    bn_mode: str
+    check: bool
+    graphs: Graphs | None
+
+
+class LossOptions(CommonOptions, total=False):
+    """Keyword arguments of all attacks that use labels; `pgd` documents them."""
+
+    loss: str | Loss
+    targeted: bool
+
+
+class Ball(NamedTuple):
+    """The images that an attack may produce: within eps of the clean images in a norm, pixel values in [lo, hi]."""
+
+    eps: float
+    norm: str
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions:
+    """All settings of an attack; `pgd` documents those without a text here.
+
+    The class methods give the settings of the other attacks.
+
+    Raises:
+        ValueError: if a value is out of range, naming the argument and the value.
+
+    Example:
+        >>> from sparse_adv.attacks import AttackOptions
+        >>> options = AttackOptions.fgsm_rs(eps=0.1, lo=-1.0)
+        >>> options.alpha, options.steps, options.ball
+        (0.125, 1, Ball(eps=0.1, norm='linf', lo=-1.0, hi=1.0))
+    """
+
+    eps: float = 8 / 255
+    alpha: float = 2 / 255
+    steps: int = 10
+    random_start: bool = True
+    norm: str = "linf"
+    loss: str | Loss = "ce"
+    restarts: int = 1
+    targeted: bool = False
+    lo: float = 0.0
+    hi: float = 1.0
+    generator: torch.Generator | None = None
+    bn_mode: str = "eval"
+    check: bool = True
+    graphs: Graphs | None = None
+    start_eps: float | None = None
+    """Radius of the ball in which the random start lies; None for `eps`."""
+    project: bool = True
+    """Whether the start is clamped to [lo, hi] and each step projected onto the ball; False only for N-FGSM."""
+
+    def __post_init__(self) -> None:
+        check_ball(self.eps, self.norm, self.lo, self.hi)
+        check_alpha(self.alpha)
+        if not isinstance(self.steps, int) or self.steps < 0:
+            raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
+        if not isinstance(self.restarts, int) or self.restarts < 1:
+            raise ValueError(f"restarts must be an integer of at least 1, got {self.restarts!r}")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts must be 1 without a random start, got {self.restarts}")
+        if self.loss != "ce" and not callable(self.loss):
+            raise ValueError(f'loss must be "ce" or a callable, got {self.loss!r}')
+        if self.bn_mode not in BN_MODES:
+            raise ValueError(f'bn_mode must be "eval", "train" or "batch", got {self.bn_mode!r}')
+
+    @property
+    def ball(self) -> Ball:
+        """The ball onto which each step is projected; its radius is infinite without projection."""
+        return Ball(self.eps if self.project else math.inf, self.norm, self.lo, self.hi)
+
+    @property
+    def start(self) -> Ball | None:
+        """The ball in which the random start lies; None for a start at the clean images."""
+        if not self.random_start:
+            return None
+        lo, hi = (self.lo, self.hi) if self.project else (-math.inf, math.inf)
+        return Ball(self.eps if self.start_eps is None else self.start_eps, self.norm, lo, hi)
+
+    @classmethod
+    def fgsm(cls, eps: float, norm: str = "linf", **options: Unpack[LossOptions]) -> AttackOptions:
+        """FGSM: one step of size eps from the clean images."""
+        _check_names("fgsm", options, LossOptions)
+        return cls(eps=eps, alpha=eps, steps=1, random_start=False, norm=norm, **options)
+
+    @classmethod
+    def fgsm_rs(
+        cls, eps: float, alpha: float | None = None, norm: str = "linf", **options: Unpack[LossOptions]
+    ) -> AttackOptions:
+        """FGSM-RS: one step of size alpha, by default 1.25 eps, from a random start."""
+        _check_names("fgsm_rs", options, LossOptions)
+        return cls(eps=eps, alpha=1.25 * eps if alpha is None else alpha, steps=1, norm=norm, **options)
+
+    @classmethod
+    def n_fgsm(cls, eps: float, alpha: float | None = None, **options: Unpack[LossOptions]) -> AttackOptions:
+        """N-FGSM: one step of size alpha, by default eps, from noise in [-2 eps, 2 eps], without projection."""
+        _check_names("n_fgsm", options, LossOptions)
+        alpha = eps if alpha is None else alpha
+        return cls(eps=eps, alpha=alpha, steps=1, start_eps=2 * eps, project=False, **options)
+
+    @classmethod
+    def tpgd(cls, eps: float, alpha: float, steps: int, **options: Unpack[CommonOptions]) -> AttackOptions:
+        """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from noise of 0.001."""
+        _check_names("tpgd", options, CommonOptions)
+        return cls(eps=eps, alpha=alpha, steps=steps, start_eps=min(eps, 0.001), loss=kl_divergence, **options)
+
+
+def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
+    """KL(q || p) of each image [N], with p = softmax(logits) and log q given.
+
+    With this loss the attack loop passes the model's log-probabilities of the clean images instead of labels.
+    """
+    return F.kl_div(F.log_softmax(logits, 1), log_probabilities, reduction="none", log_target=True).sum(1)
+
+
+def _check_names(attack: str, options: Mapping[str, object], allowed: type[CommonOptions]) -> None:
+    """Raise TypeError as Python would if these keyword arguments were written out: type checkers alone know them."""
+    for name in options:
+        if name not in allowed.__annotations__:
+            raise TypeError(f"{attack}() got an unexpected keyword argument {name!r}")

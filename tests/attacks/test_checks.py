@@ -1,0 +1,79 @@
+"""Input validation: the errors of attacks on invalid batches, and deferred validation."""
+
+import pytest
+import torch
+from helpers.attacked import make_model, snapshot
+from torch import nn
+
+from sparse_adv.attacks import n_fgsm, pgd
+from sparse_adv.attacks.checks import InputValidator
+
+IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"images": IMAGES * 2 - 1},
+            ValueError,
+            r"images must lie in \[0, 1\], got values from -.*: put the normalisation inside the model",
+        ),
+        ({"images": IMAGES.log() * 0 / 0}, ValueError, "images must be finite"),
+        ({"images": IMAGES / 0}, ValueError, "images must be finite"),
+        ({"images": (IMAGES * 255).byte()}, TypeError, "images must be a floating point tensor, got torch.uint8"),
+        ({"images": IMAGES[0, 0, 0]}, ValueError, r"images must be a batch \[N, ...\], got shape \(8,\)"),
+        ({"labels": torch.tensor([0, 5])}, ValueError, r"labels must lie in \[0, 4\], the model's classes, got 0 to 5"),
+        ({"labels": torch.tensor([-100, 1])}, ValueError, r"labels must lie in \[0, 4\], .*, got -100 to 1"),
+        ({"labels": torch.tensor([0])}, ValueError, r"labels must have one label per image, shape \[2\], got \(1,\)"),
+        ({"labels": torch.tensor([0.0, 1.0])}, TypeError, "labels must be an int64 tensor, got torch.float32"),
+        ({"labels": [0, 1]}, TypeError, "labels must be an int64 tensor, got list"),
+        (
+            {"model": nn.Conv2d(3, 5, 8)},
+            ValueError,
+            r"model must return logits \[2, classes\], got shape \(2, 5, 1, 1\)",
+        ),
+        ({"model": torch.sin}, TypeError, "model must be an nn.Module, got builtin_function_or_method"),
+    ],
+)
+@pytest.mark.parametrize("attack", [pgd, n_fgsm])
+def test_an_invalid_batch_raises_an_error_that_names_it_and_leaves_the_model_as_it_was(attack, change, error, message):
+    model = make_model()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        attack(**{"model": model, "images": IMAGES, "labels": LABELS, **change})
+    assert snapshot(model) == before
+
+
+def test_with_check_false_values_are_not_checked():
+    assert pgd(make_model(), IMAGES * 2 - 1, LABELS, steps=1, check=False).min() >= 0
+
+
+def test_deferred_validation_clamps_labels_and_raises_later():
+    validator = InputValidator(deferred=True)
+    assert validator.check(IMAGES, LABELS, 5).tolist() == [0, 4]
+    validator.raise_deferred()
+    assert validator.check(IMAGES, LABELS + 3, 5).tolist() == [3, 4]
+    validator.check(IMAGES, LABELS, 5)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\], the model's classes, got 0 to 7"):
+        validator.raise_deferred()
+    validator.raise_deferred()  # nothing new to report
+    validator.check(IMAGES * 2, LABELS, 5)
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
+        validator.raise_deferred()
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_shapes_and_dtypes_are_checked_at_once(deferred):
+    validator = InputValidator(deferred)
+    with pytest.raises(TypeError, match=r"labels must be an int64 tensor, got torch\.float32"):
+        validator.check(IMAGES, LABELS.float(), 5)
+    with pytest.raises(ValueError, match="labels must have one label per image"):
+        validator.check(IMAGES, LABELS[:1], 5)
+    with pytest.raises(TypeError, match="images must be a floating point tensor"):
+        validator.check(IMAGES.byte(), LABELS, 5)
+
+
+def test_validation_that_is_not_deferred_raises_in_check():
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\]"):
+        InputValidator(deferred=False).check(IMAGES, LABELS + 3, 5)

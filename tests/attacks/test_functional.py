@@ -1,0 +1,255 @@
+"""The attack functions: what they compute, and that they change nothing else."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.attacked import ALPHA, EPS, batch, generator, losses, make_model, philox_state, snapshot, textbook_pgd
+from helpers.tolerances import assert_close
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_adv import attacks, masks, sparsify
+from sparse_adv.attacks import AttackOptions, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
+from sparse_adv.ops import random_start
+
+ATTACKS = {
+    "pgd": pgd,
+    "fgsm": fgsm,
+    "fgsm_rs": fgsm_rs,
+    "n_fgsm": n_fgsm,
+    "restarts": lambda *args, **options: pgd(*args, steps=2, restarts=3, **options),
+    "l2": lambda *args, **options: pgd(*args, eps=0.5, alpha=0.1, norm="l2", **options),
+}
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return make_model()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return batch()[0]
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("targeted", [True, False])
+def test_pgd_equals_the_textbook_loop(model, images, labels, start, targeted):
+    adv = pgd(model, images, labels, steps=3, random_start=start, targeted=targeted, generator=generator())
+    begin = random_start(images, EPS, seed=philox_state()) if start else images
+    sign = -1 if targeted else 1
+    assert torch.equal(adv, textbook_pgd(model.eval(), begin, images, labels, 3, sign, alpha=ALPHA, eps=EPS))
+
+
+def test_fgsm_is_one_step_from_the_clean_images(model, images, labels):
+    expected = textbook_pgd(model.eval(), images, images, labels, 1, alpha=EPS, eps=EPS)
+    assert torch.equal(fgsm(model, images, labels), expected)
+
+
+def test_fgsm_rs_is_one_step_of_1_25_eps_from_a_random_start(model, images, labels):
+    begin = random_start(images, EPS, seed=generator())
+    expected = textbook_pgd(model.eval(), begin, images, labels, 1, alpha=1.25 * EPS, eps=EPS)
+    assert torch.equal(fgsm_rs(model, images, labels, generator=generator()), expected)
+
+
+def test_n_fgsm_is_one_step_from_noise_of_2_eps_without_projection(model, images, labels):
+    begin = random_start(images, 2 * EPS, seed=generator(), lo=-math.inf, hi=math.inf)
+    expected = textbook_pgd(model.eval(), begin, images, labels, 1, alpha=EPS, eps=math.inf)
+    adv = n_fgsm(model, images, labels, generator=generator())
+    assert torch.equal(adv, expected) and (adv - images).abs().max() > 2 * EPS
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_result_is_in_the_ball_and_has_a_higher_loss(model, images, labels, norm):
+    eps, alpha = (EPS, ALPHA) if norm == "linf" else (0.5, 0.1)
+    adv = pgd(model, images, labels, eps=eps, alpha=alpha, norm=norm)
+    distance = (adv - images).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
+    assert_close((distance - eps).clamp(min=0), torch.zeros_like(distance))
+    assert adv.min() >= 0 and adv.max() <= 1
+    assert (losses(model, adv, labels) > losses(model, images, labels)).all()
+
+
+def test_a_targeted_attack_decreases_the_loss_of_the_target(model, images, labels):
+    adv = pgd(model, images, labels, targeted=True)
+    assert (losses(model, adv, labels) < losses(model, images, labels)).all()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_model_images_and_global_random_state_do_not_change(model, images, labels, attack, grad_mode):
+    model.train()
+    model[1].eval()  # a BatchNorm frozen on purpose
+    model[3][0].weight.requires_grad_(False)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = snapshot(model)
+    random_state = torch.get_rng_state()
+    with grad_mode():
+        copied = images.clone()
+        adv = ATTACKS[attack](model, copied, labels.clone(), generator=generator())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(copied, images) and not torch.equal(adv, images)
+    assert not adv.requires_grad and not adv.is_inference()
+    assert snapshot(model) == before
+
+
+def test_images_that_require_grad_get_no_grad(model, images, labels):
+    adv = pgd(model, images.requires_grad_(), labels, steps=2)
+    assert images.grad is None and images.requires_grad and not adv.requires_grad
+
+
+def test_bn_mode_batch_uses_batch_statistics_and_keeps_the_running_ones(model, images, labels):
+    model.train()
+    before = snapshot(model)
+    adv = pgd(model, images, labels, steps=2, random_start=False, bn_mode="batch")
+    assert snapshot(model) == before
+    reference = copy.deepcopy(model)
+    reference[4].eval()  # dropout is off in every mode
+    assert torch.equal(adv, textbook_pgd(reference, images, images, labels, 2, alpha=ALPHA, eps=EPS))
+    assert not torch.equal(adv, pgd(model, images, labels, steps=2, random_start=False))
+
+
+def test_bn_mode_train_updates_the_running_statistics_once_per_step(model, images, labels):
+    adv = pgd(model.eval(), images, labels, steps=2, random_start=False, bn_mode="train")
+    assert torch.equal(adv, pgd(model, images, labels, steps=2, random_start=False, bn_mode="batch"))
+    assert model[1].num_batches_tracked == 3 + 2 and not model.training
+    assert not torch.equal(model[1].running_mean, make_model()[1].running_mean)
+
+
+def test_restarts_return_the_result_of_highest_loss_for_each_image(model, images, labels):
+    model.eval()
+    blocks = torch.tensor([0, (images.numel() + 3) // 4])
+    ends = []
+    for restart in range(4):
+        begin = random_start(images, EPS, seed=philox_state() + restart * blocks)
+        ends.append(textbook_pgd(model, begin, images, labels, 1, alpha=ALPHA, eps=EPS))
+    best = torch.stack([losses(model, end, labels) for end in ends]).argmax(0)
+    assert len(best.unique()) > 1
+    adv = pgd(model, images, labels, steps=1, restarts=4, generator=generator())
+    assert torch.equal(adv, torch.stack(ends)[best, torch.arange(len(images))])
+
+
+def test_exactly_one_number_is_drawn_from_the_global_generator(model, images, labels):
+    torch.manual_seed(3)
+    torch.randint(-(2**63), 2**63 - 1, (1,))
+    expected = torch.get_rng_state()
+    torch.manual_seed(3)
+    adv = pgd(model, images, labels, steps=1, restarts=3)
+    assert torch.equal(torch.get_rng_state(), expected)
+    torch.manual_seed(3)
+    assert torch.equal(pgd(model, images, labels, steps=1, restarts=3), adv)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [F.cross_entropy, lambda logits, y: F.cross_entropy(logits, y, reduction="none")],
+    ids=["scalar", "per_image"],
+)
+def test_cross_entropy_as_a_function_gives_the_same_attack(model, images, labels, loss):
+    adv = pgd(model, images, labels, steps=2, restarts=3, loss=loss, generator=generator())
+    assert torch.equal(adv, pgd(model, images, labels, steps=2, restarts=3, generator=generator()))
+
+
+def test_a_loss_function_may_take_other_labels_than_int64(model, images):
+    soft = torch.full((len(images), 5), 0.2)
+    adv = pgd(model, images, soft, steps=1, loss=lambda logits, y: F.kl_div(logits.log_softmax(1), y, reduction="sum"))
+    assert not torch.equal(adv, images)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_memory_format_dtype_and_empty_batches(model, images, labels, attack):
+    channels_last = images.to(memory_format=torch.channels_last)
+    adv = ATTACKS[attack](model, channels_last, labels)
+    assert adv.is_contiguous(memory_format=torch.channels_last)
+    assert ATTACKS[attack](copy.deepcopy(model).double(), images.double(), labels).dtype == torch.float64
+    assert ATTACKS[attack](copy.deepcopy(model).bfloat16(), images.bfloat16(), labels).dtype == torch.bfloat16
+    assert ATTACKS[attack](model, images[:0], labels[:0]).shape == (0, 3, 8, 8)
+
+
+def test_zero_steps_return_the_start(model, images, labels):
+    assert torch.equal(pgd(model, images, labels, steps=0, random_start=False), images)
+
+
+def test_a_model_in_distributed_data_parallel_is_attacked_like_its_module(model, images, labels):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        adv = pgd(wrapped, images, labels, steps=2, generator=generator())
+        assert torch.equal(adv, pgd(model, images, labels, steps=2, generator=generator()))
+        wrapped(images).sum().backward()  # the next training step finds its reducer ready
+        del wrapped  # its destructor needs the process group: without, it waits for threads while it holds the GIL
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the calls of each op of this library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func.name().partition("::")
+        if namespace == "sparse_adv":
+            self.calls[name] = self.calls.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attacks_compute_no_weight_gradients(model, images, labels, training):
+    sparsify(model, masks.prune(model, density=0.5)).train(training)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    with CountOps() as count:
+        pgd(model, images, labels, steps=3)
+    assert count.calls["masked_conv2d"] == 3 * len(convolutions)
+    assert count.calls["masked_conv2d_grad_input"] == 3 * len(convolutions)
+    assert "masked_conv2d_grad_weight" not in count.calls
+    assert count.calls["pgd_step"] == 3 and count.calls["random_start"] == 1
+    with CountOps() as count:  # a training step does compute them, and they are counted
+        F.cross_entropy(model(images), labels).backward()
+    assert count.calls["masked_conv2d_grad_weight"] == len(convolutions)
+
+
+def test_a_sparse_model_is_attacked_like_the_dense_model_with_zeros(model, images, labels):
+    kept = masks.prune(model, density=0.5)
+    dense = copy.deepcopy(model).eval()
+    for name, mask in kept.items():
+        dense.get_submodule(name).weight.data *= mask
+    sparsify(model, kept)
+    options = {"eps": 0.5, "alpha": 0.1, "steps": 3, "norm": "l2"}
+    sparse_adv, dense_adv = (pgd(net, images, labels, **options, generator=generator()) for net in (model, dense))
+    assert_close(sparse_adv, dense_adv)
+
+
+@pytest.mark.parametrize("attack", [pgd, fgsm, fgsm_rs, n_fgsm, tpgd])
+def test_default_values_are_those_of_the_options(attack):
+    parameters = inspect.signature(attack).parameters.values()
+    expected = AttackOptions()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not None}
+    assert defaults == {name: getattr(expected, name) for name in defaults} and "eps" in defaults
+
+
+def test_pgd_has_a_parameter_for_every_option_but_those_of_other_attacks():
+    parameters = set(inspect.signature(pgd).parameters) - {"model", "images", "labels"}
+    assert parameters == set(vars(AttackOptions())) - {"start_eps", "project"}
+
+
+@pytest.mark.parametrize("mode", attacks.BN_MODES)
+def test_an_exception_in_the_model_leaves_its_flags_as_they_were(model, images, labels, mode):
+    model.train()
+    model[1].eval()
+    model[3][1].track_running_stats = False
+    before = snapshot(model)
+    failing = nn.Sequential(model, nn.Linear(7, 7))  # a wrong shape: fails after the forward pass of `model`
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        pgd(failing, images, labels, bn_mode=mode)
+    assert snapshot(model)[0] == before[0]

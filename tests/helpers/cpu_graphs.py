@@ -1,0 +1,139 @@
+"""A stand-in for CUDA graphs on the CPU.
+
+It captures the ops that reach the dispatcher, with the tensors that they read and write, and replays them as a CUDA
+graph does: no Python code of the attack runs, and every op reads and writes the same memory again.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_adv.attacks import Graphs
+
+aten = torch.ops.aten
+SYNCHRONISING = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero, aten.masked_select)
+
+
+def refuse_synchronising_op(func, args) -> None:
+    """Raise if this op would make the host wait for a GPU: for a value, or for the size of its result."""
+    if func.overloadpacket is aten.index and any(index is not None and index.dtype == torch.bool for index in args[1]):
+        raise RuntimeError("the host reads how many entries are true")
+    # Integers are exempt: reading the header of a pattern is no synchronisation, it is on the host on CUDA too.
+    if func.overloadpacket in SYNCHRONISING and args[0].dtype not in (torch.int32, torch.int64):
+        raise RuntimeError("the host reads a value that is only captured")
+
+
+class _RefuseSynchronisingOps(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        refuse_synchronising_op(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+class _RefuseSynchronisingMethods(TorchFunctionMode):
+    """Refuses the methods that call no op on a CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.cpu):
+            raise RuntimeError(f"the host reads with {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Within this context, whatever would make the host wait for a GPU raises."""
+    with _RefuseSynchronisingOps(), _RefuseSynchronisingMethods():
+        yield
+
+
+class CapturedOps(TorchDispatchMode):
+    """Captures ops with their tensors. A CUDA capture computes nothing, so `undo` reverts what the ops computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list = []
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}
+        """By id: each tensor that an op wrote to, and a copy from before."""
+        self.created: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        refuse_synchronising_op(func, args)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if (writes or argument.name.startswith("running_")) and isinstance(value, Tensor):
+                self.written.setdefault(id(value), (value, value.clone()))
+        result = func(*args, **kwargs)
+        inputs = [tensor.untyped_storage().data_ptr() for tensor in tensors([*args, *kwargs.values()])]
+        self.created += [tensor for tensor in tensors(result) if tensor.untyped_storage().data_ptr() not in inputs]
+        self.ops.append((func, args, kwargs, result))
+        return result
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for tensor, before in self.written.values():
+            tensor.copy_(before)
+        for tensor in self.created:
+            tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.ops:
+            new_result = func(*args, **kwargs)
+            for old, new in zip(tensors(result), tensors(new_result), strict=True):
+                if old.data_ptr() != new.data_ptr():  # equal for a view, or an op in place
+                    old.copy_(new)
+
+
+def tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [part for item in value for part in tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+class CpuCapturer:
+    """Takes the place of `attacks.cuda_graph.Capturer`, which needs a GPU, and counts captures and replays."""
+
+    device = "cpu"
+    synchronises = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.captures = self.replays = 0
+
+    def run(self, call):
+        return call()
+
+    def warm_up(self, call):
+        return call(), self.synchronises
+
+    def capture(self, call):
+        self.captures += 1
+        captured = CapturedOps()
+        try:
+            with captured, _RefuseSynchronisingMethods():
+                result = call()
+        finally:
+            captured.undo()
+
+        def replay():
+            self.replays += 1
+            captured.replay()
+            return result
+
+        return replay
+
+
+class CpuGraphs(Graphs):
+    """`attacks.Graphs` that captures on the CPU."""
+
+    capturer = CpuCapturer
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Numbers of captures and of replays."""
+        (capturer,) = self._capturers.values()
+        return capturer.captures, capturer.replays
