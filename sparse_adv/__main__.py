@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_adv import doctor
+from sparse_adv import __version__, doctor
 from sparse_adv.commands import config, convert, demo, evaluate, explain, flags, output, report, search, train
 from sparse_adv.tickets import BrokenTicket
 from sparse_adv.training import distributed
@@ -100,6 +100,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Any]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"sparse_adv {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell more, and show where an error happened")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (search, train, evaluate, report, explain, convert, demo):

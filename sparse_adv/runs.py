@@ -16,13 +16,13 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_adv.files import write_text
+from sparse_adv.ops import build_facts
 
 Record = dict[str, Any]
 """What is known after an epoch: plain numbers and names, ready for a line of JSON."""
@@ -79,7 +79,7 @@ def environment() -> dict[str, Any]:
     """Versions, machine and git commit, for whoever wants to repeat a run."""
     return {
         "versions": {
-            "sparse_adv": version("sparse_adv"),
+            "sparse_adv": build_facts()["version"],
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

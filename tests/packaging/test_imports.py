@@ -3,8 +3,11 @@
 import re
 import subprocess
 import sys
-from importlib import metadata
+import tomllib
 from pathlib import Path
+
+import sparse_adv
+from sparse_adv import runs
 
 PACKAGE = Path(__file__).resolve().parents[2] / "sparse_adv"
 
@@ -28,8 +31,10 @@ def test_importing_the_package_loads_nothing_heavy_and_prints_nothing():
 
 
 def test_the_public_names_are_reachable_from_the_package():
-    import sparse_adv
-
     assert sparse_adv.nn.MaskedConv2d and sparse_adv.ops.pgd_step and sparse_adv.attacks.pgd and sparse_adv.masks.prune
     assert sparse_adv.sparsify is sparse_adv.nn.sparsify
-    assert sparse_adv.__version__ == metadata.version("sparse_adv")
+
+
+def test_the_version_is_the_one_that_pyproject_names():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    assert sparse_adv.__version__ == runs.environment()["versions"]["sparse_adv"] == project["version"]
