@@ -9,29 +9,65 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CUDA_ARCHS = "8.0 9.0+PTX"
+STEPS = (
+    'run `pip install "torch>=2.10" "setuptools>=77" "cmake>=3.18" ninja "pybind11>=2.13"`, '
+    "then `pip install --no-build-isolation .`"
+)
+LACKING = {
+    r"No CMAKE_CXX_COMPILER could|The CMAKE_CXX_COMPILER:|environment variable CXX:": (
+        "no C++ compiler was found: install one that knows C++20, such as g++, or name it in the variable CXX"
+    ),
+    r"Could NOT find Python \(missing:": (
+        f"the headers of {sys.executable} were not found: install them (Debian: python3-dev, Fedora: python3-devel)"
+    ),
+}
+"""What CMake says at length where something is missing on the machine, and the sentence that is printed instead."""
+
+# Packages are put together in a temporary folder: nothing left over from an earlier build gets into one, and a checkout
+# that cannot be written can be installed. Only CMake's folder stays, so that a second build compiles what changed.
+SCRATCH = tempfile.TemporaryDirectory(prefix="sparse_adv-")
+WRITABLE = os.access(ROOT, os.W_OK)
+CMAKE_FOLDER = (ROOT / "build" if WRITABLE else Path(SCRATCH.name)) / f"cmake-{sys.implementation.cache_tag}"
 
 
 def torch_dir() -> Path:
     """The folder of the installed torch, found without importing it (that takes seconds)."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    return Path(importlib.util.find_spec("torch").origin).parent
+
+
+def torch_facts() -> dict[str, str | None]:
+    """What the installed torch says of itself: `__version__`, and `cuda` where it has CUDA."""
+    return runpy.run_path(str(torch_dir() / "version.py"))
+
+
+def check_environment(path: str) -> None:
+    """End with one sentence where a package or a program that the build needs is missing or too old."""
+    missing = [
+        module for module in ("torch", "pybind11") if not getattr(importlib.util.find_spec(module), "origin", None)
+    ]
+    missing += [program for program in ("cmake", "ninja") if shutil.which(program, path=path) is None]
+    if missing:
         sys.exit(
-            "sparse_adv is built against the torch you run, and this build environment has none: install torch, "
-            "setuptools, cmake, ninja and pybind11, then run `pip install --no-build-isolation .`"
+            "sparse_adv is built against the torch you run, and this build environment has no "
+            f"{', no '.join(missing)}: {STEPS}"
         )
-    return Path(spec.origin).parent
+    found = torch_facts()["__version__"]
+    if tuple(map(int, found.split(".")[:2])) < (2, 10):
+        sys.exit(f"sparse_adv is built against torch 2.10 or newer, and this environment has {found}: {STEPS}")
 
 
-def cuda_options(torch: Path) -> list[str]:
-    """What CMake needs to build the CUDA ops: nothing where torch has no CUDA or there is no compiler that fits it."""
-    wanted = runpy.run_path(str(torch / "version.py")).get("cuda")
+def cuda_options(wanted: str | None) -> list[str]:
+    """What CMake needs to build the CUDA ops for torch's CUDA: nothing where it has none, or no compiler fits it."""
     if wanted is None:
         return []
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -50,14 +86,26 @@ def cuda_options(torch: Path) -> list[str]:
     return [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DSPARSE_ADV_CUDA_ARCHS={archs}"]
 
 
+class NativeFirst(build):
+    """The native part before the Python files: where it cannot be built, no list of files hides the reason."""
+
+    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
+
+
 class CMakeBuild(build_ext):
     """One CMake project builds the Python module `_host` and the op libraries `_ops_*`, beside the Python files."""
 
-    def finalize_options(self) -> None:
-        self.cuda = cuda_options(torch_dir())
-        if self.cuda:
-            self.distribution.ext_modules.append(Extension("sparse_adv._ops_cuda", sources=[]))
-        super().finalize_options()
+    def run(self) -> None:
+        if self.inplace and not WRITABLE:
+            sys.exit(f"{ROOT} cannot be written, so nothing can be built in place: install it without -e instead")
+        # The environment's own cmake and ninja come first, also where it is not activated.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        check_environment(path)
+        self.tools = os.environ | {"PATH": path}
+        self.cuda = cuda_options(torch_facts().get("cuda"))
+        if not self.cuda:
+            self.extensions = [extension for extension in self.extensions if extension is not OPS_CUDA]
+        super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
         # An op library knows nothing of Python: torch.ops.load_library loads it, so it carries no interpreter's tag.
@@ -68,15 +116,13 @@ class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
         import pybind11
 
-        out = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         configure = [
             "cmake",
             f"-S{ROOT}",
-            f"-B{build}",
+            f"-B{CMAKE_FOLDER}",
             "-GNinja",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={CMAKE_FOLDER}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_DIR={torch_dir()}",
@@ -84,15 +130,30 @@ class CMakeBuild(build_ext):
             f"-DSPARSE_ADV_VERSION={self.distribution.get_version()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        # The environment's own cmake and ninja come first, also where it is not activated.
-        tools = os.environ | {"PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
+        ran = subprocess.run(configure, env=self.tools, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if ran.returncode:
+            sentence = next((LACKING[said] for said in LACKING if re.search(said, ran.stdout)), None)
+            sys.exit(f"sparse_adv cannot be built: {sentence}" if sentence else ran.stdout + failure(configure))
         jobs = os.environ.get("MAX_JOBS")
-        for command in (configure, ["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])]):
-            if subprocess.run(command, env=tools).returncode:
-                sys.exit(f"building sparse_adv's native part failed: {' '.join(command)}")
+        compile = ["cmake", "--build", str(CMAKE_FOLDER), *(["-j", jobs] if jobs else [])]
+        if subprocess.run(compile, env=self.tools).returncode:
+            sys.exit(failure(compile))
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(CMAKE_FOLDER / target.name, target)
 
 
+def failure(command: list[str]) -> str:
+    return f"building sparse_adv's native part failed: {shlex.join(command)}"
+
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    found = setuptools.__version__
+    sys.exit(f"sparse_adv is built with setuptools 77 or newer, and this environment has {found}: {STEPS}")
+OPS_CUDA = Extension("sparse_adv._ops_cuda", sources=[])
 setup(
-    ext_modules=[Extension("sparse_adv._host", sources=[]), Extension("sparse_adv._ops_cpu", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[Extension("sparse_adv._host", sources=[]), Extension("sparse_adv._ops_cpu", sources=[]), OPS_CUDA],
+    cmdclass={"build": NativeFirst, "build_ext": CMakeBuild},
+    options={"build": {"build_base": SCRATCH.name}} | ({} if WRITABLE else {"egg_info": {"egg_base": SCRATCH.name}}),
 )

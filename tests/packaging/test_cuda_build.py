@@ -80,18 +80,17 @@ def test_what_computes_on_cuda_is_said():
 
 @pytest.fixture
 def options(monkeypatch, tmp_path):
-    """`setup.cuda_options` for a torch with this CUDA version and an nvcc of that release."""
+    """`setup.cuda_options` for a torch with this CUDA and an nvcc of that release."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     setup = runpy.run_path(str(ROOT / "setup.py"))
 
     def options(torch_cuda, nvcc_release):
-        (tmp_path / "version.py").write_text(f"cuda = {torch_cuda!r}\n")
         compiler = tmp_path / "bin" / "nvcc"
         compiler.parent.mkdir(exist_ok=True)
         compiler.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc_release}, V0'\n")
         compiler.chmod(0o755)
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-        return setup["cuda_options"](tmp_path)
+        return setup["cuda_options"](torch_cuda)
 
     return options
 
