@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-cpu gpu-check doctor sanitize two-unwinders clean
+.PHONY: help setup demo test lint format bench bench-cpu gpu-check doctor wheel sanitize two-unwinders clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ gpu-check:  ## on a machine with a GPU and a CUDA torch: build, prove and measur
 
 doctor: $(BUILT)  ## check the installation
 	$(BIN)/python -m sparse_adv doctor
+
+wheel: $(BUILT)  ## build dist/*.tar.gz and dist/*.whl, the wheel for this Python and every torch from 2.10 on
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist --wheel
 
 sanitize: $(BUILT)  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	.ci/sanitize $(BIN)/python build/sanitize
