@@ -1,4 +1,4 @@
-"""Building and packing: what a source distribution holds, and what a user reads where a build is not possible."""
+"""Building and packing: what a source distribution holds, what a user reads where no build is possible, and versions."""
 
 import os
 import re
@@ -175,3 +175,9 @@ def test_every_dependency_is_pinned():
     wanted += [name for extra in PYPROJECT["project"]["optional-dependencies"].values() for name in extra]
     names = {name.partition(">=")[0].strip().lower().replace("-", "_") for name in wanted}
     assert names <= {pin.lower().replace("-", "_") for pin in pins}
+
+
+def test_nothing_newer_than_the_oldest_allowed_torch_is_compiled_in():
+    (oldest,) = re.findall(r"torch>=(\d+)\.(\d+)\b", (ROOT / "pyproject.toml").read_text())
+    (target,) = re.findall(r"TORCH_TARGET_VERSION=0x(\w{2})(\w{2})0{12}\b", (ROOT / "CMakeLists.txt").read_text())
+    assert [int(number, 16) for number in target] == [int(number) for number in oldest]
