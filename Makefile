@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-cpu gpu-check doctor wheel sanitize two-unwinders clean
+.PHONY: help setup demo test test-torch lint format bench bench-cpu gpu-check doctor wheel sanitize two-unwinders clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,10 @@ demo: $(BUILT)  ## the main job: ticket search, adversarial training and control
 
 test: $(BUILT)  ## run the tests
 	$(BIN)/python -m pytest
+
+test-torch:  ## run the tests under another torch: VERSION=2.10.0 (and PYTHON=python3.12, WHEEL=a build from elsewhere)
+	@test -n "$(VERSION)" || { echo "which torch? make test-torch VERSION=2.10.0"; exit 2; }
+	PYTHON=$(PYTHON) .ci/test_torch $(VERSION) $(WHEEL)
 
 lint: $(BUILT)  ## check style, format and types
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Building and packing: what a source distribution holds, what a user reads where no build is possible, and versions."""
+"""Building and packing: what a source distribution holds, what a user reads where it cannot be built, versions."""
 
 import os
 import re
