@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -119,6 +119,16 @@ def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
     summed = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(summed)
     return summed.tolist()
+
+
+def collect(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors of all processes by rank, on the CPU."""
+    own = {name: tensor.cpu() for name, tensor in state.items()}
+    if world_size() == 1:
+        return [own]
+    found: list[dict[str, Tensor]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(found, own)
+    return found
 
 
 def average_buffers(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import runs
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
 from sparse_adv.config import TrainConfig
-from sparse_adv.nn import CommStats, register_masked_allreduce_hook
+from sparse_adv.nn import CommStats
 from sparse_adv.runs import Record
 from sparse_adv.training import distributed, objectives
 from sparse_adv.training.checkpoint import read_state, write_state, write_weights
@@ -28,6 +26,7 @@ from sparse_adv.training.devices import reads_at_once, wants_channels_last
 from sparse_adv.training.ema import EMA
 from sparse_adv.training.evaluation import Accuracy, Images, clean_accuracy, device_of, robust_accuracy
 from sparse_adv.training.overfitting import OverfittingMonitor
+from sparse_adv.training.sharing import share_gradients
 from sparse_adv.training.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -84,12 +83,6 @@ class Training:
         )
         self.wrapped = model
         self.comm_stats: CommStats | None = None
-        if distributed.world_size() > 1:
-            with warnings.catch_warnings():
-                # Newer versions have another name for it, which torch 2.10 does not know.
-                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-                self.wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-            self.comm_stats = register_masked_allreduce_hook(self.wrapped)
         self.costs: Costs | None = None
         self.densities: dict[str, float | None] = {}
         self._restore()
@@ -148,6 +141,9 @@ class Training:
                     self.densities = densities(self.model, x)
                 if self.validator is not None:
                     y = self.validator.check(x, y, self.costs.classes)
+                if distributed.world_size() > 1 and self.comm_stats is None:
+                    with self._autocast():
+                        self.wrapped, self.comm_stats = share_gradients(self.model, x)
                 for _ in range(objective.updates):
                     loss_sum += self._update(objective, x, y, noise, watch) * len(y)
                     images += len(y)
@@ -275,7 +271,10 @@ class Training:
 
     def _save(self) -> None:
         """Make the epoch safe: the one file of the state decides, all others can be made from it."""
-        if self.folder is not None and distributed.rank() == 0:
+        if self.folder is None:
+            return
+        objectives = distributed.collect(self.objective.state_dict())
+        if distributed.rank() == 0:
             if self.best.get("epoch") == len(self.records):
                 write_weights(self.folder / runs.BEST, self.evaluated.state_dict(), self.records[-1])
             write_state(
@@ -287,6 +286,7 @@ class Training:
                     "totals": [self.seconds, self.multiply_adds],
                     "guard": self.guard.state_dict() if self.guard else None,
                     **self._moving_state(),
+                    "objective": objectives,
                 },
             )
             self._publish()
@@ -307,7 +307,12 @@ class Training:
         state = read_state(path, self.device)
         if state["recipe"] != asdict(self.config):
             raise ValueError(f"{self.folder} holds a run of another configuration: take another folder, or delete it")
-        self._load_moving_state(state)
+        if len(state["objective"]) != distributed.world_size():
+            raise ValueError(
+                f"{self.folder} holds a run of {len(state['objective'])} processes, got {distributed.world_size()}: "
+                "start as many"
+            )
+        self._load_moving_state(state | {"objective": state["objective"][distributed.rank()]})
         self.records, self.best = state["records"], state["best"]
         self.seconds, self.multiply_adds = state["totals"]
         if self.guard:

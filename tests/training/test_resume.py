@@ -96,6 +96,15 @@ def test_a_damaged_state_is_named_and_left_alone(tmp_path, damage):
     assert path.read_bytes() == written
 
 
+def test_a_run_continues_with_as_many_processes(tmp_path):
+    with pytest.raises(Stop):
+        train(tmp_path, 1)
+    state = torch.load(tmp_path / runs.STATE, weights_only=True)
+    torch.save(state | {"objective": 2 * state["objective"]}, tmp_path / runs.STATE)
+    with pytest.raises(ValueError, match="holds a run of 2 processes, got 1: start as many"):
+        train(tmp_path)
+
+
 def test_a_state_holds_nothing_but_tensors_and_plain_data(tmp_path):
     train(tmp_path)
     state = torch.load(tmp_path / runs.STATE, weights_only=True)
