@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <string>
 
+#include "common/errors.h"
+#include "common/layout.h"
+#include "common/pgd_checks.h"
 #include "cpu/pgd_step_kernel.h"
 #include "cpu/staging.h"
-#include "errors.h"
-#include "images.h"
-#include "layout.h"
 
 namespace sparse_adv {
 

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <string>
 
+#include "common/errors.h"
+#include "common/pgd_checks.h"
 #include "cpu/random_start_kernel.h"
 #include "cpu/staging.h"
-#include "errors.h"
-#include "images.h"
 
 namespace sparse_adv {
 

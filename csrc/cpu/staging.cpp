@@ -2,7 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "layout.h"
+#include "common/layout.h"
 
 namespace sparse_adv {
 

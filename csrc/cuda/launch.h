@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "errors.h"
+#include "common/errors.h"
 
 namespace sparse_adv {
 

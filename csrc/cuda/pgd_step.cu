@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <string>
 
+#include "common/layout.h"
+#include "common/pgd_checks.h"
 #include "cuda/launch.h"
 #include "cuda/pgd_step_kernel.h"
-#include "images.h"
-#include "layout.h"
 
 namespace sparse_adv {
 

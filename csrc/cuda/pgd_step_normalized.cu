@@ -3,10 +3,10 @@
 
 #include <tuple>
 
+#include "common/layout.h"
+#include "common/pgd_checks.h"
 #include "cuda/launch.h"
 #include "cuda/pgd_step_normalized_kernel.h"
-#include "images.h"
-#include "layout.h"
 
 namespace sparse_adv {
 

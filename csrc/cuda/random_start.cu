@@ -3,9 +3,9 @@
 
 #include <string>
 
+#include "common/pgd_checks.h"
 #include "cuda/launch.h"
 #include "cuda/random_start_kernel.h"
-#include "images.h"
 
 namespace sparse_adv {
 

@@ -1,4 +1,4 @@
-"""Size and memory layout of the ops' outputs; csrc/layout.h has the same layout rule."""
+"""Size and memory layout of the ops' outputs; csrc/common/layout.h has the same layout rule."""
 
 from __future__ import annotations
 

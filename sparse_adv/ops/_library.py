@@ -24,7 +24,7 @@ except ImportError as error:
 def _load(path: Path) -> None:
     """Load an op library; warns if it was linked with an unwinder of its own.
 
-    Its errors reach Python all the same (csrc/errors.h): none leaves the library as a C++ exception.
+    Its errors reach Python all the same (csrc/common/errors.h): none leaves the library as a C++ exception.
     """
     torch.ops.load_library(path)
     if ctypes.CDLL(str(path)).sparse_adv_has_own_unwinder():

@@ -1,7 +1,7 @@
 """Patterns: masks compiled into the index lists that the sparse kernels read.
 
-The ops of torch take a pattern as a list of tensors, `flatten`; csrc/pattern_layout.h describes the list. Everywhere
-else a pattern is an object with named fields.
+The ops of torch take a pattern as a list of tensors, `flatten`; csrc/cpu/masked_conv2d/pattern_layout.h describes the
+list. Everywhere else a pattern is an object with named fields.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class CsrPattern(Pattern):
     """The index lists of the CPU kernels: compressed sparse rows.
 
     List i holds `col_indices[row_offsets[i]:row_offsets[i + 1]]`, each a (channel, tap) pair that a vector of 1, 2 or 4
-    output channels reads; csrc/pattern_layout.h has the details. The lists of grad_input run over output channels.
+    output channels reads; csrc/cpu/masked_conv2d/pattern_layout.h has the details. The lists of grad_input run over
+    output channels.
     """
 
     row_offsets: Tensor

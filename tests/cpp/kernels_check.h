@@ -9,13 +9,13 @@
 #include <vector>
 
 #include "cpu/capability.h"
-#include "cpu/entries_kernel.h"
-#include "cpu/masked_conv2d_grad_weight_kernel.h"
-#include "cpu/masked_conv2d_kernel.h"
+#include "cpu/masked_conv2d/batch_layout_kernel.h"
+#include "cpu/masked_conv2d/col_indices_kernel.h"
+#include "cpu/masked_conv2d/conv_kernel.h"
+#include "cpu/masked_conv2d/grad_weight_kernel.h"
+#include "cpu/masked_conv2d/width_layout_kernel.h"
 #include "cpu/pgd_step_kernel.h"
-#include "cpu/pixel_lanes_kernel.h"
 #include "cpu/random_start_kernel.h"
-#include "cpu/sample_lanes_kernel.h"
 
 namespace sparse_adv {
 

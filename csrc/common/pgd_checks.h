@@ -1,0 +1,49 @@
+// What the ops on images ask of their tensors, on every device.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <string>
+
+#include "common/errors.h"
+
+namespace sparse_adv {
+
+// Throws unless the tensor lies on the device of `first` and is float64, float32, bfloat16 or float16.
+inline void check_floating(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& first) {
+  using torch::headeronly::ScalarType;
+  check(tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index(), name,
+        " must be on the device of the images");
+  const ScalarType dtype = tensor.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+            dtype == ScalarType::Half,
+        name, " must be float64, float32, bfloat16 or float16");
+}
+
+inline void check_norm(const std::string& norm) {
+  check(norm == "linf" || norm == "l2", "norm must be linf or l2, got ", norm);
+}
+
+// What a step is given: three images of one size, of any floating dtype each.
+inline void check_step(const torch::stable::Tensor& adv, const torch::stable::Tensor& grad,
+                       const torch::stable::Tensor& clean, const std::string& norm) {
+  check_floating("adv", adv, adv);
+  check_floating("grad", grad, adv);
+  check_floating("clean", clean, adv);
+  check(std::ranges::equal(grad.sizes(), adv.sizes()), "grad must have the sizes of adv");
+  check(std::ranges::equal(clean.sizes(), adv.sizes()), "clean must have the sizes of adv");
+  check_norm(norm);
+}
+
+// What noise is drawn from: a key and an offset, where the images are.
+inline void check_start(const torch::stable::Tensor& clean, const torch::stable::Tensor& seed,
+                        const std::string& norm) {
+  check_floating("clean", clean, clean);
+  check(seed.is_cpu() == clean.is_cpu() && seed.get_device_index() == clean.get_device_index() && seed.dim() == 1 &&
+            seed.size(0) == 2 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
+        "seed must be an int64 tensor of size [2] on the device of the images");
+  check_norm(norm);
+}
+
+}  // namespace sparse_adv

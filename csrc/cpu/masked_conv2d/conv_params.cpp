@@ -1,0 +1,64 @@
+#include "cpu/masked_conv2d/conv_params.h"
+
+#include <algorithm>
+
+#include "common/errors.h"
+
+namespace sparse_adv {
+
+using torch::stable::Tensor;
+
+Convolution make_convolution(const Pattern& pattern, const std::vector<int64_t>& input_size,
+                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                             const std::vector<int64_t>& dilation, int64_t groups) {
+  check(input_size.size() == 4 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+        "an image has 4 sizes, stride, padding and dilation have 2 each");
+  check(groups == pattern.groups, "groups is ", groups, ", the pattern was compiled for ", pattern.groups);
+  Convolution conv{};
+  conv.N = input_size[0];
+  conv.C = input_size[1];
+  conv.H = input_size[2];
+  conv.W = input_size[3];
+  conv.K = pattern.out_channels;
+  conv.R = pattern.filter_rows;
+  conv.S = pattern.filter_cols;
+  conv.groups = groups;
+  check(conv.C == pattern.in_channels(), "input has ", conv.C, " channels, the pattern ", pattern.in_channels());
+  for (int i = 0; i < 2; ++i) {
+    check(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0,
+          "stride and dilation must be positive, padding not "
+          "negative");
+    check(stride[i] < (1 << 20) && dilation[i] < (1 << 20) && padding[i] < (1 << 20),
+          "stride, padding or dilation is absurdly large");
+    conv.stride[i] = stride[i];
+    conv.padding[i] = padding[i];
+    conv.dilation[i] = dilation[i];
+  }
+  auto output_size = [&](int64_t size, int64_t filter, int i) {
+    const int64_t span = size + 2 * padding[i] - dilation[i] * (filter - 1) - 1;
+    check(span >= 0 && filter >= 1, "the filter is larger than the padded image");
+    return span / stride[i] + 1;
+  };
+  conv.P = output_size(conv.H, conv.R, 0);
+  conv.Q = output_size(conv.W, conv.S, 1);
+  int64_t pixels, positions, macs;
+  check(!__builtin_mul_overflow(conv.P, conv.Q, &pixels) && !__builtin_mul_overflow(conv.N, pixels, &positions) &&
+            !__builtin_mul_overflow(positions, conv.weights(), &macs),
+        "an output of ", conv.N, " x ", conv.P, " x ", conv.Q, " pixels is too large");
+  return conv;
+}
+
+void check_size(const char* name, const std::optional<Tensor>& tensor, const std::array<int64_t, 4>& size) {
+  if (!tensor) return;
+  check(tensor->is_cpu(), name, " must be on the CPU");
+  check(tensor->dim() == 4 && std::equal(size.begin(), size.end(), tensor->sizes().begin()), name, " must have size [",
+        size[0], ", ", size[1], ", ", size[2], ", ", size[3], "]");
+}
+
+void check_weight(const Pattern& pattern, const Tensor& weight, const Tensor& images) {
+  check_size("weight", weight,
+             {pattern.out_channels, pattern.group_in_channels, pattern.filter_rows, pattern.filter_cols});
+  check(weight.scalar_type() == images.scalar_type(), "weight and images must have one dtype");
+}
+
+}  // namespace sparse_adv

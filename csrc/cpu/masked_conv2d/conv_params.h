@@ -1,0 +1,33 @@
+// The sizes of one convolution. Letters, here and in the kernels: N batch, C input channels, H x W image; K output
+// channels, R x S filter; P x Q output.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <vector>
+
+#include "cpu/masked_conv2d/pattern.h"
+
+namespace sparse_adv {
+
+struct Convolution {
+  int64_t N, C, H, W, K, R, S, P, Q;
+  std::array<int64_t, 2> stride, padding, dilation;
+  int64_t groups;
+
+  int64_t weights() const { return K * (C / groups) * R * S; }
+};
+
+// Throws where the sizes do not fit together or to the pattern, or 64 bits cannot count the multiply-adds.
+Convolution make_convolution(const Pattern& pattern, const std::vector<int64_t>& input_size,
+                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                             const std::vector<int64_t>& dilation, int64_t groups);
+
+// Throws where the weight is not the pattern's or its dtype is not that of `images`.
+void check_weight(const Pattern& pattern, const torch::stable::Tensor& weight, const torch::stable::Tensor& images);
+
+void check_size(const char* name, const std::optional<torch::stable::Tensor>& tensor,
+                const std::array<int64_t, 4>& size);
+
+}  // namespace sparse_adv

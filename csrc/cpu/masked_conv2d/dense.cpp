@@ -1,0 +1,92 @@
+#include "cpu/masked_conv2d/dense.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include "common/layout.h"
+
+namespace sparse_adv {
+
+namespace {
+
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+// Calls an ATen op by name and returns its `results` outputs.
+template <size_t results, class... Args>
+std::array<StableIValue, results> call(const char* op, const char* overload, const Args&... args) {
+  std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> stack{
+      torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, results> outputs;
+  std::copy_n(stack.begin(), results, outputs.begin());
+  return outputs;
+}
+
+template <class... Args>
+Tensor call_tensor(const char* op, const char* overload, const Args&... args) {
+  return torch::stable::detail::to<Tensor>(call<1>(op, overload, args...)[0]);
+}
+
+// Selected and not multiplied: a pruned NaN or infinity counts as 0.
+Tensor keep_only(const Pattern& pattern, const Tensor& weight) {
+  Tensor zero = torch::stable::new_zeros(weight, {});
+  return call_tensor("aten::where", "self", pattern.mask, weight, zero);
+}
+
+Tensor masked(const Pattern& pattern, const Tensor& weight) {
+  return pattern.weight_is_masked ? weight : keep_only(pattern, weight);
+}
+
+// The stable ABI hands over no Scalar, so aten::add cannot be called; subtract has a C entry of its own.
+Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
+
+Sizes to_vector(const std::array<int64_t, 2>& pair) { return {pair[0], pair[1]}; }
+
+// convolution_backward; `which` is 0 for the input's gradient and 1 for the weight's.
+Tensor backward(const Convolution& conv, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                int which) {
+  const std::array<bool, 3> wanted{which == 0, which == 1, false};
+  auto outputs = call<3>("aten::convolution_backward", "", grad_output, input, weight, std::optional<Sizes>{},
+                         to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false, Sizes{0, 0},
+                         conv.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()));
+  std::array<Tensor, 3> gradients;
+  for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::detail::to<Tensor>(outputs[i]);
+  return gradients[which];
+}
+
+}  // namespace
+
+Tensor dense_conv2d(const Convolution& conv, const Pattern& pattern, const Tensor& input, const Tensor& weight,
+                    const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                    const std::optional<Tensor>& residual, bool relu) {
+  // Bias goes into the convolution unless a scale must come before it.
+  Tensor output = call_tensor("aten::convolution", "", input, masked(pattern, weight), scale ? std::nullopt : bias,
+                              to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false,
+                              Sizes{0, 0}, conv.groups);
+  const std::array<int64_t, 4> per_channel{1, conv.K, 1, 1};
+  auto as_channel = [&](const Tensor& vector) {
+    return torch::stable::reshape(vector, {per_channel.data(), per_channel.size()});
+  };
+  if (scale) output = call_tensor("aten::mul", "Tensor", output, as_channel(*scale));
+  if (scale && bias) output = add(output, as_channel(*bias));
+  if (residual) output = add(output, *residual);
+  if (relu) output = call_tensor("aten::relu", "", output);
+  return in_layout_of(input, output);
+}
+
+Tensor dense_conv2d_grad_input(const Convolution& conv, const Pattern& pattern, const Tensor& grad_output,
+                               const Tensor& weight) {
+  // Only the shape of the input is used.
+  const Tensor input = empty_in_layout_of(grad_output, {conv.N, conv.C, conv.H, conv.W});
+  return in_layout_of(grad_output, backward(conv, grad_output, input, masked(pattern, weight), 0));
+}
+
+Tensor dense_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern, const Tensor& grad_output,
+                                const Tensor& input) {
+  const std::array<int64_t, 4> size{conv.K, pattern.group_in_channels, conv.R, conv.S};
+  const Tensor weight = torch::stable::new_empty(input, {size.data(), size.size()});
+  return torch::stable::contiguous(keep_only(pattern, backward(conv, grad_output, input, weight, 1)));
+}
+
+}  // namespace sparse_adv
