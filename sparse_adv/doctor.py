@@ -1,4 +1,4 @@
-"""Checks an installation: what is there, and whether every op agrees with plain PyTorch, forward and backward."""
+"""`doctor`: prints versions and hardware, and checks every op against plain PyTorch, forward and backward."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torch import Tensor
 import sparse_adv
 from sparse_adv import ops
 from sparse_adv.ops import reference
+from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 TOLERANCE = 1e-5
-"""Relative: sums of some hundred float32 products differ by rounding, not by more."""
+"""Relative error; sums of some hundred float32 products differ by less when they are added in another order."""
 
 
 def run() -> int:
-    """Print what is there and check every op; 0 if all is well, 1 if not."""
+    """Print versions and hardware, and check every op; returns 0 if all checks pass, else 1."""
     for name, value in facts().items():
         print(f"{name:<16}{value}")
     failures = []
@@ -29,7 +30,7 @@ def run() -> int:
         begin = time.perf_counter()
         try:
             error = check()
-        except Exception as reason:  # a doctor reports whatever breaks
+        except Exception as reason:  # whatever goes wrong in a check is its result
             verdict = f"FAILED: {type(reason).__name__}: {reason}"
         else:
             verdict = "ok" if error <= TOLERANCE else f"FAILED: differs from the reference by {error:.2g}"
@@ -41,7 +42,7 @@ def run() -> int:
 
 
 def facts() -> dict[str, str]:
-    """Versions, and what the ops would use."""
+    """Versions, instruction set, threads, and the ops that are available."""
     built = ops.build_facts()
     cuda = (
         f"{torch.cuda.get_device_name()} (torch built for {torch.version.cuda})" if torch.cuda.is_available() else "no"
@@ -59,20 +60,20 @@ def facts() -> dict[str, str]:
     }
 
 
-def _masked_conv2d(block: tuple[int, int], path: str) -> float:
-    """Forward with every part of the epilogue, and all gradients, on one kernel path."""
+def _masked_conv2d(block: tuple[int, int], kernel: str) -> float:
+    """Forward with scale, bias, residual and ReLU, and all gradients, with one kernel."""
     noise = torch.Generator().manual_seed(0)
     x = torch.rand(2, 12, 7, 9, generator=noise)
     weight = torch.randn(16, 12, 3, 3, generator=noise)
-    kept = torch.rand(16 // block[0], 12 // block[1], 3, 3, generator=noise) < 0.3
-    mask = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    grid = torch.rand(16 // block[0], 12 // block[1], 3, 3, generator=noise) < 0.3
+    mask = expand_blocks(grid, block, weight.shape)
     bias, scale = torch.randn(2, 16, generator=noise)
     residual = torch.randn(2, 16, 7, 9, generator=noise)
-    pattern = ops.set_kernels(ops.compile_pattern(mask, block), forward=path, grad_input=path, grad_weight=path)
+    pattern = ops.set_kernels(ops.compile_pattern(mask, block), kernel, kernel, kernel)
 
-    def results(op: Callable[..., Tensor], structure: Tensor | ops.Pattern) -> list[Tensor]:
+    def results(op: Callable[..., Tensor], mask: Tensor | ops.Pattern) -> list[Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias, scale, residual)]
-        y = op(leaves[0], leaves[1], structure, leaves[2], 1, 1, scale=leaves[3], residual=leaves[4], relu=True)
+        y = op(leaves[0], leaves[1], mask, leaves[2], 1, 1, scale=leaves[3], residual=leaves[4], relu=True)
         return [y.detach(), *torch.autograd.grad(y.square().mean(), leaves)]
 
     return _difference(results(ops.masked_conv2d, pattern), results(reference.masked_conv2d, mask))
@@ -94,7 +95,7 @@ def _random_start(norm: str) -> float:
 
 
 def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference, relative to the largest value of its tensor; a NaN is infinitely far away."""
+    """The largest difference, relative to the largest value of its tensor; infinite if a value is NaN."""
     errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(actual, expected, strict=True)]
     return float(torch.stack(errors).nan_to_num(nan=float("inf")).max())
 
@@ -110,9 +111,9 @@ OPS = (
 )
 CHECKS: dict[str, Callable[[], float]] = {
     **{
-        f"masked_conv2d {block} {path}": partial(_masked_conv2d, block, path)
+        f"masked_conv2d {block} {kernel}": partial(_masked_conv2d, block, kernel)
         for block in ((1, 1), (4, 1))
-        for path in ("sparse", "dense")
+        for kernel in ("sparse", "dense")
     },
     **{f"pgd_step {norm}": partial(_pgd_step, norm) for norm in ("linf", "l2")},
     **{f"random_start {norm}": partial(_random_start, norm) for norm in ("linf", "l2")},

@@ -1,21 +1,22 @@
-"""`masked_conv2d` and its input gradient on tensor cores: a matrix product over the live blocks of a mask alone.
+"""`masked_conv2d` and its input gradient on tensor cores: a matrix product over the live blocks of a mask.
 
 Letters: N images, C input channels, H x W pixels; K output channels, R x S filter; P x Q output pixels.
 
-A program computes one tile of pixels of one tile of channels: it walks the tile's list of live blocks, (channel tile it
-reads, tap), gathers the pixels that the tap reaches, and multiplies them by the block's packed weights. What is not in
-the list costs nothing. Images are read channels_last, where the 32 or 64 channels of a pixel are one or two lines of
-memory; others are copied once, as each pixel is read once for every live block of its channels. The output is written
-in its own layout.
+A program computes one tile of pixels of one tile of channels. It reads the tile's list of live blocks, each (channel
+tile to read, tap), gathers the pixels that the tap reads, and multiplies them by the block's packed weights. Blocks
+that are not in the list cost nothing. Images are read channels_last, where the 32 or 64 channels of a pixel are one or
+two lines of memory. Other layouts are copied to channels_last first: the copy reads each pixel once, while the kernel
+reads it once for every live block of its channels. The output is written in its own layout.
 
-The input gradient is the same walk with the roles of the channels exchanged, on the lists by input channel. With a
-stride, a tap reaches only the input pixels of one phase (row mod stride, column mod stride), so that each phase is a
-convolution of stride 1 with taps of its own; `_select_phases` cuts the lists accordingly.
+The input gradient is the same algorithm with input and output channels exchanged, on the lists by input channel. With a
+stride, a tap reaches only the input pixels of one phase (row mod stride, column mod stride). Each phase is then a
+convolution of stride 1 with its own taps, and `select_phases` makes its lists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,13 +24,43 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, layout_of, output_size
+from sparse_adv.kernels.masked_conv2d_phases import select_phases
 from sparse_adv.kernels.masked_conv2d_tiles import check_size, convolution_tile, divider, kind_of, quotient
 
-# What a group of programs that run at about the same time reads stays in the L2 cache, of 40 MB and more.
+# Programs that run at about the same time form a group; what a group reads fits into the L2 cache, of 40 MB or more.
 _GROUP_BYTES = 2**24
 
-# Elements from which on 32 bits do not number them; in what is smaller, offsets take half of the registers.
+# Tensors of this many elements or more need 64-bit offsets. Smaller ones take 32-bit offsets, in half the registers.
 _WIDE_FROM = 2**31
+
+
+class _Lists(NamedTuple):
+    """The live blocks, and which of them each tile of channels reads; `ops.masked_conv2d_live_blocks` makes them."""
+
+    values: Tensor
+    """[n, bo, bi]: the weights of the blocks."""
+    blocks: Tensor
+    """int32 [n, 4]: (first output channel, first input channel, filter row, filter column)."""
+    rows: Tensor
+    """int32 [tiles, 3], or [phases, tiles, 3]: (first channel, start, end)."""
+    order: Tensor | None
+    """int32 [n], or [phases, n]: indices into `blocks` that `rows` counts; None: `rows` counts `blocks` itself."""
+
+
+class _Fused(NamedTuple):
+    """What the kernel applies to its operands and to its result; None and False: nothing.
+
+    `gate` and the scale of the input gradient have no op yet: they are made for a training engine that fuses ReLU and
+    BatchNorm into the backward pass.
+    """
+
+    gate: Tensor | None = None
+    """Input gradient: grad_output counts as 0 where this is not positive."""
+    scale: Tensor | None = None
+    """Per output channel: a factor of the result, or of grad_output."""
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    relu: bool = False
 
 
 def forward(
@@ -47,22 +78,25 @@ def forward(
     relu: bool = False,
     precision: str = "tf32x3",
 ) -> Tensor:
-    """The op `sparse_adv::masked_conv2d` over live blocks; never waits for the device.
+    """The op `sparse_adv::masked_conv2d` over live blocks; it does not synchronise with the GPU.
 
     Args:
         input: float tensor [N, C, H, W].
         values: [n, bo, bi], what `masked_conv2d_pack.pack` returned, of the input's dtype.
-        blocks, rows: what `ops.live_blocks` returned.
+        blocks, rows: fields of `ops.masked_conv2d_live_blocks.LiveBlocks`.
         weight_size: (K, C/groups, R, S).
-        precision: how float32 is multiplied: as "tf32", or split into three products of it, "tf32x3", which lose 2 of
-            the 24 bits and take a quarter of the time of float32 without tensor cores.
+        bias, scale: float tensors [K], or None.
+        residual: float tensor [N, K, P, Q], or None.
+        precision: how float32 is multiplied: "tf32", or "tf32x3", which splits it into three products of tf32. These
+            lose 2 of the 24 bits and take a quarter of the time of float32 without tensor cores.
     """
     pixels = output_size(input.shape[2:], weight_size[2:], stride, padding, dilation)
     output = _empty_like_layout(input, (input.shape[0], weight_size[0], *pixels))
     if residual is not None:
         residual = in_layout_of(input, residual)
-    fused = (None, _dense(scale), _dense(bias), residual)
-    _launch(output, input, values, blocks, None, rows, *fused, stride, padding, dilation, relu, precision, False)
+    lists = _Lists(values, blocks, rows, None)
+    fused = _Fused(scale=_contiguous(scale), bias=_contiguous(bias), residual=residual, relu=relu)
+    _launch(output, input, lists, fused, (stride, padding, dilation), precision, gradient=False)
     return output
 
 
@@ -80,114 +114,130 @@ def grad_input(
     scale: Tensor | None = None,
     precision: str = "tf32x3",
 ) -> Tensor:
-    """The op `sparse_adv::masked_conv2d_grad_input` over live blocks; never waits for the device.
+    """The op `sparse_adv::masked_conv2d_grad_input` over live blocks; it does not synchronise with the GPU.
 
     Args:
         grad_output: float tensor [N, K, P, Q].
         values, blocks, precision: as in `forward`.
-        grad_rows, grad_order: what `ops.live_blocks` returned.
+        grad_rows, grad_order: fields of `ops.masked_conv2d_live_blocks.LiveBlocks`.
         input_size: (N, C, H, W).
-        relu_output: [N, K, P, Q], the output of a ReLU that followed: grad_output counts as 0 where this is not
+        relu_output: [N, K, P, Q], the output of a ReLU after the convolution: grad_output counts as 0 where this is not
             positive.
         scale: [K], a factor of grad_output; their product is rounded to its dtype.
     """
     output = _empty_like_layout(grad_output, input_size)
     if max(stride) > 1:
-        grad_rows, grad_order = _phases(blocks, grad_rows, grad_order, stride, padding, dilation)
+        grad_rows, grad_order = select_phases(blocks, grad_rows, grad_order, stride, padding, dilation)
     gate = None if relu_output is None else relu_output.contiguous(memory_format=torch.channels_last)
-    fused = (gate, _dense(scale), None, None)
-    lists = (blocks, grad_order, grad_rows)
-    _launch(output, grad_output, values, *lists, *fused, stride, padding, dilation, False, precision, True)
+    lists = _Lists(values, blocks, grad_rows, grad_order)
+    fused = _Fused(gate=gate, scale=_contiguous(scale))
+    _launch(output, grad_output, lists, fused, (stride, padding, dilation), precision, gradient=True)
     return output
 
 
 def _launch(
     output: Tensor,
     source: Tensor,
-    values: Tensor,
-    blocks: Tensor,
-    order: Tensor | None,
-    rows: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    relu: bool,
+    lists: _Lists,
+    fused: _Fused,
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
     precision: str,
     gradient: bool,
 ) -> None:
+    """Write the product of `source` and the blocks to `output`.
+
+    Args:
+        output: [N, K, P, Q], or [N, C, H, W] of the gradient.
+        source: the images to read, [N, C, H, W], or [N, K, P, Q] of the gradient.
+        geometry: stride, padding and dilation, each (rows, columns).
+        gradient: whether this is the input gradient.
+    """
     if output.numel() == 0:
         return
     images, channels, *size = output.shape
+    stride, padding, dilation = geometry
     phases = stride if gradient else (1, 1)
     tile_rows, tile_cols = (triton.cdiv(length, step) for length, step in zip(size, phases, strict=True))
     pixels = check_size(images * tile_rows * tile_cols)
-    lists = rows.shape[-2]
-    block_out, block_in = values.shape[1:]
-    read, written = (block_out, block_in) if gradient else (block_in, block_out)
+    tiles_of_channels = lists.rows.shape[-2]
+    block_out, block_in = lists.values.shape[1:]
+    channels_read, channels_written = (block_out, block_in) if gradient else (block_in, block_out)
     kind = kind_of(source, precision)
-    changed = gate is not None or (gradient and scale is not None)
-    tile = convolution_tile(kind, written, pixels, lists * phases[0] * phases[1], changed)
+    # Changed pixels are in registers, so they must be the first operand and the tile must be small.
+    changes_operands = fused.gate is not None or (gradient and fused.scale is not None)
+    lists_of_phases = tiles_of_channels * phases[0] * phases[1]
+    tile = convolution_tile(kind, channels_written, pixels, lists_of_phases, changes_operands)
     tiles = triton.cdiv(pixels, tile.pixels)
+    group = min(max(_GROUP_BYTES // (tile.pixels * source.shape[1] * source.element_size()), 1), tiles)
     source = source.contiguous(memory_format=torch.channels_last)
+    image_step, channel_step, row_step, col_step = output.stride()
+    row_factor, row_shift = divider(tile_rows)
+    col_factor, col_shift = divider(tile_cols)
     with torch.cuda.device_of(output):
-        convolve_kernel[(tiles * lists, phases[0] * phases[1])](
-            *(source, values, blocks, order, rows, output, gate, scale, bias, residual),
-            *(images, source.shape[1], *source.shape[2:], channels, *size, *output.stride()),
-            *(*divider(tile_rows), *divider(tile_cols), tile_rows, tile_cols),
-            *(*stride, *padding, *dilation, lists, tiles),
-            min(max(_GROUP_BYTES // (tile.pixels * source.shape[1] * source.element_size()), 1), tiles),
-            RELU=relu,
+        convolve_kernel[(tiles * tiles_of_channels, phases[0] * phases[1])](
+            source=source,
+            values=lists.values,
+            blocks=lists.blocks,
+            order=lists.order,
+            rows=lists.rows,
+            output=output,
+            gate=fused.gate,
+            scale=fused.scale,
+            bias=fused.bias,
+            residual=fused.residual,
+            images=images,
+            source_channels=source.shape[1],
+            source_rows=source.shape[2],
+            source_cols=source.shape[3],
+            out_channels=channels,
+            out_rows=size[0],
+            out_cols=size[1],
+            image_step=image_step,
+            channel_step=channel_step,
+            row_step=row_step,
+            col_step=col_step,
+            row_factor=row_factor,
+            row_shift=row_shift,
+            col_factor=col_factor,
+            col_shift=col_shift,
+            tile_rows=tile_rows,
+            tile_cols=tile_cols,
+            stride_h=stride[0],
+            stride_w=stride[1],
+            pad_h=padding[0],
+            pad_w=padding[1],
+            dilation_h=dilation[0],
+            dilation_w=dilation[1],
+            lists=tiles_of_channels,
+            tiles=tiles,
+            group=group,
+            RELU=fused.relu,
             GRADIENT=gradient,
             BLOCK_OUT=block_out,
             BLOCK_IN=block_in,
             # Split operands take three times the registers.
-            STEP=32 if kind == "tf32x3" else read,
+            STEP=32 if kind == "tf32x3" else channels_read,
             PIXELS=tile.pixels,
-            PIXELS_FIRST=written < 64 or changed,
+            PIXELS_FIRST=channels_written < 64 or changes_operands,
             PRECISION=precision,
             WIDE=source.numel() >= _WIDE_FROM,
             **tile.options,
         )
 
 
-def _phases(
-    blocks: Tensor,
-    rows: Tensor,
-    order: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """For each phase of a strided gradient, row phase first, the rows and the order of the blocks that reach it."""
-    phases, entries = stride[0] * stride[1], order.shape[0]
-    phase_rows = rows.new_empty(phases, *rows.shape)
-    phase_order = order.new_empty(phases, entries)
-    with torch.cuda.device_of(rows):
-        select_phases_kernel[(rows.shape[0], phases)](
-            *(blocks, order, rows, phase_order, phase_rows, entries, rows.shape[0], *stride, *padding, *dilation),
-            CHUNK=128,
-            num_warps=1,
-        )
-    return phase_rows, phase_order
-
-
 def _empty_like_layout(like: Tensor, size: Sequence[int]) -> Tensor:
     return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=layout_of(like))
 
 
-def _dense(vector: Tensor | None) -> Tensor | None:
+def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
 @triton.jit
 def _entry(blocks, order, item, end, STEP: tl.constexpr, PARTS: tl.constexpr, GRADIENT: tl.constexpr):
-    """Item `item` of the lists: the number of its block, the step of channels that it reads, its tap; at end, anything.
+    """Item `item` of the lists: (index of its block, part of the block, step of channels to read, filter row, column).
 
-    Each of the blocks is PARTS items, of STEP channels each.
+    Each block is PARTS items of STEP channels each. From `end` on, which is one item ahead of the loop, all are 0.
     """
     there = item < end
     part = item % PARTS
@@ -197,7 +247,7 @@ def _entry(blocks, order, item, end, STEP: tl.constexpr, PARTS: tl.constexpr, GR
     return number, part, step, tl.load(block + 2, mask=there, other=0), tl.load(block + 3, mask=there, other=0)
 
 
-# Sizes of layers come in many values, and none of these makes the code better: one compiled kernel serves all.
+# Layers have many different sizes, and the compiler makes no better code from any of these: one kernel serves all.
 _SIZES = ["images", "source_rows", "source_cols", "out_rows", "out_cols", "lists", "tiles", "group"]
 _SIZES += ["row_factor", "row_shift", "col_factor", "col_shift", "tile_rows", "tile_cols"]
 _GEOMETRY = ["stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"]
@@ -205,16 +255,18 @@ _GEOMETRY = ["stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w
 
 @triton.jit(do_not_specialize=[*_SIZES, *_GEOMETRY])
 def convolve_kernel(
-    source,
-    values,
-    blocks,
-    order,
-    rows,
-    output,
-    gate,
-    scale,
-    bias,
-    residual,
+    # Pointers.
+    source,  # [images, source_rows, source_cols, source_channels], the images to read
+    values,  # [n, BLOCK_OUT, BLOCK_IN], the weights of the live blocks
+    blocks,  # int32 [n, 4], (first output channel, first input channel, filter row, filter column)
+    order,  # int32 [phases, n], indices into blocks; None in the forward pass
+    rows,  # int32 [phases, lists, 3], (first channel to write, start, end): a slice of order, or of blocks
+    output,  # [images, out_channels, out_rows, out_cols] of any strides
+    gate,  # as source, or None
+    scale,  # [out_channels], in the gradient [source_channels], or None
+    bias,  # [out_channels] or None
+    residual,  # strided as output, or None
+    # Sizes of the images, and strides of the output.
     images,
     source_channels,
     source_rows,
@@ -226,18 +278,21 @@ def convolve_kernel(
     channel_step,
     row_step,
     col_step,
+    # Pixels of one phase of an image, and the numbers that `quotient` divides by them with.
     row_factor,
     row_shift,
     col_factor,
     col_shift,
     tile_rows,
     tile_cols,
+    # The convolution.
     stride_h,
     stride_w,
     pad_h,
     pad_w,
     dilation_h,
     dilation_w,
+    # Programs: tiles of channels, tiles of pixels, and tiles of pixels in a group.
     lists,
     tiles,
     group,
@@ -245,16 +300,17 @@ def convolve_kernel(
     GRADIENT: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-    STEP: tl.constexpr,
-    PIXELS: tl.constexpr,
-    PIXELS_FIRST: tl.constexpr,
+    STEP: tl.constexpr,  # channels that one product sums over
+    PIXELS: tl.constexpr,  # of a tile
+    PIXELS_FIRST: tl.constexpr,  # whether pixels are the rows of the product, and channels its columns
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr,  # whether offsets into source need 64 bits
 ):
+    """One tile of pixels (program_id 0, within a group), for one tile of channels and one phase (program_id 1)."""
     PARTS: tl.constexpr = (BLOCK_OUT if GRADIENT else BLOCK_IN) // STEP
     WRITTEN: tl.constexpr = BLOCK_IN if GRADIENT else BLOCK_OUT
 
-    # Groups of tiles whose pixels fit into L2; within one, the longest list first for all of its tiles.
+    # The tiles of a group read pixels that fit into L2. Within a group, the longest list comes first, for all tiles.
     program = tl.program_id(0)
     first_tile = program // (group * lists) * group
     in_group = tl.minimum(group, tiles - first_tile)
@@ -263,7 +319,7 @@ def convolve_kernel(
     phase = tl.program_id(1)
     row = rows + 3 * (phase * lists + place // in_group)
 
-    # A pixel's row and column count within its phase; phase_h, step_h are 0, stride_h in the forward pass.
+    # h and w are the pixel's row and column within its phase; the forward pass has one phase.
     pixel = tile * PIXELS + tl.arange(0, PIXELS)
     line = quotient(pixel, col_factor, col_shift)
     image = quotient(line, row_factor, row_shift)
@@ -276,18 +332,18 @@ def convolve_kernel(
     channel = tl.arange(0, STEP)
     offsets = ((image.to(tl.int64) * source_rows + source_h) * source_cols + source_w) * source_channels
     offsets = (offsets if WIDE else offsets.to(tl.int32))[:, None] + channel[None, :]
-    source_h = tl.where(image < images, source_h, -(2**30))  # outside, wherever a tap goes
+    source_h = tl.where(image < images, source_h, -(2**30))  # outside of the image for every tap
     weight_rows = tl.arange(0, STEP if GRADIENT else BLOCK_OUT)
     weight_cols = tl.arange(0, BLOCK_IN if GRADIENT else STEP)
     weight_offsets = weight_rows[:, None] * BLOCK_IN + weight_cols[None, :]
     part_offset: tl.constexpr = STEP * BLOCK_IN if GRADIENT else STEP
 
-    # wgmma takes its first operand 64 rows at a time, and reads the less from shared memory the wider the second is:
-    # pixels come second where the channels are 64. From registers it takes the first alone.
+    # wgmma takes 64 rows of its first operand at a time, and reads less from shared memory the wider the second one is.
+    # So with 64 channels the pixels are the second operand. Only the first operand may come from registers.
     acc = tl.zeros((PIXELS, WRITTEN) if PIXELS_FIRST else (WRITTEN, PIXELS), tl.float32)
     start = tl.load(row + 1) * PARTS
     end = tl.load(row + 2) * PARTS
-    # Each entry is loaded one block ahead: loads of pixels can run ahead only if they wait for no load themselves.
+    # Each entry is loaded one item ahead, because pixels can be prefetched only if their addresses are known.
     number, part, step, r, s = _entry(blocks, order, start, end, STEP, PARTS, GRADIENT)
     for item in range(start, end):
         if GRADIENT:
@@ -337,44 +393,3 @@ def convolve_kernel(
         if RELU:
             y = tl.where(y < 0, 0.0, y)  # NaN stays
     tl.store(output + at, y.to(output.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["entries", "lists", *_GEOMETRY])
-def select_phases_kernel(
-    blocks,
-    order,
-    rows,
-    phase_order,
-    phase_rows,
-    entries,
-    lists,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
-    dilation_h,
-    dilation_w,
-    CHUNK: tl.constexpr,
-):
-    list_number = tl.program_id(0)
-    phase = tl.program_id(1)
-    phase_h = phase // stride_w
-    phase_w = phase - phase_h * stride_w
-    start = tl.load(rows + 3 * list_number + 1)
-    end = tl.load(rows + 3 * list_number + 2)
-    first = phase * entries + start
-    count = 0
-    for chunk in range(start, end, CHUNK):
-        i = chunk + tl.arange(0, CHUNK)
-        number = tl.load(order + i, mask=i < end, other=0)
-        r = tl.load(blocks + 4 * number + 2, mask=i < end, other=0)
-        s = tl.load(blocks + 4 * number + 3, mask=i < end, other=0)
-        reaches = (phase_h + pad_h - r * dilation_h) % stride_h == 0
-        reaches &= (phase_w + pad_w - s * dilation_w) % stride_w == 0
-        reaches = (reaches & (i < end)).to(tl.int32)
-        tl.store(phase_order + first + count + tl.cumsum(reaches) - 1, number, mask=reaches != 0)
-        count += tl.sum(reaches)
-    row = phase_rows + 3 * (phase * lists + list_number)
-    tl.store(row, tl.load(rows + 3 * list_number))
-    tl.store(row + 1, first)
-    tl.store(row + 2, first + count)

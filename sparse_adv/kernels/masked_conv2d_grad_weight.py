@@ -1,11 +1,11 @@
-"""The weight gradient of `masked_conv2d` for the live blocks of a mask alone.
+"""The weight gradient of `masked_conv2d` for the live blocks of a mask.
 
 Letters: N images, C input channels, H x W pixels; K output channels, R x S filter; P x Q output pixels.
 
-A program takes one live block and one share of the output pixels, and sums over these the products of the gradient's 32
-or 64 channels with the input's under the block's tap. A second kernel adds the shares in a fixed order and rounds once:
-the result is the same in each call. Adding them by atomic operations would save no pass, as the sums have to go
-from float32 into the weight's layout and dtype in any case.
+A program takes one live block and one share of the output pixels, and sums over these pixels the products of the 32 or
+64 channels of grad_output with those of the input under the block's tap. A second kernel adds the shares in a fixed
+order and rounds once, so that all calls give the same bits. Atomic additions would not save this kernel, because the
+float32 sums have to be converted to the weight's layout and dtype in any case.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def grad_weight(
     groups: int,
     precision: str = "tf32x3",
 ) -> Tensor:
-    """The op `sparse_adv::masked_conv2d_grad_weight` over live blocks; never waits for the device.
+    """The op `sparse_adv::masked_conv2d_grad_weight` over live blocks; it does not synchronise with the GPU.
 
     Args:
         grad_output: float tensor [N, K, P, Q].
         input: float tensor [N, C, H, W], of the same dtype.
-        blocks: int32 tensor [n, 4], what `ops.live_blocks` returned.
+        blocks: int32 tensor [n, 4], field of `ops.masked_conv2d_live_blocks.LiveBlocks`.
         block: (bo, bi).
         weight_size: (K, C/groups, R, S).
         precision: how float32 is multiplied, see `masked_conv2d.forward`.
@@ -62,11 +62,34 @@ def grad_weight(
     tile = gradient_tile(kind_of(input, precision))
     shares = gradient_shares(pixels, live, tile)
     share = triton.cdiv(triton.cdiv(pixels, shares), tile.pixels) * tile.pixels
+    row_factor, row_shift = divider(out_rows)
+    col_factor, col_shift = divider(out_cols)
     sums = torch.empty(shares, live, *block, dtype=torch.float32, device=input.device)
     with torch.cuda.device_of(input):
         sum_products_kernel[(live, shares)](
-            *(grad_output, input, blocks, sums, pixels, share, live, out_channels, *input.shape[1:]),
-            *(*divider(out_rows), *divider(out_cols), out_rows, out_cols, *stride, *padding, *dilation),
+            grad_output=grad_output,
+            input=input,
+            blocks=blocks,
+            sums=sums,
+            pixels=pixels,
+            share=share,
+            live=live,
+            out_channels=out_channels,
+            in_channels=input.shape[1],
+            rows=input.shape[2],
+            cols=input.shape[3],
+            row_factor=row_factor,
+            row_shift=row_shift,
+            col_factor=col_factor,
+            col_shift=col_shift,
+            out_rows=out_rows,
+            out_cols=out_cols,
+            stride_h=stride[0],
+            stride_w=stride[1],
+            pad_h=padding[0],
+            pad_w=padding[1],
+            dilation_h=dilation[0],
+            dilation_w=dilation[1],
             BLOCK_OUT=block[0],
             BLOCK_IN=block[1],
             PIXELS=tile.pixels,
@@ -74,7 +97,16 @@ def grad_weight(
             **tile.options,
         )
         add_shares_kernel[(live, block[0] // _ROWS)](
-            *(sums, blocks, grad, shares, live, weight_size[0] // groups, *weight_size),
+            sums=sums,
+            blocks=blocks,
+            grad=grad,
+            shares=shares,
+            live=live,
+            group_out=weight_size[0] // groups,
+            out_channels=weight_size[0],
+            in_channels=weight_size[1],
+            filter_rows=weight_size[2],
+            filter_cols=weight_size[3],
             BLOCK_OUT=block[0],
             BLOCK_IN=block[1],
             ROWS=_ROWS,
@@ -83,7 +115,7 @@ def grad_weight(
     return grad
 
 
-_ROWS = 16  # of a block, that one program of the second kernel adds
+_ROWS = 16  # rows of a block that one program of `add_shares_kernel` adds
 
 _GEOMETRY = ["rows", "cols", "row_factor", "row_shift", "col_factor", "col_shift", "out_rows", "out_cols"]
 _GEOMETRY += ["stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"]
@@ -91,12 +123,12 @@ _GEOMETRY += ["stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_
 
 @triton.jit(do_not_specialize=["pixels", "share", "live", *_GEOMETRY])
 def sum_products_kernel(
-    grad_output,
-    input,
-    blocks,
-    sums,
-    pixels,
-    share,
+    grad_output,  # [images, out_rows, out_cols, out_channels]
+    input,  # [images, rows, cols, in_channels]
+    blocks,  # int32 [live, 4], (first output channel, first input channel, filter row, filter column)
+    sums,  # float32 [shares, live, BLOCK_OUT, BLOCK_IN], written
+    pixels,  # of all output images
+    share,  # pixels of one share
     live,
     out_channels,
     in_channels,
@@ -119,6 +151,7 @@ def sum_products_kernel(
     PIXELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """One live block (program_id 0) and one share of the pixels (program_id 1)."""
     number = tl.program_id(0)
     block = blocks + 4 * number
     k = tl.load(block) // BLOCK_OUT * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -126,7 +159,7 @@ def sum_products_kernel(
     dh = tl.load(block + 2) * dilation_h - pad_h
     dw = tl.load(block + 3) * dilation_w - pad_w
 
-    # wgmma takes its first operand 64 rows at a time: the wider channels come first.
+    # wgmma takes 64 rows of its first operand at a time, so the wider block side comes first.
     OUT_FIRST: tl.constexpr = BLOCK_OUT >= BLOCK_IN
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN) if OUT_FIRST else (BLOCK_IN, BLOCK_OUT), tl.float32)
     start = tl.program_id(1) * share
@@ -158,12 +191,12 @@ def sum_products_kernel(
     do_not_specialize=["shares", "live", "group_out", "out_channels", "in_channels", "filter_rows", "filter_cols"]
 )
 def add_shares_kernel(
-    sums,
-    blocks,
-    grad,
+    sums,  # float32 [shares, live, BLOCK_OUT, BLOCK_IN]
+    blocks,  # int32 [live, 4]
+    grad,  # [out_channels, in_channels, filter_rows, filter_cols], written
     shares,
     live,
-    group_out,
+    group_out,  # output channels of one group
     out_channels,
     in_channels,
     filter_rows,
@@ -172,6 +205,7 @@ def add_shares_kernel(
     BLOCK_IN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """ROWS rows (program_id 1) of one live block (program_id 0)."""
     number = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_IN)

@@ -1,4 +1,4 @@
-"""Packs the live blocks of a weight, so that the kernels read each as one piece of memory."""
+"""Packs the live blocks of a weight, so that the kernels read each block from contiguous memory."""
 
 from __future__ import annotations
 
@@ -11,25 +11,35 @@ from torch import Tensor
 
 
 def pack(weight: Tensor, blocks: Tensor, block: Sequence[int], groups: int, dtype: torch.dtype) -> Tensor:
-    """The live blocks of a weight, in one pass; never waits for the device.
+    """Pack the live blocks of a weight, in one pass; does not synchronise with the GPU.
 
     Args:
         weight: float tensor [K, C/groups, R, S].
-        blocks: int32 tensor [n, 4], what `ops.live_blocks` returned.
+        blocks: int32 tensor [n, 4], field of `ops.masked_conv2d_live_blocks.LiveBlocks`.
         block: (bo, bi).
         groups: the convolution's groups.
         dtype: of the result.
 
     Returns:
-        [n, bo, bi], 0 beyond the weight's last channels.
+        tensor [n, bo, bi], 0 beyond the weight's last channels.
     """
     values = torch.empty(blocks.shape[0], *block, dtype=dtype, device=weight.device)
     if values.numel() == 0:
         return values
     out_channels, in_channels = weight.shape[:2]
+    out_step, in_step, row_step, col_step = weight.stride()
     with torch.cuda.device_of(weight):
         pack_kernel[(blocks.shape[0],)](
-            *(weight, blocks, values, out_channels, in_channels, out_channels // groups, *weight.stride()),
+            weight=weight,
+            blocks=blocks,
+            values=values,
+            out_channels=out_channels,
+            in_channels=in_channels,
+            group_out=out_channels // groups,
+            out_step=out_step,
+            in_step=in_step,
+            row_step=row_step,
+            col_step=col_step,
             BLOCK_OUT=block[0],
             BLOCK_IN=block[1],
             num_warps=4,
@@ -39,12 +49,12 @@ def pack(weight: Tensor, blocks: Tensor, block: Sequence[int], groups: int, dtyp
 
 @triton.jit(do_not_specialize=["out_channels", "in_channels", "group_out"])
 def pack_kernel(
-    weight,
-    blocks,
-    values,
+    weight,  # [out_channels, in_channels, rows, cols] of any strides
+    blocks,  # int32 [n, 4], (first output channel, first input channel, filter row, filter column)
+    values,  # [n, BLOCK_OUT, BLOCK_IN], written
     out_channels,
-    in_channels,
-    group_out,
+    in_channels,  # of one group
+    group_out,  # output channels of one group
     out_step,
     in_step,
     row_step,
@@ -52,6 +62,7 @@ def pack_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
+    """One live block."""
     number = tl.program_id(0)
     first_out = tl.load(blocks + 4 * number)
     first_in = tl.load(blocks + 4 * number + 1) - first_out // group_out * in_channels

@@ -1,4 +1,4 @@
-"""Tiles of pixels: how large for which product, and where in an image each pixel lies."""
+"""Tiles of pixels: their size for each kind of product, and the position in the image of each pixel."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """How one program computes: so many pixels at a time, by so many warps, so many loads ahead."""
+    """The pixels that one program computes at a time, and Triton's options."""
 
     pixels: int
     num_warps: int
     num_stages: int
+    """Loads that are in flight at a time."""
 
     @property
     def options(self) -> dict[str, int]:
+        """What Triton takes as keyword arguments."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# A GPU of the class that the tiles are made for runs this many programs at a time: two for each of 132 multiprocessors.
+# Programs that an H100 or H200, for which the tiles were chosen, runs at a time: two on each of 132 multiprocessors.
 _PROGRAMS = 264
 
-# By kind of product and output channels of the tile: for layers that fill the GPU, and for those that do not.
-# The 16-bit ones leave room for three programs on a multiprocessor of 227 KB and 64 K registers, as one alone
-# waits for its lists, its first pixels and its epilogue.
+# By kind of product and output channels of the tile: the tile for layers that fill the GPU, and for those that do not.
+# Three programs with the 16-bit tiles fit on a multiprocessor of 227 KB and 64 K registers, so that one computes while
+# another waits for its lists, its first pixels or its epilogue.
 _CONVOLUTION = {
     ("16-bit", 64): (Tile(128, 4, 3), Tile(64, 4, 4)),
     ("16-bit", 32): (Tile(256, 4, 3), Tile(64, 4, 4)),
@@ -38,20 +40,23 @@ _CONVOLUTION = {
 }
 
 
-# By kind of product: pixels that are summed at a time.
+# By kind of product: the tile of the weight gradient.
 _GRADIENT = {"16-bit": Tile(64, 4, 4), "tf32": Tile(32, 4, 4), "tf32x3": Tile(32, 4, 2)}
 
 
 def kind_of(operand: Tensor, precision: str) -> str:
-    """The unit that multiplies: "16-bit", or for float32 the precision asked for, "tf32" or "tf32x3"."""
+    """The kind of product: "16-bit", or for float32 the precision, "tf32" or "tf32x3"."""
     return "16-bit" if operand.element_size() == 2 else precision
 
 
-def convolution_tile(kind: str, channels: int, pixels: int, lists: int, changed: bool) -> Tile:
-    """The tile for the product of `pixels` pixels and `lists` lists of `channels` output channels each."""
+def convolution_tile(kind: str, channels: int, pixels: int, lists: int, changes_operands: bool) -> Tile:
+    """The tile for the product of `pixels` pixels and `lists` lists of `channels` output channels each.
+
+    `changes_operands`: whether the pixels are changed after loading, which needs registers.
+    """
     large, small = _CONVOLUTION[kind, channels]
-    fills = triton.cdiv(pixels, large.pixels) * lists >= _PROGRAMS
-    return large if fills and not changed else small
+    fills_gpu = triton.cdiv(pixels, large.pixels) * lists >= _PROGRAMS
+    return large if fills_gpu and not changes_operands else small
 
 
 def gradient_tile(kind: str) -> Tile:
@@ -60,19 +65,19 @@ def gradient_tile(kind: str) -> Tile:
 
 
 def gradient_shares(pixels: int, live: int, tile: Tile) -> int:
-    """Into how many shares the pixels go, so that `live` blocks fill the GPU twice, each share eight tiles or more."""
+    """The number of shares of the pixels with which `live` blocks fill the GPU twice; a share has 8 tiles or more."""
     return max(min(triton.cdiv(2 * _PROGRAMS, live), pixels // (8 * tile.pixels)), 1)
 
 
 def check_size(pixels: int) -> int:
-    """The number, or ValueError if there are more pixels than the kernels can number."""
+    """Return the number of pixels; raises ValueError if the kernels cannot number so many."""
     if pixels >= 2**30:
         raise ValueError(f"block kernels take fewer than 2**30 pixels in all images of a batch together, got {pixels}")
     return pixels
 
 
 def divider(divisor: int) -> tuple[int, int]:
-    """What `quotient` needs instead of the divisor, 1 <= divisor < 2**31.
+    """The factor and the shift with which `quotient` divides by a divisor, 1 <= divisor < 2**31.
 
     Source: Granlund and Montgomery, "Division by invariant integers using multiplication" (PLDI 1994), figure 4.1.
     """

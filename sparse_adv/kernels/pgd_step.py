@@ -1,4 +1,4 @@
-"""`pgd_step` in Triton: what runs on a GPU where the CUDA library is not built."""
+"""`pgd_step` in Triton, for GPUs where the CUDA library is not built."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_SHARE = 4 * 32  # elements of a warp: an access of 16 bytes to float32 by each thread
-_WARPS = 32  # of one image; what they hold at a time is the largest image that is read once
+_WARP_ELEMENTS = 4 * 32  # each thread accesses 16 bytes of float32 at a time
+_MAX_WARPS = 32  # for one image; larger images than these can keep in registers are read again in each loop
 
-# Without it the float64 arithmetic takes twice the instructions; Triton is about to change the default.
+# Without FMAs the float64 arithmetic takes twice the instructions. Triton is about to change the default.
 OPTIONS = {"enable_fp_fusion": True}
 
 
 def pgd_step(
     adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float
 ) -> Tensor:
-    """The op `sparse_adv::pgd_step`; see `ops.pgd_step` for its meaning. Never waits for the device."""
+    """The op `sparse_adv::pgd_step`, described in `ops.pgd_step`; it does not synchronise with the GPU."""
     _check(adv, grad, clean, norm)
     out = torch.empty_like(adv)
     _step_into(out, adv, grad, clean, alpha, eps, norm, lo, hi)
@@ -35,7 +35,7 @@ def pgd_step_(
 
 
 def check_floating(name: str, tensor: Tensor, first: Tensor) -> None:
-    """Raises RuntimeError unless a kernel can read it: floating, of a dtype it knows, on the device of `first`."""
+    """Raises RuntimeError unless the kernels can read the tensor: of a dtype in FLOATING, on the device of `first`."""
     if tensor.device != first.device:
         raise RuntimeError(f"sparse_adv: {name} must be on the device of the images")
     if tensor.dtype not in FLOATING:
@@ -43,7 +43,7 @@ def check_floating(name: str, tensor: Tensor, first: Tensor) -> None:
 
 
 def check_norm(norm: str) -> None:
-    """Raises RuntimeError if no kernel has this norm."""
+    """Raises RuntimeError unless there is a kernel for this norm."""
     if norm not in ("linf", "l2"):
         raise RuntimeError(f"sparse_adv: norm must be linf or l2, got {norm}")
 
@@ -69,28 +69,28 @@ def _step_into(
 ) -> None:
     if out.numel() == 0:
         return
-    moved = out if _lies_in_pieces(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    moved = out if _has_contiguous_images(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     tensors = [_like(moved, tensor) for tensor in (adv, grad, clean)]
     sizes = (alpha, eps, lo, hi)
     with torch.cuda.device_of(out):
         if norm == "linf":
-            block = 8 * _SHARE  # by four warps: of 16 bits, too, each thread takes 16 bytes
+            block = 8 * _WARP_ELEMENTS  # for four warps: with 16-bit images, too, each thread accesses 16 bytes
             grid = (triton.cdiv(out.numel(), block),)
             linf_kernel[grid](*tensors, moved, out.numel(), *sizes, BLOCK=block, num_warps=4, **OPTIONS)
         else:
             images = out.shape[0] if out.dim() else 1
             count = out.numel() // images
-            warps = min(triton.next_power_of_2(triton.cdiv(count, _SHARE)), _WARPS)
-            block = warps * _SHARE
+            warps = min(triton.next_power_of_2(triton.cdiv(count, _WARP_ELEMENTS)), _MAX_WARPS)
+            block = warps * _WARP_ELEMENTS
             l2_kernel[(images,)](
-                *tensors, moved, count, *sizes, BLOCK=block, HELD=count <= block, num_warps=warps, **OPTIONS
+                *tensors, moved, count, *sizes, BLOCK=block, IN_REGISTERS=count <= block, num_warps=warps, **OPTIONS
             )
     if moved is not out:
         out.copy_(moved)
 
 
-def _lies_in_pieces(images: Tensor) -> bool:
-    """Whether its memory has no gaps and each image lies in one piece, as the l2 norm needs."""
+def _has_contiguous_images(images: Tensor) -> bool:
+    """Whether the memory has no gaps and each image is one range of it, as the l2 norm needs."""
     expected = 1
     axes = [(stride, size) for stride, size in zip(images.stride(), images.shape, strict=True) if size != 1]
     for stride, size in sorted(axes):
@@ -101,7 +101,7 @@ def _lies_in_pieces(images: Tensor) -> bool:
 
 
 def _like(model: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor itself if it keeps each element where `model` does, else a copy that does."""
+    """The tensor if it has the strides of `model`, else a copy with these strides."""
     if all(a == b or size == 1 for a, b, size in zip(tensor.stride(), model.stride(), model.shape, strict=True)):
         return tensor
     return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
@@ -127,7 +127,7 @@ def linf_kernel(
     hi: tl.float64,
     BLOCK: tl.constexpr,
 ) -> None:
-    """`BLOCK` elements of all images."""
+    """`BLOCK` elements of the batch."""
     dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
@@ -139,7 +139,7 @@ def linf_kernel(
     moved = tl.load(adv + i, inside).to(dtype) + tl.full((), alpha, dtype) * sign
     moved = clamped(moved, centre - radius, centre + radius)
     moved = clamped(moved, tl.full((), lo, dtype), tl.full((), hi, dtype))
-    # Comparisons with a NaN bound let every value pass, so a NaN in clean is carried over by hand.
+    # Clamping to bounds that are NaN changes nothing, so a NaN in clean is copied here.
     moved = tl.where(centre == centre, moved, centre)
     tl.store(out + i, moved.to(out.dtype.element_ty), inside)
 
@@ -156,15 +156,15 @@ def l2_kernel(
     lo: tl.float64,
     hi: tl.float64,
     BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ) -> None:
     """One image of `count` elements, in tiles of `BLOCK`.
 
-    Where one tile is enough (HELD), the loops have one turn, known when compiling, and the compiler merges their loads.
+    Where one tile is enough (IN_REGISTERS), the compiler knows that each loop runs once, and merges their loads.
     """
     dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     image = tl.program_id(0).to(tl.int64) * count
-    end = BLOCK if HELD else count.to(tl.int64)
+    end = BLOCK if IN_REGISTERS else count.to(tl.int64)
 
     squares = tl.zeros([BLOCK], tl.float64)
     for first in range(0, end, BLOCK):
@@ -192,7 +192,7 @@ def l2_kernel(
 
 @triton.jit
 def _slope(grad: tl.tensor, i: tl.tensor, count: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Entries that are not finite count as 0, so that one overflow does not lose the whole image."""
+    """The gradient in float64; entries that are not finite count as 0, so that one overflow does not spoil an image."""
     slope = tl.load(grad + i, i < count, other=0).to(dtype)
     return tl.where(slope - slope == 0, slope, 0).to(tl.float64)
 
@@ -207,7 +207,7 @@ def _moved(
     rate: tl.tensor,
     dtype: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Pixels before the projection, rounded as the image's numbers are, and in float64 the centre of the ball."""
+    """The pixels before the projection, rounded to `dtype`, and the centre of the ball in float64."""
     start = tl.load(adv + i, i < count, other=0).to(tl.float64)
     centre = tl.load(clean + i, i < count, other=0).to(tl.float64)
     return (start + rate * _slope(grad, i, count, dtype)).to(dtype), centre

@@ -1,4 +1,4 @@
-"""`random_start` in Triton: the numbers of the CPU's kernel, where the CUDA library is not built."""
+"""`random_start` in Triton, for GPUs where the CUDA library is not built; it gives the CPU kernel's numbers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from torch import Tensor
 
 from sparse_adv.kernels.pgd_step import OPTIONS, check_floating, check_norm, clamped
 
-# The third counter word: draws of different streams never meet.
+# The third word of the Philox counter, so that elements and radii never read the same numbers.
 _ELEMENTS, _RADII = tl.constexpr(0), tl.constexpr(1)
 _TURN = tl.constexpr(6.283185307179586)
 
-_SHARE = 32  # Philox blocks of a warp, each of four elements
-_WARPS = 32  # of one image; what they hold at a time is the largest image whose noise is drawn once
+_WARP_BLOCKS = 32  # Philox blocks of a warp, each of four elements
+_MAX_WARPS = 32  # for one image; the noise of larger images than these can keep in registers is drawn twice
 
 
 def random_start(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, hi: float) -> Tensor:
-    """The op `sparse_adv::random_start`; see `ops.random_start` for its meaning. Never waits for the device.
+    """The op `sparse_adv::random_start`, described in `ops.random_start`; it does not synchronise with the GPU.
 
-    Key and offset are read where they lie: a CUDA graph that changes them between replays draws new numbers.
+    The kernels read key and offset from GPU memory, so a CUDA graph whose offset is changed between replays draws new
+    numbers.
     """
     check_floating("clean", clean, clean)
     if seed.device != clean.device or seed.shape != (2,) or seed.dtype != torch.int64:
@@ -29,23 +30,23 @@ def random_start(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, 
     out = torch.empty_like(clean)
     if out.numel() == 0:
         return out
-    # Elements are counted in NCHW order, so that the layout of the images does not change their noise.
+    # Elements are numbered in NCHW order, so that the layout of the images does not change their noise.
     clean = clean.contiguous()
     moved = out if out.is_contiguous() else torch.empty_like(clean)
     arguments = (clean, moved, seed, seed.stride(0))
     with torch.cuda.device_of(out):
         if norm == "linf":
-            block = 8 * _SHARE  # by four warps
+            block = 8 * _WARP_BLOCKS  # by four warps
             grid = (triton.cdiv(out.numel(), 4 * block),)
             linf_kernel[grid](*arguments, out.numel(), eps, lo, hi, BLOCK=block, num_warps=4, **OPTIONS)
         else:
             images = out.shape[0] if out.dim() else 1
             count = out.numel() // images
             most = (count + 6) // 4  # an image may share its first block and its last one with its neighbours
-            warps = min(triton.next_power_of_2(triton.cdiv(most, _SHARE)), _WARPS)
-            block = warps * _SHARE
+            warps = min(triton.next_power_of_2(triton.cdiv(most, _WARP_BLOCKS)), _MAX_WARPS)
+            block = warps * _WARP_BLOCKS
             l2_kernel[(images,)](
-                *arguments, count, eps, lo, hi, BLOCK=block, HELD=most <= block, num_warps=warps, **OPTIONS
+                *arguments, count, eps, lo, hi, BLOCK=block, IN_REGISTERS=most <= block, num_warps=warps, **OPTIONS
             )
     if moved is not out:
         out.copy_(moved)
@@ -89,18 +90,18 @@ def l2_kernel(
     lo: tl.float64,
     hi: tl.float64,
     BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ) -> None:
-    """One image of `count` elements, in tiles of `BLOCK` Philox blocks: a direction with no preference and a radius.
+    """One image of `count` elements, in tiles of `BLOCK` Philox blocks: a random direction times a random radius.
 
-    Its normal numbers are drawn twice, once for their norm and once to use them. Where one tile is enough (HELD), the
-    loops have one turn, known when compiling, and the compiler merges the draws.
+    The normal numbers are drawn twice: for their norm, and for the direction. Where one tile is enough (IN_REGISTERS),
+    the compiler knows that each loop runs once, and merges the draws.
     """
     dtype: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     image = tl.program_id(0).to(tl.int64)
     begin, end = image * count, image * count + count
     blocks = (end + 3) // 4 - begin // 4
-    stop = BLOCK if HELD else blocks
+    stop = BLOCK if IN_REGISTERS else blocks
 
     squares = tl.zeros([4 * BLOCK], tl.float64)
     for first in range(0, stop, BLOCK):
@@ -113,13 +114,13 @@ def l2_kernel(
     w0, w1, w2, w3 = _draw(seed, seed_stride, image // 4, _RADII)
     place = image % 4
     bits = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
-    # Density ~ radius^(count - 1): a power of a uniform number.
+    # The radius has density ~ radius^(count - 1), so it is a power of a uniform number.
     radius = eps * tl.exp(tl.log(_unit(bits)) / tl.full((), count, tl.float64))
     scale = tl.where(total > 0, radius / tl.sqrt(total), 0)
 
     for first in range(0, stop, BLOCK):
         block = begin // 4 + first
-        # Rounded before it is scaled, as on the CPU.
+        # Rounded before scaling, as on the CPU.
         normal = _normal(seed, seed_stride, block, BLOCK).to(dtype).to(tl.float64)
         i = 4 * block + tl.arange(0, 4 * BLOCK)
         own = (i >= begin) & (i < end)
@@ -140,13 +141,13 @@ def _draw(
 
 @triton.jit
 def _in_order(x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor) -> tl.tensor:
-    """Element 4 i + k is element i of the k-th: each thread gets neighbours."""
+    """Interleave: element 4 i + k of the result is element i of xk, so that a thread has consecutive elements."""
     return tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape([4 * x0.shape[0]])
 
 
 @triton.jit
 def _unit(bits: tl.tensor) -> tl.tensor:
-    """In (0, 1], so that its logarithm is finite."""
+    """A number in (0, 1], so that its logarithm is finite."""
     return (bits.to(tl.float64) + 1) * 2**-32
 
 
@@ -162,9 +163,9 @@ def _normal(seed: tl.tensor, seed_stride: tl.tensor, block: tl.tensor, BLOCK: tl
 
 @triton.jit
 def _cos_and_sin(turns: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Of an angle in turns, 0 to 1, by Taylor series around the nearest quarter turn.
+    """Cosine and sine of an angle in turns, 0 to 1, by Taylor series around the nearest quarter turn.
 
-    `tl.cos` would reduce angles of any size, for which it takes three times the registers and memory on the stack.
+    `tl.cos` accepts angles of any size; it needs three times the registers, and stack memory.
     """
     quarter = (4 * turns + 0.5).to(tl.int32)
     angle = (turns - 0.25 * quarter.to(tl.float64)) * _TURN

@@ -44,11 +44,11 @@ except OSError as error:
 
 
 def _load_cuda_ops(torch_cuda: str | None) -> str:
-    """Load the CUDA ops; returns why they are not there, "" if they are."""
+    """Load the CUDA ops; returns why they are not available, "" if they are."""
     if torch_cuda is None:
         return "torch has no CUDA"
     if not host.cuda:
-        return "they were not built, which takes nvcc beside a torch with CUDA"
+        return "they were not built; building them needs nvcc and a torch with CUDA"
     if host.cuda.split(".")[0] != torch_cuda.split(".")[0]:
         reason = f"they were built with CUDA {host.cuda}, torch has CUDA {torch_cuda}"
         warnings.warn(f"sparse_adv's CUDA ops cannot be loaded ({reason}); build sparse_adv again", stacklevel=2)
@@ -63,11 +63,11 @@ def _load_cuda_ops(torch_cuda: str | None) -> str:
 
 _no_cuda_ops = _load_cuda_ops(torch.version.cuda)
 IMPLEMENTATIONS = torch.library.Library("sparse_adv", "IMPL")
-"""Where what is written in Python registers itself as an op's implementation."""
+"""The library with which implementations in Python are registered."""
 
 
 def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
-    """Decorate what takes an op's place on CUDA where the CUDA ops could not be loaded."""
+    """Decorate a function that implements an op on CUDA where the CUDA ops could not be loaded."""
 
     def register(function: Callable[..., object]) -> None:
         if _no_cuda_ops:
@@ -77,7 +77,12 @@ def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
 
 
 def cuda_ops() -> str:
-    """What computes `pgd_step` and `random_start` on CUDA, and on which GPUs."""
+    """Which implementation of `pgd_step` and `random_start` runs on CUDA, and for which GPUs it was built.
+
+    Example:
+        >>> cuda_ops().startswith(("CUDA C++", "Triton kernels"))
+        True
+    """
     if _no_cuda_ops:
         return f"Triton kernels (no CUDA C++: {_no_cuda_ops})"
     return f"CUDA C++ ({host.cuda}, for {host.cuda_archs})"
@@ -91,17 +96,22 @@ def check_capability(device: torch.device) -> None:
 
 @cache
 def _check_capability(index: int) -> None:
-    found = torch.cuda.get_device_capability(index)
+    actual = torch.cuda.get_device_capability(index)
     least = least_capability(host.cuda_archs)
-    if found < least:
+    if actual < least:
         raise RuntimeError(
             f"sparse_adv's CUDA ops were built for compute capability {least[0]}.{least[1]} or newer, "
-            f"{torch.cuda.get_device_name(index)} has {found[0]}.{found[1]}: set TORCH_CUDA_ARCH_LIST and build again"
+            f"{torch.cuda.get_device_name(index)} has {actual[0]}.{actual[1]}: set TORCH_CUDA_ARCH_LIST and build again"
         )
 
 
 def least_capability(archs: str) -> tuple[int, int]:
-    """The lowest compute capability of a list as in TORCH_CUDA_ARCH_LIST."""
+    """The lowest compute capability in a list as in TORCH_CUDA_ARCH_LIST.
+
+    Example:
+        >>> least_capability("8.0 9.0a+PTX")
+        (8, 0)
+    """
     versions = (arch.removesuffix("+PTX").rstrip("af").split(".") for arch in archs.split())
     return min((int(major), int(minor)) for major, minor in versions)
 
@@ -109,11 +119,20 @@ def least_capability(archs: str) -> tuple[int, int]:
 def cpu_capability() -> str:
     """The instruction set that the CPU kernels use: "avx512", "avx2" or "portable".
 
-    The environment variable `ATEN_CPU_CAPABILITY` (avx512, avx2, default), read at the first call, lowers it.
+    The environment variable `ATEN_CPU_CAPABILITY` (avx512, avx2, default) lowers it; it is read at the first call.
+
+    Example:
+        >>> cpu_capability() in ("avx512", "avx2", "portable")
+        True
     """
     return host.cpu_capability()
 
 
 def build_facts() -> dict[str, str]:
-    """The version and the compiler of the native part."""
+    """The version and the compiler of the native part.
+
+    Example:
+        >>> sorted(build_facts())
+        ['compiler', 'version']
+    """
     return {"version": host.version, "compiler": host.compiler}

@@ -1,4 +1,4 @@
-"""`pgd_step`: one step of projected gradient ascent, fused: move along the gradient, project, clamp."""
+"""`pgd_step`: one fused step of projected gradient ascent: move along the gradient, project, clamp."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def pgd_step(
 ) -> Tensor:
     """Move images along the gradient by alpha, project them on the ball around the clean ones, clamp to [lo, hi].
 
-    Equivalent to, for "linf"::
+    For "linf", equivalent bit for bit (the sign of NaN is 0) to::
 
         adv = adv + alpha * grad.sign()
         adv = adv.clamp(clean - eps, clean + eps).clamp(lo, hi)
 
-    bit for bit (the sign of NaN is 0), and for "l2", with g one image's gradient and d one image's offset::
+    and for "l2", with g one image's gradient and d one image's offset, to::
 
         adv = adv + alpha * g / norm(g)
         d = adv - clean
         adv = (clean + d * min(1, eps / norm(d))).clamp(lo, hi)
 
-    where entries of g that are not finite count as 0, a zero gradient moves nothing and norms are summed in float64.
-    The step is not differentiable: the output is detached. Results do not depend on the number of threads.
+    where entries of g that are not finite count as 0, a zero gradient does not move the image, and norms are summed in
+    float64. The step is not differentiable: the output is detached. Results do not depend on the number of threads.
 
     Args:
         adv: float tensor [N, ...], the images to move. 16-bit images are computed in float32 and rounded once.
@@ -49,13 +49,18 @@ def pgd_step(
         lo, hi: the range of pixel values.
 
     Returns:
-        float tensor of adv's shape and dtype, laid out in memory as `torch.empty_like(adv)`.
+        float tensor of adv's shape and dtype, with the strides of `torch.empty_like(adv)`.
 
     Raises:
         TypeError: if an image tensor is not floating, or the dtypes of adv and clean differ.
         ValueError: if shapes or devices differ, alpha is not finite, eps is negative, lo > hi, or the norm is unknown.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
+
+    Example:
+        >>> clean, grad = torch.full((1, 3), 0.5), torch.tensor([[2.0, 0.0, -3.0]])
+        >>> pgd_step(clean, grad, clean, alpha=0.25, eps=0.125)
+        tensor([[0.6250, 0.5000, 0.3750]])
     """
     check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
     return torch.ops.sparse_adv.pgd_step(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
@@ -73,8 +78,18 @@ def pgd_step_(
 ) -> Tensor:
     """`pgd_step` in place: writes the moved images into adv, whatever its strides, and returns it.
 
-    Args and errors are those of `pgd_step`; moreover adv must not share memory among its own elements, and in-place
-    writing to a tensor that requires grad needs `torch.no_grad()`, as everywhere in PyTorch.
+    Arguments and errors are those of `pgd_step`. In addition, no two elements of adv may share memory, and writing to a
+    tensor that requires grad needs `torch.no_grad()`, as everywhere in PyTorch.
+
+    Raises:
+        ValueError: if adv requires grad and gradients are enabled, or adv is expanded.
+
+    Example:
+        >>> adv, clean = torch.full((1, 2), 0.5), torch.full((1, 2), 0.5)
+        >>> pgd_step_(adv, torch.tensor([[1.0, -1.0]]), clean, alpha=0.25, eps=0.125) is adv
+        True
+        >>> adv
+        tensor([[0.6250, 0.3750]])
     """
     check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
     if adv.requires_grad and torch.is_grad_enabled():
@@ -82,14 +97,15 @@ def pgd_step_(
     if any(stride == 0 and size > 1 for stride, size in zip(adv.stride(), adv.shape, strict=True)):
         raise ValueError(f"adv is expanded (strides {adv.stride()}): several elements share memory; clone it first")
     torch.ops.sparse_adv.pgd_step_(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
-    # An op from outside PyTorch must count its write itself, or a graph that saved adv would go on with wrong values.
+    # An op from outside PyTorch must increment the version itself, or a backward pass that saved adv would not notice
+    # that its values have changed.
     if not torch.compiler.is_compiling() and not adv.is_inference():
         torch.autograd.graph.increment_version(adv)
     return adv
 
 
 def check_ball(eps: float, norm: str, lo: float, hi: float) -> None:
-    """Raises ValueError if these describe no ball of images."""
+    """Raises ValueError unless eps, norm and pixel range describe a ball of images."""
     if norm not in NORMS:
         raise ValueError(f'norm must be "linf" or "l2", got {norm!r}')
     if not eps >= 0:
@@ -99,13 +115,13 @@ def check_ball(eps: float, norm: str, lo: float, hi: float) -> None:
 
 
 def check_alpha(alpha: float) -> None:
-    """Raises ValueError if this is no step size."""
+    """Raises ValueError unless this is a step size."""
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raises TypeError if this is no tensor of floating point numbers."""
+    """Raises TypeError unless this is a floating point tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -115,7 +131,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 def check_step(
     adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float
 ) -> None:
-    """Raises TypeError or ValueError if these describe no step."""
+    """Raises TypeError or ValueError unless these are arguments of a step."""
     check_ball(eps, norm, lo, hi)
     check_alpha(alpha)
     check_floating("adv", adv)
@@ -140,7 +156,7 @@ def _(adv: Tensor, *_: object) -> None:
     return None
 
 
-# Triton is imported when it is first needed: a CPU's torch does not bring it.
+# Triton is imported when it is first needed, because torch for CPUs does not install it.
 @cuda_stand_in("pgd_step")
 def _(adv: Tensor, *step: Any) -> Tensor:
     from sparse_adv.kernels import pgd_step as kernels

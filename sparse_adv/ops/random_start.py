@@ -1,4 +1,4 @@
-"""`random_start`: images moved to a random point of the ball around them, the start of an attack."""
+"""`random_start`: move images to a random point of the ball around them, where an attack starts."""
 
 from __future__ import annotations
 
@@ -23,50 +23,62 @@ def random_start(
 ) -> Tensor:
     """Add noise that is uniform in the ball of radius eps, then clamp to [lo, hi].
 
-    Equivalent to, for "linf"::
+    For "linf", equivalent to::
 
         (clean + torch.empty_like(clean).uniform_(-eps, eps)).clamp(lo, hi)
 
-    and for "l2", with z one image of normal noise, u uniform in (0, 1] and d the number of its elements::
+    and for "l2", with z one image of normal noise, u uniform in (0, 1] and d the number of its elements, to::
 
         (clean + eps * u ** (1 / d) * z / norm(z)).clamp(lo, hi)
 
-    Random numbers come from a counter: element i of the batch, in NCHW order, reads word i % 4 of Philox block
-    i // 4 + offset. So neither threads nor the memory layout change them. N-FGSM's wider noise is
-    `random_start(clean, 2 * eps, lo=-math.inf, hi=math.inf)`. Not differentiable: the output is detached.
+    The random number generator is counter-based: element i of the batch, in NCHW order, reads word i % 4 of Philox
+    block i // 4 + offset. So the numbers depend neither on the number of threads nor on the memory layout. The wider
+    noise of N-FGSM is `random_start(clean, 2 * eps, lo=-math.inf, hi=math.inf)`. The output is detached.
 
     Args:
         clean: float tensor [N, ...]. 16-bit images are computed in float32 and rounded once.
         eps: radius of the ball in image units.
         norm: "linf" or "l2".
-        seed: an integer of 64 bits; or an int64 tensor [2], Philox key and block offset (the next offset that shares
-            no number with this call is `offset + ceil(clean.numel() / 4)`); or a generator, of which one number is
+        seed: a 64-bit integer; or an int64 tensor [2], Philox key and block offset (the next offset that shares no
+            number with this call is `offset + ceil(clean.numel() / 4)`); or a generator, from which one number is
             drawn.
         lo, hi: the range of pixel values.
 
     Returns:
-        float tensor of clean's shape and dtype, laid out in memory as `torch.empty_like(clean)`.
+        float tensor of clean's shape and dtype, with the strides of `torch.empty_like(clean)`.
 
     Raises:
-        TypeError: if clean is not floating or seed is of no such type.
+        TypeError: if clean is not floating or seed has another type.
         ValueError: if eps is negative or infinite, lo > hi, the norm is unknown, or a seed tensor is not [2].
 
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Philox4x32-10; the start itself is
-    that of Madry et al. (ICLR 2018), section 4.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Philox4x32-10; Madry et al. (ICLR
+    2018), section 4, for starting at a random point.
+
+    Example:
+        >>> clean = torch.rand(2, 3, 8, 8)
+        >>> start = random_start(clean, eps=0.1, seed=7)
+        >>> bool((start - clean).abs().max() <= 0.1), torch.equal(start, random_start(clean, eps=0.1, seed=7))
+        (True, True)
     """
     check_floating("clean", clean)
     check_ball(eps, norm, lo, hi)
     if eps == float("inf"):
         raise ValueError("eps must be finite, got inf")
     check_capability(clean.device)
-    words = seed_words(seed).to(
-        clean.device, non_blocking=True
-    )  # or the host would wait for all that the GPU has to do
+    # A blocking copy would wait for all work that the GPU has queued.
+    words = seed_words(seed).to(clean.device, non_blocking=True)
     return torch.ops.sparse_adv.random_start(clean.detach(), words, eps, norm, lo, hi)
 
 
 def seed_words(seed: int | Tensor | torch.Generator | None) -> Tensor:
-    """The int64 tensor [2] that a seed stands for: Philox key and offset; None is PyTorch's global CPU generator."""
+    """Convert a seed to the Philox state, an int64 tensor [2] of key and offset.
+
+    None draws the key from PyTorch's global CPU generator.
+
+    Example:
+        >>> seed_words(5)
+        tensor([5, 0])
+    """
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}")

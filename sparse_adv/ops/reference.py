@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the specification. Tests, benchmarks and `doctor` alone use it."""
+"""Every op in plain PyTorch: the specification. Only tests, benchmarks and `doctor` use it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def masked_conv2d(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """The convolution with the kept weights alone, then scale, bias, residual and ReLU."""
-    output = F.conv2d(input, _kept(weight, mask), None, stride, padding, dilation, groups)
+    """The convolution with the weights kept by the mask, then scale, bias, residual and ReLU."""
+    output = F.conv2d(input, _masked(weight, mask), None, stride, padding, dilation, groups)
     if scale is not None:
         output = output * scale[:, None, None]
     if bias is not None:
@@ -48,7 +48,7 @@ def masked_conv2d_grad_input(
     groups: int = 1,
 ) -> Tensor:
     """The gradient of the convolution with respect to its input."""
-    return conv2d_input(input_size, _kept(weight, mask), grad_output, stride, padding, dilation, groups)
+    return conv2d_input(input_size, _masked(weight, mask), grad_output, stride, padding, dilation, groups)
 
 
 def masked_conv2d_grad_weight(
@@ -62,7 +62,7 @@ def masked_conv2d_grad_weight(
 ) -> Tensor:
     """The gradient of the convolution with respect to its weight, 0 where the mask is false."""
     size = tuple(mask.shape)
-    return _kept(conv2d_weight(input, size, grad_output, stride, padding, dilation, groups), mask)
+    return _masked(conv2d_weight(input, size, grad_output, stride, padding, dilation, groups), mask)
 
 
 def pgd_step(
@@ -75,7 +75,7 @@ def pgd_step(
     lo: float = 0.0,
     hi: float = 1.0,
 ) -> Tensor:
-    """One step of projected gradient ascent; norms are taken in float64, 16-bit images are computed in float32."""
+    """One step of projected gradient ascent; norms are computed in float64, 16-bit images in float32."""
     dtype = _working(adv)
     step, working = (_step_linf, dtype) if norm == "linf" else (_step_l2, torch.float64)
     moved = step(adv.to(working), grad.to(dtype).to(working), clean.to(working), alpha, eps)
@@ -93,7 +93,7 @@ def pgd_step_normalized(
     lo: float = 0.0,
     hi: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The linf step, and the moved images normalised, in bfloat16."""
+    """The images after a linf step, and the same images normalised, in bfloat16."""
     moved = pgd_step(adv, grad, clean, alpha, eps, "linf", lo, hi)
     return moved, ((moved - mean[:, None, None]) / std[:, None, None]).bfloat16()
 
@@ -114,7 +114,7 @@ def _step_l2(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float)
 def random_start(
     clean: Tensor, seed: Tensor, eps: float, norm: str = "linf", lo: float = 0.0, hi: float = 1.0
 ) -> Tensor:
-    """Uniform noise in the ball from the Philox stream of `seed`, int64 [2]: key and offset."""
+    """The images with uniform noise in the ball, drawn from Philox with `seed`, int64 [2]: key and offset."""
     dtype = _working(clean)
     key, offset = seed
     elements = _stream(clean.numel(), key, offset, stream=0)
@@ -133,14 +133,14 @@ def random_start(
 
 
 def philox(counter: Tensor, stream: int, key: Tensor) -> Tensor:
-    """Philox4x32-10: the words int64 [n, 4], each below 2**32, of 64-bit counters [n] with `stream` as third word."""
+    """Philox4x32-10: the words, int64 [n, 4], below 2**32, of counters [n] of 64 bits with `stream` as third word."""
     zeros = torch.zeros_like(counter)
     words = [counter & _LOW32, (counter >> 32) & _LOW32, zeros + stream, zeros]
     return philox_rounds(words, [key & _LOW32, (key >> 32) & _LOW32])
 
 
 def philox_rounds(words: list[Tensor], keys: list[Tensor]) -> Tensor:
-    """The ten rounds on four counter words and two key words, int64 tensors of values below 2**32."""
+    """Philox's ten rounds on four counter words and two key words, int64 tensors of values below 2**32."""
     for _ in range(10):
         high0, low0 = _multiply32(0xD2511F53, words[0])
         high1, low1 = _multiply32(0xCD9E8D57, words[2])
@@ -153,13 +153,13 @@ _LOW32 = 0xFFFFFFFF
 
 
 def _multiply32(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of a product, by halves: int64 cannot hold an unsigned product of 64 bits."""
+    """The high and the low 32 bits of a product; it is computed by halves, as int64 has no unsigned 64-bit product."""
     high = ((factor >> 16) * words + ((factor & 0xFFFF) * words >> 16)) >> 16
     return high, (factor * words) & _LOW32
 
 
 def _stream(count: int, key: Tensor, offset: Tensor, stream: int) -> Tensor:
-    """The words that the elements 0 ... count - 1 read."""
+    """The words that elements 0 ... count - 1 read."""
     return philox(torch.arange((count + 3) // 4) + offset, stream, key).flatten()[:count]
 
 
@@ -168,14 +168,14 @@ def _unit(words: Tensor) -> Tensor:
 
 
 def _normal(count: int, key: Tensor, offset: Tensor) -> Tensor:
-    """Box-Muller on neighbouring words."""
+    """Normal numbers by Box-Muller on neighbouring words."""
     first, second = _unit(_stream((count + 1) // 2 * 2, key, offset, stream=0)).view(-1, 2).unbind(1)
     radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()[:count]
 
 
-def _kept(weight: Tensor, mask: Tensor) -> Tensor:
-    """Selected and not multiplied: a pruned NaN counts as 0."""
+def _masked(weight: Tensor, mask: Tensor) -> Tensor:
+    """`where` and not a product, as a pruned NaN counts as 0."""
     return weight.where(mask, 0)
 
 
