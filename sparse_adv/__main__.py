@@ -12,7 +12,7 @@ from typing import Any
 
 from sparse_adv import __version__, doctor
 from sparse_adv.commands import config, convert, demo, evaluate, explain, flags, output, report, search, train
-from sparse_adv.tickets import BrokenTicket
+from sparse_adv.tickets import TicketInvariantError
 from sparse_adv.training import distributed
 
 log = logging.getLogger("sparse_adv")
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(config.config_text(options), end="")
             return 0
         return options.run(options)
-    except BrokenTicket:
+    except TicketInvariantError:
         raise  # our defect, and no wrong input: whoever reports it needs the place
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
         _heed_termination(False)

@@ -1,33 +1,26 @@
-"""The folder of a run: what each file in it is called, how it is begun, continued and read.
+"""The folder of a run and the schema of its files. Searches, training and the demo write it, reports read it.
 
-run.json            the command's settings, seeds, versions, machine, git commit
-epochs.jsonl        one record per epoch
-result.json         there once the run is finished: totals, test accuracies, checks
-last.safetensors    weights after the last epoch, as a state dict; best.safetensors: of the best validated epoch
-state.pt            everything else that continuing needs, loadable with weights_only=True
-ticket.safetensors  what a search found
+run.json             a RunInfo
+epochs.jsonl         an EpochRecord in each line
+result.json          a SearchResult or TrainResult, once the run is finished
+last.safetensors     state dict after the last epoch; best.safetensors: after the epoch of the best validation accuracy
+state.pt             what a stopped run continues from, readable with torch.load(..., weights_only=True)
+ticket.safetensors   the ticket that a search found
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
-from sparse_adv.files import write_text
-from sparse_adv.ops import build_facts
+from sparse_adv import json_files
+from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.facts import Machine, Software, machine, software
 
-Record = dict[str, Any]
-"""What is known after an epoch: plain numbers and names, ready for a line of JSON."""
-
-FACTS = "run.json"
+INFO = "run.json"
 EPOCHS = "epochs.jsonl"
 RESULT = "result.json"
 LAST = "last.safetensors"
@@ -37,138 +30,220 @@ TICKET = "ticket.safetensors"
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Seconds and multiply-adds (MACs) of attacks and updates; evaluations are not counted."""
+
+    seconds: float = 0.0
+    macs: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.macs + other.macs)
+
+
+NO_COST = Cost()
+
+
+@dataclass(frozen=True)
+class Density:
+    """Fractions, in [0, 1], of the weights of convolutions and linear layers, and of their MACs, that masks keep."""
+
+    weights: float
+    macs: float
+
+
+DENSE = Density(1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class TicketSource:
+    """Which ticket a run trains, and what was changed in it as a control."""
+
+    sha256: str
+    """Of the ticket's file."""
+    reinit: bool = False
+    """The masks with freshly initialised weights."""
+    shuffle: bool = False
+    """The weights with the masks of each layer permuted at random."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """How a run is made. All fields but those in `DESCRIPTIVE` decide its result; defaults describe this process."""
+
+    kind: Literal["search", "train"]
+    train: TrainConfig
+    prune: PruneConfig | None = None
+    """Of a search."""
+    data: DataConfig | None = None
+    """None if the images are not read by this library; likewise `network`."""
+    network: NetworkConfig | None = None
+    ticket: TicketSource | None = None
+    """None for a dense run."""
+    world_size: int = 1
+    """Number of processes that share each batch."""
+    deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
+    """Whether PyTorch is limited to deterministic algorithms."""
+    name: str | None = None
+    """What reports call the run; None for the folder's name."""
+    density: Density = DENSE
+    before: Cost = NO_COST
+    """Cost of the search that found the ticket."""
+    software: Software = field(default_factory=software)
+    machine: Machine = field(default_factory=machine)
+
+
+DESCRIPTIVE = ("name", "density", "before", "software", "machine")
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """An epoch: what it did, what it cost, and the accuracies after it (fractions in [0, 1])."""
+
+    epoch: int
+    """Counted from 1, in a search through all rounds."""
+    step: int
+    """Updates until the end of the epoch."""
+    learning_rate: float
+    """Of the last update."""
+    loss: float
+    """Mean over the adversarial images of the epoch."""
+    images: int
+    """Images in the updates of the epoch, over all processes."""
+    total: Cost
+    """Of attacks and updates since the beginning of the run, with the search before it and epochs that were undone."""
+    attack: Cost
+    """Of this epoch, like `update` and `evaluation`. MACs are those executed, with the kernels that the layers take."""
+    update: Cost
+    evaluation: Cost
+    density: Density | None = None
+    """None for a model without convolutions and linear layers."""
+    clean_accuracy: float | None = None
+    """On the validation images; None in an epoch without evaluation."""
+    robust_accuracy: float | None = None
+    """On the validation images under PGD; None in an epoch without evaluation."""
+    monitor_accuracy: float | None = None
+    """Under the attack of the overfitting monitor; None without monitor."""
+    undone_accuracy: float | None = None
+    """`monitor_accuracy` of the last attempt at this epoch that was undone; None if none was."""
+    bytes_sent: int | None = None
+    """Gradients that one process has sent since the run was started or continued; None with one process."""
+    bytes_dense: int | None = None
+    """`bytes_sent` if the gradients of pruned weights were sent too."""
+    round: int | None = None
+    """Of a search, counted from 1."""
+    mask_distance: float | None = None
+    """Of a search with early stopping: fraction of positions in which the epoch's mask differs from earlier ones."""
+
+
+@dataclass(frozen=True)
+class TicketChecks:
+    """Invariants of a ticket that were verified, see `tickets.checks`; None where one does not apply."""
+
+    reset: bool | None = None
+    """The weights to begin with are bit for bit those of the initial or rewound network."""
+    pruned_weights_zero: bool | None = None
+    nested: bool | None = None
+    """No round kept a weight that an earlier round had pruned."""
+    weights: int | None = None
+    """Number of weights under masks, of those kept, and of those that the configuration asks for."""
+    weights_kept: int | None = None
+    weights_requested: int | None = None
+    retained: tuple[float, float] | None = None
+    """Fraction of the squared scores in kept blocks, before and after channels were permuted."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The end of a search."""
+
+    total: Cost
+    checks: TicketChecks
+    density: Density
+    """Of the ticket."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The end of a training run."""
+
+    total: Cost
+    """With the cost of the search that found the ticket."""
+    checks: TicketChecks
+    tested: Literal["best", "last"]
+    """Which weights were tested, those of the epoch with the best validation accuracy or the last ones."""
+    tested_epoch: int
+    validation_robust_accuracy: float | None
+    """Of the tested weights; None without validation images."""
+    test: dict[str, float]
+    """Accuracy on the test images by attack: "clean", "fgsm", "pgd-20"."""
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder as it was read; `result` is None while the run is unfinished."""
 
     folder: Path
-    facts: dict[str, Any]
-    records: list[Record]
-    result: dict[str, Any] | None
+    info: RunInfo
+    records: list[EpochRecord]
+    result: SearchResult | TrainResult | None
 
     @property
     def name(self) -> str:
-        """The folder's name, unless the run was given one."""
-        return self.facts.get("name") or self.folder.resolve().name
+        """The name that the run was given, else the folder's."""
+        return self.info.name or self.folder.resolve().name
 
 
-def begin(folder: Path, settings: Mapping[str, Any], **facts: Any) -> None:
-    """Write `run.json`, or make sure that the run begun here before had the same settings.
+def begin(folder: Path, info: RunInfo) -> None:
+    """Write `run.json`, or make sure that the run that was begun in the folder has the same settings.
 
     Args:
-        folder: the run's; it is made if missing.
-        settings: JSON data that decide the run's result.
-        facts: more JSON data that do not, such as densities that follow from the settings.
+        folder: of the run; it is created if it does not exist.
+        info: of the run.
 
     Raises:
-        ValueError: if the folder holds a run of other settings, naming the first that differ.
+        ValueError: if the folder holds a run of other settings, naming the first three that differ, or of another
+            version of this library.
         NotADirectoryError: if `folder` is a file.
     """
-    path = folder / FACTS
-    wanted = json.loads(json.dumps(settings))
-    if path.exists():
-        known = read_json(path).get("settings", {})
-        differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
-        if differing:
-            told = ", ".join(f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in differing[:3])
-            raise ValueError(f"{folder} holds a run with other settings ({told}): take another --out, or delete it")
+    path = folder / INFO
+    if not path.exists():
+        json_files.write(path, info)
         return
-    write_text(path, json.dumps({"settings": wanted, **facts, **environment()}, indent=2) + "\n")
+    known, wanted = _settings(json_files.read(RunInfo, path)), _settings(info)
+    differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in differing[:3])
+        raise ValueError(f"{folder} holds a run with other settings ({changes}): take another folder, or delete it")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and git commit, for whoever wants to repeat a run."""
-    return {
-        "versions": {
-            "sparse_adv": build_facts()["version"],
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {
-            "cpu": _cpu(),
-            "instruction_set": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "commit": _commit(),
-    }
-
-
-def read(folder: Path) -> Run:
+def read(folder: Path | str) -> Run:
     """Read a run, finished or not.
 
     Raises:
         FileNotFoundError: if the folder holds no run.
-        ValueError: naming the file that is damaged.
+        ValueError: naming the file that is damaged or was written by another version of this library.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "dense"
+        >>> begin(folder, RunInfo("train", TrainConfig(epochs=3)))
+        >>> run = read(folder)
+        >>> run.name, run.info.train.epochs, run.records, run.result
+        ('dense', 3, [], None)
     """
-    if not (folder / FACTS).is_file():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no {FACTS}")
-    epochs, result = folder / EPOCHS, folder / RESULT
-    return Run(
-        folder,
-        read_json(folder / FACTS),
-        read_records(epochs) if epochs.exists() else [],
-        read_json(result) if result.exists() else None,
-    )
+    folder = Path(folder)
+    if not (folder / INFO).is_file():
+        raise FileNotFoundError(f"{folder} is no run folder: it has no {INFO}")
+    info = json_files.read(RunInfo, folder / INFO)
+    records = json_files.read_lines(EpochRecord, folder / EPOCHS) if (folder / EPOCHS).exists() else []
+    if not (folder / RESULT).exists():
+        return Run(folder, info, records, None)
+    if info.kind == "search":
+        return Run(folder, info, records, json_files.read(SearchResult, folder / RESULT))
+    return Run(folder, info, records, json_files.read(TrainResult, folder / RESULT))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; ValueError names the file if it is none."""
-    (found,) = _objects(path, [(str(path), path.read_text(encoding="utf-8"))])
-    return found
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a file of JSON lines; ValueError names the file and the line that is not a JSON object."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return _objects(path, ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1)))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a file of JSON lines anew."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line of JSON, so that a run that dies keeps what it knew."""
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
-def _objects(path: Path, texts: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    found = []
-    for place, text in texts:
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON: {error.msg}") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"{place} is not a JSON object")
-        found.append(value)
-    return found
-
-
-def _cpu() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this code runs from; None where it was installed without one."""
-    here = Path(__file__).resolve().parent
-    asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() or None
+def _settings(info: RunInfo) -> dict[str, json_files.JSON]:
+    """The fields that decide the result, by their path: "train.lr"."""
+    fields = {key: value for key, value in json_files.to_json(info).items() if key not in DESCRIPTIVE}
+    return dict(json_files.flatten(fields))

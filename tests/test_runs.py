@@ -1,49 +1,118 @@
-"""Run folders: written, read again, and never mixed up."""
+"""Run folders: what is written is read back; a folder of other settings or of another version is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from helpers.run_folders import epoch_record
 
-from sparse_adv import runs
+from sparse_adv import json_files, runs
+from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.runs import DENSE, Cost, Density, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 
-
-def test_records_come_back_as_they_were_written(tmp_path):
-    path = tmp_path / "epochs.jsonl"
-    records = [{"epoch": 1, "robust_accuracy": 0.25}, {"epoch": 2, "robust_accuracy": 0.1 + 0.2}]
-    for record in records:
-        runs.append_record(path, record)
-    assert runs.read_records(path) == records
-    runs.write_records(path, records[:1])
-    assert runs.read_records(path) == records[:1]
-
-
-@pytest.mark.parametrize("broken", ['{"epoch": ', "[1, 2]"])
-def test_a_broken_run_file_is_named_with_its_line(tmp_path, broken):
-    path = tmp_path / "epochs.jsonl"
-    path.write_text(json.dumps({"epoch": 1}) + "\n" + broken + "\n")
-    with pytest.raises(ValueError, match=r"epochs\.jsonl, line 2"):
-        runs.read_records(path)
-
-
-def test_a_run_is_read_back_with_its_facts(tmp_path):
-    runs.begin(tmp_path / "a", {"eps": 0.5}, densities={"weights": 0.1})
-    run = runs.read(tmp_path / "a")
-    assert run.name == "a" and run.result is None and run.records == []
-    assert run.facts["settings"] == {"eps": 0.5} and run.facts["densities"] == {"weights": 0.1}
-    assert run.facts["versions"]["torch"] and run.facts["machine"]["cores"] >= 1
-    runs.write_json(tmp_path / "a" / runs.RESULT, {"test": 0.5})
-    assert runs.read(tmp_path / "a").result == {"test": 0.5}
+INFO = RunInfo(
+    "train",
+    TrainConfig("trades", milestones=(0.25,)),
+    data=DataConfig("cifar", limit=100),
+    network=NetworkConfig("vgg16", width=8),
+    ticket=TicketSource("0123", shuffle=True),
+    world_size=2,
+    name="a name",
+    density=Density(0.1, 0.2),
+    before=Cost(10.0, 1000),
+)
+TRAIN_RESULT = TrainResult(Cost(20.0, 2000), TicketChecks(pruned_weights_zero=True), "best", 3, 0.5, {"clean": 0.75})
+SEARCH_RESULT = SearchResult(Cost(20.0, 2000), TicketChecks(reset=True, retained=(0.1, 0.2)), Density(0.1, 0.2))
 
 
-def test_a_folder_takes_no_second_run_with_other_settings(tmp_path):
-    runs.begin(tmp_path, {"eps": 0.5, "block": (1, 1)})
-    written = (tmp_path / runs.FACTS).read_text()
-    runs.begin(tmp_path, {"eps": 0.5, "block": (1, 1)})
-    with pytest.raises(ValueError, match=r"other settings \(eps 0\.5, now 0\.25\)"):
-        runs.begin(tmp_path, {"eps": 0.25, "block": (1, 1)})
-    assert (tmp_path / runs.FACTS).read_text() == written
+@pytest.mark.parametrize(
+    ("info", "result"),
+    [
+        (INFO, TRAIN_RESULT),
+        (RunInfo("train", TrainConfig()), None),
+        (RunInfo("search", TrainConfig(), PruneConfig(block=(4, 1))), SEARCH_RESULT),
+    ],
+)
+def test_a_run_is_read_back_as_it_was_written(tmp_path, info, result):
+    folder = tmp_path / "run"
+    records = [epoch_record(1), epoch_record(2, robust_accuracy=0.1 + 0.2, density=DENSE, undone_accuracy=0.0)]
+    runs.begin(folder, info)
+    json_files.write_lines(folder / runs.EPOCHS, records)
+    if result is not None:
+        json_files.write(folder / runs.RESULT, result)
+    run = runs.read(folder)
+    assert (run.info, run.records, run.result) == (info, records, result)
+    assert run.name == (info.name or "run")
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no run folder: it has no run\.json"):
+def test_a_run_notes_software_and_machine(tmp_path):
+    runs.begin(tmp_path, RunInfo("train", TrainConfig()))
+    info = json.loads((tmp_path / runs.INFO).read_text())
+    assert info["software"]["torch"] and info["machine"]["cores"] >= 1
+
+
+def test_a_folder_accepts_a_run_with_the_same_settings_only(tmp_path):
+    runs.begin(tmp_path, INFO)
+    written = (tmp_path / runs.INFO).read_text()
+    runs.begin(tmp_path, replace(INFO, name="another name", before=Cost()))
+    for other, difference in (
+        (replace(INFO, train=replace(INFO.train, eps=0.25)), r"train\.eps 0\.0313\d*, now 0\.25"),
+        (replace(INFO, ticket=None), r"ticket\.sha256 '0123', now None"),
+        (replace(INFO, world_size=1), "world_size 2, now 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"holds a run with other settings \({difference}"):
+            runs.begin(tmp_path, other)
+    assert (tmp_path / runs.INFO).read_text() == written
+
+
+@pytest.mark.parametrize("file", [runs.EPOCHS, runs.RESULT, runs.INFO])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"epoch": ', "is not JSON"),
+        ("[1, 2]", "is not a JSON object"),
+        ('{"surprise": 1}', "has the unknown key 'surprise': another version of sparse_adv wrote it"),
+        ("{}", "lacks the key"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, file, content, reason):
+    runs.begin(tmp_path, INFO)
+    json_files.write_lines(tmp_path / runs.EPOCHS, [epoch_record(1)])
+    json_files.write(tmp_path / runs.RESULT, TRAIN_RESULT)
+    line = ", line 2" if file == runs.EPOCHS else ""
+    first = (tmp_path / file).read_text() if line else ""
+    (tmp_path / file).write_text(f"{first}{content}\n")
+    with pytest.raises(ValueError) as refusal:
+        runs.read(tmp_path)
+    assert str(refusal.value).startswith(f"{tmp_path / file}{line} {reason}")
+
+
+@pytest.mark.parametrize("value", ["fast", 1.5, [1], None])
+def test_a_value_of_another_type_is_refused_with_its_key(tmp_path, value):
+    runs.begin(tmp_path, INFO)
+    info = json.loads((tmp_path / runs.INFO).read_text())
+    info["train"]["epochs"] = value
+    (tmp_path / runs.INFO).write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"run\.json: .*epochs"):
+        runs.read(tmp_path)
+
+
+OLD_SHAPE = {
+    "settings": {"command": "train", "objective": "pgd", "eps": 0.1, "drops": [0.5, 0.75]},
+    "densities": {"weights": 0.1, "multiply_adds": 0.2},
+    "before": {"seconds": 1.0, "multiply_adds": 10},
+    "versions": {"sparse_adv": "0.1.0"},
+}
+"""A `run.json` as it was before its fields were fixed."""
+
+
+def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
+    (tmp_path / runs.INFO).write_text(json.dumps(OLD_SHAPE))
+    for use in (lambda: runs.read(tmp_path), lambda: runs.begin(tmp_path, INFO)):
+        with pytest.raises(ValueError, match=r"run\.json has the unknown key '.*': another version of sparse_adv"):
+            use()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no run folder: it has no run\.json"):
         runs.read(tmp_path)

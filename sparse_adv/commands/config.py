@@ -1,4 +1,4 @@
-"""Config files, whose keys are flags; and the settings of a run, which are the flags that decide how it ends."""
+"""Config files, whose keys are flags."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ CONFIG = "config.yaml"
 
 _UNCONFIGURED = {"config", "print_config", "json", "verbose", "run"}
 """Options that are no setting."""
-
-_INDIFFERENT = {"out", "name", "device", "ticket"}
-"""Settings that a run may be continued without; the ticket counts by its contents."""
 
 
 def with_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
@@ -60,11 +57,6 @@ def config_text(options: argparse.Namespace) -> str:
     import yaml
 
     return yaml.safe_dump(_given(options), sort_keys=False)
-
-
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide how a run ends, as JSON data."""
-    return {name: value for name, value in _given(options).items() if name not in _INDIFFERENT}
 
 
 def write_config(folder: Path, options: argparse.Namespace) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_adv import data, masks, runs
+from sparse_adv import data, experiment, masks, runs
 from sparse_adv.commands import flags, networks
 from sparse_adv.commands.output import Output
+from sparse_adv.config import DataConfig, TrainConfig
+from sparse_adv.files import write_text
 from sparse_adv.nn import sparsify
 from sparse_adv.training import clean_accuracy, distributed, fgsm_accuracy, robust_accuracy
 
@@ -54,18 +58,19 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     with distributed.group(options.device) as device:
         folder = runs.read(options.what) if options.what.is_dir() else None
-        told: dict[str, Any] = folder.facts.get("settings", {}) if folder else {}
+        images_config = (folder.info.data if folder else None) or DataConfig()
+        settings = asdict(images_config) | asdict(folder.info.train if folder else TrainConfig())
         for name in ("data", "limit", "validation", "seed", "eps", "norm"):
             if getattr(options, name) is None:
-                setattr(options, name, told.get(name, _LEFT_OUT[name]))
-        dataset = networks.dataset_of(options, device)
+                setattr(options, name, settings[name])
+        dataset = experiment.load_data(networks.images_of(options), options.seed, device)
         model = _network(options, folder, dataset).to(device)
         images = getattr(dataset, options.split)
         if options.images is not None:
             images = data.Split(images.images[: options.images], images.labels[: options.images])
         ball = {"eps": options.eps, "norm": options.norm}
         tried = f"pgd-{options.steps}" + (f" x {options.restarts}" if options.restarts > 1 else "")
-        found = {
+        measured = {
             "clean": clean_accuracy(model, images),
             "fgsm": fgsm_accuracy(model, images, **ball),
             tried: robust_accuracy(
@@ -78,9 +83,10 @@ def run(options: argparse.Namespace) -> int:
                 seed=options.seed,
             ),
         }
+        found = {attack: accuracy.fraction for attack, accuracy in measured.items()}
         result = {"what": str(options.what), "split": options.split, "images": len(images.labels), **ball, **found}
         if options.out and distributed.rank() == 0:
-            runs.write_json(options.out, result)
+            write_text(options.out, json.dumps(result, indent=2) + "\n")
         told_as = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in found.items())
         Output(options.json).say(
             f"{options.what}: {told_as} of {len(images.labels)} {options.split} images, eps {options.eps:g}",
@@ -89,22 +95,20 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-_LEFT_OUT = {"data": "digits", "limit": None, "validation": None, "seed": 0, "eps": 8 / 255, "norm": "linf"}
-
-
 def _network(options: argparse.Namespace, folder: runs.Run | None, dataset: data.Dataset) -> nn.Module:
     """The network of a run or a file, sparse where that has masks."""
     path = options.what
     if folder is not None:
         path = options.what / (runs.LAST if options.weights == "last" else runs.BEST)
-        if not path.exists() and folder.facts.get("settings", {}).get("command") == "search":
+        if not path.exists() and folder.info.kind == "search":
             raise ValueError(f"{options.what} is a search: evaluate its {runs.TICKET}, or a run that has trained it")
     found = masks.load_pruned(path, dense=True)
-    told = folder.facts.get("network", {}) if folder is not None else found.provenance
+    network = folder.info.network if folder is not None else None
+    told = found.provenance if network is None else asdict(network)
     about = networks.agreed(options, told, str(options.what))
-    model = networks.build(about, dataset, 0, torch.device("cpu"))
+    model = experiment.build_network(about, dataset, 0, torch.device("cpu"))
     try:
         model.load_state_dict(found.state_dict)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {about['arch']}: {str(error).splitlines()[-1].strip()}") from error
+        raise ValueError(f"{path} does not fit {about.arch}: {str(error).splitlines()[-1].strip()}") from error
     return sparsify(model, found.masks)

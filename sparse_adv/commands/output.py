@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparse_adv.runs import Record
-from sparse_adv.training import TrainConfig, distributed
+from sparse_adv.json_files import to_json
+from sparse_adv.runs import EpochRecord
+from sparse_adv.training import distributed
 
 
 class Output:
@@ -34,27 +35,26 @@ class Output:
             self._bar.clear()
         print(json.dumps(content) if self.as_json else text, flush=True)
 
-    def epoch(self, record: Record) -> None:
+    def epoch(self, record: EpochRecord) -> None:
         """Tell what an epoch brought."""
-        accuracy = "".join(
-            f", {name} {record[f'{name}_accuracy']:.1%}" for name in ("clean", "robust") if f"{name}_accuracy" in record
-        )
-        undone = " (undone once: robustness had collapsed)" if record.get("rolled_back") else ""
+        accuracies = {"clean": record.clean_accuracy, "robust": record.robust_accuracy}
+        accuracy = "".join(f", {name} {value:.1%}" for name, value in accuracies.items() if value is not None)
+        undone = " (repeated after catastrophic overfitting)" if record.undone_accuracy is not None else ""
         self.say(
-            f"epoch {record['epoch']}: loss {record['loss']:.3f}{accuracy}, {record['seconds']:.1f} s{undone}", record
+            f"epoch {record.epoch}: loss {record.loss:.3f}{accuracy}, {record.total.seconds:.1f} s{undone}",
+            to_json(record, with_none=False),
         )
 
     @contextmanager
-    def progress(self, batches: int, recipe: TrainConfig) -> Iterator[Any]:
+    def progress(self, updates: int) -> Iterator[Any]:
         """A bar over all updates of a run, on a terminal only; yields what to call after each."""
-        replays = recipe.replays if recipe.objective == "free" else 1
         try:
             from tqdm import tqdm
         except ModuleNotFoundError:
             yield None
             return
         with tqdm(
-            total=batches * recipe.epochs * replays,
+            total=updates,
             unit="update",
             disable=None if distributed.rank() == 0 else True,
             leave=False,

@@ -9,6 +9,7 @@ from typing import Any
 from sparse_adv import runs
 from sparse_adv.commands import flags
 from sparse_adv.commands.output import Output
+from sparse_adv.json_files import to_json
 from sparse_adv.report import report
 
 
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for folder in options.folders:
         found = runs.read(folder)
-        last = found.records[-1] if found.records else {}
-        output.say("", {"run": str(folder), "name": found.name, **last, "result": found.result})
+        last = to_json(found.records[-1], with_none=False) if found.records else {}
+        result = to_json(found.result) if found.result else None
+        output.say("", {"run": str(folder), "name": found.name, **last, "result": result})
     output.say("", {"report": str(options.out)})
     return 0

@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sparse_adv import masks, runs, tickets
-from sparse_adv.commands import flags, networks
+from sparse_adv import experiment, runs
+from sparse_adv.commands import config, flags, networks
 from sparse_adv.commands.output import Output
-from sparse_adv.config import TrainConfig
+from sparse_adv.config import NetworkConfig, TrainConfig
+from sparse_adv.experiment import SearchRun
+from sparse_adv.json_files import to_json
 from sparse_adv.training import distributed
 
 DEFAULTS = TrainConfig(objective="fgsm-rs", epochs=20, lr=0.05, schedule="constant", weight_decay=1e-4)
@@ -38,42 +40,18 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     with distributed.group(options.device) as device:
-        dataset = networks.dataset_of(options, device)
-        recipe, rule, output = flags.recipe_of(options), flags.rule_of(options), Output(options.json)
-        about = {
-            "arch": options.arch,
-            "width": options.width,
-            "data": str(options.data),
-            "seed": options.seed,
-            "input_shape": list(dataset.input_shape),
-        }
-        model = networks.build(about, dataset, options.seed, device)
-        batches = networks.batches_of(options, dataset)
-        networks.begin(options, "search", densities={"weights": 1.0, "multiply_adds": 1.0})
-        with output.progress(len(batches) * rule.rounds, recipe) as step:
-            ticket = tickets.search(
-                model,
-                batches,
-                recipe,
-                rule,
-                validation=dataset.validation,
-                folder=options.out,
-                about=about,
-                on_epoch=output.epoch,
-                on_step=step,
-            )
-        told = ticket.provenance
-        kept = {
-            "weights": masks.density(ticket.masks),
-            "multiply_adds": masks.multiply_add_density(model, ticket.masks, (1, *dataset.input_shape)),
-        }
-        result = {name: told[name] for name in ("seconds", "multiply_adds", "checks")} | {"kept": kept}
+        train_config, output = flags.recipe_of(options), Output(options.json)
+        images, network = networks.images_of(options), NetworkConfig(options.arch, options.width)
+        dataset = experiment.load_data(images, options.seed, device)
+        search = SearchRun(options.out, train_config, flags.rule_of(options), images, network, dataset, device)
         if distributed.rank() == 0:
-            runs.write_json(options.out / runs.RESULT, result)
-        path = options.out / runs.TICKET
+            config.write_config(options.out, options)
+        with output.progress(search.updates) as step:
+            result = search.run(on_epoch=output.epoch, on_step=step)
+        path, density = options.out / runs.TICKET, result.density
         output.say(
-            f"{path}: keeps {kept['weights']:.1%} of the weights and {kept['multiply_adds']:.1%} of the multiply-adds; "
-            f"found in {told['seconds']:.1f} s",
-            {"ticket": str(path), **result},
+            f"{path}: keeps {density.weights:.1%} of the weights and {density.macs:.1%} of the multiply-adds; found in "
+            f"{result.total.seconds:.1f} s",
+            {"ticket": str(path), **to_json(result)},
         )
     return 0

@@ -7,14 +7,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from sparse_adv import masks, runs, tickets
-from sparse_adv.commands import flags, networks
+from sparse_adv import experiment, masks
+from sparse_adv.commands import config, flags, networks
 from sparse_adv.commands.output import Output
-from sparse_adv.training import TrainConfig, conclude, distributed, train
-
-DENSE = {"weights": 1.0, "multiply_adds": 1.0}
+from sparse_adv.config import TrainConfig
+from sparse_adv.experiment import TrainRun
+from sparse_adv.json_files import to_json
+from sparse_adv.runs import TicketSource
+from sparse_adv.training import distributed
 
 
 def add(commands: Any) -> None:
@@ -47,67 +47,38 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     with distributed.group(options.device) as device:
-        dataset = networks.dataset_of(options, device)
-        recipe, output = flags.recipe_of(options), Output(options.json)
+        train_config, output = flags.recipe_of(options), Output(options.json)
+        images = networks.images_of(options)
+        dataset = experiment.load_data(images, options.seed, device)
         if options.ticket is None and (options.reinit or options.shuffle):
             raise ValueError("--reinit and --shuffle are controls of a ticket: name it with --ticket")
-        found = masks.load_pruned(options.ticket) if options.ticket else masks.Ticket({}, {}, {})
-        about = networks.agreed(options, found.provenance, str(options.ticket or "a dense run"))
-        # A seed of its own, or the fresh weights would be those that the ticket began with.
-        model = networks.build(about, dataset, options.seed + options.reinit, device)
-        kept, seconds, multiply_adds = DENSE, 0.0, 0
+        ticket, source = None, None
         if options.ticket:
-            found = _plant(model, found, options, (1, *dataset.input_shape))
-            kept = {
-                "weights": masks.density(found.masks),
-                "multiply_adds": masks.multiply_add_density(model, found.masks, (1, *dataset.input_shape)),
-            }
-            seconds, multiply_adds = (found.provenance.get(name, 0) for name in ("seconds", "multiply_adds"))
-        batches = networks.batches_of(options, dataset)
-        before = {"seconds": seconds, "multiply_adds": multiply_adds}
-        networks.begin(
-            options, "train", _identity(options), name=options.name, network=about, densities=kept, before=before
+            ticket = masks.load_pruned(options.ticket)
+            digest = hashlib.sha256(options.ticket.read_bytes()).hexdigest()
+            source = TicketSource(digest, options.reinit, options.shuffle)
+        known = ticket.provenance if ticket is not None else {}
+        network = networks.agreed(options, known, str(options.ticket or "a dense run"))
+        run = TrainRun(
+            options.out,
+            train_config,
+            images,
+            network,
+            dataset,
+            device,
+            ticket=ticket,
+            source=source,
+            name=options.name,
         )
-        with output.progress(len(batches), recipe) as step:
-            records = train(
-                model,
-                batches,
-                recipe,
-                validation=dataset.validation,
-                folder=options.out,
-                before=(seconds, multiply_adds),
-                on_epoch=output.epoch,
-                on_step=step,
-            )
-        checks = tickets.pruned_weights_are_zero(model, found.masks) | {"kept": kept}
-        path = options.out / runs.RESULT
-        result = (
-            runs.read_json(path)
-            if path.exists()
-            else conclude(model, options.out, records, recipe, dataset.test, {"checks": checks})
-        )
-        tested = ", ".join(f"{attack} {accuracy:.1%}" for attack, accuracy in result["test"].items())
+        if distributed.rank() == 0:
+            config.write_config(options.out, options)
+        with output.progress(run.updates) as step:
+            for record in run.epochs(step):
+                output.epoch(record)
+        result = run.finish()
+        tested = ", ".join(f"{attack} {accuracy:.1%}" for attack, accuracy in (result.test or {}).items())
         output.say(
-            f"{options.out}: test accuracy {tested}; {result['seconds']:.1f} s of training and search",
-            {"run": str(options.out), **result},
+            f"{options.out}: test accuracy {tested}; {result.total.seconds:.1f} s of training and search",
+            {"run": str(options.out), **to_json(result)},
         )
     return 0
-
-
-def _plant(
-    model: nn.Module, found: masks.Ticket, options: argparse.Namespace, input_shape: tuple[int, ...]
-) -> masks.Ticket:
-    """The network of the ticket, or of the control that was asked for."""
-    kept = tickets.shuffle(found.masks, options.seed) if options.shuffle else found.masks
-    planted = masks.Ticket(kept, found.state_dict, found.provenance)
-    try:
-        tickets.restore(model, planted, input_shape, weights=not options.reinit)
-    except ValueError as error:
-        raise ValueError(f"{options.ticket}: {error}") from error
-    return planted
-
-
-def _identity(options: argparse.Namespace) -> dict[str, Any]:
-    """What decides the run beside its flags: the ticket's contents, and how many processes share a batch."""
-    content = hashlib.sha256(options.ticket.read_bytes()).hexdigest() if options.ticket else None
-    return {"ticket_sha256": content, "processes": distributed.world_size()}

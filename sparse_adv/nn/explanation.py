@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import Layer, maskable
-from sparse_adv.nn.macs import Call, calls_of
+from sparse_adv.nn.macs import Call, calls_of, kept_weights
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, reason_of
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops import PASSES
@@ -98,7 +98,7 @@ def explain(model: nn.Module, shape: Sequence[int] | Tensor | None = None) -> Ex
 def _row(name: str, layer: Layer, calls: Sequence[Call]) -> Row:
     """The kernels are those of the last call."""
     weights, count = layer.weight.numel(), sum(call.uses for call in calls)
-    kept = int(layer.weight_mask.count_nonzero()) if isinstance(layer, MaskedLayer) else weights
+    kept = kept_weights(layer)
     if calls:
         kernels = {name: f"{planned.kernel} ({planned.reason})" for name, planned in calls[-1].plan._asdict().items()}
     else:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_adv.masks.layers import Layer, run_once, uses
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
+from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.masked_linear import MaskedLinear
 from sparse_adv.ops import PassPlan, Plan
 
@@ -22,6 +23,8 @@ class Macs(NamedTuple):
     grad_weight: int
     first_grad_input: int
     """The part of `grad_input` that the first layer executed has; training without an attack does not execute it."""
+    kept: int
+    """MACs of the weights that masks keep, in each of the three passes; with dense kernels, more are executed."""
     dense: int
     """What each of the three passes would execute without masks."""
     first_dense: int
@@ -61,13 +64,14 @@ def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
     calls = calls_of(model, shape)
     images = shape.shape[0] if isinstance(shape, Tensor) else shape[0]
     if not calls:
-        return Macs(0, 0, 0, 0, 0, 0, images)
+        return Macs(0, 0, 0, 0, 0, 0, 0, images)
     first = calls[0]
     return Macs(
         forward=sum(call.plan.forward.macs for call in calls),
         grad_input=sum(call.plan.grad_input.macs for call in calls),
         grad_weight=sum(call.plan.grad_weight.macs for call in calls),
         first_grad_input=first.plan.grad_input.macs,
+        kept=sum(call.uses * kept_weights(call.layer) for call in calls),
         dense=sum(call.uses * call.layer.weight.numel() for call in calls),
         first_dense=first.uses * first.layer.weight.numel(),
         images=images,
@@ -89,3 +93,8 @@ def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[Call]:
 
     run_once(model, shape, visit, linear=True)
     return calls
+
+
+def kept_weights(layer: Layer) -> int:
+    """The number of weights that the layer's mask keeps; all of them without a mask."""
+    return int(layer.weight_mask.count_nonzero()) if isinstance(layer, MaskedLayer) else layer.weight.numel()

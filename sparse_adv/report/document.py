@@ -1,24 +1,24 @@
-"""A folder with all that there is to say about some runs."""
+"""The report on some runs: a Markdown file with its figures, and a CSV file of all epochs."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sparse_adv.files import write_text
+from sparse_adv.json_files import JSON, flatten, to_json
 from sparse_adv.report import figures, measures, tables
 from sparse_adv.runs import Run, read
 
 
 def report(folders: Sequence[Path | str], out: Path | str, *, level: float | None = None) -> str:
-    """Write `report.md`, `report.csv` (a row per run and epoch, with every field) and the pictures of some runs.
+    """Write a report on runs: `report.md`, its figures, and `report.csv` with a row per run and epoch.
 
     Args:
-        folders: of the runs, finished or not; a folder that comes twice counts once.
+        folders: of the runs, finished or not; a folder that is given twice counts once.
         out: the folder to write to; an earlier report there is replaced.
         level: see `time_to`.
 
@@ -29,7 +29,8 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         FileNotFoundError: naming the folder that holds no run.
         ModuleNotFoundError: if matplotlib is missing.
         NotADirectoryError: if `out` is a file.
-        ValueError: if there is no folder, a run has no epochs yet, a file of it is damaged or the level is no share.
+        ValueError: if there is no folder, a run has no epoch yet, one of its files is damaged, or the level is not in
+            [0, 1].
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -42,8 +43,8 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         if not run.records:
             raise ValueError(f"{run.folder} has no epochs yet: wait for the first")
 
-    reached = tables.time_to(runs, level)
-    pictures = {
+    time_to = tables.time_to(runs, level)
+    plots = {
         "Validation accuracy": figures.accuracy_curves(out / "accuracy", runs),
         "Phases": figures.phase_bars(out / "phases", runs),
     }
@@ -51,16 +52,16 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         f"# Report of {len(runs)} run{'s' if len(runs) > 1 else ''}",
         "## Summary",
         tables.summary(runs)
-        + "\nSeconds and multiply-adds in all: ticket search, attacks and updates; evaluations are "
-        'not counted. Accuracies without "test" are of validation images.',
+        + "\nTotal seconds and multiply-adds (MACs) are of ticket search, attacks and updates; evaluations are not "
+        'counted. Accuracies without "test" are on validation images.',
         "## Time to the same robustness",
-        reached,
+        time_to,
         "## Phases",
         tables.phases(runs),
-        "## Pictures",
-        *(_picture(name, files) for name, files in pictures.items() if files),
+        "## Figures",
+        *(f"![{name}]({files[0].name})\n\n{name}, [as SVG]({files[1].name})" for name, files in plots.items() if files),
         "## How the runs were made",
-        _making(runs),
+        _settings(runs),
         "All epochs: [report.csv](report.csv)",
     ]
     text = "\n\n".join(section.rstrip("\n") for section in sections) + "\n"
@@ -69,31 +70,26 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
     return text
 
 
-def _picture(name: str, files: Sequence[Path]) -> str:
-    shown, drawn = (file.name for file in files)
-    return f"![{name}]({shown})\n\n{name}, [as SVG]({drawn})"
-
-
-def _making(runs: Sequence[Run]) -> str:
-    """The runs' facts: first those that all share, then those in which they differ."""
-    facts = [
-        {"folder": str(run.folder)} | {key: _plain(value) for key, value in measures.flat(run.facts)} for run in runs
-    ]
-    shared: list[measures.Record] = []
-    own: list[measures.Record] = []
-    for key in dict.fromkeys(key for found in facts for key in found):
-        values = [found.get(key) for found in facts]
-        row = {"fact": key, **{f"run{i}": value for i, value in enumerate(values)}}
-        (shared if len(set(values)) == 1 else own).append(row)
-    each = {label: f"{{run{i}}}" for i, label in enumerate(measures.labels(runs))}
-    made = [({"every run": "{run0}"}, shared), (each, own)]
-    return "\n".join(tables.table(rows, {"fact": "{fact}"} | columns) for columns, rows in made if rows)
+def _settings(runs: Sequence[Run]) -> str:
+    """Two tables of what `run.json` says: what is the same in all runs, and what differs."""
+    infos = [{"folder": str(run.folder), **_flat(to_json(run.info))} for run in runs]
+    common: list[list[str]] = []
+    different: list[list[str]] = []
+    for key in dict.fromkeys(key for info in infos for key in info):
+        values = ["" if info.get(key) is None else str(info[key]) for info in infos]
+        if len(set(values)) == 1:
+            common.append([key, values[0]])
+        else:
+            different.append([key, *values])
+    parts = [tables.table(["setting", "every run"], common)] if common else []
+    parts += [tables.table(["setting", *measures.labels(runs)], different)] if different else []
+    return "\n".join(parts)
 
 
 def _epochs(runs: Sequence[Run]) -> str:
-    """CSV with a row per run and epoch; what a record lacks stays empty."""
+    """CSV with a row per run and epoch; fields that a record lacks are empty."""
     rows = [
-        {"run": label, "folder": str(run.folder)} | {key: _plain(value) for key, value in record.items()}
+        {"run": label, "folder": str(run.folder), **_flat(to_json(record, with_none=False))}
         for run, label in zip(runs, measures.labels(runs), strict=True)
         for record in run.records
     ]
@@ -104,6 +100,6 @@ def _epochs(runs: Sequence[Run]) -> str:
     return text.getvalue()
 
 
-def _plain(value: Any) -> Any:
-    """A cell's content: containers as JSON."""
-    return json.dumps(value) if isinstance(value, dict | list) else value
+def _flat(content: Mapping[str, JSON]) -> dict[str, JSON]:
+    """Nested fields by their path, "train.lr"; a list is written as JSON."""
+    return {key: json.dumps(value) if isinstance(value, list) else value for key, value in flatten(content)}

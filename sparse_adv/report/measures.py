@@ -1,122 +1,113 @@
-"""What tables and pictures say of a run: numbers out of its facts, records and result."""
+"""Numbers of runs that tables and figures show."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Literal
 
-from sparse_adv.runs import Run
+from sparse_adv.runs import Cost, EpochRecord, Run
 
-Record = Mapping[str, Any]
-
-UNITS = ("seconds", "multiply_adds")
-"""What a run costs; each is counted from 0 at the beginning of its ticket search."""
+Unit = Literal["seconds", "macs"]
+UNITS: tuple[Unit, ...] = ("seconds", "macs")
 
 
-def first_to_reach(records: Sequence[Record], field: str, level: float) -> Record | None:
-    """The first record whose field is at least this level, or None."""
-    return next((record for record in records if record.get(field, float("-inf")) >= level), None)
+def amount(cost: Cost, unit: Unit) -> float:
+    """Return the seconds or the MACs of a cost.
+
+    Example:
+        >>> amount(Cost(seconds=2.5, macs=10), "macs")
+        10
+    """
+    return cost.seconds if unit == "seconds" else cost.macs
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """The runs' names; where several have one name, with as much of their folders as tells them apart."""
+    """Return the names of runs; to equal names the last parts of the folder are added, as many as tell them apart."""
     names = [" ".join(run.name.split()) for run in runs]
     paths = [run.folder.resolve().parts for run in runs]
 
-    def tail(i: int) -> str:
-        rivals = [paths[j] for j in range(len(runs)) if j != i and names[j] == names[i]]
-        count = next((n for n in range(1, len(paths[i])) if all(p[-n:] != paths[i][-n:] for p in rivals)), 0)
-        return "/".join(paths[i][-count:])
+    def ending(i: int) -> str:
+        others = [paths[j] for j in range(len(runs)) if j != i and names[j] == names[i]]
+        parts = next((n for n in range(1, len(paths[i])) if all(path[-n:] != paths[i][-n:] for path in others)), 0)
+        return "/".join(paths[i][-parts:])
 
     repeated = Counter(names)
-    return [f"{name} ({tail(i)})" if repeated[name] > 1 else name for i, name in enumerate(names)]
-
-
-def setting(run: Run, key: str) -> Any:
-    """A setting, of the command or of its recipe; None where neither has it."""
-    settings = run.facts.get("settings") or {}
-    return settings.get(key, (settings.get("recipe") or {}).get(key))
-
-
-def is_search(run: Run) -> bool:
-    """Whether the run looked for a ticket; what that cost is part of the runs that train the ticket."""
-    return setting(run, "command") == "search"
+    return [f"{name} ({ending(i)})" if repeated[name] > 1 else name for i, name in enumerate(names)]
 
 
 def compared(runs: Sequence[Run]) -> list[Run]:
-    """The runs whose accuracies are compared: the training runs, or the searches if there is nothing else."""
-    return [run for run in runs if not is_search(run)] or list(runs)
+    """Return the runs whose accuracies are compared: the training runs, or if there are none the searches.
 
-
-def density(run: Run, of: str) -> float | None:
-    """The kept share of "weights" or "multiply_adds"."""
-    return (run.facts.get("densities") or {}).get(of)
+    A search is a part of the cost of the runs that train its ticket.
+    """
+    return [run for run in runs if run.info.kind == "train"] or list(runs)
 
 
 def reference(runs: Sequence[Run]) -> Run:
-    """The run that others are compared with: the first dense one, else the first."""
-    return next((run for run in runs if density(run, "weights") == 1), runs[0])
+    """Return the run that ratios refer to: the first dense one, else the first."""
+    return next((run for run in runs if run.info.density.weights == 1), runs[0])
 
 
-def before(run: Run, unit: str) -> float:
-    """Seconds or multiply-adds of the ticket search that the run builds on."""
-    return (run.facts.get("before") or {}).get(unit) or 0
-
-
-def total(run: Run, unit: str) -> float:
-    """Seconds or multiply-adds so far: of the search before, the attacks and the updates; evaluations are free."""
-    if run.result and unit in run.result:
-        return run.result[unit]
-    return run.records[-1].get(unit, 0) if run.records else before(run, unit)
+def total(run: Run) -> Cost:
+    """Return the cost so far, of the search before the run, attacks and updates; evaluations are not counted."""
+    if run.result is not None:
+        return run.result.total
+    return run.records[-1].total if run.records else run.info.before
 
 
 def seconds_per_epoch(run: Run) -> float | None:
-    """Of attack and update; the median, which a disturbed epoch does not move."""
-    spent = [record.get("attack_seconds", 0) + record.get("update_seconds", 0) for record in run.records]
-    return median(spent) if spent else None
+    """Return the median over epochs of the seconds of attack and update; None without epochs."""
+    return median((record.attack + record.update).seconds for record in run.records) if run.records else None
 
 
 def undone(run: Run) -> int:
-    """The number of epochs that had to be trained again."""
-    return sum(bool(record.get("rolled_back")) for record in run.records)
+    """Return the number of epochs that had to be repeated."""
+    return sum(record.undone_accuracy is not None for record in run.records)
 
 
-def phase_costs(run: Run, unit: str) -> dict[str, float]:
-    """Seconds or multiply-adds of each phase; "search" and "undone" epochs only where there are any."""
+def phase_costs(run: Run) -> dict[str, Cost]:
+    """Return the cost of each phase; "search" and "undone" (attempts at epochs) only if they cost something."""
     attack, update, evaluation = (
-        sum(record.get(f"{phase}_{unit}", 0) for record in run.records) for phase in ("attack", "update", "evaluation")
+        sum((cost(record) for record in run.records), Cost())
+        for cost in (lambda record: record.attack, lambda record: record.update, lambda record: record.evaluation)
     )
-    costs = {"search": before(run, unit), "attack": attack, "update": update}
+    phases = {"search": run.info.before, "attack": attack, "update": update}
     if undone(run):
-        # The records hold what each epoch cost in the end; the totals hold its undone attempts too.
-        costs["undone"] = max(0.0, total(run, unit) - sum(costs.values()))
-    if not costs["search"]:
-        del costs["search"]
-    return costs | {"evaluation": evaluation}
+        # An epoch's record has the cost of its last attempt, the total has the cost of all.
+        rest, done = total(run), sum(phases.values(), Cost())
+        phases["undone"] = Cost(max(0.0, rest.seconds - done.seconds), max(0, rest.macs - done.macs))
+    if phases["search"] == Cost():
+        del phases["search"]
+    return phases | {"evaluation": evaluation}
 
 
-def evaluated(run: Run, field: str = "robust_accuracy") -> list[Record]:
-    """The records that have an accuracy."""
-    return [record for record in run.records if record.get(field) is not None]
+def evaluated(run: Run) -> list[EpochRecord]:
+    """Return the records of the epochs that were evaluated."""
+    return [record for record in run.records if record.robust_accuracy is not None]
 
 
-def best(run: Run) -> Record | None:
-    """The first record of the highest robust validation accuracy."""
-    return max(evaluated(run), key=lambda record: record["robust_accuracy"], default=None)
+def best(run: Run) -> EpochRecord | None:
+    """Return the first record of the highest robust validation accuracy; None if there is none."""
+    return max(evaluated(run), key=robust_accuracy, default=None)
+
+
+def first_to_reach(run: Run, level: float) -> EpochRecord | None:
+    """Return the first record with a robust validation accuracy of at least `level`, or None."""
+    return next((record for record in evaluated(run) if robust_accuracy(record) >= level), None)
+
+
+def robust_accuracy(record: EpochRecord) -> float:
+    """Return the robust validation accuracy of an epoch that was evaluated."""
+    assert record.robust_accuracy is not None
+    return record.robust_accuracy
 
 
 def common_level(runs: Sequence[Run]) -> float | None:
-    """The highest robust validation accuracy that each run reached, but for those never evaluated or attacked."""
-    attacked = [run for run in runs if setting(run, "objective") != "natural"] or runs
-    return min((record["robust_accuracy"] for run in attacked if (record := best(run))), default=None)
+    """Return the highest robust validation accuracy that each run reached; None if none was evaluated.
 
-
-def flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested facts, named by their path: "machine.cpu"."""
-    for key, value in facts.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    Runs that were never evaluated do not count, nor do runs trained without attacks, unless there are no others.
+    """
+    attacked = [run for run in runs if run.info.train.objective != "natural"] or runs
+    return min((robust_accuracy(record) for run in attacked if (record := best(run))), default=None)

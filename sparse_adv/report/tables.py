@@ -1,48 +1,49 @@
-"""Markdown tables of run folders."""
+"""Markdown tables of runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from sparse_adv.report import measures
-from sparse_adv.report.measures import Record
-from sparse_adv.runs import Run
+from sparse_adv.runs import EpochRecord, Run, TrainResult
 
 _ESCAPED = str.maketrans({"|": r"\|", "<": r"\<", "\n": " ", "\r": " "})
 
 
 def escaped(text: str) -> str:
-    """Text that neither ends a table's cell nor begins a tag."""
+    r"""Return text that neither ends a cell of a table nor begins an HTML tag.
+
+    Example:
+        >>> print(escaped("a|b <c>"))
+        a\|b \<c>
+    """
     return text.translate(_ESCAPED)
 
 
-def table(rows: Sequence[Record], columns: Mapping[str, str]) -> str:
-    """A Markdown table.
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns.
 
-    Args:
-        rows: one record per line; what a record lacks, or has as None, stays empty.
-        columns: heading -> format of the cell, with the record's fields by name: `"{seconds:.1f}"`.
+    Example:
+        >>> print(table(["run", "s"], [["dense", "12.3"], ["a", ""]]), end="")
+        | run   | s    |
+        | ----- | ---- |
+        | dense | 12.3 |
+        | a     |      |
     """
-    cells = [[escaped(heading) for heading in columns]]
-    cells += [[_cell(row, form) for form in columns.values()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    rule = "| " + " | ".join("-" * width for width in widths) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
-
-
-def _cell(row: Record, form: str) -> str:
-    try:
-        return escaped(form.format_map({key: value for key, value in row.items() if value is not None}))
-    except KeyError:
-        return ""
+    cells = [[escaped(text) for text in line] for line in (headings, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [" | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def count(number: float) -> str:
-    """Three digits and an SI prefix: 1.23 T."""
+    """Return a number with three digits and an SI prefix.
+
+    Example:
+        >>> count(1.234e12), count(999.7), count(7)
+        ('1.23 T', '1.00 k', '7')
+    """
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if number < 999.5 or prefix == "E":
             break
@@ -52,158 +53,126 @@ def count(number: float) -> str:
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """A table with a row per run: how it was made, what it kept, what it cost, what came of it.
+    """Return a table with a row per run: how it was made, its densities, costs and accuracies.
 
-    Seconds and multiply-adds "in all" are of ticket search, attacks and updates; evaluations are not counted.
+    Total seconds and MACs are of ticket search, attacks and updates; evaluations are not counted.
     """
-    tests = list(dict.fromkeys(attack for run in runs for attack in _tests(run)))
-    columns = {
-        "run": "{name}",
-        "made by": "{made_by}",
-        "weights kept": "{weights:.3f}",
-        "multiply-adds kept": "{multiply_adds:.3f}",
-        "s before": "{before:.1f}",
-        "s/epoch": "{per_epoch:.2f}",
-        "s in all": "{seconds:.1f}",
-        "multiply-adds in all": "{work}",
-        "best robust": "{best_robust:.1%}",
-        "clean then": "{best_clean:.1%}",
-        "at epoch": "{best_epoch}",
-        "last robust": "{last_robust:.1%}",
-        **{f"test {attack}": f"{{test{i}:.1%}}" for i, attack in enumerate(tests)},
-        "status": "{status}",
-    }
-    rows = [
-        _outcome(run)
-        | {f"test{i}": _tests(run).get(attack) for i, attack in enumerate(tests)}
-        | {
-            "name": label,
-            "made_by": ", ".join(str(part) for key in ("command", "objective") if (part := measures.setting(run, key))),
-            "weights": measures.density(run, "weights"),
-            "multiply_adds": measures.density(run, "multiply_adds"),
-            "before": measures.before(run, "seconds"),
-            "per_epoch": measures.seconds_per_epoch(run),
-            "seconds": measures.total(run, "seconds"),
-            "work": count(measures.total(run, "multiply_adds")),
-            "status": _status(run),
-        }
-        for run, label in zip(runs, measures.labels(runs), strict=True)
-    ]
-    return table(rows, columns)
-
-
-def _tests(run: Run) -> dict[str, float]:
-    return (run.result or {}).get("test") or {}
-
-
-def _outcome(run: Run) -> dict[str, Any]:
-    best = measures.best(run)
-    if best is None:
-        return {}
-    return {
-        "best_robust": best["robust_accuracy"],
-        "best_clean": best.get("clean_accuracy"),
-        "best_epoch": best.get("epoch"),
-        "last_robust": measures.evaluated(run)[-1]["robust_accuracy"],
-    }
-
-
-def _status(run: Run) -> str:
-    wanted = measures.setting(run, "epochs")
-    reached = f"epoch {run.records[-1].get('epoch', len(run.records))}" if run.records else "epoch 0"
-    told = "finished" if run.result is not None else f"{reached} of {wanted}" if wanted else reached
-    undone = measures.undone(run)
-    return f"{told}, {undone} undone" if undone else told
+    attacks = list(dict.fromkeys(attack for run in runs for attack in _tests(run)))
+    headings = [
+        "run", "kind", "density", "MAC density", "search s", "s/epoch", "total s", "total MACs",
+        "best robust", "its clean", "its epoch", "last robust", *(f"test {attack}" for attack in attacks), "status",
+    ]  # fmt: skip
+    rows = []
+    for run, label in zip(runs, measures.labels(runs), strict=True):
+        best, evaluated, total = measures.best(run), measures.evaluated(run), measures.total(run)
+        rows.append(
+            [
+                label,
+                f"{run.info.kind}, {run.info.train.objective}",
+                f"{run.info.density.weights:.3f}",
+                f"{run.info.density.macs:.3f}",
+                f"{run.info.before.seconds:.1f}",
+                _form(measures.seconds_per_epoch(run), ".2f"),
+                f"{total.seconds:.1f}",
+                count(total.macs),
+                _form(best.robust_accuracy if best else None, ".1%"),
+                _form(best.clean_accuracy if best else None, ".1%"),
+                str(best.epoch) if best else "",
+                _form(evaluated[-1].robust_accuracy if evaluated else None, ".1%"),
+                *(_form(_tests(run).get(attack), ".1%") for attack in attacks),
+                _status(run),
+            ]
+        )
+    return table(headings, rows)
 
 
 def time_to(runs: Sequence[Run], level: float | None = None) -> str:
-    """What it took each run until its robust validation accuracy first reached a level: a sentence and a table.
+    """Return a sentence and a table: what it took each run to first reach a robust validation accuracy.
 
-    Seconds and multiply-adds include the ticket search; each ratio is the run's number / that of the first dense run,
-    or of the first run if none is dense. Searches are left out, as the runs built on them include them.
+    Seconds and MACs include the ticket search. Ratios are to the first dense run, or to the first run if none is dense.
+    Searches are left out, because the runs of their tickets include their cost.
 
     Args:
         runs: finished or not.
-        level: a share in [0, 1]; None takes the highest that all evaluated runs trained with attacks reached.
+        level: robust validation accuracy in [0, 1]; None for the highest that all evaluated runs reached that were
+            trained with attacks.
 
     Raises:
-        ValueError: if the level is no share.
+        ValueError: if the level is not in [0, 1].
     """
     if level is not None and not 0 <= level <= 1:
-        raise ValueError(f"level must be a share in [0, 1], got {level}")
-    chosen = measures.compared(runs)
-    common = measures.common_level(chosen)
+        raise ValueError(f"level must be an accuracy in [0, 1], got {level}")
+    shown = measures.compared(runs)
+    common = measures.common_level(shown)
     if common is None:
         return "No run has a robust validation accuracy yet.\n"
     wanted = common if level is None else level
-    names = {id(run): label for run, label in zip(runs, measures.labels(runs), strict=True)}
-    reached = [measures.first_to_reach(measures.evaluated(run), "robust_accuracy", wanted) for run in chosen]
-    origin = measures.reference(chosen)
-    base = reached[chosen.index(origin)] or {}
-    rows = []
-    for run, record in zip(chosen, reached, strict=True):
-        row: dict[str, Any] = {"name": names[id(run)]}
-        if record is None:
-            row["seconds"] = "not reached" if measures.evaluated(run) else "not evaluated"
-        else:
-            row |= {
-                f"{field}_ratio": record[field] / base[field] for field in ("epoch", *measures.UNITS) if base.get(field)
-            }
-            row |= {
-                "seconds": f"{record['seconds']:.1f}",
-                "epoch": record["epoch"],
-                "work": count(record["multiply_adds"]),
-            }
-        rows.append(row)
-    columns = {
-        "run": "{name}",
-        "s": "{seconds}",
-        "ratio of s": "{seconds_ratio:.2f}",
-        "epochs": "{epoch}",
-        "ratio of epochs": "{epoch_ratio:.2f}",
-        "multiply-adds": "{work}",
-        "ratio of multiply-adds": "{multiply_adds_ratio:.2f}",
-    }
-    why = ", the highest that all runs trained with attacks reached" if level is None else ""
-    against = escaped(names[id(origin)])
-    told = (
-        f"Until the first evaluation with a robust validation accuracy of at least {wanted:.1%}{why}. Seconds and "
-        "multiply-adds include the ticket search, epochs do not. "
-        + (f"Ratios are to {against}." if base else f"There are no ratios, as {against} never reached it.")
+    label_of = {id(run): label for run, label in zip(runs, measures.labels(runs), strict=True)}
+    reference = measures.reference(shown)
+    base = measures.first_to_reach(reference, wanted)
+    rows = [[label_of[id(run)], *_reached(run, measures.first_to_reach(run, wanted), base)] for run in shown]
+    name = escaped(label_of[id(reference)])
+    return (
+        f"Until the first evaluation with a robust validation accuracy of at least {wanted:.1%}"
+        + (", the highest that all runs trained with attacks reached" if level is None else "")
+        + ". Seconds and MACs include the ticket search, epochs do not. "
+        + (f"Ratios are to {name}." if base else f"There are no ratios, because {name} never reached it.")
+        + "\n\n"
+        + table(["run", "s", "ratio of s", "epochs", "ratio of epochs", "MACs", "ratio of MACs"], rows)
     )
-    return f"{told}\n\n{table(rows, columns)}"
 
 
 def phases(runs: Sequence[Run]) -> str:
-    """A table of what each run spent its time and its multiply-adds on, and how many it did in a second."""
+    """Return a table of the seconds and MACs of each phase of each run, and of the MACs per second."""
     rows = []
     for run, label in zip(runs, measures.labels(runs), strict=True):
-        seconds, work = (measures.phase_costs(run, unit) for unit in measures.UNITS)
-        for phase in {**seconds, **work}:
-            time, adds = seconds.get(phase, 0), work.get(phase, 0)
-            rows.append(
-                {
-                    "name": label,
-                    "phase": phase,
-                    "seconds": time,
-                    "time_share": _share(time, seconds),
-                    "work": count(adds),
-                    "work_share": _share(adds, work),
-                    "rate": count(adds / time) if time else None,
-                }
-            )
-    columns = {
-        "run": "{name}",
-        "phase": "{phase}",
-        "s": "{seconds:.1f}",
-        "share of s": "{time_share:.1%}",
-        "multiply-adds": "{work}",
-        "share of multiply-adds": "{work_share:.1%}",
-        "multiply-adds/s": "{rate}",
-    }
-    return table(rows, columns)
+        costs = measures.phase_costs(run)
+        seconds, macs = (sum(measures.amount(cost, unit) for cost in costs.values()) for unit in measures.UNITS)
+        rows += [
+            [
+                label,
+                phase,
+                f"{cost.seconds:.1f}",
+                _ratio(cost.seconds, seconds, ".1%"),
+                count(cost.macs),
+                _ratio(cost.macs, macs, ".1%"),
+                count(cost.macs / cost.seconds) if cost.seconds else "",
+            ]
+            for phase, cost in costs.items()
+        ]
+    return table(["run", "phase", "s", "share of s", "MACs", "share of MACs", "MACs/s"], rows)
 
 
-def _share(part: float, costs: Mapping[str, float]) -> float | None:
-    whole = sum(costs.values())
-    return part / whole if whole else None
+def _tests(run: Run) -> dict[str, float]:
+    return run.result.test if isinstance(run.result, TrainResult) else {}
+
+
+def _status(run: Run) -> str:
+    epoch = run.records[-1].epoch if run.records else 0
+    status = "finished" if run.result is not None else f"epoch {epoch} of {run.info.train.epochs}"
+    undone = measures.undone(run)
+    return f"{status}, {undone} undone" if undone else status
+
+
+def _reached(run: Run, record: EpochRecord | None, base: EpochRecord | None) -> list[str]:
+    """The cells of a run in the table of `time_to`, behind its name."""
+    if record is None:
+        return ["not reached" if measures.evaluated(run) else "not evaluated", "", "", "", "", ""]
+    return [
+        f"{record.total.seconds:.1f}",
+        _ratio(record.total.seconds, base.total.seconds, ".2f") if base else "",
+        str(record.epoch),
+        _ratio(record.epoch, base.epoch, ".2f") if base else "",
+        count(record.total.macs),
+        _ratio(record.total.macs, base.total.macs, ".2f") if base else "",
+    ]
+
+
+def _form(value: float | None, form: str) -> str:
+    """A formatted number; nothing for None."""
+    return "" if value is None else f"{value:{form}}"
+
+
+def _ratio(part: float, whole: float, form: str) -> str:
+    """A formatted quotient; nothing for a division by zero."""
+    return f"{part / whole:{form}}" if whole else ""

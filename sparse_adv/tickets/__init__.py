@@ -1,9 +1,20 @@
-"""Ticket search, the checks that make a ticket one, and its controls."""
+"""Ticket search, the invariants that it verifies, and the controls that a ticket is compared with."""
 
 from sparse_adv.config import PruneConfig
-from sparse_adv.tickets.checks import BrokenTicket, pruned_weights_are_zero
+from sparse_adv.tickets.checks import TicketInvariantError, check_pruned_weights
 from sparse_adv.tickets.controls import restore, shuffle
-from sparse_adv.tickets.early_stop import MaskWatch
-from sparse_adv.tickets.search import search
+from sparse_adv.tickets.early_stopping import EarlyStopping
+from sparse_adv.tickets.search import SearchRecord, cost_of, record_of, search
 
-__all__ = ["BrokenTicket", "MaskWatch", "PruneConfig", "pruned_weights_are_zero", "restore", "search", "shuffle"]
+__all__ = [
+    "EarlyStopping",
+    "PruneConfig",
+    "SearchRecord",
+    "TicketInvariantError",
+    "check_pruned_weights",
+    "cost_of",
+    "record_of",
+    "restore",
+    "search",
+    "shuffle",
+]

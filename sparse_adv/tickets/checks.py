@@ -1,13 +1,12 @@
-"""What must hold of every ticket: checked while a search runs, and kept with the ticket.
+"""Invariants of tickets, verified in every search and recorded in the ticket.
 
-Published tickets have broken each of these unnoticed: networks that were never reset, masks that grew back, densities
-that were not what was asked.
+Published ticket codes have broken each of them unnoticed: weights that were not reset, masks in which pruned weights
+came back, densities other than those asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +14,84 @@ from torch import Tensor, nn
 from sparse_adv.config import PruneConfig
 
 
-class BrokenTicket(RuntimeError):
-    """An invariant of tickets does not hold: a defect of this library, or of a score or layer that was passed to it."""
+class TicketInvariantError(RuntimeError):
+    """An invariant of tickets does not hold: a defect of this library, or of a score function or layer of the user."""
 
 
-def reset(model: nn.Module, start: Mapping[str, Tensor]) -> dict[str, Any]:
-    """All weights, BatchNorm included, are bit for bit those to begin with."""
+def check_reset(model: nn.Module, start: Mapping[str, Tensor]) -> None:
+    """Check that the model's state, BatchNorm included, is bit for bit the state to begin with.
+
+    Raises:
+        TicketInvariantError: if it is not, naming up to three tensors.
+
+    Example:
+        >>> check_reset(model := nn.Linear(2, 2), model.state_dict())
+    """
     state = model.state_dict()
     moved = [key for key in {**state, **start} if key not in state or not state[key].cpu().equal(start[key].cpu())]
     _require(not moved, f"the reset missed {moved[:3]}")
-    return {"reset": True}
 
 
-def pruned_weights_are_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
-    """No weight outside its mask has come back."""
+def check_pruned_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Check that the weights outside the masks are zero.
+
+    Raises:
+        TicketInvariantError: if they are not, naming the layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> check_pruned_weights(model, {"0": torch.tensor([[True, True], [True, False]])})
+        Traceback (most recent call last):
+        ...
+        sparse_adv.tickets.checks.TicketInvariantError: 1 pruned weights of '0' are not zero
+    """
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         outside = int(weight.detach()[~mask.to(weight.device)].count_nonzero())
-        _require(not outside, f"{outside} pruned weights of {name!r} are no longer zero")
-    return {"pruned_weights_zero": True}
+        _require(not outside, f"{outside} pruned weights of {name!r} are not zero")
 
 
-def nested(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A later round keeps nothing that an earlier one has pruned."""
+def check_nested(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
+    """Check that a later round keeps no weight that an earlier one pruned.
+
+    Raises:
+        TicketInvariantError: if it does, naming the layer.
+
+    Example:
+        >>> check_nested({"0": torch.tensor([[True, False]])}, {"0": torch.tensor([[True, True]])})
+    """
     for name, mask in old.items():
         grown = int((new[name] & ~mask.to(new[name].device)).count_nonzero())
         _require(not grown, f"{grown} weights of {name!r} came back in a later round")
-    return {"nested": True}
 
 
-def density(masks: Mapping[str, Tensor], config: PruneConfig, number: int) -> dict[str, Any]:
-    """As many weights are kept as were asked for, to within one block for each group that is ranked together."""
-    counts = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
-    sizes = {name: mask.numel() for name, mask in masks.items()}
-    asked = config.density_of_round(number) * sum(sizes.values())
-    kept = sum(counts.values())
+def check_density(masks: Mapping[str, Tensor], config: PruneConfig, number: int) -> tuple[int, int, int]:
+    """Check that the masks of a round keep as many weights as configured, within one block for each ranking.
+
+    Args:
+        masks: bool masks by module name.
+        config: of the pruning.
+        number: of the round, counted from 1.
+
+    Returns:
+        Number of weights, of those kept, and of those that the configuration asks for.
+
+    Raises:
+        TicketInvariantError: if the number kept is another, with both numbers.
+
+    Example:
+        >>> check_density({"0": torch.arange(10).view(2, 5) < 5}, PruneConfig(density=0.5), number=1)
+        (10, 5, 5)
+    """
+    weights = sum(mask.numel() for mask in masks.values())
+    kept = sum(int(mask.count_nonzero()) for mask in masks.values())
+    requested = config.density_of_round(number) * weights
     slack = torch.Size(config.block).numel() * (1 if config.scope == "global" else len(masks))
-    _require(abs(kept - asked) <= slack, f"{kept} of {sum(sizes.values())} weights are kept, asked was {asked:.0f}")
-    return {"kept": kept, "asked": round(asked), "weights": sum(sizes.values())}
+    _require(abs(kept - requested) <= slack, f"{kept} of {weights} weights are kept, {requested:.0f} were requested")
+    return weights, kept, round(requested)
 
 
-def _require(holds: bool, what: str) -> None:
+def _require(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise BrokenTicket(f"the ticket is broken: {what}")
+        raise TicketInvariantError(otherwise)

@@ -1,4 +1,4 @@
-"""From a ticket to the network that is trained, and to the controls without which a ticket's merit is not known."""
+"""The sparse network of a ticket, and the controls that show what its masks and its weights contribute."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from sparse_adv.nn import sparsify, zero_dead_channels
 
 
 def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], *, weights: bool = True) -> nn.Module:
-    """Make a dense model the ticket's sparse network, at its start, in place.
+    """Turn a dense model, in place, into the sparse network of a ticket, before its training.
 
-    BatchNorm channels that only a filter without kept weights feeds are set to zero and stay there (the paper's code
-    does so too, but by the order of modules, and hits channels that a skip path keeps alive).
+    BatchNorm channels whose only input is a filter without any kept weight get weight and bias 0, and keep them in
+    training. (The paper's code does this by the order of modules, and also hits channels that a skip path feeds.)
 
     Args:
-        model: the architecture that the ticket was found in.
-        ticket: see `tickets.search` and `masks.load_ticket`.
-        input_shape: [N, C, H, W]; N = 1 will do.
-        weights: whether to begin with the ticket's weights; False keeps the model's own, the control "same mask,
+        model: dense, of the architecture that the ticket was found in.
+        ticket: from `tickets.search` or `masks.load_ticket`.
+        input_shape: shape [N, C, H, W] of the input; N = 1 is enough.
+        weights: whether to load the ticket's weights; False keeps the model's own, which is the control "same mask,
             re-initialised".
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if the ticket is for another architecture, naming what differs; the model is then unchanged.
+        ValueError: if the ticket is for another architecture, naming the first difference; the model is unchanged.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> ticket = masks.Ticket(masks.prune(model, density=0.5), model.state_dict(), {})
+        >>> restore(model, ticket, input_shape=(1, 1, 4, 4))[0].density
+        0.5
     """
     _check_architecture(model.state_dict(), ticket.state_dict)
     if weights:
@@ -39,50 +45,56 @@ def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], 
 
 
 def _check_architecture(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    what = ""
     for key in (*given, *own):
         if key not in own:
-            what = f"it has {key!r}, which the model has not"
+            difference = f"it has {key!r}, which the model lacks"
         elif key not in given:
-            what = f"it lacks {key!r}"
+            difference = f"it lacks {key!r}"
         elif own[key].shape != given[key].shape:
-            what = f"its {key!r} is {tuple(given[key].shape)}, the model's {tuple(own[key].shape)}"
-        if what:
-            raise ValueError(f"the ticket is for another architecture: {what}")
+            difference = f"its {key!r} is {tuple(given[key].shape)}, the model's {tuple(own[key].shape)}"
+        else:
+            continue
+        raise ValueError(f"the ticket is for another architecture: {difference}")
 
 
-def shuffle(found: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The control "shuffled mask": in each layer the same number of kept blocks, elsewhere at random.
+def shuffle(ticket_masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Permute the blocks of each layer's mask at random: the control "shuffled mask".
 
     Args:
-        found: masks keyed by module name.
+        ticket_masks: bool masks by module name.
         seed: of the permutations.
 
     Returns:
-        Masks of the same shapes that obey the same blocks. Smaller blocks at the edges of a layer change places only
-        among their like, so that the number of kept weights stays the same.
+        Masks of the same shapes with the same blocks and numbers of kept weights. Blocks at an edge of a layer can be
+        smaller; they change places only among blocks of their size, so that the number of kept weights stays the same.
+
+    Example:
+        >>> mask = torch.zeros(4, 6, dtype=torch.bool)
+        >>> mask[:, :2] = True
+        >>> int(shuffle({"fc": mask}, seed=0)["fc"].sum())
+        8
     """
     generator = torch.Generator().manual_seed(seed)
-    return {name: _shuffled(mask, generator) for name, mask in found.items()}
+    return {name: _shuffled(mask, generator) for name, mask in ticket_masks.items()}
 
 
 def _shuffled(mask: Tensor, generator: torch.Generator) -> Tensor:
     block = masks.largest_block(mask)
     new = mask.clone()
-    for region in _alike(mask.shape, block):
-        whole = new[region]
-        sizes = [min(size, length) for size, length in zip(block, whole.shape, strict=False)]
-        grid = whole[tuple(slice(None, None, size) for size in sizes)]
+    for region in _regions(mask.shape, block):
+        part = new[region]
+        sizes = [min(size, length) for size, length in zip(block, part.shape, strict=False)]
+        grid = part[tuple(slice(None, None, size) for size in sizes)]  # one element of each block
         order = torch.randperm(grid.numel(), generator=generator).to(mask.device)
-        moved = grid.reshape(-1)[order].view(grid.shape)
+        permuted = grid.reshape(-1)[order].view(grid.shape)
         for dim, size in enumerate(sizes):
-            moved = moved.repeat_interleave(size, dim)
-        new[region] = moved
+            permuted = permuted.repeat_interleave(size, dim)
+        new[region] = permuted
     return new
 
 
-def _alike(shape: Sequence[int], block: Sequence[int]) -> list[tuple[slice, ...]]:
-    """The regions of a layer whose blocks all have one size: the inner part, and the edges where blocks do not fit."""
+def _regions(shape: Sequence[int], block: Sequence[int]) -> list[tuple[slice, ...]]:
+    """The regions of a layer that hold blocks of one size: the inner part, and the edges, where blocks are cut off."""
     regions: list[tuple[slice, ...]] = [()]
     for length, size in zip(shape, block, strict=False):
         inner = length - length % size

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_adv import masks, runs
-from sparse_adv.config import PruneConfig
+from sparse_adv import json_files, masks, runs
+from sparse_adv.config import PruneConfig, TrainConfig
+from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.dependency_graph import channel_groups
 from sparse_adv.nn import densify, sparsify
-from sparse_adv.runs import Record
+from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo, TicketChecks
 from sparse_adv.tickets import checks
-from sparse_adv.tickets.early_stop import MaskWatch
-from sparse_adv.training import TrainConfig, distributed, train
+from sparse_adv.tickets.early_stopping import EarlyStopping
+from sparse_adv.training import distributed, train
 from sparse_adv.training.checkpoint import read_weights, write_weights
 from sparse_adv.training.evaluation import Images
 from sparse_adv.training.loop import Batches
@@ -32,6 +31,19 @@ INITIAL = "initial.safetensors"
 REWIND = "rewind.safetensors"
 
 
+@dataclass(frozen=True)
+class SearchRecord:
+    """What a search writes into the provenance of its ticket."""
+
+    train: TrainConfig
+    prune: PruneConfig
+    epochs: list[EpochRecord]
+    """Of all rounds."""
+    cost: Cost
+    """Of attacks, updates and pruning."""
+    checks: TicketChecks
+
+
 def search(
     model: nn.Module,
     batches: Batches,
@@ -40,50 +52,76 @@ def search(
     *,
     validation: Images | None = None,
     folder: Path | str | None = None,
-    about: Mapping[str, Any] | None = None,
-    on_epoch: Callable[[Record], object] | None = None,
+    metadata: JSONObject | None = None,
+    on_epoch: Callable[[EpochRecord], object] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> masks.Ticket:
-    """Find a boosting ticket: train dense and cheaply, prune, go back to the start.
+    """Find a boosting ticket: train the dense model cheaply, prune it, and return to the initial weights.
 
-    With a folder, a search that was stopped continues when called again, and a finished one returns at once.
+    With a folder, a search that was stopped continues when it is called again, and a finished one returns at once.
 
     Args:
-        model: a dense model at its initial state; the search ends with the model there again, BatchNorm included.
-        batches, validation, on_step: see `training.train`.
-        train_config: the training of each round; the paper takes a small constant learning rate without warm-up.
-        prune_config: how to prune; None for the paper's, one-shot to density 0.2. With `permute_channels`
-            the ticket's weights are the initial ones in another order of channels: the same function.
-        folder: see `training.train`; each round has a folder in it.
-        about: JSON data for the ticket's provenance, such as network and data; the search adds its own.
-        on_epoch: see `training.train`; epochs are counted through all rounds.
+        model: a dense model with its initial weights, which it has again after the search, BatchNorm included.
+        batches, validation, on_step: as in `training.train`.
+        train_config: of the training in each round; the paper takes a small constant learning rate without warm-up.
+        prune_config: of the pruning; None for the paper's, one-shot to density 0.2.
+        folder: as in `training.train`; it gets a folder for each round.
+        metadata: JSON object for the ticket's provenance, such as network and data, to which a `SearchRecord` is added.
+        on_epoch: as in `training.train`, with epochs counted through all rounds.
 
     Returns:
-        The ticket: masks, the weights to begin with, and as provenance both configurations, epochs, seconds,
-        multiply-adds and the checks that were made. `tickets.restore(model, ticket, shape)` makes the sparse network.
+        The ticket; `tickets.restore(model, ticket, shape)` makes the sparse network. Its weights are those before the
+        first update, or after update `rewind_step`. With `permute_channels` they are in another order of channels, in
+        which the network computes the same function.
 
     Raises:
         ValueError: if `prune_config` does not fit the model, before any training, or the folder holds another search.
+        TicketInvariantError: if an invariant of `tickets.checks` does not hold.
 
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
-    section 3.1; without the defects of its code.
+    section 3.1, without the defects of its code.
+
+    Example:
+        >>> from sparse_adv import data
+        >>> images = data.Split(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> train_config = TrainConfig("fgsm-rs", epochs=1, eps=0.1)
+        >>> ticket = search(model, data.Batches(images, 4), train_config, PruneConfig(density=0.25))
+        >>> masks.density(ticket.masks)  # of 36 + 32 weights
+        0.25
     """
     prune_config = prune_config or PruneConfig()
-    # What pruning would refuse it refuses now, not after the training. (A callable may need what training leaves.)
+    # Refuse now what pruning would refuse after the training. A score function may need what training computes.
     _prune(model, replace(prune_config, score="magnitude") if callable(prune_config.score) else prune_config, 1)
-    where = None if folder is None else Path(folder)
-    if where is not None and distributed.rank() == 0 and not (where / runs.FACTS).exists():
-        runs.begin(where, {"recipe": asdict(train_config), "rule": asdict(prune_config.named())})
+    folder = None if folder is None else Path(folder)
+    if folder is not None and distributed.rank() == 0 and not (folder / runs.INFO).exists():
+        world_size = distributed.world_size()
+        runs.begin(folder, RunInfo("search", train_config, prune_config.named(), world_size=world_size))
     distributed.barrier()
-    if where is not None and (where / runs.TICKET).exists():
-        return _finished(where, train_config, prune_config)
-    return _Search(model, batches, train_config, prune_config, validation, where, on_epoch, on_step).run(
-        dict(about or {})
-    )
+    if folder is not None and (folder / runs.TICKET).exists():
+        return _finished(folder, train_config, prune_config)
+    run = _Search(model, batches, train_config, prune_config, validation, folder, on_epoch, on_step)
+    return run.run(metadata or {})
+
+
+def record_of(ticket: masks.Ticket) -> SearchRecord:
+    """Return what `search` recorded in a ticket.
+
+    Raises:
+        ValueError: if the ticket comes from elsewhere.
+    """
+    names = [field.name for field in fields(SearchRecord)]
+    content = {name: ticket.provenance[name] for name in names if name in ticket.provenance}
+    return json_files.from_json(SearchRecord, content, "the ticket's provenance")
+
+
+def cost_of(ticket: masks.Ticket) -> Cost:
+    """Return the cost of the search that found a ticket; zero if the ticket does not tell it."""
+    return json_files.from_json(Cost, ticket.provenance.get("cost", {}), "the ticket's provenance")
 
 
 class _Search:
-    """A search in progress: what its rounds hand on."""
+    """A search in progress; the arguments are those of `search`."""
 
     def __init__(
         self,
@@ -93,60 +131,76 @@ class _Search:
         prune_config: PruneConfig,
         validation: Images | None,
         folder: Path | None,
-        on_epoch: Callable[[Record], object] | None,
+        on_epoch: Callable[[EpochRecord], object] | None,
         on_step: Callable[[int], None] | None,
     ) -> None:
         self.model, self.batches, self.train_config, self.prune_config = model, batches, train_config, prune_config
         self.validation, self.folder, self.on_epoch, self.on_step = validation, folder, on_epoch, on_step
         self.input_shape = _input_shape(model, batches) if prune_config.permute_channels else None
-        self.initial = self._kept(INITIAL, model.state_dict())
-        self.start: dict[str, Tensor] | None = None if prune_config.rewind_step else self.initial
+        self.initial = self._first_version(INITIAL, model.state_dict())
+        self._rewound: dict[str, Tensor] | None = None if prune_config.rewind_step else self.initial
         if folder is not None and (folder / REWIND).exists():
-            self.start = read_weights(folder / REWIND)[0]
-        self.found: dict[str, Tensor] = {}
-        self.records: list[Record] = []
-        self.seconds, self.multiply_adds = 0.0, 0
-        self.checks: dict[str, Any] = {}
+            self._rewound = read_weights(folder / REWIND)[0]
+        self.masks: dict[str, Tensor] = {}
+        self.records: list[EpochRecord] = []
+        self.cost = NO_COST
+        self.checks = TicketChecks()
 
-    def run(self, about: dict[str, Any]) -> masks.Ticket:
+    def run(self, metadata: JSONObject) -> masks.Ticket:
         for number in range(1, self.prune_config.rounds + 1):
             self._round(number)
         densify(self.model)
         start = self._start()
         self.model.load_state_dict(start)
-        self.checks |= checks.reset(self.model, start)
+        checks.check_reset(self.model, start)
+        self.checks = replace(self.checks, reset=True)
         self.model.load_state_dict(self.initial)
-        log.info(
-            "ticket that keeps %.1f %% of the weights found in %.1f s", 100 * masks.density(self.found), self.seconds
-        )
-        ticket = masks.Ticket(self.found, start, about | self._provenance())
-        if self.folder is not None:
-            if distributed.rank() == 0:
-                masks.save_ticket(self.folder / runs.TICKET, *_parts(ticket))
-            distributed.barrier()
-            ticket = masks.load_ticket(self.folder / runs.TICKET)
-        return ticket
+        log.info("found a ticket of density %.3f in %.1f s", masks.density(self.masks), self.cost.seconds)
+        ticket = masks.Ticket(self.masks, start, metadata | json_files.to_json(self._record()))
+        return self._saved(ticket, self.folder)
 
     def _round(self, number: int) -> None:
-        """Train, prune, and remember what for; a finished round is read from its file."""
+        """Train, then prune; a round that was finished in an earlier call is read from its ticket."""
         folder = self.folder / f"round_{number}" if self.folder is not None else None
         if folder is not None and (folder / runs.TICKET).exists():
-            ticket = masks.load_ticket(folder / runs.TICKET)
-            self.found, self.start, told = ticket.masks, ticket.state_dict, ticket.provenance
-            self.records, self.checks = told["epochs"], told["checks"]
-            self.seconds, self.multiply_adds = told["seconds"], told["multiply_adds"]
+            self._restore(masks.load_ticket(folder / runs.TICKET))
             return
         self.model.load_state_dict(self.initial if number == 1 else self._start())
-        sparsify(self.model, self.found)
-        done, watch = list(self.records), MaskWatch(self.prune_config.early_stop_distance, folder)
+        sparsify(self.model, self.masks)
+        self._train(number, folder)
+        begin = time.perf_counter()
+        if self.input_shape and number == 1:
+            order = _channel_permutation(self.model, self.prune_config, self.input_shape)
+            order.apply(self.model)
+            self._rewound = order.reorder(self._start())
+            self.checks = replace(self.checks, retained=order.retained)
+        start = self._start()
+        new = _prune(self.model, self.prune_config, number)
+        self.cost = self.records[-1].total + Cost(seconds=time.perf_counter() - begin)
+        checks.check_pruned_weights(self.model, self.masks)
+        checks.check_nested(new, self.masks)
+        weights, kept, requested = checks.check_density(new, self.prune_config, number)
+        self.checks = replace(
+            self.checks,
+            pruned_weights_zero=True,
+            nested=True,
+            weights=weights,
+            weights_kept=kept,
+            weights_requested=requested,
+        )
+        self.masks = new
+        self._saved(masks.Ticket(new, start, json_files.to_json(self._record())), folder)
 
-        def after_epoch(record: Record) -> bool:
-            record = {**record, "epoch": len(done) + record["epoch"], "round": number}
-            settled = watch.settled(record["epoch"], lambda: _prune(self.model, self.prune_config, number))
-            if watch.distance is not None:
-                record["mask_distance"] = watch.distance
-            self._remember(record)
-            return settled
+    def _train(self, number: int, folder: Path | None) -> None:
+        """Train for a round, and keep the records of its epochs."""
+        done = len(self.records)
+        stopping = EarlyStopping(self.prune_config.early_stop_distance, folder)
+
+        def after_epoch(record: EpochRecord) -> bool:
+            epoch = done + record.epoch
+            stop = stopping.should_stop(epoch, lambda: _prune(self.model, self.prune_config, number))
+            self._remember(replace(record, epoch=epoch, round=number, mask_distance=stopping.distance))
+            return stop
 
         train(
             self.model,
@@ -154,47 +208,30 @@ class _Search:
             self.train_config,
             validation=self.validation,
             folder=folder,
-            before=(self.seconds, self.multiply_adds),
+            before=self.cost,
             on_epoch=after_epoch,
             on_step=self._at_step if number == 1 else self.on_step,
         )
-        begin = time.perf_counter()
-        if self.input_shape and number == 1:
-            order = _channel_permutation(self.model, self.prune_config, self.input_shape)
-            order.apply(self.model)
-            self.start = order.reorder(self._start())
-            self.checks |= {"retained": list(order.retained)}
-        start = self._start()
-        new = _prune(self.model, self.prune_config, number)
-        self.seconds = self.records[-1]["seconds"] + time.perf_counter() - begin
-        self.multiply_adds = self.records[-1]["multiply_adds"]
-        self.checks |= checks.pruned_weights_are_zero(self.model, self.found)
-        self.checks |= checks.nested(new, self.found) | checks.density(new, self.prune_config, number)
-        self.found = new
-        if folder is not None:
-            if distributed.rank() == 0:
-                masks.save_ticket(folder / runs.TICKET, *_parts(masks.Ticket(self.found, start, self._provenance())))
-            distributed.barrier()
 
     def _at_step(self, step: int) -> None:
         if step == self.prune_config.rewind_step:
             if self.folder is not None and distributed.rank() == 0:
-                (self.folder / REWIND).unlink(missing_ok=True)  # of an epoch that was undone or cut off
-            self.start = self._kept(REWIND, self.model.state_dict())
+                (self.folder / REWIND).unlink(missing_ok=True)  # written in an epoch that was undone or not finished
+            self._rewound = self._first_version(REWIND, self.model.state_dict())
         if self.on_step:
             self.on_step(step)
 
     def _start(self) -> dict[str, Tensor]:
-        """The weights that each round, and the ticket, goes back to."""
-        if self.start is None:
+        """The weights to which each round after the first, and the ticket, are rewound."""
+        if self._rewound is None:
             raise ValueError(
                 f"rewind_step must come before the first round ends, got {self.prune_config.rewind_step}: it made "
-                f"{self.records[-1]['step']} updates"
+                f"{self.records[-1].step} updates"
             )
-        return self.start
+        return self._rewound
 
-    def _kept(self, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of the weights, or those of an earlier call that was stopped: the file decides."""
+    def _first_version(self, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write weights to a file and return a copy; where an earlier call wrote the file, return its weights."""
         if self.folder is None:
             return copy.deepcopy(dict(state_dict))
         path = self.folder / name
@@ -203,22 +240,30 @@ class _Search:
         distributed.barrier()
         return read_weights(path)[0]
 
-    def _remember(self, record: Record) -> None:
-        self.records = [*self.records[: record["epoch"] - 1], record]
+    def _remember(self, record: EpochRecord) -> None:
+        self.records = [*self.records[: record.epoch - 1], record]
         if self.folder is not None and distributed.rank() == 0:
-            runs.write_records(self.folder / runs.EPOCHS, self.records)
+            json_files.write_lines(self.folder / runs.EPOCHS, self.records)
         if self.on_epoch:
             self.on_epoch(record)
 
-    def _provenance(self) -> dict[str, Any]:
-        return {
-            "recipe": asdict(self.train_config),
-            "rule": asdict(self.prune_config.named()),
-            "epochs": self.records,
-            "seconds": self.seconds,
-            "multiply_adds": self.multiply_adds,
-            "checks": self.checks,
-        }
+    def _record(self) -> SearchRecord:
+        return SearchRecord(self.train_config, self.prune_config.named(), self.records, self.cost, self.checks)
+
+    def _restore(self, ticket: masks.Ticket) -> None:
+        """Continue after the round that wrote this ticket."""
+        record = record_of(ticket)
+        self.masks, self._rewound = ticket.masks, ticket.state_dict
+        self.records, self.cost, self.checks = record.epochs, record.cost, record.checks
+
+    def _saved(self, ticket: masks.Ticket, folder: Path | None) -> masks.Ticket:
+        """The ticket as it is read back from the folder, after rank 0 has written it."""
+        if folder is None:
+            return ticket
+        if distributed.rank() == 0:
+            masks.save_ticket(folder / runs.TICKET, ticket.masks, ticket.state_dict, ticket.provenance)
+        distributed.barrier()
+        return masks.load_ticket(folder / runs.TICKET)
 
 
 def _prune(model: nn.Module, config: PruneConfig, number: int) -> dict[str, Tensor]:
@@ -234,15 +279,15 @@ def _prune(model: nn.Module, config: PruneConfig, number: int) -> dict[str, Tens
 
 
 def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[int]) -> masks.ChannelOrder:
-    """The order of a trained dense model's channels in which the last round's blocks hold the most of its scores."""
+    """The order of a trained dense model's channels in which the blocks of the last round keep the highest scores."""
     return masks.gather_channels(
         model, config.density, config.block, shape, scope=config.scope, score=config.score, linear=config.linear
     )
 
 
 def _input_shape(model: nn.Module, batches: Batches) -> tuple[int, ...] | None:
-    """The shape of one image, None if there is none; raises ValueError before any training if tracing fails."""
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws when it is iterated
+    """The shape [1, C, H, W] of an image, None without images; raises ValueError if the model cannot be traced."""
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
         batch = next(iter(batches), None)
     if batch is None:
         return None
@@ -252,14 +297,10 @@ def _input_shape(model: nn.Module, batches: Batches) -> tuple[int, ...] | None:
 
 
 def _finished(folder: Path, train_config: TrainConfig, prune_config: PruneConfig) -> masks.Ticket:
-    """The ticket that is there, if it was searched for in this way."""
+    """The ticket in the folder, if a search with these configurations found it."""
     ticket = masks.load_ticket(folder / runs.TICKET)
-    asked = json.loads(json.dumps({"recipe": asdict(train_config), "rule": asdict(prune_config.named())}))
-    for name, wanted in asked.items():
-        if ticket.provenance.get(name) != wanted:
-            raise ValueError(f"{folder} holds the ticket of another {name}: take another folder, or delete it")
+    record = record_of(ticket)
+    if (record.train, record.prune) != (train_config, prune_config.named()):
+        name = "training" if record.train != train_config else "pruning"
+        raise ValueError(f"{folder} holds a ticket of another {name} configuration: take another folder, or delete it")
     return ticket
-
-
-def _parts(ticket: masks.Ticket) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    return ticket.masks, ticket.state_dict, ticket.provenance

@@ -1,9 +1,8 @@
-"""Adversarial training of any classifier on images in [0, 1]; knows no mask."""
+"""Adversarial training of any classifier of images in [0, 1], dense or sparse."""
 
 from sparse_adv.config import OBJECTIVES, PRECISIONS, SCHEDULES, TrainConfig
 from sparse_adv.training.checkpoint import read_weights
-from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, robust_accuracy
-from sparse_adv.training.final_test import conclude
+from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, final_test, robust_accuracy
 from sparse_adv.training.loop import Training, train
 from sparse_adv.training.objectives import adversarial_loss
 from sparse_adv.training.overfitting import CatastrophicOverfittingError
@@ -18,8 +17,8 @@ __all__ = [
     "Training",
     "adversarial_loss",
     "clean_accuracy",
-    "conclude",
     "fgsm_accuracy",
+    "final_test",
     "read_weights",
     "robust_accuracy",
     "train",

@@ -1,4 +1,4 @@
-"""Weights as safetensors for everyone, and the state that a run continues from."""
+"""Weights as safetensors files, and the state that a stopped run continues from."""
 
 from __future__ import annotations
 
@@ -14,49 +14,62 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sparse_adv.files import write_bytes
+from sparse_adv.json_files import JSONObject
+from sparse_adv.masks.ticket import own_copies
 
 _FORMAT = "sparse_adv weights 1"
 
 
-def write_weights(path: Path, state_dict: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a state dict as safetensors, whole or not at all.
+def write_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: JSONObject) -> None:
+    """Write a state dict as a safetensors file, whole or not at all.
 
     Args:
         path: the file.
-        state_dict: tensors by name; those that share memory are written apart.
-        facts: JSON data for the file's metadata, such as the epoch and the accuracies.
+        state_dict: tensors by name; those that share memory are written separately.
+        metadata: JSON object to store in the file, such as the epoch and its accuracies.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
+        >>> write_weights(path, {"bias": torch.zeros(2)}, {"epoch": 3})
+        >>> read_weights(path)
+        ({'bias': tensor([0., 0.])}, {'epoch': 3})
     """
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
-    write_bytes(path, save(tensors, {"format": _FORMAT, "facts": json.dumps(dict(facts))}))
+    write_bytes(path, save(own_copies(state_dict), {"format": _FORMAT, "metadata": json.dumps(metadata)}))
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state dict and the facts that were written with it.
+def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
+    """Read a state dict, on the CPU, and the metadata that `write_weights` stored with it.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is damaged or no file of weights.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file of weights {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is no readable file of weights: {error}") from error
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a run's state: tensors, numbers, text and plain containers of them."""
-    # Through memory: torch.save to a full disk ends in a RuntimeError that does not say so.
+    """Write a state, whole or not at all.
+
+    Args:
+        path: the file.
+        state: tensors, numbers, text, and dicts, lists and tuples of these, as PyTorch's state dicts are.
+    """
+    # Into memory first: torch.save to a full disk raises a RuntimeError that does not mention the disk.
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     write_bytes(path, buffer.getvalue())
 
 
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a run's state; nothing but tensors and plain containers is unpickled.
+    """Read a state, with its tensors on a device. Only tensors and plain containers are unpickled.
 
     Raises:
         ValueError: if the file is damaged.
@@ -64,7 +77,7 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
     content = io.BytesIO(path.read_bytes())
     try:
         return torch.load(content, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file fails in any way it likes
+    except Exception as error:  # a damaged file raises many types of errors
         raise ValueError(
-            f"{str(path)!r} is damaged, the run cannot continue: delete its folder to begin anew"
+            f"{str(path)!r} is damaged, the run cannot continue: delete its folder to start anew"
         ) from error

@@ -1,47 +1,106 @@
-"""What a training run executes, in multiply-adds, and what the model must be asked for it."""
+"""What training costs: seconds of each phase, and multiply-adds (MACs) from the passes through the network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from sparse_adv.attacks.checks import count_classes
-from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.nn import count_macs, explain
+from sparse_adv.runs import Density
 from sparse_adv.training.evaluation import Accuracy
 from sparse_adv.training.objectives import Passes
 
 
-class Costs:
-    """A model's passes for one image of such a batch; here the host waits for a GPU, so it is asked once a run.
+class Stopwatch:
+    """Adds up the seconds of named phases. On CUDA it records events and waits for the GPU only when it is read.
+
+    Example:
+        >>> watch = Stopwatch(torch.device("cpu"))
+        >>> for _ in range(2):
+        ...     with watch.phase("attack"):
+        ...         time.sleep(0.01)
+        >>> watch.seconds("attack") >= 0.02, watch.seconds("update")
+        (True, 0.0)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time until the end of the block to this phase."""
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._add(name, time.perf_counter() - start)
+
+    def seconds(self, name: str) -> float:
+        """Return the seconds of a phase so far, 0 if it never ran; waits for the GPU."""
+        if self._events:
+            torch.cuda.synchronize()
+        for phase, begin, end in self._events:
+            self._add(phase, begin.elapsed_time(end) / 1e3)
+        self._events.clear()
+        return self._seconds.get(name, 0.0)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+
+class NetworkCosts:
+    """The MACs of a network's passes, its densities and its number of classes, from one forward pass.
 
     Args:
         model: left as it was.
-        x: a batch on the model's device, of which only shape, dtype and layout count.
+        x: a batch on the model's device, of which only shape, dtype and memory layout matter.
+
+    Attributes:
+        density: of weights and MACs; None for a model without convolutions and linear layers.
+        classes: number of classes, from the shape of the logits.
+
+    Raises:
+        ValueError: if the model does not return logits [N, classes].
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.work = count_macs(model, x.shape).per_image()
-        blank = torch.zeros_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32)
-        with bn_mode(model, "eval"), torch.no_grad():
-            self.classes = count_classes(model(blank), len(x))
-            """How many classes the model tells apart."""
+        outputs: list[Tensor] = []
+        hook = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        try:
+            macs = count_macs(model, torch.zeros_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32))
+        finally:
+            hook.remove()
+        self.classes = count_classes(outputs[0], len(x))
+        self._per_image = macs.per_image()
+        weights = explain(model).density
+        self.density = None if weights is None or not macs.dense else Density(weights, macs.kept / macs.dense)
 
-    def training(self, passes: Passes) -> tuple[int, int]:
-        """Multiply-adds per image of attack and update."""
-        work = self.work
-        attack = passes.attack_forward * work.forward + passes.attack_backward * work.grad_input
-        to_image = 0 if passes.to_image else work.first_grad_input
-        return attack, passes.update * (work.forward + work.grad_weight + work.grad_input - to_image)
+    def attack(self, passes: Passes) -> int:
+        """Return the MACs per image of the attack of an update."""
+        return passes.attack_forward * self._per_image.forward + passes.attack_backward * self._per_image.grad_input
 
-    def evaluation(self, found: Iterable[Accuracy]) -> int:
-        """Multiply-adds that it took to find these."""
-        return sum(each.forward * self.work.forward + each.backward * self.work.grad_input for each in found)
+    def update(self, passes: Passes) -> int:
+        """Return the MACs per image of an update: forward, weight gradient, and input gradient.
 
+        The input gradient of the first layer counts only where the update differentiates down to the image.
+        """
+        macs = self._per_image
+        to_image = 0 if passes.to_image else macs.first_grad_input
+        return passes.update * (macs.forward + macs.grad_weight + macs.grad_input - to_image)
 
-def densities(model: nn.Module, x: Tensor) -> dict[str, float | None]:
-    """Densities of the model's weights and of its multiply-adds for such images, as a run records them."""
-    layers = explain(model, (1, *x.shape[1:]))
-    return {"density": layers.density, "multiply_add_density": layers.mac_density}
+    def evaluation(self, accuracies: Iterable[Accuracy]) -> int:
+        """Return the MACs that it took to measure these accuracies."""
+        macs = self._per_image
+        return sum(each.forward * macs.forward + each.backward * macs.grad_input for each in accuracies)

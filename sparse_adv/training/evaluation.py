@@ -1,48 +1,61 @@
-"""Accuracy: clean, and under attack with restarts. Over all processes of a distributed run."""
+"""Accuracies, clean and under attack, over all processes of a distributed run; and the final test of a run."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_adv import attacks
+from sparse_adv import attacks, json_files, runs
 from sparse_adv.attacks.checks import InputValidator, count_classes
+from sparse_adv.config import Norm, TrainConfig
 from sparse_adv.data import Batches, Split
+from sparse_adv.runs import EpochRecord, TicketChecks, TrainResult
 from sparse_adv.training import distributed
+from sparse_adv.training.checkpoint import read_weights
 from sparse_adv.training.devices import reads_at_once
 
 Images = Split | Iterable[tuple[Tensor, Tensor]]
-"""Labelled images: a Split, or batches (images in [0, 1], labels) that can be gone through more than once."""
+"""Labelled images: a Split, or batches (images in [0, 1], labels) that can be iterated more than once."""
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
+TEST_STEPS = 20
 
-class Accuracy(float):
-    """A share of images, that knows how many they were and how many passes through the network it took."""
 
+class Accuracy(NamedTuple):
+    """An accuracy, and the passes through the network that it took to measure it."""
+
+    fraction: float
+    """Correctly classified images / images."""
     images: int
     forward: int
+    """Forward passes, counted per image."""
     backward: int
-
-    def __new__(cls, right: float, images: int, forward: int, backward: int) -> Accuracy:
-        found = super().__new__(cls, right / images)
-        found.images, found.forward, found.backward = images, forward, backward
-        return found
+    """Backward passes down to the image, counted per image."""
 
 
 def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> Accuracy:
-    """The share of images that the model, in eval mode for it, classifies rightly.
+    """Measure the fraction of images that the model classifies correctly.
 
     Args:
-        model: maps images in [0, 1] to logits.
+        model: maps images [N, C, H, W] in [0, 1] to logits [N, classes]; evaluated in eval mode and left as it was.
         images: a Split, or an iterable of batches.
-        batch_size: of a Split's batches.
+        batch_size: images per batch of a Split, for each process.
 
     Raises:
         ValueError: if there is no image.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> images = [(torch.rand(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64))]
+        >>> accuracy = clean_accuracy(model, images)
+        >>> 0 <= accuracy.fraction <= 1, accuracy.images, accuracy.backward
+        (True, 10, 0)
     """
     return _accuracy(model, images, batch_size, [])
 
@@ -55,26 +68,36 @@ def robust_accuracy(
     alpha: float | None = None,
     steps: int = 10,
     restarts: int = 1,
-    norm: str = "linf",
+    norm: Norm = "linf",
     seed: int = 0,
     batch_size: int = 256,
     graphs: attacks.Graphs | None = None,
 ) -> Accuracy:
-    """The share of images that are classified rightly, clean and after every one of several PGD attacks.
+    """Measure the fraction of images that the model classifies correctly clean and after each of several PGD attacks.
 
-    On a CPU each restart attacks only what the ones before left standing; on a GPU it attacks all images: nobody waits
-    for a count, and batches of one shape are served by one CUDA graph. An upper bound on robustness: stronger attacks
-    find more. Good for comparing runs; published numbers need AutoAttack.
+    On a CPU a restart attacks only the images that all attacks before have left correct. On a GPU it attacks all
+    images, so that the host never waits for a count and one CUDA graph serves all batches of a shape; the accuracy is
+    the same. It is an upper bound of the robustness, meant for comparing runs; for published numbers use AutoAttack.
 
     Args:
         model, images, batch_size: as in `clean_accuracy`.
-        eps, norm, steps: as in `attacks.pgd`.
+        eps, norm, steps: radius, norm and number of steps, as in `attacks.pgd`.
         alpha: step size; None for eps / 4.
-        restarts: number of attacks, each from a random start of its own.
+        restarts: number of attacks, each from another random start.
         seed: of the random starts.
-        graphs: where the attacks are kept from call to call; None keeps them for this one.
+        graphs: CUDA graphs of earlier calls to use again; None for graphs of this call alone.
+
+    Raises:
+        ValueError: if there is no image, or a value is out of range.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 5.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> images = [(torch.rand(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64))]
+        >>> robust = robust_accuracy(model, images, eps=0.1, steps=2)
+        >>> robust.fraction <= clean_accuracy(model, images).fraction
+        True
     """
     noise = torch.Generator().manual_seed(distributed.own_seed(seed))
     size = eps / 4 if alpha is None else alpha
@@ -87,9 +110,25 @@ def robust_accuracy(
 
 
 def fgsm_accuracy(
-    model: nn.Module, images: Images, *, eps: float = 8 / 255, norm: str = "linf", batch_size: int = 256
+    model: nn.Module, images: Images, *, eps: float = 8 / 255, norm: Norm = "linf", batch_size: int = 256
 ) -> Accuracy:
-    """The share of images classified rightly, clean and after one signed step of size eps (Goodfellow et al. 2015)."""
+    """Measure the fraction of images classified correctly clean and after one gradient step of size eps (FGSM).
+
+    Args:
+        model, images, batch_size: as in `clean_accuracy`.
+        eps, norm: as in `attacks.fgsm`.
+
+    Raises:
+        ValueError: if there is no image, or a value is out of range.
+
+    Source: Goodfellow et al., "Explaining and harnessing adversarial examples" (ICLR 2015), section 4.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> images = [(torch.rand(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64))]
+        >>> fgsm_accuracy(model, images, eps=0.1).images
+        10
+    """
     options: attacks.LossOptions = {"check": False, "graphs": attacks.Graphs()}
 
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -98,21 +137,92 @@ def fgsm_accuracy(
     return _accuracy(model, images, batch_size, [attack])
 
 
+def final_test(
+    model: nn.Module,
+    folder: Path,
+    records: Sequence[EpochRecord],
+    config: TrainConfig,
+    test: Images,
+    checks: TicketChecks | None = None,
+) -> TrainResult:
+    """Measure a finished run on the test images, clean, under FGSM and under PGD-20, and write its `result.json`.
+
+    Args:
+        model: gets the weights that are tested: those of the epoch with the best validation accuracy, or the last
+            ones if there were no validation images.
+        folder: of the run.
+        records: of all epochs, from `training.train`.
+        config: gives radius and norm of the attacks and the seed of the random start; PGD's step size is eps / 4.
+        test: images that were not used in any other way.
+        checks: to write into the result.
+
+    Returns:
+        The result that was written.
+
+    Raises:
+        FileNotFoundError: if the folder holds no weights.
+        ValueError: if there is no test image.
+    """
+    tested: Literal["best", "last"] = "best" if (folder / runs.BEST).exists() else "last"
+    path = folder / (runs.BEST if tested == "best" else runs.LAST)
+    weights, metadata = read_weights(path)
+    epoch = json_files.from_json(EpochRecord, metadata, f"the metadata of {path}")
+    model.load_state_dict(weights)
+    accuracies = {
+        "clean": clean_accuracy(model, test),
+        "fgsm": fgsm_accuracy(model, test, eps=config.eps, norm=config.norm),
+        f"pgd-{TEST_STEPS}": robust_accuracy(
+            model, test, eps=config.eps, norm=config.norm, steps=TEST_STEPS, seed=config.seed
+        ),
+    }
+    result = TrainResult(
+        total=records[-1].total,
+        checks=checks or TicketChecks(),
+        tested=tested,
+        tested_epoch=epoch.epoch,
+        validation_robust_accuracy=epoch.robust_accuracy,
+        test={attack: accuracy.fraction for attack, accuracy in accuracies.items()},
+    )
+    if distributed.rank() == 0:
+        json_files.write(folder / runs.RESULT, result)
+    distributed.barrier()
+    return result
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer; the CPU if it has neither."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next(tensors, torch.empty(0)).device
+
+
+def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return the batches of a Split, of which each process gets its part; batches are returned as they are."""
+    if not isinstance(images, Split):
+        return images
+    return Batches(
+        images,
+        batch_size * distributed.world_size(),
+        shuffle=False,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
 def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence[Attack], steps: int = 1) -> Accuracy:
-    device = device_of(model)
+    device = model_device(model)
     at_once = reads_at_once(device)
-    right = torch.zeros((), dtype=torch.int64, device=device)
-    counts = dict.fromkeys(("images", "forward", "backward"), 0)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    count = forward = backward = 0
     validator = InputValidator(deferred=not at_once)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for x, y in batches_of(images, batch_size):
+        for x, y in as_batches(images, batch_size):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)
-            standing = logits.argmax(1) == y
-            counts["images"] += len(y)
-            counts["forward"] += len(y)
+            standing = logits.argmax(1) == y  # correct under all attacks so far
+            count += len(y)
+            forward += len(y)
             if tries:
                 y = validator.check(x, y, count_classes(logits, len(y)))
             for attack in tries:
@@ -121,38 +231,17 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
                     if not len(y):
                         break
                 standing = standing & (_logits(model, attack(model, x, y)).argmax(1) == y)
-                counts["forward"] += (steps + 1) * len(y)
-                counts["backward"] += steps * len(y)
-            right += standing.sum()
+                forward += (steps + 1) * len(y)
+                backward += steps * len(y)
+            correct += standing.sum()
     finally:
         for module, training in modes:
             module.training = training
     validator.raise_deferred()
-    totals = distributed.all_reduce_sum([float(right), *(float(value) for value in counts.values())], device)
+    totals = distributed.all_reduce_sum([float(correct), float(count), float(forward), float(backward)], device)
     if not totals[1]:
-        raise ValueError("images must hold at least one image to measure an accuracy")
-    return Accuracy(*(int(value) for value in totals))
-
-
-def batches_of(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """The batches of a Split, or those that were given; a process of several gets its own part of a Split."""
-    if isinstance(images, Split):
-        return Batches(
-            images,
-            batch_size * distributed.world_size(),
-            shuffle=False,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-    return images
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer lives; the CPU if it has none."""
-    first: Any = next(model.parameters(), None)
-    if first is None:
-        first = next(model.buffers(), torch.empty(0))
-    return first.device
+        raise ValueError("images must hold at least one image to measure an accuracy, got none")
+    return Accuracy(totals[0] / totals[1], *(int(total) for total in totals[1:]))
 
 
 @torch.no_grad()

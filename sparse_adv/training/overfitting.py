@@ -1,88 +1,109 @@
-"""The collapse guard: single-step adversarial training can lose all robustness within an epoch, and not notice.
+"""Detection of catastrophic overfitting: training with single-step attacks can lose all robustness within an epoch.
 
-"Catastrophic overfitting": the model learns to fool the one step it is trained on (Wong et al. 2020, section 5.4).
-After each epoch a cheap PGD attack on held-out images looks for it. A collapsed epoch is undone and trained again with
-PGD (the remedy of Li et al. 2020, "Towards understanding fast adversarial training"), then the cheap objective goes on;
-each further collapse doubles the number of epochs that PGD takes over.
+The model then learns to fool the one attack step that it is trained on, and stays accurate under it (Wong et al. 2020,
+section 5.4). After each epoch a cheap PGD attack on validation images measures the robustness. An epoch that lost it is
+undone and repeated with PGD (the remedy of Li et al. 2020, "Towards understanding fast adversarial training"); after
+that the cheap objective continues. Each further event doubles the number of epochs that are trained with PGD.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from sparse_adv.attacks import Graphs
 from sparse_adv.config import TrainConfig
 from sparse_adv.data import Split
-from sparse_adv.training.evaluation import Accuracy, Images, batches_of, robust_accuracy
+from sparse_adv.training.evaluation import Accuracy, Images, as_batches, robust_accuracy
 
-PROBE_IMAGES = 256
-PROBE_STEPS = 5
-LARGEST_FALL = 0.1
-"""No fall of less counts, nor one to more than half of the best: 256 images scatter by 3 points."""
+IMAGES = 256
+STEPS = 5
+LEAST_DROP = 0.1
+"""A drop counts if it is at least this much and to less than half of the best; 256 images scatter by about 0.03."""
 
 
 class CatastrophicOverfittingError(ArithmeticError):
-    """Robustness is gone, and PGD training could not keep it either."""
+    """Robustness was lost in an epoch of PGD training, so training with PGD cannot bring it back."""
 
 
-@dataclass
 class OverfittingMonitor:
-    """Remembers the best probe, and for how many epochs PGD still has to take over."""
+    """Measures robustness after each epoch and says which epochs must be undone.
 
-    probe: list[tuple[Tensor, Tensor]]
-    config: TrainConfig
-    best: float = 0.0
-    collapses: int = 0
-    pgd_epochs: int = 0
-    graphs: Graphs | None = None
-    """Where the probes' attack is kept."""
+    Args:
+        images: validation images, of which the first 256 are used (whole batches, if these are given).
+        config: of the training.
+        graphs: CUDA graphs of the attack to use again.
 
-    @classmethod
-    def over(cls, images: Images, config: TrainConfig, graphs: Graphs | None = None) -> OverfittingMonitor:
-        """A monitor that probes with the first held-out images."""
-        if isinstance(images, Split):
-            images = Split(images.images[:PROBE_IMAGES], images.labels[:PROBE_IMAGES])
-        probe: list[tuple[Tensor, Tensor]] = []
-        for x, y in batches_of(images, PROBE_IMAGES):
-            probe.append((x, y))
-            if sum(len(y) for _, y in probe) >= PROBE_IMAGES:
-                break
-        return cls(probe, config, graphs=graphs)
+    Attributes:
+        best: the highest accuracy of an epoch that was not undone.
+        events: number of epochs that were undone.
+        pgd_epochs: number of next epochs to train with PGD.
+
+    Example:
+        >>> monitor = OverfittingMonitor([], TrainConfig("fgsm-rs"))
+        >>> [monitor.must_undo(accuracy) for accuracy in (0.3, 0.4, 0.05)]
+        [False, False, True]
+        >>> monitor.pgd_epochs
+        1
+    """
+
+    def __init__(self, images: Images, config: TrainConfig, graphs: Graphs | None = None) -> None:
+        self.config, self.graphs = config, graphs
+        self.images = _first(images, IMAGES)
+        self.best, self.events, self.pgd_epochs = 0.0, 0, 0
 
     def measure(self, model: nn.Module) -> Accuracy:
-        """Accuracy of the probe under PGD-5 of step size eps / 4."""
+        """Return the accuracy under PGD-5 with step size eps / 4."""
         config = self.config
         return robust_accuracy(
             model,
-            self.probe,
+            self.images,
             eps=config.eps,
             norm=config.norm,
-            steps=PROBE_STEPS,
+            steps=STEPS,
             seed=config.seed,
             graphs=self.graphs,
         )
 
-    def collapsed(self, accuracy: float) -> bool:
-        """Whether an epoch that ends with this probe is to be undone; a healthy one is remembered."""
-        if math.isfinite(accuracy) and (accuracy >= self.best / 2 or accuracy > self.best - LARGEST_FALL):
-            self.best = max(self.best, float(accuracy))
+    def must_undo(self, accuracy: float) -> bool:
+        """Return whether the epoch with this accuracy lost its robustness; call it once for each epoch.
+
+        Raises:
+            CatastrophicOverfittingError: if it did, and was an epoch of PGD or TRADES.
+        """
+        if math.isfinite(accuracy) and (accuracy >= self.best / 2 or accuracy > self.best - LEAST_DROP):
+            self.best = max(self.best, accuracy)
             self.pgd_epochs = max(0, self.pgd_epochs - 1)
             return False
         if self.pgd_epochs or self.config.objective in ("pgd", "trades"):
+            objective = "pgd" if self.pgd_epochs else self.config.objective
             raise CatastrophicOverfittingError(
-                f"robustness collapsed: accuracy under PGD-{PROBE_STEPS} fell from {self.best:.1%} to {accuracy:.1%} "
-                f"in an epoch of {'PGD' if self.pgd_epochs else self.config.objective} training: lower lr or eps"
+                f"catastrophic overfitting: accuracy under PGD-{STEPS} fell from {self.best:.1%} to {accuracy:.1%} in "
+                f"an epoch with objective {objective!r}: lower lr or eps"
             )
-        self.collapses += 1
-        self.pgd_epochs = 2 ** (self.collapses - 1)
+        self.events += 1
+        self.pgd_epochs = 2 ** (self.events - 1)
         return True
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "collapses": self.collapses, "pgd_epochs": self.pgd_epochs}
+    def state_dict(self) -> dict[str, float]:
+        """Return what a continued run needs."""
+        return {"best": self.best, "events": self.events, "pgd_epochs": self.pgd_epochs}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.collapses, self.pgd_epochs = state["best"], state["collapses"], state["pgd_epochs"]
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from this state."""
+        self.best, self.events, self.pgd_epochs = state["best"], int(state["events"]), int(state["pgd_epochs"])
+
+
+def _first(images: Images, count: int) -> list[tuple[Tensor, Tensor]]:
+    """The first batches, of at least `count` images if there are so many; of a Split, exactly so many."""
+    if isinstance(images, Split):
+        images = Split(images.images[:count], images.labels[:count])
+    batches: list[tuple[Tensor, Tensor]] = []
+    total = 0
+    for x, y in as_batches(images, count):
+        batches.append((x, y))
+        total += len(y)
+        if total >= count:
+            break
+    return batches

@@ -9,9 +9,10 @@ import torch
 from helpers.refusal import refused
 
 import sparse_adv
-from sparse_adv import data, doctor, masks, models, runs
+from sparse_adv import data, doctor, masks, models, runs, tickets
 from sparse_adv.__main__ import main
 from sparse_adv.commands import output
+from sparse_adv.runs import Cost
 
 
 @pytest.fixture
@@ -44,10 +45,10 @@ def test_the_demo_compares_three_runs_and_reports(few_digits, tmp_path, capsys):
     }
     assert {"report.md", "report.csv", "accuracy.png", "accuracy.svg"} <= {file.name for file in out.iterdir()}
     search, ticket, dense = (runs.read(out / name) for name in ("search", "ticket", "dense"))
-    assert ticket.facts["before"]["seconds"] == search.result["seconds"] and dense.facts["before"]["seconds"] == 0
-    assert ticket.records[0]["seconds"] > search.result["seconds"]
-    assert ticket.facts["densities"]["weights"] == pytest.approx(0.1, abs=0.01)
-    assert ticket.result["test"].keys() == {"clean", "fgsm", "pgd-20"} and ticket.result["checks"]
+    assert ticket.info.before == search.result.total and dense.info.before == Cost()
+    assert ticket.records[0].total.seconds > search.result.total.seconds
+    assert ticket.info.density.weights == pytest.approx(0.1, abs=0.01)
+    assert ticket.result.test.keys() == {"clean", "fgsm", "pgd-20"} and ticket.result.checks.pruned_weights_zero
     printed = capsys.readouterr().out
     assert "same mask, re-initialised" in printed and "speed-up over dense" in printed
     written = (out / "ticket" / runs.EPOCHS).read_text()
@@ -62,7 +63,7 @@ def test_the_ticket_of_a_demo_restores_the_sparse_network(few_digits, tmp_path, 
     start = models.build("digits_cnn", seed=0).state_dict()
     assert all(torch.equal(start[key], value) for key, value in ticket.state_dict.items())
     assert masks.density(ticket.masks) == pytest.approx(0.1, abs=0.01)
-    assert ticket.provenance["recipe"]["objective"] == "fgsm-rs"
+    assert tickets.record_of(ticket).train.objective == "fgsm-rs"
     assert main(["explain", str(path)]) == 0
 
 

@@ -10,6 +10,7 @@ from helpers.refusal import refused
 
 from sparse_adv import masks, models, runs
 from sparse_adv.__main__ import main
+from sparse_adv.config import NetworkConfig
 from sparse_adv.training import checkpoint
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -43,16 +44,15 @@ def test_a_search_leaves_a_ticket_and_how_it_came_about(searched):
     assert masks.density(ticket.masks) == pytest.approx(0.3, abs=0.01)
     assert masks.largest_block(ticket.masks["conv2"])[:2] == (2, 1)
     assert ticket.provenance["arch"] == "digits_cnn" and ticket.provenance["width"] == 8
-    assert run.result["checks"]["reset"] and run.result["kept"]["multiply_adds"] < 1
-    assert run.facts["settings"]["command"] == "search" and len(run.records) == 2
+    assert run.result.checks.reset and run.result.density.macs < 1
+    assert run.info.kind == "search" and len(run.records) == 2
 
 
 def test_a_ticket_names_network_and_cost_of_the_run_that_trains_it(trained, searched):
     run, search = runs.read(trained), runs.read(searched)
-    assert run.name == "a ticket" and run.facts["network"] == {"arch": "digits_cnn", "width": 8}
-    assert run.facts["before"]["multiply_adds"] == search.result["multiply_adds"]
-    assert run.result["multiply_adds"] > search.result["multiply_adds"]
-    assert run.result["checks"]["pruned_weights_zero"] and run.result["test"]["clean"] > 0.1
+    assert run.name == "a ticket" and run.info.network == NetworkConfig("digits_cnn", 8)
+    assert run.info.before == search.result.total and run.result.total.macs > search.result.total.macs
+    assert run.result.checks.pruned_weights_zero and run.result.test["clean"] > 0.1
     assert {runs.LAST, runs.BEST, runs.STATE, "config.yaml"} <= {file.name for file in trained.iterdir()}
 
 
@@ -60,14 +60,14 @@ def test_the_same_command_again_says_the_same_at_once(trained, searched, capsys)
     ticket = ("--ticket", str(searched / runs.TICKET))
     before = (trained / runs.STATE).stat().st_mtime_ns
     main(["train", *ticket, "--limit", "200", *QUICK, "--name", "another name", "--out", str(trained)])
-    assert lines(capsys)[-1]["test"] == runs.read(trained).result["test"]
+    assert lines(capsys)[-1]["test"] == runs.read(trained).result.test
     assert (trained / runs.STATE).stat().st_mtime_ns == before
 
 
 def test_a_folder_holds_one_run(trained, searched, capsys):
     ticket = ("--ticket", str(searched / runs.TICKET))
     said = refused(capsys, "train", *ticket, "--limit", "200", *QUICK, "--lr", "0.5", "--out", str(trained))
-    assert "another --out" in said and "lr 0.1, now 0.5" in said
+    assert "take another folder" in said and "train.lr 0.1, now 0.5" in said
 
 
 @pytest.mark.parametrize("control", ["--reinit", "--shuffle"])
@@ -88,9 +88,9 @@ def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
     arguments = ["evaluate", str(trained), "--device", "cpu", "--out", str(tmp_path / "found.json")]
     assert main(arguments) == 0
     (found,) = lines(capsys)
-    test = runs.read(trained).result["test"]
+    test = runs.read(trained).result.test
     assert {name: found[name] for name in test} == test and found["eps"] == 0.1
-    assert runs.read_json(tmp_path / "found.json") == found
+    assert json.loads((tmp_path / "found.json").read_text()) == found
     assert main([*arguments, "--steps", "5", "--restarts", "3", "--split", "validation", "--images", "15"]) == 0
     (found,) = lines(capsys)
     assert found["images"] == 15 and found["pgd-5 x 3"] <= found["clean"]

@@ -53,7 +53,7 @@ def whole(tmp_path_factory, ticket):
 def test_one_process_speaks_and_each_image_is_seen_once(whole):
     out, told = whole
     assert [line.get("epoch") for line in told] == [1, 2, 3, None]
-    assert [record["images"] for record in runs.read(out).records] == [270] * 3
+    assert [record.images for record in runs.read(out).records] == [270] * 3
     assert told[-1]["test"].keys() == {"clean", "fgsm", "pgd-20"}
 
 
@@ -78,9 +78,9 @@ def test_a_dense_run_of_two_learns_as_one_process_does(tmp_path):
     alone = [sys.executable, "-m", "sparse_adv", "train", *FLAGS, "--out", str(tmp_path / "one")]
     run(alone)
     two, one = (runs.read(tmp_path / name) for name in ("two", "one"))
-    assert [record["step"] for record in two.records] == [record["step"] for record in one.records]
-    assert two.records[-1]["loss"] == pytest.approx(one.records[-1]["loss"], rel=0.2)
-    assert two.result["multiply_adds"] == pytest.approx(one.result["multiply_adds"], rel=0.01)
+    assert [record.step for record in two.records] == [record.step for record in one.records]
+    assert two.records[-1].loss == pytest.approx(one.records[-1].loss, rel=0.2)
+    assert two.result.total.macs == pytest.approx(one.result.total.macs, rel=0.01)
 
 
 def test_a_lost_process_ends_the_job_with_a_sentence_and_the_run_continues(whole, tmp_path, ticket):

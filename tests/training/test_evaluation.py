@@ -1,4 +1,4 @@
-"""Evaluation: accuracies are those of the images, attacked or not, and nothing of the model changes."""
+"""Evaluation: accuracies are those of the images, attacked or not, and the model stays as it was."""
 
 import copy
 from dataclasses import replace
@@ -15,7 +15,7 @@ from sparse_adv.training import evaluation
 
 @pytest.fixture
 def model() -> nn.Module:
-    """A network that some attacks fool on some images."""
+    """A network that attacks fool on some images and not on others."""
     trained = network()
     training.train(trained, batches(), replace(QUICK, epochs=1))
     return trained
@@ -23,7 +23,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def gpu(monkeypatch) -> None:
-    """Evaluation goes the way that it goes on a GPU."""
+    """Evaluation does on the CPU what it does on a GPU."""
     monkeypatch.setattr(evaluation, "reads_at_once", lambda device: False)
 
 
@@ -41,28 +41,28 @@ def test_accuracies_are_those_of_the_images_and_of_the_attacked_images():
     training.train(model, batches(), QUICK)
     images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels
     right = model(images).argmax(1) == labels
-    assert training.clean_accuracy(model, VALIDATION, batch_size=7) == right.float().mean().item()
+    assert training.clean_accuracy(model, VALIDATION, batch_size=7).fraction == right.float().mean().item()
     fgsm = attacks.fgsm(model, images, labels, eps=0.2)
     expected = (right & (model(fgsm).argmax(1) == labels)).float().mean().item()
-    assert training.fgsm_accuracy(model, VALIDATION, eps=0.2) == pytest.approx(expected)
+    assert training.fgsm_accuracy(model, VALIDATION, eps=0.2).fraction == pytest.approx(expected)
 
 
-def test_restarts_only_lower_the_accuracy_and_count_their_passes():
+def test_restarts_lower_the_accuracy_and_count_their_passes():
     model = network()
     training.train(model, batches(), replace(QUICK, epochs=1))
     attack = {"eps": 0.12, "alpha": 0.04, "steps": 3, "seed": 9}
     one, five = (training.robust_accuracy(model, VALIDATION, **attack, restarts=n) for n in (1, 5))
-    assert 0 < five <= one < 1
+    assert 0 < five.fraction <= one.fraction < 1
     assert one.images == 40 and one.backward <= 3 * 40 and five.backward > one.backward
 
 
-def test_no_accuracy_of_no_images():
+def test_an_accuracy_without_images_is_refused():
     with pytest.raises(ValueError, match="images must hold"):
         training.clean_accuracy(network(), data.Split(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.int64)))
 
 
-class Quiet(nn.Module):
-    """A model in whose passes, and between them, nothing may be read."""
+class ShapeLog(nn.Module):
+    """A model that notes the shapes of its inputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -74,19 +74,19 @@ class Quiet(nn.Module):
 
 
 @pytest.mark.usefixtures("gpu")
-def test_on_a_gpu_nothing_is_read_before_the_end_and_batches_keep_their_shape(model):
-    quiet = Quiet(model)
+def test_on_a_gpu_the_host_waits_at_the_end_only_and_batches_keep_their_shape(model):
+    logged = ShapeLog(model)
 
     def watched():
         with no_synchronisation():
             yield from data.Batches(VALIDATION, 16, shuffle=False)
 
-    found = training.robust_accuracy(quiet, watched(), eps=0.12, steps=3, restarts=2)
-    assert quiet.shapes == {(16, 1, 6, 6), (8, 1, 6, 6)} and 0 < found < 1
-    assert found.images == 40 and found.forward == 40 * (1 + 2 * 4) and found.backward == 40 * 2 * 3
+    accuracy = training.robust_accuracy(logged, watched(), eps=0.12, steps=3, restarts=2)
+    assert logged.shapes == {(16, 1, 6, 6), (8, 1, 6, 6)} and 0 < accuracy.fraction < 1
+    assert accuracy.images == 40 and accuracy.forward == 40 * (1 + 2 * 4) and accuracy.backward == 40 * 2 * 3
 
 
-def test_a_read_before_the_end_would_be_seen(model):
+def test_a_wait_before_the_end_is_detected(model):
     def watched():
         with no_synchronisation():
             yield from data.Batches(VALIDATION, 16, shuffle=False)
@@ -95,21 +95,21 @@ def test_a_read_before_the_end_would_be_seen(model):
         training.robust_accuracy(model, watched())
 
 
-def test_attacking_all_images_finds_what_attacking_those_that_stand_finds(model, monkeypatch):
-    found = training.fgsm_accuracy(model, VALIDATION, eps=0.12, batch_size=16)
+def test_attacking_all_images_gives_the_accuracy_of_attacking_the_correct_ones_only(model, monkeypatch):
+    some = training.fgsm_accuracy(model, VALIDATION, eps=0.12, batch_size=16)
     monkeypatch.setattr(evaluation, "reads_at_once", lambda device: False)
-    assert 0 < found == training.fgsm_accuracy(model, VALIDATION, eps=0.12, batch_size=16) < 1
+    assert 0 < some.fraction == training.fgsm_accuracy(model, VALIDATION, eps=0.12, batch_size=16).fraction < 1
 
 
 @pytest.mark.usefixtures("gpu")
-def test_an_image_that_one_restart_fooled_stays_fooled(model):
+def test_an_image_counts_as_wrong_after_one_successful_restart(model):
     attack = {"eps": 0.25, "steps": 1, "seed": 9}
-    accuracies = [training.robust_accuracy(model, VALIDATION, **attack, restarts=n) for n in (1, 2, 8)]
+    accuracies = [training.robust_accuracy(model, VALIDATION, **attack, restarts=n).fraction for n in (1, 2, 8)]
     assert accuracies == sorted(accuracies, reverse=True) and 0 < accuracies[2] < accuracies[0]
 
 
 @pytest.mark.usefixtures("gpu")
-def test_graphs_change_no_accuracy(model):
+def test_cuda_graphs_give_the_same_accuracy(model):
     graphs, attack = CpuGraphs(), {"eps": 0.12, "steps": 2, "batch_size": 16}
     for _ in range(3):
         expected = training.robust_accuracy(model, VALIDATION, **attack)
@@ -118,7 +118,7 @@ def test_graphs_change_no_accuracy(model):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_wrong_images_are_named_however_late(model, at_once, monkeypatch):
+def test_wrong_images_are_refused_in_any_batch(model, at_once, monkeypatch):
     monkeypatch.setattr(evaluation, "reads_at_once", lambda device: at_once)
     images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels
     for wrong, message in (
@@ -127,11 +127,11 @@ def test_wrong_images_are_named_however_late(model, at_once, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             training.fgsm_accuracy(model, [(images, labels), wrong])
-    assert training.clean_accuracy(model, [(images, labels - 1)]) < 1  # nothing but an attack needs them right
+    assert training.clean_accuracy(model, [(images, labels - 1)]).fraction < 1  # only attacks need valid labels
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_nothing_waits_for_the_gpu_before_the_end(model):
+def test_the_host_waits_for_cuda_at_the_end_only(model):
     images = data.Batches(VALIDATION.to("cuda"), 8, shuffle=False)
 
     def watched():
@@ -141,5 +141,5 @@ def test_nothing_waits_for_the_gpu_before_the_end(model):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    found = training.robust_accuracy(model.cuda(), watched(), eps=0.12, steps=3, restarts=2)
-    assert found.forward == 40 * (1 + 2 * 4)
+    accuracy = training.robust_accuracy(model.cuda(), watched(), eps=0.12, steps=3, restarts=2)
+    assert accuracy.forward == 40 * (1 + 2 * 4)

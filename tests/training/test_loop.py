@@ -1,4 +1,4 @@
-"""Training: what a run records, that it learns, that it repeats, and what it refuses."""
+"""Training: it learns, its records are right, it repeats bit for bit, and it refuses wrong batches."""
 
 import copy
 import math
@@ -12,31 +12,33 @@ from helpers.small_runs import QUICK, TEST, TRAIN, VALIDATION, batches, equal_st
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_adv import attacks, data, masks, nn, runs, sparsify, training
-from sparse_adv.training import checkpoint, devices, evaluation, loop
+from sparse_adv.json_files import flatten, to_json
+from sparse_adv.runs import Cost, EpochRecord
+from sparse_adv.training import checkpoint, devices, evaluation, loop, update
 
 
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
 def test_every_objective_learns_an_easy_task(objective):
-    recipe = replace(QUICK, objective=objective, replays=2)
-    records = training.train(network(), batches(), recipe, validation=VALIDATION)
-    assert records[-1]["clean_accuracy"] > 0.9
-    assert records[-1]["loss"] < records[0]["loss"]
+    config = replace(QUICK, objective=objective, replays=2)
+    records = training.train(network(), batches(), config, validation=VALIDATION)
+    assert records[-1].clean_accuracy > 0.9
+    assert records[-1].loss < records[0].loss
 
 
 def test_records_count_epochs_updates_and_costs():
     seen = []
     records = training.train(
-        network(), batches(), replace(QUICK, objective="pgd"), on_epoch=seen.append, before=(10.0, 1000)
+        network(), batches(), replace(QUICK, objective="pgd"), on_epoch=seen.append, before=Cost(10.0, 1000)
     )
     assert seen == records
-    assert [(record["epoch"], record["step"], record["images"]) for record in records] == [
+    assert [(record.epoch, record.step, record.images) for record in records] == [
         (1, 3, 96),
         (2, 6, 96),
         (3, 9, 96),
     ]
-    for unit, before in (("seconds", 10.0), ("multiply_adds", 1000)):
-        spent = sum(record[f"{phase}_{unit}"] for record in records for phase in ("attack", "update"))
-        assert math.isclose(records[-1][unit], before + spent) and records[0][f"attack_{unit}"] > 0
+    spent = sum((record.attack + record.update for record in records), Cost(10.0, 1000))
+    assert records[-1].total.seconds == pytest.approx(spent.seconds) and records[-1].total.macs == spent.macs
+    assert records[0].attack.seconds > 0 and records[0].attack.macs > 0
 
 
 @pytest.mark.parametrize(
@@ -49,30 +51,30 @@ def test_records_count_epochs_updates_and_costs():
         ("free", (0, 0), (2, 2)),
     ],
 )
-def test_executed_multiply_adds_follow_from_the_passes(objective, attack, update):
-    """For each image: forward and backward passes of the attack; updates, and how many go on to the image."""
+def test_macs_follow_from_the_passes(objective, attack, update):
+    """Per image: forward and backward passes of the attack; updates, and how many of them reach the image."""
     model = network()
     (record,) = training.train(model, batches(), replace(QUICK, objective=objective, epochs=1, replays=2))
     work = nn.count_macs(model, (32, 1, 6, 6)).per_image()
     whole = work.forward + work.grad_weight + work.grad_input - work.first_grad_input
-    assert record["attack_multiply_adds"] == 96 * (attack[0] * work.forward + attack[1] * work.grad_input)
-    assert record["update_multiply_adds"] == 96 * (update[0] * whole + update[1] * work.first_grad_input)
+    assert record.attack.macs == 96 * (attack[0] * work.forward + attack[1] * work.grad_input)
+    assert record.update.macs == 96 * (update[0] * whole + update[1] * work.first_grad_input)
 
 
-def test_evaluations_come_when_asked_and_always_at_the_end():
-    recipe = replace(QUICK, epochs=5, evaluate_every=2)
-    records = training.train(network(), batches(), recipe, validation=VALIDATION)
-    assert [record["epoch"] for record in records if "robust_accuracy" in record] == [2, 4, 5]
+def test_evaluations_follow_their_interval_and_the_last_epoch_is_evaluated():
+    config = replace(QUICK, epochs=5, evaluate_every=2)
+    records = training.train(network(), batches(), config, validation=VALIDATION)
+    assert [record.epoch for record in records if record.robust_accuracy is not None] == [2, 4, 5]
 
 
 @pytest.mark.parametrize("objective", ["n-fgsm", "free", "trades"])
 def test_a_run_repeats_bit_for_bit_and_leaves_the_global_generator_alone(objective):
-    recipe = replace(QUICK, objective=objective, epochs=2, ema_decay=0.9)
+    config = replace(QUICK, objective=objective, epochs=2, ema_decay=0.9)
     models = [network(), network()]
     torch.manual_seed(7)
     before = torch.get_rng_state()
     for model in models:
-        training.train(model, batches(), recipe, validation=VALIDATION)
+        training.train(model, batches(), config, validation=VALIDATION)
         assert torch.get_rng_state().equal(before)
         torch.rand(3)
         before = torch.get_rng_state()
@@ -83,30 +85,30 @@ def test_seeds_change_the_attack_and_the_order():
     weights = []
     for seed, order in ((0, 0), (1, 0), (0, 1)):
         model = network()
-        recipe = replace(QUICK, objective="fgsm-rs", seed=seed, epochs=1)
-        training.train(model, batches(seed=order), recipe)
+        config = replace(QUICK, objective="fgsm-rs", seed=seed, epochs=1)
+        training.train(model, batches(seed=order), config)
         weights.append(model[0].weight.detach())
     assert not weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
 
 
-def test_any_iterable_with_a_length_will_do():
+def test_batches_are_any_iterable_with_a_length():
     images = TensorDataset(data.to_unit(TRAIN.images), TRAIN.labels)
-    runs = []
+    states = []
     for given in (DataLoader(images, 32), list(DataLoader(images, 32)), batches(shuffle=False)):
         model = network()
         training.train(model, given, QUICK)
-        runs.append(model.state_dict())
-    assert equal_states(runs[0], runs[1]) and equal_states(runs[0], runs[2])
+        states.append(model.state_dict())
+    assert equal_states(states[0], states[1]) and equal_states(states[0], states[2])
 
 
-def test_a_dataloader_shuffles_alike_in_every_run():
+def test_a_shuffling_dataloader_has_the_same_order_in_every_run():
     images = TensorDataset(data.to_unit(TRAIN.images), TRAIN.labels)
-    runs = []
+    states = []
     for _ in range(2):
         model = network()
         training.train(model, DataLoader(images, 32, shuffle=True), QUICK)
-        runs.append(model.state_dict())
-    assert equal_states(*runs)
+        states.append(model.state_dict())
+    assert equal_states(*states)
 
 
 def test_batches_without_a_length_are_refused():
@@ -117,7 +119,7 @@ def test_batches_without_a_length_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "said"),
+    ("images", "labels", "message"),
     [
         (torch.full((4, 1, 6, 6), 2.0), torch.zeros(4, dtype=torch.int64), r"images must lie in \[0, 1\]"),
         (torch.full((4, 1, 6, 6), math.nan), torch.zeros(4, dtype=torch.int64), "images must be finite"),
@@ -126,12 +128,12 @@ def test_batches_without_a_length_are_refused():
     ],
 )
 @pytest.mark.parametrize("objective", ["natural", "fgsm", "free"])
-def test_wrong_batches_are_named(images, labels, said, objective):
-    with pytest.raises((ValueError, TypeError), match=said):
+def test_a_wrong_batch_is_refused_with_its_reason(images, labels, message, objective):
+    with pytest.raises((ValueError, TypeError), match=message):
         training.train(network(), [(images, labels)], replace(QUICK, objective=objective))
 
 
-def test_a_clipped_gradient_moves_the_weights_no_further():
+def test_a_clipped_gradient_limits_the_step():
     moved = []
     for clip in (0.0, 1e-3):
         model = network()
@@ -142,29 +144,28 @@ def test_a_clipped_gradient_moves_the_weights_no_further():
     assert moved[1] == pytest.approx(0.1 * 1e-3, rel=1e-3) and moved[0] > 10 * moved[1]
 
 
-def test_averaged_weights_are_the_mean_that_the_decay_says():
+def test_the_moving_average_has_the_weights_of_its_decay():
     model, steps = network(), []
-    recipe = replace(QUICK, epochs=1, ema_decay=0.5)
-    run = training.Training(model, batches(), recipe, on_step=lambda _: steps.append(model[0].weight.detach().clone()))
-    list(run.epochs())
+    run = training.Training(model, batches(), replace(QUICK, epochs=1, ema_decay=0.5))
+    list(run.epochs(on_step=lambda _: steps.append(model[0].weight.detach().clone())))
     assert torch.allclose(run.evaluated[0].weight, 0.25 * steps[0] + 0.25 * steps[1] + 0.5 * steps[2], atol=1e-6)
     assert run.evaluated is not model
 
 
-def test_bfloat16_trains_with_weights_of_float32():
+def test_bfloat16_training_keeps_float32_weights():
     model = network()
     records = training.train(model, batches(), replace(QUICK, precision="bfloat16", objective="pgd"), validation=TEST)
-    assert records[-1]["clean_accuracy"] > 0.9
+    assert records[-1].clean_accuracy > 0.9
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_a_diverged_run_stops_with_a_sentence():
+def test_a_loss_that_is_not_finite_ends_the_run():
     with pytest.raises(FloatingPointError, match="diverged in epoch 1"):
         training.train(network(), batches(), replace(QUICK, lr=1e30))
 
 
 class Watched:
-    """Batches among which, but for the first of a run, a context lasts: an epoch without its beginning and end."""
+    """Batches that are yielded inside a context, except the first of the run: an epoch without its start and end."""
 
     def __init__(self, watch) -> None:
         self.batches, self.watch, self.seen = batches(augment=True), watch, 0
@@ -176,24 +177,24 @@ class Watched:
         self.batches.set_epoch(epoch)
 
     def __iter__(self):
-        found = iter(self.batches)
+        iterator = iter(self.batches)
         if not self.seen:
-            yield next(found)
+            yield next(iterator)
         self.seen += 1
         with self.watch():
-            yield from found
+            yield from iterator
 
 
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
-def test_within_an_epoch_nothing_waits_for_a_gpu(objective, monkeypatch):
+def test_the_host_never_waits_for_the_device_within_an_epoch(objective, monkeypatch):
     monkeypatch.setattr(loop, "reads_at_once", lambda device: False)
-    recipe = replace(QUICK, objective=objective, epochs=2, ema_decay=0.5, max_grad_norm=1.0, replays=2)
+    config = replace(QUICK, objective=objective, epochs=2, ema_decay=0.5, max_grad_norm=1.0, replays=2)
     given = Watched(no_synchronisation)
-    training.train(network(), given, recipe, validation=VALIDATION)
+    training.train(network(), given, config, validation=VALIDATION)
     assert given.seen == 2
 
 
-def test_a_read_within_an_epoch_would_be_seen():
+def test_a_wait_within_an_epoch_is_detected():
     with pytest.raises(RuntimeError, match="the host reads"):
         training.train(network(), Watched(no_synchronisation), QUICK)  # on a CPU batches are checked at once
 
@@ -210,47 +211,44 @@ def waiting_is_an_error():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
-def test_within_an_epoch_nothing_waits_for_the_gpu(objective, precision):
-    recipe = replace(
+def test_the_host_never_waits_for_cuda_within_an_epoch(objective, precision):
+    config = replace(
         QUICK, objective=objective, epochs=4, ema_decay=0.5, max_grad_norm=1.0, replays=2, precision=precision
     )
-    recipe = replace(
-        recipe, overfitting_monitor=False
-    )  # it would repeat an epoch of a network that has learnt so little
     model, given = network().cuda(), Watched(waiting_is_an_error)
     sparsify(model, masks.prune(model, density=0.5))
     given.batches.split = TRAIN.to("cuda")
-    records = training.train(model, given, recipe, validation=VALIDATION.to("cuda"))
+    records = training.train(model, given, config, validation=VALIDATION.to("cuda"))
     assert given.seen == len(records) == 4
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
-def test_graphs_change_no_bit_of_a_run(objective, sparse, monkeypatch):
-    recipe = replace(QUICK, objective=objective, ema_decay=0.9, precision="bfloat16", replays=2)
+def test_cuda_graphs_give_the_same_bits(objective, sparse, monkeypatch):
+    config = replace(QUICK, objective=objective, ema_decay=0.9, precision="bfloat16", replays=2)
     monkeypatch.setattr(evaluation, "reads_at_once", lambda device: False)
-    found = []
+    results = []
     for graphs in (attacks.Graphs, CpuGraphs):
         monkeypatch.setattr(loop, "Graphs", graphs)
         model = network()
         if sparse:
             sparsify(model, masks.prune(model, density=0.5))
-        run = training.Training(model, batches(40), recipe, validation=VALIDATION)
+        run = training.Training(model, batches(40), config, validation=VALIDATION)
         records = [without_seconds(record) for record in run.epochs()]
-        found.append((records, run.evaluated.state_dict()))
-    assert found[0][0] == found[1][0] and equal_states(found[0][1], found[1][1])
-    # Evaluation, probe, and the attack on full batches and on the last: the second is recorded, the third replayed.
+        results.append((records, run.evaluated.state_dict()))
+    assert results[0][0] == results[1][0] and equal_states(results[0][1], results[1][1])
+    # Attacks of evaluation, monitor, full batches and last batch: of each, the second is captured, the others replayed.
     replays = {"natural": 1, "free": 2}.get(objective, 2 + 4 + 1)
     assert run.graphs.counts == (min(replays, 4), replays)
 
 
-def without_seconds(record: dict) -> dict:
-    return {name: value for name, value in record.items() if "seconds" not in name}
+def without_seconds(record: EpochRecord) -> dict:
+    return {name: value for name, value in flatten(to_json(record)) if "seconds" not in name}
 
 
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ((torch.full((4, 1, 6, 6), 2.0), torch.zeros(4, dtype=torch.int64)), r"images must lie in \[0, 1\].* to 2:"),
         ((torch.full((4, 1, 6, 6), math.nan), torch.zeros(4, dtype=torch.int64)), "images must be finite"),
@@ -259,40 +257,41 @@ def without_seconds(record: dict) -> dict:
     ],
 )
 @pytest.mark.parametrize("at_once", [True, False])
-def test_wrong_values_in_a_later_batch_are_named_at_the_latest_when_the_epoch_ends(
-    objective, wrong, said, at_once, monkeypatch, tmp_path
+def test_wrong_values_in_a_later_batch_are_refused_at_the_end_of_the_epoch_or_before(
+    objective, wrong, message, at_once, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(loop, "reads_at_once", lambda device: at_once)
     good = next(iter(batches()))
-    said = said if not at_once else said.replace("got 0", "got 2").replace(" to 1", " to -100")
-    with pytest.raises(ValueError, match=said):
+    if at_once:  # then the range is that of one batch, else of all batches
+        message = message.replace("got 0", "got 2").replace(" to 1", " to -100")
+    with pytest.raises(ValueError, match=message):
         training.train(network(), [good, wrong, good], replace(QUICK, objective=objective), folder=tmp_path)
     assert not (tmp_path / runs.STATE).exists()
 
 
-def test_channels_last_training_learns_and_continues_bit_for_bit(tmp_path, monkeypatch):
-    recipe = replace(QUICK, objective="pgd", precision="bfloat16", ema_decay=0.5)
+def test_channels_last_training_learns_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+    config = replace(QUICK, objective="pgd", precision="bfloat16", ema_decay=0.5)
     options = {"validation": VALIDATION}
-    monkeypatch.setattr(loop, "wants_channels_last", lambda device, precision: True)
+    monkeypatch.setattr(update, "wants_channels_last", lambda device, precision: True)
     whole, stopped, other = network(channels=8), network(channels=8), network(channels=8)
-    records = training.train(whole, batches(), recipe, folder=tmp_path / "whole", **options)
+    records = training.train(whole, batches(), config, folder=tmp_path / "whole", **options)
     for folder in ("stopped", "other"):
-        training.train(network(channels=8), batches(), recipe, folder=tmp_path / folder, on_epoch=once, **options)
-    training.train(stopped, batches(), recipe, folder=tmp_path / "stopped", **options)
-    assert records[-1]["clean_accuracy"] > 0.9 and equal_states(whole.state_dict(), stopped.state_dict())
+        training.train(network(channels=8), batches(), config, folder=tmp_path / folder, on_epoch=stop, **options)
+    training.train(stopped, batches(), config, folder=tmp_path / "stopped", **options)
+    assert records[-1].clean_accuracy > 0.9 and equal_states(whole.state_dict(), stopped.state_dict())
     assert whole[3].weight.is_contiguous(memory_format=torch.channels_last) and whole[3].weight.dtype == torch.float32
     monkeypatch.undo()
-    training.train(other, batches(), recipe, folder=tmp_path / "other", **options)
+    training.train(other, batches(), config, folder=tmp_path / "other", **options)
     assert other[3].weight.is_contiguous() and other.state_dict().keys() == whole.state_dict().keys()
     for name, weights in checkpoint.read_weights(tmp_path / "whole" / runs.LAST)[0].items():
         assert weights.is_contiguous() and weights.shape == network(channels=8).state_dict()[name].shape
 
 
-def once(record: dict) -> bool:
+def stop(record: EpochRecord) -> bool:
     return True
 
 
-def test_channels_last_is_for_tensor_cores():
+def test_channels_last_is_chosen_for_tensor_cores_only():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     chosen = [
         devices.wants_channels_last(device, precision)

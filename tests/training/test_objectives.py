@@ -1,4 +1,4 @@
-"""Objectives: each loss against its formula, written out here."""
+"""Objectives: each loss is compared with its formula, written out here."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def generator(seed: int = 3) -> torch.Generator:
 
 
 def craft(objective: str, model: torch.nn.Module, **settings) -> torch.Tensor:
-    rule = objectives.build(TrainConfig(objective=objective, eps=0.1, **settings), check=True)
-    return rule.craft(model, X, Y, generator())
+    built = objectives.build(TrainConfig(objective=objective, eps=0.1, **settings), check=True)
+    return built.craft(model, X, Y, generator())
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def craft(objective: str, model: torch.nn.Module, **settings) -> torch.Tensor:
         ("trades", lambda model: attacks.tpgd(model, X, eps=0.1, alpha=0.025, steps=10, generator=generator())),
     ],
 )
-def test_the_images_are_those_of_the_attack_with_the_papers_step(objective, expected):
+def test_the_images_are_those_of_the_attack_with_the_step_size_of_its_paper(objective, expected):
     model = network().train()
     assert craft(objective, model).equal(expected(model))
 
@@ -45,7 +45,7 @@ def test_the_loss_is_cross_entropy_on_the_crafted_images(objective):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_the_loss_of_trades():
+def test_the_loss_of_trades_follows_its_formula():
     model = network().eval()
     loss = adversarial_loss(model, X, Y, "trades", eps=0.1, beta=3.0, generator=generator())
     p, q = (model(images).double().softmax(1) for images in (X, craft("trades", model)))
@@ -68,27 +68,27 @@ def test_the_attack_of_trades_raises_the_divergence_within_the_ball_and_leaves_t
     assert divergence(adv) > 10 * divergence(noise)
 
 
-def test_free_moves_its_perturbation_with_the_gradient_of_the_update():
-    recipe = TrainConfig(objective="free", eps=0.1, replays=3)
-    rule, model = objectives.build(recipe), network()
+def test_free_updates_its_perturbation_with_the_gradient_of_the_update():
+    config = TrainConfig(objective="free", eps=0.1, replays=3)
+    free, model = objectives.build(config), network()
     delta = torch.zeros_like(X)
     for _ in range(3):
         expected = (X + delta).clamp(0, 1)
-        adv = rule.craft(model, X, Y, None)
+        adv = free.craft(model, X, Y, None)
         assert adv.equal(expected)
-        rule.loss(model, X, adv, Y).backward()
+        free.loss(model, X, adv, Y).backward()
         delta = (delta + 0.1 * adv.grad.sign()).clamp(-0.1, 0.1)
-        rule.after_update()
-    assert rule.updates == 3 and rule.state_dict()["delta"].equal(delta) and delta.abs().max() > 0
-    assert rule.craft(model, X[:5], Y[:5], None).equal((X[:5] + delta[:5]).clamp(0, 1))  # a smaller last batch
+        free.after_update()
+    assert free.updates == 3 and free.state_dict()["delta"].equal(delta) and delta.abs().max() > 0
+    assert free.craft(model, X[:5], Y[:5], None).equal((X[:5] + delta[:5]).clamp(0, 1))  # a smaller last batch
 
 
-def test_free_is_a_loop_and_no_loss():
+def test_free_has_no_loss_of_one_batch():
     with pytest.raises(ValueError, match="free"):
         adversarial_loss(network(), X, Y, "free")
 
 
-def test_a_loss_checks_its_batch_and_its_settings():
+def test_adversarial_loss_validates_batch_and_arguments():
     with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
         adversarial_loss(network(), X + 1, Y, "natural")
     with pytest.raises(ValueError, match="eps must be finite"):

@@ -1,4 +1,4 @@
-"""A run that was stopped at any moment continues, and ends with the same weights, bit for bit."""
+"""A run that was stopped at any moment continues and ends with the same weights, bit for bit."""
 
 import os
 import random
@@ -16,76 +16,74 @@ from sparse_adv import masks, runs, training
 from sparse_adv.nn import sparsify
 from sparse_adv.training import checkpoint
 
-RECIPE = replace(QUICK, objective="free", replays=2, epochs=4, ema_decay=0.9, schedule="cosine", evaluate_every=2)
+CONFIG = replace(QUICK, objective="free", replays=2, epochs=4, ema_decay=0.9, schedule="cosine", evaluate_every=2)
 
 
 class Stop(Exception):
     pass
 
 
-def train(folder, stop_at=None, recipe=RECIPE, in_batch=False):
-    """A sparse network's run; stops after that epoch, or in the middle of the next one."""
+def train(folder, stop_at=None, config=CONFIG, in_batch=False):
+    """Train a sparse network; stop after epoch `stop_at`, or in the middle of the next one."""
     model = network()
     sparsify(model, masks.prune(model, density=0.5))
 
     def on_epoch(record):
-        if record["epoch"] == stop_at and not in_batch:
+        if record.epoch == stop_at and not in_batch:
             raise Stop
 
     def on_step(step):
         if in_batch and step == 6 * stop_at + 2:
             raise Stop
 
-    training.train(model, batches(), recipe, validation=VALIDATION, folder=folder, on_epoch=on_epoch, on_step=on_step)
+    training.train(model, batches(), config, validation=VALIDATION, folder=folder, on_epoch=on_epoch, on_step=on_step)
     return model
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
-def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, stop_at, in_batch):
+def test_a_stopped_run_ends_with_the_bits_of_an_uninterrupted_run(tmp_path, stop_at, in_batch):
     expected = train(tmp_path / "whole")
     with pytest.raises(Stop):
         train(tmp_path / "stopped", stop_at, in_batch=in_batch)
     model = train(tmp_path / "stopped")
     assert equal_states(model.state_dict(), expected.state_dict())
     for name in (runs.LAST, runs.BEST):
-        kept, told = (checkpoint.read_weights(tmp_path / run / name) for run in ("whole", "stopped"))
-        assert equal_states(kept[0], told[0]) and kept[1]["epoch"] == told[1]["epoch"]
+        whole, stopped = (checkpoint.read_weights(tmp_path / run / name) for run in ("whole", "stopped"))
+        assert equal_states(whole[0], stopped[0]) and whole[1]["epoch"] == stopped[1]["epoch"]
     records = [runs.read(tmp_path / run).records for run in ("whole", "stopped")]
-    assert [record["loss"] for record in records[0]] == [record["loss"] for record in records[1]]
-    for name in ("multiply_adds", "density", "multiply_add_density"):
-        assert [record[name] for record in records[0]] == [record[name] for record in records[1]]
+    assert [record.loss for record in records[0]] == [record.loss for record in records[1]]
+    assert [record.total.macs for record in records[0]] == [record.total.macs for record in records[1]]
+    assert [record.density for record in records[0]] == [record.density for record in records[1]]
 
 
-def test_a_finished_run_returns_at_once(tmp_path):
+def test_a_finished_run_returns_without_training(tmp_path):
     expected = train(tmp_path)
     seen = []
     model = network()
     sparsify(model, masks.prune(model, density=0.5))
-    training.train(model, [batches], RECIPE, validation=VALIDATION, folder=tmp_path, on_epoch=seen.append)
-    assert [record["epoch"] for record in seen] == [1, 2, 3, 4] and equal_states(
-        model.state_dict(), expected.state_dict()
-    )
+    training.train(model, [batches], CONFIG, validation=VALIDATION, folder=tmp_path, on_epoch=seen.append)
+    assert [record.epoch for record in seen] == [1, 2, 3, 4] and equal_states(model.state_dict(), expected.state_dict())
 
 
-def test_the_journal_is_made_anew_from_the_state(tmp_path):
+def test_a_damaged_epochs_file_is_rewritten_from_the_state(tmp_path):
     with pytest.raises(Stop):
         train(tmp_path, 2)
-    journal = (tmp_path / runs.EPOCHS).read_text()
-    (tmp_path / runs.EPOCHS).write_text(journal + '{"epoch": 3}\n{"half of a li')
+    written = (tmp_path / runs.EPOCHS).read_text()
+    (tmp_path / runs.EPOCHS).write_text(written + '{"epoch": 3}\n{"half of a li')
     (tmp_path / runs.LAST).unlink()
     train(tmp_path)
-    assert [record["epoch"] for record in runs.read(tmp_path).records] == [1, 2, 3, 4]
+    assert [record.epoch for record in runs.read(tmp_path).records] == [1, 2, 3, 4]
 
 
-def test_a_folder_holds_one_recipe(tmp_path):
+def test_a_folder_with_a_run_of_another_configuration_is_refused(tmp_path):
     train(tmp_path)
     with pytest.raises(ValueError, match="another configuration"):
-        train(tmp_path, recipe=replace(RECIPE, lr=0.2))
+        train(tmp_path, config=replace(CONFIG, lr=0.2))
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no state"])
-def test_a_damaged_state_is_named_and_left_alone(tmp_path, damage):
+def test_a_damaged_state_is_refused_and_not_overwritten(tmp_path, damage):
     with pytest.raises(Stop):
         train(tmp_path, 1)
     path = tmp_path / runs.STATE
@@ -96,7 +94,7 @@ def test_a_damaged_state_is_named_and_left_alone(tmp_path, damage):
     assert path.read_bytes() == written
 
 
-def test_a_run_continues_with_as_many_processes(tmp_path):
+def test_a_run_continues_with_the_same_number_of_processes_only(tmp_path):
     with pytest.raises(Stop):
         train(tmp_path, 1)
     state = torch.load(tmp_path / runs.STATE, weights_only=True)
@@ -105,14 +103,14 @@ def test_a_run_continues_with_as_many_processes(tmp_path):
         train(tmp_path)
 
 
-def test_a_state_holds_nothing_but_tensors_and_plain_data(tmp_path):
+def test_a_state_holds_tensors_and_plain_data_only(tmp_path):
     train(tmp_path)
     state = torch.load(tmp_path / runs.STATE, weights_only=True)
     assert state["records"][-1]["epoch"] == 4 and state["optimizer"]["state"]
 
 
 def command(out) -> list[str]:
-    """On the CPU: that a run repeats bit for bit is promised there alone."""
+    """A command on the CPU, because on a GPU a run need not repeat bit for bit."""
     return [
         *(sys.executable, "-m", "sparse_adv", "train", "--arch", "digits_cnn", "--width", "8", "--limit", "256"),
         *("--objective", "n-fgsm", "--eps", "0.1", "--epochs", "6", "--steps", "2", "--out", str(out)),
@@ -120,17 +118,17 @@ def command(out) -> list[str]:
     ]
 
 
-def test_kill_9_at_any_moment_costs_no_bit(tmp_path):
+def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, env=environment)
-    dice = random.Random(0)
+    delays = random.Random(0)
     for _ in range(3):
         process = subprocess.Popen(
             command(tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )
-        process.stdout.readline()  # an epoch is safe: kill somewhere in what follows
-        time.sleep(dice.random() * 0.3)
+        process.stdout.readline()  # an epoch is saved: kill at some moment after it
+        time.sleep(delays.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()

@@ -1,0 +1,232 @@
+"""Whole runs, from configurations to a run folder: what the commands `search` and `train` and the demo do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparse_adv import data, json_files, masks, models, runs, tickets
+from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.json_files import JSONObject
+from sparse_adv.runs import Density, EpochRecord, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
+from sparse_adv.training import Training, distributed, final_test
+
+
+def load_data(config: DataConfig, seed: int, device: torch.device) -> data.Dataset:
+    """Read the images of a configuration onto a device; the seed chooses the validation images."""
+    return data.load(config.data, validation=config.validation, limit=config.limit, seed=seed, device=device)
+
+
+def make_batches(config: DataConfig, dataset: data.Dataset, seed: int) -> data.Batches:
+    """Return the training batches of this process, which has its share of each batch."""
+    augment = dataset.input_shape == (3, 32, 32) if config.augment is None else config.augment
+    return data.Batches(
+        dataset.train,
+        config.batch_size,
+        augment=augment,
+        seed=seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+def build_network(config: NetworkConfig, dataset: data.Dataset, seed: int, device: torch.device) -> nn.Module:
+    """Return a dense network with fresh weights for the images of a data set."""
+    model = models.build(
+        config.arch,
+        seed,
+        width=config.width,
+        classes=dataset.classes,
+        input_shape=dataset.input_shape,
+        data=dataset.name,
+    )
+    return model.to(device)
+
+
+class SearchRun:
+    """A ticket search in a run folder. A search that was stopped continues, a finished one only returns its result.
+
+    Args:
+        folder: of the run.
+        train, prune, images, network: the configurations.
+        dataset: the images, from `load_data`.
+        device: of the network.
+
+    Raises:
+        ValueError: if the folder holds another run, or a configuration does not fit the images.
+
+    Example:
+        >>> import tempfile
+        >>> folder, cpu = Path(tempfile.mkdtemp()), torch.device("cpu")
+        >>> train = TrainConfig("fgsm-rs", epochs=1, eps=0.1, schedule="constant", evaluation_steps=1)
+        >>> images, network = DataConfig("digits", limit=100), NetworkConfig("digits_cnn", width=4)
+        >>> dataset = load_data(images, train.seed, cpu)
+        >>> search = SearchRun(folder, train, PruneConfig(density=0.5), images, network, dataset, cpu)
+        >>> round(search.run().density.weights, 2)
+        0.5
+        >>> sorted(path.name for path in folder.glob("*.json*"))
+        ['epochs.jsonl', 'result.json', 'run.json']
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        train: TrainConfig,
+        prune: PruneConfig,
+        images: DataConfig,
+        network: NetworkConfig,
+        dataset: data.Dataset,
+        device: torch.device,
+    ) -> None:
+        self.folder, self.train, self.prune = folder, train, prune
+        self.images, self.network, self.dataset = images, network, dataset
+        self.model = build_network(network, dataset, train.seed, device)
+        self.batches = make_batches(images, dataset, train.seed)
+        _begin(folder, RunInfo("search", train, prune.named(), images, network, world_size=distributed.world_size()))
+
+    @property
+    def updates(self) -> int:
+        """Upper bound of the number of updates, for a progress bar."""
+        return self.prune.rounds * updates_of(self.train, self.batches)
+
+    def run(
+        self,
+        on_epoch: Callable[[EpochRecord], object] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> SearchResult:
+        """Search, and write `ticket.safetensors` and `result.json`; the callbacks are those of `tickets.search`."""
+        ticket = tickets.search(
+            self.model,
+            self.batches,
+            self.train,
+            self.prune,
+            validation=self.dataset.validation,
+            folder=self.folder,
+            metadata=self._metadata(),
+            on_epoch=on_epoch,
+            on_step=on_step,
+        )
+        record = tickets.record_of(ticket)
+        density = density_of(self.model, ticket.masks, self.dataset)
+        result = SearchResult(record.cost, record.checks, density)
+        if distributed.rank() == 0:
+            json_files.write(self.folder / runs.RESULT, result)
+        return result
+
+    def _metadata(self) -> JSONObject:
+        return {
+            "arch": self.network.arch,
+            "width": self.network.width,
+            "data": self.images.data,
+            "seed": self.train.seed,
+            "input_shape": list(self.dataset.input_shape),
+        }
+
+
+class TrainRun:
+    """A training run in a run folder, dense or of a ticket. A run that was stopped continues.
+
+    Args:
+        folder: of the run.
+        train, images, network: the configurations.
+        dataset: the images, from `load_data`.
+        device: of the network.
+        ticket: masks and weights to begin with; None for a dense run.
+        source: which ticket that is, and whether it is changed as a control; needed with `ticket`.
+        name: what reports call the run; None for the folder's name.
+
+    Raises:
+        ValueError: if the folder holds another run, or the ticket does not fit the network.
+
+    Example:
+        >>> import tempfile
+        >>> folder, cpu = Path(tempfile.mkdtemp()), torch.device("cpu")
+        >>> train = TrainConfig("fgsm-rs", epochs=2, eps=0.1, evaluation_steps=1)
+        >>> images, network = DataConfig("digits", limit=100), NetworkConfig("digits_cnn", width=4)
+        >>> run = TrainRun(folder, train, images, network, load_data(images, train.seed, cpu), cpu)
+        >>> [record.epoch for record in run.epochs()]
+        [1, 2]
+        >>> sorted(run.finish().test)
+        ['clean', 'fgsm', 'pgd-20']
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        train: TrainConfig,
+        images: DataConfig,
+        network: NetworkConfig,
+        dataset: data.Dataset,
+        device: torch.device,
+        *,
+        ticket: masks.Ticket | None = None,
+        source: TicketSource | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.folder, self.train, self.dataset = folder, train, dataset
+        self.masks: dict[str, torch.Tensor] = {}
+        density, before = runs.DENSE, runs.NO_COST
+        reinit = source is not None and source.reinit
+        # Fresh weights of a control take another seed, or they would be those that the ticket begins with.
+        self.model = build_network(network, dataset, train.seed + reinit, device)
+        if ticket is not None:
+            if source is not None and source.shuffle:
+                ticket = replace(ticket, masks=tickets.shuffle(ticket.masks, train.seed))
+            tickets.restore(self.model, ticket, (1, *dataset.input_shape), weights=not reinit)
+            self.masks = ticket.masks
+            density, before = density_of(self.model, ticket.masks, dataset), tickets.cost_of(ticket)
+        self.batches = make_batches(images, dataset, train.seed)
+        info = RunInfo(
+            "train",
+            train,
+            data=images,
+            network=network,
+            ticket=source,
+            world_size=distributed.world_size(),
+            name=name,
+            density=density,
+            before=before,
+        )
+        _begin(folder, info)
+        self.training = Training(
+            self.model, self.batches, train, validation=dataset.validation, folder=folder, before=before
+        )
+
+    @property
+    def updates(self) -> int:
+        """Number of updates, for a progress bar."""
+        return updates_of(self.train, self.batches)
+
+    def epochs(self, on_step: Callable[[int], None] | None = None) -> Iterator[EpochRecord]:
+        """Train; yield the record of each epoch when it has been written, at first those of an earlier call."""
+        return self.training.epochs(on_step)
+
+    def finish(self) -> TrainResult:
+        """Test the best weights on the test images and write `result.json`; of a finished run, read it."""
+        path = self.folder / runs.RESULT
+        if path.exists():
+            return json_files.read(TrainResult, path)
+        tickets.check_pruned_weights(self.model, self.masks)
+        checks = TicketChecks(pruned_weights_zero=True)
+        return final_test(self.model, self.folder, self.training.records, self.train, self.dataset.test, checks)
+
+
+def updates_of(config: TrainConfig, batches: data.Batches) -> int:
+    """Return the number of updates of a training run."""
+    return config.epochs * len(batches) * (config.replays if config.objective == "free" else 1)
+
+
+def density_of(model: nn.Module, kept: dict[str, torch.Tensor], dataset: data.Dataset) -> Density:
+    """Return the densities of weights and MACs that masks leave a model."""
+    return Density(masks.density(kept), masks.multiply_add_density(model, kept, (1, *dataset.input_shape)))
+
+
+def _begin(folder: Path, info: RunInfo) -> None:
+    """Write `run.json`, on one process, or make sure that the folder's run has the same settings."""
+    if distributed.rank() == 0:
+        runs.begin(folder, info)
+    distributed.barrier()

@@ -1,0 +1,123 @@
+"""Dataclasses as JSON: what is read has exactly the fields of its class, with values of their types."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+import dacite
+
+from sparse_adv.files import write_text
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+JSONObject: TypeAlias = dict[str, JSON]
+
+Record = TypeVar("Record", bound="DataclassInstance")
+
+
+def to_json(record: DataclassInstance, *, with_none: bool = True) -> JSONObject:
+    """Return the fields of a dataclass, and of those inside it, as a JSON object.
+
+    Args:
+        record: fields are numbers, text, None, dataclasses, or tuples, lists and dicts of these.
+        with_none: whether fields that are None are written; `from_json` gives them their default otherwise.
+
+    Example:
+        >>> from sparse_adv.config import NetworkConfig
+        >>> to_json(NetworkConfig("vgg16"))
+        {'arch': 'vgg16', 'width': None}
+        >>> to_json(NetworkConfig("vgg16"), with_none=False)
+        {'arch': 'vgg16'}
+    """
+    fields = dataclasses.asdict(record)
+    return json.loads(json.dumps(fields if with_none else _without_none(fields)))
+
+
+def from_json(kind: type[Record], content: Mapping[str, JSON], source: str) -> Record:
+    """Return the dataclass that `to_json` made this object of.
+
+    Args:
+        kind: the dataclass.
+        content: the JSON object; fields that are missing take their defaults.
+        source: where the object comes from, for messages.
+
+    Raises:
+        ValueError: if a key is unknown, a field without a default is missing, or a value is of another type or out of
+            range.
+
+    Example:
+        >>> from sparse_adv.config import NetworkConfig
+        >>> from_json(NetworkConfig, {"arch": "vgg16"}, "run.json")
+        NetworkConfig(arch='vgg16', width=None)
+        >>> from_json(NetworkConfig, {"arch": "vgg16", "depth": 16}, "run.json")
+        Traceback (most recent call last):
+        ...
+        ValueError: run.json has the unknown key 'depth': another version of sparse_adv wrote it
+    """
+    try:
+        return dacite.from_dict(kind, content, dacite.Config(strict=True, cast=[tuple]))
+    except dacite.UnexpectedDataError as error:
+        key = min(error.keys)
+        raise ValueError(f"{source} has the unknown key {key!r}: another version of sparse_adv wrote it") from error
+    except dacite.MissingValueError as error:
+        raise ValueError(f"{source} lacks the key {error.field_path!r}") from error
+    except (dacite.DaciteError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def read(kind: type[Record], path: Path) -> Record:
+    """Read a file that holds one dataclass; ValueError names the file and what is wrong with it."""
+    return from_json(kind, _object(path.read_text(encoding="utf-8"), str(path)), str(path))
+
+
+def read_lines(kind: type[Record], path: Path) -> list[Record]:
+    """Read a file that holds a dataclass in each line; ValueError names file, line and what is wrong."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    places = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
+    return [from_json(kind, _object(line, place), place) for line, place in zip(lines, places, strict=True)]
+
+
+def write(path: Path, record: DataclassInstance) -> None:
+    """Write a file that holds one dataclass, whole or not at all."""
+    write_text(path, json.dumps(to_json(record), indent=2) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[DataclassInstance]) -> None:
+    """Write a file that holds a dataclass in each line, without fields that are None; whole or not at all."""
+    write_text(path, "".join(json.dumps(to_json(record, with_none=False)) + "\n" for record in records))
+
+
+def flatten(content: Mapping[str, JSON], prefix: str = "") -> Iterator[tuple[str, JSON]]:
+    """Yield the leaves of nested objects, named by their path.
+
+    Example:
+        >>> dict(flatten({"train": {"lr": 0.1, "milestones": [0.5]}, "name": None}))
+        {'train.lr': 0.1, 'train.milestones': [0.5], 'name': None}
+    """
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _object(text: str, source: str) -> JSONObject:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not JSON: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source} is not a JSON object")
+    return value
+
+
+def _without_none(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value

@@ -1,0 +1,163 @@
+"""One update of training: attack, loss, backward pass, optimiser step; with all the state that updates change."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparse_adv.attacks import Graphs
+from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.config import TrainConfig
+from sparse_adv.nn import CommStats, register_masked_allreduce_hook
+from sparse_adv.training import distributed, objectives
+from sparse_adv.training.costs import Stopwatch
+from sparse_adv.training.devices import wants_channels_last
+from sparse_adv.training.ema import EMA
+
+
+class Updater:
+    """Updates a model with SGD on the images that an objective crafts.
+
+    Args:
+        model: trained in place; on tensor cores with 16-bit precision it becomes channels_last.
+        config: of the training.
+        batches: number of batches of an epoch.
+        device: of the model.
+        graphs: CUDA graphs of the attack to use again.
+
+    Attributes:
+        step: number of updates made.
+        evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
+        comm_stats: bytes of gradients that this process has sent; None in a run of one process.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, batches: int, device: torch.device, graphs: Graphs
+    ) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.objective = objectives.build(config, graphs=graphs)
+        self.steps_per_epoch = batches * self.objective.updates
+        self.step = 0
+        self.channels_last = wants_channels_last(device, config.precision)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
+        self.evaluated = model if self.ema is None else self.ema.module
+        self.wrapped: nn.Module = model
+        self.comm_stats: CommStats | None = None
+
+    def prepare(self, x: Tensor) -> None:
+        """Set up the averaging of gradients over processes, before the first update; nothing with one process.
+
+        Args:
+            x: a batch from `to_device`, of which only shape, dtype and memory layout matter.
+        """
+        if distributed.world_size() > 1 and self.comm_stats is None:
+            with self.autocast():
+                self.wrapped, self.comm_stats = _average_gradients(self.model, x)
+
+    def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a batch on the model's device, in its memory layout; the host does not wait for the copy."""
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        if self.channels_last and x.dim() == 4:
+            x = x.to(memory_format=torch.channels_last)
+        return x, y
+
+    def update(self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch) -> Tensor:
+        """Make one update.
+
+        Args:
+            objective: `self.objective`, or another for this epoch.
+            x, y: a batch from `to_device`.
+            noise: generator of the attack's random start.
+            watch: gets the seconds of the phases "attack" and "update".
+
+        Returns:
+            The loss, a scalar on the device.
+        """
+        config = self.config
+        with watch.phase("attack"), self.autocast():
+            adv = objective.craft(self.model, x, y, noise)
+        with watch.phase("update"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
+            self.optimizer.zero_grad()
+            with self.autocast():
+                loss = objective.loss(self.wrapped, x, adv, y)
+            self.scaler.scale(loss).backward()
+            if config.max_grad_norm:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            objective.after_update()
+            if self.ema is not None:
+                self.ema.follow(self.model, first=self.step == 0)
+            self.step += 1
+        return loss.detach()
+
+    def end_epoch(self, epoch: int) -> None:
+        """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes and copied to the EMA."""
+        # The schedule counts whole epochs, also if a run of "free" trained this one with PGD, in fewer updates.
+        self.step = (epoch + 1) * self.steps_per_epoch
+        self.model.eval()
+        distributed.average_buffers(self.model)
+        if self.ema is not None:
+            self.ema.copy_buffers(self.model)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of mixed precision; float32 has none."""
+        dtype = getattr(torch, self.config.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the last update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that updates change; its tensors are those in use, not copies."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "objective": self.objective.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from this state."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.objective.load_state_dict(state["objective"])
+
+
+def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:
+    """The model in DistributedDataParallel, sending only gradients of kept weights, with the statistics of that.
+
+    After its first backward pass, DistributedDataParallel assigns gradients to its buffers anew, in the order in which
+    they came. The buffers determine in which order the gradients of three or more processes are added, and so the last
+    bits. To give a continued run the same buffers as an uninterrupted one, both begin with a backward pass on blank
+    images, without an update.
+    """
+    with warnings.catch_warnings():
+        # torch 2.11 renamed the argument; torch 2.10 does not know the new name.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    with bn_mode(model, "eval"):
+        wrapped(torch.zeros_like(x)).sum().backward()
+    model.zero_grad()
+    return wrapped, register_masked_allreduce_hook(wrapped)
