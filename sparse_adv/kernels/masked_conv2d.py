@@ -239,12 +239,12 @@ def _entry(blocks, order, item, end, STEP: tl.constexpr, PARTS: tl.constexpr, GR
 
     Each block is PARTS items of STEP channels each. From `end` on, which is one item ahead of the loop, all are 0.
     """
-    there = item < end
+    valid = item < end
     part = item % PARTS
-    number = tl.load(order + item // PARTS, mask=there, other=0) if GRADIENT else item // PARTS
+    number = tl.load(order + item // PARTS, mask=valid, other=0) if GRADIENT else item // PARTS
     block = blocks + 4 * number
-    step = tl.load(block if GRADIENT else block + 1, mask=there, other=0) // STEP + part
-    return number, part, step, tl.load(block + 2, mask=there, other=0), tl.load(block + 3, mask=there, other=0)
+    step = tl.load(block if GRADIENT else block + 1, mask=valid, other=0) // STEP + part
+    return number, part, step, tl.load(block + 2, mask=valid, other=0), tl.load(block + 3, mask=valid, other=0)
 
 
 # Layers have many different sizes, and the compiler makes no better code from any of these: one kernel serves all.
@@ -355,16 +355,16 @@ def convolve_kernel(
         at_h = source_h + dh
         at_w = source_w + dw
         first = step * STEP
-        there = first + channel < source_channels
+        valid = first + channel < source_channels
         inside = (at_h >= 0) & (at_h < source_rows) & (at_w >= 0) & (at_w < source_cols)
-        mask = inside[:, None] & there[None, :]
+        mask = inside[:, None] & valid[None, :]
         moved = (dh.to(tl.int64) * source_cols + dw) * source_channels + first
         x = tl.load(source + moved + offsets, mask=mask, other=0.0)
         if GRADIENT:
             if gate is not None:
                 x = tl.where(tl.load(gate + moved + offsets, mask=mask, other=0.0) <= 0, 0.0, x)
             if scale is not None:
-                factor = tl.load(scale + first + channel, mask=there, other=0.0).to(tl.float32)
+                factor = tl.load(scale + first + channel, mask=valid, other=0.0).to(tl.float32)
                 x = (x.to(tl.float32) * factor[None, :]).to(source.dtype.element_ty)
         packed = number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + part * part_offset
         weight = tl.load(values + packed + weight_offsets)
@@ -379,15 +379,15 @@ def convolve_kernel(
     out_h = h * stride_h + phase_h if GRADIENT else h
     out_w = w * stride_w + phase_w if GRADIENT else w
     k = tl.multiple_of(tl.load(row), WRITTEN) + tl.arange(0, WRITTEN)
-    there = k < out_channels
+    valid = k < out_channels
     at = image.to(tl.int64) * image_step + out_h.to(tl.int64) * row_step + out_w.to(tl.int64) * col_step
     at = at[:, None] + (k.to(tl.int64) * channel_step)[None, :]
-    mask = ((image < images) & (out_h < out_rows) & (out_w < out_cols))[:, None] & there[None, :]
+    mask = ((image < images) & (out_h < out_rows) & (out_w < out_cols))[:, None] & valid[None, :]
     if not GRADIENT:
         if scale is not None:
-            y *= tl.load(scale + k, mask=there, other=0.0).to(tl.float32)[None, :]
+            y *= tl.load(scale + k, mask=valid, other=0.0).to(tl.float32)[None, :]
         if bias is not None:
-            y += tl.load(bias + k, mask=there, other=0.0).to(tl.float32)[None, :]
+            y += tl.load(bias + k, mask=valid, other=0.0).to(tl.float32)[None, :]
         if residual is not None:
             y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         if RELU:

@@ -174,8 +174,8 @@ def sum_products_kernel(
         at = ((image.to(tl.int64) * rows + h) * cols + w) * in_channels
         x = tl.load(input + at[:, None] + c[None, :], mask=inside[:, None] & (c < in_channels)[None, :], other=0.0)
         at = pixel.to(tl.int64) * out_channels
-        there = (pixel < end)[:, None] & (k < out_channels)[None, :]
-        grad = tl.load(grad_output + at[:, None] + k[None, :], mask=there, other=0.0)
+        valid = (pixel < end)[:, None] & (k < out_channels)[None, :]
+        grad = tl.load(grad_output + at[:, None] + k[None, :], mask=valid, other=0.0)
         if OUT_FIRST:
             acc = tl.dot(grad.T, x, acc, input_precision=PRECISION)
         else:
@@ -218,5 +218,5 @@ def add_shares_kernel(
     c = tl.load(blocks + 4 * number + 1) - first_out // group_out * in_channels + col
     tap = tl.load(blocks + 4 * number + 2) * filter_cols + tl.load(blocks + 4 * number + 3)
     at = (k.to(tl.int64)[:, None] * in_channels + c[None, :]) * (filter_rows * filter_cols) + tap
-    there = (k < out_channels)[:, None] & (c < in_channels)[None, :]
-    tl.store(grad + at, total.to(grad.dtype.element_ty), mask=there)
+    valid = (k < out_channels)[:, None] & (c < in_channels)[None, :]
+    tl.store(grad + at, total.to(grad.dtype.element_ty), mask=valid)

@@ -70,7 +70,7 @@ def pack_kernel(
     tap += tl.load(blocks + 4 * number + 3).to(tl.int64) * col_step
     k = (first_out + tl.arange(0, BLOCK_OUT))[:, None]
     c = (first_in + tl.arange(0, BLOCK_IN))[None, :]
-    there = (k < out_channels) & (c < in_channels)
-    value = tl.load(weight + tap + k.to(tl.int64) * out_step + c.to(tl.int64) * in_step, mask=there, other=0.0)
+    valid = (k < out_channels) & (c < in_channels)
+    value = tl.load(weight + tap + k.to(tl.int64) * out_step + c.to(tl.int64) * in_step, mask=valid, other=0.0)
     at = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, :]
     tl.store(values + number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + at, value.to(values.dtype.element_ty))

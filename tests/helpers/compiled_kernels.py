@@ -1,4 +1,4 @@
-"""Triton kernels compiled as their launchers would, for GPUs that need not be there."""
+"""Triton kernels compiled as their launchers compile them; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPABILITIES = (80, 90)
 
 @dataclass(frozen=True, repr=False)
 class Kernel:
-    """What became of one kernel: Triton's type of each argument, and its text on the way down to machine code."""
+    """A compiled kernel: Triton's type of each argument, intermediate code and machine code."""
 
     signature: dict[str, str]
     ttgir: str
@@ -36,7 +36,7 @@ class Kernel:
 
     @property
     def stack(self) -> int:
-        """Bytes of each thread: where registers go that are spilled."""
+        """Bytes of each thread, to which registers are spilled."""
         return self._usage("STACK")
 
     @cached_property
@@ -56,24 +56,24 @@ class Kernel:
 
 
 def compiled(capability: int, launch: Callable[[], object]) -> list[Kernel]:
-    """The kernels that `launch()` would launch on a GPU of this compute capability, each compiled and none launched."""
-    found = []
+    """Compile, without launching them, the kernels that `launch()` launches on a GPU of this compute capability."""
+    kernels = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         asm, shared = kernel.asm, kernel.metadata.shared
-        found.append(Kernel(kernel.src.signature, asm["ttgir"], asm["ptx"], asm["cubin"], shared))
+        kernels.append(Kernel(kernel.src.signature, asm["ttgir"], asm["ptx"], asm["cubin"], shared))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(driver, "_active", _AbsentGpu(capability))
         launch()
-    return found
+    return kernels
 
 
 class _AbsentGpu:
-    """As much of a driver as Triton asks before it launches."""
+    """The part of a driver that Triton calls before a launch."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -82,7 +82,7 @@ class _AbsentGpu:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps the kernels of each device apart
+        return self.capability  # Triton caches kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""Convolutions for tests: every size, layout and block that `masked_conv2d` claims to support.
+"""Convolutions for tests: every size, layout and block that `masked_conv2d` supports.
 
 Tensors hold small integers. Every sum of their products is then exact in float32, in whatever order it is formed, and
 results are compared bit for bit with the float64 reference.
@@ -17,7 +17,7 @@ from sparse_adv.ops import Pattern, compile_pattern, reference, set_kernels
 from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 FILTERS = ((1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 2), (4, 3))
-# The blocks of the library's design; R and S stand for the whole filter.
+# R and S stand for the whole filter.
 BLOCKS = (
     *((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 4), (8, 8), (3, 2), (32, 32), (64, 64)),
     *((1, 1, "R", "S"), (1, 1, 1, "S"), (4, 4, "R", "S"), (2, 1, 2, 2)),
@@ -45,7 +45,7 @@ def block_mask(shape: tuple[int, ...], block: tuple[int, ...], density: float, s
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution; the tensors are made on demand, and always the same."""
+    """A convolution; its tensors are made when first used, always the same ones."""
 
     batch: int = 2
     groups: int = 1
@@ -68,14 +68,14 @@ class Case:
         return self.stride, self.padding, self.dilation, self.groups
 
     def with_real_numbers(self) -> Self:
-        """Numbers of which hardly two orders of summation agree, in the place of the integers."""
+        """Replace the integers by normal numbers, whose sum depends on the order of summation."""
         generator = torch.Generator().manual_seed(self.seed)
         sizes = {"input": self.input_size, "weight": self.weight_size, "grad_output": self.output_size}
         vars(self).update({name: torch.randn(size, generator=generator) for name, size in sizes.items()})
         return self
 
     def on(self, device: torch.device) -> Self:
-        """The same tensors on another device; layouts are kept, but for gaps."""
+        """The same tensors on another device, in the same layouts but without gaps."""
         for name in ("mask", "input", "weight", "grad_output"):
             vars(self)[name] = getattr(self, name).to(device)
         options = self.epilogue.items()
@@ -114,7 +114,7 @@ class Case:
 
     @cached_property
     def epilogue(self) -> dict[str, Any]:
-        """Some of scale, bias, residual and ReLU: each choice for one seed in sixteen."""
+        """A subset of scale, bias, residual and ReLU, given by the last four bits of the seed."""
         channels = self.output_size[1]
         options = {
             "scale": integers(2 * channels, seed=self.seed + 4)[::2],
@@ -153,7 +153,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any convolution whose output has a pixel; small enough for hundreds of them in a few seconds."""
+    """Any small convolution whose output has a pixel."""
 
     def pair(low: int, high: int) -> tuple[int, int]:
         return draw(st.integers(low, high)), draw(st.integers(low, high))

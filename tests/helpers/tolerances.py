@@ -1,11 +1,11 @@
-"""How close two results must be: one table for all tests."""
+"""The tolerances of all tests."""
 
 import torch
 from torch import Tensor
 
 # The largest error that a result may have, relative to the largest expected number.
 TOLERANCES = {
-    # Sums of many products: their order is the kernel's choice.
+    # Sums of many products, in any order.
     "reduction": {
         torch.float64: 1e-10,  # 1e-16 per operation, up to thousands of them, and room for BLAS
         torch.float32: 1e-4,  # 6e-8 per operation, up to thousands of them, and cancellation within a sum

@@ -1,4 +1,4 @@
-"""The Triton kernels of the convolution, compiled for GPUs that need not be there; interpreted/ has their numbers."""
+"""The machine code of the convolution's Triton kernels; no GPU is needed. interpreted/ tests their numbers."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def images(layer: str, dtype: torch.dtype) -> Tensor:
 
 
 def passes(layer: str, block: tuple[int, int], dtype: torch.dtype, precision: str) -> dict:
-    """What to launch for each pass of a 3x3 layer."""
+    """A launch of each pass of a 3x3 layer."""
     x, channels = images(layer, dtype), LAYERS[layer][1]
     weight = (channels, channels, 3, 3)
     blocks, order, values = empty(LIVE, 4), empty(LIVE), empty(LIVE, *block, dtype=dtype)
@@ -47,7 +47,7 @@ def passes(layer: str, block: tuple[int, int], dtype: torch.dtype, precision: st
 
 
 def kernel_of(capability: int, name: str, *case: object) -> Kernel:
-    """The one that multiplies."""
+    """The kernel that multiplies."""
     return compiled(capability, passes(*case)[name])[0]
 
 
@@ -60,7 +60,7 @@ def test_bfloat16_runs_on_tensor_cores_and_spills_nothing(block, name, capabilit
         assert kernel.stack == 0 and kernel.registers <= 255
         assert kernel.shared <= SHARED[capability]
         multiplied = {instruction.split(".")[0] for instruction in kernel.instructions} & {"HGMMA", "HMMA"}
-        # A product of wgmma has 64 rows at least, which a block of 32 x 32 has not in its weight gradient.
+        # wgmma needs 64 rows, and the weight gradient of a 32 x 32 block has 32.
         assert multiplied == {"HGMMA" if capability == 90 and (name != "grad_weight" or 64 in block) else "HMMA"}
 
 
@@ -73,7 +73,7 @@ def test_float32_runs_on_tensor_cores(name, precision, capability):
     assert any(instruction.startswith(("HGMMA", "HMMA")) for instruction in kernel.instructions)
 
 
-def test_float16_is_as_bfloat16():
+def test_float16_runs_on_tensor_cores_too():
     kernel = kernel_of(90, "forward", "fills a GPU", (64, 64), F16, "tf32")
     assert kernel.stack == 0 and any(instruction.startswith("HGMMA") for instruction in kernel.instructions)
 
@@ -85,7 +85,7 @@ def test_packing_moves_whole_lines_of_a_channels_last_weight(dtype):
     assert kernel.stack == 0 and any(instruction.startswith("STG.E.128") for instruction in kernel.instructions)
 
 
-def test_a_strided_gradient_cuts_its_lists_on_the_device():
+def test_a_strided_gradient_selects_its_phases_on_the_gpu():
     x = empty(512, 256, 4, 4, dtype=B16).to(memory_format=torch.channels_last)
     lists = (empty(LIVE, 64, 64, dtype=B16), empty(LIVE, 4), empty(4, 3), empty(LIVE))
     run = compiled(90, lambda: grad_input(x, *lists, (512, 256, 8, 8), (2, 2), (1, 1), (1, 1), precision="tf32"))

@@ -1,4 +1,4 @@
-"""Two processes that exchange only the gradients of kept weights train as if they exchanged all."""
+"""The masked all-reduce hook on two processes: gradients equal those of plain DistributedDataParallel."""
 
 import time
 from datetime import timedelta
@@ -22,7 +22,7 @@ PROBLEM = "the processes have different masks for '2.weight'; give all of them t
 
 
 class LooselyMasked(nn.Linear):
-    """Has a mask, but forms gradients of pruned weights too."""
+    """Has a mask, but computes gradients of pruned weights too."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs)
@@ -72,7 +72,7 @@ def other_masks(model):
 
 
 def averages(rank, make, **ddp):
-    """Gradients of three steps with the exchange, and with plain DistributedDataParallel."""
+    """Gradients of three steps with the hook, and with plain DistributedDataParallel."""
     own = slice(rank * BATCH, (rank + 1) * BATCH)
     ours, plain = (DistributedDataParallel(make(), **ddp) for _ in range(2))
     stats = register_masked_allreduce_hook(ours)
@@ -90,18 +90,18 @@ def masks_that_change(rank):
     model = network()
     ours = DistributedDataParallel(model)
     stats = register_masked_allreduce_hook(ours)
-    found = [gradients(ours, 0, own)]
+    steps = [gradients(ours, 0, own)]
     sparsify(model, other_masks(model))
-    found.append(gradients(ours, 1, own))
+    steps.append(gradients(ours, 1, own))
     after_two = counts(stats)
     torch.manual_seed(1)
     model[6].register_buffer("weight_mask", torch.rand(10, 64) < 0.5)
-    found.append(gradients(ours, 2, own))
-    return {"ours": found, "counts": [after_two, counts(stats)], "mask": model[6].weight_mask}
+    steps.append(gradients(ours, 2, own))
+    return {"ours": steps, "counts": [after_two, counts(stats)], "mask": model[6].weight_mask}
 
 
 def masks_that_differ(rank, changed_on):
-    """What is said if processes have other masks than the rest, from the start or from the second step on."""
+    """The error if one process has another mask than the other, from the second step on."""
     model = network()
     ours = DistributedDataParallel(model)
     register_masked_allreduce_hook(ours)
@@ -124,7 +124,7 @@ def a_second_hook(rank):
 
 
 def accumulated(rank):
-    """Two half batches, the first without exchange."""
+    """Two half batches, the first under `no_sync`."""
     ours = DistributedDataParallel(network())
     stats = register_masked_allreduce_hook(ours)
     images, labels = batch(0)
@@ -167,8 +167,8 @@ def work(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the processes found, in a list by rank; they are started once, for all scenarios."""
+def results(tmp_path_factory):
+    """The results of the processes, by rank; the processes are started once, for all scenarios."""
     folder = tmp_path_factory.mktemp("processes")
     processes = mp.spawn(work, (folder,), PROCESSES, join=False)
     end = time.monotonic() + 120
@@ -181,42 +181,42 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
-def of(found, scenario):
-    return [results[scenario] for results in found]
+def of(results, scenario):
+    return [of_rank[scenario] for of_rank in results]
 
 
 def kept_bytes(model):
-    """Bytes of gradients in one step: kept ones, and all."""
+    """Bytes of gradients in one step: of kept weights, and of all."""
     masks = {m.weight: m.weight_mask for m in model.modules() if hasattr(m, "weight_mask")}
     kept = sum(int(masks[p].count_nonzero()) if p in masks else p.numel() for p in model.parameters())
     return 4 * kept, 4 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("scenario", AVERAGES)
-def test_averages_are_those_of_plain_ddp(found, scenario):
-    for result in of(found, scenario):
+def test_averages_equal_those_of_plain_ddp(results, scenario):
+    for result in of(results, scenario):
         for ours, plain in zip(result["ours"], result["plain"], strict=True):
             for actual, expected in zip(ours, plain, strict=True):
                 assert_equal(actual, expected)
 
 
-def test_averages_are_those_of_the_whole_batch_in_one_process(found):
+def test_averages_equal_those_of_the_whole_batch_in_one_process(results):
     model = network()
-    for result in of(found, "as it comes"):
+    for result in of(results, "as it comes"):
         for step, ours in enumerate(result["ours"]):
             for actual, expected in zip(ours, gradients(model, step), strict=True):
                 assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("scenario", ["many buckets", "many views"])
-def test_small_buckets_are_several(found, scenario):
-    assert all(result["buckets"] > 1 for result in of(found, scenario))
+def test_small_buckets_are_more_than_one(results, scenario):
+    assert all(result["buckets"] > 1 for result in of(results, scenario))
 
 
 @pytest.mark.parametrize(("scenario", "density"), [("as it comes", 0.1), ("many views", 0.1), ("nothing kept", 0.0)])
-def test_bytes_are_those_of_kept_weights(found, scenario, density):
+def test_only_gradients_of_kept_weights_are_sent(results, scenario, density):
     sent, dense = kept_bytes(network(density))
-    assert [result["counts"] for result in of(found, scenario)] == [[3, 3 * sent, 3 * dense]] * PROCESSES
+    assert [result["counts"] for result in of(results, scenario)] == [[3, 3 * sent, 3 * dense]] * PROCESSES
 
 
 def test_at_a_tenth_of_the_weights_a_tenth_of_their_bytes_is_sent():
@@ -226,25 +226,25 @@ def test_at_a_tenth_of_the_weights_a_tenth_of_their_bytes_is_sent():
     assert (sent - (dense - masked)) / masked == pytest.approx(0.1, abs=1e-3)
 
 
-def test_half_the_precision_is_half_the_bytes(found):
+def test_bfloat16_sends_half_the_bytes(results):
     sent, dense = kept_bytes(network())
-    assert of(found, "bfloat16")[0]["counts"] == [3, 3 * sent // 2, 3 * dense // 2]
+    assert of(results, "bfloat16")[0]["counts"] == [3, 3 * sent // 2, 3 * dense // 2]
 
 
-def test_a_dense_model_sends_everything(found):
+def test_a_dense_model_sends_everything(results):
     _, dense = kept_bytes(network(1))
-    assert of(found, "dense")[0]["counts"] == [3, 3 * dense, 3 * dense]
+    assert of(results, "dense")[0]["counts"] == [3, 3 * dense, 3 * dense]
 
 
-def test_gradients_of_pruned_weights_become_zero_whatever_the_layer_forms(found):
+def test_gradients_of_pruned_weights_become_zero_even_if_the_layer_computes_them(results):
     mask = network(last=LooselyMasked)[6].weight_mask
-    for result in of(found, "loose"):
+    for result in of(results, "loose"):
         for ours, plain in zip(result["ours"], result["plain"], strict=True):
             assert plain[3][~mask].any()
             assert_equal(ours[3], plain[3] * mask)
 
 
-def test_masks_may_change_between_steps(found):
+def test_masks_may_change_between_steps(results):
     model = network()
     expected = [gradients(model, 0)]
     bytes_before, dense = kept_bytes(model)
@@ -252,7 +252,7 @@ def test_masks_may_change_between_steps(found):
     expected += [gradients(model, step) for step in (1, 2)]
     bytes_after, _ = kept_bytes(model)
     assert bytes_after == bytes_before + 8  # one weight in each of two layers
-    for result in of(found, "changing"):
+    for result in of(results, "changing"):
         model[6].register_buffer("weight_mask", result["mask"])
         bytes_last, _ = kept_bytes(model)
         assert result["counts"][0] == [2, bytes_before + bytes_after, 2 * dense]
@@ -264,20 +264,20 @@ def test_masks_may_change_between_steps(found):
 
 
 @pytest.mark.parametrize("changed_on", range(PROCESSES))
-def test_masks_that_differ_are_refused_on_every_process(found, changed_on):
-    assert of(found, f"differing, rank {changed_on}") == [PROBLEM] * PROCESSES
+def test_masks_that_differ_are_refused_on_every_process(results, changed_on):
+    assert of(results, f"differing, rank {changed_on}") == [PROBLEM] * PROCESSES
 
 
-def test_one_hook_is_all_a_model_takes(found):
-    assert set(of(found, "second hook")) == {
+def test_a_second_hook_is_refused(results):
+    assert set(of(results, "second hook")) == {
         "model has a communication hook already, and DistributedDataParallel takes one"
     }
 
 
-def test_steps_without_exchange_send_nothing(found):
+def test_steps_under_no_sync_send_nothing(results):
     sent, dense = kept_bytes(network())
     expected = gradients(network(), 0)
-    for result in of(found, "accumulated"):
+    for result in of(results, "accumulated"):
         assert result["counts"] == [1, sent, dense]
         for actual, value in zip(result["ours"], expected, strict=True):
             assert_close(actual, value)

@@ -64,7 +64,7 @@ def test_a_module_with_two_names_becomes_one_layer(model):
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 1), (4, 4), (1, 1, 3, 3)])
-def test_the_largest_block_is_found(block):
+def test_without_a_block_the_largest_one_is_taken(block):
     model = nn.Sequential(nn.Conv2d(32, 32, 3))
     sparsify(model, prune(model, 0.4, block))
     assert model[0].block == (*block, 1, 1)[:4]
@@ -102,7 +102,7 @@ def test_if_anything_is_wrong_nothing_changes(model, case):
 
 
 def calls(work, *functions) -> dict[str, int]:
-    """How often each of the functions is called, from wherever."""
+    """How often each of the functions is called, by any caller."""
     names = {function.__code__: function.__name__ for function in functions}
     counts = dict.fromkeys(names.values(), 0)
 
@@ -194,14 +194,14 @@ def test_a_stated_block_holds_for_linear_layers_too(model):
     sparsify(model, masks, block=(2, 4))
 
 
-def test_a_single_convolution_is_returned_anew():
+def test_a_model_that_is_a_convolution_is_replaced():
     conv = nn.Conv2d(4, 4, 3)
     layer = sparsify(conv, prune(conv, 0.5))
     assert isinstance(layer, MaskedConv2d) and layer.weight is conv.weight
     assert type(densify(layer)) is nn.Conv2d
 
 
-def test_densify_gives_back_plain_layers_and_a_plain_state_dict(model, x):
+def test_densify_returns_plain_layers_and_a_plain_state_dict(model, x):
     keys = list(model.state_dict())
     sparsify(model, prune(model, 0.4))
     expected = model(x)
@@ -233,8 +233,8 @@ def test_input_gradients_are_the_same_while_weights_are_frozen(model, x):
     x.requires_grad_()
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
     with frozen_weights(model):
-        (found,) = torch.autograd.grad(model(x).square().sum(), x)
-    assert_close(found, expected)
+        (actual,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert_close(actual, expected)
 
 
 def test_weights_are_frozen_until_the_outermost_context_ends_even_by_an_exception(model, x):

@@ -1,4 +1,4 @@
-"""BatchNorm channels of wholly pruned filters: the right ones are found, and stay at zero under training."""
+"""Dead BatchNorm channels, after fully pruned filters: the right ones are channels, and stay at zero under training."""
 
 import copy
 
@@ -21,7 +21,7 @@ def convolution(inputs, outputs=8, bias=False):
 
 
 def norm(channels=8, **options):
-    """A BatchNorm2d with nothing at its default."""
+    """A BatchNorm2d whose parameters and statistics all differ from the defaults."""
     layer = nn.BatchNorm2d(channels, **options)
     for tensor in (*layer.parameters(), layer.running_mean, layer.running_var):
         nn.init.uniform_(tensor.data, 0.5, 1.5)
@@ -29,7 +29,7 @@ def norm(channels=8, **options):
 
 
 class PostActivation(nn.Module):
-    """A residual block that ends bn2(conv2(...)) + skip."""
+    """A residual block that ends with bn2(conv2(...)) + skip."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class PostActivation(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """A residual block that begins bn1(x), x being the sum that the block before it formed."""
+    """A residual block that begins with bn1(x), where x is the sum of the block before."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class PreActivation(nn.Module):
 
 
 class AddedInPlace(nn.Module):
-    """A sum again, but in the very tensor that the convolution returned."""
+    """A residual sum that is written into the tensor that the convolution returned."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ def residual(block):
 
 
 def masks_of(model, dead=DEAD):
-    """For each 3x3 convolution, a mask that leaves the filters `dead` without a weight, and of the others a third."""
+    """For each 3x3 convolution, a mask that keeps no weight of the filters `dead` and a third of the others."""
     masks = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
@@ -88,7 +88,7 @@ def masks_of(model, dead=DEAD):
 
 
 def train(model, steps=5):
-    """With everything that could move a parameter: gradients, momentum and weight decay, and an Adam step."""
+    """With all that could change a parameter: gradients, momentum and weight decay, and an Adam step."""
     optimizers = [
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True),
         torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2),
@@ -109,7 +109,7 @@ def dead_vector():
 
 @pytest.fixture(params=[False, True], ids=["dense", "sparsified"])
 def prepare(request):
-    """Makes masks for a model, and a sparse model of it or not."""
+    """Makes masks for a model, which stays dense or becomes sparse."""
 
     def prepare(model, **options):
         masks = masks_of(model, **options)
@@ -120,18 +120,18 @@ def prepare(request):
 
 def test_in_a_chain_the_norm_after_the_convolution_has_dead_channels(prepare):
     model, masks = prepare(chain())
-    found = dead_channels(model, masks, SHAPE)
-    assert list(found) == ["1"]
-    assert_equal(found["1"], dead_vector())
+    channels = dead_channels(model, masks, SHAPE)
+    assert list(channels) == ["1"]
+    assert_equal(channels["1"], dead_vector())
 
 
 def test_in_a_post_activation_block_both_norms_have_dead_channels(prepare):
-    found = dead_channels(*prepare(residual(PostActivation)), SHAPE)
-    assert list(found) == ["1.bn1", "1.bn2", "2.bn1", "2.bn2"]
-    assert all(dead.equal(dead_vector()) for dead in found.values())
+    channels = dead_channels(*prepare(residual(PostActivation)), SHAPE)
+    assert list(channels) == ["1.bn1", "1.bn2", "2.bn1", "2.bn2"]
+    assert all(dead.equal(dead_vector()) for dead in channels.values())
 
 
-def test_a_norm_after_a_residual_sum_is_never_touched(prepare):
+def test_a_norm_after_a_residual_sum_is_never_changed(prepare):
     model, masks = prepare(residual(PreActivation))
     assert masks["1.conv2"][DEAD].sum() == 0  # comes before the second block's bn1 in module order
     assert list(dead_channels(model, masks, SHAPE)) == ["1.bn2", "2.bn2"]
@@ -142,11 +142,11 @@ def test_a_norm_after_a_residual_sum_is_never_touched(prepare):
     assert model[2].bn1.weight.all() and model[2].bn1.bias.all()
 
 
-def test_a_sum_formed_in_place_is_a_sum(prepare):
+def test_a_sum_computed_in_place_counts_as_a_sum(prepare):
     assert list(dead_channels(*prepare(residual(AddedInPlace)), SHAPE)) == []
 
 
-def test_what_a_sparse_model_says_is_what_its_convolution_gives():
+def test_dead_channels_are_those_that_a_sparse_convolution_outputs_as_zero():
     model = chain()
     masks = masks_of(model)
     sparsify(model, masks)
@@ -196,14 +196,14 @@ def test_norms_without_gamma_and_beta_do_not_count():
 
 
 @pytest.mark.parametrize("make", [chain, lambda: residual(PostActivation), lambda: residual(PreActivation)])
-def test_training_keeps_silenced_channels_at_exactly_zero(prepare, make):
+def test_training_keeps_zeroed_channels_at_exactly_zero(prepare, make):
     model, masks = prepare(make())
-    found = dead_channels(model, masks, SHAPE)
+    channels = dead_channels(model, masks, SHAPE)
     zero_dead_channels(model, masks, SHAPE)
-    statistics = {name: model.get_submodule(name).running_var.clone() for name in found}
+    statistics = {name: model.get_submodule(name).running_var.clone() for name in channels}
     sparsify(model, masks)
     train(model)
-    for name, dead in found.items():
+    for name, dead in channels.items():
         layer = model.get_submodule(name)
         assert not layer.weight[dead].any() and not layer.bias[dead].any()
         assert layer.weight[~dead].all() and layer.bias[~dead].all()
@@ -211,7 +211,7 @@ def test_training_keeps_silenced_channels_at_exactly_zero(prepare, make):
 
 
 @pytest.mark.parametrize("wrapped_first", [False, True])
-def test_silenced_channels_stay_at_zero_under_ddp(tmp_path, wrapped_first):
+def test_zeroed_channels_stay_at_zero_under_ddp(tmp_path, wrapped_first):
     model = residual(PostActivation)
     masks = masks_of(model)
     sparsify(model, masks)
@@ -228,7 +228,7 @@ def test_silenced_channels_stay_at_zero_under_ddp(tmp_path, wrapped_first):
         assert_equal(layer.bias == 0, dead_vector())
 
 
-def test_without_silence_training_moves_the_beta_of_a_dead_channel():
+def test_without_zeroing_training_changes_the_beta_of_a_dead_channel():
     model = residual(PostActivation)
     sparsify(model, masks_of(model))
     nn.init.zeros_(model[1].bn2.bias)
@@ -236,7 +236,7 @@ def test_without_silence_training_moves_the_beta_of_a_dead_channel():
     assert model[1].bn2.bias[DEAD].all()
 
 
-def test_momentum_from_before_moves_nothing():
+def test_earlier_momentum_does_not_change_zeroed_channels():
     model = residual(PostActivation)
     masks = masks_of(model)
     sparsify(model, masks)
@@ -249,7 +249,7 @@ def test_momentum_from_before_moves_nothing():
         assert not layer.weight[dead].any() and not layer.bias[dead].any()
 
 
-def test_a_dead_channel_gives_zero_and_the_others_what_they_gave(prepare):
+def test_a_zeroed_channel_outputs_zero_and_the_others_do_not_change(prepare):
     model, masks = prepare(chain())
     sparsify(model, masks)
     images = torch.rand(SHAPE)
@@ -262,7 +262,7 @@ def test_a_dead_channel_gives_zero_and_the_others_what_they_gave(prepare):
         assert_close(given[:, ~dead_vector()], expected[:, ~dead_vector()])
 
 
-def test_running_statistics_stay(prepare):
+def test_running_statistics_do_not_change(prepare):
     model, masks = prepare(chain())
     before = copy.deepcopy(model[1].state_dict())
     zero_dead_channels(model, masks, SHAPE)
@@ -270,13 +270,13 @@ def test_running_statistics_stay(prepare):
         assert_equal(model[1].state_dict()[name], before[name])
 
 
-def test_silencing_twice_is_silencing_once(prepare):
+def test_zeroing_twice_has_the_effect_of_zeroing_once(prepare):
     model, masks = prepare(chain())
     assert zero_dead_channels(model, masks, SHAPE) == zero_dead_channels(model, masks, SHAPE) == {"1": 2}
     assert len(model[1].bias._backward_hooks) == 1
 
 
-def test_channels_that_come_alive_are_free_again():
+def test_channels_that_are_no_longer_dead_are_trained_again():
     model = residual(PostActivation)
     masks = masks_of(model)
     sparsify(model, masks)
@@ -293,14 +293,14 @@ def test_channels_that_come_alive_are_free_again():
     assert_equal(model[1].bn2.bias, torch.ones(8))
 
 
-def test_frozen_parameters_are_set_too():
+def test_parameters_without_gradients_are_zeroed_too():
     model = chain()
     model[1].requires_grad_(False)
     zero_dead_channels(model, masks_of(model), SHAPE)
     assert_equal(model[1].weight == 0, dead_vector())
 
 
-def test_masks_of_other_layers_play_no_part():
+def test_masks_of_linear_layers_are_ignored():
     model = chain()
     masks = masks_of(model) | {"3.2": torch.zeros(5, 8, dtype=torch.bool)}
     assert list(dead_channels(model, masks, SHAPE)) == ["1"]

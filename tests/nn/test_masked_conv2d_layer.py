@@ -1,4 +1,4 @@
-"""The layer by itself: values, everything torch does to layers, masks that change."""
+"""`MaskedConv2d`: values, copying, loading, compiling and moving a layer, masks that change."""
 
 import copy
 import io
@@ -100,7 +100,7 @@ def test_from_dense_keeps_parameters_mode_dtype_and_hooks():
     assert list(dict(layer.named_parameters())) == ["weight", "bias"]
 
 
-def test_the_callers_mask_may_change_afterwards():
+def test_a_later_change_of_the_callers_mask_has_no_effect():
     conv = nn.Conv2d(8, 12, 3)
     mask = prune(conv, 0.5)[""]
     layer = MaskedConv2d.from_dense(conv, mask, block=(1, 1))
@@ -289,7 +289,7 @@ def test_set_mask_prunes_and_revives():
     assert torch.equal(layer.weight_mask, mask)
 
 
-def test_weights_that_are_drawn_anew_are_masked():
+def test_reset_parameters_masks_the_new_weights():
     layer = masked_layer()
     before = layer.weight.detach().clone()
     layer.reset_parameters()
@@ -297,7 +297,7 @@ def test_weights_that_are_drawn_anew_are_masked():
     assert is_zero_where_pruned(layer)
 
 
-def test_a_layer_that_works_in_its_own_way_is_refused():
+def test_a_layer_with_its_own_forward_is_refused():
     class Standardized(nn.Conv2d):
         def forward(self, input):
             return super().forward(input - input.mean())
@@ -312,7 +312,7 @@ def test_a_layer_that_works_in_its_own_way_is_refused():
         MaskedConv2d.from_dense(nn.Linear(2, 2), mask)
 
 
-def test_the_representation_tells_density_and_block():
+def test_the_representation_shows_density_and_block():
     layer = masked_layer(0.25, block=(4, 4))
     assert repr(layer).startswith("MaskedConv2d(8, 12, kernel_size=(3, 3)")
     assert "density=0.2407, block=(4, 4, 1, 1)" in repr(layer)

@@ -1,4 +1,4 @@
-"""The linear layer by itself: values, gradients, masks that change, everything torch does to layers."""
+"""`MaskedLinear`: values, gradients, copying, loading, compiling and moving a layer, masks that change."""
 
 import copy
 import io
@@ -71,7 +71,7 @@ def test_from_dense_keeps_parameters_mode_and_hooks(x):
     assert list(layer.state_dict()) == ["weight", "bias", "weight_mask"]
 
 
-def test_the_callers_mask_may_change_afterwards():
+def test_a_later_change_of_the_callers_mask_has_no_effect():
     linear = nn.Linear(10, 6)
     mask = prune(linear, 0.5, linear=True)[""]
     layer = MaskedLinear.from_dense(linear, mask)
@@ -81,13 +81,13 @@ def test_the_callers_mask_may_change_afterwards():
 
 def test_pruned_weights_get_gradient_0_even_where_the_dense_gradient_is_not_finite(x):
     layer = masked_layer()
-    kept = layer.weight_mask
+    mask = layer.weight_mask
     (layer(x) * torch.arange(6)).sum().backward()
     expected = (torch.arange(6.0)[:, None] * x.sum(0)).expand_as(layer.weight)
-    assert_close(layer.weight.grad, expected * kept)
+    assert_close(layer.weight.grad, expected * mask)
     layer.weight.grad = None
     layer(torch.full((1, 10), float("inf"))).sum().backward()
-    assert layer.weight.grad[kept].isinf().all() and not layer.weight.grad[~kept].any()
+    assert layer.weight.grad[mask].isinf().all() and not layer.weight.grad[~mask].any()
 
 
 def test_gradients_can_be_differentiated_again():
@@ -100,7 +100,7 @@ def test_gradients_can_be_differentiated_again():
     assert torch.autograd.gradgradcheck(call, (weight, x))
 
 
-def test_what_a_pruned_weight_holds_plays_no_part(x):
+def test_the_value_of_a_pruned_weight_has_no_effect(x):
     layer = masked_layer()
     expected = layer(x)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_momentum_and_weights_stay_zero_under_training(x):
 
 
 @pytest.mark.parametrize("from_dense", [True, False])
-def test_a_given_optimiser_is_cleared_at_once(x, from_dense):
+def test_the_state_of_a_given_optimiser_is_zeroed_at_once(x, from_dense):
     model = nn.Sequential(nn.Linear(10, 6)) if from_dense else network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(x).square().sum().backward()
@@ -162,7 +162,7 @@ def test_a_densified_layer_trains_dense_from_the_first_step_on(x):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-def test_copies_compute_the_same_and_go_their_own_way(copied, x):
+def test_copies_compute_the_same_and_are_independent(copied, x):
     model = network()
     twin = copied(model)
     assert torch.equal(twin(x), model(x))
@@ -273,7 +273,7 @@ def test_set_mask_prunes_and_revives_and_new_weights_are_masked():
     assert is_zero_where_pruned(layer) and not torch.equal(layer.weight, before * mask)
 
 
-def test_a_layer_that_works_in_its_own_way_is_refused():
+def test_a_layer_with_its_own_forward_is_refused():
     class Scaled(nn.Linear):
         def forward(self, input):
             return 2 * super().forward(input)
@@ -289,5 +289,5 @@ def test_a_layer_that_works_in_its_own_way_is_refused():
         MaskedLinear.from_dense(nn.Conv2d(2, 2, 1), mask)
 
 
-def test_the_representation_tells_the_density():
+def test_the_representation_shows_the_density():
     assert repr(masked_layer(0.25)) == "MaskedLinear(in_features=10, out_features=6, bias=True, density=0.25)"

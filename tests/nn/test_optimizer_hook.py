@@ -1,4 +1,4 @@
-"""After every optimiser step, pruned weights, their gradients and what the optimiser keeps of them are exactly 0."""
+"""After every optimiser step, pruned weights, their gradients and the optimiser's state for them are exactly 0."""
 
 import copy
 import gc
@@ -82,7 +82,7 @@ def test_after_a_mask_changed_between_backward_and_step(model, make_optimizer):
     assert_nothing_outside_the_masks(model, optimizer)
 
 
-def test_a_given_optimiser_is_cleared_at_once(model, make_optimizer):
+def test_the_state_of_a_given_optimiser_is_zeroed_at_once(model, make_optimizer):
     optimizer = make_optimizer(model.parameters())
     train(model, optimizer)
     sparsify(model, prune(model, 0.5), optimizer=optimizer)
@@ -104,7 +104,7 @@ def test_after_loading_dense_weights_and_a_dense_optimisers_state(model, make_op
     assert_nothing_outside_the_masks(model, optimizer)
 
 
-def test_copies_of_a_model_are_watched_too(model, make_optimizer):
+def test_copies_of_a_model_obey_their_masks_too(model, make_optimizer):
     optimizer = make_optimizer(model.parameters())
     train(model, optimizer)
     twin = copy.deepcopy(sparsify(model, prune(model, 0.5)))
@@ -114,7 +114,7 @@ def test_copies_of_a_model_are_watched_too(model, make_optimizer):
     assert_nothing_outside_the_masks(twin, twin_optimizer)
 
 
-def test_it_costs_one_look_a_step(model, monkeypatch):
+def test_tensors_are_zeroed_only_after_a_mask_changed(model, monkeypatch):
     sparsify(model, prune(model, 0.5))
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     calls = []
@@ -146,7 +146,7 @@ def test_a_compiled_step(model):
     assert_nothing_outside_the_masks(model, optimizer)
 
 
-def test_nothing_is_kept_alive(model):
+def test_the_hook_keeps_no_weight_and_no_optimiser_alive(model):
     sparsify(model, prune(model, 0.5))
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     train(model, optimizer)

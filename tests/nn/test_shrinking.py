@@ -28,12 +28,12 @@ def parameters(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("zeroed", [False, True])
 @pytest.mark.parametrize("multiple", [1, 4])
-def test_the_function_is_unchanged(name, silent, multiple):
+def test_the_function_is_unchanged(name, zeroed, multiple):
     model, shape = network(name)
     masks = filters(model)
-    if silent:
+    if zeroed:
         zero_dead_channels(model, masks, shape)
     x = torch.rand(shape)
     expected = sparsify(copy.deepcopy(model), masks)(x)
@@ -44,7 +44,7 @@ def test_the_function_is_unchanged(name, silent, multiple):
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
 
 
-def test_half_of_every_width_goes_where_residual_streams_agree():
+def test_half_of_every_width_is_removed_if_residual_branches_prune_the_same_channels():
     model, shape = network("resnet18")
     masks = prune(model, 0.5, "filter", "uniform", couple=shape)
     zero_dead_channels(model, masks, shape)
@@ -56,7 +56,7 @@ def test_half_of_every_width_goes_where_residual_streams_agree():
     assert_close(shrunk.model(x), sparsify(copy.deepcopy(model), masks)(x))
 
 
-def test_without_coupling_only_inner_channels_go():
+def test_without_coupling_only_inner_channels_are_removed():
     model, shape = network("resnet18")
     masks = prune(model, 0.5, "filter", "uniform")
     zero_dead_channels(model, masks, shape)
@@ -65,7 +65,7 @@ def test_without_coupling_only_inner_channels_go():
     assert len(halved) >= 8
 
 
-def test_what_is_left_of_a_mask_stays_a_mask():
+def test_partly_pruned_filters_stay_masked():
     model, shape = network("vgg16")
     masks = filters(model)
     masks = {name: mask & (torch.rand(mask.shape) < 0.5) for name, mask in masks.items()}
@@ -81,11 +81,11 @@ def test_what_is_left_of_a_mask_stays_a_mask():
     assert_close(again(x), expected)
 
 
-def test_channels_that_nobody_reads_go_with_all_that_made_them():
+def test_channels_that_no_layer_reads_are_removed_with_their_filters():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
     masks = {"4": torch.ones(4, 6, 1, 1, dtype=torch.bool), "2": torch.ones(6, 8, 3, 3, dtype=torch.bool)}
     masks["4"][:, 2:] = False
-    masks["2"][:2, 5:] = False  # what the two that are read read of
+    masks["2"][:2, 5:] = False  # the inputs of the two filters that are read
     shrunk = shrink(model, masks, (1, 3, 9, 9))
     assert shrunk.widths == {"0": (8, 5), "2": (6, 2), "4": (4, 4)}
     x = torch.rand(2, 3, 9, 9)
@@ -93,7 +93,7 @@ def test_channels_that_nobody_reads_go_with_all_that_made_them():
 
 
 @pytest.mark.parametrize(("padding", "width"), [(0, 1), (1, 8)])
-def test_a_constant_goes_into_the_bias_where_no_padding_stands_beside_it(padding, width):
+def test_a_constant_is_added_to_the_bias_unless_there_is_padding(padding, width):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=padding, bias=False))
     masks = {"0": torch.zeros(8, 3, 3, 3, dtype=torch.bool)}
     masks["0"][0] = True
@@ -104,7 +104,7 @@ def test_a_constant_goes_into_the_bias_where_no_padding_stands_beside_it(padding
     assert_close(shrunk.model(x), sparsify(model, masks)(x))
 
 
-def test_a_layer_of_which_nothing_is_left_keeps_one_channel():
+def test_a_layer_without_kept_weights_keeps_one_channel():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3))
     shrunk = shrink(model, {"0": torch.zeros(8, 3, 3, 3, dtype=torch.bool)}, (1, 3, 9, 9))
     assert shrunk.widths["0"] == (8, 1)
@@ -125,14 +125,14 @@ def test_a_model_that_computes_with_its_width_keeps_it():
     assert_close(shrunk.model(x), sparsify(model, masks)(x))
 
 
-def test_weights_that_are_zero_but_kept_may_still_learn_and_stay():
+def test_channels_with_kept_weights_of_zero_are_not_removed():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
     nn.init.zeros_(model[0].weight[:4])
     nn.init.zeros_(model[1].weight)
     assert shrink(model, {}, (1, 3, 9, 9)).widths["0"] == (8, 8)
 
 
-def test_the_small_model_trains_copies_and_has_a_state():
+def test_the_small_model_can_be_trained_copied_loaded_and_compiled():
     model, shape = network("resnet18")
     masks = prune(model, 0.5, "filter", couple=shape)
     zero_dead_channels(model, masks, shape)
@@ -161,6 +161,6 @@ def test_the_small_model_trains_copies_and_has_a_state():
         ({}, 0, "multiple must be a positive integer, got 0"),
     ],
 )
-def test_bad_input_is_told(masks, multiple, message):
+def test_bad_input_is_reported(masks, multiple, message):
     with pytest.raises(ValueError, match=message):
         shrink(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), masks, (1, 3, 9, 9), multiple)

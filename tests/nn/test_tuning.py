@@ -1,4 +1,4 @@
-"""Which kernel a layer takes: measured, given, or from the table."""
+"""`tune`: the kernel of a layer is measured, given, or that of the table."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def forced(kernel):
+def given(kernel):
     return {name: {p: {"kernel": kernel} for p in PASSES} for name in ("0", "2")}
 
 
@@ -62,7 +62,7 @@ def test_the_faster_kernel_is_fixed(model, monkeypatch, winner):
         assert kernels_of(model[int(name)]) == dict.fromkeys(PASSES, winner)
 
 
-def test_the_table_decides_between_equals(model, monkeypatch):
+def test_the_table_decides_between_kernels_of_equal_time(model, monkeypatch):
     by_table = kernels_of(model[2])
     for winner in ("sparse", "dense"):
         monkeypatch.setattr(tuning, "_race", race_won_by(winner, loser_ms=1.03))
@@ -91,10 +91,10 @@ def test_both_kernels_compute_the_same(model, kernel):
     x = torch.rand(SHAPE, requires_grad=True)
     expected = model(x)
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
-    tune(model, SHAPE, forced(kernel))
-    found = model(x)
-    assert_close(found, expected)
-    assert_close(torch.autograd.grad(found.square().sum(), x)[0], expected_grad)
+    tune(model, SHAPE, given(kernel))
+    actual = model(x)
+    assert_close(actual, expected)
+    assert_close(torch.autograd.grad(actual.square().sum(), x)[0], expected_grad)
     with frozen_weights(model):
         assert_close(model(x), expected)
 
@@ -108,8 +108,8 @@ def test_choices_are_plain_data_that_can_be_given_back(model, monkeypatch):
     assert str(explain(twin, SHAPE)) == str(explain(model, SHAPE))
 
 
-def test_choices_go_with_copies_and_go_away_with_the_mask(model):
-    tune(model, SHAPE, forced("sparse"))
+def test_choices_are_copied_with_the_layer_and_reset_with_the_mask(model):
+    tune(model, SHAPE, given("sparse"))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert kernels_of(twin[0]) == dict.fromkeys(PASSES, "sparse")
     model.load_state_dict(model.state_dict())
@@ -121,19 +121,19 @@ def test_choices_go_with_copies_and_go_away_with_the_mask(model):
     assert model[2].choices is None and "tuned" not in str(explain(model, SHAPE))
 
 
-def test_deterministic_algorithms_follow_nothing_measured(model, deterministic):
+def test_deterministic_algorithms_ignore_measurements(model, deterministic):
     by_table = kernels_of(model[0])
     for kernel in ("sparse", "dense"):
-        tune(model, SHAPE, forced(kernel))
+        tune(model, SHAPE, given(kernel))
         assert kernels_of(model[0]) == by_table
         assert "(deterministic)" in str(explain(model, SHAPE))
 
 
 def test_wrong_choices_are_refused(model):
     with pytest.raises(ValueError, match=r"choices: model has no module '22'; did you mean '2'?"):
-        tune(model, SHAPE, {"22": forced("sparse")["0"]})
+        tune(model, SHAPE, {"22": given("sparse")["0"]})
     with pytest.raises(ValueError, match=r'choices of .0.: kernel of forward must be "sparse" or "dense", got .fast.'):
-        tune(model, SHAPE, forced("fast"))
+        tune(model, SHAPE, given("fast"))
     assert model[0].choices is None
 
 
@@ -144,7 +144,7 @@ def test_layers_without_a_sparse_kernel_are_not_tuned(model):
 
 
 def weights_after_training(threads: int) -> list[torch.Tensor]:
-    """Density 0.7 at 8 x 8 pixels: left to itself, the table would take the dense grad_weight."""
+    """At density 0.7 and 8 x 8 pixels the table chooses the dense grad_weight."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1, bias=False)

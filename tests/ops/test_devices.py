@@ -1,4 +1,4 @@
-"""What must hold on every device: here for the CPU, and with a GPU for that too (`benchmarks/gpu_check.sh`)."""
+"""Properties of every device: tested on the CPU, and on a GPU if there is one (`benchmarks/gpu_check.sh`)."""
 
 import copy
 import math
@@ -40,11 +40,11 @@ examples = settings(max_examples=100, suppress_health_check=[HealthCheck.differi
 @given(cases())
 def test_every_pass_equals_the_reference(device, case):
     expected = case.expected()
-    found = case.on(device).results(case.pattern())
+    actual = case.on(device).results(case.pattern())
     for name in expected:
-        assert found[name].device.type == device.type
-        assert_close(found[name].cpu(), expected[name])
-    assert (found["grad_weight"][~case.mask] == 0).all()
+        assert actual[name].device.type == device.type
+        assert_close(actual[name].cpu(), expected[name])
+    assert (actual["grad_weight"][~case.mask] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -55,9 +55,9 @@ def test_other_dtypes(device, dtype, layout):
     for name in ("input", "weight", "grad_output"):
         vars(case)[name] = getattr(case, name).to(dtype)
     vars(case)["epilogue"] = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.epilogue.items()}
-    for name, found in case.on(device).results(case.pattern()).items():
-        assert found.dtype == dtype
-        assert_close(found.cpu(), expected[name])
+    for name, actual in case.on(device).results(case.pattern()).items():
+        assert actual.dtype == dtype
+        assert_close(actual.cpu(), expected[name])
 
 
 WIDE = {
@@ -72,7 +72,7 @@ WIDE = {
 
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_blocks_that_a_gpu_has_kernels_for(device, name, dtype):
+def test_blocks_with_triton_kernels(device, name, dtype):
     case = copy.deepcopy(WIDE[name])
     expected = case.expected()
     for tensor in ("input", "weight", "grad_output"):
@@ -81,10 +81,10 @@ def test_blocks_that_a_gpu_has_kernels_for(device, name, dtype):
     pattern = case.on(device).pattern("sparse")
     unpacked = case.results(pattern)
     vars(case)["weight"] = case.weight.where(case.mask, 0)
-    for found in (unpacked, case.results(pack_pattern(pattern, case.weight))):
-        for pass_, value in found.items():
+    for actual in (unpacked, case.results(pack_pattern(pattern, case.weight))):
+        for pass_, value in actual.items():
             assert_close(value.cpu(), expected[pass_])
-        assert (found["grad_weight"][~case.mask] == 0).all()
+        assert (actual["grad_weight"][~case.mask] == 0).all()
 
 
 @pytest.mark.parametrize("op", ["masked_conv2d", "masked_conv2d_grad_input", "masked_conv2d_grad_weight"])
@@ -155,28 +155,28 @@ def conv(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d)
 
 
-def test_a_pattern_whose_weight_is_promised_to_be_masked(device):
+def test_a_packed_pattern(device):
     case = Case().on(device)
     weight = case.weight.where(case.mask, 0)
     packed = pack_pattern(compile_pattern(case.mask), weight)
     assert_close(masked_conv2d(case.input, weight, packed, None, *case.shape).cpu(), case.expected()["forward"].cpu())
 
 
-# The attack's ops: one set of numbers on every device.
+# The ops of attacks give the same numbers on every device.
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 3, 7, 9), (2, 3, 64, 64), (1, 1), (0, 3, 4, 4), (3, 20000)])
-def test_the_step_is_that_of_the_cpu(device, shape, dtype, norm):
+def test_the_step_gives_the_numbers_of_the_cpu(device, shape, dtype, norm):
     adv, grad, clean = step_images(shape, dtype)
     expected = pgd_step(adv, grad, clean, 0.1, 0.2, norm)
     on_device = [t.to(device) for t in (adv, grad, clean)]
-    for found in (
+    for actual in (
         pgd_step(*on_device, 0.1, 0.2, norm),
         pgd_step_(on_device[0].clone(), *on_device[1:], 0.1, 0.2, norm),
     ):
-        compare(found.cpu(), expected, norm)
+        compare(actual.cpu(), expected, norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -199,26 +199,26 @@ def test_the_step_takes_any_alignment_and_gradient(device, grad_dtype, offset, n
     expected = pgd_step(*tensors, 0.1, 0.2, norm)
     memory = [torch.empty(t.numel() + offset, device=device) for t in tensors]
     adv, grad, clean = (m[offset:].view(t.shape).copy_(t) for m, t in zip(memory, tensors, strict=True))
-    found = pgd_step(adv, grad.to(grad_dtype), clean, 0.1, 0.2, norm)
+    actual = pgd_step(adv, grad.to(grad_dtype), clean, 0.1, 0.2, norm)
     if norm == "linf" or grad_dtype in (torch.float32, torch.float64):
-        compare(found.cpu(), expected, norm)
+        compare(actual.cpu(), expected, norm)
     else:
-        compare(found.cpu(), pgd_step(tensors[0], tensors[1].to(grad_dtype), tensors[2], 0.1, 0.2, norm), norm)
+        compare(actual.cpu(), pgd_step(tensors[0], tensors[1].to(grad_dtype), tensors[2], 0.1, 0.2, norm), norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every other"])
-def test_the_start_is_that_of_the_cpu(device, layout, dtype, norm):
+def test_the_start_gives_the_numbers_of_the_cpu(device, layout, dtype, norm):
     clean, seed = torch.rand(5, 3, 7, 9).to(dtype), torch.tensor([-(2**60), 2**40])
     expected = random_start(clean, 0.3, norm, seed)
-    found = random_start(LAYOUTS[layout](clean.to(device)), 0.3, norm, seed.to(device))
-    compare(found.cpu(), expected, norm if dtype != torch.float64 else "an FMA may round otherwise")
+    actual = random_start(LAYOUTS[layout](clean.to(device)), 0.3, norm, seed.to(device))
+    compare(actual.cpu(), expected, norm if dtype != torch.float64 else "an FMA may round otherwise")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_dtype", DTYPES)
-def test_the_step_that_normalises(device, layout, grad_dtype):
+def test_the_normalised_step(device, layout, grad_dtype):
     adv, grad, clean = step_images((3, 2, 8, 6), torch.float32)
     mean, std = torch.tensor([[0.5, 0.3], [0.2, 0.25]])
     expected = reference.pgd_step_normalized(adv, grad, clean, mean, std, 0.1, 0.2)
@@ -257,7 +257,7 @@ UNSAFE: dict[str, Callable[[Tensor, Tensor], object]] = {
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-def test_native_ops_refuse_what_is_unsafe(device, name):
+def test_native_ops_refuse_unsafe_arguments(device, name):
     if device.type == "cuda" and not cuda_ops().startswith("CUDA C++"):
         pytest.skip("no native ops for CUDA here")
     x, seed = torch.rand(2, 3, 4, 4, device=device), torch.tensor([1, 2], device=device)
@@ -267,7 +267,7 @@ def test_native_ops_refuse_what_is_unsafe(device, name):
     assert x.equal(before)  # and the device still answers
 
 
-def test_a_generator_of_the_device_repeats_its_start(device):
+def test_a_generator_of_the_device_gives_reproducible_starts(device):
     clean = torch.rand(4, 3, 8, 8, device=device)
     generator = torch.Generator(device)
     first, second, again = (random_start(clean, 0.1, seed=generator.manual_seed(seed)) for seed in (1, 2, 1))
@@ -278,23 +278,23 @@ def step_images(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Ten
     generator = torch.Generator().manual_seed(math.prod(shape))
     clean = torch.rand(shape, generator=generator)
     adv = (clean + 0.3 * torch.randn(shape, generator=generator)).clamp(0, 1)
-    # Gradients that every dtype holds exactly.
+    # Gradients that every dtype represents exactly.
     grad = torch.randint(-8, 9, shape, generator=generator) / 16
     return adv.to(dtype), grad.to(dtype), clean.to(dtype)
 
 
-def compare(found: Tensor, expected: Tensor, norm: str) -> None:
+def compare(actual: Tensor, expected: Tensor, norm: str) -> None:
     if norm == "linf":
-        assert_equal(found, expected)
+        assert_equal(actual, expected)
     else:
-        assert_close(found, expected, "elementwise")
+        assert_close(actual, expected, "elementwise")
 
 
-# What only a GPU has.
+# CUDA graphs.
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_captured_graph_draws_anew_in_each_replay_and_repeats_when_its_seed_is_reset():
+def test_a_captured_graph_draws_new_numbers_in_each_replay_and_the_same_after_a_reset_of_its_seed():
     clean = torch.rand(8, 3, 32, 32, device="cuda")
     adv, words = clean.clone(), torch.tensor([5, 0], device="cuda")
     grad, blocks = torch.randn_like(clean), torch.tensor([0, (clean.numel() + 3) // 4], device="cuda")

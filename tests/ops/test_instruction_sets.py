@@ -1,4 +1,4 @@
-"""The convolution on each instruction set: a process per set, since a process chooses once."""
+"""The convolution on each instruction set, in a process each, because a process chooses the set only once."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ TESTS = str(Path(__file__).resolve().parents[1])
 
 
 def sweep() -> None:
-    """Compares all passes, over blocks, filters and strides, with the reference."""
+    """Compare all passes with the reference, for many blocks, filters and strides."""
     import torch
     from helpers.convolution_cases import BLOCKS, FILTERS, LAYOUTS, Case
     from helpers.tolerances import assert_close, assert_equal
@@ -37,13 +37,13 @@ def sweep() -> None:
                 layout=layouts[j % len(layouts)],
                 seed=len(BLOCKS) * i + j,
             )
-            found, expected = case.results(case.pattern("sparse")), case.expected()
+            actual, expected = case.results(case.pattern("sparse")), case.expected()
             for name, value in expected.items():
-                assert_equal(found[name], value)
+                assert_equal(actual[name], value)
     case = Case(37, 1, 40, 24, (19, 30), density=0.2).with_real_numbers()
-    found, expected = case.results(case.pattern("sparse")), case.expected()
+    actual, expected = case.results(case.pattern("sparse")), case.expected()
     for name, value in expected.items():
-        assert_close(found[name], value)
+        assert_close(actual[name], value)
     print(cpu_capability())
 
 

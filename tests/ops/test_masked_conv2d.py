@@ -1,4 +1,4 @@
-"""The three passes of the convolution: values, layouts, dtypes, and that nothing but the arguments counts."""
+"""The three passes of the convolution: values, layouts, dtypes, determinism, errors."""
 
 import itertools
 import math
@@ -13,27 +13,27 @@ from torch import Tensor
 
 from sparse_adv.ops import Pattern, masked_conv2d, pack_pattern, reference
 
-PATHS = ("sparse", "auto", "dense")
+KERNELS = ("sparse", "auto", "dense")
 
 
-def assert_passes_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_passes_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
-        assert_equal(found[name], value)
+        assert_equal(actual[name], value)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_passes_equal_the_reference(path):
-    @settings(max_examples=500 if path == "sparse" else 50)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_passes_equal_the_reference(kernel):
+    @settings(max_examples=500 if kernel == "sparse" else 50)
     @given(cases())
     def check(case: Case) -> None:
-        assert_passes_equal(case.results(case.pattern(path)), case.expected())
+        assert_passes_equal(case.results(case.pattern(kernel)), case.expected())
 
     check()
 
 
 @pytest.mark.parametrize("stride", list(itertools.product((1, 2, 3), repeat=2)), ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_strides_of_rows_and_columns_are_independent_whatever_the_width(stride, layout):
+def test_strides_of_rows_and_columns_are_independent_for_every_width(stride, layout):
     for width in range(3, 26):
         case = Case(16, 1, 3, 2, (11, width), (5, 3), stride, density=0.5, layout=layout, seed=width)
         assert_passes_equal(case.results(case.pattern("sparse")), case.expected())
@@ -59,73 +59,73 @@ def test_images_larger_than_the_cache_equal_the_reference(stride, layout):
 @pytest.mark.parametrize("filter", FILTERS)
 def test_real_numbers_equal_the_reference_up_to_rounding(filter):
     case = Case(19, 1, 48, 32, filter=filter, padding=(3, 3), density=0.1).with_real_numbers()
-    found, expected = case.results(case.pattern("sparse")), case.expected()
+    actual, expected = case.results(case.pattern("sparse")), case.expected()
     for name, value in expected.items():
-        assert_close(found[name], value)
+        assert_close(actual[name], value)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("density", [0.0, 1.0])
-def test_nothing_kept_and_everything_kept(path, density):
+def test_nothing_kept_and_everything_kept(kernel, density):
     case = Case(batch=3, density=density)
-    assert_passes_equal(case.results(case.pattern(path)), case.expected())
+    assert_passes_equal(case.results(case.pattern(kernel)), case.expected())
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_empty_batch(path, layout):
+def test_empty_batch(kernel, layout):
     case = Case(batch=0, layout=layout, seed=15)
-    found = case.results(case.pattern(path))
-    assert found["forward"].shape == case.output_size and found["grad_input"].shape == case.input_size
-    assert_equal(found["grad_weight"], torch.zeros(case.weight_size))
+    actual = case.results(case.pattern(kernel))
+    assert actual["forward"].shape == case.output_size and actual["grad_input"].shape == case.input_size
+    assert_equal(actual["grad_weight"], torch.zeros(case.weight_size))
 
 
 @given(cases())
-def test_packed_values_change_no_bit(case):
+def test_packed_values_give_the_same_bits(case):
     vars(case)["weight"] = case.weight.where(case.mask, 0)
     pattern = case.pattern("sparse")
     assert_passes_equal(case.results(pack_pattern(pattern, case.weight)), case.results(pattern))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("block", [(1, 1), (4, 1), (1, 4), (4, 4)])
-def test_pruned_entries_of_the_weight_are_never_read(path, value, block):
+def test_pruned_entries_of_the_weight_are_never_read(kernel, value, block):
     case = Case(group_in=9, group_out=13, block=block)
     expected = case.expected()
     case.weight.masked_fill_(~case.mask, value)
-    assert_passes_equal(case.results(case.pattern(path)), expected)
+    assert_passes_equal(case.results(case.pattern(kernel)), expected)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("place", ["input", "grad_output"])
-def test_pruned_weights_get_no_gradient_even_from_what_is_not_finite(path, place):
+def test_pruned_weights_get_no_gradient_even_from_values_that_are_not_finite(kernel, place):
     case = Case()
     getattr(case, place)[1, 2] = math.nan
     getattr(case, place)[0, 1, 2, 3] = math.inf
-    grad_weight = case.results(case.pattern(path))["grad_weight"]
+    grad_weight = case.results(case.pattern(kernel))["grad_weight"]
     assert grad_weight.isnan().any()
     assert_equal(grad_weight[~case.mask], torch.zeros(int((~case.mask).sum())))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_pixels_that_are_not_finite_reach_the_outputs_that_read_them_and_no_other(path, value):
+def test_pixels_that_are_not_finite_reach_only_the_outputs_that_read_them(kernel, value):
     case = Case(density=1.0, batch=3)
     case.input[1, 2, 4, 5] = value
-    spoiled = ~case.results(case.pattern(path))["forward"].isfinite()
+    spoiled = ~case.results(case.pattern(kernel))["forward"].isfinite()
     expected = torch.zeros(case.output_size, dtype=torch.bool)
     expected[1, :, 3:6, 4:7] = True
     assert_equal(spoiled.any(1), expected.any(1))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("width", [9, 16, 20])
 @pytest.mark.parametrize("place", [(0, 1, 8, 3), (0, 1, 0, 0), (0, 1, 4, -1)])
-def test_a_pixel_that_is_not_finite_reaches_the_gradients_of_the_weights_that_meet_it(path, width, place):
+def test_a_pixel_that_is_not_finite_reaches_the_gradients_of_the_weights_that_multiply_it(kernel, width, place):
     case = Case(density=1.0, image=(9, width))
     case.input[place] = math.nan
-    spoiled = case.results(case.pattern(path))["grad_weight"].isnan()
+    spoiled = case.results(case.pattern(kernel))["grad_weight"].isnan()
     assert_equal(spoiled, case.expected()["grad_weight"].isnan())
 
 
@@ -139,32 +139,32 @@ def test_blocks_of_whole_filter_rows_equal_the_reference(width, stride, padding,
         assert_passes_equal(case.results(case.pattern("sparse")), case.expected())
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("filter", [(1, 1), (3, 3)])
-def test_channels_last_gives_channels_last_and_all_else_contiguous(path, layout, filter):
+def test_channels_last_inputs_give_channels_last_and_all_others_contiguous(kernel, layout, filter):
     case = Case(layout=layout, filter=filter, seed=15)
     format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    found = case.results(case.pattern(path))
-    assert found["forward"].is_contiguous(memory_format=format)
-    assert found["grad_input"].is_contiguous(memory_format=format)
-    assert found["grad_weight"].is_contiguous()
+    actual = case.results(case.pattern(kernel))
+    assert actual["forward"].is_contiguous(memory_format=format)
+    assert actual["grad_input"].is_contiguous(memory_format=format)
+    assert actual["grad_weight"].is_contiguous()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_equal_the_reference(path, dtype):
-    # At most 27 terms below 16: the 16-bit formats round the result alone.
+def test_other_dtypes_equal_the_reference(kernel, dtype):
+    # At most 27 terms below 16 are summed, so 16-bit formats round only the result.
     case = Case(group_in=3, seed=13)
     tensors = {name: getattr(case, name).to(dtype) for name in ("input", "weight", "grad_output")}
     expected = case.expected()
     vars(case).update(
         tensors, epilogue={k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.epilogue.items()}
     )
-    found = case.results(case.pattern(path))
+    actual = case.results(case.pattern(kernel))
     for name, value in expected.items():
-        assert found[name].dtype == dtype
-        assert_close(found[name], value)
+        assert actual[name].dtype == dtype
+        assert_close(actual[name], value)
 
 
 def in_threads(count: int, case: Case, pattern: Pattern) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ def in_threads(count: int, case: Case, pattern: Pattern) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 1), (1, 1, 3, 3)])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
-def test_results_depend_neither_on_the_number_of_threads_nor_on_the_call(block, stride):
+def test_results_are_the_same_for_every_number_of_threads_and_every_call(block, stride):
     case = Case(33, 1, 21, 19, (17, 23), stride=stride, block=block).with_real_numbers()
     pattern = case.pattern("sparse")
     once = in_threads(1, case, pattern)
@@ -186,7 +186,7 @@ def test_results_depend_neither_on_the_number_of_threads_nor_on_the_call(block, 
         assert_passes_equal(in_threads(count, case, pattern), once)
 
 
-def test_two_threads_at_once_get_what_they_get_alone():
+def test_two_concurrent_threads_get_the_same_results_as_one():
     calls = [Case(33, 1, 10 + 5 * i, 19, (15 + i, 20)).with_real_numbers() for i in range(2)]
     patterns = [case.pattern("sparse") for case in calls]
     alone = [case.results(pattern) for case, pattern in zip(calls, patterns, strict=True)]
@@ -202,17 +202,17 @@ def test_two_threads_at_once_get_what_they_get_alone():
         thread.join()
     for i in range(2):
         assert len(together[i]) == 20
-        for found in together[i]:
-            assert_passes_equal(found, alone[i])
+        for actual in together[i]:
+            assert_passes_equal(actual, alone[i])
 
 
-@pytest.mark.parametrize("path", ["auto", "sparse"])
+@pytest.mark.parametrize("kernel", ["auto", "sparse"])
 @pytest.mark.parametrize("padding", ["same", "valid", 0, (1, 2)])
-def test_the_function_takes_what_torch_takes(path, padding):
+def test_the_function_takes_the_paddings_of_torch(kernel, padding):
     case = Case()
     bias = integers(6)
-    found = masked_conv2d(case.input, case.weight, case.pattern(path), bias, 1, padding, relu=True)
-    assert_equal(found, reference.masked_conv2d(case.input, case.weight, case.mask, bias, 1, padding, relu=True))
+    actual = masked_conv2d(case.input, case.weight, case.pattern(kernel), bias, 1, padding, relu=True)
+    assert_equal(actual, reference.masked_conv2d(case.input, case.weight, case.mask, bias, 1, padding, relu=True))
 
 
 BAD = {
@@ -237,7 +237,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_told_by_name_and_value(name):
+def test_bad_input_is_reported_by_name_and_value(name):
     change, message = BAD[name]
     case = Case()
     arguments = {"input": case.input, "weight": case.weight, "pattern": case.pattern(), **change}

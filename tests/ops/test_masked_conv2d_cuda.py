@@ -1,4 +1,4 @@
-"""The CUDA implementation of the convolution ops, dense path: plain PyTorch, so it is run here on the CPU's tensors."""
+"""The dense kernel of the convolution ops on CUDA; it is plain PyTorch, so it runs here with tensors on the CPU."""
 
 import pytest
 import torch
@@ -21,22 +21,22 @@ def passes(case: Case, weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
     }
 
 
-def steps(tensor: Tensor) -> list[int]:
-    """The strides that mean something."""
+def strides(tensor: Tensor) -> list[int]:
+    """Those of dimensions with more than one element; the others have no effect."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 @settings(max_examples=200)
 @given(cases())
-def test_every_pass_is_the_reference_and_lies_as_the_op_promises(case):
-    found = passes(case, case.weight, case.pattern())
+def test_every_pass_equals_the_reference_and_has_the_layout_of_the_op(case):
+    actual = passes(case, case.weight, case.pattern())
     ops = case.results(case.pattern("dense"))
     for name, expected in case.expected().items():
-        assert_equal(found[name], expected)
-        assert steps(found[name]) == steps(ops[name]), name
+        assert_equal(actual[name], expected)
+        assert strides(actual[name]) == strides(ops[name]), name
 
 
-def test_a_weight_that_was_promised_to_be_masked_is_not_masked_again():
+def test_the_weight_of_a_packed_pattern_is_not_masked_again():
     case = Case()
     masked = case.weight.where(case.mask, 0)
     assert_equal(passes(case, masked, pack_pattern(case.pattern(), masked))["forward"], case.expected()["forward"])
@@ -45,11 +45,11 @@ def test_a_weight_that_was_promised_to_be_masked_is_not_masked_again():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_pruned_counts_as_nothing_even_where_it_is_not_finite(bad):
+def test_pruned_entries_count_as_zero_even_if_they_are_not_finite(bad):
     case = Case()
     weight = case.weight.where(case.mask, bad)
-    found = passes(case, weight, case.pattern())
-    assert_equal(found["forward"], case.expected()["forward"])
-    assert_equal(found["grad_input"], case.expected()["grad_input"])
+    actual = passes(case, weight, case.pattern())
+    assert_equal(actual["forward"], case.expected()["forward"])
+    assert_equal(actual["grad_input"], case.expected()["grad_input"])
     vars(case)["input"] = torch.full_like(case.input, bad)
     assert (passes(case, case.weight, case.pattern())["grad_weight"][~case.mask] == 0).all()

@@ -1,4 +1,4 @@
-"""Derivatives of the convolution, and how the ops behave under autograd, autocast, torch.compile and torch.export."""
+"""Derivatives of the convolution, and the ops under autograd, autocast, torch.compile and torch.export."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from sparse_adv.ops import Pattern, masked_conv2d, pack_pattern, reference
 
-PATHS = ("sparse", "auto", "dense")
+KERNELS = ("sparse", "auto", "dense")
 OPS = torch.ops.sparse_adv
 DIFFERENTIABLE = ("input", "weight", "bias", "scale", "residual")
-# Sizes at which gradcheck's finite differences take little time.
+# Small sizes, because gradcheck computes finite differences of every element.
 SMALL = {
     "plain": Case(2, 1, 2, 3, (4, 5)),
     "strided": Case(1, 1, 2, 2, (5, 6), stride=(2, 3), padding=(2, 0)),
@@ -48,25 +48,25 @@ def expect(case: Case, tensors: dict[str, Tensor], relu: bool) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("relu", [False, True])
-def test_gradients_of_every_argument_equal_autograds(path, relu):
+def test_gradients_of_every_argument_equal_autograds(kernel, relu):
     @settings(max_examples=30)
     @given(cases())
     def check(case: Case) -> None:
-        # Away from 0, where float32 and float64 might disagree about the ReLU.
+        # Integers, so that float32 and float64 agree on the sign at the ReLU.
         tensors = {k: v.detach() for k, v in differentiable_tensors(case, torch.float32).items()}
         tensors = {k: (v * 4).round().requires_grad_() for k, v in tensors.items()}
-        found = torch.autograd.grad(
-            convolve(case, case.pattern(path), tensors, relu), list(tensors.values()), case.grad_output
+        actual = torch.autograd.grad(
+            convolve(case, case.pattern(kernel), tensors, relu), list(tensors.values()), case.grad_output
         )
         doubles = {k: v.detach().double().requires_grad_() for k, v in tensors.items()}
         expected = torch.autograd.grad(expect(case, doubles, relu), list(doubles.values()), case.grad_output.double())
-        for name, gradient, value in zip(tensors, found, expected, strict=True):
+        for name, gradient, value in zip(tensors, actual, expected, strict=True):
             value = value.where(case.mask, 0) if name == "weight" else value
             assert_close(gradient, value)
             assert gradient.shape == value.shape
-        assert not found[1][~case.mask].any()
+        assert not actual[1][~case.mask].any()
 
     check()
 
@@ -105,13 +105,13 @@ def test_gradcheck_and_gradgradcheck_of_the_gradient_ops(name):
         assert check(grad_weight, (grad, input))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_second_derivatives_of_the_sparse_kernels_equal_the_references(path, packed):
+def test_second_derivatives_of_the_sparse_kernels_equal_the_references(kernel, packed):
     case = Case(3, 2, 5, 4, stride=(2, 1), block=(2, 1))
     tensors = {name: t.detach() for name, t in differentiable_tensors(case, torch.float32).items()}
     tensors["weight"] = tensors["weight"].where(case.mask, 0)
-    pattern = case.pattern(path)
+    pattern = case.pattern(kernel)
     if packed:
         pattern = pack_pattern(pattern, tensors["weight"])
 
@@ -123,9 +123,9 @@ def test_second_derivatives_of_the_sparse_kernels_equal_the_references(path, pac
         loss = grad_input.square().sum() + grad_weight.square().sum()
         return torch.autograd.grad(loss, list(tensors.values()))
 
-    found = penalty(lambda t: convolve(case, pattern, t, relu=True), tensors)
+    actual = penalty(lambda t: convolve(case, pattern, t, relu=True), tensors)
     expected = penalty(lambda t: expect(case, t, relu=True), {k: v.double() for k, v in tensors.items()})
-    for gradient, value in zip(found, expected, strict=True):
+    for gradient, value in zip(actual, expected, strict=True):
         assert_close(gradient, value)
 
 
@@ -150,18 +150,18 @@ OPCHECK_CASES = {
 }
 
 
-@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
 @pytest.mark.parametrize("name", OPCHECK_CASES)
 @pytest.mark.parametrize("op", ["masked_conv2d", "masked_conv2d_grad_input", "masked_conv2d_grad_weight"])
-def test_opcheck(op, name, path):
+def test_opcheck(op, name, kernel):
     case = OPCHECK_CASES[name]
     for grad in (False, True):
-        arguments = sample_calls(case, case.pattern(path), grad)[op]
+        arguments = sample_calls(case, case.pattern(kernel), grad)[op]
         torch.library.opcheck(getattr(OPS, op).default, arguments)
 
 
 def test_opcheck_of_the_ops_on_patterns():
-    # The schema alone: they are called between passes, never while a graph is traced, and have no fake kernels.
+    # Only the schema: they are not called while a graph is traced, and have no fake kernels.
     case = Case()
     torch.library.opcheck(OPS.pack_values.default, (case.weight, case.pattern().flatten()), test_utils=("test_schema",))
     arguments = (case.input, case.pattern().flatten(), *case.shape[:3])
@@ -169,28 +169,28 @@ def test_opcheck_of_the_ops_on_patterns():
 
 
 class Net(nn.Module):
-    def __init__(self, case: Case, path: str) -> None:
+    def __init__(self, case: Case, kernel: str) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(case.weight.clone()), nn.Parameter(torch.randn(case.weight_size[0]))
-        self.case, self.pattern = case, case.pattern(path)
+        self.case, self.pattern = case, case.pattern(kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         return masked_conv2d(x, self.weight, self.pattern, self.bias, *self.case.shape, relu=True).sin()
 
 
-@pytest.mark.parametrize("path", ["sparse", "auto"])
+@pytest.mark.parametrize("kernel", ["sparse", "auto"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiled_as_one_graph_equals_eager_for_every_batch(path, layout):
+def test_one_compiled_graph_equals_eager_for_every_batch(kernel, layout):
     case = Case(batch=6, layout=layout, stride=(2, 1))
-    net = Net(case, path)
+    net = Net(case, kernel)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch in (6, 2, 5):
         x = case.input[:batch].detach().requires_grad_()
         wanted = [x, *net.parameters()]
-        found, expected = compiled(x), net(x)
-        assert found.stride() == expected.stride()
-        assert_equal(found, expected)
-        pairs = zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (found, expected)), strict=True)
+        actual, expected = compiled(x), net(x)
+        assert actual.stride() == expected.stride()
+        assert_equal(actual, expected)
+        pairs = zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (actual, expected)), strict=True)
         for gradient, value in pairs:
             assert_equal(gradient, value)
 
@@ -205,7 +205,7 @@ def test_exported_with_a_free_batch_equals_eager():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_at_its_dtype_of_the_moment(dtype):
+def test_autocast_computes_in_its_present_dtype(dtype):
     case = Case(group_in=3)
     net = Net(case, "auto")
     with torch.autocast("cpu", dtype):
@@ -223,7 +223,7 @@ def test_autocast_leaves_float64_alone():
         assert masked_conv2d(case.input.double(), case.weight.double(), case.pattern()).dtype == torch.float64
 
 
-def test_only_the_gradients_asked_for_are_formed():
+def test_only_the_required_gradients_are_computed():
     case = Case()
     tensors = differentiable_tensors(case, torch.float32)
     for name in DIFFERENTIABLE:

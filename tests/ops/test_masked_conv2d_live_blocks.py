@@ -1,4 +1,4 @@
-"""The lists of live blocks that the Triton kernels walk: all of a mask, each once, longest list first."""
+"""The lists of live blocks that the Triton kernels read: all blocks of a mask, each once, longest list first."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ sizes = st.sampled_from((32, 64))
 
 
 @given(sizes, sizes, st.integers(1, 200), st.integers(1, 200), st.sampled_from((0.0, 0.1, 0.6, 1.0)), st.integers(0, 9))
-def test_the_lists_hold_the_mask(out, into, out_channels, in_channels, density, seed):
+def test_the_lists_contain_each_block_of_the_mask_once(out, into, out_channels, in_channels, density, seed):
     mask = block_mask((out_channels, in_channels, 3, 2), (out, into), density, seed)
     rows, blocks, grad_rows, grad_order = live_blocks(mask, (out, into))
     rebuilt = torch.zeros_like(mask)
@@ -28,7 +28,7 @@ def test_the_lists_hold_the_mask(out, into, out_channels, in_channels, density, 
             assert (entries[start:end, dim] == first).all()
 
 
-def test_groups_count_input_channels_over_all_of_them():
+def test_input_channels_are_counted_over_all_groups():
     mask = block_mask((128, 32, 3, 3), (64, 32), 1.0)
     rows, blocks, grad_rows, _ = live_blocks(mask, (64, 32), groups=2)
     assert {(k, c) for k, c, _, _ in blocks.tolist()} == {(0, 0), (64, 32)}
@@ -47,5 +47,5 @@ def test_groups_count_input_channels_over_all_of_them():
         ((1, 1, 1, 1), 1, (64, 64, 3, 3), False),
     ],
 )
-def test_what_fits(block, groups, shape, fits):
+def test_blocks_of_32_and_64_channels_within_a_group_have_kernels(block, groups, shape, fits):
     assert blocks_fit(block, groups, shape) is fits

@@ -1,4 +1,4 @@
-"""Patterns: what they are compiled to, the paths they ask for, and that no list of tensors can crash the process."""
+"""Patterns: their lists and fields, requested kernels, and that no list of tensors can crash the process."""
 
 import contextlib
 import copy
@@ -31,7 +31,7 @@ def pairs_of(row_offsets: Tensor, col_indices: Tensor) -> list[list[tuple[int, i
 
 
 @given(cases())
-def test_lists_name_every_kept_weight_once_in_order(case):
+def test_lists_contain_every_kept_weight_once_in_order(case):
     pattern = case.pattern()
     mask = case.mask.flatten(2)
     # grad_input reads output channels.
@@ -43,15 +43,15 @@ def test_lists_name_every_kept_weight_once_in_order(case):
         group_rows = rows // case.groups
         vector = next(v for v in (4, 2, 1) if block % v == 0 and (case.groups == 1 or group_rows % v == 0))
         vectors = -(-group_rows // vector)
-        found: set[tuple[int, int, int]] = set()
+        listed: set[tuple[int, int, int]] = set()
         assert len(lists) % (vectors * case.groups) == 0
         for i, pairs in enumerate(lists):
             assert pairs == sorted(set(pairs))
             group, place = divmod(i % (vectors * case.groups), vectors)
             for channel, tap in pairs:
                 for row in range(place * vector, min((place + 1) * vector, group_rows)):
-                    found.add((group * group_rows + row, channel - group * channels, tap))
-        assert found == {tuple(index) for index in kept.nonzero().tolist()}
+                    listed.add((group * group_rows + row, channel - group * channels, tap))
+        assert listed == {tuple(index) for index in kept.nonzero().tolist()}
 
 
 @pytest.mark.parametrize("change", [lambda m: m.mT, lambda m: m[:, 1:], lambda m: m.flip(0), lambda m: m[::2]])
@@ -62,7 +62,7 @@ def test_a_mask_may_have_any_strides(change):
         assert_equal(tensor, expected)
 
 
-def test_a_pattern_does_not_follow_its_mask():
+def test_a_pattern_does_not_change_with_the_callers_mask():
     mask = CASE.mask.clone()
     pattern = compile_pattern(mask, CASE.block, CASE.groups)
     mask.logical_not_()
@@ -71,7 +71,7 @@ def test_a_pattern_does_not_follow_its_mask():
         assert_equal(tensor, expected)
 
 
-def test_the_mask_of_a_linear_layer_obeys_blocks_as_one_of_single_taps_does_but_is_not_compiled():
+def test_the_mask_of_a_linear_layer_obeys_blocks_like_a_1x1_filter_but_is_not_compiled():
     mask = torch.zeros(6, 4, dtype=torch.bool)
     mask[2:4, 1] = True
     for block, expected in (((2, 1), True), ((2, 1, 3, 3), True), ((4, 1), False), ((2, 2), False)):
@@ -195,13 +195,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_told_by_name_and_value(name):
+def test_bad_input_is_reported_by_name_and_value(name):
     change, error, message = BAD[name]
     with pytest.raises(error, match=message):
         compile_pattern(**{"mask": CASE.mask, "block": (1, 1), "groups": 1, **change})
 
 
-def test_bad_paths_and_weights_are_told_by_name_and_value():
+def test_bad_kernels_and_weights_are_reported_by_name_and_value():
     with pytest.raises(ValueError, match="grad_input must be one of auto, sparse, dense, got 'quick'"):
         set_kernels(CASE.pattern(), grad_input="quick")
     with pytest.raises(ValueError, match="weight is on meta, pattern on cpu"):

@@ -12,17 +12,17 @@ def conv3x3(channels: int, size: int, density: float, batch: int = 512, element_
 
 
 @pytest.mark.parametrize("layer", [(256, 8), (512, 4), (320, 16), (640, 8)])
-def test_wide_layers_take_their_blocks(layer):
+def test_wide_layers_take_the_block_kernels(layer):
     assert blocks_are_faster(conv3x3(*layer, 0.1)) and blocks_are_faster(conv3x3(*layer, 0.2), gradient_of_weight=True)
 
 
-def test_a_layer_bound_by_memory_takes_cudnn_whatever_the_mask():
+def test_a_layer_bound_by_memory_takes_cudnn_for_every_mask():
     """1x1 convolutions of images with few channels: only fewer channels would reduce their cost."""
     few = Pass(512, 64 * 1024, 64 * 1024, 1024, 64 * 64, 64, 2)
     assert not blocks_are_faster(few)
 
 
-def test_a_layer_below_the_launch_latency_takes_cudnn():
+def test_a_layer_faster_than_the_minimum_kernel_time_takes_cudnn():
     assert not blocks_are_faster(conv3x3(256, 8, 0.1, batch=2))
 
 

@@ -60,7 +60,7 @@ def test_l2_equals_the_reference(dtype, layout):
     eps=st.floats(0, 1),
     seed=st.integers(0, 9),
 )
-def test_any_shape_equals_the_reference(shape, norm, alpha, eps, seed):
+def test_every_shape_equals_the_reference(shape, norm, alpha, eps, seed):
     adv, grad, clean = images(*shape, seed=seed)
     step = pgd_step(adv, grad, clean, alpha, eps, norm)
     expected = reference.pgd_step(adv, grad, clean, alpha, eps, norm)
@@ -94,7 +94,7 @@ def test_values_that_are_not_finite_are_treated_as_in_the_reference(place, value
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("value", [0.0, math.nan])
-def test_no_gradient_no_move(norm, value):
+def test_without_a_gradient_images_do_not_move(norm, value):
     _, _, clean = images(2, 3, 5, 5)
     assert torch.equal(pgd_step(clean, torch.full_like(clean, value), clean, ALPHA, EPS, norm), clean)
 
@@ -117,7 +117,7 @@ def test_an_infinite_eps_projects_nothing(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_is_laid_out_like_empty_like(norm, layout):
+def test_output_has_the_strides_of_empty_like(norm, layout):
     adv, grad, clean = images(3, 5, 9, 7)
     adv = LAYOUTS[layout](adv)
     step = pgd_step(adv, grad, clean, ALPHA, EPS, norm)
@@ -128,7 +128,7 @@ def test_output_is_laid_out_like_empty_like(norm, layout):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_place_writes_what_the_function_returns(norm, layout, dtype):
+def test_the_op_in_place_writes_what_the_function_returns(norm, layout, dtype):
     adv, grad, clean = images(3, 5, 9, 7, dtype=dtype)
     adv = LAYOUTS[layout](adv)
     expected = pgd_step(adv, grad, clean, ALPHA, EPS, norm)
@@ -136,7 +136,7 @@ def test_in_place_writes_what_the_function_returns(norm, layout, dtype):
     assert torch.equal(adv, expected)
 
 
-def test_in_place_touches_nothing_outside_a_slice():
+def test_the_op_in_place_writes_nothing_outside_a_slice():
     _, grad, clean = images(3, 5, 9, 7)
     whole = torch.full((3, 5, 9, 14), -7.0)
     pgd_step_(whole[..., ::2], grad, clean, ALPHA, EPS)
@@ -149,7 +149,7 @@ def test_adv_may_be_clean_itself():
     assert torch.equal(pgd_step_(clean, grad, clean, ALPHA, EPS), expected)
 
 
-def test_in_place_write_is_seen_by_autograd():
+def test_autograd_detects_the_write_in_place():
     adv, grad, clean = images(2, 3, 8, 8)
     weight = torch.ones_like(adv, requires_grad=True)
     product = weight * adv
@@ -186,7 +186,7 @@ def test_result_does_not_depend_on_the_number_of_threads(norm):
 
 @pytest.mark.parametrize("capability", ["portable", "avx2"])
 def test_lesser_instruction_sets_equal_the_reference(capability):
-    """Runs the tests against the reference, of random_start too, in a process held to fewer instructions."""
+    """Runs the comparisons with the reference, also those of random_start, in a process with fewer instructions."""
     run = (
         "import sys, pytest; from sparse_adv.ops import cpu_capability\n"
         "print('uses', cpu_capability())\n"
@@ -250,13 +250,13 @@ X = torch.rand(2, 3, 4, 4)
     ],
 )
 @pytest.mark.parametrize("step", [pgd_step, pgd_step_])
-def test_bad_input_is_named(step, change, error, message):
+def test_bad_input_is_reported_by_name_and_value(step, change, error, message):
     arguments = {"adv": X.clone(), "grad": X, "clean": X, "alpha": ALPHA, "eps": EPS}
     with pytest.raises(error, match=message):
         step(**{**arguments, **change})
 
 
-def test_in_place_refuses_what_it_cannot_write():
+def test_the_op_in_place_refuses_tensors_that_it_cannot_write():
     with pytest.raises(ValueError, match="adv is expanded"):
         pgd_step_(X[:1].expand(2, 3, 4, 4), X, X, ALPHA, EPS)
     with pytest.raises(ValueError, match="adv requires grad"):
@@ -266,7 +266,7 @@ def test_in_place_refuses_what_it_cannot_write():
 @pytest.mark.parametrize(
     "tensors", [(X, X[:1], X), (X, X, X[..., :2]), (X, X.long(), X), (X.long(), X, X), (X.bool(), X, X)]
 )
-def test_raw_op_refuses_what_is_unsafe(tensors):
+def test_the_raw_op_refuses_unsafe_arguments(tensors):
     for op in (torch.ops.sparse_adv.pgd_step, torch.ops.sparse_adv.pgd_step_):
         with pytest.raises(RuntimeError, match="sparse_adv: "):
             op(*tensors, ALPHA, EPS, "linf", 0.0, 1.0)

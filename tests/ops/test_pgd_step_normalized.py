@@ -1,4 +1,4 @@
-"""`pgd_step_normalized`: what it refuses; test_devices.py and test_cuda_on_host.py show what it computes."""
+"""Errors of `pgd_step_normalized`; test_devices.py and test_cuda_on_host.py test its values."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ STATISTICS = torch.rand(2, 3)
         ({"eps": -1.0}, ValueError, "eps must not be negative"),
     ],
 )
-def test_bad_input_is_told_by_name_and_value(change, error, message):
+def test_bad_input_is_reported_by_name_and_value(change, error, message):
     arguments = {"adv": IMAGES, "grad": IMAGES, "clean": IMAGES, "mean": STATISTICS[0], "std": STATISTICS[1]}
     with pytest.raises(error, match=message):
         pgd_step_normalized(**{**arguments, "alpha": 0.1, "eps": 0.2, **change})
@@ -34,8 +34,8 @@ def test_bad_input_is_told_by_name_and_value(change, error, message):
 def test_it_compiles_as_one_graph():
     step = (IMAGES, IMAGES - 0.5, IMAGES, *STATISTICS, 0.1, 0.2)
     compiled = torch.compile(pgd_step_normalized, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(*step), pgd_step_normalized(*step), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(compiled(*step), pgd_step_normalized(*step), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_an_empty_batch():

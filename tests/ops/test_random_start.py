@@ -20,7 +20,7 @@ def clean_images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def middle_grey(*shape: int) -> Tensor:
-    """Images that no clamp touches, in numbers that adding and subtracting small noise keeps exact enough to test."""
+    """Images that noise does not move out of the range, so that the noise can be computed from the difference."""
     return torch.full(shape, 0.5, dtype=torch.float64)
 
 
@@ -37,7 +37,7 @@ def middle_grey(*shape: int) -> Tensor:
     ],
 )
 def test_reference_is_philox(counter, key, expected):
-    """The known answers that the authors of Philox4x32-10 publish with Random123."""
+    """The test vectors that the authors of Philox4x32-10 publish with Random123."""
     words, keys = ([torch.tensor([word]) for word in words] for words in (counter, key))
     assert reference.philox_rounds(words, keys).tolist() == [expected]
 
@@ -94,20 +94,20 @@ def test_an_image_keeps_its_noise_in_a_larger_batch(norm):
     assert torch.equal(random_start(clean, EPS, norm)[:4], random_start(clean[:4], EPS, norm))
 
 
-def test_offset_moves_along_the_stream():
+def test_an_offset_skips_blocks_of_the_stream():
     clean = middle_grey(1, 40)
     here, further = (random_start(clean, EPS, seed=torch.tensor([5, offset])) for offset in (0, 3))
     assert torch.equal(here[:, 12:], further[:, :-12])
 
 
-def test_seeds_differ_and_repeat():
+def test_equal_seeds_give_equal_starts_and_others_do_not():
     clean = clean_images(2, 3, 8, 8)
     assert torch.equal(random_start(clean, EPS, seed=7), random_start(clean, EPS, seed=torch.tensor([7, 0])))
     for norm in NORMS:
         assert not torch.equal(random_start(clean, EPS, norm, 7), random_start(clean, EPS, norm, 8))
 
 
-def test_a_generator_gives_one_number_and_repeats():
+def test_one_number_is_drawn_from_a_generator():
     clean = clean_images(2, 3, 8, 8)
     before = torch.get_rng_state()
     generator, twin = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
@@ -187,12 +187,12 @@ def test_compiles_as_one_graph():
         ({"seed": torch.zeros(2)}, TypeError, "seed must be an int64 tensor, got torch.float32"),
     ],
 )
-def test_bad_input_is_named(change, error, message):
+def test_bad_input_is_reported_by_name_and_value(change, error, message):
     with pytest.raises(error, match=message):
         random_start(**{"clean": torch.rand(2, 3), "eps": EPS, **change})
 
 
 @pytest.mark.parametrize("seed", [torch.zeros(1, dtype=torch.int64), torch.zeros(2), torch.zeros(2, 1).long()])
-def test_raw_op_refuses_what_is_unsafe(seed):
+def test_the_raw_op_refuses_unsafe_arguments(seed):
     with pytest.raises(RuntimeError, match="seed must be an int64 tensor"):
         torch.ops.sparse_adv.random_start(torch.rand(2, 3), seed, EPS, "linf", 0.0, 1.0)

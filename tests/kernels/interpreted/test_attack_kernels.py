@@ -25,11 +25,11 @@ def images(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[T
     return adv.to(dtype), torch.randint(-8, 9, shape, generator=generator) / 16, clean.to(dtype)
 
 
-def compare(found: Tensor, expected: Tensor, norm: str) -> None:
+def compare(actual: Tensor, expected: Tensor, norm: str) -> None:
     if norm == "linf":
-        assert_equal(found, expected)
+        assert_equal(actual, expected)
     else:
-        assert_close(found, expected, "elementwise")
+        assert_close(actual, expected, "elementwise")
 
 
 norms = st.sampled_from(("linf", "l2"))
@@ -61,9 +61,9 @@ def test_the_step_takes_any_layout(layout, other, norm):
     step = (0.1, 0.2, norm, 0.0, 1.0)
     expected = OPS.pgd_step(adv, grad, clean, *step)
     adv, grad, clean = LAYOUTS[layout](adv), LAYOUTS[other](grad), LAYOUTS[layout](clean)
-    found = pgd_step.pgd_step(adv, grad, clean, *step)
-    compare(found, expected, norm)
-    assert found.stride() == torch.empty_like(adv).stride()
+    actual = pgd_step.pgd_step(adv, grad, clean, *step)
+    compare(actual, expected, norm)
+    assert actual.stride() == torch.empty_like(adv).stride()
     pgd_step.pgd_step_(adv, grad, clean, *step)
     compare(adv, expected, norm)
 
@@ -74,8 +74,8 @@ def test_the_start(shape, dtype, norm, key):
     _, _, clean = images(shape, dtype, key % 100)
     seed = torch.tensor([key, key // 3])
     expected = OPS.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
-    found = random_start.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
-    compare(found, expected, norm if dtype != torch.float64 else "rounding")
+    actual = random_start.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
+    compare(actual, expected, norm if dtype != torch.float64 else "rounding")
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -95,7 +95,7 @@ def test_the_start_takes_any_layout(layout, norm):
         ({"clean": torch.zeros(2, 3, dtype=torch.int32)}, "clean must be float64, float32"),
     ],
 )
-def test_what_the_cuda_ops_refuse_is_refused(change, message):
+def test_arguments_that_the_cuda_ops_refuse_are_refused(change, message):
     step = {"adv": torch.zeros(2, 3), "grad": torch.zeros(2, 3), "clean": torch.zeros(2, 3), "norm": "linf"}
     with pytest.raises(RuntimeError, match=message):
         pgd_step.pgd_step(**{**step, **change}, alpha=0.1, eps=0.1, lo=0.0, hi=1.0)

@@ -1,4 +1,4 @@
-"""The CUDA implementation of the convolution ops on live blocks: choice, packing and Triton kernels, interpreted."""
+"""The convolution ops on CUDA over live blocks: plan, packing and Triton kernels, interpreted on the CPU."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def pattern_of(case: Case) -> Pattern:
 
 
 def packed(pattern: Pattern, weight: Tensor) -> Pattern:
-    """What `ops.pack_pattern` makes of it on CUDA."""
+    """What `ops.pack_pattern` returns on CUDA."""
     promised = pattern._with_header("weight_is_masked", 1).flatten()
     return unflatten([*promised, *cuda.pack_values(weight, promised)])
 
@@ -45,9 +45,9 @@ def passes(case: Case, pattern: Pattern, dtype: torch.dtype) -> dict[str, Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_pass_equals_the_reference(name, dtype):
     case = CASES[name]
-    for pass_, found in passes(case, pattern_of(case), dtype).items():
-        assert found.dtype == dtype
-        (assert_equal if dtype == torch.float32 else assert_close)(found, case.expected()[pass_])
+    for pass_, actual in passes(case, pattern_of(case), dtype).items():
+        assert actual.dtype == dtype
+        (assert_equal if dtype == torch.float32 else assert_close)(actual, case.expected()[pass_])
 
 
 def test_packed_values_are_read_and_those_of_another_dtype_are_not():
@@ -60,8 +60,8 @@ def test_packed_values_are_read_and_those_of_another_dtype_are_not():
     assert len(twice.flatten()) == 7 and len(twice.without_values().flatten()) == 6
 
 
-def test_what_is_pruned_is_not_read():
+def test_pruned_entries_are_not_read():
     case = CASES["dilated groups"]
     vars(case)["weight"] = case.weight.where(case.mask, torch.nan)
-    found = passes(case, pattern_of(case), torch.float32)
-    assert found["forward"].isfinite().all() and found["grad_input"].isfinite().all()
+    actual = passes(case, pattern_of(case), torch.float32)
+    assert actual["forward"].isfinite().all() and actual["grad_input"].isfinite().all()
