@@ -30,7 +30,7 @@ def rows(device: str) -> Iterator[dict]:
     torch.manual_seed(0)
     network = build("resnet18", width=width).to(device)
     x, y = torch.rand(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
-    everything = masks.prune(network, 0.5, "filter", "uniform", couple=x[:1])
+    everything = masks.prune(network, 0.5, "filter", "uniform", dependency_input=x[:1])
     inner = {name: mask for name, mask in everything.items() if name.endswith("conv1") and "." in name}
     for name, kept in {"half of every width": everything, "half of the inner channels": inner}.items():
         small = shrink(network, kept, x[:1]).model

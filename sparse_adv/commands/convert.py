@@ -42,7 +42,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.to == "ticket":
         about = {name: getattr(options, name) for name in ("arch", "width") if getattr(options, name) is not None}
-        masks.save_ticket(options.target, found.masks, found.state_dict, found.provenance | about)
+        ticket = masks.Ticket(found.masks, found.state_dict, found.provenance | about)
+        masks.save_ticket(options.target, ticket)
     else:
         masks.save_pruned(options.target, found.masks, found.state_dict, options.to)
     density = masks.density(found.masks)

@@ -1,52 +1,61 @@
-"""What can be said about masks: how much they keep, how far apart two are, which blocks they obey."""
+"""Density and distance of masks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses
-from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, obeys
-
-SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (
-    (64, 64),
-    (32, 32),
-    (8, 8),
-    (4, 4),
-    (1, 1, "R", "S"),
-    (2, 2),
-    (4, 1),
-    (1, 1, 1, "S"),
-    (2, 1),
-    (1, 1),
-)
-"""The block shapes that kernels are made for; R and S stand for the filter's height and width."""
 
 
 def density(masks: Mapping[str, Tensor]) -> float:
-    """The fraction of the masked weights that is kept: (number kept) / (number of elements of all masks)."""
+    """Return the fraction of weights that masks keep: (number of true elements) / (number of elements) of all masks.
+
+    Raises:
+        ValueError: if the masks have no element.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import masks
+        >>> masks.density({"conv": torch.tensor([[True, False], [False, False]])})
+        0.25
+    """
     total = sum(mask.numel() for mask in masks.values())
     if total == 0:
-        raise ValueError(f"masks must hold at least one element, got {len(masks)} masks")
+        raise ValueError(f"masks must have at least one element, got {len(masks)} masks without any")
     return sum(int(mask.count_nonzero()) for mask in masks.values()) / total
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """The normalised Hamming distance of two sets of masks: the fraction of positions where they differ.
+    """Return the normalised Hamming distance of two sets of masks: the fraction of elements that differ.
 
-    Two successive masks of a training run that are nearly equal say that the ticket has been found (Early-Bird
-    tickets, You et al. 2020, section 3.2, which stops at 0.1).
+    Early-Bird tickets end a search when this distance between masks of successive epochs is below 0.1.
+
+    Args:
+        a, b: bool masks keyed by module name, with the same names and shapes.
 
     Raises:
-        ValueError: if the two do not have the same modules with the same shapes.
+        ValueError: if names or shapes differ.
+
+    Source: You et al., "Drawing early-bird tickets" (ICLR 2020), section 3.2.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import masks
+        >>> a, b = torch.tensor([True, True, False, False]), torch.tensor([True, False, False, False])
+        >>> masks.distance({"conv": a}, {"conv": b})
+        0.25
     """
     if a.keys() != b.keys():
-        raise ValueError(f"a and b must mask the same modules, only one of them has {sorted(a.keys() ^ b.keys())}")
+        raise ValueError(
+            f"a and b must have masks of the same modules, but only one of them has {sorted(a.keys() ^ b.keys())}"
+        )
     for name in a:
         if a[name].shape != b[name].shape:
-            raise ValueError(f"masks of {name!r} differ in shape: {tuple(a[name].shape)} and {tuple(b[name].shape)}")
+            raise ValueError(
+                f"the masks of {name!r} must have the same shape, got {tuple(a[name].shape)} and {tuple(b[name].shape)}"
+            )
     return density({name: a[name] != b[name].to(a[name].device) for name in a})
 
 
@@ -79,37 +88,3 @@ def multiply_add_density(model: nn.Module, masks: Mapping[str, Tensor], input_sh
     if dense == 0:
         raise ValueError("model runs no convolution and no linear layer, so there are no multiply-adds to count")
     return kept / dense
-
-
-def largest_block(mask: Tensor, candidates: Sequence[Sequence[int | str]] = SUPPORTED_BLOCKS) -> Block:
-    """The block with most elements, of the candidates, that the mask obeys.
-
-    Args:
-        mask: bool tensor [K, C/groups, R, S], or [K, C] of a linear layer, which counts as [K, C, 1, 1].
-        candidates: blocks (bo, bi) or (bo, bi, br, bs); "R" and "S" stand for the filter's sizes.
-
-    Returns:
-        The block as (bo, bi, br, bs); (1, 1, 1, 1), which every mask obeys, if no candidate fits.
-    """
-    check_mask(mask, linear=True)
-    return largest_obeyed_block(mask, [check_block(_numbers(candidate, mask)) for candidate in candidates])
-
-
-def largest_obeyed_block(mask: Tensor, blocks: Iterable[Block] | None = None) -> Block:
-    """`largest_block` of a mask and blocks that have been checked; None stands for `SUPPORTED_BLOCKS`."""
-    if blocks is None:
-        blocks = (_complete(_numbers(candidate, mask)) for candidate in SUPPORTED_BLOCKS)
-    obeyed = (block for block in sorted(blocks, key=math.prod, reverse=True) if obeys(mask, block))
-    return next(obeyed, (1, 1, 1, 1))
-
-
-def _numbers(block: Sequence[int | str], mask: Tensor) -> list[int]:
-    """The block with the filter's sizes in place of "R" and "S"."""
-    rows, cols = (*mask.shape, 1, 1)[2:4]
-    taps = {"R": rows, "S": cols}
-    return [taps[size] if isinstance(size, str) else size for size in block]
-
-
-def _complete(block: Sequence[int]) -> Block:
-    out, into, rows, cols = (*block, 1, 1)[:4]
-    return out, into, rows, cols

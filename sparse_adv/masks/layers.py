@@ -1,4 +1,4 @@
-"""The layers of a model that masks are for, convolutions and linear ones: which there are, what flows through them."""
+"""The layers of a model that can have masks, convolutions and linear layers, and one forward pass through them."""
 
 from __future__ import annotations
 
@@ -12,39 +12,43 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Layer = nn.Conv2d | nn.Linear
 Visit = Callable[[Any, Tensor, Tensor], None]
+"""visit(layer, input, output); the layer is a Conv2d or, if asked for, a Linear."""
 
 
 def maskable(model: nn.Module, linear: bool = True) -> dict[str, Layer]:
-    """Every Conv2d, and every Linear if asked, by its name; one that has several names appears under the first.
+    """Return all Conv2d and, if `linear`, all Linear layers by name; a layer with several names has its first one.
 
-    The output projection of `nn.MultiheadAttention` is none of them: the attention reads its weight and never calls it.
+    The output projection of `nn.MultiheadAttention` is left out: the attention reads its weight without calling it.
     """
-    kinds = (nn.Conv2d, nn.Linear) if linear else nn.Conv2d
-    found = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
-    return {name: module for name, module in found if not isinstance(module, NonDynamicallyQuantizableLinear)}
+    classes = (nn.Conv2d, nn.Linear) if linear else nn.Conv2d
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, classes))
+    return {name: module for name, module in layers if not isinstance(module, NonDynamicallyQuantizableLinear)}
 
 
 def unknown_module(name: str, known: Iterable[str]) -> str:
-    """A sentence's worth about a module name that the model does not have, with the nearest that it has."""
-    near = get_close_matches(name, known, n=1)
-    return f"model has no module {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    """Return the error message for a module name that the model does not have, with the most similar known name."""
+    similar = get_close_matches(name, known, n=1)
+    return f"model has no module {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "")
 
 
 def parameter_of(module: str, parameter: str = "weight") -> str:
-    """The name of a module's parameter in the model's state dict; the model itself is module ""."""
+    """Return the name of a module's parameter in the model's state dict; the model itself has the module name ""."""
     return f"{module}.{parameter}" if module else parameter
 
 
 def run_once(model: nn.Module, sample: Sequence[int] | Tensor, visit: Visit, linear: bool = False) -> None:
-    """Run one forward pass that calls `visit(layer, input, output)` at each layer, and leave the model as it was.
+    """Run one forward pass, call `visit(layer, input, output)` at each layer, and restore the model's modes.
 
-    The pass is in eval mode, so that no BatchNorm statistics move, and forms no gradients.
+    The pass is in eval mode, so that BatchNorm statistics do not change, and computes no gradients.
 
     Args:
         model: any module.
-        sample: its input, or the input's shape [N, C, H, W] to be filled with noise.
+        sample: its input, or the shape [N, C, H, W] of an input to fill with uniform noise.
         visit: called each time a Conv2d runs.
-        linear: whether it is called for each Linear too.
+        linear: whether it is also called each time a Linear runs.
+
+    Raises:
+        ValueError: if `sample` is neither a tensor nor a shape of 4 positive integers.
     """
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -64,7 +68,7 @@ def run_once(model: nn.Module, sample: Sequence[int] | Tensor, visit: Visit, lin
 
 
 def uses(layer: Layer, output: Tensor) -> int:
-    """How often a pass with this output multiplied by each of the layer's weights: once per pixel, or per row."""
+    """Return how often a forward pass with this output used each weight: once per output pixel, or per output row."""
     return output.numel() // max(1, layer.weight.shape[0])
 
 
@@ -72,5 +76,5 @@ def _noise(model: nn.Module, shape: Sequence[int]) -> Tensor:
     if len(shape) != 4 or not all(isinstance(size, int) and size >= 1 for size in shape):
         raise ValueError(f"shape must be 4 positive integers [N, C, H, W], got {tuple(shape)}")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    # A generator of its own: the user's random numbers stay as they are.
+    # A separate generator: the global random state must not change.
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(like)

@@ -1,4 +1,4 @@
-"""From scores to masks: which weights to keep, across layers and within blocks."""
+"""`prune`: masks from scores, in one ranking or per layer, for single weights, blocks, filters or channels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.masks.dependency_graph import channel_groups
+from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
+from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.masks.layers import maskable, unknown_module
-from sparse_adv.ops.masked_conv2d_mask import check_block
+from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
 
 log = logging.getLogger(__name__)
 
 Score = Callable[[str, Tensor], Tensor]
+"""score(module name, weight) -> scores of the weight's shape, at least 0."""
 
 
 def _magnitude(name: str, weight: Tensor) -> Tensor:
@@ -24,15 +26,15 @@ def _magnitude(name: str, weight: Tensor) -> Tensor:
 
 
 def _relative_magnitude(name: str, weight: Tensor) -> Tensor:
-    size = weight.abs().double().cpu()
-    # NumPy's mean does not depend on the number of threads. A layer of zeros scores 0 throughout.
-    mean = float(size.numpy().mean()) if size.numel() else 0.0
-    return size / mean if mean > 0 else size
+    magnitude = weight.abs().double().cpu()
+    # NumPy's mean, unlike PyTorch's, does not depend on the number of threads. Scores of an all-zero layer are 0.
+    mean = float(magnitude.numpy().mean()) if magnitude.numel() else 0.0
+    return magnitude / mean if mean > 0 else magnitude
 
 
 _SCORES: dict[str, Score] = {"magnitude": _magnitude, "relative_magnitude": _relative_magnitude}
 _SCOPES = ("global", "uniform", "erk")
-_STRUCTURED = ("filter", "channel")
+_STRUCTURES = ("filter", "channel")
 
 
 def prune(
@@ -43,228 +45,152 @@ def prune(
     score: str | Score = "magnitude",
     exclude: Collection[str] = (),
     linear: bool = False,
-    couple: Sequence[int] | Tensor | None = None,
+    dependency_input: Sequence[int] | Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Choose the weights to keep: those with the highest scores, `density` of all.
+    """Return masks that keep the weights with the highest scores, a fraction `density` of all.
 
-    Every Conv2d weight is a candidate, with `linear=True` every Linear weight too, and nothing else: biases and
-    normalisation stay dense. The model is not changed; `sparse_adv.sparsify(model, masks)` does that. Masks of boosting
-    tickets (Li et al. 2020, as in their code) come from `scope="global", score="relative_magnitude", linear=True`.
+    Candidates are all Conv2d weights and, with `linear=True`, all Linear weights; biases and normalisation are never
+    pruned. The model is not changed; `sparse_adv.sparsify(model, masks)` applies the masks. Masks of boosting tickets
+    (Li et al. 2020, as in their code) are those of `scope="global", score="relative_magnitude", linear=True`.
 
     Args:
-        model: any module, sparse already or not.
+        model: any module, dense or sparse.
         density: fraction of the weights to keep, in [0, 1].
-        block: `(bo, bi)` or `(bo, bi, br, bs)`: weights of one block share their fate; a block scores the mean square
-            of its weights' scores. A linear layer's weight [K, C] counts as [K, C, 1, 1]. "filter" makes one block of
-            all weights of an output channel, "channel" of all that read an input channel: `nn.shrink` removes these.
-        scope: how the kept weights are shared out among layers. "global": one ranking of all. "uniform": the same
-            density in each layer. "erk": Erdos-Renyi-kernel, density of a layer proportional to
-            (K + C + R + S) / (K C R S), for linear layers (K + C) / (K C), at most 1 (Evci et al. 2020, section 3).
-        score: "magnitude", |w|; "relative_magnitude", |w| over the layer's mean |w|; or a function of (module name,
-            weight) that returns a tensor of the weight's shape, nowhere negative.
-        exclude: names of layers that stay dense; they get no mask.
-        linear: whether Linear weights are candidates, ranked together with the convolutions'.
-        couple: with block="filter" the shape [N, C, H, W] of the model's input, or a sample of it: filters whose
-            outputs are added in a residual sum then share their fate, so that the sum, too, gets narrower.
+        block: `(bo, bi)` or `(bo, bi, br, bs)`: the weights of each block of bo output channels, bi input channels, br
+            filter rows and bs filter columns are kept or pruned together, ranked by the mean square of their scores. A
+            linear layer's weight [K, C] counts as [K, C, 1, 1]. "filter": all weights of an output channel form a
+            block; "channel": all weights that read an input channel. `nn.shrink` removes pruned filters and channels.
+        scope: how the weights kept are distributed over layers. "global": one ranking of all weights. "uniform": the
+            same density in each layer. "erk" (Erdos-Renyi-kernel): density of each layer proportional to
+            (K + C + R + S) / (K C R S), for linear layers (K + C) / (K C), but at most 1.
+        score: "magnitude": |w|. "relative_magnitude": |w| / (mean |w| of the layer). Or a function of (module name,
+            weight) that returns a tensor of the weight's shape without negative values.
+        exclude: names of layers that are not candidates and get no mask.
+        linear: whether Linear weights are candidates too, ranked together with the convolutions'.
+        dependency_input: only with block="filter": shape [N, C, H, W] of the model's input, or a sample of it. Filters
+            whose outputs are added in a residual sum are then kept or pruned together (see `dependency_groups`), so
+            that the sum gets fewer channels too. None ranks each filter by itself.
 
     Returns:
-        A bool mask of the weight's shape, on its device, for each candidate. Their number of kept weights is
-        `round(density * count)`, over the model ("global") or in each layer, as near as whole blocks allow. Of equal
-        scores, the first in order of module, then index, is kept.
+        For each candidate a bool mask with shape and device of its weight. They keep `round(density * n)` of n weights,
+        over the whole model ("global") or in each layer, as nearly as whole blocks allow. Of equal scores, the first in
+        the order of modules, then of indices, is kept.
 
     Raises:
-        ValueError: if an argument is out of its range, or a score is NaN, negative or of another shape.
+        ValueError: if an argument is out of range, or a score is NaN or negative or has a wrong shape.
+
+    Source: Frankle and Carbin, "The lottery ticket hypothesis" (ICLR 2019) for magnitude; Evci et al., "Rigging the
+    lottery" (ICML 2020), section 3, for ERK.
+
+    Example:
+        >>> from torch import nn
+        >>> from sparse_adv import masks
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        >>> kept = masks.prune(model, density=0.25, block=(4, 1))
+        >>> {name: tuple(mask.shape) for name, mask in kept.items()}
+        {'0': (16, 3, 3, 3), '2': (16, 16, 3, 3)}
+        >>> masks.density(kept)
+        0.25
     """
     if isinstance(block, str):
-        if block not in _STRUCTURED:
-            raise ValueError(f"block must be a block shape or one of {', '.join(_STRUCTURED)}, got {block!r}")
+        if block not in _STRUCTURES:
+            raise ValueError(f"block must be a block shape or one of {', '.join(_STRUCTURES)}, got {block!r}")
     else:
         block = check_block(block)
-    if couple is not None and block != "filter":
-        raise ValueError(f'couple needs block="filter", got block={block!r}')
-    found = candidates(model, density, scope, score, exclude, linear)
-    blocks = {name: _block_of(block, four_sizes(shape)) for name, shape in found.shapes.items()}
-    scores = {name: _block_scores(found.scores(name), blocks[name]) for name in found.shapes}
-    sizes = {name: block_sizes(four_sizes(shape), blocks[name]) for name, shape in found.shapes.items()}
-    leader = _leaders(model, couple, found.shapes)
-    kept = keep_blocks(*_together(scores, sizes, leader), _of_leaders(found.targets, leader))
+    if dependency_input is not None and block != "filter":
+        raise ValueError(f'dependency_input needs block="filter", got block={block!r}')
+    candidates = Candidates.of(model, density, scope, score, exclude, linear)
+    blocks = {name: _block_of(block, conv_shape(shape)) for name, shape in candidates.shapes.items()}
+    scores = {name: _block_scores(candidates.scores(name), blocks[name]) for name in candidates.shapes}
+    sizes = {name: block_sizes(conv_shape(shape), blocks[name]) for name, shape in candidates.shapes.items()}
+    targets = candidates.targets
+    first_of_group = _first_of_group(model, dependency_input, candidates.shapes)
+    if dependency_input is not None:
+        scores, sizes = _joint_scores(scores, sizes, first_of_group)
+        targets = _joint_targets(targets, first_of_group)
+    kept_blocks = select_blocks(scores, sizes, targets)
 
     masks = {}
-    for name, weight in found.weights.items():
-        first = found.owner[name]
-        chosen, shape = kept[leader[first]], four_sizes(weight.shape)
-        masks[name] = _whole_blocks(chosen, blocks[first], shape).reshape(weight.shape).to(weight.device)
-        if density > 0 and not chosen.any():
-            log.warning("prune keeps no weight of %r: nothing passes through this layer", name)
+    for name, weight in candidates.weights.items():
+        owner = candidates.owner[name]
+        kept, shape = kept_blocks[first_of_group[owner]], conv_shape(weight.shape)
+        masks[name] = expand_blocks(kept, blocks[owner], shape).reshape(weight.shape).to(weight.device)
+        if density > 0 and not kept.any():
+            log.warning("prune keeps no weight of %r: its output will be constant", name)
     return masks
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is ranked: the weights that may be pruned, and how many of them to keep."""
+    """The weights that are ranked, and how many of them are kept."""
 
     weights: dict[str, Tensor]
     owner: dict[str, str]
-    """Of each layer the first one that uses its weight: a tied weight is counted and ranked once."""
+    """For each layer, the first layer with the same weight: a shared weight is counted and ranked once."""
     shapes: dict[str, torch.Size]
-    """Of the weights that are ranked, by their first layer."""
+    """Shapes of the weights that are ranked, by their owner."""
     targets: dict[tuple[str, ...], int]
-    """How many weights to keep in each group of layers that is ranked together."""
-    rule: Score
+    """For each set of layers that is ranked together, the number of weights to keep."""
+    score: Score
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        density: float,
+        scope: str,
+        score: str | Score,
+        exclude: Collection[str],
+        linear: bool,
+    ) -> Candidates:
+        """Collect the candidates of a model; arguments and errors are those of `prune`."""
+        if not isinstance(density, int | float) or not 0 <= density <= 1:
+            raise ValueError(f"density must be a number in [0, 1], got {density!r}")
+        if scope not in _SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, got {scope!r}")
+        if not callable(score) and score not in _SCORES:
+            raise ValueError(f"score must be a function or one of {', '.join(_SCORES)}, got {score!r}")
+        layers = maskable(model, linear)
+        for name in exclude:
+            if name not in layers:
+                raise ValueError(f"exclude: {unknown_module(name, layers)}")
+        weights = {name: layer.weight.detach() for name, layer in layers.items() if name not in exclude}
+        first: dict[int, str] = {}
+        owner = {name: first.setdefault(id(layers[name].weight), name) for name in weights}
+        shapes = {name: weights[name].shape for name in first.values()}
+        function = score if callable(score) else _SCORES[score]
+        return cls(weights, owner, shapes, _targets(shapes, float(density), scope), function)
 
     def scores(self, name: str) -> Tensor:
-        """A layer's scores, float64 on the CPU, of its weight's shape; raises ValueError if there is a bad one."""
-        return _checked_scores(self.rule, name, self.weights[name])
-
-
-def candidates(
-    model: nn.Module, density: float, scope: str, score: str | Score, exclude: Collection[str], linear: bool
-) -> Candidates:
-    """What `prune` ranks; raises ValueError as it does."""
-    if not isinstance(density, int | float) or not 0 <= density <= 1:
-        raise ValueError(f"density must be a number in [0, 1], got {density!r}")
-    if scope not in _SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, got {scope!r}")
-    if not callable(score) and score not in _SCORES:
-        raise ValueError(f"score must be a function or one of {', '.join(_SCORES)}, got {score!r}")
-    layers = maskable(model, linear)
-    for name in exclude:
-        if name not in layers:
-            raise ValueError(f"exclude: {unknown_module(name, layers)}")
-    weights = {name: layer.weight.detach() for name, layer in layers.items() if name not in exclude}
-    first: dict[int, str] = {}
-    owner = {name: first.setdefault(id(layers[name].weight), name) for name in weights}
-    shapes = {name: weights[name].shape for name in first.values()}
-    rule = score if callable(score) else _SCORES[score]
-    return Candidates(weights, owner, shapes, _targets(shapes, float(density), scope), rule)
-
-
-def _block_of(block: Sequence[int] | str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The block's sizes in a weight of this shape."""
-    if block == "filter":
-        return (1, *shape[1:])
-    if block == "channel":
-        return (shape[0], 1, *shape[2:])
-    assert not isinstance(block, str)
-    return tuple(block)
-
-
-def _leaders(model: nn.Module, couple: Sequence[int] | Tensor | None, names: Collection[str]) -> dict[str, str]:
-    """For each layer the first one that shares its fate, filter by filter: itself, if no sum joins it to another."""
-    leader = {name: name for name in names}
-    if couple is not None:
-        for group in channel_groups(model, couple):
-            members = [name for name in group.producers if name in leader]
-            leader |= dict.fromkeys(members, members[0]) if members else {}
-    return leader
-
-
-def _of_leaders(targets: Mapping[tuple[str, ...], int], leader: Mapping[str, str]) -> dict[tuple[str, ...], int]:
-    """The targets of groups of layers, members counted with their leader."""
-    merged: dict[tuple[str, ...], int] = {}
-    for names, target in targets.items():
-        first = tuple(dict.fromkeys(leader[name] for name in names))
-        merged[first] = merged.get(first, 0) + target
-    return merged
-
-
-def _together(
-    scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], leader: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Scores and sizes of each leader's filters with those that share their fate: root mean square, and sum."""
-    joined: dict[str, list[str]] = {}
-    for name, first in leader.items():
-        joined.setdefault(first, []).append(name)
-    merged: dict[str, Tensor] = {}
-    total = {first: torch.stack([sizes[name] for name in names]).sum(0) for first, names in joined.items()}
-    for first, names in joined.items():
-        squares = [scores[name].square() * sizes[name] for name in names]
-        alone = len(names) == 1  # its own scores then, to the last bit
-        merged[first] = scores[first] if alone else (torch.stack(squares).sum(0) / total[first]).sqrt()
-    return merged, total
-
-
-def _checked_scores(rule: Score, name: str, weight: Tensor) -> Tensor:
-    found = rule(name, weight)
-    if not isinstance(found, Tensor) or found.shape != weight.shape:
-        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"score of {name!r} must be a tensor of the weight's shape {tuple(weight.shape)}, got {what}")
-    found = found.detach().double().cpu()
-    if found.isnan().any():
-        raise ValueError(f"score of {name!r} is NaN in {int(found.isnan().sum())} places, so it cannot be ranked")
-    if (found < 0).any():
-        raise ValueError(f"score of {name!r} must not be negative, got {float(found.min()):g}")
-    return found
-
-
-def four_sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    """[K, C] of a linear layer as [K, C, 1, 1]."""
-    return (*shape, 1, 1)[:4]
-
-
-def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
-    """The root mean square of each block's scores; for single weights the scores themselves, which rank the same."""
-    scores = scores.reshape(four_sizes(scores.shape))
-    if math.prod(block) == 1:
+        """Return the scores of a layer, float64 on the CPU; raise ValueError if shape or values are invalid."""
+        weight = self.weights[name]
+        scores = self.score(name, weight)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            actual = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"score of {name!r} must be a tensor of the weight's shape {tuple(weight.shape)}, got {actual}"
+            )
+        scores = scores.detach().double().cpu()
+        if scores.isnan().any():
+            raise ValueError(f"score of {name!r} must not be NaN, got {int(scores.isnan().sum())} NaN values")
+        if (scores < 0).any():
+            raise ValueError(f"score of {name!r} must not be negative, got {float(scores.min()):g}")
         return scores
-    return (block_sums(scores.square(), block) / block_sizes(scores.shape, block)).sqrt()
 
 
-def block_sums(values: Tensor, block: Sequence[int]) -> Tensor:
-    """The sum over each block; the block has a size for each dimension, and is smaller at the edges."""
-    grid = [-(-length // size) for length, size in zip(values.shape, block, strict=True)]
-    whole = [count * size for count, size in zip(grid, block, strict=True)]
-    if whole != list(values.shape):
-        padded = values.new_zeros(whole)
-        padded[tuple(slice(length) for length in values.shape)] = values
-        values = padded
-    split = [length for pair in zip(grid, block, strict=True) for length in pair]
-    return values.reshape(split).sum(tuple(range(1, len(split), 2)))
-
-
-def block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
-    """How many weights each block has: fewer at the edges."""
-    sizes = torch.ones(1, dtype=torch.int64)
-    for length, size in zip(shape, block, strict=True):
-        sizes = sizes.unsqueeze(-1) * torch.tensor([min(size, length - start) for start in range(0, length, size)])
-    return sizes.squeeze(0)
-
-
-def _whole_blocks(kept: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
-    for dim, size in enumerate(block):
-        kept = kept.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
-    return kept.contiguous()
-
-
-def _targets(shapes: Mapping[str, torch.Size], density: float, scope: str) -> dict[tuple[str, ...], int]:
-    """How many weights to keep in each group of layers that is ranked together."""
-    if scope == "global":
-        return {tuple(shapes): round(density * sum(shape.numel() for shape in shapes.values()))}
-    densities = _erk_densities(shapes, density) if scope == "erk" else dict.fromkeys(shapes, density)
-    return {(name,): round(densities[name] * shape.numel()) for name, shape in shapes.items()}
-
-
-def _erk_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
-    """min(1, scale * (sum of sizes) / (product of sizes)), the scale such that the whole has the wanted density.
-
-    A layer whose share exceeds 1 is kept whole, and what is left goes to the others by the same rule.
-    """
-    whole: set[str] = set()
-    budget = density * sum(shape.numel() for shape in shapes.values())
-    while True:
-        rest = {name: shape for name, shape in shapes.items() if name not in whole}
-        left = budget - sum(shapes[name].numel() for name in whole)
-        scale = left / sum(sum(shape) for shape in rest.values()) if rest else 0.0
-        over = {name for name, shape in rest.items() if scale * sum(shape) > shape.numel()}
-        if not over:
-            return dict.fromkeys(whole, 1.0) | {n: scale * sum(shape) / shape.numel() for n, shape in rest.items()}
-        whole |= over
-
-
-def keep_blocks(
+def select_blocks(
     scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], targets: Mapping[tuple[str, ...], int]
 ) -> dict[str, Tensor]:
-    """The blocks kept in each layer: of each group the highest, until its target is met as nearly as can be."""
+    """Select the blocks with the highest scores so that the number of their weights is as near the target as possible.
+
+    Args:
+        scores: score of each block, by layer.
+        sizes: int64, number of weights of each block, by layer.
+        targets: for each set of layers that is ranked together, the number of weights to keep.
+
+    Returns:
+        For each layer a bool tensor of the shape of its scores: true = kept.
+    """
     kept: dict[str, Tensor] = {}
     for names, target in targets.items():
         if not names:
@@ -280,3 +206,87 @@ def keep_blocks(
         parts = flags.split([scores[name].numel() for name in names])
         kept |= {name: part.reshape(scores[name].shape) for name, part in zip(names, parts, strict=True)}
     return kept
+
+
+def _block_of(block: Sequence[int] | str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Size of the block in each dimension of a weight of this shape."""
+    if block == "filter":
+        return (1, *shape[1:])
+    if block == "channel":
+        return (shape[0], 1, *shape[2:])
+    assert not isinstance(block, str)
+    return tuple(block)
+
+
+def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
+    """The root mean square of each block's scores; for single weights the scores themselves, which rank the same."""
+    scores = scores.reshape(conv_shape(scores.shape))
+    if math.prod(block) == 1:
+        return scores
+    return (block_sums(scores.square(), block) / block_sizes(scores.shape, block)).sqrt()
+
+
+def _first_of_group(
+    model: nn.Module, dependency_input: Sequence[int] | Tensor | None, names: Collection[str]
+) -> dict[str, str]:
+    """For each layer, the first layer of its dependency group; without `dependency_input` the layer itself."""
+    first = {name: name for name in names}
+    if dependency_input is not None:
+        for group in dependency_groups(model, dependency_input):
+            members = [name for name in group.producers if name in first]
+            if members:
+                first |= dict.fromkeys(members, members[0])
+    return first
+
+
+def _joint_targets(
+    targets: Mapping[tuple[str, ...], int], first_of_group: Mapping[str, str]
+) -> dict[tuple[str, ...], int]:
+    """Targets in which each dependency group counts as its first layer."""
+    joint: dict[tuple[str, ...], int] = {}
+    for names, target in targets.items():
+        firsts = tuple(dict.fromkeys(first_of_group[name] for name in names))
+        joint[firsts] = joint.get(firsts, 0) + target
+    return joint
+
+
+def _joint_scores(
+    scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], first_of_group: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Scores (root mean square) and sizes (sum) of the filters of each dependency group, by its first layer."""
+    groups: dict[str, list[str]] = {}
+    for name, first in first_of_group.items():
+        groups.setdefault(first, []).append(name)
+    joint_scores: dict[str, Tensor] = {}
+    joint_sizes = {first: torch.stack([sizes[name] for name in names]).sum(0) for first, names in groups.items()}
+    for first, names in groups.items():
+        squares = torch.stack([scores[name].square() * sizes[name] for name in names])
+        # A single layer keeps its own scores, without the rounding of squaring and taking the root.
+        joint_scores[first] = scores[first] if len(names) == 1 else (squares.sum(0) / joint_sizes[first]).sqrt()
+    return joint_scores, joint_sizes
+
+
+def _targets(shapes: Mapping[str, torch.Size], density: float, scope: str) -> dict[tuple[str, ...], int]:
+    """For each set of layers that is ranked together, the number of weights to keep."""
+    if scope == "global":
+        return {tuple(shapes): round(density * sum(shape.numel() for shape in shapes.values()))}
+    densities = _erk_densities(shapes, density) if scope == "erk" else dict.fromkeys(shapes, density)
+    return {(name,): round(densities[name] * shape.numel()) for name, shape in shapes.items()}
+
+
+def _erk_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
+    """min(1, scale * (sum of sizes) / (product of sizes)) for each layer, with the scale that gives the total density.
+
+    Layers whose density would exceed 1 are kept whole, and the scale is computed again for the remaining layers.
+    """
+    whole: set[str] = set()
+    budget = density * sum(shape.numel() for shape in shapes.values())
+    while True:
+        remaining = {name: shape for name, shape in shapes.items() if name not in whole}
+        weights_left = budget - sum(shapes[name].numel() for name in whole)
+        scale = weights_left / sum(sum(shape) for shape in remaining.values()) if remaining else 0.0
+        densities = {name: scale * sum(shape) / shape.numel() for name, shape in remaining.items()}
+        over = {name for name, shape in remaining.items() if scale * sum(shape) > shape.numel()}
+        if not over:
+            return dict.fromkeys(whole, 1.0) | densities
+        whole |= over

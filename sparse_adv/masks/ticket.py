@@ -1,7 +1,7 @@
-"""The ticket file: masks, initial weights and where they come from, in one safetensors file.
+"""Ticket files: masks, weights to start from and provenance, in one safetensors file.
 
-Tensors `mask/<module>` are bit-packed (uint8, NumPy's packbits order), `weight/<key>` the initial state dict. The
-metadata holds JSON: the masks' shapes, the provenance, and a SHA-256 of all tensors.
+Tensors `mask/<module>` are packed bits (uint8, in the order of numpy.packbits), `weight/<key>` the state dict. The
+metadata contains JSON: the shapes of the masks, the provenance, and a SHA-256 checksum of all tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,64 +23,87 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sparse_adv.files import write_bytes
-from sparse_adv.masks.algebra import density, largest_block
+from sparse_adv.masks.algebra import density
+from sparse_adv.masks.blocks import largest_block
 from sparse_adv.masks.layers import parameter_of
 from sparse_adv.ops import build_facts
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 TICKET_FORMAT = "sparse_adv ticket 1"
-"""What the metadata of a ticket file calls its format."""
+"""Value of "format" in the metadata of a ticket file."""
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """What a ticket search found: masks keyed by module name, the initial weights, and how they came about."""
+    """Masks, and weights to train under them: the result of a ticket search, or of reading a pruned model.
+
+    Args:
+        masks: bool masks keyed by module name.
+        state_dict: the weights to start training from, as the dense model's state dict.
+        provenance: JSON data about the origin, such as seed, data set and hyperparameters.
+
+    Example:
+        >>> from torch import nn
+        >>> from sparse_adv import masks
+        >>> model = nn.Conv2d(3, 8, 3)
+        >>> ticket = masks.Ticket(masks.prune(model, 0.5), model.state_dict(), {"seed": 0})
+        >>> list(ticket.masks), list(ticket.state_dict)
+        ([''], ['weight', 'bias'])
+    """
 
     masks: dict[str, Tensor]
     state_dict: dict[str, Tensor]
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def save_ticket(
-    path: str | os.PathLike[str],
-    masks: Mapping[str, Tensor],
-    state_dict: Mapping[str, Tensor],
-    provenance: Mapping[str, Any],
-) -> None:
-    """Write a ticket; a file of that name is replaced at once or not at all.
+def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
+    """Write a ticket to a file; an existing file is replaced completely or, after an error, not at all.
+
+    The version of this library and of torch, the date, the density and each layer's largest block are added to the
+    provenance unless it already has entries of these names ("sparse_adv", "torch", "date", "density", "blocks").
 
     Args:
-        path: the file, by custom `*.safetensors`.
-        masks: bool masks keyed by module name.
-        state_dict: the weights to begin training with; it must hold the weight of each mask.
-        provenance: JSON data, such as seed, data set and recipe. The library adds its version, torch's, the date, the
-            density of weights and each layer's largest block, where the caller does not give them.
+        path: the file, by convention *.safetensors.
+        ticket: the ticket; its state dict must have the weight of each mask.
 
     Raises:
-        ValueError: if a mask has no weight of its shape in `state_dict`, or the provenance is not JSON data.
+        TypeError: if a mask is not a bool tensor.
+        ValueError: if a mask has no weight of its shape in the state dict, or the provenance is not JSON data.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from sparse_adv import masks
+        >>> model = nn.Conv2d(3, 8, 3)
+        >>> ticket = masks.Ticket(masks.prune(model, 0.5), model.state_dict(), {"seed": 0})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     masks.save_ticket(f"{folder}/ticket.safetensors", ticket)
+        ...     loaded = masks.load_ticket(f"{folder}/ticket.safetensors")
+        >>> loaded.masks[""].equal(ticket.masks[""]), loaded.provenance["seed"], loaded.provenance["density"]
+        (True, 0, 0.5)
     """
-    check_fit(masks, state_dict)
+    check_masks_fit(ticket.masks, ticket.state_dict)
     try:
-        provenance_json = json.dumps(_facts(masks) | dict(provenance))
+        provenance = json.dumps(_default_provenance(ticket.masks) | dict(ticket.provenance))
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance must be JSON data: {error}") from error
-    tensors = {f"mask/{name}": torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in masks.items()}
-    tensors |= {f"weight/{key}": value for key, value in own_copies(state_dict).items()}
+    tensors = {f"mask/{name}": torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in ticket.masks.items()}
+    tensors |= {f"weight/{key}": value for key, value in independent_copies(ticket.state_dict).items()}
     metadata = {
         "format": TICKET_FORMAT,
-        "provenance": provenance_json,
-        "mask_shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
-        "sha256": _digest(tensors),
+        "provenance": provenance,
+        "mask_shapes": json.dumps({name: list(mask.shape) for name, mask in ticket.masks.items()}),
+        "sha256": _checksum(tensors),
     }
     write_bytes(Path(path), save(tensors, metadata))
 
 
 def load_ticket(path: str | os.PathLike[str]) -> Ticket:
-    """Read a ticket.
+    """Read a ticket from a file that `save_ticket` wrote; see there for an example.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, cut short or no ticket.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged or is not a ticket.
     """
     path = Path(path)
     if not path.is_file():
@@ -91,34 +114,38 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if metadata.get("format") != TICKET_FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {TICKET_FORMAT!r}")
-        if metadata["sha256"] != _digest(tensors):
+        if metadata["sha256"] != _checksum(tensors):
             raise ValueError("its contents do not match its checksum")
         masks = {
             name: _unpack(tensors[f"mask/{name}"], shape) for name, shape in json.loads(metadata["mask_shapes"]).items()
         }
         provenance = json.loads(metadata["provenance"])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} is no readable ticket file: {error}") from error
+        raise ValueError(f"{str(path)!r} is not a readable ticket file: {error}") from error
     weights = {key.removeprefix("weight/"): value for key, value in tensors.items() if key.startswith("weight/")}
     return Ticket(masks, weights, provenance)
 
 
-def check_fit(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
-    """Raises TypeError or ValueError unless `state_dict` holds a weight of its shape for each mask."""
+def check_masks_fit(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError unless `state_dict` has, for each mask, a weight of its shape."""
     for name, mask in masks.items():
         check_mask(mask, linear=True)
         key = parameter_of(name)
-        if key not in state_dict or state_dict[key].shape != mask.shape:
-            found = tuple(state_dict[key].shape) if key in state_dict else "nothing"
-            raise ValueError(f"state_dict must hold {key!r} of the mask's shape {tuple(mask.shape)}, found {found}")
+        if key not in state_dict:
+            raise ValueError(f"state_dict must have {key!r} for the mask of {name!r}, but has no such tensor")
+        if state_dict[key].shape != mask.shape:
+            raise ValueError(
+                f"state_dict must have {key!r} of the mask's shape {tuple(mask.shape)}, "
+                f"got {tuple(state_dict[key].shape)}"
+            )
 
 
-def own_copies(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each with memory of its own: safetensors refuses tied weights otherwise."""
+def independent_copies(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, each into memory of its own: safetensors cannot write tensors that share memory."""
     return {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
 
 
-def _facts(masks: Mapping[str, Tensor]) -> dict[str, Any]:
+def _default_provenance(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "sparse_adv": build_facts()["version"],
         "torch": torch.__version__,
@@ -133,7 +160,7 @@ def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
     return torch.from_numpy(bits.astype(np.bool_)).reshape(shape)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode())

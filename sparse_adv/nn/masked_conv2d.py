@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 from torch.optim import Optimizer
 
-from sparse_adv.masks.algebra import largest_obeyed_block
+from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels

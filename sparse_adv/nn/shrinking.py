@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparse_adv.kernels.layout import in_layout_of
-from sparse_adv.masks.dependency_graph import NORMS, ChannelGroup, Trace, trace
+from sparse_adv.masks.dependency_graph import NORMS, DependencyGraph, DependencyGroup, build_dependency_graph
 from sparse_adv.masks.layers import unknown_module
 from sparse_adv.nn.conversion import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -51,8 +51,8 @@ def shrink(
     make others constant or unread, so this is repeated until nothing changes. In eval mode the function is unchanged up
     to rounding; in training mode, too, if BatchNorm outputs 0 for the removed channels (`nn.zero_dead_channels`).
 
-    Masks of whole filters come from `masks.prune(..., block="filter", couple=shape)`. The result is an ordinary model
-    with Parameters of its own: make a new optimiser for it.
+    Masks of whole filters come from `masks.prune(..., block="filter", dependency_input=shape)`. The result is an
+    ordinary model with Parameters of its own: make a new optimiser for it.
 
     Args:
         model: dense or sparse; it is not changed.
@@ -85,9 +85,9 @@ def shrink(
     with torch.no_grad():
         for name, mask in own_masks.items():
             _module(small, name).weight.masked_fill_(~mask, 0)
-    before = _widths(trace(small, shape).groups, small)
+    before = _widths(build_dependency_graph(small, shape).groups, small)
     while True:
-        traced = trace(small, shape)
+        traced = build_dependency_graph(small, shape)
         constants = _Constants(small, traced, own_masks)
         plans = {group: _channels_to_keep(small, group, own_masks, constants, multiple) for group in _free(traced)}
         changing = {group: channels for group, channels in plans.items() if not channels.all()}
@@ -119,11 +119,11 @@ def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]
     return copies
 
 
-def _widths(groups: Sequence[ChannelGroup], model: nn.Module) -> dict[str, int]:
+def _widths(groups: Sequence[DependencyGroup], model: nn.Module) -> dict[str, int]:
     return {name: len(_module(model, name).weight) for group in groups for name in group.producers}
 
 
-def _free(traced: Trace) -> list[ChannelGroup]:
+def _free(traced: DependencyGraph) -> list[DependencyGroup]:
     """The groups whose width may change, because all members are known."""
     return [group for group in traced.groups if not group.fixed and group.producers]
 
@@ -135,7 +135,7 @@ class _Constants(fx.Interpreter):
     NaN propagates through the model's operations, so that what depends on a channel that varies is NaN as well.
     """
 
-    def __init__(self, model: nn.Module, traced: Trace, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, traced: DependencyGraph, masks: Mapping[str, Tensor]) -> None:
         super().__init__(model, graph=traced.graph)
         self.traced, self.masks = traced, masks
         self.device = next(model.parameters()).device
@@ -207,7 +207,7 @@ class _Constants(fx.Interpreter):
 
 
 def _channels_to_keep(
-    model: nn.Module, group: ChannelGroup, masks: Mapping[str, Tensor], constants: _Constants, multiple: int
+    model: nn.Module, group: DependencyGroup, masks: Mapping[str, Tensor], constants: _Constants, multiple: int
 ) -> Tensor:
     """bool [width]: the channels of a group that a reader needs, and more of them up to a multiple."""
     needed = torch.zeros(group.width, dtype=torch.bool, device=constants.device)
@@ -246,7 +246,7 @@ def _padding(layer: Any) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _cut(
-    model: nn.Module, group: ChannelGroup, channels: Tensor, masks: dict[str, Tensor], constants: _Constants
+    model: nn.Module, group: DependencyGroup, channels: Tensor, masks: dict[str, Tensor], constants: _Constants
 ) -> None:
     """Remove a group's channels from all its members."""
     for name, features in group.consumers:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_adv import masks
 from sparse_adv.nn import sparsify, zero_dead_channels
+from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 
 def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], *, weights: bool = True) -> nn.Module:
@@ -87,9 +88,7 @@ def _shuffled(mask: Tensor, generator: torch.Generator) -> Tensor:
         grid = part[tuple(slice(None, None, size) for size in sizes)]  # one element of each block
         order = torch.randperm(grid.numel(), generator=generator).to(mask.device)
         permuted = grid.reshape(-1)[order].view(grid.shape)
-        for dim, size in enumerate(sizes):
-            permuted = permuted.repeat_interleave(size, dim)
-        new[region] = permuted
+        new[region] = expand_blocks(permuted, sizes, part.shape)
     return new
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse_adv import json_files, masks, runs
 from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
-from sparse_adv.masks.dependency_graph import channel_groups
+from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.nn import densify, sparsify
 from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo, TicketChecks
 from sparse_adv.tickets import checks
@@ -172,7 +172,7 @@ class _Search:
         if self.input_shape and number == 1:
             order = _channel_permutation(self.model, self.prune_config, self.input_shape)
             order.apply(self.model)
-            self._rewound = order.reorder(self._start())
+            self._rewound = order.permute_state_dict(self._start())
             self.checks = replace(self.checks, retained=order.retained)
         start = self._start()
         new = _prune(self.model, self.prune_config, number)
@@ -261,7 +261,7 @@ class _Search:
         if folder is None:
             return ticket
         if distributed.rank() == 0:
-            masks.save_ticket(folder / runs.TICKET, ticket.masks, ticket.state_dict, ticket.provenance)
+            masks.save_ticket(folder / runs.TICKET, ticket)
         distributed.barrier()
         return masks.load_ticket(folder / runs.TICKET)
 
@@ -278,9 +278,9 @@ def _prune(model: nn.Module, config: PruneConfig, number: int) -> dict[str, Tens
     )
 
 
-def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[int]) -> masks.ChannelOrder:
+def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[int]) -> masks.ChannelPermutation:
     """The order of a trained dense model's channels in which the blocks of the last round keep the highest scores."""
-    return masks.gather_channels(
+    return masks.permute_channels(
         model, config.density, config.block, shape, scope=config.scope, score=config.score, linear=config.linear
     )
 
@@ -292,7 +292,7 @@ def _input_shape(model: nn.Module, batches: Batches) -> tuple[int, ...] | None:
     if batch is None:
         return None
     shape = (1, *batch[0].shape[1:])
-    channel_groups(model, shape)
+    dependency_groups(model, shape)
     return shape
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_adv.files import write_bytes
 from sparse_adv.json_files import JSONObject
-from sparse_adv.masks.ticket import own_copies
+from sparse_adv.masks.ticket import independent_copies
 
 _FORMAT = "sparse_adv weights 1"
 
@@ -35,7 +35,7 @@ def write_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: JSONOb
         >>> read_weights(path)
         ({'bias': tensor([0., 0.])}, {'epoch': 3})
     """
-    write_bytes(path, save(own_copies(state_dict), {"format": _FORMAT, "metadata": json.dumps(metadata)}))
+    write_bytes(path, save(independent_copies(state_dict), {"format": _FORMAT, "metadata": json.dumps(metadata)}))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:

@@ -29,7 +29,7 @@ def ticket_file(tmp_path):
     model = models.build("digits_cnn")
     kept = masks.prune(model, density=0.2, block=(4, 1), scope="uniform")
     path = tmp_path / "ticket.safetensors"
-    masks.save_ticket(path, kept, model.state_dict(), {"arch": "digits_cnn"})
+    masks.save_ticket(path, masks.Ticket(kept, model.state_dict(), {"arch": "digits_cnn"}))
     return path
 
 

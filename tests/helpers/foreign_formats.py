@@ -1,4 +1,4 @@
-"""A small network, and its state dict under masks as other tools would write it."""
+"""A small network, and its masked state dict as each supported tool writes it."""
 
 import copy
 
@@ -94,7 +94,7 @@ def as_npy(path, masks):
 
 
 def edge_popup_mask(scores, k):
-    """As HYDRA and HARP compute it."""
+    """The mask that HYDRA and HARP compute from scores."""
     mask, (_, order) = scores.abs().clone(), scores.abs().flatten().sort()
     pruned = int((1 - k) * scores.numel())
     mask.flatten()[order[:pruned]] = 0

@@ -1,4 +1,4 @@
-"""The networks of the library in small, as if they had been trained."""
+"""Narrow networks of the library, with BatchNorm statistics as if they had been trained."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ NETWORKS = {"resnet18": 8, "preact_resnet18": 8, "vgg16": 8, "digits_cnn": None,
 
 
 def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
-    """With BatchNorm statistics and parameters as if it had been trained."""
+    """Return a network in eval mode, with random BatchNorm statistics and parameters, and the shape of its input."""
     torch.manual_seed(0)
     width = NETWORKS[name]
     model = build(name, width=width) if width else build(name)

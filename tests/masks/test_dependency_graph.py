@@ -1,24 +1,24 @@
-"""Which channels belong together, in the networks of the library and in what its tracing does not know."""
+"""Dependency groups of the library's networks, and operations that fix the channels."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse_adv.masks.dependency_graph import ChannelGroup, channel_groups
+from sparse_adv.masks.dependency_graph import DependencyGroup, dependency_groups
 from sparse_adv.models import build
 
 SHAPE = (2, 3, 32, 32)
 
 
-def group_of(groups: list[ChannelGroup], producer: str) -> ChannelGroup:
+def group_of(groups: list[DependencyGroup], producer: str) -> DependencyGroup:
     return next(group for group in groups if producer in group.producers)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "wrn-10-1", "vgg16"])
-def test_every_convolution_has_its_place(name):
+def test_every_convolution_produces_and_consumes_channels_of_groups_of_its_width(name):
     model = build(name, width=8) if name != "wrn-10-1" else build(name)
-    groups = channel_groups(model, SHAPE)
+    groups = dependency_groups(model, SHAPE)
     convolutions = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     assert {name for group in groups for name in group.producers} >= convolutions
     assert {member.name for group in groups for member in group.consumers} >= convolutions
@@ -29,8 +29,8 @@ def test_every_convolution_has_its_place(name):
             assert model.get_submodule(consumer).weight.shape[1] == group.width * features
 
 
-def test_a_residual_sum_joins_its_summands_and_leaves_inner_channels_alone():
-    groups = channel_groups(build("resnet18", width=8), SHAPE)
+def test_a_residual_sum_joins_its_operands_but_not_the_inner_channels_of_blocks():
+    groups = dependency_groups(build("resnet18", width=8), SHAPE)
     sums = [group for group in groups if len(group.producers) > 1]
     assert len(sums) == 4  # one for each stage
     inner = [group for group in groups if len(group.producers) == 1 and not group.fixed]
@@ -38,21 +38,21 @@ def test_a_residual_sum_joins_its_summands_and_leaves_inner_channels_alone():
     assert all(len(group.consumers) == 1 for group in inner)
 
 
-def test_input_and_output_are_fixed():
+def test_channels_of_the_input_and_the_output_are_fixed():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
-    groups = channel_groups(model, SHAPE)
+    groups = dependency_groups(model, SHAPE)
     assert group_of(groups, "0").fixed == ""
     assert group_of(groups, "2").fixed == "the model's output"
     assert groups[0].producers == () and groups[0].fixed == "the model's input"
 
 
-def test_a_flattened_channel_is_as_many_features_as_it_has_pixels():
+def test_a_flattened_channel_has_as_many_features_as_pixels():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 15 * 15, 10))
-    assert group_of(channel_groups(model, SHAPE), "0").consumers[0].features == 15 * 15
+    assert group_of(dependency_groups(model, SHAPE), "0").consumers[0].features == 15 * 15
 
 
-class Uses(nn.Module):
-    """A convolution whose output goes through a function before another reads it."""
+class Between(nn.Module):
+    """Two convolutions with a function between them."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -76,21 +76,21 @@ class Uses(nn.Module):
         (lambda x: x / x.shape[1], False),
     ],
 )
-def test_what_mixes_channels_or_is_unknown_fixes_them(function, free):
-    assert (group_of(channel_groups(Uses(function), SHAPE), "first").fixed == "") is free
+def test_functions_that_mix_channels_or_are_not_supported_fix_them(function, free):
+    assert (group_of(dependency_groups(Between(function), SHAPE), "first").fixed == "") is free
 
 
-def test_grouped_convolutions_are_fixed_and_depthwise_ones_are_not():
+def test_channels_of_grouped_convolutions_are_fixed_but_not_of_depthwise_ones():
     depthwise = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 5, 3))
-    group = group_of(channel_groups(depthwise, SHAPE), "0")
+    group = group_of(dependency_groups(depthwise, SHAPE), "0")
     assert (group.fixed, group.depthwise) == ("", ("1",))
     grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 5, 3))
-    assert group_of(channel_groups(grouped, SHAPE), "0").fixed == "1 is a grouped convolution"
+    assert group_of(dependency_groups(grouped, SHAPE), "0").fixed == "1 is a grouped convolution"
 
 
-def test_a_model_that_cannot_be_traced_is_told_with_its_module():
+def test_a_model_that_cannot_be_traced_raises_an_error_that_names_the_module():
     def branch(x):
         return x if x.sum() > 0 else -x
 
     with pytest.raises(ValueError, match=r"torch\.fx cannot trace the model"):
-        channel_groups(Uses(branch), SHAPE)
+        dependency_groups(Between(branch), SHAPE)

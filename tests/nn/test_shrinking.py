@@ -46,7 +46,7 @@ def test_the_function_is_unchanged(name, zeroed, multiple):
 
 def test_half_of_every_width_is_removed_if_residual_branches_prune_the_same_channels():
     model, shape = network("resnet18")
-    masks = prune(model, 0.5, "filter", "uniform", couple=shape)
+    masks = prune(model, 0.5, "filter", "uniform", dependency_input=shape)
     zero_dead_channels(model, masks, shape)
     shrunk = shrink(model, masks, shape)
     assert {after / before for name, (before, after) in shrunk.widths.items() if name in masks} == {0.5}
@@ -134,7 +134,7 @@ def test_channels_with_kept_weights_of_zero_are_not_removed():
 
 def test_the_small_model_can_be_trained_copied_loaded_and_compiled():
     model, shape = network("resnet18")
-    masks = prune(model, 0.5, "filter", couple=shape)
+    masks = prune(model, 0.5, "filter", dependency_input=shape)
     zero_dead_channels(model, masks, shape)
     small = shrink(model, masks, shape, multiple=2).model.train()
     optimizer = torch.optim.SGD(small.parameters(), 0.1)

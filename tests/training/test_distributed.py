@@ -40,7 +40,7 @@ def ticket(tmp_path_factory):
     path = tmp_path_factory.mktemp("ticket") / "ticket.safetensors"
     model = models.build("digits_cnn", width=8)
     kept = masks.prune(model, density=0.1, linear=True)
-    masks.save_ticket(path, kept, model.state_dict(), {"arch": "digits_cnn", "width": 8})
+    masks.save_ticket(path, masks.Ticket(kept, model.state_dict(), {"arch": "digits_cnn", "width": 8}))
     return path
 
 

@@ -1,6 +1,6 @@
-"""Masks and weights as other tools write them: read from any of their files, written so that they can read them.
+"""Masks and weights in the files of other tools: reading all of their formats, writing two of them.
 
-`formats.py` is the list of formats; each is recognised by its keys.
+`formats.py` lists the formats; each is recognised by the keys of its state dict.
 """
 
 from sparse_adv.masks.interchange.formats import FORMATS

@@ -1,4 +1,4 @@
-"""Files of tensors, known by their first bytes: torch.save's, safetensors, NumPy's; nothing in them is executed."""
+"""Files of tensors: torch.save, safetensors and NumPy, recognised by their first bytes; no code in them is executed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sparse_adv.files import unpickle_arrays
 
 _NUMPY = b"\x93NUMPY"
 _TORCH = (b"PK", b"\x80")
-"""A zip archive; a bare pickle, as torch wrote before 1.6."""
+"""A zip archive, or a bare pickle, which torch wrote before 1.6."""
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def is_npy(path: Path) -> bool:
-    """Whether this is a NumPy array file."""
+    """Return whether a file is a NumPy array file."""
     return _starts_with(path, _NUMPY)
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; of any other file, none."""
+    """Return the metadata of a safetensors file; an empty dict for files of other formats."""
     if _starts_with(path, _NUMPY, *_TORCH):
         return {}
     try:
@@ -37,34 +37,34 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> Any:
-    """What torch.save (`weights_only=True` must suffice) or safetensors wrote, on the CPU.
+    """Read a file of torch.save (with `weights_only=True`) or safetensors, onto the CPU.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, of another kind, or holds more than tensors and plain data.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is damaged, has another format, or contains other objects than tensors and plain data.
     """
     if is_npy(path):
-        raise ValueError(f"{str(path)!r} is a NumPy file: give it as mask_path, and the weights as path")
+        raise ValueError(f"{str(path)!r} is a NumPy file: pass it as mask_path, and the weights as path")
     try:
         if _starts_with(path, *_TORCH):
             return torch.load(path, map_location="cpu", weights_only=True)
         return load_file(path)
-    except Exception as error:  # a damaged file fails in any way it likes
+    except Exception as error:  # both libraries raise many types for damaged files
         raise _unreadable(path, error) from error
 
 
 def read_npy_list(path: Path) -> list[torch.Tensor]:
-    """The arrays in an object array, or the rows of a plain one, as tensors.
+    """Read the arrays in a NumPy object array, or the rows of an array of numbers, as tensors.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or holds anything but arrays of numbers.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is damaged, or contains other objects than arrays of numbers.
     """
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
             if version not in _NPY_HEADERS:
-                raise ValueError(f"its version of the format is {version}")
+                raise ValueError(f"version {version} of the format is not supported")
             _, _, dtype = _NPY_HEADERS[version](file)
             if dtype.hasobject:
                 arrays = unpickle_arrays(file)
@@ -76,20 +76,20 @@ def read_npy_list(path: Path) -> list[torch.Tensor]:
         raise _unreadable(path, error) from error
 
 
-def _starts_with(path: Path, *beginnings: bytes) -> bool:
+def _starts_with(path: Path, *prefixes: bytes) -> bool:
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
     with path.open("rb") as file:
-        return file.read(max(map(len, beginnings))).startswith(beginnings)
+        return file.read(max(map(len, prefixes))).startswith(prefixes)
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     text = str(error)
-    asked = re.search(r"GLOBAL (\S+)", text)
-    if asked:
-        reason = f"it asks for {asked[1]}, which is neither tensor nor plain data"
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if refused:
+        reason = f"it contains {refused[1]}, which is neither a tensor nor plain data"
     elif text.startswith("Weights only load failed"):
         reason = "torch.load(weights_only=True) refuses it"
     else:
         reason = text.partition("\n")[0] or type(error).__name__
-    return ValueError(f"{str(path)!r} is no readable file of tensors: {reason}")
+    return ValueError(f"{str(path)!r} is not a readable file of tensors: {reason}")

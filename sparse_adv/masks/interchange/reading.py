@@ -1,4 +1,4 @@
-"""From anyone's checkpoint to masks and a plain dense state dict."""
+"""`load_pruned` and `from_state_dict`: masks and dense state dicts from the checkpoints of other tools."""
 
 from __future__ import annotations
 
@@ -21,40 +21,49 @@ from sparse_adv.masks.interchange.formats import (
     is_maskable_weight,
     module_of,
     open_lth_parameter,
-    recognised,
+    recognise,
 )
 from sparse_adv.masks.layers import parameter_of, unknown_module
 from sparse_adv.masks.ticket import TICKET_FORMAT, Ticket, load_ticket
 
-_NESTS = ("state_dict", "model_state_dict", "net", "model")
-"""Where checkpoints that hold more than a state dict keep it."""
+_STATE_KEYS = ("state_dict", "model_state_dict", "net", "model")
+"""Keys under which checkpoints store the state dict of the model."""
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and wrappers put before every name."""
+"""Prefixes of all names that DataParallel, torch.compile and wrapper modules add."""
 
-_COUNTED = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
-"""The modules that ticket_robust's list of masks has an entry for."""
+_LISTED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
+"""The layers for which ticket_robust's list of masks has an entry."""
 
 
 def from_state_dict(
     state_dict: Mapping[str, Any], format: str | None = None, density: Density = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split a pruned model's state dict, or a checkpoint around it, into masks and a plain dense state dict.
+    """Divide a pruned model's state dict, or a checkpoint that contains it, into masks and a dense state dict.
 
     Args:
-        state_dict: tensors by name; or a checkpoint that has them under "state_dict", "model_state_dict", "net" or
-            "model". "module.", "model." and "_orig_mod." before every name are dropped, and so is what is no tensor.
-        format, density: as for `load_pruned`.
+        state_dict: tensors by name, or a checkpoint that has them under "state_dict", "model_state_dict", "net" or
+            "model". The prefixes "module.", "model." and "_orig_mod." are removed if all names have them; values that
+            are not tensors are ignored.
+        format, density: as in `load_pruned`.
 
     Returns:
-        The masks of all weights of two or four dimensions, keyed by module name; and the state dict as the dense model
-        would have it, with `weight * mask`, pruned entries 0 whatever they held.
+        The masks of all weights of two or four dimensions, keyed by module name; and the state dict for the dense model
+        with `weight * mask`, where pruned entries are 0 even if they were not finite.
 
     Raises:
-        ValueError: if there is no mask, or one has no parameter of its shape or other values than 0 and 1.
+        ValueError: if there is no mask, a mask has no parameter of its shape, or it has values other than 0 and 1.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import masks
+        >>> weight = torch.tensor([[1.0, 0.5], [2.0, 3.0]])
+        >>> kept, dense = masks.from_state_dict({"fc.weight_orig": weight, "fc.weight_mask": (weight > 1).float()})
+        >>> kept["fc"].tolist(), dense["fc.weight"].tolist()
+        ([[False, False], [True, True]], [[0.0, 0.0], [2.0, 3.0]])
     """
-    state, _ = _without_prefixes(_unnested(state_dict))
-    return _masked(_split(state, format, density)[1])
+    state, _ = _without_prefixes(_find_state(state_dict))
+    return _apply_masks(_split(state, format, density)[1])
 
 
 def load_pruned(
@@ -66,9 +75,10 @@ def load_pruned(
     format: str | None = None,
     dense: bool = False,
 ) -> Ticket:
-    """Read the masks and weights of a pruned model, whoever wrote them: torch.save's files, safetensors, our tickets.
+    """Read the masks and weights of a pruned model from a file of any supported tool.
 
-    The formats, recognised by the keys (`X` stands for a module's name):
+    Files may be those of torch.save, safetensors, or tickets of this library. The formats, recognised by their keys
+    (`X` is a module's name):
 
     - "prune": `X.weight_orig`, `X.weight_mask` (torch.nn.utils.prune, Lightning's ModelPruning).
     - "parametrize": `X.parametrizations.weight.original`, `.0.mask` (torch.nn.utils.parametrize with a buffer `mask`).
@@ -76,94 +86,105 @@ def load_pruned(
     - "turboprune": `X.weight`, `X.mask`.
     - "open_lth": `model.X.weight`, `mask_X___weight`; or dense weights with OpenLTH's mask file as `mask_path`.
     - "popup_scores": `X.weight`, `X.popup_scores` (HYDRA; HARP, with `X.k_score`); needs `density`.
-    - "mask_list": dense weights with a .npy file as `mask_path`, an object array of the masks of all Conv2d, Linear and
-      BatchNorm layers in the order of `model.modules()` (ticket_robust, Li et al. 2020); needs `model`. BatchNorm's
-      masks apply to gamma and beta; what that code does to biases is left out.
-    - "zeros": none of these: zeros in a weight of two or four dimensions are its mask, and without zeros it has none.
-    - "ticket": our own file; its weights are the initial ones, not masked.
+    - "mask_list": dense weights with a .npy file as `mask_path`: an object array of the masks of all Conv2d, Linear and
+      BatchNorm layers in the order of `model.modules()` (ticket_robust, Li et al. 2020); needs `model`. The masks of
+      BatchNorm apply to gamma and beta. That code also changes biases; this is not reproduced.
+    - "zeros": none of the above; the zeros in a weight of two or four dimensions are its mask.
+    - "ticket": a ticket of this library; its weights are those to start from, without masks applied.
 
     Args:
-        path: the file; a checkpoint may have the state dict inside, as for `from_state_dict`.
-        mask_path: the file of the masks, if they are in another.
-        model: the dense or sparse model that the weights are for; prefixes that its own names have are kept then, and
-            each mask must have its module and shape.
-        density: of "popup_scores", the fraction of its weights that each layer keeps: one number, or numbers by module
-            name. With HARP's `k_score`, the global density of which it makes each layer's.
-        format: the format, if it is not to be recognised.
-        dense: whether a file that masks nothing is welcome too; it has no masks then, and the format "dense".
+        path: the file; the state dict may be inside of a checkpoint, as for `from_state_dict`.
+        mask_path: the file of the masks, if they are in another file.
+        model: the dense or sparse model that the weights are for. Prefixes that its own names have are then not
+            removed, and each mask must match a module and the shape of its weight.
+        density: for "popup_scores", the fraction of its weights that each layer keeps: one number, or numbers by module
+            name. For HARP one number is the global density, from which `k_score` gives each layer's.
+        format: the format; None to recognise it.
+        dense: also accept a file without any mask; the result then has no masks and the format "dense".
 
     Returns:
-        Masks, weights (with `weight * mask`) and as provenance "format", "file", "mask_file" and "density"; a ticket's
-        own provenance stays.
+        A ticket with the masks, the weights (`weight * mask`), and the provenance "format", "file", "mask_file" and
+        "density"; the provenance of a ticket file is kept.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a file is damaged or asks for more than tensors, nothing masks it, or masks, weights and model
-            do not fit together.
+        FileNotFoundError: if a file does not exist.
+        ValueError: if a file is damaged or contains other objects than tensors, there are no masks, or masks, weights
+            and model do not match.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from sparse_adv import masks
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"fc.weight": torch.tensor([[1.0, 0.0]]), "fc.bias": torch.zeros(1)}, f"{folder}/model.pt")
+        ...     ticket = masks.load_pruned(f"{folder}/model.pt")
+        >>> ticket.masks, ticket.provenance["format"]
+        ({'fc': tensor([[ True, False]])}, 'zeros')
     """
     path = Path(path)
     if format == "ticket" or (format is None and safetensors_metadata(path).get("format") == TICKET_FORMAT):
         ticket = load_ticket(path)
-        found = Ticket(ticket.masks, ticket.state_dict, {"format": "ticket", "file": str(path)} | ticket.provenance)
+        source = {"format": "ticket", "file": str(path)}
+        ticket = Ticket(ticket.masks, ticket.state_dict, source | ticket.provenance)
     else:
-        found = _load(path, None if mask_path is None else Path(mask_path), model, density, format, dense)
+        ticket = _load(path, None if mask_path is None else Path(mask_path), model, density, format, dense)
     if model is not None:
-        _check(found.masks, model, path)
-    return found
+        _check_model(ticket.masks, model, path)
+    return ticket
 
 
 def _load(
     path: Path, mask_path: Path | None, model: nn.Module | None, density: Density, format: str | None, dense: bool
 ) -> Ticket:
     checkpoint = read_tensors(path)
-    masks = None if mask_path is None else (read_npy_list if is_npy(mask_path) else read_tensors)(mask_path)
+    mask_file = None if mask_path is None else (read_npy_list if is_npy(mask_path) else read_tensors)(mask_path)
     source = {"file": str(path)} | ({} if mask_path is None else {"mask_file": str(mask_path)})
     try:
-        state, prefixes = _without_prefixes(_unnested(checkpoint))
-        if masks is None:
+        state, prefixes = _without_prefixes(_find_state(checkpoint))
+        if mask_file is None:
             name, split = _split(state, format, density, dense)
-        elif isinstance(masks, list):
-            name, split = "mask_list", Split(_without_masks(state), {})
+        elif isinstance(mask_file, list):
+            name, split = "mask_list", Split(_require_dense(state), {})
         else:
-            name, split = "open_lth", Split(_without_masks(state), _open_lth_masks(masks))
+            name, split = "open_lth", Split(_require_dense(state), _open_lth_masks(mask_file))
         if model is not None:
-            split = _renamed(split, prefixes, model)
-        if isinstance(masks, list):
-            split = split._replace(masks=_in_order(masks, model))
-        kept, weights = _masked(split)
+            split = _restore_prefix(split, prefixes, model)
+        if isinstance(mask_file, list):
+            split = split._replace(masks=_name_listed_masks(mask_file, model))
+        masks, weights = _apply_masks(split)
     except ValueError as error:
         raise ValueError(f"{' with '.join(map(repr, source.values()))}: {error}") from error
-    return Ticket(kept, weights, {"format": name, **source, "density": density_of(kept) if kept else None})
+    return Ticket(masks, weights, {"format": name, **source, "density": density_of(masks) if masks else None})
 
 
-def _unnested(loaded: Any) -> State:
-    """The tensors of a state dict that may be inside a checkpoint."""
-    while isinstance(loaded, Mapping):
-        nest = next((key for key in _NESTS if isinstance(loaded.get(key), Mapping)), None)
-        if nest is None:
+def _find_state(checkpoint: Any) -> State:
+    """Return the tensors of a state dict, which may be nested in a checkpoint."""
+    while isinstance(checkpoint, Mapping):
+        key = next((key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
+        if key is None:
             break
-        loaded = loaded[nest]
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"there is no state dict, but a {type(loaded).__name__}")
-    tensors = {str(key): value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
+        checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"there is no state dict, but a {type(checkpoint).__name__}")
+    tensors = {str(key): value.detach() for key, value in checkpoint.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"there is no state dict, only {', '.join(map(str, loaded)) or 'an empty one'}")
+        raise ValueError(f"there is no state dict, only {', '.join(map(str, checkpoint)) or 'an empty one'}")
     return tensors
 
 
 def _without_prefixes(state: State) -> tuple[State, list[str]]:
-    """The state dict without what stands before every name, and that."""
-    dropped: list[str] = []
+    """Remove the prefixes that all names have; return the state dict and the prefixes removed."""
+    removed: list[str] = []
     while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state)), None):
-        dropped.append(prefix)
+        removed.append(prefix)
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state, dropped
+    return state, removed
 
 
-def _renamed(split: Split, prefixes: list[str], model: nn.Module) -> Split:
-    """With as much of the prefixes before every name as makes most of them names of the model."""
+def _restore_prefix(split: Split, prefixes: list[str], model: nn.Module) -> Split:
+    """Add as many of the removed prefixes again as give the most names that the model has."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    # From none to all; the first of the best.
+    # From no prefix to all; max returns the first, that is the shortest, of equals.
     candidates = accumulate(reversed(prefixes), lambda inner, outer: outer + inner, initial="")
     prefix = max(candidates, key=lambda p: sum(module_of(p + name) in modules for name in split.parameters))
     return Split(*({prefix + name: value for name, value in part.items()} for part in split))
@@ -172,57 +193,56 @@ def _renamed(split: Split, prefixes: list[str], model: nn.Module) -> Split:
 def _split(state: State, format: str | None, density: Density, dense: bool = False) -> tuple[str, Split]:
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    name = format or recognised(state)
+    name = format or recognise(state)
     split = FORMATS[name].split(state, density)
     if not split.masks and dense and format is None:
         return "dense", split
     if not split.masks:
-        what = f"is nothing of the format {format!r}" if format else "are no masks, and no zeros to take for masks"
-        raise ValueError(f"among {len(state)} tensors there {what}")
+        missing = f"no masks of the format {format!r}" if format else "no masks, and no zeros that could be masks"
+        raise ValueError(f"there are {missing} among {len(state)} tensors")
     return name, split
 
 
-def _without_masks(state: State) -> State:
-    """A state dict whose masks are in another file; raises ValueError if it has masks itself."""
-    own = recognised(state)
-    if own != "zeros":
-        raise ValueError(f"there are masks among the weights, in the format {own!r}: leave mask_path out")
+def _require_dense(state: State) -> State:
+    """Return a state dict whose masks are in another file; raise ValueError if it contains masks itself."""
+    name = recognise(state)
+    if name != "zeros":
+        raise ValueError(f"the weights already contain masks in the format {name!r}: do not pass mask_path")
     return state
 
 
-def _masked(split: Split) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Masks by module name, and the weights under them."""
+def _apply_masks(split: Split) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the masks by module name, and the masked weights."""
     masks, weights = {}, dict(split.parameters)
     for name, mask in split.masks.items():
         if name not in weights:
             raise ValueError(f"there is a mask for {name!r}, but no tensor of that name")
         if mask.shape != weights[name].shape:
-            raise ValueError(f"the mask of {name!r} has shape {tuple(mask.shape)}, not {tuple(weights[name].shape)}")
-        if ((mask != 0) & (mask != 1)).any():
-            raise ValueError(f"the mask of {name!r} must hold only 0 and 1, got {_odd_one(mask):g}")
+            raise ValueError(
+                f"the mask of {name!r} must have shape {tuple(weights[name].shape)}, got {tuple(mask.shape)}"
+            )
+        invalid = mask[(mask != 0) & (mask != 1)]
+        if len(invalid):
+            raise ValueError(f"the mask of {name!r} must have no values but 0 and 1, got {float(invalid[0]):g}")
         kept = mask != 0
         weights[name] = torch.where(kept, weights[name], 0)
         if is_maskable_weight(name, kept):
             masks[module_of(name)] = kept
     if split.masks and not masks:
-        raise ValueError(f"only {', '.join(split.masks)} are masked, and no weight of a convolution or linear layer")
+        raise ValueError(f"only {', '.join(split.masks)} have masks, but no weight of a convolution or linear layer")
     return masks, weights
 
 
-def _odd_one(mask: Tensor) -> float:
-    return float(mask[(mask != 0) & (mask != 1)][0])
-
-
-def _open_lth_masks(loaded: Any) -> State:
-    state, _ = _without_prefixes(_unnested(loaded))
+def _open_lth_masks(mask_file: Any) -> State:
+    state, _ = _without_prefixes(_find_state(mask_file))
     return {open_lth_parameter(key): value for key, value in state.items()}
 
 
-def _in_order(masks: list[Tensor], model: nn.Module | None) -> State:
-    """A list of masks by parameter name: one for each layer in the order of `model.modules()`."""
+def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> State:
+    """Return a list of masks, one for each layer in the order of `model.modules()`, by parameter name."""
     if model is None:
-        raise ValueError("the masks have no names, so model must be given")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _COUNTED)}
+        raise ValueError("the masks have no names, so that model must be given")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _LISTED_LAYERS)}
     if len(masks) != len(layers):
         raise ValueError(
             f"there are {len(masks)} masks, but the model has {len(layers)} Conv2d, Linear and BatchNorm layers"
@@ -234,14 +254,14 @@ def _in_order(masks: list[Tensor], model: nn.Module | None) -> State:
     return named
 
 
-def _check(masks: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
+def _check_model(masks: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, mask in masks.items():
         if name not in modules:
             raise ValueError(f"{str(path)!r} does not fit the model: {unknown_module(name, modules)}")
         weight = getattr(modules[name], "weight", None)
         if not isinstance(weight, Tensor) or weight.shape != mask.shape:
-            has = f"a weight of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
+            actual = f"a weight of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
             raise ValueError(
-                f"{str(path)!r} does not fit the model: {name!r} has {has}, its mask has {tuple(mask.shape)}"
+                f"{str(path)!r} does not fit the model: {name!r} has {actual}, its mask has {tuple(mask.shape)}"
             )

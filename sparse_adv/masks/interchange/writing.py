@@ -1,4 +1,4 @@
-"""Masks and weights for others to read."""
+"""`save_pruned`: masks and weights in files that need nothing of this library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_adv.files import write_bytes
 from sparse_adv.masks.layers import parameter_of
-from sparse_adv.masks.ticket import check_fit, own_copies
+from sparse_adv.masks.ticket import check_masks_fit, independent_copies
 
 _FORMATS = ("dense", "prune")
 _TORCH_SUFFIXES = (".pt", ".pth")
@@ -25,26 +25,37 @@ def save_pruned(
     state_dict: Mapping[str, Tensor],
     format: str = "dense",
 ) -> None:
-    """Write a pruned model as a state dict that needs nothing of this library; a file of that name is replaced.
+    """Write a pruned model as a state dict that needs nothing of this library; an existing file is replaced.
 
     Args:
-        path: the file; its suffix says how: `.safetensors`, or `.pt` and `.pth` by torch.save.
+        path: the file; its suffix decides the container: `.safetensors`, or `.pt` or `.pth` for torch.save.
         masks: bool masks keyed by module name.
-        state_dict: the dense model's, without the masks; it must hold the weight of each mask.
-        format: "dense": a plain state dict with zeros where pruned. "prune": for a model to which
-            `torch.nn.utils.prune` has been applied at these weights (`X.weight_orig` as in `state_dict`, and
-            `X.weight_mask`).
+        state_dict: state dict of the dense model; it must have the weight of each mask.
+        format: "dense": a state dict for the dense model, with zeros where pruned. "prune": a state dict for a model
+            with `torch.nn.utils.prune` applied to these weights: `X.weight_orig`, as in `state_dict`, and
+            `X.weight_mask`.
 
     Raises:
-        ValueError: if the suffix or the format is unknown, or a mask has no weight of its shape in `state_dict`.
+        TypeError: if a mask is not a bool tensor.
+        ValueError: if suffix or format is unknown, or a mask has no weight of its shape in `state_dict`.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from sparse_adv import masks
+        >>> model = nn.Conv2d(3, 8, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     masks.save_pruned(f"{folder}/model.pt", masks.prune(model, 0.5), model.state_dict(), format="prune")
+        ...     masks.load_pruned(f"{folder}/model.pt").provenance["format"]
+        'prune'
     """
     path = Path(path)
     if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
         raise ValueError(f"path must end in .safetensors, {' or '.join(_TORCH_SUFFIXES)}, got {path.name!r}")
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
-    check_fit(masks, state_dict)
-    tensors = own_copies(state_dict)
+    check_masks_fit(masks, state_dict)
+    tensors = independent_copies(state_dict)
     for name, mask in masks.items():
         key = parameter_of(name)
         if format == "dense":

@@ -1,10 +1,10 @@
-"""What gathering channels before block pruning retains, in a run's network and in a fresh one of its kind.
+"""How much of the scores block pruning retains after a channel permutation, in a trained and in a fresh network.
 
-    python benchmarks/gather_channels.py RUN_FOLDER [--blocks 32,32 64,64] [--densities 0.1 0.2]
+    python benchmarks/permute_channels.py RUN_FOLDER [--blocks 32,32 64,64] [--densities 0.1 0.2]
 
 For each block, scope and density the share of the squared weights that `masks.prune` keeps, in brackets that of their
-absolute values: as they are, after `masks.gather_channels`, and without blocks, which no order of channels can exceed.
-What the fresh network gains is chance.
+absolute values: without a permutation, after `masks.permute_channels`, and with single weights as blocks, an upper
+bound for any permutation. The gain of the fresh network is chance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparse_adv import masks, models, runs
 from sparse_adv.commands.flags import whole_numbers
 from sparse_adv.training.checkpoint import read_weights
 
-COLUMNS = ("block", "scope", "density", "fresh", "fresh, gathered", "trained", "trained, gathered", "without blocks")
+COLUMNS = ("block", "scope", "density", "fresh", "fresh, permuted", "trained", "trained, permuted", "single weights")
 
 
 def retained(model: nn.Module, kept: Mapping[str, Tensor]) -> str:
@@ -34,10 +34,10 @@ def retained(model: nn.Module, kept: Mapping[str, Tensor]) -> str:
     return "{:.3f} ({:.3f})".format(*shares)
 
 
-def gathered(model: nn.Module, density: float, block: tuple[int, ...], shape: tuple[int, ...], scope: str) -> nn.Module:
-    """The model in the order that suits these blocks."""
+def permuted(model: nn.Module, density: float, block: tuple[int, ...], shape: tuple[int, ...], scope: str) -> nn.Module:
+    """A copy of the model, permuted for these blocks."""
     model = copy.deepcopy(model)
-    masks.gather_channels(model, density, block, shape, scope).apply(model)
+    masks.permute_channels(model, density, block, shape, scope).apply(model)
     return model
 
 
@@ -59,7 +59,7 @@ def main() -> None:
                 cells = [
                     retained(network, masks.prune(network, density, block, scope))
                     for model in (fresh, trained)
-                    for network in (model, gathered(model, density, block, shape, scope))
+                    for network in (model, permuted(model, density, block, shape, scope))
                 ]
                 cells.append(retained(trained, masks.prune(trained, density, (1, 1), scope)))
                 print("|", " | ".join([str(block), scope, str(density), *cells]), "|", flush=True)

@@ -1,0 +1,96 @@
+"""Blocks of weights: which block shapes exist, which a mask obeys, and the grid of blocks of a weight.
+
+A block shape is (bo, bi, br, bs): output channels, input channels, filter rows and filter columns. Blocks at the edge
+of a weight are smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, obeys
+
+SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (
+    (64, 64),
+    (32, 32),
+    (8, 8),
+    (4, 4),
+    (1, 1, "R", "S"),
+    (2, 2),
+    (4, 1),
+    (1, 1, 1, "S"),
+    (2, 1),
+    (1, 1),
+)
+"""The block shapes for which there are kernels; R and S stand for height and width of the filter."""
+
+
+def largest_block(mask: Tensor, candidates: Sequence[Sequence[int | str]] = SUPPORTED_BLOCKS) -> Block:
+    """Return the candidate block with the most elements that a mask obeys, that is, keeps or prunes as a whole.
+
+    Args:
+        mask: bool tensor [K, C/groups, R, S], or [K, C] of a linear layer, which counts as [K, C, 1, 1].
+        candidates: blocks (bo, bi) or (bo, bi, br, bs); "R" and "S" stand for height and width of the filter.
+
+    Returns:
+        The block as (bo, bi, br, bs); (1, 1, 1, 1), which every mask obeys, if it obeys no candidate.
+
+    Raises:
+        TypeError: if the mask is not a bool tensor.
+        ValueError: if the shape of the mask or a candidate is invalid.
+
+    Example:
+        >>> import torch
+        >>> from sparse_adv import masks
+        >>> mask = torch.zeros(8, 8, 3, 3, dtype=torch.bool)
+        >>> mask[:4, :, 1] = True
+        >>> masks.largest_block(mask)
+        (4, 4, 1, 1)
+    """
+    check_mask(mask, linear=True)
+    return largest_obeyed_block(mask, candidates)
+
+
+def largest_obeyed_block(mask: Tensor, candidates: Sequence[Sequence[int | str]] = SUPPORTED_BLOCKS) -> Block:
+    """Return what `largest_block` returns, for a mask that has been checked."""
+    height, width = conv_shape(mask.shape)[2:]
+    filter_size = {"R": height, "S": width}
+    blocks = []
+    for candidate in candidates:
+        blocks.append(check_block([filter_size[size] if isinstance(size, str) else size for size in candidate]))
+    obeyed = (block for block in sorted(blocks, key=math.prod, reverse=True) if obeys(mask, block))
+    return next(obeyed, (1, 1, 1, 1))
+
+
+def grid_shape(shape: Sequence[int], block: Sequence[int]) -> list[int]:
+    """Return the number of blocks in each dimension of a tensor of this shape."""
+    return [-(-length // size) for length, size in zip(shape, block, strict=True)]
+
+
+def block_sums(values: Tensor, block: Sequence[int]) -> Tensor:
+    """Return the sum of the values in each block, a tensor of shape `grid_shape(values.shape, block)`."""
+    grid = grid_shape(values.shape, block)
+    padded_shape = [count * size for count, size in zip(grid, block, strict=True)]
+    if padded_shape != list(values.shape):
+        padded = values.new_zeros(padded_shape)
+        padded[tuple(slice(length) for length in values.shape)] = values
+        values = padded
+    split = [length for pair in zip(grid, block, strict=True) for length in pair]
+    return values.reshape(split).sum(tuple(range(1, len(split), 2)))
+
+
+def block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Return the number of elements of each block, int64 of shape `grid_shape(shape, block)`."""
+    sizes = torch.ones(1, dtype=torch.int64)
+    for length, size in zip(shape, block, strict=True):
+        sizes = sizes.unsqueeze(-1) * torch.tensor([min(size, length - start) for start in range(0, length, size)])
+    return sizes.squeeze(0)
+
+
+def conv_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a weight as that of a convolution: [K, C] of a linear layer becomes [K, C, 1, 1]."""
+    return (*shape, 1, 1)[:4]

@@ -1,0 +1,49 @@
+"""`run_once` and `maskable`: one forward pass through the layers that can have masks."""
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_adv.masks.layers import maskable, run_once, unknown_module
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(4 * 36, 2))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_hooks_and_random_state_are_restored(fails):
+    model = make_model().train()
+    model[1].eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    if fails:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            run_once(model, (2, 3, 9, 9), lambda layer, input, output: None)
+    else:
+        run_once(model, (2, 3, 8, 8), lambda layer, input, output: None)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [module.training for module in model] == [True, False, True, True, True]
+    assert not any(module._forward_hooks for module in model)
+
+
+def test_visit_is_called_for_convolutions_and_on_request_for_linear_layers():
+    model, visited = make_model(), []
+    run_once(model, torch.rand(2, 3, 8, 8), lambda layer, input, output: visited.append((layer, output.shape)))
+    assert visited == [(model[0], (2, 4, 6, 6))]
+    run_once(model, (2, 3, 8, 8), lambda layer, input, output: visited.append((layer, output.shape)), linear=True)
+    assert visited[1:] == [(model[0], (2, 4, 6, 6)), (model[4], (2, 2))]
+    assert list(maskable(model)) == ["0", "4"] and list(maskable(model, linear=False)) == ["0"]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 3, 0, 8), (1, 3, 8.0, 8)])
+def test_an_invalid_shape_raises(shape):
+    with pytest.raises(ValueError, match=r"shape must be 4 positive integers \[N, C, H, W\], got \("):
+        run_once(make_model(), shape, lambda layer, input, output: None)
+
+
+def test_the_message_about_an_unknown_module_suggests_a_similar_name():
+    assert unknown_module("conv1", ["conv2", "fc"]) == "model has no module 'conv1'; did you mean 'conv2'?"
+    assert unknown_module("x", ["conv2"]) == "model has no module 'x'"
