@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,11 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sparse_adv import ops
+from sparse_adv import facts, ops
 from sparse_adv.ops.cuda_graph import Capturer
 from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
-ROOT = Path(__file__).resolve().parent.parent
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 COPIED_BYTES = {"cpu": 2**24, "cuda": 2**31}  # 16 MiB are the images of 64@32 at batch 64
 
@@ -150,9 +147,9 @@ def write_rows(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
     """A JSON line per row, each with the facts that its numbers depend on."""
     if path is None:
         return
-    facts = environment()
+    conditions = environment()
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows))
+    partial.write_text("".join(json.dumps({**row, **conditions}) + "\n" for row in rows))
     partial.replace(path)
 
 
@@ -179,45 +176,26 @@ def _quantiles(times: list[float]) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     """What a number depends on."""
-    gpu = {}
-    if torch.cuda.is_available():
-        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "ops_on_cuda": ops.cuda_ops()}
+    machine, gpu = facts.machine(), {}
+    if machine.gpu:
+        gpu = {"gpu": machine.gpu, "cuda": torch.version.cuda, "ops_on_cuda": ops.cuda_ops()}
     return {
         "date": time.strftime("%Y-%m-%d"),
         **gpu,
-        "device": _cpu_name(),
-        "cores": os.cpu_count(),
+        "device": machine.cpu,
+        "cores": machine.cores,
         "l2_bytes": _l2_bytes(),
-        "instruction_set": ops.cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "instruction_set": machine.instruction_set,
+        "threads": machine.threads,
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": facts.commit() or "unknown",
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    except OSError:
-        return platform.processor()
-    fields = {key.strip(): value.strip() for key, value in facts.items()}
-    name = fields.get("model name", platform.processor())
-    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 def _l2_bytes() -> int:
     """Of one core; 0 where it is not known."""
     size = _output_of("getconf", "LEVEL2_CACHE_SIZE")
     return int(size) if size.isdecimal() else 0
-
-
-def _commit() -> str:
-    """COMMIT in the environment, else what git says, where this project is a repository and not a folder in another."""
-    known = os.environ.get("COMMIT", "")
-    if not known and (ROOT / ".git").exists():
-        known = _output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-    return known or "unknown"
 
 
 def _output_of(*command: str) -> str:

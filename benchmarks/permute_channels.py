@@ -48,9 +48,11 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2])
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # of layers of which nothing is kept
-    told = runs.read(arguments.folder).facts["network"]
-    shape = (1, *models.find(told["arch"]).input_shape)
-    fresh, trained = (models.build(told["arch"], seed=1, width=told["width"]) for _ in range(2))
+    trained_network = runs.read(arguments.folder).info.network
+    if trained_network is None:
+        raise ValueError(f"{arguments.folder} does not say which network it trained")
+    shape = (1, *models.find(trained_network.arch).input_shape)
+    fresh, trained = (models.build(trained_network.arch, seed=1, width=trained_network.width) for _ in range(2))
     trained.load_state_dict(read_weights(arguments.folder / runs.LAST)[0])
     print("|", " | ".join(COLUMNS), "|\n|" + " --- |" * len(COLUMNS))
     for block in arguments.blocks:

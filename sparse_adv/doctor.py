@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import sparse_adv
 from sparse_adv import ops
+from sparse_adv.facts import machine
 from sparse_adv.ops import reference
 from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
@@ -43,19 +43,17 @@ def run() -> int:
 
 def facts() -> dict[str, str]:
     """Versions, instruction set, threads, and the ops that are available."""
-    built = ops.build_facts()
-    cuda = (
-        f"{torch.cuda.get_device_name()} (torch built for {torch.version.cuda})" if torch.cuda.is_available() else "no"
-    )
+    built, here = ops.build_facts(), machine()
     return {
         "sparse_adv": f"{sparse_adv.__version__} (built with {built['compiler']})",
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "instruction set": ops.cpu_capability(),
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "processor": here.cpu,
+        "instruction set": here.instruction_set,
+        "threads": f"{here.threads} of {here.cores} cores",
         "ops": ", ".join(op for op in OPS if hasattr(torch.ops.sparse_adv, op)),
-        "CUDA": cuda,
+        "CUDA": f"{here.gpu} (torch built for {torch.version.cuda})" if here.gpu else "no",
         "ops on CUDA": ops.cuda_ops(),
     }
 

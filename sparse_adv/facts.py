@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_adv.ops import build_facts
+from sparse_adv.ops import build_facts, cpu_capability
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +35,7 @@ class Machine:
     threads: int
     """Of PyTorch's thread pool."""
     instruction_set: str
-    """That PyTorch's own CPU kernels use."""
+    """That the CPU kernels of this library use."""
     gpu: str | None
 
 
@@ -60,7 +60,7 @@ def machine() -> Machine:
         cpu=cpu_name(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
-        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        instruction_set=cpu_capability(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     )
 

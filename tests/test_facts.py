@@ -1,29 +1,39 @@
 """Facts about software and machine."""
 
 import shutil
+import subprocess
 
 import pytest
 
 from sparse_adv import facts
 
 
-def test_the_commit_of_the_environment_wins_over_git(monkeypatch):
-    monkeypatch.setenv("COMMIT", "0123abc")
-    assert facts.commit() == "0123abc" and facts.software().commit == "0123abc"
-
-
-@pytest.mark.skipif(not (facts.ROOT / ".git").exists() or shutil.which("git") is None, reason="no git checkout")
-def test_the_commit_of_a_checkout_is_that_of_git(monkeypatch):
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_commit_is_that_of_the_own_repository_and_not_of_one_around_it(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    (project / "sparse_adv").mkdir(parents=True)
+    (project / "sparse_adv" / "__init__.py").touch()
+    monkeypatch.setattr(facts, "ROOT", project)
     monkeypatch.delenv("COMMIT", raising=False)
-    commit = facts.commit()
-    assert commit is not None and int(commit.removesuffix("-dirty"), 16) > 0
 
+    def make_repository(folder) -> str:
+        git = ["git", "-C", folder, "-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+        for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+            subprocess.run([*git, *command], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
-def test_a_package_inside_another_repository_has_no_commit(monkeypatch, tmp_path):
-    (tmp_path / ".git").mkdir()
-    monkeypatch.delenv("COMMIT", raising=False)
-    monkeypatch.setattr(facts, "ROOT", tmp_path / "site-packages")
+    make_repository(tmp_path)
     assert facts.commit() is None
+    head = make_repository(project)
+    assert facts.commit() == head[:12]
+    (project / "sparse_adv" / "__init__.py").write_text("changed")
+    assert facts.commit() == f"{head[:12]}-dirty"
+
+
+def test_the_commit_of_the_environment_wins_over_git(monkeypatch):
+    monkeypatch.setenv("COMMIT", "1a48e42, one word changed")
+    assert facts.commit() == "1a48e42, one word changed"
+    assert facts.software().commit == "1a48e42, one word changed"
 
 
 def test_the_processor_has_a_name():

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sparse_adv.facts import software
 from sparse_adv.files import write_bytes
 from sparse_adv.masks.algebra import density
 from sparse_adv.masks.blocks import largest_block
 from sparse_adv.masks.layers import parameter_of
-from sparse_adv.ops import build_facts
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 TICKET_FORMAT = "sparse_adv ticket 1"
@@ -59,8 +59,8 @@ class Ticket:
 def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
     """Write a ticket to a file; an existing file is replaced completely or, after an error, not at all.
 
-    The version of this library and of torch, the date, the density and each layer's largest block are added to the
-    provenance unless it already has entries of these names ("sparse_adv", "torch", "date", "density", "blocks").
+    Versions, the git commit, the date, the density and each layer's largest block are added to the
+    provenance unless it already has entries of these names ("sparse_adv", "torch", "python", "commit", "date", ...).
 
     Args:
         path: the file, by convention *.safetensors.
@@ -147,8 +147,7 @@ def independent_copies(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _default_provenance(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
-        "sparse_adv": build_facts()["version"],
-        "torch": torch.__version__,
+        **asdict(software()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "density": density(masks) if masks else None,
         "blocks": {name: largest_block(mask) for name, mask in masks.items()},

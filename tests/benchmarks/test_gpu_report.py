@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,31 +93,6 @@ def test_failing_tests_of_several_processes_are_named(tmp_path, reported):
     assert "failed with status 124 (its limit of 135 s)" in reported()
     (part,) = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
     assert part["failed"] == ["tests/test_a.py::test_wrong[two words]", "tests/test_b.py::test_worse"]
-
-
-def test_the_commit_that_is_named_wins_and_that_of_an_enclosing_repository_does_not_count(tmp_path, monkeypatch):
-    if not shutil.which("git"):
-        pytest.skip("no git")
-    project = tmp_path / "project"
-    (project / "benchmarks").mkdir(parents=True)
-    shutil.copy(BENCHMARKS / "harness.py", project / "benchmarks")
-    spec = importlib.util.spec_from_file_location("copy_of_harness", project / "benchmarks" / "harness.py")
-    harness = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(harness)
-
-    def make_repository(folder: Path) -> str:
-        git = ["git", "-C", folder, "-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
-        for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
-            subprocess.run([*git, *command], check=True)
-        return subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
-
-    monkeypatch.delenv("COMMIT", raising=False)
-    make_repository(tmp_path)
-    assert harness.environment()["commit"] == "unknown"
-    described = make_repository(project)
-    assert harness.environment()["commit"] == described
-    monkeypatch.setenv("COMMIT", "1a48e42, one word changed")
-    assert harness.environment()["commit"] == "1a48e42, one word changed"
 
 
 @pytest.fixture(scope="module")
