@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and NumPy arrays out of pickles that nobody has checked."""
+"""Atomic writing of files, and safe reading of pickled NumPy arrays."""
 
 from __future__ import annotations
 
@@ -9,65 +9,81 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-_ARRAYS = {
-    (module, name)
-    for package in ("numpy.core", "numpy._core")
-    for module, name in [(f"{package}.multiarray", "_reconstruct"), (f"{package}.multiarray", "scalar")]
-} | {
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
     ("numpy.core.numeric", "_frombuffer"),
     ("numpy._core.numeric", "_frombuffer"),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("_codecs", "encode"),
 }
-"""All that a pickle of NumPy arrays calls; `_codecs.encode` turns text into the bytes that Python 2 wrote."""
+"""All that unpickling NumPy arrays calls; `_codecs.encode` turns text into the bytes that Python 2 pickled."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; at the end it reaches the disk and becomes `path`, after an error it vanishes.
+    """Atomic write: yield a temporary path beside `path`; on success sync it to disk and rename it, on error delete it.
 
-    A reader, and whoever comes after a crash, sees the old file or the new one, never half of it.
+    At every moment, and after a crash, a reader finds the whole old file or the whole new one. Missing parent folders
+    are created.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "new" / "file.txt"
+        >>> with replacing(path) as temporary:
+        ...     _ = temporary.write_text("text")
+        >>> path.read_text()
+        'text'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        yield draft
-        with draft.open("rb") as written:
+        yield temporary
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        draft.replace(path)
+        temporary.replace(path)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    with replacing(path) as draft:
-        draft.write_bytes(content)
+    """Write a file atomically, see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file in UTF-8 atomically, see `replacing`."""
     write_bytes(path, text.encode())
 
 
 def unpickle_arrays(file: IO[bytes]) -> Any:
-    """Read a pickle that may hold NumPy arrays and Python's own containers, numbers and text, and nothing else.
+    """Read a pickle that consists of NumPy arrays and Python's own containers, numbers and text.
+
+    Nothing else is unpickled, so that a malicious file cannot run code.
 
     Args:
-        file: open for reading bytes. Python 2's text comes as bytes.
+        file: open for reading bytes. Text that Python 2 pickled is returned as bytes.
 
     Raises:
-        ValueError: if the pickle asks for anything else, is cut short or is no pickle.
+        ValueError: if the file contains anything else, is cut short, or is not a pickle.
+
+    Example:
+        >>> import io
+        >>> unpickle_arrays(io.BytesIO(pickle.dumps({"labels": [1, 2]})))
+        {'labels': [1, 2]}
     """
     try:
         return _ArrayUnpickler(file, encoding="bytes").load()
-    except Exception as error:  # a damaged pickle fails in any way it likes
+    except Exception as error:  # a damaged pickle raises many types of errors
         raise ValueError(f"is no readable pickle of arrays: {error}") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAYS:
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not part of a NumPy array")
         return super().find_class(module, name)

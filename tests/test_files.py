@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; a pickle brings arrays and nothing else."""
+"""Files are written atomically; a pickle of arrays cannot run code."""
 
 import io
 import pickle
@@ -10,21 +10,21 @@ import pytest
 from sparse_adv import files
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path):
     path = tmp_path / "table.md"
     files.write_text(path, "old")
-    with pytest.raises(RuntimeError), files.replacing(path) as draft:
-        draft.write_text("half of the new")
+    with pytest.raises(RuntimeError), files.replacing(path) as temporary:
+        temporary.write_text("half of the new")
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_loses_nothing(tmp_path):
+def test_a_full_disk_keeps_the_old_file(tmp_path):
     path = tmp_path / "weights"
     files.write_bytes(path, b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # the kernel refuses to write further
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # the kernel refuses larger files, as on a full disk
     try:
         with pytest.raises(OSError):
             files.write_bytes(path, bytes(100_000))
@@ -35,10 +35,10 @@ def test_a_full_disk_loses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_arrays_and_containers_come_back(protocol):
+def test_arrays_and_containers_are_read_back(protocol):
     batch = {b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), b"labels": [1, 2], "text": ("a", None, 0.5)}
-    found = files.unpickle_arrays(io.BytesIO(pickle.dumps(batch, protocol)))
-    assert np.array_equal(found.pop(b"data"), batch.pop(b"data")) and found[b"labels"] == [1, 2]
+    read = files.unpickle_arrays(io.BytesIO(pickle.dumps(batch, protocol)))
+    assert np.array_equal(read.pop(b"data"), batch.pop(b"data")) and read[b"labels"] == [1, 2]
 
 
 class Malicious:
@@ -57,7 +57,7 @@ class Malicious:
         b"",
     ],
 )
-def test_anything_else_is_refused_and_not_run(content, capsys):
+def test_any_other_content_is_refused_and_not_executed(content, capsys):
     with pytest.raises(ValueError, match="is no readable pickle of arrays"):
         files.unpickle_arrays(io.BytesIO(content))
     assert capsys.readouterr().out == ""

@@ -134,5 +134,5 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
         process.stdout.close()
     subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, env=environment)
     whole, killed = (runs.read(tmp_path / run) for run in ("whole", "killed"))
-    assert killed.result["test"] == whole.result["test"]
+    assert killed.result.test == whole.result.test
     assert equal_states(*(checkpoint.read_weights(run.folder / runs.LAST)[0] for run in (whole, killed)))
