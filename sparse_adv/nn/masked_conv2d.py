@@ -16,6 +16,7 @@ from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
+from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
 from sparse_adv.ops.masked_conv2d_pattern import compile_checked
 from sparse_adv.ops.masked_conv2d_plan import REQUESTED, ROOFLINE, TABLE
@@ -69,6 +70,17 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             as in `nn.Conv2d`.
         block: the mask's block shape `(bo, bi)` or `(bo, bi, br, bs)`: see `sparse_adv.ops.compile_pattern`.
         mask: bool tensor [K, C/groups, R, S]; None keeps everything.
+
+    Raises:
+        TypeError: if the mask is not a bool tensor.
+        ValueError: if the mask has another shape than the weight, or does not obey the block.
+
+    Example:
+        >>> layer = MaskedConv2d(3, 8, 3, padding=1, mask=torch.rand(8, 3, 3, 3) < 0.1)
+        >>> layer(torch.rand(1, 3, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
+        >>> bool((layer.weight[~layer.weight_mask] == 0).all())
+        True
     """
 
     stride: tuple[int, int]
@@ -94,8 +106,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         block: Sequence[int] = (1, 1),
         mask: Tensor | None = None,
@@ -235,16 +247,16 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     def _compile(self) -> CompiledConvMask | None:
         mask = self.weight_mask
+        if mask.is_meta:
+            return None
         self.block = self.block if obeys(mask, self.block) else largest_obeyed_block(mask)
         self.choices = None  # they were measured with another mask or on another device
         return compile_mask(self, mask, self.block)
 
     def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Pattern]:
-        device = weight.device.type
-        if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-            # Cast once here, so that autocast casts nothing in each pass.
-            dtype = torch.get_autocast_dtype(device)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        # Cast once here, so that autocast casts nothing in each pass.
+        weight = weight.to(dtype_under_autocast(weight))
+        bias = None if bias is None else bias.to(dtype_under_autocast(bias))
         return weight, bias, pack_pattern(self.pattern, weight)
 
 

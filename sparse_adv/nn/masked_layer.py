@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -48,7 +49,7 @@ class MaskedLayer(nn.Module):
     """
 
     weight: Tensor
-    bias: Any
+    bias: Any  # torch declares it differently in Conv2d and Linear
     weight_mask: Tensor
 
     _dense: ClassVar[type[nn.Module]]
@@ -58,7 +59,7 @@ class MaskedLayer(nn.Module):
 
     _compiled: CompiledMask | None
     """None on the meta device, where the layer computes what the dense one does."""
-    _frozen: Any
+    _frozen: tuple[object, ...] | None
     """What the forward pass takes in place of weight and bias while `nn.frozen_weights` lasts, else None."""
 
     _DERIVED: ClassVar = ("_compiled", "_frozen")
@@ -69,7 +70,7 @@ class MaskedLayer(nn.Module):
         """Compile the content of the buffer `weight_mask`; None on the meta device, where it has none."""
 
     @abstractmethod
-    def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> Any:
+    def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
         """What the forward pass takes in place of weight and bias while they do not change."""
 
     @classmethod
@@ -145,18 +146,18 @@ class MaskedLayer(nn.Module):
         if self._compiled is None or not self._compiled.matches(self.weight_mask):
             self._derive()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self._derive()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         _to_own_keys(state_dict, prefix)
         state_dict.setdefault(f"{prefix}weight_mask", self.weight_mask)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._derive()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name not in self._DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -177,7 +178,7 @@ def check_shape(mask: Tensor, weight: Tensor) -> None:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, weight has shape {tuple(weight.shape)}")
 
 
-def _shared_state(module: nn.Module) -> dict[str, Any]:
+def _shared_state(module: nn.Module) -> dict[str, object]:
     """A module's attributes for the layer that replaces it.
 
     Parameters are the same objects, and so are the tables of hooks, so that a hook can be removed by its old handle.
@@ -186,7 +187,7 @@ def _shared_state(module: nn.Module) -> dict[str, Any]:
     return {name: copy.copy(value) if name in own else value for name, value in module.__dict__.items()}
 
 
-def _to_own_keys(state_dict: dict[str, Any], prefix: str) -> None:
+def _to_own_keys(state_dict: dict[str, Tensor], prefix: str) -> None:
     """Rewrite `nn.utils.prune`'s keys: weight_orig and weight_mask (float), perhaps bias_orig and bias_mask."""
     mask_key = f"{prefix}weight_mask"
     if mask_key in state_dict:

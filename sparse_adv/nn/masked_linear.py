@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,11 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         mask: bool tensor [K, C]; None keeps everything.
+
+    Example:
+        >>> layer = MaskedLinear(2, 1, bias=False, mask=torch.tensor([[True, False]]))
+        >>> layer.density, layer.weight[0, 1].item()
+        (0.5, 0.0)
     """
 
     _dense = nn.Linear
@@ -35,8 +40,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         mask: Tensor | None = None,
     ) -> None:

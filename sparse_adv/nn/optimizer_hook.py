@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _masks = WeakTensorKeyDictionary()
 """The mask of each masked weight. A changed mask is a new tensor, so that masks can be told apart by identity."""
 
-_settled: WeakKeyDictionary[Optimizer, tuple[Any, WeakTensorKeyDictionary]] = WeakKeyDictionary()
+_settled: WeakKeyDictionary[Optimizer, tuple[object, WeakTensorKeyDictionary]] = WeakKeyDictionary()
 """For each optimiser, its state dictionary (loading makes a new one) and the mask last applied to each weight."""
 
 
@@ -62,7 +61,7 @@ def _zero_outside(mask: Tensor, values: Iterable[object]) -> None:
 
 @functools.cache
 def _install_hook() -> None:
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if not torch.compiler.is_compiling():
             settle(optimizer)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,14 +157,14 @@ def _(adv: Tensor, *_: object) -> None:
 
 # Triton is imported when it is first needed, because torch for CPUs does not install it.
 @cuda_stand_in("pgd_step")
-def _(adv: Tensor, *step: Any) -> Tensor:
+def _(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float) -> Tensor:
     from sparse_adv.kernels import pgd_step as kernels
 
-    return kernels.pgd_step(adv, *step)
+    return kernels.pgd_step(adv, grad, clean, alpha, eps, norm, lo, hi)
 
 
 @cuda_stand_in("pgd_step_")
-def _(adv: Tensor, *step: Any) -> None:
+def _(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float) -> None:
     from sparse_adv.kernels import pgd_step as kernels
 
-    kernels.pgd_step_(adv, *step)
+    kernels.pgd_step_(adv, grad, clean, alpha, eps, norm, lo, hi)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -102,7 +100,7 @@ def _(clean: Tensor, *_: object) -> Tensor:
 
 
 @cuda_stand_in("random_start")
-def _(clean: Tensor, *start: Any) -> Tensor:
+def _(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, hi: float) -> Tensor:
     from sparse_adv.kernels import random_start as kernels
 
-    return kernels.random_start(clean, *start)
+    return kernels.random_start(clean, seed, eps, norm, lo, hi)

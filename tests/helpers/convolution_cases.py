@@ -18,10 +18,8 @@ from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 FILTERS = ((1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 2), (4, 3))
 # R and S stand for the whole filter.
-BLOCKS = (
-    *((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 4), (8, 8), (3, 2), (32, 32), (64, 64)),
-    *((1, 1, "R", "S"), (1, 1, 1, "S"), (4, 4, "R", "S"), (2, 1, 2, 2)),
-)
+ONE_TAP_BLOCKS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 4), (8, 8), (3, 2), (32, 32), (64, 64))
+BLOCKS = (*ONE_TAP_BLOCKS, (1, 1, "R", "S"), (1, 1, 1, "S"), (4, 4, "R", "S"), (2, 1, 2, 2))
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),

@@ -194,8 +194,9 @@ def test_a_model_moved_to_channels_last(x):
     assert_close(model(x.to(memory_format=torch.channels_last)), expected)
 
 
-def test_the_meta_device():
-    layer = masked_layer().to("meta")
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+def test_the_meta_device(block):
+    layer = masked_layer(block=block).to("meta")
     assert layer(torch.rand(2, 8, 5, 5, device="meta")).shape == (2, 12, 5, 5)
     assert "MaskedConv2d" in repr(layer)
 

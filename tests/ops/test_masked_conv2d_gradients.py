@@ -38,7 +38,8 @@ def convolve(case: Case, pattern: Pattern, tensors: dict[str, Tensor], relu: boo
 
 def expect(case: Case, tensors: dict[str, Tensor], relu: bool) -> Tensor:
     return reference.masked_conv2d(
-        *(tensors[name] for name in ("input", "weight")),
+        tensors["input"],
+        tensors["weight"],
         case.mask,
         tensors["bias"],
         *case.shape,
@@ -202,25 +203,6 @@ def test_exported_with_a_free_batch_equals_eager():
     assert any("masked_conv2d" in str(node.target) for node in program.graph.nodes)
     for batch in (6, 3):
         assert_equal(program.module()(case.input[:batch]), net(case.input[:batch]))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_its_present_dtype(dtype):
-    case = Case(group_in=3)
-    net = Net(case, "auto")
-    with torch.autocast("cpu", dtype):
-        output = masked_conv2d(case.input, net.weight, net.pattern, net.bias)
-    assert output.dtype == dtype
-    output.float().sum().backward()
-    assert net.weight.grad.dtype == net.bias.grad.dtype == torch.float32
-    assert_close(output, reference.masked_conv2d(case.input, net.weight, case.mask, net.bias).to(dtype))
-    assert not net.weight.grad[~case.mask].any() and net.weight.grad[case.mask].any()
-
-
-def test_autocast_leaves_float64_alone():
-    case = Case()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert masked_conv2d(case.input.double(), case.weight.double(), case.pattern()).dtype == torch.float64
 
 
 def test_only_the_required_gradients_are_computed():

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_adv.ops import compile_pattern, masked_conv2d, pack_pattern, set_kernels
-from sparse_adv.ops.masked_conv2d_mask import obeys
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, block_pattern, unflatten
 
 CASE = Case(groups=2, group_in=3, group_out=4, block=(2, 1), seed=7)
@@ -69,32 +68,6 @@ def test_a_pattern_does_not_change_with_the_callers_mask():
     unchanged = compile_pattern(CASE.mask, CASE.block, CASE.groups).flatten()
     for tensor, expected in zip(pattern.flatten(), unchanged, strict=True):
         assert_equal(tensor, expected)
-
-
-def test_the_mask_of_a_linear_layer_obeys_blocks_like_a_1x1_filter_but_is_not_compiled():
-    mask = torch.zeros(6, 4, dtype=torch.bool)
-    mask[2:4, 1] = True
-    for block, expected in (((2, 1), True), ((2, 1, 3, 3), True), ((4, 1), False), ((2, 2), False)):
-        assert obeys(mask, block) is obeys(mask[:, :, None, None], block) is expected
-    with pytest.raises(ValueError, match=r"shape \[K, C/groups, R, S\], got \(6, 4\)"):
-        compile_pattern(mask)
-
-
-@given(cases(), st.integers(0, 2**30))
-def test_a_mask_with_one_weight_changed_no_longer_obeys_its_block(case, place):
-    assert obeys(case.mask, case.block)
-    changed = case.mask.clone().flatten()
-    changed[place % changed.numel()] ^= True
-    changed = changed.view_as(case.mask)
-    place = place % changed.numel()
-    for size, length, stride in zip((*case.block, 1, 1)[:4], changed.shape, changed.stride(), strict=True):
-        first = place // stride % length // size * size
-        if min(size, length - first) > 1:  # the weight shares its block with others
-            assert not obeys(changed, case.block)
-            with pytest.raises(ValueError, match="mask does not obey block"):
-                compile_pattern(changed, case.block, case.groups)
-            return
-    assert obeys(changed, case.block)
 
 
 @pytest.mark.parametrize("wanted", [("sparse", "dense", "dense"), ("dense", "sparse", "sparse")])
