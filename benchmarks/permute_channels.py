@@ -15,10 +15,10 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from sparse_adv.commands.flags import whole_numbers
 from torch import Tensor, nn
 
 from sparse_adv import masks, models, runs
-from sparse_adv.commands.flags import whole_numbers
 from sparse_adv.training.checkpoint import read_weights
 
 COLUMNS = ("block", "scope", "density", "fresh", "fresh, permuted", "trained", "trained, permuted", "single weights")

@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file each: its flags, and what it does from files to files."""
+"""The command line, one module per command: a dataclass `Options` and a function `run(Options) -> int`."""

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparse_adv import demo
-from sparse_adv.commands import flags
 
 
-def add(commands: Any) -> None:
-    parser = flags.command(
-        commands,
-        "demo",
-        "search a ticket on real digits, train it and its controls, compare",
-        "Searches a ticket on scikit-learn's digits, then trains the ticket, the same mask with fresh weights "
-        "and the dense network with PGD-10 at eps 0.2; writes a run folder for each and a report of tables and plots. "
-        "About two minutes on two cores.",
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for what it finds")
-    parser.add_argument(
-        "--epochs", type=flags.whole, default=demo.TRAINING.epochs, help="of adversarial training, for each run"
-    )
-    parser.add_argument("--search-epochs", type=flags.whole, default=demo.SEARCH.epochs, help="of the search")
-    parser.add_argument("--density", type=flags.number, default=0.1, help="share of the weights that the ticket keeps")
-    parser.add_argument("--block", type=flags.whole_numbers, default=(1, 1), help="block shape of the mask")
-    parser.add_argument("--seed", type=flags.whole, default=0, help="of split, weights, order of images and attacks")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class Options:
+    """Search a ticket on real digits, train it and its controls, compare.
+
+    Searches a ticket on scikit-learn's digits, then trains the ticket, the same mask with fresh weights and the dense
+    network with PGD-10 at eps 0.2; writes a run folder for each and a report of tables and plots. About two minutes on
+    two cores.
+
+    Args:
+        out: folder for the runs and the report.
+        epochs: epochs of adversarial training, for each run.
+        search_epochs: epochs of the search.
+        density: fraction of the weights that the ticket keeps.
+        block: block shape of the mask, BO,BI or BO,BI,BR,BS.
+        seed: seed of split, weights, order of images and attacks.
+    """
+
+    out: Path = Path("runs/demo")
+    epochs: int = demo.TRAINING.epochs
+    search_epochs: int = demo.SEARCH.epochs
+    density: float = 0.1
+    block: tuple[int, ...] = (1, 1)
+    seed: int = 0
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     print(
         demo.run(
             options.out,

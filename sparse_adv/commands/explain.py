@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sparse_adv import masks, models
-from sparse_adv.commands import flags, networks
+from sparse_adv.commands import networks
+from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
 from sparse_adv.nn import explain, sparsify
 
 
-def add(commands: Any) -> None:
-    parser = flags.command(
-        commands,
-        "explain",
-        "show what each layer of a ticket costs and which kernel it takes",
-        "Loads a ticket, or a pruned checkpoint of another tool, into its network and prints, layer by layer, shape, "
-        "block, both densities and the kernels that the passes take.",
-    )
-    parser.add_argument("ticket", type=Path, help="a ticket file, such as runs/demo/search/ticket.safetensors")
-    parser.add_argument("--batch", type=flags.whole, default=128, help="batch size to choose kernels for")
-    flags.add_output(parser)
-    flags.add_network(parser, None)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class Options:
+    """Show what each layer of a ticket costs and which kernel it takes.
+
+    Loads a ticket, or a pruned checkpoint of another tool, into its network and prints, layer by layer, shape, block,
+    both densities and the kernels of the three passes.
+
+    Args:
+        ticket: a ticket file, such as runs/demo/search/ticket.safetensors.
+        batch: batch size to choose kernels for, at least 1.
+        arch: name of an architecture of `sparse_adv.models`; the default is the ticket's.
+        width: channels of the first stage; the default is the ticket's.
+        json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
+    """
+
+    ticket: Path = field(metadata=POSITIONAL)
+    batch: int = 128
+    arch: str | None = None
+    width: int | None = None
+    json: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"--batch must be at least 1, got {self.batch}")
 
 
-def run(options: argparse.Namespace) -> int:
-    if options.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {options.batch}")
+def run(options: Options) -> int:
     ticket = masks.load_pruned(options.ticket)
-    about = networks.agreed(options, ticket.provenance, str(options.ticket))
+    about = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
     shape = tuple(ticket.provenance.get("input_shape") or models.find(about.arch).input_shape)
     model = models.build(about.arch, width=about.width, input_shape=shape, classes=_classes(ticket))
     sparsify(model, ticket.masks)
-    found = explain(model, (options.batch, *shape))
+    explanation = explain(model, (options.batch, *shape))
     output = Output(options.json)
     if not output.as_json:
-        output.say(str(found), {})
+        output.say(str(explanation), {})
         return 0
-    for row in found.rows:
+    for row in explanation.rows:
         output.say("", asdict(row))
-    output.say("", {"density": found.density, "multiply_add_density": found.mac_density})
+    output.say("", {"density": explanation.density, "multiply_add_density": explanation.mac_density})
     return 0
 
 

@@ -1,37 +1,30 @@
-"""The images and the network that a command's flags, a ticket or an earlier run describe."""
+"""The network of a command: from its flags, or else from a ticket or an earlier run."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_adv.config import DataConfig, NetworkConfig
+from sparse_adv.config import NetworkConfig
 
 
-def images_of(options: argparse.Namespace) -> DataConfig:
-    """The images that the flags describe, and their batches."""
-    return DataConfig(
-        str(options.data),
-        options.limit,
-        options.validation,
-        getattr(options, "batch_size", DataConfig.batch_size),
-        getattr(options, "augment", None),
-    )
+def agreed(arch: str | None, width: int | None, known: Mapping[str, Any], source: str) -> NetworkConfig:
+    """Return architecture and width from the flags, or else from a ticket or run.
 
-
-def agreed(options: argparse.Namespace, told: Mapping[str, Any], source: str) -> NetworkConfig:
-    """Architecture and width from the flags, or else from a ticket or run.
+    Args:
+        arch, width: the flags; None where they are left out.
+        known: what the ticket or the run says of its network.
+        source: its name, for errors.
 
     Raises:
-        ValueError: if the two contradict each other, or nobody names an architecture.
+        ValueError: if the two contradict each other, or neither names an architecture.
     """
-    found: dict[str, Any] = {}
-    for name in ("arch", "width"):
-        asked, known = getattr(options, name), told.get(name)
-        if asked is not None and known is not None and asked != known:
-            raise ValueError(f"--{name} {asked} does not fit {source}, whose {name} is {known}")
-        found[name] = known if asked is None else asked
-    if found["arch"] is None:
+    network: dict[str, Any] = {}
+    for name, flag in (("arch", arch), ("width", width)):
+        value = known.get(name)
+        if flag is not None and value is not None and flag != value:
+            raise ValueError(f"--{name} {flag} does not fit {source}, whose {name} is {value}")
+        network[name] = value if flag is None else flag
+    if network["arch"] is None:
         raise ValueError(f"{source} does not say which network it is for: name one with --arch")
-    return NetworkConfig(**found)
+    return NetworkConfig(**network)

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sparse_adv import runs
-from sparse_adv.commands import flags
+from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
 from sparse_adv.json_files import to_json
 from sparse_adv.report import report
 
 
-def add(commands: Any) -> None:
-    parser = flags.command(
-        commands,
-        "report",
-        "compare runs: tables and plots from their folders",
-        "Writes report.md, report.csv and plots: robust and clean accuracy against seconds, epochs and multiply-adds, "
-        "the search included; what each phase took; when each run reached a level.",
-    )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders, finished or not")
-    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder for the report")
-    parser.add_argument(
-        "--level", type=flags.number, help="robust accuracy to reach; left out, the highest that all did"
-    )
-    flags.add_output(parser)
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class Options:
+    """Compare runs: tables and plots from their folders.
+
+    Writes report.md, report.csv and plots: robust and clean accuracy against seconds, epochs and multiply-adds, the
+    search included; what each phase took; when each run reached a level.
+
+    Args:
+        folders: run folders, finished or not.
+        out: folder for the report.
+        level: robust accuracy to reach; the default is the highest that all runs reached.
+        json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
+    """
+
+    folders: tuple[Path, ...] = field(metadata=POSITIONAL)
+    out: Path = Path("runs/report")
+    level: float | None = None
+    json: bool | None = None
 
 
-def run(options: argparse.Namespace) -> int:
-    told = report(options.folders, options.out, level=options.level)
+def run(options: Options) -> int:
+    text = report(options.folders, options.out, level=options.level)
     output = Output(options.json)
     if not output.as_json:
-        output.say(told, {})
+        output.say(text, {})
         return 0
     for folder in options.folders:
-        found = runs.read(folder)
-        last = to_json(found.records[-1], with_none=False) if found.records else {}
-        result = to_json(found.result) if found.result else None
-        output.say("", {"run": str(folder), "name": found.name, **last, "result": result})
+        each = runs.read(folder)
+        last = to_json(each.records[-1], with_none=False) if each.records else {}
+        result = to_json(each.result) if each.result else None
+        output.say("", {"run": str(folder), "name": each.name, **last, "result": result})
     output.say("", {"report": str(options.out)})
     return 0

@@ -2,67 +2,75 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparse_adv import experiment, masks
-from sparse_adv.commands import config, flags, networks
+from sparse_adv.commands import networks
+from sparse_adv.commands.options import write_config
 from sparse_adv.commands.output import Output
-from sparse_adv.config import TrainConfig
+from sparse_adv.config import DataConfig, TrainConfig
 from sparse_adv.experiment import TrainRun
 from sparse_adv.json_files import to_json
 from sparse_adv.runs import TicketSource
 from sparse_adv.training import distributed
 
-
-def add(commands: Any) -> None:
-    parser = flags.command(
-        commands,
-        "train",
-        "train a network adversarially, dense or from a ticket",
-        "Trains a network and tests it once, at the end. Stopped at any moment, the same command continues and ends "
-        "with the same weights. Under torchrun --nproc-per-node N the N processes share each batch and exchange only "
-        "the gradients of kept weights; each takes a GPU of its own, or all take the one that --device names.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--name", help="what reports call the run; left out, the folder's name")
-    ticket = parser.add_argument_group("ticket")
-    ticket.add_argument("--ticket", type=Path, help="ticket, or pruned checkpoint of another tool; left out, dense")
-    ticket.add_argument(
-        "--reinit", action=argparse.BooleanOptionalAction, default=False, help="control: the mask with fresh weights"
-    )
-    ticket.add_argument(
-        "--shuffle", action=argparse.BooleanOptionalAction, default=False, help="control: each layer's mask at random"
-    )
-    flags.add_config(parser)
-    flags.add_output(parser)
-    flags.add_data(parser)
-    flags.add_batches(parser)
-    flags.add_network(parser, None)
-    flags.add_recipe(parser, TrainConfig())
-    parser.set_defaults(run=run)
+CONFIGURABLE = True
 
 
-def run(options: argparse.Namespace) -> int:
-    with distributed.group(options.device) as device:
-        train_config, output = flags.recipe_of(options), Output(options.json)
-        images = networks.images_of(options)
-        dataset = experiment.load_data(images, options.seed, device)
-        if options.ticket is None and (options.reinit or options.shuffle):
+@dataclass(frozen=True)
+class Options:
+    """Train a network adversarially, dense or from a ticket, and test it once, at the end.
+
+    After an interruption the same command continues after the last whole epoch; on a CPU it ends with the same weights.
+    Under torchrun --nproc-per-node N the N processes share each batch and exchange only the gradients of the weights
+    that the masks keep.
+
+    Args:
+        out: folder of the run.
+        name: name of the run in reports; the default is the name of the folder.
+        ticket: ticket, or pruned checkpoint of another tool; the default is dense training.
+        reinit: control: the mask of the ticket with fresh initial weights.
+        shuffle: control: a random mask with the density of the ticket in each layer.
+        arch: name of an architecture of `sparse_adv.models`; the default is the one of the ticket.
+        width: channels of the first stage; the default is the one of the ticket, or the published number.
+        device: cpu, cuda, one GPU such as cuda:0, or auto, which is cuda where there is a GPU.
+        json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
+    """
+
+    out: Path
+    name: str | None = None
+    ticket: Path | None = None
+    reinit: bool = False
+    shuffle: bool = False
+    arch: str | None = None
+    width: int | None = None
+    device: str = "auto"
+    json: bool | None = None
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        if self.ticket is None and (self.reinit or self.shuffle):
             raise ValueError("--reinit and --shuffle are controls of a ticket: name it with --ticket")
+
+
+def run(options: Options) -> int:
+    with distributed.group(options.device) as device:
+        output = Output(options.json)
+        dataset = experiment.load_data(options.data, options.train.seed, device)
         ticket, source = None, None
         if options.ticket:
             ticket = masks.load_pruned(options.ticket)
             digest = hashlib.sha256(options.ticket.read_bytes()).hexdigest()
             source = TicketSource(digest, options.reinit, options.shuffle)
         known = ticket.provenance if ticket is not None else {}
-        network = networks.agreed(options, known, str(options.ticket or "a dense run"))
+        network = networks.agreed(options.arch, options.width, known, str(options.ticket or "a dense run"))
         run = TrainRun(
             options.out,
-            train_config,
-            images,
+            options.train,
+            options.data,
             network,
             dataset,
             device,
@@ -70,8 +78,7 @@ def run(options: argparse.Namespace) -> int:
             source=source,
             name=options.name,
         )
-        if distributed.rank() == 0:
-            config.write_config(options.out, options)
+        write_config(options.out, options)
         with output.progress(run.updates) as step:
             for record in run.epochs(step):
                 output.epoch(record)

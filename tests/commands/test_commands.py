@@ -135,7 +135,9 @@ def test_every_key_of_a_config_is_a_flag_and_flags_win(tmp_path, capsys):
         "arch: digits_cnn\nwidth: 8\neps: 8/255\nmilestones: [0.25, 0.5]\n"
         "overfitting_monitor: false\nlimit: 200\nepochs: 7\n"
     )
-    main(["train", "--config", str(config), "--epochs", "1", "--out", str(tmp_path / "run"), "--print-config"])
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--config", str(config), "--epochs", "1", "--out", str(tmp_path / "run"), "--print_config"])
+    assert end.value.code == 0
     told = yaml.safe_load(capsys.readouterr().out)
     assert told["width"] == 8 and told["eps"] == pytest.approx(8 / 255) and told["milestones"] == [0.25, 0.5]
     assert told["overfitting_monitor"] is False and told["epochs"] == 1
@@ -151,11 +153,11 @@ def test_a_runs_own_config_continues_it(trained, capsys):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("epoch: 3\n", "no setting is called 'epoch'; did you mean 'epochs'?"),
+        ("epoch: 3\n", "there is no option 'epoch'; did you mean '--epochs'?"),
         ("epochs: many\n", "whole number, got 'many'"),
         ("objective: fgms\n", "objective must be one of natural, fgsm, fgsm-rs, n-fgsm, pgd, free, trades, got 'fgms'"),
-        ("- epochs\n", "must hold settings as 'name: value'"),
-        ("epochs: [1\n", "is no YAML file"),
+        ("- epochs\n", "Unexpected config"),
+        ("epochs: [1\n", "Problems parsing config"),
     ],
 )
 def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
@@ -166,7 +168,7 @@ def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--epoch", "3"], "there is no '--epoch' here; did you mean 'epochs'?"),
+        (["--epoch", "3"], "there is no option '--epoch'; did you mean '--epochs'?"),
         (["--data", "nowhere"], "no data set at nowhere"),
         (["--arch", "resnet"], "resnet18"),
         (["--arch", "digits_cnn", "--eps", "1/0"], "1/0"),

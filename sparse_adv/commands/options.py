@@ -1,0 +1,227 @@
+"""From the dataclass of a command's options to its flags, its help and its config file, and back.
+
+A command is a module with a dataclass `Options`, whose docstring is the help, and a function `run(Options) -> int`.
+Fields that are dataclasses themselves (`TrainConfig`, ...) give a flag for each of their fields.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import yaml
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
+
+from sparse_adv.files import write_text
+from sparse_adv.training import distributed
+
+T = TypeVar("T")
+
+POSITIONAL: dict[str, Any] = {"positional": True}
+"""Metadata of a field that is named by its place and not by a flag."""
+
+CONFIG = "config.yaml"
+NO_SETTING = frozenset({"config", "json"})
+"""Options that say nothing about the run itself."""
+
+
+def number(name: str, value: str | float) -> float:
+    """A decimal number or a fraction: "0.03", "8/255"."""
+    try:
+        return float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise ArgumentTypeError(f"{name} must be a number or a fraction such as 8/255, got {value!r}") from None
+
+
+def integer(name: str, value: str | int) -> int:
+    """A whole number."""
+    try:
+        if isinstance(value, str) or value == int(value):
+            return int(value)
+    except (TypeError, ValueError):
+        pass
+    raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
+
+
+def comma_separated(parse: Callable[[str, Any], T], name: str, value: str | Sequence[Any]) -> tuple[T, ...]:
+    """ "4,1" or, in a config file, [4, 1]."""
+    try:
+        parts = [part for part in value.split(",") if part] if isinstance(value, str) else value
+        return tuple(parse(name, part) for part in parts)
+    except (TypeError, ArgumentTypeError):
+        raise ArgumentTypeError(f"{name} must be numbers separated by commas, got {value!r}") from None
+
+
+def one_of(choices: tuple[str, ...], name: str, value: object) -> str:
+    """One of several words."""
+    if value not in choices:
+        raise ArgumentTypeError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return str(value)
+
+
+def text(name: str, value: object) -> str:
+    """A word, or a number in its place: a folder may be called 3."""
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be a text, got {value!r}")
+    return str(value)
+
+
+def parser_of(command: str, options: type, configurable: bool = False) -> ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        command: its name.
+        options: the dataclass of its options.
+        configurable: whether `--config FILE` reads flags from a YAML file, which `--print_config` writes.
+    """
+    help = docstring_parser.parse(options.__doc__ or "")
+    description = "\n\n".join(part for part in (help.short_description, help.long_description) if part)
+    parser = ArgumentParser(
+        prog=f"sparse-adv {command}",
+        description=description,
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=_Help,
+    )
+    if configurable:
+        parser.add_argument("--config", action="config", help="YAML file whose keys are flags; flags win over it")
+    _add_fields(parser, parser, options, None)
+    return parser
+
+
+def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) -> T:
+    """The options that the arguments of a command give.
+
+    Raises:
+        ValueError: naming the flag or key that is wrong, and the one that may have been meant.
+        FileNotFoundError: if a config file is not there.
+    """
+    for file in _config_files(arguments):
+        file.open().close()  # FileNotFoundError names the file
+    try:
+        namespace = parser.parse_args(list(arguments))
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise ValueError(_sentence(parser, str(error))) from error
+    return _build(options, namespace)
+
+
+def flat(options: Any) -> dict[str, Any]:
+    """The options as plain YAML and JSON data: what a config file holds."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= flat(value)
+        elif field.name not in NO_SETTING:
+            values[field.name] = _plain(value)
+    return values
+
+
+def write_config(folder: Path, options: Any) -> None:
+    """Leave the options in a run's folder as config.yaml, ready for `--config`; rank 0 writes."""
+    if distributed.rank() == 0:
+        given = {name: value for name, value in flat(options).items() if value is not None}
+        write_text(folder / CONFIG, yaml.safe_dump(given, sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _add_fields(parser: ArgumentParser, group: Any, kind: Any, defaults: Any) -> None:
+    hints = get_type_hints(kind)
+    texts = {each.arg_name: each.description for each in docstring_parser.parse(kind.__doc__ or "").params}
+    for field in dataclasses.fields(kind):
+        hint, default = hints[field.name], getattr(defaults, field.name, field.default)
+        if dataclasses.is_dataclass(hint):
+            title = docstring_parser.parse(hint.__doc__ or "").short_description
+            inner = parser.add_argument_group(field.name, description=title)
+            _add_fields(parser, inner, hint, None if default is dataclasses.MISSING else default)
+        else:
+            _add_flag(group, field, hint, default, texts.get(field.name))
+
+
+def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any, help: str | None) -> None:
+    if hint in (bool, bool | None):
+        yes_no = ActionYesNo(no_prefix="no-")
+        group.add_argument(f"--{field.name.replace('_', '-')}", action=yes_no, help=help, default=default)
+        return
+    if get_origin(hint) is Literal:
+        parse, metavar = partial(one_of, get_args(hint)), f"{{{','.join(get_args(hint))}}}"
+    else:
+        parse, metavar = _PARSERS.get(hint, (text, field.name.upper()))
+    more: dict[str, Any] = {"type": partial(parse, field.name), "help": help, "metavar": metavar}
+    if field.metadata.get("positional"):
+        group.add_argument(field.name, **more, **({"nargs": "+"} if hint == tuple[Path, ...] else {}))
+        return
+    more |= {"required": True} if default is dataclasses.MISSING else {"default": _plain(default)}
+    group.add_argument(f"--{field.name.replace('_', '-')}", **more)
+
+
+_PARSERS: dict[Any, tuple[Any, str]] = {
+    int: (integer, "N"),
+    int | None: (integer, "N"),
+    float: (number, "X"),
+    float | None: (number, "X"),
+    tuple[int, ...]: (partial(comma_separated, integer), "N,N"),
+    tuple[float, ...]: (partial(comma_separated, number), "X,X"),
+    Path: (text, "PATH"),
+    Path | None: (text, "PATH"),
+    tuple[Path, ...]: (text, "PATH"),
+}
+
+
+def _build(kind: Any, namespace: Namespace) -> Any:
+    hints = get_type_hints(kind)
+    values = {}
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        value = _build(hint, namespace) if dataclasses.is_dataclass(hint) else namespace[field.name]
+        if hint in (Path, Path | None) and value is not None:
+            value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(map(Path, value) if hint == tuple[Path, ...] else value)
+        values[field.name] = value
+    return kind(**values)
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if word == "--config":
+            yield Path(following)
+        elif word.startswith("--config="):
+            yield Path(word.removeprefix("--config="))
+
+
+def _sentence(parser: ArgumentParser, message: str) -> str:
+    """What jsonargparse says of an error, in one line, with the flag that may have been meant."""
+    message = " ".join(message.split())
+    if prefix := re.match(r'(?:argument (?:--)?([^:]*)|Parser key "([^"]*)"): ', message):
+        name = (prefix[1] or prefix[2]).split("/")[0].replace("-", "_")
+        rest = message[prefix.end() :]
+        message = rest if rest.startswith(f"{name} ") else f"{name}: {rest}"
+    unknown = message.removeprefix("unrecognized arguments: ").removeprefix("Option '")
+    if unknown == message:
+        return message
+    word = unknown.split()[0].partition("=")[0].rstrip("'")
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    near = get_close_matches(f"--{word.removeprefix('--').replace('_', '-')}", flags, n=1)
+    return f"there is no option {word!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help texts with their defaults, but for flags that may be left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
