@@ -109,6 +109,8 @@ class EpochRecord:
     """Mean over the adversarial images of the epoch."""
     images: int
     """Images in the updates of the epoch, over all processes."""
+    device: str
+    """On which the epoch ran."""
     total: Cost
     """Of attacks and updates since the beginning of the run, with the search before it and epochs that were undone."""
     attack: Cost

@@ -17,7 +17,7 @@ from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, TrainConfig
 from sparse_adv.files import write_text
 from sparse_adv.nn import sparsify
-from sparse_adv.training import clean_accuracy, distributed, fgsm_accuracy, robust_accuracy
+from sparse_adv.training import clean_accuracy, deterministic, distributed, fgsm_accuracy, robust_accuracy
 
 CONFIGURABLE = True
 
@@ -48,6 +48,7 @@ class Options:
         arch: name of an architecture of `sparse_adv.models`; the default is the run's.
         width: channels of the first stage; the default is the run's.
         device: cpu, cuda, one GPU such as cuda:0, or auto, which is cuda where there is a GPU.
+        deterministic: deterministic algorithms only: a GPU gives the same bits again, more slowly.
         json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
     """
 
@@ -68,6 +69,7 @@ class Options:
     arch: str | None = None
     width: int | None = None
     device: str = "auto"
+    deterministic: bool = False
     json: bool | None = None
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    with distributed.group(options.device) as device:
+    with deterministic(options.deterministic), distributed.group(options.device) as device:
         folder = runs.read(options.what) if options.what.is_dir() else None
         train = folder.info.train if folder else TrainConfig()
         wanted = (folder.info.data if folder else None) or DataConfig()

@@ -11,7 +11,7 @@ from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.experiment import SearchRun
 from sparse_adv.json_files import to_json
-from sparse_adv.training import distributed
+from sparse_adv.training import deterministic, distributed
 
 CONFIGURABLE = True
 
@@ -26,11 +26,13 @@ class Options:
     Args:
         out: folder of the run, for the ticket and its records.
         device: cpu, cuda, one GPU such as cuda:0, or auto, which is cuda where there is a GPU.
+        deterministic: deterministic algorithms only: a GPU gives the same bits again, more slowly.
         json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
     """
 
     out: Path
     device: str = "auto"
+    deterministic: bool = False
     json: bool | None = None
     data: DataConfig = DataConfig()
     network: NetworkConfig = NetworkConfig("resnet18")
@@ -39,7 +41,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    with distributed.group(options.device) as device:
+    with deterministic(options.deterministic), distributed.group(options.device) as device:
         output = Output(options.json)
         dataset = experiment.load_data(options.data, options.train.seed, device)
         search = SearchRun(options.out, options.train, options.prune, options.data, options.network, dataset, device)

@@ -14,7 +14,7 @@ from sparse_adv.config import DataConfig, TrainConfig
 from sparse_adv.experiment import TrainRun
 from sparse_adv.json_files import to_json
 from sparse_adv.runs import TicketSource
-from sparse_adv.training import distributed
+from sparse_adv.training import deterministic, distributed
 
 CONFIGURABLE = True
 
@@ -23,7 +23,8 @@ CONFIGURABLE = True
 class Options:
     """Train a network adversarially, dense or from a ticket, and test it once, at the end.
 
-    After an interruption the same command continues after the last whole epoch; on a CPU it ends with the same weights.
+    After an interruption the same command continues after the last whole epoch; on a CPU, and on a GPU with
+    --deterministic, it ends with the same weights, bit for bit.
     Under torchrun --nproc-per-node N the N processes share each batch and exchange only the gradients of the weights
     that the masks keep.
 
@@ -36,6 +37,7 @@ class Options:
         arch: name of an architecture of `sparse_adv.models`; the default is the one of the ticket.
         width: channels of the first stage; the default is the one of the ticket, or the published number.
         device: cpu, cuda, one GPU such as cuda:0, or auto, which is cuda where there is a GPU.
+        deterministic: deterministic algorithms only: a GPU gives the same bits again, more slowly.
         json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
     """
 
@@ -47,6 +49,7 @@ class Options:
     arch: str | None = None
     width: int | None = None
     device: str = "auto"
+    deterministic: bool = False
     json: bool | None = None
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -57,7 +60,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    with distributed.group(options.device) as device:
+    with deterministic(options.deterministic), distributed.group(options.device) as device:
         output = Output(options.json)
         dataset = experiment.load_data(options.data, options.train.seed, device)
         ticket, source = None, None

@@ -2,6 +2,7 @@
 
 from sparse_adv.config import OBJECTIVES, PRECISIONS, SCHEDULES, TrainConfig
 from sparse_adv.training.checkpoint import read_weights
+from sparse_adv.training.devices import deterministic
 from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, final_test, robust_accuracy
 from sparse_adv.training.loop import Training, train
 from sparse_adv.training.objectives import adversarial_loss
@@ -17,6 +18,7 @@ __all__ = [
     "Training",
     "adversarial_loss",
     "clean_accuracy",
+    "deterministic",
     "fgsm_accuracy",
     "final_test",
     "read_weights",

@@ -223,6 +223,7 @@ class Training:
             learning_rate=self.updater.learning_rate,
             loss=trained.loss,
             images=trained.images,
+            device=str(self.updater.device),
             total=self.total,
             attack=trained.attack,
             update=trained.update,
@@ -314,8 +315,8 @@ def train(
     """Train a model in place, with SGD, on the images that the configured objective crafts.
 
     With a folder the run can be stopped at any moment, even by kill -9: the same call continues after the last whole
-    epoch, and on a CPU ends with the same weights, bit for bit. Under `torchrun` (see `training.distributed.group`)
-    each process passes its own part of the batches.
+    epoch, and on a CPU ends with the same weights, bit for bit; on a GPU only under `training.deterministic()`. Under
+    `torchrun` (see `training.distributed.group`) each process passes its own part of the batches.
 
     Args:
         model: any classifier of images [N, C, H, W] in [0, 1]; after training it is in eval mode.

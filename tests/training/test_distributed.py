@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_adv import masks, models, runs
 from sparse_adv.training import checkpoint
@@ -96,6 +97,15 @@ def test_a_run_of_three_that_lost_a_process_ends_with_the_same_weights(tmp_path)
     run(torchrun(whole, *more, processes=3))
     kill_and_continue(torchrun(killed, *more, processes=3), killed)
     assert last(killed) == last(whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_processes_that_share_a_gpu_continue_bit_for_bit(tmp_path, ticket):
+    more = ("--device", "cuda:0", "--deterministic", "--ticket", str(ticket))
+    told = run(torchrun(tmp_path / "whole", *more))
+    assert told[0]["device"] == "cuda:0" and told[0]["images"] == 270
+    kill_and_continue(torchrun(tmp_path / "killed", *more), tmp_path / "killed")
+    assert last(tmp_path / "killed") == last(tmp_path / "whole")
 
 
 def kill_and_continue(command: list[str], out: Path) -> None:

@@ -1,4 +1,7 @@
-"""A run that was stopped at any moment continues and ends with the same weights, bit for bit."""
+"""A run that was stopped at any moment continues, and ends with the same weights, bit for bit.
+
+On a GPU that is promised of deterministic algorithms only.
+"""
 
 import os
 import random
@@ -10,11 +13,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, batches, equal_states, network
 
-from sparse_adv import masks, runs, training
+from sparse_adv import masks, models, runs, training
 from sparse_adv.nn import sparsify
-from sparse_adv.training import checkpoint
+from sparse_adv.training import checkpoint, deterministic
 
 CONFIG = replace(QUICK, objective="free", replays=2, epochs=4, ema_decay=0.9, schedule="cosine", evaluate_every=2)
 
@@ -23,9 +26,9 @@ class Stop(Exception):
     pass
 
 
-def train(folder, stop_at=None, config=CONFIG, in_batch=False):
-    """Train a sparse network; stop after epoch `stop_at`, or in the middle of the next one."""
-    model = network()
+def train(folder, stop_at=None, config=CONFIG, in_batch=False, device="cpu"):
+    """A sparse network's run; stops after that epoch, or in the middle of a later one."""
+    model, images = network().to(device), Batches(TRAIN.to(device), 32)
     sparsify(model, masks.prune(model, density=0.5))
 
     def on_epoch(record):
@@ -36,17 +39,21 @@ def train(folder, stop_at=None, config=CONFIG, in_batch=False):
         if in_batch and step == 6 * stop_at + 2:
             raise Stop
 
-    training.train(model, batches(), config, validation=VALIDATION, folder=folder, on_epoch=on_epoch, on_step=on_step)
+    watch = {"validation": VALIDATION.to(device), "on_epoch": on_epoch, "on_step": on_step}
+    with deterministic(torch.device(device).type == "cuda"):
+        training.train(model, images, config, folder=folder, **watch)
     return model
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
-def test_a_stopped_run_ends_with_the_bits_of_an_uninterrupted_run(tmp_path, stop_at, in_batch):
-    expected = train(tmp_path / "whole")
+@pytest.mark.parametrize("more", [{}, {"objective": "pgd", "precision": "bfloat16", "epochs": 8}], ids=["free", "pgd"])
+def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, stop_at, in_batch, more, device):
+    run = {"config": replace(CONFIG, **more), "device": device}
+    expected = train(tmp_path / "whole", **run)
     with pytest.raises(Stop):
-        train(tmp_path / "stopped", stop_at, in_batch=in_batch)
-    model = train(tmp_path / "stopped")
+        train(tmp_path / "stopped", stop_at, in_batch=in_batch, **run)
+    model = train(tmp_path / "stopped", **run)
     assert equal_states(model.state_dict(), expected.state_dict())
     for name in (runs.LAST, runs.BEST):
         whole, stopped = (checkpoint.read_weights(tmp_path / run / name) for run in ("whole", "stopped"))
@@ -109,30 +116,44 @@ def test_a_state_holds_tensors_and_plain_data_only(tmp_path):
     assert state["records"][-1]["epoch"] == 4 and state["optimizer"]["state"]
 
 
-def command(out) -> list[str]:
+def command(out, *more) -> list[str]:
     """A command on the CPU, because on a GPU a run need not repeat bit for bit."""
     return [
-        *(sys.executable, "-m", "sparse_adv", "train", "--arch", "digits_cnn", "--width", "8", "--limit", "256"),
-        *("--objective", "n-fgsm", "--eps", "0.1", "--epochs", "6", "--steps", "2", "--out", str(out)),
-        *("--device", "cpu"),
+        *(sys.executable, "-m", "sparse_adv", "train", "--arch", "digits_cnn", "--limit", "256"),
+        *("--eps", "0.1", "--epochs", "6", "--steps", "2", "--out", str(out), *more),
     ]
 
 
-def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(tmp_path):
+    kill_9("--device", "cpu", "--width", "8", "--objective", "n-fgsm", folder=tmp_path)
+
+
+def test_a_killed_run_ends_with_the_same_bits_of_a_deterministic_run(tmp_path, device):
+    """A network under a mask of blocks, for which a GPU has kernels of its own; images moved and mirrored."""
+    model = models.build("digits_cnn", width=32)
+    kept = masks.prune(model, density=0.5, block=(32, 32), exclude=["conv1"])
+    ticket = masks.Ticket(kept, model.state_dict(), {"arch": "digits_cnn", "width": 32})
+    masks.save_ticket(tmp_path / "ticket", ticket)
+    flags = ("--device", device.type, "--deterministic", "--ticket", str(tmp_path / "ticket"), "--augment")
+    kill_9(*flags, "--objective", "pgd", "--precision", "bfloat16", folder=tmp_path)
+    assert runs.read(tmp_path / "killed").info.deterministic
+
+
+def kill_9(*flags: str, folder) -> None:
+    """Compare an uninterrupted run of the command line with one that was killed three times."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, env=environment)
+    whole, killed = (command(folder / name, *flags) for name in ("whole", "killed"))
+    subprocess.run(whole, check=True, capture_output=True, env=environment)
     delays = random.Random(0)
     for _ in range(3):
-        process = subprocess.Popen(
-            command(tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-        )
+        process = subprocess.Popen(killed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
         process.stdout.readline()  # an epoch is saved: kill at some moment after it
         time.sleep(delays.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, env=environment)
-    whole, killed = (runs.read(tmp_path / run) for run in ("whole", "killed"))
+    subprocess.run(killed, check=True, capture_output=True, env=environment)
+    whole, killed = (runs.read(folder / run) for run in ("whole", "killed"))
     assert killed.result.test == whole.result.test
     assert equal_states(*(checkpoint.read_weights(run.folder / runs.LAST)[0] for run in (whole, killed)))

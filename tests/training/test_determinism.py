@@ -1,0 +1,99 @@
+"""With deterministic algorithms training gives the same bits again, on every device."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.refusal import refused
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, bars, equal_states, network
+
+from sparse_adv import data, masks, models, runs, sparsify, training
+from sparse_adv.__main__ import main
+from sparse_adv.training import deterministic
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def settings() -> tuple:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+
+
+def test_the_context_sets_what_pytorch_asks_for_and_puts_it_back(monkeypatch):
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = settings()
+    with pytest.raises(KeyError), deterministic():
+        assert settings() == (True, False, False, False) and os.environ[WORKSPACE] == ":4096:8"
+        raise KeyError
+    assert settings() == before
+    with deterministic(False):
+        assert settings() == before
+
+
+def test_a_workspace_that_varies_is_refused(monkeypatch):
+    monkeypatch.setenv(WORKSPACE, ":0:0")
+    before = settings()
+    with pytest.raises(ValueError, match=f"{WORKSPACE} must be :4096:8 or :16:8 .*, got ':0:0'"), deterministic():
+        raise AssertionError("the context began")
+    assert settings() == before
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ["vgg16", "resnet18", "preact_resnet18", "wrn-10-1", "digits_cnn"])
+def test_every_network_trains_to_the_same_bits_again(device, arch, precision):
+    """On a GPU an operation that has no deterministic algorithm would raise."""
+    split = images(32).to(device)
+    config = replace(QUICK, objective="pgd", precision=precision, epochs=2)
+    with deterministic():
+        found = []
+        for _ in range(2):
+            model = models.build(arch, 0, width=8, classes=2, input_shape=(3, 16, 16)).to(device)
+            batches = Batches(split, 8, augment=True)
+            training.train(model, batches, config, validation=split)
+            found.append(model.state_dict())
+    assert equal_states(*found)
+
+
+def images(count: int) -> data.Split:
+    drawn = torch.Generator().manual_seed(0)
+    shape = (count, 3, 16, 16)
+    return data.Split(torch.randint(256, shape, generator=drawn, dtype=torch.uint8), torch.arange(count) % 2)
+
+
+@pytest.mark.parametrize("objective", training.OBJECTIVES)
+def test_no_memory_is_read_that_nobody_wrote(device, objective):
+    """PyTorch can fill new memory with NaN, and does so by default where it is deterministic."""
+    config = replace(QUICK, objective=objective, replays=2, ema_decay=0.9, max_grad_norm=1.0, epochs=2)
+    found = []
+    for fill in (False, True):
+        with deterministic():
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+            model = network(channels=32).to(device)
+            sparsify(model, masks.prune(model, density=0.5, block=(32, 32) if device.type == "cuda" else (1, 1)))
+            training.train(model, Batches(TRAIN.to(device), 32), config, validation=VALIDATION.to(device))
+        found.append(model.state_dict())
+    assert equal_states(*found)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_records_say_where_and_how_they_were_computed(device, wanted):
+    with deterministic(wanted):
+        model = network().to(device)
+        (record,) = training.train(model, Batches(bars(8, 0).to(device), 8), replace(QUICK, epochs=1))
+    assert torch.device(record["device"]).type == device.type and record["deterministic"] is wanted
+
+
+def test_a_run_is_deterministic_as_a_whole_or_not(tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    run = ("train", "--arch", "digits_cnn", "--width", "8", "--limit", "200", "--epochs", "1", "--objective", "natural")
+    assert main([*run, "--deterministic", "--out", str(tmp_path)]) == 0
+    found = runs.read(tmp_path)
+    assert found.facts["settings"]["deterministic"] and found.records[0]["deterministic"]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "deterministic True, now False" in refused(capsys, *run, "--out", str(tmp_path))
