@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-torch lint format bench bench-cpu gpu-check doctor wheel sanitize two-unwinders clean
+.PHONY: help setup demo test test-torch lint format bench bench-cpu gpu-check doctor wheel docs sanitize two-unwinders clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ gpu-check:  ## on a machine with a GPU and a CUDA torch: build, prove and measur
 doctor: $(BUILT)  ## check the installation
 	$(BIN)/python -m sparse_adv doctor
 
+docs: $(BUILT)  ## build the documentation in build/site, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 wheel: $(BUILT)  ## build dist/*.tar.gz and dist/*.whl, the wheel for this Python and every torch from 2.10 on
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --sdist --wheel
@@ -72,5 +75,5 @@ $(ENVIRONMENT): constraints.txt pyproject.toml
 	@touch $@
 
 $(BUILT): $(ENVIRONMENT) $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[data,demo,test,dev]"
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[data,demo,test,docs,dev]"
 	@touch $@

@@ -69,7 +69,7 @@ class TrainConfig:
     Raises:
         ValueError: if a value is out of range, naming the field and the value.
 
-    Example:
+    Examples:
         >>> config = TrainConfig(objective="fgsm-rs", epochs=4, schedule="cosine")
         >>> config.learning_rate(step=100, steps_per_epoch=50)  # after two of four epochs
         0.05
@@ -183,7 +183,7 @@ class PruneConfig:
     Source: Frankle and Carbin 2019 (iterative magnitude pruning), Frankle et al. 2020 (rewinding), You et al. 2020
     (Early-Bird tickets).
 
-    Example:
+    Examples:
         >>> PruneConfig(density=0.04, rounds=2).density_of_round(1)
         0.2
     """

@@ -59,7 +59,7 @@ class SearchRun:
     Raises:
         ValueError: if the folder holds another run, or a configuration does not fit the images.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder, cpu = Path(tempfile.mkdtemp()), torch.device("cpu")
         >>> train = TrainConfig("fgsm-rs", epochs=1, eps=0.1, schedule="constant", evaluation_steps=1)
@@ -142,7 +142,7 @@ class TrainRun:
     Raises:
         ValueError: if the folder holds another run, or the ticket does not fit the network.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder, cpu = Path(tempfile.mkdtemp()), torch.device("cpu")
         >>> train = TrainConfig("fgsm-rs", epochs=2, eps=0.1, evaluation_steps=1)

@@ -42,7 +42,7 @@ class Machine:
 def software() -> Software:
     """Return the versions of this process.
 
-    Example:
+    Examples:
         >>> software().torch == torch.__version__
         True
     """
@@ -52,7 +52,7 @@ def software() -> Software:
 def machine() -> Machine:
     """Return the facts about this machine.
 
-    Example:
+    Examples:
         >>> machine().threads == torch.get_num_threads()
         True
     """

@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
     At every moment, and after a crash, a reader finds the whole old file or the whole new one. Missing parent folders
     are created.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "new" / "file.txt"
         >>> with replacing(path) as temporary:
@@ -71,7 +71,7 @@ def unpickle_arrays(file: IO[bytes]) -> Any:
     Raises:
         ValueError: if the file contains anything else, is cut short, or is not a pickle.
 
-    Example:
+    Examples:
         >>> import io
         >>> unpickle_arrays(io.BytesIO(pickle.dumps({"labels": [1, 2]})))
         {'labels': [1, 2]}

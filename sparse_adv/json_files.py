@@ -28,7 +28,7 @@ def to_json(record: DataclassInstance, *, with_none: bool = True) -> JSONObject:
         record: fields are numbers, text, None, dataclasses, or tuples, lists and dicts of these.
         with_none: whether fields that are None are written; `from_json` gives them their default otherwise.
 
-    Example:
+    Examples:
         >>> from sparse_adv.config import NetworkConfig
         >>> to_json(NetworkConfig("vgg16"))
         {'arch': 'vgg16', 'width': None}
@@ -51,7 +51,7 @@ def from_json(kind: type[Record], content: Mapping[str, JSON], source: str) -> R
         ValueError: if a key is unknown, a field without a default is missing, or a value is of another type or out of
             range.
 
-    Example:
+    Examples:
         >>> from sparse_adv.config import NetworkConfig
         >>> from_json(NetworkConfig, {"arch": "vgg16"}, "run.json")
         NetworkConfig(arch='vgg16', width=None)
@@ -96,7 +96,7 @@ def write_lines(path: Path, records: Iterable[DataclassInstance]) -> None:
 def flatten(content: Mapping[str, JSON], prefix: str = "") -> Iterator[tuple[str, JSON]]:
     """Yield the leaves of nested objects, named by their path.
 
-    Example:
+    Examples:
         >>> dict(flatten({"train": {"lr": 0.1, "milestones": [0.5]}, "name": None}))
         {'train.lr': 0.1, 'train.milestones': [0.5], 'name': None}
     """

@@ -225,7 +225,7 @@ def read(folder: Path | str) -> Run:
         FileNotFoundError: if the folder holds no run.
         ValueError: naming the file that is damaged or was written by another version of this library.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()) / "dense"
         >>> begin(folder, RunInfo("train", TrainConfig(epochs=3)))

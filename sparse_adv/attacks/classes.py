@@ -49,7 +49,7 @@ class PGD(_Attack):
     Raises:
         ValueError: if an option is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> attack = attacks.PGD(models.build("digits_cnn", width=8), eps=0.25, alpha=0.125, steps=4)
@@ -88,7 +88,7 @@ class PGDL2(PGD):
     Raises:
         ValueError: if an option is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> attack = attacks.PGDL2(models.build("digits_cnn", width=8), eps=0.5, alpha=0.125, steps=4)
@@ -123,7 +123,7 @@ class FGSM(_Attack):
     Raises:
         ValueError: if an option is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> attack = attacks.FGSM(models.build("digits_cnn", width=8), eps=0.25)
@@ -147,7 +147,7 @@ class FFGSM(_Attack):
     Raises:
         ValueError: if an option is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> attack = attacks.FFGSM(models.build("digits_cnn", width=8), eps=0.25, alpha=0.3)
@@ -177,7 +177,7 @@ class TPGD(_Attack):
     Raises:
         ValueError: if an option is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> attack = attacks.TPGD(models.build("digits_cnn", width=8), eps=0.25, alpha=0.125, steps=4)

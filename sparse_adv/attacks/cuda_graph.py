@@ -57,7 +57,7 @@ class Graphs:
     Raises:
         ValueError: if capacity is less than 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> model, graphs = models.build("digits_cnn", width=8), attacks.Graphs()

@@ -69,7 +69,7 @@ def pgd(
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> model = models.build("digits_cnn", width=8)
@@ -117,7 +117,7 @@ def fgsm(
 
     Source: Goodfellow et al., "Explaining and harnessing adversarial examples" (ICLR 2015), section 4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> model = models.build("digits_cnn", width=8)
@@ -151,7 +151,7 @@ def fgsm_rs(
 
     Source: Wong et al., "Fast is better than free" (ICLR 2020), algorithm 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> model = models.build("digits_cnn", width=8)
@@ -187,7 +187,7 @@ def n_fgsm(
 
     Source: de Jorge et al., "Make some noise" (NeurIPS 2022), algorithm 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> model = models.build("digits_cnn", width=8)
@@ -223,7 +223,7 @@ def tpgd(
     Source: Zhang et al., "Theoretically principled trade-off between robustness and accuracy" (ICML 2019), algorithm 1;
     the noise there is normal with standard deviation 0.001.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
         >>> model = models.build("digits_cnn", width=8)

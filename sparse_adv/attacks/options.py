@@ -58,7 +58,7 @@ class AttackOptions:
     Raises:
         ValueError: if a value is out of range, naming the argument and the value.
 
-    Example:
+    Examples:
         >>> from sparse_adv.attacks import AttackOptions
         >>> options = AttackOptions.fgsm_rs(eps=0.1, lo=-1.0)
         >>> options.alpha, options.steps, options.ball

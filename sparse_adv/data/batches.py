@@ -37,7 +37,7 @@ class Batches:
             and labels differ, or a shuffled epoch would have no image for some process.
         TypeError: if the images are integers other than uint8.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv.data import Batches, Split
         >>> split = Split(torch.full((5, 1, 8, 8), 255, dtype=torch.uint8), torch.arange(5))
@@ -136,7 +136,7 @@ def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 
     Source: He et al., "Deep residual learning for image recognition" (CVPR 2016), section 4.2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv.data import crop_and_flip
         >>> image = torch.tensor([[[[1, 2, 3]]]])
@@ -155,7 +155,7 @@ def to_unit(images: Tensor) -> Tensor:
     Raises:
         TypeError: for other dtypes, whose range of values is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv.data import to_unit
         >>> to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8))

@@ -15,7 +15,7 @@ class Split(NamedTuple):
         images: uint8 [N, C, H, W] in [0, 255], or float in [0, 1].
         labels: int64 [N], class numbers from 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv.data import Split
         >>> split = Split(torch.zeros(10, 3, 32, 32, dtype=torch.uint8), torch.arange(10))
@@ -41,7 +41,7 @@ class Dataset(NamedTuple):
         classes: number of classes.
         name: "cifar10", "mnist", ... or any other name, see `models.Normalize.of`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv.data import Dataset, Split, hold_out
         >>> images = Split(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), torch.arange(100) % 5)
@@ -93,7 +93,7 @@ def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
     Raises:
         ValueError: if count is negative or leaves no image in the first part.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv.data import Split, hold_out
         >>> split = Split(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))

@@ -49,7 +49,7 @@ def load(
         ValueError: if the format is not one of the above, a file is damaged, or validation or limit is out of range.
         ModuleNotFoundError: if the package that reads the format is not installed.
 
-    Example:
+    Examples:
         >>> from sparse_adv import data
         >>> dataset = data.load("digits", validation=100)
         >>> dataset.train.images.shape

@@ -33,7 +33,7 @@ def output_size(
         image, filter: rows and columns of the input and of the filter.
         stride, padding, dilation: (rows, columns).
 
-    Example:
+    Examples:
         >>> output_size((32, 32), (3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1))
         (16, 16)
     """

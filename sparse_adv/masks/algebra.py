@@ -15,7 +15,7 @@ def density(masks: Mapping[str, Tensor]) -> float:
     Raises:
         ValueError: if the masks have no element.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import masks
         >>> masks.density({"conv": torch.tensor([[True, False], [False, False]])})
@@ -40,7 +40,7 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
     Source: You et al., "Drawing early-bird tickets" (ICLR 2020), section 3.2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import masks
         >>> a, b = torch.tensor([True, True, False, False]), torch.tensor([True, False, False, False])

@@ -43,7 +43,7 @@ def largest_block(mask: Tensor, candidates: Sequence[Sequence[int | str]] = SUPP
         TypeError: if the mask is not a bool tensor.
         ValueError: if the shape of the mask or a candidate is invalid.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import masks
         >>> mask = torch.zeros(8, 8, 3, 3, dtype=torch.bool)

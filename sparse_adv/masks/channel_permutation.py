@@ -120,7 +120,7 @@ def permute_channels(
     Source: Pool and Yu, "Channel permutations for N:M sparsity" (NeurIPS 2021; NVIDIA ASP), for permutations absorbed
     by the neighbouring layers; Huang et al., "Shfl-BW" (DAC 2022, arXiv 2203.05016), for shuffled block-wise pruning.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from sparse_adv import masks

@@ -78,7 +78,7 @@ def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[D
     Raises:
         ValueError: if torch.fx cannot trace the model; the message names the module.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from sparse_adv.masks.dependency_graph import dependency_groups
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))

@@ -82,7 +82,7 @@ def prune(
     Source: Frankle and Carbin, "The lottery ticket hypothesis" (ICLR 2019) for magnitude; Evci et al., "Rigging the
     lottery" (ICML 2020), section 3, for ERK.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from sparse_adv import masks
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))

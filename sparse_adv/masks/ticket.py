@@ -42,7 +42,7 @@ class Ticket:
         state_dict: the weights to start training from, as the dense model's state dict.
         provenance: JSON data about the origin, such as seed, data set and hyperparameters.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from sparse_adv import masks
         >>> model = nn.Conv2d(3, 8, 3)
@@ -70,7 +70,7 @@ def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
         TypeError: if a mask is not a bool tensor.
         ValueError: if a mask has no weight of its shape in the state dict, or the provenance is not JSON data.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from torch import nn
         >>> from sparse_adv import masks

@@ -68,7 +68,7 @@ def build(
     Raises:
         ValueError: if the name is unknown, or width, classes or input_shape is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import models
         >>> model = models.build("resnet18", width=16, classes=100)
@@ -97,7 +97,7 @@ def find(name: str) -> Architecture:
     Raises:
         ValueError: if there is no such architecture; the message lists all names and the most similar one.
 
-    Example:
+    Examples:
         >>> from sparse_adv import models
         >>> models.find("digits_cnn").input_shape
         (1, 8, 8)
@@ -114,7 +114,7 @@ def find(name: str) -> Architecture:
 def names() -> tuple[str, ...]:
     """Return the names of all architectures; D (depth) and K (width factor) of "wrn-D-K" stand for numbers.
 
-    Example:
+    Examples:
         >>> from sparse_adv import models
         >>> models.names()
         ('vgg16', 'resnet18', 'preact_resnet18', 'digits_cnn', 'wrn-D-K')

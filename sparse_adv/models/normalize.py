@@ -25,7 +25,7 @@ class Normalize(nn.Module):
     Args:
         mean, std: one number per channel; they become buffers of shape [C, 1, 1].
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv.models import Normalize
         >>> Normalize(mean=[0.5], std=[0.25])(torch.tensor([[[[0.5, 1.0]]]]))

@@ -43,7 +43,7 @@ def register_masked_allreduce_hook(model: DistributedDataParallel) -> CommStats:
         TypeError: if the model is not wrapped in DistributedDataParallel.
         ValueError: if it has a communication hook already. In a backward pass: if the processes' masks differ.
 
-    Example:
+    Examples:
         >>> register_masked_allreduce_hook(nn.Linear(2, 2))
         Traceback (most recent call last):
         TypeError: model must be wrapped in DistributedDataParallel, got Linear

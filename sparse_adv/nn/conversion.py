@@ -54,7 +54,7 @@ def sparsify(
         ValueError: if a name is unknown, a mask has the wrong shape or disobeys the block, or one weight would need
             two masks.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
         >>> sparsify(model, {"0": torch.rand(8, 3, 3, 3) < 0.1})[0].density < 0.3
         True
@@ -91,7 +91,7 @@ def densify(model: nn.Module) -> nn.Module:
     Returns:
         The model; if that is itself a masked layer, the layer that replaces it.
 
-    Example:
+    Examples:
         >>> layer = sparsify(nn.Linear(2, 1), {"": torch.tensor([[True, False]])})
         >>> type(densify(layer)) is nn.Linear
         True
@@ -108,7 +108,7 @@ def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
     on CUDA), casts them once under autocast, and computes no gradient of weight or bias, whatever `requires_grad` says.
     That is what an attack needs. The context may be nested; it ends with the outermost one.
 
-    Example:
+    Examples:
         >>> model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": torch.rand(8, 3, 3, 3) < 0.1})
         >>> with frozen_weights(model):
         ...     model(torch.rand(1, 3, 8, 8)).requires_grad

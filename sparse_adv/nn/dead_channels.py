@@ -41,7 +41,7 @@ def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence
     Source: Li et al., "Towards Practical Lottery Ticket Hypothesis for Adversarial Training" (arXiv 2003.05733). The
     paper does not mention BatchNorm; its code pairs each BatchNorm with the convolution before it in module order.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2))
         >>> mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
         >>> mask[1] = False
@@ -94,7 +94,7 @@ def zero_dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Seq
     Raises:
         TypeError, ValueError: as for `dead_channels`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2))
         >>> mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
         >>> mask[1] = False

@@ -83,7 +83,7 @@ def explain(model: nn.Module, shape: Sequence[int] | Tensor | None = None) -> Ex
         shape: shape [N, C, H, W] of its input, or a sample of it. Without it, kernels that depend on the input are not
             known, and MACs are not counted.
 
-    Example:
+    Examples:
         >>> from sparse_adv.nn import sparsify
         >>> model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": torch.rand(8, 3, 3, 3) < 0.1})
         >>> explain(model, (1, 3, 8, 8)).rows[0].kernels["forward"]

@@ -57,7 +57,7 @@ def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
         model: any model, dense or sparse; it runs one forward pass, in eval mode, and stays as it was.
         shape: shape [N, C, H, W] of its input, or a sample of it.
 
-    Example:
+    Examples:
         >>> count_macs(nn.Conv2d(3, 8, 3), (1, 3, 6, 6)).forward == 4 * 4 * 8 * 3 * 3 * 3
         True
     """

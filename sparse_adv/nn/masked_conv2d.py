@@ -75,7 +75,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         TypeError: if the mask is not a bool tensor.
         ValueError: if the mask has another shape than the weight, or does not obey the block.
 
-    Example:
+    Examples:
         >>> layer = MaskedConv2d(3, 8, 3, padding=1, mask=torch.rand(8, 3, 3, 3) < 0.1)
         >>> layer(torch.rand(1, 3, 6, 6)).shape
         torch.Size([1, 8, 6, 6])

@@ -25,7 +25,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         mask: bool tensor [K, C]; None keeps everything.
 
-    Example:
+    Examples:
         >>> layer = MaskedLinear(2, 1, bias=False, mask=torch.tensor([[True, False]]))
         >>> layer.density, layer.weight[0, 1].item()
         (0.5, 0.0)

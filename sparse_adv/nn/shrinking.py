@@ -69,7 +69,7 @@ def shrink(
 
     Source: Lym et al., "PruneTrain" (SC 2019), section 3, for removal with a union at residual sums.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3))
         >>> mask = torch.ones(4, 1, 3, 3, dtype=torch.bool)
         >>> mask[2:] = False

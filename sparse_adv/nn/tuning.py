@@ -54,7 +54,7 @@ def tune(
     Raises:
         ValueError: if `choices` name a module or a kernel that does not exist.
 
-    Example:
+    Examples:
         >>> from sparse_adv.nn import explain, sparsify
         >>> model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": torch.rand(8, 3, 3, 3) < 0.1})
         >>> choice = {"kernel": "dense"}

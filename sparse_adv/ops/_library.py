@@ -79,7 +79,7 @@ def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
 def cuda_ops() -> str:
     """Which implementation of `pgd_step` and `random_start` runs on CUDA, and for which GPUs it was built.
 
-    Example:
+    Examples:
         >>> cuda_ops().startswith(("CUDA C++", "Triton kernels"))
         True
     """
@@ -108,7 +108,7 @@ def _check_capability(index: int) -> None:
 def least_capability(archs: str) -> tuple[int, int]:
     """The lowest compute capability in a list as in TORCH_CUDA_ARCH_LIST.
 
-    Example:
+    Examples:
         >>> least_capability("8.0 9.0a+PTX")
         (8, 0)
     """
@@ -121,7 +121,7 @@ def cpu_capability() -> str:
 
     The environment variable `ATEN_CPU_CAPABILITY` (avx512, avx2, default) lowers it; it is read at the first call.
 
-    Example:
+    Examples:
         >>> cpu_capability() in ("avx512", "avx2", "portable")
         True
     """
@@ -131,7 +131,7 @@ def cpu_capability() -> str:
 def build_facts() -> dict[str, str]:
     """The version and the compiler of the native part.
 
-    Example:
+    Examples:
         >>> sorted(build_facts())
         ['compiler', 'version']
     """

@@ -58,7 +58,7 @@ def masked_conv2d(
         TypeError: if dtypes differ or are not floating, or the pattern is none.
         ValueError: if shapes or devices do not fit together, or the pattern belongs to another weight.
 
-    Example:
+    Examples:
         >>> from sparse_adv import ops
         >>> weight = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
         >>> pattern = ops.compile_pattern(weight != 0)

@@ -47,7 +47,7 @@ def live_blocks(mask: Tensor, block: Sequence[int], groups: int = 1) -> LiveBloc
     Returns:
         The lists, on the mask's device.
 
-    Example:
+    Examples:
         >>> mask = torch.zeros(64, 32, 1, 1, dtype=torch.bool)
         >>> mask[32:] = True
         >>> live_blocks(mask, (32, 32)).blocks

@@ -38,7 +38,7 @@ def obeys(mask: Tensor, block: Sequence[int]) -> bool:
         mask: bool tensor [K, C/groups, R, S], or [K, C] of a linear layer, which counts as [K, C, 1, 1].
         block: (bo, bi) or (bo, bi, br, bs), sizes not checked; blocks at an edge are smaller.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, False], [True, False]])
         >>> obeys(mask, (2, 1)), obeys(mask, (1, 2))
         (True, False)
@@ -69,7 +69,7 @@ def expand_blocks(grid: Tensor, block: Sequence[int], shape: Sequence[int]) -> T
     Returns:
         contiguous tensor of this shape and the grid's dtype.
 
-    Example:
+    Examples:
         >>> expand_blocks(torch.tensor([[1, 2]]), (1, 2), (1, 3))
         tensor([[1, 1, 2]])
     """

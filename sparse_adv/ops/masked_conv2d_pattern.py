@@ -182,7 +182,7 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
         TypeError: if the mask is not a bool tensor.
         ValueError: if its shape, the block or the groups do not fit, or the mask does not obey the block.
 
-    Example:
+    Examples:
         >>> mask = torch.zeros(4, 2, 3, 3, dtype=torch.bool)
         >>> mask[0:2, 1] = True
         >>> pattern = compile_pattern(mask, block=(2, 1))
@@ -234,7 +234,7 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
         TypeError: if the pattern is none.
         ValueError: if the weight has another shape or device than the pattern's mask.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])[:, :, None, None]
         >>> pack_pattern(compile_pattern(weight != 0), weight).values
         tensor([1., 2.])
@@ -267,7 +267,7 @@ def set_kernels(
         TypeError: if the pattern is none.
         ValueError: if a kernel has another name.
 
-    Example:
+    Examples:
         >>> pattern = compile_pattern(torch.ones(4, 2, 3, 3, dtype=torch.bool))
         >>> set_kernels(pattern, forward="sparse").requested_kernels
         Kernels(forward='sparse', grad_input='auto', grad_weight='auto')

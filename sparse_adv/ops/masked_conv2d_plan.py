@@ -62,7 +62,7 @@ def plan(pattern: Pattern, input: Tensor, stride: Pair = 1, padding: Pair | str 
         TypeError: if the input is not floating, or the pattern is none.
         ValueError: if the input does not fit the pattern.
 
-    Example:
+    Examples:
         >>> from sparse_adv import ops
         >>> pattern = ops.compile_pattern(torch.ones(8, 4, 3, 3, dtype=torch.bool))
         >>> ops.plan(pattern, torch.empty(1, 4, 6, 6)).forward

@@ -38,7 +38,7 @@ class Pass(NamedTuple):
 def blocks_are_faster(cost: Pass, gradient_of_weight: bool = False) -> bool:
     """Whether the pass over live blocks is expected to take less than 0.9 of the dense convolution's time.
 
-    Example:
+    Examples:
         >>> def conv3x3(channels, pixels, density):
         ...     weights, elements = 9 * channels**2, channels * pixels
         ...     return Pass(512, elements, elements, pixels, weights, int(density * weights), element_bytes=2)

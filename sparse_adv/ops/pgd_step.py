@@ -56,7 +56,7 @@ def pgd_step(
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
 
-    Example:
+    Examples:
         >>> clean, grad = torch.full((1, 3), 0.5), torch.tensor([[2.0, 0.0, -3.0]])
         >>> pgd_step(clean, grad, clean, alpha=0.25, eps=0.125)
         tensor([[0.6250, 0.5000, 0.3750]])
@@ -83,7 +83,7 @@ def pgd_step_(
     Raises:
         ValueError: if adv requires grad and gradients are enabled, or adv is expanded.
 
-    Example:
+    Examples:
         >>> adv, clean = torch.full((1, 2), 0.5), torch.full((1, 2), 0.5)
         >>> pgd_step_(adv, torch.tensor([[1.0, -1.0]]), clean, alpha=0.25, eps=0.125) is adv
         True

@@ -47,7 +47,7 @@ def pgd_step_normalized(
 
     Source: as for `pgd_step`.
 
-    Example:
+    Examples:
         >>> clean = torch.full((1, 1, 1, 2), 0.5)
         >>> mean, std, grad = torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([1.0, -1.0]).view(1, 1, 1, 2)
         >>> adv, input = pgd_step_normalized(clean, grad, clean, mean, std, alpha=0.125, eps=0.5)

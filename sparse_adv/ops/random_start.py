@@ -52,7 +52,7 @@ def random_start(
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Philox4x32-10; Madry et al. (ICLR
     2018), section 4, for starting at a random point.
 
-    Example:
+    Examples:
         >>> clean = torch.rand(2, 3, 8, 8)
         >>> start = random_start(clean, eps=0.1, seed=7)
         >>> bool((start - clean).abs().max() <= 0.1), torch.equal(start, random_start(clean, eps=0.1, seed=7))
@@ -73,7 +73,7 @@ def seed_words(seed: int | Tensor | torch.Generator | None) -> Tensor:
 
     None draws the key from PyTorch's global CPU generator.
 
-    Example:
+    Examples:
         >>> seed_words(5)
         tensor([5, 0])
     """

@@ -16,7 +16,7 @@ UNITS: tuple[Unit, ...] = ("seconds", "macs")
 def amount(cost: Cost, unit: Unit) -> float:
     """Return the seconds or the MACs of a cost.
 
-    Example:
+    Examples:
         >>> amount(Cost(seconds=2.5, macs=10), "macs")
         10
     """

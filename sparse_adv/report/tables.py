@@ -13,7 +13,7 @@ _ESCAPED = str.maketrans({"|": r"\|", "<": r"\<", "\n": " ", "\r": " "})
 def escaped(text: str) -> str:
     r"""Return text that neither ends a cell of a table nor begins an HTML tag.
 
-    Example:
+    Examples:
         >>> print(escaped("a|b <c>"))
         a\|b \<c>
     """
@@ -23,7 +23,7 @@ def escaped(text: str) -> str:
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table with aligned columns.
 
-    Example:
+    Examples:
         >>> print(table(["run", "s"], [["dense", "12.3"], ["a", ""]]), end="")
         | run   | s    |
         | ----- | ---- |
@@ -40,7 +40,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def count(number: float) -> str:
     """Return a number with three digits and an SI prefix.
 
-    Example:
+    Examples:
         >>> count(1.234e12), count(999.7), count(7)
         ('1.23 T', '1.00 k', '7')
     """

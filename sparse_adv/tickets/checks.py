@@ -24,7 +24,7 @@ def check_reset(model: nn.Module, start: Mapping[str, Tensor]) -> None:
     Raises:
         TicketInvariantError: if it is not, naming up to three tensors.
 
-    Example:
+    Examples:
         >>> check_reset(model := nn.Linear(2, 2), model.state_dict())
     """
     state = model.state_dict()
@@ -38,7 +38,7 @@ def check_pruned_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Raises:
         TicketInvariantError: if they are not, naming the layer.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> check_pruned_weights(model, {"0": torch.tensor([[True, True], [True, False]])})
         Traceback (most recent call last):
@@ -58,7 +58,7 @@ def check_nested(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
     Raises:
         TicketInvariantError: if it does, naming the layer.
 
-    Example:
+    Examples:
         >>> check_nested({"0": torch.tensor([[True, False]])}, {"0": torch.tensor([[True, True]])})
     """
     for name, mask in old.items():
@@ -80,7 +80,7 @@ def check_density(masks: Mapping[str, Tensor], config: PruneConfig, number: int)
     Raises:
         TicketInvariantError: if the number kept is another, with both numbers.
 
-    Example:
+    Examples:
         >>> check_density({"0": torch.arange(10).view(2, 5) < 5}, PruneConfig(density=0.5), number=1)
         (10, 5, 5)
     """

@@ -31,7 +31,7 @@ def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], 
     Raises:
         ValueError: if the ticket is for another architecture, naming the first difference; the model is unchanged.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> ticket = masks.Ticket(masks.prune(model, density=0.5), model.state_dict(), {})
         >>> restore(model, ticket, input_shape=(1, 1, 4, 4))[0].density
@@ -69,7 +69,7 @@ def shuffle(ticket_masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         Masks of the same shapes with the same blocks and numbers of kept weights. Blocks at an edge of a layer can be
         smaller; they change places only among blocks of their size, so that the number of kept weights stays the same.
 
-    Example:
+    Examples:
         >>> mask = torch.zeros(4, 6, dtype=torch.bool)
         >>> mask[:, :2] = True
         >>> int(shuffle({"fc": mask}, seed=0)["fc"].sum())

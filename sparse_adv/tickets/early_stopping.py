@@ -31,7 +31,7 @@ class EarlyStopping:
 
     Source: You et al., "Drawing early-bird tickets" (ICLR 2020), section 3.2.
 
-    Example:
+    Examples:
         >>> stopping, mask = EarlyStopping(0.1, None), {"layer": torch.tensor([True, False])}
         >>> [stopping.should_stop(epoch, lambda: mask) for epoch in range(1, 8)]
         [False, False, False, False, False, True, True]

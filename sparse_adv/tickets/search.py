@@ -81,7 +81,7 @@ def search(
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
     section 3.1, without the defects of its code.
 
-    Example:
+    Examples:
         >>> from sparse_adv import data
         >>> images = data.Split(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))

@@ -28,7 +28,7 @@ def write_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: JSONOb
         state_dict: tensors by name; those that share memory are written separately.
         metadata: JSON object to store in the file, such as the epoch and its accuracies.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
         >>> write_weights(path, {"bias": torch.zeros(2)}, {"epoch": 3})

@@ -19,7 +19,7 @@ from sparse_adv.training.objectives import Passes
 class Stopwatch:
     """Adds up the seconds of named phases. On CUDA it records events and waits for the GPU only when it is read.
 
-    Example:
+    Examples:
         >>> watch = Stopwatch(torch.device("cpu"))
         >>> for _ in range(2):
         ...     with watch.phase("attack"):

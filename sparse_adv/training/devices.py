@@ -36,7 +36,7 @@ def deterministic(wanted: bool = True) -> Iterator[None]:
     Raises:
         ValueError: if CUBLAS_WORKSPACE_CONFIG is set to what is not deterministic.
 
-    Example:
+    Examples:
         >>> with deterministic():
         ...     torch.are_deterministic_algorithms_enabled()
         True

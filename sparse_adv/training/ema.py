@@ -20,7 +20,7 @@ class EMA(AveragedModel):
     Source: Izmailov et al., "Averaging weights leads to wider optima and better generalization" (UAI 2018), section 3,
     there with equal weights.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(1, 1, bias=False)
         >>> average = EMA(model, decay=0.75)
         >>> for value in (1.0, 5.0):

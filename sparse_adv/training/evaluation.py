@@ -50,7 +50,7 @@ def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> A
     Raises:
         ValueError: if there is no image.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         >>> images = [(torch.rand(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64))]
         >>> accuracy = clean_accuracy(model, images)
@@ -92,7 +92,7 @@ def robust_accuracy(
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 5.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         >>> images = [(torch.rand(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64))]
         >>> robust = robust_accuracy(model, images, eps=0.1, steps=2)
@@ -123,7 +123,7 @@ def fgsm_accuracy(
 
     Source: Goodfellow et al., "Explaining and harnessing adversarial examples" (ICLR 2015), section 4.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         >>> images = [(torch.rand(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64))]
         >>> fgsm_accuracy(model, images, eps=0.1).images

@@ -70,7 +70,7 @@ class Training:
         TypeError: if the batches have no length.
         ValueError: if there is no batch, or the folder holds a run of another configuration.
 
-    Example:
+    Examples:
         >>> from sparse_adv import data
         >>> images = data.Split(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -288,7 +288,7 @@ class Training:
 def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | None:
     """Return the first epoch of the highest validation accuracy, robust unless training is natural; None if none is.
 
-    Example:
+    Examples:
         >>> best([], TrainConfig()) is None
         True
     """
@@ -340,7 +340,7 @@ def train(
         TypeError: if the batches have no length, or a batch has the wrong dtypes.
         ValueError: if a batch has values out of range, or the folder holds another run.
 
-    Example:
+    Examples:
         >>> from sparse_adv import data
         >>> images = data.Split(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))

@@ -228,7 +228,7 @@ def adversarial_loss(
         TypeError: if x is not floating or y not int64.
         ValueError: if an argument is out of range, or the objective is "free".
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         >>> x, y = torch.rand(8, 1, 2, 2), torch.randint(0, 2, (8,))
         >>> adversarial_loss(model, x, y, "trades", eps=0.1, beta=3.0).backward()

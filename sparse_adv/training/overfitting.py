@@ -40,7 +40,7 @@ class OverfittingMonitor:
         events: number of epochs that were undone.
         pgd_epochs: number of next epochs to train with PGD.
 
-    Example:
+    Examples:
         >>> monitor = OverfittingMonitor([], TrainConfig("fgsm-rs"))
         >>> [monitor.must_undo(accuracy) for accuracy in (0.3, 0.4, 0.05)]
         [False, False, True]

@@ -36,7 +36,7 @@ struct Kept {
 
 // The channels of a segment: enough for a list to hold 7 entries per output channel of a vector, which hides loading
 // and storing the accumulators; no more, so that the part of the image that a segment reads stays in the L1. A vector
-// of 4 reads tiles of 4 pixels, so more channels of them fit. Measured: benchmarks/NOTES.md.
+// of 4 reads tiles of 4 pixels, so more channels of them fit. Measured: docs/design/masked_conv2d.md.
 int64_t segment_channels(int64_t kept, int64_t rows, int64_t channels, int64_t vector) {
   const double per_channel = static_cast<double>(kept) / static_cast<double>(std::max<int64_t>(rows * channels, 1));
   int64_t segment = vector == 4 ? 64 : 16;

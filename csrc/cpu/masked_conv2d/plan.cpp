@@ -9,7 +9,7 @@ namespace {
 // The static table: what a pass costs, in multiply-adds of the dense convolution. Fitted to 1,000 timings of each pass
 // on AVX-512 (22 layers of 3 to 512 channels and 2 to 112 pixels, batch 1 to 64, density 0.05 to 0.5), with a margin,
 // so that taking the sparse kernel where it is slower is rare; the price is some missed gains near the break-even,
-// which nn.tune finds. benchmarks/NOTES.md has the numbers.
+// which nn.tune finds. docs/design/masked_conv2d.md has the numbers.
 constexpr double kPerElement = 14;      // moving an element of input or output to lanes and back
 constexpr double kPerKeptWeight = 250;  // checking, gathering and placing it, once per call
 constexpr double kPerCall = 4e6;

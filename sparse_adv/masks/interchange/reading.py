@@ -54,7 +54,7 @@ def from_state_dict(
     Raises:
         ValueError: if there is no mask, a mask has no parameter of its shape, or it has values other than 0 and 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_adv import masks
         >>> weight = torch.tensor([[1.0, 0.5], [2.0, 3.0]])
@@ -111,7 +111,7 @@ def load_pruned(
         ValueError: if a file is damaged or contains other objects than tensors, there are no masks, or masks, weights
             and model do not match.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import torch
         >>> from sparse_adv import masks

@@ -39,7 +39,7 @@ def save_pruned(
         TypeError: if a mask is not a bool tensor.
         ValueError: if suffix or format is unknown, or a mask has no weight of its shape in `state_dict`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from torch import nn
         >>> from sparse_adv import masks
