@@ -12,6 +12,7 @@ from torch import nn
 from sparse_adv import data, json_files, masks, models, runs, tickets
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
+from sparse_adv.nn import mac_density
 from sparse_adv.runs import Density, EpochRecord, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
 
@@ -222,7 +223,7 @@ def updates_of(config: TrainConfig, batches: data.Batches) -> int:
 
 def density_of(model: nn.Module, kept: dict[str, torch.Tensor], dataset: data.Dataset) -> Density:
     """Return the densities of weights and MACs that masks leave a model."""
-    return Density(masks.density(kept), masks.multiply_add_density(model, kept, (1, *dataset.input_shape)))
+    return Density(masks.density(kept), mac_density(model, kept, (1, *dataset.input_shape)))
 
 
 def _begin(folder: Path, info: RunInfo) -> None:

@@ -4,7 +4,7 @@ A mask is a bool tensor of the weight's shape, `[K, C/groups, R, S]` for a convo
 true = the weight is kept. The masks of a model are a dict keyed by module name.
 """
 
-from sparse_adv.masks.algebra import density, distance, multiply_add_density
+from sparse_adv.masks.algebra import density, distance
 from sparse_adv.masks.blocks import SUPPORTED_BLOCKS, largest_block
 from sparse_adv.masks.channel_permutation import ChannelPermutation, permute_channels
 from sparse_adv.masks.interchange import from_state_dict, load_pruned, save_pruned
@@ -22,7 +22,6 @@ __all__ = [
     "largest_block",
     "load_pruned",
     "load_ticket",
-    "multiply_add_density",
     "permute_channels",
     "prune",
     "save_pruned",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from torch import Tensor, nn
-
-from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses
+from torch import Tensor
 
 
 def density(masks: Mapping[str, Tensor]) -> float:
@@ -57,34 +55,3 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
                 f"the masks of {name!r} must have the same shape, got {tuple(a[name].shape)} and {tuple(b[name].shape)}"
             )
     return density({name: a[name] != b[name].to(a[name].device) for name in a})
-
-
-def multiply_add_density(model: nn.Module, masks: Mapping[str, Tensor], input_shape: Sequence[int]) -> float:
-    """The fraction of the multiply-adds of convolutions and linear layers that remains under the masks.
-
-    It differs from the density of weights: a convolution's weight is used once per output pixel, and early images are
-    large; a linear layer's is used once per row of its input. Layers without a mask count as dense; a forward pass in
-    eval mode finds the sizes.
-
-    Args:
-        model: the model that the masks belong to, sparse or dense.
-        masks: bool tensors keyed by module name.
-        input_shape: the model's input [N, C, H, W]; N = 1 will do.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in masks:
-        if name not in modules:
-            raise ValueError(unknown_module(name, modules))
-    by_layer = {modules[name]: mask for name, mask in masks.items()}
-    kept = dense = 0
-
-    def visit(layer: Layer, input: Tensor, output: Tensor) -> None:
-        nonlocal kept, dense
-        count, weights = uses(layer, output), layer.weight.numel()
-        dense += count * weights
-        kept += count * (int(by_layer[layer].count_nonzero()) if layer in by_layer else weights)
-
-    run_once(model, input_shape, visit, linear=True)
-    if dense == 0:
-        raise ValueError("model runs no convolution and no linear layer, so there are no multiply-adds to count")
-    return kept / dense

@@ -7,7 +7,7 @@ from sparse_adv.nn.allreduce_hook import CommStats, register_masked_allreduce_ho
 from sparse_adv.nn.conversion import densify, frozen_weights, sparsify
 from sparse_adv.nn.dead_channels import dead_channels, zero_dead_channels
 from sparse_adv.nn.explanation import Explanation, explain
-from sparse_adv.nn.macs import Macs, count_macs
+from sparse_adv.nn.macs import Macs, count_macs, mac_density
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
 from sparse_adv.nn.masked_linear import MaskedLinear
 from sparse_adv.nn.shrinking import ShrinkResult, shrink
@@ -25,6 +25,7 @@ __all__ = [
     "densify",
     "explain",
     "frozen_weights",
+    "mac_density",
     "register_masked_allreduce_hook",
     "shrink",
     "sparsify",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from sparse_adv.masks.layers import Layer, run_once, uses
+from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.masked_linear import MaskedLinear
@@ -76,6 +76,39 @@ def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
         first_dense=first.uses * first.layer.weight.numel(),
         images=images,
     )
+
+
+def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> float:
+    """Return the fraction of a model's MACs that masks keep: (MACs of the weights kept) / (MACs of all weights).
+
+    It differs from the density of the weights, because a convolution uses each weight once per output pixel and a
+    linear layer once per row of its input. Layers without a mask count as dense.
+
+    Args:
+        model: the model that the masks belong to, dense or sparse; it runs one forward pass, in eval mode.
+        masks: bool masks keyed by module name.
+        shape: shape [N, C, H, W] of the model's input, or a sample of it; the result does not depend on N.
+
+    Raises:
+        ValueError: if a mask's name is unknown, or the model has no convolution and no linear layer.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, stride=2))
+        >>> masks = {"1": torch.zeros(8, 8, 3, 3, dtype=torch.bool)}
+        >>> mac_density(model, masks, (1, 3, 5, 5))  # 25 * 24 of 25 * 24 + 4 * 576 MACs
+        0.2066115702479339
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in masks:
+        if name not in modules:
+            raise ValueError(unknown_module(name, modules))
+    weights_kept = {modules[name]: int(mask.count_nonzero()) for name, mask in masks.items()}
+    calls = calls_of(model, shape)
+    dense = sum(call.uses * call.layer.weight.numel() for call in calls)
+    if dense == 0:
+        raise ValueError("model must run a convolution or a linear layer, but it has no MACs")
+    return sum(call.uses * weights_kept.get(call.layer, call.layer.weight.numel()) for call in calls) / dense
 
 
 def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[Call]:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_adv.masks import multiply_add_density, prune
-from sparse_adv.nn import count_macs, explain, explanation, sparsify, tune, tuning
+from sparse_adv.masks import prune
+from sparse_adv.nn import count_macs, explain, explanation, mac_density, sparsify, tune, tuning
 from sparse_adv.nn.macs import calls_of
 from sparse_adv.ops import PASSES
 from sparse_adv.ops.masked_conv2d_pattern import block_pattern
@@ -34,7 +34,7 @@ def test_every_convolution_and_both_densities_are_shown(model):
     explained = explain(model, SHAPE)
     text = str(explained)
     assert [row.layer for row in explained.rows] == ["0", "2", "3"]
-    assert explained.mac_density == multiply_add_density(model, masks, SHAPE)
+    assert explained.mac_density == mac_density(model, masks, SHAPE)
     kept = sum(int(mask.sum()) for mask in masks.values()) + 128
     assert explained.density == kept / (16 * 27 + 16 * 96 + 128)
     assert f"density of convolution weights: {explained.density:.4f}" in text
@@ -65,7 +65,7 @@ def test_linear_layers_count_by_the_rows_of_their_input():
     row = explained.rows[-1]
     assert row.layer == "3" and set(row.kernels.values()) == {"dense (linear)"}
     assert row.macs == (3 * int(masks["3"].sum()), 3 * 72)
-    assert explained.mac_density == multiply_add_density(model, masks, (3, 4, 5, 5))
+    assert explained.mac_density == mac_density(model, masks, (3, 4, 5, 5))
     assert f"density of convolution and linear weights: {explained.density:.4f}" in str(explained)
 
 

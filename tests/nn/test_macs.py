@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_adv.nn import Macs, MaskedConv2d, count_macs, sparsify
+from sparse_adv.nn import Macs, MaskedConv2d, count_macs, mac_density, sparsify
 from sparse_adv.ops import PASSES
 
 SHAPE = (3, 4, 9, 7)
@@ -121,3 +121,32 @@ def test_counting_leaves_the_model_and_random_numbers_as_they_were(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_mac_density_of_a_convolution_counts_output_pixels():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Conv2d(8, 4, 1))
+    masks = {"0": torch.zeros(8, 3, 3, 3, dtype=torch.bool), "1": torch.zeros(8, 8, 3, 3, dtype=torch.bool)}
+    masks["0"][:2] = True
+    masks["1"][:1] = True
+    kept = 64 * 2 * 27 + 16 * 72 + 16 * 32
+    dense = 64 * 8 * 27 + 16 * 8 * 72 + 16 * 32
+    assert mac_density(model, masks, (1, 3, 8, 8)) == kept / dense
+    assert mac_density(model, masks, (3, 3, 8, 8)) == kept / dense
+
+
+def test_mac_density_of_a_linear_layer_counts_rows_of_the_input():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 4), nn.Flatten(), nn.Linear(256, 2))  # rows: 64, then 1
+    masks = {"1": torch.zeros(4, 8, dtype=torch.bool), "3": torch.zeros(2, 256, dtype=torch.bool)}
+    masks["1"][:1] = masks["3"][:1] = True
+    kept = 64 * 24 + 64 * 8 + 256
+    dense = 64 * 24 + 64 * 32 + 512
+    assert mac_density(model, masks, (1, 3, 8, 8)) == kept / dense
+    with pytest.raises(ValueError, match="model must run a convolution or a linear layer"):
+        mac_density(nn.ReLU(), {}, (1, 3, 8, 8))
+
+
+def test_mac_density_raises_for_an_unknown_layer_or_an_invalid_shape():
+    with pytest.raises(ValueError, match="model has no module '9'"):
+        mac_density(nn.Conv2d(3, 4, 3), {"9": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, (1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"shape must be 4 positive integers .*got \(3, 8\)"):
+        mac_density(nn.Conv2d(3, 4, 3), {}, (3, 8))
