@@ -221,9 +221,10 @@ def updates_of(config: TrainConfig, batches: data.Batches) -> int:
     return config.epochs * len(batches) * (config.replays if config.objective == "free" else 1)
 
 
-def density_of(model: nn.Module, kept: dict[str, torch.Tensor], dataset: data.Dataset) -> Density:
-    """Return the densities of weights and MACs that masks leave a model."""
-    return Density(masks.density(kept), mac_density(model, kept, (1, *dataset.input_shape)))
+def density_of(model: nn.Module, ticket_masks: dict[str, torch.Tensor], dataset: data.Dataset) -> Density:
+    """Return the densities of weights and MACs of a model under masks."""
+    macs = mac_density(model, ticket_masks, (1, *dataset.input_shape))
+    return Density(masks.density(ticket_masks), macs)
 
 
 def _begin(folder: Path, info: RunInfo) -> None:

@@ -66,7 +66,7 @@ def machine() -> Machine:
 
 
 def cpu_name() -> str:
-    """Return name, family and model of the processor where Linux tells them, else its architecture."""
+    """Return name, family and model of the processor from /proc/cpuinfo, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -80,8 +80,8 @@ def cpu_name() -> str:
 def commit() -> str | None:
     """Return the git commit of this code, with "-dirty" if files were changed since; None where it is not known.
 
-    The environment variable COMMIT wins over git: it names the commit of a copy without a repository. A repository
-    that only surrounds an installed package is not asked.
+    The environment variable COMMIT wins over git: it names the commit of a copy without a repository. The
+    repository around an installed package does not count.
     """
     if known := os.environ.get("COMMIT"):
         return known

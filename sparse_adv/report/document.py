@@ -71,7 +71,7 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """Two tables of what `run.json` says: what is the same in all runs, and what differs."""
+    """Two tables of the contents of `run.json`: what is the same in all runs, and what differs."""
     infos = [{"folder": str(run.folder), **_flat(to_json(run.info))} for run in runs]
     common: list[list[str]] = []
     different: list[list[str]] = []

@@ -116,7 +116,7 @@ def record_of(ticket: masks.Ticket) -> SearchRecord:
 
 
 def cost_of(ticket: masks.Ticket) -> Cost:
-    """Return the cost of the search that found a ticket; zero if the ticket does not tell it."""
+    """Return the cost of the search that found a ticket; zero if the ticket does not contain it."""
     return json_files.from_json(Cost, ticket.provenance.get("cost", {}), "the ticket's provenance")
 
 

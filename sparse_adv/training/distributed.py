@@ -1,4 +1,4 @@
-"""The processes of a distributed run, their devices, and what they add up; a run of one process needs no group."""
+"""The processes of a distributed run: their devices, their process group, and reductions over all of them."""
 
 from __future__ import annotations
 
@@ -15,35 +15,50 @@ from torch import Tensor, nn
 
 
 def rank() -> int:
-    """The number of this process; 0 in a run of one."""
+    """Return the rank of this process; 0 in a run of one process.
+
+    Example:
+        >>> rank()
+        0
+    """
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def launched_rank() -> int:
-    """The number that torchrun has given this process, before there is a group."""
+    """Return the rank that torchrun gave this process in its environment; there need be no process group yet."""
     return _launched("RANK", 0)
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together.
+
+    Example:
+        >>> world_size()
+        1
+    """
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def group(device: torch.device | str = "auto") -> Iterator[torch.device]:
-    """The process group that `torchrun` has prepared for, and the device of this process; no group without torchrun.
+    """Choose the device of this process, and under `torchrun` create the process group; both last until the block ends.
 
     Args:
-        device: "cpu"; "cuda", a GPU of its own for each process; a GPU such as "cuda:0", for all processes of a machine
-            together; or "auto", which is "cuda" where there is a GPU and "cpu" elsewhere.
+        device: "cpu"; "cuda", where each process gets a GPU of its own; one GPU such as "cuda:0", which all processes
+            of a machine share; or "auto", which is "cuda" where there is a GPU and "cpu" elsewhere.
 
     Returns:
-        A context that gives this process's device. The processes talk over nccl where each has a GPU of its own, and
-        else over gloo, because nccl refuses two processes on one GPU.
+        A context manager that yields the device. The backend is nccl where each process has a GPU of its own, and else
+        gloo, because nccl refuses two processes on one GPU.
 
     Raises:
-        ValueError: if there is no such device, or "cuda" finds fewer GPUs than processes.
-        ConnectionError: in place of whatever the backend raises when another process is lost.
+        ValueError: if there is no such device, or there are fewer GPUs than processes that need one of their own.
+        ConnectionError: when another process is lost, whatever error the backend raises then.
+
+    Example:
+        >>> with group("cpu") as device:
+        ...     device
+        device(type='cpu')
     """
     own, backend = _placed(str(device))
     if own.type == "cuda":
@@ -68,7 +83,7 @@ def group(device: torch.device | str = "auto") -> Iterator[torch.device]:
 
 
 def _placed(name: str) -> tuple[torch.device, str]:
-    """The device of this process, and over which backend the run's processes talk."""
+    """The device of this process, and the backend of the process group."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -80,13 +95,13 @@ def _placed(name: str) -> tuple[torch.device, str]:
     if device.type == "cpu":
         return device, "gloo"
     if not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} is not there: this torch sees no CUDA GPU")
+        raise ValueError(f"device {name!r} is not available: this torch has no CUDA GPU")
     gpus = torch.cuda.device_count()
     there = f"{gpus} GPU{'s' if gpus > 1 else ''}"
     if device.index is not None:
         if device.index >= gpus:
-            raise ValueError(f"device {name!r} is not there: this torch sees {there}, numbered from 0")
-        # On every machine the same answer, or the processes would wait for each other with unlike backends.
+            raise ValueError(f"device {name!r} is not available: this torch has {there}, numbered from 0")
+        # The same on all machines: processes with different backends would wait for each other for ever.
         shared = _launched("WORLD_SIZE", 1) > _launched("GROUP_WORLD_SIZE", 1)
         return device, "gloo" if shared else "nccl"
     processes = _launched("LOCAL_WORLD_SIZE", 1)
@@ -99,21 +114,21 @@ def _placed(name: str) -> tuple[torch.device, str]:
 
 
 def _launched(name: str, otherwise: int) -> int:
-    """A number that torchrun has given this process."""
+    """A number from the environment that torchrun gave this process."""
     return int(os.environ.get(name, otherwise))
 
 
 def _free_frames(error: BaseException) -> None:
-    """Let go of the DistributedDataParallel model that the frames of an error hold.
+    """Release the DistributedDataParallel model that the stack frames of an error refer to.
 
-    Freed after its group, it would wait for the group's threads with Python's lock held, which they may be waiting for:
-    seen as a process that never ends.
+    If it is freed after its process group, it waits for the threads of the group while it holds Python's lock, which
+    these threads may be waiting for. The process then never ends.
     """
     traceback.clear_frames(error.__traceback__)
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """The sum over all processes of each number."""
+    """Return the sum over all processes of each number."""
     if world_size() == 1:
         return values
     summed = torch.tensor(values, dtype=torch.float64, device=device)
@@ -122,17 +137,17 @@ def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
 
 
 def collect(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors of all processes by rank, on the CPU."""
+    """Return the tensors of all processes, ordered by rank, on the CPU."""
     own = {name: tensor.cpu() for name, tensor in state.items()}
     if world_size() == 1:
         return [own]
-    found: list[dict[str, Tensor]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(found, own)
-    return found
+    states: list[dict[str, Tensor]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(states, own)
+    return states
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Give all processes the mean of their floating buffers: BatchNorm's statistics, each of its own images."""
+    """Replace floating buffers by their mean over all processes: BatchNorm statistics come from each one's images."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if world_size() == 1 or not buffers:
         return
@@ -145,11 +160,16 @@ def average_buffers(model: nn.Module) -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until all processes have called this function."""
     if world_size() > 1:
         dist.barrier()
 
 
 def own_seed(*numbers: int) -> int:
-    """A seed that follows from these numbers and this process's, and from nothing else."""
+    """Return a seed that depends only on these numbers and on the rank.
+
+    Example:
+        >>> own_seed(0, 1) == own_seed(0, 1), own_seed(0, 1) == own_seed(0, 2)
+        (True, False)
+    """
     return int(np.random.SeedSequence([*numbers, rank()]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -117,7 +117,7 @@ class Training:
             yield self.records[-1]
 
     def _epoch(self, epoch: int, on_step: Callable[[int], None] | None) -> EpochRecord:
-        """Train and evaluate an epoch, counted from 0; undo it and repeat it with PGD if the monitor says so."""
+        """Train and evaluate an epoch, counted from 0; undo and repeat it if the monitor detects overfitting."""
         undone: float | None = None
         while True:
             start = copy.deepcopy(self.updater.state_dict()) if self.monitor else None

@@ -28,7 +28,7 @@ class CatastrophicOverfittingError(ArithmeticError):
 
 
 class OverfittingMonitor:
-    """Measures robustness after each epoch and says which epochs must be undone.
+    """Measures robustness after each epoch and decides which epochs must be undone.
 
     Args:
         images: validation images, of which the first 256 are used (whole batches, if these are given).

@@ -273,16 +273,16 @@ def test_a_ticket_for_another_architecture_is_refused_and_the_model_unchanged(ot
 )
 def test_a_shuffled_mask_has_the_same_density_and_blocks(shape, block, density, seed):
     layer = nn.Conv2d(shape[1], shape[0], shape[2:])
-    kept = masks.prune(nn.Sequential(layer), density, block)
-    moved = tickets.shuffle(kept, seed)
-    assert moved["0"].count_nonzero() == kept["0"].count_nonzero() and moved["0"].shape == kept["0"].shape
-    assert torch.equal(moved["0"], tickets.shuffle(kept, seed)["0"])
+    pruned = masks.prune(nn.Sequential(layer), density, block)
+    shuffled = tickets.shuffle(pruned, seed)
+    assert shuffled["0"].count_nonzero() == pruned["0"].count_nonzero() and shuffled["0"].shape == pruned["0"].shape
+    assert torch.equal(shuffled["0"], tickets.shuffle(pruned, seed)["0"])
     # `sparsify` refuses a mask that is not made of such blocks.
-    sparsify(nn.Sequential(layer), moved, block=masks.largest_block(kept["0"]))
+    sparsify(nn.Sequential(layer), shuffled, block=masks.largest_block(pruned["0"]))
 
 
 def test_a_shuffled_mask_differs():
-    kept = {"layer": torch.rand(16, 16, 3, 3) < 0.3, "linear": torch.rand(16, 8) < 0.5}
-    moved = tickets.shuffle(kept, 0)
-    assert all(not moved[name].equal(kept[name]) for name in kept)
-    assert masks.density(moved) == masks.density(kept)
+    pruned = {"layer": torch.rand(16, 16, 3, 3) < 0.3, "linear": torch.rand(16, 8) < 0.5}
+    shuffled = tickets.shuffle(pruned, 0)
+    assert all(not shuffled[name].equal(pruned[name]) for name in pruned)
+    assert masks.density(shuffled) == masks.density(pruned)

@@ -70,8 +70,8 @@ def test_each_process_takes_its_gpu_or_the_one_that_was_named(machine, gpus, lau
     [
         (1, (0, 2), "auto", r"'cuda' gives each process a GPU of its own, got 2 processes and 1 GPU: start at most 1 "),
         (2, (3, 4), "cuda", r"got 4 processes and 2 GPUs: start at most 2 \(--nproc-per-node 2\), take device cpu, or"),
-        (1, (), "cuda:1", r"'cuda:1' is not there: this torch sees 1 GPU, numbered from 0"),
-        (0, (), "cuda", r"'cuda' is not there: this torch sees no CUDA GPU"),
+        (1, (), "cuda:1", r"'cuda:1' is not available: this torch has 1 GPU, numbered from 0"),
+        (0, (), "cuda", r"'cuda' is not available: this torch has no CUDA GPU"),
         (1, (), "cuda:x", r"device must be auto, cpu, cuda or a GPU such as cuda:0, got 'cuda:x'"),
         (1, (), "meta", r"got 'meta'"),
     ],

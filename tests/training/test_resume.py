@@ -116,12 +116,9 @@ def test_a_state_holds_tensors_and_plain_data_only(tmp_path):
     assert state["records"][-1]["epoch"] == 4 and state["optimizer"]["state"]
 
 
-def command(out, *more) -> list[str]:
-    """A command on the CPU, because on a GPU a run need not repeat bit for bit."""
-    return [
-        *(sys.executable, "-m", "sparse_adv", "train", "--arch", "digits_cnn", "--limit", "256"),
-        *("--eps", "0.1", "--epochs", "6", "--steps", "2", "--out", str(out), *more),
-    ]
+def command(out, *more: str) -> list[str]:
+    flags = "--arch digits_cnn --limit 256 --eps 0.1 --epochs 6 --steps 2"
+    return [sys.executable, "-m", "sparse_adv", "train", *flags.split(), "--out", str(out), *more]
 
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
