@@ -1,4 +1,4 @@
-"""Validation of what an attack gets: images in [lo, hi], labels that are classes of the model."""
+"""Validation of the input of an attack: images in [lo, hi], labels that are classes of the model."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ true = the weight is kept. The masks of a model are a dict keyed by module name.
 from sparse_adv.masks.algebra import density, distance
 from sparse_adv.masks.blocks import SUPPORTED_BLOCKS, largest_block
 from sparse_adv.masks.channel_permutation import ChannelPermutation, permute_channels
+from sparse_adv.masks.dependency_graph import DependencyGroup, dependency_groups
 from sparse_adv.masks.interchange import from_state_dict, load_pruned, save_pruned
 from sparse_adv.masks.pruning import Score, prune
 from sparse_adv.masks.ticket import Ticket, load_ticket, save_ticket
@@ -14,9 +15,11 @@ from sparse_adv.masks.ticket import Ticket, load_ticket, save_ticket
 __all__ = [
     "SUPPORTED_BLOCKS",
     "ChannelPermutation",
+    "DependencyGroup",
     "Score",
     "Ticket",
     "density",
+    "dependency_groups",
     "distance",
     "from_state_dict",
     "largest_block",

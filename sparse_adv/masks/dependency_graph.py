@@ -8,25 +8,17 @@ it is done in a whole group. The words are those of Fang et al., "DepGraph: towa
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sparse_adv.masks.channel_operations import Kind, computes_as_its_class, kind_of
 from sparse_adv.masks.layers import run_once
 
 log = logging.getLogger(__name__)
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-
-Kind = Literal[
-    "input", "convolution", "linear", "norm", "elementwise", "spatial", "flatten", "not an activation", "unknown"
-]
-"""What a node of the graph does to channels; "spatial" mixes pixels but not channels."""
 
 
 class Member(NamedTuple):
@@ -80,9 +72,9 @@ def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[D
 
     Examples:
         >>> from torch import nn
-        >>> from sparse_adv.masks.dependency_graph import dependency_groups
+        >>> from sparse_adv import masks
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
-        >>> groups = dependency_groups(model, (1, 3, 8, 8))
+        >>> groups = masks.dependency_groups(model, (1, 3, 8, 8))
         >>> groups[1].producers, groups[1].norms[0].name, groups[1].consumers[0].name
         (('0',), '1', '3')
         >>> [group.fixed for group in groups]
@@ -125,124 +117,13 @@ class _Tracer(fx.Tracer):
     place = "the model"
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _computes_as_its_class(m) or super().is_leaf_module(m, module_qualified_name)
+        return computes_as_its_class(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         outer, self.place = self.place, f"module {self.path_of_module(m)!r} ({type(m).__name__})"
         result = super().call_module(m, forward, args, kwargs)
         self.place = outer
         return result
-
-
-def _computes_as_its_class(module: nn.Module) -> bool:
-    """Whether this is a Conv2d or Linear, masked or not, whose forward is not overridden otherwise."""
-    for layer_class in (nn.Conv2d, nn.Linear):
-        if isinstance(module, layer_class):
-            return type(module).forward is layer_class.forward or "weight_mask" in module._buffers
-    return False
-
-
-def _functions(names: str) -> set[Any]:
-    """Functions and methods with one of these names, in torch, Tensor, torch.nn.functional and operator."""
-    places = (torch, Tensor, F, operator)
-    return {getattr(place, name) for place in places for name in names.split() if hasattr(place, name)}
-
-
-_ELEMENTWISE_MODULES: tuple[type[nn.Module], ...] = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Softplus,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Hardtanh,
-)
-_SPATIAL_MODULES: tuple[type[nn.Module], ...] = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Upsample,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-)
-_ELEMENTWISE = _functions(
-    "add add_ iadd sub sub_ isub mul mul_ imul div truediv neg relu relu_ relu6 leaky_relu elu gelu silu mish softplus "
-    "sigmoid tanh hardswish hardsigmoid hardtanh clamp"
-)
-_SPATIAL = _functions(
-    "dropout dropout2d contiguous clone interpolate max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d"
-)
-_REDUCTIONS = _functions("mean amax squeeze")
-_FLATTEN = _functions("flatten view reshape")
-_SHAPE_QUERIES = {*_functions("size dim"), getattr}
-
-
-def _kind(node: fx.Node, module: nn.Module | None, value: Any, shapes: dict[fx.Node, torch.Size]) -> Kind:
-    if node.op == "placeholder":
-        return "input" if isinstance(value, Tensor) and value.dim() >= 2 else "not an activation"
-    if node.op == "get_attr" or not any(source in shapes for source in node.all_input_nodes):
-        return "not an activation"
-    if module is not None:
-        return _kind_of_module(module, value)
-    if node.op == "output":
-        return "unknown"
-    called = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
-    if not isinstance(value, Tensor):
-        return "not an activation" if called in _SHAPE_QUERIES else "unknown"
-    source = shapes.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-    if called in _ELEMENTWISE:
-        return "elementwise"
-    if source is None:
-        return "unknown"
-    flat = value.dim() == 2 and value.shape[0] == source[0]
-    if called in _FLATTEN:
-        # A number of features written in the code, as in x.view(-1, 512), would not follow the number of channels.
-        inferred = node.target in ("flatten", torch.flatten) or node.args[-1] == -1
-        return "flatten" if flat and inferred else "unknown"
-    if called in _SPATIAL or (called in _REDUCTIONS and _reduces_pixels_only(node, len(source))):
-        return "spatial"
-    return "spatial" if _slices_pixels_only(node) else "unknown"
-
-
-def _kind_of_module(module: nn.Module, value: Any) -> Kind:
-    if not isinstance(value, Tensor) or value.dim() < 2:
-        return "unknown"
-    if isinstance(module, NORMS):
-        return "norm"
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        if not _computes_as_its_class(module) or "weight" not in module._parameters:
-            return "unknown"
-        if value.dim() != module.weight.dim():
-            return "unknown"
-        return "convolution" if isinstance(module, nn.Conv2d) else "linear"
-    if isinstance(module, nn.Flatten):
-        return "flatten" if module.start_dim == 1 and value.dim() == 2 else "unknown"
-    if isinstance(module, _SPATIAL_MODULES):
-        return "spatial"
-    return "elementwise" if isinstance(module, _ELEMENTWISE_MODULES) else "unknown"
-
-
-def _reduces_pixels_only(node: fx.Node, rank: int) -> bool:
-    """Whether a reduction lists its dimensions, and the batch and the channels are not among them."""
-    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else ())
-    listed = [dims] if isinstance(dims, int) else list(dims) if isinstance(dims, (tuple, list)) else []
-    return bool(listed) and all(isinstance(dim, int) and dim % rank >= 2 for dim in listed)
-
-
-def _slices_pixels_only(node: fx.Node) -> bool:
-    """Whether this is x[:, :, ...] with nothing but slices."""
-    index = node.args[1] if node.target is operator.getitem else None
-    if not isinstance(index, tuple) or not all(isinstance(part, slice) for part in index):
-        return False
-    return all(part == slice(None) for part in index[:2])
 
 
 class _Axis(NamedTuple):
@@ -273,7 +154,7 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
-        kind = self.result.kinds[n] = _kind(n, module, value, self.result.shapes)
+        kind = self.result.kinds[n] = kind_of(n, module, value, self.result.shapes)
         if isinstance(value, Tensor) and value.dim() >= 2 and kind != "not an activation":
             self.result.shapes[n] = value.shape
         axes = [self._axes[source] for source in n.all_input_nodes if source in self._axes]

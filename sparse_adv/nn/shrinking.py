@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparse_adv.kernels.layout import in_layout_of
-from sparse_adv.masks.dependency_graph import NORMS, DependencyGraph, DependencyGroup, build_dependency_graph
+from sparse_adv.masks.channel_operations import NORMS
+from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
 from sparse_adv.masks.layers import unknown_module
 from sparse_adv.nn.conversion import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer

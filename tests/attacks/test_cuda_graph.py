@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sparse_adv import attacks, masks, sparsify
 from sparse_adv.attacks import PGD, Graphs, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
-from sparse_adv.attacks.cuda_graph import Capturer
 from sparse_adv.nn import frozen_weights
+from sparse_adv.ops.cuda_graph import Capturer
 
 OPTIONS = {"steps": 2, "eps": 0.1, "alpha": 0.04}
 ATTACKS = {

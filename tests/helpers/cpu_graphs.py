@@ -46,7 +46,7 @@ class _RefuseSynchronisingMethods(TorchFunctionMode):
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Within this context, whatever would make the host wait for a GPU raises."""
+    """Within this context, every operation that would make the host wait for a GPU raises."""
     with _RefuseSynchronisingOps(), _RefuseSynchronisingMethods():
         yield
 
@@ -97,7 +97,7 @@ def tensors(value: object) -> list[Tensor]:
 
 
 class CpuCapturer:
-    """Takes the place of `attacks.cuda_graph.Capturer`, which needs a GPU, and counts captures and replays."""
+    """Takes the place of `ops.cuda_graph.Capturer`, which needs a GPU, and counts captures and replays."""
 
     device = "cpu"
     synchronises = False
