@@ -47,7 +47,7 @@ note=
 # Every tensor an allocation of its own: within the blocks that PyTorch keeps, memcheck sees no access out of bounds.
 part memcheck 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --target-processes application-only --error-exitcode 1 "${pytest[@]}" \
-  -k "cuda and (step_takes_any or start_is or normalises or promised or (blocks_that and bfloat16))" tests/ops/test_devices.py
+  -k "cuda and (step_takes_any or start_gives or normalised or (blocks_with and bfloat16))" tests/ops/test_devices.py
 part pgd_step 30 "$python" benchmarks/bench_pgd_step.py --device cuda --out "$out/pgd_step.jsonl"
 part masked_conv2d 50 "$python" benchmarks/bench_masked_conv2d_cuda.py --out "$out/masked_conv2d.jsonl"
 part attack 55 "$python" benchmarks/bench_attack.py --device cuda --network resnet18 --out "$out/attack.jsonl"

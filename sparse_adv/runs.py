@@ -109,8 +109,6 @@ class EpochRecord:
     """Mean over the adversarial images of the epoch."""
     images: int
     """Images in the updates of the epoch, over all processes."""
-    device: str
-    """On which the epoch ran."""
     total: Cost
     """Of attacks and updates since the beginning of the run, with the search before it and epochs that were undone."""
     attack: Cost
@@ -133,6 +131,8 @@ class EpochRecord:
     """`bytes_sent` if the gradients of pruned weights were sent too."""
     round: int | None = None
     """Of a search, counted from 1."""
+    device: str | None = None
+    """On which the epoch ran."""
     mask_distance: float | None = None
     """Of a search with early stopping: fraction of positions in which the epoch's mask differs from earlier ones."""
 

@@ -92,7 +92,7 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[i
     Raises:
         ValueError: if a mask's name is unknown, or the model has no convolution and no linear layer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, stride=2))
         >>> masks = {"1": torch.zeros(8, 8, 3, 3, dtype=torch.bool)}
@@ -130,4 +130,6 @@ def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[Call]:
 
 def kept_weights(layer: Layer) -> int:
     """The number of weights that the layer's mask keeps; all of them without a mask."""
+    if isinstance(layer, MaskedConv2d) and not layer.weight_mask.is_meta:
+        return layer.pattern.nonzeros
     return int(layer.weight_mask.count_nonzero()) if isinstance(layer, MaskedLayer) else layer.weight.numel()

@@ -4,10 +4,9 @@ import sys
 
 import torch
 
-torch.cuda.is_available = lambda: True
-torch.cuda.device_count = lambda: 1
-
 if __name__ == "__main__":
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
     from sparse_adv.__main__ import main
 
     sys.exit(main())

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import sparse_adv
-from sparse_adv import runs
+from sparse_adv.facts import software
 
 PACKAGE = Path(__file__).resolve().parents[2] / "sparse_adv"
 
@@ -37,4 +37,4 @@ def test_the_public_names_are_reachable_from_the_package():
 
 def test_the_version_is_the_one_that_pyproject_names():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-    assert sparse_adv.__version__ == runs.environment()["versions"]["sparse_adv"] == project["version"]
+    assert sparse_adv.__version__ == software().sparse_adv == project["version"]

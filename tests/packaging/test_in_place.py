@@ -44,5 +44,5 @@ def test_a_search_names_the_version_in_its_run_and_its_ticket(python, tmp_path):
     network = ("--arch", "digits_cnn", "--width", "8", "--density", "0.2")
     search = python("-m", "sparse_adv", "search", *network, *quick, "--out", str(tmp_path))
     assert search.returncode == 0, search.stderr
-    assert runs.read(tmp_path).facts["versions"]["sparse_adv"] == sparse_adv.__version__
+    assert runs.read(tmp_path).info.software.sparse_adv == sparse_adv.__version__
     assert masks.load_ticket(tmp_path / runs.TICKET).provenance["sparse_adv"] == sparse_adv.__version__

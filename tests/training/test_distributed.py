@@ -140,7 +140,7 @@ def _worker(parent: int, rank: int) -> int:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--batch-size", "63"), "multiple of the 2 processes, got 63"),
+        (("--batch-size", "63"), "batch_size must be a positive multiple of world_size (2), got 63"),
         (("--device", "auto"), "got 2 processes and 1 GPU: start at most 1 (--nproc-per-node 1), take device cpu, "),
     ],
 )
