@@ -24,9 +24,9 @@ class Options:
     """Train a network adversarially, dense or from a ticket, and test it once, at the end.
 
     After an interruption the same command continues after the last whole epoch; on a CPU, and on a GPU with
-    --deterministic, it ends with the same weights, bit for bit.
-    Under torchrun --nproc-per-node N the N processes share each batch and exchange only the gradients of the weights
-    that the masks keep.
+    --deterministic, it ends with the same weights, bit for bit. Under torchrun --nproc-per-node N the N processes share
+    each batch and exchange only the gradients of the weights that the masks keep; each takes a GPU of its own, or all
+    take the one that --device names.
 
     Args:
         out: folder of the run.

@@ -133,7 +133,9 @@ def test_a_killed_run_ends_with_the_same_bits_of_a_deterministic_run(tmp_path, d
     masks.save_ticket(tmp_path / "ticket", ticket)
     flags = ("--device", device.type, "--deterministic", "--ticket", str(tmp_path / "ticket"), "--augment")
     kill_9(*flags, "--objective", "pgd", "--precision", "bfloat16", folder=tmp_path)
-    assert runs.read(tmp_path / "killed").info.deterministic
+    killed = runs.read(tmp_path / "killed")
+    assert killed.info.deterministic
+    assert all(torch.device(record.device).type == device.type for record in killed.records)
 
 
 def kill_9(*flags: str, folder) -> None:
