@@ -9,6 +9,7 @@ attacks can be captured as CUDA graphs, see `Graphs`.
 from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
+from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, Loss, LossOptions
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "fgsm_rs",
     "n_fgsm",
     "pgd",
+    "run_attack",
     "tpgd",
 ]

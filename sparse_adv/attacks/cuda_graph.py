@@ -184,4 +184,5 @@ def _key(loop: PGDLoop, images: Tensor, labels: Tensor | None, label_range: Labe
         (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision),  # type: ignore
     )
-    return (loop, modules, masks, patterns), key
+    # Not the loop: its options refer to the Graphs object, which would then live until the garbage collector runs.
+    return (options.loss, modules, masks, patterns), key

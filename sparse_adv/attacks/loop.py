@@ -21,7 +21,7 @@ from sparse_adv.ops.random_start import seed_words
 
 
 def run_attack(model: nn.Module, images: Tensor, labels: Any, options: AttackOptions) -> Tensor:
-    """Check the batch, draw the seed of the random start, and run the loop, as a CUDA graph if `options.graphs` is set.
+    """Run the attack that the options describe; all other attack functions and classes call this one.
 
     Args:
         model: maps images to logits [N, classes].
@@ -33,7 +33,16 @@ def run_attack(model: nn.Module, images: Tensor, labels: Any, options: AttackOpt
         The adversarial images, detached.
 
     Raises:
-        TypeError, ValueError: as `attacks.pgd`.
+        TypeError, ValueError: as in `attacks.pgd`.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> options = attacks.AttackOptions(eps=0.1, alpha=0.02, steps=3, start_eps=0.01)
+        >>> adv = attacks.run_attack(model, torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), options)
+        >>> adv.shape
+        torch.Size([2, 1, 8, 8])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

@@ -4,8 +4,10 @@ Most tests capture on the CPU (helpers/cpu_graphs.py); those at the end need a G
 """
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -256,6 +258,18 @@ def test_a_copied_or_pickled_cache_is_empty(model):
     assert_graphs_change_nothing(model, graphs)
     for copied in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
         assert copied.capacity == 3 and not copied._cache
+
+
+def test_a_cache_is_freed_with_its_last_reference(model):
+    graphs = CpuGraphs()
+    assert_graphs_change_nothing(model, graphs)
+    reference = weakref.ref(graphs)
+    gc.disable()
+    try:
+        del graphs
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
