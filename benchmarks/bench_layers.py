@@ -114,7 +114,7 @@ def rows_of(layer: Layer, block: tuple[int, int], density: float, peak: Peak) ->
             "block": block,
             "density": density,
             "dtype": "float32",
-            "path": chosen[name],
+            "kernel": getattr(chosen, name).kernel,
             "seconds": times,
             "ratio_to_dense": dense / ours,
             "bound_ratio": dense / bound,
@@ -142,7 +142,7 @@ def main() -> None:
             measured.append(row)
             mark = " slower" if row["slower"] else ""
             ratio = f"{row['ratio_to_dense']:5.2f} of at most {row['bound_ratio']:5.2f}"
-            cells.append(f"{row['pass']} {ratio} ({row['path']}){mark}")
+            cells.append(f"{row['pass']} {ratio} ({row['kernel']}){mark}")
         what = f"{layer.channels}-{layer.out_channels} {layer.filter}x{layer.filter}/{layer.stride} @{layer.size}"
         print(f"{layer.where:<11}{what:<22} batch {layer.batch:<4}" + "  ".join(cells), flush=True)
     write_rows(arguments.out, measured)

@@ -133,7 +133,7 @@ def rows(batch: int, peak: Peak) -> Iterator[dict]:
                         "block": block,
                         "density": density,
                         "dtype": "float32",
-                        "path": "sparse",
+                        "kernel": "sparse",
                         "seconds": found,
                         "ratio_to_dense": dense / ours,
                         "bound_ratio": dense / bound,
