@@ -10,56 +10,66 @@ from typing import Any
 import torch
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_FIXED_WORKSPACES = (":4096:8", ":16:8")
+_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 
 
 def reads_at_once(device: torch.device) -> bool:
-    """Whether reading a number there is free; a GPU would have to finish first all that it was given."""
+    """Return whether the host can read values of this device's tensors without waiting for queued work.
+
+    Examples:
+        >>> reads_at_once(torch.device("cpu")), reads_at_once(torch.device("cuda"))
+        (True, False)
+    """
     return device.type != "cuda"
 
 
 def wants_channels_last(device: torch.device, precision: str) -> bool:
-    """Whether convolutions run on tensor cores, which take 16-bit images with their channels last."""
+    """Return whether convolutions run on tensor cores, which need 16-bit images in the memory format channels_last.
+
+    Examples:
+        >>> wants_channels_last(torch.device("cuda"), "bfloat16"), wants_channels_last(torch.device("cpu"), "bfloat16")
+        (True, False)
+    """
     return device.type == "cuda" and precision != "float32"
 
 
 @contextmanager
-def deterministic(wanted: bool = True) -> Iterator[None]:
-    """Have PyTorch take deterministic algorithms only, if wanted: on a GPU, too, the same work gives the same bits.
+def deterministic(enabled: bool = True) -> Iterator[None]:
+    """Limit PyTorch to deterministic algorithms until the block ends, so that a GPU, too, repeats results bit for bit.
 
-    Begin it before the first product of matrices on the GPU, as cuBLAS reads its environment once. Under it an
-    operation that has no deterministic algorithm raises RuntimeError; the networks of `sparse_adv.models` have none.
+    Enter it before the first matrix product on the GPU, because cuBLAS reads its environment only then. An operation
+    without a deterministic algorithm raises RuntimeError; the networks of `sparse_adv.models` use no such operation.
 
     Args:
-        wanted: False changes nothing.
+        enabled: False changes nothing.
 
     Raises:
-        ValueError: if CUBLAS_WORKSPACE_CONFIG is set to what is not deterministic.
+        ValueError: if CUBLAS_WORKSPACE_CONFIG is set to a value for which cuBLAS is not deterministic.
+
+    Source: PyTorch's notes on reproducibility, https://docs.pytorch.org/docs/stable/notes/randomness.html.
 
     Examples:
         >>> with deterministic():
         ...     torch.are_deterministic_algorithms_enabled()
         True
-
-    Source: PyTorch's notes on reproducibility, https://docs.pytorch.org/docs/stable/notes/randomness.html.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
-    workspace = os.environ.setdefault(_WORKSPACE, _FIXED_WORKSPACES[0])
-    if workspace not in _FIXED_WORKSPACES:
-        known = " or ".join(_FIXED_WORKSPACES)
-        raise ValueError(f"{_WORKSPACE} must be {known} for deterministic algorithms, got {workspace!r}")
+    workspace = os.environ.setdefault(_WORKSPACE, _DETERMINISTIC_WORKSPACES[0])
+    if workspace not in _DETERMINISTIC_WORKSPACES:
+        choices = " or ".join(_DETERMINISTIC_WORKSPACES)
+        raise ValueError(f"{_WORKSPACE} must be {choices} for deterministic algorithms, got {workspace!r}")
     cudnn: Any = torch.backends.cudnn
     memory: Any = torch.utils.deterministic
     before = cudnn.benchmark, memory.fill_uninitialized_memory
-    enabled = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
-    # A search for the fastest algorithm finds another one in each run. Filling new memory costs a pass over each
-    # tensor, and nothing here reads what nobody wrote.
+    # cuDNN's search for the fastest algorithm can choose another one in each run. Filling new memory would cost a pass
+    # over each tensor, and this library reads no uninitialised memory.
     cudnn.benchmark = memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled[0], warn_only=enabled[1])
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
         cudnn.benchmark, memory.fill_uninitialized_memory = before

@@ -10,6 +10,7 @@ def epoch_record(epoch: int, **fields) -> EpochRecord:
         "learning_rate": 0.1,
         "loss": 1.5,
         "images": 100,
+        "device": "cpu",
         "total": Cost(10.0 * epoch, 500_000 * epoch),
         "attack": Cost(8.0, 400_000),
         "update": Cost(2.0, 100_000),

@@ -1,4 +1,4 @@
-"""With deterministic algorithms training gives the same bits again, on every device."""
+"""With deterministic algorithms, training repeats bit for bit on every device."""
 
 import os
 from dataclasses import replace
@@ -24,7 +24,7 @@ def settings() -> tuple:
     )
 
 
-def test_the_context_sets_what_pytorch_asks_for_and_puts_it_back(monkeypatch):
+def test_deterministic_sets_the_options_of_pytorch_and_restores_them(monkeypatch):
     monkeypatch.delenv(WORKSPACE, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before = settings()
@@ -36,62 +36,65 @@ def test_the_context_sets_what_pytorch_asks_for_and_puts_it_back(monkeypatch):
         assert settings() == before
 
 
-def test_a_workspace_that_varies_is_refused(monkeypatch):
+def test_a_cublas_workspace_that_is_not_deterministic_is_refused(monkeypatch):
     monkeypatch.setenv(WORKSPACE, ":0:0")
     before = settings()
     with pytest.raises(ValueError, match=f"{WORKSPACE} must be :4096:8 or :16:8 .*, got ':0:0'"), deterministic():
-        raise AssertionError("the context began")
+        raise AssertionError("the block was entered")
     assert settings() == before
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("arch", ["vgg16", "resnet18", "preact_resnet18", "wrn-10-1", "digits_cnn"])
-def test_every_network_trains_to_the_same_bits_again(device, arch, precision):
-    """On a GPU an operation that has no deterministic algorithm would raise."""
+def test_training_of_every_network_repeats_bit_for_bit(device, arch, precision):
+    """On a GPU an operation without a deterministic algorithm would raise an error."""
     split = images(32).to(device)
     config = replace(QUICK, objective="pgd", precision=precision, epochs=2)
     with deterministic():
-        found = []
+        states = []
         for _ in range(2):
             model = models.build(arch, 0, width=8, classes=2, input_shape=(3, 16, 16)).to(device)
             batches = Batches(split, 8, augment=True)
             training.train(model, batches, config, validation=split)
-            found.append(model.state_dict())
-    assert equal_states(*found)
+            states.append(model.state_dict())
+    assert equal_states(*states)
 
 
 def images(count: int) -> data.Split:
-    drawn = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shape = (count, 3, 16, 16)
-    return data.Split(torch.randint(256, shape, generator=drawn, dtype=torch.uint8), torch.arange(count) % 2)
+    return data.Split(torch.randint(256, shape, generator=generator, dtype=torch.uint8), torch.arange(count) % 2)
 
 
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
-def test_no_memory_is_read_that_nobody_wrote(device, objective):
-    """PyTorch can fill new memory with NaN, and does so by default where it is deterministic."""
+def test_no_uninitialised_memory_is_read(device, objective):
+    """PyTorch can fill new memory with NaN, which must not change the results."""
     config = replace(QUICK, objective=objective, replays=2, ema_decay=0.9, max_grad_norm=1.0, epochs=2)
-    found = []
+    states = []
     for fill in (False, True):
         with deterministic():
             torch.utils.deterministic.fill_uninitialized_memory = fill
             model = network(channels=32).to(device)
             sparsify(model, masks.prune(model, density=0.5, block=(32, 32) if device.type == "cuda" else (1, 1)))
             training.train(model, Batches(TRAIN.to(device), 32), config, validation=VALIDATION.to(device))
-        found.append(model.state_dict())
-    assert equal_states(*found)
+        states.append(model.state_dict())
+    assert equal_states(*states)
 
 
-def test_records_say_on_which_device_they_were_computed(device):
-    model = network().to(device)
-    (record,) = training.train(model, Batches(bars(8, 0).to(device), 8), replace(QUICK, epochs=1))
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_run_records_its_device_and_whether_it_is_deterministic(device, enabled, tmp_path):
+    with deterministic(enabled):
+        model = network().to(device)
+        batches = Batches(bars(8, 0).to(device), 8)
+        (record,) = training.train(model, batches, replace(QUICK, epochs=1), folder=tmp_path)
     assert torch.device(record.device).type == device.type
+    assert runs.read(tmp_path).info.deterministic is enabled
 
 
-def test_a_run_is_deterministic_as_a_whole_or_not(tmp_path, capsys):
+def test_a_deterministic_run_is_not_continued_without_determinism(tmp_path, capsys):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     run = ("train", "--arch", "digits_cnn", "--width", "8", "--limit", "200", "--epochs", "1", "--objective", "natural")
     assert main([*run, "--deterministic", "--out", str(tmp_path)]) == 0
-    found = runs.read(tmp_path)
-    assert found.info.deterministic and found.records[0].device
+    assert runs.read(tmp_path).info.deterministic
     assert not torch.are_deterministic_algorithms_enabled()
     assert "deterministic True, now False" in refused(capsys, *run, "--out", str(tmp_path))

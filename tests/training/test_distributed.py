@@ -1,4 +1,4 @@
-"""Several processes train as one: same effective batch, same result twice; a lost process costs one epoch at most."""
+"""Several processes train as one: with the same batches, repeatably; a lost process costs one epoch at most."""
 
 import json
 import os
@@ -16,18 +16,32 @@ from sparse_adv.training import checkpoint
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
-FLAGS = (
-    *("--device", "cpu", "--arch", "digits_cnn", "--width", "8", "--limit", "300", "--batch-size", "64"),
-    *("--epochs", "3", "--objective", "fgsm-rs", "--eps", "0.1", "--evaluation-steps", "2"),
-)
+FLAGS = [
+    "--device",
+    "cpu",
+    "--arch",
+    "digits_cnn",
+    "--width",
+    "8",
+    "--limit",
+    "300",
+    "--batch-size",
+    "64",
+    "--epochs",
+    "3",
+    "--objective",
+    "fgsm-rs",
+    "--eps",
+    "0.1",
+    "--evaluation-steps",
+    "2",
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def torchrun(out, *more: str, processes: int = 2, program: tuple[str, ...] = ("-m", "sparse_adv")) -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-        *(*program, "train", *FLAGS, "--out", str(out), *more),
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, *program, "train", *FLAGS, "--out", str(out), *more]
 
 
 def run(command: list[str]) -> list[dict]:
@@ -40,8 +54,8 @@ def run(command: list[str]) -> list[dict]:
 def ticket(tmp_path_factory):
     path = tmp_path_factory.mktemp("ticket") / "ticket.safetensors"
     model = models.build("digits_cnn", width=8)
-    kept = masks.prune(model, density=0.1, linear=True)
-    masks.save_ticket(path, masks.Ticket(kept, model.state_dict(), {"arch": "digits_cnn", "width": 8}))
+    pruned = masks.prune(model, density=0.1, linear=True)
+    masks.save_ticket(path, masks.Ticket(pruned, model.state_dict(), {"arch": "digits_cnn", "width": 8}))
     return path
 
 
@@ -51,19 +65,18 @@ def whole(tmp_path_factory, ticket):
     return out, run(torchrun(out, "--ticket", str(ticket)))
 
 
-def test_one_process_speaks_and_each_image_is_seen_once(whole):
-    out, told = whole
-    assert [line.get("epoch") for line in told] == [1, 2, 3, None]
+def test_one_process_prints_and_each_image_is_used_once(whole):
+    out, lines = whole
+    assert [line.get("epoch") for line in lines] == [1, 2, 3, None]
     assert [record.images for record in runs.read(out).records] == [270] * 3
-    assert told[-1]["test"].keys() == {"clean", "fgsm", "pgd-20"}
+    assert lines[-1]["test"].keys() == {"clean", "fgsm", "pgd-20"}
 
 
-def test_only_gradients_of_kept_weights_travel(whole, ticket):
+def test_gradients_of_pruned_weights_are_not_sent(whole, ticket):
     record = whole[1][2]
     model = models.build("digits_cnn", width=8)
-    kept = sum(int(mask.count_nonzero()) for mask in masks.load_ticket(ticket).masks.values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    pruned = sum(mask.numel() for mask in masks.load_ticket(ticket).masks.values()) - kept
+    pruned = sum(int((~mask).count_nonzero()) for mask in masks.load_ticket(ticket).masks.values())
     assert record["bytes_dense"] == 4 * total * record["step"]
     assert record["bytes_sent"] == 4 * (total - pruned) * record["step"]
 
@@ -73,8 +86,8 @@ def test_the_same_command_gives_the_same_weights(whole, tmp_path, ticket):
     assert last(tmp_path / "again") == last(whole[0])
 
 
-def test_a_dense_run_of_two_learns_as_one_process_does(tmp_path):
-    """The halves of a batch see their own BatchNorm statistics, so the numbers are near and not equal."""
+def test_two_processes_learn_like_one(tmp_path):
+    """Each half of a batch has its own BatchNorm statistics, so the losses are close but not equal."""
     run(torchrun(tmp_path / "two"))
     alone = [sys.executable, "-m", "sparse_adv", "train", *FLAGS, "--out", str(tmp_path / "one")]
     run(alone)
@@ -84,14 +97,14 @@ def test_a_dense_run_of_two_learns_as_one_process_does(tmp_path):
     assert two.result.total.macs == pytest.approx(one.result.total.macs, rel=0.01)
 
 
-def test_a_lost_process_ends_the_job_with_a_sentence_and_the_run_continues(whole, tmp_path, ticket):
+def test_a_lost_process_ends_the_job_with_one_message_and_the_run_continues(whole, tmp_path, ticket):
     out = tmp_path / "killed"
     kill_and_continue(torchrun(out, "--ticket", str(ticket)), out)
     assert last(out) == last(whole[0])
 
 
 def test_a_run_of_three_that_lost_a_process_ends_with_the_same_weights(tmp_path):
-    """The sum of three gradients depends on their order, and "free" keeps perturbations of each process's images."""
+    """The sum of three gradients depends on their order, and "free" has perturbations on each process."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = ("--batch-size", "63", "--objective", "free", "--replays", "2")
     run(torchrun(whole, *more, processes=3))
@@ -102,8 +115,8 @@ def test_a_run_of_three_that_lost_a_process_ends_with_the_same_weights(tmp_path)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_processes_that_share_a_gpu_continue_bit_for_bit(tmp_path, ticket):
     more = ("--device", "cuda:0", "--deterministic", "--ticket", str(ticket))
-    told = run(torchrun(tmp_path / "whole", *more))
-    assert told[0]["device"] == "cuda:0" and told[0]["images"] == 270
+    lines = run(torchrun(tmp_path / "whole", *more))
+    assert lines[0]["device"] == "cuda:0" and lines[0]["images"] == 270
     kill_and_continue(torchrun(tmp_path / "killed", *more), tmp_path / "killed")
     assert last(tmp_path / "killed") == last(tmp_path / "whole")
 
@@ -121,7 +134,7 @@ def kill_and_continue(command: list[str], out: Path) -> None:
 
 
 def last(out: Path) -> dict[str, bytes]:
-    """A run's last weights, bit for bit."""
+    """The bytes of the last weights of a run."""
     return {name: tensor.numpy().tobytes() for name, tensor in checkpoint.read_weights(out / runs.LAST)[0].items()}
 
 
@@ -138,16 +151,16 @@ def _worker(parent: int, rank: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (("--batch-size", "63"), "batch_size must be a positive multiple of world_size (2), got 63"),
         (("--device", "auto"), "got 2 processes and 1 GPU: start at most 1 (--nproc-per-node 1), take device cpu, "),
     ],
 )
-def test_what_processes_cannot_do_is_refused_by_one_of_them(tmp_path, more, said):
+def test_a_refusal_is_printed_by_one_of_the_processes(tmp_path, more, message):
     command = torchrun(tmp_path / "run", *more, program=(str(Path(__file__).parents[1] / "helpers" / "one_gpu.py"),))
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
-    told = [line for line in done.stderr.splitlines() if line.startswith("sparse-adv: ")]
-    assert len(told) == 1 and told[0].startswith("sparse-adv: error: ") and said in told[0]
+    printed = [line for line in done.stderr.splitlines() if line.startswith("sparse-adv: ")]
+    assert len(printed) == 1 and printed[0].startswith("sparse-adv: error: ") and message in printed[0]
     assert "exitcode  : 2 " in done.stderr and "invalid device" not in done.stderr

@@ -1,4 +1,4 @@
-"""Which device a process of a run takes, and over which backend the processes talk."""
+"""Which device a process gets, and which backend the process group has."""
 
 import os
 
@@ -13,23 +13,23 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Call it for a machine of so many GPUs, and as torchrun would for a rank of so many processes on some machines."""
+    """A function that imitates a machine with so many GPUs, and the environment that torchrun gives a rank."""
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
 
     def become(gpus: int, rank: int | None = None, processes: int = 1, machines: int = 1) -> list:
-        done: list = []
+        calls: list = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(torch.cuda, "set_device", done.append)
-        monkeypatch.setattr(dist, "init_process_group", done.append)
+        monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+        monkeypatch.setattr(dist, "init_process_group", calls.append)
         monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
         if rank is not None:
             local = processes // machines
             numbers = (rank, rank % local, processes, local, machines)
             for name, number in zip(LAUNCHED, numbers, strict=True):
                 monkeypatch.setenv(name, str(number))
-        return done
+        return calls
 
     return become
 
@@ -38,7 +38,7 @@ CPU, GPU_0, GPU_1 = torch.device("cpu"), torch.device("cuda:0"), torch.device("c
 
 
 @pytest.mark.parametrize(
-    ("gpus", "launched", "asked", "device", "backend"),
+    ("gpus", "launched", "name", "device", "backend"),
     [
         (0, (), "auto", CPU, None),
         (2, (), "auto", GPU_0, None),
@@ -58,15 +58,15 @@ CPU, GPU_0, GPU_1 = torch.device("cpu"), torch.device("cuda:0"), torch.device("c
         (1, (3, 4, 2), "cuda:0", GPU_0, "gloo"),
     ],
 )
-def test_each_process_takes_its_gpu_or_the_one_that_was_named(machine, gpus, launched, asked, device, backend):
-    done = machine(gpus, *launched)
-    with distributed.group(asked) as own:
+def test_each_process_gets_its_own_gpu_or_the_one_that_is_named(machine, gpus, launched, name, device, backend):
+    calls = machine(gpus, *launched)
+    with distributed.group(name) as own:
         assert own == device
-    assert done == [*([device] if device.type == "cuda" else []), *([backend] if backend else [])]
+    assert calls == [*([device] if device.type == "cuda" else []), *([backend] if backend else [])]
 
 
 @pytest.mark.parametrize(
-    ("gpus", "launched", "asked", "said"),
+    ("gpus", "launched", "name", "message"),
     [
         (1, (0, 2), "auto", r"'cuda' gives each process a GPU of its own, got 2 processes and 1 GPU: start at most 1 "),
         (2, (3, 4), "cuda", r"got 4 processes and 2 GPUs: start at most 2 \(--nproc-per-node 2\), take device cpu, or"),
@@ -76,16 +76,16 @@ def test_each_process_takes_its_gpu_or_the_one_that_was_named(machine, gpus, lau
         (1, (), "meta", r"got 'meta'"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused_before_anything_is_begun(machine, gpus, launched, asked, said):
-    done = machine(gpus, *launched)
-    with pytest.raises(ValueError, match=said), distributed.group(asked):
-        raise AssertionError("the context began")
-    assert done == []
+def test_an_unavailable_device_is_refused_before_a_group_is_created(machine, gpus, launched, name, message):
+    calls = machine(gpus, *launched)
+    with pytest.raises(ValueError, match=message), distributed.group(name):
+        raise AssertionError("the block was entered")
+    assert calls == []
 
 
-def test_a_group_that_is_there_is_left_alone(machine, monkeypatch):
-    done = machine(0, 0, 2)
+def test_an_existing_group_is_used(machine, monkeypatch):
+    calls = machine(0, 0, 2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with distributed.group("cpu") as own:
         assert own == CPU and os.environ["WORLD_SIZE"] == "2"
-    assert done == []
+    assert calls == []
