@@ -109,6 +109,8 @@ class EpochRecord:
     """Mean over the adversarial images of the epoch."""
     images: int
     """Images in the updates of the epoch, over all processes."""
+    device: str
+    """On which this process ran the epoch."""
     total: Cost
     """Of attacks and updates since the beginning of the run, with the search before it and epochs that were undone."""
     attack: Cost
@@ -131,8 +133,6 @@ class EpochRecord:
     """`bytes_sent` if the gradients of pruned weights were sent too."""
     round: int | None = None
     """Of a search, counted from 1."""
-    device: str | None = None
-    """On which the epoch ran."""
     mask_distance: float | None = None
     """Of a search with early stopping: fraction of positions in which the epoch's mask differs from earlier ones."""
 
