@@ -1,5 +1,5 @@
-// The Python module `_host`, for what is not a tensor op: the pattern compiler on NumPy arrays, the instruction set in
-// use, and how this was built.
+// The Python module `_host`, for functions that are not tensor ops: the pattern compiler on NumPy arrays, the
+// instruction set in use, and build facts.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -30,9 +30,9 @@ py::list compile_pattern(const py::array_t<bool, py::array::c_style>& mask, cons
   py::list pattern;
   pattern.append(to_array(compiled.header));
   pattern.append(mask);
-  for (const Lists* lists : {&compiled.forward, &compiled.grad_input}) {
-    pattern.append(to_array(lists->rows));
-    pattern.append(to_array(lists->entries));
+  for (const CsrArrays* csr : {&compiled.forward, &compiled.grad_input}) {
+    pattern.append(to_array(csr->row_offsets));
+    pattern.append(to_array(csr->col_indices));
   }
   return pattern;
 }
@@ -42,13 +42,15 @@ py::list compile_pattern(const py::array_t<bool, py::array::c_style>& mask, cons
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Pattern compiler, instruction set and build facts of sparse_adv.";
   m.def("compile_pattern", &compile_pattern, py::arg("mask"), py::arg("block"), py::arg("groups") = 1,
-        "The arrays of pattern_layout.h for a mask [K, C/groups, R, S]: header, mask, rows, entries, rows, entries.");
+        "The arrays of pattern_layout.h for a mask [K, C/groups, R, S]: header, mask, row offsets and column indices "
+        "of the "
+        "forward pass, the same of grad_input.");
   m.def(
       "cpu_capability", [] { return name_of(cpu_capability()); },
       "The instruction set in use: portable, avx2 or avx512.");
   m.attr("header_fields") =
       py::dict(py::arg("format") = static_cast<int>(kFormat), py::arg("groups") = static_cast<int>(kGroups),
-               py::arg("block") = static_cast<int>(kBlockOut), py::arg("kept") = static_cast<int>(kKept),
+               py::arg("block") = static_cast<int>(kBlockOut), py::arg("kept") = static_cast<int>(kKeptWeights),
                py::arg("path") = static_cast<int>(kForwardKernel),
                py::arg("weight_is_masked") = static_cast<int>(kWeightIsMasked));
   m.attr("version") = SPARSE_ADV_VERSION;

@@ -1,11 +1,12 @@
-// Every op of the library with its schema: the native table of contents. The arithmetic registers itself elsewhere,
-// in csrc/<device>/<op>.*; documentation, fake kernels and gradients are in sparse_adv/ops/<op>.py.
+// The schema of every op. Implementations are registered in csrc/<device>/<op>.*; documentation, fake kernels and
+// gradients are in sparse_adv/ops/<op>.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sparse_adv, m) {
-  // Neither keyword-only arguments nor defaults: torch.library.register_autograd takes no keyword-only tensors, and the
-  // dispatcher drops arguments that equal their default, so that gradients would no longer match them in number.
-  // y = relu(scale[k] * conv2d(input, weight * mask) + bias[k] + residual); `pattern` is what compile_pattern returns.
+  // No keyword-only arguments, because torch.library.register_autograd does not support keyword-only tensors. No
+  // defaults, because the dispatcher drops arguments that equal their default, and then the number of gradients would
+  // be wrong. y = relu(scale[k] * conv2d(input, weight * mask) + bias[k] + residual); `pattern` is what compile_pattern
+  // returns.
   m.def(
       "masked_conv2d(Tensor input, Tensor weight, Tensor[] pattern, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
       "SymInt[2] dilation, SymInt groups, Tensor? scale, Tensor? residual, bool relu) -> Tensor");
@@ -17,7 +18,7 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "masked_conv2d_grad_weight(Tensor grad_output, Tensor input, Tensor[] pattern, SymInt[2] stride, SymInt[2] "
       "padding, SymInt[2] dilation, SymInt groups) -> Tensor");
-  // The weight's kept values in the order of the two lists of entries.
+  // The weights kept by the mask, in the order of the column indices of forward and of grad_input.
   m.def("pack_values(Tensor weight, Tensor[] pattern) -> Tensor[]");
   // What forward, grad_input and grad_weight do, in this order: of each the kernel (1 sparse, 2 dense) and the
   // multiply-adds that it executes. Of the input only dtype, sizes and strides are read; grad_output is taken to have
@@ -32,8 +33,7 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "pgd_step_(Tensor(a!) adv, Tensor grad, Tensor clean, float alpha, float eps, str norm, float lo, float hi) -> "
       "()");
-  // The linf step, and what a network with the normalisation inside makes of it first: (moved - mean[c]) / std[c] in
-  // bfloat16 and channels_last.
+  // The linf step, and its result normalised for the network: (moved - mean[c]) / std[c] in bfloat16 and channels_last.
   m.def(
       "pgd_step_normalized(Tensor adv, Tensor grad, Tensor clean, Tensor mean, Tensor std, float alpha, float eps, "
       "float lo, float hi) -> (Tensor, Tensor)");

@@ -9,7 +9,7 @@ namespace sparse_adv {
 
 bool run_caught(BoxedOp op, StableIValue* stack, uint64_t inputs, uint64_t outputs,
                 char (&message)[kMessageSize]) noexcept {
-  const auto keep = [&message](const char* what) {
+  const auto set_message = [&message](const char* what) {
     std::strncpy(message, what, kMessageSize - 1);
     message[kMessageSize - 1] = '\0';
   };
@@ -17,17 +17,17 @@ bool run_caught(BoxedOp op, StableIValue* stack, uint64_t inputs, uint64_t outpu
     op(stack, inputs, outputs);
     return true;
   } catch (const std::exception& error) {
-    keep(error.what());
+    set_message(error.what());
   } catch (...) {
-    keep("sparse_adv: an exception that is not a std::exception");
+    set_message("sparse_adv: an exception that is not a std::exception");
   }
   return false;
 }
 
 }  // namespace sparse_adv
 
-// Whether this library holds an unwinder of its own (libgcc linked statically) beside the one that libtorch uses. Asked
-// by Python when it loads the library.
+// Whether this library contains an unwinder of its own (libgcc linked statically), in addition to the one that libtorch
+// uses. sparse_adv/ops/_library.py calls this when it loads the library.
 extern "C" [[gnu::visibility("default")]] int sparse_adv_has_own_unwinder() {
   Dl_info library{}, unwinder{};
   return dladdr(reinterpret_cast<void*>(&sparse_adv_has_own_unwinder), &library) != 0 &&

@@ -1,7 +1,7 @@
-// How an op refuses its arguments. Kernels and checks throw as usual, but no C++ exception leaves an op library: one
-// that does is unwound first by this library's unwinder and then by libtorch's, and where these are two different ones
-// (a compiler that links libgcc statically) the process ends. So every exception is caught here, and its text goes to
-// aoti_torch_check, a C function of libtorch that throws it again, within libtorch.
+// How an op reports errors. Kernels and checks throw as usual, but no C++ exception may leave an op library. It would
+// be unwound first by this library's unwinder and then by libtorch's; where these are two different ones (a compiler
+// that links libgcc statically), the process is terminated. So every exception is caught here, and its text is passed
+// to aoti_torch_check, a C function of libtorch that throws it again inside libtorch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,8 @@
 
 namespace sparse_adv {
 
-// What memory safety needs, checked again below Python.
+// Throws std::runtime_error with the parts as text, unless the condition is true. The ops check again what memory
+// safety needs, although the Python functions have checked it.
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) return;
@@ -28,19 +29,20 @@ using BoxedOp = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs)
 
 constexpr size_t kMessageSize = 1024;
 
-// Whether the op ran to its end; if not, `message` says why.
+// Runs the op. Returns false and sets `message` if it threw.
 bool run_caught(BoxedOp op, StableIValue* stack, uint64_t inputs, uint64_t outputs,
                 char (&message)[kMessageSize]) noexcept;
 
-// The op as torch's dispatcher calls it. libtorch's exception passes through this frame, which therefore holds nothing
-// to destroy: the unwinder only steps over it and calls no code of this library.
+// The op as torch's dispatcher calls it. libtorch's exception passes through this stack frame. The frame has no objects
+// to destroy, so the unwinder does not call code of this library.
 template <BoxedOp op>
 void throw_in_torch(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   char message[kMessageSize];
   if (!run_caught(op, stack, inputs, outputs, message)) aoti_torch_check(false, "sparse_adv", __FILE__, 0, message);
 }
 
-// In place of torch::stable::parallel_for, whose threads belong to libtorch: what `body` throws is thrown here again.
+// Replaces torch::stable::parallel_for, whose threads belong to libtorch: rethrows on the calling thread what `body`
+// threw on any thread.
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   std::exception_ptr error;
@@ -57,5 +59,5 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
 
 }  // namespace sparse_adv
 
-// In place of TORCH_BOX.
+// Replaces TORCH_BOX.
 #define SPARSE_ADV_BOX(function) (&sparse_adv::throw_in_torch<&TORCH_BOX(function)>)

@@ -34,7 +34,7 @@ Tensor in_plain_layout(const Tensor& tensor) {
   return has_plain_layout(tensor) ? tensor : torch::stable::contiguous(tensor);
 }
 
-bool lie_alike(const Tensor& tensor, const Tensor& other) {
+bool have_same_layout(const Tensor& tensor, const Tensor& other) {
   for (int64_t dim = 0; dim < tensor.dim(); ++dim)
     if (tensor.size(dim) != 1 && tensor.stride(dim) != other.stride(dim)) return false;
   return true;

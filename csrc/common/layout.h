@@ -1,5 +1,5 @@
-// Where tensors keep their elements. The layout rule of every op: a channels_last tensor gives channels_last, anything
-// else NCHW.
+// Memory layouts of tensors. Rule of every op: the output of a channels_last input is channels_last, that of any other
+// input is NCHW.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,19 +14,19 @@ bool is_channels_last(const torch::stable::Tensor& tensor);
 // be NCHW too, and counts as that.
 bool is_channels_last_like(const torch::stable::Tensor& like, const std::array<int64_t, 4>& size);
 
-// Whether it is NCHW or channels_last without gaps: then each image of a batch lies in one piece.
+// Whether it is NCHW or channels_last without gaps: then each image of a batch is one contiguous piece of memory.
 bool has_plain_layout(const torch::stable::Tensor& tensor);
 
 // A tensor of this size in the layout of `like`, uninitialised.
 torch::stable::Tensor empty_in_layout_of(const torch::stable::Tensor& like, const std::array<int64_t, 4>& size);
 
-// The tensor, copied where needed, in the layout of `like`.
+// The tensor in the layout of `like`: itself, or a copy.
 torch::stable::Tensor in_layout_of(const torch::stable::Tensor& like, const torch::stable::Tensor& tensor);
 
-// The tensor itself if it has a plain layout, else a copy that has.
+// The tensor itself if it has a plain layout, else a contiguous copy.
 torch::stable::Tensor in_plain_layout(const torch::stable::Tensor& tensor);
 
-// Whether two tensors of one size keep each element at the same place.
-bool lie_alike(const torch::stable::Tensor& tensor, const torch::stable::Tensor& other);
+// Whether two tensors of one size have the same strides, apart from dimensions of size 1.
+bool have_same_layout(const torch::stable::Tensor& tensor, const torch::stable::Tensor& other);
 
 }  // namespace sparse_adv

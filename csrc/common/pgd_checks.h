@@ -1,4 +1,4 @@
-// What the ops on images ask of their tensors, on every device.
+// Argument checks of pgd_step and random_start, for every device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,7 +10,7 @@
 
 namespace sparse_adv {
 
-// Throws unless the tensor lies on the device of `first` and is float64, float32, bfloat16 or float16.
+// Throws unless the tensor is on the device of `first` and is float64, float32, bfloat16 or float16.
 inline void check_floating(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& first) {
   using torch::headeronly::ScalarType;
   check(tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index(), name,
@@ -25,7 +25,7 @@ inline void check_norm(const std::string& norm) {
   check(norm == "linf" || norm == "l2", "norm must be linf or l2, got ", norm);
 }
 
-// What a step is given: three images of one size, of any floating dtype each.
+// The tensors of a PGD step: three batches of one size, each of any floating dtype.
 inline void check_step(const torch::stable::Tensor& adv, const torch::stable::Tensor& grad,
                        const torch::stable::Tensor& clean, const std::string& norm) {
   check_floating("adv", adv, adv);
@@ -36,7 +36,7 @@ inline void check_step(const torch::stable::Tensor& adv, const torch::stable::Te
   check_norm(norm);
 }
 
-// What noise is drawn from: a key and an offset, where the images are.
+// The seed of a random start: Philox key and offset, on the device of the images.
 inline void check_start(const torch::stable::Tensor& clean, const torch::stable::Tensor& seed,
                         const std::string& norm) {
   check_floating("clean", clean, clean);

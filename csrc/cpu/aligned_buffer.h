@@ -1,4 +1,4 @@
-// Scratch memory of a thread: grows to what was asked for, is kept from call to call, starts at a cache line.
+// Scratch memory of a thread, aligned to a cache line. It grows when more is needed and stays allocated between calls.
 #pragma once
 
 #include <cstdint>

@@ -16,9 +16,9 @@ Capability detect() {
     best = Capability::avx512;
 #endif
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view asked = variable ? variable : "";
-  if (asked == "default") return Capability::portable;
-  if (asked == "avx2" && best == Capability::avx512) return Capability::avx2;
+  const std::string_view requested = variable ? variable : "";
+  if (requested == "default") return Capability::portable;
+  if (requested == "avx2" && best == Capability::avx512) return Capability::avx2;
   return best;
 }
 

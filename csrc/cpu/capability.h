@@ -1,4 +1,4 @@
-// The instruction set that this process uses, chosen once.
+// The instruction set that this process uses. It is chosen at the first call.
 #pragma once
 
 #if defined(__x86_64__)
@@ -9,11 +9,11 @@ namespace sparse_adv {
 
 enum class Capability { portable, avx2, avx512 };
 
-// The best one of the machine, or a lower one asked for by ATEN_CPU_CAPABILITY (default, avx2, avx512), as in PyTorch.
+// The best one of the machine, or a lower one requested by ATEN_CPU_CAPABILITY (default, avx2, avx512), as in PyTorch.
 Capability cpu_capability();
 const char* name_of(Capability capability);
 
-// The variant of a kernel for this process: each kernel file is compiled once per instruction set (CMakeLists.txt).
+// The variant of a kernel for this process: each *_kernel.cpp is compiled once per instruction set (CMakeLists.txt).
 template <class Function>
 Function choose([[maybe_unused]] Function portable, [[maybe_unused]] Function avx2, [[maybe_unused]] Function avx512) {
   switch (cpu_capability()) {

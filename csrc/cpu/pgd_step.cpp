@@ -16,7 +16,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 32768;  // elements worth waking a thread for, as in ATen's elementwise kernels
+constexpr int64_t kGrain = 32768;  // elements per thread at least, as in ATen's elementwise kernels
 
 template <class T>
 void run(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out, const StepSizes& sizes,
@@ -43,7 +43,7 @@ void run(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tenso
 void step_into(Tensor& out, const Tensor& adv, const Tensor& grad, const Tensor& clean, const StepSizes& sizes,
                const std::string& norm) {
   if (out.numel() == 0) return;
-  // Both layouts keep each image in one piece, which the l2 norm needs.
+  // In both plain layouts an image is one contiguous piece of memory, which the l2 norm needs.
   const Tensor staging = staging_for(out, has_plain_layout(out));
   const auto step = is_double(staging) ? &run<double> : &run<float>;
   step(staged(adv, staging), staged(grad, staging), staged(clean, staging), staging, sizes, norm);

@@ -1,6 +1,7 @@
 #include "cpu/pgd_step_kernel.h"
 
-// Before a loop whose output may be one of its inputs but never a shifted view of one: it may be vectorised unchecked.
+// For a loop whose output may be one of its inputs but never a shifted view of one: it may be vectorised without checks
+// for overlaps.
 #ifdef __clang__
 #define SPARSE_ADV_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -19,7 +20,7 @@ T clamp(T x, T low, T high) {
   return x > high ? high : x;
 }
 
-// In double, and in an order that depends on `count` alone: 16 running sums, which GCC keeps in vector registers.
+// In double, in an order that depends on `count` alone: 16 partial sums, which GCC keeps in vector registers.
 template <class Value>
 double sum_of_squares(int64_t count, Value value) {
   constexpr int kLanes = 16;
@@ -35,7 +36,8 @@ double sum_of_squares(int64_t count, Value value) {
 
 template <class T>
 void l2_sample(const T* adv, const T* grad, const T* clean, T* out, int64_t count, const StepSizes& sizes) {
-  // Entries that are not finite count as 0, so that one overflow does not lose the whole image.
+  // Elements that are not finite count as 0. Otherwise one overflow would make the norm infinite and stop the whole
+  // image.
   auto slope = [=](int64_t i) { return static_cast<double>(grad[i] - grad[i] == 0 ? grad[i] : T(0)); };
   const double length = __builtin_sqrt(sum_of_squares(count, slope));
   const double rate = length > 0 ? sizes.alpha / length : 0.0;
@@ -55,7 +57,7 @@ void l2_sample(const T* adv, const T* grad, const T* clean, T* out, int64_t coun
 
 }  // namespace
 
-// alpha * sign is exact, so contraction into an FMA changes no bit.
+// alpha * sign is exact, so contraction into an FMA does not change the result.
 template <class T>
 void pgd_step_linf(const T* adv, const T* grad, const T* clean, T* out, int64_t count, const StepSizes& sizes) {
   const T alpha = static_cast<T>(sizes.alpha), eps = static_cast<T>(sizes.eps);
@@ -64,7 +66,7 @@ void pgd_step_linf(const T* adv, const T* grad, const T* clean, T* out, int64_t 
   for (int64_t i = 0; i < count; ++i) {
     const T sign = (grad[i] > 0 ? T(1) : T(0)) - (grad[i] < 0 ? T(1) : T(0));
     const T moved = clamp(adv[i] + alpha * sign, clean[i] - eps, clean[i] + eps);
-    // Comparisons with a NaN bound let every value pass, so a NaN in clean is carried over by hand.
+    // Comparisons with NaN are false, so the clamps would ignore a NaN in clean: it is copied explicitly.
     out[i] = clean[i] == clean[i] ? clamp(moved, lo, hi) : clean[i];
   }
 }

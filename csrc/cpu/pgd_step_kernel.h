@@ -1,4 +1,4 @@
-// The PGD step on dense memory. adv, grad, clean and out lie alike; out may be adv.
+// The PGD step on dense memory. adv, grad, clean and out have the same layout; out may be adv.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct StepSizes {
 SPARSE_ADV_FOR_EACH_ISA(template <class T> void pgd_step_linf(const T* adv, const T* grad, const T* clean, T* out,
                                                               int64_t count, const StepSizes& sizes))
 
-// On `samples` images of `count` elements, each by itself.
+// On each of `samples` images of `count` elements.
 SPARSE_ADV_FOR_EACH_ISA(template <class T> void pgd_step_l2(const T* adv, const T* grad, const T* clean, T* out,
                                                             int64_t samples, int64_t count, const StepSizes& sizes))
 

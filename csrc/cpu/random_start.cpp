@@ -15,7 +15,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 8192;  // elements worth waking a thread for: each costs some 20 operations
+constexpr int64_t kGrain = 8192;  // elements per thread at least: each takes about 20 operations
 
 template <class T>
 void run(const Tensor& clean, const Tensor& out, const Noise& noise, const std::string& norm) {
@@ -38,9 +38,13 @@ Tensor random_start_cpu(Tensor clean, Tensor seed, double eps, std::string norm,
   check_start(clean, seed, norm);
   Tensor out = torch::stable::empty_like(clean);
   if (out.numel() == 0) return out;
-  const int64_t* words = seed.const_data_ptr<int64_t>();
-  const Noise noise{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[seed.stride(0)]), eps, lo, hi};
-  // Elements are counted in NCHW order, so that the layout of the images does not change their noise.
+  const int64_t* philox_state = seed.const_data_ptr<int64_t>();
+  const Noise noise{.key = static_cast<uint64_t>(philox_state[0]),
+                    .offset = static_cast<uint64_t>(philox_state[seed.stride(0)]),
+                    .eps = eps,
+                    .lo = lo,
+                    .hi = hi};
+  // Elements are numbered in NCHW order, so that the noise does not depend on the layout of the images.
   const Tensor staging = staging_for(out, out.is_contiguous());
   const auto start = is_double(staging) ? &run<double> : &run<float>;
   start(staged(clean, staging), staging, noise, norm);

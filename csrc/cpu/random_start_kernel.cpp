@@ -5,17 +5,17 @@ namespace SPARSE_ADV_ISA {
 
 namespace {
 
-constexpr int kLanes = 16;         // blocks computed side by side
-constexpr int kBits = 4 * kLanes;  // words that they hold
+constexpr int kLanes = 16;         // Philox blocks computed together, one per lane
+constexpr int kBits = 4 * kLanes;  // words of these blocks
 
-enum Stream : uint32_t { kElements, kRadii };  // the third counter word: draws of different streams never meet
+enum Stream : uint32_t { kElements, kRadii };  // the third counter word: streams never share a block
 
 struct Philox {
   uint32_t word[4][kLanes];
 };
 
-// Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), for kLanes counters in a
-// row, its words in the order of the elements that read them.
+// Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), for kLanes consecutive
+// counters. bits[i] is the word of element i.
 void draw(uint64_t counter, Stream stream, uint64_t key, uint32_t (&bits)[kBits]) {
   Philox x;
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -42,7 +42,7 @@ void draw(uint64_t counter, Stream stream, uint64_t key, uint32_t (&bits)[kBits]
     for (int word = 0; word < 4; ++word) bits[4 * lane + word] = x.word[word][lane];
 }
 
-// Calls visit(i, bits of its group, place in the group) for begin <= i < end.
+// Calls visit(i, bits, index of i in bits) for begin <= i < end.
 template <class Visit>
 void for_each_element(int64_t begin, int64_t end, const Noise& noise, Visit visit) {
   uint32_t bits[kBits];
@@ -54,15 +54,15 @@ void for_each_element(int64_t begin, int64_t end, const Noise& noise, Visit visi
   }
 }
 
-// In (0, 1], so that its logarithm is finite.
+// Uniform in (0, 1]: 0 is excluded because its logarithm is taken.
 double unit(uint32_t bits) { return (static_cast<double>(bits) + 1.0) * 0x1p-32; }
 
-// Box-Muller on two neighbouring words: the cosine for the even place, the sine for the odd one.
-double normal(const uint32_t* bits, int place) {
-  const int even = place & ~1;
+// Box-Muller on two neighbouring words: the cosine for the even index, the sine for the odd one.
+double normal(const uint32_t* bits, int index) {
+  const int even = index & ~1;
   const double radius = __builtin_sqrt(-2.0 * __builtin_log(unit(bits[even])));
   const double angle = 6.283185307179586 * unit(bits[even + 1]);
-  return radius * (place == even ? __builtin_cos(angle) : __builtin_sin(angle));
+  return radius * (index == even ? __builtin_cos(angle) : __builtin_sin(angle));
 }
 
 template <class T>
@@ -73,24 +73,25 @@ T clamped(double x, const Noise& noise) {
 
 }  // namespace
 
-// For float the product of eps and a 24-bit fraction is exact in double: with or without FMA every bit is the same, and
-// rounding cannot lead out of [clean - eps, clean + eps].
+// For float, the product of eps and a 24-bit fraction is exact in double: the result is the same with and without FMA,
+// and rounding cannot lead out of [clean - eps, clean + eps].
 template <class T>
 void random_start_linf(const T* clean, T* out, int64_t begin, int64_t end, const Noise& noise) {
   const double eps = static_cast<T>(noise.eps);
-  for_each_element(begin, end, noise, [&](int64_t i, const uint32_t* bits, int place) {
-    const double fraction = static_cast<double>(static_cast<int32_t>(bits[place] >> 8)) * 0x1p-23 - 1.0;
+  for_each_element(begin, end, noise, [&](int64_t i, const uint32_t* bits, int index) {
+    const double fraction = static_cast<double>(static_cast<int32_t>(bits[index] >> 8)) * 0x1p-23 - 1.0;
     out[i] = clamped<T>(clean[i] + eps * fraction, noise);
   });
 }
 
-// A direction with no preference (a normalised Gaussian vector) and a radius with density ~ radius^(count - 1).
+// Uniform in the ball: a uniform direction (a normalised Gaussian vector) and a radius with density ~ radius^(count -
+// 1).
 template <class T>
 void random_start_l2(const T* clean, T* out, int64_t sample, int64_t count, const Noise& noise) {
   const int64_t begin = sample * count, end = begin + count;
   double sum = 0;
-  for_each_element(begin, end, noise, [&](int64_t i, const uint32_t* bits, int place) {
-    const double value = normal(bits, place);
+  for_each_element(begin, end, noise, [&](int64_t i, const uint32_t* bits, int index) {
+    const double value = normal(bits, index);
     sum += value * value;
     out[i] = static_cast<T>(value);
   });

@@ -1,5 +1,5 @@
-// Noise from a counter: element i of a batch (counted in NCHW order) reads word i % 4 of the Philox4x32-10 block with
-// counter i / 4 + offset, whoever computes it and in whatever order.
+// Counter-based noise: element i of a batch (in NCHW order) gets word i % 4 of the Philox4x32-10 block with counter
+// i / 4 + offset, so the noise does not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -11,14 +11,14 @@ using torch::stable::Tensor;
 
 bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
 
-Tensor staging_for(const Tensor& output, bool layout_fits) {
+Tensor staging_for(const Tensor& output, bool layout_is_supported) {
   const ScalarType dtype = is_double(output) ? ScalarType::Double : ScalarType::Float;
-  if (layout_fits && output.scalar_type() == dtype) return output;
+  if (layout_is_supported && output.scalar_type() == dtype) return output;
   return torch::stable::empty(output.sizes(), dtype, std::nullopt, output.device());
 }
 
 Tensor staged(const Tensor& tensor, const Tensor& staging) {
-  if (tensor.scalar_type() == staging.scalar_type() && lie_alike(tensor, staging)) return tensor;
+  if (tensor.scalar_type() == staging.scalar_type() && have_same_layout(tensor, staging)) return tensor;
   Tensor copy = torch::stable::empty_like(staging);
   return torch::stable::copy_(copy, tensor);
 }

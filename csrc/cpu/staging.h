@@ -1,4 +1,4 @@
-// Between the tensors that users have and the dense float32 or float64 memory that elementwise kernels work on.
+// Converts between the tensors that users pass and the dense float32 or float64 memory that elementwise kernels need.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,14 +7,14 @@ namespace sparse_adv {
 
 bool is_double(const torch::stable::Tensor& tensor);
 
-// Where a kernel writes what belongs into `output`: `output` itself if its layout suits the kernel, else contiguous
-// memory. 16-bit images are computed in float32 and rounded once, at the end.
-torch::stable::Tensor staging_for(const torch::stable::Tensor& output, bool layout_fits);
+// The tensor that a kernel writes its result to: `output` itself if the kernel supports its layout and dtype, else a
+// contiguous tensor. 16-bit images are computed in float32 and rounded once, at the end.
+torch::stable::Tensor staging_for(const torch::stable::Tensor& output, bool layout_is_supported);
 
-// The tensor itself if it has the dtype and the strides of `staging`, else a copy that does.
+// The tensor itself if it has the dtype and the strides of `staging`, else a copy that has them.
 torch::stable::Tensor staged(const torch::stable::Tensor& tensor, const torch::stable::Tensor& staging);
 
-// Brings the result home, where it is not there yet.
+// Copies `staging` to `output`, unless they are one tensor.
 void unstage(const torch::stable::Tensor& staging, torch::stable::Tensor& output);
 
 }  // namespace sparse_adv

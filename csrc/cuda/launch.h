@@ -1,4 +1,4 @@
-// What every launcher needs: the caller's device and stream, sums over a block, and errors that are not lost.
+// Shared by all launchers: the caller's stream, launch sizes, errors, dispatch on dtypes, and sums over a block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +22,7 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// How many blocks give at least `threads` threads.
+// The number of blocks that have at least `threads` threads together.
 inline unsigned blocks_for(int64_t threads) {
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   check(blocks <= INT32_MAX, "a batch of ", threads, " threads is too large for one launch");
@@ -34,7 +34,7 @@ inline void check_launch(const char* op) {
   check(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
 }
 
-// Calls visit with a number of the tensor's dtype, one of those that check_floating allows.
+// Calls visit(T{}) with the C++ type T of the tensor's dtype, one of those that check_floating allows.
 template <class Visit>
 void with_type_of(const torch::stable::Tensor& tensor, Visit visit) {
   switch (tensor.scalar_type()) {
@@ -51,7 +51,8 @@ void with_type_of(const torch::stable::Tensor& tensor, Visit visit) {
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The sum over a block's threads, for all of them, in an order that depends on their number alone. N numbers at once.
+// Replaces N numbers of each thread of a block by their sums over all its threads. The order of summation depends on
+// the number of threads alone.
 template <int kBlock, int N>
 __device__ void block_sums(double (&values)[N]) {
   __shared__ double warps[kBlock / kWarp][N];

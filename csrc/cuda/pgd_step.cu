@@ -15,45 +15,46 @@ namespace {
 
 using torch::stable::Tensor;
 
-// One block per image. What its threads can keep in registers from the sums to the move is moved once; larger images
-// (over 8,192 float32 elements) are read a second time: 28 bytes an element instead of 16.
+// One block per image. Its threads keep up to kCachedBytes each in registers between the sums and the move; with more,
+// registers spill to memory. Larger images (more than 8,192 float32 elements) are read twice: 28 bytes per element
+// instead of 16.
 constexpr int kImageThreads = 512;
-constexpr int kHeldBytes = 192;
+constexpr int kCachedBytes = 192;
 
 template <int V, class Image, class Grad>
 __global__ void __launch_bounds__(kThreads) pgd_step_linf(PgdStep<Image, Grad> step, int64_t count) {
   pgd_step_linf_thread<V>(step, count, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
 }
 
-template <int V, int kHeld, class Image, class Grad>
+template <int V, int kCached, class Image, class Grad>
 __global__ void __launch_bounds__(kImageThreads) pgd_step_l2(PgdStep<Image, Grad> step, int64_t count) {
-  StepThread<kImageThreads, V, kHeld, Image, Grad> thread{step, blockIdx.x * count, count,
-                                                          static_cast<int>(threadIdx.x)};
-  const StepSums own = thread.add();
-  double sums[3] = {own.gg, own.dg, own.dd};
+  StepThread<kImageThreads, V, kCached, Image, Grad> thread{
+      .step = step, .image = blockIdx.x * count, .count = count, .thread = static_cast<int>(threadIdx.x), .cached = {}};
+  const StepSums thread_sums = thread.add();
+  double sums[3] = {thread_sums.gg, thread_sums.dg, thread_sums.dd};
   block_sums<kImageThreads>(sums);
   thread.move(step_scales({sums[0], sums[1], sums[2]}, step.alpha, step.eps));
 }
 
 template <int V, class Image, class Grad>
 void launch_l2(const PgdStep<Image, Grad>& step, int64_t images, int64_t count, cudaStream_t stream) {
-  constexpr int kHeld = std::min(8, kHeldBytes / static_cast<int>(sizeof(StepVector<V, Image, Grad>)));
+  constexpr int kCached = std::min(8, kCachedBytes / static_cast<int>(sizeof(StepVector<V, Image, Grad>)));
   const auto kernel =
-      count <= kHeld * kImageThreads * V ? &pgd_step_l2<V, kHeld, Image, Grad> : &pgd_step_l2<V, 0, Image, Grad>;
+      count <= kCached * kImageThreads * V ? &pgd_step_l2<V, kCached, Image, Grad> : &pgd_step_l2<V, 0, Image, Grad>;
   kernel<<<static_cast<unsigned>(images), kImageThreads, 0, stream>>>(step, count);
 }
 
 template <class Image, class Grad>
 void launch(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out, const double (&sizes)[4],
             const std::string& norm) {
-  const PgdStep<Image, Grad> step{adv.const_data_ptr<Image>(),
-                                  grad.const_data_ptr<Grad>(),
-                                  clean.const_data_ptr<Image>(),
-                                  out.mutable_data_ptr<Image>(),
-                                  sizes[0],
-                                  sizes[1],
-                                  sizes[2],
-                                  sizes[3]};
+  const PgdStep<Image, Grad> step{.adv = adv.const_data_ptr<Image>(),
+                                  .grad = grad.const_data_ptr<Grad>(),
+                                  .clean = clean.const_data_ptr<Image>(),
+                                  .out = out.mutable_data_ptr<Image>(),
+                                  .alpha = sizes[0],
+                                  .eps = sizes[1],
+                                  .lo = sizes[2],
+                                  .hi = sizes[3]};
   constexpr int V = kVector<Image, Grad>;
   const bool aligned = is_aligned(step.adv) && is_aligned(step.grad) && is_aligned(step.clean) && is_aligned(step.out);
   const cudaStream_t stream = current_stream(out);

@@ -1,4 +1,4 @@
-// The PGD step on dense memory, as one thread sees it. adv, grad, clean and out lie alike; out may be adv.
+// The PGD step on dense memory, the work of one thread. adv, grad, clean and out have the same layout; out may be adv.
 #pragma once
 
 #include "cuda/vectors.h"
@@ -14,7 +14,7 @@ struct PgdStep {
   double alpha, eps, lo, hi;
 };
 
-// One element. alpha * sign is exact, so contraction into an FMA changes no bit.
+// One element. alpha * sign is exact, so contraction into an FMA does not change the result.
 template <class Image, class Grad>
 SPARSE_ADV_DEVICE Image moved_linf(const PgdStep<Image, Grad>& step, Image adv, Grad grad, Image clean) {
   using T = Compute<Image>;
@@ -23,7 +23,7 @@ SPARSE_ADV_DEVICE Image moved_linf(const PgdStep<Image, Grad>& step, Image adv, 
   const T sign = static_cast<T>(slope > 0) - static_cast<T>(slope < 0);
   const T centre = static_cast<T>(clean);
   const T moved = clamped(static_cast<T>(adv) + alpha * sign, centre - eps, centre + eps);
-  // Comparisons with a NaN bound let every value pass, so a NaN in clean is carried over by hand.
+  // Comparisons with NaN are false, so the clamps would ignore a NaN in clean: it is copied explicitly.
   return centre == centre ? static_cast<Image>(clamped(moved, static_cast<T>(step.lo), static_cast<T>(step.hi)))
                           : clean;
 }
@@ -40,7 +40,7 @@ SPARSE_ADV_DEVICE void pgd_step_linf_vector(const PgdStep<Image, Grad>& step, in
   adv.store(step.out + first);
 }
 
-// The first threads take a vector each, the others one element each of what is left.
+// The first threads compute one vector each, the others one of the remaining elements each.
 template <int V>
 SPARSE_ADV_DEVICE int64_t pgd_step_linf_threads(int64_t count) {
   return count / V + count % V;
@@ -55,9 +55,9 @@ SPARSE_ADV_DEVICE void pgd_step_linf_thread(const PgdStep<Image, Grad>& step, in
     pgd_step_linf_vector<1>(step, vectors * V + thread - vectors);
 }
 
-// What one image's threads add up before any of them can move its pixels, with g the gradient and d = adv - clean. The
-// new distance follows from these, |d + rate g|^2 = dd + 2 rate dg + rate^2 gg, so that one look at the image is
-// enough.
+// Sums over one image that are needed before its pixels can be moved: gg = |g|^2, dg = <d, g> and dd = |d|^2, where g
+// is the gradient and d = adv - clean. The new distance follows from them, |d + rate g|^2 = dd + 2 rate dg + rate^2 gg,
+// so the image need not be read again for it.
 struct StepSums {
   double gg, dg, dd;
 };
@@ -69,11 +69,11 @@ struct StepScales {
 SPARSE_ADV_DEVICE StepScales step_scales(const StepSums& sums, double alpha, double eps) {
   const double rate = sums.gg > 0 ? alpha / sqrt(sums.gg) : 0.0;
   const double square = sums.dd + 2 * rate * sums.dg + rate * rate * sums.gg;
-  const double distance = sqrt(square < 0 ? 0.0 : square);  // rounding can make it negative; NaN stays
+  const double distance = sqrt(square < 0 ? 0.0 : square);  // rounding can make it negative; NaN stays NaN
   return {rate, distance <= eps ? 1.0 : eps / distance};
 }
 
-// V elements of one image, from the first look at them to the second.
+// V elements of one image, in registers between the sums and the move.
 template <int V, class Image, class Grad>
 struct StepVector {
   using T = Compute<Image>;
@@ -81,7 +81,7 @@ struct StepVector {
   Vector<Image, V> adv, clean;
   Vector<Grad, V> grad;
 
-  // Entries that are not finite count as 0, so that one overflow does not lose the whole image.
+  // Elements that are not finite count as 0. Otherwise one overflow would make the norm infinite and stop the image.
   SPARSE_ADV_DEVICE double slope(int i) const {
     const auto g = static_cast<Compute<Grad>>(grad.at[i]);
     return g - g == 0 ? static_cast<double>(g) : 0.0;
@@ -106,7 +106,7 @@ struct StepVector {
     const T lo = static_cast<T>(step.lo), hi = static_cast<T>(step.hi);
     for (int i = 0; i < V; ++i) {
       const double centre = static_cast<double>(clean.at[i]);
-      // Rounded once before the projection, as the CPU's kernel does.
+      // Rounded before the projection, as in the CPU kernel.
       const T moved = static_cast<T>(static_cast<double>(adv.at[i]) + scales.rate * slope(i));
       const double offset = static_cast<double>(moved) - centre;
       const T projected = scales.shrink == 1.0 ? moved : static_cast<T>(centre + scales.shrink * offset);
@@ -117,42 +117,42 @@ struct StepVector {
 };
 
 // One of the `kThreads` threads of an image of `count` elements, a multiple of V, that begins at element `image`. Up to
-// kHeld vectors stay in registers from the sums to the move; with kHeld = 0 each is read again.
-template <int kThreads, int V, int kHeld, class Image, class Grad>
+// kCached vectors stay in registers between the sums and the move; with kCached = 0 the image is read twice.
+template <int kThreads, int V, int kCached, class Image, class Grad>
 struct StepThread {
   const PgdStep<Image, Grad>& step;
   int64_t image, count;
   int thread;
-  StepVector<V, Image, Grad> held[kHeld > 0 ? kHeld : 1];
+  StepVector<V, Image, Grad> cached[kCached > 0 ? kCached : 1];
 
   SPARSE_ADV_DEVICE StepSums add() {
     StepSums sums{};
-    if constexpr (kHeld == 0) {
+    if constexpr (kCached == 0) {
       for (int64_t first = first_of(0); first < count; first += int64_t{kThreads} * V) {
-        held[0].load(step, image + first);
-        held[0].add_to(sums);
+        cached[0].load(step, image + first);
+        cached[0].add_to(sums);
       }
     } else {
       SPARSE_ADV_UNROLL
-      for (int i = 0; i < kHeld; ++i)
+      for (int i = 0; i < kCached; ++i)
         if (first_of(i) < count) {
-          held[i].load(step, image + first_of(i));
-          held[i].add_to(sums);
+          cached[i].load(step, image + first_of(i));
+          cached[i].add_to(sums);
         }
     }
     return sums;
   }
 
   SPARSE_ADV_DEVICE void move(const StepScales& scales) {
-    if constexpr (kHeld == 0) {
+    if constexpr (kCached == 0) {
       for (int64_t first = first_of(0); first < count; first += int64_t{kThreads} * V) {
-        held[0].load(step, image + first);
-        held[0].move(step, scales, image + first);
+        cached[0].load(step, image + first);
+        cached[0].move(step, scales, image + first);
       }
     } else {
       SPARSE_ADV_UNROLL
-      for (int i = 0; i < kHeld; ++i)
-        if (first_of(i) < count) held[i].move(step, scales, image + first_of(i));
+      for (int i = 0; i < kCached; ++i)
+        if (first_of(i) < count) cached[i].move(step, scales, image + first_of(i));
     }
   }
 

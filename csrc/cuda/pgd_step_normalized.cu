@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> pgd_step_normalized_cuda(Tensor adv, Tensor grad, Ten
   for (const Tensor& statistic : {mean, std}) {
     check_floating("mean and std", statistic, adv);
     check(statistic.scalar_type() == ScalarType::Float && statistic.numel() == C && statistic.is_contiguous(),
-          "pgd_step_normalized: mean and std must hold a float32 number per channel");
+          "pgd_step_normalized: mean and std must have one float32 number per channel");
   }
   const torch::stable::accelerator::DeviceGuard guard(adv.get_device_index());
   const Tensor source = in_plain_layout(adv);
@@ -44,18 +44,22 @@ std::tuple<Tensor, Tensor> pgd_step_normalized_cuda(Tensor adv, Tensor grad, Ten
   const Tensor slope = in_layout_of(source, grad), centre = in_layout_of(source, clean);
   with_type_of(slope, [&](auto zero) {
     using Grad = decltype(zero);
-    const PgdStep<float, Grad> step{source.const_data_ptr<float>(),
-                                    slope.const_data_ptr<Grad>(),
-                                    centre.const_data_ptr<float>(),
-                                    out.mutable_data_ptr<float>(),
-                                    alpha,
-                                    eps,
-                                    lo,
-                                    hi};
-    const NormalizedStep<Grad> whole{
-        step, mean.const_data_ptr<float>(), std.const_data_ptr<float>(), normalized.mutable_data_ptr<BFloat16>(), C,
-        area, is_channels_last(source)};
-    pgd_step_normalized<<<blocks_for(N * area), kThreads, 0, current_stream(out)>>>(whole, N * area);
+    const PgdStep<float, Grad> step{.adv = source.const_data_ptr<float>(),
+                                    .grad = slope.const_data_ptr<Grad>(),
+                                    .clean = centre.const_data_ptr<float>(),
+                                    .out = out.mutable_data_ptr<float>(),
+                                    .alpha = alpha,
+                                    .eps = eps,
+                                    .lo = lo,
+                                    .hi = hi};
+    const NormalizedStep<Grad> normalized_step{.step = step,
+                                               .mean = mean.const_data_ptr<float>(),
+                                               .std = std.const_data_ptr<float>(),
+                                               .normalized = normalized.mutable_data_ptr<BFloat16>(),
+                                               .channels = C,
+                                               .area = area,
+                                               .channels_last = is_channels_last(source)};
+    pgd_step_normalized<<<blocks_for(N * area), kThreads, 0, current_stream(out)>>>(normalized_step, N * area);
   });
   check_launch("pgd_step_normalized");
   return {out, normalized};

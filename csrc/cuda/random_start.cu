@@ -13,13 +13,13 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Key and offset are read where they lie: a CUDA graph that changes them between replays draws new numbers, and the
-// host never waits.
+// The kernels read key and offset from device memory. So a replayed CUDA graph draws new numbers if they have changed,
+// and the host does not wait for the device.
 struct Seed {
-  const int64_t* words;
+  const int64_t* philox_state;
   int64_t stride;
-  __device__ uint64_t key() const { return static_cast<uint64_t>(words[0]); }
-  __device__ uint64_t offset() const { return static_cast<uint64_t>(words[stride]); }
+  __device__ uint64_t key() const { return static_cast<uint64_t>(philox_state[0]); }
+  __device__ uint64_t offset() const { return static_cast<uint64_t>(philox_state[stride]); }
 };
 
 template <int V, class Image>
@@ -31,8 +31,13 @@ __global__ void __launch_bounds__(kThreads) random_start_linf(RandomStart<Image>
 // One block per image.
 template <class Image>
 __global__ void __launch_bounds__(kThreads) random_start_l2(RandomStart<Image> start, Seed seed, int64_t count) {
-  const StartThread<Image> thread{start,    blockIdx.x, count,        static_cast<int>(threadIdx.x),
-                                  kThreads, seed.key(), seed.offset()};
+  const StartThread<Image> thread{.start = start,
+                                  .sample = blockIdx.x,
+                                  .count = count,
+                                  .thread = static_cast<int>(threadIdx.x),
+                                  .threads = kThreads,
+                                  .key = seed.key(),
+                                  .offset = seed.offset()};
   double sum[1] = {thread.sum_of_squares()};
   block_sums<kThreads>(sum);
   thread.move(sum[0]);
@@ -41,7 +46,8 @@ __global__ void __launch_bounds__(kThreads) random_start_l2(RandomStart<Image> s
 template <class Image>
 void launch(const Tensor& clean, const Seed& seed, const Tensor& out, double eps, double lo, double hi,
             const std::string& norm) {
-  const RandomStart<Image> start{clean.const_data_ptr<Image>(), out.mutable_data_ptr<Image>(), eps, lo, hi};
+  const RandomStart<Image> start{
+      .clean = clean.const_data_ptr<Image>(), .out = out.mutable_data_ptr<Image>(), .eps = eps, .lo = lo, .hi = hi};
   const cudaStream_t stream = current_stream(out);
   const int64_t count = out.numel();
   if (norm == "linf") {
@@ -60,11 +66,11 @@ Tensor random_start_cuda(Tensor clean, Tensor seed, double eps, std::string norm
   Tensor out = torch::stable::empty_like(clean);
   if (out.numel() == 0) return out;
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  // Elements are counted in NCHW order, so that the layout of the images does not change their noise.
+  // Elements are numbered in NCHW order, so that the noise does not depend on the layout of the images.
   const Tensor source = torch::stable::contiguous(clean);
   const Tensor moved = out.is_contiguous() ? out : torch::stable::empty_like(source);
-  const Seed words{seed.const_data_ptr<int64_t>(), seed.stride(0)};
-  with_type_of(out, [&](auto zero) { launch<decltype(zero)>(source, words, moved, eps, lo, hi, norm); });
+  const Seed state{seed.const_data_ptr<int64_t>(), seed.stride(0)};
+  with_type_of(out, [&](auto zero) { launch<decltype(zero)>(source, state, moved, eps, lo, hi, norm); });
   if (!out.is_contiguous()) torch::stable::copy_(out, moved);
   return out;
 }

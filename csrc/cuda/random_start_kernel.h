@@ -1,5 +1,5 @@
-// Noise from a counter, the same numbers as on the CPU (cpu/random_start_kernel.h): element i of a batch in NCHW order
-// reads word i % 4 of the Philox4x32-10 block with counter i / 4 + offset. clean and out are contiguous.
+// Counter-based noise, the same numbers as on the CPU (cpu/random_start_kernel.h): element i of a batch in NCHW order
+// gets word i % 4 of the Philox4x32-10 block with counter i / 4 + offset. clean and out are contiguous.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ struct RandomStart {
   double eps, lo, hi;
 };
 
-enum class Stream : uint32_t { elements, radii };  // the third counter word: draws of different streams never meet
+enum class Stream : uint32_t { elements, radii };  // the third counter word: streams never share a block
 
 struct PhiloxBlock {
   uint32_t word[4];
@@ -39,11 +39,12 @@ SPARSE_ADV_DEVICE PhiloxBlock philox(uint64_t counter, Stream stream, uint64_t k
   return {{word[0], word[1], word[2], word[3]}};
 }
 
-// In (0, 1], so that its logarithm is finite.
+// Uniform in (0, 1]: 0 is excluded because its logarithm is taken.
 SPARSE_ADV_DEVICE double unit(uint32_t bits) { return (static_cast<double>(bits) + 1.0) * 0x1p-32; }
 
-// Block `block` of the batch: elements [4 block, 4 block + 4), as many as there are. For float the product of eps and a
-// 24-bit fraction is exact in double: with or without FMA every bit is the CPU's. `V` is 4 where the addresses suit.
+// Philox block `block` of the batch: elements [4 block, 4 block + 4), as many of them as exist. For float, the product
+// of eps and a 24-bit fraction is exact in double, so the result is that of the CPU, with and without FMA. `V` is 4
+// where the addresses are aligned, else 1.
 template <int V, class Image>
 SPARSE_ADV_DEVICE void random_start_linf_thread(const RandomStart<Image>& start, int64_t count, int64_t block,
                                                 uint64_t key, uint64_t offset) {
@@ -74,7 +75,7 @@ SPARSE_ADV_DEVICE void normal_pair(uint32_t bits0, uint32_t bits1, double& even,
 }
 
 // One of the `threads` threads of image `sample` of `count` elements. Its normal numbers are drawn twice, once for
-// their norm and once to be used: drawing costs less than keeping them would.
+// their norm and once for the move: drawing takes less time than storing them would.
 template <class Image>
 struct StartThread {
   using T = Compute<Image>;

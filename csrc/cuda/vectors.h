@@ -1,5 +1,5 @@
-// Accesses of 16 bytes, and the numbers in them. Kernel bodies (*_kernel.h) are plain C++: nvcc compiles them for GPUs,
-// and the tests compile them for the host, where they run one thread after the other (tests/cuda_on_host.cpp).
+// Loads and stores of up to 16 bytes. Kernel bodies (*_kernel.h) are plain C++: nvcc compiles them for GPUs, and the
+// tests compile them for the host, where they run one thread after the other (tests/kernels/cuda_on_host.cpp).
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -16,7 +16,7 @@
 #endif
 
 #ifdef __CUDA_ARCH__
-#define SPARSE_ADV_UNROLL _Pragma("unroll")  // an array indexed by a loop that is not unrolled leaves the registers
+#define SPARSE_ADV_UNROLL _Pragma("unroll")  // arrays stay in registers only if the loops over them are unrolled
 #else
 #define SPARSE_ADV_UNROLL
 #endif
@@ -29,11 +29,11 @@ using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 constexpr int kAccessBytes = 16;
 
-// How many elements a thread takes at a time: a whole access of the narrowest type.
+// How many elements a thread computes at a time: as many of the narrower type as one access has.
 template <class Image, class Grad>
 constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(Image) < sizeof(Grad) ? sizeof(Image) : sizeof(Grad));
 
-// N elements as one object that is read and written in accesses of up to 16 bytes.
+// N elements, read and written in accesses of up to 16 bytes. Addresses must be aligned to the size of an access.
 template <class T, int N>
 struct Vector {
   static constexpr int kBytes = N * static_cast<int>(sizeof(T));
@@ -61,7 +61,7 @@ struct Vector {
   }
 };
 
-// One element, at any address.
+// One element; the address need not be aligned to more than that.
 template <class T>
 struct Vector<T, 1> {
   T at[1];

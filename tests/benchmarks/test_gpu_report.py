@@ -122,7 +122,7 @@ def test_a_failing_part_fails_the_check_and_the_next_ones_still_run(checked):
 NATIVE_ERRORS = (
     "test_tampered_patterns_are_refused[too few values]",
     "test_ops_refuse_arguments_that_do_not_fit_the_pattern[stride]",
-    "test_a_segment_size_that_overflows_is_refused",
+    "test_an_ic_block_that_overflows_is_refused",
     "test_no_pattern_crashes_the_process",
     "test_the_raw_op_refuses_unsafe_arguments[tensors0]",
     "test_native_ops_refuse_unsafe_arguments[cuda-an unknown norm]",

@@ -1,4 +1,4 @@
-// Kernels that go over elements: the PGD step and its start.
+// The elementwise kernels: PGD step and random start.
 #include <array>
 
 #include "cpp/kernels_check.h"
@@ -19,7 +19,7 @@ bool check_pgd_step(const ElementKernels<T>& kernels) {
   for (int64_t count : {1, 15, 35}) {
     const int64_t samples = 3, size = samples * count;
     const std::vector<T> adv = numbers<T>(size), grad = numbers<T>(size), clean = numbers<T>(size), zero(size);
-    std::vector<T> linf(size, kUntouched), l2 = adv;  // in place
+    std::vector<T> linf(size, kUntouched), l2 = adv;  // l2 runs in place
     std::vector<double> expected_linf(size), expected_l2(size);
     kernels.step_linf(adv.data(), grad.data(), clean.data(), linf.data(), size, sizes);
     kernels.step_l2(l2.data(), grad.data(), clean.data(), l2.data(), samples, count, sizes);
@@ -42,8 +42,8 @@ bool check_pgd_step(const ElementKernels<T>& kernels) {
   return good;
 }
 
-// Word `place` of the Philox4x32-10 block `counter` of a stream.
-static uint32_t philox(uint64_t counter, uint32_t stream, uint64_t key, int64_t place) {
+// Word `word` of the Philox4x32-10 block `counter` of a stream.
+static uint32_t philox(uint64_t counter, uint32_t stream, uint64_t key, int64_t word) {
   std::array<uint32_t, 4> x{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), stream, 0};
   uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
@@ -51,12 +51,13 @@ static uint32_t philox(uint64_t counter, uint32_t stream, uint64_t key, int64_t 
     x = {static_cast<uint32_t>(b >> 32) ^ x[1] ^ key0, static_cast<uint32_t>(b),
          static_cast<uint32_t>(a >> 32) ^ x[3] ^ key1, static_cast<uint32_t>(a)};
   }
-  return x[place];
+  return x[word];
 }
 
 template <class T>
 bool check_random_start(const ElementKernels<T>& kernels) {
-  const Noise noise{0x0123456789abcdef, (uint64_t{1} << 32) - 2, 0.5, -0.9, 0.9};  // the counter's carry included
+  // The counter carries into its second word.
+  const Noise noise{.key = 0x0123456789abcdef, .offset = (uint64_t{1} << 32) - 2, .eps = 0.5, .lo = -0.9, .hi = 0.9};
   const int64_t count = 37, samples = 3, size = count * samples, skipped = 5;
   const std::vector<T> clean = numbers<T>(size);
   std::vector<T> linf(size, kUntouched), l2(size, kUntouched);

@@ -1,4 +1,4 @@
-// Every kernel of an instruction set, and what the checks of them share.
+// All kernels of an instruction set, and helpers of their checks.
 #pragma once
 
 #include <algorithm>
@@ -30,14 +30,14 @@ struct ElementKernels {
 struct Kernels {
   const char* isa;
   int lanes;
-  decltype(&portable::fill_window) fill_window;
-  decltype(&portable::store_sums) store_sums;
-  decltype(&portable::fill_rows) fill_rows;
+  decltype(&portable::fill_batch_tile) fill_batch_tile;
+  decltype(&portable::store_accumulators) store_accumulators;
+  decltype(&portable::fill_width_tile) fill_width_tile;
   decltype(&portable::masked_conv2d_tile) conv_tile;
   decltype(&portable::masked_conv2d_grad_weight_tile) grad_weight_tile;
-  decltype(&portable::entries_inside) entries_inside;
-  decltype(&portable::entries_in_threes) entries_in_threes;
-  decltype(&portable::entry_offsets) entry_offsets;
+  decltype(&portable::col_indices_inside) col_indices_inside;
+  decltype(&portable::col_indices_in_triples) col_indices_in_triples;
+  decltype(&portable::col_indices_to_offsets) col_indices_to_offsets;
   ElementKernels<float> of_float;
   ElementKernels<double> of_double;
 };
@@ -56,27 +56,28 @@ std::vector<T> numbers(int64_t count) {
   return values;
 }
 
-// Rounding of a few hundred float32 terms below 1, or of one float64 expression.
+// Equal up to the rounding of a few hundred float32 terms below 1, or of one float64 expression; NaN only to NaN.
 template <class T>
-bool equal(const std::vector<T>& found, const std::vector<double>& expected) {
+bool equal(const std::vector<T>& actual, const std::vector<double>& expected) {
   const double tolerance = sizeof(T) == sizeof(float) ? 1e-4 : 1e-12;
-  return std::ranges::equal(found, expected, [&](double a, double b) {
+  return std::ranges::equal(actual, expected, [&](double a, double b) {
     return std::isnan(b) ? std::isnan(a) : std::abs(a - b) <= tolerance;
   });
 }
 
-inline double ended(const Epilogue& epilogue, double sum, int64_t channel, int64_t at) {
+// The epilogue applied to a sum: `at` is its element in the output.
+inline double with_epilogue(const Epilogue& epilogue, double sum, int64_t channel, int64_t at) {
   if (epilogue.scale) sum = sum * epilogue.scale[channel] + epilogue.bias[channel];
   if (epilogue.residual) sum += epilogue.residual[at];
   return epilogue.relu ? std::max(sum, 0.0) : sum;
 }
 
-bool check_fill_window(const Kernels& kernels);
-bool check_store_sums(const Kernels& kernels);
-bool check_fill_rows(const Kernels& kernels);
+bool check_fill_batch_tile(const Kernels& kernels);
+bool check_store_accumulators(const Kernels& kernels);
+bool check_fill_width_tile(const Kernels& kernels);
 bool check_conv_tile(const Kernels& kernels);
 bool check_grad_weight_tile(const Kernels& kernels);
-bool check_entries(const Kernels& kernels);
+bool check_col_indices(const Kernels& kernels);
 template <class T>
 bool check_pgd_step(const ElementKernels<T>& kernels);
 template <class T>

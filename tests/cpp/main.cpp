@@ -1,7 +1,7 @@
-// Every kernel of every instruction set that this CPU has, against naive loops in double, without torch: a program to
-// build with SPARSE_ADV_SANITIZE. All buffers lie on the heap and are exactly as large as the kernel's contract says,
-// and outputs start as NaN: AddressSanitizer sees an access beyond them, and the comparison sees what should not have
-// been written or was not.
+// Compares every kernel of every instruction set that this CPU has with naive loops in double, without torch. To be
+// built with SPARSE_ADV_SANITIZE: all buffers are on the heap and exactly as large as the kernel's contract says, so
+// AddressSanitizer finds accesses beyond them. Outputs start as NaN, so the comparison finds elements that were written
+// by mistake or not at all.
 #include <cstdio>
 #include <utility>
 
@@ -13,21 +13,22 @@ namespace {
 
 #define ELEMENT_KERNELS(ISA, T) \
   {&ISA::pgd_step_linf<T>, &ISA::pgd_step_l2<T>, &ISA::random_start_linf<T>, &ISA::random_start_l2<T>}
-#define KERNELS(ISA)                                                                                              \
-  Kernels {                                                                                                       \
-    #ISA, ISA::lane_count(), &ISA::fill_window, &ISA::store_sums, &ISA::fill_rows, &ISA::masked_conv2d_tile,      \
-        &ISA::masked_conv2d_grad_weight_tile, &ISA::entries_inside, &ISA::entries_in_threes, &ISA::entry_offsets, \
-        ELEMENT_KERNELS(ISA, float), ELEMENT_KERNELS(ISA, double)                                                 \
+#define KERNELS(ISA)                                                                                 \
+  Kernels {                                                                                          \
+    #ISA, ISA::lane_count(), &ISA::fill_batch_tile, &ISA::store_accumulators, &ISA::fill_width_tile, \
+        &ISA::masked_conv2d_tile, &ISA::masked_conv2d_grad_weight_tile, &ISA::col_indices_inside,    \
+        &ISA::col_indices_in_triples, &ISA::col_indices_to_offsets, ELEMENT_KERNELS(ISA, float),     \
+        ELEMENT_KERNELS(ISA, double)                                                                 \
   }
 
 bool check_all(const Kernels& kernels) {
   const std::pair<const char*, bool> results[] = {
-      {"fill_window", check_fill_window(kernels)},
-      {"store_sums", check_store_sums(kernels)},
-      {"fill_rows", check_fill_rows(kernels)},
+      {"fill_batch_tile", check_fill_batch_tile(kernels)},
+      {"store_accumulators", check_store_accumulators(kernels)},
+      {"fill_width_tile", check_fill_width_tile(kernels)},
       {"masked_conv2d", check_conv_tile(kernels)},
       {"masked_conv2d_grad_weight", check_grad_weight_tile(kernels)},
-      {"entries", check_entries(kernels)},
+      {"col_indices", check_col_indices(kernels)},
       {"pgd_step", check_pgd_step(kernels.of_float) && check_pgd_step(kernels.of_double)},
       {"random_start", check_random_start(kernels.of_float) && check_random_start(kernels.of_double)},
   };

@@ -1,5 +1,5 @@
-// Runs the bodies of the CUDA kernels on the host, one thread after the other: everything but the launch itself and the
-// sums over a block, which are formed here. test_cuda_on_host.py compiles this and calls it.
+// Runs the bodies of the CUDA kernels on the host, one thread after the other. Launches and sums over a block are not
+// tested: this file has loops in their place. test_cuda_on_host.py compiles it and calls it.
 #include <type_traits>
 #include <vector>
 
@@ -13,7 +13,7 @@ using namespace sparse_adv;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// dtypes are numbered as here; calls visit with a number of that type.
+// Calls visit(T{}) with the C++ type T of a dtype. test_cuda_on_host.py numbers the dtypes in the same way.
 template <class Visit>
 void with_type(int dtype, Visit visit) {
   dtype == 0 ? visit(float{}) : dtype == 1 ? visit(double{}) : dtype == 2 ? visit(BFloat16{}) : visit(Half{});
@@ -25,17 +25,17 @@ void linf(const PgdStep<Image, Grad>& step, int64_t count) {
     pgd_step_linf_thread<V>(step, count, thread);
 }
 
-template <int V, int kHeld, class Image, class Grad>
+template <int V, int kCached, class Image, class Grad>
 void l2(const PgdStep<Image, Grad>& step, int64_t images, int64_t count) {
   constexpr int kThreads = 32;
-  using Thread = StepThread<kThreads, V, kHeld, Image, Grad>;
+  using Thread = StepThread<kThreads, V, kCached, Image, Grad>;
   for (int64_t image = 0; image < images; ++image) {
     std::vector<Thread> threads;
     StepSums sums{};
     for (int thread = 0; thread < kThreads; ++thread) {
-      threads.push_back(Thread{step, image * count, count, thread, {}});
-      const StepSums own = threads.back().add();
-      sums = {sums.gg + own.gg, sums.dg + own.dg, sums.dd + own.dd};
+      threads.push_back(Thread{.step = step, .image = image * count, .count = count, .thread = thread, .cached = {}});
+      const StepSums thread_sums = threads.back().add();
+      sums = {sums.gg + thread_sums.gg, sums.dg + thread_sums.dg, sums.dd + thread_sums.dd};
     }
     for (Thread& thread : threads) thread.move(step_scales(sums, step.alpha, step.eps));
   }
@@ -45,8 +45,9 @@ void l2(const PgdStep<Image, Grad>& step, int64_t images, int64_t count) {
 
 extern "C" {
 
-// `held`: -1 for linf, else how many vectors a thread of the l2 kernel keeps. Returns the vector's length.
-int host_pgd_step(int image_dtype, int grad_dtype, bool aligned, int held, const void* adv, const void* grad,
+// `cached`: -1 for linf, else the number of vectors that a thread of the l2 kernel keeps in registers. Returns the
+// length of a vector.
+int host_pgd_step(int image_dtype, int grad_dtype, bool aligned, int cached, const void* adv, const void* grad,
                   const void* clean, void* out, int64_t images, int64_t count, const double* sizes) {
   int vector = 1;
   with_type(image_dtype, [&](auto image) {
@@ -54,18 +55,18 @@ int host_pgd_step(int image_dtype, int grad_dtype, bool aligned, int held, const
       using Image = decltype(image);
       using Grad = decltype(slope);
       constexpr int V = kVector<Image, Grad>;
-      const PgdStep<Image, Grad> step{static_cast<const Image*>(adv),
-                                      static_cast<const Grad*>(grad),
-                                      static_cast<const Image*>(clean),
-                                      static_cast<Image*>(out),
-                                      sizes[0],
-                                      sizes[1],
-                                      sizes[2],
-                                      sizes[3]};
+      const PgdStep<Image, Grad> step{.adv = static_cast<const Image*>(adv),
+                                      .grad = static_cast<const Grad*>(grad),
+                                      .clean = static_cast<const Image*>(clean),
+                                      .out = static_cast<Image*>(out),
+                                      .alpha = sizes[0],
+                                      .eps = sizes[1],
+                                      .lo = sizes[2],
+                                      .hi = sizes[3]};
       vector = aligned ? V : 1;
-      if (held < 0)
+      if (cached < 0)
         aligned ? linf<V>(step, images * count) : linf<1>(step, images * count);
-      else if (held == 0)
+      else if (cached == 0)
         aligned ? l2<V, 0>(step, images, count) : l2<1, 0>(step, images, count);
       else
         aligned ? l2<V, 4>(step, images, count) : l2<1, 4>(step, images, count);
@@ -79,11 +80,22 @@ void host_pgd_step_normalized(int grad_dtype, bool channels_last, const float* a
                               int64_t images, int64_t channels, int64_t area, const double* sizes) {
   with_type(grad_dtype, [&](auto slope) {
     using Grad = decltype(slope);
-    const PgdStep<float, Grad> step{adv,     static_cast<const Grad*>(grad), clean, out, sizes[0], sizes[1], sizes[2],
-                                    sizes[3]};
-    const NormalizedStep<Grad> whole{step,     mean, std,          static_cast<BFloat16*>(normalized),
-                                     channels, area, channels_last};
-    for (int64_t pixel = 0; pixel < images * area; ++pixel) pgd_step_normalized_pixel(whole, pixel);
+    const PgdStep<float, Grad> step{.adv = adv,
+                                    .grad = static_cast<const Grad*>(grad),
+                                    .clean = clean,
+                                    .out = out,
+                                    .alpha = sizes[0],
+                                    .eps = sizes[1],
+                                    .lo = sizes[2],
+                                    .hi = sizes[3]};
+    const NormalizedStep<Grad> normalized_step{.step = step,
+                                               .mean = mean,
+                                               .std = std,
+                                               .normalized = static_cast<BFloat16*>(normalized),
+                                               .channels = channels,
+                                               .area = area,
+                                               .channels_last = channels_last};
+    for (int64_t pixel = 0; pixel < images * area; ++pixel) pgd_step_normalized_pixel(normalized_step, pixel);
   });
 }
 
@@ -92,8 +104,11 @@ void host_random_start(int dtype, bool aligned, bool is_l2, const void* clean, v
   const auto key = static_cast<uint64_t>(seed[0]), offset = static_cast<uint64_t>(seed[1]);
   with_type(dtype, [&](auto image) {
     using Image = decltype(image);
-    const RandomStart<Image> start{static_cast<const Image*>(clean), static_cast<Image*>(out), sizes[0], sizes[1],
-                                   sizes[2]};
+    const RandomStart<Image> start{.clean = static_cast<const Image*>(clean),
+                                   .out = static_cast<Image*>(out),
+                                   .eps = sizes[0],
+                                   .lo = sizes[1],
+                                   .hi = sizes[2]};
     const int64_t total = images * count;
     constexpr int kThreads = 32;
     if (!is_l2) {
@@ -104,7 +119,15 @@ void host_random_start(int dtype, bool aligned, bool is_l2, const void* clean, v
     }
     for (int64_t sample = 0; sample < images; ++sample) {
       double sum = 0;
-      const auto thread = [&](int i) { return StartThread<Image>{start, sample, count, i, kThreads, key, offset}; };
+      const auto thread = [&](int i) {
+        return StartThread<Image>{.start = start,
+                                  .sample = sample,
+                                  .count = count,
+                                  .thread = i,
+                                  .threads = kThreads,
+                                  .key = key,
+                                  .offset = offset};
+      };
       for (int i = 0; i < kThreads; ++i) sum += thread(i).sum_of_squares();
       for (int i = 0; i < kThreads; ++i) thread(i).move(sum);
     }

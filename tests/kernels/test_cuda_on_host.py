@@ -77,7 +77,7 @@ def test_the_linf_step_is_the_reference_bit_for_bit(host, shape, image_dtype, gr
 
 
 @given(shapes, dtypes, dtypes, st.booleans(), st.booleans(), st.booleans(), st.integers(0, 1000))
-def test_the_l2_step_is_the_reference(host, shape, image_dtype, grad_dtype, held, whole, in_place, seed):
+def test_the_l2_step_is_the_reference(host, shape, image_dtype, grad_dtype, cached, whole, in_place, seed):
     images, count = shape[0], shape[1] // 8 * 8 + 8 if whole else shape[1]
     generator = torch.Generator().manual_seed(seed)
     clean, adv = torch.rand(2, images, count, generator=generator).to(image_dtype)
@@ -89,12 +89,12 @@ def test_the_l2_step_is_the_reference(host, shape, image_dtype, grad_dtype, held
     adv, grad, clean = (at_an_address(tensor, whole) for tensor in (adv, grad, clean))
     out = adv if in_place else at_an_address(torch.empty_like(adv), whole)
     step = map(pointer, (adv, grad, clean, out))
-    held_vectors = 4 if held and count <= 4 * 32 else 0
+    cached_vectors = 4 if cached and count <= 4 * 32 else 0
     host.host_pgd_step(
         numbers(image_dtype),
         numbers(grad_dtype),
         whole,
-        held_vectors,
+        cached_vectors,
         *step,
         ctypes.c_int64(images),
         ctypes.c_int64(count),

@@ -232,27 +232,32 @@ TAMPERED = {
     "negative channels": (with_tensor(0, lambda t: changed(t, 2, -3)), "header field 2 is out of range"),
     "groups that do not divide": (with_tensor(0, lambda t: changed(t, 5, 3)), "sizes do not fit together"),
     "other groups": (with_tensor(0, lambda t: changed(t, 5, 1)), "compiled for 1"),
-    "vectors of 3": (with_tensor(0, lambda t: changed(t, 11, 3)), "vector must be 1, 2 or 4, not 3"),
-    "other vectors": (with_tensor(0, lambda t: changed(t, 11, 4)), "list starts where"),
-    "no segments": (with_tensor(0, lambda t: changed(t, 12, 0)), "segments of 0 channels"),
+    "oc_block of 3": (with_tensor(0, lambda t: changed(t, 11, 3)), "oc_block must be 1, 2 or 4, got 3"),
+    "another oc_block": (with_tensor(0, lambda t: changed(t, 11, 4)), "row offsets, expected"),
+    "ic_block of 0": (with_tensor(0, lambda t: changed(t, 12, 0)), "ic_block must be from 1 to 524288, got 0"),
+    "too many kept weights": (with_tensor(0, lambda t: changed(t, 10, 2**60)), "1152921504606846976 kept weights"),
+    "negative kept weights": (with_tensor(0, lambda t: changed(t, 10, -1)), "-1 kept weights"),
     "rows of a filter": (with_tensor(0, lambda t: changed(t, 9, 3)), "block spans rows of the filter"),
     "mask of numbers": (with_tensor(1, lambda t: t.float()), "mask's shape differs"),
     "another mask": (with_tensor(1, lambda t: t[:, 1:]), "mask's shape differs"),
     "flat mask": (with_tensor(1, lambda t: t.flatten()), "mask's shape differs"),
-    "rows of another dtype": (with_tensor(2, lambda t: t.long()), "contiguous one-dimensional int32"),
-    "rows with gaps": (with_tensor(2, lambda t: t.repeat_interleave(2)[::2]), "contiguous one-dimensional int32"),
-    "rows too few": (with_tensor(2, lambda t: t[:-1]), "list starts where"),
-    "rows from 1": (with_tensor(2, lambda t: changed(t, 0, 1)), "do not span the entries"),
-    "rows too far": (with_tensor(2, lambda t: changed(t, -1, 10**6)), "do not span the entries"),
-    "rows descend": (with_tensor(2, lambda t: changed(t, 1, 10**6)), "must not descend"),
-    "rows negative": (with_tensor(4, lambda t: changed(t, 1, -1)), "must not descend"),
-    "entries of another dtype": (with_tensor(3, lambda t: t.float()), "contiguous one-dimensional int32"),
-    "entries in two dimensions": (with_tensor(3, lambda t: t[None]), "contiguous one-dimensional int32"),
-    "entries too few": (with_tensor(3, lambda t: t[:-1]), "do not span the entries"),
-    "tap out of range": (with_tensor(3, lambda t: changed(t, 0, 9)), "an entry lies outside"),
-    "channel out of range": (with_tensor(3, lambda t: changed(t, -1, 6 << TAP_BITS)), "an entry lies outside"),
-    "channel of another group": (with_tensor(3, lambda t: changed(t, 0, 4 << TAP_BITS)), "an entry lies outside"),
-    "negative entry": (with_tensor(5, lambda t: changed(t, 0, -1)), "an entry lies outside"),
+    "row offsets of another dtype": (with_tensor(2, lambda t: t.long()), "contiguous one-dimensional int32"),
+    "row offsets with gaps": (
+        with_tensor(2, lambda t: t.repeat_interleave(2)[::2]),
+        "contiguous one-dimensional int32",
+    ),
+    "too few row offsets": (with_tensor(2, lambda t: t[:-1]), "row offsets, expected"),
+    "row offsets from 1": (with_tensor(2, lambda t: changed(t, 0, 1)), "do not span the column indices"),
+    "row offsets too large": (with_tensor(2, lambda t: changed(t, -1, 10**6)), "do not span the column indices"),
+    "descending row offsets": (with_tensor(2, lambda t: changed(t, 1, 10**6)), "must not descend"),
+    "negative row offsets": (with_tensor(4, lambda t: changed(t, 1, -1)), "must not descend"),
+    "column indices of another dtype": (with_tensor(3, lambda t: t.float()), "contiguous one-dimensional int32"),
+    "column indices in two dimensions": (with_tensor(3, lambda t: t[None]), "contiguous one-dimensional int32"),
+    "too few column indices": (with_tensor(3, lambda t: t[:-1]), "do not span the column indices"),
+    "tap out of range": (with_tensor(3, lambda t: changed(t, 0, 9)), "a column index is outside"),
+    "channel out of range": (with_tensor(3, lambda t: changed(t, -1, 6 << TAP_BITS)), "a column index is outside"),
+    "channel of another group": (with_tensor(3, lambda t: changed(t, 0, 4 << TAP_BITS)), "a column index is outside"),
+    "negative column index": (with_tensor(5, lambda t: changed(t, 0, -1)), "a column index is outside"),
     "too few values": (lambda p: [*p, torch.zeros(3), torch.zeros(3)], "packed values must be"),
     "values of another dtype": (lambda p: [*p, *(t.double() for t in values(p))], "packed values must be"),
     "values with gaps": (lambda p: [*p, *(t.repeat_interleave(2)[::2] for t in values(p))], "packed values must be"),
@@ -270,7 +275,7 @@ def test_tampered_patterns_are_refused(name):
         call_all(change(CASE.pattern("sparse").flatten()))
 
 
-def test_a_segment_size_that_overflows_is_refused():
+def test_an_ic_block_that_overflows_is_refused():
     case = Case(group_in=2, group_out=1)
     header, mask, _, _, *grad_input = case.pattern("sparse").flatten()
     none = torch.empty(0, dtype=torch.int32)

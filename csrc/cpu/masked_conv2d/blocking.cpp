@@ -21,120 +21,147 @@ constexpr int64_t kFloat = sizeof(float);
 
 }  // namespace
 
-Window::Window(Axis rows_, Axis cols_, const PassShape& shape)
+Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
     : rows(std::move(rows_)),
       cols(std::move(cols_)),
-      channels(shape.channels),
+      source_channels(sizes.source_channels),
       lanes(SPARSE_ADV_CHOOSE(lane_count)()),
-      batch_(shape.batch) {
-  const bool rows_can_be_vectors = !shape.channels_last && rows.is_unit() && cols.is_unit();
-  choose_layout(rows_can_be_vectors);
-  if (lane_is_pixel) lay_out_pixels(shape);
-  if (lane_is_pixel && fits_int32()) return;
-  choose_layout(false);
-  lay_out_samples(shape);
+      batch_(sizes.batch) {
+  choose_tile(!sizes.channels_last && rows.is_unit_stride() && cols.is_unit_stride());
+  if (width_vectorised) lay_out_width(sizes);
+  if (width_vectorised && fits_int32()) return;
+  choose_tile(false);
+  lay_out_batch(sizes);
 }
 
-// The layout and tile that compute the fewest vectors. Lane = sample must save a tenth, since it transposes images.
-void Window::choose_layout(bool pixels_allowed) {
+// Chooses the layout and the tile shape that compute the fewest vectors. The order in which they are tried decides
+// between equal ones: of the width-vectorised tiles the nearly square ones come first, because they read the smallest
+// halo (a tile of 2 x 8 or 4 x 4 vectors reads 4 x 10 or 6 x 6 of them for 3x3 taps, one of 1 x 16 reads 3 x 18); of
+// the batch-vectorised tiles those with the longest rows, which are contiguous.
+//
+// The batch-vectorised layout must save a tenth of the vectors (factor 1.1), because it transposes the images: that
+// took 1.4 of the 6.0 ms of 64 channels at 32x32 and density 0.02. A larger factor would lose: rows of 56 or 28 pixels
+// waste an eighth of their vectors when width-vectorised, and took 10.0 and 8.1 ms, batch-vectorised 8.3 and 6.7 ms
+// (docs/design/masked_conv2d.md).
+void Blocking::choose_tile(bool width_vectors_allowed) {
+  constexpr double kTransposition = 1.1;
   double least = -1;
-  const auto offer = [&](bool pixel, int width, int64_t samples, int64_t row_vectors, double factor) {
-    const int64_t vectors = round_up(row_vectors, width) * round_up(rows.extent, kTileVectors / width);
-    const double cost = factor * static_cast<double>((batch_ + samples - 1) / samples * vectors);
+  const auto offer = [&](bool width, int cols_of_tile, int64_t images, int64_t vectors_of_row, double factor) {
+    const int64_t vectors =
+        round_up(vectors_of_row, cols_of_tile) * round_up(rows.positions, kTileVectors / cols_of_tile);
+    const double cost = factor * static_cast<double>((batch_ + images - 1) / images * vectors);
     if (least >= 0 && cost >= least) return;
     least = cost;
-    lane_is_pixel = pixel;
-    tile_cols = width;
-    tile_rows = kTileVectors / width;
+    width_vectorised = width;
+    tile_cols = cols_of_tile;
+    tile_rows = kTileVectors / cols_of_tile;
   };
-  if (pixels_allowed)
-    for (int width : {2, 4, 1, 8, 16}) offer(true, width, 1, (cols.extent + lanes - 1) / lanes, 1);
-  for (int width : {16, 8, 4}) offer(false, width, lanes, cols.extent, 1.1);
+  if (width_vectors_allowed)
+    for (int tile : {2, 4, 1, 8, 16}) offer(true, tile, 1, (cols.positions + lanes - 1) / lanes, 1);
+  for (int tile : {16, 8, 4}) offer(false, tile, lanes, cols.positions, kTransposition);
 }
 
-// Cuts the rows into strips whose sums fill half of the L2, and the channels into blocks whose window fills a third of
-// it: the rest is for the lists and for what streams by. Strips are equal, since the last one must not be a sliver that
-// converts as many halo rows as the others.
-void Window::cut(const PassShape& shape, int64_t sums_per_row, int64_t pitch) {
+// Cuts the rows into bands whose accumulators fill at most half of the L2 cache, and the channels into panels whose
+// input tile fills at most a third of it; the rest is for the weights and the images that stream through. Measured with
+// an L2 of 2 MB (docs/design/masked_conv2d.md): 64 channels at 32x32 took 14.6, 10.9, 9.9, 9.8 and 11.2 ms with 0.5,
+// 1, 1.5, 2 and 8 MB of scratch memory. Bands have equal heights: a last band of few rows would convert as many halo
+// rows as the others. A pass with several output phases (grad_input with a stride) has one panel, since its weights are
+// sorted by phase and not by panel.
+void Blocking::cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row) {
   const int64_t vector_bytes = lanes * kFloat;
-  const int64_t row_bytes = shape.output_channels * sums_per_row * vector_bytes;
-  const int64_t fitting = std::max<int64_t>(l2_bytes() / 2 / row_bytes, tile_rows) / tile_rows * tile_rows;
-  strips = (rows.extent + fitting - 1) / fitting;
-  strip = round_up((rows.extent + strips - 1) / strips, tile_rows);
-  strips = (rows.extent + strip - 1) / strip;
-  row_pitch = pitch;
-  plane = rows.source_phases * (strip + rows.max_shift) * row_pitch;
-  block = channels;
-  if (shape.segment_channels > 0 && phases() == 1) {
-    block = shape.segment_channels;
-    while (block < channels && 2 * block * plane * vector_bytes <= l2_bytes() / 3) block *= 2;
+  const int64_t row_bytes = sizes.output_channels * acc_vectors_per_row * vector_bytes;
+  const int64_t rows_that_fit = std::max<int64_t>(l2_bytes() / 2 / row_bytes, tile_rows) / tile_rows * tile_rows;
+  bands = (rows.positions + rows_that_fit - 1) / rows_that_fit;
+  band_rows = round_up((rows.positions + bands - 1) / bands, tile_rows);
+  bands = (rows.positions + band_rows - 1) / band_rows;
+  channel_pitch = rows.source_phases * (band_rows + rows.max_shift) * row_pitch;
+  ic_panel = source_channels;
+  if (sizes.ic_block > 0 && output_phases() == 1) {
+    ic_panel = sizes.ic_block;
+    while (ic_panel < source_channels && 2 * ic_panel * channel_pitch * vector_bytes <= l2_bytes() / 3) ic_panel *= 2;
   }
 }
 
-void Window::lay_out_samples(const PassShape& shape) {
-  images = lanes;
-  lead = 0;
-  across = round_up(cols.extent, tile_cols);
-  window_cols = across + cols.max_shift;
-  sums_row_pitch = across;
-  cut(shape, phases() * across, cols.source_phases * window_cols);
-  // Not a multiple of half the L1's period of 64 lines: otherwise the tiles of all channels fall into the same cache
-  // sets and push the window out of them.
-  sums_plane = phases() * strip * sums_row_pitch;
-  if (sums_plane % 32 == 0) sums_plane += 16;
+void Blocking::lay_out_batch(const PassSizes& sizes) {
+  batch_block = lanes;
+  row_lead = 0;
+  row_vectors = round_up(cols.positions, tile_cols);
+  phase_cols = row_vectors + cols.max_shift;
+  row_pitch = cols.source_phases * phase_cols;
+  acc_row_pitch = row_vectors;
+  cut_bands_and_panels(sizes, output_phases() * row_vectors);
+  // The L1 cache has 64 sets. With a pitch of a multiple of 32 lines, the accumulators of all channels of a tile fall
+  // into the same few sets and evict the input tile from them, which cost 4 % of the time.
+  acc_channel_pitch = output_phases() * band_rows * acc_row_pitch;
+  if (acc_channel_pitch % 32 == 0) acc_channel_pitch += 16;
 }
 
-void Window::lay_out_pixels(const PassShape& shape) {
-  images = 1;
-  across = round_up((cols.extent + lanes - 1) / lanes, tile_cols);
-  // A vector that starts in the last columns of a row ends in the zeros before the next row, never in its pixels.
-  lead = round_up(std::max(cols.pad, cols.max_shift - cols.pad), lanes);
-  // Tile after tile and not plane after plane: the kernel then walks the sums in memory order.
-  sums_row_pitch = tile_cols;
-  sums_plane = kTileVectors;
-  cut(shape, across, lead / lanes + std::max(across, (cols.source_size + lanes - 1) / lanes));
+void Blocking::lay_out_width(const PassSizes& sizes) {
+  batch_block = 1;
+  row_vectors = round_up((cols.positions + lanes - 1) / lanes, tile_cols);
+  // A vector that starts in the last columns of a row ends in the zeros in front of the next row, never in its pixels.
+  row_lead = round_up(std::max(cols.pad, cols.max_shift - cols.pad), lanes);
+  row_pitch = row_lead / lanes + std::max(row_vectors, (cols.source_size + lanes - 1) / lanes);
+  // The accumulators are stored tile after tile, so that the kernel reads them in memory order.
+  acc_row_pitch = tile_cols;
+  acc_channel_pitch = kTileVectors;
+  cut_bands_and_panels(sizes, row_vectors);
 }
 
-int64_t Window::sums_at(int64_t row, int64_t col, int64_t planes) const {
-  if (!lane_is_pixel) return row * sums_row_pitch + col;
-  return (row / tile_rows * (across / tile_cols) + col / tile_cols) * planes * kTileVectors;
+int64_t Blocking::acc_offset(int64_t row, int64_t col, int64_t channels) const {
+  if (!width_vectorised) return row * acc_row_pitch + col;
+  return (row / tile_rows * (row_vectors / tile_cols) + col / tile_cols) * channels * kTileVectors;
 }
 
-int64_t Window::sums_size(int64_t planes) const { return planes * (lane_is_pixel ? strip * across : sums_plane); }
+int64_t Blocking::acc_size(int64_t channels) const {
+  return channels * (width_vectorised ? band_rows * row_vectors : acc_channel_pitch);
+}
 
-int64_t Window::tap_offset(int64_t tap, int64_t phase) const {
+int64_t Blocking::tap_offset(int64_t tap, int64_t output_phase) const {
   const auto filter_cols = static_cast<int64_t>(cols.taps.size());
-  const Axis::Tap& row = rows.taps[tap / filter_cols];
-  const Axis::Tap& col = cols.taps[tap % filter_cols];
-  if (row.output_phase != phase / cols.output_phases || col.output_phase != phase % cols.output_phases) return -1;
-  if (lane_is_pixel) return row.shift * row_pitch * lanes + lead - cols.pad + col.shift;
-  return ((row.source_phase * (strip + rows.max_shift) + row.shift) * row_pitch + col.source_phase * window_cols +
+  const ConvAxis::Tap& row = rows.taps[tap / filter_cols];
+  const ConvAxis::Tap& col = cols.taps[tap % filter_cols];
+  if (row.output_phase != output_phase / cols.output_phases || col.output_phase != output_phase % cols.output_phases)
+    return -1;
+  if (width_vectorised) return row.shift * row_pitch * lanes + row_lead - cols.pad + col.shift;
+  return ((row.source_phase * (band_rows + rows.max_shift) + row.shift) * row_pitch + col.source_phase * phase_cols +
           col.shift) *
          lanes;
 }
 
-Columns Window::columns_of_threes() const {
-  const bool neighbours = cols.is_unit() && rows.is_unit() && cols.taps.size() == 3 && cols.max_shift == 2;
-  if (!neighbours || (lane_is_pixel && cols.pad != 1)) return Columns::any;
-  return lane_is_pixel ? Columns::threes_of_pixels : Columns::threes_of_vectors;
+IndexOrder Blocking::triple_order() const {
+  const bool are_neighbours =
+      cols.is_unit_stride() && rows.is_unit_stride() && cols.taps.size() == 3 && cols.max_shift == 2;
+  if (!are_neighbours || (width_vectorised && cols.pad != 1)) return IndexOrder::any;
+  return width_vectorised ? IndexOrder::width_triples : IndexOrder::batch_triples;
 }
 
-// Vectors of a whole cache line only: of shorter ones not every load beside the position crosses one. And where no
-// output channels share a load, which then counts less.
-bool Window::sorts_by_column(int64_t vector) const {
-  return vector == 1 && lanes == 16 && across == tile_cols && columns_of_threes() == Columns::threes_of_pixels;
+// Sorting replaces loads that cross a cache line by shifts in registers. It is faster where every load of a column
+// before or after a position crosses a line, which is so if a vector is as long as a line (16 lanes), and where each
+// load serves one output channel only: 17.5 -> 14.5 ms for 64 channels at 32x32 and density 0.2. Tiles must have whole
+// rows, because 0 is shifted in at both ends of a row.
+bool Blocking::can_sort_by_column(int64_t oc_block) const {
+  return oc_block == 1 && lanes == 16 && row_vectors == tile_cols && triple_order() == IndexOrder::width_triples;
 }
 
-Window forward_window(const Convolution& conv, const Pattern& pattern, bool channels_last) {
-  return {Axis::forward(conv.H, conv.P, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
-          Axis::forward(conv.W, conv.Q, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),
-          {conv.N, conv.C, conv.K, conv.groups == 1 ? pattern.forward_segment : 0, channels_last}};
+Blocking forward_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last) {
+  return {ConvAxis::forward(conv.H, conv.P, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
+          ConvAxis::forward(conv.W, conv.Q, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),
+          {.batch = conv.N,
+           .source_channels = conv.C,
+           .output_channels = conv.K,
+           .ic_block = conv.groups == 1 ? pattern.forward_ic_block : 0,
+           .channels_last = channels_last}};
 }
 
-Window grad_input_window(const Convolution& conv, const Pattern& pattern, bool channels_last) {
-  return {Axis::grad_input(conv.P, conv.H, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
-          Axis::grad_input(conv.Q, conv.W, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),
-          {conv.N, conv.K, conv.C, conv.groups == 1 ? pattern.grad_input_segment : 0, channels_last}};
+Blocking grad_input_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last) {
+  return {ConvAxis::grad_input(conv.P, conv.H, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
+          ConvAxis::grad_input(conv.Q, conv.W, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),
+          {.batch = conv.N,
+           .source_channels = conv.K,
+           .output_channels = conv.C,
+           .ic_block = conv.groups == 1 ? pattern.grad_input_ic_block : 0,
+           .channels_last = channels_last}};
 }
 
 }  // namespace sparse_adv

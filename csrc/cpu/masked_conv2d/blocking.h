@@ -1,5 +1,11 @@
-// How one pass divides its work: strips of output rows whose window of the images (padding included) fits the L2 cache,
-// blocks of channels, and tiles of vectors.
+// How a pass of the sparse kernel divides its work so that what it reads again stays in the caches.
+//
+// - Batch: one work item has `batch_block` images.
+// - Rows: output rows are cut into bands. A work item computes one band of its images.
+// - Channels that the pass reads: cut into panels. For one panel after the other, the input tile is filled and its
+//   products are added to the accumulators. The input tile has the rows and columns of the images that a band reads,
+//   its padding and halo included, for the channels of a panel.
+// - Positions of a band: computed in tiles of kTileVectors vectors, tile_rows x tile_cols.
 #pragma once
 
 #include <algorithm>
@@ -11,68 +17,71 @@
 
 namespace sparse_adv {
 
-// What a pass reads and writes, as far as the window depends on it.
-struct PassShape {
-  int64_t batch, channels, output_channels;
-  int64_t segment_channels;  // the window may hold multiples of so many channels at a time; 0: only all of them
-  bool channels_last;
+// What the blocking of a pass depends on, in addition to the geometry of the two axes.
+struct PassSizes {
+  int64_t batch, source_channels, output_channels;
+  int64_t ic_block;    // panels are multiples of it; 0: one panel, for grouped convolutions (ic_blocks are per group)
+  bool channels_last;  // the layout of the images
 };
 
-// How the images of a strip lie in vectors: a line is a row of the images, padding included. A lane is either
-// - a sample: a vector is a pixel of kLanes images (sample_lanes_kernel.h), or
-// - a pixel: a vector is kLanes neighbouring pixels of one image (pixel_lanes_kernel.h), for NCHW at unit stride.
-// Tiles are tile_rows lines x tile_cols vectors.
-struct Window {
-  Axis rows, cols;
-  int64_t channels;
-  int64_t block;  // channels that the window holds at a time: a power of 2, unless it holds all
+// The lanes of a vector are either
+// - batch-vectorised: one pixel of as many images as there are lanes (batch_layout_kernel.h), or
+// - width-vectorised: neighbouring pixels of one image (width_layout_kernel.h); for NCHW images at unit stride only.
+struct Blocking {
+  ConvAxis rows, cols;
+  int64_t source_channels;
+  int64_t ic_panel;  // channels of a panel: a power of 2, unless one panel has all
   int lanes;
-  bool lane_is_pixel;
-  int64_t images;  // of a strip
+  bool width_vectorised;
+  int64_t batch_block;
   int tile_rows, tile_cols;
-  int64_t strip;  // positions (of rows) per strip: a multiple of tile_rows
-  int64_t strips;
-  int64_t across;                      // vectors that tiles compute of a row
-  int64_t lead;                        // lane = pixel: floats before a row's first pixel, always 0
-  int64_t window_cols;                 // lane = sample: vectors per source phase and row
-  int64_t row_pitch, plane;            // vectors from one row, one channel to the next
-  int64_t sums_row_pitch, sums_plane;  // the same of the sums, within a tile; lane = sample: a plane holds all phases
+  int64_t band_rows;  // positions (of rows) per band: a multiple of tile_rows
+  int64_t bands;
+  int64_t row_vectors;                       // vectors that the tiles compute of a row
+  int64_t row_lead;                          // width-vectorised: zeros in front of a row's first pixel, in floats
+  int64_t phase_cols;                        // batch-vectorised: vectors per source phase of a row
+  int64_t row_pitch, channel_pitch;          // input tile: vectors from one row, one channel to the next
+  int64_t acc_row_pitch, acc_channel_pitch;  // the same of the accumulators, within a tile where width-vectorised
 
-  Window(Axis rows, Axis cols, const PassShape& shape);
+  Blocking(ConvAxis rows, ConvAxis cols, const PassSizes& sizes);
 
-  int64_t phases() const { return rows.output_phases * cols.output_phases; }
-  int64_t items() const { return (batch_ + images - 1) / images * strips; }
-  // The batch, filled up to whole vectors, and all positions that are computed of it, those outside images included.
-  int64_t padded_batch() const { return (batch_ + images - 1) / images * images; }
+  int64_t output_phases() const { return rows.output_phases * cols.output_phases; }
+  int64_t work_items() const { return batch_blocks() * bands; }
+  // The batch, rounded up to whole batch blocks.
+  int64_t padded_batch() const { return batch_blocks() * batch_block; }
+  // All positions that are computed, those outside of the images included.
   int64_t computed_positions() const {
-    return padded_batch() / images * lanes * across * ((rows.extent + tile_rows - 1) / tile_rows * tile_rows);
+    return batch_blocks() * lanes * row_vectors * ((rows.positions + tile_rows - 1) / tile_rows * tile_rows);
   }
-  int64_t rows_of(int64_t strip_index) const { return std::min(strip, rows.extent - strip_index * strip); }
-  // Where a tile's sums start, in vectors, and how many vectors the sums of all `planes` channels take.
-  int64_t sums_at(int64_t row, int64_t col, int64_t planes) const;
-  int64_t sums_size(int64_t planes) const;
-  // Room for a block of channels, in floats.
-  int64_t block_size() const { return block * plane * lanes + lead; }
-  int64_t block_channels(int64_t first) const { return std::min(block, channels - first); }
-  // Offset of a tap from the position it belongs to, in floats, or -1 if it is of another phase.
-  int64_t tap_offset(int64_t tap, int64_t phase) const;
-  // How the kernel may take the taps of a row of three together, if it can, and whether it may take sorted ones.
-  Columns columns_of_threes() const;
-  bool sorts_by_column(int64_t vector) const;
-  // By how many columns a tap reads beside its position; lane = pixel.
-  int64_t column_of(int64_t tap) const { return cols.taps[tap % std::ssize(cols.taps)].shift - cols.pad; }
-  bool fits_int32() const { return block_size() < (int64_t{1} << 31); }
+  int64_t rows_in_band(int64_t band) const { return std::min(band_rows, rows.positions - band * band_rows); }
+  // Where the accumulators of the tile at (row, col) start, in vectors.
+  int64_t acc_offset(int64_t row, int64_t col, int64_t channels) const;
+  // Vectors that the accumulators of a band take.
+  int64_t acc_size(int64_t channels) const;
+  // Floats that the input tile takes.
+  int64_t input_tile_size() const { return ic_panel * channel_pitch * lanes + row_lead; }
+  int64_t panel_channels(int64_t first_channel) const { return std::min(ic_panel, source_channels - first_channel); }
+  // Where a tap reads, from a position on, in floats; -1 if it belongs to another output phase.
+  int64_t tap_offset(int64_t tap, int64_t output_phase) const;
+  // The column that a tap reads, relative to its position; width-vectorised.
+  int64_t column_offset(int64_t tap) const { return cols.taps[tap % std::ssize(cols.taps)].shift - cols.pad; }
+  // The order in which the kernel may take the three taps of a filter row together; `any` if it may not.
+  IndexOrder triple_order() const;
+  // Whether the kernel may take column indices sorted by their column offset.
+  bool can_sort_by_column(int64_t oc_block) const;
+  bool fits_int32() const { return input_tile_size() < (int64_t{1} << 31); }
 
  private:
   int64_t batch_;
-  void choose_layout(bool pixels_allowed);
-  void cut(const PassShape& shape, int64_t sums_per_row, int64_t pitch);
-  void lay_out_samples(const PassShape& shape);
-  void lay_out_pixels(const PassShape& shape);
+  int64_t batch_blocks() const { return (batch_ + batch_block - 1) / batch_block; }
+  void choose_tile(bool width_vectors_allowed);
+  void cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row);
+  void lay_out_batch(const PassSizes& sizes);
+  void lay_out_width(const PassSizes& sizes);
 };
 
-// The windows of the two passes, for the instruction set in use.
-Window forward_window(const Convolution& conv, const Pattern& pattern, bool channels_last);
-Window grad_input_window(const Convolution& conv, const Pattern& pattern, bool channels_last);
+// The blocking of the passes, for the instruction set in use; grad_weight has that of the forward pass.
+Blocking forward_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last);
+Blocking grad_input_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last);
 
 }  // namespace sparse_adv

@@ -1,4 +1,5 @@
-// The entries of a pattern's lists (pattern_layout.h), all at once: on every call, so they must cost little.
+// Checks and conversions of all column indices of a pattern (pattern_layout.h). They run on every call, so they are
+// vectorised.
 #pragma once
 
 #include <cstdint>
@@ -7,14 +8,16 @@
 
 namespace sparse_adv {
 
-// Whether every entry names one of the channels and taps.
-SPARSE_ADV_FOR_EACH_ISA(bool entries_inside(const int32_t* entries, int64_t count, int64_t channels, int64_t taps));
+// Whether every column index names one of the `channels` and one of the `taps`.
+SPARSE_ADV_FOR_EACH_ISA(bool col_indices_inside(const int32_t* col_indices, int64_t count, int64_t channels,
+                                                int64_t taps));
 
-// Whether each three entries from the first on name three neighbouring taps, the first of which starts a row of three.
-SPARSE_ADV_FOR_EACH_ISA(bool entries_in_threes(const int32_t* entries, int64_t count));
+// Whether each three column indices name three neighbouring taps, the first of which starts a filter row of three.
+SPARSE_ADV_FOR_EACH_ISA(bool col_indices_in_triples(const int32_t* col_indices, int64_t count));
 
-// offsets[i] = (channel & block_mask) * plane + tap_offset[tap].
-SPARSE_ADV_FOR_EACH_ISA(void entry_offsets(const int32_t* entries, int64_t count, int32_t block_mask, int32_t plane,
-                                           const int32_t* tap_offset, int32_t* offsets));
+// offsets[i] = (channel & panel_mask) * channel_pitch + tap_offset[tap].
+SPARSE_ADV_FOR_EACH_ISA(void col_indices_to_offsets(const int32_t* col_indices, int64_t count, int32_t panel_mask,
+                                                    int32_t channel_pitch, const int32_t* tap_offset,
+                                                    int32_t* offsets));
 
 }  // namespace sparse_adv

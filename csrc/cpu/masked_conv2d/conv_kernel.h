@@ -1,4 +1,4 @@
-// The arithmetic of the forward pass and of grad_input: one tile of output pixels, all output channels.
+// The arithmetic of the forward pass and of grad_input: one tile of positions, all output channels.
 #pragma once
 
 #include <cstdint>
@@ -7,54 +7,58 @@
 
 namespace sparse_adv {
 
-// What is known of the columns that entries read:
-// - threes: each three consecutive entries are three neighbouring columns, vectors or pixels;
-// - by_column: lane = pixel, tiles hold whole rows, and entries read the column before a position, then the position
-//   itself, then the column after it; of each list `turns` says at which entries these begin.
-enum class Columns { any, threes_of_vectors, threes_of_pixels, by_column };
+// What the kernel may assume about the order of the column indices of a row:
+// - batch_triples, width_triples: each three consecutive ones are the three taps of a filter row, which read three
+//   neighbouring columns of the input tile; batch-vectorised a column is a vector, width-vectorised it is a lane.
+// - by_column: width-vectorised, the tile has whole rows, and the column indices are sorted by their column offset:
+// first
+//   those that read the column before a position (-1), then those at the position (0), then the column after it (+1).
+enum class IndexOrder { any, batch_triples, width_triples, by_column };
 
-// Lists as in pattern_layout.h, with entries turned into offsets into the window.
-struct OffsetLists {
-  int64_t vector, vectors, segments;
-  const int32_t* rows;     // [vectors * segments + 1]
-  const int32_t* offsets;  // in floats, from the tile's first vector
-  const float* values;     // [offsets * vector]
-  Columns columns;
-  const int32_t* turns;  // by_column: [vectors * segments * 2], from the list's start
+// The weights of a pass (BlockCsr in pattern.h), with the column indices as offsets into the input tile.
+struct PackedWeights {
+  int64_t oc_block, oc_blocks, ic_blocks;
+  const int32_t* row_offsets;    // [ic_blocks * oc_blocks + 1]
+  const int32_t* input_offsets;  // [nnz], in floats, from the tile's first vector
+  const float* values;           // [nnz, oc_block]
+  IndexOrder order;
+  const int32_t* column_splits;  // by_column: of each row, where column offsets 0 and +1 begin, from the row's start
 };
 
-constexpr int kTileVectors = 16;  // computed together, whatever the instruction set
+constexpr int kTileVectors = 16;  // computed together, on every instruction set
 
-// What follows the sum: out = relu(scale[k] * sum + bias[k] + residual). Null pointers leave their part out.
+// What follows the sum: out = relu(scale[k] * sum + bias[k] + residual). Null pointers omit their part.
 struct Epilogue {
   const float* scale;
   const float* bias;
-  const float* residual;  // laid out as the output
+  const float* residual;  // in the layout of the output
   bool relu;
 };
 
-// Where the sums of a tile go whose lanes are pixels, once all segments are in. At the tile's first pixel, in floats.
-struct TileOutput {
-  float* data;                // of channel 0
-  int64_t row_pitch, plane;   // from one row of the image, one channel to the next
-  int64_t rows, cols;         // how many of the tile's pixels lie in the image
-  const int32_t* channel_of;  // [vectors * vector]: the output channel of each row of a vector, -1 beyond the last
-  Epilogue epilogue;          // its residual at the tile's first pixel of channel 0
+// Where a width-vectorised tile writes its results after the last ic_block. In floats, from the tile's first pixel.
+struct OutputRegion {
+  float* data;                       // of channel 0
+  int64_t row_pitch, channel_pitch;  // from one row of the image, one channel to the next
+  int64_t rows, cols;                // of the band, from the tile's first pixel on
+  const int32_t* channel_of;         // [oc_blocks * oc_block]: the output channel, -1 beyond the end of a group
+  Epilogue epilogue;                 // its residual from the tile's first pixel of channel 0
 };
 
-// A tile of kTileVectors vectors, `cols` (1, 2, 4, 8 or 16) of them in a row of the window. All strides in floats.
-struct Tile {
+// A tile of kTileVectors vectors, `cols` (1, 2, 4, 8 or 16) of them per row. All pitches in floats.
+struct ConvTile {
   int cols;
-  const float* window;  // at the tile's first vector
-  int64_t window_row_pitch;
-  float* sums;  // at the tile's first vector, one plane per row of a vector
-  int64_t sums_row_pitch, sums_plane;
-  const TileOutput* output;  // null: the sums stay where they are
+  const float* input;  // at the tile's first vector
+  int64_t input_row_pitch;
+  float* accumulators;  // at the tile's first vector, a plane per output channel
+  int64_t acc_row_pitch, acc_channel_pitch;
+  const OutputRegion* output;  // null: the results stay in the accumulators
 };
 
-// sums[i * vector + j][pixel] = sum over list i of values[j] * window[offset + pixel], over the lists of the segments
-// from `first_segment` on; segment 0 starts the sums, the others add to them, the last one ends them.
-SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_tile(const OffsetLists& lists, int64_t first_segment, int64_t last_segment,
-                                                const Tile& tile));
+// For each row of the matrix that belongs to the ic_blocks from `first_ic_block` on, up to `last_ic_block` - 1, and
+// each channel j of its oc_block:
+//   accumulators[oc_block number * oc_block + j][position] += sum_i values[i][j] * input[input_offsets[i] + position]
+// ic_block 0 starts from 0; after the last ic_block of the matrix the results go to `output`, if there is one.
+SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_tile(const PackedWeights& weights, int64_t first_ic_block,
+                                                int64_t last_ic_block, const ConvTile& tile));
 
 }  // namespace sparse_adv

@@ -8,13 +8,13 @@ namespace sparse_adv {
 
 using torch::stable::Tensor;
 
-Convolution make_convolution(const Pattern& pattern, const std::vector<int64_t>& input_size,
-                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                             const std::vector<int64_t>& dilation, int64_t groups) {
+ConvParams make_conv_params(const Pattern& pattern, const std::vector<int64_t>& input_size,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups) {
   check(input_size.size() == 4 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
         "an image has 4 sizes, stride, padding and dilation have 2 each");
   check(groups == pattern.groups, "groups is ", groups, ", the pattern was compiled for ", pattern.groups);
-  Convolution conv{};
+  ConvParams conv{};
   conv.N = input_size[0];
   conv.C = input_size[1];
   conv.H = input_size[2];
@@ -26,10 +26,9 @@ Convolution make_convolution(const Pattern& pattern, const std::vector<int64_t>&
   check(conv.C == pattern.in_channels(), "input has ", conv.C, " channels, the pattern ", pattern.in_channels());
   for (int i = 0; i < 2; ++i) {
     check(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0,
-          "stride and dilation must be positive, padding not "
-          "negative");
+          "stride and dilation must be positive, padding must not be negative");
     check(stride[i] < (1 << 20) && dilation[i] < (1 << 20) && padding[i] < (1 << 20),
-          "stride, padding or dilation is absurdly large");
+          "stride, padding and dilation must be less than ", 1 << 20);
     conv.stride[i] = stride[i];
     conv.padding[i] = padding[i];
     conv.dilation[i] = dilation[i];

@@ -5,13 +5,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <optional>
 #include <vector>
 
 #include "cpu/masked_conv2d/pattern.h"
 
 namespace sparse_adv {
 
-struct Convolution {
+struct ConvParams {
   int64_t N, C, H, W, K, R, S, P, Q;
   std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
@@ -20,11 +21,11 @@ struct Convolution {
 };
 
 // Throws where the sizes do not fit together or to the pattern, or 64 bits cannot count the multiply-adds.
-Convolution make_convolution(const Pattern& pattern, const std::vector<int64_t>& input_size,
-                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                             const std::vector<int64_t>& dilation, int64_t groups);
+ConvParams make_conv_params(const Pattern& pattern, const std::vector<int64_t>& input_size,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t groups);
 
-// Throws where the weight is not the pattern's or its dtype is not that of `images`.
+// Throws where the weight does not have the pattern's shape or the dtype of `images`.
 void check_weight(const Pattern& pattern, const torch::stable::Tensor& weight, const torch::stable::Tensor& images);
 
 void check_size(const char* name, const std::optional<torch::stable::Tensor>& tensor,

@@ -12,7 +12,7 @@ namespace {
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
-// Calls an ATen op by name and returns its `results` outputs.
+// Calls an ATen op by name and returns its outputs, which are `results` in number.
 template <size_t results, class... Args>
 std::array<StableIValue, results> call(const char* op, const char* overload, const Args&... args) {
   std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> stack{
@@ -28,28 +28,29 @@ Tensor call_tensor(const char* op, const char* overload, const Args&... args) {
   return torch::stable::detail::to<Tensor>(call<1>(op, overload, args...)[0]);
 }
 
-// Selected and not multiplied: a pruned NaN or infinity counts as 0.
-Tensor keep_only(const Pattern& pattern, const Tensor& weight) {
+// Selects and does not multiply, because NaN * 0 and infinity * 0 are NaN: whatever a pruned weight is, it counts as 0.
+Tensor zero_pruned(const Pattern& pattern, const Tensor& weight) {
   Tensor zero = torch::stable::new_zeros(weight, {});
   return call_tensor("aten::where", "self", pattern.mask, weight, zero);
 }
 
 Tensor masked(const Pattern& pattern, const Tensor& weight) {
-  return pattern.weight_is_masked ? weight : keep_only(pattern, weight);
+  return pattern.weight_is_masked ? weight : zero_pruned(pattern, weight);
 }
 
-// The stable ABI hands over no Scalar, so aten::add cannot be called; subtract has a C entry of its own.
+// The stable ABI cannot pass a Scalar, which aten::add needs; subtract has a C function of its own.
 Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 
 Sizes to_vector(const std::array<int64_t, 2>& pair) { return {pair[0], pair[1]}; }
 
 // convolution_backward; `which` is 0 for the input's gradient and 1 for the weight's.
-Tensor backward(const Convolution& conv, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+Tensor backward(const ConvParams& conv, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                 int which) {
-  const std::array<bool, 3> wanted{which == 0, which == 1, false};
-  auto outputs = call<3>("aten::convolution_backward", "", grad_output, input, weight, std::optional<Sizes>{},
-                         to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false, Sizes{0, 0},
-                         conv.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()));
+  const std::array<bool, 3> output_mask{which == 0, which == 1, false};
+  auto outputs =
+      call<3>("aten::convolution_backward", "", grad_output, input, weight, std::optional<Sizes>{},
+              to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false, Sizes{0, 0},
+              conv.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(output_mask.data(), output_mask.size()));
   std::array<Tensor, 3> gradients;
   for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::detail::to<Tensor>(outputs[i]);
   return gradients[which];
@@ -57,10 +58,10 @@ Tensor backward(const Convolution& conv, const Tensor& grad_output, const Tensor
 
 }  // namespace
 
-Tensor dense_conv2d(const Convolution& conv, const Pattern& pattern, const Tensor& input, const Tensor& weight,
+Tensor dense_conv2d(const ConvParams& conv, const Pattern& pattern, const Tensor& input, const Tensor& weight,
                     const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                     const std::optional<Tensor>& residual, bool relu) {
-  // Bias goes into the convolution unless a scale must come before it.
+  // The convolution adds the bias, unless a scale must be applied before it.
   Tensor output = call_tensor("aten::convolution", "", input, masked(pattern, weight), scale ? std::nullopt : bias,
                               to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false,
                               Sizes{0, 0}, conv.groups);
@@ -75,18 +76,18 @@ Tensor dense_conv2d(const Convolution& conv, const Pattern& pattern, const Tenso
   return in_layout_of(input, output);
 }
 
-Tensor dense_conv2d_grad_input(const Convolution& conv, const Pattern& pattern, const Tensor& grad_output,
+Tensor dense_conv2d_grad_input(const ConvParams& conv, const Pattern& pattern, const Tensor& grad_output,
                                const Tensor& weight) {
   // Only the shape of the input is used.
   const Tensor input = empty_in_layout_of(grad_output, {conv.N, conv.C, conv.H, conv.W});
   return in_layout_of(grad_output, backward(conv, grad_output, input, masked(pattern, weight), 0));
 }
 
-Tensor dense_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern, const Tensor& grad_output,
+Tensor dense_conv2d_grad_weight(const ConvParams& conv, const Pattern& pattern, const Tensor& grad_output,
                                 const Tensor& input) {
   const std::array<int64_t, 4> size{conv.K, pattern.group_in_channels, conv.R, conv.S};
   const Tensor weight = torch::stable::new_empty(input, {size.data(), size.size()});
-  return torch::stable::contiguous(keep_only(pattern, backward(conv, grad_output, input, weight, 1)));
+  return torch::stable::contiguous(zero_pruned(pattern, backward(conv, grad_output, input, weight, 1)));
 }
 
 }  // namespace sparse_adv

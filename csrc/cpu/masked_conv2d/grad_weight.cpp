@@ -19,76 +19,116 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The batch's strips are cut into parts with totals of their own, which are added in order at the end: the result does
-// not depend on which thread computed which part. At most 16 parts, 64 bytes per kept weight; two strips each where
-// there are enough of them, since clearing and adding totals costs 8 % of the time at one strip of 512@4 each.
-int64_t count_parts(int64_t strips) { return std::min<int64_t>({strips, std::max<int64_t>(2, strips / 2), 16}); }
+// The work items of a batch are cut into parts with partial sums of their own, which are added in order at the end: the
+// result does not depend on which thread computed which part. There are 16 parts at most, 64 bytes per kept weight; and
+// where possible two work items per part, since clearing and adding the partial sums took 8 % of the time of 512
+// channels at 4x4 with one each.
+int64_t count_parts(int64_t work_items) {
+  return std::min<int64_t>({work_items, std::max<int64_t>(2, work_items / 2), 16});
+}
 
-Tensor sparse_conv2d_grad_weight(const Convolution& conv, const Pattern& pattern, const Window& window,
+// Adds the products of work items to partial sums, in the scratch memory of a thread.
+class PartComputer {
+ public:
+  PartComputer(const PackedWeights& weights, const BlockCsr& csr, const Blocking& blocking,
+               const std::vector<int32_t>& channel_of, const Tensor& input, const Tensor& grad_output)
+      : weights_(weights),
+        csr_(csr),
+        blocking_(blocking),
+        channel_of_(channel_of),
+        input_(input),
+        grad_output_(grad_output),
+        input_loader_(blocking),
+        grad_loader_(blocking),
+        input_tile_(thread_buffer().at_least(blocking.input_tile_size() +
+                                             grad_output.size(1) * grad_loader_.channel_pitch * blocking.lanes)),
+        grad_tile_(input_tile_ + blocking.input_tile_size()) {
+    if (blocking.width_vectorised) std::fill_n(input_tile_, blocking.input_tile_size(), 0.0f);
+  }
+
+  void run(int64_t work_item, float* partial_sums) {
+    const int64_t band = work_item % blocking_.bands, band_rows = blocking_.rows_in_band(band);
+    const int64_t lanes = blocking_.lanes;
+    input_loader_.start_band(band, images_of(input_, blocking_, work_item));
+    grad_loader_.fill(images_of(grad_output_, blocking_, work_item), band, grad_tile_);
+    for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_panel) {
+      input_loader_.fill(channel, input_tile_);
+      const IcBlockRange ic_blocks = ic_blocks_of_panel(csr_, blocking_, channel);
+      for (int64_t row = 0; row < band_rows; row += blocking_.tile_rows)
+        for (int64_t col = 0; col < blocking_.row_vectors; col += blocking_.tile_cols)
+          SPARSE_ADV_CHOOSE(masked_conv2d_grad_weight_tile)(
+              weights_, ic_blocks.first, ic_blocks.last,
+              {.input = input_tile_ + (row * blocking_.row_pitch + col) * lanes,
+               .grad = grad_tile_ + (row * blocking_.row_vectors + col) * lanes,
+               .input_row_pitch = blocking_.row_pitch * lanes,
+               .grad_row_pitch = blocking_.row_vectors * lanes,
+               .grad_channel_pitch = grad_loader_.channel_pitch * lanes,
+               .cols = blocking_.tile_cols,
+               .channel_of = channel_of_.data()},
+              partial_sums);
+    }
+  }
+
+ private:
+  static AlignedBuffer& thread_buffer() {
+    thread_local AlignedBuffer buffer;
+    return buffer;
+  }
+
+  const PackedWeights& weights_;
+  const BlockCsr& csr_;
+  const Blocking& blocking_;
+  const std::vector<int32_t>& channel_of_;
+  const Tensor& input_;
+  const Tensor& grad_output_;
+  InputTileLoader input_loader_;
+  GradTileLoader grad_loader_;
+  float* const input_tile_;
+  float* const grad_tile_;
+};
+
+Tensor sparse_conv2d_grad_weight(const ConvParams& conv, const Pattern& pattern, const Blocking& blocking,
                                  const Tensor& grad_output, const Tensor& input) {
-  const auto compute = SPARSE_ADV_CHOOSE(masked_conv2d_grad_weight_tile);
-  const Tensor images = in_plain_layout(input), grads = in_plain_layout(grad_output);
+  const Tensor plain_input = in_plain_layout(input), plain_grad = in_plain_layout(grad_output);
   Tensor grad_weight = torch::stable::new_empty(input, {conv.K, pattern.group_in_channels, conv.R, conv.S});
 
-  const PatternLists lists = pattern.forward();
-  std::unique_ptr<int32_t[]> offsets = window_offsets(lists, window);
-  std::optional<ColumnOrder> order;
-  if (window.sorts_by_column(lists.vector)) {
-    order.emplace(lists, window);
-    auto sorted = std::make_unique_for_overwrite<int32_t[]>(lists.entry_count);
-    for (int64_t i = 0; i < lists.entry_count; ++i) sorted[order->place[i]] = offsets[i];
+  const BlockCsr csr = pattern.forward_csr();
+  std::unique_ptr<int32_t[]> offsets = input_offsets(csr, blocking);
+  std::optional<ColumnOrder> columns;
+  if (blocking.can_sort_by_column(csr.oc_block)) {
+    columns.emplace(csr, blocking);
+    auto sorted = std::make_unique_for_overwrite<int32_t[]>(csr.nnz);
+    for (int64_t i = 0; i < csr.nnz; ++i) sorted[columns->order[i]] = offsets[i];
     offsets = std::move(sorted);
   }
-  const OffsetLists offset_lists{lists.vector,
-                                 lists.vectors,
-                                 lists.segments,
-                                 lists.rows,
-                                 offsets.get(),
-                                 nullptr,
-                                 order ? Columns::by_column : Columns::any,
-                                 order ? order->turns.data() : nullptr};
-  const std::vector<int32_t> channel_of = channels_of_rows(lists, pattern.groups, pattern.group_out_channels());
+  const PackedWeights weights{.oc_block = csr.oc_block,
+                              .oc_blocks = csr.oc_blocks,
+                              .ic_blocks = csr.ic_blocks,
+                              .row_offsets = csr.row_offsets,
+                              .input_offsets = offsets.get(),
+                              .values = nullptr,
+                              .order = columns ? IndexOrder::by_column : IndexOrder::any,
+                              .column_splits = columns ? columns->column_splits.data() : nullptr};
+  const std::vector<int32_t> channel_of = output_channels(csr);
 
-  const int64_t lanes = window.lanes, grad_plane = GradFiller(window).plane;
-  const int64_t window_size = window.block_size(), grad_size = conv.K * grad_plane * lanes;
-  const int64_t items = window.items(), parts = count_parts(items);
-  const int64_t total_count = lists.vector * lists.entry_count;
-  const auto totals = std::make_unique_for_overwrite<float[]>(parts * total_count);
-
+  const int64_t work_items = blocking.work_items(), parts = count_parts(work_items);
+  const int64_t part_size = csr.oc_block * csr.nnz;
+  const auto partial_sums = std::make_unique_for_overwrite<float[]>(parts * part_size);
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    thread_local AlignedBuffer buffer;
-    float* const scratch = buffer.at_least(window_size + grad_size);
-    float* const grad_scratch = scratch + window_size;
-    StripPlacement placement;
-    GradFiller grad_filler(window);
-    if (window.lane_is_pixel) std::fill_n(scratch, window_size, 0.0f);
+    PartComputer computer(weights, csr, blocking, channel_of, plain_input, plain_grad);
     for (int64_t part = begin; part < end; ++part) {
-      float* const part_totals = totals.get() + part * total_count;
-      std::fill_n(part_totals, total_count, 0.0f);
-      for (int64_t item = part * items / parts; item < (part + 1) * items / parts; ++item) {
-        const int64_t strip = item % window.strips, strip_rows = window.rows_of(strip);
-        const Filler filler(window, placement, strip, images_of(images, window, item));
-        grad_filler.fill(images_of(grads, window, item), strip, grad_scratch);
-        for (int64_t first = 0; first < conv.C; first += window.block) {
-          filler.fill(first, scratch);
-          const auto [first_segment, last_segment] = segments_of_block(lists, window, first);
-          for (int64_t row = 0; row < strip_rows; row += window.tile_rows)
-            for (int64_t col = 0; col < window.across; col += window.tile_cols)
-              compute(offset_lists, first_segment, last_segment,
-                      {scratch + (row * window.row_pitch + col) * lanes,
-                       grad_scratch + (row * window.across + col) * lanes, window.row_pitch * lanes,
-                       window.across * lanes, grad_plane * lanes, window.tile_cols, channel_of.data()},
-                      part_totals);
-        }
-      }
+      float* const part_sums = partial_sums.get() + part * part_size;
+      std::fill_n(part_sums, part_size, 0.0f);
+      for (int64_t item = part * work_items / parts; item < (part + 1) * work_items / parts; ++item)
+        computer.run(item, part_sums);
     }
   });
 
   const bool finite =
-      unpack_totals(lists, pattern.groups, pattern.group_out_channels(), WeightLayout::forward(grad_weight, pattern),
-                    totals.get(), parts, order ? order->place.get() : nullptr, grad_weight.mutable_data_ptr<float>());
-  // Tiles reach beyond the image, where 0 times a pixel that is not finite is not 0: the dense pass knows where it
-  // ends.
+      scatter_weight_gradient(csr, WeightLayout::forward(grad_weight, pattern), partial_sums.get(), parts,
+                              columns ? columns->order.get() : nullptr, grad_weight.mutable_data_ptr<float>());
+  // Tiles extend beyond the image, where grad_output counts as 0, and 0 times an infinite or NaN pixel is NaN. The
+  // dense kernel stops at the end of the image.
   return finite ? grad_weight : dense_conv2d_grad_weight(conv, pattern, grad_output, input);
 }
 
@@ -96,13 +136,14 @@ Tensor masked_conv2d_grad_weight_cpu(Tensor grad_output, Tensor input, std::vect
                                      std::vector<int64_t> stride, std::vector<int64_t> padding,
                                      std::vector<int64_t> dilation, int64_t groups) {
   const Pattern pattern = read_pattern(pattern_tensors);
-  const Convolution conv =
-      make_convolution(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding, dilation, groups);
+  const ConvParams conv =
+      make_conv_params(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding, dilation, groups);
   check(grad_output.scalar_type() == input.scalar_type(), "grad_output must have the input's dtype");
   check_size("grad_output", grad_output, {conv.N, conv.K, conv.P, conv.Q});
   const Plan plan = make_plan(pattern, conv, Pass::grad_weight, input.scalar_type(),
                               is_channels_last(input) || is_channels_last(grad_output));
-  if (plan.kernel == Kernel::sparse) return sparse_conv2d_grad_weight(conv, pattern, *plan.window, grad_output, input);
+  if (plan.kernel == Kernel::sparse)
+    return sparse_conv2d_grad_weight(conv, pattern, *plan.blocking, grad_output, input);
   return dense_conv2d_grad_weight(conv, pattern, grad_output, input);
 }
 

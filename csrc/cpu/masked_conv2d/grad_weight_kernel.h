@@ -1,4 +1,4 @@
-// The arithmetic of grad_weight: one tile of output pixels, all kept weights.
+// The arithmetic of grad_weight: one tile of positions, all weights kept by the mask.
 #pragma once
 
 #include <cstdint>
@@ -8,19 +8,21 @@
 
 namespace sparse_adv {
 
-// grad has one plane of `grad_plane` floats per output channel, no padding.
+// A tile of kTileVectors vectors, `cols` of them per row. `grad` has a plane per output channel, without padding. All
+// pitches in floats.
 struct GradWeightTile {
-  const float* window;                                   // at the tile's first vector
-  const float* grad;                                     // at the tile's first vector
-  int64_t window_row_pitch, grad_row_pitch, grad_plane;  // in floats
-  int tile_cols;
-  const int32_t* channel_of;  // [vectors * vector]: the output channel of each row of a vector, -1 beyond the last
+  const float* input;  // at the tile's first vector, `grad` likewise
+  const float* grad;
+  int64_t input_row_pitch, grad_row_pitch, grad_channel_pitch;
+  int cols;
+  const int32_t* channel_of;  // [oc_blocks * oc_block]: the output channel, -1 beyond the end of a group
 };
 
-// totals[entry * vector + j] += sum over the tile's vectors and their lanes of window * grad, for the entries of the
-// segments from `first_segment` on.
-SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_grad_weight_tile(const OffsetLists& lists, int64_t first_segment,
-                                                            int64_t last_segment, const GradWeightTile& tile,
-                                                            float* totals));
+// For the column indices i of the ic_blocks from `first_ic_block` on, up to `last_ic_block` - 1, and each channel j of
+// their oc_block:
+//   partial_sums[i][j] += sum over the tile's positions and lanes of input[input_offsets[i] + position] * grad[j]
+SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_grad_weight_tile(const PackedWeights& weights, int64_t first_ic_block,
+                                                            int64_t last_ic_block, const GradWeightTile& tile,
+                                                            float* partial_sums));
 
 }  // namespace sparse_adv

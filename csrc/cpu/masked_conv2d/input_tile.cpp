@@ -8,110 +8,129 @@ namespace sparse_adv {
 
 using torch::stable::Tensor;
 
-Images images_of(const Tensor& tensor, const Window& window, int64_t item) {
+Images images_of(const Tensor& tensor, const Blocking& blocking, int64_t work_item) {
   const int64_t channels = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
-  const int64_t first = item / window.strips * window.images;
-  return {tensor.const_data_ptr<float>() + first * channels * pixels,
-          channels * pixels,
-          channels,
-          pixels,
-          is_channels_last(tensor),
-          static_cast<int>(std::min(window.images, tensor.size(0) - first))};
+  const int64_t first = work_item / blocking.bands * blocking.batch_block;
+  return {.data = tensor.const_data_ptr<float>() + first * channels * pixels,
+          .image_size = channels * pixels,
+          .channels = channels,
+          .pixels = pixels,
+          .channels_last = is_channels_last(tensor),
+          .count = static_cast<int>(std::min(blocking.batch_block, tensor.size(0) - first))};
 }
 
-Placement StripPlacement::samples(const Window& window, int64_t strip) {
-  const Axis& rows = window.rows;
-  const Axis& cols = window.cols;
-  const int64_t window_rows = window.strip + rows.max_shift;
-  const int64_t start = strip * window.strip * rows.source_phases - rows.pad;  // source row of window row 0
+void InputTileLoader::start_band(int64_t band, const Images& images) {
+  images_ = images;
+  if (blocking_.width_vectorised)
+    map_rows(band);
+  else
+    map_pixels(band);
+}
+
+void InputTileLoader::fill(int64_t first_channel, float* tile) const {
+  const int64_t end = first_channel + blocking_.panel_channels(first_channel);
+  if (blocking_.width_vectorised)
+    SPARSE_ADV_CHOOSE(fill_width_tile)(images_.data, images_.pixels, row_map_, first_channel, end,
+                                       tile + blocking_.row_lead);
+  else
+    SPARSE_ADV_CHOOSE(fill_batch_tile)(images_, pixel_map_, first_channel, end, tile);
+}
+
+// Rows and columns of source phases that no tap reads, half of them for 1x1 filters at stride 2, are neither moved nor
+// set to 0.
+void InputTileLoader::map_pixels(int64_t band) {
+  const ConvAxis& rows = blocking_.rows;
+  const ConvAxis& cols = blocking_.cols;
+  const int64_t phase_rows = blocking_.band_rows + rows.max_shift;
+  const int64_t start =
+      band * blocking_.band_rows * rows.source_phases - rows.pad;  // source row of the tile's first row
   const int64_t first = std::clamp<int64_t>(start, 0, rows.source_size);
-  const int64_t last = std::clamp<int64_t>(start + window_rows * rows.source_phases, first, rows.source_size);
-  place.assign((last - first) * cols.source_size, -1);
-  // Rows and columns that no tap reads, as half of them with one tap at stride 2, are left as they are.
-  const std::vector<bool> row_is_read = rows.phases_read(), col_is_read = cols.phases_read();
-  std::vector<bool> filled(window.plane);
+  const int64_t last = std::clamp<int64_t>(start + phase_rows * rows.source_phases, first, rows.source_size);
+  positions_.assign((last - first) * cols.source_size, -1);
+  const std::vector<bool> row_phase_is_read = rows.phases_read(), col_phase_is_read = cols.phases_read();
+  std::vector<bool> filled(blocking_.channel_pitch);
   bool skipped = false;
   for (int64_t y = first; y < last; ++y) {
-    if (!row_is_read[(y - start) % rows.source_phases]) continue;
-    const int64_t row =
-        ((y - start) % rows.source_phases * window_rows + (y - start) / rows.source_phases) * window.row_pitch;
+    const int64_t phase = (y - start) % rows.source_phases;
+    if (!row_phase_is_read[phase]) continue;
+    const int64_t tile_row = (phase * phase_rows + (y - start) / rows.source_phases) * blocking_.row_pitch;
     for (int64_t x = 0; x < cols.source_size; ++x) {
       const int64_t u = x + cols.pad;
-      if (u < 0 || u / cols.source_phases >= window.window_cols || !col_is_read[u % cols.source_phases]) {
+      if (u < 0 || u / cols.source_phases >= blocking_.phase_cols || !col_phase_is_read[u % cols.source_phases]) {
         skipped = true;
         continue;
       }
-      const int64_t at = row + u % cols.source_phases * window.window_cols + u / cols.source_phases;
-      place[(y - first) * cols.source_size + x] = static_cast<int32_t>(at);
-      filled[at] = true;
+      const int64_t position = tile_row + u % cols.source_phases * blocking_.phase_cols + u / cols.source_phases;
+      positions_[(y - first) * cols.source_size + x] = static_cast<int32_t>(position);
+      filled[position] = true;
     }
   }
-  gaps.clear();
-  for (int64_t i = 0; i < window.plane; ++i) {
-    const int64_t row = i / window.row_pitch, col = i % window.row_pitch;
-    if (!filled[i] && row_is_read[row / window_rows] && col_is_read[col / window.window_cols])
-      gaps.push_back(static_cast<int32_t>(i));
+  zero_positions_.clear();
+  for (int64_t i = 0; i < blocking_.channel_pitch; ++i) {
+    const int64_t row = i / blocking_.row_pitch, col = i % blocking_.row_pitch;
+    if (!filled[i] && row_phase_is_read[row / phase_rows] && col_phase_is_read[col / blocking_.phase_cols])
+      zero_positions_.push_back(static_cast<int32_t>(i));
   }
-  return {first * cols.source_size,
-          static_cast<int64_t>(place.size()),
-          place.data(),
-          gaps.data(),
-          static_cast<int64_t>(gaps.size()),
-          window.plane,
-          !skipped && rows.source_phases == 1 && cols.source_phases == 1};
+  pixel_map_ = {.first_pixel = first * cols.source_size,
+                .pixel_count = std::ssize(positions_),
+                .positions = positions_.data(),
+                .zero_positions = zero_positions_.data(),
+                .zero_count = std::ssize(zero_positions_),
+                .channel_pitch = blocking_.channel_pitch,
+                .ascending = !skipped && rows.source_phases == 1 && cols.source_phases == 1};
 }
 
-Filler::Filler(const Window& window, StripPlacement& buffers, int64_t strip, const Images& images)
-    : window_(window), images_(images), samples_{}, pixels_{} {
-  if (!window.lane_is_pixel) {
-    samples_ = buffers.samples(window, strip);
-    return;
-  }
-  const int64_t start = strip * window.strip - window.rows.pad, rows = window.strip + window.rows.max_shift;
-  const int64_t first = std::clamp<int64_t>(start, 0, window.rows.source_size);
-  const int64_t last = std::clamp<int64_t>(start + rows, first, window.rows.source_size);
-  const int64_t lanes = window.lanes;
-  pixels_ = {window.cols.source_size,
-             first,
-             last - first,
-             first - start,
-             rows,
-             window.row_pitch * lanes - window.lead,
-             window.row_pitch * lanes,
-             window.plane * lanes};
+void InputTileLoader::map_rows(int64_t band) {
+  const ConvAxis& axis = blocking_.rows;
+  const int64_t start = band * blocking_.band_rows - axis.pad;  // source row of the tile's first row
+  const int64_t tile_rows = blocking_.band_rows + axis.max_shift;
+  const int64_t first = std::clamp<int64_t>(start, 0, axis.source_size);
+  const int64_t last = std::clamp<int64_t>(start + tile_rows, first, axis.source_size);
+  const int64_t lanes = blocking_.lanes;
+  row_map_ = {.row_size = blocking_.cols.source_size,
+              .first_row = first,
+              .row_count = last - first,
+              .tile_row = first - start,
+              .tile_rows = tile_rows,
+              .tile_row_size = blocking_.row_pitch * lanes - blocking_.row_lead,
+              .row_pitch = blocking_.row_pitch * lanes,
+              .channel_pitch = blocking_.channel_pitch * lanes};
 }
 
-void Filler::fill(int64_t first_channel, float* to) const {
-  const int64_t end = first_channel + window_.block_channels(first_channel);
-  if (window_.lane_is_pixel)
-    SPARSE_ADV_CHOOSE(fill_rows)(images_.data, images_.pixels, pixels_, first_channel, end, to + window_.lead);
+void GradTileLoader::fill(const Images& grads, int64_t band, float* tile) {
+  if (blocking_.width_vectorised)
+    SPARSE_ADV_CHOOSE(fill_width_tile)(grads.data, grads.pixels, map_rows(band), 0, grads.channels, tile);
   else
-    SPARSE_ADV_CHOOSE(fill_window)(images_, samples_, first_channel, end, to);
+    SPARSE_ADV_CHOOSE(fill_batch_tile)(grads, map_pixels(band), 0, grads.channels, tile);
 }
 
-void GradFiller::fill(const Images& grads, int64_t strip, float* to) {
-  if (window_.lane_is_pixel)
-    SPARSE_ADV_CHOOSE(fill_rows)(grads.data, grads.pixels, pixels(strip), 0, grads.channels, to);
-  else
-    SPARSE_ADV_CHOOSE(fill_window)(grads, samples(strip), 0, grads.channels, to);
+RowMap GradTileLoader::map_rows(int64_t band) const {
+  const int64_t row_pitch = blocking_.row_vectors * blocking_.lanes;
+  return {.row_size = blocking_.cols.output_size,
+          .first_row = band * blocking_.band_rows,
+          .row_count = blocking_.rows_in_band(band),
+          .tile_row = 0,
+          .tile_rows = blocking_.band_rows,
+          .tile_row_size = row_pitch,
+          .row_pitch = row_pitch,
+          .channel_pitch = channel_pitch * blocking_.lanes};
 }
 
-RowPlacement GradFiller::pixels(int64_t strip) const {
-  const int64_t pitch = window_.across * window_.lanes;
-  return {window_.cols.output_size, strip * window_.strip, window_.rows_of(strip), 0, window_.strip, pitch, pitch,
-          plane * window_.lanes};
-}
-
-Placement GradFiller::samples(int64_t strip) {
-  const int64_t cols = window_.cols.extent, count = window_.rows_of(strip);
-  place_.clear();
-  gaps_.clear();
-  for (int64_t at = 0; at < plane; ++at) {
-    const bool inside = at / window_.across < count && at % window_.across < cols;
-    (inside ? place_ : gaps_).push_back(static_cast<int32_t>(at));
+PixelMap GradTileLoader::map_pixels(int64_t band) {
+  const int64_t cols = blocking_.cols.positions, rows = blocking_.rows_in_band(band);
+  positions_.clear();
+  zero_positions_.clear();
+  for (int64_t i = 0; i < channel_pitch; ++i) {
+    const bool inside = i / blocking_.row_vectors < rows && i % blocking_.row_vectors < cols;
+    (inside ? positions_ : zero_positions_).push_back(static_cast<int32_t>(i));
   }
-  return {strip * window_.strip * cols,       count * cols, place_.data(), gaps_.data(),
-          static_cast<int64_t>(gaps_.size()), plane,        true};
+  return {.first_pixel = band * blocking_.band_rows * cols,
+          .pixel_count = rows * cols,
+          .positions = positions_.data(),
+          .zero_positions = zero_positions_.data(),
+          .zero_count = std::ssize(zero_positions_),
+          .channel_pitch = channel_pitch,
+          .ascending = true};
 }
 
 }  // namespace sparse_adv

@@ -1,5 +1,5 @@
-// Fills the tiles of scratch memory that the kernels read: a strip of the images, its padding included, and the same
-// strip of grad_output.
+// Fills the tiles that the kernels read, in the scratch memory of a thread: a band of the images with its padding and
+// halo, and the same band of grad_output without them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,45 +13,44 @@
 
 namespace sparse_adv {
 
-// The images of an item of the window's work, from a tensor in a plain layout.
-Images images_of(const torch::stable::Tensor& tensor, const Window& window, int64_t item);
+// The images of a work item, from a tensor in a plain layout.
+Images images_of(const torch::stable::Tensor& tensor, const Blocking& blocking, int64_t work_item);
 
-// The buffers that a thread fills for a strip; they keep their memory from call to call.
-struct StripPlacement {
-  std::vector<int32_t> place, gaps;
-  Placement samples(const Window& window, int64_t strip);
-};
-
-// Fills a strip's window from its images.
-class Filler {
+class InputTileLoader {
  public:
-  // `buffers` hold what it points to.
-  Filler(const Window& window, StripPlacement& buffers, int64_t strip, const Images& images);
-  // The block of channels from `first_channel` on.
-  void fill(int64_t first_channel, float* to) const;
+  explicit InputTileLoader(const Blocking& blocking) : blocking_(blocking) {}
+
+  void start_band(int64_t band, const Images& images);
+  // The panel of channels that starts at `first_channel`. Width-vectorised, the `row_lead` floats in front of each row
+  // are left as they are: the tile must be 0 at first.
+  void fill(int64_t first_channel, float* tile) const;
 
  private:
-  const Window& window_;
-  Images images_;
-  Placement samples_;
-  RowPlacement pixels_;
+  void map_pixels(int64_t band);
+  void map_rows(int64_t band);
+
+  const Blocking& blocking_;
+  Images images_{};
+  PixelMap pixel_map_{};  // batch-vectorised; points into the two vectors
+  std::vector<int32_t> positions_, zero_positions_;
+  RowMap row_map_{};  // width-vectorised
 };
 
-// Fills strips of grad_output: the tiles of the input's window, without padding.
-class GradFiller {
+class GradTileLoader {
  public:
-  explicit GradFiller(const Window& window) : plane(window.strip * window.across), window_(window) {}
+  explicit GradTileLoader(const Blocking& blocking)
+      : channel_pitch(blocking.band_rows * blocking.row_vectors), blocking_(blocking) {}
 
-  void fill(const Images& grads, int64_t strip, float* to);
+  void fill(const Images& grads, int64_t band, float* tile);
 
-  const int64_t plane;  // vectors from one channel to the next
+  const int64_t channel_pitch;  // vectors from one channel to the next
 
  private:
-  RowPlacement pixels(int64_t strip) const;
-  Placement samples(int64_t strip);
+  PixelMap map_pixels(int64_t band);
+  RowMap map_rows(int64_t band) const;
 
-  const Window& window_;
-  std::vector<int32_t> place_, gaps_;
+  const Blocking& blocking_;
+  std::vector<int32_t> positions_, zero_positions_;
 };
 
 }  // namespace sparse_adv

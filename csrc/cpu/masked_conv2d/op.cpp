@@ -14,26 +14,25 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor sparse_conv2d(const Convolution& conv, const Pattern& pattern, const Window& window, const Tensor& input,
+Tensor sparse_conv2d(const ConvParams& conv, const Pattern& pattern, const Blocking& blocking, const Tensor& input,
                      const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                      const std::optional<Tensor>& residual, bool relu) {
   const Tensor source = in_plain_layout(input);
   Tensor output = empty_in_layout_of(source, {conv.N, conv.K, conv.P, conv.Q});
-  // Kept alive until the kernels are done.
-  const auto plain = [](const Tensor& vector) { return torch::stable::contiguous(vector); };
-  const std::optional<Tensor> bias_data = bias ? std::optional(plain(*bias)) : std::nullopt;
-  const std::optional<Tensor> scale_data = scale ? std::optional(plain(*scale)) : std::nullopt;
+  // These copies must live until the kernels are done.
+  const auto contiguous = [](const Tensor& vector) { return torch::stable::contiguous(vector); };
+  const std::optional<Tensor> bias_data = bias ? std::optional(contiguous(*bias)) : std::nullopt;
+  const std::optional<Tensor> scale_data = scale ? std::optional(contiguous(*scale)) : std::nullopt;
   const std::optional<Tensor> residual_data = residual ? std::optional(in_layout_of(output, *residual)) : std::nullopt;
   const auto data = [](const std::optional<Tensor>& tensor) {
     return tensor ? tensor->const_data_ptr<float>() : nullptr;
   };
-  run({pattern.forward(),
-       pattern.groups,
-       pattern.group_out_channels(),
-       WeightLayout::forward(weight, pattern),
-       window,
-       source,
-       {data(scale_data), data(bias_data), data(residual_data), relu}},
+  run_sparse_conv(
+      {.csr = pattern.forward_csr(),
+       .weight = WeightLayout::forward(weight, pattern),
+       .blocking = blocking,
+       .source = source,
+       .epilogue = {.scale = data(scale_data), .bias = data(bias_data), .residual = data(residual_data), .relu = relu}},
       output);
   return output;
 }
@@ -42,17 +41,17 @@ Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> patter
                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                          int64_t groups, std::optional<Tensor> scale, std::optional<Tensor> residual, bool relu) {
   const Pattern pattern = read_pattern(pattern_tensors);
-  const Convolution conv =
-      make_convolution(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding, dilation, groups);
+  const ConvParams conv =
+      make_conv_params(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding, dilation, groups);
   check_weight(pattern, weight, input);
   for (const auto& vector : {bias, scale})
     check(!vector || (vector->dim() == 1 && vector->size(0) == conv.K && vector->scalar_type() == input.scalar_type()),
-          "bias and scale must hold one number per output channel, in the input's dtype");
+          "bias and scale must have one number per output channel, in the input's dtype");
   check(!residual || residual->scalar_type() == input.scalar_type(), "residual must have the input's dtype");
   check_size("residual", residual, {conv.N, conv.K, conv.P, conv.Q});
   const Plan plan = make_plan(pattern, conv, Pass::forward, input.scalar_type(), is_channels_last(input));
   if (plan.kernel == Kernel::sparse)
-    return sparse_conv2d(conv, pattern, *plan.window, input, weight, bias, scale, residual, relu);
+    return sparse_conv2d(conv, pattern, *plan.blocking, input, weight, bias, scale, residual, relu);
   return dense_conv2d(conv, pattern, input, weight, bias, scale, residual, relu);
 }
 
@@ -61,31 +60,31 @@ std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_t
   check_size("weight", weight,
              {pattern.out_channels, pattern.group_in_channels, pattern.filter_rows, pattern.filter_cols});
   check(weight.scalar_type() == torch::headeronly::ScalarType::Float, "weight must be float32 to be packed");
-  auto packed = [&](const PatternLists& lists, int64_t group_rows, const WeightLayout& layout) {
-    Tensor values = torch::stable::new_empty(weight, {lists.entry_count * lists.vector});
-    pack_values(lists, pattern.groups, group_rows, layout, values.mutable_data_ptr<float>());
+  const auto packed = [&](const BlockCsr& csr, const WeightLayout& layout) {
+    Tensor values = torch::stable::new_empty(weight, {csr.nnz * csr.oc_block});
+    pack_values(csr, layout, values.mutable_data_ptr<float>());
     return values;
   };
-  return {packed(pattern.forward(), pattern.group_out_channels(), WeightLayout::forward(weight, pattern)),
-          packed(pattern.grad_input(), pattern.group_in_channels, WeightLayout::grad_input(weight))};
+  return {packed(pattern.forward_csr(), WeightLayout::forward(weight, pattern)),
+          packed(pattern.grad_input_csr(), WeightLayout::grad_input(weight))};
 }
 
 std::vector<int64_t> masked_conv2d_plan_cpu(Tensor input, std::vector<Tensor> pattern_tensors,
                                             std::vector<int64_t> stride, std::vector<int64_t> padding,
                                             std::vector<int64_t> dilation) {
   const Pattern pattern = read_pattern(pattern_tensors);
-  const Convolution conv = make_convolution(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding,
-                                            dilation, pattern.groups);
-  const bool input_is_last = is_channels_last(input);
-  const bool grad_is_last = is_channels_last_like(input, {conv.N, conv.K, conv.P, conv.Q});
+  const ConvParams conv = make_conv_params(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding,
+                                           dilation, pattern.groups);
+  const bool input_channels_last = is_channels_last(input);
+  const bool grad_channels_last = is_channels_last_like(input, {conv.N, conv.K, conv.P, conv.Q});
   std::vector<int64_t> plans;
   const auto append = [&](Pass pass, bool channels_last) {
     const Plan plan = make_plan(pattern, conv, pass, input.scalar_type(), channels_last);
     plans.insert(plans.end(), {static_cast<int64_t>(plan.kernel), plan.macs});
   };
-  append(Pass::forward, input_is_last);
-  append(Pass::grad_input, grad_is_last);
-  append(Pass::grad_weight, input_is_last || grad_is_last);
+  append(Pass::forward, input_channels_last);
+  append(Pass::grad_input, grad_channels_last);
+  append(Pass::grad_weight, input_channels_last || grad_channels_last);
   return plans;
 }
 

@@ -1,4 +1,5 @@
-// The lists of a pattern where a window and a weight are known: entries as offsets, values, orders, and back.
+// What the kernels need of the weights on each call, made from the pattern, the blocking and the weight: column indices
+// as offsets into the input tile, values, their order; and the way back for weight gradients.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,43 +12,43 @@
 
 namespace sparse_adv {
 
-// Where a weight keeps the value of (row that the pass writes, channel that it reads, tap), in elements.
+// Where a weight tensor has the value of (output channel, input channel, tap) of a pass, in elements.
 struct WeightLayout {
   const float* data;
-  int64_t row_stride, channel_stride;
-  int64_t group_stride;  // added per group, since rows are numbered within their group and channels across groups
+  int64_t out_stride, in_stride;
+  int64_t group_stride;  // added per group: output channels count within their group, input channels across groups
   std::vector<int64_t> tap_offset;
 
   static WeightLayout forward(const torch::stable::Tensor& weight, const Pattern& pattern);
   static WeightLayout grad_input(const torch::stable::Tensor& weight);
 };
 
-// The kept values in the order of the lists.
-void pack_values(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
-                 float* values);
+// The weights kept by the mask in the order of the column indices, [nnz, oc_block]; 0 beyond the end of a group.
+void pack_values(const BlockCsr& csr, const WeightLayout& weight, float* values);
 
-// Adds totals [parts, entries, vector] over the parts and writes them to their places, entry i from place[i] if there
-// is a `place`, in a contiguous weight gradient, and 0 everywhere else. Returns whether all sums are finite.
-bool unpack_totals(const PatternLists& lists, int64_t groups, int64_t group_rows, const WeightLayout& weight,
-                   const float* totals, int64_t parts, const int32_t* place, float* to);
+// Adds partial_sums [parts, nnz, oc_block] over the parts and writes them to a contiguous weight gradient, 0 where the
+// mask is false. The sum of column index i is at order[i], if there is an `order`, else at i. Returns whether all sums
+// are finite.
+bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, const float* partial_sums, int64_t parts,
+                             const int32_t* order, float* grad_weight);
 
-// The entries of each list in the order of the columns that they read, see Columns::by_column.
+// The column indices of each row in the order of IndexOrder::by_column.
 struct ColumnOrder {
-  std::vector<int32_t> turns;
-  std::unique_ptr<int32_t[]> place;  // of each entry
-  ColumnOrder(const PatternLists& lists, const Window& window);
+  std::vector<int32_t> column_splits;
+  std::unique_ptr<int32_t[]> order;  // [nnz]: new index of column index i
+  ColumnOrder(const BlockCsr& csr, const Blocking& blocking);
 };
 
-// The entries as offsets into the window, in floats, where all taps are of one output phase.
-std::unique_ptr<int32_t[]> window_offsets(const PatternLists& lists, const Window& window);
+// The column indices as offsets into the input tile, in floats; for passes with one output phase.
+std::unique_ptr<int32_t[]> input_offsets(const BlockCsr& csr, const Blocking& blocking);
 
-// The output channel of each row of each vector; -1 beyond the end of a group.
-std::vector<int32_t> channels_of_rows(const PatternLists& lists, int64_t groups, int64_t group_rows);
+// [oc_blocks * oc_block]: the output channel of each channel of each oc_block, -1 beyond the end of a group.
+std::vector<int32_t> output_channels(const BlockCsr& csr);
 
-// The segments of the lists whose channels the window holds as one block.
-struct Segments {
+// The ic_blocks of the panel that starts at `first_channel`: from `first` to `last` - 1.
+struct IcBlockRange {
   int64_t first, last;
 };
-Segments segments_of_block(const PatternLists& lists, const Window& window, int64_t first_channel);
+IcBlockRange ic_blocks_of_panel(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel);
 
 }  // namespace sparse_adv

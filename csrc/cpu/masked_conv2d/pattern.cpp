@@ -16,81 +16,97 @@ using torch::stable::Tensor;
 
 const int32_t* int32_data(const Tensor& tensor) {
   check(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 && tensor.is_contiguous(),
-        "pattern: rows and entries must be contiguous one-dimensional int32 tensors on the CPU");
+        "pattern: row offsets and column indices must be contiguous one-dimensional int32 tensors on the CPU");
   return tensor.const_data_ptr<int32_t>();
 }
 
-// `channels` and `taps` bound what an entry may name; `group_rows` and `group_channels` fix the number of lists.
-PatternLists read_lists(const std::vector<Tensor>& tensors, int rows_at, int values_at, int64_t vector,
-                        int64_t segment_channels, int64_t groups, int64_t group_rows, int64_t group_channels,
-                        int64_t taps) {
-  check(vector == 1 || vector == 2 || vector == 4, "pattern: vector must be 1, 2 or 4, not ", vector);
-  PatternLists lists{};
-  lists.vector = vector;
-  lists.segment_channels = segment_channels;
-  lists.vectors = (group_rows + vector - 1) / vector * groups;
-  lists.segments = (group_channels + segment_channels - 1) / segment_channels;
-  const Tensor& rows = tensors[rows_at];
-  const Tensor& entries = tensors[rows_at + 1];
-  lists.rows = int32_data(rows);
-  lists.entries = int32_data(entries);
-  lists.entry_count = entries.numel();
-  const int64_t list_count = lists.vectors * lists.segments;
-  check(rows.numel() == list_count + 1, "pattern: ", rows.numel(), " list starts where ", list_count + 1, " belong");
-  check(lists.rows[0] == 0 && lists.rows[list_count] == lists.entry_count,
-        "pattern: the lists do not span the entries");
+// What a matrix must fit: the channels per group that the pass writes and reads, and the taps of the filter.
+struct CsrBounds {
+  int64_t groups, group_out_channels, group_in_channels, taps;
+};
+
+void check_row_offsets(const BlockCsr& csr, const Tensor& row_offsets) {
+  check(row_offsets.numel() == csr.rows() + 1, "pattern: ", row_offsets.numel(), " row offsets, expected ",
+        csr.rows() + 1);
+  check(csr.row_offsets[0] == 0 && csr.row_offsets[csr.rows()] == csr.nnz,
+        "pattern: the row offsets do not span the column indices");
   bool ascending = true;
-  for (int64_t i = 0; i < list_count; ++i) ascending &= lists.rows[i] <= lists.rows[i + 1];
-  check(ascending, "pattern: list starts must not descend");
-  // The channel bound is the image's: an entry names channels of all groups.
-  bool inside = SPARSE_ADV_CHOOSE(entries_inside)(lists.entries, lists.entry_count, group_channels * groups, taps);
-  if (groups > 1)
-    for (int64_t list = 0; list < list_count; ++list) {
-      const int64_t group = list % lists.vectors / (lists.vectors / groups);
-      for (int32_t i = lists.rows[list]; i < lists.rows[list + 1]; ++i)
-        inside &= (lists.entries[i] >> kTapBits) / group_channels == group;
+  for (int64_t row = 0; row < csr.rows(); ++row) ascending &= csr.row_offsets[row] <= csr.row_offsets[row + 1];
+  check(ascending, "pattern: row offsets must not descend");
+}
+
+void check_col_indices(const BlockCsr& csr, const CsrBounds& bounds) {
+  // A column index counts channels across groups.
+  bool inside = SPARSE_ADV_CHOOSE(col_indices_inside)(csr.col_indices, csr.nnz,
+                                                      bounds.group_in_channels * bounds.groups, bounds.taps);
+  if (bounds.groups > 1)
+    for (int64_t row = 0; row < csr.rows(); ++row) {
+      const int64_t group = row % csr.oc_blocks / (csr.oc_blocks / bounds.groups);
+      for (int32_t i = csr.row_offsets[row]; i < csr.row_offsets[row + 1]; ++i)
+        inside &= (csr.col_indices[i] >> kTapBits) / bounds.group_in_channels == group;
     }
-  check(inside, "pattern: an entry lies outside the weight or its group");
+  check(inside, "pattern: a column index is outside the weight or its group");
+}
+
+BlockCsr read_csr(const std::vector<Tensor>& tensors, int row_offsets_at, int values_at, int64_t oc_block,
+                  int64_t ic_block, const CsrBounds& bounds) {
+  check(oc_block == 1 || oc_block == 2 || oc_block == 4, "pattern: oc_block must be 1, 2 or 4, got ", oc_block);
+  const Tensor& row_offsets = tensors[row_offsets_at];
+  const Tensor& col_indices = tensors[row_offsets_at + 1];
+  BlockCsr csr{.groups = bounds.groups,
+               .group_out_channels = bounds.group_out_channels,
+               .oc_block = oc_block,
+               .ic_block = ic_block,
+               .oc_blocks = (bounds.group_out_channels + oc_block - 1) / oc_block * bounds.groups,
+               .ic_blocks = (bounds.group_in_channels + ic_block - 1) / ic_block,
+               .row_offsets = int32_data(row_offsets),
+               .col_indices = int32_data(col_indices),
+               .nnz = col_indices.numel(),
+               .values = nullptr,
+               .filter_row_triples = false};
+  check_row_offsets(csr, row_offsets);
+  check_col_indices(csr, bounds);
   if (tensors.size() > static_cast<size_t>(values_at)) {
     const Tensor& values = tensors[values_at];
     check(values.is_cpu() && values.scalar_type() == ScalarType::Float && values.is_contiguous() &&
-              values.numel() == lists.entry_count * vector,
-          "pattern: packed values must be ", lists.entry_count * vector, " contiguous float32 numbers");
-    lists.values = values.const_data_ptr<float>();
+              values.numel() == csr.nnz * oc_block,
+          "pattern: packed values must be ", csr.nnz * oc_block, " contiguous float32 numbers");
+    csr.values = values.const_data_ptr<float>();
   }
-  return lists;
+  return csr;
 }
 
-// Marks the lists of a mask whose blocks span the rows of a filter with three columns.
-PatternLists with_rows_of_three(PatternLists lists, int64_t block_cols, int64_t filter_cols) {
-  lists.rows_of_three = lists.vector == 1 && filter_cols == 3 && block_cols % 3 == 0;
-  if (lists.rows_of_three) {
+// Marks the matrix of a mask whose blocks span the rows of a filter with three columns.
+BlockCsr with_filter_row_triples(BlockCsr csr, int64_t mask_block_cols, int64_t filter_cols) {
+  csr.filter_row_triples = csr.oc_block == 1 && filter_cols == 3 && mask_block_cols % 3 == 0;
+  if (csr.filter_row_triples) {
     bool whole = true;
-    for (int64_t i = 0; i <= lists.vectors * lists.segments; ++i) whole &= lists.rows[i] % 3 == 0;
-    check(whole && SPARSE_ADV_CHOOSE(entries_in_threes)(lists.entries, lists.entry_count),
-          "pattern: the block spans rows of the filter, and the entries do not");
+    for (int64_t row = 0; row <= csr.rows(); ++row) whole &= csr.row_offsets[row] % 3 == 0;
+    check(whole && SPARSE_ADV_CHOOSE(col_indices_in_triples)(csr.col_indices, csr.nnz),
+          "pattern: the block spans rows of the filter, but the column indices do not come in whole filter rows");
   }
-  return lists;
+  return csr;
 }
 
 }  // namespace
 
-PatternLists Pattern::forward() const {
+BlockCsr Pattern::forward_csr() const {
   const int64_t* header = tensors[kHeader].const_data_ptr<int64_t>();
-  return with_rows_of_three(read_lists(tensors, kRows, kValues, forward_vector, forward_segment, groups,
-                                       group_out_channels(), group_in_channels, taps()),
-                            header[kBlockCols], filter_cols);
+  return with_filter_row_triples(read_csr(tensors, kRowOffsets, kValues, forward_oc_block, forward_ic_block,
+                                          {groups, group_out_channels(), group_in_channels, taps()}),
+                                 header[kBlockCols], filter_cols);
 }
 
-PatternLists Pattern::grad_input() const {
+BlockCsr Pattern::grad_input_csr() const {
   const int64_t* header = tensors[kHeader].const_data_ptr<int64_t>();
-  return with_rows_of_three(read_lists(tensors, kGradInputRows, kGradInputValues, grad_input_vector, grad_input_segment,
-                                       groups, group_in_channels, group_out_channels(), taps()),
-                            header[kBlockCols], filter_cols);
+  return with_filter_row_triples(
+      read_csr(tensors, kGradInputRowOffsets, kGradInputValues, grad_input_oc_block, grad_input_ic_block,
+               {groups, group_in_channels, group_out_channels(), taps()}),
+      header[kBlockCols], filter_cols);
 }
 
 Pattern read_pattern(const std::vector<Tensor>& tensors) {
-  check(tensors.size() == kGradInputEntries + 1 || tensors.size() == kGradInputValues + 1,
+  check(tensors.size() == kGradInputColIndices + 1 || tensors.size() == kGradInputValues + 1,
         "pattern: expected 6 tensors, or 8 with packed values, got ", tensors.size());
   const Tensor& header_tensor = tensors[kHeader];
   check(header_tensor.is_cpu() && header_tensor.scalar_type() == ScalarType::Long && header_tensor.is_contiguous() &&
@@ -108,17 +124,21 @@ Pattern read_pattern(const std::vector<Tensor>& tensors) {
   pattern.filter_rows = header[kFilterRows];
   pattern.filter_cols = header[kFilterCols];
   pattern.groups = header[kGroups];
-  pattern.kept = header[kKept];
-  pattern.forward_vector = header[kVector];
-  pattern.grad_input_vector = header[kGradInputVector];
-  pattern.forward_segment = header[kSegmentChannels];
-  pattern.grad_input_segment = header[kGradInputSegmentChannels];
+  pattern.kept_weights = header[kKeptWeights];
+  pattern.forward_oc_block = header[kOcBlock];
+  pattern.grad_input_oc_block = header[kGradInputOcBlock];
+  pattern.forward_ic_block = header[kIcBlock];
+  pattern.grad_input_ic_block = header[kGradInputIcBlock];
   pattern.weight_is_masked = header[kWeightIsMasked] == 1;
-  for (const int64_t segment : {pattern.forward_segment, pattern.grad_input_segment})
-    check(segment >= 1 && segment <= kMaxChannels, "pattern: segments of ", segment, " channels");
+  for (const int64_t ic_block : {pattern.forward_ic_block, pattern.grad_input_ic_block})
+    check(ic_block >= 1 && ic_block <= kMaxChannels, "pattern: ic_block must be from 1 to ", kMaxChannels, ", got ",
+          ic_block);
   check(
       pattern.out_channels % pattern.groups == 0 && pattern.in_channels() <= kMaxChannels && pattern.taps() <= kMaxTaps,
       "pattern: the header's sizes do not fit together");
+  check(pattern.kept_weights >= 0 &&
+            pattern.kept_weights <= pattern.out_channels * pattern.group_in_channels * pattern.taps(),
+        "pattern: the header counts ", pattern.kept_weights, " kept weights, more than the mask has or less than 0");
   std::copy_n(header + kForwardKernel, 3, pattern.requested_kernel);
   pattern.mask = tensors[kMask];
   check(pattern.mask.is_cpu() && pattern.mask.scalar_type() == ScalarType::Bool && pattern.mask.dim() == 4 &&

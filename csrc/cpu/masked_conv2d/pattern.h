@@ -10,21 +10,27 @@
 
 namespace sparse_adv {
 
-struct PatternLists {
-  int64_t vector, segment_channels;
-  int64_t vectors, segments;  // lists number vectors * segments
-  const int32_t* rows;
-  const int32_t* entries;
-  int64_t entry_count;
-  const float* values;  // [entry_count * vector], or null: read them from the weight
-  bool rows_of_three;   // the entries come in threes: all taps of a filter's row
+// The weights of one pass as a block-CSR matrix. "Output" channels are those that the pass writes: of grad_input they
+// are the input channels of the convolution.
+struct BlockCsr {
+  int64_t groups, group_out_channels;
+  int64_t oc_block, ic_block;    // channels per block
+  int64_t oc_blocks, ic_blocks;  // number of blocks
+  const int32_t* row_offsets;    // [rows() + 1]
+  const int32_t* col_indices;    // [nnz]
+  int64_t nnz;
+  const float* values;      // [nnz, oc_block], or null: read them from the weight
+  bool filter_row_triples;  // each three column indices are the three taps of a row of the filter
+
+  int64_t rows() const { return oc_blocks * ic_blocks; }
 };
 
 struct Pattern {
-  int64_t out_channels, group_in_channels, filter_rows, filter_cols, groups, kept;
-  int64_t forward_vector, grad_input_vector;
-  int64_t forward_segment, grad_input_segment;  // channels
-  int64_t requested_kernel[3];                  // of forward, grad_input, grad_weight: a Kernel
+  int64_t out_channels, group_in_channels, filter_rows, filter_cols, groups;
+  int64_t kept_weights;  // number of true elements of the mask
+  int64_t forward_oc_block, grad_input_oc_block;
+  int64_t forward_ic_block, grad_input_ic_block;
+  int64_t requested_kernel[3];  // a Kernel each for forward, grad_input, grad_weight
   bool weight_is_masked;
   torch::stable::Tensor mask;
 
@@ -32,15 +38,15 @@ struct Pattern {
   int64_t in_channels() const { return group_in_channels * groups; }
   int64_t taps() const { return filter_rows * filter_cols; }
 
-  // The lists of the forward pass and grad_weight, and those of grad_input. Throw std::runtime_error where an index
+  // The matrix of the forward pass and grad_weight, and that of grad_input. Throw std::runtime_error where an index
   // would lead out of bounds.
-  PatternLists forward() const;
-  PatternLists grad_input() const;
+  BlockCsr forward_csr() const;
+  BlockCsr grad_input_csr() const;
 
   std::vector<torch::stable::Tensor> tensors;
 };
 
-// Throws std::runtime_error where the tensors are no pattern.
+// Throws std::runtime_error where the tensors are not a pattern.
 Pattern read_pattern(const std::vector<torch::stable::Tensor>& tensors);
 
 }  // namespace sparse_adv

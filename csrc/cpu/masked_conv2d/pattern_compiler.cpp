@@ -9,16 +9,17 @@ namespace sparse_adv {
 
 namespace {
 
-// The kept weights in memory order: those of output channel k are codes[starts[k]] .. codes[starts[k + 1] - 1], each
-// channel << kTapBits | tap with the channel's number within its group.
-struct Kept {
-  std::vector<int32_t> starts{0}, codes;
+// The mask as CSR, with a row per output channel: row k has the column indices col_indices[row_offsets[k]] up to
+// col_indices[row_offsets[k + 1] - 1], in which input channels are numbered within their group.
+struct MaskCsr {
+  std::vector<int32_t> row_offsets{0}, col_indices;
 
-  Kept(const uint8_t* mask, int64_t out_channels, int64_t in_channels, int64_t taps) {
+  MaskCsr(const uint8_t* mask, int64_t out_channels, int64_t in_channels, int64_t taps) {
     const int64_t row_size = in_channels * taps;
-    std::vector<int32_t> code_of(row_size);  // a table, because dividing by `taps` for each weight took half the time
-    for (int64_t i = 0; i < row_size; ++i) code_of[i] = static_cast<int32_t>(i / taps << kTapBits | i % taps);
-    codes.reserve(out_channels * row_size / 8);
+    // A table: a division by `taps` for each weight took half of the compiler's time.
+    std::vector<int32_t> index_of(row_size);
+    for (int64_t i = 0; i < row_size; ++i) index_of[i] = static_cast<int32_t>(i / taps << kTapBits | i % taps);
+    col_indices.reserve(out_channels * row_size / 8);
     for (int64_t k = 0; k < out_channels; ++k) {
       const uint8_t* row = mask + k * row_size;
       for (int64_t i = 0; i < row_size; i += 8) {
@@ -27,66 +28,78 @@ struct Kept {
         std::memcpy(&eight, row + i, end - i);
         if (eight == 0) continue;
         for (int64_t j = i; j < end; ++j)
-          if (row[j]) codes.push_back(code_of[j]);
+          if (row[j]) col_indices.push_back(index_of[j]);
       }
-      starts.push_back(static_cast<int32_t>(codes.size()));
+      row_offsets.push_back(static_cast<int32_t>(col_indices.size()));
     }
   }
 };
 
-// The channels of a segment: enough for a list to hold 7 entries per output channel of a vector, which hides loading
-// and storing the accumulators; no more, so that the part of the image that a segment reads stays in the L1. A vector
-// of 4 reads tiles of 4 pixels, so more channels of them fit. Measured: docs/design/masked_conv2d.md.
-int64_t segment_channels(int64_t kept, int64_t rows, int64_t channels, int64_t vector) {
-  const double per_channel = static_cast<double>(kept) / static_cast<double>(std::max<int64_t>(rows * channels, 1));
-  int64_t segment = vector == 4 ? 64 : 16;
-  const int64_t limit = vector == 1 ? 64 : 256;
-  while (segment < limit && static_cast<double>(segment) * per_channel < 7.0 * static_cast<double>(vector))
-    segment *= 2;
-  return segment;
+// The widest of 4, 2 and 1 channels that can be computed together: an oc_block must be part of one block of the mask
+// and of one group.
+int64_t choose_oc_block(int64_t mask_block, int64_t groups, int64_t group_out_channels) {
+  for (int64_t oc_block : {4, 2})
+    if (mask_block % oc_block == 0 && (groups == 1 || group_out_channels % oc_block == 0)) return oc_block;
+  return 1;
 }
 
-struct Place {
-  int64_t row, channel;  // within the group: the channel that the pass writes, and the one that it reads
-  int32_t entry;
+// The number of channels of an ic_block, a power of 2:
+// - large enough that a row has 7 column indices on average, which hides the time to load and store the accumulators
+//   around them;
+// - small enough that the part of the images that they read stays in the L1 cache: 16 to 64 channels for an oc_block of
+//   1, up to 256 for one of 2, and 64 to 256 for one of 4, which is computed for 4 vectors at a time instead of 16.
+// Measured at density 0.1 (docs/design/masked_conv2d.md): 256 channels at 8x8 take 7.5, 6.6, 7.3 and 8.7 ms with
+// ic_blocks of 8, 16, 32 and 64 channels and oc_block 1; 512 at 4x4 take 5.2, 4.5 and 4.3 ms with 16, 32 and 64 and
+// oc_block 4.
+int64_t choose_ic_block(int64_t kept_weights, int64_t out_channels, int64_t group_in_channels, int64_t oc_block) {
+  const double per_channel =
+      static_cast<double>(kept_weights) / static_cast<double>(std::max<int64_t>(out_channels * group_in_channels, 1));
+  int64_t ic_block = oc_block == 4 ? 64 : 16;
+  const int64_t limit = oc_block == 1 ? 64 : 256;
+  while (ic_block < limit && static_cast<double>(ic_block) * per_channel < 7.0 * static_cast<double>(oc_block))
+    ic_block *= 2;
+  return ic_block;
+}
+
+// A weight as a pass uses it.
+struct PassWeight {
+  int64_t out_channel, in_channel;  // that the pass writes and reads, each numbered within its group
+  int32_t col_index;
 };
 
-// Sorts the kept weights into lists; place_of(k, code) says where one belongs.
-template <class PlaceOf>
-Lists build(const Kept& kept, int64_t groups, int64_t group_rows, int64_t group_channels, int64_t vector,
-            PlaceOf place_of) {
-  const auto count = static_cast<int64_t>(kept.codes.size());
-  const auto out_channels = static_cast<int64_t>(kept.starts.size()) - 1;
-  Lists lists{vector, segment_channels(count, group_rows * groups, group_channels, vector), {}, {}};
-  const int64_t vectors = (group_rows + vector - 1) / vector;
-  const int64_t segments = (group_channels + lists.segment_channels - 1) / lists.segment_channels;
-  const int vector_bits = std::countr_zero(static_cast<uint64_t>(vector));
-  const int segment_bits = std::countr_zero(static_cast<uint64_t>(lists.segment_channels));
-  auto for_each_entry = [&](auto visit) {
-    for (int64_t k = 0; k < out_channels; ++k) {
-      const int64_t group = k / (out_channels / groups);
-      for (int32_t i = kept.starts[k]; i < kept.starts[k + 1]; ++i) {
-        const Place place = place_of(k, kept.codes[i]);
-        if (place.row & (vector - 1)) continue;  // the first row stands for the vector
-        visit((place.channel >> segment_bits) * vectors * groups + group * vectors + (place.row >> vector_bits),
-              place.entry);
+// Sorts the weights kept by the mask into the rows of a pass, by counting. `weight_of(k, index)` describes the weight
+// of output channel k at column index `index` of `mask`. "out" and "in" are what the pass writes and reads.
+template <class WeightOf>
+CsrArrays build_csr(const MaskCsr& mask, int64_t groups, int64_t group_out_channels, int64_t group_in_channels,
+                    int64_t oc_block, WeightOf weight_of) {
+  const auto kept_weights = static_cast<int64_t>(mask.col_indices.size());
+  const auto mask_rows = static_cast<int64_t>(mask.row_offsets.size()) - 1;
+  CsrArrays csr{.oc_block = oc_block,
+                .ic_block = choose_ic_block(kept_weights, group_out_channels * groups, group_in_channels, oc_block),
+                .row_offsets = {},
+                .col_indices = {}};
+  const int64_t group_oc_blocks = (group_out_channels + oc_block - 1) / oc_block;
+  const int64_t ic_blocks = (group_in_channels + csr.ic_block - 1) / csr.ic_block;
+  const int oc_bits = std::countr_zero(static_cast<uint64_t>(oc_block));
+  const int ic_bits = std::countr_zero(static_cast<uint64_t>(csr.ic_block));
+  auto for_each_index = [&](auto visit) {
+    for (int64_t k = 0; k < mask_rows; ++k) {
+      const int64_t group = k / (mask_rows / groups);
+      for (int32_t i = mask.row_offsets[k]; i < mask.row_offsets[k + 1]; ++i) {
+        const PassWeight weight = weight_of(k, mask.col_indices[i]);
+        if (weight.out_channel & (oc_block - 1)) continue;  // the first channel stands for the whole oc_block
+        const int64_t oc_number = group * group_oc_blocks + (weight.out_channel >> oc_bits);
+        visit((weight.in_channel >> ic_bits) * group_oc_blocks * groups + oc_number, weight.col_index);
       }
     }
   };
-  lists.rows.assign(segments * vectors * groups + 1, 0);
-  for_each_entry([&](int64_t list, int32_t) { ++lists.rows[list + 1]; });
-  for (size_t i = 1; i < lists.rows.size(); ++i) lists.rows[i] += lists.rows[i - 1];
-  lists.entries.resize(lists.rows.back());
-  std::vector<int32_t> next(lists.rows.begin(), lists.rows.end() - 1);
-  for_each_entry([&](int64_t list, int32_t entry) { lists.entries[next[list]++] = entry; });
-  return lists;
-}
-
-// The widest of 4, 2 and 1 output channels that can be computed together, so that a vector lies in one block and group.
-int64_t vector_of(int64_t block, int64_t groups, int64_t group_rows) {
-  for (int64_t vector : {4, 2})
-    if (block % vector == 0 && (groups == 1 || group_rows % vector == 0)) return vector;
-  return 1;
+  csr.row_offsets.assign(ic_blocks * group_oc_blocks * groups + 1, 0);
+  for_each_index([&](int64_t row, int32_t) { ++csr.row_offsets[row + 1]; });
+  for (size_t i = 1; i < csr.row_offsets.size(); ++i) csr.row_offsets[i] += csr.row_offsets[i - 1];
+  csr.col_indices.resize(csr.row_offsets.back());
+  std::vector<int32_t> next(csr.row_offsets.begin(), csr.row_offsets.end() - 1);
+  for_each_index([&](int64_t row, int32_t col_index) { csr.col_indices[next[row]++] = col_index; });
+  return csr;
 }
 
 }  // namespace
@@ -100,31 +113,38 @@ CompiledMask compile_mask(const uint8_t* mask, const std::array<int64_t, 4>& siz
   if (taps > kMaxTaps || out_channels > kMaxChannels || in_channels * groups > kMaxChannels)
     throw std::invalid_argument("mask is too large");
   const int64_t group_out = out_channels / groups;
+  const MaskCsr mask_csr(mask, out_channels, in_channels, taps);
   CompiledMask compiled{};
-  const Kept kept(mask, out_channels, in_channels, taps);
-  compiled.forward = build(kept, groups, group_out, in_channels, vector_of(block[0], groups, group_out),
-                           [&](int64_t k, int32_t code) -> Place {
-                             const int64_t first = k / group_out * in_channels;
-                             return {k % group_out, code >> kTapBits, static_cast<int32_t>(code + (first << kTapBits))};
-                           });
-  compiled.grad_input = build(kept, groups, in_channels, group_out, vector_of(block[1], groups, in_channels),
-                              [&](int64_t k, int32_t code) -> Place {
-                                const auto tap = static_cast<int32_t>(code & (kMaxTaps - 1));
-                                return {code >> kTapBits, k % group_out, static_cast<int32_t>(k << kTapBits) | tap};
-                              });
+  compiled.forward = build_csr(mask_csr, groups, group_out, in_channels, choose_oc_block(block[0], groups, group_out),
+                               [&](int64_t k, int32_t index) -> PassWeight {
+                                 const int64_t first_channel =
+                                     k / group_out * in_channels;  // of the group, in the images
+                                 return {.out_channel = k % group_out,
+                                         .in_channel = index >> kTapBits,
+                                         .col_index = static_cast<int32_t>(index + (first_channel << kTapBits))};
+                               });
+  compiled.grad_input =
+      build_csr(mask_csr, groups, in_channels, group_out, choose_oc_block(block[1], groups, in_channels),
+                [&](int64_t k, int32_t index) -> PassWeight {
+                  const auto tap = static_cast<int32_t>(index & (kMaxTaps - 1));
+                  return {.out_channel = index >> kTapBits,
+                          .in_channel = k % group_out,
+                          .col_index = static_cast<int32_t>(k << kTapBits) | tap};
+                });
 
-  compiled.header[kFormat] = kPatternFormat;
-  compiled.header[kOutChannels] = out_channels;
-  compiled.header[kGroupInChannels] = in_channels;
-  compiled.header[kFilterRows] = sizes[2];
-  compiled.header[kFilterCols] = sizes[3];
-  compiled.header[kGroups] = groups;
-  std::copy_n(block.data(), 4, compiled.header.begin() + kBlockOut);
-  compiled.header[kKept] = static_cast<int64_t>(kept.codes.size());
-  compiled.header[kVector] = compiled.forward.vector;
-  compiled.header[kSegmentChannels] = compiled.forward.segment_channels;
-  compiled.header[kGradInputVector] = compiled.grad_input.vector;
-  compiled.header[kGradInputSegmentChannels] = compiled.grad_input.segment_channels;
+  auto& header = compiled.header;
+  header[kFormat] = kPatternFormat;
+  header[kOutChannels] = out_channels;
+  header[kGroupInChannels] = in_channels;
+  header[kFilterRows] = sizes[2];
+  header[kFilterCols] = sizes[3];
+  header[kGroups] = groups;
+  std::ranges::copy(block, header.begin() + kBlockOut);
+  header[kKeptWeights] = static_cast<int64_t>(mask_csr.col_indices.size());
+  header[kOcBlock] = compiled.forward.oc_block;
+  header[kIcBlock] = compiled.forward.ic_block;
+  header[kGradInputOcBlock] = compiled.grad_input.oc_block;
+  header[kGradInputIcBlock] = compiled.grad_input.ic_block;
   return compiled;
 }
 

@@ -1,4 +1,4 @@
-// Compiles a mask into the index lists that pattern_layout.h describes; neither torch nor Python is needed.
+// Compiles a mask into the arrays that pattern_layout.h describes. Depends on neither torch nor Python.
 #pragma once
 
 #include <array>
@@ -9,18 +9,18 @@
 
 namespace sparse_adv {
 
-struct Lists {
-  int64_t vector, segment_channels;
-  std::vector<int32_t> rows, entries;
+struct CsrArrays {
+  int64_t oc_block, ic_block;
+  std::vector<int32_t> row_offsets, col_indices;
 };
 
 struct CompiledMask {
   std::array<int64_t, kHeaderSize> header;
-  Lists forward, grad_input;
+  CsrArrays forward, grad_input;
 };
 
-// `mask` is bool [K, C/groups, R, S], of these sizes, in memory order. Throws std::invalid_argument where sizes, block
-// or groups are out of range.
+// `mask` is bool [K, C/groups, R, S] with these sizes, contiguous. Throws std::invalid_argument where sizes, block or
+// groups are out of range.
 CompiledMask compile_mask(const uint8_t* mask, const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& block,
                           int64_t groups);
 

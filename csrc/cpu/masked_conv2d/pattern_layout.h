@@ -1,24 +1,37 @@
-// The layout of a compiled pattern, shared by its maker (host.cpp) and its readers (cpu/pattern.cpp).
+// The memory layout of a compiled pattern, shared by the compiler (pattern_compiler.cpp) and the reader (pattern.cpp).
 //
-// A pattern is a list of tensors, none of which knows an image size:
-//   0 header   int64 [kHeaderSize], on the CPU
-//   1 mask     bool [K, C/groups, R, S]: true = kept
-//   2 rows     int32 [segments * vectors + 1]: where each list starts in `entries`; the forward pass and grad_weight
-//   3 entries  int32: the kept (channel, tap) pairs, channel << kTapBits | tap, tap = r * S + s
-//   4, 5       the same for grad_input, whose channels are output channels
-//   6, 7       optional, float32 [entries * vector]: the weight's values in the order of 3 and of 5
+// A pattern is a list of tensors. None of them depends on an image size.
+//   0 header       int64 [kHeaderSize], on the CPU
+//   1 mask         bool [K, C/groups, R, S]: true = kept
+//   2 row_offsets  int32 [ic_blocks * oc_blocks + 1]  } a block-CSR matrix, for the forward pass and grad_weight
+//   3 col_indices  int32 [nnz]                        }
+//   4, 5           the same two for grad_input, which reads output channels and writes input channels
+//   6, 7           optional, float32 [nnz, oc_block]: the weight's values in the order of 3 and of 5
 //
-// The forward pass computes `vector` consecutive output channels at a time (1, 2 or 4: what the block shape allows),
-// all of which keep the same (channel, tap) pairs: that is where a block mask is faster than an unstructured one.
-// Lists are cut into segments of consecutive channels, so that the part of the image that a segment reads stays in L1.
-// List number = segment * vectors + vector; entries within one list ascend by channel, then tap.
+// A column index names a channel that the pass reads and a filter tap: channel << kTapBits | tap, tap = r * S + s. It
+// stands for `oc_block` weights: those of 1, 2 or 4 consecutive channels that the pass writes, all of which the mask
+// keeps or prunes together (the block shape decides how many these are). The kernels load an input vector once for all
+// of them, which is why block masks run faster than unstructured ones.
+//
+// The channels that the pass reads are cut into blocks of `ic_block` consecutive channels, so that the part of the
+// images that one block reads stays in the L1 cache. Row number = ic_block number * oc_blocks + oc_block number: the
+// matrix has a row for each pair of these blocks. The column indices of a row ascend.
 #pragma once
 
 #include <cstdint>
 
 namespace sparse_adv {
 
-enum PatternTensor { kHeader, kMask, kRows, kEntries, kGradInputRows, kGradInputEntries, kValues, kGradInputValues };
+enum PatternTensor {
+  kHeader,
+  kMask,
+  kRowOffsets,
+  kColIndices,
+  kGradInputRowOffsets,
+  kGradInputColIndices,
+  kValues,
+  kGradInputValues
+};
 
 enum HeaderField {
   kFormat,  // kPatternFormat
@@ -27,16 +40,16 @@ enum HeaderField {
   kFilterRows,
   kFilterCols,
   kGroups,
-  kBlockOut,
+  kBlockOut,  // the mask's block shape, 4 fields
   kBlockIn,
   kBlockRows,
   kBlockCols,
-  kKept,  // number of true elements of the mask
-  kVector,
-  kSegmentChannels,
-  kGradInputVector,
-  kGradInputSegmentChannels,
-  kForwardKernel,  // the Kernel requested for each pass
+  kKeptWeights,  // number of true elements of the mask
+  kOcBlock,
+  kIcBlock,
+  kGradInputOcBlock,
+  kGradInputIcBlock,
+  kForwardKernel,  // the Kernel requested for each pass, 3 fields
   kGradInputKernel,
   kGradWeightKernel,
   kWeightIsMasked,  // 1: the caller guarantees that `weight` is 0 where the mask is false
@@ -45,7 +58,7 @@ enum HeaderField {
 
 enum class Kernel : int64_t { automatic = 0, sparse = 1, dense = 2 };
 
-constexpr int64_t kPatternFormat = 1;  // 2 is that of the GPU's block lists, which ops/pattern.py makes and reads
+constexpr int64_t kPatternFormat = 1;  // 2 is the block format of the GPU kernels (sparse_adv/ops)
 constexpr int kTapBits = 12;
 constexpr int64_t kMaxTaps = int64_t{1} << kTapBits;
 constexpr int64_t kMaxChannels = int64_t{1} << (31 - kTapBits);

@@ -14,14 +14,14 @@ namespace sparse_adv {
 enum class Pass { forward, grad_input, grad_weight };
 
 struct Plan {
-  Kernel kernel;                 // sparse or dense, never automatic
-  int64_t macs;                  // multiply-adds: those of the kept weights for sparse, of all weights for dense
-  std::optional<Window> window;  // the geometry that the sparse kernel runs with; empty for dense
+  Kernel kernel;                     // sparse or dense, never automatic
+  int64_t macs;                      // multiply-adds: of the weights kept by the mask for sparse, of all for dense
+  std::optional<Blocking> blocking;  // of the sparse kernel; empty for dense
 };
 
 // `channels_last`: the layout of the images that the pass reads. The kernel is the one that the pattern's header
-// requests, or the one that a static table expects to be faster; dense wherever the sparse kernel cannot run.
-Plan make_plan(const Pattern& pattern, const Convolution& conv, Pass pass, torch::headeronly::ScalarType dtype,
+// requests, or the one that a cost model expects to be faster; dense wherever the sparse kernel cannot run.
+Plan make_plan(const Pattern& pattern, const ConvParams& conv, Pass pass, torch::headeronly::ScalarType dtype,
                bool channels_last);
 
 }  // namespace sparse_adv

@@ -1,4 +1,5 @@
-// The forward pass and grad_input over the kept weights: threads, strips and tiles around the kernels.
+// The sparse kernel of the forward pass and of grad_input: threads, bands, panels and tiles around the arithmetic of
+// conv_kernel.h.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,16 +10,15 @@
 
 namespace sparse_adv {
 
-struct SparsePass {
-  PatternLists lists;
-  int64_t groups, group_rows;  // output channels per group
+struct SparseConv {
+  BlockCsr csr;
   WeightLayout weight;
-  const Window& window;
-  const torch::stable::Tensor& source;  // in a plain layout
-  Epilogue epilogue;                    // its residual in the layout of `output`
+  const Blocking& blocking;
+  const torch::stable::Tensor& source;  // the images that the pass reads, in a plain layout
+  Epilogue epilogue;                    // its residual in the layout of the output
 };
 
-// Writes output [N, groups * group_rows, ...], which has the source's layout.
-void run(const SparsePass& pass, torch::stable::Tensor& output);
+// Writes output [N, groups * group_out_channels, ...], which has the layout of the source.
+void run_sparse_conv(const SparseConv& conv, torch::stable::Tensor& output);
 
 }  // namespace sparse_adv

@@ -1,4 +1,5 @@
-// From NCHW images to windows in which lane = pixel: the rows of one image, padded. Nothing is transposed.
+// From NCHW images to the width-vectorised layout: the rows of one image with padding between them. Nothing is
+// transposed.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +8,18 @@
 
 namespace sparse_adv {
 
-// Rows first_row .. first_row + row_count - 1 of each channel become rows row_at ... of the window. All in floats.
-struct RowPlacement {
+// Rows first_row .. first_row + row_count - 1 of each channel become rows tile_row, tile_row + 1 ... of the tile. Sizes
+// and pitches in floats.
+struct RowMap {
   int64_t row_size;  // of the images
-  int64_t first_row, row_count, row_at;
-  int64_t rows;          // of the window: those that hold no row of the image become 0
-  int64_t data;          // written of each row, 0 beyond row_size: a multiple of kLanes
-  int64_t pitch, plane;  // from one row, one channel to the next
+  int64_t first_row, row_count, tile_row;
+  int64_t tile_rows;                 // those that have no row of the image become 0
+  int64_t tile_row_size;             // written of each row, 0 beyond row_size: a multiple of kLanes
+  int64_t row_pitch, channel_pitch;  // from one row, one channel of the tile to the next
 };
 
-// Channel c of an image, of `pixels` floats each, goes to window + (c - first_channel) * plane.
-SPARSE_ADV_FOR_EACH_ISA(void fill_rows(const float* image, int64_t pixels, const RowPlacement& placement,
-                                       int64_t first_channel, int64_t last_channel, float* window));
+// Channel c of an image, `pixels` floats each, goes to tile + (c - first_channel) * channel_pitch.
+SPARSE_ADV_FOR_EACH_ISA(void fill_width_tile(const float* image, int64_t pixels, const RowMap& map,
+                                             int64_t first_channel, int64_t last_channel, float* tile));
 
 }  // namespace sparse_adv
