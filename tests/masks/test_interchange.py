@@ -94,6 +94,16 @@ def test_a_ticket_file_is_read_with_its_provenance(model, masks, path):
     assert (loaded.provenance["format"], loaded.provenance["seed"]) == ("ticket", 7)
 
 
+def test_a_ticket_that_begins_like_a_pickle_is_a_ticket(model, masks, path):
+    """Its first byte is the lowest of its header's length, a multiple of eight."""
+    for padding in range(0, 256, 8):
+        save_ticket(path, Ticket(masks, model.state_dict(), {"note": "x" * padding}))
+        if path.read_bytes().startswith(b"\x80"):
+            break
+    assert path.read_bytes().startswith(b"\x80")
+    assert load_pruned(path).provenance["format"] == "ticket"
+
+
 def test_the_result_can_be_saved_as_a_ticket(model, masks, weights, path, tmp_path):
     torch.save(as_prune(model, masks), path)
     save_ticket(tmp_path / "t", load_pruned(path))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sparse_adv.files import unpickle_arrays
 
 _NUMPY = b"\x93NUMPY"
-_TORCH = (b"PK", b"\x80")
+_TORCH = (b"PK\x03\x04", b"\x80")
 """A zip archive, or a bare pickle, which torch wrote before 1.6."""
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -22,12 +22,12 @@ _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 
 def is_npy(path: Path) -> bool:
     """Return whether a file is a NumPy array file."""
-    return _starts_with(path, _NUMPY)
+    return _first_bytes(path).startswith(_NUMPY)
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file; an empty dict for files of other formats."""
-    if _starts_with(path, _NUMPY, *_TORCH):
+    if is_npy(path) or _is_torch(path):
         return {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -46,7 +46,7 @@ def read_tensors(path: Path) -> Any:
     if is_npy(path):
         raise ValueError(f"{str(path)!r} is a NumPy file: pass it as mask_path, and the weights as path")
     try:
-        if _starts_with(path, *_TORCH):
+        if _is_torch(path):
             return torch.load(path, map_location="cpu", weights_only=True)
         return load_file(path)
     except Exception as error:  # both libraries raise many types for damaged files
@@ -76,11 +76,17 @@ def read_npy_list(path: Path) -> list[torch.Tensor]:
         raise _unreadable(path, error) from error
 
 
-def _starts_with(path: Path, *prefixes: bytes) -> bool:
+def _is_torch(path: Path) -> bool:
+    start = _first_bytes(path)
+    # A safetensors file begins with the eight bytes of its header's length, which can be any, and the header's brace.
+    return start.startswith(_TORCH) and start[8:9] != b"{"
+
+
+def _first_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
     with path.open("rb") as file:
-        return file.read(max(map(len, prefixes))).startswith(prefixes)
+        return file.read(9)
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
