@@ -6,7 +6,6 @@ re-initialised weights, and the dense network. Each has a run folder like those 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ from statistics import median
 
 import torch
 
-from sparse_adv import experiment, masks, report, runs
+from sparse_adv import experiment, report, runs
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.experiment import SearchRun, TrainRun
-from sparse_adv.runs import EpochRecord, Run, TicketSource, TrainResult
+from sparse_adv.runs import EpochRecord, Run, TrainResult
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +59,14 @@ def run(
     searching.run(on_epoch=lambda record: _log_epoch("search", record))
 
     path = out / "search" / runs.TICKET
-    ticket, digest = masks.load_ticket(path), hashlib.sha256(path.read_bytes()).hexdigest()
     controls = {
-        "ticket": ("ticket", ticket, TicketSource(digest)),
-        "reinitialised": ("same mask, re-initialised", ticket, TicketSource(digest, reinit=True)),
-        "dense": ("dense", None, None),
+        "ticket": ("ticket", experiment.load_ticket(path)),
+        "reinitialised": ("same mask, re-initialised", experiment.load_ticket(path, reinit=True)),
+        "dense": ("dense", None),
     }
     trainings = {
-        name: TrainRun(out / folder, train, IMAGES, NETWORK, dataset, cpu, ticket=start, source=source, name=name)
-        for folder, (name, start, source) in controls.items()
+        name: TrainRun(out / folder, train, IMAGES, NETWORK, dataset, cpu, ticket=ticket, name=name)
+        for folder, (name, ticket) in controls.items()
     }
     # Epoch by epoch in turns, so that other load on the machine slows all networks alike.
     for records in zip(*(training.epochs() for training in trainings.values()), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,24 @@ def build_network(config: NetworkConfig, dataset: data.Dataset, seed: int, devic
         data=dataset.name,
     )
     return model.to(device)
+
+
+def load_ticket(path: Path, *, reinit: bool = False, shuffle: bool = False) -> tuple[masks.Ticket, TicketSource]:
+    """Read a ticket, or a pruned checkpoint of another tool, to be trained by a `TrainRun`.
+
+    Args:
+        path: of the file.
+        reinit: train the masks with freshly initialised weights, as a control.
+        shuffle: permute the masks of each layer at random, as a control.
+
+    Returns:
+        The ticket as it is in the file, and the description of what is to be trained.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or of an unknown format.
+    """
+    return masks.load_pruned(path), TicketSource(hashlib.sha256(path.read_bytes()).hexdigest(), reinit, shuffle)
 
 
 class SearchRun:
@@ -136,8 +155,7 @@ class TrainRun:
         train, images, network: the configurations.
         dataset: the images, from `load_data`.
         device: of the network.
-        ticket: masks and weights to begin with; None for a dense run.
-        source: which ticket that is, and whether it is changed as a control; needed with `ticket`.
+        ticket: a ticket and its description, from `load_ticket`; None for a dense run.
         name: what reports call the run; None for the folder's name.
 
     Raises:
@@ -164,22 +182,22 @@ class TrainRun:
         dataset: data.Dataset,
         device: torch.device,
         *,
-        ticket: masks.Ticket | None = None,
-        source: TicketSource | None = None,
+        ticket: tuple[masks.Ticket, TicketSource] | None = None,
         name: str | None = None,
     ) -> None:
         self.folder, self.train, self.dataset = folder, train, dataset
         self.masks: dict[str, torch.Tensor] = {}
-        density, before = runs.DENSE, runs.NO_COST
-        reinit = source is not None and source.reinit
-        # Fresh weights of a control take another seed, or they would be those that the ticket begins with.
-        self.model = build_network(network, dataset, train.seed + reinit, device)
-        if ticket is not None:
-            if source is not None and source.shuffle:
-                ticket = replace(ticket, masks=tickets.shuffle(ticket.masks, train.seed))
-            tickets.restore(self.model, ticket, (1, *dataset.input_shape), weights=not reinit)
-            self.masks = ticket.masks
-            density, before = density_of(self.model, ticket.masks, dataset), tickets.cost_of(ticket)
+        if ticket is None:
+            self.model = build_network(network, dataset, train.seed, device)
+            source, density, before = None, runs.DENSE, runs.NO_COST
+        else:
+            start, source = ticket
+            # Fresh weights of a control take another seed, or they would be those that the ticket begins with.
+            self.model = build_network(network, dataset, train.seed + source.reinit, device)
+            self.masks = tickets.shuffle(start.masks, train.seed) if source.shuffle else start.masks
+            start = replace(start, masks=self.masks)
+            tickets.restore(self.model, start, (1, *dataset.input_shape), weights=not source.reinit)
+            density, before = density_of(self.model, self.masks, dataset), tickets.cost_of(start)
         self.batches = make_batches(images, dataset, train.seed)
         info = RunInfo(
             "train",

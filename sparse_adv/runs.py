@@ -31,7 +31,7 @@ TICKET = "ticket.safetensors"
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds and multiply-adds (MACs) of attacks and updates; evaluations are not counted."""
+    """Seconds of wall clock, or of the GPU, and multiply-adds (MACs)."""
 
     seconds: float = 0.0
     macs: int = 0
@@ -112,7 +112,9 @@ class EpochRecord:
     device: str
     """On which this process ran the epoch."""
     total: Cost
-    """Of attacks and updates since the beginning of the run, with the search before it and epochs that were undone."""
+    """Of attacks and updates since the beginning of the run, with the search before it and epochs that were undone.
+
+    Evaluations are not counted."""
     attack: Cost
     """Of this epoch, like `update` and `evaluation`. MACs are those executed, with the kernels that the layers take."""
     update: Cost

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_adv import experiment, masks
+from sparse_adv import experiment
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import write_config
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, TrainConfig
 from sparse_adv.experiment import TrainRun
 from sparse_adv.json_files import to_json
-from sparse_adv.runs import TicketSource
 from sparse_adv.training import deterministic, distributed
 
 CONFIGURABLE = True
@@ -63,12 +61,10 @@ def run(options: Options) -> int:
     with deterministic(options.deterministic), distributed.group(options.device) as device:
         output = Output(options.json)
         dataset = experiment.load_data(options.data, options.train.seed, device)
-        ticket, source = None, None
+        ticket = None
         if options.ticket:
-            ticket = masks.load_pruned(options.ticket)
-            digest = hashlib.sha256(options.ticket.read_bytes()).hexdigest()
-            source = TicketSource(digest, options.reinit, options.shuffle)
-        known = ticket.provenance if ticket is not None else {}
+            ticket = experiment.load_ticket(options.ticket, reinit=options.reinit, shuffle=options.shuffle)
+        known = ticket[0].provenance if ticket is not None else {}
         network = networks.agreed(options.arch, options.width, known, str(options.ticket or "a dense run"))
         run = TrainRun(
             options.out,
@@ -78,7 +74,6 @@ def run(options: Options) -> int:
             dataset,
             device,
             ticket=ticket,
-            source=source,
             name=options.name,
         )
         write_config(options.out, options)

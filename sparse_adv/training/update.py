@@ -154,7 +154,7 @@ def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataPara
     images, without an update.
     """
     with warnings.catch_warnings():
-        # torch 2.11 renamed the argument; torch 2.10 does not know the new name.
+        # Newer versions of torch have another argument for this, which torch 2.10 does not know.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     with bn_mode(model, "eval"):
