@@ -18,7 +18,8 @@ def python(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
     """Run Python in a folder that holds links to the package and to all that is installed, but not to its metadata."""
     folder = tmp_path_factory.mktemp("in_place")
     (folder / "sparse_adv").symlink_to(Path(sparse_adv.__file__).parent)
-    for installed in {Path(metadata.distribution(name).locate_file("")) for name in ("torch", "dacite", "jsonargparse")}:
+    needed = ("torch", "dacite", "jsonargparse")
+    for installed in {Path(metadata.distribution(name).locate_file("")) for name in needed}:
         for path in installed.iterdir():
             if "sparse_adv" not in path.name and not (folder / path.name).is_symlink():
                 (folder / path.name).symlink_to(path)
