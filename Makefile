@@ -37,11 +37,12 @@ format: $(BUILT)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $$(find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 
-bench: $(BUILT)  ## measure every op against dense PyTorch (benchmarks/)
-	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-enable
+bench: $(BUILT)  ## measure every op and its rivals with pytest-benchmark; ARGS="-k pgd_step" chooses some
+	$(BIN)/python -m pytest benchmarks -q --benchmark-enable --benchmark-max-time=0.3 \
+	  --benchmark-columns=median,iqr,rounds $(ARGS)
 
-bench-cpu: $(BUILT)  ## the README's table of CPU kernels: ratios to dense and their bounds on this machine (5 minutes)
-	$(BIN)/python benchmarks/bench_masked_conv2d.py
+bench-cpu: $(BUILT)  ## the table of CPU kernels: ratios to dense and their bounds here (5 minutes; ARGS="--out FILE.csv")
+	$(BIN)/python benchmarks/bench_masked_conv2d.py $(ARGS)
 
 gpu-check:  ## on a machine with a GPU and a CUDA torch: build, prove and measure there (OUT=build/gpu_check)
 	PYTHON=$(PYTHON) benchmarks/gpu_check.sh $(or $(OUT),build/gpu_check)

@@ -1,38 +1,47 @@
-"""An attack (PGD-10) and a whole update of adversarial training through this library, against what people run.
+"""An attack (PGD-10) and an update of adversarial training through this library, against what people run.
 
-    python benchmarks/bench_attack.py [--device cuda] [--network resnet18] [--out benchmarks/results/FILE.jsonl]
+    python benchmarks/bench_attack.py [--device cuda] [--network resnet18] [--out FILE.csv]
+    make bench
 
-Sides, all on one network: "published", the loop of the published repositories in float32 and NCHW; "careful", the same
-in bfloat16, channels_last and cuDNN's benchmark mode; "compile", careful with a compiled network whose weights are
-frozen during the attack, since a compiled backward pass would form their gradients too; and "ours", on a GPU with the
-attack as one CUDA graph. Then ours on masked networks, against ours on the dense one. For the attack alone, on a GPU,
-"careful" and "compile" are CUDA graphs as well. On a CPU all is float32.
+All sides are public functions as users call them, on one network:
+
+- "published": the loop of the published repositories in float32 and NCHW;
+- "careful": the same in bfloat16, channels_last and cuDNN's benchmark mode; only on a GPU;
+- "compile": careful with a compiled network, whose weights are frozen during the attack, since a compiled backward
+  pass would compute their gradients too;
+- "ours": on a GPU with the attack as one CUDA graph. Then ours on masked networks, against "ours_dense".
+
+For the attack alone, on a GPU, "careful" and "compile" are CUDA graphs as well. On a CPU all is float32 and NCHW.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from pathlib import Path
+from functools import cached_property, lru_cache, partial
 
+import harness
+import pytest
 import torch
 import torch.nn.functional as F
-from harness import captured, interleaved, write_rows
+from harness import Case
+from timing import Side, captured
 from torch import Tensor, nn
 
-from sparse_adv import attacks, masks, sparsify
-from sparse_adv.models import build
+from sparse_adv import attacks, masks, models, sparsify
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 10
 NETWORKS = {"cuda": {"resnet18": 64, "wrn-34-10": None}, "cpu": {"resnet18": 16}}
 BATCH = {"cuda": 128, "cpu": 32}
-SPARSE = {"cuda": [((64, 64), 0.1), ((64, 64), 0.2), ((1, 1), 0.1)], "cpu": [((1, 1), 0.1), ((4, 4), 0.1)]}
-COMPILED_UPDATES = ("resnet18",)  # to compile another's training as well takes longer than its other rows together
-ROUNDS = 5
+Masks = list[tuple[tuple[int, ...], float]]
+MASKS: dict[str, Masks] = {
+    "cuda": [((64, 64), 0.1), ((64, 64), 0.2), ((1, 1), 0.1)],
+    "cpu": [((1, 1), 0.1), ((4, 4), 0.1)],
+}
+COMPILED_UPDATES = ("resnet18",)  # compiling the update of another network takes longer than all of its other cases
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Compiler = Callable[[nn.Module], nn.Module]
 
 
 def published_attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -51,6 +60,7 @@ def published_attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def frozen_attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """`published_attack` with frozen weights."""
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -60,28 +70,43 @@ def frozen_attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return adv
 
 
-class Update:
-    """One update of a copy of the network: craft, forward, backward, SGD."""
+def our_attack(device: str) -> Attack:
+    graphs = attacks.Graphs() if device == "cuda" else None
+    return partial(attacks.pgd, eps=EPS, alpha=ALPHA, steps=STEPS, check=False, graphs=graphs)
 
-    def __init__(self, network: nn.Module, attack: Attack, x: Tensor, y: Tensor, reduced: bool, compiled: bool = False):
+
+class Update:
+    """One update of a copy of the network: attack, forward, backward, SGD."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        attack: Attack,
+        x: Tensor,
+        y: Tensor,
+        bfloat16: bool,
+        compiler: Compiler = lambda model: model,
+    ):
+        """`bfloat16` means mixed precision by autocast, and channels_last."""
         self.model = copy.deepcopy(network).train()
-        self.attack, self.x, self.y, self.reduced = attack, x, y, reduced
-        if reduced:
+        self.attack, self.x, self.y, self.bfloat16 = attack, x, y, bfloat16
+        if bfloat16:
             self.model.to(memory_format=torch.channels_last)
             self.x = x.contiguous(memory_format=torch.channels_last)
-        self.forward = torch.compile(self.model) if compiled else self.model
+        self.forward = compiler(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
 
-    def cast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.x.device.type, torch.bfloat16) if self.reduced else nullcontext()
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.x.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
 
-    def craft(self) -> Tensor:
-        with self.cast():
+    def adversarial(self) -> Tensor:
+        """The attack alone."""
+        with self.autocast():
             return self.attack(self.forward, self.x, self.y)
 
     def __call__(self) -> Tensor:
-        with self.cast():
-            adv = self.craft()
+        with self.autocast():
+            adv = self.adversarial()
             self.optimizer.zero_grad()
             loss = F.cross_entropy(self.forward(adv), self.y)
         loss.backward()
@@ -89,67 +114,108 @@ class Update:
         return loss
 
 
-def our_attack(device: str) -> Attack:
-    graphs = attacks.Graphs() if device == "cuda" else None
-    return partial(attacks.pgd, eps=EPS, alpha=ALPHA, steps=STEPS, check=False, graphs=graphs)
+class Setup:
+    """A network, its images, and the updates that several cases share."""
 
+    def __init__(self, name: str, device: str = "cpu", quick: bool = False):
+        torch.manual_seed(0)
+        self.device, self.on_gpu = device, device == "cuda"
+        self.name, width, batch = ("digits_cnn", 4, 2) if quick else (name, NETWORKS[device][name], BATCH[device])
+        self.network = models.build(self.name, width=width).to(device)
+        self.x = torch.rand(batch, *models.find(self.name).input_shape, device=device)
+        self.y = torch.randint(10, (batch,), device=device)
+        # The backend "eager" compiles nothing, which takes minutes.
+        self.compiler = partial(torch.compile, backend="eager" if quick else "inductor")
 
-def rows(device: str, name: str) -> Iterator[dict]:
-    """Those that nothing is compiled for come first."""
-    torch.backends.cudnn.benchmark = True
-    on_gpu, batch = device == "cuda", BATCH[device]
-    torch.manual_seed(0)
-    network = build(name, width=NETWORKS[device][name]).to(device)
-    x, y = torch.rand(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
-    row = partial(measured_row, device=device, network=f"{name}, batch {batch}")
-    dense = Update(network, our_attack(device), x, y, on_gpu)
-    careful = Update(network, published_attack, x, y, on_gpu)
-    published = Update(network, published_attack, x, y, False)
-    yield row("update", "dense", {"ours": dense, "published": published, "careful": careful})
-    for block, density in SPARSE[device]:
-        ticket = copy.deepcopy(network)
+    def update_of(self, network: nn.Module, attack: Attack, **compiler: Compiler) -> Update:
+        return Update(network, attack, self.x, self.y, self.on_gpu, **compiler)
+
+    @cached_property
+    def ours(self) -> Update:
+        return self.update_of(self.network, our_attack(self.device))
+
+    @cached_property
+    def published(self) -> Update:
+        return Update(self.network, published_attack, self.x, self.y, bfloat16=False)
+
+    @cached_property
+    def careful(self) -> Update:
+        return self.update_of(self.network, published_attack)
+
+    @cached_property
+    def compiled(self) -> Update:
+        return self.update_of(self.network, frozen_attack, compiler=self.compiler)
+
+    def case(self, op: str, mask: str, sides: dict[str, Side]) -> Case:
+        dtype = "bfloat16" if self.on_gpu else "float32"
+        labels = {"op": f"PGD-{STEPS} {op}", "network": self.name, "batch": len(self.x), "mask": mask, "dtype": dtype}
+        rivals = [side for side in sides if side != "ours"]
+        return Case(labels, sides, rivals, rounds=5, warmup=4)  # cuDNN searches for algorithms, graphs are captured
+
+    def update(self) -> Case:
+        careful = {"careful": self.careful} if self.on_gpu else {}
+        return self.case("update", "dense", {"ours": self.ours, "published": self.published, **careful})
+
+    def masked_update(self, block: tuple[int, ...], density: float) -> Case:
+        ticket = copy.deepcopy(self.network)
         sparsify(ticket, masks.prune(ticket, density, block, scope="uniform"))
-        sparse = Update(ticket, our_attack(device), x, y, on_gpu)
-        yield row("update", f"block {block}, density {density}", {"ours": sparse, "our dense": dense})
-    compiled = Update(network, frozen_attack, x, y, on_gpu, compiled=True)
-    rivals = {"careful": careful.craft, "compile": compiled.craft}
-    if on_gpu:
-        rivals = {rival: captured(craft, calls=1) for rival, craft in rivals.items()}
-    yield row("attack", "dense", {"ours": dense.craft, **rivals})
-    if name in COMPILED_UPDATES:
-        yield row("update", "dense", {"ours": dense, "compile": compiled})
+        sides = {"ours": self.update_of(ticket, our_attack(self.device)), "ours_dense": self.ours}
+        return self.case("update", f"block {block}, density {density}", sides)
+
+    def attack(self) -> Case:
+        plain = {"careful": self.careful} if self.on_gpu else {"published": self.published}
+        rivals = {name: update.adversarial for name, update in {**plain, "compile": self.compiled}.items()}
+        if self.on_gpu:
+            rivals = {name: captured(side, calls=1) for name, side in rivals.items()}
+        return self.case("attack", "dense", {"ours": self.ours.adversarial, **rivals})
+
+    def compiled_update(self) -> Case:
+        return self.case("update", "dense", {"ours": self.ours, "compile": self.compiled})
 
 
-def measured_row(op: str, masked: str, sides: dict[str, Callable[[], object]], device: str, network: str) -> dict:
-    for side in sides.values():
-        for _ in range(3):  # compiled, searched for algorithms, recorded as a graph
-            side()
-    times = interleaved(sides, ROUNDS, device)
-    return {
-        "op": f"PGD-{STEPS} {op}",
-        "case": f"{network}, {masked}",
-        "dtype": "bfloat16" if device == "cuda" else "float32",
-        "seconds": times,
-        "ratios": {rival: t["median"] / times["ours"]["median"] for rival, t in times.items() if rival != "ours"},
-    }
+def cases(names: Sequence[str], device: str, quick: bool = False) -> Iterator[Case]:
+    """Those without a compiled side come first, since compiling may exceed a time limit."""
+    for name in names:
+        setup = Setup(name, device, quick)
+        yield setup.update()
+        for block, density in MASKS[device]:
+            yield setup.masked_update(block, density)
+        yield setup.attack()
+        if name in COMPILED_UPDATES:
+            yield setup.compiled_update()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=NETWORKS, default="cpu")
-    parser.add_argument("--network", help="one of the device's networks: " + ", ".join(NETWORKS["cuda"]))
-    parser.add_argument("--out", type=Path, help="also write a JSON line per row")
-    arguments = parser.parse_args()
-    names = list(NETWORKS[arguments.device])
-    if arguments.network not in (None, *names):
-        parser.error(f"--network must be one of {', '.join(names)} on {arguments.device}, got {arguments.network!r}")
-    measured = []
-    for found in (row for name in names if arguments.network in (None, name) for row in rows(arguments.device, name)):
-        measured.append(found)
-        write_rows(arguments.out, measured)
-        ratios = ", ".join(f"{rival} {ratio:.2f}x" for rival, ratio in found["ratios"].items())
-        median = found["seconds"]["ours"]["median"] * 1e3
-        print(f"{found['op']}  {found['case']:<52}{median:9.1f} ms; {ratios} of that time")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.argument_parser(__doc__, tuple(NETWORKS))
+    parser.add_argument("--network", help="only this one; on a CPU resnet18, on a GPU also wrn-34-10")
+    options = harness.start(parser, arguments)
+    names = tuple(NETWORKS[options.device])
+    if options.network not in (None, *names):
+        parser.error(f"--network must be one of {', '.join(names)} on {options.device}, got {options.network!r}")
+    harness.measure(cases([options.network] if options.network else names, options.device, options.quick), options)
+
+
+setup_of = lru_cache(maxsize=1)(Setup)
+
+
+@pytest.mark.parametrize("side", ["ours", "published"])
+def test_update(timed, quick, side):
+    timed(setup_of("resnet18", quick=quick).update(), side)
+
+
+@pytest.mark.parametrize("side", ["ours", "ours_dense"])
+@pytest.mark.parametrize("mask", MASKS["cpu"], ids=str)
+def test_masked_update(timed, quick, mask, side):
+    timed(setup_of("resnet18", quick=quick).masked_update(*mask), side)
+
+
+@pytest.mark.parametrize("side", ["ours", "published", "compile"])
+def test_attack(timed, quick, side):
+    timed(setup_of("resnet18", quick=quick).attack(), side)
+
+
+def test_compiled_update(timed, quick):
+    timed(setup_of("resnet18", quick=quick).compiled_update(), "compile")
 
 
 if __name__ == "__main__":

@@ -1,217 +1,206 @@
-"""`masked_conv2d` and its gradients against the better of PyTorch's NCHW and channels_last convolution, float32.
+"""`masked_conv2d` and its gradients against PyTorch's dense convolution.
 
-    python benchmarks/bench_masked_conv2d.py [--threads 1] [--batch 64] [--out benchmarks/results/FILE.jsonl]
-    pytest benchmarks/bench_masked_conv2d.py --benchmark-enable
+    python benchmarks/bench_masked_conv2d.py [--threads 1] [--batch 64] [--device cuda] [--out FILE.csv]
+    make bench
 
-NCHW in and out, all conversion included. Forward and grad_input run on packed values, as the passes of an attack do;
-"ours, unpacked" gathers them from the weight in each call, as a training step does. Where SparseProp is installed
-(`pip install sparseprop`) it takes part with unstructured masks; its one backward call forms both gradients.
+convolutions.py says which functions are timed. On the CPU: float32, NCHW in and out, all conversion included, against
+the better of PyTorch's NCHW and channels_last convolution. "ours_unpacked" gathers the values from the weight in each
+call, as a training step does. If SparseProp is installed (`pip install sparseprop`), it takes part with unstructured
+masks; its one backward call computes both gradients.
 
-Ratios depend on the machine, so each stands beside its bound, the dense time over the least time that the pass can take
-by `harness.measured_peak` and `harness.convolution_work`. GFLOP/s count no taps on padding. ATEN_CPU_CAPABILITY=avx2
-lowers our side alone: for PyTorch's convolutions and the peak set ONEDNN_MAX_CPU_ISA=AVX2 and
-MKL_ENABLE_INSTRUCTIONS=AVX2 too.
+On a GPU: bfloat16, channels_last, against cuDNN, each side as a CUDA graph. Block (1, 1) takes cuDNN on a masked
+weight, where a ratio of 1 is the aim.
+
+Ratios depend on the machine, so each stands beside its bound: dense time / the least time that the pass can take by
+`machine.measured_peak` and `convolutions.least_work`. GFLOP/s count no taps on padding. ATEN_CPU_CAPABILITY=avx2 limits
+our side alone; for PyTorch's convolutions and the peak also set ONEDNN_MAX_CPU_ISA=AVX2 and
+MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
+from functools import lru_cache, partial
 
+import harness
 import pytest
 import torch
-from harness import (
-    Peak,
-    convolution_work,
-    environment,
-    interleaved,
-    keep_freed_memory,
-    mask_of,
-    measured_peak,
-    print_machine,
-    write_rows,
-)
+from convolutions import DENSE, Layer, MaskedConvolution, least_work
+from harness import Case, Record, label_of
+from timing import Side
 
 from sparse_adv import ops
-from sparse_adv.ops import reference
 
-LAYERS = [(64, 32), (128, 16), (256, 8), (512, 4)]  # channels, pixels a side: the stages of a CIFAR ResNet-18
-BLOCKS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 4), (1, 1, 1, 3), (1, 1, 3, 3)]
-DENSITIES = [0.2, 0.1, 0.05, 0.02]
-PASSES = ("forward", "grad_input", "grad_weight")
-GEOMETRY = ((1, 1), (1, 1), (1, 1), 1)  # 3x3 filters, stride 1
+Masks = list[tuple[tuple[int, ...], float]]
+RESNET18, WRN_34_10 = [(64, 32), (128, 16), (256, 8), (512, 4)], [(160, 32), (320, 16), (640, 8)]
+LAYERS = {"cpu": RESNET18, "cuda": RESNET18 + WRN_34_10}  # channels, pixels a side: 3x3 layers at CIFAR size
+BATCHES = {"cpu": (64,), "cuda": (128, 512)}
+BLOCKS: list[tuple[int, ...]] = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 4), (1, 1, 1, 3), (1, 1, 3, 3)]
+MASKS: dict[str, Masks] = {
+    "cpu": [(block, density) for block in BLOCKS for density in (0.2, 0.1, 0.05, 0.02)],
+    "cuda": [((1, 1), 0.1), ((32, 32), 0.1), ((64, 64), 0.2), ((64, 64), 0.1)],
+}
 SPARSEPROP = importlib.util.find_spec("sparseprop") is not None
-Sides = dict[str, Callable[[], object]]
 
 
-def sides_of(
-    channels: int, size: int, batch: int, block: Sequence[int], density: float, rival: bool = False
-) -> dict[str, Sides]:
-    """For each pass, what to time; the first side is ours, `rival` adds SparseProp. Asserts that ours is right."""
-    mask = mask_of((channels, channels, 3, 3), block, density)
-    torch.manual_seed(0)
-    x, grad = torch.randn(2, batch, channels, size, size)
-    weight = torch.randn(mask.shape) * mask
-    pattern = ops.set_kernels(ops.compile_pattern(mask, block), "sparse", "sparse", "sparse")
-    tensors, packed = pattern.flatten(), ops.pack_pattern(pattern, weight).flatten()
-    native = torch.ops.sparse_adv
-    last = {name: t.contiguous(memory_format=torch.channels_last) for name, t in {"x": x, "grad": grad}.items()}
-
-    def backward(grad: torch.Tensor, x: torch.Tensor, which: int) -> torch.Tensor:
-        wanted = [which == 0, which == 1, False]
-        stride, padding, dilation, groups = GEOMETRY
-        return torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted
-        )[which]
-
-    forward: Sides = {
-        "ours": lambda: native.masked_conv2d(x, weight, packed, None, *GEOMETRY, None, None, False),
-        "ours, unpacked": lambda: native.masked_conv2d(x, weight, tensors, None, *GEOMETRY, None, None, False),
-        "dense": lambda: torch.conv2d(x, weight, None, 1, 1),
-        "dense, channels_last": lambda: torch.conv2d(last["x"], weight, None, 1, 1),
-    }
-    grad_input: Sides = {
-        "ours": lambda: native.masked_conv2d_grad_input(grad, weight, packed, x.shape, *GEOMETRY),
-        "dense": lambda: backward(grad, x, 0),
-        "dense, channels_last": lambda: backward(last["grad"], last["x"], 0),
-    }
-    grad_weight: Sides = {
-        "ours": lambda: native.masked_conv2d_grad_weight(grad, x, tensors, *GEOMETRY),
-        "dense": lambda: backward(grad, x, 1),
-        "dense, channels_last": lambda: backward(last["grad"], last["x"], 1),
-    }
-    few = slice(0, 2)
-    expected = reference.masked_conv2d(x[few].double(), weight.double(), mask, None, *GEOMETRY)
-    torch.testing.assert_close(forward["ours"]()[few].double(), expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(grad_input["ours"](), grad_input["dense"](), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(grad_weight["ours"](), grad_weight["dense"]() * mask, rtol=1e-3, atol=0.05)
-    if rival:
-        forward["sparseprop"], grad_weight["sparseprop, both gradients"] = sparseprop_sides(weight, x, grad)
-    return {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}
+def cases(device: str, batches: Sequence[int], masks: Masks, quick: bool = False) -> Iterator[Case]:
+    for batch in batches:
+        for block, density in masks:
+            for channels, size in LAYERS[device]:
+                yield from cases_of(channels, size, batch, block, density, device, quick).values()
 
 
-def sparseprop_sides(
-    weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Forward and backward of its layer, vectorised along rows from 32 pixels on, as its documentation advises."""
+@lru_cache(maxsize=1)
+def cases_of(
+    channels: int, size: int, batch: int, block: tuple[int, ...], density: float, device: str, quick: bool = False
+) -> dict[str, Case]:
+    """The case of each pass, after a check that our sides are right."""
+    if quick:
+        channels, batch = channels // 16, 2
+    convolution = MaskedConvolution(Layer(channels, channels, size, batch), block, density, device)
+    convolution.check()
+    kept = round(float(convolution.mask.float().mean()), 4)
+    labels = {"layer": f"{channels}@{size}", "batch": batch, "block": label_of(block), "density": density, "kept": kept}
+    passes = {name: convolution.case(name, labels) for name in ops.PASSES}
+    if device == "cpu":
+        passes["forward"] = _with(passes["forward"], ours_unpacked=partial(convolution.forward, convolution.pattern))
+        if SPARSEPROP and block == (1, 1):
+            forward, backward = sparseprop_sides(convolution)
+            passes["forward"] = _with(passes["forward"], sparseprop=forward)
+            passes["grad_weight"] = _with(passes["grad_weight"], sparseprop_both_gradients=backward)
+    return passes
+
+
+def _with(case: Case, **sides: Side) -> Case:
+    """The case with more sides, which do not count for its ratio."""
+    return replace(case, sides={**case.sides, **sides})
+
+
+def sparseprop_sides(convolution: MaskedConvolution) -> tuple[Side, Side]:
+    """Forward and backward of SparseProp's layer; from 32 pixels on along rows, as its documentation says."""
     from sparseprop.modules import SparseConv2d
 
+    weight, input, grad = convolution.weight, convolution.input, convolution.grad
     dense = torch.nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=1, bias=False)
     dense.weight.data.copy_(weight)
-    layer = SparseConv2d.from_dense(dense, vectorizing_over_on=x.shape[3] >= 32)
-    source = x.clone().requires_grad_()
+    layer = SparseConv2d.from_dense(dense, vectorizing_over_on=input.shape[3] >= 32)
+    source = input.clone().requires_grad_()
     output = layer(source)
-    torch.testing.assert_close(output, torch.conv2d(x, weight, None, 1, 1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(output, torch.conv2d(input, weight, None, 1, 1), rtol=1e-3, atol=1e-3)
     wanted = [source, *layer.parameters()]
-    return lambda: layer(x), lambda: torch.autograd.grad(
+    return lambda: layer(input), lambda: torch.autograd.grad(
         output, wanted, grad, retain_graph=True, allow_unused=True, materialize_grads=True
     )
 
 
-def rows(batch: int, peak: Peak) -> Iterator[dict]:
-    for block in BLOCKS:
-        for density in DENSITIES:
-            for channels, size in LAYERS:
-                mask = mask_of((channels, channels, 3, 3), block, density)
-                bound = peak.seconds(*convolution_work(mask, (batch, channels, size, size)))
-                dense_work, _ = convolution_work(torch.ones_like(mask), (batch, channels, size, size))
-                passes = sides_of(channels, size, batch, block, density, SPARSEPROP and block == (1, 1))
-                times = {name: interleaved(sides) for name, sides in passes.items()}
-                both = times["grad_input"]["ours"]["median"] + times["grad_weight"]["ours"]["median"]
-                for name, found in times.items():
-                    ours = found["ours"]["median"]
-                    dense = min(found["dense"]["median"], found["dense, channels_last"]["median"])
-                    rival = found.get("sparseprop", found.get("sparseprop, both gradients"))
-                    yield {
-                        "op": "masked_conv2d",
-                        "pass": name,
-                        "layer": f"{channels}@{size}",
-                        "batch": batch,
-                        "block": block,
-                        "density": density,
-                        "dtype": "float32",
-                        "kernel": "sparse",
-                        "seconds": found,
-                        "ratio_to_dense": dense / ours,
-                        "bound_ratio": dense / bound,
-                        "bound_seconds": bound,
-                        "dense_gflops": 2e-9 * dense_work / dense,
-                        "peak": peak._asdict(),
-                        # Of grad_weight: its backward to both of our gradients.
-                        "ratio_to_sparseprop": rival and rival["median"] / (ours if name == "forward" else both),
-                    }
-
-
-def dense_table(measured: list[dict]) -> str:
-    """GFLOP/s of the dense convolution, the better layout: medians over the rows of a pass and layer."""
-    layers = [f"{channels}@{size}" for channels, size in LAYERS]
+def dense_table(records: Sequence[Record]) -> str:
+    """GFLOP/s of the dense convolution in its better layout: medians over the records of a pass and layer."""
+    layers = _distinct(records, "layer")
     lines = [f"| dense, GFLOP/s | {' | '.join(layers)} | mean |", "| --- |" + " --- |" * (len(layers) + 1)]
-    for name in PASSES:
-        found = [
-            statistics.median(row["dense_gflops"] for row in measured if (row["pass"], row["layer"]) == (name, layer))
+    for name in ops.PASSES:
+        rates = [
+            statistics.median(
+                dense_gflops(record) for record in records if (record["pass"], record["layer"]) == (name, layer)
+            )
             for layer in layers
         ]
-        lines.append(f"| {name} | " + " | ".join(f"{rate:.0f}" for rate in (*found, statistics.mean(found))) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{rate:.0f}" for rate in (*rates, statistics.mean(rates))) + " |")
     return "\n".join(lines)
 
 
-def table(measured: list[dict], ratio: str = "ratio_to_dense", bound: str | None = "bound_ratio") -> str:
-    """Ratios "of" their bounds: geometric means over the layers and, in brackets, the lowest and highest ratio."""
+def dense_gflops(record: Record) -> float:
+    channels, size = map(int, str(record["layer"]).split("@"))
+    everything = torch.ones(channels, channels, 3, 3, dtype=torch.bool)
+    macs, _ = least_work(everything, (int(record["batch"]), channels, size, size))
+    return 2e-6 * macs / dense_ms(record)
+
+
+def ratio_table(records: Sequence[Record]) -> str:
+    """How many times as long the better dense convolution takes, "of" the bound where there is one.
+
+    Geometric means over the layers, and in brackets the lowest and the highest ratio.
+    """
+
+    def cell(found: list[Record]) -> str:
+        reached = [float(record["ratio"]) for record in found]
+        bounds = [dense_ms(record) / float(record["bound_ms"]) for record in found if "bound_ms" in record]
+        of = f" of {statistics.geometric_mean(bounds):.1f}" if bounds else ""
+        return f"{statistics.geometric_mean(reached):.1f}{of} ({min(reached):.1f}-{max(reached):.1f})"
+
+    return _table(records, cell)
+
+
+def sparseprop_table(records: Sequence[Record]) -> str:
+    """How many times as long SparseProp takes, both gradients together; means as in `ratio_table`."""
+    ours = {(r["pass"], r["layer"], r["block"], r["density"]): float(r["ours_ms"]) for r in records}
+
+    def cell(found: list[Record]) -> str:
+        ratios = []
+        for record in found:
+            place = (record["layer"], record["block"], record["density"])
+            if record["pass"] == "forward":
+                ratios.append(float(record["sparseprop_ms"]) / ours["forward", *place])
+            else:
+                both = ours["grad_input", *place] + ours["grad_weight", *place]
+                ratios.append(float(record["sparseprop_both_gradients_ms"]) / both)
+        return f"{statistics.geometric_mean(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f})"
+
+    compared = [r for r in records if "sparseprop_ms" in r or "sparseprop_both_gradients_ms" in r]
+    return _table(compared, cell)
+
+
+def _table(records: Sequence[Record], cell: Callable[[list[Record]], str]) -> str:
+    """A line for each block and pass, a cell for each density."""
+    densities = _distinct(records, "density")
     lines = [
-        "| block | pass | " + " | ".join(f"density {density}" for density in DENSITIES) + " |",
-        "| --- | --- |" + " --- |" * len(DENSITIES),
+        "| block | pass | " + " | ".join(f"density {density}" for density in densities) + " |",
+        "| --- | --- |" + " --- |" * len(densities),
     ]
-    for block in BLOCKS:
-        for name in PASSES:
-            cells = []
-            for density in DENSITIES:
-                key = (block, name, density)
-                found = [
-                    row for row in measured if (tuple(row["block"]), row["pass"], row["density"]) == key and row[ratio]
-                ]
-                if found:
-                    ratios = [row[ratio] for row in found]
-                    of = f" of {statistics.geometric_mean(row[bound] for row in found):.1f}" if bound else ""
-                    cells.append(f"{statistics.geometric_mean(ratios):.1f}{of} ({min(ratios):.1f}-{max(ratios):.1f})")
-            if cells:
-                lines.append(f"| {block} | {name} | " + " | ".join(cells) + " |")
+    for block in _distinct(records, "block"):
+        for name in _distinct(records, "pass"):
+            of_pass = [record for record in records if (record["block"], record["pass"]) == (block, name)]
+            cells = [cell([r for r in of_pass if str(r["density"]) == density]) for density in densities]
+            lines.append(f"| ({block.replace('x', ', ')}) | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--out", type=Path, help="also write a JSON line per row")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-    peak = measured_peak()
-    print_machine(peak)
-    measured = []
-    for row in rows(arguments.batch, peak):
-        measured.append(row)
-        ratio = f"{row['ratio_to_dense']:6.2f} of at most {row['bound_ratio']:.2f}"
-        print(f"{row['layer']:>7} {row['block']} {row['density']:<5} {row['pass']:<12}{ratio}", flush=True)
-    write_rows(arguments.out, measured)
-    print(f"\nbatch {arguments.batch}\n\n{dense_table(measured)}")
-    print(f'\nTimes as fast as dense PyTorch, "reached of at most" (slowest-fastest layer):\n{table(measured)}')
-    if SPARSEPROP:
-        print(f"\nTo SparseProp, the gradients together:\n{table(measured, 'ratio_to_sparseprop', bound=None)}")
+def _distinct(records: Sequence[Record], label: str) -> list[str]:
+    return list(dict.fromkeys(str(record[label]) for record in records))
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("side", ["ours", "dense"])
-def test_masked_conv2d(benchmark, layer, block, name, side):
-    """A row each at density 0.1, batch 64."""
-    benchmark.group = f"{layer[0]}@{layer[1]} {block} {name}"
-    benchmark.extra_info.update(environment())
-    benchmark.pedantic(sides_of(*layer, 64, block, 0.1)[name][side], rounds=5, warmup_rounds=1)
+def dense_ms(record: Record) -> float:
+    """Milliseconds of the dense convolution in its better layout."""
+    return min(float(record[f"{side}_ms"]) for side in DENSE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.argument_parser(__doc__, tuple(LAYERS))
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 64; on a GPU 128 and 512")
+    parser.set_defaults(threads=1)
+    options = harness.start(parser, arguments)
+    masks = MASKS[options.device][:: 4 if options.quick else 1]
+    batches = options.batch or BATCHES[options.device]
+    records = harness.measure(cases(options.device, batches, masks, options.quick), options)
+    if options.device == "cpu":
+        print(f"\n{dense_table(records)}")
+        print(
+            f'\nTimes as fast as dense PyTorch, "reached of at most" (slowest-fastest layer):\n{ratio_table(records)}'
+        )
+    if SPARSEPROP and options.device == "cpu":
+        print(f"\nHow many times as long SparseProp takes:\n{sparseprop_table(records)}")
+
+
+# The last decorator's parameter varies slowest: `cases_of` keeps the cases of one layer and mask.
+@pytest.mark.parametrize("side", ["ours", *DENSE])
+@pytest.mark.parametrize("name", ops.PASSES)
+@pytest.mark.parametrize("block", BLOCKS, ids=label_of)
+@pytest.mark.parametrize("layer", LAYERS["cpu"], ids=lambda layer: "{0}x{1}x{1}".format(*layer))
+def test_masked_conv2d(timed, quick, layer, block, name, side):
+    """Density 0.1, batch 64."""
+    timed(cases_of(*layer, 64, block, 0.1, "cpu", quick)[name], side)
 
 
 if __name__ == "__main__":

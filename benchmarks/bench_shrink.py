@@ -1,81 +1,85 @@
-"""What removing channels saves: a PGD-10 update of a ResNet-18 with half of every width, and of inner channels alone.
+"""What removing channels saves: a PGD-10 update of a ResNet-18 whose pruned filters `nn.shrink` removed.
 
-    python benchmarks/bench_shrink.py [--device cuda] [--out benchmarks/results/FILE.jsonl]
+    python benchmarks/bench_shrink.py [--device cuda] [--out FILE.csv]
+    make bench
 
-Both sides are dense networks and run the same attack loop; on a CPU in float32, on a GPU in bfloat16 and channels_last
-with the attack as a CUDA graph. Multiply-adds are those of a forward pass.
+Two cases: half of every width removed, and half of the inner channels alone. "ours" is the smaller network, "dense"
+the whole one. Both are dense networks in the same loop of public functions; on a CPU in float32, on a GPU in bfloat16
+and channels_last with the attack as a CUDA graph. "macs_kept" is a share of the MACs of a forward pass.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
-from pathlib import Path
+import copy
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
+import harness
+import pytest
 import torch
 from bench_attack import Update, our_attack
-from harness import interleaved, write_rows
-from torch import nn
+from harness import Case
+from torch import Tensor, nn
 
 from sparse_adv import masks
 from sparse_adv.models import build
 from sparse_adv.nn import count_macs, shrink
 
 SIZES = {"cpu": (64, 32), "cuda": (64, 128)}  # width, batch
+TOY = (4, 2)
+REMOVED = ("half of every width", "half of the inner channels")
 
 
-def rows(device: str) -> Iterator[dict]:
-    torch.backends.cudnn.benchmark = True
-    width, batch = SIZES[device]
+@lru_cache(maxsize=1)
+def case(removed: str, device: str = "cpu", quick: bool = False) -> Case:
+    """Asserts, on the CPU, that the smaller network computes what the masked one does."""
+    width, batch = TOY if quick else SIZES[device]
     torch.manual_seed(0)
-    network = build("resnet18", width=width).to(device)
-    x, y = torch.rand(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
-    everything = masks.prune(network, 0.5, "filter", "uniform", dependency_input=x[:1])
-    inner = {name: mask for name, mask in everything.items() if name.endswith("conv1") and "." in name}
-    for name, kept in {"half of every width": everything, "half of the inner channels": inner}.items():
-        small = shrink(network, kept, x[:1]).model
-        check(network, kept, small, x)
-        sides = {
-            "ours": Update(small, our_attack(device), x, y, device == "cuda"),
-            "dense": Update(network, our_attack(device), x, y, device == "cuda"),
-        }
-        for side in sides.values():
-            for _ in range(3 if device == "cuda" else 1):
-                side()
-        times = interleaved(sides, 5, device)
-        work = [count_macs(model, x[:1].shape).forward for model in (small, network)]
-        yield {
-            "op": "PGD-10 update, shrunk",
-            "case": f"resnet18 width {width}, batch {batch}, {name}",
-            "dtype": "bfloat16" if device == "cuda" else "float32",
-            "seconds": times,
-            "multiply_adds_kept": work[0] / work[1],
-            "ratios": {"dense": times["dense"]["median"] / times["ours"]["median"]},
-        }
+    network = build("resnet18", width=width)
+    x, y = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,), device=device)
+    pruned = masks.prune(network, 0.5, "filter", "uniform", dependency_input=x[:1])
+    if removed == REMOVED[1]:
+        pruned = {name: mask for name, mask in pruned.items() if name.endswith("conv1") and "." in name}
+    small = shrink(network, pruned, x[:1]).model
+    check(network, pruned, small, x[:2])
+    sides = {
+        side: Update(model.to(device), our_attack(device), x.to(device), y, device == "cuda")
+        for side, model in {"ours": small, "dense": network}.items()
+    }
+    macs = [count_macs(model, x[:1].shape).forward for model in (small, network)]
+    labels = {
+        "op": "PGD-10 update, shrunk",
+        "network": f"resnet18 width {width}",
+        "batch": batch,
+        "removed": removed,
+        "macs_kept": round(macs[0] / macs[1], 4),
+        "dtype": "bfloat16" if device == "cuda" else "float32",
+    }
+    return Case(labels, sides, ["dense"], rounds=5, warmup=3 if device == "cuda" else 1)
 
 
 @torch.no_grad()
-def check(network: nn.Module, kept: dict[str, torch.Tensor], small: nn.Module, x: torch.Tensor) -> None:
-    """The small network computes what the large one does with its filters masked."""
-    masked = build("resnet18", width=SIZES[x.device.type][0]).to(x.device)
-    masked.load_state_dict(network.state_dict())
-    for name, mask in kept.items():
+def check(network: nn.Module, pruned: dict[str, Tensor], small: nn.Module, x: Tensor) -> None:
+    masked = copy.deepcopy(network)
+    for name, mask in pruned.items():
         masked.get_submodule(name).weight.mul_(mask)
     torch.testing.assert_close(small.eval()(x), masked.eval()(x), rtol=1e-3, atol=1e-3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cpu")
-    parser.add_argument("--out", type=Path, help="also write a JSON line per row")
-    arguments = parser.parse_args()
-    measured = []
-    for row in rows(arguments.device):
-        measured.append(row)
-        write_rows(arguments.out, measured)
-        median = row["seconds"]["ours"]["median"] * 1e3
-        kept = f"{row['multiply_adds_kept']:.2f} of the multiply-adds"
-        print(f"{row['case']:<60}{median:9.1f} ms, {row['ratios']['dense']:.2f}x dense, {kept}")
+def cases(device: str, quick: bool = False) -> Iterator[Case]:
+    for removed in REMOVED:
+        yield case(removed, device, quick)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = harness.start(harness.argument_parser(__doc__, tuple(SIZES)), arguments)
+    harness.measure(cases(options.device, options.quick), options)
+
+
+@pytest.mark.parametrize("side", ["ours", "dense"])
+@pytest.mark.parametrize("removed", REMOVED)
+def test_shrink(timed, quick, removed, side):
+    timed(case(removed, quick=quick), side)
 
 
 if __name__ == "__main__":

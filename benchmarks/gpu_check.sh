@@ -1,10 +1,10 @@
 #!/bin/bash
 # Usage: benchmarks/gpu_check.sh OUTDIR
-# Builds the library on a machine with an NVIDIA GPU, a CUDA torch and nvcc, proves it there and measures it, in under 9
-# minutes and without a network. Each part has a time limit; when one fails, the others still run, and the exit status
-# is 1. Leaves in OUTDIR, of each part, what it printed (PART.log) and measured (PART.jsonl), and gpu_check.json and
-# gpu_check.md, which gpu_report.py makes of them. PYTHON names the interpreter (python3), COMMIT what is measured (what
-# git says).
+# Builds the library on a machine with an NVIDIA GPU, a CUDA torch and nvcc, tests it there and measures it, in under 9
+# minutes and without a network. Each part has a time limit. If a part fails, the others still run, and the exit status
+# is 1. Writes to OUTDIR the output (PART.log) and the measured rows (PART.csv) of each part, and gpu_check.json and
+# gpu_check.md, which gpu_report.py makes of them. Environment variables: PYTHON is the interpreter (default: python3),
+# COMMIT the name of the version that is measured (default: git's description).
 set -u
 [ $# -eq 1 ] || { sed -n '2,8s/^# //p' "$0"; exit 2; }
 mkdir -p "$1" || exit 2
@@ -19,7 +19,7 @@ parts=$out/parts.tsv note=
 part() {  # part NAME SECONDS COMMAND...
   local name=$1 limit=$2 begin=$SECONDS status
   shift 2
-  rm -f "$out/$name.jsonl"
+  rm -f "$out/$name.csv"
   echo "=== $name, at most $limit s"
   timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
   status=$?
@@ -27,32 +27,40 @@ part() {  # part NAME SECONDS COMMAND...
   [ $status -eq 0 ] || echo "=== $name FAILED with status $status"
 }
 
-# The limits add up to less than 9 minutes.
-part machine 10 nvidia-smi
-part build 75 "$python" setup.py --quiet build_ext --inplace
-part doctor 15 "$python" -m sparse_adv doctor
-# Each of these makes a native op throw. Should that end the process, it is this one.
-part native_errors 30 "${pytest[@]}" -k "refuse or crashes" \
+# The limits add up to 535 seconds at most.
+part machine 5 nvidia-smi
+part build 50 "$python" setup.py --quiet build_ext --inplace
+part doctor 12 "$python" -m sparse_adv doctor
+# In these tests native ops throw. If that ends the process, only this part is lost.
+part native_errors 20 "${pytest[@]}" -k "refuse or crashes" \
   tests/ops/test_masked_conv2d_pattern.py tests/ops/test_pgd_step.py tests/ops/test_random_start.py tests/ops/test_devices.py
 if "$python" -c 'import xdist' 2>/dev/null; then
-  # Not by files: a test that ends its worker would then be handed to the next worker, and on.
+  # Not --dist loadfile: pytest-xdist would hand a test that ends its worker to the next worker, up to four times the
+  # number of workers.
   cores=$(nproc)
-  tests=(-n $((cores > 4 ? cores - 2 : cores)) --dist worksteal)
+  tests=(-n $((cores > 4 ? cores - 2 : cores)) --dist worksteal tests sparse_adv)  # the benchmarks run below
 else
   note="only what needs a GPU: without pytest-xdist, which is not installed, all tests would take too long"
   tests=(-k "cuda or gpu" tests/ops/test_devices.py tests/attacks/test_cuda_graph.py tests/training/test_loop.py tests/training/test_evaluation.py)
 fi
-part tests 130 env OMP_NUM_THREADS=1 "${pytest[@]}" "${tests[@]}"
+part tests 138 env OMP_NUM_THREADS=1 "${pytest[@]}" "${tests[@]}"
 note=
-# Every tensor an allocation of its own: within the blocks that PyTorch keeps, memcheck sees no access out of bounds.
-part memcheck 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+# Each tensor gets an allocation of its own: memcheck sees no access out of bounds within a block that PyTorch caches.
+part memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --target-processes application-only --error-exitcode 1 "${pytest[@]}" \
   -k "cuda and (step_takes_any or start_gives or normalised or (blocks_with and bfloat16))" tests/ops/test_devices.py
-part pgd_step 30 "$python" benchmarks/bench_pgd_step.py --device cuda --out "$out/pgd_step.jsonl"
-part masked_conv2d 50 "$python" benchmarks/bench_masked_conv2d_cuda.py --out "$out/masked_conv2d.jsonl"
-part attack 55 "$python" benchmarks/bench_attack.py --device cuda --network resnet18 --out "$out/attack.jsonl"
-part attack_wrn 70 "$python" benchmarks/bench_attack.py --device cuda --network wrn-34-10 --out "$out/attack_wrn.jsonl"
-part shrink 25 "$python" benchmarks/bench_shrink.py --device cuda --out "$out/shrink.jsonl"
+measure() {  # measure NAME SECONDS BENCHMARK ARGUMENTS...
+  local name=$1 limit=$2 benchmark=$3
+  shift 3
+  part "$name" "$limit" "$python" "benchmarks/bench_$benchmark.py" --device cuda --out "$out/$name.csv" "$@"
+}
+measure pgd_step 26 pgd_step
+measure pgd_step_normalized 18 pgd_step_normalized
+measure random_start 18 random_start
+measure masked_conv2d 46 masked_conv2d
+measure attack 62 attack --network resnet18
+measure attack_wrn 78 attack --network wrn-34-10
+measure shrink 22 shrink
 
 "$python" benchmarks/gpu_report.py "$out" || exit 1
 awk -F'\t' '$2 != 0 { failed = 1 } END { exit failed }' "$parts"

@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import environment
+from harness import Record, compared, read_records, title_of
+from machine import environment
 
-COLUMNS = ("op", "case", "microseconds", "ratios", "of the bound")
+COLUMNS = ("case", "us", "times as long", "of the bound", "spread")
 LAST_LINES = 15
 TEST = r"\S+\.py::.+?"
 
 
 def parts(folder: Path) -> list[dict[str, Any]]:
-    """Each part with its exit status, seconds, limit and, where it failed, the tests that did or its last lines."""
+    """Each part with its exit status, seconds and limit, and if it failed its failed tests or its last lines."""
     found = []
     for line in (folder / "parts.tsv").read_text().splitlines():
         name, status, seconds, limit, note = line.split("\t")
@@ -30,9 +31,9 @@ def parts(folder: Path) -> list[dict[str, Any]]:
 
 
 def failed_tests(log: str) -> list[str]:
-    """The tests that failed according to `pytest -v`, with a reason where its summary was reached.
+    """The tests that failed according to the output of `pytest -v`, with the reasons from its summary.
 
-    A run that is stopped, or that a test ends, has no summary; the lines of single tests are then all there is.
+    A run that is stopped, or whose process a test ends, has no summary; then the lines of single tests are used.
     """
     ended = [f"{test} - {error}" for test, error in re.findall(rf"^({TEST}) (Fatal Python error: .*)$", log, re.M)]
     if summary := re.findall(r"^(?:FAILED|ERROR) (\S+\.py\b.*)$", log, re.M):
@@ -42,20 +43,16 @@ def failed_tests(log: str) -> list[str]:
     return list(dict.fromkeys(single + shared)) + ended
 
 
-def rows(folder: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the parts measured, without the facts that hold for all."""
+def rows(folder: Path) -> list[Record]:
+    """The records of all parts that measured."""
     names = [line.split("\t")[0] for line in (folder / "parts.tsv").read_text().splitlines()]
-    files = [path for name in names if (path := folder / f"{name}.jsonl").exists()]
-    found = [json.loads(line) for path in files for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if facts.get(key) != value} for row in found]
+    files = [path for name in names if (path := folder / f"{name}.csv").exists()]
+    return [record for path in files for record in read_records(path)[1]]
 
 
-def table_line(row: dict[str, Any]) -> list[str]:
-    ours = row["seconds"]["ours"]
-    spread = f"{ours['median'] * 1e6:.1f} ({ours['q20'] * 1e6:.1f}-{ours['q80'] * 1e6:.1f})"
-    ratios = ", ".join(f"{rival} {ratio:.2f}" for rival, ratio in row["ratios"].items())
-    bound = next((f"{row[key]:.0%}" for key in ("of_copy_bandwidth", "of_floor") if key in row), "")
-    return [row["op"], str(row.get("case") or row.get("shape")), spread, ratios, bound]
+def table_line(row: Record) -> list[str]:
+    share, ratios = compared(row)
+    return [title_of(row), f"{1e3 * float(row['ours_ms']):.1f}", ratios, share, f"{float(row['spread']):.0%}"]
 
 
 def what_failed(part: dict[str, Any]) -> list[str]:
@@ -67,7 +64,7 @@ def what_failed(part: dict[str, Any]) -> list[str]:
 
 
 def report(whole: dict[str, Any]) -> str:
-    """The parts, what failed in them, then a table of all rows: our time and how much longer each rival takes."""
+    """The parts, their failures, then a table of all rows: our time, and how many times as long the others take."""
     facts = {key: value for key, value in whole.items() if key not in ("parts", "rows")}
     lines = [f"# {facts.get('gpu', 'no GPU')}, {facts['date']}, commit {facts['commit']}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
@@ -85,7 +82,7 @@ def report(whole: dict[str, Any]) -> str:
 
 
 def as_json(whole: dict[str, Any]) -> str:
-    """JSON with a line for each fact, and for each item of a list."""
+    """JSON with a line for each fact and for each item of a list."""
 
     def text(value: object) -> str:
         if not isinstance(value, list):
@@ -97,7 +94,7 @@ def as_json(whole: dict[str, Any]) -> str:
 
 def main() -> None:
     folder, facts = Path(sys.argv[1]), environment()
-    whole = {**facts, "parts": parts(folder), "rows": rows(folder, facts)}
+    whole = {**facts, "parts": parts(folder), "rows": rows(folder)}
     (folder / "gpu_check.json").write_text(as_json(whole))
     text = report(whole)
     (folder / "gpu_check.md").write_text(text)

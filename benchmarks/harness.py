@@ -1,203 +1,195 @@
-"""What every benchmark shares.
+"""One way to measure, print and write for all benchmarks.
 
-Times are seconds of a call in this process, output allocation included: by the wall clock on a CPU, by CUDA events on a
-GPU.
+A benchmark file makes cases. As pytest tests (`make bench`) each side of a case is timed by pytest-benchmark; see
+conftest.py. Its `main` times the sides in turns, since the published ratios need that, and leaves a record for each
+case: a line of text, and with --out a line of a CSV file.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
-import math
-import shutil
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+import argparse
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
+from machine import Peak, environment, measured_peak, print_machine
+from timing import Side, Times, interleaved, interleaved_graphs, keep_freed_memory
 
-from sparse_adv import facts, ops
-from sparse_adv.ops.cuda_graph import Capturer
-from sparse_adv.ops.masked_conv2d_mask import expand_blocks
+Value = str | int | float
+Record = dict[str, Value]
+"""A line of a CSV file: labels, then milliseconds of each side, then `DERIVED`. Benchmarks differ in their labels."""
+DERIVED = ("bound_ms", "ratio", "spread")
+QUICK_ROUNDS = 2
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-COPIED_BYTES = {"cpu": 2**24, "cuda": 2**31}  # 16 MiB are the images of 64@32 at batch 64
 
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of returning it to the kernel.
-
-    Otherwise every large output is fresh memory, page faults cost all sides up to 5 ms per 16 MB, and whether they do
-    depends on what ran before: ratios jump between two values from process to process.
+    `macs` and `moved` (bytes) are the least that a call needs; if both are 0, the case has no bound. A rival is a side
+    that counts for the ratio.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+    labels: Mapping[str, Value]
+    sides: Mapping[str, Side]
+    """The side "ours" and what it is compared with."""
+    rivals: Sequence[str]
+    macs: int = 0
+    moved: int = 0
+    rounds: int = 9
+    warmup: int = 1
+    capture: bool = False
+    """Whether a GPU times each side as a CUDA graph of several calls, which leaves out the launches by Python."""
 
 
-def mask_of(shape: Sequence[int], block: Sequence[int], density: float) -> torch.Tensor:
-    """A random mask of whole blocks, always the same; edge blocks are smaller."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = (*block, 1, 1)[:4]
-    counts = [-(-length // size) for length, size in zip(shape, sizes, strict=True)]
-    return expand_blocks(torch.rand(counts, generator=generator) < density, sizes, shape)
+def argument_parser(description: str | None, devices: Sequence[str] = ("cpu",)) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=devices, default="cpu")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    parser.add_argument("--quick", action="store_true", help="toy sizes and few rounds: shows that the benchmark works")
+    parser.add_argument("--out", type=Path, help="CSV file to write as well")
+    return parser
 
 
-def interleaved(
-    sides: Mapping[str, Callable[[], object]], rounds: int = 9, device: str = "cpu"
-) -> dict[str, dict[str, float]]:
-    """Time the sides in turns, so that a busy machine slows all of them alike: median, 20 % and 80 % quantile."""
-    clock = _by_events if device == "cuda" else _by_wall_clock
-    for side in sides.values():
-        side()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            seconds[name].append(clock(side))
-    return {name: _quantiles(times) for name, times in seconds.items()}
+def integers(text: str) -> tuple[int, ...]:
+    """Parse an argument such as "4,4"."""
+    return tuple(int(number) for number in text.split(","))
 
 
-def captured(side: Callable[[], object], calls: int = 20) -> Callable[[], object]:
-    """Some calls of a side as one CUDA graph, so that what is timed is the GPU's work and not the launching of it."""
-    capturer = Capturer()
-    for _ in range(3):
-        capturer.run(side)
+def label_of(sizes: Sequence[int]) -> str:
+    """Sizes of a block or a tensor as a label, such as "4x4"."""
+    return "x".join(map(str, sizes))
 
-    def repeat() -> None:
-        for _ in range(calls):
+
+def start(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments and set PyTorch and the memory allocator up for measuring."""
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not options.quick:
+        keep_freed_memory()
+    torch.backends.cudnn.benchmark = options.device == "cuda"
+    return options
+
+
+def measure(cases: Iterable[Case], options: argparse.Namespace) -> list[Record]:
+    """Measure, print and write each case; what was measured before an interruption is in the file.
+
+    Args:
+        cases: made one by one, after the machine's rates were measured.
+        options: as `start` returned it.
+    """
+    peak = measured_peak(options.device)
+    print_machine(peak, options.device)
+    records, facts = [], environment()
+    for case in cases:
+        records.append(record_of(case, peak, options.device, options.quick))
+        print(line_of(records[-1]), flush=True)
+        if options.out:
+            write_records(options.out, records, facts)
+    return records
+
+
+def record_of(case: Case, peak: Peak, device: str, quick: bool = False) -> Record:
+    """Time the sides of a case in turns."""
+    warmup, rounds = (1, QUICK_ROUNDS) if quick else (case.warmup, case.rounds)
+    for side in case.sides.values():
+        for _ in range(warmup - 1):  # `interleaved` has a call of its own
             side()
-
-    return capturer.capture(repeat)
-
-
-def interleaved_graphs(
-    sides: Mapping[str, Callable[[], object]], rounds: int = 9, calls: int = 20
-) -> dict[str, dict[str, float]]:
-    """`interleaved` on a GPU, each side under a CUDA graph of several calls; seconds of one call."""
-    times = interleaved({name: captured(side, calls) for name, side in sides.items()}, rounds, "cuda")
-    return {name: {key: value / calls for key, value in found.items()} for name, found in times.items()}
-
-
-class Peak(NamedTuple):
-    """The highest rates of this machine that plain PyTorch reaches in this process: `measured_peak`."""
-
-    flops: float  # a second; a multiply-add is two
-    bandwidth: float  # bytes a second, those read and those written
-
-    def seconds(self, multiply_adds: int, moved: int) -> float:
-        """The bound of a call: its multiply-adds, or the bytes that it moves, whichever takes longer."""
-        return max(2 * multiply_adds / self.flops, moved / self.bandwidth)
-
-
-def measured_peak(device: str = "cpu") -> Peak:
-    """Measure both rates, of each the second fastest of 9 calls, with the threads that PyTorch has now.
-
-    FLOP/s on a CPU, float32: `torch.mm` of square matrices, three of which fit the L2 of the threads' cores, or a 3x3
-    convolution of 64 channels at 34 x 34 without padding, batch 64, whichever is faster: BLAS and oneDNN differ by
-    machine. On a GPU: `torch.mm` of 8192 x 8192 bfloat16 matrices. Bytes: `copy_bandwidth`.
-    """
-    if device == "cuda":
-        a, b = torch.randn(2, 8192, 8192, device=device).bfloat16()
-        sides: dict[str, Callable[[], object]] = {"mm": lambda: torch.mm(a, b)}
+    if case.capture and device == "cuda":
+        times = interleaved_graphs(case.sides, rounds)
     else:
-        rows = math.isqrt(torch.get_num_threads() * (_l2_bytes() or 2**20) // 12)
-        a, b = torch.randn(2, *[max(64, rows // 64 * 64)] * 2)
-        x, weight = torch.randn(64, 64, 34, 34).contiguous(memory_format=torch.channels_last), torch.randn(64, 64, 3, 3)
-        sides = {"mm": lambda: torch.mm(a, b), "conv2d": lambda: torch.conv2d(x, weight)}
-    multiply_adds = {"mm": len(a) ** 3, "conv2d": 64 * 32**2 * 64**2 * 9}
-    times = interleaved(sides, 9, device)
-    return Peak(max(2 * multiply_adds[side] / times[side]["q20"] for side in sides), copy_bandwidth(device))
+        times = interleaved(case.sides, rounds, device)
+    return {**case.labels, **columns(times, case.rivals, peak.seconds(case.macs, case.moved))}
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of PyTorch's own copy: the bound of whatever only moves memory."""
-    source = torch.ones(COPIED_BYTES[device] // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / interleaved({"copy": lambda: target.copy_(source)}, 9, device)["copy"]["q20"]
+def columns(times: Mapping[str, Times], rivals: Sequence[str], bound: float) -> Record:
+    """The measured part of a record, to five digits.
 
-
-def convolution_work(
-    mask: torch.Tensor, shape: Sequence[int], stride: int = 1, padding: int = 1, element_bytes: int = 4
-) -> tuple[int, int]:
-    """The least multiply-adds and bytes of a masked convolution on input of `shape`, the same in each of its passes.
-
-    Taps that fall on padding do not count; input, output and kept weights, or their gradients, move once.
+    `<side>_ms` is a median. `bound_ms` is missing if there is no bound. `ratio` is how many times as long the fastest
+    rival takes. `spread` is the largest `Times.spread` of the sides.
     """
-    ones = torch.ones(1, *shape[1:])
-    products = torch.conv2d(ones, mask.cpu().float(), None, stride, padding)
-    moved = shape[0] * (ones.numel() + products.numel()) + int(mask.count_nonzero())
-    return shape[0] * int(products.sum(dtype=torch.float64)), element_bytes * moved
+    numbers = {f"{side}_ms": 1e3 * quantiles.median for side, quantiles in times.items()}
+    if bound:
+        numbers["bound_ms"] = 1e3 * bound
+    numbers["ratio"] = min(times[rival].median for rival in rivals) / times["ours"].median
+    numbers["spread"] = max(quantiles.spread for quantiles in times.values())
+    return {name: float(f"{number:.5g}") for name, number in numbers.items()}
 
 
-def print_machine(peak: Peak) -> None:
-    """What the numbers of a CPU benchmark depend on, a line each."""
-    rates = {
-        "peak": f"{peak.flops / 1e9:.0f} GFLOP/s, torch.mm in the L2 or a dense convolution, whichever is faster",
-        "copy": f"{peak.bandwidth / 1e9:.1f} GB/s, read and written, copy of {COPIED_BYTES['cpu'] >> 20} MiB",
+def sides_of(record: Record) -> dict[str, float]:
+    """The milliseconds of each side."""
+    return {
+        name.removesuffix("_ms"): float(value)
+        for name, value in record.items()
+        if name.endswith("_ms") and name not in DERIVED
     }
-    for name, value in (environment() | rates).items():
-        print(f"{name:<16}{value}")
 
 
-def write_rows(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A JSON line per row, each with the facts that its numbers depend on."""
-    if path is None:
-        return
-    conditions = environment()
+def ratios_of(record: Record) -> dict[str, float]:
+    """How many times as long as ours each other side takes."""
+    times = sides_of(record)
+    ours = times.pop("ours")
+    return {side: milliseconds / ours for side, milliseconds in times.items()}
+
+
+def compared(record: Record) -> tuple[str, str]:
+    """The share of the bound in our time, empty if there is no bound, and `ratios_of`, as text."""
+    share = f"{float(record['bound_ms']) / float(record['ours_ms']):.0%}" if "bound_ms" in record else ""
+    return share, ", ".join(f"{side} {ratio:.2f}" for side, ratio in ratios_of(record).items())
+
+
+def title_of(labels: Mapping[str, Value]) -> str:
+    """What was measured: the labels of a case or of a record. Words stand alone, numbers and blocks with their name."""
+    measured = {*DERIVED, *(f"{side}_ms" for side in sides_of(dict(labels)))}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}" if isinstance(value, (int, float)) or name == "block" else value
+        for name, value in labels.items()
+        if name not in measured
+    )
+
+
+def line_of(record: Record) -> str:
+    """A record as a line of text: our time and its share of the bound, and how many times as long the others take."""
+    share, ratios = compared(record)
+    bound = f" ({share} of the bound)" if share else ""
+    return f"{title_of(record):<72} {float(record['ours_ms']):9.4g} ms{bound}; times as long: {ratios}"
+
+
+def write_records(path: Path, records: Sequence[Record], facts: Mapping[str, Value]) -> None:
+    """Write a CSV file, which appears whole or not at all; `facts` hold for all records and are comments at its top."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    sides = [name for name in names if name.endswith("_ms") and name not in DERIVED]
+    labels = [name for name in names if name not in (*sides, *DERIVED)]
+    text = StringIO()
+    for name, value in facts.items():
+        text.write(f"# {name}: {value}\n")
+    header = [*labels, *sides, *(name for name in DERIVED if name in names)]
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps({**row, **conditions}) + "\n" for row in rows))
+    partial.write_text(text.getvalue())
     partial.replace(path)
 
 
-def _by_wall_clock(side: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    side()
-    return time.perf_counter() - begin
+def read_records(path: Path) -> tuple[dict[str, str], list[Record]]:
+    """The facts and the records of a CSV file; empty cells are left out of a record."""
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines if line.startswith("# ")]
+    facts = dict(comment[2:].split(": ", 1) for comment in comments)
+    rows = csv.DictReader(lines[len(comments) :])
+    return facts, [{name: _value(text) for name, text in row.items() if text} for row in rows]
 
 
-def _by_events(side: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    side()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def _quantiles(times: list[float]) -> dict[str, float]:
-    fifths = statistics.quantiles(times, n=5)
-    return {"median": statistics.median(times), "q20": fifths[0], "q80": fifths[3]}
-
-
-def environment() -> dict[str, Any]:
-    """What a number depends on."""
-    machine, gpu = facts.machine(), {}
-    if machine.gpu:
-        gpu = {"gpu": machine.gpu, "cuda": torch.version.cuda, "ops_on_cuda": ops.cuda_ops()}
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        **gpu,
-        "device": machine.cpu,
-        "cores": machine.cores,
-        "l2_bytes": _l2_bytes(),
-        "instruction_set": machine.instruction_set,
-        "threads": machine.threads,
-        "torch": torch.__version__,
-        "commit": facts.commit() or "unknown",
-    }
-
-
-def _l2_bytes() -> int:
-    """Of one core; 0 where it is not known."""
-    size = _output_of("getconf", "LEVEL2_CACHE_SIZE")
-    return int(size) if size.isdecimal() else 0
-
-
-def _output_of(*command: str) -> str:
-    """What a command prints, nothing where there is no such command."""
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which(command[0]) else ""
+def _value(text: str) -> Value:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from sparse_adv.commands.flags import whole_numbers
+from harness import integers
 from torch import Tensor, nn
 
 from sparse_adv import masks, models, runs
@@ -44,7 +44,7 @@ def permuted(model: nn.Module, density: float, block: tuple[int, ...], shape: tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a dense run of `sparse-adv train`")
-    parser.add_argument("--blocks", type=whole_numbers, nargs="+", default=[(32, 32), (64, 64)])
+    parser.add_argument("--blocks", type=integers, nargs="+", default=[(32, 32), (64, 64)])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2])
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # of layers of which nothing is kept

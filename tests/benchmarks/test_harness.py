@@ -1,89 +1,109 @@
-"""The bound that the CPU benchmarks print beside each ratio, and their table."""
+"""Records: what is measured of a case, its line of text and its CSV file. And every benchmark runs to its end."""
 
-import itertools
-import json
-import sys
+import importlib
 
-import bench_masked_conv2d as bench
 import harness
 import pytest
 import torch
-from harness import Peak, convolution_work, mask_of
+from harness import Case
+from machine import Peak
+from timing import Times
+
+PEAK = Peak(flops=2e6, bandwidth=1e9)
+FACTS = {"device": "a CPU", "threads": 1}
+SLOW = Times(median=6e-3, q20=5e-3, q80=8e-3)
+FAST = Times(median=2e-3, q20=2e-3, q80=2.2e-3)
+RECORD = {
+    "op": "masked_conv2d",
+    "block": "4x4",
+    "density": 0.1,
+    "ours_ms": 2.0,
+    "dense_ms": 6.0,
+    "bound_ms": 0.5,
+    "ratio": 3.0,
+    "spread": 0.5,
+}
+QUICK = {
+    "bench_masked_conv2d": ["ours_ms", "ours_unpacked_ms", "dense_ms", "dense_channels_last_ms", "bound_ms"],
+    "bench_layers": ["kernel", "ours_ms", "dense_ms", "dense_channels_last_ms", "bound_ms"],
+    "bench_pgd_step": ["ours_ms", "eager_ms", "compile_ms", "bound_ms"],
+    "bench_pgd_step_normalized": ["ours_ms", "eager_ms", "compile_ms", "bound_ms"],
+    "bench_random_start": ["ours_ms", "eager_ms", "compile_ms", "bound_ms"],
+    "bench_attack": ["ours_ms", "published_ms", "compile_ms", "ours_dense_ms"],
+    "bench_shrink": ["macs_kept", "ours_ms", "dense_ms"],
+}
 
 
-def test_the_bound_is_the_slower_of_multiplying_and_moving():
-    peak = Peak(flops=8.0, bandwidth=2.0)
-    assert peak.seconds(multiply_adds=16, moved=1) == 4.0
-    assert peak.seconds(multiply_adds=16, moved=10) == 5.0
+def case_of(times: dict[str, Times], rivals: list[str], monkeypatch, **fields) -> Case:
+    """A case whose times are given instead of measured."""
+    monkeypatch.setattr(harness, "interleaved", lambda sides, rounds, device: {name: times[name] for name in sides})
+    labels = {"op": "masked_conv2d", "block": "4x4", "density": 0.1}
+    return Case(labels, {name: lambda: None for name in times}, rivals, **fields)
 
 
-@pytest.mark.parametrize(("size", "stride", "padding"), [((5, 4), 1, 1), ((6, 7), 2, 1), ((4, 4), 2, 0)])
-def test_the_least_work_is_counted_tap_by_tap(size, stride, padding):
-    mask = mask_of((4, 3, 3, 3), (2, 1), 0.4)
-    height, width = ((length + 2 * padding - 3) // stride + 1 for length in size)
-    multiply_adds = sum(
-        0 <= y * stride - padding + r < size[0] and 0 <= x * stride - padding + s < size[1]
-        for _, _, r, s in mask.nonzero().tolist()
-        for y, x in itertools.product(range(height), range(width))
-    )
-    elements = 2 * 3 * size[0] * size[1] + 2 * 4 * height * width + int(mask.sum())
-    assert convolution_work(mask, (2, 3, *size), stride, padding) == (2 * multiply_adds, 4 * elements)
+def test_a_record_has_medians_bound_ratio_and_spread(monkeypatch):
+    case = case_of({"ours": FAST, "dense": SLOW}, ["dense"], monkeypatch, macs=500, moved=10)
+    assert harness.record_of(case, PEAK, "cpu") == RECORD
 
 
-def test_the_least_work_of_a_large_layer_is_exact():
-    """Counts beyond what float32 holds: of 512@4 with padding, a row of taps meets 3 + 4 + 3 of 3 x 4 pixels."""
-    multiply_adds, _ = convolution_work(torch.ones(512, 512, 3, 3, dtype=torch.bool), (64, 512, 4, 4))
-    assert multiply_adds == 64 * 512**2 * 10**2
+def test_the_fastest_rival_counts_for_the_ratio_and_other_sides_do_not(monkeypatch):
+    times = {"ours": FAST, "dense": SLOW, "dense_channels_last": SLOW._replace(median=5e-3), "ours_unpacked": FAST}
+    record = harness.record_of(case_of(times, ["dense", "dense_channels_last"], monkeypatch), PEAK, "cpu")
+    assert record["ratio"] == 2.5 and "bound_ms" not in record
 
 
-@pytest.mark.parametrize("faster", ["mm", "conv2d"])
-def test_the_peak_is_the_faster_of_a_product_in_the_l2_and_a_convolution(monkeypatch, faster):
-    """With seconds given instead of measured."""
-
-    def seconds_given(sides, rounds, device):
-        assert device == "cpu" and all(isinstance(side(), torch.Tensor) for side in sides.values())
-        return {name: {"q20": 0.5 if name in (faster, "copy") else 1e9} for name in sides}
-
-    monkeypatch.setattr(harness, "interleaved", seconds_given)
-    monkeypatch.setattr(harness, "_l2_bytes", lambda: 2**21)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    multiply_adds = {"mm": 384**3, "conv2d": 64 * 32**2 * 64**2 * 9}[faster]  # 3 x 384 x 384 x 4 bytes < 2 MiB
-    assert harness.measured_peak() == Peak(flops=4.0 * multiply_adds, bandwidth=4.0 * 2**24)
+def test_each_side_is_warmed_up_as_often_as_its_case_says():
+    calls = []
+    case = Case({}, {"ours": lambda: calls.append(1)}, ["ours"], rounds=2, warmup=4)
+    harness.record_of(case, PEAK, "cpu")
+    assert len(calls) == 4 + 2
 
 
-def row(layer: str, ratio: float, bound: float, gflops: float) -> dict:
-    place = {"block": [4, 4], "pass": "forward", "density": 0.1, "layer": layer}
-    return place | {"ratio_to_dense": ratio, "bound_ratio": bound, "dense_gflops": gflops}
+def test_a_line_of_text_has_the_labels_and_how_the_sides_compare():
+    line = " ".join(harness.line_of(RECORD).split())
+    assert line == "masked_conv2d, block 4x4, density 0.1 2 ms (25% of the bound); times as long: dense 3.00"
 
 
-def test_the_tables_say_what_is_reached_and_what_is_possible(monkeypatch):
-    monkeypatch.setattr(bench, "LAYERS", [(64, 32), (128, 16)])
-    monkeypatch.setattr(bench, "PASSES", ["forward"])
-    rows = [row("64@32", 2.0, 8.0, 100), row("64@32", 4.0, 8.0, 102), row("128@16", 8.0, 27.0, 121)]
-    assert "| (4, 4) | forward | 4.0 of 12.0 (2.0-8.0) |" in bench.table(rows)
-    assert "| (4, 4) | forward | 4.0 (2.0-8.0) |" in bench.table(rows, bound=None)
-    assert bench.dense_table(rows).splitlines()[::2] == [
-        "| dense, GFLOP/s | 64@32 | 128@16 | mean |",
-        "| forward | 101 | 121 | 111 |",
-    ]
+def test_a_file_returns_what_was_written(tmp_path):
+    other = {"op": "PGD-10 update, shrunk", "removed": "half", "ours_ms": 1.5, "spread": 0.1}
+    harness.write_records(tmp_path / "a.csv", [RECORD, other], FACTS)
+    facts, records = harness.read_records(tmp_path / "a.csv")
+    assert facts == {"device": "a CPU", "threads": "1"} and records == [RECORD, other]
+    header = (tmp_path / "a.csv").read_text().splitlines()[len(FACTS)]
+    assert header == "op,block,density,removed,ours_ms,dense_ms,bound_ms,ratio,spread"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
-def test_the_benchmark_of_a_small_layer_leaves_rows_with_their_bound(monkeypatch, capsys, tmp_path):
-    for name, value in {"LAYERS": [(16, 6)], "BLOCKS": [(4, 4)], "DENSITIES": [0.2], "SPARSEPROP": False}.items():
-        monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(bench, "keep_freed_memory", lambda: None)  # it would hold for all later tests
-    threads = str(torch.get_num_threads())
-    monkeypatch.setattr(
-        sys, "argv", ["bench", "--threads", threads, "--batch", "2", "--out", str(tmp_path / "rows.jsonl")]
-    )
-    bench.main()
+def test_an_interruption_loses_no_record(tmp_path, monkeypatch):
+    def cases():
+        yield case_of({"ours": FAST, "dense": SLOW}, ["dense"], monkeypatch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "measured_peak", lambda device: PEAK)
+    parser = harness.argument_parser("")
+    options = parser.parse_args(["--quick", "--out", str(tmp_path / "a.csv")])
+    with pytest.raises(KeyboardInterrupt):
+        harness.measure(cases(), options)
+    assert [record["ratio"] for record in harness.read_records(tmp_path / "a.csv")[1]] == [3.0]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_quick_run_of_each_benchmark_leaves_records(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(harness, "measured_peak", lambda device: PEAK)
+    benchmark, threads = importlib.import_module(name), torch.get_num_threads()
+    benchmark.main(["--quick", "--threads", str(threads), "--out", str(tmp_path / "a.csv")])
     printed = capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["pass"] for row in rows] == list(bench.PASSES)
-    for row in rows:
-        dense = min(row["seconds"][side]["median"] for side in ("dense", "dense, channels_last"))
-        work = convolution_work(mask_of((16, 16, 3, 3), (4, 4), 0.2), (2, 16, 6, 6))
-        assert row["bound_ratio"] == pytest.approx(dense / Peak(**row["peak"]).seconds(*work))
-        assert f"{row['ratio_to_dense']:.2f} of at most {row['bound_ratio']:.2f}" in printed
-        assert {"device", "cores", "l2_bytes", "instruction_set", "threads", "torch"} <= row.keys()
-    assert "GFLOP/s, torch.mm in the L2" in printed and "| dense, GFLOP/s | 16@6 | mean |" in printed
+    facts, records = harness.read_records(tmp_path / "a.csv")
+    assert facts["threads"] == str(threads) and "commit" in facts
+    assert {column for record in records for column in record} >= {"op", "ratio", "spread", *QUICK[name]}
+    assert all(harness.line_of(record) in printed for record in records)
+
+
+def test_the_picture_is_drawn_from_a_quick_run_and_again_from_its_rows(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    monkeypatch.setattr(harness, "measured_peak", lambda device: PEAK)
+    plot, threads = importlib.import_module("plot_masked_conv2d"), str(torch.get_num_threads())
+    rows, first, again = tmp_path / "a.csv", tmp_path / "a.svg", tmp_path / "b.svg"
+    plot.main(["--quick", "--threads", threads, "--out", str(rows), "--picture", str(first)])
+    plot.main(["--rows", str(rows), "--threads", threads, "--picture", str(again), "--quick"])
+    assert "block (4, 4)" in first.read_text() and len(first.read_text()) == len(again.read_text())

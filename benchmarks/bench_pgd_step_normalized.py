@@ -1,0 +1,64 @@
+"""`pgd_step_normalized` against the same formula in plain PyTorch, eager and compiled.
+
+    python benchmarks/bench_pgd_step_normalized.py [--device cuda] [--out FILE.csv]
+    make bench
+
+All sides are public functions as users call them. The bound is the time of a copy of as many bytes: 18 an element,
+since the step reads three tensors and writes one in float32 and one in bfloat16. On a CPU ours is two passes. On a GPU
+each side is a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+
+import harness
+import pytest
+import torch
+from bench_pgd_step import ALPHA, EPS, SHAPES, SIDES, TOY, compiled, images
+from harness import Case, label_of
+from torch import Tensor
+
+from sparse_adv.ops import pgd_step_normalized, reference
+
+
+def plain(*arguments: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The reference, with the network's input in channels_last."""
+    adv, normalized = reference.pgd_step_normalized(*arguments)
+    return adv, normalized.contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=1)
+def case(shape: tuple[int, ...], device: str = "cpu", quick: bool = False) -> Case:
+    """Asserts that ours is right."""
+    adv, grad, clean = images(shape, device)
+    mean, std = torch.full((2, shape[1]), 0.25, device=device)
+    step = (adv, grad, clean, mean, std, ALPHA, EPS)
+    # Of the bfloat16 tensor the last bit may differ.
+    torch.testing.assert_close(pgd_step_normalized(*step), plain(*step), rtol=1e-2, atol=1e-5)
+    functions = dict(zip(SIDES, (pgd_step_normalized, plain, compiled(plain, quick)), strict=True))
+    sides = {name: partial(function, *step) for name, function in functions.items()}
+    labels = {"op": "pgd_step_normalized linf", "shape": label_of(shape), "dtype": "float32"}
+    moved, rounds = 18 * clean.numel(), 30 if device == "cpu" else 9
+    return Case(labels, sides, SIDES[1:], moved=moved, rounds=rounds, warmup=3, capture=True)
+
+
+def cases(device: str, quick: bool = False) -> Iterator[Case]:
+    for shape in [TOY] if quick else SHAPES[device]:
+        yield case(shape, device, quick)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = harness.start(harness.argument_parser(__doc__, tuple(SHAPES)), arguments)
+    harness.measure(cases(options.device, options.quick), options)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("shape", SHAPES["cpu"], ids=label_of)
+def test_pgd_step_normalized(timed, quick, shape, side):
+    timed(case(TOY if quick else shape, quick=quick), side)
+
+
+if __name__ == "__main__":
+    main()

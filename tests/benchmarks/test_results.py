@@ -1,0 +1,86 @@
+"""The committed rows are the ones that the documents' numbers come from, and there are few of them."""
+
+import re
+import statistics
+from pathlib import Path
+
+import bench_layers
+import bench_masked_conv2d as bench
+import pytest
+from harness import Record, read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = re.sub(r"\s+", " ", (ROOT / "docs" / "results" / "cpu_kernels.md").read_text(encoding="utf-8"))
+
+
+def rows(instruction_set: str = "avx512", threads: int = 1, batch: int = 64) -> list[Record]:
+    wanted = {"instruction_set": instruction_set, "threads": threads, "batch": batch}
+    records = [r for r in read_records(RESULTS / "masked_conv2d_zen4.csv")[1] if wanted.items() <= r.items()]
+    assert len(records) == len(bench.MASKS["cpu"]) * len(bench.LAYERS["cpu"]) * 3
+    return records
+
+
+def test_the_results_stay_small():
+    """Raw rows of one run would be a megabyte."""
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 300_000
+
+
+def test_every_line_of_the_table_of_cpu_kernels_follows_from_the_rows():
+    lines = bench.ratio_table(rows()).splitlines()
+    assert len(lines) == 2 + 7 * 3
+    assert [line for line in lines if line not in PAGE] == []
+
+
+@pytest.mark.parametrize("block", ["1x1", "4x4"])
+@pytest.mark.parametrize("density", [0.1, 0.02])
+def test_the_milliseconds_beside_the_bounds_follow_from_the_rows(block, density):
+    place = {"pass": "forward", "block": block, "density": density}
+    milliseconds = [f"{r['ours_ms']:.1f}" for r in rows() if place.items() <= r.items()]
+    cells = " | ".join(rf"[\d.]+ of {re.escape(time)}" for time in milliseconds)
+    assert re.search(rf"\| \({block.replace('x', ', ')}\) \| {density} \| {cells} \|", PAGE)
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (rows(threads=2, batch=128), "{lowest} to {highest} of these ratios at batch 128"),
+        (rows(threads=2), "{lowest} to {highest}, median {median}, at batch 64"),
+        (rows("avx2"), "{lowest} to {highest} of these ratios, median {median}"),
+    ],
+    ids=["2 threads, batch 128", "2 threads, batch 64", "AVX2"],
+)
+def test_the_ratios_under_other_conditions_follow_from_the_rows(other, sentence):
+    """Each is a mean over the layers, relative to that of one thread with AVX-512."""
+
+    def means(records: list[Record]) -> dict[tuple, float]:
+        ratios: dict[tuple, list[float]] = {}
+        for r in records:
+            ratios.setdefault((r["block"], r["pass"], r["density"]), []).append(float(r["ratio"]))
+        return {key: statistics.geometric_mean(values) for key, values in ratios.items()}
+
+    base, changed = means(rows()), means(other)
+    relative = sorted(changed[key] / base[key] for key in base)
+    numbers = {"lowest": relative[0], "highest": relative[-1], "median": statistics.median(relative)}
+    assert sentence.format(**{name: f"{number:.2f}" for name, number in numbers.items()}) in PAGE
+
+
+def test_the_comparison_with_sparseprop_follows_from_the_rows():
+    forward, gradients = bench.sparseprop_table(rows()).splitlines()[2:]
+    means = [[cell.split()[0] for cell in line.split("|")[3:-1]] for line in (forward, gradients)]
+    (first, *_, last), (first_of_both, *_, last_of_both) = means
+    assert f"forward takes {first} to {last} times as long" in PAGE
+    assert f"both gradients together {first_of_both} to {last_of_both} times" in PAGE
+
+
+def test_the_count_of_passes_that_lose_no_time_follows_from_the_rows():
+    records = read_records(RESULTS / "layers_zen4.csv")[1]
+    losers = sum(map(bench_layers.slower, records))
+    assert f"Of {len(records)} passes {len(records) - losers} lose no time" in PAGE
+    assert f"gain up to {max(float(r['ratio']) for r in records):.0f} times" in PAGE
+
+
+def test_what_removing_channels_saves_follows_from_the_rows():
+    every, inner = read_records(RESULTS / "shrink_zen4.csv")[1]
+    assert f"{every['ratio']:.1f} times as fast at {every['macs_kept']:.2f} of the MACs" in PAGE
+    assert f"inner channels alone {inner['ratio']:.1f} times at {inner['macs_kept']:.2f}" in PAGE

@@ -1,0 +1,22 @@
+"""Sides are timed in turns."""
+
+import itertools
+
+import pytest
+import timing
+from timing import Times
+
+
+def test_each_side_runs_once_to_warm_up_and_then_in_every_round():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) for name in ("ours", "rival")}
+    assert timing.interleaved(sides, rounds=3).keys() == sides.keys()
+    assert calls == ["ours", "rival"] * 4
+
+
+def test_quantiles_of_the_times(monkeypatch):
+    seconds = itertools.accumulate(itertools.chain.from_iterable((1.0, float(time)) for time in range(1, 10)))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(seconds))  # the rounds take 1, 2, ... 9 s
+    times = timing.interleaved({"ours": lambda: None}, rounds=9)["ours"]
+    assert times == Times(median=5.0, q20=2.0, q80=8.0)
+    assert times.spread == pytest.approx(6.0 / 5.0)
