@@ -12,7 +12,7 @@ out=$(realpath "$1")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 pytest=("$python" -m pytest -v --tb=short -p no:cacheprovider)
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 parts=$out/parts.tsv note=
 : >"$parts"
 

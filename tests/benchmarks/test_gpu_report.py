@@ -101,10 +101,11 @@ def checked(tmp_path_factory):
     tools = tmp_path_factory.mktemp("tools")
     for name in ("python", "nvidia-smi", "compute-sanitizer"):
         report = f'case "$1" in *gpu_report.py) exec {sys.executable} "$@";; esac\n' if name == "python" else ""
-        (tools / name).write_text(f'#!/bin/sh\n{report}printf "%s\\n" "$@"\nexit 3\n')
+        (tools / name).write_text(f'#!/bin/sh\n{report}echo $PYTHONPATH\nprintf "%s\\n" "$@"\nexit 3\n')
         (tools / name).chmod(0o755)
     out = tools / "out"
-    variables = os.environ | {"PYTHON": str(tools / "python"), "PATH": f"{tools}:{os.environ['PATH']}"}
+    paths = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": ":".join([*sys.path, "/elsewhere"])}
+    variables = os.environ | paths | {"PYTHON": str(tools / "python")}
     run = subprocess.run([BENCHMARKS / "gpu_check.sh", out], env=variables, capture_output=True, text=True)
     return out, run
 
@@ -117,6 +118,11 @@ def test_a_failing_part_fails_the_check_and_the_next_ones_still_run(checked):
     assert {part["status"] for part in parts} == {3}
     assert sum(part["limit"] for part in parts) <= 535
     assert "## shrink failed with status 3" in run.stdout and "without pytest-xdist" in run.stdout
+
+
+def test_this_library_comes_before_what_else_is_on_the_path(checked):
+    path = (checked[0] / "build.log").read_text().splitlines()[0].split(":")
+    assert path[0] == str(ROOT) and path[-1] == "/elsewhere"
 
 
 NATIVE_ERRORS = (
