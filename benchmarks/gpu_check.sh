@@ -29,16 +29,18 @@ part() {  # part NAME SECONDS COMMAND...
 
 # The limits add up to 535 seconds at most.
 part machine 5 nvidia-smi
-part build 50 "$python" setup.py --quiet build_ext --inplace
-part doctor 12 "$python" -m sparse_adv doctor
+part build 40 "$python" setup.py --quiet build_ext --inplace
+part doctor 10 "$python" -m sparse_adv doctor
 # In these tests native ops throw. If that ends the process, only this part is lost.
-part native_errors 20 "${pytest[@]}" -k "refuse or crashes" \
+part native_errors 16 "${pytest[@]}" -k "refuse or crashes" \
   tests/ops/test_masked_conv2d_pattern.py tests/ops/test_pgd_step.py tests/ops/test_random_start.py tests/ops/test_devices.py
 if "$python" -c 'import xdist' 2>/dev/null; then
   # Not --dist loadfile: pytest-xdist would hand a test that ends its worker to the next worker, up to four times the
   # number of workers.
   cores=$(nproc)
-  tests=(-n $((cores > 4 ? cores - 2 : cores)) --dist worksteal tests sparse_adv)  # the benchmarks run below
+  # What is ignored takes minutes of CPU time and tests the checkout, not the machine. The benchmarks run below.
+  tests=(-n $((cores > 4 ? cores - 2 : cores)) --dist worksteal --durations=10
+    --ignore=tests/packaging --ignore=tests/benchmarks tests sparse_adv)
 else
   note="only what needs a GPU: without pytest-xdist, which is not installed, all tests would take too long"
   tests=(-k "cuda or gpu" tests/ops/test_devices.py tests/attacks/test_cuda_graph.py tests/training/test_loop.py tests/training/test_evaluation.py)
@@ -46,7 +48,7 @@ fi
 part tests 138 env OMP_NUM_THREADS=1 "${pytest[@]}" "${tests[@]}"
 note=
 # Each tensor gets an allocation of its own: memcheck sees no access out of bounds within a block that PyTorch caches.
-part memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+part memcheck 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --target-processes application-only --error-exitcode 1 "${pytest[@]}" \
   -k "cuda and (step_takes_any or start_gives or normalised or (blocks_with and bfloat16))" tests/ops/test_devices.py
 measure() {  # measure NAME SECONDS BENCHMARK ARGUMENTS...
@@ -58,8 +60,8 @@ measure pgd_step 26 pgd_step
 measure pgd_step_normalized 18 pgd_step_normalized
 measure random_start 18 random_start
 measure masked_conv2d 46 masked_conv2d
-measure attack 62 attack --network resnet18
-measure attack_wrn 78 attack --network wrn-34-10
+measure attack 70 attack --network resnet18
+measure attack_wrn 100 attack --network wrn-34-10
 measure shrink 22 shrink
 
 "$python" benchmarks/gpu_report.py "$out" || exit 1
