@@ -1,14 +1,19 @@
 #!/bin/bash
-# Usage: benchmarks/gpu_check.sh OUTDIR
+# Usage: benchmarks/gpu_check.sh OUTDIR [PART...]
 # Builds the library on a machine with an NVIDIA GPU, a CUDA torch and nvcc, tests it there and measures it, in under 9
 # minutes and without a network. Each part has a time limit. If a part fails, the others still run, and the exit status
 # is 1. Writes to OUTDIR the output (PART.log) and the measured rows (PART.csv) of each part, and gpu_check.json and
-# gpu_check.md, which gpu_report.py makes of them. Environment variables: PYTHON is the interpreter (default: python3),
-# COMMIT the name of the version that is measured (default: git's description).
+# gpu_check.md, which gpu_report.py makes of them. PART...: only these. Environment variables: PYTHON is the interpreter
+# (default: python3), COMMIT the name of the version that is measured (default: git's description).
 set -u
-[ $# -eq 1 ] || { sed -n '2,8s/^# //p' "$0"; exit 2; }
+shopt -s extglob
+[ $# -ge 1 ] || { sed -n '2,8s/^# //p' "$0"; exit 2; }
+known=" $(sed -nE 's/^(part|measure) ([a-z0-9_]+) [0-9].*/\2/p' "$0" | xargs) "
+for name in "${@:2}"; do
+  [[ $known == *" $name "* ]] || { echo "gpu_check.sh: no part '$name', only$known"; exit 2; }
+done
 mkdir -p "$1" || exit 2
-out=$(realpath "$1")
+out=$(realpath "$1") chosen=" ${*:2} "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 pytest=("$python" -m pytest -v --tb=short -p no:cacheprovider)
@@ -19,6 +24,7 @@ parts=$out/parts.tsv note=
 part() {  # part NAME SECONDS COMMAND...
   local name=$1 limit=$2 begin=$SECONDS status
   shift 2
+  [[ $chosen == "  " || $chosen == *" $name "* ]] || return
   rm -f "$out/$name.csv"
   echo "=== $name, at most $limit s"
   timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
@@ -30,17 +36,18 @@ part() {  # part NAME SECONDS COMMAND...
 # The limits add up to 535 seconds at most.
 part machine 5 nvidia-smi
 part build 40 "$python" setup.py --quiet build_ext --inplace
-part doctor 10 "$python" -m sparse_adv doctor
+part doctor 12 "$python" -m sparse_adv doctor
 # In these tests native ops throw. If that ends the process, only this part is lost.
 part native_errors 16 "${pytest[@]}" -k "refuse or crashes" \
   tests/ops/test_masked_conv2d_pattern.py tests/ops/test_pgd_step.py tests/ops/test_random_start.py tests/ops/test_devices.py
 if "$python" -c 'import xdist' 2>/dev/null; then
-  # Not --dist loadfile: pytest-xdist would hand a test that ends its worker to the next worker, up to four times the
-  # number of workers.
+  # Some tests of training take half a minute. They come first and are handed out a few at a time, so that no worker is
+  # left with several of them in the end. Not --dist loadfile: pytest-xdist would hand a test that ends its worker to
+  # the next worker, up to four times the number of workers. What is left out takes minutes of CPU time and tests the
+  # checkout, not the machine. The benchmarks run below.
   cores=$(nproc)
-  # What is ignored takes minutes of CPU time and tests the checkout, not the machine. The benchmarks run below.
-  tests=(-n $((cores > 4 ? cores - 2 : cores)) --dist worksteal --durations=10
-    --ignore=tests/packaging --ignore=tests/benchmarks tests sparse_adv)
+  tests=(-n $((cores > 4 ? cores - 2 : cores)) --dist load --maxschedchunk 10 --durations=10
+    tests/training tests/!(training|packaging|benchmarks) sparse_adv)
 else
   note="only what needs a GPU: without pytest-xdist, which is not installed, all tests would take too long"
   tests=(-k "cuda or gpu" tests/ops/test_devices.py tests/attacks/test_cuda_graph.py tests/training/test_loop.py tests/training/test_evaluation.py)
@@ -56,12 +63,10 @@ measure() {  # measure NAME SECONDS BENCHMARK ARGUMENTS...
   shift 3
   part "$name" "$limit" "$python" "benchmarks/bench_$benchmark.py" --device cuda --out "$out/$name.csv" "$@"
 }
-measure pgd_step 26 pgd_step
-measure pgd_step_normalized 18 pgd_step_normalized
-measure random_start 18 random_start
-measure masked_conv2d 46 masked_conv2d
-measure attack 70 attack --network resnet18
-measure attack_wrn 100 attack --network wrn-34-10
+measure pgd_ops 45 pgd_ops
+measure masked_conv2d 40 masked_conv2d
+measure attack 95 attack --network resnet18
+measure attack_wrn 95 attack --network wrn-34-10
 measure shrink 22 shrink
 
 "$python" benchmarks/gpu_report.py "$out" || exit 1

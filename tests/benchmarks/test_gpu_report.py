@@ -96,18 +96,27 @@ def test_failing_tests_of_several_processes_are_named(tmp_path, reported):
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory):
-    """The folder and the result of a check in which only the report works; other commands tell their arguments."""
+def check(tmp_path_factory):
+    """Runs a check in which only the report works, since other commands print their arguments: folder and result."""
     tools = tmp_path_factory.mktemp("tools")
     for name in ("python", "nvidia-smi", "compute-sanitizer"):
         report = f'case "$1" in *gpu_report.py) exec {sys.executable} "$@";; esac\n' if name == "python" else ""
         (tools / name).write_text(f'#!/bin/sh\n{report}echo $PYTHONPATH\nprintf "%s\\n" "$@"\nexit 3\n')
         (tools / name).chmod(0o755)
-    out = tools / "out"
     paths = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": ":".join([*sys.path, "/elsewhere"])}
     variables = os.environ | paths | {"PYTHON": str(tools / "python")}
-    run = subprocess.run([BENCHMARKS / "gpu_check.sh", out], env=variables, capture_output=True, text=True)
-    return out, run
+
+    def run(*chosen: str) -> tuple[Path, subprocess.CompletedProcess]:
+        out = tmp_path_factory.mktemp("out")
+        command = [BENCHMARKS / "gpu_check.sh", out, *chosen]
+        return out, subprocess.run(command, env=variables, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checked(check):
+    return check()
 
 
 def test_a_failing_part_fails_the_check_and_the_next_ones_still_run(checked):
@@ -118,6 +127,13 @@ def test_a_failing_part_fails_the_check_and_the_next_ones_still_run(checked):
     assert {part["status"] for part in parts} == {3}
     assert sum(part["limit"] for part in parts) <= 535
     assert "## shrink failed with status 3" in run.stdout and "without pytest-xdist" in run.stdout
+
+
+def test_chosen_parts_run_alone_and_others_are_unknown(check):
+    out, run = check("build", "attack")
+    assert [part["part"] for part in json.loads((out / "gpu_check.json").read_text())["parts"]] == ["build", "attack"]
+    out, run = check("attack", "atack")
+    assert run.returncode == 2 and "no part 'atack', only machine build" in run.stdout and not list(out.iterdir())
 
 
 def test_this_library_comes_before_what_else_is_on_the_path(checked):

@@ -29,6 +29,7 @@ QUICK = {
     "bench_pgd_step": ["ours_ms", "eager_ms", "compile_ms", "bound_ms"],
     "bench_pgd_step_normalized": ["ours_ms", "eager_ms", "compile_ms", "bound_ms"],
     "bench_random_start": ["ours_ms", "eager_ms", "compile_ms", "bound_ms"],
+    "bench_pgd_ops": ["shape", "ours_ms", "eager_ms", "compile_ms", "bound_ms"],
     "bench_attack": ["ours_ms", "published_ms", "compile_ms", "ours_dense_ms"],
     "bench_shrink": ["macs_kept", "ours_ms", "dense_ms"],
 }
