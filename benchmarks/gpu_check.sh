@@ -36,7 +36,7 @@ part() {  # part NAME SECONDS COMMAND...
 # The limits add up to 535 seconds at most.
 part machine 5 nvidia-smi
 part build 40 "$python" setup.py --quiet build_ext --inplace
-part doctor 12 "$python" -m sparse_adv doctor
+part doctor 10 "$python" -m sparse_adv doctor
 # In these tests native ops throw. If that ends the process, only this part is lost.
 part native_errors 16 "${pytest[@]}" -k "refuse or crashes" \
   tests/ops/test_masked_conv2d_pattern.py tests/ops/test_pgd_step.py tests/ops/test_random_start.py tests/ops/test_devices.py
@@ -55,7 +55,7 @@ fi
 part tests 138 env OMP_NUM_THREADS=1 "${pytest[@]}" "${tests[@]}"
 note=
 # Each tensor gets an allocation of its own: memcheck sees no access out of bounds within a block that PyTorch caches.
-part memcheck 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+part memcheck 22 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --target-processes application-only --error-exitcode 1 "${pytest[@]}" \
   -k "cuda and (step_takes_any or start_gives or normalised or (blocks_with and bfloat16))" tests/ops/test_devices.py
 measure() {  # measure NAME SECONDS BENCHMARK ARGUMENTS...
@@ -64,10 +64,10 @@ measure() {  # measure NAME SECONDS BENCHMARK ARGUMENTS...
   part "$name" "$limit" "$python" "benchmarks/bench_$benchmark.py" --device cuda --out "$out/$name.csv" "$@"
 }
 measure pgd_ops 45 pgd_ops
-measure masked_conv2d 40 masked_conv2d
-measure attack 95 attack --network resnet18
-measure attack_wrn 95 attack --network wrn-34-10
-measure shrink 22 shrink
+measure masked_conv2d 35 masked_conv2d
+measure attack 114 attack --network resnet18
+measure attack_wrn 90 attack --network wrn-34-10
+measure shrink 20 shrink
 
 "$python" benchmarks/gpu_report.py "$out" || exit 1
 awk -F'\t' '$2 != 0 { failed = 1 } END { exit failed }' "$parts"
