@@ -43,15 +43,14 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Pattern compiler, instruction set and build facts of sparse_adv.";
   m.def("compile_pattern", &compile_pattern, py::arg("mask"), py::arg("block"), py::arg("groups") = 1,
         "The arrays of pattern_layout.h for a mask [K, C/groups, R, S]: header, mask, row offsets and column indices "
-        "of the "
-        "forward pass, the same of grad_input.");
+        "of the forward pass, the same of grad_input.");
   m.def(
       "cpu_capability", [] { return name_of(cpu_capability()); },
       "The instruction set in use: portable, avx2 or avx512.");
   m.attr("header_fields") =
       py::dict(py::arg("format") = static_cast<int>(kFormat), py::arg("groups") = static_cast<int>(kGroups),
                py::arg("block") = static_cast<int>(kBlockOut), py::arg("kept") = static_cast<int>(kKeptWeights),
-               py::arg("path") = static_cast<int>(kForwardKernel),
+               py::arg("requested_kernel") = static_cast<int>(kForwardKernel),
                py::arg("weight_is_masked") = static_cast<int>(kWeightIsMasked));
   m.attr("version") = SPARSE_ADV_VERSION;
   m.attr("compiler") = SPARSE_ADV_COMPILER;

@@ -20,9 +20,9 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   // The weights kept by the mask, in the order of the column indices of forward and of grad_input.
   m.def("pack_values(Tensor weight, Tensor[] pattern) -> Tensor[]");
-  // What forward, grad_input and grad_weight do, in this order: of each the kernel (1 sparse, 2 dense) and the
-  // multiply-adds that it executes. Of the input only dtype, sizes and strides are read; grad_output is taken to have
-  // the layout of the output, which is the input's.
+  // For forward, grad_input and grad_weight, in this order: the kernel (1 sparse, 2 dense) and the multiply-adds that
+  // it executes. Only dtype, sizes and strides of the input are read. grad_output is assumed to have the layout of the
+  // output, which is the input's.
   m.def(
       "masked_conv2d_plan(Tensor input, Tensor[] pattern, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> "
       "int[]");

@@ -10,8 +10,8 @@ namespace sparse_adv {
 
 bool is_channels_last(const torch::stable::Tensor& tensor);
 
-// Whether a tensor of this size, made in the layout of `like`, is channels_last: with one channel or one pixel it would
-// be NCHW too, and counts as that.
+// Whether a tensor of this size in the layout of `like` is channels_last. With one channel or one pixel both layouts
+// are the same, and it counts as NCHW.
 bool is_channels_last_like(const torch::stable::Tensor& like, const std::array<int64_t, 4>& size);
 
 // Whether it is NCHW or channels_last without gaps: then each image of a batch is one contiguous piece of memory.

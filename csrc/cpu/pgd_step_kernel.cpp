@@ -1,7 +1,7 @@
 #include "cpu/pgd_step_kernel.h"
 
-// For a loop whose output may be one of its inputs but never a shifted view of one: it may be vectorised without checks
-// for overlaps.
+// Lets the compiler vectorise the next loop without overlap checks: its output may be one of its inputs, but never a
+// shifted view of one.
 #ifdef __clang__
 #define SPARSE_ADV_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -20,7 +20,7 @@ T clamp(T x, T low, T high) {
   return x > high ? high : x;
 }
 
-// In double, in an order that depends on `count` alone: 16 partial sums, which GCC keeps in vector registers.
+// Sums in double, in an order that depends only on `count`: 16 partial sums, which GCC keeps in vector registers.
 template <class Value>
 double sum_of_squares(int64_t count, Value value) {
   constexpr int kLanes = 16;
@@ -36,8 +36,8 @@ double sum_of_squares(int64_t count, Value value) {
 
 template <class T>
 void l2_sample(const T* adv, const T* grad, const T* clean, T* out, int64_t count, const StepSizes& sizes) {
-  // Elements that are not finite count as 0. Otherwise one overflow would make the norm infinite and stop the whole
-  // image.
+  // Elements that are not finite count as 0. Otherwise one overflow would make the norm infinite, and the image would
+  // not move.
   auto slope = [=](int64_t i) { return static_cast<double>(grad[i] - grad[i] == 0 ? grad[i] : T(0)); };
   const double length = __builtin_sqrt(sum_of_squares(count, slope));
   const double rate = length > 0 ? sizes.alpha / length : 0.0;

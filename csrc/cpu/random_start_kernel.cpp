@@ -84,8 +84,8 @@ void random_start_linf(const T* clean, T* out, int64_t begin, int64_t end, const
   });
 }
 
-// Uniform in the ball: a uniform direction (a normalised Gaussian vector) and a radius with density ~ radius^(count -
-// 1).
+// Uniform in the ball: a uniform direction (a normalised Gaussian vector) times a radius whose density is proportional
+// to radius^(count - 1).
 template <class T>
 void random_start_l2(const T* clean, T* out, int64_t sample, int64_t count, const Noise& noise) {
   const int64_t begin = sample * count, end = begin + count;

@@ -39,8 +39,8 @@ static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 // max(v, 0); NaN stays NaN, because vmaxps returns its second operand if one of them is NaN.
 static inline Vec relu(Vec v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
 // The vectors that begin one float before and after `v`; `v` is at p, aligned, and has a vector before and after it.
-// Shifting in registers is faster here than a load that crosses a cache line. Of shorter vectors, only some loads cross
-// one, and loading is faster (AVX2: shifts were 0.8 times as fast).
+// Shifting in registers is faster here than a load that crosses a cache line. With shorter vectors only some loads
+// cross a line, and loading is faster (on AVX2 shifting had 0.8 times the speed of loading).
 static inline Vec one_before(const float*, Vec before, Vec v) {
   return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(v), _mm512_castps_si512(before), 15));
 }

@@ -81,7 +81,8 @@ struct StepVector {
   Vector<Image, V> adv, clean;
   Vector<Grad, V> grad;
 
-  // Elements that are not finite count as 0. Otherwise one overflow would make the norm infinite and stop the image.
+  // Elements that are not finite count as 0. Otherwise one overflow would make the norm infinite, and the image would
+  // not move.
   SPARSE_ADV_DEVICE double slope(int i) const {
     const auto g = static_cast<Compute<Grad>>(grad.at[i]);
     return g - g == 0 ? static_cast<double>(g) : 0.0;

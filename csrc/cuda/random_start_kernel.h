@@ -91,7 +91,7 @@ struct StartThread {
     return sum;
   }
 
-  // The image's normalised Gaussian vector times a radius with density ~ radius^(count - 1).
+  // The image's normalised Gaussian vector times a radius whose density is proportional to radius^(count - 1).
   SPARSE_ADV_DEVICE void move(double sum_of_squares) const {
     const PhiloxBlock bits = philox(offset + static_cast<uint64_t>(sample / 4), Stream::radii, key);
     const double radius = start.eps * pow(unit(bits.word[sample % 4]), 1.0 / static_cast<double>(count));

@@ -40,7 +40,7 @@ PASSES = Kernels._fields
 class Pattern(ABC):
     """A compiled mask: `compile_pattern` returns one and `masked_conv2d` takes it.
 
-    It names channels and filter taps and no image size, so one pattern serves inputs of any size. It is either a
+    It does not depend on the size of the images, so one pattern is valid for inputs of any size. It is either a
     `CsrPattern` or a `BlockPattern`.
     """
 
@@ -69,7 +69,7 @@ class Pattern(ABC):
     @property
     def requested_kernels(self) -> Kernels:
         """What `set_kernels` requested for each pass."""
-        start = _FIELDS["path"]
+        start = _FIELDS["requested_kernel"]
         return Kernels(*(KERNELS[index] for index in self._header[start : start + 3]))
 
     @property
@@ -99,13 +99,13 @@ class Pattern(ABC):
 class CsrPattern(Pattern):
     """The index lists of the CPU kernels: compressed sparse rows.
 
-    List i holds `col_indices[row_offsets[i]:row_offsets[i + 1]]`, each a (channel, tap) pair that a vector of 1, 2 or 4
-    output channels reads; csrc/cpu/masked_conv2d/pattern_layout.h has the details. The lists of grad_input run over
-    output channels.
+    Row i of the matrix has the column indices `col_indices[row_offsets[i]:row_offsets[i + 1]]`, each a (channel, tap)
+    pair that a block of 1, 2 or 4 output channels reads; csrc/cpu/masked_conv2d/pattern_layout.h has the details. For
+    grad_input, the channels that are read are the output channels of the convolution.
     """
 
     row_offsets: Tensor
-    """int32 [lists + 1], for forward and grad_weight."""
+    """int32 [rows + 1], for forward and grad_weight."""
     col_indices: Tensor
     """int32 [row_offsets[-1]]."""
     grad_input_row_offsets: Tensor
@@ -217,11 +217,11 @@ def block_pattern(pattern: Pattern) -> BlockPattern:
 
 
 def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
-    """Promise that the weight is 0 where pruned and does not change, so that calls need not mask it again.
+    """Return a pattern for calls with one weight that is 0 where pruned and does not change.
 
-    Where a sparse kernel can read them (float32 on the CPU, blocks on CUDA), the pattern also gets the kept values in
-    the kernel's order, and calls no longer gather them. The result is valid for this weight as long as the weight does
-    not change: use it for the passes between two optimiser steps.
+    The calls then do not mask the weight again. Where a sparse kernel can read them (float32 on the CPU, blocks on
+    CUDA), the pattern also gets the kept values in the kernel's order, and calls no longer gather them. Use the result
+    for the passes between two optimiser steps: it becomes invalid when the weight changes.
 
     Args:
         pattern: what `compile_pattern` returned for the weight's mask.
@@ -231,7 +231,7 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
         A copy of the pattern, with the values.
 
     Raises:
-        TypeError: if the pattern is none.
+        TypeError: if `pattern` is not a `Pattern`.
         ValueError: if the weight has another shape or device than the pattern's mask.
 
     Examples:
@@ -260,11 +260,15 @@ def set_kernels(
 
     A pass without a sparse kernel for its dtype (`plan` says which) runs the dense one in any case.
 
+    Args:
+        pattern: what `compile_pattern` returned.
+        forward, grad_input, grad_weight: the kernel of each pass.
+
     Returns:
         A copy of the pattern.
 
     Raises:
-        TypeError: if the pattern is none.
+        TypeError: if `pattern` is not a `Pattern`.
         ValueError: if a kernel has another name.
 
     Examples:
@@ -277,7 +281,7 @@ def set_kernels(
     for name, kernel in request._asdict().items():
         if kernel not in KERNELS:
             raise ValueError(f"{name} must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    return pattern._with_header("path", *(KERNELS.index(kernel) for kernel in request))
+    return pattern._with_header("requested_kernel", *(KERNELS.index(kernel) for kernel in request))
 
 
 def check_pattern(pattern: Pattern) -> None:

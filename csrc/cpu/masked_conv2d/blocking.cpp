@@ -40,9 +40,9 @@ Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
 // the batch-vectorised tiles those with the longest rows, which are contiguous.
 //
 // The batch-vectorised layout must save a tenth of the vectors (factor 1.1), because it transposes the images: that
-// took 1.4 of the 6.0 ms of 64 channels at 32x32 and density 0.02. A larger factor would lose: rows of 56 or 28 pixels
-// waste an eighth of their vectors when width-vectorised, and took 10.0 and 8.1 ms, batch-vectorised 8.3 and 6.7 ms
-// (docs/design/masked_conv2d.md).
+// took 1.4 of the 6.0 ms of 64 channels at 32x32 and density 0.02. A larger factor would be wrong: rows of 56 or 28
+// pixels waste an eighth of their vectors when width-vectorised, and took 10.0 and 8.1 ms, batch-vectorised 8.3 and 6.7
+// ms (docs/design/masked_conv2d.md).
 void Blocking::choose_tile(bool width_vectors_allowed) {
   constexpr double kTransposition = 1.1;
   double least = -1;

@@ -1,4 +1,4 @@
-// How a pass of the sparse kernel divides its work so that what it reads again stays in the caches.
+// How a pass of the sparse kernel divides its work, so that data that is read repeatedly stays in the caches.
 //
 // - Batch: one work item has `batch_block` images.
 // - Rows: output rows are cut into bands. A work item computes one band of its images.
@@ -49,7 +49,7 @@ struct Blocking {
   int64_t work_items() const { return batch_blocks() * bands; }
   // The batch, rounded up to whole batch blocks.
   int64_t padded_batch() const { return batch_blocks() * batch_block; }
-  // All positions that are computed, those outside of the images included.
+  // The number of positions that are computed, including those outside of the images.
   int64_t computed_positions() const {
     return batch_blocks() * lanes * row_vectors * ((rows.positions + tile_rows - 1) / tile_rows * tile_rows);
   }
@@ -61,9 +61,9 @@ struct Blocking {
   // Floats that the input tile takes.
   int64_t input_tile_size() const { return ic_panel * channel_pitch * lanes + row_lead; }
   int64_t panel_channels(int64_t first_channel) const { return std::min(ic_panel, source_channels - first_channel); }
-  // Where a tap reads, from a position on, in floats; -1 if it belongs to another output phase.
+  // The offset, in floats, from a position to what a tap reads; -1 if the tap belongs to another output phase.
   int64_t tap_offset(int64_t tap, int64_t output_phase) const;
-  // The column that a tap reads, relative to its position; width-vectorised.
+  // Width-vectorised: the column that a tap reads, relative to the position.
   int64_t column_offset(int64_t tap) const { return cols.taps[tap % std::ssize(cols.taps)].shift - cols.pad; }
   // The order in which the kernel may take the three taps of a filter row together; `any` if it may not.
   IndexOrder triple_order() const;

@@ -12,7 +12,7 @@ namespace sparse_adv {
 SPARSE_ADV_FOR_EACH_ISA(bool col_indices_inside(const int32_t* col_indices, int64_t count, int64_t channels,
                                                 int64_t taps));
 
-// Whether each three column indices name three neighbouring taps, the first of which starts a filter row of three.
+// Whether every three consecutive column indices name the three taps of a filter row, in their order.
 SPARSE_ADV_FOR_EACH_ISA(bool col_indices_in_triples(const int32_t* col_indices, int64_t count));
 
 // offsets[i] = (channel & panel_mask) * channel_pitch + tap_offset[tap].

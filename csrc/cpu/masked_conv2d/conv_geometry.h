@@ -2,9 +2,8 @@
 //
 // Every pass is a sum over filter taps of a shifted image, read at unit stride. A stride s splits an axis into phases,
 // the positions with one remainder modulo s:
-// - forward: padded source column u is position u / s of source phase u % s. Neighbouring outputs then read
-// neighbouring
-//   positions of one phase, whatever the stride.
+// - forward: padded source column u is position u / s of source phase u % s. For any stride, neighbouring outputs then
+//   read neighbouring positions of one phase.
 // - grad_input: the output columns of one phase are a unit-stride convolution with the taps that reach this phase. All
 //   output phases read the same source.
 #pragma once

@@ -8,11 +8,10 @@
 namespace sparse_adv {
 
 // What the kernel may assume about the order of the column indices of a row:
-// - batch_triples, width_triples: each three consecutive ones are the three taps of a filter row, which read three
+// - batch_triples, width_triples: every three consecutive ones are the three taps of a filter row, which read three
 //   neighbouring columns of the input tile; batch-vectorised a column is a vector, width-vectorised it is a lane.
-// - by_column: width-vectorised, the tile has whole rows, and the column indices are sorted by their column offset:
-// first
-//   those that read the column before a position (-1), then those at the position (0), then the column after it (+1).
+// - by_column: width-vectorised, and the tile has whole rows. The column indices are sorted by column offset: first
+//   those that read the column before a position (-1), then the position itself (0), then the column after it (+1).
 enum class IndexOrder { any, batch_triples, width_triples, by_column };
 
 // The weights of a pass (BlockCsr in pattern.h), with the column indices as offsets into the input tile.

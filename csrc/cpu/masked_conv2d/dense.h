@@ -1,5 +1,5 @@
-// The dense kernel: PyTorch's convolution and its gradients on the masked weight. It serves float64 and 16-bit tensors,
-// and all layers for which the sparse kernel would be slower.
+// The dense kernel: PyTorch's convolution and its gradients on the masked weight. It runs for float64 and 16-bit
+// tensors, and for all layers for which the sparse kernel would be slower.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -21,8 +21,8 @@ using torch::stable::Tensor;
 
 // The work items of a batch are cut into parts with partial sums of their own, which are added in order at the end: the
 // result does not depend on which thread computed which part. There are 16 parts at most, 64 bytes per kept weight; and
-// where possible two work items per part, since clearing and adding the partial sums took 8 % of the time of 512
-// channels at 4x4 with one each.
+// where possible two work items per part, since with one each, clearing and adding the partial sums took 8 % of the
+// time of 512 channels at 4x4.
 int64_t count_parts(int64_t work_items) {
   return std::min<int64_t>({work_items, std::max<int64_t>(2, work_items / 2), 16});
 }

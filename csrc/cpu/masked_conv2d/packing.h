@@ -1,5 +1,5 @@
-// What the kernels need of the weights on each call, made from the pattern, the blocking and the weight: column indices
-// as offsets into the input tile, values, their order; and the way back for weight gradients.
+// The weights as the kernels read them, made on each call from the pattern, the blocking and the weight: column indices
+// as offsets into the input tile, values, and their order. Also the scatter of weight gradients.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -26,9 +26,9 @@ struct WeightLayout {
 // The weights kept by the mask in the order of the column indices, [nnz, oc_block]; 0 beyond the end of a group.
 void pack_values(const BlockCsr& csr, const WeightLayout& weight, float* values);
 
-// Adds partial_sums [parts, nnz, oc_block] over the parts and writes them to a contiguous weight gradient, 0 where the
-// mask is false. The sum of column index i is at order[i], if there is an `order`, else at i. Returns whether all sums
-// are finite.
+// Sums partial_sums [parts, nnz, oc_block] over the parts and scatters the sums to a contiguous weight gradient, which
+// is 0 where the mask is false. The sum of column index i is at order[i], if there is an `order`, else at i. Returns
+// whether all sums are finite.
 bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, const float* partial_sums, int64_t parts,
                              const int32_t* order, float* grad_weight);
 

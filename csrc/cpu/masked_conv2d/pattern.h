@@ -20,7 +20,7 @@ struct BlockCsr {
   const int32_t* col_indices;    // [nnz]
   int64_t nnz;
   const float* values;      // [nnz, oc_block], or null: read them from the weight
-  bool filter_row_triples;  // each three column indices are the three taps of a row of the filter
+  bool filter_row_triples;  // every three consecutive column indices are the three taps of a filter row
 
   int64_t rows() const { return oc_blocks * ic_blocks; }
 };
@@ -38,8 +38,8 @@ struct Pattern {
   int64_t in_channels() const { return group_in_channels * groups; }
   int64_t taps() const { return filter_rows * filter_cols; }
 
-  // The matrix of the forward pass and grad_weight, and that of grad_input. Throw std::runtime_error where an index
-  // would lead out of bounds.
+  // The matrix of the forward pass and grad_weight, and that of grad_input. Throw std::runtime_error if an index is out
+  // of bounds.
   BlockCsr forward_csr() const;
   BlockCsr grad_input_csr() const;
 

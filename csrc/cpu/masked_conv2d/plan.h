@@ -1,4 +1,4 @@
-// What a pass is going to do, decided once per call: the kernel, how that divides its work, and what it costs.
+// The plan of a pass, made once per call: the kernel, its blocking, and the multiply-adds that it executes.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>

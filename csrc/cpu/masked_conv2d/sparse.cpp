@@ -112,7 +112,7 @@ std::vector<PhaseWeights> pack_weights(const SparseConv& conv) {
   return phases;
 }
 
-// The plane of accumulators of each output channel: the last oc_block of a group may have more channels than the group.
+// The plane of accumulators of each output channel: the last oc_block of a group may extend beyond its last channel.
 std::vector<int32_t> accumulator_planes(const BlockCsr& csr) {
   const int64_t padded = csr.oc_blocks / csr.groups * csr.oc_block;  // planes per group
   std::vector<int32_t> planes;
@@ -122,7 +122,7 @@ std::vector<int32_t> accumulator_planes(const BlockCsr& csr) {
   return planes;
 }
 
-// Computes bands in the scratch memory of a thread, which has the input tile and behind it the accumulators.
+// Computes bands in the scratch memory of a thread, which holds the input tile followed by the accumulators.
 class BandComputer {
  public:
   BandComputer(const SparseConv& conv, const std::vector<PhaseWeights>& phases, const std::vector<int32_t>& channel_of,
