@@ -19,16 +19,14 @@ class Macs(NamedTuple):
 
     forward: int
     grad_input: int
-    """Of all layers. An attack executes these, as it follows the gradient down to the images."""
+    """Of all layers. An attack executes these, because it needs the gradient of the images."""
     grad_weight: int
     first_grad_input: int
-    """The part of `grad_input` that the first layer executed has; training without an attack does not execute it."""
+    """The part of `grad_input` that belongs to the first layer; training without an attack does not execute it."""
     kept: int
     """MACs of the weights that masks keep, in each of the three passes; with dense kernels, more are executed."""
     dense: int
     """What each of the three passes would execute without masks."""
-    first_dense: int
-    """The part of `dense` that the first layer executed has."""
     images: int
     """The batch's size."""
 
@@ -64,16 +62,14 @@ def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
     calls = calls_of(model, shape)
     images = shape.shape[0] if isinstance(shape, Tensor) else shape[0]
     if not calls:
-        return Macs(0, 0, 0, 0, 0, 0, 0, images)
-    first = calls[0]
+        return Macs(0, 0, 0, 0, 0, 0, images)
     return Macs(
         forward=sum(call.plan.forward.macs for call in calls),
         grad_input=sum(call.plan.grad_input.macs for call in calls),
         grad_weight=sum(call.plan.grad_weight.macs for call in calls),
-        first_grad_input=first.plan.grad_input.macs,
+        first_grad_input=calls[0].plan.grad_input.macs,
         kept=sum(call.uses * kept_weights(call.layer) for call in calls),
         dense=sum(call.uses * call.layer.weight.numel() for call in calls),
-        first_dense=first.uses * first.layer.weight.numel(),
         images=images,
     )
 
