@@ -11,18 +11,18 @@ import sys
 from collections.abc import Sequence
 
 from sparse_adv import __version__, doctor
-from sparse_adv.commands.output import complain
+from sparse_adv.commands.output import print_error
 from sparse_adv.tickets import TicketInvariantError
 from sparse_adv.training import distributed
 
 log = logging.getLogger("sparse_adv")
 
 COMMANDS = {
-    "search": "find a ticket: train dense and cheaply, prune, go back to the start",
+    "search": "find a ticket: train a dense network cheaply, prune it, rewind the weights",
     "train": "train a network adversarially, dense or from a ticket",
-    "evaluate": "measure accuracy, clean and under attack",
+    "evaluate": "measure accuracy on clean images and under attack",
     "report": "compare runs: tables and plots from their folders",
-    "explain": "show what each layer of a ticket costs and which kernel it takes",
+    "explain": "show what each layer of a ticket costs and which kernel it runs",
     "convert": "read a pruned model of another tool, write it for this one or for PyTorch",
     "demo": "search a ticket on real digits, train it and its controls, compare",
     "doctor": "check this installation: every op against plain PyTorch",
@@ -39,7 +39,7 @@ EXAMPLE = """\
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 where a check failed, 2 where the input was wrong, 130 where stopped."""
+    """Run one command; the exit code is 0, or 1 if a check failed, 2 if the input was wrong, 130 if it was stopped."""
     _turn_sigterm_into_an_error(True)
     given = _parser().parse_args(arguments)
     level = logging.WARNING if distributed.launched_rank() else logging.INFO
@@ -48,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(given.command, given.arguments)
     except TicketInvariantError:
-        raise  # a defect of the library, not wrong input: the traceback belongs into the bug report
+        raise  # a defect of the library, not wrong input: the bug report needs the traceback
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
         _turn_sigterm_into_an_error(False)
-        log.debug("where it happened:", exc_info=True)
-        complain(f"error: {_sentence(error)}", follows=isinstance(error, ConnectionError))
+        log.debug("where the error happened:", exc_info=True)
+        print_error(f"error: {_sentence(error)}", consequence=isinstance(error, ConnectionError))
         return 2
     except KeyboardInterrupt:
-        complain("stopped; the same command continues after the last whole epoch")
+        print_error("stopped; the same command continues after the last whole epoch")
         return 130
 
 

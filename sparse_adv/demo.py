@@ -1,4 +1,4 @@
-"""The demo, on real handwritten digits: is a ticket that cheap training found worth the cost of its search?
+"""The demo, on real handwritten digits: does a ticket from cheap training save more time than its search costs?
 
 It makes one search and trains three networks with one configuration: the ticket, the ticket's masks with
 re-initialised weights, and the dense network. Each has a run folder like those of the commands `search` and `train`.

@@ -30,7 +30,7 @@ def run() -> int:
         begin = time.perf_counter()
         try:
             error = check()
-        except Exception as reason:  # whatever goes wrong in a check is its result
+        except Exception as reason:  # any error means that the check failed
             verdict = f"FAILED: {type(reason).__name__}: {reason}"
         else:
             verdict = "ok" if error <= TOLERANCE else f"FAILED: differs from the reference by {error:.2g}"

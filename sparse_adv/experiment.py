@@ -192,7 +192,7 @@ class TrainRun:
             source, density, before = None, runs.DENSE, runs.NO_COST
         else:
             start, source = ticket
-            # Fresh weights of a control take another seed, or they would be those that the ticket begins with.
+            # A control gets fresh weights from another seed: the same seed would give the ticket's initial weights.
             self.model = build_network(network, dataset, train.seed + source.reinit, device)
             self.masks = tickets.shuffle(start.masks, train.seed) if source.shuffle else start.masks
             start = replace(start, masks=self.masks)
@@ -225,7 +225,7 @@ class TrainRun:
         return self.training.epochs(on_step)
 
     def finish(self) -> TrainResult:
-        """Test the best weights on the test images and write `result.json`; of a finished run, read it."""
+        """Test the best weights on the test images and write `result.json`; if the run is finished, only read it."""
         path = self.folder / runs.RESULT
         if path.exists():
             return json_files.read(TrainResult, path)
@@ -246,7 +246,7 @@ def density_of(model: nn.Module, ticket_masks: dict[str, torch.Tensor], dataset:
 
 
 def _begin(folder: Path, info: RunInfo) -> None:
-    """Write `run.json`, on one process, or make sure that the folder's run has the same settings."""
+    """On rank 0, write `run.json`, or check that the run in the folder has the same settings."""
     if distributed.rank() == 0:
         runs.begin(folder, info)
     distributed.barrier()

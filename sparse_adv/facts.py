@@ -1,4 +1,4 @@
-"""Versions, commit and machine: what results and times depend on, for records that somebody may want to repeat."""
+"""Versions, commit and machine, on which results and times depend; runs, tickets and benchmarks record them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Software:
-    """Versions of what computes."""
+    """Versions of the software of a run."""
 
     sparse_adv: str
     torch: str
@@ -28,14 +28,14 @@ class Software:
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware, and the part of it that PyTorch uses."""
+    """The hardware of a run."""
 
     cpu: str
     cores: int | None
     threads: int
-    """Of PyTorch's thread pool."""
+    """Size of PyTorch's thread pool."""
     instruction_set: str
-    """That the CPU kernels of this library use."""
+    """The one that the CPU kernels of this library use."""
     gpu: str | None
 
 

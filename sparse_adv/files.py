@@ -20,7 +20,7 @@ _ALLOWED = {
     ("numpy", "dtype"),
     ("_codecs", "encode"),
 }
-"""All that unpickling NumPy arrays calls; `_codecs.encode` turns text into the bytes that Python 2 pickled."""
+"""All that unpickling NumPy arrays needs; `_codecs.encode` gives the bytes of arrays that Python 2 pickled."""
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def unpickle_arrays(file: IO[bytes]) -> Any:
     try:
         return _ArrayUnpickler(file, encoding="bytes").load()
     except Exception as error:  # a damaged pickle raises many types of errors
-        raise ValueError(f"is no readable pickle of arrays: {error}") from error
+        raise ValueError(f"is not a readable pickle of arrays: {error}") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):

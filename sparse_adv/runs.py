@@ -61,14 +61,14 @@ class TicketSource:
     sha256: str
     """Of the ticket's file."""
     reinit: bool = False
-    """The masks with freshly initialised weights."""
+    """Whether the masks are trained with freshly initialised weights."""
     shuffle: bool = False
-    """The weights with the masks of each layer permuted at random."""
+    """Whether the masks of each layer are permuted at random."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """How a run is made. All fields but those in `DESCRIPTIVE` decide its result; defaults describe this process."""
+    """Settings and environment of a run; all fields except `DESCRIPTIVE` decide its result."""
 
     kind: Literal["search", "train"]
     train: TrainConfig
@@ -97,7 +97,7 @@ DESCRIPTIVE = ("name", "density", "before", "software", "machine")
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """An epoch: what it did, what it cost, and the accuracies after it (fractions in [0, 1])."""
+    """Updates and costs of an epoch, and the accuracies after it (fractions in [0, 1])."""
 
     epoch: int
     """Counted from 1, in a search through all rounds."""
@@ -198,7 +198,7 @@ class Run:
 
 
 def begin(folder: Path, info: RunInfo) -> None:
-    """Write `run.json`, or make sure that the run that was begun in the folder has the same settings.
+    """Write `run.json`, or check that the run in the folder has the same settings.
 
     Args:
         folder: of the run; it is created if it does not exist.
@@ -237,7 +237,7 @@ def read(folder: Path | str) -> Run:
     """
     folder = Path(folder)
     if not (folder / INFO).is_file():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no {INFO}")
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no {INFO}")
     info = json_files.read(RunInfo, folder / INFO)
     records = json_files.read_lines(EpochRecord, folder / EPOCHS) if (folder / EPOCHS).exists() else []
     if not (folder / RESULT).exists():

@@ -58,6 +58,6 @@ class Malicious:
     ],
 )
 def test_any_other_content_is_refused_and_not_executed(content, capsys):
-    with pytest.raises(ValueError, match="is no readable pickle of arrays"):
+    with pytest.raises(ValueError, match="is not a readable pickle of arrays"):
         files.unpickle_arrays(io.BytesIO(content))
     assert capsys.readouterr().out == ""

@@ -114,5 +114,5 @@ def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no run folder: it has no run\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no run\.json"):
         runs.read(tmp_path)

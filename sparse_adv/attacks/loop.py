@@ -59,7 +59,7 @@ def run_attack(model: nn.Module, images: Tensor, labels: Any, options: AttackOpt
         if not len(images):
             return images.detach().clone()
         if isinstance(model, DistributedDataParallel):
-            model = model.module  # the wrapper's forward would prepare an all-reduce of gradients that never comes
+            model = model.module  # the wrapper's forward would prepare an all-reduce that is never run
         loop = PGDLoop(model, options)
         if options.graphs is None:
             return loop.run(images, labels, philox_state, label_range)

@@ -148,7 +148,7 @@ def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
 
 
 def _check_names(attack: str, options: Mapping[str, object], allowed: type[CommonOptions]) -> None:
-    """Raise TypeError as Python would if these keyword arguments were written out: type checkers alone know them."""
+    """Raise TypeError for unknown keyword arguments: Python does not check `Unpack`, only type checkers do."""
     for name in options:
         if name not in allowed.__annotations__:
             raise TypeError(f"{attack}() got an unexpected keyword argument {name!r}")

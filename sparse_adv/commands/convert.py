@@ -54,7 +54,7 @@ def run(options: Options) -> int:
     else:
         masks.save_pruned(options.target, pruned.masks, pruned.state_dict, options.to)
     density = masks.density(pruned.masks)
-    Output(options.json).say(
+    Output(options.json).print(
         f"{options.target}: {len(pruned.masks)} masks that keep {density:.1%} of their weights, from "
         f"{pruned.provenance.get('format')}",
         {"written": str(options.target), "to": options.to, "masks": len(pruned.masks), "density": density},

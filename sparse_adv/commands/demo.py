@@ -1,4 +1,4 @@
-"""`demo`: the whole way on real digits, in about two minutes."""
+"""`demo`: search, training, controls and report on real digits, in about two minutes."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ CONFIGURABLE = True
 class Options:
     """Measure accuracy, clean and under attack: a run's best weights, a ticket or any pruned checkpoint.
 
-    Attacks are FGSM, and PGD with restarts, each of which attacks only the images that the ones before left correctly
-    classified. These are upper bounds of robust accuracy, good for comparing runs; published numbers need AutoAttack.
+    Attacks are FGSM, and PGD with restarts; each restart attacks only the images that are still classified correctly.
+    The accuracies are upper bounds of robust accuracy, good for comparing runs; published numbers need AutoAttack.
     Under torchrun the processes share the images.
 
     Args:
@@ -113,7 +113,7 @@ def run(options: Options) -> int:
         if options.out and distributed.rank() == 0:
             write_text(options.out, json.dumps(result, indent=2) + "\n")
         listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
-        Output(options.json).say(
+        Output(options.json).print(
             f"{options.what}: {listed} of {len(images.labels)} {options.split} images, eps {eps:g}",
             result,
         )
@@ -121,7 +121,7 @@ def run(options: Options) -> int:
 
 
 def _network(options: Options, folder: runs.Run | None, dataset: data.Dataset) -> nn.Module:
-    """The network of a run or a file, sparse where that has masks."""
+    """The network with the weights of a run or a file; layers that have masks there are sparse."""
     path = options.what
     if folder is not None:
         path = options.what / (runs.LAST if options.weights == "last" else runs.BEST)

@@ -1,4 +1,4 @@
-"""`explain`: what each layer of a ticket costs, and which kernel it takes."""
+"""`explain`: what each layer of a ticket costs, and which kernel it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparse_adv.nn import explain, sparsify
 
 @dataclass(frozen=True)
 class Options:
-    """Show what each layer of a ticket costs and which kernel it takes.
+    """Show what each layer of a ticket costs and which kernel it runs.
 
     Loads a ticket, or a pruned checkpoint of another tool, into its network and prints, layer by layer, shape, block,
     both densities and the kernels of the three passes.
@@ -47,15 +47,15 @@ def run(options: Options) -> int:
     explanation = explain(model, (options.batch, *shape))
     output = Output(options.json)
     if not output.as_json:
-        output.say(str(explanation), {})
+        output.print(str(explanation), {})
         return 0
     for row in explanation.rows:
-        output.say("", asdict(row))
-    output.say("", {"density": explanation.density, "multiply_add_density": explanation.mac_density})
+        output.print("", asdict(row))
+    output.print("", {"density": explanation.density, "mac_density": explanation.mac_density})
     return 0
 
 
 def _classes(ticket: masks.Ticket) -> int:
-    """As many as the last linear layer has outputs."""
+    """The number of classes: the outputs of the last linear layer."""
     outputs = [len(value) for value in ticket.state_dict.values() if value.dim() == 2]
     return outputs[-1] if outputs else 10

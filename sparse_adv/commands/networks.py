@@ -13,8 +13,8 @@ def agreed(arch: str | None, width: int | None, known: Mapping[str, Any], source
 
     Args:
         arch, width: the flags; None where they are left out.
-        known: what the ticket or the run says of its network.
-        source: its name, for errors.
+        known: architecture and width that the ticket or the run records, if it does.
+        source: name of the ticket or the run, for errors.
 
     Raises:
         ValueError: if the two contradict each other, or neither names an architecture.

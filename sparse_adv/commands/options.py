@@ -27,11 +27,11 @@ from sparse_adv.training import distributed
 T = TypeVar("T")
 
 POSITIONAL: dict[str, Any] = {"positional": True}
-"""Metadata of a field that is named by its place and not by a flag."""
+"""Metadata of a field that is given by position and not by a flag."""
 
 CONFIG = "config.yaml"
 NO_SETTING = frozenset({"config", "json"})
-"""Options that say nothing about the run itself."""
+"""Options that are not settings of the run."""
 
 
 def number(name: str, value: str | float) -> float:
@@ -69,9 +69,9 @@ def one_of(choices: tuple[str, ...], name: str, value: object) -> str:
 
 
 def text(name: str, value: object) -> str:
-    """A word, or a number in its place: a folder may be called 3."""
+    """Text; a number is accepted too, because a folder may be called 3."""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise ArgumentTypeError(f"{name} must be a text, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be text, got {value!r}")
     return str(value)
 
 
@@ -99,11 +99,11 @@ def parser_of(command: str, options: type, configurable: bool = False) -> Argume
 
 
 def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) -> T:
-    """The options that the arguments of a command give.
+    """Parse the arguments of a command into its options.
 
     Raises:
         ValueError: naming the flag or key that is wrong, and the one that may have been meant.
-        FileNotFoundError: if a config file is not there.
+        FileNotFoundError: if a config file does not exist.
     """
     for file in _config_files(arguments):
         file.open().close()  # FileNotFoundError names the file
@@ -127,7 +127,7 @@ def flat(options: Any) -> dict[str, Any]:
 
 
 def write_config(folder: Path, options: Any) -> None:
-    """Leave the options in a run's folder as config.yaml, ready for `--config`; rank 0 writes."""
+    """Write the options to config.yaml in a run's folder, for `--config`; only rank 0 writes."""
     if distributed.rank() == 0:
         given = {name: value for name, value in flat(options).items() if value is not None}
         write_text(folder / CONFIG, yaml.safe_dump(given, sort_keys=False))
@@ -205,7 +205,7 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _sentence(parser: ArgumentParser, message: str) -> str:
-    """What jsonargparse says of an error, in one line, with the flag that may have been meant."""
+    """The error message of jsonargparse in one line, with the flag that may have been meant."""
     message = " ".join(message.split())
     if prefix := re.match(r'(?:argument (?:--)?([^:]*)|Parser key "([^"]*)"): ', message):
         name = (prefix[1] or prefix[2]).split("/")[0].replace("-", "_")
@@ -221,7 +221,7 @@ def _sentence(parser: ArgumentParser, message: str) -> str:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help texts with their defaults, but for flags that may be left out."""
+    """Help texts with the default of each flag, unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)

@@ -1,4 +1,4 @@
-"""What a command says: sentences on a terminal, JSON lines in a pipe; of several processes one speaks."""
+"""Output of the commands: sentences on a terminal, JSON lines in a pipe; of several processes only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from sparse_adv.training import distributed
 
 
 class Output:
-    """Prints results as they come.
+    """Prints results when they are known.
 
     Args:
-        as_json: None decides by whether standard output is a terminal.
+        as_json: whether to print JSON lines; None for yes unless standard output is a terminal.
     """
 
     def __init__(self, as_json: bool | None) -> None:
         self.as_json = not sys.stdout.isatty() if as_json is None else as_json
         self._bar: Any = None
 
-    def say(self, text: str, content: Mapping[str, Any]) -> None:
-        """Print the text for people, or the content as a line of JSON for programs."""
+    def print(self, text: str, content: Mapping[str, Any]) -> None:
+        """Print the text, or the content as a line of JSON."""
         if distributed.rank():
             return
         if self._bar is not None:
@@ -36,18 +36,18 @@ class Output:
         print(json.dumps(content) if self.as_json else text, flush=True)
 
     def epoch(self, record: EpochRecord) -> None:
-        """Tell what an epoch brought."""
+        """Print the record of an epoch."""
         accuracies = {"clean": record.clean_accuracy, "robust": record.robust_accuracy}
         accuracy = "".join(f", {name} {value:.1%}" for name, value in accuracies.items() if value is not None)
         undone = " (repeated after catastrophic overfitting)" if record.undone_accuracy is not None else ""
-        self.say(
+        self.print(
             f"epoch {record.epoch}: loss {record.loss:.3f}{accuracy}, {record.total.seconds:.1f} s{undone}",
             to_json(record, with_none=False),
         )
 
     @contextmanager
     def progress(self, updates: int) -> Iterator[Any]:
-        """A bar over all updates of a run, on a terminal only; yields what to call after each."""
+        """Show a progress bar over all updates of a run, on a terminal; yield a function to call after each update."""
         try:
             from tqdm import tqdm
         except ModuleNotFoundError:
@@ -67,28 +67,28 @@ class Output:
         self._bar = None
 
 
-def complain(text: str, follows: bool = False) -> None:
-    """Say on standard error what went wrong; what several processes of a machine have to say, one of them says.
+def print_error(text: str, consequence: bool = False) -> None:
+    """Print an error to standard error, unless another process of this machine has printed the same.
 
     Args:
         text: a sentence.
-        follows: whether it only tells what another process's end led to; then nothing is said where that process has
-            spoken.
+        consequence: whether the error only follows from the end of another process; it is then printed only if no
+            process has printed an error.
     """
-    if not _was_said(text, follows):
+    if not _was_printed(text, consequence):
         print(f"sparse-adv: {text}", file=sys.stderr)
 
 
-def _was_said(text: str, follows: bool) -> bool:
-    """Whether another process has said it; from now on, this one has."""
+def _was_printed(text: str, consequence: bool) -> bool:
+    """Return whether another process has printed the error; if not, note that this one does."""
     # torchrun gives each process a file OWN/error.json in a folder for all processes of the machine and the attempt.
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if own is None:
         return False
-    told = "what follows" if follows else text
-    mark = Path(own).parent.parent / f"said_{hashlib.sha256(told.encode()).hexdigest()}"
+    content = "consequence" if consequence else text
+    mark = Path(own).parent.parent / f"printed_{hashlib.sha256(content.encode()).hexdigest()}"
     try:
-        if follows and any(mark.parent.glob("said_*")):
+        if consequence and any(mark.parent.glob("printed_*")):
             return True
         mark.touch(exist_ok=False)
     except FileExistsError:

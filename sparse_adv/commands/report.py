@@ -1,4 +1,4 @@
-"""`report`: tables and pictures from run folders."""
+"""`report`: tables and plots from run folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Options:
     """Compare runs: tables and plots from their folders.
 
     Writes report.md, report.csv and plots: robust and clean accuracy against seconds, epochs and multiply-adds, the
-    search included; what each phase took; when each run reached a level.
+    with the ticket search; the cost of each phase; and when each run reached a level of accuracy.
 
     Args:
         folders: run folders, finished or not.
@@ -36,12 +36,12 @@ def run(options: Options) -> int:
     text = report(options.folders, options.out, level=options.level)
     output = Output(options.json)
     if not output.as_json:
-        output.say(text, {})
+        output.print(text, {})
         return 0
     for folder in options.folders:
         each = runs.read(folder)
         last = to_json(each.records[-1], with_none=False) if each.records else {}
         result = to_json(each.result) if each.result else None
-        output.say("", {"run": str(folder), "name": each.name, **last, "result": result})
-    output.say("", {"report": str(options.out)})
+        output.print("", {"run": str(folder), "name": each.name, **last, "result": result})
+    output.print("", {"report": str(options.out)})
     return 0

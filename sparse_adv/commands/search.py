@@ -50,7 +50,7 @@ def run(options: Options) -> int:
         with output.progress(search.updates) as step:
             result = search.run(on_epoch=output.epoch, on_step=step)
         path, density = options.out / runs.TICKET, result.density
-        output.say(
+        output.print(
             f"{path}: keeps {density.weights:.1%} of the weights and {density.macs:.1%} of the multiply-adds; found in "
             f"{result.total.seconds:.1f} s",
             {"ticket": str(path), **to_json(result)},

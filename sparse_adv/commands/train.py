@@ -82,7 +82,7 @@ def run(options: Options) -> int:
                 output.epoch(record)
         result = run.finish()
         tested = ", ".join(f"{attack} {accuracy:.1%}" for attack, accuracy in (result.test or {}).items())
-        output.say(
+        output.print(
             f"{options.out}: test accuracy {tested}; {result.total.seconds:.1f} s of training and search",
             {"run": str(options.out), **to_json(result)},
         )

@@ -192,7 +192,7 @@ def l2_kernel(
 
 @triton.jit
 def _slope(grad: tl.tensor, i: tl.tensor, count: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """The gradient in float64; entries that are not finite count as 0, so that one overflow does not spoil an image."""
+    """The gradient in float64; entries that are not finite count as 0, or one overflow would make the norm infinite."""
     slope = tl.load(grad + i, i < count, other=0).to(dtype)
     return tl.where(slope - slope == 0, slope, 0).to(tl.float64)
 

@@ -1,4 +1,4 @@
-"""What the operations of a traced model do to channels: make new ones, keep them apart, flatten them, or mix them."""
+"""Classifies the operations of a traced model: which make new channels, keep channels apart, flatten or mix them."""
 
 from __future__ import annotations
 

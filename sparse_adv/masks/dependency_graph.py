@@ -112,7 +112,7 @@ class _TracedOnCall(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Does not trace into masked layers, and remembers the module that it is in for the error message."""
+    """Does not trace into masked layers, and records the current module for the error message."""
 
     place = "the model"
 

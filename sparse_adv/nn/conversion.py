@@ -1,4 +1,4 @@
-"""Dense model to sparse model and back, and a context in which weights do not change."""
+"""Conversion of a dense model to a sparse one and back, and a context in which weights do not change."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sparsify(
         The model; if that is itself a Conv2d or Linear (its mask's name is ""), the layer that replaces it.
 
     Raises:
-        TypeError: if a named module is not a plain Conv2d or Linear, or a mask no bool tensor.
+        TypeError: if a named module is not a plain Conv2d or Linear, or a mask is not a bool tensor.
         ValueError: if a name is unknown, a mask has the wrong shape or disobeys the block, or one weight would need
             two masks.
 
@@ -85,8 +85,8 @@ def sparsify(
 def densify(model: nn.Module) -> nn.Module:
     """Replace every masked layer by a plain `nn.Conv2d` or `nn.Linear` with the same Parameters, zeros where pruned.
 
-    It happens in place. The model's `state_dict` then has the dense model's keys, and nothing holds the zeros at zero
-    any longer.
+    The model is changed in place. Its `state_dict` then has the dense model's keys, and training may change the weights
+    that were pruned.
 
     Returns:
         The model; if that is itself a masked layer, the layer that replaces it.
@@ -145,7 +145,7 @@ def _check_shared_weights(modules: Mapping[str, nn.Module], conversions: Mapping
         for parameter in module.parameters(recurse=False):
             mask = masks.get(id(parameter))
             if mask is not None and not (module in conversions and conversions[module].mask.equal(mask)):
-                raise ValueError(f"the weight of module {name!r} is also another's, and the two do not get one mask")
+                raise ValueError(f"module {name!r} shares its weight with a module that gets another mask, or none")
 
 
 def _replace(model: nn.Module, modules: Mapping[str, nn.Module], new: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -35,7 +35,7 @@ def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence
         For each BatchNorm that counts, by module name, a bool tensor [C]: true = dead.
 
     Raises:
-        TypeError: if a mask is no bool tensor.
+        TypeError: if a mask is not a bool tensor.
         ValueError: if a mask's name is unknown, or its shape is not the weight's.
 
     Source: Li et al., "Towards Practical Lottery Ticket Hypothesis for Adversarial Training" (arXiv 2003.05733). The

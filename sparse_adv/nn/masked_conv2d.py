@@ -35,7 +35,7 @@ LayerChoices = dict[str, Choice]
 
 
 def reason_of(choice: Choice) -> str:
-    """Why `nn.tune` fixed a kernel: "tuned: 1.2 ms, dense 3.4 ms", or "given" if there are no times."""
+    """Return why `nn.tune` fixed a kernel: "tuned: 1.2 ms, dense 3.4 ms", or "given" if there are no times."""
     if "sparse_ms" not in choice or "dense_ms" not in choice:
         return "given"
     sparse, dense = f"{choice['sparse_ms']:.3g} ms", f"{choice['dense_ms']:.3g} ms"
@@ -55,7 +55,7 @@ class CompiledConvMask(CompiledMask):
 
 
 class MaskedConv2d(MaskedLayer, nn.Conv2d):
-    """`nn.Conv2d` that keeps only the weights under a mask, and takes time accordingly.
+    """`nn.Conv2d` with only the weights that a mask keeps; sparse kernels skip the others where that is faster.
 
     `y = conv2d(x, weight * weight_mask) + bias`. The Parameter is `weight`, as in `nn.Conv2d`, with zeros where
     pruned; the mask is the bool buffer `weight_mask`, true = kept. Pruned weights, their gradients and the momentum of
@@ -144,7 +144,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     @classmethod
     def from_compiled(cls, conv: nn.Conv2d, mask: Tensor, block: Block, compiled: CompiledConvMask | None) -> Self:
-        """`from_dense` of a mask that has been checked and compiled; a masked layer stays itself and gets the mask."""
+        """`from_dense` for a mask that has been checked and compiled; a masked layer gets the new mask."""
         layer = cls._sharing_state_of(conv)
         layer._set_mask(mask, block, compiled)
         return layer
@@ -295,7 +295,7 @@ def compile_mask(conv: nn.Conv2d, mask: Tensor, block: Block) -> CompiledConvMas
 
 
 def check_convertible(conv: nn.Module) -> None:
-    """Raises TypeError if no masked layer can stand in for this module."""
+    """Raises TypeError if a masked layer cannot replace this module."""
     if not isinstance(conv, nn.Conv2d):
         raise TypeError(f"only a Conv2d can become a MaskedConv2d, got {type(conv).__name__}")
     kind = type(conv)

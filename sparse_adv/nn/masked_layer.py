@@ -1,4 +1,4 @@
-"""What masked layers have in common: the mask is a buffer, and the weight is 0 outside it whatever happens."""
+"""The base class of masked layers: the mask is a buffer, and the weight is always 0 where the mask is false."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class MaskedLayer(nn.Module):
     """A layer whose weight is 0 wherever its bool buffer `weight_mask` is false.
 
     A mask becomes effective in three steps: a subclass checks and compiles it, `_write_mask` writes it to the buffer,
-    and `_install` makes weight and optimisers obey it. Whoever else writes to the buffer (loading, averaging, moving to
-    another device) makes `_compiled` out of date; `_derive` then compiles the buffer's content.
+    and `_install` applies it to the weight and the optimisers. Any other write to the buffer (loading, averaging,
+    moving to another device) makes `_compiled` outdated; `_derive` then compiles the buffer's content.
 
     Subclasses name this class before the dense layer that they replace, and implement `_compile` and
     `_frozen_operands`.
@@ -75,7 +75,7 @@ class MaskedLayer(nn.Module):
 
     @classmethod
     def _sharing_state_of(cls, dense: nn.Module) -> Self:
-        """A layer with the attributes of `dense`, still without a mask; a masked layer is returned itself."""
+        """Return a layer with the attributes of `dense` and without a mask; a masked layer is returned as it is."""
         if isinstance(dense, cls):
             return dense
         layer = cls.__new__(cls)
@@ -109,7 +109,7 @@ class MaskedLayer(nn.Module):
         return self._frozen is not None
 
     def freeze(self) -> bool:
-        """Begin what `nn.frozen_weights` describes; returns False if it had begun already."""
+        """Start `nn.frozen_weights` for this layer; return False if the layer is frozen already."""
         if self.is_frozen:
             return False
         self._refresh()
@@ -128,7 +128,7 @@ class MaskedLayer(nn.Module):
             self.register_buffer("weight_mask", mask.to(self.weight.device, copy=True))
 
     def _install(self, compiled: CompiledMask | None) -> None:
-        """Make the weight and its optimisers obey the buffer, whose content `compiled` was made of."""
+        """Apply the buffer's mask, of which `compiled` was made, to the weight and its optimisers."""
         self._compiled, self._frozen = compiled, None
         if compiled is not None:
             compiled.attach(self.weight_mask)
@@ -142,7 +142,7 @@ class MaskedLayer(nn.Module):
         self._install(compiled if compiled is not None and compiled.matches(self.weight_mask) else self._compile())
 
     def _refresh(self) -> None:
-        """Before a forward pass: notice that the buffer was written to."""
+        """Before a forward pass: recompile the mask if the buffer was written to."""
         if self._compiled is None or not self._compiled.matches(self.weight_mask):
             self._derive()
 
@@ -167,7 +167,7 @@ class MaskedLayer(nn.Module):
 
 
 def check_own_weight(layer: nn.Module) -> None:
-    """Raises TypeError if the layer's weight is no Parameter of its own."""
+    """Raises TypeError if the weight is not a Parameter of this layer."""
     if "weight" not in layer._parameters:
         raise TypeError("weight is computed from something else (nn.utils.prune or parametrize): make that permanent")
 

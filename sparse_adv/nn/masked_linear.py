@@ -65,7 +65,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     @classmethod
     def from_checked(cls, linear: nn.Linear, mask: Tensor) -> Self:
-        """`from_dense` of a mask that has been checked; a masked layer stays itself and gets the mask."""
+        """`from_dense` for a mask that has been checked; a layer that is masked already gets the new mask."""
         layer = cls._sharing_state_of(linear)
         layer._set_mask(mask)
         return layer
@@ -90,7 +90,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         """Map `[..., C]` to `[..., K]`."""
         if not torch.compiler.is_compiling():
             self._refresh()
-        # `where` and not a product, as a pruned NaN counts as 0, in the weight and in its gradient.
+        # `where` and not a product: a pruned NaN must count as 0, in the weight and in its gradient.
         weight, bias = self._frozen or (torch.where(self.weight_mask, self.weight, 0), self.bias)
         return F.linear(input, weight, bias)
 
@@ -109,13 +109,13 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
 
 def check_linear_mask(linear: nn.Linear, mask: Tensor) -> None:
-    """Raises TypeError or ValueError if this is no mask for the layer's weight."""
+    """Raises TypeError or ValueError if this is not a mask for the layer's weight."""
     check_mask(mask, linear=True)
     check_shape(mask, linear.weight)
 
 
 def check_linear(linear: nn.Module) -> None:
-    """Raises TypeError if no masked layer can stand in for this module."""
+    """Raises TypeError if a masked layer cannot replace this module."""
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"only a Linear can become a MaskedLinear, got {type(linear).__name__}")
     if isinstance(linear, NonDynamicallyQuantizableLinear):

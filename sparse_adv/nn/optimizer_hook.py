@@ -3,9 +3,9 @@
 The invariant: where the mask is false, a weight, its gradient and every tensor of the optimiser's state for it are
 exactly 0. SGD, Adam and other element-wise optimisers map such zeros to zeros, weight decay and momentum included
 (Rprop's step sizes are not 0, but they move no weight whose gradient is 0), and the gradient of `masked_conv2d` is
-exactly 0 there. So the invariant needs no work from step to step. It has to be established once when an optimiser first
-meets a mask: after a model is sparsified or a mask changes in the middle of training, and after an optimiser's state is
-loaded. A hook before the steps of all optimisers of the process detects these cases.
+exactly 0 there. So the invariant needs no work in each step. It has to be established once, before an optimiser's first
+step with a mask: after a model is sparsified or a mask changes in the middle of training, and after an optimiser's
+state is loaded. A hook before the steps of all optimisers of the process detects these cases.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def unwatch(weight: Tensor) -> None:
 
 
 def settle(optimizer: Optimizer) -> None:
-    """Zero what lies outside the masks of this optimiser's weights, for masks that it has not met before."""
+    """Zero what lies outside the masks of this optimiser's weights; masks that were applied before are skipped."""
     state, settled = _settled.get(optimizer, (None, None))
     if settled is None or state is not optimizer.state:
         settled = WeakTensorKeyDictionary()

@@ -1,4 +1,4 @@
-"""`shrink`: remove the channels that no kept weight feeds or reads, so that a smaller model computes the same.
+"""`shrink`: remove the channels that no kept weight feeds or reads; the smaller model computes the same function.
 
 This kind of sparsity also makes the images between the layers smaller. The result is dense, and fast on every device.
 """

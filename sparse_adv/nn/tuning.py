@@ -132,7 +132,7 @@ def _passes(
 def _race(
     run: Callable[[Pattern], Tensor], patterns: Mapping[str, Pattern], trials: int, seconds: float
 ) -> dict[str, float]:
-    """The shortest time of each. The kernels take turns, so that a slow moment of the machine affects both."""
+    """The shortest time of each. The kernels are timed in turns, so that other load on the machine affects both."""
     best = dict.fromkeys(patterns, float("inf"))
     end = time.perf_counter() + seconds
     clocks = {kernel: _clock(partial(run, pattern), pattern.mask.device) for kernel, pattern in patterns.items()}

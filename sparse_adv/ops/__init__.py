@@ -1,4 +1,4 @@
-"""The ops of torch; importing this package loads the native library and registers fake kernels, gradients, autocast."""
+"""The ops. Importing this package loads the native library and registers fake kernels, gradients and autocast."""
 
 from sparse_adv.ops import masked_conv2d_cuda as _registers_cuda  # noqa: F401
 from sparse_adv.ops import masked_conv2d_gradients as _registers_gradients  # noqa: F401

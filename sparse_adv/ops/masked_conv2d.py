@@ -28,7 +28,7 @@ def masked_conv2d(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """Convolve with a weight of which only the entries that the mask keeps count.
+    """Convolve with the entries of a weight that the mask keeps; all others count as 0.
 
     Equivalent to::
 
@@ -36,9 +36,9 @@ def masked_conv2d(
         y = y * scale[:, None, None] + bias[:, None, None] + residual
         y = y.relu() if relu else y
 
-    for any weight: pruned entries count as 0 whatever they hold, and their gradient is exactly 0. The time follows the
-    mask: where the sparse kernels would be slower, the dense convolution runs instead. Differentiable any number of
-    times; works under autocast, `torch.compile(fullgraph=True)` and `torch.export`.
+    for any weight: pruned entries count as 0 whatever their values are, and their gradient is exactly 0. Where the
+    sparse kernels would be slower, the dense convolution runs instead. Differentiable any number of times; works under
+    autocast, `torch.compile(fullgraph=True)` and `torch.export`.
 
     Args:
         input: float tensor [N, C, H, W], NCHW or channels_last (others are copied); the output keeps the layout.
@@ -55,7 +55,7 @@ def masked_conv2d(
         float tensor [N, K, P, Q].
 
     Raises:
-        TypeError: if dtypes differ or are not floating, or the pattern is none.
+        TypeError: if dtypes differ or are not floating, or `pattern` is not a `Pattern`.
         ValueError: if shapes or devices do not fit together, or the pattern belongs to another weight.
 
     Examples:

@@ -22,7 +22,7 @@ def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
 
 
 def _register(device: str) -> None:
-    """torch.library.register_autocast would fix one dtype when it is called; this one casts to the present dtype."""
+    """Not torch.library.register_autocast, because it fixes one dtype for all calls; this casts to the current one."""
     key = f"Autocast{device.upper()}"
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 

@@ -2,8 +2,8 @@
 
 On tensor cores unstructured masks and small blocks cannot be faster than cuDNN: of 16 weights that are multiplied
 together, at least one is kept in 56 % of cases at density 0.05; and without tensor cores the break-even is at 96 % of
-zeros. Such layers take cuDNN's time on a masked weight. The weight is masked once per optimiser step where the caller
-has promised that it does not change (`pack_pattern`), else once per call, which moves 9 bytes a weight. Blocks of 32 or
+zeros. Such layers take cuDNN's time on a masked weight. With `pack_pattern` the weight is
+masked once per optimiser step, else once per call, which moves 9 bytes per weight. Blocks of 32 or
 64 channels run in the Triton kernels wherever `masked_conv2d_roofline` expects a gain.
 """
 
@@ -98,7 +98,7 @@ def masked_conv2d_grad_weight(
     weight = input.new_empty(1).expand(mask.shape)
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, (False, True, False))[1]
-    # `where` and not a product, as a pruned NaN or infinity counts as 0; `out` has the op's layout, which saves a copy.
+    # `where` and not a product: a pruned NaN or infinity must count as 0. `out` has the op's layout: no copy is needed.
     return torch.where(mask, grad, grad.new_zeros(()), out=torch.empty_like(mask, dtype=grad.dtype))
 
 

@@ -1,7 +1,7 @@
 """Plans: which kernel each pass of a convolution runs, why, and how many multiply-adds (MACs) it executes.
 
-This is the only place that answers these questions. On the CPU the plan comes from the C++ op, whose passes run what it
-says; on CUDA the passes ask `plan_on_cuda`. `nn.explain`, `nn.count_macs` and `nn.tune` ask `plan`.
+This is the only place where kernels are chosen. On the CPU the plan comes from the C++ op, which the passes follow; on
+CUDA the passes call `plan_on_cuda`. `nn.explain`, `nn.count_macs` and `nn.tune` call `plan`.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ class Plan(NamedTuple):
 
 
 def plan(pattern: Pattern, input: Tensor, stride: Pair = 1, padding: Pair | str = 0, dilation: Pair = 1) -> Plan:
-    """Tell which kernel each pass of `masked_conv2d` runs, why, and the multiply-adds that it executes.
+    """Return which kernel each pass of `masked_conv2d` runs, why, and the multiply-adds that it executes.
 
     Args:
         pattern: what `compile_pattern` returned.
-        input: float tensor [N, C, H, W]. Its device, dtype (under autocast, that of autocast), shape and layout count,
-            its elements do not. grad_output is assumed to have the layout of the output.
+        input: float tensor [N, C, H, W]. Only its device, dtype (under autocast, that of autocast), shape and
+            layout matter. grad_output is assumed to have the layout of the output.
         stride, padding, dilation: as for `masked_conv2d`.
 
     Raises:
-        TypeError: if the input is not floating, or the pattern is none.
+        TypeError: if the input is not floating, or `pattern` is not a `Pattern`.
         ValueError: if the input does not fit the pattern.
 
     Examples:

@@ -153,7 +153,7 @@ _LOW32 = 0xFFFFFFFF
 
 
 def _multiply32(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of a product; it is computed by halves, as int64 has no unsigned 64-bit product."""
+    """The high and the low 32 bits of a product; computed in halves, because int64 has no unsigned 64-bit product."""
     high = ((factor >> 16) * words + ((factor & 0xFFFF) * words >> 16)) >> 16
     return high, (factor * words) & _LOW32
 
@@ -175,7 +175,7 @@ def _normal(count: int, key: Tensor, offset: Tensor) -> Tensor:
 
 
 def _masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """`where` and not a product, as a pruned NaN counts as 0."""
+    """`where` and not a product: a pruned NaN must count as 0."""
     return weight.where(mask, 0)
 
 

@@ -1,7 +1,7 @@
 """Invariants of tickets, verified in every search and recorded in the ticket.
 
-Published ticket codes have broken each of them unnoticed: weights that were not reset, masks in which pruned weights
-came back, densities other than those asked for.
+Published implementations have violated each of them unnoticed: weights that were not reset, pruned weights that later
+masks kept again, densities other than requested.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def check_nested(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
     """
     for name, mask in old.items():
         grown = int((new[name] & ~mask.to(new[name].device)).count_nonzero())
-        _require(not grown, f"{grown} weights of {name!r} came back in a later round")
+        _require(not grown, f"{grown} weights of {name!r} were pruned before, but a later round keeps them")
 
 
 def check_density(masks: Mapping[str, Tensor], config: PruneConfig, number: int) -> tuple[int, int, int]:

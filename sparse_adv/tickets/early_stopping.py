@@ -1,4 +1,4 @@
-"""Early stopping of a ticket search: the mask that pruning would give no longer changes (Early-Bird tickets)."""
+"""Early stopping of a ticket search, when the mask that pruning would give no longer changes (Early-Bird tickets)."""
 
 from __future__ import annotations
 

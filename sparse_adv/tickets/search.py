@@ -1,4 +1,4 @@
-"""Ticket search: cheap training finds a mask, and the weights return to where they began."""
+"""Ticket search: train cheaply, prune, and rewind the weights."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def search(
         0.25
     """
     prune_config = prune_config or PruneConfig()
-    # Refuse now what pruning would refuse after the training. A score function may need what training computes.
+    # Raise the errors of pruning before the training. A score function may need results of the training, so it is not
+    # called here.
     _prune(model, replace(prune_config, score="magnitude") if callable(prune_config.score) else prune_config, 1)
     folder = None if folder is None else Path(folder)
     if folder is not None and distributed.rank() == 0 and not (folder / runs.INFO).exists():
@@ -108,7 +109,7 @@ def record_of(ticket: masks.Ticket) -> SearchRecord:
     """Return what `search` recorded in a ticket.
 
     Raises:
-        ValueError: if the ticket comes from elsewhere.
+        ValueError: if the provenance has no such record, naming the key that is missing.
     """
     names = [field.name for field in fields(SearchRecord)]
     content = {name: ticket.provenance[name] for name in names if name in ticket.provenance}

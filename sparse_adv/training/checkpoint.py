@@ -43,7 +43,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is damaged or no file of weights.
+        ValueError: if it is damaged or not a file of weights.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file of weights {str(path)!r}")
@@ -52,7 +52,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
             metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is no readable file of weights: {error}") from error
+        raise ValueError(f"{str(path)!r} is not a readable file of weights: {error}") from error
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ class Stopwatch:
 
 
 class NetworkCosts:
-    """The MACs of a network's passes, its densities and its number of classes, from one forward pass.
+    """The MACs of a network's passes, its densities and its number of classes, measured in one forward pass.
 
     Args:
         model: left as it was.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 def rank() -> int:
     """Return the rank of this process; 0 in a run of one process.
 
-    Example:
+    Examples:
         >>> rank()
         0
     """
@@ -32,7 +32,7 @@ def launched_rank() -> int:
 def world_size() -> int:
     """Return the number of processes that train together.
 
-    Example:
+    Examples:
         >>> world_size()
         1
     """
@@ -55,7 +55,7 @@ def group(device: torch.device | str = "auto") -> Iterator[torch.device]:
         ValueError: if there is no such device, or there are fewer GPUs than processes that need one of their own.
         ConnectionError: when another process is lost, whatever error the backend raises then.
 
-    Example:
+    Examples:
         >>> with group("cpu") as device:
         ...     device
         device(type='cpu')
@@ -168,7 +168,7 @@ def barrier() -> None:
 def own_seed(*numbers: int) -> int:
     """Return a seed that depends only on these numbers and on the rank.
 
-    Example:
+    Examples:
         >>> own_seed(0, 1) == own_seed(0, 1), own_seed(0, 1) == own_seed(0, 2)
         (True, False)
     """

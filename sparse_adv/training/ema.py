@@ -11,7 +11,7 @@ class EMA(AveragedModel):
     """Exponential moving average of a model's weights: after each update, theta' <- decay theta' + (1 - decay) theta.
 
     Differences to `AveragedModel`: an update never makes the host wait for a GPU; buffers are copied only by
-    `copy_buffers`, and only those that differ, because a mask that is written to makes masked layers compile it anew.
+    `copy_buffers`, and only those that differ, because masked layers recompile a mask after a write to it.
 
     Args:
         model: the model to follow; `module` is the average.

@@ -1,9 +1,10 @@
 """Detection of catastrophic overfitting: training with single-step attacks can lose all robustness within an epoch.
 
-The model then learns to fool the one attack step that it is trained on, and stays accurate under it (Wong et al. 2020,
-section 5.4). After each epoch a cheap PGD attack on validation images measures the robustness. An epoch that lost it is
-undone and repeated with PGD (the remedy of Li et al. 2020, "Towards understanding fast adversarial training"); after
-that the cheap objective continues. Each further event doubles the number of epochs that are trained with PGD.
+The model then stays accurate under the single-step attack that it is trained with, and loses its accuracy under
+stronger attacks (Wong et al. 2020, section 5.4). After each epoch a cheap PGD attack on validation images measures the
+robustness. An epoch that lost it is undone and repeated with PGD (the remedy of Li et al. 2020, "Towards understanding
+fast adversarial training"); after that the cheap objective continues. Each further event doubles the number of epochs
+that are trained with PGD.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sparse_adv.training.evaluation import Accuracy, Images, as_batches, robust_
 IMAGES = 256
 STEPS = 5
 LEAST_DROP = 0.1
-"""A drop counts if it is at least this much and to less than half of the best; 256 images scatter by about 0.03."""
+"""A drop counts if it is at least this much and to less than half of the best; noise of 256 images is about 0.03."""
 
 
 class CatastrophicOverfittingError(ArithmeticError):

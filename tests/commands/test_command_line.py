@@ -138,18 +138,18 @@ def test_no_command_is_wrong_input(capsys):
     assert "COMMAND" in refused(capsys)
 
 
-def test_one_process_says_what_all_have_to_say(tmp_path, monkeypatch, capsys):
+def test_an_error_of_all_processes_is_printed_once(tmp_path, monkeypatch, capsys):
     for rank in (0, 1, 2):
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
-        output.complain("error: no such file")
-        output.complain(f"error: rank {rank} lost another process", follows=True)
-    output.complain("error: something else")
+        output.print_error("error: no such file")
+        output.print_error(f"error: rank {rank} lost another process", consequence=True)
+    output.print_error("error: something else")
     assert capsys.readouterr().err == "sparse-adv: error: no such file\nsparse-adv: error: something else\n"
 
 
 @pytest.mark.parametrize("folder", ["attempt_0", "gone"])
-def test_what_only_follows_is_said_where_nobody_has_spoken(tmp_path, monkeypatch, capsys, folder):
+def test_a_lost_process_is_an_error_if_no_process_has_printed_one(tmp_path, monkeypatch, capsys, folder):
     (tmp_path / "attempt_0").mkdir()
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / folder / "1" / "error.json"))
-    output.complain("error: rank 1 lost another process", follows=True)
+    output.print_error("error: rank 1 lost another process", consequence=True)
     assert capsys.readouterr().err == "sparse-adv: error: rank 1 lost another process\n"

@@ -154,7 +154,7 @@ def test_a_shared_weight_needs_one_mask_everywhere():
     model[1].weight = model[0].weight
     masks = prune(model, 0.5)
     for wrong in ({"0": masks["0"]}, masks | {"1": ~masks["1"]}):
-        with pytest.raises(ValueError, match=r"the weight of module '.' is also another's"):
+        with pytest.raises(ValueError, match=r"module '.' shares its weight with a module that gets another mask"):
             sparsify(model, wrong)
     sparsify(model, masks)
     assert model[1].weight is model[0].weight

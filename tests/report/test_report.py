@@ -223,7 +223,7 @@ def test_folders_that_cannot_be_reported_are_refused_and_nothing_is_written(tmp_
     out, good, new = tmp_path / "out", make(tmp_path / "good"), make(tmp_path / "new", ())
     with pytest.raises(ValueError, match=r"new has no epochs yet: wait for the first"):
         report.report([good, new], out)
-    with pytest.raises(FileNotFoundError, match=r"no run folder: it has no run\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no run\.json"):
         report.report([good, tmp_path], out)
     with pytest.raises(ValueError, match="at least one run folder, got none"):
         report.report([], out)
