@@ -105,12 +105,13 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
         ValueError: naming the flag or key that is wrong, and the one that may have been meant.
         FileNotFoundError: if a config file does not exist.
     """
-    for file in _config_files(arguments):
+    configs = list(_config_files(arguments))
+    for file in configs:
         file.open().close()  # FileNotFoundError names the file
     try:
         namespace = parser.parse_args(list(arguments))
     except (ArgumentError, ArgumentTypeError) as error:
-        raise ValueError(_sentence(parser, str(error))) from error
+        raise ValueError(_sentence(parser, str(error), configs)) from error
     return _build(options, namespace)
 
 
@@ -204,7 +205,7 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(word.removeprefix("--config="))
 
 
-def _sentence(parser: ArgumentParser, message: str) -> str:
+def _sentence(parser: ArgumentParser, message: str, configs: Sequence[Path]) -> str:
     """The error message of jsonargparse in one line, with the flag that may have been meant."""
     message = " ".join(message.split())
     if prefix := re.match(r'(?:argument (?:--)?([^:]*)|Parser key "([^"]*)"): ', message):
@@ -215,9 +216,10 @@ def _sentence(parser: ArgumentParser, message: str) -> str:
     if unknown == message:
         return message
     word = unknown.split()[0].partition("=")[0].rstrip("'")
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    near = get_close_matches(f"--{word.removeprefix('--').replace('_', '-')}", flags, n=1)
-    return f"there is no option {word!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    names = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
+    near = get_close_matches(word.removeprefix("--").replace("_", "-"), names, n=1)
+    place = f"{', '.join(map(str, configs))}: " if message.startswith("Option '") else ""
+    return f"{place}there is no option {word!r}" + (f"; did you mean '--{near[0]}'?" if near else "")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

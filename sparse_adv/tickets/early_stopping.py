@@ -43,7 +43,7 @@ class EarlyStopping:
         self._masks: dict[int, dict[str, Tensor]] = {}
         self._distances: dict[int, float] = {}
         if threshold is not None and self.path is not None and self.path.exists():
-            state = read_state(self.path, torch.device("cpu"))
+            state = read_state(self.path, torch.device("cpu"), ["masks", "distances"])
             self._masks, self._distances = state["masks"], state["distances"]
 
     def should_stop(self, epoch: int, prune: Callable[[], dict[str, Tensor]]) -> bool:

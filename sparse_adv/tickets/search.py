@@ -105,20 +105,51 @@ def search(
     return run.run(metadata or {})
 
 
-def record_of(ticket: masks.Ticket) -> SearchRecord:
-    """Return what `search` recorded in a ticket.
+def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> SearchRecord:
+    """Return what `search` recorded in the provenance of a ticket.
+
+    Args:
+        ticket: a ticket that `search` returned, or that was read from its file.
+        source: where the ticket comes from, for the error message.
+
+    Returns:
+        The configurations, epochs, cost and verified invariants of the search.
 
     Raises:
         ValueError: if the provenance has no such record, naming the key that is missing.
+
+    Examples:
+        >>> record_of(masks.Ticket({}, {}, {"format": "prune"}), source="model.pt")
+        Traceback (most recent call last):
+        ...
+        ValueError: the provenance of model.pt lacks the key 'train'
     """
     names = [field.name for field in fields(SearchRecord)]
     content = {name: ticket.provenance[name] for name in names if name in ticket.provenance}
-    return json_files.from_json(SearchRecord, content, "the ticket's provenance")
+    return json_files.from_json(SearchRecord, content, f"the provenance of {source}")
 
 
 def cost_of(ticket: masks.Ticket) -> Cost:
-    """Return the cost of the search that found a ticket; zero if the ticket does not contain it."""
-    return json_files.from_json(Cost, ticket.provenance.get("cost", {}), "the ticket's provenance")
+    """Return the cost of the search that found a ticket; zero if its provenance does not contain a cost.
+
+    Args:
+        ticket: any ticket, also one that was read from a file of another tool.
+
+    Returns:
+        Seconds and MACs of attacks, updates and pruning.
+
+    Raises:
+        ValueError: if the provenance contains a cost that is not one.
+
+    Examples:
+        >>> cost_of(masks.Ticket({}, {}, {"cost": {"seconds": 2.5, "macs": 1000}}))
+        Cost(seconds=2.5, macs=1000)
+    """
+    provenance = ticket.provenance
+    content = provenance.get("cost", {})
+    if not content and "multiply_adds" in provenance:  # a ticket from before `SearchRecord`
+        content = {"seconds": provenance.get("seconds"), "macs": provenance["multiply_adds"]}
+    return json_files.from_json(Cost, content, "the ticket's provenance")
 
 
 class _Search:
@@ -164,7 +195,7 @@ class _Search:
         """Train, then prune; a round that was finished in an earlier call is read from its ticket."""
         folder = self.folder / f"round_{number}" if self.folder is not None else None
         if folder is not None and (folder / runs.TICKET).exists():
-            self._restore(masks.load_ticket(folder / runs.TICKET))
+            self._restore(folder / runs.TICKET)
             return
         self.model.load_state_dict(self.initial if number == 1 else self._start())
         sparsify(self.model, self.masks)
@@ -251,9 +282,10 @@ class _Search:
     def _record(self) -> SearchRecord:
         return SearchRecord(self.train_config, self.prune_config.named(), self.records, self.cost, self.checks)
 
-    def _restore(self, ticket: masks.Ticket) -> None:
+    def _restore(self, path: Path) -> None:
         """Continue after the round that wrote this ticket."""
-        record = record_of(ticket)
+        ticket = masks.load_ticket(path)
+        record = record_of(ticket, path)
         self.masks, self._rewound = ticket.masks, ticket.state_dict
         self.records, self.cost, self.checks = record.epochs, record.cost, record.checks
 
@@ -300,7 +332,7 @@ def _input_shape(model: nn.Module, batches: Batches) -> tuple[int, ...] | None:
 def _finished(folder: Path, train_config: TrainConfig, prune_config: PruneConfig) -> masks.Ticket:
     """The ticket in the folder, if a search with these configurations found it."""
     ticket = masks.load_ticket(folder / runs.TICKET)
-    record = record_of(ticket)
+    record = record_of(ticket, folder / runs.TICKET)
     if (record.train, record.prune) != (train_config, prune_config.named()):
         name = "training" if record.train != train_config else "pruning"
         raise ValueError(f"{folder} holds a ticket of another {name} configuration: take another folder, or delete it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +68,28 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[str, Any]:
     """Read a state, with its tensors on a device. Only tensors and plain containers are unpickled.
 
+    Args:
+        path: the file.
+        device: of the tensors.
+        keys: that the state must have.
+
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: if the file is damaged, or lacks a key because another version of this library wrote it.
     """
     content = io.BytesIO(path.read_bytes())
     try:
-        return torch.load(content, map_location=device, weights_only=True)
+        state = torch.load(content, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file raises many types of errors
         raise ValueError(
             f"{str(path)!r} is damaged, the run cannot continue: delete its folder to start anew"
         ) from error
+    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise ValueError(
+            f"{str(path)!r} lacks the key {missing[0]!r}, another version of sparse_adv wrote it: delete its folder to "
+            "start anew"
+        )
+    return state

@@ -266,8 +266,8 @@ class Training:
     def _restore(self, folder: Path) -> None:
         """Continue after the last epoch of the folder."""
         path = folder / runs.STATE
-        state = read_state(path, self.device)
-        if state.get("config") != asdict(self.config):
+        state = read_state(path, self.device, ["config", "records", "monitor", *self.updater.state_dict()])
+        if state["config"] != asdict(self.config):
             raise ValueError(f"{folder} holds a run of another configuration: take another folder, or delete it")
         own, processes = distributed.rank(), len(state["objective"])
         if processes != distributed.world_size():

@@ -64,7 +64,7 @@ def test_the_ticket_records_configurations_epochs_cost_and_checks():
 def test_a_ticket_from_elsewhere_has_no_record_and_no_cost():
     ticket = masks.Ticket({}, {}, {"arch": "vgg16"})
     assert tickets.cost_of(ticket) == Cost()
-    with pytest.raises(ValueError, match="the ticket's provenance lacks the key 'train'"):
+    with pytest.raises(ValueError, match="the provenance of the ticket lacks the key 'train'"):
         tickets.record_of(ticket)
 
 
