@@ -112,6 +112,9 @@ def fgsm(
         model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
             check and graphs.
 
+    Returns:
+        The adversarial images, detached, as in `pgd`.
+
     Raises:
         TypeError, ValueError: as in `pgd`.
 
@@ -145,6 +148,9 @@ def fgsm_rs(
         alpha: step size; None for 1.25 eps.
         model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
             check and graphs.
+
+    Returns:
+        The adversarial images, detached, as in `pgd`.
 
     Raises:
         TypeError, ValueError: as in `pgd`.
@@ -182,6 +188,9 @@ def n_fgsm(
         model, images, labels, eps, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode, check
             and graphs.
 
+    Returns:
+        The adversarial images, detached, as in `pgd`.
+
     Raises:
         TypeError, ValueError: as in `pgd`.
 
@@ -216,6 +225,9 @@ def tpgd(
     Args:
         model, images, eps, alpha, steps, options: as in `pgd`; options are lo, hi, generator, bn_mode, check and
             graphs.
+
+    Returns:
+        The adversarial images, detached, as in `pgd`.
 
     Raises:
         TypeError, ValueError: as in `pgd`.

@@ -152,6 +152,12 @@ def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 def to_unit(images: Tensor) -> Tensor:
     """Convert images to float32 in [0, 1]: uint8 is divided by 255, floats keep their values.
 
+    Args:
+        images: uint8 tensor, or float tensor with values in [0, 1], of any shape.
+
+    Returns:
+        float32 tensor of the same shape, on the same device.
+
     Raises:
         TypeError: for other dtypes, whose range of values is unknown.
 

@@ -10,6 +10,12 @@ from torch import Tensor
 def density(masks: Mapping[str, Tensor]) -> float:
     """Return the fraction of weights that masks keep: (number of true elements) / (number of elements) of all masks.
 
+    Args:
+        masks: bool masks keyed by module name.
+
+    Returns:
+        The density, in [0, 1].
+
     Raises:
         ValueError: if the masks have no element.
 
@@ -32,6 +38,9 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
     Args:
         a, b: bool masks keyed by module name, with the same names and shapes.
+
+    Returns:
+        The distance, in [0, 1].
 
     Raises:
         ValueError: if names or shapes differ.

@@ -67,6 +67,9 @@ def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[D
         model: any module that torch.fx can trace, dense or sparse; it runs one forward pass in eval mode.
         shape: shape [N, C, H, W] of its input, or a sample of it.
 
+    Returns:
+        The groups, in the order in which the model runs through them.
+
     Raises:
         ValueError: if torch.fx cannot trace the model; the message names the module.
 

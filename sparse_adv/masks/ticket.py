@@ -101,6 +101,12 @@ def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
 def load_ticket(path: str | os.PathLike[str]) -> Ticket:
     """Read a ticket from a file that `save_ticket` wrote; see there for an example.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The ticket, with its tensors on the CPU.
+
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is damaged or is not a ticket.

@@ -94,6 +94,12 @@ def build(
 def find(name: str) -> Architecture:
     """Return the architecture of a name.
 
+    Args:
+        name: as for `build`.
+
+    Returns:
+        The function that makes the network, and the defaults of its arguments.
+
     Raises:
         ValueError: if there is no such architecture; the message lists all names and the most similar one.
 

@@ -88,6 +88,9 @@ def densify(model: nn.Module) -> nn.Module:
     The model is changed in place. Its `state_dict` then has the dense model's keys, and training may change the weights
     that were pruned.
 
+    Args:
+        model: any module, sparse or dense.
+
     Returns:
         The model; if that is itself a masked layer, the layer that replaces it.
 
@@ -107,6 +110,12 @@ def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
     Each layer reads the weights kept by its mask once, in the kernels' order (float32 convolutions on the CPU, blocks
     on CUDA), casts them once under autocast, and computes no gradient of weight or bias, whatever `requires_grad` says.
     That is what an attack needs. The context may be nested; it ends with the outermost one.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A context manager that yields the model.
 
     Examples:
         >>> model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": torch.rand(8, 3, 3, 3) < 0.1})

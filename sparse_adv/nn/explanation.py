@@ -83,6 +83,12 @@ def explain(model: nn.Module, shape: Sequence[int] | Tensor | None = None) -> Ex
         shape: shape [N, C, H, W] of its input, or a sample of it. Without it, kernels that depend on the input are not
             known, and MACs are not counted.
 
+    Returns:
+        A row per layer, and the densities of weights and MACs; `str()` makes a table of it.
+
+    Raises:
+        ValueError: if `shape` is neither a tensor nor 4 positive integers.
+
     Examples:
         >>> from sparse_adv.nn import sparsify
         >>> model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": torch.rand(8, 3, 3, 3) < 0.1})

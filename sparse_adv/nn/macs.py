@@ -55,6 +55,12 @@ def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
         model: any model, dense or sparse; it runs one forward pass, in eval mode, and stays as it was.
         shape: shape [N, C, H, W] of its input, or a sample of it.
 
+    Returns:
+        The MACs of each pass over the whole batch.
+
+    Raises:
+        ValueError: if `shape` is neither a tensor nor 4 positive integers.
+
     Examples:
         >>> count_macs(nn.Conv2d(3, 8, 3), (1, 3, 6, 6)).forward == 4 * 4 * 8 * 3 * 3 * 3
         True
@@ -84,6 +90,9 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[i
         model: the model that the masks belong to, dense or sparse; it runs one forward pass, in eval mode.
         masks: bool masks keyed by module name.
         shape: shape [N, C, H, W] of the model's input, or a sample of it; the result does not depend on N.
+
+    Returns:
+        The density, in [0, 1].
 
     Raises:
         ValueError: if a mask's name is unknown, or the model has no convolution and no linear layer.

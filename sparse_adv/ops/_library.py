@@ -77,7 +77,10 @@ def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
 
 
 def cuda_ops() -> str:
-    """Which implementation of `pgd_step` and `random_start` runs on CUDA, and for which GPUs it was built.
+    """Tell which implementation of `pgd_step` and `random_start` runs on CUDA, and for which GPUs it was built.
+
+    Returns:
+        A description, such as "CUDA C++ (13.0, for 8.0 9.0)".
 
     Examples:
         >>> cuda_ops().startswith(("CUDA C++", "Triton kernels"))
@@ -121,6 +124,9 @@ def cpu_capability() -> str:
 
     The environment variable `ATEN_CPU_CAPABILITY` (avx512, avx2, default) lowers it; it is read at the first call.
 
+    Returns:
+        The name of the instruction set.
+
     Examples:
         >>> cpu_capability() in ("avx512", "avx2", "portable")
         True
@@ -129,7 +135,10 @@ def cpu_capability() -> str:
 
 
 def build_facts() -> dict[str, str]:
-    """The version and the compiler of the native part.
+    """The version of the library and the compiler that built its native part.
+
+    Returns:
+        A dict with the keys "version" and "compiler".
 
     Examples:
         >>> sorted(build_facts())

@@ -58,6 +58,9 @@ def plan(pattern: Pattern, input: Tensor, stride: Pair = 1, padding: Pair | str 
             layout matter. grad_output is assumed to have the layout of the output.
         stride, padding, dilation: as for `masked_conv2d`.
 
+    Returns:
+        For each of the three passes the kernel, the reason and the MACs.
+
     Raises:
         TypeError: if the input is not floating, or `pattern` is not a `Pattern`.
         ValueError: if the input does not fit the pattern.

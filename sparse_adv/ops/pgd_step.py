@@ -77,11 +77,19 @@ def pgd_step_(
 ) -> Tensor:
     """`pgd_step` in place: writes the moved images into adv, whatever its strides, and returns it.
 
-    Arguments and errors are those of `pgd_step`. In addition, no two elements of adv may share memory, and writing to a
-    tensor that requires grad needs `torch.no_grad()`, as everywhere in PyTorch.
+    Args:
+        adv: as for `pgd_step`, and written to. No two of its elements may share memory, and if it requires grad, the
+            call must be under `torch.no_grad()`, as everywhere in PyTorch.
+        grad, clean, alpha, eps, norm, lo, hi: as for `pgd_step`.
+
+    Returns:
+        adv.
 
     Raises:
-        ValueError: if adv requires grad and gradients are enabled, or adv is expanded.
+        TypeError: as for `pgd_step`.
+        ValueError: as for `pgd_step`, and if adv requires grad and gradients are enabled, or adv is expanded.
+
+    Source: as for `pgd_step`.
 
     Examples:
         >>> adv, clean = torch.full((1, 2), 0.5), torch.full((1, 2), 0.5)

@@ -23,6 +23,13 @@ def escaped(text: str) -> str:
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table with aligned columns.
 
+    Args:
+        headings: of the columns.
+        rows: the cells of each row, as many as there are headings.
+
+    Returns:
+        The lines of the table, each with its line break.
+
     Examples:
         >>> print(table(["run", "s"], [["dense", "12.3"], ["a", ""]]), end="")
         | run   | s    |
@@ -56,6 +63,22 @@ def summary(runs: Sequence[Run]) -> str:
     """Return a table with a row per run: how it was made, its densities, costs and accuracies.
 
     Total seconds and MACs are of ticket search, attacks and updates; evaluations are not counted.
+
+    Args:
+        runs: run folders that `runs.read` has read, finished or not.
+
+    Returns:
+        A Markdown table.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from sparse_adv import runs
+        >>> from sparse_adv.config import TrainConfig
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> runs.begin(folder, runs.RunInfo("train", TrainConfig(epochs=3), name="dense"))
+        >>> print(summary([runs.read(folder)]).splitlines()[2][:28])
+        | dense | train, pgd | 1.000
     """
     attacks = list(dict.fromkeys(attack for run in runs for attack in _tests(run)))
     headings = [
@@ -97,8 +120,15 @@ def time_to(runs: Sequence[Run], level: float | None = None) -> str:
         level: robust validation accuracy in [0, 1]; None for the highest that all evaluated runs reached that were
             trained with attacks.
 
+    Returns:
+        Markdown: the sentence, an empty line and the table.
+
     Raises:
         ValueError: if the level is not in [0, 1].
+
+    Examples:
+        >>> time_to([])
+        'No run has a robust validation accuracy yet.\\n'
     """
     if level is not None and not 0 <= level <= 1:
         raise ValueError(f"level must be an accuracy in [0, 1], got {level}")
@@ -123,7 +153,18 @@ def time_to(runs: Sequence[Run], level: float | None = None) -> str:
 
 
 def phases(runs: Sequence[Run]) -> str:
-    """Return a table of the seconds and MACs of each phase of each run, and of the MACs per second."""
+    """Return a table of the seconds and MACs of each phase of each run, and of the MACs per second.
+
+    Args:
+        runs: run folders that `runs.read` has read, finished or not.
+
+    Returns:
+        A Markdown table.
+
+    Examples:
+        >>> print(phases([]).splitlines()[0])
+        | run | phase | s | share of s | MACs | share of MACs | MACs/s |
+    """
     rows = []
     for run, label in zip(runs, measures.labels(runs), strict=True):
         costs = measures.phase_costs(run)

@@ -35,6 +35,10 @@ def check_reset(model: nn.Module, start: Mapping[str, Tensor]) -> None:
 def check_pruned_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Check that the weights outside the masks are zero.
 
+    Args:
+        model: dense or sparse.
+        masks: bool masks keyed by module name.
+
     Raises:
         TicketInvariantError: if they are not, naming the layer.
 

@@ -69,6 +69,9 @@ def shuffle(ticket_masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         Masks of the same shapes with the same blocks and numbers of kept weights. Blocks at an edge of a layer can be
         smaller; they change places only among blocks of their size, so that the number of kept weights stays the same.
 
+    Raises:
+        TypeError: if a mask is not a bool tensor.
+
     Examples:
         >>> mask = torch.zeros(4, 6, dtype=torch.bool)
         >>> mask[:, :2] = True

@@ -39,11 +39,25 @@ def write_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: JSONOb
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
-    """Read a state dict, on the CPU, and the metadata that `write_weights` stored with it.
+    """Read a state dict and the metadata that training stored with it.
+
+    Args:
+        path: a file of weights, such as `best.safetensors` in a run folder.
+
+    Returns:
+        The tensors by name, on the CPU, and the metadata: a JSON object, empty if there is none.
 
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if it is damaged or not a file of weights.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
+        >>> write_weights(path, {"bias": torch.zeros(2)}, {"epoch": 3})
+        >>> weights, metadata = read_weights(path)
+        >>> weights["bias"], metadata["epoch"]
+        (tensor([0., 0.]), 3)
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file of weights {str(path)!r}")

@@ -43,6 +43,9 @@ def deterministic(enabled: bool = True) -> Iterator[None]:
     Args:
         enabled: False changes nothing.
 
+    Returns:
+        A context manager.
+
     Raises:
         ValueError: if CUBLAS_WORKSPACE_CONFIG is set to a value for which cuBLAS is not deterministic.
 

@@ -47,6 +47,9 @@ def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> A
         images: a Split, or an iterable of batches.
         batch_size: images per batch of a Split, for each process.
 
+    Returns:
+        The accuracy over the images of all processes, and the passes that it took.
+
     Raises:
         ValueError: if there is no image.
 
@@ -87,6 +90,9 @@ def robust_accuracy(
         seed: of the random starts.
         graphs: CUDA graphs of earlier calls to use again; None for graphs of this call alone.
 
+    Returns:
+        The accuracy over the images of all processes, and the passes that it took.
+
     Raises:
         ValueError: if there is no image, or a value is out of range.
 
@@ -117,6 +123,9 @@ def fgsm_accuracy(
     Args:
         model, images, batch_size: as in `clean_accuracy`.
         eps, norm: as in `attacks.fgsm`.
+
+    Returns:
+        The accuracy over the images of all processes, and the passes that it took.
 
     Raises:
         ValueError: if there is no image, or a value is out of range.
