@@ -47,17 +47,10 @@ class _Lists(NamedTuple):
     """int32 [n], or [phases, n]: indices into `blocks` that `rows` counts; None: `rows` counts `blocks` itself."""
 
 
-class _Fused(NamedTuple):
-    """What the kernel applies to its operands and to its result; None and False: nothing.
+class _Epilogue(NamedTuple):
+    """The epilogue of the forward pass: relu(result * scale + bias + residual); None and False: nothing."""
 
-    `gate` and the scale of the input gradient have no op yet: they are made for a training engine that fuses ReLU and
-    BatchNorm into the backward pass.
-    """
-
-    gate: Tensor | None = None
-    """Input gradient: grad_output counts as 0 where this is not positive."""
     scale: Tensor | None = None
-    """Per output channel: a factor of the result, or of grad_output."""
     bias: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = False
@@ -95,8 +88,8 @@ def forward(
     if residual is not None:
         residual = in_layout_of(input, residual)
     lists = _Lists(values, blocks, rows, None)
-    fused = _Fused(scale=_contiguous(scale), bias=_contiguous(bias), residual=residual, relu=relu)
-    _launch(output, input, lists, fused, (stride, padding, dilation), precision, gradient=False)
+    epilogue = _Epilogue(_contiguous(scale), _contiguous(bias), residual, relu)
+    _launch(output, input, lists, epilogue, (stride, padding, dilation), precision, gradient=False)
     return output
 
 
@@ -110,8 +103,6 @@ def grad_input(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    relu_output: Tensor | None = None,
-    scale: Tensor | None = None,
     precision: str = "tf32x3",
 ) -> Tensor:
     """The op `sparse_adv::masked_conv2d_grad_input` over live blocks; it does not synchronise with the GPU.
@@ -121,17 +112,12 @@ def grad_input(
         values, blocks, precision: as in `forward`.
         grad_rows, grad_order: fields of `ops.masked_conv2d_live_blocks.LiveBlocks`.
         input_size: (N, C, H, W).
-        relu_output: [N, K, P, Q], the output of a ReLU after the convolution: grad_output counts as 0 where this is not
-            positive.
-        scale: [K], a factor of grad_output; their product is rounded to its dtype.
     """
     output = _empty_like_layout(grad_output, input_size)
     if max(stride) > 1:
         grad_rows, grad_order = select_phases(blocks, grad_rows, grad_order, stride, padding, dilation)
-    gate = None if relu_output is None else relu_output.contiguous(memory_format=torch.channels_last)
     lists = _Lists(values, blocks, grad_rows, grad_order)
-    fused = _Fused(gate=gate, scale=_contiguous(scale))
-    _launch(output, grad_output, lists, fused, (stride, padding, dilation), precision, gradient=True)
+    _launch(output, grad_output, lists, _Epilogue(), (stride, padding, dilation), precision, gradient=True)
     return output
 
 
@@ -139,7 +125,7 @@ def _launch(
     output: Tensor,
     source: Tensor,
     lists: _Lists,
-    fused: _Fused,
+    epilogue: _Epilogue,
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
     precision: str,
     gradient: bool,
@@ -163,10 +149,8 @@ def _launch(
     block_out, block_in = lists.values.shape[1:]
     channels_read, channels_written = (block_out, block_in) if gradient else (block_in, block_out)
     kind = kind_of(source, precision)
-    # Changed pixels are in registers, so they must be the first operand and the tile must be small.
-    changes_operands = fused.gate is not None or (gradient and fused.scale is not None)
     lists_of_phases = tiles_of_channels * phases[0] * phases[1]
-    tile = convolution_tile(kind, channels_written, pixels, lists_of_phases, changes_operands)
+    tile = convolution_tile(kind, channels_written, pixels, lists_of_phases)
     tiles = triton.cdiv(pixels, tile.pixels)
     group = min(max(_GROUP_BYTES // (tile.pixels * source.shape[1] * source.element_size()), 1), tiles)
     source = source.contiguous(memory_format=torch.channels_last)
@@ -181,10 +165,9 @@ def _launch(
             order=lists.order,
             rows=lists.rows,
             output=output,
-            gate=fused.gate,
-            scale=fused.scale,
-            bias=fused.bias,
-            residual=fused.residual,
+            scale=epilogue.scale,
+            bias=epilogue.bias,
+            residual=epilogue.residual,
             images=images,
             source_channels=source.shape[1],
             source_rows=source.shape[2],
@@ -211,14 +194,14 @@ def _launch(
             lists=tiles_of_channels,
             tiles=tiles,
             group=group,
-            RELU=fused.relu,
+            RELU=epilogue.relu,
             GRADIENT=gradient,
             BLOCK_OUT=block_out,
             BLOCK_IN=block_in,
             # Split operands take three times the registers.
             STEP=32 if kind == "tf32x3" else channels_read,
             PIXELS=tile.pixels,
-            PIXELS_FIRST=channels_written < 64 or changes_operands,
+            PIXELS_FIRST=channels_written < 64,
             PRECISION=precision,
             WIDE=source.numel() >= _WIDE_FROM,
             **tile.options,
@@ -262,9 +245,8 @@ def convolve_kernel(
     order,  # int32 [phases, n], indices into blocks; None in the forward pass
     rows,  # int32 [phases, lists, 3], (first channel to write, start, end): a slice of order, or of blocks
     output,  # [images, out_channels, out_rows, out_cols] of any strides
-    gate,  # as source, or None
-    scale,  # [out_channels], in the gradient [source_channels], or None
-    bias,  # [out_channels] or None
+    scale,  # [out_channels] or None, and so is bias; only the forward pass has an epilogue
+    bias,
     residual,  # strided as output, or None
     # Sizes of the images, and strides of the output.
     images,
@@ -339,7 +321,7 @@ def convolve_kernel(
     part_offset: tl.constexpr = STEP * BLOCK_IN if GRADIENT else STEP
 
     # wgmma takes 64 rows of its first operand at a time, and reads less from shared memory the wider the second one is.
-    # So with 64 channels the pixels are the second operand. Only the first operand may come from registers.
+    # So with 64 channels the pixels are the second operand.
     acc = tl.zeros((PIXELS, WRITTEN) if PIXELS_FIRST else (WRITTEN, PIXELS), tl.float32)
     start = tl.load(row + 1) * PARTS
     end = tl.load(row + 2) * PARTS
@@ -360,12 +342,6 @@ def convolve_kernel(
         mask = inside[:, None] & valid[None, :]
         moved = (dh.to(tl.int64) * source_cols + dw) * source_channels + first
         x = tl.load(source + moved + offsets, mask=mask, other=0.0)
-        if GRADIENT:
-            if gate is not None:
-                x = tl.where(tl.load(gate + moved + offsets, mask=mask, other=0.0) <= 0, 0.0, x)
-            if scale is not None:
-                factor = tl.load(scale + first + channel, mask=valid, other=0.0).to(tl.float32)
-                x = (x.to(tl.float32) * factor[None, :]).to(source.dtype.element_ty)
         packed = number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + part * part_offset
         weight = tl.load(values + packed + weight_offsets)
         number, part, step, r, s = _entry(blocks, order, item + 1, end, STEP, PARTS, GRADIENT)

@@ -49,14 +49,11 @@ def kind_of(operand: Tensor, precision: str) -> str:
     return "16-bit" if operand.element_size() == 2 else precision
 
 
-def convolution_tile(kind: str, channels: int, pixels: int, lists: int, changes_operands: bool) -> Tile:
-    """The tile for the product of `pixels` pixels and `lists` lists of `channels` output channels each.
-
-    `changes_operands`: whether the pixels are changed after loading, which needs registers.
-    """
+def convolution_tile(kind: str, channels: int, pixels: int, lists: int) -> Tile:
+    """The tile for the product of `pixels` pixels and `lists` lists of `channels` output channels each."""
     large, small = _CONVOLUTION[kind, channels]
     fills_gpu = triton.cdiv(pixels, large.pixels) * lists >= _PROGRAMS
-    return large if fills_gpu and not changes_operands else small
+    return large if fills_gpu else small
 
 
 def gradient_tile(kind: str) -> Tile:
