@@ -14,6 +14,20 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "masked_conv2d_grad_input(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[4] input_size, SymInt[2] "
       "stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+  // The same passes into memory that the caller provides. out = relu?(conv2d(input, weight * mask) + bias + residual);
+  // gate, only with relu, receives a bit per element of out: whether the ReLU passes the gradient (cpu/epilogue.h).
+  m.def(
+      "masked_conv2d_out(Tensor input, Tensor weight, Tensor[] pattern, Tensor? bias, SymInt[2] stride, SymInt[2] "
+      "padding, SymInt[2] dilation, SymInt groups, Tensor? residual, bool relu, Tensor(a!) out, Tensor(b!)? gate) -> "
+      "()");
+  // out = gate o (grad_input + residual); the input has the size of out.
+  m.def(
+      "masked_conv2d_grad_input_out(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[2] stride, SymInt[2] "
+      "padding, SymInt[2] dilation, SymInt groups, Tensor? residual, Tensor? gate, Tensor(a!) out) -> ()");
+  // Their epilogue on its own: out = act(scale[c] * input + bias[c] + residual), act = relu, gate or nothing.
+  m.def(
+      "pointwise_out(Tensor input, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) "
+      "out, Tensor(b!)? gate_out) -> ()");
   // Gradient with respect to weight, exactly 0 where the mask is false.
   m.def(
       "masked_conv2d_grad_weight(Tensor grad_output, Tensor input, Tensor[] pattern, SymInt[2] stride, SymInt[2] "

@@ -26,6 +26,9 @@ torch::stable::Tensor in_layout_of(const torch::stable::Tensor& like, const torc
 // The tensor itself if it has a plain layout, else a contiguous copy.
 torch::stable::Tensor in_plain_layout(const torch::stable::Tensor& tensor);
 
+// Whether both are NCHW or both are channels_last, without gaps. A tensor with one channel or one pixel is both.
+bool layouts_agree(const torch::stable::Tensor& tensor, const torch::stable::Tensor& other);
+
 // Whether two tensors of one size have the same strides, apart from dimensions of size 1.
 bool have_same_layout(const torch::stable::Tensor& tensor, const torch::stable::Tensor& other);
 

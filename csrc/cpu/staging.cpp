@@ -6,6 +6,7 @@
 
 namespace sparse_adv {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -14,7 +15,9 @@ bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType
 Tensor staging_for(const Tensor& output, bool layout_is_supported) {
   const ScalarType dtype = is_double(output) ? ScalarType::Double : ScalarType::Float;
   if (layout_is_supported && output.scalar_type() == dtype) return output;
-  return torch::stable::empty(output.sizes(), dtype, std::nullopt, output.device());
+  const bool channels_last = layout_is_supported && is_channels_last(output);
+  return torch::stable::empty(output.sizes(), dtype, std::nullopt, output.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 Tensor staged(const Tensor& tensor, const Tensor& staging) {

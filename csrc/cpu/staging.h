@@ -8,7 +8,8 @@ namespace sparse_adv {
 bool is_double(const torch::stable::Tensor& tensor);
 
 // The tensor that a kernel writes its result to: `output` itself if the kernel supports its layout and dtype, else a
-// contiguous tensor. 16-bit images are computed in float32 and rounded once, at the end.
+// tensor in its layout, or a contiguous one if that is not supported. 16-bit images are computed in float32 and rounded
+// once, at the end.
 torch::stable::Tensor staging_for(const torch::stable::Tensor& output, bool layout_is_supported);
 
 // The tensor itself if it has the dtype and the strides of `staging`, else a copy that has them.

@@ -3,7 +3,9 @@
 from sparse_adv.ops import masked_conv2d_cuda as _registers_cuda  # noqa: F401
 from sparse_adv.ops import masked_conv2d_gradients as _registers_gradients  # noqa: F401
 from sparse_adv.ops._library import build_facts, cpu_capability, cuda_ops
+from sparse_adv.ops.gate import empty_gate, gate_to_bool
 from sparse_adv.ops.masked_conv2d import masked_conv2d
+from sparse_adv.ops.masked_conv2d_out import masked_conv2d_grad_input_out, masked_conv2d_out
 from sparse_adv.ops.masked_conv2d_pattern import (
     PASSES,
     Pattern,
@@ -14,6 +16,7 @@ from sparse_adv.ops.masked_conv2d_pattern import (
 from sparse_adv.ops.masked_conv2d_plan import PassPlan, Plan, plan
 from sparse_adv.ops.pgd_step import pgd_step, pgd_step_
 from sparse_adv.ops.pgd_step_normalized import pgd_step_normalized
+from sparse_adv.ops.pointwise import pointwise_out
 from sparse_adv.ops.random_start import random_start
 
 __all__ = [
@@ -25,12 +28,17 @@ __all__ = [
     "compile_pattern",
     "cpu_capability",
     "cuda_ops",
+    "empty_gate",
+    "gate_to_bool",
     "masked_conv2d",
+    "masked_conv2d_grad_input_out",
+    "masked_conv2d_out",
     "pack_pattern",
     "pgd_step",
     "pgd_step_",
     "pgd_step_normalized",
     "plan",
+    "pointwise_out",
     "random_start",
     "set_kernels",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import check_capability, cuda_stand_in
+from sparse_adv.ops.written import mark_written
 
 NORMS = ("linf", "l2")
 
@@ -104,10 +105,7 @@ def pgd_step_(
     if any(stride == 0 and size > 1 for stride, size in zip(adv.stride(), adv.shape, strict=True)):
         raise ValueError(f"adv is expanded (strides {adv.stride()}): several elements share memory; clone it first")
     torch.ops.sparse_adv.pgd_step_(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
-    # An op from outside PyTorch must increment the version itself, or a backward pass that saved adv would not notice
-    # that its values have changed.
-    if not torch.compiler.is_compiling() and not adv.is_inference():
-        torch.autograd.graph.increment_version(adv)
+    mark_written(adv)
     return adv
 
 

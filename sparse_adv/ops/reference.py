@@ -28,12 +28,28 @@ def masked_conv2d(
 ) -> Tensor:
     """The convolution with the weights kept by the mask, then scale, bias, residual and ReLU."""
     output = F.conv2d(input, _masked(weight, mask), None, stride, padding, dilation, groups)
+    return pointwise(output, scale, bias, residual, relu=relu)
+
+
+def pointwise(
+    input: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = False,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Scale, bias, residual, then ReLU or a gate, which is a bool tensor here."""
+    output = input
     if scale is not None:
         output = output * scale[:, None, None]
     if bias is not None:
         output = output + bias[:, None, None]
     if residual is not None:
         output = output + residual
+    if gate is not None:
+        output = output.where(gate, 0)
     return output.relu() if relu else output
 
 
@@ -46,9 +62,13 @@ def masked_conv2d_grad_input(
     padding: IntPair = 0,
     dilation: IntPair = 1,
     groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of the convolution with respect to its input."""
-    return conv2d_input(input_size, _masked(weight, mask), grad_output, stride, padding, dilation, groups)
+    """The gradient of the convolution with respect to its input, then residual and gate."""
+    grad_input = conv2d_input(input_size, _masked(weight, mask), grad_output, stride, padding, dilation, groups)
+    return pointwise(grad_input, residual=residual, gate=gate)
 
 
 def masked_conv2d_grad_weight(

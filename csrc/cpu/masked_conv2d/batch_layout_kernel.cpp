@@ -1,6 +1,6 @@
 #include "cpu/masked_conv2d/batch_layout_kernel.h"
 
-#include "cpu/simd.h"
+#include "cpu/simd_epilogue.h"
 
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
@@ -63,20 +63,13 @@ void fill_batch_tile(const Images& images, const PixelMap& map, int64_t first_ch
   }
 }
 
-// Adds the residual to `count` consecutive elements of the output, applies the ReLU and stores them.
-static inline void finish(Vec v, const Epilogue& epilogue, float* data, int64_t at, int count) {
-  if (epilogue.residual) v = add(v, load_first(epilogue.residual + at, count));
-  if (epilogue.relu) v = relu(v);
-  store_first(data + at, v, count);
-}
-
-static inline Vec scaled(const Accumulators& accumulators, const Epilogue& epilogue, int64_t k, int64_t at) {
+static inline Vec scaled(const Accumulators& accumulators, const Epilogue<float>& epilogue, int64_t k, int64_t at) {
   const Vec v = load(accumulators.data + (accumulators.plane_of[k] * accumulators.channel_pitch + at) * kLanes);
   if (epilogue.scale) return fma(v, broadcast(epilogue.scale[k]), broadcast(epilogue.bias ? epilogue.bias[k] : 0.0f));
   return epilogue.bias ? add(v, broadcast(epilogue.bias[k])) : v;
 }
 
-static void store_channels_last(const Accumulators& accumulators, const Epilogue& epilogue, const Images& output,
+static void store_channels_last(const Accumulators& accumulators, const Epilogue<float>& epilogue, const Images& output,
                                 float* data) {
   Vec v[kLanes];
   for (int64_t p = 0; p < accumulators.pixel_count; ++p)
@@ -86,13 +79,19 @@ static void store_channels_last(const Accumulators& accumulators, const Epilogue
         v[j] = j < columns ? scaled(accumulators, epilogue, k + j, accumulators.positions[p]) : broadcast(0.0f);
       transpose(v);
       const int64_t at = (accumulators.first_pixel + p) * output.channels + k;
-      for (int i = 0; i < output.count; ++i) finish(v[i], epilogue, data, i * output.image_size + at, columns);
+      BitsOfRow bits{.row_start = (accumulators.first_pixel + p) * epilogue.gate_layout.row_bytes, .column = k};
+      for (int i = 0; i < output.count; ++i, bits.row_start += epilogue.gate_layout.image_bytes) {
+        const int64_t element = i * output.image_size + at;
+        store_first(data + element, finish(v[i], epilogue, element, columns, bits), columns);
+      }
     }
 }
 
-void store_accumulators(const Accumulators& accumulators, const Epilogue& epilogue, const Images& output, float* data) {
+void store_accumulators(const Accumulators& accumulators, const Epilogue<float>& epilogue, const Images& output,
+                        float* data) {
   if (output.channels_last) return store_channels_last(accumulators, epilogue, output, data);
-  const bool plain = !epilogue.residual && !epilogue.relu && output.count == kLanes;
+  const bool plain = !epilogue.residual && !epilogue.relu && !epilogue.gate && output.count == kLanes;
+  const GateLayout& gate = epilogue.gate_layout;
   Vec v[kLanes];
   for (int64_t k = 0; k < output.channels; ++k)
     for (int64_t p = 0; p < accumulators.pixel_count; p += kLanes) {
@@ -111,7 +110,14 @@ void store_accumulators(const Accumulators& accumulators, const Epilogue& epilog
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(data + i * output.image_size + at, v[i]);
       } else {
-        for (int i = 0; i < output.count; ++i) finish(v[i], epilogue, data, i * output.image_size + at, columns);
+        BitsAcrossRows bits{.row_start = at / gate.row_size * gate.row_bytes,
+                            .column = at % gate.row_size,
+                            .row_size = gate.row_size,
+                            .row_bytes = gate.row_bytes};
+        for (int i = 0; i < output.count; ++i, bits.row_start += gate.image_bytes) {
+          const int64_t element = i * output.image_size + at;
+          store_first(data + element, finish(v[i], epilogue, element, columns, bits), columns);
+        }
       }
     }
 }

@@ -42,8 +42,9 @@ SPARSE_ADV_FOR_EACH_ISA(int lane_count());
 // Channel c goes to tile + (c - first_channel) * channel_pitch vectors.
 SPARSE_ADV_FOR_EACH_ISA(void fill_batch_tile(const Images& images, const PixelMap& map, int64_t first_channel,
                                              int64_t last_channel, float* tile));
-// `output` describes the images that are written to `data`.
-SPARSE_ADV_FOR_EACH_ISA(void store_accumulators(const Accumulators& accumulators, const Epilogue& epilogue,
+// `output` describes the images that are written to `data`; residual and gates start at the first of them. The pixels
+// are whole rows of the gates.
+SPARSE_ADV_FOR_EACH_ISA(void store_accumulators(const Accumulators& accumulators, const Epilogue<float>& epilogue,
                                                 const Images& output, float* data));
 
 }  // namespace sparse_adv

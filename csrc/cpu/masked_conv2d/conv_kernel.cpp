@@ -1,6 +1,6 @@
 #include "cpu/masked_conv2d/conv_kernel.h"
 
-#include "cpu/simd.h"
+#include "cpu/simd_epilogue.h"
 
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
@@ -8,10 +8,10 @@ namespace SPARSE_ADV_ISA {
 // Applies the epilogue to ROWS x COLS vectors of one output channel, which begin at (first_row, first_col) of the tile,
 // and writes the part of them that is within the image.
 template <int ROWS, int COLS>
-static inline __attribute__((always_inline)) void finish(const OutputRegion& output, int32_t channel, int first_row,
-                                                         int first_col, const Vec* acc) {
+static inline __attribute__((always_inline)) void write(const OutputRegion& output, int32_t channel, int first_row,
+                                                        int first_col, const Vec* acc) {
   if (channel < 0) return;
-  const Epilogue& epilogue = output.epilogue;
+  const Epilogue<float>& epilogue = output.epilogue;
   const Vec scale = broadcast(epilogue.scale ? epilogue.scale[channel] : 1.0f);
   const Vec bias = broadcast(epilogue.bias ? epilogue.bias[channel] : 0.0f);
   const bool affine = epilogue.scale || epilogue.bias;
@@ -26,8 +26,10 @@ static inline __attribute__((always_inline)) void finish(const OutputRegion& out
       if (count <= 0) break;
       Vec v = acc[r * COLS + c];
       if (affine) v = fma(v, scale, bias);
-      if (epilogue.residual) v = add(v, load_first(epilogue.residual + at + c * kLanes, count));
-      if (epilogue.relu) v = relu(v);
+      const BitsOfRow bits{
+          .row_start = channel * output.gate_channel_pitch + (first_row + r) * epilogue.gate_layout.row_bytes,
+          .column = output.first_col + (first_col + c) * kLanes};
+      v = finish(v, epilogue, at + c * kLanes, count, bits);
       if (count == kLanes)
         store(output.data + at + c * kLanes, v);
       else
@@ -181,7 +183,7 @@ static inline __attribute__((always_inline)) void accumulate(const ConvTile& til
   if (is_last && tile.output) {
 #pragma GCC unroll 4
     for (int j = 0; j < kOcBlock; ++j)
-      finish<ROWS, COLS>(*tile.output, tile.output->channel_of[oc_number * kOcBlock + j], row, col, acc + j * kVectors);
+      write<ROWS, COLS>(*tile.output, tile.output->channel_of[oc_number * kOcBlock + j], row, col, acc + j * kVectors);
     return;
   }
 #pragma GCC unroll 4

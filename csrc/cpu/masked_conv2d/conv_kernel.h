@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/capability.h"
+#include "cpu/epilogue.h"
 
 namespace sparse_adv {
 
@@ -26,21 +27,15 @@ struct PackedWeights {
 
 constexpr int kTileVectors = 16;  // computed together, on every instruction set
 
-// What follows the sum: out = relu(scale[k] * sum + bias[k] + residual). Null pointers omit their part.
-struct Epilogue {
-  const float* scale;
-  const float* bias;
-  const float* residual;  // in the layout of the output
-  bool relu;
-};
-
 // Where a width-vectorised tile writes its results after the last ic_block. In floats, from the tile's first pixel.
 struct OutputRegion {
   float* data;                       // of channel 0
   int64_t row_pitch, channel_pitch;  // from one row of the image, one channel to the next
   int64_t rows, cols;                // of the band, from the tile's first pixel on
+  int64_t first_col;                 // of the image
+  int64_t gate_channel_pitch;        // bytes
   const int32_t* channel_of;         // [oc_blocks * oc_block]: the output channel, -1 beyond the end of a group
-  Epilogue epilogue;                 // its residual from the tile's first pixel of channel 0
+  Epilogue<float> epilogue;          // its residual from the tile's first pixel of channel 0, its gates from that row
 };
 
 // A tile of kTileVectors vectors, `cols` (1, 2, 4, 8 or 16) of them per row. All pitches in floats.

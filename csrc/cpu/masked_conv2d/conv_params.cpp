@@ -1,8 +1,7 @@
 #include "cpu/masked_conv2d/conv_params.h"
 
-#include <algorithm>
-
 #include "common/errors.h"
+#include "cpu/tensor_checks.h"
 
 namespace sparse_adv {
 
@@ -47,17 +46,10 @@ ConvParams make_conv_params(const Pattern& pattern, const std::vector<int64_t>& 
   return conv;
 }
 
-void check_size(const char* name, const std::optional<Tensor>& tensor, const std::array<int64_t, 4>& size) {
-  if (!tensor) return;
-  check(tensor->is_cpu(), name, " must be on the CPU");
-  check(tensor->dim() == 4 && std::equal(size.begin(), size.end(), tensor->sizes().begin()), name, " must have size [",
-        size[0], ", ", size[1], ", ", size[2], ", ", size[3], "]");
-}
-
 void check_weight(const Pattern& pattern, const Tensor& weight, const Tensor& images) {
   check_size("weight", weight,
              {pattern.out_channels, pattern.group_in_channels, pattern.filter_rows, pattern.filter_cols});
-  check(weight.scalar_type() == images.scalar_type(), "weight and images must have one dtype");
+  check_dtype("weight", weight, "the images", images);
 }
 
 }  // namespace sparse_adv

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
-#include <optional>
 #include <vector>
 
 #include "cpu/masked_conv2d/pattern.h"
@@ -27,8 +26,5 @@ ConvParams make_conv_params(const Pattern& pattern, const std::vector<int64_t>& 
 
 // Throws where the weight does not have the pattern's shape or the dtype of `images`.
 void check_weight(const Pattern& pattern, const torch::stable::Tensor& weight, const torch::stable::Tensor& images);
-
-void check_size(const char* name, const std::optional<torch::stable::Tensor>& tensor,
-                const std::array<int64_t, 4>& size);
 
 }  // namespace sparse_adv

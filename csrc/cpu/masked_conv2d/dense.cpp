@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include "common/layout.h"
+#include "cpu/pointwise.h"
 
 namespace sparse_adv {
 
@@ -56,31 +57,39 @@ Tensor backward(const ConvParams& conv, const Tensor& grad_output, const Tensor&
   return gradients[which];
 }
 
+// Applies what follows the sum to a tensor that no one else has, in the layout that the output has for images `like`.
+Tensor finish(const Tensor& like, const Tensor& sum, const EpilogueTensors& epilogue,
+              const std::optional<Tensor>& out) {
+  const Tensor laid_out = in_layout_of(out.value_or(like), sum);
+  Tensor result = out.value_or(laid_out);
+  if (out || epilogue.residual || epilogue.relu || epilogue.gate) pointwise_into(result, laid_out, epilogue);
+  return result;
+}
+
 }  // namespace
 
+// Scale and bias are applied as PyTorch does, each rounded, and the bias by the convolution unless a scale precedes it.
 Tensor dense_conv2d(const ConvParams& conv, const Pattern& pattern, const Tensor& input, const Tensor& weight,
-                    const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
-                    const std::optional<Tensor>& residual, bool relu) {
-  // The convolution adds the bias, unless a scale must be applied before it.
-  Tensor output = call_tensor("aten::convolution", "", input, masked(pattern, weight), scale ? std::nullopt : bias,
-                              to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false,
-                              Sizes{0, 0}, conv.groups);
+                    const EpilogueTensors& epilogue, const std::optional<Tensor>& out) {
+  const auto& [scale, bias, residual, relu, relu_gate, gate] = epilogue;
+  Tensor sum = call_tensor("aten::convolution", "", input, masked(pattern, weight), scale ? std::nullopt : bias,
+                           to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false,
+                           Sizes{0, 0}, conv.groups);
   const std::array<int64_t, 4> per_channel{1, conv.K, 1, 1};
   auto as_channel = [&](const Tensor& vector) {
     return torch::stable::reshape(vector, {per_channel.data(), per_channel.size()});
   };
-  if (scale) output = call_tensor("aten::mul", "Tensor", output, as_channel(*scale));
-  if (scale && bias) output = add(output, as_channel(*bias));
-  if (residual) output = add(output, *residual);
-  if (relu) output = call_tensor("aten::relu", "", output);
-  return in_layout_of(input, output);
+  if (scale) sum = call_tensor("aten::mul", "Tensor", sum, as_channel(*scale));
+  if (scale && bias) sum = add(sum, as_channel(*bias));
+  return finish(input, sum, {{}, {}, residual, relu, relu_gate, gate}, out);
 }
 
 Tensor dense_conv2d_grad_input(const ConvParams& conv, const Pattern& pattern, const Tensor& grad_output,
-                               const Tensor& weight) {
+                               const Tensor& weight, const EpilogueTensors& epilogue,
+                               const std::optional<Tensor>& out) {
   // Only the shape of the input is used.
   const Tensor input = empty_in_layout_of(grad_output, {conv.N, conv.C, conv.H, conv.W});
-  return in_layout_of(grad_output, backward(conv, grad_output, input, masked(pattern, weight), 0));
+  return finish(grad_output, backward(conv, grad_output, input, masked(pattern, weight), 0), epilogue, out);
 }
 
 Tensor dense_conv2d_grad_weight(const ConvParams& conv, const Pattern& pattern, const Tensor& grad_output,

@@ -6,19 +6,20 @@
 
 #include <optional>
 
+#include "cpu/epilogue_tensors.h"
 #include "cpu/masked_conv2d/conv_params.h"
 
 namespace sparse_adv {
 
+// Forward and grad_input return their result in `out`, or in a tensor of their own if there is none.
 torch::stable::Tensor dense_conv2d(const ConvParams& conv, const Pattern& pattern, const torch::stable::Tensor& input,
-                                   const torch::stable::Tensor& weight,
-                                   const std::optional<torch::stable::Tensor>& bias,
-                                   const std::optional<torch::stable::Tensor>& scale,
-                                   const std::optional<torch::stable::Tensor>& residual, bool relu);
+                                   const torch::stable::Tensor& weight, const EpilogueTensors& epilogue,
+                                   const std::optional<torch::stable::Tensor>& out);
 
 torch::stable::Tensor dense_conv2d_grad_input(const ConvParams& conv, const Pattern& pattern,
                                               const torch::stable::Tensor& grad_output,
-                                              const torch::stable::Tensor& weight);
+                                              const torch::stable::Tensor& weight, const EpilogueTensors& epilogue,
+                                              const std::optional<torch::stable::Tensor>& out);
 
 torch::stable::Tensor dense_conv2d_grad_weight(const ConvParams& conv, const Pattern& pattern,
                                                const torch::stable::Tensor& grad_output,

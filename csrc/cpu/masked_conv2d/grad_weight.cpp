@@ -12,6 +12,7 @@
 #include "cpu/masked_conv2d/input_tile.h"
 #include "cpu/masked_conv2d/packing.h"
 #include "cpu/masked_conv2d/plan.h"
+#include "cpu/tensor_checks.h"
 
 namespace sparse_adv {
 

@@ -3,10 +3,12 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "cpu/epilogue_tensors.h"
 #include "cpu/masked_conv2d/conv_params.h"
 #include "cpu/masked_conv2d/dense.h"
 #include "cpu/masked_conv2d/plan.h"
 #include "cpu/masked_conv2d/sparse.h"
+#include "cpu/tensor_checks.h"
 
 namespace sparse_adv {
 
@@ -15,44 +17,54 @@ namespace {
 using torch::stable::Tensor;
 
 Tensor sparse_conv2d(const ConvParams& conv, const Pattern& pattern, const Blocking& blocking, const Tensor& input,
-                     const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
-                     const std::optional<Tensor>& residual, bool relu) {
+                     const Tensor& weight, const EpilogueTensors& epilogue, const std::optional<Tensor>& out) {
   const Tensor source = in_plain_layout(input);
-  Tensor output = empty_in_layout_of(source, {conv.N, conv.K, conv.P, conv.Q});
-  // These copies must live until the kernels are done.
-  const auto contiguous = [](const Tensor& vector) { return torch::stable::contiguous(vector); };
-  const std::optional<Tensor> bias_data = bias ? std::optional(contiguous(*bias)) : std::nullopt;
-  const std::optional<Tensor> scale_data = scale ? std::optional(contiguous(*scale)) : std::nullopt;
-  const std::optional<Tensor> residual_data = residual ? std::optional(in_layout_of(output, *residual)) : std::nullopt;
-  const auto data = [](const std::optional<Tensor>& tensor) {
-    return tensor ? tensor->const_data_ptr<float>() : nullptr;
-  };
-  run_sparse_conv(
-      {.csr = pattern.forward_csr(),
-       .weight = WeightLayout::forward(weight, pattern),
-       .blocking = blocking,
-       .source = source,
-       .epilogue = {.scale = data(scale_data), .bias = data(bias_data), .residual = data(residual_data), .relu = relu}},
-      output);
+  Tensor output = out ? *out : empty_in_layout_of(source, {conv.N, conv.K, conv.P, conv.Q});
+  const EpilogueTensors operands = epilogue.laid_out_like(output);
+  run_sparse_conv({.csr = pattern.forward_csr(),
+                   .weight = WeightLayout::forward(weight, pattern),
+                   .blocking = blocking,
+                   .source = source,
+                   .epilogue = operands.pointers<float>(output)},
+                  output);
   return output;
 }
 
-Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> pattern_tensors, std::optional<Tensor> bias,
-                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                         int64_t groups, std::optional<Tensor> scale, std::optional<Tensor> residual, bool relu) {
+// The result is in `out`, or in a new tensor if there is none.
+Tensor convolve(const Tensor& input, const Tensor& weight, const std::vector<Tensor>& pattern_tensors,
+                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                const std::vector<int64_t>& dilation, int64_t groups, const EpilogueTensors& epilogue,
+                const std::optional<Tensor>& out) {
   const Pattern pattern = read_pattern(pattern_tensors);
   const ConvParams conv =
       make_conv_params(pattern, {input.sizes().begin(), input.sizes().end()}, stride, padding, dilation, groups);
   check_weight(pattern, weight, input);
-  for (const auto& vector : {bias, scale})
-    check(!vector || (vector->dim() == 1 && vector->size(0) == conv.K && vector->scalar_type() == input.scalar_type()),
-          "bias and scale must have one number per output channel, in the input's dtype");
-  check(!residual || residual->scalar_type() == input.scalar_type(), "residual must have the input's dtype");
-  check_size("residual", residual, {conv.N, conv.K, conv.P, conv.Q});
-  const Plan plan = make_plan(pattern, conv, Pass::forward, input.scalar_type(), is_channels_last(input));
-  if (plan.kernel == Kernel::sparse)
-    return sparse_conv2d(conv, pattern, *plan.blocking, input, weight, bias, scale, residual, relu);
-  return dense_conv2d(conv, pattern, input, weight, bias, scale, residual, relu);
+  for (const auto& [name, vector] : {std::pair{"bias", &epilogue.bias}, std::pair{"scale", &epilogue.scale}}) {
+    check_size(name, *vector, {conv.K});
+    check_dtype(name, *vector, "input", input);
+  }
+  check_size("residual", epilogue.residual, {conv.N, conv.K, conv.P, conv.Q});
+  check_dtype("residual", epilogue.residual, "input", input);
+  if (out) check_out(*out, {conv.N, conv.K, conv.P, conv.Q}, "input", input, epilogue);
+  const Plan plan = make_plan(pattern, conv, Pass::forward, input.scalar_type(),
+                              is_channels_last(input) || (out && is_channels_last(*out)));
+  if (plan.kernel == Kernel::sparse) return sparse_conv2d(conv, pattern, *plan.blocking, input, weight, epilogue, out);
+  return dense_conv2d(conv, pattern, input, weight, epilogue, out);
+}
+
+Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> pattern, std::optional<Tensor> bias,
+                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                         int64_t groups, std::optional<Tensor> scale, std::optional<Tensor> residual, bool relu) {
+  return convolve(input, weight, pattern, stride, padding, dilation, groups, {scale, bias, residual, relu, {}, {}},
+                  std::nullopt);
+}
+
+void masked_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<Tensor> pattern, std::optional<Tensor> bias,
+                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                           int64_t groups, std::optional<Tensor> residual, bool relu, Tensor out,
+                           std::optional<Tensor> gate) {
+  check(relu || !gate, "gate receives the bits of the ReLU, but relu is False");
+  convolve(input, weight, pattern, stride, padding, dilation, groups, {{}, bias, residual, relu, gate, {}}, out);
 }
 
 std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_tensors) {
@@ -92,6 +104,7 @@ std::vector<int64_t> masked_conv2d_plan_cpu(Tensor input, std::vector<Tensor> pa
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_adv, CPU, m) {
   m.impl("masked_conv2d", SPARSE_ADV_BOX(&masked_conv2d_cpu));
+  m.impl("masked_conv2d_out", SPARSE_ADV_BOX(&masked_conv2d_out_cpu));
   m.impl("pack_values", SPARSE_ADV_BOX(&pack_values_cpu));
   m.impl("masked_conv2d_plan", SPARSE_ADV_BOX(&masked_conv2d_plan_cpu));
 }

@@ -122,6 +122,14 @@ std::vector<int32_t> accumulator_planes(const BlockCsr& csr) {
   return planes;
 }
 
+// The epilogue of a part of the output that begins at this element and this byte of a gate.
+Epilogue<float> from(Epilogue<float> epilogue, int64_t element, int64_t gate_byte) {
+  if (epilogue.residual) epilogue.residual += element;
+  if (epilogue.relu_gate) epilogue.relu_gate += gate_byte;
+  if (epilogue.gate) epilogue.gate += gate_byte;
+  return epilogue;
+}
+
 // Computes bands in the scratch memory of a thread, which holds the input tile followed by the accumulators.
 class BandComputer {
  public:
@@ -146,8 +154,8 @@ class BandComputer {
     const Images output = images_of(output_, blocking_, work_item);
     const int64_t at = output.data - output_.const_data_ptr<float>();
     float* const data = output_.mutable_data_ptr<float>() + at;
-    Epilogue epilogue = conv_.epilogue;
-    if (epilogue.residual) epilogue.residual += at;
+    const Epilogue<float> epilogue =
+        from(conv_.epilogue, at, at / output.image_size * conv_.epilogue.gate_layout.image_bytes);
     loader_.start_band(band, images_of(conv_.source, blocking_, work_item));
     for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_panel) {
       loader_.fill(channel, input_tile_);
@@ -193,20 +201,22 @@ class BandComputer {
   }
 
   // Width-vectorised: the last panel writes to the output.
-  void add_panel_by_width(int64_t band, int64_t first_channel, const Epilogue& epilogue, const Images& output,
+  void add_panel_by_width(int64_t band, int64_t first_channel, const Epilogue<float>& epilogue, const Images& output,
                           float* data) const {
     const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
     const int64_t width = blocking_.cols.output_size;
     for_each_tile(band, [&](int64_t row, int64_t col, ConvTile tile) {
-      const int64_t at = (band * blocking_.band_rows + row) * width + col * blocking_.lanes;
-      OutputRegion region{.data = data + at,
-                          .row_pitch = width,
-                          .channel_pitch = output.pixels,
-                          .rows = blocking_.rows_in_band(band) - row,
-                          .cols = width - col * blocking_.lanes,
-                          .channel_of = channel_of_.data(),
-                          .epilogue = epilogue};
-      if (epilogue.residual) region.epilogue.residual += at;
+      const int64_t first_row = band * blocking_.band_rows + row, first_col = col * blocking_.lanes;
+      const int64_t at = first_row * width + first_col;
+      const OutputRegion region{.data = data + at,
+                                .row_pitch = width,
+                                .channel_pitch = output.pixels,
+                                .rows = blocking_.rows_in_band(band) - row,
+                                .cols = width - first_col,
+                                .first_col = first_col,
+                                .gate_channel_pitch = blocking_.rows.output_size * epilogue.gate_layout.row_bytes,
+                                .channel_of = channel_of_.data(),
+                                .epilogue = from(epilogue, at, first_row * epilogue.gate_layout.row_bytes)};
       tile.output = &region;
       SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0].packed, ic_blocks.first, ic_blocks.last, tile);
     });

@@ -15,10 +15,10 @@ struct SparseConv {
   WeightLayout weight;
   const Blocking& blocking;
   const torch::stable::Tensor& source;  // the images that the pass reads, in a plain layout
-  Epilogue epilogue;                    // its residual in the layout of the output
+  Epilogue<float> epilogue;             // its residual in the layout of the output
 };
 
-// Writes output [N, groups * group_out_channels, ...], which has the layout of the source.
+// Writes output [N, groups * group_out_channels, ...], which has the layout of the source (layouts_agree).
 void run_sparse_conv(const SparseConv& conv, torch::stable::Tensor& output);
 
 }  // namespace sparse_adv

@@ -1,0 +1,41 @@
+// The operands of an epilogue (epilogue.h) as tensors: their checks, and the pointers that the kernels read.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+
+#include "cpu/epilogue.h"
+
+namespace sparse_adv {
+
+struct EpilogueTensors {
+  std::optional<torch::stable::Tensor> scale, bias, residual;
+  bool relu = false;
+  std::optional<torch::stable::Tensor> relu_gate, gate;
+
+  // With contiguous vectors and the residual in the layout of `out`; copies where they are not so.
+  EpilogueTensors laid_out_like(const torch::stable::Tensor& out) const;
+
+  // The operands must be laid out like `out` and live as long as the pointers.
+  template <class T>
+  Epilogue<T> pointers(const torch::stable::Tensor& out) const;
+};
+
+// The size of the gate of a tensor, uint8: [N, C, H, ceil(W / 8)] if it is NCHW, [N, H, W, ceil(C / 8)] if it is
+// channels_last, as is_channels_last decides.
+std::array<int64_t, 4> gate_size(const torch::stable::Tensor& like);
+
+// Throws unless the tensor is a gate of `out`.
+void check_gate(const char* name, const std::optional<torch::stable::Tensor>& gate, const torch::stable::Tensor& out);
+
+// Throws unless a residual has the size, the dtype and the layout of `out`, and is out or shares no memory with it.
+void check_residual(const std::optional<torch::stable::Tensor>& residual, const torch::stable::Tensor& out);
+
+// Throws unless a convolution of the images `like` can write to `out`: it has this size, their dtype and their layout,
+// shares no memory with them, and residual and gate fit it.
+void check_out(const torch::stable::Tensor& out, const std::array<int64_t, 4>& size, const char* like_name,
+               const torch::stable::Tensor& like, const EpilogueTensors& epilogue);
+
+}  // namespace sparse_adv

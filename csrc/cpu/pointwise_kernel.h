@@ -1,0 +1,25 @@
+// The epilogue of a convolution on its own: out = act(scale[c] * input + bias[c] + residual) on dense memory.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/capability.h"
+#include "cpu/epilogue.h"
+
+namespace sparse_adv {
+
+// Tensors in one layout. They are cut into runs of consecutive elements: NCHW, a run has the pixels of one channel, and
+// channels_last the channels of one pixel.
+template <class T>
+struct Pointwise {
+  const T* input;
+  T* out;  // may be input
+  Epilogue<T> epilogue;
+  int64_t channels, pixels;
+  bool channels_last;
+};
+
+// Of the runs from `begin` to `end` - 1; T is float or double.
+SPARSE_ADV_FOR_EACH_ISA(template <class T> void pointwise(const Pointwise<T>& operands, int64_t begin, int64_t end))
+
+}  // namespace sparse_adv

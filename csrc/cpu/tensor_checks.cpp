@@ -1,0 +1,46 @@
+#include "cpu/tensor_checks.h"
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <sstream>
+
+#include "common/errors.h"
+
+namespace sparse_adv {
+
+using torch::stable::Tensor;
+
+std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i > 0 ? ", " : "") << sizes[i];
+  text << "]";
+  return text.str();
+}
+
+void check_size(const char* name, const std::optional<Tensor>& tensor, const std::vector<int64_t>& size) {
+  if (!tensor) return;
+  check(tensor->is_cpu(), name, " must be on the CPU");
+  check(std::ranges::equal(size, tensor->sizes()), name, " must have size ", text_of(size), ", got ",
+        text_of(tensor->sizes()));
+}
+
+void check_dtype(const char* name, const std::optional<Tensor>& tensor, const char* like_name, const Tensor& like) {
+  if (!tensor) return;
+  check(tensor->scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name, ", ",
+        like.scalar_type(), ", got ", tensor->scalar_type());
+}
+
+void check_memory(const char* name, const std::optional<Tensor>& written, const char* other_name,
+                  const std::optional<Tensor>& other, bool may_be_same) {
+  if (!written || !other) return;
+  const auto* begin = static_cast<const char*>(written->const_data_ptr());
+  const auto* other_begin = static_cast<const char*>(other->const_data_ptr());
+  const auto bytes = [](const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); };
+  if (may_be_same && begin == other_begin && bytes(*written) == bytes(*other)) return;
+  check(begin + bytes(*written) <= other_begin || other_begin + bytes(*other) <= begin, name, " shares memory with ",
+        other_name);
+}
+
+}  // namespace sparse_adv

@@ -1,0 +1,27 @@
+// Checks of the tensors that several ops take.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace sparse_adv {
+
+// The sizes as text, such as "[2, 3]".
+std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes);
+
+// Throws unless the tensor is on the CPU and has this size.
+void check_size(const char* name, const std::optional<torch::stable::Tensor>& tensor, const std::vector<int64_t>& size);
+
+// Throws unless the tensor has the dtype of `like`.
+void check_dtype(const char* name, const std::optional<torch::stable::Tensor>& tensor, const char* like_name,
+                 const torch::stable::Tensor& like);
+
+// Throws if a tensor that is written shares memory with another one; both are without gaps. If `may_be_same`, the two
+// may have exactly the same memory.
+void check_memory(const char* name, const std::optional<torch::stable::Tensor>& written, const char* other_name,
+                  const std::optional<torch::stable::Tensor>& other, bool may_be_same = false);
+
+}  // namespace sparse_adv

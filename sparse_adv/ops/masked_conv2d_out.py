@@ -1,0 +1,143 @@
+"""`masked_conv2d` and its gradient with respect to the input, written into memory that the caller provides.
+
+Both have one epilogue, out = act(sum + bias + residual), so that a whole network runs in both directions as a list of
+such calls into buffers that are allocated once. Forward, act is the ReLU, and leaves a bit per element (`gate.py`).
+Backward, the gradient of a ReLU's output is stored as that of its input: the call that computes its last part adds
+the other parts as `residual` and applies the gate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_adv.ops.masked_conv2d_geometry import Pair, read_geometry
+from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_pattern
+from sparse_adv.ops.written import mark_written, refuse_gradients
+
+
+def masked_conv2d_out(
+    input: Tensor,
+    weight: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    out: Tensor,
+    gate: Tensor | None = None,
+) -> None:
+    """Convolve as `masked_conv2d` does, into memory that the caller provides.
+
+    Equivalent to::
+
+        out = masked_conv2d(input, weight, pattern, bias, stride, padding, dilation, groups, residual=residual, relu=relu)
+
+    with the same bits. The sparse kernels write to out directly, and with a packed pattern (`pack_pattern`) allocate
+    nothing of the size of the images; the dense convolution goes through a temporary tensor. It is implemented on the
+    CPU and not differentiable.
+
+    Args:
+        input: float tensor [N, C, H, W], NCHW or channels_last.
+        weight, pattern, bias, stride, padding, dilation, groups: as for `masked_conv2d`.
+        residual: float tensor [N, K, P, Q] in the layout of out, or None: added before the ReLU; it may be out.
+        relu: whether to end with a ReLU.
+        out: float tensor [N, K, P, Q] in the layout of the input, without gaps, that is written.
+        gate: uint8 tensor of the shape of `empty_gate(out)`, or None: receives the gate of the ReLU, whose bit is 1
+            where `torch.ops.aten.threshold_backward` passes the gradient: where the output is above 0 or NaN.
+
+    Raises:
+        TypeError: if the pattern is none.
+        ValueError: if stride, padding or dilation is none, or a tensor requires grad and gradients are enabled.
+        RuntimeError: if shapes, dtypes, layouts or devices do not fit together, the pattern belongs to another weight,
+            tensors overlap, or there is a gate without ReLU.
+
+    Examples:
+        >>> from sparse_adv import ops
+        >>> weight = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
+        >>> pattern, out = ops.compile_pattern(weight != 0), torch.empty(1, 1, 1, 3)
+        >>> gate = ops.empty_gate(out)
+        >>> input = torch.tensor([-1.0, 0.5, 1.0]).expand(1, 2, 1, 3).contiguous()
+        >>> masked_conv2d_out(input, weight, pattern, relu=True, out=out, gate=gate)
+        >>> out.flatten().tolist(), ops.gate_to_bool(gate, out).flatten().tolist()
+        ([0.0, 1.0, 2.0], [False, True, True])
+    """
+    check_pattern(pattern)
+    geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
+    refuse_gradients("masked_conv2d_out", input=input, weight=weight, bias=bias, residual=residual, out=out)
+    tensors = pattern.flatten()
+    torch.ops.sparse_adv.masked_conv2d_out(input, weight, tensors, bias, *geometry, groups, residual, relu, out, gate)
+    mark_written(out, gate)
+
+
+def masked_conv2d_grad_input_out(
+    grad_output: Tensor,
+    weight: Tensor,
+    pattern: Pattern,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    """The gradient of `masked_conv2d` with respect to its input, added to others and gated, into given memory.
+
+    Equivalent to::
+
+        sum = conv2d_input(out.shape, weight * mask, grad_output, stride, padding, dilation, groups) + residual
+        out = sum.where(gate_to_bool(gate, out), 0)
+
+    If the input is the output of a ReLU with this gate, out is the gradient of the input of that ReLU. The sparse
+    kernels write to out directly, as those of `masked_conv2d_out`. It is implemented on the CPU and not differentiable.
+
+    Args:
+        grad_output: float tensor [N, K, P, Q], NCHW or channels_last.
+        weight, pattern, stride, padding, dilation, groups: as for `masked_conv2d`.
+        residual: float tensor [N, C, H, W] in the layout of out, or None: what other uses of the input contribute to
+            its gradient; it may be out.
+        gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0.
+        out: float tensor [N, C, H, W] in the layout of grad_output, without gaps, that is written; its size is that of
+            the convolution's input.
+
+    Raises:
+        TypeError: if the pattern is none.
+        ValueError: if stride, padding or dilation is none, or a tensor requires grad and gradients are enabled.
+        RuntimeError: if shapes, dtypes, layouts or devices do not fit together, the pattern belongs to another weight,
+            or tensors overlap.
+
+    Examples:
+        >>> from sparse_adv import ops
+        >>> weight = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)
+        >>> pattern, out = ops.compile_pattern(weight != 0), torch.empty(1, 2, 1, 3)
+        >>> gate = torch.tensor([5, 7], dtype=torch.uint8).view(1, 2, 1, 1)
+        >>> masked_conv2d_grad_input_out(torch.ones(1, 1, 1, 3), weight, pattern, gate=gate, out=out)
+        >>> out
+        tensor([[[[2., 0., 2.]],
+        <BLANKLINE>
+                 [[0., 0., 0.]]]])
+    """
+    check_pattern(pattern)
+    geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
+    operands = {"grad_output": grad_output, "weight": weight, "residual": residual, "out": out}
+    refuse_gradients("masked_conv2d_grad_input_out", **operands)
+    torch.ops.sparse_adv.masked_conv2d_grad_input_out(
+        grad_output, weight, pattern.flatten(), *geometry, groups, residual, gate, out
+    )
+    mark_written(out)
+
+
+@torch.library.register_fake("sparse_adv::masked_conv2d_out")
+def _(*_: object) -> None:
+    return None
+
+
+@torch.library.register_fake("sparse_adv::masked_conv2d_grad_input_out")
+def _(*_: object) -> None:
+    return None
