@@ -77,6 +77,21 @@ def _masked_conv2d(block: tuple[int, int], kernel: str) -> float:
     return _difference(results(ops.masked_conv2d, pattern), results(reference.masked_conv2d, mask))
 
 
+def _masked_conv2d_out(kernel: str) -> float:
+    """Forward with residual, ReLU and gate, and the gradient of the input with residual and that gate."""
+    noise = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 2, 16, 7, 9, generator=noise)
+    weight, mask = torch.randn(16, 16, 3, 3, generator=noise), torch.rand(16, 16, 3, 3, generator=noise) < 0.3
+    pattern = ops.set_kernels(ops.compile_pattern(mask), kernel, kernel, kernel)
+    y, grad_input = torch.empty_like(x), torch.empty_like(x)
+    gate = ops.empty_gate(y)
+    ops.masked_conv2d_out(x, weight, pattern, None, 1, 1, residual=residual, relu=True, out=y, gate=gate)
+    ops.masked_conv2d_grad_input_out(y, weight, pattern, 1, 1, residual=x, gate=gate, out=grad_input)
+    expected = reference.masked_conv2d(x, weight, mask, None, 1, 1, residual=residual, relu=True)
+    gated = reference.masked_conv2d_grad_input(y, weight, mask, x.shape, 1, 1, residual=x, gate=y > 0)
+    return _difference([y, grad_input], [expected, gated])
+
+
 def _pgd_step(norm: str) -> float:
     noise = torch.Generator().manual_seed(0)
     clean, adv = torch.rand(2, 3, 2, 5, 7, generator=noise)
@@ -102,6 +117,9 @@ OPS = (
     "masked_conv2d",
     "masked_conv2d_grad_input",
     "masked_conv2d_grad_weight",
+    "masked_conv2d_out",
+    "masked_conv2d_grad_input_out",
+    "pointwise_out",
     "pgd_step",
     "pgd_step_",
     "pgd_step_normalized",
@@ -113,6 +131,7 @@ CHECKS: dict[str, Callable[[], float]] = {
         for block in ((1, 1), (4, 1))
         for kernel in ("sparse", "dense")
     },
+    **{f"masked_conv2d_out {kernel}": partial(_masked_conv2d_out, kernel) for kernel in ("sparse", "dense")},
     **{f"pgd_step {norm}": partial(_pgd_step, norm) for norm in ("linf", "l2")},
     **{f"random_start {norm}": partial(_random_start, norm) for norm in ("linf", "l2")},
 }

@@ -7,19 +7,9 @@
 #include <string>
 
 #include "common/errors.h"
+#include "common/tensor_checks.h"
 
 namespace sparse_adv {
-
-// Throws unless the tensor is on the device of `first` and is float64, float32, bfloat16 or float16.
-inline void check_floating(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& first) {
-  using torch::headeronly::ScalarType;
-  check(tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index(), name,
-        " must be on the device of the images");
-  const ScalarType dtype = tensor.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-            dtype == ScalarType::Half,
-        name, " must be float64, float32, bfloat16 or float16");
-}
 
 inline void check_norm(const std::string& norm) {
   check(norm == "linf" || norm == "l2", "norm must be linf or l2, got ", norm);

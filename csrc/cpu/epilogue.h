@@ -24,7 +24,7 @@ struct Epilogue {
   bool relu = false;
   uint8_t* relu_gate = nullptr;  // receives the bits of the ReLU
   const uint8_t* gate = nullptr;
-  GateLayout gate_layout;  // of both gates
+  GateLayout gate_layout = {};  // of both gates
 };
 
 }  // namespace sparse_adv

@@ -4,7 +4,7 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
-#include "cpu/tensor_checks.h"
+#include "common/tensor_checks.h"
 
 namespace sparse_adv {
 
@@ -53,9 +53,12 @@ void check_out(const Tensor& out, const std::array<int64_t, 4>& size, const char
   check(fits, "out must be ", is_channels_last(like) ? "channels_last" : "NCHW", " without gaps, as ", like_name,
         " is, got strides ", text_of(out.strides()));
   check_memory("out", out, like_name, like);
+  check_memory("out", out, "bias", epilogue.bias);
   check_residual(epilogue.residual, out);
-  check_gate("gate", epilogue.relu_gate, out);
   check_gate("gate", epilogue.gate, out);
+  check_gate("gate", epilogue.relu_gate, out);
+  check_memory("gate", epilogue.relu_gate, like_name, like);
+  check_memory("gate", epilogue.relu_gate, "residual", epilogue.residual);
 }
 
 EpilogueTensors EpilogueTensors::laid_out_like(const Tensor& out) const {

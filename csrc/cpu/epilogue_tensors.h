@@ -11,9 +11,9 @@
 namespace sparse_adv {
 
 struct EpilogueTensors {
-  std::optional<torch::stable::Tensor> scale, bias, residual;
+  std::optional<torch::stable::Tensor> scale = std::nullopt, bias = std::nullopt, residual = std::nullopt;
   bool relu = false;
-  std::optional<torch::stable::Tensor> relu_gate, gate;
+  std::optional<torch::stable::Tensor> relu_gate = std::nullopt, gate = std::nullopt;
 
   // With contiguous vectors and the residual in the layout of `out`; copies where they are not so.
   EpilogueTensors laid_out_like(const torch::stable::Tensor& out) const;
@@ -34,7 +34,7 @@ void check_gate(const char* name, const std::optional<torch::stable::Tensor>& ga
 void check_residual(const std::optional<torch::stable::Tensor>& residual, const torch::stable::Tensor& out);
 
 // Throws unless a convolution of the images `like` can write to `out`: it has this size, their dtype and their layout,
-// shares no memory with them, and residual and gate fit it.
+// shares no memory with what the kernels read meanwhile, and residual and gate fit it.
 void check_out(const torch::stable::Tensor& out, const std::array<int64_t, 4>& size, const char* like_name,
                const torch::stable::Tensor& like, const EpilogueTensors& epilogue);
 

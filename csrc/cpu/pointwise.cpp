@@ -7,10 +7,9 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
-#include "common/pgd_checks.h"
+#include "common/tensor_checks.h"
 #include "cpu/pointwise_kernel.h"
 #include "cpu/staging.h"
-#include "cpu/tensor_checks.h"
 
 namespace sparse_adv {
 
@@ -22,17 +21,19 @@ constexpr int64_t kGrain = 32768;  // elements per thread at least, as in ATen's
 
 template <class T>
 void run(const Tensor& out, const Tensor& input, const EpilogueTensors& epilogue) {
+  const int64_t N = out.size(0), C = out.size(1), H = out.size(2), W = out.size(3);
   const bool channels_last = is_channels_last(out);
-  const int64_t channels = out.size(1), pixels = out.size(2) * out.size(3);
+  const bool by_row = !channels_last && (epilogue.gate || epilogue.relu_gate) && W % 8 != 0;
+  const int64_t run_size = channels_last ? C : H * W, rows = by_row ? H : 1;
   const Pointwise<T> operands{.input = input.const_data_ptr<T>(),
                               .out = out.mutable_data_ptr<T>(),
                               .epilogue = epilogue.pointers<T>(out),
-                              .channels = channels,
-                              .pixels = pixels,
-                              .channels_last = channels_last};
+                              .channels = C,
+                              .channels_last = channels_last,
+                              .rows = rows,
+                              .row_size = run_size / rows};
   const auto kernel = SPARSE_ADV_CHOOSE(pointwise<T>);
-  parallel_for(0, out.size(0) * (channels_last ? pixels : channels),
-               std::max<int64_t>(1, kGrain / (channels_last ? channels : pixels)),
+  parallel_for(0, N * (channels_last ? H * W : C), std::max<int64_t>(1, kGrain / run_size),
                [&](int64_t begin, int64_t end) { kernel(operands, begin, end); });
 }
 
@@ -58,7 +59,11 @@ void pointwise_out_cpu(Tensor input, std::optional<Tensor> scale, std::optional<
   check(relu || !gate_out, "gate_out receives the bits of the ReLU, but relu is False");
   check_gate("gate", gate, out);
   check_gate("gate_out", gate_out, out);
-  pointwise_into(out, input, {scale, bias, residual, relu, gate_out, gate});
+  check_memory("gate_out", gate_out, "input", input);
+  check_memory("gate_out", gate_out, "residual", residual);
+  pointwise_into(
+      out, input,
+      {.scale = scale, .bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out, .gate = gate});
 }
 
 }  // namespace

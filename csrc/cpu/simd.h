@@ -210,5 +210,13 @@ static inline Vec add_quads(const Vec v[1]) { return v[0]; }
 
 #endif
 
+static inline Vec load_up_to(const float* p, int count) { return count == kLanes ? load(p) : load_first(p, count); }
+static inline void store_up_to(float* p, Vec v, int count) {
+  if (count == kLanes)
+    store(p, v);
+  else
+    store_first(p, v, count);
+}
+
 }  // namespace SPARSE_ADV_ISA
 }  // namespace sparse_adv

@@ -8,10 +8,8 @@ namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
 // A double is a vector of one lane.
-static inline double load(const double* p) { return *p; }
-static inline void store(double* p, double v) { *p = v; }
-static inline double load_first(const double* p, int) { return *p; }
-static inline void store_first(double* p, double v, int) { *p = v; }
+static inline double load_up_to(const double* p, int) { return *p; }
+static inline void store_up_to(double* p, double v, int) { *p = v; }
 static inline double broadcast(double x) { return x; }
 static inline double fma(double a, double b, double c) { return a * b + c; }
 static inline double add(double a, double b) { return a + b; }
@@ -23,6 +21,7 @@ static inline uint32_t first_bits(int count) { return (uint32_t{1} << count) - 1
 
 // `count` bits, at most 16, that begin at bit `shift` of the byte at p.
 static inline uint32_t load_bits(const uint8_t* p, int shift, int count) {
+  if (shift + count == 16) return (p[0] | static_cast<uint32_t>(p[1]) << 8) >> shift;
   uint32_t bits = 0;
   for (int i = 0; 8 * i < shift + count; ++i) bits |= static_cast<uint32_t>(p[i]) << 8 * i;
   return bits >> shift;
@@ -32,30 +31,84 @@ static inline uint32_t load_bits(const uint8_t* p, int shift, int count) {
 static inline void store_bits(uint8_t* p, int shift, uint32_t bits, int count) {
   bits = (bits & first_bits(count)) << shift;
   if (shift > 0) bits |= *p;
-  for (int i = 0; 8 * i < shift + count; ++i) p[i] = static_cast<uint8_t>(bits >> 8 * i);
+  if (shift + count == 16) {
+    p[0] = static_cast<uint8_t>(bits);
+    p[1] = static_cast<uint8_t>(bits >> 8);
+  } else {
+    for (int i = 0; 8 * i < shift + count; ++i) p[i] = static_cast<uint8_t>(bits >> 8 * i);
+  }
 }
 
-// The bits of a vector that lies within one row and begins at a multiple of kLanes.
-struct BitsOfRow {
+// The bits of `rows` rows, at most 64 in all, one row after the other and without the padding of their last bytes.
+static inline uint64_t gather_rows(const uint8_t* p, int64_t rows, int64_t row_size, int64_t row_bytes) {
+  uint64_t bits = 0;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < row_bytes; ++i) {
+      const uint64_t byte = *p++ & (i + 1 == row_bytes ? 0xff >> (8 * row_bytes - row_size) : 0xff);
+      bits |= byte << (row * row_size + 8 * i);
+    }
+  return bits;
+}
+
+static inline void scatter_rows(uint8_t* p, int64_t rows, int64_t row_size, int64_t row_bytes, uint64_t bits) {
+  const uint64_t row_mask = (uint64_t{1} << row_size) - 1;
+  for (int64_t row = 0; row < rows; ++row, bits >>= row_size)
+    for (int64_t i = 0; i < row_bytes; ++i) *p++ = static_cast<uint8_t>((bits & row_mask) >> 8 * i);
+}
+
+// The bits of a vector that lies within one row and begins at a multiple of LANES.
+template <int LANES>
+struct BitsInRow {
   int64_t row_start;  // byte of the gate
   int64_t column;
 
-  static constexpr bool kWholeBytes = kLanes % 8 == 0;
-
   uint32_t load(const uint8_t* gate, int count) const {
-    return load_bits(gate + row_start + (column >> 3), kWholeBytes ? 0 : column & 7, count);
+    return load_bits(gate + row_start + (column >> 3), shift(), count);
   }
   void store(uint8_t* gate, uint32_t bits, int count) const {
-    store_bits(gate + row_start + (column >> 3), kWholeBytes ? 0 : column & 7, bits, count);
+    store_bits(gate + row_start + (column >> 3), shift(), bits, count);
   }
+  int shift() const { return LANES % 8 == 0 ? 0 : static_cast<int>(column & 7); }
 };
 
-// The bits of a vector that may begin anywhere in a row and continue in the next rows.
+// The bits of a vector of pixels of one channel that may begin anywhere in a row and continue in the next rows.
 struct BitsAcrossRows {
   int64_t row_start;  // byte of the gate
   int64_t column, row_size, row_bytes;
+  int rows_of_vector;  // if all vectors begin and end with a row, else 0
 
-  // Calls visit(byte, shift, bits before, bits) for the part of each row.
+  // `element` is counted from the start of an image. Rows of whole bytes count as one row per channel.
+  BitsAcrossRows(const GateLayout& layout, int64_t element, int64_t pixels)
+      : row_size(layout.row_size % 8 == 0 ? pixels : layout.row_size),
+        row_bytes(layout.row_size % 8 == 0 ? pixels / 8 : layout.row_bytes),
+        rows_of_vector(kLanes % row_size == 0 ? kLanes / static_cast<int>(row_size) : 0) {
+    row_start = element / row_size * row_bytes;
+    column = element % row_size;
+  }
+
+  uint32_t load(const uint8_t* gate, int count) const {
+    if (count == kLanes && rows_of_vector > 0)
+      return static_cast<uint32_t>(gather_rows(gate + row_start, rows_of_vector, row_size, row_bytes));
+    uint32_t bits = 0;
+    for_each_row(count, [&](int64_t byte, int shift, int done, int part) {
+      bits |= (load_bits(gate + byte, shift, part) & first_bits(part)) << done;
+    });
+    return bits;
+  }
+  void store(uint8_t* gate, uint32_t bits, int count) const {
+    if (count == kLanes && rows_of_vector > 0)
+      return scatter_rows(gate + row_start, rows_of_vector, row_size, row_bytes, bits);
+    for_each_row(count, [&](int64_t byte, int shift, int done, int part) {
+      store_bits(gate + byte, shift, bits >> done, part);
+    });
+  }
+  void advance(int count) {
+    column += count;
+    for (; column >= row_size; column -= row_size) row_start += row_bytes;
+  }
+
+ private:
+  // Calls visit(byte of the gate, shift, bits before this part, bits of this part) for each row.
   template <class Visit>
   void for_each_row(int count, Visit visit) const {
     int64_t start = row_start, from = column;
@@ -66,29 +119,13 @@ struct BitsAcrossRows {
       done += part;
     }
   }
-  uint32_t load(const uint8_t* gate, int count) const {
-    uint32_t bits = 0;
-    for_each_row(count, [&](int64_t byte, int shift, int done, int part) {
-      bits |= (load_bits(gate + byte, shift, part) & first_bits(part)) << done;
-    });
-    return bits;
-  }
-  void store(uint8_t* gate, uint32_t bits, int count) const {
-    for_each_row(count, [&](int64_t byte, int shift, int done, int part) {
-      store_bits(gate + byte, shift, bits >> done, part);
-    });
-  }
-  void advance(int count) {
-    column += count;
-    for (; column >= row_size; column -= row_size) row_start += row_bytes;
-  }
 };
 
 // The result for the `count` elements of the output that begin at `at`; `bits` is where a gate has theirs.
 template <class T, class Values, class Bits>
 static inline __attribute__((always_inline)) Values finish(Values v, const Epilogue<T>& epilogue, int64_t at, int count,
-                                                           const Bits& bits) {
-  if (epilogue.residual) v = add(v, load_first(epilogue.residual + at, count));
+                                                           Bits& bits) {
+  if (epilogue.residual) v = add(v, load_up_to(epilogue.residual + at, count));
   if (epilogue.gate) v = zero_unless(bits.load(epilogue.gate, count), v);
   if (epilogue.relu) {
     if (epilogue.relu_gate) bits.store(epilogue.relu_gate, passing_bits(v), count);

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_adv.ops.masked_conv2d_geometry import Pair, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_pattern
-from sparse_adv.ops.written import mark_written, refuse_gradients
+from sparse_adv.ops.written import check_written, mark_written
 
 
 def masked_conv2d_out(
@@ -35,7 +35,8 @@ def masked_conv2d_out(
 
     Equivalent to::
 
-        out = masked_conv2d(input, weight, pattern, bias, stride, padding, dilation, groups, residual=residual, relu=relu)
+        geometry = (stride, padding, dilation, groups)
+        out = masked_conv2d(input, weight, pattern, bias, *geometry, residual=residual, relu=relu)
 
     with the same bits. The sparse kernels write to out directly, and with a packed pattern (`pack_pattern`) allocate
     nothing of the size of the images; the dense convolution goes through a temporary tensor. It is implemented on the
@@ -52,8 +53,9 @@ def masked_conv2d_out(
 
     Raises:
         TypeError: if the pattern is none.
-        ValueError: if stride, padding or dilation is none, or a tensor requires grad and gradients are enabled.
-        RuntimeError: if shapes, dtypes, layouts or devices do not fit together, the pattern belongs to another weight,
+        ValueError: if stride, padding or dilation is none, devices differ, or a tensor requires grad and gradients are
+            enabled.
+        RuntimeError: if shapes, dtypes or layouts do not fit together, the pattern belongs to another weight,
             tensors overlap, or there is a gate without ReLU.
 
     Examples:
@@ -68,7 +70,8 @@ def masked_conv2d_out(
     """
     check_pattern(pattern)
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
-    refuse_gradients("masked_conv2d_out", input=input, weight=weight, bias=bias, residual=residual, out=out)
+    operands = {"input": input, "weight": weight, "bias": bias, "residual": residual, "gate": gate}
+    check_written("masked_conv2d_out", out, **operands)
     tensors = pattern.flatten()
     torch.ops.sparse_adv.masked_conv2d_out(input, weight, tensors, bias, *geometry, groups, residual, relu, out, gate)
     mark_written(out, gate)
@@ -108,8 +111,9 @@ def masked_conv2d_grad_input_out(
 
     Raises:
         TypeError: if the pattern is none.
-        ValueError: if stride, padding or dilation is none, or a tensor requires grad and gradients are enabled.
-        RuntimeError: if shapes, dtypes, layouts or devices do not fit together, the pattern belongs to another weight,
+        ValueError: if stride, padding or dilation is none, devices differ, or a tensor requires grad and gradients are
+            enabled.
+        RuntimeError: if shapes, dtypes or layouts do not fit together, the pattern belongs to another weight,
             or tensors overlap.
 
     Examples:
@@ -125,8 +129,8 @@ def masked_conv2d_grad_input_out(
     """
     check_pattern(pattern)
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
-    operands = {"grad_output": grad_output, "weight": weight, "residual": residual, "out": out}
-    refuse_gradients("masked_conv2d_grad_input_out", **operands)
+    operands = {"grad_output": grad_output, "weight": weight, "residual": residual, "gate": gate}
+    check_written("masked_conv2d_grad_input_out", out, **operands)
     torch.ops.sparse_adv.masked_conv2d_grad_input_out(
         grad_output, weight, pattern.flatten(), *geometry, groups, residual, gate, out
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.written import mark_written, refuse_gradients
+from sparse_adv.ops.written import check_written, mark_written
 
 
 def pointwise_out(
@@ -43,8 +43,8 @@ def pointwise_out(
         gate_out: uint8 tensor of the shape of `empty_gate(out)`, or None: receives the gate of the ReLU.
 
     Raises:
-        ValueError: if a tensor requires grad and gradients are enabled.
-        RuntimeError: if a shape, dtype, layout or device does not fit out, tensors overlap, or relu and the gates do
+        ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
+        RuntimeError: if a shape, dtype or layout does not fit out, tensors overlap, or relu and the gates do
             not fit together.
 
     Examples:
@@ -55,8 +55,8 @@ def pointwise_out(
         >>> y.flatten().tolist(), gate.flatten().tolist()
         ([0.0, 0.0, 0.5], [4])
     """
-    operands = {"input": input, "scale": scale, "bias": bias, "residual": residual, "out": out}
-    refuse_gradients("pointwise_out", **operands)
+    operands = {"scale": scale, "bias": bias, "residual": residual, "gate": gate, "gate_out": gate_out}
+    check_written("pointwise_out", out, input=input, **operands)
     torch.ops.sparse_adv.pointwise_out(input, scale, bias, residual, relu, gate, out, gate_out)
     mark_written(out, gate_out)
 

@@ -6,15 +6,21 @@ import torch
 from torch import Tensor
 
 
-def refuse_gradients(function: str, **tensors: Tensor | None) -> None:
-    """Raises ValueError if gradients are enabled and a tensor requires one, as the function is not differentiable."""
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires grad, and {function} is not differentiable: call it under torch.no_grad()"
-            )
+def check_written(function: str, out: Tensor, **operands: Tensor | None) -> None:
+    """Check what the native op cannot: it is not even called where a tensor is on a device without values.
+
+    Raises:
+        TypeError: if one of them is not a tensor.
+        ValueError: if an operand is on another device than out, or gradients are enabled and one is required.
+    """
+    given = {name: tensor for name, tensor in operands.items() if tensor is not None}
+    for name, tensor in {"out": out, **given}.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != out.device:
+            raise ValueError(f"{name} is on {tensor.device}, out on {out.device}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad: {function} is not differentiable, call it under torch.no_grad()")
 
 
 def mark_written(*tensors: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-// The elementwise kernels: PGD step and random start.
+// The elementwise kernels: PGD step, random start and the pointwise epilogue.
 #include <array>
 
 #include "cpp/kernels_check.h"
@@ -86,8 +86,50 @@ bool check_random_start(const ElementKernels<T>& kernels) {
   return equal(linf, expected_linf) && equal(l2, expected_l2);
 }
 
+// The first run is skipped; the output is the residual.
+template <class T>
+static bool check_pointwise(const ElementKernels<T>& kernels, Activation activation, bool channels_last, int64_t rows,
+                            int64_t row_size) {
+  const int64_t channels = channels_last ? row_size : 3, images = 2;
+  const int64_t run_size = rows * row_size, runs = images * (channels_last ? 5 : channels), size = runs * run_size;
+  const std::vector<T> input = numbers<T>(size), residual = numbers<T>(size), scale = numbers<T>(channels),
+                       bias = numbers<T>(channels);
+  std::vector<T> out = residual;
+  std::fill_n(out.begin(), run_size, static_cast<T>(kUntouched));
+  Gates gates(activation, size, row_size, size / images);
+  Pointwise<T> operands{.input = input.data(),
+                        .out = out.data(),
+                        .epilogue = {.scale = scale.data(), .bias = bias.data(), .residual = out.data()},
+                        .channels = channels,
+                        .channels_last = channels_last,
+                        .rows = rows,
+                        .row_size = row_size};
+  gates.activate(operands.epilogue);
+  kernels.pointwise(operands, 1, runs);
+
+  operands.epilogue.residual = residual.data();
+  std::vector<double> expected(size, kUntouched);
+  for (int64_t at = run_size; at < size; ++at)
+    expected[at] =
+        with_epilogue(operands.epilogue, input[at], channels_last ? at % channels : at / run_size % channels, at);
+  return equal(out, expected) && gates.fit(out);
+}
+
+template <class T>
+bool check_pointwise(const ElementKernels<T>& kernels) {
+  bool good = true;
+  for (Activation activation : kActivations)
+    for (int64_t row_size : {1, 4, 7, 14, 16, 33, 63, 70}) {
+      good &= check_pointwise(kernels, activation, true, 1, row_size);
+      for (int64_t rows : {1, 2, 13}) good &= check_pointwise(kernels, activation, false, rows, row_size);
+    }
+  return good;
+}
+
 template bool check_pgd_step(const ElementKernels<float>& kernels);
 template bool check_pgd_step(const ElementKernels<double>& kernels);
+template bool check_pointwise(const ElementKernels<float>& kernels);
+template bool check_pointwise(const ElementKernels<double>& kernels);
 template bool check_random_start(const ElementKernels<float>& kernels);
 template bool check_random_start(const ElementKernels<double>& kernels);
 

@@ -15,6 +15,7 @@
 #include "cpu/masked_conv2d/grad_weight_kernel.h"
 #include "cpu/masked_conv2d/width_layout_kernel.h"
 #include "cpu/pgd_step_kernel.h"
+#include "cpu/pointwise_kernel.h"
 #include "cpu/random_start_kernel.h"
 
 namespace sparse_adv {
@@ -25,6 +26,7 @@ struct ElementKernels {
   decltype(&portable::pgd_step_l2<T>) step_l2;
   decltype(&portable::random_start_linf<T>) start_linf;
   decltype(&portable::random_start_l2<T>) start_l2;
+  decltype(&portable::pointwise<T>) pointwise;
 };
 
 struct Kernels {
@@ -65,10 +67,63 @@ bool equal(const std::vector<T>& actual, const std::vector<double>& expected) {
   });
 }
 
+// The activations of an epilogue, with memory for the gates of `elements` elements in rows of `row_size`.
+enum class Activation { none, relu, relu_with_gate, gate };
+constexpr Activation kActivations[] = {Activation::none, Activation::relu, Activation::relu_with_gate,
+                                       Activation::gate};
+constexpr uint8_t kUntouchedByte = 0xaa;
+
+class Gates {
+ public:
+  Gates(Activation activation, int64_t elements, int64_t row_size, int64_t image_size)
+      : activation_(activation),
+        layout_{.row_size = row_size,
+                .row_bytes = (row_size + 7) / 8,
+                .image_bytes = image_size / row_size * ((row_size + 7) / 8)},
+        written_(elements / row_size * layout_.row_bytes, kUntouchedByte),
+        read_(written_.size()) {
+    for (uint8_t& byte : read_) byte = static_cast<uint8_t>(below(256));
+  }
+
+  template <class T>
+  void activate(Epilogue<T>& epilogue) {
+    epilogue.relu = activation_ == Activation::relu || activation_ == Activation::relu_with_gate;
+    epilogue.relu_gate = activation_ == Activation::relu_with_gate ? written_.data() : nullptr;
+    epilogue.gate = activation_ == Activation::gate ? read_.data() : nullptr;
+    epilogue.gate_layout = layout_;
+  }
+
+  // Whether the gate has the bits of the rows that were written, 0 behind their ends, and no other bits.
+  template <class T>
+  bool fit(const std::vector<T>& output) const {
+    if (activation_ != Activation::relu_with_gate) return true;
+    std::vector<uint8_t> expected(written_.size(), kUntouchedByte);
+    for (int64_t at = 0; at < std::ssize(output); ++at) {
+      if (std::isnan(output[at])) continue;
+      const int64_t column = at % layout_.row_size;
+      uint8_t& byte = expected[at / layout_.row_size * layout_.row_bytes + column / 8];
+      if (column % 8 == 0) byte = 0;
+      byte |= static_cast<uint8_t>((output[at] > 0) << column % 8);
+    }
+    return written_ == expected;
+  }
+
+ private:
+  Activation activation_;
+  GateLayout layout_;
+  std::vector<uint8_t> written_, read_;
+};
+
 // The epilogue applied to a sum: `at` is its element in the output.
-inline double with_epilogue(const Epilogue& epilogue, double sum, int64_t channel, int64_t at) {
+template <class T>
+double with_epilogue(const Epilogue<T>& epilogue, double sum, int64_t channel, int64_t at) {
   if (epilogue.scale) sum = sum * epilogue.scale[channel] + epilogue.bias[channel];
   if (epilogue.residual) sum += epilogue.residual[at];
+  if (epilogue.gate) {
+    const auto& [row_size, row_bytes, image_bytes] = epilogue.gate_layout;
+    const int64_t column = at % row_size;
+    return epilogue.gate[at / row_size * row_bytes + column / 8] >> column % 8 & 1 ? sum : 0.0;
+  }
   return epilogue.relu ? std::max(sum, 0.0) : sum;
 }
 
@@ -80,6 +135,8 @@ bool check_grad_weight_tile(const Kernels& kernels);
 bool check_col_indices(const Kernels& kernels);
 template <class T>
 bool check_pgd_step(const ElementKernels<T>& kernels);
+template <class T>
+bool check_pointwise(const ElementKernels<T>& kernels);
 template <class T>
 bool check_random_start(const ElementKernels<T>& kernels);
 

@@ -92,8 +92,10 @@ bool check_fill_width_tile(const Kernels& kernels) {
   return good;
 }
 
-static bool check_store_accumulators(const Kernels& kernels, const Images& shape, bool affine, bool residual_and_relu) {
-  const int64_t channel_pitch = shape.pixels + 3, size = shape.count * shape.image_size, first = 2,
+// The first row of each image is not written.
+static bool check_store_accumulators(const Kernels& kernels, const Images& shape, int64_t row_size, bool affine,
+                                     bool residual, Activation activation) {
+  const int64_t channel_pitch = shape.pixels + 3, size = shape.count * shape.image_size, first = row_size,
                 count = shape.pixels - first;
   const std::vector<float> data = numbers((shape.channels + 2) * channel_pitch * kernels.lanes);
   std::vector<int32_t> plane_of(shape.channels), positions(count);
@@ -105,11 +107,12 @@ static bool check_store_accumulators(const Kernels& kernels, const Images& shape
                                   .first_pixel = first,
                                   .pixel_count = count,
                                   .positions = positions.data()};
-  const std::vector<float> scale = numbers(shape.channels), bias = numbers(shape.channels), residual = numbers(size);
-  const Epilogue epilogue{.scale = affine ? scale.data() : nullptr,
-                          .bias = affine ? bias.data() : nullptr,
-                          .residual = residual_and_relu ? residual.data() : nullptr,
-                          .relu = residual_and_relu};
+  const std::vector<float> scale = numbers(shape.channels), bias = numbers(shape.channels), added = numbers(size);
+  Epilogue<float> epilogue{.scale = affine ? scale.data() : nullptr,
+                           .bias = affine ? bias.data() : nullptr,
+                           .residual = residual ? added.data() : nullptr};
+  Gates gates(activation, size, shape.channels_last ? shape.channels : row_size, shape.image_size);
+  gates.activate(epilogue);
   std::vector<float> output(size, kUntouched);
   kernels.store_accumulators(accumulators, epilogue, shape, output.data());
 
@@ -121,7 +124,7 @@ static bool check_store_accumulators(const Kernels& kernels, const Images& shape
         expected[at] =
             with_epilogue(epilogue, data[(plane_of[k] * channel_pitch + positions[p]) * kernels.lanes + i], k, at);
       }
-  return equal(output, expected);
+  return equal(output, expected) && gates.fit(output);
 }
 
 bool check_store_accumulators(const Kernels& kernels) {
@@ -129,10 +132,13 @@ bool check_store_accumulators(const Kernels& kernels) {
   for (bool channels_last : {false, true})
     for (int count : {1, kernels.lanes - 1, kernels.lanes})
       for (bool affine : {false, true})
-        for (bool residual_and_relu : {false, true})
-          good &= check_store_accumulators(
-              kernels, images_at(nullptr, kernels.lanes + 3, 6 * kernels.lanes + 1, channels_last, count), affine,
-              residual_and_relu);
+        for (Activation activation : kActivations)
+          for (int64_t row_size : {1, 2, 4, 7, 8, 14, 24}) {
+            const int64_t pixels = row_size * (6 * kernels.lanes / row_size + 1);
+            good &=
+                check_store_accumulators(kernels, images_at(nullptr, kernels.lanes + 3, pixels, channels_last, count),
+                                         row_size, affine, activation != Activation::none, activation);
+          }
   return good;
 }
 

@@ -114,7 +114,7 @@ static bool check_accumulators(const Kernels& kernels, const WeightsAndInput& we
 }
 
 // The last two channels are swapped, the first one is beyond its group, and the image ends within the tile.
-static bool check_output(const Kernels& kernels, const WeightsAndInput& weights, int cols, bool epilogue) {
+static bool check_output(const Kernels& kernels, const WeightsAndInput& weights, int cols, Activation activation) {
   const int64_t lanes = kernels.lanes, tile_rows = kTileVectors / cols, row_size = cols * lanes - lanes / 2;
   const int64_t plane = tile_rows * row_size;
   std::vector<int32_t> channel_of(weights.channels);
@@ -129,10 +129,14 @@ static bool check_output(const Kernels& kernels, const WeightsAndInput& weights,
                       .channel_pitch = plane,
                       .rows = std::max<int64_t>(1, tile_rows - 1),
                       .cols = row_size,
+                      .first_col = 0,
+                      .gate_channel_pitch = tile_rows * ((row_size + 7) / 8),
                       .channel_of = channel_of.data(),
                       .epilogue = {}};
-  if (epilogue)
-    region.epilogue = {.scale = affine.data(), .bias = affine.data(), .residual = residual.data(), .relu = true};
+  if (activation != Activation::none)
+    region.epilogue = {.scale = affine.data(), .bias = affine.data(), .residual = residual.data()};
+  Gates gates(activation, std::ssize(output), row_size, std::ssize(output));
+  gates.activate(region.epilogue);
   kernels.conv_tile(weights.packed(), 0, WeightsAndInput::kIcBlocks,
                     {.cols = cols,
                      .input = weights.input.data(),
@@ -149,7 +153,7 @@ static bool check_output(const Kernels& kernels, const WeightsAndInput& weights,
         const int64_t at = channel_of[k] * plane + r * row_size + x;
         expected[at] = with_epilogue(region.epilogue, weights.sum(k, r * cols * lanes + x, cols), channel_of[k], at);
       }
-  return equal(output, expected);
+  return equal(output, expected) && gates.fit(output);
 }
 
 bool check_conv_tile(const Kernels& kernels) {
@@ -160,9 +164,10 @@ bool check_conv_tile(const Kernels& kernels) {
     for (IndexOrder order : {IndexOrder::batch_triples, IndexOrder::width_triples})
       for (bool reversed : {false, true}) cases.emplace_back(kernels, 1, cols, order, reversed);
     cases.emplace_back(kernels, 1, cols, IndexOrder::by_column);
-    for (const WeightsAndInput& weights : cases)
-      good &= check_accumulators(kernels, weights, cols) && check_output(kernels, weights, cols, false) &&
-              check_output(kernels, weights, cols, true);
+    for (const WeightsAndInput& weights : cases) {
+      good &= check_accumulators(kernels, weights, cols);
+      for (Activation activation : kActivations) good &= check_output(kernels, weights, cols, activation);
+    }
   }
   return good;
 }

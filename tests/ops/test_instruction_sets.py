@@ -1,4 +1,4 @@
-"""The convolution on each instruction set, in a process each, because a process chooses the set only once."""
+"""The convolution and its epilogue on each instruction set, each in a process, which chooses the set only once."""
 
 import os
 import subprocess
@@ -18,6 +18,7 @@ def sweep() -> None:
     import torch
     from helpers.convolution_cases import BLOCKS, FILTERS, LAYOUTS, Case
     from helpers.tolerances import assert_close, assert_equal
+    from helpers.written_passes import check_forward, check_grad_input
 
     torch.set_num_threads(1)
     layouts = sorted(LAYOUTS)
@@ -40,6 +41,13 @@ def sweep() -> None:
             actual, expected = case.results(case.pattern("sparse")), case.expected()
             for name, value in expected.items():
                 assert_equal(actual[name], value)
+    for width in (3, 4, 7, 8, 14, 15, 24, 33):
+        for layout in ("contiguous", "channels_last"):
+            case = Case(18, 1, 5, 9, (5, width), layout=layout)
+            check_forward(case, case.pattern("sparse"), "another tensor", relu=True)
+            check_grad_input(case, case.pattern("sparse"), "out", gated=True)
+            check_forward(case, case.pattern("dense"), "out", relu=True)  # ends with pointwise_out
+            check_grad_input(case, case.pattern("dense"), "another tensor", gated=True)
     case = Case(37, 1, 40, 24, (19, 30), density=0.2).with_real_numbers()
     actual, expected = case.results(case.pattern("sparse")), case.expected()
     for name, value in expected.items():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers.tolerances import assert_close, assert_equal
+from helpers.written_passes import random_gate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,11 +19,6 @@ SIZES = ((7, 7), (14, 14), (28, 28), (5, 3), (4, 4), (32, 32), (1, 1), (3, 8), (
 def images(*shape: int, dtype: torch.dtype = torch.float32, format: torch.memory_format = FORMATS[0]) -> Tensor:
     """Multiples of 1/4 with zeros among them."""
     return (torch.randint(-8, 9, shape) / 4).to(dtype).contiguous(memory_format=format)
-
-
-def random_gate(like: Tensor) -> Tensor:
-    """A gate whose bits between the end of a row and the next byte are set, too."""
-    return torch.randint_like(empty_gate(like), 256)
 
 
 @given(
@@ -41,7 +37,6 @@ def test_pointwise_equals_the_reference(batch, channels, size, operands, activat
     if "residual" in operands:
         vectors["residual"] = images(*shape, **options)
     out = {"input": input, "residual": vectors.get("residual", input)}.get(aliases, torch.empty_like(input))
-    out = out if out is not None else torch.empty_like(input)
     gate = random_gate(out) if activation == "gate" else None
     passes = None if gate is None else gate_to_bool(gate, out)
     gate_out = random_gate(out) if activation == "relu with gate" else None
@@ -160,5 +155,5 @@ def test_bad_input_is_reported_by_name_and_value(name):
 
 
 def test_gradients_are_refused():
-    with pytest.raises(ValueError, match=r"scale requires grad, and pointwise_out .* torch.no_grad\(\)"):
+    with pytest.raises(ValueError, match=r"scale requires grad: pointwise_out .* torch.no_grad\(\)"):
         pointwise_out(like, torch.ones(3, requires_grad=True), out=torch.zeros_like(like))

@@ -79,22 +79,24 @@ static void store_channels_last(const Accumulators& accumulators, const Epilogue
         v[j] = j < columns ? scaled(accumulators, epilogue, k + j, accumulators.positions[p]) : broadcast(0.0f);
       transpose(v);
       const int64_t at = (accumulators.first_pixel + p) * output.channels + k;
-      BitsOfRow bits{.row_start = (accumulators.first_pixel + p) * epilogue.gate_layout.row_bytes, .column = k};
+      BitsInRow<kLanes> bits{.row_start = (accumulators.first_pixel + p) * epilogue.gate_layout.row_bytes, .column = k};
       for (int i = 0; i < output.count; ++i, bits.row_start += epilogue.gate_layout.image_bytes) {
         const int64_t element = i * output.image_size + at;
-        store_first(data + element, finish(v[i], epilogue, element, columns, bits), columns);
+        store_up_to(data + element, finish(v[i], epilogue, element, columns, bits), columns);
       }
     }
 }
 
-void store_accumulators(const Accumulators& accumulators, const Epilogue<float>& epilogue, const Images& output,
+void store_accumulators(const Accumulators& accumulators, const Epilogue<float>& operands, const Images& output,
                         float* data) {
+  const Epilogue<float> epilogue = operands;  // a copy can stay in registers, whatever is stored
   if (output.channels_last) return store_channels_last(accumulators, epilogue, output, data);
   const bool plain = !epilogue.residual && !epilogue.relu && !epilogue.gate && output.count == kLanes;
-  const GateLayout& gate = epilogue.gate_layout;
   Vec v[kLanes];
-  for (int64_t k = 0; k < output.channels; ++k)
-    for (int64_t p = 0; p < accumulators.pixel_count; p += kLanes) {
+  for (int64_t k = 0; k < output.channels; ++k) {
+    BitsAcrossRows bits_of_first_image(epilogue.gate_layout, k * output.pixels + accumulators.first_pixel,
+                                       output.pixels);
+    for (int64_t p = 0; p < accumulators.pixel_count; p += kLanes, bits_of_first_image.advance(kLanes)) {
       const int columns =
           accumulators.pixel_count - p < kLanes ? static_cast<int>(accumulators.pixel_count - p) : kLanes;
 #pragma GCC unroll 16
@@ -110,16 +112,14 @@ void store_accumulators(const Accumulators& accumulators, const Epilogue<float>&
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(data + i * output.image_size + at, v[i]);
       } else {
-        BitsAcrossRows bits{.row_start = at / gate.row_size * gate.row_bytes,
-                            .column = at % gate.row_size,
-                            .row_size = gate.row_size,
-                            .row_bytes = gate.row_bytes};
-        for (int i = 0; i < output.count; ++i, bits.row_start += gate.image_bytes) {
+        BitsAcrossRows bits = bits_of_first_image;
+        for (int i = 0; i < output.count; ++i, bits.row_start += epilogue.gate_layout.image_bytes) {
           const int64_t element = i * output.image_size + at;
-          store_first(data + element, finish(v[i], epilogue, element, columns, bits), columns);
+          store_up_to(data + element, finish(v[i], epilogue, element, columns, bits), columns);
         }
       }
     }
+  }
 }
 
 }  // namespace SPARSE_ADV_ISA

@@ -26,14 +26,10 @@ static inline __attribute__((always_inline)) void write(const OutputRegion& outp
       if (count <= 0) break;
       Vec v = acc[r * COLS + c];
       if (affine) v = fma(v, scale, bias);
-      const BitsOfRow bits{
+      BitsInRow<kLanes> bits{
           .row_start = channel * output.gate_channel_pitch + (first_row + r) * epilogue.gate_layout.row_bytes,
           .column = output.first_col + (first_col + c) * kLanes};
-      v = finish(v, epilogue, at + c * kLanes, count, bits);
-      if (count == kLanes)
-        store(output.data + at + c * kLanes, v);
-      else
-        store_first(output.data + at + c * kLanes, v, count);
+      store_up_to(output.data + at + c * kLanes, finish(v, epilogue, at + c * kLanes, count, bits), count);
     }
   }
 }

@@ -32,10 +32,10 @@ struct OutputRegion {
   float* data;                       // of channel 0
   int64_t row_pitch, channel_pitch;  // from one row of the image, one channel to the next
   int64_t rows, cols;                // of the band, from the tile's first pixel on
-  int64_t first_col;                 // of the image
-  int64_t gate_channel_pitch;        // bytes
+  int64_t first_col;                 // of the image, where the tile begins
+  int64_t gate_channel_pitch;        // bytes from one channel of a gate to the next
   const int32_t* channel_of;         // [oc_blocks * oc_block]: the output channel, -1 beyond the end of a group
-  Epilogue<float> epilogue;          // its residual from the tile's first pixel of channel 0, its gates from that row
+  Epilogue<float> epilogue;  // its residual from the tile's first pixel of channel 0, its gates from the row of it
 };
 
 // A tile of kTileVectors vectors, `cols` (1, 2, 4, 8 or 16) of them per row. All pitches in floats.

@@ -1,7 +1,7 @@
 #include "cpu/masked_conv2d/conv_params.h"
 
 #include "common/errors.h"
-#include "cpu/tensor_checks.h"
+#include "common/tensor_checks.h"
 
 namespace sparse_adv {
 

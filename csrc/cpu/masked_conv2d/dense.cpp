@@ -57,7 +57,8 @@ Tensor backward(const ConvParams& conv, const Tensor& grad_output, const Tensor&
   return gradients[which];
 }
 
-// Applies what follows the sum to a tensor that no one else has, in the layout that the output has for images `like`.
+// What follows scale and bias: `sum`, a new tensor, becomes the result, or goes to `out` in one pass. The result has
+// the layout of out, or that of an output for the images `like`.
 Tensor finish(const Tensor& like, const Tensor& sum, const EpilogueTensors& epilogue,
               const std::optional<Tensor>& out) {
   const Tensor laid_out = in_layout_of(out.value_or(like), sum);
@@ -81,7 +82,7 @@ Tensor dense_conv2d(const ConvParams& conv, const Pattern& pattern, const Tensor
   };
   if (scale) sum = call_tensor("aten::mul", "Tensor", sum, as_channel(*scale));
   if (scale && bias) sum = add(sum, as_channel(*bias));
-  return finish(input, sum, {{}, {}, residual, relu, relu_gate, gate}, out);
+  return finish(input, sum, {.residual = residual, .relu = relu, .relu_gate = relu_gate, .gate = gate}, out);
 }
 
 Tensor dense_conv2d_grad_input(const ConvParams& conv, const Pattern& pattern, const Tensor& grad_output,

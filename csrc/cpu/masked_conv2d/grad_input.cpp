@@ -2,12 +2,12 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/tensor_checks.h"
 #include "cpu/epilogue_tensors.h"
 #include "cpu/masked_conv2d/conv_params.h"
 #include "cpu/masked_conv2d/dense.h"
 #include "cpu/masked_conv2d/plan.h"
 #include "cpu/masked_conv2d/sparse.h"
-#include "cpu/tensor_checks.h"
 
 namespace sparse_adv {
 
@@ -57,7 +57,7 @@ void masked_conv2d_grad_input_out_cpu(Tensor grad_output, Tensor weight, std::ve
                                       std::vector<int64_t> dilation, int64_t groups, std::optional<Tensor> residual,
                                       std::optional<Tensor> gate, Tensor out) {
   grad_input(grad_output, weight, pattern, {out.sizes().begin(), out.sizes().end()}, stride, padding, dilation, groups,
-             {{}, {}, residual, false, {}, gate}, out);
+             {.residual = residual, .gate = gate}, out);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/tensor_checks.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/masked_conv2d/conv_params.h"
 #include "cpu/masked_conv2d/dense.h"
@@ -12,7 +13,6 @@
 #include "cpu/masked_conv2d/input_tile.h"
 #include "cpu/masked_conv2d/packing.h"
 #include "cpu/masked_conv2d/plan.h"
-#include "cpu/tensor_checks.h"
 
 namespace sparse_adv {
 

@@ -3,12 +3,12 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/tensor_checks.h"
 #include "cpu/epilogue_tensors.h"
 #include "cpu/masked_conv2d/conv_params.h"
 #include "cpu/masked_conv2d/dense.h"
 #include "cpu/masked_conv2d/plan.h"
 #include "cpu/masked_conv2d/sparse.h"
-#include "cpu/tensor_checks.h"
 
 namespace sparse_adv {
 
@@ -55,8 +55,8 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const std::vector<Ten
 Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> pattern, std::optional<Tensor> bias,
                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                          int64_t groups, std::optional<Tensor> scale, std::optional<Tensor> residual, bool relu) {
-  return convolve(input, weight, pattern, stride, padding, dilation, groups, {scale, bias, residual, relu, {}, {}},
-                  std::nullopt);
+  return convolve(input, weight, pattern, stride, padding, dilation, groups,
+                  {.scale = scale, .bias = bias, .residual = residual, .relu = relu}, std::nullopt);
 }
 
 void masked_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<Tensor> pattern, std::optional<Tensor> bias,
@@ -64,7 +64,8 @@ void masked_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<Tensor> patt
                            int64_t groups, std::optional<Tensor> residual, bool relu, Tensor out,
                            std::optional<Tensor> gate) {
   check(relu || !gate, "gate receives the bits of the ReLU, but relu is False");
-  convolve(input, weight, pattern, stride, padding, dilation, groups, {{}, bias, residual, relu, gate, {}}, out);
+  convolve(input, weight, pattern, stride, padding, dilation, groups,
+           {.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate}, out);
 }
 
 std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_tensors) {

@@ -122,8 +122,8 @@ std::vector<int32_t> accumulator_planes(const BlockCsr& csr) {
   return planes;
 }
 
-// The epilogue of a part of the output that begins at this element and this byte of a gate.
-Epilogue<float> from(Epilogue<float> epilogue, int64_t element, int64_t gate_byte) {
+// The epilogue of a part of the output, which begins at this element and at this byte of the gates.
+Epilogue<float> starting_at(Epilogue<float> epilogue, int64_t element, int64_t gate_byte) {
   if (epilogue.residual) epilogue.residual += element;
   if (epilogue.relu_gate) epilogue.relu_gate += gate_byte;
   if (epilogue.gate) epilogue.gate += gate_byte;
@@ -155,7 +155,7 @@ class BandComputer {
     const int64_t at = output.data - output_.const_data_ptr<float>();
     float* const data = output_.mutable_data_ptr<float>() + at;
     const Epilogue<float> epilogue =
-        from(conv_.epilogue, at, at / output.image_size * conv_.epilogue.gate_layout.image_bytes);
+        starting_at(conv_.epilogue, at, at / output.image_size * conv_.epilogue.gate_layout.image_bytes);
     loader_.start_band(band, images_of(conv_.source, blocking_, work_item));
     for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_panel) {
       loader_.fill(channel, input_tile_);
@@ -216,7 +216,7 @@ class BandComputer {
                                 .first_col = first_col,
                                 .gate_channel_pitch = blocking_.rows.output_size * epilogue.gate_layout.row_bytes,
                                 .channel_of = channel_of_.data(),
-                                .epilogue = from(epilogue, at, first_row * epilogue.gate_layout.row_bytes)};
+                                .epilogue = starting_at(epilogue, at, first_row * epilogue.gate_layout.row_bytes)};
       tile.output = &region;
       SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0].packed, ic_blocks.first, ic_blocks.last, tile);
     });

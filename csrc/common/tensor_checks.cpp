@@ -1,4 +1,4 @@
-#include "cpu/tensor_checks.h"
+#include "common/tensor_checks.h"
 
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -9,6 +9,7 @@
 
 namespace sparse_adv {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
@@ -17,6 +18,15 @@ std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   for (size_t i = 0; i < sizes.size(); ++i) text << (i > 0 ? ", " : "") << sizes[i];
   text << "]";
   return text.str();
+}
+
+void check_floating(const char* name, const Tensor& tensor, const Tensor& first) {
+  check(tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index(), name,
+        " must be on the device of the images");
+  const ScalarType dtype = tensor.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+            dtype == ScalarType::Half,
+        name, " must be float64, float32, bfloat16 or float16, got ", dtype);
 }
 
 void check_size(const char* name, const std::optional<Tensor>& tensor, const std::vector<int64_t>& size) {

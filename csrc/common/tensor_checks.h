@@ -12,6 +12,9 @@ namespace sparse_adv {
 // The sizes as text, such as "[2, 3]".
 std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes);
 
+// Throws unless the tensor is on the device of `first` and is float64, float32, bfloat16 or float16.
+void check_floating(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& first);
+
 // Throws unless the tensor is on the CPU and has this size.
 void check_size(const char* name, const std::optional<torch::stable::Tensor>& tensor, const std::vector<int64_t>& size);
 
