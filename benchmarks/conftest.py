@@ -7,7 +7,8 @@ import pytest
 from harness import Case, title_of
 from machine import environment, measured_peak
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import keep_freed_memory
+
+from sparse_adv import keep_freed_memory
 
 peak_of_machine = lru_cache(measured_peak)
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 from machine import Peak, environment, measured_peak, print_machine
-from timing import Side, Times, interleaved, interleaved_graphs, keep_freed_memory
+from timing import Side, Times, interleaved, interleaved_graphs
+
+from sparse_adv import keep_freed_memory
 
 Value = str | int | float
 Record = dict[str, Value]

@@ -5,7 +5,6 @@ A time is seconds of one call, allocation of its output included.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -61,19 +60,6 @@ def captured(side: Side, calls: int = 20) -> Side:
             side()
 
     return capturer.capture(repeat)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of returning it to the kernel, for the rest of this process.
-
-    Otherwise each large output lies on fresh memory, whose page faults cost every side up to 5 ms per 16 MB. Whether
-    they occur depends on what ran before, so that ratios differ from process to process.
-    """
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _by_wall_clock(side: Side) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_adv import demo
+from sparse_adv.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Options:
 
 
 def run(options: Options) -> int:
+    keep_freed_memory()
     print(
         demo.run(
             options.out,
