@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-torch lint format bench bench-cpu gpu-check doctor wheel docs sanitize two-unwinders clean
+.PHONY: help setup demo test test-torch lint format bench bench-train bench-cpu gpu-check doctor wheel docs sanitize two-unwinders clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ format: $(BUILT)  ## rewrite the sources in the project's format
 bench: $(BUILT)  ## measure every op and its rivals with pytest-benchmark; ARGS="-k pgd_step" chooses some
 	$(BIN)/python -m pytest benchmarks -q --benchmark-enable --benchmark-max-time=0.3 \
 	  --benchmark-columns=median,iqr,rounds $(ARGS)
+
+bench-train: $(BUILT)  ## whole training updates on this CPU against careful dense PyTorch (10 minutes)
+	$(BIN)/python benchmarks/bench_training.py $(ARGS)
 
 bench-cpu: $(BUILT)  ## the table of CPU kernels: ratios to dense and their bounds here (5 minutes; ARGS="--out FILE.csv")
 	$(BIN)/python benchmarks/bench_masked_conv2d.py $(ARGS)

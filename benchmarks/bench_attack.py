@@ -20,6 +20,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import harness
 import pytest
@@ -44,27 +45,39 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Compiler = Callable[[nn.Module], nn.Module]
 
 
-def published_attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """PGD as TRADES, MadryLab's and Wong's repositories write it, shortened to what they share."""
+def published_attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    steps: int = STEPS,
+    alpha: float = ALPHA,
+    start_eps: float = EPS,
+    project: bool = True,
+) -> Tensor:
+    """PGD as TRADES, MadryLab's and Wong's repositories write it, shortened to what they share; or N-FGSM."""
     model.eval()
-    adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
-    for _ in range(STEPS):
+    adv = x + torch.empty_like(x).uniform_(-start_eps, start_eps)
+    if project:
+        adv = adv.clamp(0, 1)
+    for _ in range(steps):
         adv.requires_grad_()
         with torch.enable_grad():
             loss = F.cross_entropy(model(adv), y)
         grad = torch.autograd.grad(loss, [adv])[0]
-        adv = adv.detach() + ALPHA * grad.sign()
-        adv = torch.min(torch.max(adv, x - EPS), x + EPS).clamp(0, 1)
+        adv = adv.detach() + alpha * grad.sign()
+        if project:
+            adv = torch.min(torch.max(adv, x - EPS), x + EPS)
+        adv = adv.clamp(0, 1)
     model.train()
     return adv
 
 
-def frozen_attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def frozen_attack(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """`published_attack` with frozen weights."""
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.requires_grad_(False)
-    adv = published_attack(model, x, y)
+    adv = published_attack(model, x, y, **options)
     for parameter in parameters:
         parameter.requires_grad_()
     return adv

@@ -63,6 +63,7 @@ class TrainConfig:
         evaluation_steps: steps of the PGD attack in evaluations, at least 1; their size is eps / 4.
         overfitting_monitor: detect catastrophic overfitting with a PGD-5 attack on 256 validation images after each
             epoch, undo that epoch and repeat it with PGD training.
+        engine: let `sparse_adv.engine` form the gradients of attacks where it can; false leaves all to autograd.
         seed: seed of the random starts of attacks, of the order of images and of the network's own random numbers
             (dropout), at least 0.
 
@@ -98,6 +99,7 @@ class TrainConfig:
     evaluate_every: int = 1
     evaluation_steps: int = 10
     overfitting_monitor: bool = True
+    engine: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -146,6 +146,7 @@ class Graphs:
             torch.clear_autocast_cache()
             try:
                 cached.replay = capturer.capture(partial(loop.run, images, labels, philox_state))
+                cached.keep_alive = cached.keep_alive, loop.gradients
             finally:
                 torch.clear_autocast_cache()
         except RuntimeError as error:
@@ -172,7 +173,7 @@ def _key(loop: PGDLoop, images: Tensor, labels: Tensor | None, label_range: Labe
     patterns = [module.pattern for module in modules if isinstance(module, MaskedConv2d)]
     batch = [tensor for tensor in (images, labels) if tensor is not None]
     key = (
-        (options.start, options.ball, options.alpha, options.steps, options.restarts, options.bn_mode),
+        (options.start, options.ball, options.alpha, options.steps, options.restarts, options.bn_mode, options.engine),
         (options.loss if isinstance(options.loss, str) else id(options.loss), options.targeted, label_range is None),
         tuple((tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for tensor in batch),
         tuple((id(module), getattr(module, "track_running_stats", None)) for module in modules),

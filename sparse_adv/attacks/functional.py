@@ -31,6 +31,7 @@ def pgd(
     bn_mode: str = "eval",
     check: bool = True,
     graphs: Graphs | None = None,
+    engine: bool = True,
 ) -> Tensor:
     """Projected gradient descent: repeat adv = project(adv + alpha * direction(d loss / d adv)) `steps` times.
 
@@ -59,6 +60,7 @@ def pgd(
             and leaves the running ones unchanged. All other layers (dropout) are in eval mode.
         check: check the values of images and labels; on a GPU this synchronises once, before the attack starts.
         graphs: cache of CUDA graphs, see `Graphs`; None runs the attack step by step.
+        engine: whether the engine may form the gradients, see `sparse_adv.engine`; False leaves them to autograd.
 
     Returns:
         The adversarial images, detached, in [lo, hi], with shape, dtype and memory format of `images`.
@@ -93,6 +95,7 @@ def pgd(
         bn_mode=bn_mode,
         check=check,
         graphs=graphs,
+        engine=engine,
     )
     return run_attack(model, images, labels, options)
 
@@ -110,7 +113,7 @@ def fgsm(
 
     Args:
         model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
-            check and graphs.
+            check, graphs and engine.
 
     Returns:
         The adversarial images, detached, as in `pgd`.
@@ -147,7 +150,7 @@ def fgsm_rs(
     Args:
         alpha: step size; None for 1.25 eps.
         model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
-            check and graphs.
+            check, graphs and engine.
 
     Returns:
         The adversarial images, detached, as in `pgd`.

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_adv import ops
 from sparse_adv.attacks.checks import LabelRange, check_batch, check_label_range, count_classes
 from sparse_adv.attacks.options import AttackOptions, kl_divergence
-from sparse_adv.nn import frozen_weights
+from sparse_adv.engine import InputGradients, input_gradients
 from sparse_adv.ops.random_start import seed_words
 
 
@@ -74,6 +74,8 @@ class PGDLoop:
     options: AttackOptions
     classes: int | None = None
     """Number of classes of the model; known after a run with a label range."""
+    gradients: InputGradients | None = None
+    """What formed the gradients of the last run; a CUDA graph of that run uses its memory."""
 
     def run(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange = None) -> Tensor:
         """Attack a batch; with restarts, return for each image the result with the highest loss.
@@ -86,42 +88,53 @@ class PGDLoop:
                 graph, reads new ones.
             label_range: range of the labels, which is compared with the number of the model's classes.
         """
-        model, options = self.model, self.options
+        options = self.options
         # Autograd cannot use tensors made in inference mode.
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            bn_mode(model, options.bn_mode),
-            frozen_weights(model),
+            bn_mode(self.model, options.bn_mode),
+            input_gradients(self.model, images.detach(), options.engine) as gradients,
         ):
+            self.gradients = gradients
             if options.loss is kl_divergence:
-                with torch.no_grad():
-                    labels = F.log_softmax(model(images), 1)
+                labels = F.log_softmax(gradients.logits(images), 1)
             elif isinstance(labels, Tensor) and labels.is_inference():
                 labels = labels.clone()
-            best = self._attack(images, labels, philox_state, label_range)
+            best = self._attack(gradients, images, labels, philox_state, label_range)
             if options.restarts == 1:
                 return best
-            best_loss = self._loss_per_image(best, labels)
+            best_loss = self._loss_per_image(gradients, best, labels)
             for _ in range(options.restarts - 1):
-                adv = self._attack(images, labels, philox_state, None)
-                loss = self._loss_per_image(adv, labels)
+                adv = self._attack(gradients, images, labels, philox_state, None)
+                loss = self._loss_per_image(gradients, adv, labels)
                 better = loss > best_loss
                 best = adv.where(better.view(-1, *[1] * (images.dim() - 1)), best)
                 best_loss = loss.where(better, best_loss)
         return best
 
-    def _attack(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange) -> Tensor:
+    def _attack(
+        self,
+        gradients: InputGradients,
+        images: Tensor,
+        labels: Any,
+        philox_state: Tensor | None,
+        label_range: LabelRange,
+    ) -> Tensor:
         """One start and all steps."""
         options = self.options
-        adv = self._start(images, philox_state)
-        for _ in range(options.steps):
-            logits = self.model(adv.requires_grad_())
+
+        def loss(logits: Tensor) -> Tensor:
+            nonlocal label_range
             if label_range is not None:
                 self.classes = count_classes(logits, len(images))
                 check_label_range(label_range, self.classes)
                 label_range = None
-            (grad,) = torch.autograd.grad(self._loss(logits, labels).sum(), adv)
+            return self._loss(logits, labels)
+
+        adv = self._start(images, philox_state)
+        for _ in range(options.steps):
+            grad = gradients.gradient(adv, loss)
             adv = ops.pgd_step(adv, grad, images, options.alpha, *options.ball)
         return adv
 
@@ -140,8 +153,8 @@ class PGDLoop:
         return -value if self.options.targeted else value
 
     @torch.no_grad()
-    def _loss_per_image(self, adv: Tensor, labels: Any) -> Tensor:
-        logits = self.model(adv)
+    def _loss_per_image(self, gradients: InputGradients, adv: Tensor, labels: Any) -> Tensor:
+        logits = gradients.logits(adv)
         loss = self._loss(logits, labels)
         if loss.shape == logits.shape[:1]:
             return loss

@@ -31,6 +31,7 @@ class CommonOptions(TypedDict, total=False):
     bn_mode: str
     check: bool
     graphs: Graphs | None
+    engine: bool
 
 
 class LossOptions(CommonOptions, total=False):
@@ -79,6 +80,7 @@ class AttackOptions:
     bn_mode: str = "eval"
     check: bool = True
     graphs: Graphs | None = None
+    engine: bool = True
     start_eps: float | None = None
     """Radius of the ball in which the random start lies; None for `eps`."""
     project: bool = True

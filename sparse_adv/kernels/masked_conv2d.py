@@ -48,12 +48,14 @@ class _Lists(NamedTuple):
 
 
 class _Epilogue(NamedTuple):
-    """The epilogue of the forward pass: relu(result * scale + bias + residual); None and False: nothing."""
+    """What is done to a result: act(result * scale + bias + residual), where act is a ReLU or a gate or nothing."""
 
     scale: Tensor | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = False
+    gate: Tensor | None = None
+    """As the output: the result becomes 0 where this is not positive."""
 
 
 def forward(
@@ -103,6 +105,8 @@ def grad_input(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
     precision: str = "tf32x3",
 ) -> Tensor:
     """The op `sparse_adv::masked_conv2d_grad_input` over live blocks; it does not synchronise with the GPU.
@@ -112,12 +116,16 @@ def grad_input(
         values, blocks, precision: as in `forward`.
         grad_rows, grad_order: fields of `ops.masked_conv2d_live_blocks.LiveBlocks`.
         input_size: (N, C, H, W).
+        residual: float tensor [N, C, H, W], or None: added to the gradient.
+        gate: float tensor [N, C, H, W], or None: the output of a ReLU, whose gradient passes where it is positive.
     """
     output = _empty_like_layout(grad_output, input_size)
+    residual, gate = (None if tensor is None else in_layout_of(output, tensor) for tensor in (residual, gate))
+    epilogue = _Epilogue(residual=residual, gate=gate)
     if max(stride) > 1:
         grad_rows, grad_order = select_phases(blocks, grad_rows, grad_order, stride, padding, dilation)
     lists = _Lists(values, blocks, grad_rows, grad_order)
-    _launch(output, grad_output, lists, _Epilogue(), (stride, padding, dilation), precision, gradient=True)
+    _launch(output, grad_output, lists, epilogue, (stride, padding, dilation), precision, gradient=True)
     return output
 
 
@@ -168,6 +176,7 @@ def _launch(
             scale=epilogue.scale,
             bias=epilogue.bias,
             residual=epilogue.residual,
+            gate=epilogue.gate,
             images=images,
             source_channels=source.shape[1],
             source_rows=source.shape[2],
@@ -245,9 +254,10 @@ def convolve_kernel(
     order,  # int32 [phases, n], indices into blocks; None in the forward pass
     rows,  # int32 [phases, lists, 3], (first channel to write, start, end): a slice of order, or of blocks
     output,  # [images, out_channels, out_rows, out_cols] of any strides
-    scale,  # [out_channels] or None, and so is bias; only the forward pass has an epilogue
+    scale,  # [out_channels] or None, and so is bias
     bias,
-    residual,  # strided as output, or None
+    residual,  # strided as output, or None, and so is gate
+    gate,
     # Sizes of the images, and strides of the output.
     images,
     source_channels,
@@ -359,13 +369,14 @@ def convolve_kernel(
     at = image.to(tl.int64) * image_step + out_h.to(tl.int64) * row_step + out_w.to(tl.int64) * col_step
     at = at[:, None] + (k.to(tl.int64) * channel_step)[None, :]
     mask = ((image < images) & (out_h < out_rows) & (out_w < out_cols))[:, None] & valid[None, :]
-    if not GRADIENT:
-        if scale is not None:
-            y *= tl.load(scale + k, mask=valid, other=0.0).to(tl.float32)[None, :]
-        if bias is not None:
-            y += tl.load(bias + k, mask=valid, other=0.0).to(tl.float32)[None, :]
-        if residual is not None:
-            y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            y = tl.where(y < 0, 0.0, y)  # NaN stays
+    if scale is not None:
+        y *= tl.load(scale + k, mask=valid, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + k, mask=valid, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        y = tl.where(y < 0, 0.0, y)  # NaN stays
+    if gate is not None:
+        y = tl.where(tl.load(gate + at, mask=mask, other=0.0) <= 0, 0.0, y)
     tl.store(output + at, y.to(output.dtype.element_ty), mask=mask)

@@ -190,7 +190,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `[N, C, H, W]`, or `[C, H, W]`."""
         if not torch.compiler.is_compiling():
-            self._refresh()
+            self.refresh()
         if self._compiled is None:
             return super().forward(input)
         if input.dim() == 3:

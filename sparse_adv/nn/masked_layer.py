@@ -112,7 +112,7 @@ class MaskedLayer(nn.Module):
         """Start `nn.frozen_weights` for this layer; return False if the layer is frozen already."""
         if self.is_frozen:
             return False
-        self._refresh()
+        self.refresh()
         # Pruned entries may have been written by hand. They are zeroed in a copy: the weight may be part of a graph.
         weight = torch.where(self.weight_mask, self.weight.detach(), 0)
         self._frozen = self._frozen_operands(weight, None if self.bias is None else self.bias.detach())
@@ -141,7 +141,7 @@ class MaskedLayer(nn.Module):
         compiled = self._compiled
         self._install(compiled if compiled is not None and compiled.matches(self.weight_mask) else self._compile())
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Before a forward pass: recompile the mask if the buffer was written to."""
         if self._compiled is None or not self._compiled.matches(self.weight_mask):
             self._derive()

@@ -89,7 +89,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., C]` to `[..., K]`."""
         if not torch.compiler.is_compiling():
-            self._refresh()
+            self.refresh()
         # `where` and not a product: a pruned NaN must count as 0, in the weight and in its gradient.
         weight, bias = self._frozen or (torch.where(self.weight_mask, self.weight, 0), self.bias)
         return F.linear(input, weight, bias)

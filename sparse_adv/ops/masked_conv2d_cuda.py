@@ -15,7 +15,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from sparse_adv.kernels.layout import in_layout_of
+from sparse_adv.kernels.layout import in_layout_of, layout_of
 from sparse_adv.ops._library import IMPLEMENTATIONS
 from sparse_adv.ops.masked_conv2d_pattern import BlockPattern, Pattern, unflatten
 from sparse_adv.ops.masked_conv2d_plan import missing_kernel, plan_on_cuda
@@ -35,13 +35,13 @@ def masked_conv2d(
     relu: bool,
 ) -> Tensor:
     pattern = unflatten(tensors)
-    if _runs_blocks(pattern, "forward", input.shape, input.dtype, stride, padding, dilation):
+    if runs_blocks(pattern, "forward", input.shape, input.dtype, stride, padding, dilation):
         from sparse_adv.kernels import masked_conv2d as kernels
 
         values = _block_values(pattern, weight)
         strides, fused = (stride, padding, dilation), (scale, residual, relu)
         return kernels.forward(
-            input, values, pattern.blocks, pattern.rows, weight.shape, bias, *strides, *fused, _precision()
+            input, values, pattern.blocks, pattern.rows, weight.shape, bias, *strides, *fused, precision()
         )
     masked = _masked(weight, pattern)
     if scale is not None:
@@ -63,15 +63,20 @@ def masked_conv2d_grad_input(
     groups: int,
 ) -> Tensor:
     pattern = unflatten(tensors)
-    if _runs_blocks(pattern, "grad_input", input_size, grad_output.dtype, stride, padding, dilation):
+    if runs_blocks(pattern, "grad_input", input_size, grad_output.dtype, stride, padding, dilation):
         from sparse_adv.kernels import masked_conv2d as kernels
 
         values, lists = _block_values(pattern, weight), (pattern.blocks, pattern.grad_rows, pattern.grad_order)
         strides = (stride, padding, dilation)
-        return kernels.grad_input(grad_output, values, *lists, input_size, *strides, precision=_precision())
+        return kernels.grad_input(grad_output, values, *lists, input_size, *strides, precision=precision())
     masked = in_layout_of(grad_output, _masked(weight, pattern))
-    # cuDNN reads only the size of the input; it takes the layout of the result from the weight.
-    input = grad_output.new_empty(1).expand(*input_size)
+    # cuDNN reads only size and layout of the input, to which grad_output is copied if it has another one.
+    input = torch.empty(
+        tuple(input_size),
+        dtype=grad_output.dtype,
+        device=grad_output.device,
+        memory_format=layout_of(grad_output),
+    )
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, masked, None, *geometry, (True, False, False))[0]
     return in_layout_of(grad_output, grad)
@@ -88,13 +93,11 @@ def masked_conv2d_grad_weight(
 ) -> Tensor:
     pattern = unflatten(tensors)
     mask = pattern.mask
-    if _runs_blocks(pattern, "grad_weight", input.shape, input.dtype, stride, padding, dilation):
+    if runs_blocks(pattern, "grad_weight", input.shape, input.dtype, stride, padding, dilation):
         from sparse_adv.kernels import masked_conv2d_grad_weight as kernels
 
         block, strides = pattern.block[:2], (stride, padding, dilation)
-        return kernels.grad_weight(
-            grad_output, input, pattern.blocks, block, mask.shape, *strides, groups, _precision()
-        )
+        return kernels.grad_weight(grad_output, input, pattern.blocks, block, mask.shape, *strides, groups, precision())
     weight = input.new_empty(1).expand(mask.shape)
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, (False, True, False))[1]
@@ -110,7 +113,7 @@ def pack_values(weight: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return [_block_values(pattern, weight)]
 
 
-def _runs_blocks(
+def runs_blocks(
     pattern: Pattern,
     pass_: str,
     input_size: Sequence[int],
@@ -135,7 +138,7 @@ def _masked(weight: Tensor, pattern: Pattern) -> Tensor:
     return weight if pattern.weight_is_masked else weight.where(pattern.mask, 0)
 
 
-def _precision() -> str:
+def precision() -> str:
     """How float32 blocks are multiplied: as PyTorch's convolutions are, but never without tensor cores."""
     return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
 

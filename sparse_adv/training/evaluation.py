@@ -75,6 +75,7 @@ def robust_accuracy(
     seed: int = 0,
     batch_size: int = 256,
     graphs: attacks.Graphs | None = None,
+    engine: bool = True,
 ) -> Accuracy:
     """Measure the fraction of images that the model classifies correctly clean and after each of several PGD attacks.
 
@@ -89,6 +90,7 @@ def robust_accuracy(
         restarts: number of attacks, each from another random start.
         seed: of the random starts.
         graphs: CUDA graphs of earlier calls to use again; None for graphs of this call alone.
+        engine: as in `attacks.pgd`. The predictions that count are those of the model itself.
 
     Returns:
         The accuracy over the images of all processes, and the passes that it took.
@@ -107,7 +109,8 @@ def robust_accuracy(
     """
     noise = torch.Generator().manual_seed(distributed.own_seed(seed))
     size = eps / 4 if alpha is None else alpha
-    options: attacks.LossOptions = {"generator": noise, "check": False, "graphs": graphs or attacks.Graphs()}
+    graphs = graphs or attacks.Graphs()
+    options: attacks.LossOptions = {"generator": noise, "check": False, "graphs": graphs, "engine": engine}
 
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return attacks.pgd(model, x, y, eps=eps, alpha=size, steps=steps, norm=norm, **options)

@@ -204,6 +204,7 @@ class Training:
                     steps=config.evaluation_steps,
                     seed=config.seed,
                     graphs=self.graphs,
+                    engine=config.engine,
                 )
         measured = [accuracy for accuracy in (clean, robust, monitor) if accuracy is not None]
         assert self.costs is not None

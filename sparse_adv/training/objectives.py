@@ -84,6 +84,7 @@ class Natural:
             "generator": noise,
             "check": self.check,
             "graphs": self.graphs,
+            "engine": self.config.engine,
         }
 
 

@@ -65,6 +65,7 @@ class OverfittingMonitor:
             steps=STEPS,
             seed=config.seed,
             graphs=self.graphs,
+            engine=config.engine,
         )
 
     def must_undo(self, accuracy: float) -> bool:

@@ -208,12 +208,14 @@ class CountOps(TorchDispatchMode):
 def test_attacks_compute_no_weight_gradients(model, images, labels, training):
     sparsify(model, masks.prune(model, density=0.5)).train(training)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    with CountOps() as count:
-        pgd(model, images, labels, steps=3)
-    assert count.calls["masked_conv2d"] == 3 * len(convolutions)
-    assert count.calls["masked_conv2d_grad_input"] == 3 * len(convolutions)
-    assert "masked_conv2d_grad_weight" not in count.calls
-    assert count.calls["pgd_step"] == 3 and count.calls["random_start"] == 1
+    for engine, suffix in ((False, ""), (True, "_out")):
+        pgd(model, images, labels, engine=engine)  # the engine compares its gradients with autograd's once
+        with CountOps() as count:
+            pgd(model, images, labels, steps=3, engine=engine)
+        assert count.calls["masked_conv2d" + suffix] == 3 * len(convolutions)
+        assert count.calls["masked_conv2d_grad_input" + suffix] == 3 * len(convolutions)
+        assert "masked_conv2d_grad_weight" not in count.calls
+        assert count.calls["pgd_step"] == 3 and count.calls["random_start"] == 1
     with CountOps() as count:  # a training step does compute them, and they are counted
         F.cross_entropy(model(images), labels).backward()
     assert count.calls["masked_conv2d_grad_weight"] == len(convolutions)

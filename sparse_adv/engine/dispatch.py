@@ -1,0 +1,201 @@
+"""Decides how the gradients of a model's input are formed: by the engine, or by autograd where the engine cannot."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import weakref
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
+from sparse_adv.engine.tracing import HOOKS, NotTraceable
+from sparse_adv.nn import frozen_weights
+
+log = logging.getLogger(__name__)
+
+CAPACITY = 4
+"""Programs that are kept of each model, for different shapes of input."""
+
+_CHECKED_IMAGES = 2
+_TOLERANCE = 1e-4
+"""Greatest relative error of a gradient in float64, where no ReLU opens in one and not in the other by rounding."""
+
+
+class Autograd:
+    """The gradients that PyTorch forms."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """What the model returns."""
+        return self._model(x)
+
+    def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
+        """The gradient of the sum of loss(logits) with respect to the input."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(self._model(x)).sum(), x)
+        return gradient
+
+
+InputGradients = Program | Autograd
+"""What forms the gradients of a model's input."""
+
+
+@dataclass
+class _Entry:
+    """A program, or why there is none."""
+
+    program: Program | None = None
+    reason: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the program's buffers are in use."""
+
+
+_entries: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Iterator[InputGradients]:
+    """What forms the gradients of a model's input while its weights do not change.
+
+    The first time that a model is seen in this state with an input of this shape, its steps are made, and their
+    gradient is compared with autograd's on a few images. If they differ, or the model cannot become steps, autograd
+    forms the gradients, now and later, and a log message says why.
+
+    Args:
+        model: any module, in the modes in which it is to run.
+        x: a batch of its input.
+        use_engine: False to let autograd form the gradients.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import engine, models
+        >>> model = models.build("digits_cnn", width=8).eval()
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> with engine.input_gradients(model, x) as gradients:
+        ...     logits, gradient = gradients.logits(x), gradients.gradient(x, lambda logits: logits[:, 0])
+        >>> logits.shape, gradient.shape
+        (torch.Size([2, 10]), torch.Size([2, 1, 8, 8]))
+    """
+    entry = _entry_of(model, x) if use_engine else _Entry()
+    # A second thread that attacks the same model at the same time does without the buffers.
+    if entry.program is not None and entry.lock.acquire(blocking=False):
+        try:
+            entry.program.fold()
+            yield entry.program
+        finally:
+            entry.lock.release()
+    else:
+        with frozen_weights(model):
+            yield Autograd(model)
+
+
+def explain(model: nn.Module, x: Tensor) -> list[str]:
+    """Say what each step of the engine computes for this model and input, or why the model is left to autograd.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from sparse_adv import engine
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()).eval()
+        >>> for line in engine.explain(model, torch.rand(1, 3, 8, 8)):
+        ...     print(line)
+        _0: convolution + BatchNorm + ReLU
+        _3: PyTorch and autograd: _3
+    """
+    entry = _entry_of(model, x)
+    if entry.program is None:
+        return [f"autograd: {entry.reason}"]
+    return [f"{step.name}: {step.describe()}" for step in entry.program.steps]
+
+
+def _entry_of(model: nn.Module, x: Tensor) -> _Entry:
+    entries = _entries.setdefault(model, {})
+    key = _state_of(model, x)
+    entry = entries.pop(key, None)
+    if entry is None:
+        entry = _make(model, x)
+        if entry.reason:
+            log.info("the engine leaves this %s to autograd: %s", type(model).__name__, entry.reason)
+    entries[key] = entry  # now the last one
+    while len(entries) > CAPACITY:
+        del entries[next(iter(entries))]
+    return entry
+
+
+def _make(model: nn.Module, x: Tensor) -> _Entry:
+    if not x.is_floating_point() or not len(x):
+        return _Entry(reason="its input is empty or not floating point")
+    if any(module.training for module in model.modules()):
+        return _Entry(reason="a part of it is in training mode")
+    if x.is_inference():
+        x = x.clone()  # autograd cannot use it otherwise
+    # A model may draw random numbers; those drawn here must not change what it draws later.
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        try:
+            _check(model, x[:_CHECKED_IMAGES])
+            return _Entry(Program(model, x))
+        except NotTraceable as error:
+            return _Entry(reason=str(error))
+
+
+def _check(model: nn.Module, x: Tensor) -> None:
+    """Raise NotTraceable if the steps of a model do not give autograd's gradient of a function of the logits.
+
+    This finds code that a trace does not show: gradients that are stopped or replaced, numbers drawn at random, images
+    that depend on each other. A copy of the model in float64 is compared on a few images.
+    """
+
+    def loss(logits: Tensor) -> Tensor:
+        # Its gradient depends on the logits, so wrong logits show as well.
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        return (logits * weights + logits.square() / 2).sum()
+
+    with torch.autocast(x.device.type, enabled=False):
+        try:
+            copied, x = _copy(model).double(), x.double()
+            program = Program(copied, x, len(x) + 1)  # padded, so that images which depend on each other show
+            program.fold()
+            actual, expected = program.gradient(x, loss), Autograd(copied).gradient(x, loss)
+        except NotTraceable:
+            raise
+        except Exception as error:  # of the model's own code
+            raise NotTraceable(f"it cannot be compared in float64: {str(error).partition(chr(10))[0]}") from error
+        difference = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
+    if not difference <= _TOLERANCE:
+        raise NotTraceable(f"its gradient would differ from autograd's by {difference:.2g}")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; results of autograd, which modules under `torch.nn.utils.prune` hold, are copied without history."""
+    tensors = (item for module in model.modules() for item in vars(module).values() if isinstance(item, Tensor))
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors})
+
+
+def _state_of(model: nn.Module, x: Tensor) -> Hashable:
+    """All that decides which steps a model becomes: modules, their modes and attributes, and their tensors."""
+    device = x.device.type
+    modules = tuple(
+        (
+            id(module),
+            id(vars(module).get("forward", type(module))),
+            any(getattr(module, table) for table in HOOKS),
+            tuple(item for item in vars(module).items() if isinstance(item[1], _PLAIN)),
+        )
+        for module in model.modules()
+    )
+    tensors = tuple((id(t), t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return (padded_batch(len(x)), *x.shape[1:]), x.dtype, x.device, modules, tensors, autocast
+
+
+_PLAIN = (bool, int, float, str, type(None))

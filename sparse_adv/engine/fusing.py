@@ -1,0 +1,187 @@
+"""Turns a traced model into steps: which operations are fused, and which are left to autograd."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparse_adv.engine.steps import AutogradStep, ConvolutionStep, FusedStep, LinearStep, PointwiseStep, Step
+from sparse_adv.engine.tracing import HOOKS, NotTraceable, Trace, module_of
+from sparse_adv.engine.values import Value
+from sparse_adv.nn import MaskedConv2d, MaskedLinear
+
+_RELU = {torch.relu, F.relu, "relu"}
+_ADD = {operator.add, torch.add, "add"}
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+class Fusion:
+    """The steps of a traced model in eval mode.
+
+    Steps are made in the order of the operations. A BatchNorm, an addition or a ReLU is fused into the step that made
+    its operand if nothing else reads that operand. Of two such steps before an addition the later one takes it, and
+    moves behind the other operand: it may, since the addition is its only reader.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._values: dict[fx.Node, Value] = {}
+        """The value of each node whose result is a tensor that depends on the input, and is not inside of a step."""
+        self._makers: dict[Value, FusedStep] = {}
+        self._runs: list[Step | list[fx.Node]] = []
+        """Steps, and between them operations in a row that are left to autograd."""
+        for node in trace.graph.nodes:
+            self._visit(node)
+        self.input = self._values[trace.input]
+        if trace.output not in self._values:
+            raise NotTraceable("the output does not depend on the input")
+        self.output = self._values[trace.output]
+        self.steps = [run if isinstance(run, Step) else self._autograd_step(run) for run in self._runs]
+        for step in self.steps:
+            for value in step.inputs:
+                value.readers.append(step)
+                value.kept |= isinstance(step, AutogradStep)
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "output":
+            return
+        result = self._trace.results[node]
+        if node is self._trace.input:
+            self._values[node] = Value(node.name, result.shape, result.dtype)
+            return
+        source = self._values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if source is None or not isinstance(result, Tensor) or len(node.all_input_nodes) > 2:
+            return self._leave(node, result)
+        module = module_of(self._trace, node)
+        if module is not None and any(getattr(module, table) for table in HOOKS):
+            return self._leave(node, result)
+        if isinstance(module, _IDENTITIES) and type(module).forward in {kind.forward for kind in _IDENTITIES}:
+            self._values[node] = source
+            node.replace_all_uses_with(node.all_input_nodes[0])
+        elif isinstance(module, nn.Conv2d) and _is_plain(module, nn.Conv2d, MaskedConv2d) and _pads_with_zeros(module):
+            self._begin(node, ConvolutionStep(node.name, module, source, self._new(node)))
+        elif isinstance(module, nn.Linear) and _is_plain(module, nn.Linear, MaskedLinear) and result.dim() == 2:
+            self._begin(node, LinearStep(node.name, module, source, self._new(node)))
+        elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm) and _is_affine(module, result):
+            self._fuse_norm(node, module, source)
+        elif type(module) is nn.ReLU or node.target in _RELU:
+            self._fuse_relu(node, source)
+        elif node.target in _ADD and len(node.args) == 2 and not node.kwargs and self._same_shape(node):
+            self._fuse_add(node, *(self._values[operand] for operand in self._operands(node)))
+        else:
+            self._leave(node, result)
+
+    def _new(self, node: fx.Node) -> Value:
+        result = self._trace.results[node]
+        value = self._values[node] = Value(node.name, result.shape, result.dtype)
+        return value
+
+    def _begin(self, node: fx.Node, step: FusedStep) -> None:
+        self._runs.append(step)
+        self._makers[step.output] = step
+
+    def _open_maker(self, node: fx.Node, value: Value) -> FusedStep | None:
+        """The step that made a value, if `node` is all that reads the value."""
+        readers = {user for source, v in self._values.items() if v is value for user in source.users}
+        readers -= {user for user in readers if self._values.get(user) is value}  # identities
+        return self._makers.get(value) if readers == {node} else None
+
+    def _fuse_norm(self, node: fx.Node, norm: _BatchNorm, source: Value) -> None:
+        maker = self._open_maker(node, source)
+        if isinstance(maker, ConvolutionStep) and not (maker.norm or maker.residual or maker.output.rectified):
+            maker.norm = norm
+            self._values[node] = maker.output
+        else:
+            self._begin(node, PointwiseStep(node.name, norm, source, self._new(node)))
+
+    def _fuse_relu(self, node: fx.Node, source: Value) -> None:
+        step = self._open_maker(node, source)
+        if step is None or step.output.rectified:
+            step = PointwiseStep(node.name, None, source, self._new(node))
+            self._begin(node, step)
+        step.output.rectified = True
+        self._values[node] = step.output
+
+    def _fuse_add(self, node: fx.Node, first: Value, second: Value) -> None:
+        candidates = []
+        for mine, other in ((first, second), (second, first)):
+            maker = self._open_maker(node, mine)
+            if maker is not None and not (maker.residual or mine.rectified) and mine is not other:
+                candidates.append((self._runs.index(maker), maker, other))
+        if candidates:
+            _, step, residual = max(candidates, key=lambda candidate: candidate[0])
+            self._runs.remove(step)
+            self._runs.append(step)
+            step.add(residual)
+            self._values[node] = step.output
+        else:
+            step = PointwiseStep(node.name, None, first, self._new(node))
+            step.add(second)
+            self._begin(node, step)
+
+    def _same_shape(self, node: fx.Node) -> bool:
+        result = self._trace.results[node]
+        values = [self._values[source] for source in self._operands(node)]
+        return len(values) == 2 and all((v.shape, v.dtype) == (result.shape, result.dtype) for v in values)
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """The arguments of a node that have values."""
+        return [source for source in node.args if isinstance(source, fx.Node) and source in self._values]
+
+    def _leave(self, node: fx.Node, result: Any) -> None:
+        """Leave an operation to autograd, in one step with others that follow each other."""
+        if not isinstance(result, Tensor | tuple | list) or not _holds_tensors(result):
+            return  # a constant for this shape of input
+        last = self._runs[-1] if self._runs else None
+        if isinstance(last, list):
+            last.append(node)
+        else:
+            self._runs.append([node])
+        if isinstance(result, Tensor):
+            self._new(node)
+
+    def _autograd_step(self, nodes: list[fx.Node]) -> AutogradStep:
+        inside = set(nodes)
+        reads: dict[fx.Node, Value] = {}
+        constants: dict[fx.Node, object] = {}
+        for source in (source for node in nodes for source in node.all_input_nodes if source not in inside):
+            if source in self._values:
+                reads[source] = self._values[source]
+            elif _holds_tensors(self._trace.results[source]):
+                raise NotTraceable(
+                    f"{source.name} gives a {type(self._trace.results[source]).__name__} to another step"
+                )
+            else:
+                constants[source] = self._trace.results[source]
+        output = self._trace.output
+        makes = {
+            node: self._values[node]
+            for node in nodes
+            if node in self._values and (node is output or any(user not in inside for user in node.users))
+        }
+        return AutogradStep(self._trace.model, nodes, reads, makes, constants)
+
+
+def _holds_tensors(result: object) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(result))
+
+
+def _is_plain(module: nn.Module, dense: type[nn.Module], masked: type[nn.Module]) -> bool:
+    """Whether the module computes what its class does, with a weight of its own."""
+    forward = type(module).forward
+    return (forward is dense.forward or forward is masked.forward) and "weight" in module._parameters
+
+
+def _pads_with_zeros(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def _is_affine(norm: _BatchNorm, result: Tensor) -> bool:
+    """Whether a BatchNorm in eval mode is a factor and a summand per channel."""
+    forward = type(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    return forward and not norm.training and norm.running_var is not None and result.dim() in (2, 4)

@@ -1,0 +1,146 @@
+"""The arithmetic of the engine's steps in plain PyTorch, for every device and dtype; devices replace parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparse_adv.nn import MaskedConv2d
+
+Place = Callable[[], Tensor]
+"""Returns the memory that is planned for a result, of which a kernel may make use."""
+
+
+def fold_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """The factor and the summand per channel, in at least float32, that BatchNorm is in eval mode."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    bias = -norm.running_mean * scale
+    return scale, bias if norm.bias is None else bias + norm.bias.detach()
+
+
+def _pair(sizes: tuple[int, ...] | str) -> tuple[int, int]:
+    assert not isinstance(sizes, str)
+    rows, cols = sizes
+    return rows, cols
+
+
+class Convolution:
+    """A convolution with the BatchNorm behind it folded in; in eval mode, so both are constant between updates."""
+
+    def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, kernels: Kernels) -> None:
+        self.layer, self.norm, self.kernels = layer, norm, kernels
+        self.geometry = _pair(layer.stride), _pair(layer.padding), _pair(layer.dilation)
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.fold()
+
+    def fold(self) -> None:
+        """Read the weights and the statistics again."""
+        if isinstance(self.layer, MaskedConv2d):
+            self.layer.refresh()
+        weight, bias = self.layer.weight.detach(), self.layer.bias
+        bias = None if bias is None else bias.detach()
+        if self.norm is not None:
+            scale, shift = fold_norm(self.norm)
+            weight = weight * scale[:, None, None, None]
+            bias = shift if bias is None else shift + bias * scale
+        if isinstance(self.layer, MaskedConv2d):
+            weight = torch.where(self.layer.weight_mask, weight, 0)
+        dtype = self.kernels.dtype
+        self.weight = weight.to(dtype, memory_format=self.kernels.memory_format)
+        self.bias = None if bias is None else bias.to(dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
+        """conv(x) + bias + residual, with a ReLU whose gate is written."""
+        y = self.kernels.plain(F.conv2d(x, self.weight, self.bias, *self.geometry, self.layer.groups))
+        if residual is None and not relu:
+            return y
+        return self.kernels.pointwise(y, residual=residual, relu=relu, gate_out=gate_out, place=lambda: y)
+
+    def grad_input(
+        self, grad: Tensor, shape: torch.Size, residual: Tensor | None, gate: Tensor | None, place: Place
+    ) -> Tensor:
+        """gate * (gradient of the input, which has this shape, + residual)."""
+        result = torch.ops.aten.convolution_backward(
+            grad,
+            self.kernels.empty(shape, grad.device),  # only its shape and memory format are read
+            self.weight,
+            None,
+            *self.geometry,
+            False,
+            (0, 0),
+            self.layer.groups,
+            (True, False, False),
+        )[0]
+        result = self.kernels.plain(result)
+        if residual is None and gate is None:
+            return result
+        return self.kernels.pointwise(result, residual=residual, gate=gate, place=lambda: result)
+
+
+class Kernels:
+    """What a device supplies: a memory format for images, gates, and the functions below.
+
+    Args:
+        dtype: of the arithmetic.
+        memory_format: of the images.
+    """
+
+    def __init__(self, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+        self.dtype, self.memory_format = dtype, memory_format
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The tensor in the engine's memory format and dtype, itself if it is."""
+        # `to(memory_format=...)` would return a slice of the channels of a channels_last tensor as it is.
+        memory_format = self.memory_format if x.dim() == 4 else torch.contiguous_format
+        return x.to(self.dtype).contiguous(memory_format=memory_format)
+
+    def empty(self, shape: torch.Size, device: torch.device) -> Tensor:
+        memory_format = self.memory_format if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=self.dtype, device=device, memory_format=memory_format)
+
+    value_is_gate = False
+    """Whether the output of a ReLU is its own gate, and no other memory is needed for it."""
+
+    def new_gate(self, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Memory for the gate of a value; None if the value is its own gate."""
+        return torch.empty_like(self.empty(shape, device), dtype=torch.bool)
+
+    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None) -> Convolution:
+        return Convolution(layer, norm, self)
+
+    def pointwise(
+        self,
+        x: Tensor,
+        *,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        gate: Tensor | None = None,
+        gate_out: Tensor | None = None,
+        place: Place | None = None,
+    ) -> Tensor:
+        """scale[c] * x + bias[c] + residual, then a ReLU whose gate is written, or a gate that is given."""
+        y = x
+        channels = (slice(None), *[None] * (x.dim() - 2))
+        if scale is not None:
+            y = y * scale[channels]
+        if bias is not None:
+            y = y + bias[channels]
+        y = y.to(x.dtype)
+        if residual is not None:
+            y = y + residual
+        if relu:
+            y = y.relu()
+            if gate_out is not None:
+                torch.logical_not(y <= 0, out=gate_out)  # NaN passes, as in PyTorch
+        return y if gate is None else y.where(gate, 0)

@@ -1,0 +1,122 @@
+"""The arithmetic of the steps on a CPU: this library's masked convolution and pointwise op, oneDNN for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparse_adv import ops
+from sparse_adv.engine.kernels import Convolution, Kernels, Place
+from sparse_adv.nn import MaskedConv2d
+
+
+class CpuKernels(Kernels):
+    """Kernels that write into planned memory, with one bit per element of a ReLU's output as its gate."""
+
+    def new_gate(self, shape: torch.Size, device: torch.device) -> Tensor:
+        return ops.empty_gate(_as_images(self.empty(shape, device)))
+
+    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None) -> Convolution:
+        if isinstance(layer, MaskedConv2d):
+            return MaskedConvolution(layer, norm, self)
+        return DenseConvolution(layer, norm, self)
+
+    def pointwise(
+        self,
+        x: Tensor,
+        *,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        gate: Tensor | None = None,
+        gate_out: Tensor | None = None,
+        place: Place | None = None,
+    ) -> Tensor:
+        out = torch.empty_like(x) if place is None else place()
+        scale, bias = (None if vector is None else vector.to(x.dtype) for vector in (scale, bias))
+        added = None if residual is None else _as_images(residual)
+        images, result = _as_images(x), _as_images(out)
+        ops.pointwise_out(images, scale, bias, added, relu=relu, gate=gate, out=result, gate_out=gate_out)
+        return out
+
+
+class MaskedConvolution(Convolution):
+    """A masked convolution, by the kernel that its plan says."""
+
+    layer: MaskedConv2d
+
+    def fold(self) -> None:
+        super().fold()
+        self._pattern = ops.pack_pattern(self.layer.pattern, self.weight)
+
+    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
+        out = place()
+        ops.masked_conv2d_out(
+            x,
+            self.weight,
+            self._pattern,
+            self.bias,
+            *self.geometry,
+            self.layer.groups,
+            residual=residual,
+            relu=relu,
+            out=out,
+            gate=gate_out,
+        )
+        return out
+
+    def grad_input(
+        self, grad: Tensor, shape: torch.Size, residual: Tensor | None, gate: Tensor | None, place: Place
+    ) -> Tensor:
+        out = place()
+        ops.masked_conv2d_grad_input_out(
+            grad,
+            self.weight,
+            self._pattern,
+            *self.geometry,
+            self.layer.groups,
+            residual=residual,
+            gate=gate,
+            out=out,
+        )
+        return out
+
+
+class DenseConvolution(Convolution):
+    """A dense convolution; without a gate, oneDNN adds the residual and applies the ReLU before it writes."""
+
+    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
+        if gate_out is not None or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+            return super().forward(x, residual, relu, gate_out, place)
+        stride, padding, dilation = self.geometry
+        geometry = padding, stride, dilation, self.layer.groups
+        fused = torch.ops.mkldnn._convolution_pointwise
+        if residual is None:
+            return fused(x, self.weight, self.bias, *geometry, "relu" if relu else "none", [], "")
+        activation = "relu" if relu else None
+        return fused.binary(x, residual, self.weight, self.bias, *geometry, "add", 1.0, activation, [], "")
+
+
+def best_memory_format(convolutions: Iterable[tuple[nn.Conv2d, torch.Size]]) -> torch.memory_format:
+    """NCHW if most of the work is that of sparse kernels, which are fastest there, else channels_last, as for oneDNN.
+
+    Args:
+        convolutions: with the shapes of their inputs.
+    """
+    sparse = dense = 0
+    for layer, shape in convolutions:
+        work = layer.weight.numel() * shape[0] * shape[2] * shape[3] // (layer.stride[0] * layer.stride[1])
+        if isinstance(layer, MaskedConv2d) and layer.plan(layer.weight.new_empty(shape)).forward.kernel == "sparse":
+            sparse += work
+        else:
+            dense += work
+    return torch.contiguous_format if sparse > dense else torch.channels_last
+
+
+def _as_images(tensor: Tensor) -> Tensor:
+    """A view [N, C, H, W] of any activation."""
+    return tensor if tensor.dim() == 4 else tensor.reshape(*tensor.shape[:2], -1, 1)

@@ -1,0 +1,90 @@
+"""The arithmetic of the steps on CUDA: the block kernels of this library, cuDNN with fused bias, residual and ReLU.
+
+The output of a ReLU is its own gate here: it is kept until the pass back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparse_adv import ops
+from sparse_adv.engine.kernels import Convolution, Kernels, Place
+from sparse_adv.kernels import masked_conv2d as block_kernels
+from sparse_adv.kernels.pointwise import pointwise
+from sparse_adv.nn import MaskedConv2d
+from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
+from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
+
+
+class CudaKernels(Kernels):
+    """Kernels for images in channels_last. Memory comes from PyTorch's allocator, whose blocks are used again."""
+
+    value_is_gate = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype, torch.channels_last)
+
+    def new_gate(self, shape: torch.Size, device: torch.device) -> None:
+        return None
+
+    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None) -> Convolution:
+        if isinstance(layer, MaskedConv2d) and isinstance(layer.pattern, BlockPattern):
+            return BlockConvolution(layer, norm, self)
+        return CudnnConvolution(layer, norm, self)
+
+    def pointwise(
+        self,
+        x: Tensor,
+        *,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        gate: Tensor | None = None,
+        gate_out: Tensor | None = None,
+        place: Place | None = None,
+    ) -> Tensor:
+        return pointwise(x, scale, bias, residual, relu, gate)
+
+
+class CudnnConvolution(Convolution):
+    """A convolution by cuDNN, which fuses what comes before a ReLU in the forward pass and nothing in the one back."""
+
+    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
+        if not relu or x.dtype == torch.float64:
+            return super().forward(x, residual, relu, gate_out, place)
+        geometry = (*self.geometry, self.layer.groups)
+        if residual is None:
+            return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
+        return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *geometry)
+
+
+class BlockConvolution(CudnnConvolution):
+    """A convolution over live blocks, for each pass in which they are faster than cuDNN on the masked weight."""
+
+    layer: MaskedConv2d
+
+    def fold(self) -> None:
+        super().fold()
+        pattern = ops.pack_pattern(self.layer.pattern, self.weight)
+        assert isinstance(pattern, BlockPattern)
+        self._pattern = pattern
+
+    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
+        pattern = self._pattern
+        if pattern.values is None or not runs_blocks(pattern, "forward", x.shape, x.dtype, *self.geometry):
+            return super().forward(x, residual, relu, gate_out, place)
+        lists = pattern.values, pattern.blocks, pattern.rows
+        size, bias = self.weight.shape, self.bias
+        return block_kernels.forward(x, *lists, size, bias, *self.geometry, None, residual, relu, precision())
+
+    def grad_input(
+        self, grad: Tensor, shape: torch.Size, residual: Tensor | None, gate: Tensor | None, place: Place
+    ) -> Tensor:
+        pattern = self._pattern
+        if pattern.values is None or not runs_blocks(pattern, "grad_input", shape, grad.dtype, *self.geometry):
+            return super().grad_input(grad, shape, residual, gate, place)
+        lists = pattern.values, pattern.blocks, pattern.grad_rows, pattern.grad_order
+        return block_kernels.grad_input(grad, *lists, shape, *self.geometry, residual, gate, precision())

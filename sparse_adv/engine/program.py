@@ -1,0 +1,135 @@
+"""A model as a list of fused steps: logits forward, the gradient of the input back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.engine import buffers
+from sparse_adv.engine.fusing import Fusion
+from sparse_adv.engine.kernels import Kernels
+from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
+from sparse_adv.engine.steps import ConvolutionStep, Step
+from sparse_adv.engine.tracing import NotTraceable, trace
+from sparse_adv.engine.values import Pass, Value
+from sparse_adv.ops.masked_conv2d_plan import has_triton
+
+LossOfLogits = Callable[[Tensor], Tensor]
+
+
+class Program:
+    """The fused steps of a model in eval mode, for batches of one size; smaller ones are padded with zeros.
+
+    Args:
+        model: in eval mode.
+        x: a batch of its input.
+        batch: the size of the batches; None for `padded_batch(len(x))`.
+
+    Raises:
+        NotTraceable: if the model cannot become steps.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, batch: int | None = None) -> None:
+        x = _padded(x, batch or padded_batch(len(x)))
+        fusion = Fusion(trace(model, x))
+        self.steps = fusion.steps
+        self._kernels = kernels = choose_kernels(self.steps, x)
+        self._input, self._output = fusion.input, fusion.output
+        self._places, self._gradient_places = buffers.plan(self.steps, self._input, self._output, kernels, x.device)
+        self._read_last = buffers.read_last(self.steps, self._output, kernels)
+        self._gates = buffers.gates(self.steps, kernels, x.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic."""
+        return self._kernels.dtype
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the pass forward keeps for the pass back, without what autograd keeps for its operations."""
+        kept = {value for step in self.steps for value in step.outputs if value.kept or self._is_own_gate(value)}
+        values = sum(math.prod(value.shape) * value.dtype.itemsize for value in kept)
+        return values + sum(gate.nbytes for gate in self._gates.values())
+
+    def fold(self) -> None:
+        """Read the weights and the statistics of BatchNorm again, which may have changed."""
+        for step in self.steps:
+            step.fold(self._kernels)
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """What the model returns."""
+        return self._forward(x, differentiable=False)[self._output][: len(x)].clone()  # the memory is used again
+
+    @torch.no_grad()
+    def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
+        """The gradient of the sum of loss(logits) with respect to the input."""
+        tensors = self._forward(x, differentiable=True)
+        with torch.enable_grad():
+            logits = tensors[self._output][: len(x)].detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(logits).sum(), logits)
+        gradient = _padded(gradient, self._output.shape[0])
+        tensors.start_gradient(self._output, self._kernels.plain(gradient))
+        for step in reversed(self.steps):
+            step.backward(tensors)
+        of_input = tensors.take_gradient(self._input)
+        # A copy, as the memory is used again.
+        return torch.zeros_like(x) if of_input is None else torch.empty_like(x).copy_(of_input[: len(x)])
+
+    def _is_own_gate(self, value: Value) -> bool:
+        return value.rectified and self._kernels.value_is_gate
+
+    def _forward(self, x: Tensor, differentiable: bool) -> Pass:
+        gates = self._gates if differentiable else {}
+        tensors = Pass(self._kernels, differentiable, gates, self._places, self._gradient_places)
+        tensors[self._input] = _padded(x.detach(), self._input.shape[0])
+        for step, unread in zip(self.steps, self._read_last, strict=True):
+            step.forward(tensors)
+            for value in unread:
+                tensors.discard(value)
+        return tensors
+
+
+def choose_kernels(steps: Sequence[Step], x: Tensor) -> Kernels:
+    """The kernels of the input's device, in the dtype and memory format in which these steps are to run.
+
+    Raises:
+        NotTraceable: if the engine has no kernels for them.
+    """
+    device = x.device.type
+    convolutions = [(step.layer, step.input.shape) for step in steps if isinstance(step, ConvolutionStep)]
+    dtypes = {layer.weight.dtype for layer, _ in convolutions} | {x.dtype}
+    if len(dtypes) > 1:
+        raise NotTraceable(f"weights and input differ in dtype: {', '.join(sorted(map(str, dtypes)))}")
+    if device == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return CpuKernels(x.dtype, best_memory_format(convolutions))
+    if device == "cuda" and has_triton():
+        from sparse_adv.engine.kernels_cuda import CudaKernels
+
+        casts = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64
+        return CudaKernels(torch.get_autocast_dtype("cuda") if casts else x.dtype)
+    raise NotTraceable("autocast is enabled on the CPU" if device == "cpu" else f"there are no kernels for {device}")
+
+
+def padded_batch(count: int) -> int:
+    """The batch size that a batch of this size is padded to: the next of 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, ...
+
+    So an evaluation that attacks only the images which are still classified correctly, another number in each batch,
+    needs few programs, at the price of a fifth more work at most.
+
+    Examples:
+        >>> [padded_batch(count) for count in (7, 8, 9, 33, 100, 128)]
+        [7, 8, 10, 40, 112, 128]
+    """
+    step = 1 << max(0, (count - 1).bit_length() - 3)
+    return -(-count // step) * step
+
+
+def _padded(tensor: Tensor, count: int) -> Tensor:
+    """The tensor with rows of zeros behind it, `count` rows in all."""
+    if len(tensor) == count:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(count - len(tensor), *tensor.shape[1:])])

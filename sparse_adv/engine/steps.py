@@ -1,0 +1,289 @@
+"""The steps of an engine, each with its pass forward and its pass back."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparse_adv.engine.kernels import Kernels, Place, fold_norm
+from sparse_adv.engine.values import Pass, Value
+from sparse_adv.nn import MaskedLinear
+
+
+class Step(ABC):
+    """A part of a model, with the values that it reads and makes."""
+
+    def __init__(self, name: str, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
+        self.name, self.inputs, self.outputs = name, tuple(inputs), tuple(outputs)
+
+    def fold(self, kernels: Kernels) -> None:  # noqa: B027 - most steps have weights, but not all
+        """Read the weights, which may have changed since the last time."""
+
+    @abstractmethod
+    def forward(self, tensors: Pass) -> None:
+        """Compute the outputs."""
+
+    @abstractmethod
+    def backward(self, tensors: Pass) -> None:
+        """Contribute to the gradients of the inputs."""
+
+    @abstractmethod
+    def passes_on(self) -> Sequence[Value]:
+        """The inputs whose gradients may share memory with the gradient of an output."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What the step computes."""
+
+
+class FusedStep(Step):
+    """act(f(input) + residual), where act is a ReLU or nothing and the residual may be absent."""
+
+    def __init__(self, name: str, input: Value, output: Value) -> None:
+        super().__init__(name, [input], [output])
+        self.residual: Value | None = None
+
+    @property
+    def input(self) -> Value:
+        return self.inputs[0]
+
+    @property
+    def output(self) -> Value:
+        return self.outputs[0]
+
+    def add(self, residual: Value) -> None:
+        """Fuse the addition of another value."""
+        self.residual = residual
+        self.inputs = (self.input, residual)
+
+    def forward(self, tensors: Pass) -> None:
+        x = tensors.kernels.plain(tensors[self.input])
+        residual = None if self.residual is None else tensors.kernels.plain(tensors[self.residual])
+        tensors[self.output] = self._forward(tensors, x, residual)
+
+    def backward(self, tensors: Pass) -> None:
+        gradient = tensors.take_gradient(self.output)
+        if gradient is None:
+            for value in self.inputs:
+                tensors.pass_on(value, None)
+            return
+        gradient = tensors.kernels.plain(gradient)
+        if self.residual is not None:
+            tensors.pass_on(self.residual, gradient)
+
+        def compute(residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor:
+            return self._backward(tensors, gradient, residual, gate, place)
+
+        tensors.contribute(self.input, compute)
+
+    def passes_on(self) -> Sequence[Value]:
+        return [] if self.residual is None else [self.residual]
+
+    def describe(self) -> str:
+        ends = (["residual"] if self.residual is not None else []) + (["ReLU"] if self.output.rectified else [])
+        return " + ".join([*self._parts(), *ends])
+
+    @abstractmethod
+    def _parts(self) -> list[str]:
+        """Names of the operations of f."""
+
+    @abstractmethod
+    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor: ...
+
+    @abstractmethod
+    def _backward(
+        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
+    ) -> Tensor: ...
+
+
+class ConvolutionStep(FusedStep):
+    """act(batch_norm(conv(x)) + residual)."""
+
+    def __init__(self, name: str, layer: nn.Conv2d, input: Value, output: Value) -> None:
+        super().__init__(name, input, output)
+        self.layer = layer
+        self.norm: _BatchNorm | None = None
+
+    def fold(self, kernels: Kernels) -> None:
+        self._convolution = kernels.convolution(self.layer, self.norm)
+
+    def _parts(self) -> list[str]:
+        return ["convolution"] + ([] if self.norm is None else ["BatchNorm"])
+
+    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor:
+        place, gate_out = tensors.place(self.output), tensors.gate(self.output)
+        return self._convolution.forward(x, residual, self.output.rectified, gate_out, place)
+
+    def _backward(
+        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
+    ) -> Tensor:
+        return self._convolution.grad_input(gradient, self.input.shape, residual, gate, place)
+
+
+class LinearStep(FusedStep):
+    """act(x W^T + b + residual)."""
+
+    def __init__(self, name: str, layer: nn.Linear, input: Value, output: Value) -> None:
+        super().__init__(name, input, output)
+        self.layer = layer
+
+    def fold(self, kernels: Kernels) -> None:
+        if isinstance(self.layer, MaskedLinear):
+            self.layer.refresh()
+        weight, bias = self.layer.weight.detach(), self.layer.bias
+        if isinstance(self.layer, MaskedLinear):
+            weight = torch.where(self.layer.weight_mask, weight, 0)
+        self._weight = weight.to(kernels.dtype)
+        self._bias = None if bias is None else bias.detach().to(kernels.dtype)
+
+    def _parts(self) -> list[str]:
+        return ["linear"]
+
+    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = F.linear(x, self._weight, self._bias)
+        if residual is None and not self.output.rectified:
+            return y
+        return tensors.kernels.pointwise(
+            y,
+            residual=residual,
+            relu=self.output.rectified,
+            gate_out=tensors.gate(self.output),
+            place=lambda: y,
+        )
+
+    def _backward(
+        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
+    ) -> Tensor:
+        result = gradient @ self._weight
+        if residual is None and gate is None:
+            return result
+        return tensors.kernels.pointwise(result, residual=residual, gate=gate, place=lambda: result)
+
+
+class PointwiseStep(FusedStep):
+    """act(batch_norm(x) + residual), for what follows no convolution that it could be fused into."""
+
+    def __init__(self, name: str, norm: _BatchNorm | None, input: Value, output: Value) -> None:
+        super().__init__(name, input, output)
+        self.norm = norm
+        self._scale: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def fold(self, kernels: Kernels) -> None:
+        if self.norm is not None:
+            self._scale, self._bias = fold_norm(self.norm)
+
+    def passes_on(self) -> Sequence[Value]:
+        return super().passes_on() if self.norm is not None else self.inputs
+
+    def _parts(self) -> list[str]:
+        return [] if self.norm is None else ["BatchNorm"]
+
+    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor:
+        return tensors.kernels.pointwise(
+            x,
+            scale=self._scale,
+            bias=self._bias,
+            residual=residual,
+            relu=self.output.rectified,
+            gate_out=tensors.gate(self.output),
+            place=tensors.place(self.output),
+        )
+
+    def _backward(
+        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
+    ) -> Tensor:
+        if self._scale is None and residual is None and gate is None:
+            return gradient
+        return tensors.kernels.pointwise(gradient, scale=self._scale, residual=residual, gate=gate, place=place)
+
+
+class AutogradStep(Step):
+    """Operations that no other step computes, run by PyTorch and differentiated by autograd.
+
+    Args:
+        model: the root of the modules and tensors that the nodes name.
+        nodes: the operations, in their order.
+        reads: the value of each node outside of the step that they read.
+        makes: the value of each of the nodes whose result others read.
+        constants: results of nodes outside of the step that are no tensors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        nodes: Sequence[fx.Node],
+        reads: dict[fx.Node, Value],
+        makes: dict[fx.Node, Value],
+        constants: dict[fx.Node, object],
+    ) -> None:
+        super().__init__(nodes[0].name, list(reads.values()), list(makes.values()))
+        self._operations = {node: _callable(model, node) for node in nodes}
+        self._reads, self._makes, self._constants = list(reads), list(makes), constants
+        self._leaves: list[Tensor] = []
+        self._results: list[Tensor] = []
+
+    def passes_on(self) -> Sequence[Value]:
+        return self.inputs  # autograd returns views, such as those of a concatenation's gradient
+
+    def describe(self) -> str:
+        return f"PyTorch and autograd: {', '.join(node.name for node in self._operations)}"
+
+    def forward(self, tensors: Pass) -> None:
+        leaves = [tensors[value].detach() for value in self.inputs]
+        if tensors.differentiable:
+            leaves = [leaf.requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+            with torch.enable_grad():
+                self._leaves, self._results = leaves, self._run(leaves)
+            results = self._results
+        else:
+            results = self._run(leaves)
+        for value, result in zip(self.outputs, results, strict=True):
+            tensors[value] = result.detach()
+
+    def backward(self, tensors: Pass) -> None:
+        results, gradients = [], []
+        for value, result in zip(self.outputs, self._results, strict=True):
+            gradient = tensors.take_gradient(value)
+            if gradient is not None and result.requires_grad:
+                results.append(result)
+                gradients.append(gradient.to(result.dtype))
+        leaves = [leaf for leaf in self._leaves if leaf.requires_grad]
+        of_leaves: Sequence[Tensor | None] = [None] * len(leaves)
+        if results:
+            of_leaves = torch.autograd.grad(results, leaves, gradients, allow_unused=True)
+        by_leaf = dict(zip(map(id, leaves), of_leaves, strict=True))
+        for value, leaf in zip(self.inputs, self._leaves, strict=True):
+            tensors.pass_on(value, by_leaf.get(id(leaf)))
+        self._leaves, self._results = [], []
+
+    def _run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        results: dict[fx.Node, Any] = self._constants | dict(zip(self._reads, leaves, strict=True))
+        for node, operation in self._operations.items():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
+            results[node] = operation(*args, **kwargs)
+        return [results[node] for node in self._makes]
+
+
+def _callable(model: nn.Module, node: fx.Node) -> Callable[..., Any]:
+    """What a node calls. It holds no reference to the model itself, so that the model can be freed before its steps."""
+    if node.op == "call_module":
+        return model.get_submodule(str(node.target))
+    if node.op == "call_method":
+        # The engine's memory format may be another than the model's, and `view` refuses what `reshape` copies.
+        is_view = node.target == "view" and not any(isinstance(arg, torch.dtype) for arg in node.args)
+        name = "reshape" if is_view else str(node.target)
+        return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+    if node.op == "get_attr":
+        root, read = weakref.ref(model), operator.attrgetter(str(node.target))
+        return lambda: read(root())
+    assert callable(node.target)
+    return node.target

@@ -1,0 +1,235 @@
+"""Turns a model into a graph of operations with torch.fx, and runs it once to learn every operation's result."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
+
+from sparse_adv.nn import MaskedConv2d, MaskedLinear
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+"""The tables of a module in which PyTorch keeps the hooks of its forward and backward pass."""
+
+_IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    F.relu_: torch.relu,
+    "add_": operator.add,
+    "sub_": operator.sub,
+    "mul_": operator.mul,
+    "div_": operator.truediv,
+    "relu_": torch.relu,
+}
+"""Operations that overwrite their first argument, and those that compute the same without doing so."""
+
+_FUNCTIONAL = {
+    function
+    for function in vars(F).values()
+    if inspect.isfunction(function) and "inplace" in inspect.signature(function).parameters
+}
+"""Functions with an argument `inplace`."""
+
+
+_NEW_RESULT = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.ReLU,
+)
+"""Modules whose result shares no memory with another tensor."""
+
+_NEW_RESULT_FUNCTIONS = (torch.add, torch.mul, torch.cat, F.relu, F.conv2d, F.linear, F.batch_norm, F.avg_pool2d)
+"""Functions of which the same is true."""
+
+
+class NotTraceable(Exception):
+    """A model that the engine leaves to PyTorch; the text says why."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A model's operations for one shape of input."""
+
+    model: nn.Module
+    graph: fx.Graph
+    """Without in-place operations."""
+    input: fx.Node
+    output: fx.Node
+    """The node whose result the model returns."""
+    results: dict[fx.Node, Any]
+    """Of each node: for a tensor one of the same shape and dtype, on the meta device; else the value itself."""
+
+
+def trace(model: nn.Module, x: Tensor) -> Trace:
+    """Trace a model, and run it once without gradients.
+
+    Args:
+        model: takes one tensor; further arguments keep their defaults. Its modes are those of the trace.
+        x: a batch of its input. The trace is valid for this shape alone.
+
+    Raises:
+        NotTraceable: if the model depends on values of its input, overwrites a tensor that has other views, has hooks
+            itself, or returns anything but one tensor.
+    """
+    if _has_hooks(model) or any(getattr(torch_module, f"_global{table}") for table in HOOKS):
+        raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model, _default_arguments(model))
+        _drop_defaults(graph)
+        _make_functional(model, graph)
+        interpreter = _Recorder(model, graph)
+        interpreter.run(x, enable_io_processing=False)
+    except NotTraceable:
+        raise
+    except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        raise NotTraceable(f"torch.fx cannot trace {tracer.place}: {text}") from error
+    placeholders = [node for node in graph.nodes if node.op == "placeholder" and node.users]
+    (end,) = (node for node in graph.nodes if node.op == "output")
+    returned = end.args[0]
+    if len(placeholders) != 1 or not isinstance(returned, fx.Node):
+        raise NotTraceable("the model does not map one tensor to one tensor")
+    if not isinstance(interpreter.results[returned], Tensor):
+        raise NotTraceable(f"the model returns a {type(interpreter.results[returned]).__name__}")
+    return Trace(model, graph, placeholders[0], returned, interpreter.results)
+
+
+def module_of(trace: Trace, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, or None."""
+    return trace.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+class _Tracer(fx.Tracer):
+    """Calls the layers that the engine knows, and modules with hooks, as a whole; remembers where it is for errors."""
+
+    place = "the model"
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            _has_hooks(m)
+            or isinstance(m, (MaskedConv2d, MaskedLinear))
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        outer, self.place = self.place, f"module {self.path_of_module(m)!r} ({type(m).__name__})"
+        result = super().call_module(m, forward, args, kwargs)
+        self.place = outer
+        return result
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and records the result of each node."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.results: dict[fx.Node, Any] = {}
+
+    @torch.no_grad()
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        is_tensor = isinstance(result, Tensor)
+        self.results[n] = torch.empty_like(result, device="meta") if is_tensor else result
+        return result
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, table) for table in HOOKS)
+
+
+def _default_arguments(model: nn.Module) -> dict[str, Any]:
+    """The defaults of all arguments of the model but its first."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    for parameter in parameters:
+        if parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            raise NotTraceable(f"the model has a second input, {parameter.name!r}")
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _drop_defaults(graph: fx.Graph) -> None:
+    """Remove the arguments that have defaults, of which the trace holds the values, and torch.fx's checks of them."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    dropped = {node: None for node in inputs[1:] if not str(node.target).startswith("*")}
+    for node in graph.nodes:
+        if any(source in dropped for source in node.all_input_nodes):
+            dropped[node] = None
+    for node in reversed(dropped):
+        graph.erase_node(node)
+
+
+def _make_functional(model: nn.Module, graph: fx.Graph) -> None:
+    """Replace in-place operations by others whose results all later readers of the overwritten tensor get.
+
+    Raises:
+        NotTraceable: if a tensor is overwritten that may have other views, or by an unknown operation.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not _overwrites(model, node):
+            continue
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or _may_share_memory(model, source):
+            raise NotTraceable(f"{node.name} overwrites a tensor that may have other views")
+        if node.op == "call_module":
+            module = copy.copy(model.get_submodule(str(node.target)))
+            vars(module)["inplace"] = False
+            node.op, node.target = "call_function", torch.relu if isinstance(module, nn.ReLU) else module
+        elif node.target in _IN_PLACE:
+            node.op, node.target = "call_function", _IN_PLACE[node.target]
+        elif node.target in _FUNCTIONAL:
+            arguments = _bind(node)
+            node.args, node.kwargs = (), arguments | {"inplace": False}
+        else:
+            raise NotTraceable(f"{node.name} overwrites a tensor")
+        for user in list(source.users):
+            if order[user] > order[node]:
+                user.replace_input_with(source, node)
+
+
+def _overwrites(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.startswith("__")) or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if node.target in _FUNCTIONAL:
+        return bool(_bind(node).get("inplace"))
+    return node.target in _IN_PLACE or node.target is operator.setitem or node.kwargs.get("out") is not None
+
+
+def _bind(node: fx.Node) -> dict[str, Any]:
+    return dict(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments)  # type: ignore[arg-type]
+
+
+def _may_share_memory(model: nn.Module, node: fx.Node) -> bool:
+    """Whether the result of a node may be a view of another tensor, or have a view."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return not isinstance(module, _NEW_RESULT) or getattr(module, "inplace", False)
+    return node.op != "call_function" or node.target not in (*_IN_PLACE.values(), *_NEW_RESULT_FUNCTIONS)

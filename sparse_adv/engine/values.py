@@ -1,0 +1,114 @@
+"""What flows between the steps of an engine: values, and the tensors that they are in one pass forward and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparse_adv.engine.kernels import Kernels, Place
+
+if TYPE_CHECKING:
+    from sparse_adv.engine.steps import Step
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor that one step makes and others read."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    rectified: bool = False
+    """Whether it is the output of a ReLU."""
+    kept: bool = False
+    """Whether it must last until the backward pass of the steps that read it."""
+    readers: list[Step] = field(default_factory=list)
+    """The steps that read it, in the order of the forward pass; a step that reads it twice is there twice."""
+
+
+class Pass:
+    """The tensors of one pass forward, and of the pass back that may follow.
+
+    The gradient that is kept for the output of a ReLU is the gradient of the ReLU's input: the last reader that
+    contributes to it also applies the gate, which is what the ReLU let through. So a gradient is never read only to be
+    gated or added to.
+    """
+
+    differentiable: bool
+    """Whether a pass back may follow."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        differentiable: bool,
+        gates: Mapping[Value, Tensor],
+        places: Mapping[Value, Place],
+        gradient_places: Mapping[Value, Place],
+    ) -> None:
+        self.kernels, self.differentiable = kernels, differentiable
+        self._gates = gates
+        self._places = places
+        self._gradient_places = gradient_places
+        self._values: dict[Value, Tensor] = {}
+        self._gradients: dict[Value, Tensor] = {}
+        self._unread: dict[Value, int] = {}
+        """Of each value, how many of its readers have not contributed to its gradient yet."""
+
+    def __getitem__(self, value: Value) -> Tensor:
+        return self._values[value]
+
+    def __setitem__(self, value: Value, tensor: Tensor) -> None:
+        self._values[value] = tensor
+
+    def discard(self, value: Value) -> None:
+        self._values.pop(value, None)
+
+    def place(self, value: Value) -> Place:
+        return self._places[value]
+
+    def gate(self, value: Value) -> Tensor | None:
+        """Where the gate of a value is written; None if no gradient is wanted, or the value itself is the gate."""
+        return self._gates.get(value)
+
+    def start_gradient(self, value: Value, gradient: Tensor) -> None:
+        """Set the gradient of the model's output, of which the pass back begins."""
+        gate = self._gate_of(value) if value.rectified else None
+        self._gradients[value] = gradient if gate is None else self.kernels.pointwise(gradient, gate=gate)
+
+    def take_gradient(self, value: Value) -> Tensor | None:
+        """The gradient of a value, which the step that made the value needs; None if nobody read the value."""
+        return self._gradients.pop(value, None)
+
+    def contribute(self, value: Value, compute: Callable[[Tensor | None, Tensor | None, Place], Tensor | None]) -> None:
+        """Add to the gradient of a value.
+
+        Args:
+            value: one that the step reads.
+            compute: called with the gradient so far, the gate to apply and the place of the result; the first two are
+                None where there is nothing to add or to apply. Returns the new gradient.
+        """
+        self._unread[value] = unread = self._unread.get(value, len(value.readers)) - 1
+        gate = self._gate_of(value) if value.rectified and not unread else None
+        gradient = compute(self._gradients.pop(value, None), gate, self._gradient_places[value])
+        if gradient is not None:
+            self._gradients[value] = gradient
+
+    def pass_on(self, value: Value, gradient: Tensor | None) -> None:
+        """Add a gradient as it is, without a copy if it is the first; None where there is none."""
+
+        def compute(residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor | None:
+            terms = [self.kernels.plain(term) for term in (gradient, residual) if term is not None]
+            if not terms or (len(terms) == 1 and gate is None):
+                return terms[0] if terms else None
+            first, *others = terms
+            return self.kernels.pointwise(first, residual=others[0] if others else None, gate=gate, place=place)
+
+        self.contribute(value, compute)
+
+    def _gate_of(self, value: Value) -> Tensor:
+        gate = self._gates.get(value)
+        return self._values[value] if gate is None else gate

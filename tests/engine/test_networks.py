@@ -1,0 +1,150 @@
+"""The engine on whole networks: its gradients are those of autograd, and convolutions are fused with what follows."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.networks import NETWORKS, network
+from torch import nn
+
+from sparse_adv import engine, masks, models
+from sparse_adv.nn import MaskedConv2d, sparsify
+from sparse_adv.ops import PASSES
+
+BLOCKS = {"dense": None, "(1, 1)": (1, 1), "(4, 4)": (4, 4)}
+
+
+def relative_error(actual, expected):
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def example(name, block):
+    model, shape = network(name)
+    if block is not None:
+        sparsify(model, masks.prune(model, density=0.3, block=block))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(5, *shape[1:], generator=generator)
+    y = torch.randint(0, 10, (5,), generator=generator)
+    return model, x, lambda logits: F.cross_entropy(logits, y, reduction="none")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_gradients_in_float64_are_exact(name, block):
+    model, x, loss = example(name, block)
+    model, x = model.double(), x.double()
+    program = engine.Program(model, x)
+    program.fold()
+    autograd = engine.Autograd(model)
+    assert relative_error(program.logits(x), autograd.logits(x)) < 1e-12
+    for rows in (5, 3):  # 3 are padded
+        loss_of_rows = lambda logits, rows=rows: loss(torch.cat([logits, logits.new_zeros(5 - rows, 10)]))  # noqa: E731
+        actual, expected = (gradients.gradient(x[:rows], loss_of_rows) for gradients in (program, autograd))
+        assert relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_gradients_in_float32_differ_by_rounding(name, block):
+    model, x, loss = example(name, block)
+    program = engine.Program(model, x)
+    program.fold()
+    expected = engine.Autograd(model.double()).gradient(x.double(), loss)
+    assert relative_error(program.gradient(x, loss), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_layer_of_the_librarys_networks_is_left_to_autograd(name):
+    model, x, _ = example(name, (4, 4))
+    left = [line for line in engine.explain(model, x) if "autograd" in line]
+    assert all("pool" in line or "normalize" in line or "features" in line for line in left)
+
+
+def test_weights_are_read_again_in_each_context():
+    model, x, loss = example("resnet18", (4, 4))
+    for _ in range(2):
+        with engine.input_gradients(model, x) as gradients:
+            assert isinstance(gradients, engine.Program)
+            error = relative_error(gradients.gradient(x, loss), engine.Autograd(model).gradient(x, loss))
+        assert error < 1e-3
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.mul_(1.1)
+
+
+def test_steps_of_this_librarys_kernels_allocate_nothing():
+    model, x, loss = example("resnet18", (4, 4))
+    for layer in model.modules():
+        if isinstance(layer, MaskedConv2d):
+            layer.choose_kernels({name: {"kernel": "sparse"} for name in PASSES})
+    with engine.input_gradients(model, x) as program:
+        program.gradient(x, loss)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            program.gradient(x, loss)
+    ours = [event for event in profile.key_averages() if event.key.startswith("sparse_adv::")]
+    assert {event.key.removeprefix("sparse_adv::") for event in ours} >= {
+        "masked_conv2d_out",
+        "masked_conv2d_grad_input_out",
+    }
+    assert all(event.cpu_memory_usage == 0 for event in ours)
+
+
+def test_the_memory_for_the_pass_back_is_a_bit_for_each_output_of_a_relu():
+    model = models.build("preact_resnet18", width=64)
+    sparsify(model, masks.prune(model, density=0.1, block=(4, 4)))
+    program = engine.Program(model.eval(), torch.rand(2, 3, 32, 32))
+    assert program.kept_bytes / 2 < 0.3 * 2**20
+
+
+def test_two_threads_may_attack_one_model():
+    model, x, loss = example("digits_cnn", None)
+    expected = engine.Autograd(model).gradient(x, loss)
+    with engine.input_gradients(model, x) as first, engine.input_gradients(model, x) as second:
+        assert isinstance(first, engine.Program) and isinstance(second, engine.Autograd)
+        for gradients in (first, second):
+            assert relative_error(gradients.gradient(x, loss), expected) < 1e-4
+
+
+def test_a_model_is_freed_although_its_steps_are_kept():
+    import gc
+    import weakref
+
+    model, x, loss = example("resnet18", (1, 1))
+    with engine.input_gradients(model, x) as gradients:
+        gradients.gradient(x, loss)
+    reference = weakref.ref(model)
+    del model, gradients
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_changed_attribute_of_a_module_is_noticed():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.factor = nn.Conv2d(3, 4, 3), 1.0
+
+        def forward(self, x):
+            return self.conv(x).relu().mean((2, 3)) * self.factor
+
+    model, x = Scaled().eval(), torch.rand(2, 3, 8, 8)
+    for factor in (1.0, 3.0):
+        model.factor = factor
+        with engine.input_gradients(model, x) as gradients:
+            assert isinstance(gradients, engine.Program)
+            torch.testing.assert_close(gradients.logits(x), model(x).detach())
+
+
+def test_a_reason_is_logged_once(caplog):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+    model, x = Branches().eval(), torch.rand(2, 3, 8, 8)
+    with caplog.at_level(logging.INFO, "sparse_adv.engine"):
+        for _ in range(2):
+            with engine.input_gradients(model, x) as gradients:
+                assert isinstance(gradients, engine.Autograd)
+    assert len(caplog.records) == 1 and "leaves this Branches to autograd" in caplog.text
