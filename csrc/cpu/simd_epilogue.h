@@ -56,17 +56,25 @@ static inline void scatter_rows(uint8_t* p, int64_t rows, int64_t row_size, int6
     for (int64_t i = 0; i < row_bytes; ++i) *p++ = static_cast<uint8_t>((bits & row_mask) >> 8 * i);
 }
 
-// The bits of a vector that lies within one row and begins at a multiple of LANES.
+// The bits of a vector that lies within one row and begins at a multiple of LANES: one or two bytes, without a loop,
+// because the convolution has this inlined for each vector of a tile.
 template <int LANES>
 struct BitsInRow {
   int64_t row_start;  // byte of the gate
   int64_t column;
 
   uint32_t load(const uint8_t* gate, int count) const {
-    return load_bits(gate + row_start + (column >> 3), shift(), count);
+    const uint8_t* p = gate + row_start + (column >> 3);
+    uint32_t bits = p[0];
+    if (LANES > 8 && count > 8) bits |= static_cast<uint32_t>(p[1]) << 8;
+    return bits >> shift();
   }
   void store(uint8_t* gate, uint32_t bits, int count) const {
-    store_bits(gate + row_start + (column >> 3), shift(), bits, count);
+    uint8_t* p = gate + row_start + (column >> 3);
+    bits = (bits & first_bits(count)) << shift();
+    if (shift() > 0) bits |= p[0];
+    p[0] = static_cast<uint8_t>(bits);
+    if (LANES > 8 && count > 8) p[1] = static_cast<uint8_t>(bits >> 8);
   }
   int shift() const { return LANES % 8 == 0 ? 0 : static_cast<int>(column & 7); }
 };
