@@ -143,7 +143,9 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
         try:
             _check(model, x[:_CHECKED_IMAGES])
-            return _Entry(Program(model, x))
+            program = Program(model, x)
+            _try(program, x)
+            return _Entry(program)
         except NotTraceable as error:
             return _Entry(reason=str(error))
 
@@ -173,6 +175,15 @@ def _check(model: nn.Module, x: Tensor) -> None:
         difference = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
     if not difference <= _TOLERANCE:
         raise NotTraceable(f"its gradient would differ from autograd's by {difference:.2g}")
+
+
+def _try(program: Program, x: Tensor) -> None:
+    """Raise NotTraceable if a kernel refuses its operands: those of the dtype of `x` may be others than in float64."""
+    try:
+        program.fold()
+        program.gradient(x, torch.sum)
+    except Exception as error:
+        raise NotTraceable(f"a step of it fails: {str(error).partition(chr(10))[0]}") from error
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sparse_adv.kernels.layout import layout_of
 
 _BLOCK = 2048
 
@@ -26,12 +30,17 @@ def pointwise(
         residual: float tensor of the input's shape and layout, or None.
         relu: whether to end with a ReLU.
         gate: float tensor of the input's shape and layout, or None: the result is 0 where it is not positive.
+
+    Raises:
+        ValueError: if a tensor has another shape or layout.
     """
+    layout = layout_of(input)
+    for name, operand in {"input": input, "residual": residual, "gate": gate}.items():
+        # Strides of dimensions of size 1 may differ, so they cannot be compared.
+        if operand is not None and not (operand.shape == input.shape and operand.is_contiguous(memory_format=layout)):
+            raise ValueError(f"{name} must be {str(layout)[6:]} and have the input's shape {tuple(input.shape)}")
     output = torch.empty_like(input)
-    for name, operand in {"residual": residual, "gate": gate}.items():
-        if operand is not None and (operand.shape, operand.stride()) != (output.shape, output.stride()):
-            raise ValueError(f"{name} must have the input's shape {tuple(input.shape)} and strides {input.stride()}")
-    inner = input.stride(1) if input.numel() else 1  # elements of one channel in a row: 1 in channels_last
+    inner = 1 if layout == torch.channels_last else math.prod(input.shape[2:])  # elements of one channel in a row
     with torch.cuda.device_of(input):
         pointwise_kernel[(triton.cdiv(input.numel(), _BLOCK),)](
             input, scale, bias, residual, gate, output, input.numel(), input.shape[1], inner, RELU=relu, BLOCK=_BLOCK

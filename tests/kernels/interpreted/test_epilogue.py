@@ -46,8 +46,16 @@ def test_pointwise_equals_its_formula(layout, dtype, act, operands):
 
 def test_pointwise_refuses_operands_of_another_layout():
     x = random(2, 4, 3, 3)
-    with pytest.raises(ValueError, match=r"residual must have the input's shape \(2, 4, 3, 3\) and strides"):
+    with pytest.raises(
+        ValueError, match=r"residual must be contiguous_format and have the input's shape \(2, 4, 3, 3\)"
+    ):
         pointwise(x, residual=x.contiguous(memory_format=torch.channels_last))
+
+
+def test_pointwise_takes_images_of_one_pixel_in_either_layout():
+    x, residual = random(2, 4, 1, 1), random(2, 4, 1, 1, seed=1)
+    other = residual.as_strided(residual.shape, (4, 1, 4, 4))  # as channels_last would be
+    assert torch.equal(pointwise(x, residual=other), x + residual)
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
