@@ -118,7 +118,7 @@ def padded_batch(count: int) -> int:
     """The batch size that a batch of this size is padded to: the next of 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, ...
 
     So an evaluation that attacks only the images which are still classified correctly, another number in each batch,
-    needs few programs, at the price of a fifth more work at most.
+    needs few programs, at the price of a quarter more work at most.
 
     Examples:
         >>> [padded_batch(count) for count in (7, 8, 9, 33, 100, 128)]

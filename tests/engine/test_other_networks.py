@@ -81,7 +81,7 @@ def test_a_network_of_convolutions_is_fused():
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_a_network_of_another_library(library):
     if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
+        pytest.skip(f"{library}, whose networks are compared here, is not installed")
     if library == "timm":
         model = importlib.import_module("timm").create_model("resnet18", num_classes=10)
     else:
