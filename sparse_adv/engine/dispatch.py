@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
-from sparse_adv.engine.tracing import HOOKS, NotTraceable
+from sparse_adv.engine.tracing import NotTraceable, has_hooks
 from sparse_adv.nn import frozen_weights
 
 log = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def _state_of(model: nn.Module, x: Tensor) -> Hashable:
         (
             id(module),
             id(vars(module).get("forward", type(module))),
-            any(getattr(module, table) for table in HOOKS),
+            has_hooks(module),
             tuple(item for item in vars(module).items() if isinstance(item[1], _PLAIN)),
         )
         for module in model.modules()

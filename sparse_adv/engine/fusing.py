@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv.engine.steps import AutogradStep, ConvolutionStep, FusedStep, LinearStep, PointwiseStep, Step
-from sparse_adv.engine.tracing import HOOKS, NotTraceable, Trace, module_of
+from sparse_adv.engine.tracing import NotTraceable, Trace, has_hooks, module_of
 from sparse_adv.engine.values import Value
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 
@@ -58,7 +58,7 @@ class Fusion:
         if source is None or not isinstance(result, Tensor) or len(node.all_input_nodes) > 2:
             return self._leave(node, result)
         module = module_of(self._trace, node)
-        if module is not None and any(getattr(module, table) for table in HOOKS):
+        if module is not None and has_hooks(module):
             return self._leave(node, result)
         if isinstance(module, _IDENTITIES) and type(module).forward in {kind.forward for kind in _IDENTITIES}:
             self._values[node] = source

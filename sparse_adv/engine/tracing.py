@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 
-HOOKS = (
+_HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
     "_backward_pre_hooks",
@@ -91,7 +91,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         NotTraceable: if the model depends on values of its input, overwrites a tensor that has other views, has hooks
             itself, or returns anything but one tensor.
     """
-    if _has_hooks(model) or any(getattr(torch_module, f"_global{table}") for table in HOOKS):
+    if has_hooks(model) or any(getattr(torch_module, f"_global{table}") for table in _HOOKS):
         raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
     tracer = _Tracer()
     try:
@@ -127,7 +127,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
-            _has_hooks(m)
+            has_hooks(m)
             or isinstance(m, (MaskedConv2d, MaskedLinear))
             or super().is_leaf_module(m, module_qualified_name)
         )
@@ -154,8 +154,9 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, table) for table in HOOKS)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is registered to run in the module's forward or backward pass."""
+    return any(getattr(module, table) for table in _HOOKS)
 
 
 def _default_arguments(model: nn.Module) -> dict[str, Any]:
