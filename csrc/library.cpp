@@ -28,6 +28,16 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "pointwise_out(Tensor input, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) "
       "out, Tensor(b!)? gate_out) -> ()");
+  // BatchNorm with the statistics of the batch: out = relu?(batch_norm(input) + residual), with mean, biased variance
+  // and the gate of the ReLU. Without relu the gate is empty.
+  m.def(
+      "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool relu) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
+  // Gradients of input, weight, bias and residual; that of the residual is empty unless it is needed.
+  m.def(
+      "batch_norm_act_grad(Tensor grad, Tensor input, Tensor? weight, Tensor mean, Tensor var, Tensor? gate, float "
+      "eps, "
+      "bool needs_residual) -> (Tensor, Tensor, Tensor, Tensor)");
   // Gradient with respect to weight, exactly 0 where the mask is false.
   m.def(
       "masked_conv2d_grad_weight(Tensor grad_output, Tensor input, Tensor[] pattern, SymInt[2] stride, SymInt[2] "

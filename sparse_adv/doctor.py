@@ -92,6 +92,21 @@ def _masked_conv2d_out(kernel: str) -> float:
     return _difference([y, grad_input], [expected, gated])
 
 
+def _batch_norm_act() -> float:
+    """Forward and all gradients, with residual and ReLU."""
+    noise = torch.Generator().manual_seed(0)
+    images, vectors = torch.randn(2, 3, 4, 5, 7, generator=noise), torch.randn(2, 4, generator=noise)
+    grad = torch.randn(3, 4, 5, 7, generator=noise)
+
+    def results(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (*images, *vectors)]
+        input, residual, weight, bias = leaves
+        out = function(input, weight, bias, residual=residual)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    return _difference(results(ops.batch_norm_act), results(reference.batch_norm_act))
+
+
 def _pgd_step(norm: str) -> float:
     noise = torch.Generator().manual_seed(0)
     clean, adv = torch.rand(2, 3, 2, 5, 7, generator=noise)
@@ -120,6 +135,8 @@ OPS = (
     "masked_conv2d_out",
     "masked_conv2d_grad_input_out",
     "pointwise_out",
+    "batch_norm_act",
+    "batch_norm_act_grad",
     "pgd_step",
     "pgd_step_",
     "pgd_step_normalized",
@@ -132,6 +149,7 @@ CHECKS: dict[str, Callable[[], float]] = {
         for kernel in ("sparse", "dense")
     },
     **{f"masked_conv2d_out {kernel}": partial(_masked_conv2d_out, kernel) for kernel in ("sparse", "dense")},
+    "batch_norm_act": _batch_norm_act,
     **{f"pgd_step {norm}": partial(_pgd_step, norm) for norm in ("linf", "l2")},
     **{f"random_start {norm}": partial(_random_start, norm) for norm in ("linf", "l2")},
 }

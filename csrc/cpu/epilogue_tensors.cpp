@@ -27,6 +27,13 @@ std::array<int64_t, 4> gate_size(const Tensor& like) {
   return {N, C, H, (W + 7) / 8};
 }
 
+Runs runs_of(const Tensor& tensor, bool has_gate) {
+  const int64_t C = tensor.size(1), H = tensor.size(2), W = tensor.size(3);
+  if (is_channels_last(tensor)) return {.channels = C, .channels_last = true, .rows = 1, .row_size = C};
+  const int64_t rows = has_gate && W % 8 != 0 ? H : 1;
+  return {.channels = C, .channels_last = false, .rows = rows, .row_size = H * W / rows};
+}
+
 void check_gate(const char* name, const std::optional<Tensor>& gate, const Tensor& out) {
   if (!gate) return;
   const std::array<int64_t, 4> size = gate_size(out);

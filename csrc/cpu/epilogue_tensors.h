@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "cpu/epilogue.h"
+#include "cpu/runs.h"
 
 namespace sparse_adv {
 
@@ -26,6 +27,9 @@ struct EpilogueTensors {
 // The size of the gate of a tensor, uint8: [N, C, H, ceil(W / 8)] if it is NCHW, [N, H, W, ceil(C / 8)] if it is
 // channels_last, as is_channels_last decides.
 std::array<int64_t, 4> gate_size(const torch::stable::Tensor& like);
+
+// How the elementwise kernels cut a tensor that is NCHW or channels_last without gaps, with its gate if it has one.
+Runs runs_of(const torch::stable::Tensor& tensor, bool has_gate);
 
 // Throws unless the tensor is a gate of `out`.
 void check_gate(const char* name, const std::optional<torch::stable::Tensor>& gate, const torch::stable::Tensor& out);

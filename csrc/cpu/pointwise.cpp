@@ -21,19 +21,13 @@ constexpr int64_t kGrain = 32768;  // elements per thread at least, as in ATen's
 
 template <class T>
 void run(const Tensor& out, const Tensor& input, const EpilogueTensors& epilogue) {
-  const int64_t N = out.size(0), C = out.size(1), H = out.size(2), W = out.size(3);
-  const bool channels_last = is_channels_last(out);
-  const bool by_row = !channels_last && (epilogue.gate || epilogue.relu_gate) && W % 8 != 0;
-  const int64_t run_size = channels_last ? C : H * W, rows = by_row ? H : 1;
+  const Runs runs = runs_of(out, epilogue.gate || epilogue.relu_gate);
   const Pointwise<T> operands{.input = input.const_data_ptr<T>(),
                               .out = out.mutable_data_ptr<T>(),
                               .epilogue = epilogue.pointers<T>(out),
-                              .channels = C,
-                              .channels_last = channels_last,
-                              .rows = rows,
-                              .row_size = run_size / rows};
+                              .runs = runs};
   const auto kernel = SPARSE_ADV_CHOOSE(pointwise<T>);
-  parallel_for(0, N * (channels_last ? H * W : C), std::max<int64_t>(1, kGrain / run_size),
+  parallel_for(0, out.numel() / runs.size(), std::max<int64_t>(1, kGrain / runs.size()),
                [&](int64_t begin, int64_t end) { kernel(operands, begin, end); });
 }
 

@@ -8,5 +8,6 @@ operation.
 
 from sparse_adv.engine.dispatch import Autograd, InputGradients, explain, input_gradients
 from sparse_adv.engine.program import Program
+from sparse_adv.engine.training import fuse_for_training
 
-__all__ = ["Autograd", "InputGradients", "Program", "explain", "input_gradients"]
+__all__ = ["Autograd", "InputGradients", "Program", "explain", "fuse_for_training", "input_gradients"]

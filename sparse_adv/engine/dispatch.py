@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import weakref
@@ -13,8 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.engine.model_state import detached_copy, state_of
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
-from sparse_adv.engine.tracing import NotTraceable, has_hooks
+from sparse_adv.engine.tracing import NotTraceable
+from sparse_adv.engine.training import graph_for_training
 from sparse_adv.nn import frozen_weights
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
 def explain(model: nn.Module, x: Tensor) -> list[str]:
     """Say what each step of the engine computes for this model and input, or why the model is left to autograd.
 
+    For a model in training mode, also say what `fuse_for_training` fuses.
+
     Examples:
         >>> import torch
         >>> from torch import nn
@@ -114,13 +117,20 @@ def explain(model: nn.Module, x: Tensor) -> list[str]:
     """
     entry = _entry_of(model, x)
     if entry.program is None:
-        return [f"autograd: {entry.reason}"]
+        return [f"autograd: {entry.reason}", *_explain_training(model, x)]
     return [f"{step.name}: {step.describe()}" for step in entry.program.steps]
+
+
+def _explain_training(model: nn.Module, x: Tensor) -> list[str]:
+    if not any(module.training for module in model.modules()):
+        return []
+    graph = graph_for_training(model, x)
+    return [f"PyTorch trains it alone: {graph}"] if isinstance(graph, str) else graph.fused
 
 
 def _entry_of(model: nn.Module, x: Tensor) -> _Entry:
     entries = _entries.setdefault(model, {})
-    key = _state_of(model, x)
+    key = (padded_batch(len(x)), *x.shape[1:]), state_of(model, x)
     entry = entries.pop(key, None)
     if entry is None:
         entry = _make(model, x)
@@ -164,7 +174,7 @@ def _check(model: nn.Module, x: Tensor) -> None:
 
     with torch.autocast(x.device.type, enabled=False):
         try:
-            copied, x = _copy(model).double(), x.double()
+            copied, x = detached_copy(model).double(), x.double()
             program = Program(copied, x, len(x) + 1)  # padded, so that images which depend on each other show
             program.fold()
             actual, expected = program.gradient(x, loss), Autograd(copied).gradient(x, loss)
@@ -184,29 +194,3 @@ def _try(program: Program, x: Tensor) -> None:
         program.gradient(x, torch.sum)
     except Exception as error:
         raise NotTraceable(f"a step of it fails: {str(error).partition(chr(10))[0]}") from error
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy; results of autograd, which modules under `torch.nn.utils.prune` hold, are copied without history."""
-    tensors = (item for module in model.modules() for item in vars(module).values() if isinstance(item, Tensor))
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors})
-
-
-def _state_of(model: nn.Module, x: Tensor) -> Hashable:
-    """All that decides which steps a model becomes: modules, their modes and attributes, and their tensors."""
-    device = x.device.type
-    modules = tuple(
-        (
-            id(module),
-            id(vars(module).get("forward", type(module))),
-            has_hooks(module),
-            tuple(item for item in vars(module).items() if isinstance(item[1], _PLAIN)),
-        )
-        for module in model.modules()
-    )
-    tensors = tuple((id(t), t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
-    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return (padded_batch(len(x)), *x.shape[1:]), x.dtype, x.device, modules, tensors, autocast
-
-
-_PLAIN = (bool, int, float, str, type(None))

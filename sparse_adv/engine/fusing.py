@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparse_adv.engine.model_state import has_hooks
 from sparse_adv.engine.steps import AutogradStep, ConvolutionStep, FusedStep, LinearStep, PointwiseStep, Step
-from sparse_adv.engine.tracing import NotTraceable, Trace, has_hooks, module_of
+from sparse_adv.engine.tracing import NotTraceable, Trace, is_relu, is_sum, module_of
 from sparse_adv.engine.values import Value
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 
-_RELU = {torch.relu, F.relu, "relu"}
-_ADD = {operator.add, torch.add, "add"}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
@@ -57,7 +54,7 @@ class Fusion:
         source = self._values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
         if source is None or not isinstance(result, Tensor) or len(node.all_input_nodes) > 2:
             return self._leave(node, result)
-        module = module_of(self._trace, node)
+        module = module_of(self._trace.model, node)
         if module is not None and has_hooks(module):
             return self._leave(node, result)
         if isinstance(module, _IDENTITIES) and type(module).forward in {kind.forward for kind in _IDENTITIES}:
@@ -69,9 +66,9 @@ class Fusion:
             self._begin(node, LinearStep(node.name, module, source, self._new(node)))
         elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm) and _is_affine(module, result):
             self._fuse_norm(node, module, source)
-        elif type(module) is nn.ReLU or node.target in _RELU:
+        elif is_relu(self._trace.model, node):
             self._fuse_relu(node, source)
-        elif node.target in _ADD and len(node.args) == 2 and not node.kwargs and self._same_shape(node):
+        elif is_sum(node) and self._same_shape(node):
             self._fuse_add(node, *(self._values[operand] for operand in self._operands(node)))
         else:
             self._leave(node, result)

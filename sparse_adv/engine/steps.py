@@ -226,7 +226,7 @@ class AutogradStep(Step):
         constants: dict[fx.Node, object],
     ) -> None:
         super().__init__(nodes[0].name, list(reads.values()), list(makes.values()))
-        self._operations = {node: _callable(model, node) for node in nodes}
+        self._operations = {node: operation_of(model, node) for node in nodes}
         self._reads, self._makes, self._constants = list(reads), list(makes), constants
         self._leaves: list[Tensor] = []
         self._results: list[Tensor] = []
@@ -273,7 +273,7 @@ class AutogradStep(Step):
         return [results[node] for node in self._makes]
 
 
-def _callable(model: nn.Module, node: fx.Node) -> Callable[..., Any]:
+def operation_of(model: nn.Module, node: fx.Node) -> Callable[..., Any]:
     """What a node calls. It holds no reference to the model itself, so that the model can be freed before its steps."""
     if node.op == "call_module":
         return model.get_submodule(str(node.target))

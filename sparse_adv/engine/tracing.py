@@ -5,23 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
+from sparse_adv.engine.model_state import HOOKS, has_hooks, structure_of
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-"""The tables of a module in which PyTorch keeps the hooks of its forward and backward pass."""
 
 _IN_PLACE = {
     operator.iadd: operator.add,
@@ -37,6 +32,9 @@ _IN_PLACE = {
     "relu_": torch.relu,
 }
 """Operations that overwrite their first argument, and those that compute the same without doing so."""
+
+_RELU = {torch.relu, F.relu, "relu"}
+_ADD = {operator.add, torch.add, "add"}
 
 _FUNCTIONAL = {
     function
@@ -91,20 +89,12 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         NotTraceable: if the model depends on values of its input, overwrites a tensor that has other views, has hooks
             itself, or returns anything but one tensor.
     """
-    if has_hooks(model) or any(getattr(torch_module, f"_global{table}") for table in _HOOKS):
-        raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
-    tracer = _Tracer()
+    graph = graph_of(model)
+    interpreter = _Recorder(model, graph)
     try:
-        graph = tracer.trace(model, _default_arguments(model))
-        _drop_defaults(graph)
-        _make_functional(model, graph)
-        interpreter = _Recorder(model, graph)
         interpreter.run(x, enable_io_processing=False)
-    except NotTraceable:
-        raise
-    except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
-        text = (str(error) or type(error).__name__).splitlines()[0]
-        raise NotTraceable(f"torch.fx cannot trace {tracer.place}: {text}") from error
+    except Exception as error:  # of the model's own code
+        raise NotTraceable(f"its operations fail: {_first_line(error)}") from error
     placeholders = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     (end,) = (node for node in graph.nodes if node.op == "output")
     returned = end.args[0]
@@ -115,9 +105,53 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     return Trace(model, graph, placeholders[0], returned, interpreter.results)
 
 
-def module_of(trace: Trace, node: fx.Node) -> nn.Module | None:
+def graph_of(model: nn.Module) -> fx.Graph:
+    """The operations of a model, without in-place operations. It is not run.
+
+    Raises:
+        NotTraceable: if the model depends on values of its input, overwrites a tensor that has other views, has hooks
+            itself, or if its Python code draws random numbers or changes attributes of modules: the graph would repeat
+            what happened this once.
+    """
+    if has_hooks(model) or any(getattr(torch_module, f"_global{table}") for table in HOOKS):
+        raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
+    tracer = _Tracer()
+    structure, numbers = structure_of(model), _RandomNumbers()
+    try:
+        graph = tracer.trace(model, _default_arguments(model))
+        if numbers.were_drawn():
+            raise NotTraceable("its Python code draws random numbers")
+        if structure != structure_of(model):
+            raise NotTraceable("its Python code changes attributes of modules")
+        _drop_defaults(graph)
+        _make_functional(model, graph)
+        return graph
+    except NotTraceable:
+        raise
+    except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
+        raise NotTraceable(f"torch.fx cannot trace {tracer.place}: {_first_line(error)}") from error
+    finally:
+        numbers.restore()
+
+
+def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that a node calls, or None."""
-    return trace.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def is_relu(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is a ReLU and nothing else."""
+    module = module_of(model, node)
+    return node.target in _RELU if module is None else type(module) is nn.ReLU and not has_hooks(module)
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether a node adds two operands."""
+    return node.target in _ADD and len(node.args) == 2 and not node.kwargs
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _Tracer(fx.Tracer):
@@ -139,6 +173,24 @@ class _Tracer(fx.Tracer):
         return result
 
 
+class _RandomNumbers:
+    """The state of the global generators on the CPU."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def were_drawn(self) -> bool:
+        """Whether a generator has been used since."""
+        now = _RandomNumbers()
+        same_numpy = all(np.array_equal(a, b) for a, b in zip(self._numpy, now._numpy, strict=True))
+        return not (self._python == now._python and same_numpy and torch.equal(self._torch, now._torch))
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+
+
 class _Recorder(fx.Interpreter):
     """Runs a graph and records the result of each node."""
 
@@ -152,11 +204,6 @@ class _Recorder(fx.Interpreter):
         is_tensor = isinstance(result, Tensor)
         self.results[n] = torch.empty_like(result, device="meta") if is_tensor else result
         return result
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is registered to run in the module's forward or backward pass."""
-    return any(getattr(module, table) for table in _HOOKS)
 
 
 def _default_arguments(model: nn.Module) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from sparse_adv.ops import masked_conv2d_cuda as _registers_cuda  # noqa: F401
 from sparse_adv.ops import masked_conv2d_gradients as _registers_gradients  # noqa: F401
 from sparse_adv.ops._library import build_facts, cpu_capability, cuda_ops
+from sparse_adv.ops.batch_norm_act import batch_norm_act
 from sparse_adv.ops.gate import empty_gate, gate_to_bool
 from sparse_adv.ops.masked_conv2d import masked_conv2d
 from sparse_adv.ops.masked_conv2d_out import masked_conv2d_grad_input_out, masked_conv2d_out
@@ -24,6 +25,7 @@ __all__ = [
     "PassPlan",
     "Pattern",
     "Plan",
+    "batch_norm_act",
     "build_facts",
     "compile_pattern",
     "cpu_capability",

@@ -53,6 +53,23 @@ def pointwise(
     return output.relu() if relu else output
 
 
+def batch_norm_act(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """BatchNorm with the statistics of the batch, then residual and ReLU."""
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    return pointwise(output, residual=residual, relu=relu)
+
+
 def masked_conv2d_grad_input(
     grad_output: Tensor,
     weight: Tensor,

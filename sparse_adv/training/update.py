@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparse_adv import engine
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
@@ -91,7 +92,7 @@ class Updater:
                 group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
             self.optimizer.zero_grad()
             with self.autocast():
-                loss = objective.loss(self.wrapped, x, adv, y)
+                loss = objective.loss(self._trained(x), x, adv, y)
             self.scaler.scale(loss).backward()
             if config.max_grad_norm:
                 self.scaler.unscale_(self.optimizer)
@@ -103,6 +104,12 @@ class Updater:
                 self.ema.follow(self.model, first=self.step == 0)
             self.step += 1
         return loss.detach()
+
+    def _trained(self, x: Tensor) -> nn.Module:
+        """What the loss calls in place of the model."""
+        if self.wrapped is not self.model or not self.config.engine:
+            return self.wrapped
+        return engine.fuse_for_training(self.model, x)
 
     def end_epoch(self, epoch: int) -> None:
         """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes and copied to the EMA."""

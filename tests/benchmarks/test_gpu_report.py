@@ -73,7 +73,8 @@ def test_failing_tests_are_named(tmp_path, reported, chosen, named):
     (tmp_path / "test_it.py").write_text(FAILING)
     command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", "-k", chosen, "test_it.py"]
     with (tmp_path / "tests.log").open("w") as log:
-        status = subprocess.run(command, cwd=tmp_path, stdout=log, stderr=log).returncode
+        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+        status = subprocess.run(command, cwd=tmp_path, env=environment, stdout=log, stderr=log).returncode
     (tmp_path / "parts.tsv").write_text(f"tests\t{status}\t2\t135\t\n")
     printed = reported()
     assert all(f"- `{test}`" in printed for test in named) and "test_fine" not in printed

@@ -1,4 +1,4 @@
-// The elementwise kernels: PGD step, random start and the pointwise epilogue.
+// The elementwise kernels: PGD step, random start, the pointwise epilogue and BatchNorm.
 #include <array>
 
 #include "cpp/kernels_check.h"
@@ -97,13 +97,11 @@ static bool check_pointwise(const ElementKernels<T>& kernels, Activation activat
   std::vector<T> out = residual;
   std::fill_n(out.begin(), run_size, static_cast<T>(kUntouched));
   Gates gates(activation, size, row_size, size / images);
-  Pointwise<T> operands{.input = input.data(),
-                        .out = out.data(),
-                        .epilogue = {.scale = scale.data(), .bias = bias.data(), .residual = out.data()},
-                        .channels = channels,
-                        .channels_last = channels_last,
-                        .rows = rows,
-                        .row_size = row_size};
+  Pointwise<T> operands{
+      .input = input.data(),
+      .out = out.data(),
+      .epilogue = {.scale = scale.data(), .bias = bias.data(), .residual = out.data()},
+      .runs = {.channels = channels, .channels_last = channels_last, .rows = rows, .row_size = row_size}};
   gates.activate(operands.epilogue);
   kernels.pointwise(operands, 1, runs);
 
@@ -126,6 +124,82 @@ bool check_pointwise(const ElementKernels<T>& kernels) {
   return good;
 }
 
+// The first channel, or the first and the last two pixels, are left out of the sums, and the first run of the gradient.
+template <class T>
+static bool check_batch_norm_act(const ElementKernels<T>& kernels, bool gated, bool channels_last, int64_t rows,
+                                 int64_t row_size) {
+  const int64_t channels = channels_last ? row_size : 5, images = 3, pixels = channels_last ? 300 : rows * row_size;
+  const int64_t size = images * channels * pixels, first_channel = channels_last ? 0 : 1;
+  const std::vector<T> input = numbers<T>(size), grad = numbers<T>(size), vectors = numbers<T>(4 * channels);
+  const T *const shift = vectors.data(), *const scale = shift + channels, *const slope = scale + channels,
+                 *const offset = slope + channels;
+  Gates gates(gated ? Activation::gate : Activation::none, size, row_size, size / images);
+  Epilogue<T> gate;
+  gates.activate(gate);
+  BatchNormSums<T> sums{
+      .runs = {.channels = channels, .channels_last = channels_last, .rows = rows, .row_size = row_size},
+      .input = input.data(),
+      .minus_shift = shift,
+      .gate = gate.gate};
+  const auto channel_of = [&](int64_t at) { return channels_last ? at % channels : at / pixels % channels; };
+  const int64_t begin = 1, end = images * pixels - 2;  // pixels, if channels_last
+  bool good = true;
+  for (const T* gradient : {static_cast<const T*>(nullptr), grad.data()}) {
+    sums.grad = gradient;
+    std::vector<double> first(channels, kUntouched), second(channels, kUntouched);
+    std::vector<T> scratch(2 * channels, kUntouched);
+    if (channels_last)
+      kernels.pixel_sums(sums, begin, end, scratch.data(), first.data(), second.data());
+    else
+      kernels.channel_sums(sums, images, first_channel, channels, first.data(), second.data());
+    std::vector<double> expected_first(channels, kUntouched), expected_second(channels, kUntouched);
+    std::fill(expected_first.begin() + first_channel, expected_first.end(), 0.0);
+    std::fill(expected_second.begin() + first_channel, expected_second.end(), 0.0);
+    for (int64_t at = 0; at < size; ++at) {
+      if (channels_last && (at / channels < begin || at / channels >= end)) continue;
+      const int64_t c = channel_of(at);
+      const double d = static_cast<double>(input[at]) + shift[c];
+      const double g = gradient ? with_epilogue(gate, gradient[at], c, at) : d;
+      expected_first[c] += g;
+      expected_second[c] += g * d;
+    }
+    for (int64_t c = 0; c < channels; ++c)  // `equal` is for sums below 1
+      for (double* sum : {&first[c], &second[c], &expected_first[c], &expected_second[c]})
+        *sum /= static_cast<double>(images * pixels);
+    good &= equal(first, expected_first) && equal(second, expected_second);
+  }
+  const int64_t run_size = rows * row_size;
+  std::vector<T> grad_input(size, kUntouched), grad_residual(size, kUntouched);
+  kernels.norm_grad_input({.operands = sums,
+                           .scale = scale,
+                           .slope = slope,
+                           .offset = offset,
+                           .grad_input = grad_input.data(),
+                           .grad_residual = gated ? grad_residual.data() : nullptr},
+                          1, size / run_size);
+  std::vector<double> expected(size, kUntouched), expected_residual(size, kUntouched);
+  for (int64_t at = run_size; at < size; ++at) {
+    const int64_t c = channel_of(at);
+    const double g = with_epilogue(gate, grad[at], c, at);
+    expected[at] = g * scale[c] + (static_cast<double>(input[at]) + shift[c]) * slope[c] + offset[c];
+    if (gated) expected_residual[at] = g;
+  }
+  return good && equal(grad_input, expected) && equal(grad_residual, expected_residual);
+}
+
+template <class T>
+bool check_batch_norm_act(const ElementKernels<T>& kernels) {
+  bool good = true;
+  for (bool gated : {false, true})
+    for (int64_t row_size : {1, 4, 7, 14, 16, 33, 63, 70}) {
+      good &= check_batch_norm_act(kernels, gated, true, 1, row_size);
+      for (int64_t rows : {1, 2, 13}) good &= check_batch_norm_act(kernels, gated, false, rows, row_size);
+    }
+  return good;
+}
+
+template bool check_batch_norm_act(const ElementKernels<float>& kernels);
+template bool check_batch_norm_act(const ElementKernels<double>& kernels);
 template bool check_pgd_step(const ElementKernels<float>& kernels);
 template bool check_pgd_step(const ElementKernels<double>& kernels);
 template bool check_pointwise(const ElementKernels<float>& kernels);

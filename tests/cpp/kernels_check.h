@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "cpu/batch_norm_act_kernel.h"
 #include "cpu/capability.h"
 #include "cpu/masked_conv2d/batch_layout_kernel.h"
 #include "cpu/masked_conv2d/col_indices_kernel.h"
@@ -27,6 +28,9 @@ struct ElementKernels {
   decltype(&portable::random_start_linf<T>) start_linf;
   decltype(&portable::random_start_l2<T>) start_l2;
   decltype(&portable::pointwise<T>) pointwise;
+  decltype(&portable::batch_norm_channel_sums<T>) channel_sums;
+  decltype(&portable::batch_norm_pixel_sums<T>) pixel_sums;
+  decltype(&portable::batch_norm_grad_input<T>) norm_grad_input;
 };
 
 struct Kernels {
@@ -133,6 +137,8 @@ bool check_fill_width_tile(const Kernels& kernels);
 bool check_conv_tile(const Kernels& kernels);
 bool check_grad_weight_tile(const Kernels& kernels);
 bool check_col_indices(const Kernels& kernels);
+template <class T>
+bool check_batch_norm_act(const ElementKernels<T>& kernels);
 template <class T>
 bool check_pgd_step(const ElementKernels<T>& kernels);
 template <class T>

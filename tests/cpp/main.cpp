@@ -11,9 +11,15 @@ using namespace sparse_adv;
 
 namespace {
 
-#define ELEMENT_KERNELS(ISA, T)                                                                        \
-  {&ISA::pgd_step_linf<T>, &ISA::pgd_step_l2<T>, &ISA::random_start_linf<T>, &ISA::random_start_l2<T>, \
-   &ISA::pointwise<T>}
+#define ELEMENT_KERNELS(ISA, T)      \
+  {&ISA::pgd_step_linf<T>,           \
+   &ISA::pgd_step_l2<T>,             \
+   &ISA::random_start_linf<T>,       \
+   &ISA::random_start_l2<T>,         \
+   &ISA::pointwise<T>,               \
+   &ISA::batch_norm_channel_sums<T>, \
+   &ISA::batch_norm_pixel_sums<T>,   \
+   &ISA::batch_norm_grad_input<T>}
 #define KERNELS(ISA)                                                                                 \
   Kernels {                                                                                          \
     #ISA, ISA::lane_count(), &ISA::fill_batch_tile, &ISA::store_accumulators, &ISA::fill_width_tile, \
@@ -30,6 +36,7 @@ bool check_all(const Kernels& kernels) {
       {"masked_conv2d", check_conv_tile(kernels)},
       {"masked_conv2d_grad_weight", check_grad_weight_tile(kernels)},
       {"col_indices", check_col_indices(kernels)},
+      {"batch_norm_act", check_batch_norm_act(kernels.of_float) && check_batch_norm_act(kernels.of_double)},
       {"pgd_step", check_pgd_step(kernels.of_float) && check_pgd_step(kernels.of_double)},
       {"pointwise", check_pointwise(kernels.of_float) && check_pointwise(kernels.of_double)},
       {"random_start", check_random_start(kernels.of_float) && check_random_start(kernels.of_double)},

@@ -1,0 +1,17 @@
+// How the elementwise kernels cut tensors of one layout: into runs of consecutive elements.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_adv {
+
+// NCHW, a run has the pixels of one channel of an image, and channels_last the channels of one pixel.
+struct Runs {
+  int64_t channels;
+  bool channels_last;
+  int64_t rows, row_size;  // of a run: the rows of the gate, or one row if its bytes have no gaps within a run
+
+  int64_t size() const { return rows * row_size; }
+};
+
+}  // namespace sparse_adv

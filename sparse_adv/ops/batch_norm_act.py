@@ -1,0 +1,140 @@
+"""`batch_norm_act`: BatchNorm with the statistics of the batch, residual and ReLU in two passes over memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_adv.kernels.layout import layout_of
+from sparse_adv.ops.gate import empty_gate
+
+
+def batch_norm_act(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise with the statistics of the batch, add a residual and apply a ReLU.
+
+    Equivalent to::
+
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training=True, momentum=momentum, eps=eps)
+        y = (y + residual).relu()
+
+    where a residual that is None and relu=False are left out. The sums of a channel are formed in float64 from sums of
+    at most a few hundred elements, of which a mean has been subtracted, in the same order for any number of threads.
+    Instead of the ReLU's output, one bit per element is kept for the backward pass; with NCHW images forward and
+    backward read each tensor from memory once. It is implemented on the CPU and differentiable once.
+
+    Args:
+        input: float tensor [N, C, H, W]; of 16-bit images the arithmetic is float32.
+        weight, bias: float tensors [C], or None for 1 and 0.
+        running_mean, running_var: float tensors [C] that are updated as BatchNorm does, or None.
+        residual: float tensor like input, or None.
+        relu: whether to end with a ReLU.
+        momentum: share of the batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        float tensor like input, NCHW or channels_last as the input is.
+
+    Raises:
+        ValueError: if a channel has one value only, which has no variance.
+        RuntimeError: if a shape or dtype does not fit the input.
+
+    Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
+
+    Examples:
+        >>> x = torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 1, 3)
+        >>> [round(value, 3) for value in batch_norm_act(x).flatten().tolist()]
+        [0.0, 0.0, 1.225]
+        >>> [round(value, 3) for value in batch_norm_act(x, residual=x, relu=False).flatten().tolist()]
+        [-0.225, 3.0, 6.225]
+    """
+    count = math.prod(input.shape) // max(1, input.shape[1]) if input.dim() == 4 else 0
+    if count == 1:
+        raise ValueError(f"input must have more than one value per channel, got shape {tuple(input.shape)}")
+    out, mean, var, _ = torch.ops.sparse_adv.batch_norm_act(input, residual, weight, bias, eps, relu)
+    if count:
+        with torch.no_grad():
+            if running_mean is not None:
+                running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            if running_var is not None:
+                running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+    return out
+
+
+def _statistics_like(input: Tensor) -> Tensor:
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    return input.new_empty(input.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("sparse_adv::batch_norm_act")
+def _(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = _output_like(input)
+    gate = empty_gate(out) if relu else input.new_empty(0, dtype=torch.uint8)
+    return out, _statistics_like(input), _statistics_like(input), gate
+
+
+@torch.library.register_fake("sparse_adv::batch_norm_act_grad")
+def _(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    needs_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_input = _output_like(input)
+    grad_residual = _output_like(input) if needs_residual else input.new_empty(0)
+    return grad_input, torch.empty_like(mean), torch.empty_like(mean), grad_residual
+
+
+def _output_like(input: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=layout_of(input))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, _, weight, bias, ctx.eps, relu = inputs
+    _, mean, var, gate = output
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias)]
+    ctx.save_for_backward(input, weight, mean, var, gate if relu else None)
+    ctx.mark_non_differentiable(mean, var, gate)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    input, weight, mean, var, gate = ctx.saved_tensors
+    _, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    gated = needs_residual and gate is not None
+    of_input, of_weight, of_bias, of_residual = torch.ops.sparse_adv.batch_norm_act_grad(
+        grad, input, weight, mean, var, gate, ctx.eps, gated
+    )
+    weight_dtype, bias_dtype = ctx.dtypes
+    return (
+        of_input,
+        (of_residual if gated else grad) if needs_residual else None,
+        of_weight.to(weight_dtype) if needs_weight else None,
+        of_bias.to(bias_dtype) if needs_bias else None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("sparse_adv::batch_norm_act", _backward, setup_context=_setup)

@@ -1,0 +1,237 @@
+"""Networks in training mode with BatchNorm, addition and ReLU as one op: what is learnt is what PyTorch learns."""
+
+import copy
+import logging
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import other_networks
+from helpers.networks import NETWORKS, network
+from helpers.random_models import BATCH, CHANNELS, SIZE, random_models
+from hypothesis import given, reject, settings
+from torch import nn
+
+from sparse_adv import engine, masks
+from sparse_adv.nn import sparsify
+
+
+def loss(logits):
+    weights = torch.arange(1, logits[0].numel() + 1).to(logits).cos()
+    return (logits.flatten(1) @ weights + logits.square().flatten(1).sum(1)).mean()
+
+
+def learnt(model, x, steps=2, fused=True):
+    """What a few steps of SGD leave: weights, statistics, the gradients and the logits of the last step."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = (engine.fuse_for_training(model, x) if fused else model)(x)
+        loss(logits).backward()
+        optimizer.step()
+    gradients = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **gradients, **model.state_dict()}
+
+
+def check_learns_the_same(model, x, tolerance=1e-8):
+    actual, expected = learnt(model, x), learnt(model, x, fused=False)
+    assert actual.keys() == expected.keys()
+    largest = max(float(value.double().abs().max()) for value in expected.values() if value.numel())
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance * largest, msg=name)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("block", [None, (4, 4)])
+def test_networks_of_the_library(name, block):
+    model, shape = network(name)
+    if block is not None:
+        sparsify(model, masks.prune(model, density=0.3, block=block))
+    x = torch.rand(5, *shape[1:], dtype=torch.float64)
+    check_learns_the_same(model.double(), x)
+
+
+@pytest.mark.parametrize("kind", other_networks.NETWORKS, ids=lambda kind: kind.__name__)
+def test_networks_of_others(kind):
+    model = kind().double()
+    check_learns_the_same(model, torch.rand(5, 3, 8, 8, dtype=torch.float64))
+
+
+def test_random_models():
+    seen = []
+
+    @given(random_models())
+    @settings(max_examples=25)
+    def each(model):
+        x = torch.rand(BATCH, CHANNELS, SIZE, SIZE, dtype=torch.float64)
+        try:
+            learnt(model, x, fused=False)
+        except (RuntimeError, ValueError):
+            reject()  # PyTorch itself cannot train it
+        seen.append(engine.fuse_for_training(model.train(), x) is not model)
+        check_learns_the_same(model, x)
+
+    each()
+    assert any(seen)
+
+
+def block_of(norm=None, act=None):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm or nn.BatchNorm2d(4), act or nn.ReLU())
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.norm = block_of(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.shortcut = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.out_of_place = False
+
+    def forward(self, x):
+        y = self.norm(self.conv(self.first(x)))
+        y += self.shortcut(x)
+        return F.relu(y, inplace=True)
+
+
+def test_a_residual_block_is_two_ops_and_one_for_the_shortcut():
+    x = torch.rand(4, 3, 5, 5, dtype=torch.float64)
+    model = Residual().double().train()
+    assert engine.explain(model, x)[1:] == [
+        "first_1: BatchNorm + ReLU",
+        "norm: BatchNorm + residual + ReLU",
+        "shortcut_1: BatchNorm",
+    ]
+    check_learns_the_same(model, x)
+
+
+LAYERS = {
+    "momentum of all batches": lambda: nn.BatchNorm2d(4, momentum=None),
+    "no statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "no weights": lambda: nn.BatchNorm2d(4, affine=False),
+    "large eps": lambda: nn.BatchNorm2d(4, eps=0.5, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_settings_of_batch_norm(name):
+    x = torch.rand(4, 3, 5, 5, dtype=torch.float64)
+    model = block_of(LAYERS[name]()).double().train()
+    assert engine.explain(model, x)[1:] == ["_1: BatchNorm + ReLU"]
+    check_learns_the_same(model, x)
+
+
+def test_frozen_layers_keep_their_statistics_and_are_not_fused():
+    model, x = (
+        nn.Sequential(block_of(), nn.Conv2d(4, 3, 1), block_of()).double().train(),
+        torch.rand(4, 3, 5, 5).double(),
+    )
+    model[0][1].eval()
+    assert engine.explain(model, x)[1:] == ["_2_1: BatchNorm + ReLU"]
+    engine.fuse_for_training(model, x)(x).sum().backward()
+    assert not model[0][1].running_mean.any() and model[2][1].running_mean.any()
+
+
+def test_a_layer_that_is_called_twice_is_left():
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 4, 1), norm).double().train()
+    x = torch.rand(4, 3, 5, 5).double()
+    assert engine.explain(model, x)[1:] == [
+        "PyTorch trains it alone: it has no BatchNorm2d in training mode that is called once"
+    ]
+
+
+def test_hooks_run_and_see_what_they_would():
+    model, x = nn.Sequential(block_of(), block_of(nn.BatchNorm2d(4)))[:1].train(), torch.rand(4, 3, 5, 5)
+    seen = []
+    model[0][0].register_forward_hook(lambda module, args, result: seen.append(result.shape))
+    model[0][1].register_full_backward_hook(lambda module, grads, _: seen.append(grads[0].shape))
+    engine.fuse_for_training(model, x)(x).sum().backward()
+    assert seen == [(4, 4, 5, 5)] * 2
+
+
+class Drawn(nn.Module):
+    """Python code that a trace does not show."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.block, self.code, self.calls = block_of(), code, 0
+
+    def forward(self, x):
+        return self.code(self, self.block(x))
+
+
+def counted(self, y):
+    self.calls += 1
+    return y
+
+
+def stopped(self, y):
+    with torch.no_grad():
+        return y * 2
+
+
+HIDDEN = {
+    "random": (lambda self, y: y * 2 if random.random() < 2 else y, "draws random numbers"),
+    "torch.rand": (lambda self, y: y + float(torch.rand(1)), "draws random numbers"),
+    "counter": (counted, "changes attributes"),
+    "no_grad": (stopped, "cannot be compared|other results"),
+    "values": (lambda self, y: y if y.sum() > 0 else -y, "torch.fx cannot trace"),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_code_that_a_trace_does_not_show_is_left_to_pytorch(name, caplog):
+    code, reason = HIDDEN[name]
+    model, x = nn.Sequential(Drawn(code)).train(), torch.rand(4, 3, 5, 5)
+    before = random.getstate(), torch.get_rng_state()
+    with caplog.at_level(logging.INFO):
+        assert engine.fuse_for_training(model, x) is model
+    assert random.getstate() == before[0] and torch.get_rng_state().equal(before[1])
+    assert any(word in caplog.text for word in reason.split("|"))
+
+
+def test_random_layers_draw_what_they_would():
+    model, x = nn.Sequential(block_of(), nn.Dropout(0.5), nn.Flatten()).train(), torch.rand(4, 3, 5, 5)
+    results = []
+    for run in (model, engine.fuse_for_training(model, x)):
+        torch.manual_seed(3)
+        results.append(run(x))
+    torch.testing.assert_close(*results)
+
+
+def test_shapes_that_only_broadcast_are_added_by_pytorch():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.norm = block_of(), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.block(x)
+            return F.relu(self.norm(y) + y.mean((2, 3), keepdim=True))
+
+    x = torch.rand(4, 3, 5, 5, dtype=torch.float64)
+    check_learns_the_same(Scaled().double(), x)
+
+
+def test_autocast():
+    model, x = nn.Sequential(block_of(), nn.Flatten(), nn.Linear(100, 3)).train(), torch.rand(8, 3, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = engine.fuse_for_training(model, x)
+        assert fused is not model
+        actual, expected = fused(x), copy.deepcopy(model)(x)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_model_is_freed_with_its_graphs():
+    import gc
+    import weakref
+
+    model, x = block_of().train(), torch.rand(4, 3, 5, 5)
+    fused = engine.fuse_for_training(model, x)
+    reference = weakref.ref(model)
+    del model, fused
+    gc.collect()
+    assert reference() is None
