@@ -30,7 +30,7 @@ from harness import Case
 from timing import Side, captured
 from torch import Tensor, nn
 
-from sparse_adv import attacks, masks, models, sparsify
+from sparse_adv import attacks, engine, masks, models, sparsify
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 10
 NETWORKS = {"cuda": {"resnet18": 64, "wrn-34-10": None}, "cpu": {"resnet18": 16}}
@@ -99,14 +99,15 @@ class Update:
         y: Tensor,
         bfloat16: bool,
         compiler: Compiler = lambda model: model,
+        fused: bool = False,
     ):
-        """`bfloat16` means mixed precision by autocast, and channels_last."""
+        """`bfloat16`: mixed precision by autocast, and channels_last. `fused`: the engine takes part in the update."""
         self.model = copy.deepcopy(network).train()
         self.attack, self.x, self.y, self.bfloat16 = attack, x, y, bfloat16
         if bfloat16:
             self.model.to(memory_format=torch.channels_last)
             self.x = x.contiguous(memory_format=torch.channels_last)
-        self.forward = compiler(self.model)
+        self.forward, self.fused = compiler(self.model), fused
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -121,7 +122,8 @@ class Update:
         with self.autocast():
             adv = self.adversarial()
             self.optimizer.zero_grad()
-            loss = F.cross_entropy(self.forward(adv), self.y)
+            forward = engine.fuse_for_training(self.model, adv) if self.fused else self.forward
+            loss = F.cross_entropy(forward(adv), self.y)
         loss.backward()
         self.optimizer.step()
         return loss
@@ -140,12 +142,12 @@ class Setup:
         # The backend "eager" compiles nothing, which takes minutes.
         self.compiler = partial(torch.compile, backend="eager" if quick else "inductor")
 
-    def update_of(self, network: nn.Module, attack: Attack, **compiler: Compiler) -> Update:
-        return Update(network, attack, self.x, self.y, self.on_gpu, **compiler)
+    def update_of(self, network: nn.Module, attack: Attack, **options: Any) -> Update:
+        return Update(network, attack, self.x, self.y, self.on_gpu, **options)
 
     @cached_property
     def ours(self) -> Update:
-        return self.update_of(self.network, our_attack(self.device))
+        return self.update_of(self.network, our_attack(self.device), fused=True)
 
     @cached_property
     def published(self) -> Update:
@@ -172,7 +174,7 @@ class Setup:
     def masked_update(self, block: tuple[int, ...], density: float) -> Case:
         ticket = copy.deepcopy(self.network)
         sparsify(ticket, masks.prune(ticket, density, block, scope="uniform"))
-        sides = {"ours": self.update_of(ticket, our_attack(self.device)), "ours_dense": self.ours}
+        sides = {"ours": self.update_of(ticket, our_attack(self.device), fused=True), "ours_dense": self.ours}
         return self.case("update", f"block {block}, density {density}", sides)
 
     def attack(self) -> Case:

@@ -43,7 +43,7 @@ def case(removed: str, device: str = "cpu", quick: bool = False) -> Case:
     small = shrink(network, pruned, x[:1]).model
     check(network, pruned, small, x[:2])
     sides = {
-        side: Update(model.to(device), our_attack(device), x.to(device), y, device == "cuda")
+        side: Update(model.to(device), our_attack(device), x.to(device), y, device == "cuda", fused=True)
         for side, model in {"ours": small, "dense": network}.items()
     }
     macs = [count_macs(model, x[:1].shape).forward for model in (small, network)]

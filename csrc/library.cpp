@@ -28,6 +28,13 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "pointwise_out(Tensor input, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) "
       "out, Tensor(b!)? gate_out) -> ()");
+  // Max pooling over windows of `size` that touch and do not overlap. index receives the number of each window's
+  // largest element.
+  m.def("max_pool2d_out(Tensor input, int[2] size, Tensor(a!) out, Tensor(b!)? index) -> ()");
+  // out = gate o (grad_input + residual); the input has the size of out.
+  m.def(
+      "max_pool2d_grad_input_out(Tensor grad, Tensor index, int[2] size, Tensor? residual, Tensor? gate, Tensor(a!) "
+      "out) -> ()");
   // BatchNorm with the statistics of the batch: out = relu?(batch_norm(input) + residual), with mean, biased variance
   // and the gate of the ReLU. Without relu the gate is empty.
   m.def(

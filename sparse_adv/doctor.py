@@ -107,6 +107,19 @@ def _batch_norm_act() -> float:
     return _difference(results(ops.batch_norm_act), results(reference.batch_norm_act))
 
 
+def _max_pool2d() -> float:
+    """Forward, and the gradient of the input."""
+    x = torch.randn(3, 4, 6, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = torch.nn.functional.max_pool2d(x, 2)
+    grad = expected.detach().sin()
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    out, index, grad_input = torch.empty_like(grad), torch.empty_like(grad, dtype=torch.uint8), torch.empty_like(x)
+    with torch.no_grad():
+        ops.max_pool2d_out(x, (2, 2), out=out, index=index)
+        ops.max_pool2d_grad_input_out(grad, index, (2, 2), out=grad_input)
+    return _difference([out, grad_input], [expected.detach(), expected_grad])
+
+
 def _pgd_step(norm: str) -> float:
     noise = torch.Generator().manual_seed(0)
     clean, adv = torch.rand(2, 3, 2, 5, 7, generator=noise)
@@ -135,6 +148,8 @@ OPS = (
     "masked_conv2d_out",
     "masked_conv2d_grad_input_out",
     "pointwise_out",
+    "max_pool2d_out",
+    "max_pool2d_grad_input_out",
     "batch_norm_act",
     "batch_norm_act_grad",
     "pgd_step",
@@ -149,6 +164,7 @@ CHECKS: dict[str, Callable[[], float]] = {
         for kernel in ("sparse", "dense")
     },
     **{f"masked_conv2d_out {kernel}": partial(_masked_conv2d_out, kernel) for kernel in ("sparse", "dense")},
+    "max_pool2d_out": _max_pool2d,
     "batch_norm_act": _batch_norm_act,
     **{f"pgd_step {norm}": partial(_pgd_step, norm) for norm in ("linf", "l2")},
     **{f"random_start {norm}": partial(_random_start, norm) for norm in ("linf", "l2")},

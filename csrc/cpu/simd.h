@@ -41,6 +41,32 @@ static inline Vec relu(Vec v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
 // Bit i: whether a ReLU passes the gradient of lane i, which is not (v <= 0), so that NaN passes it, as in PyTorch.
 static inline uint32_t passing_bits(Vec v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 static inline Vec zero_unless(uint32_t bits, Vec v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
+static inline Vec select(uint32_t bits, Vec a, Vec b) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a);
+}
+// Bit i: whether lane i of v is larger than that of b, or NaN.
+static inline uint32_t larger_bits(Vec v, Vec b) {
+  return _mm512_cmp_ps_mask(v, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+}
+// Bit i: whether byte i is `value`.
+static inline uint32_t equal_bits(const uint8_t* p, uint8_t value) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(static_cast<char>(value)))));
+}
+// The even and the odd ones of the lanes of a and then b, and the reverse: the first and the second half of both in
+// turn.
+static inline Vec even(Vec a, Vec b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b);
+}
+static inline Vec odd(Vec a, Vec b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), b);
+}
+static inline Vec zip_low(Vec a, Vec b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+}
+static inline Vec zip_high(Vec a, Vec b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+}
 // The vectors that begin one float before and after `v`; `v` is at p, aligned, and has a vector before and after it.
 // Shifting in registers is faster here than a load that crosses a cache line. With shorter vectors only some loads
 // cross a line, and loading is faster (on AVX2 shifting had 0.8 times the speed of loading).
@@ -123,6 +149,29 @@ static inline Vec zero_unless(uint32_t bits, Vec v) {
   const __m256i selected = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
   return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(selected, lane)), v);
 }
+static inline Vec select(uint32_t bits, Vec a, Vec b) {
+  return _mm256_or_ps(zero_unless(bits, a), zero_unless(~bits, b));
+}
+static inline uint32_t larger_bits(Vec v, Vec b) {
+  return static_cast<uint32_t>(
+      _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v, b, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q))));
+}
+static inline uint32_t equal_bits(const uint8_t* p, uint8_t value) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(static_cast<char>(value)))) &
+                               0xff);
+}
+static inline Vec unzipped(Vec v) {  // of a shuffle within the halves: the lanes of a, then those of b
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+}
+static inline Vec even(Vec a, Vec b) { return unzipped(_mm256_shuffle_ps(a, b, 0x88)); }
+static inline Vec odd(Vec a, Vec b) { return unzipped(_mm256_shuffle_ps(a, b, 0xdd)); }
+static inline Vec zip_low(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+static inline Vec zip_high(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
 static inline Vec one_before(const float* p, Vec, Vec) { return load(p - 1); }
 static inline Vec one_after(const float* p, Vec, Vec) { return load(p + 1); }
 static inline __m256i first(int count) {
@@ -186,6 +235,24 @@ static inline Vec zero_unless(uint32_t bits, Vec v) {
   for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1 ? v[i] : 0.0f;
   return v;
 }
+static inline Vec select(uint32_t bits, Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) b[i] = bits >> i & 1 ? a[i] : b[i];
+  return b;
+}
+static inline uint32_t larger_bits(Vec v, Vec b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(v[i] > b[i] || v[i] != v[i]) << i;
+  return bits;
+}
+static inline uint32_t equal_bits(const uint8_t* p, uint8_t value) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(p[i] == value) << i;
+  return bits;
+}
+static inline Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
+static inline Vec odd(Vec a, Vec b) { return Vec{a[1], a[3], b[1], b[3]}; }
+static inline Vec zip_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+static inline Vec zip_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
 static inline Vec one_before(const float* p, Vec, Vec) { return load(p - 1); }
 static inline Vec one_after(const float* p, Vec, Vec) { return load(p + 1); }
 static inline Vec load_first(const float* p, int count) {

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.utils import _pair
 
 from sparse_adv.engine.model_state import has_hooks
-from sparse_adv.engine.steps import AutogradStep, ConvolutionStep, FusedStep, LinearStep, PointwiseStep, Step
+from sparse_adv.engine.steps import (
+    AutogradStep,
+    ConvolutionStep,
+    FusedStep,
+    LinearStep,
+    MaxPoolStep,
+    PointwiseStep,
+    Step,
+)
 from sparse_adv.engine.tracing import NotTraceable, Trace, is_relu, is_sum, module_of
 from sparse_adv.engine.values import Value
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
@@ -66,6 +76,8 @@ class Fusion:
             self._begin(node, LinearStep(node.name, module, source, self._new(node)))
         elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm) and _is_affine(module, result):
             self._fuse_norm(node, module, source)
+        elif isinstance(module, nn.MaxPool2d) and (size := _pool_size(module)) and result.dim() == 4:
+            self._runs.append(MaxPoolStep(node.name, size, source, self._new(node)))
         elif is_relu(self._trace.model, node):
             self._fuse_relu(node, source)
         elif is_sum(node) and self._same_shape(node):
@@ -176,6 +188,17 @@ def _is_plain(module: nn.Module, dense: type[nn.Module], masked: type[nn.Module]
 
 def _pads_with_zeros(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def _pool_size(pool: nn.MaxPool2d) -> tuple[int, int] | None:
+    """Rows and columns of a pooling's windows, if they touch and do not overlap; else None."""
+    size, stride, padding, dilation = map(_pair, (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+    plain = type(pool).forward is nn.MaxPool2d.forward and not (pool.ceil_mode or pool.return_indices)
+    return (
+        size
+        if plain and size == stride and padding == (0, 0) and dilation == (1, 1) and math.prod(size) < 256
+        else None
+    )
 
 
 def _is_affine(norm: _BatchNorm, result: Tensor) -> bool:

@@ -33,10 +33,16 @@ def _pair(sizes: tuple[int, ...] | str) -> tuple[int, int]:
 
 
 class Convolution:
-    """A convolution with the BatchNorm behind it folded in; in eval mode, so both are constant between updates."""
+    """A convolution with the BatchNorm behind it folded in; in eval mode, so both are constant between updates.
 
-    def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, kernels: Kernels) -> None:
-        self.layer, self.norm, self.kernels = layer, norm, kernels
+    Args:
+        layer, norm: the two layers; the second may be absent.
+        shape: of the input.
+        kernels: of the device.
+    """
+
+    def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: Kernels) -> None:
+        self.layer, self.norm, self.shape, self.kernels = layer, norm, shape, kernels
         self.geometry = _pair(layer.stride), _pair(layer.padding), _pair(layer.dilation)
         self.weight: Tensor
         self.bias: Tensor | None
@@ -52,11 +58,13 @@ class Convolution:
             scale, shift = fold_norm(self.norm)
             weight = weight * scale[:, None, None, None]
             bias = shift if bias is None else shift + bias * scale
-        if isinstance(self.layer, MaskedConv2d):
-            weight = torch.where(self.layer.weight_mask, weight, 0)
         dtype = self.kernels.dtype
-        self.weight = weight.to(dtype, memory_format=self.kernels.memory_format)
+        self.weight = self.masked(weight).to(dtype, memory_format=self.kernels.memory_format)
         self.bias = None if bias is None else bias.to(dtype)
+
+    def masked(self, weight: Tensor) -> Tensor:
+        """The weight as the passes may read it: with zeros where it is pruned, unless they do not read those."""
+        return torch.where(self.layer.weight_mask, weight, 0) if isinstance(self.layer, MaskedConv2d) else weight
 
     def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
         """conv(x) + bias + residual, with a ReLU whose gate is written."""
@@ -65,13 +73,11 @@ class Convolution:
             return y
         return self.kernels.pointwise(y, residual=residual, relu=relu, gate_out=gate_out, place=lambda: y)
 
-    def grad_input(
-        self, grad: Tensor, shape: torch.Size, residual: Tensor | None, gate: Tensor | None, place: Place
-    ) -> Tensor:
-        """gate * (gradient of the input, which has this shape, + residual)."""
+    def grad_input(self, grad: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor:
+        """gate * (gradient of the input + residual)."""
         result = torch.ops.aten.convolution_backward(
             grad,
-            self.kernels.empty(shape, grad.device),  # only its shape and memory format are read
+            self.kernels.empty(self.shape, grad.device),  # only its shape and memory format are read
             self.weight,
             None,
             *self.geometry,
@@ -114,8 +120,30 @@ class Kernels:
         """Memory for the gate of a value; None if the value is its own gate."""
         return torch.empty_like(self.empty(shape, device), dtype=torch.bool)
 
-    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None) -> Convolution:
-        return Convolution(layer, norm, self)
+    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:
+        return Convolution(layer, norm, shape, self)
+
+    def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
+        """The maximum of windows that do not overlap, and which element of each it is, in `index` if there is room."""
+        return F.max_pool2d_with_indices(x, size)
+
+    def max_pool_grad(
+        self,
+        grad: Tensor,
+        index: Tensor,
+        size: tuple[int, int],
+        shape: torch.Size,
+        residual: Tensor | None,
+        gate: Tensor | None,
+        place: Place,
+    ) -> Tensor:
+        """gate * (gradient of the input, which has this shape, + residual)."""
+        unread = self.empty(shape, grad.device)  # only its shape and memory format are read
+        backward = torch.ops.aten.max_pool2d_with_indices_backward
+        result = self.plain(backward(grad, unread, size, size, (0, 0), (1, 1), False, index))
+        if residual is None and gate is None:
+            return result
+        return self.pointwise(result, residual=residual, gate=gate, place=lambda: result)
 
     def pointwise(
         self,

@@ -19,10 +19,34 @@ class CpuKernels(Kernels):
     def new_gate(self, shape: torch.Size, device: torch.device) -> Tensor:
         return ops.empty_gate(_as_images(self.empty(shape, device)))
 
-    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None) -> Convolution:
+    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:
         if isinstance(layer, MaskedConv2d):
-            return MaskedConvolution(layer, norm, self)
-        return DenseConvolution(layer, norm, self)
+            return MaskedConvolution(layer, norm, shape, self)
+        return DenseConvolution(layer, norm, shape, self)
+
+    def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
+        if x.dtype not in (torch.float32, torch.float64):
+            return super().max_pool(x, size, index, place)
+        out = place()
+        index = torch.empty_like(out, dtype=torch.uint8) if index is None else index
+        ops.max_pool2d_out(x, size, out=out, index=index)
+        return out, index
+
+    def max_pool_grad(
+        self,
+        grad: Tensor,
+        index: Tensor,
+        size: tuple[int, int],
+        shape: torch.Size,
+        residual: Tensor | None,
+        gate: Tensor | None,
+        place: Place,
+    ) -> Tensor:
+        if index.dtype != torch.uint8:
+            return super().max_pool_grad(grad, index, size, shape, residual, gate, place)
+        out = place()
+        ops.max_pool2d_grad_input_out(grad, index, size, residual=residual, gate=gate, out=out)
+        return out
 
     def pointwise(
         self,
@@ -49,6 +73,12 @@ class MaskedConvolution(Convolution):
 
     layer: MaskedConv2d
 
+    def masked(self, weight: Tensor) -> Tensor:
+        plan = self.layer.plan(self.kernels.empty(self.shape, weight.device))
+        if plan.forward.kernel == plan.grad_input.kernel == "sparse":
+            return weight  # zeros would be most of the time of folding
+        return super().masked(weight)
+
     def fold(self) -> None:
         super().fold()
         self._pattern = ops.pack_pattern(self.layer.pattern, self.weight)
@@ -69,9 +99,7 @@ class MaskedConvolution(Convolution):
         )
         return out
 
-    def grad_input(
-        self, grad: Tensor, shape: torch.Size, residual: Tensor | None, gate: Tensor | None, place: Place
-    ) -> Tensor:
+    def grad_input(self, grad: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor:
         out = place()
         ops.masked_conv2d_grad_input_out(
             grad,

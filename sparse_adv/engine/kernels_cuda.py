@@ -29,10 +29,10 @@ class CudaKernels(Kernels):
     def new_gate(self, shape: torch.Size, device: torch.device) -> None:
         return None
 
-    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None) -> Convolution:
+    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:
         if isinstance(layer, MaskedConv2d) and isinstance(layer.pattern, BlockPattern):
-            return BlockConvolution(layer, norm, self)
-        return CudnnConvolution(layer, norm, self)
+            return BlockConvolution(layer, norm, shape, self)
+        return CudnnConvolution(layer, norm, shape, self)
 
     def pointwise(
         self,
@@ -80,11 +80,9 @@ class BlockConvolution(CudnnConvolution):
         size, bias = self.weight.shape, self.bias
         return block_kernels.forward(x, *lists, size, bias, *self.geometry, None, residual, relu, precision())
 
-    def grad_input(
-        self, grad: Tensor, shape: torch.Size, residual: Tensor | None, gate: Tensor | None, place: Place
-    ) -> Tensor:
+    def grad_input(self, grad: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor:
         pattern = self._pattern
-        if pattern.values is None or not runs_blocks(pattern, "grad_input", shape, grad.dtype, *self.geometry):
-            return super().grad_input(grad, shape, residual, gate, place)
+        if pattern.values is None or not runs_blocks(pattern, "grad_input", self.shape, grad.dtype, *self.geometry):
+            return super().grad_input(grad, residual, gate, place)
         lists = pattern.values, pattern.blocks, pattern.grad_rows, pattern.grad_order
-        return block_kernels.grad_input(grad, *lists, shape, *self.geometry, residual, gate, precision())
+        return block_kernels.grad_input(grad, *lists, self.shape, *self.geometry, residual, gate, precision())

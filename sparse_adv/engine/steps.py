@@ -113,7 +113,7 @@ class ConvolutionStep(FusedStep):
         self.norm: _BatchNorm | None = None
 
     def fold(self, kernels: Kernels) -> None:
-        self._convolution = kernels.convolution(self.layer, self.norm)
+        self._convolution = kernels.convolution(self.layer, self.norm, self.input.shape)
 
     def _parts(self) -> list[str]:
         return ["convolution"] + ([] if self.norm is None else ["BatchNorm"])
@@ -125,7 +125,7 @@ class ConvolutionStep(FusedStep):
     def _backward(
         self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
     ) -> Tensor:
-        return self._convolution.grad_input(gradient, self.input.shape, residual, gate, place)
+        return self._convolution.grad_input(gradient, residual, gate, place)
 
 
 class LinearStep(FusedStep):
@@ -204,6 +204,30 @@ class PointwiseStep(FusedStep):
         if self._scale is None and residual is None and gate is None:
             return gradient
         return tensors.kernels.pointwise(gradient, scale=self._scale, residual=residual, gate=gate, place=place)
+
+
+class MaxPoolStep(FusedStep):
+    """The maximum of windows that touch and do not overlap."""
+
+    def __init__(self, name: str, size: tuple[int, int], input: Value, output: Value) -> None:
+        super().__init__(name, input, output)
+        self.size = size
+        self._index: Tensor | None = None
+        """Which element of each window is the largest."""
+
+    def _parts(self) -> list[str]:
+        return ["max pooling"]
+
+    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor:
+        y, self._index = tensors.kernels.max_pool(x, self.size, self._index, tensors.place(self.output))
+        return y
+
+    def _backward(
+        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
+    ) -> Tensor:
+        assert self._index is not None
+        kernels, shape = tensors.kernels, self.input.shape
+        return kernels.max_pool_grad(gradient, self._index, self.size, shape, residual, gate, place)
 
 
 class AutogradStep(Step):

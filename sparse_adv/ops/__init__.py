@@ -15,6 +15,7 @@ from sparse_adv.ops.masked_conv2d_pattern import (
     set_kernels,
 )
 from sparse_adv.ops.masked_conv2d_plan import PassPlan, Plan, plan
+from sparse_adv.ops.max_pool2d import max_pool2d_grad_input_out, max_pool2d_out
 from sparse_adv.ops.pgd_step import pgd_step, pgd_step_
 from sparse_adv.ops.pgd_step_normalized import pgd_step_normalized
 from sparse_adv.ops.pointwise import pointwise_out
@@ -35,6 +36,8 @@ __all__ = [
     "masked_conv2d",
     "masked_conv2d_grad_input_out",
     "masked_conv2d_out",
+    "max_pool2d_grad_input_out",
+    "max_pool2d_out",
     "pack_pattern",
     "pgd_step",
     "pgd_step_",

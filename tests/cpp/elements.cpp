@@ -1,4 +1,4 @@
-// The elementwise kernels: PGD step, random start, the pointwise epilogue and BatchNorm.
+// The elementwise kernels: PGD step, random start, the pointwise epilogue, BatchNorm and max pooling.
 #include <array>
 
 #include "cpp/kernels_check.h"
@@ -198,6 +198,52 @@ bool check_batch_norm_act(const ElementKernels<T>& kernels) {
   return good;
 }
 
+// One row of windows; the input ends with the last element that they cover.
+template <class T>
+static bool check_max_pool2d(const ElementKernels<T>& kernels, int64_t windows, int64_t rows, int64_t cols,
+                             int64_t step) {
+  const int64_t pooled = windows * step, pitch = pooled * cols + 3, size = (rows - 1) * pitch + pooled * cols;
+  const PoolRow row{.windows = windows, .rows = rows, .cols = cols, .row_pitch = pitch, .step = step};
+  const std::vector<T> input = numbers<T>(size), grad = numbers<T>(pooled), residual = numbers<T>(size);
+  std::vector<double> expected(pooled), expected_grad(size, kUntouched), expected_sum(size, kUntouched);
+  std::vector<uint8_t> numbers_of_largest(pooled);
+  for (int64_t i = 0; i < pooled; ++i) {
+    const int64_t first = i / step * cols * step + i % step;
+    int64_t largest = 0;
+    const auto at = [&](int64_t number) { return first + number / cols * pitch + number % cols * step; };
+    for (int64_t number = 1; number < rows * cols; ++number)
+      if (input[at(number)] > input[at(largest)]) largest = number;
+    expected[i] = input[at(largest)];
+    numbers_of_largest[i] = static_cast<uint8_t>(largest);
+    for (int64_t number = 0; number < rows * cols; ++number) {
+      expected_grad[at(number)] = number == largest ? grad[i] : 0;
+      expected_sum[at(number)] = expected_grad[at(number)] + residual[at(number)];
+    }
+  }
+  std::vector<T> out(pooled, kUntouched), without_index(pooled, kUntouched), grad_input(size, kUntouched),
+      sum = residual;
+  std::vector<uint8_t> index(pooled, kUntouchedByte);
+  kernels.pool_row(row, input.data(), out.data(), index.data());
+  kernels.pool_row(row, input.data(), without_index.data(), nullptr);
+  kernels.pool_grad_row(row, grad.data(), index.data(), nullptr, grad_input.data());
+  kernels.pool_grad_row(row, grad.data(), index.data(), sum.data(), sum.data());
+  for (int64_t i = 0; i < size; ++i)
+    if (std::isnan(expected_sum[i])) expected_sum[i] = residual[i];
+  return equal(out, expected) && equal(without_index, expected) && index == numbers_of_largest &&
+         equal(grad_input, expected_grad) && equal(sum, expected_sum);
+}
+
+template <class T>
+bool check_max_pool2d(const ElementKernels<T>& kernels) {
+  bool good = true;
+  for (int64_t windows : {1, 2, 7, 8, 16, 37})
+    for (int64_t size : {1, 2, 3})
+      for (int64_t step : {1, 5, 33}) good &= check_max_pool2d(kernels, windows, size, size == 3 ? 2 : size, step);
+  return good;
+}
+
+template bool check_max_pool2d(const ElementKernels<float>& kernels);
+template bool check_max_pool2d(const ElementKernels<double>& kernels);
 template bool check_batch_norm_act(const ElementKernels<float>& kernels);
 template bool check_batch_norm_act(const ElementKernels<double>& kernels);
 template bool check_pgd_step(const ElementKernels<float>& kernels);

@@ -15,6 +15,7 @@
 #include "cpu/masked_conv2d/conv_kernel.h"
 #include "cpu/masked_conv2d/grad_weight_kernel.h"
 #include "cpu/masked_conv2d/width_layout_kernel.h"
+#include "cpu/max_pool2d_kernel.h"
 #include "cpu/pgd_step_kernel.h"
 #include "cpu/pointwise_kernel.h"
 #include "cpu/random_start_kernel.h"
@@ -31,6 +32,8 @@ struct ElementKernels {
   decltype(&portable::batch_norm_channel_sums<T>) channel_sums;
   decltype(&portable::batch_norm_pixel_sums<T>) pixel_sums;
   decltype(&portable::batch_norm_grad_input<T>) norm_grad_input;
+  decltype(&portable::max_pool2d_row<T>) pool_row;
+  decltype(&portable::max_pool2d_grad_row<T>) pool_grad_row;
 };
 
 struct Kernels {
@@ -139,6 +142,8 @@ bool check_grad_weight_tile(const Kernels& kernels);
 bool check_col_indices(const Kernels& kernels);
 template <class T>
 bool check_batch_norm_act(const ElementKernels<T>& kernels);
+template <class T>
+bool check_max_pool2d(const ElementKernels<T>& kernels);
 template <class T>
 bool check_pgd_step(const ElementKernels<T>& kernels);
 template <class T>

@@ -19,7 +19,9 @@ namespace {
    &ISA::pointwise<T>,               \
    &ISA::batch_norm_channel_sums<T>, \
    &ISA::batch_norm_pixel_sums<T>,   \
-   &ISA::batch_norm_grad_input<T>}
+   &ISA::batch_norm_grad_input<T>,   \
+   &ISA::max_pool2d_row<T>,          \
+   &ISA::max_pool2d_grad_row<T>}
 #define KERNELS(ISA)                                                                                 \
   Kernels {                                                                                          \
     #ISA, ISA::lane_count(), &ISA::fill_batch_tile, &ISA::store_accumulators, &ISA::fill_width_tile, \
@@ -37,6 +39,7 @@ bool check_all(const Kernels& kernels) {
       {"masked_conv2d_grad_weight", check_grad_weight_tile(kernels)},
       {"col_indices", check_col_indices(kernels)},
       {"batch_norm_act", check_batch_norm_act(kernels.of_float) && check_batch_norm_act(kernels.of_double)},
+      {"max_pool2d", check_max_pool2d(kernels.of_float) && check_max_pool2d(kernels.of_double)},
       {"pgd_step", check_pgd_step(kernels.of_float) && check_pgd_step(kernels.of_double)},
       {"pointwise", check_pointwise(kernels.of_float) && check_pointwise(kernels.of_double)},
       {"random_start", check_random_start(kernels.of_float) && check_random_start(kernels.of_double)},

@@ -1,0 +1,93 @@
+"""`max_pool2d_out`, max pooling that keeps a byte per window, and its gradient, which ends with residual and gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_adv.ops.written import check_written, mark_written
+
+
+def max_pool2d_out(input: Tensor, size: tuple[int, int], *, out: Tensor, index: Tensor | None = None) -> None:
+    """Take the maximum of windows that touch and do not overlap, into memory that the caller provides.
+
+    Equivalent to::
+
+        out = F.max_pool2d(input, size)
+
+    A NaN counts as larger than any number, and of equal elements the first is taken, row by row, as in PyTorch. It is
+    implemented on the CPU and not differentiable.
+
+    Args:
+        input: float32 or float64 tensor [N, C, H, W], NCHW or channels_last without gaps.
+        size: rows and columns of a window, at most 255 elements. Rows and columns that fill no window are left out.
+        out: tensor [N, C, H // rows, W // columns] in the dtype and layout of the input, that is written.
+        index: uint8 tensor like out, or None: receives the number of each window's largest element, row by row.
+
+    Raises:
+        ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
+        RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
+
+    Examples:
+        >>> x, y = torch.tensor([[1.0, 5.0, 2.0], [4.0, 3.0, 9.0]]).view(1, 1, 2, 3), torch.empty(1, 1, 1, 1)
+        >>> index = torch.empty(1, 1, 1, 1, dtype=torch.uint8)
+        >>> max_pool2d_out(x, (2, 2), out=y, index=index)
+        >>> y.item(), index.item()
+        (5.0, 1)
+    """
+    check_written("max_pool2d_out", out, input=input, index=index)
+    torch.ops.sparse_adv.max_pool2d_out(input, size, out, index)
+    mark_written(out, index)
+
+
+def max_pool2d_grad_input_out(
+    grad: Tensor,
+    index: Tensor,
+    size: tuple[int, int],
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    """Form the gradient of max pooling's input, add a residual and apply a gate, into memory that the caller provides.
+
+    Equivalent to::
+
+        y = grad_input + residual
+        out = y.where(gate_to_bool(gate, out), 0)
+
+    where grad_input is grad at the largest element of each window and 0 elsewhere, and an operand that is None is left
+    out. It is implemented on the CPU and not differentiable.
+
+    Args:
+        grad: gradient of the output, float32 or float64 [N, C, H // rows, W // columns] in the layout of out.
+        index: uint8 tensor like grad, as `max_pool2d_out` wrote it.
+        size: rows and columns of a window.
+        residual: tensor like out, or None; it may be out.
+        gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0.
+        out: tensor [N, C, H, W], NCHW or channels_last without gaps, that is written.
+
+    Raises:
+        ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
+        RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
+
+    Examples:
+        >>> grad, index = torch.tensor([[[[7.0]]]]), torch.tensor([[[[1]]]], dtype=torch.uint8)
+        >>> out = torch.empty(1, 1, 2, 2)
+        >>> max_pool2d_grad_input_out(grad, index, (2, 2), out=out)
+        >>> out.flatten().tolist()
+        [0.0, 7.0, 0.0, 0.0]
+    """
+    check_written("max_pool2d_grad_input_out", out, grad=grad, index=index, residual=residual, gate=gate)
+    torch.ops.sparse_adv.max_pool2d_grad_input_out(grad, index, size, residual, gate, out)
+    mark_written(out)
+
+
+@torch.library.register_fake("sparse_adv::max_pool2d_out")
+def _(*_: object) -> None:
+    return None
+
+
+@torch.library.register_fake("sparse_adv::max_pool2d_grad_input_out")
+def _(*_: object) -> None:
+    return None
