@@ -73,7 +73,7 @@ void in_two_passes(const BatchNormSums<T>& operands, int64_t images, int64_t pix
   } else {
     const auto sums = SPARSE_ADV_CHOOSE(batch_norm_channel_sums<T>);
     const int64_t bytes = pixels * static_cast<int64_t>(sizeof(T));
-    const int64_t together = std::clamp<int64_t>((kBytesInRow + bytes - 1) / bytes, 1, kMaxChannels);
+    const int64_t together = std::clamp<int64_t>((kBytesInRow + bytes - 1) / bytes, 1, kChannelsTogether);
     const int64_t groups = (channels + together - 1) / together;
     const int64_t grain = std::max<int64_t>(1, kGrain / (together * images * pixels));
     parallel_for(0, groups, grain, [&](int64_t group, int64_t last_group) {

@@ -35,7 +35,7 @@ static void channel_sums(const BatchNormSums<T>& shared, int64_t images, int64_t
   using Values = decltype(broadcast(T(0)));
   const BatchNormSums<T> operands = shared;
   const Values zero = broadcast(T(0));
-  Values firsts[kMaxChannels], seconds[kMaxChannels];
+  Values firsts[kChannelsTogether], seconds[kChannelsTogether];
   for (int64_t c = begin; c < end; ++c) first[c] = second[c] = 0;
   const int64_t next = operands.runs.channels * operands.runs.size();
   const int64_t vectors = (operands.runs.size() + Lanes<T>::count - 1) / Lanes<T>::count;

@@ -30,11 +30,11 @@ struct BatchNormGradInput {
 };
 
 // Channels that are summed together: their accumulators stay in the L1 cache.
-constexpr int64_t kMaxChannels = 16;
+constexpr int64_t kChannelsTogether = 16;
 
 // T is float or double.
 //
-// NCHW: channels `begin` to `end` - 1, at most kMaxChannels, of all images. Writes first[c] and second[c].
+// NCHW: channels `begin` to `end` - 1, at most kChannelsTogether, of all images. Writes first[c] and second[c].
 SPARSE_ADV_FOR_EACH_ISA(template <class T> void batch_norm_channel_sums(const BatchNormSums<T>& operands,
                                                                         int64_t images, int64_t begin, int64_t end,
                                                                         double* first, double* second))
