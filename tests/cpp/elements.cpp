@@ -166,7 +166,8 @@ static bool check_batch_norm_act(const ElementKernels<T>& kernels, bool gated, b
     for (int64_t c = 0; c < channels; ++c)  // `equal` is for sums below 1
       for (double* sum : {&first[c], &second[c], &expected_first[c], &expected_second[c]})
         *sum /= static_cast<double>(images * pixels);
-    good &= equal(first, expected_first) && equal(second, expected_second);
+    good &= equal(std::vector<T>(first.begin(), first.end()), expected_first) &&
+            equal(std::vector<T>(second.begin(), second.end()), expected_second);
   }
   const int64_t run_size = rows * row_size;
   std::vector<T> grad_input(size, kUntouched), grad_residual(size, kUntouched);
