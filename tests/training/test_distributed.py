@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,12 @@ def torchrun(out, *more: str, processes: int = 2, program: tuple[str, ...] = ("-
 def run(command: list[str]) -> list[dict]:
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
-    # Gloo of torch 2.10 and earlier writes which ranks it has connected.
-    return [json.loads(line) for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    return list(records(done.stdout.splitlines()))
+
+
+def records(lines: Iterable[str]) -> Iterator[dict]:
+    """Without the lines in which Gloo of torch 2.10 says which ranks it has connected."""
+    return (json.loads(line) for line in lines if not line.startswith("[Gloo]"))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,7 @@ def test_processes_that_share_a_gpu_continue_bit_for_bit(tmp_path, ticket):
 def kill_and_continue(command: list[str], out: Path) -> None:
     """Kill a process of the job after its first epoch; then finish the run."""
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert json.loads(job.stdout.readline())["epoch"] == 1
+    assert next(records(job.stdout))["epoch"] == 1
     os.kill(_worker(job.pid, rank=1), signal.SIGKILL)
     _, errors = job.communicate(timeout=120)
     assert job.returncode != 0
