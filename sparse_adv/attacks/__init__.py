@@ -6,11 +6,13 @@ images must normalise inside. A model in DistributedDataParallel is attacked thr
 attacks can be captured as CUDA graphs, see `Graphs`.
 """
 
+from sparse_adv.attacks import losses
 from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.loop import run_attack
-from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, Loss, LossOptions
+from sparse_adv.attacks.losses import Loss
+from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, LossOptions
 
 __all__ = [
     "BN_MODES",
@@ -26,6 +28,7 @@ __all__ = [
     "LossOptions",
     "fgsm",
     "fgsm_rs",
+    "losses",
     "n_fgsm",
     "pgd",
     "run_attack",

@@ -49,7 +49,8 @@ def pgd(
         steps: number of steps; each is one forward and one backward pass.
         random_start: start at a random point of the ball instead of the clean image.
         norm: "linf" or "l2".
-        loss: "ce" (cross-entropy) or a function (logits, labels) -> loss, a scalar or one number per image [N].
+        loss: "ce" (cross-entropy), "margin" or "dlr", see `attacks.losses`, or a function (logits, labels) -> loss, a
+            scalar or one number per image [N].
         restarts: number of random starts; each image's result with the highest loss is returned. To compare them, a
             loss that returns a scalar is evaluated image by image.
         targeted: minimise the loss instead of maximising it.

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import ops
 from sparse_adv.attacks.checks import LabelRange, check_batch, check_label_range, count_classes
-from sparse_adv.attacks.options import AttackOptions, kl_divergence
+from sparse_adv.attacks.losses import kl_divergence, loss_function
+from sparse_adv.attacks.options import AttackOptions
 from sparse_adv.engine import InputGradients, input_gradients
 from sparse_adv.ops.random_start import seed_words
 
@@ -148,8 +149,7 @@ class PGDLoop:
 
     def _loss(self, logits: Tensor, labels: Any) -> Tensor:
         """The loss to maximise, a scalar or one number per image: the negative loss if targeted."""
-        loss = self.options.loss
-        value = loss(logits, labels) if callable(loss) else F.cross_entropy(logits, labels, reduction="none")
+        value = loss_function(self.options.loss)(logits, labels)
         return -value if self.options.targeted else value
 
     @torch.no_grad()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
 from sparse_adv.ops.pgd_step import check_alpha, check_ball
 
 if TYPE_CHECKING:
     from sparse_adv.attacks.cuda_graph import Graphs
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""loss(logits, labels) -> the loss of the batch (a scalar) or of each image [N]."""
 
 BN_MODES = ("eval", "train", "batch")
 
@@ -95,8 +91,7 @@ class AttackOptions:
             raise ValueError(f"restarts must be an integer of at least 1, got {self.restarts!r}")
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts must be 1 without a random start, got {self.restarts}")
-        if self.loss != "ce" and not callable(self.loss):
-            raise ValueError(f'loss must be "ce" or a callable, got {self.loss!r}')
+        loss_function(self.loss)
         if self.bn_mode not in BN_MODES:
             raise ValueError(f'bn_mode must be "eval", "train" or "batch", got {self.bn_mode!r}')
 
@@ -139,14 +134,6 @@ class AttackOptions:
         """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from noise of 0.001."""
         _check_names("tpgd", options, CommonOptions)
         return cls(eps=eps, alpha=alpha, steps=steps, start_eps=min(eps, 0.001), loss=kl_divergence, **options)
-
-
-def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
-    """KL(q || p) of each image [N], with p = softmax(logits) and log q given.
-
-    With this loss the attack loop passes the model's log-probabilities of the clean images instead of labels.
-    """
-    return F.kl_div(F.log_softmax(logits, 1), log_probabilities, reduction="none", log_target=True).sum(1)
 
 
 def _check_names(attack: str, options: Mapping[str, object], allowed: type[CommonOptions]) -> None:

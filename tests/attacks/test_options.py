@@ -15,7 +15,7 @@ INVALID = [
     ({"restarts": 0}, "restarts must be an integer of at least 1, got 0"),
     ({"restarts": 2, "random_start": False}, "restarts must be 1 without a random start, got 2"),
     ({"norm": "l1"}, 'norm must be "linf" or "l2", got \'l1\''),
-    ({"loss": "dlr"}, "loss must be \"ce\" or a callable, got 'dlr'"),
+    ({"loss": "cw"}, 'loss must be "ce", "margin", "dlr" or a callable, got \'cw\''),
     ({"bn_mode": "bn"}, 'bn_mode must be "eval", "train" or "batch", got \'bn\''),
     ({"lo": 1.0, "hi": 0.0}, "lo must not exceed hi, got lo=1.0 and hi=0.0"),
 ]
