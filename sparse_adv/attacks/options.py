@@ -35,6 +35,7 @@ class LossOptions(CommonOptions, total=False):
 
     loss: str | Loss
     targeted: bool
+    early_stop: bool
 
 
 class Ball(NamedTuple):
@@ -53,6 +54,7 @@ class AttackOptions:
     The class methods give the settings of the other attacks.
 
     Raises:
+        TypeError: if eps, alpha, lo or hi is a tensor.
         ValueError: if a value is out of range, naming the argument and the value.
 
     Examples:
@@ -77,12 +79,20 @@ class AttackOptions:
     check: bool = True
     graphs: Graphs | None = None
     engine: bool = True
+    early_stop: bool = False
     start_eps: float | None = None
     """Radius of the ball in which the random start lies; None for `eps`."""
     project: bool = True
     """Whether the start is clamped to [lo, hi] and each step projected onto the ball; False only for N-FGSM."""
 
     def __post_init__(self) -> None:
+        for name in ("eps", "alpha", "lo", "hi"):
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"{name} must be a number, got a tensor of shape {list(value.shape)}: a step has one {name} for "
+                    "all images and channels; attack images with another one in a call of their own"
+                )
         check_ball(self.eps, self.norm, self.lo, self.hi)
         check_alpha(self.alpha)
         if not isinstance(self.steps, int) or self.steps < 0:
