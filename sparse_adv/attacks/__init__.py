@@ -7,30 +7,39 @@ attacks can be captured as CUDA graphs, see `Graphs`.
 """
 
 from sparse_adv.attacks import losses
-from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2, TPGD
+from sparse_adv.attacks.apgd import apgd, apgd_t
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.classes import APGD, APGDT, FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, LossOptions
+from sparse_adv.attacks.sanity import signs_of_masking
 
 __all__ = [
+    "APGD",
+    "APGDT",
     "BN_MODES",
     "FFGSM",
     "FGSM",
     "PGD",
     "PGDL2",
     "TPGD",
+    "Attack",
     "AttackOptions",
     "CommonOptions",
     "Graphs",
     "Loss",
     "LossOptions",
+    "apgd",
+    "apgd_t",
     "fgsm",
     "fgsm_rs",
     "losses",
     "n_fgsm",
     "pgd",
     "run_attack",
+    "signs_of_masking",
     "tpgd",
 ]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv.ops.pgd_step import check_floating
+
+Model = nn.Module | Callable[[Tensor], Tensor]
+"""What an attack is made on: a module, or a plain function that maps images to logits."""
 
 LabelRange = tuple[int, int] | None
 """Smallest and largest label of a batch; None without labels to check."""
@@ -75,7 +79,7 @@ def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
-def int64_labels(labels: object) -> object:
+def int64_labels(labels: Any) -> Any:
     """Return labels of another integer dtype as int64, and anything else as it is."""
     if isinstance(labels, Tensor) and labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
         return labels.long()

@@ -7,8 +7,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
-from sparse_adv.attacks.loop import Model, run_attack
+from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.options import AttackOptions, CommonOptions, Loss, LossOptions
 
 

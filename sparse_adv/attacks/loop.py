@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sparse_adv import ops
 from sparse_adv.attacks.checks import (
     LabelRange,
+    Model,
     as_module,
     check_batch,
     check_label_range,
@@ -27,8 +28,6 @@ from sparse_adv.attacks.losses import kl_divergence, loss_function
 from sparse_adv.attacks.options import AttackOptions
 from sparse_adv.engine import InputGradients
 from sparse_adv.ops.random_start import seed_words
-
-Model = nn.Module | Callable[[Tensor], Tensor]
 
 
 def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions) -> Tensor:

@@ -95,10 +95,8 @@ class AttackOptions:
                 )
         check_ball(self.eps, self.norm, self.lo, self.hi)
         check_alpha(self.alpha)
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
-        if not isinstance(self.restarts, int) or self.restarts < 1:
-            raise ValueError(f"restarts must be an integer of at least 1, got {self.restarts!r}")
+        check_count("steps", self.steps, least=0)
+        check_count("restarts", self.restarts, least=1)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts must be 1 without a random start, got {self.restarts}")
         loss_function(self.loss)
@@ -144,6 +142,12 @@ class AttackOptions:
         """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from noise of 0.001."""
         _check_names("tpgd", options, CommonOptions)
         return cls(eps=eps, alpha=alpha, steps=steps, start_eps=min(eps, 0.001), loss=kl_divergence, **options)
+
+
+def check_count(name: str, count: object, least: int) -> None:
+    """Raise ValueError unless this is an integer of at least `least`."""
+    if not isinstance(count, int) or count < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
 
 
 def _check_names(attack: str, options: Mapping[str, object], allowed: type[CommonOptions]) -> None:
