@@ -16,6 +16,7 @@ from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, LossOptions
 from sparse_adv.attacks.sanity import signs_of_masking
+from sparse_adv.attacks.square import Square, square
 
 __all__ = [
     "APGD",
@@ -32,6 +33,7 @@ __all__ = [
     "Graphs",
     "Loss",
     "LossOptions",
+    "Square",
     "apgd",
     "apgd_t",
     "fgsm",
@@ -41,5 +43,6 @@ __all__ = [
     "pgd",
     "run_attack",
     "signs_of_masking",
+    "square",
     "tpgd",
 ]
