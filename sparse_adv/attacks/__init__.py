@@ -11,6 +11,7 @@ from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.classes import APGD, APGDT, FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
+from sparse_adv.attacks.fab import FAB, fab, fab_t
 from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
@@ -22,6 +23,7 @@ __all__ = [
     "APGD",
     "APGDT",
     "BN_MODES",
+    "FAB",
     "FFGSM",
     "FGSM",
     "PGD",
@@ -36,6 +38,8 @@ __all__ = [
     "Square",
     "apgd",
     "apgd_t",
+    "fab",
+    "fab_t",
     "fgsm",
     "fgsm_rs",
     "losses",

@@ -18,8 +18,9 @@ from sparse_adv.attacks.checks import (
 )
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.loop import bn_mode
-from sparse_adv.attacks.losses import Loss, margin
+from sparse_adv.attacks.losses import margin
 from sparse_adv.attacks.options import Ball
+from sparse_adv.engine.program import LossOfLogits
 from sparse_adv.nn import frozen_weights
 from sparse_adv.ops.random_start import seed_words
 
@@ -37,9 +38,21 @@ class Queries:
         """The logits [N, classes] of images [N, ...]."""
         return self._checked(self._gradients.logits(x))
 
-    def gradient(self, x: Tensor, loss: Loss, labels: Tensor) -> Tensor:
-        """The gradient of loss(logits, labels), summed over the images, with respect to the images."""
-        return self._gradients.gradient(x, lambda logits: loss(self._checked(logits), labels))
+    def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
+        """The gradient of loss(logits), summed over the images, with respect to the images."""
+        return self._gradients.gradient(x, lambda logits: loss(self._checked(logits)))
+
+    def values_and_gradient(self, x: Tensor, function: LossOfLogits) -> tuple[Tensor, Tensor]:
+        """The values function(logits) [N], and the gradient of their sum with respect to the images."""
+        values: list[Tensor] = []
+
+        def recorded(logits: Tensor) -> Tensor:
+            value = function(self._checked(logits))
+            values.append(value.detach())
+            return value
+
+        gradient = self._gradients.gradient(x, recorded)
+        return values[0], gradient
 
     def logits_and_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The logits [N, classes] and the gradient [N, classes, ...] of each: one pass forward and `classes` back."""
@@ -149,6 +162,7 @@ def _rounded_down(value: float, dtype: torch.dtype) -> float:
     return (rounded.nextafter(-torch.ones_like(rounded)) if rounded.item() > value else rounded).item()
 
 
-def private_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
-    """A generator on the device, seeded with one number of the given generator; None for PyTorch's global one."""
+def private_generator(generator: torch.Generator | None, images: Tensor) -> torch.Generator:
+    """A generator on the device of the images, seeded with one number of a generator; None for PyTorch's global one."""
+    device = images.device if isinstance(images, Tensor) else "cpu"  # of the type, the check of the batch complains
     return torch.Generator(device).manual_seed(int(seed_words(generator)[0]) & (2**63 - 1))

@@ -86,7 +86,7 @@ def square(
     check_count("restarts", restarts, least=1)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must lie in (0, 1], got {p_init}")
-    ball, draw = Ball(eps, norm, lo, hi), private_generator(generator, images.device)
+    ball, draw = Ball(eps, norm, lo, hi), private_generator(generator, images)
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best, least = images.clone(), images.new_full(labels.shape, torch.inf)
