@@ -12,16 +12,19 @@ from sparse_adv.attacks.autoattack import AutoAttack
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.classes import APGD, APGDT, FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
+from sparse_adv.attacks.fab import FAB, fab, fab_t
 from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, LossOptions
 from sparse_adv.attacks.sanity import signs_of_masking
+from sparse_adv.attacks.square import Square, square
 
 __all__ = [
     "APGD",
     "APGDT",
     "BN_MODES",
+    "FAB",
     "FFGSM",
     "FGSM",
     "PGD",
@@ -34,8 +37,11 @@ __all__ = [
     "Graphs",
     "Loss",
     "LossOptions",
+    "Square",
     "apgd",
     "apgd_t",
+    "fab",
+    "fab_t",
     "fgsm",
     "fgsm_rs",
     "losses",
@@ -43,5 +49,6 @@ __all__ = [
     "pgd",
     "run_attack",
     "signs_of_masking",
+    "square",
     "tpgd",
 ]

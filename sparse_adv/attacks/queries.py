@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from sparse_adv.attacks.checks import LabelRange, check_batch, check_label_range, count_classes
+from sparse_adv.attacks.checks import (
+    LabelRange,
+    Model,
+    as_module,
+    check_batch,
+    check_label_range,
+    count_classes,
+    int64_labels,
+)
+from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.loop import bn_mode
-from sparse_adv.attacks.losses import Loss, margin
+from sparse_adv.attacks.losses import margin
 from sparse_adv.attacks.options import Ball
-from sparse_adv.engine import input_gradients
-from sparse_adv.engine.program import padded_batch
+from sparse_adv.engine.program import LossOfLogits
 from sparse_adv.nn import frozen_weights
 from sparse_adv.ops.random_start import seed_words
 
@@ -23,27 +29,30 @@ _MARGIN_OF_ROUNDING = 8
 
 
 class Queries:
-    """The logits and input gradients of a model in eval mode, for any part of a batch.
+    """The logits and input gradients of a model in eval mode, for any part of a batch, with the labels checked once."""
 
-    The engine's program is exchanged for a smaller one when the batch has become so much smaller that this pays.
-    """
-
-    def __init__(self, model: nn.Module, label_range: LabelRange, engine: bool, stack: ExitStack) -> None:
-        self._model = model
-        self._label_range = label_range
-        self._engine = engine
-        self._program = stack.enter_context(ExitStack())
-        self._batch = -1
+    def __init__(self, model: nn.Module, gradients: BatchGradients, label_range: LabelRange) -> None:
+        self._model, self._gradients, self._label_range = model, gradients, label_range
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits [N, classes] of images [N, ...]."""
-        self._fit(x)
         return self._checked(self._gradients.logits(x))
 
-    def gradient(self, x: Tensor, loss: Loss, labels: Tensor) -> Tensor:
-        """The gradient of loss(logits, labels), summed over the images, with respect to the images."""
-        self._fit(x)
-        return self._gradients.gradient(x, lambda logits: loss(self._checked(logits), labels))
+    def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
+        """The gradient of loss(logits), summed over the images, with respect to the images."""
+        return self._gradients.gradient(x, lambda logits: loss(self._checked(logits)))
+
+    def values_and_gradient(self, x: Tensor, function: LossOfLogits) -> tuple[Tensor, Tensor]:
+        """The values function(logits) [N], and the gradient of their sum with respect to the images."""
+        values: list[Tensor] = []
+
+        def recorded(logits: Tensor) -> Tensor:
+            value = function(self._checked(logits))
+            values.append(value.detach())
+            return value
+
+        gradient = self._gradients.gradient(x, recorded)
+        return values[0], gradient
 
     def logits_and_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The logits [N, classes] and the gradient [N, classes, ...] of each: one pass forward and `classes` back."""
@@ -56,12 +65,6 @@ class Queries:
             ]
         return logits.detach(), torch.stack(gradients, 1)
 
-    def _fit(self, x: Tensor) -> None:
-        if padded_batch(len(x)) != self._batch:
-            self._program.close()
-            self._gradients = self._program.enter_context(input_gradients(self._model, x, self._engine))
-            self._batch = padded_batch(len(x))
-
     def _checked(self, logits: Tensor) -> Tensor:
         if self._label_range is not None:
             check_label_range(self._label_range, count_classes(logits, len(logits)))
@@ -70,11 +73,11 @@ class Queries:
 
 
 Search = Callable[[Queries, Tensor, Tensor], Tensor]
-"""search(queries, images, labels) -> adversarial images, all of one shape and dtype; images as yet unchanged."""
+"""search(queries, images, labels) -> the adversarial images."""
 
 
 def run_search(
-    search: Search, model: nn.Module, images: Tensor, labels: Tensor, lo: float, hi: float, check: bool, engine: bool
+    search: Search, model: Model, images: Tensor, labels: Tensor, lo: float, hi: float, check: bool, engine: bool
 ) -> Tensor:
     """Check a batch and run a search on it with the model in eval mode; at the end the model is as it was.
 
@@ -93,17 +96,16 @@ def run_search(
     Raises:
         TypeError, ValueError: as in `attacks.pgd`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    module, traceable = as_module(model)
+    labels = int64_labels(labels)
     label_range = check_batch(images, labels, lo=lo, hi=hi) if check else None
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # the wrapper's forward would prepare an all-reduce that is never run
     # Autograd cannot use tensors made in inference mode, so both are copied outside of it.
-    with torch.inference_mode(False), torch.no_grad(), bn_mode(model, "eval"), ExitStack() as stack:
+    with torch.inference_mode(False), torch.no_grad(), bn_mode(module, "eval"):
         images, labels = images.clone(), labels.clone()
         if not len(images):
             return images
-        return torch.empty_like(images).copy_(search(Queries(model, label_range, engine, stack), images, labels))
+        with batch_gradients(module, images, engine and traceable) as gradients, torch.no_grad():
+            return torch.empty_like(images).copy_(search(Queries(module, gradients, label_range), images, labels))
 
 
 def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
@@ -160,6 +162,7 @@ def _rounded_down(value: float, dtype: torch.dtype) -> float:
     return (rounded.nextafter(-torch.ones_like(rounded)) if rounded.item() > value else rounded).item()
 
 
-def private_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
-    """A generator on the device, seeded with one number of the given generator; None for PyTorch's global one."""
+def private_generator(generator: torch.Generator | None, images: Tensor) -> torch.Generator:
+    """A generator on the device of the images, seeded with one number of a generator; None for PyTorch's global one."""
+    device = images.device if isinstance(images, Tensor) else "cpu"  # of the type, the check of the batch complains
     return torch.Generator(device).manual_seed(int(seed_words(generator)[0]) & (2**63 - 1))
