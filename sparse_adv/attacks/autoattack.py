@@ -15,10 +15,12 @@ from torch import Tensor
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.autoattack_state import State, fingerprint
 from sparse_adv.attacks.checks import Model, as_module, check_batch, count_classes, int64_labels, is_correct
+from sparse_adv.attacks.fab import fab_t
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import Ball
 from sparse_adv.attacks.queries import into_ball
 from sparse_adv.attacks.sanity import signs_of_masking
+from sparse_adv.attacks.square import square
 from sparse_adv.engine import input_gradients
 from sparse_adv.ops.pgd_step import check_ball
 from sparse_adv.ops.random_start import seed_words
@@ -36,6 +38,8 @@ MEMBERS = {
     "apgd-ce": Member("100 steps, 1 restart", partial(apgd, steps=100, loss="ce")),
     "apgd-dlr": Member("100 steps, 1 restart", partial(apgd, steps=100, loss="dlr")),
     "apgd-t": Member("100 steps, 9 targets", partial(apgd_t, steps=100, targets=9)),
+    "fab-t": Member("100 steps, 9 targets", partial(fab_t, steps=100, n_target_classes=9)),
+    "square": Member("5000 queries", partial(square, queries=5000)),
 }
 """The attacks by the reference's names."""
 
@@ -234,7 +238,8 @@ class AutoAttack:
         for name in names:
             if name not in state.accuracy:
                 self._attack(name, state, images, labels, batch, path)
-        if "square" in names and names.index("square") and state.accuracy["square"] < state.accuracy[names[-2]]:
+        before = list(state.accuracy)[-2]
+        if names[-1] == "square" and before != "clean" and state.accuracy["square"] < state.accuracy[before]:
             signs.append("square, which needs no gradients, broke images that the gradient attacks left standing")
             self._log(f"warning: {signs[-1]}")
         return Result(title, state.adversarial, state.predictions, state.standing, state.accuracy, state.undone, signs)

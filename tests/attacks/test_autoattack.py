@@ -137,3 +137,19 @@ def test_options_that_do_not_fit_are_refused(attacked):
             AutoAttack(model, **options)
     with pytest.raises(ValueError, match="at least one image"):
         AutoAttack(model, **CUSTOM).run_standard_evaluation(images[:0], labels[:0])
+
+
+def test_the_standard_sequence_alone_is_called_autoattack(attacked, capsys, monkeypatch):
+    model, images, labels = attacked
+    monkeypatch.setitem(
+        autoattack.MEMBERS,
+        "square",
+        autoattack.Member("5000 queries", lambda *args, **options: autoattack.square(*args, queries=20, **options)),
+    )
+    evaluator = AutoAttack(model, eps=EPS, seed=0)
+    evaluator.run_standard_evaluation(images[:6], labels[:6])
+    assert list(evaluator.result.accuracy) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert evaluator.result.name == "AutoAttack" and capsys.readouterr().out.startswith(
+        "AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 9 targets); fab-t (100 steps, 9 targets); "
+        "square (5000 queries); linf, eps 0.012, 6 images, seed 0"
+    )
