@@ -335,7 +335,6 @@ class _Attacker:
         state.step = state.step.where(~halve, state.step / 2)
         state.x = state.best.where(per_image(halve, state.x), state.x)
         state.gradient = state.best_gradient.where(per_image(halve, state.x), state.gradient)
-        state.loss = state.best_loss.where(halve, state.loss)
         state.halved, state.checked_loss = halve, state.best_loss
         state.rises = torch.zeros_like(state.rises)
 

@@ -55,6 +55,8 @@ class Result:
 
     name: str
     """"AutoAttack", or what ran instead."""
+    budgets: str
+    """The attacks in their order, each with its budget."""
     adversarial: Tensor
     """For each image the example that was found, else the image itself."""
     predictions: Tensor
@@ -242,7 +244,9 @@ class AutoAttack:
         if names[-1] == "square" and before != "clean" and state.accuracy["square"] < state.accuracy[before]:
             signs.append("square, which needs no gradients, broke images that the gradient attacks left standing")
             self._log(f"warning: {signs[-1]}")
-        return Result(title, state.adversarial, state.predictions, state.standing, state.accuracy, state.undone, signs)
+        return Result(
+            title, budgets, state.adversarial, state.predictions, state.standing, state.accuracy, state.undone, signs
+        )
 
     def _initial(self, images: Tensor, labels: Tensor, batch: int, seed: int, known: str) -> State:
         predictions, right = [], []

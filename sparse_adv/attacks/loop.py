@@ -198,15 +198,17 @@ def bn_mode(model: nn.Module, mode: str) -> Iterator[None]:
     Args:
         model: any model.
         mode: mode of BatchNorm layers: "eval" uses the running statistics, "train" the statistics of the batch and
-            updates the running ones, "batch" the statistics of the batch without updating the running ones.
+            updates the running ones, "batch" the statistics of the batch without updating the running ones. A layer in
+            eval mode in a model in training mode was frozen on purpose and uses its running statistics in each.
     """
     # Flags are saved and set for each module: model.train() at the end would unfreeze layers frozen in eval mode.
-    training = [(module, module.training) for module in model.modules()]
+    training, model_training = [(module, module.training) for module in model.modules()], model.training
     norms = [module for module, _ in training if isinstance(module, _BatchNorm)]
     tracking = [(module, module.track_running_stats) for module in norms]
     try:
-        for module, _ in training:
-            module.training = mode != "eval" and isinstance(module, _BatchNorm)
+        for module, was_training in training:
+            frozen = model_training and not was_training
+            module.training = mode != "eval" and isinstance(module, _BatchNorm) and not frozen
         for module in norms if mode == "batch" else ():
             module.track_running_stats = False
         yield

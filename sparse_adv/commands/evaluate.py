@@ -162,7 +162,7 @@ def _autoattack(
     evaluator.run_standard_evaluation(data.to_unit(images.images), images.labels, state_path=options.state)
     assert evaluator.result is not None
     lowest = min(evaluator.result.accuracy.values())
-    meaning = f"robust accuracy {lowest:.1%} under {evaluator.result.name}"
+    meaning = f"robust accuracy {lowest:.1%} under {evaluator.result.name}: {evaluator.result.budgets}"
     return evaluator.result.accuracy, meaning, evaluator.result.signs
 
 

@@ -126,6 +126,16 @@ def test_bn_mode_train_updates_the_running_statistics_once_per_step(model, image
     assert not torch.equal(model[1].running_mean, make_model()[1].running_mean)
 
 
+@pytest.mark.parametrize("mode", attacks.BN_MODES)
+def test_a_frozen_batch_norm_stays_frozen_in_every_mode(model, images, labels, mode):
+    model.train()
+    model[1].eval()
+    before = copy.deepcopy(model[1].state_dict())
+    pgd(model, images, labels, steps=2, bn_mode=mode)
+    assert all(torch.equal(value, before[name]) for name, value in model[1].state_dict().items())
+    assert (model[3][1].num_batches_tracked > 3) == (mode == "train")
+
+
 def test_restarts_return_a_success_or_else_the_result_of_highest_loss_for_each_image(model, images):
     model.eval()
     labels = model(images).argmax(1)

@@ -108,6 +108,19 @@ def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
     assert "--state is for --attack autoattack" in refused(capsys, "evaluate", str(tmp_path), "--state", "a")
 
 
+def test_evaluate_runs_autoattack_and_goes_on_from_its_state(tmp_path, capsys):
+    torch.save(models.build("digits_cnn", width=8).state_dict(), tmp_path / "a.pt")
+    arguments = ["evaluate", str(tmp_path / "a.pt"), "--arch", "digits_cnn", "--width", "8", "--images", "20"]
+    arguments += ["--attack", "autoattack", "--eps", "0.3", "--state", str(tmp_path / "state.safetensors")]
+    found = []
+    for _ in range(2):
+        assert main(arguments) == 0
+        found += lines(capsys)
+    assert found[0] == found[1] and (tmp_path / "state.safetensors").exists()
+    assert list(found[0])[5:10] == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert "under AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 9 targets)" in found[0]["meaning"]
+
+
 def test_report_speaks_to_people_and_to_programs(trained, searched, tmp_path, capsys):
     assert main(["report", str(searched), str(trained), "--out", str(tmp_path), "--no-json"]) == 0
     assert "| a ticket" in capsys.readouterr().out
