@@ -9,42 +9,62 @@ attacks can be captured as CUDA graphs, see `Graphs`.
 from sparse_adv.attacks import losses
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.bim import BIM, bim
 from sparse_adv.attacks.classes import APGD, APGDT, FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
+from sparse_adv.attacks.cw import CW, cw
+from sparse_adv.attacks.deepfool import DeepFool, deepfool
+from sparse_adv.attacks.eotpgd import EOTPGD, eotpgd
 from sparse_adv.attacks.fab import FAB, fab, fab_t
 from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
+from sparse_adv.attacks.mifgsm import MIFGSM, mifgsm
+from sparse_adv.attacks.multi_attack import MultiAttack
 from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, LossOptions
+from sparse_adv.attacks.rfgsm import RFGSM, rfgsm
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.attacks.square import Square, square
 
 __all__ = [
     "APGD",
     "APGDT",
+    "BIM",
     "BN_MODES",
+    "CW",
+    "EOTPGD",
     "FAB",
     "FFGSM",
     "FGSM",
+    "MIFGSM",
     "PGD",
     "PGDL2",
+    "RFGSM",
     "TPGD",
     "Attack",
     "AttackOptions",
     "CommonOptions",
+    "DeepFool",
     "Graphs",
     "Loss",
     "LossOptions",
+    "MultiAttack",
     "Square",
     "apgd",
     "apgd_t",
+    "bim",
+    "cw",
+    "deepfool",
+    "eotpgd",
     "fab",
     "fab_t",
     "fgsm",
     "fgsm_rs",
     "losses",
+    "mifgsm",
     "n_fgsm",
     "pgd",
+    "rfgsm",
     "run_attack",
     "signs_of_masking",
     "square",
