@@ -1,4 +1,4 @@
-"""Adversarial attacks: loops around the fused ops `random_start` and `pgd_step`.
+"""Adversarial attacks: loops around the fused ops `random_start` and `pgd_step`, and searches for the nearest example.
 
 An attack leaves the model as it was: training flags, buffers (except with bn_mode "train"), `requires_grad` and
 `.grad`; no attack computes weight gradients. Images are in [lo, hi], normally [0, 1]; a model that needs normalised
