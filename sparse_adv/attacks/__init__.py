@@ -8,6 +8,7 @@ attacks can be captured as CUDA graphs, see `Graphs`.
 
 from sparse_adv.attacks import losses
 from sparse_adv.attacks.apgd import apgd, apgd_t
+from sparse_adv.attacks.autoattack import AutoAttack
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.bim import BIM, bim
 from sparse_adv.attacks.classes import APGD, APGDT, FFGSM, FGSM, PGD, PGDL2, TPGD
@@ -43,6 +44,7 @@ __all__ = [
     "TPGD",
     "Attack",
     "AttackOptions",
+    "AutoAttack",
     "CommonOptions",
     "DeepFool",
     "Graphs",

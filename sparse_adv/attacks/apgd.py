@@ -10,21 +10,10 @@ import torch
 from torch import Tensor
 
 from sparse_adv import ops
-from sparse_adv.attacks.checks import (
-    LabelRange,
-    Model,
-    as_module,
-    check_batch,
-    check_label_range,
-    count_classes,
-    int64_labels,
-    is_correct,
-)
-from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.checks import Model, is_correct
 from sparse_adv.attacks.losses import Loss, loss_function, targeted_dlr
 from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import into_ball, per_image
+from sparse_adv.attacks.queries import Queries, into_ball, per_image, run_search
 from sparse_adv.ops.pgd_step import check_ball
 from sparse_adv.ops.random_start import seed_words
 
@@ -104,11 +93,13 @@ def apgd(
     settings = Settings(Ball(eps, norm, lo, hi), steps, rho, eot_iter, targeted)
     check_count("restarts", restarts, least=1)
 
-    def attack(attacker: _Attacker) -> None:
+    def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        attacker = _Attacker(queries, images, labels, settings, generator)
         for _ in range(restarts):
             attacker.ascend(lambda logits, labels: sign * objective(logits, labels))
+        return attacker.result
 
-    return _run(attack, model, images, labels, settings, generator, check, engine)
+    return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
 def apgd_t(
@@ -159,12 +150,14 @@ def apgd_t(
     check_count("restarts", restarts, least=1)
     check_count("targets", targets, least=1)
 
-    def attack(attacker: _Attacker) -> None:
+    def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        attacker = _Attacker(queries, images, labels, settings, generator)
         for _ in range(restarts):
             for rank in range(min(targets, attacker.wrong_classes.shape[1])):
                 attacker.ascend(targeted_dlr, rank)
+        return attacker.result
 
-    return _run(attack, model, images, labels, settings, generator, check, engine)
+    return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
 @dataclass(frozen=True)
@@ -221,17 +214,15 @@ class _Attacker:
 
     def __init__(
         self,
-        gradients: BatchGradients,
+        queries: Queries,
         images: Tensor,
         labels: Tensor,
-        label_range: LabelRange,
         settings: Settings,
-        words: Tensor,
+        generator: torch.Generator | None,
     ) -> None:
-        self._gradients, self._images, self._labels = gradients, images, labels
-        self._settings, self._words = settings, words
-        logits = gradients.logits(images)
-        check_label_range(label_range, count_classes(logits, len(images)))
+        self._queries, self._images, self._labels = queries, images, labels
+        self._settings, self._words = settings, seed_words(generator).to(images.device)
+        logits = queries.logits(images)
         self.result = images.clone()
         self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=logits.dtype)
         self._standing = self._stands(logits, labels).nonzero().squeeze(1)
@@ -319,10 +310,10 @@ class _Attacker:
 
         last_loss = state.loss
         if with_gradient:
-            passes = [self._gradients.gradient(state.x, loss) for _ in range(self._settings.eot_iter)]
+            passes = [self._queries.gradient(state.x, loss) for _ in range(self._settings.eot_iter)]
             state.gradient = torch.stack(passes).mean(0)
         else:
-            loss(self._gradients.logits(state.x))
+            loss(self._queries.logits(state.x))
         state.loss = torch.stack(losses).mean(0)
         if bool(stands.all()):
             return state, last_loss
@@ -355,28 +346,3 @@ def _checkpoints(steps: int) -> Iterator[int]:
     while fraction <= 1:
         yield math.ceil(round(fraction * steps, 6))  # 0.41 * 100 would be 41.000000000000004
         before, fraction = fraction, fraction + max(fraction - before - 0.03, 0.06)
-
-
-def _run(
-    attack: Callable[[_Attacker], None],
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    settings: Settings,
-    generator: torch.Generator | None,
-    check: bool,
-    engine: bool,
-) -> Tensor:
-    """Check a batch and attack it with the model in eval mode; at the end the model is as it was."""
-    module, traceable = as_module(model)
-    labels = int64_labels(labels)
-    label_range = check_batch(images, labels, lo=settings.ball.lo, hi=settings.ball.hi) if check else None
-    with torch.inference_mode(False), torch.no_grad(), bn_mode(module, "eval"):
-        images, labels, words = images.clone(), labels.clone(), seed_words(generator).to(images.device)
-        if not len(images):
-            return images
-        with batch_gradients(module, images, engine and traceable) as gradients:
-            attacker = _Attacker(gradients, images, labels, label_range, settings, words)
-            with torch.no_grad():
-                attack(attacker)
-        return attacker.result

@@ -90,6 +90,8 @@ def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
     (found,) = lines(capsys)
     test = runs.read(trained).result.test
     assert {name: found[name] for name in test} == test and found["eps"] == 0.1
+    assert found["pgd-50 margin x 5"] <= found["clean"] and "an upper bound" in found["meaning"]
+    assert found["warnings"] == []
     assert json.loads((tmp_path / "found.json").read_text()) == found
     assert main([*arguments, "--steps", "5", "--restarts", "3", "--split", "validation", "--images", "15"]) == 0
     (found,) = lines(capsys)
@@ -103,6 +105,7 @@ def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
     assert lines(capsys)[0]["images"] == 20
     assert "does not fit" in refused(capsys, "evaluate", str(tmp_path / "a.pt"), "--arch", "digits_cnn")
     assert "--arch" in refused(capsys, "evaluate", str(tmp_path / "a.pt"))
+    assert "--state is for --attack autoattack" in refused(capsys, "evaluate", str(tmp_path), "--state", "a")
 
 
 def test_report_speaks_to_people_and_to_programs(trained, searched, tmp_path, capsys):
