@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
-from sparse_adv.attacks.hyperplane import onto_hyperplane
+from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import Ball, check_count
 from sparse_adv.attacks.queries import (
     Queries,
@@ -98,15 +98,7 @@ def fab(
         attack = _Fab(model, images, labels, settings, draw)
 
         def nearest(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            logits, gradients = model.logits_and_gradients(x)
-            of_label = labels[index]
-            rows = torch.arange(len(x), device=x.device)
-            leads = logits[rows, of_label][:, None] - logits
-            slopes = gradients[rows, of_label][:, None] - gradients
-            lengths = torch.linalg.vector_norm(slopes.flatten(2), settings.dual, dim=2)
-            ratios = (leads.abs() / lengths.clamp_min(1e-12)).scatter(1, of_label[:, None], torch.inf)
-            k = ratios.argmin(1)
-            return leads[rows, k], slopes[rows, k]
+            return nearest_boundary(model, x, labels[index], norm)
 
         def to_target(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             return model.values_and_gradient(x, lambda logits: -advantage(logits, labels[index], True))
@@ -273,7 +265,6 @@ class _Settings:
         self.ball = Ball(torch.inf if eps is None else eps, norm, lo, hi)
         self.steps, self.restarts, self.targeted = steps, restarts, targeted
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
-        self.dual = 1 if norm == "linf" else 2
 
 
 class _Fab:

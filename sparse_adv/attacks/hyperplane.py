@@ -1,4 +1,4 @@
-"""The projection of images onto a hyperplane within the range of pixel values."""
+"""Linearised boundaries between classes: the nearest one, and the projection of images onto it within their range."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import torch
 from torch import Tensor
 
 from sparse_adv.attacks.options import Ball
+from sparse_adv.attacks.queries import Queries
+
+
+def nearest_boundary(model: Queries, x: Tensor, labels: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """How far the label leads, z_y - z_k [N], and its gradient [N, ...], for the class k whose boundary is nearest.
+
+    That is the k != y with the least |z_y - z_k| / |gradient|_dual; the dual norm is l1 for linf and l2 for l2.
+    """
+    logits, gradients = model.logits_and_gradients(x)
+    rows = torch.arange(len(x), device=x.device)
+    leads = logits[rows, labels][:, None] - logits
+    slopes = gradients[rows, labels][:, None] - gradients
+    lengths = torch.linalg.vector_norm(slopes.flatten(2), 1 if norm == "linf" else 2, dim=2)
+    k = (leads.abs() / lengths.clamp_min(1e-12)).scatter(1, labels[:, None], torch.inf).argmin(1)
+    return leads[rows, k], slopes[rows, k]
 
 
 def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tensor:

@@ -18,7 +18,7 @@ from sparse_adv.attacks.checks import (
 )
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.loop import bn_mode
-from sparse_adv.attacks.losses import margin
+from sparse_adv.attacks.losses import Loss, loss_function, margin
 from sparse_adv.attacks.options import Ball
 from sparse_adv.engine.program import LossOfLogits
 from sparse_adv.nn import frozen_weights
@@ -166,3 +166,9 @@ def private_generator(generator: torch.Generator | None, images: Tensor) -> torc
     """A generator on the device of the images, seeded with one number of a generator; None for PyTorch's global one."""
     device = images.device if isinstance(images, Tensor) else "cpu"  # of the type, the check of the batch complains
     return torch.Generator(device).manual_seed(int(seed_words(generator)[0]) & (2**63 - 1))
+
+
+def loss_to_raise(loss: str | Loss, labels: Tensor, targeted: bool) -> LossOfLogits:
+    """The function of the logits that an attack raises: the loss, or its negative if targeted."""
+    function, sign = loss_function(loss), -1 if targeted else 1
+    return lambda logits: sign * function(logits, labels)
