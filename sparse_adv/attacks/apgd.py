@@ -335,6 +335,7 @@ class _Attacker:
         state.step = state.step.where(~halve, state.step / 2)
         state.x = state.best.where(per_image(halve, state.x), state.x)
         state.gradient = state.best_gradient.where(per_image(halve, state.x), state.gradient)
+        # The loss stays that of the point that was left: the next step is compared with it, not with the highest one.
         state.halved, state.checked_loss = halve, state.best_loss
         state.rises = torch.zeros_like(state.rises)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.autoattack_state import State, fingerprint
-from sparse_adv.attacks.checks import Model, as_module, check_batch, count_classes, int64_labels, is_correct
+from sparse_adv.attacks.checks import (
+    Model,
+    as_module,
+    check_batch,
+    check_label_range,
+    count_classes,
+    int64_labels,
+    is_correct,
+)
 from sparse_adv.attacks.fab import fab_t
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import Ball
@@ -75,7 +84,8 @@ class AutoAttack:
     """AutoAttack: APGD-CE, targeted APGD, targeted FAB and Square, each on the images that all before left standing.
 
     Every example found is moved into the ball without slack, clamped to the range of pixel values and classified again
-    by the model in float32; only those that are then misclassified count. An image with a NaN among its logits is
+    by the model itself, without the engine and without autocast (in float32, if weights and images are); only those
+    that are then misclassified count. An image with a NaN among its logits is
     misclassified. What runs is printed with its budget. Only version "standard" is called AutoAttack.
 
     Args:
@@ -213,7 +223,7 @@ class AutoAttack:
 
     def _run(self, names: Sequence[str], images: Tensor, labels: Tensor, batch: int, path: Path | None) -> Result:
         labels = int64_labels(labels)
-        check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
+        label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
         if batch < 1 or not len(images):
             raise ValueError(f"there must be at least one image and bs at least 1, got {len(images)} and {batch}")
         full = self.version == "standard" and tuple(names) == VERSIONS["standard"]
@@ -226,6 +236,7 @@ class AutoAttack:
         budgets = "; ".join(f"{name} ({MEMBERS[name].budget}{averaged})" for name in names)
         self._log(f"{title}: {budgets}; {self.ball.norm}, eps {self.ball.eps:g}, {len(images)} images, seed {seed}")
         first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
+        check_label_range(label_range, count_classes(self._logits(first), len(first)))
         signs = signs_of_masking(self.model, first, truth)
         if self.version == "rand":
             signs = [sign for sign in signs if "between two calls" not in sign]
@@ -252,7 +263,6 @@ class AutoAttack:
         predictions, right = [], []
         for x, y in self._batches(images, labels, batch):
             logits = self._logits(x)
-            count_classes(logits, len(x))
             predictions.append(logits.argmax(1).cpu())
             right.append(is_correct(logits, y).cpu())
         standing = torch.cat(right)
@@ -269,7 +279,9 @@ class AutoAttack:
         while state.pending.any():
             index = state.pending.nonzero().squeeze(1)[:batch]
             x, y = images[index].to(self.device), labels[index].to(self.device)
-            noise = torch.Generator().manual_seed((state.seed * 1_000_003 + int(index[0])) % 2**63)
+            # Of its own for each batch and attack, so that an interrupted run draws the same numbers again.
+            own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
+            noise = torch.Generator().manual_seed(own_seed % 2**63)
             options: dict[str, Any] = {"eot_iter": EOT_ITER} if self.version == "rand" else {}
             eps, norm, lo, hi = self.ball
             adv = MEMBERS[name].attack(
@@ -302,7 +314,7 @@ class AutoAttack:
 
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:
-        """What the model itself returns, in float32."""
+        """What the model itself returns, without the engine and without autocast."""
         with bn_mode(self.module, "eval"), torch.autocast(x.device.type, enabled=False):
             return self.module(x)
 

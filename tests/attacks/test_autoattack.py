@@ -124,8 +124,13 @@ def test_model_and_random_state_are_as_found(attacked):
     assert snapshot(model) == before and torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_options_that_do_not_fit_are_refused(attacked):
+def test_options_and_batches_that_do_not_fit_are_refused(attacked):
     model, images, labels = attacked
+    for wrong, message in ((labels + 5, r"labels must lie in \[0, 4\]"), (labels[:3], "one label per image")):
+        with pytest.raises(ValueError, match=message):
+            AutoAttack(model, **CUSTOM).run_standard_evaluation(images, wrong)
+    with pytest.raises(TypeError, match=r"model must return logits .* got a tuple"):
+        AutoAttack(lambda x: (x, x), **CUSTOM).run_standard_evaluation(images, labels)
     for options, message in (
         ({"version": "plus"}, "version must be"),
         ({"attacks_to_run": ["square"]}, 'is for version "custom" only'),

@@ -80,6 +80,19 @@ def test_the_result_is_in_the_ball_and_has_a_higher_loss(model, images, labels, 
     assert (losses(model, adv, labels) > losses(model, images, labels)).all()
 
 
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_optimum_of_a_linear_model_is_reached(norm, loss):
+    """The margin of two classes is w x + b; its greatest rise in the ball is eps |w| in the dual norm."""
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    linear[1].bias.data[0] += 5
+    images, labels, eps = torch.full((2, 3, 2, 2), 0.5, dtype=torch.float64), torch.tensor([0, 0]), 0.1
+    weight = linear[1].weight[1] - linear[1].weight[0]
+    adv = pgd(linear, images, labels, eps=eps, alpha=0.05, steps=60, norm=norm, loss=loss)
+    rise = attacks.losses.margin(linear(adv), labels) - attacks.losses.margin(linear(images), labels)
+    torch.testing.assert_close(rise, (eps * weight.norm(p=1 if norm == "linf" else 2)).expand(2), rtol=1e-6, atol=0)
+
+
 def test_a_targeted_attack_decreases_the_loss_of_the_target(model, images, labels):
     adv = pgd(model, images, labels, targeted=True)
     assert (losses(model, adv, labels) < losses(model, images, labels)).all()
