@@ -67,8 +67,9 @@ def square(
         ValueError: if a value, shape or name is out of range.
 
     Source: Andriushchenko et al., "Square attack: a query-efficient black-box adversarial attack via random search"
-    (ECCV 2020), algorithms 1 to 3 and equation 2. The paper does not list the halving after 500 queries; the code
-    that its authors published, and so AutoAttack, has it.
+    (ECCV 2020), algorithms 1 to 3 and equation 2. The paper does not list the halving after 500 queries, which
+    torchattacks and AutoAttack have. As in the paper, a square may lie at any position; torchattacks never draws the
+    last row and column, which matters on small images.
 
     Examples:
         >>> import torch
