@@ -1,4 +1,4 @@
-"""Adversarial attacks: loops around the fused ops `random_start` and `pgd_step`.
+"""Adversarial attacks: loops around the fused ops `random_start` and `pgd_step`, and searches for the nearest example.
 
 An attack leaves the model as it was: training flags, buffers (except with bn_mode "train"), `requires_grad` and
 `.grad`; no attack computes weight gradients. Images are in [lo, hi], normally [0, 1]; a model that needs normalised
@@ -6,28 +6,69 @@ images must normalise inside. A model in DistributedDataParallel is attacked thr
 attacks can be captured as CUDA graphs, see `Graphs`.
 """
 
-from sparse_adv.attacks.classes import FFGSM, FGSM, PGD, PGDL2, TPGD
+from sparse_adv.attacks import losses
+from sparse_adv.attacks.apgd import apgd, apgd_t
+from sparse_adv.attacks.autoattack import AutoAttack
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.bim import BIM, bim
+from sparse_adv.attacks.classes import APGD, APGDT, FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
+from sparse_adv.attacks.cw import CW, cw
+from sparse_adv.attacks.deepfool import DeepFool, deepfool
+from sparse_adv.attacks.eotpgd import EOTPGD, eotpgd
+from sparse_adv.attacks.fab import FAB, fab, fab_t
 from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.loop import run_attack
-from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, Loss, LossOptions
+from sparse_adv.attacks.losses import Loss
+from sparse_adv.attacks.mifgsm import MIFGSM, mifgsm
+from sparse_adv.attacks.multi_attack import MultiAttack
+from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, LossOptions
+from sparse_adv.attacks.rfgsm import RFGSM, rfgsm
+from sparse_adv.attacks.sanity import signs_of_masking
+from sparse_adv.attacks.square import Square, square
 
 __all__ = [
+    "APGD",
+    "APGDT",
+    "BIM",
     "BN_MODES",
+    "CW",
+    "EOTPGD",
+    "FAB",
     "FFGSM",
     "FGSM",
+    "MIFGSM",
     "PGD",
     "PGDL2",
+    "RFGSM",
     "TPGD",
+    "Attack",
     "AttackOptions",
+    "AutoAttack",
     "CommonOptions",
+    "DeepFool",
     "Graphs",
     "Loss",
     "LossOptions",
+    "MultiAttack",
+    "Square",
+    "apgd",
+    "apgd_t",
+    "bim",
+    "cw",
+    "deepfool",
+    "eotpgd",
+    "fab",
+    "fab_t",
     "fgsm",
     "fgsm_rs",
+    "losses",
+    "mifgsm",
     "n_fgsm",
     "pgd",
+    "rfgsm",
     "run_attack",
+    "signs_of_masking",
+    "square",
     "tpgd",
 ]

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv.ops.pgd_step import check_floating
+
+Model = nn.Module | Callable[[Tensor], Tensor]
+"""What an attack is made on: a module, or a plain function that maps images to logits."""
 
 LabelRange = tuple[int, int] | None
 """Smallest and largest label of a batch; None without labels to check."""
@@ -51,11 +57,59 @@ def check_label_range(label_range: LabelRange, classes: int) -> None:
         )
 
 
-def count_classes(logits: Tensor, images: int) -> int:
-    """Return the number of classes; raise ValueError if the model's output is not logits [images, classes]."""
+def count_classes(logits: object, images: int) -> int:
+    """Return the number of classes.
+
+    Raises:
+        TypeError: if the model's output is not a tensor.
+        ValueError: if it is not logits [images, classes].
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"model must return logits [{images}, classes], got a {type(logits).__name__}: wrap it in a function that "
+            "returns the logits alone"
+        )
     if logits.dim() != 2 or len(logits) != images:
         raise ValueError(f"model must return logits [{images}, classes], got shape {tuple(logits.shape)}")
     return logits.shape[1]
+
+
+def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether each image is classified as its label, bool [N]; an image with a NaN among its logits is not."""
+    return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+
+
+def int64_labels(labels: Any) -> Any:
+    """Return labels of another integer dtype as int64, and anything else as it is."""
+    if isinstance(labels, Tensor) and labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        return labels.long()
+    return labels
+
+
+class _Function(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = (function,)  # in a tuple, so that the modes of a module in it stay the caller's
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function[0](x)
+
+
+def as_module(model: object) -> tuple[nn.Module, bool]:
+    """Return the model as a module, and whether the engine may trace it: it leaves plain functions to autograd.
+
+    Raises:
+        TypeError: if the model cannot be called.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return model.module, True  # the wrapper's forward would prepare an all-reduce that is never run
+    if isinstance(model, nn.Module):
+        return model, True
+    if not callable(model):
+        raise TypeError(f"model must be an nn.Module or a function of the images, got {type(model).__name__}")
+    return _Function(model), False
 
 
 class InputValidator:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Unpack
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from sparse_adv.attacks.apgd import apgd, apgd_t
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.loop import run_attack
+from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.options import AttackOptions, CommonOptions, LossOptions
 
 
-class _Attack:
+class _GradientAttack(Attack):
     """A model and the options of an attack on it.
 
     Args:
@@ -22,13 +27,14 @@ class _Attack:
             has no effect.
     """
 
-    def __init__(self, model: nn.Module, options: AttackOptions, graph: bool) -> None:
-        self.model = model
+    def __init__(self, model: Model, options: AttackOptions, graph: bool) -> None:
+        super().__init__(model)
+        self.targeted = options.targeted
         self.options = replace(options, graphs=Graphs()) if graph and options.graphs is None else options
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return adversarial images for a batch: images float [N, ...], labels int64 [N]."""
-        return run_attack(self.model, images, labels, self.options)
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        return run_attack(model, images, labels, replace(self.options, targeted=targeted))
 
     def __repr__(self) -> str:
         values = [
@@ -39,7 +45,7 @@ class _Attack:
         return f"{type(self).__name__}({', '.join(values)})"
 
 
-class PGD(_Attack):
+class PGD(_GradientAttack):
     """`attacks.pgd` bound to a model; positional arguments are in the order of torchattacks.PGD.
 
     Args:
@@ -61,7 +67,7 @@ class PGD(_Attack):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         eps: float = 8 / 255,
         alpha: float = 2 / 255,
         steps: int = 10,
@@ -83,6 +89,7 @@ class PGDL2(PGD):
 
     Args:
         model, eps, alpha, steps, random_start, restarts, options: as in `attacks.pgd`.
+        eps_for_division: accepted, and without effect: a gradient of zero does not move an image.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:
@@ -100,11 +107,12 @@ class PGDL2(PGD):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         eps: float = 1.0,
         alpha: float = 0.2,
         steps: int = 10,
         random_start: bool = True,
+        eps_for_division: float = 1e-10,
         *,
         restarts: int = 1,
         graph: bool = False,
@@ -113,7 +121,7 @@ class PGDL2(PGD):
         super().__init__(model, eps, alpha, steps, random_start, norm="l2", restarts=restarts, graph=graph, **options)
 
 
-class FGSM(_Attack):
+class FGSM(_GradientAttack):
     """`attacks.fgsm` bound to a model, with the interface of torchattacks.FGSM.
 
     Args:
@@ -132,12 +140,12 @@ class FGSM(_Attack):
     """
 
     def __init__(
-        self, model: nn.Module, eps: float = 8 / 255, *, graph: bool = False, **options: Unpack[LossOptions]
+        self, model: Model, eps: float = 8 / 255, *, graph: bool = False, **options: Unpack[LossOptions]
     ) -> None:
         super().__init__(model, AttackOptions.fgsm(eps, **options), graph)
 
 
-class FFGSM(_Attack):
+class FFGSM(_GradientAttack):
     """`attacks.fgsm_rs` bound to a model, with the interface of torchattacks.FFGSM.
 
     Args:
@@ -157,7 +165,7 @@ class FFGSM(_Attack):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         eps: float = 8 / 255,
         alpha: float = 10 / 255,
         *,
@@ -167,7 +175,7 @@ class FFGSM(_Attack):
         super().__init__(model, AttackOptions.fgsm_rs(eps, alpha, **options), graph)
 
 
-class TPGD(_Attack):
+class TPGD(_GradientAttack):
     """`attacks.tpgd` bound to a model, with the interface of torchattacks.TPGD; labels are accepted and not used.
 
     Args:
@@ -185,9 +193,11 @@ class TPGD(_Attack):
         torch.Size([2, 1, 8, 8])
     """
 
+    supports_targets = False
+
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         eps: float = 8 / 255,
         alpha: float = 2 / 255,
         steps: int = 10,
@@ -197,6 +207,113 @@ class TPGD(_Attack):
     ) -> None:
         super().__init__(model, AttackOptions.tpgd(eps, alpha, steps, **options), graph)
 
-    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return adversarial images for a batch of images, float [N, ...]."""
-        return run_attack(self.model, images, None, self.options)
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch; the labels are not used."""
+        return run_attack(model, images, None, self.options)
+
+
+class APGD(Attack):
+    """`attacks.apgd` bound to a model, with the interface of torchattacks.APGD.
+
+    Args:
+        model, eps, steps, loss, eot_iter, rho: as in `attacks.apgd`.
+        norm: "Linf" or "L2".
+        n_restarts: number of random starts.
+        seed: of the random starts; each call draws the same ones.
+        verbose: accepted, and without effect.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.APGD(models.build("digits_cnn", width=8), eps=0.1, steps=5, loss="dlr")
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 10,
+        n_restarts: int = 1,
+        seed: int = 0,
+        loss: str | Loss = "ce",
+        eot_iter: int = 1,
+        rho: float = 0.75,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(model)
+        self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
+        self.loss, self.eot_iter, self.rho = loss, eot_iter, rho
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        return apgd(
+            model,
+            images,
+            labels,
+            norm=self.norm.lower(),
+            eps=self.eps,
+            steps=self.steps,
+            restarts=self.n_restarts,
+            loss=self.loss,
+            targeted=targeted,
+            eot_iter=self.eot_iter,
+            rho=self.rho,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+class APGDT(Attack):
+    """`attacks.apgd_t` bound to a model, with the interface of torchattacks.APGDT.
+
+    Args:
+        model, eps, steps, eot_iter, rho: as in `attacks.apgd`.
+        norm, n_restarts, seed, verbose: as in `APGD`.
+        n_classes: number of classes; all wrong ones are targets.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.APGDT(models.build("digits_cnn", width=8), eps=0.1, steps=5)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    supports_targets = False
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 10,
+        n_restarts: int = 1,
+        seed: int = 0,
+        eot_iter: int = 1,
+        rho: float = 0.75,
+        verbose: bool = False,
+        n_classes: int = 10,
+    ) -> None:
+        super().__init__(model)
+        self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
+        self.eot_iter, self.rho, self.n_classes = eot_iter, rho, n_classes
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        return apgd_t(
+            model,
+            images,
+            labels,
+            norm=self.norm.lower(),
+            eps=self.eps,
+            steps=self.steps,
+            restarts=self.n_restarts,
+            targets=self.n_classes - 1,
+            eot_iter=self.eot_iter,
+            rho=self.rho,
+            generator=torch.Generator().manual_seed(self.seed),
+        )

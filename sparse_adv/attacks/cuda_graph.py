@@ -174,7 +174,8 @@ def _key(loop: PGDLoop, images: Tensor, labels: Tensor | None, label_range: Labe
     batch = [tensor for tensor in (images, labels) if tensor is not None]
     key = (
         (options.start, options.ball, options.alpha, options.steps, options.restarts, options.bn_mode, options.engine),
-        (options.loss if isinstance(options.loss, str) else id(options.loss), options.targeted, label_range is None),
+        (options.loss if isinstance(options.loss, str) else id(options.loss), options.targeted, options.early_stop),
+        label_range is None,
         tuple((tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for tensor in batch),
         tuple((id(module), getattr(module, "track_running_stats", None)) for module in modules),
         tuple((t.data_ptr(), t.dtype, t.stride()) for t in (*model.parameters(), *model.buffers())),

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.options import AttackOptions, CommonOptions, Loss, LossOptions
 
 
 def pgd(
-    model: nn.Module,
+    model: Model,
     images: Tensor,
     labels: Tensor,
     *,
@@ -32,6 +33,7 @@ def pgd(
     check: bool = True,
     graphs: Graphs | None = None,
     engine: bool = True,
+    early_stop: bool = False,
 ) -> Tensor:
     """Projected gradient descent: repeat adv = project(adv + alpha * direction(d loss / d adv)) `steps` times.
 
@@ -40,33 +42,40 @@ def pgd(
     training flags, buffers (except with bn_mode "train"), `requires_grad` and `.grad`.
 
     Args:
-        model: maps images in [lo, hi] to logits [N, classes].
+        model: maps images in [lo, hi] to logits [N, classes]; a module, or a plain function, which autograd
+            differentiates.
         images: float tensor [N, ...], the clean images.
-        labels: int64 tensor [N]: the true classes, or the classes to reach if targeted. With a callable loss, whatever
-            it takes.
+        labels: integer tensor [N]: the true classes, or the classes to reach if targeted. With a callable loss,
+            whatever it takes.
         eps: radius of the ball around each image, in units of the images.
         alpha: step size, in units of the images.
         steps: number of steps; each is one forward and one backward pass.
         random_start: start at a random point of the ball instead of the clean image.
         norm: "linf" or "l2".
-        loss: "ce" (cross-entropy) or a function (logits, labels) -> loss, a scalar or one number per image [N].
-        restarts: number of random starts; each image's result with the highest loss is returned. To compare them, a
-            loss that returns a scalar is evaluated image by image.
+        loss: "ce" (cross-entropy), "margin" or "dlr", see `attacks.losses`, or a function (logits, labels) -> loss, a
+            scalar or one number per image [N].
+        restarts: number of random starts. An image that one of them misclassifies (or that reaches its target) is
+            returned, whatever its loss; of the others the one with the highest loss. To compare them, a loss that
+            returns a scalar is evaluated image by image.
         targeted: minimise the loss instead of maximising it.
         lo, hi: range of pixel values.
         generator: generator of the random starts, of which one number is drawn; None for PyTorch's global generator.
         bn_mode: mode of BatchNorm layers during the attack: "eval" uses the running statistics; "train" uses the
             statistics of the batch and updates the running ones at each step; "batch" uses the statistics of the batch
-            and leaves the running ones unchanged. All other layers (dropout) are in eval mode.
+            and leaves the running ones unchanged. All other layers (dropout), and BatchNorm layers in eval mode in a
+            model in training mode, which somebody froze, are in eval mode.
         check: check the values of images and labels; on a GPU this synchronises once, before the attack starts.
         graphs: cache of CUDA graphs, see `Graphs`; None runs the attack step by step.
         engine: whether the engine may form the gradients, see `sparse_adv.engine`; False leaves them to autograd.
+        early_stop: leave an image where it is as soon as a step finds it misclassified (or at its target). The
+            labels must be classes.
 
     Returns:
         The adversarial images, detached, in [lo, hi], with shape, dtype and memory format of `images`.
 
     Raises:
-        TypeError: if model is not a module, images are not floating point or labels not int64.
+        TypeError: if model cannot be called, images are not floating point, labels no integers, or a number is a
+            tensor.
         ValueError: if a value, shape or name is out of range.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
@@ -96,12 +105,13 @@ def pgd(
         check=check,
         graphs=graphs,
         engine=engine,
+        early_stop=early_stop,
     )
     return run_attack(model, images, labels, options)
 
 
 def fgsm(
-    model: nn.Module,
+    model: Model,
     images: Tensor,
     labels: Tensor,
     *,
@@ -113,7 +123,7 @@ def fgsm(
 
     Args:
         model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
-            check, graphs and engine.
+            check, graphs, engine and early_stop.
 
     Returns:
         The adversarial images, detached, as in `pgd`.
@@ -136,7 +146,7 @@ def fgsm(
 
 
 def fgsm_rs(
-    model: nn.Module,
+    model: Model,
     images: Tensor,
     labels: Tensor,
     *,
@@ -150,7 +160,7 @@ def fgsm_rs(
     Args:
         alpha: step size; None for 1.25 eps.
         model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
-            check, graphs and engine.
+            check, graphs, engine and early_stop.
 
     Returns:
         The adversarial images, detached, as in `pgd`.
@@ -173,7 +183,7 @@ def fgsm_rs(
 
 
 def n_fgsm(
-    model: nn.Module,
+    model: Model,
     images: Tensor,
     labels: Tensor,
     *,
@@ -212,7 +222,7 @@ def n_fgsm(
 
 
 def tpgd(
-    model: nn.Module,
+    model: Model,
     images: Tensor,
     *,
     eps: float = 8 / 255,

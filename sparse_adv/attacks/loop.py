@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import ops
-from sparse_adv.attacks.checks import LabelRange, check_batch, check_label_range, count_classes
-from sparse_adv.attacks.options import AttackOptions, kl_divergence
-from sparse_adv.engine import InputGradients, input_gradients
+from sparse_adv.attacks.checks import (
+    LabelRange,
+    Model,
+    as_module,
+    check_batch,
+    check_label_range,
+    count_classes,
+    int64_labels,
+    is_correct,
+)
+from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
+from sparse_adv.attacks.losses import kl_divergence, loss_function
+from sparse_adv.attacks.options import AttackOptions
+from sparse_adv.engine import InputGradients
 from sparse_adv.ops.random_start import seed_words
 
 
-def run_attack(model: nn.Module, images: Tensor, labels: Any, options: AttackOptions) -> Tensor:
+def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions) -> Tensor:
     """Run the attack that the options describe; all other attack functions and classes call this one.
 
     Args:
-        model: maps images to logits [N, classes].
+        model: a module that maps images to logits [N, classes], or a plain function, which autograd differentiates.
         images: float tensor [N, ...].
-        labels: int64 tensor [N]; with a callable loss, whatever it takes.
+        labels: integer tensor [N]; with a callable loss, whatever it takes.
         options: the settings of the attack.
 
     Returns:
@@ -44,8 +54,8 @@ def run_attack(model: nn.Module, images: Tensor, labels: Any, options: AttackOpt
         >>> adv.shape
         torch.Size([2, 1, 8, 8])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    module, traceable = as_module(model)
+    labels = int64_labels(labels)
     label_range = None
     if options.check:
         label_range = check_batch(images, labels, not callable(options.loss), options.lo, options.hi)
@@ -58,9 +68,7 @@ def run_attack(model: nn.Module, images: Tensor, labels: Any, options: AttackOpt
             philox_state = seed_words(options.generator).to(images.device, non_blocking=on_gpu)
         if not len(images):
             return images.detach().clone()
-        if isinstance(model, DistributedDataParallel):
-            model = model.module  # the wrapper's forward would prepare an all-reduce that is never run
-        loop = PGDLoop(model, options)
+        loop = PGDLoop(module, options if traceable else replace(options, engine=False))
         if options.graphs is None:
             return loop.run(images, labels, philox_state, label_range)
         return options.graphs.run(loop, images, labels, philox_state, label_range)
@@ -78,7 +86,7 @@ class PGDLoop:
     """What formed the gradients of the last run; a CUDA graph of that run uses its memory."""
 
     def run(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange = None) -> Tensor:
-        """Attack a batch; with restarts, return for each image the result with the highest loss.
+        """Attack a batch; with restarts, return for each image a success, or else the result with the highest loss.
 
         Args:
             images: float tensor [N, ...], the clean images.
@@ -89,14 +97,12 @@ class PGDLoop:
             label_range: range of the labels, which is compared with the number of the model's classes.
         """
         options = self.options
-        # Autograd cannot use tensors made in inference mode.
         with (
             torch.inference_mode(False),
-            torch.enable_grad(),
             bn_mode(self.model, options.bn_mode),
-            input_gradients(self.model, images.detach(), options.engine) as gradients,
+            batch_gradients(self.model, images, options.engine) as gradients,
         ):
-            self.gradients = gradients
+            self.gradients = gradients.formed_by
             if options.loss is kl_divergence:
                 labels = F.log_softmax(gradients.logits(images), 1)
             elif isinstance(labels, Tensor) and labels.is_inference():
@@ -104,18 +110,18 @@ class PGDLoop:
             best = self._attack(gradients, images, labels, philox_state, label_range)
             if options.restarts == 1:
                 return best
-            best_loss = self._loss_per_image(gradients, best, labels)
+            best_loss, won = self._outcome(gradients, best, labels)
             for _ in range(options.restarts - 1):
                 adv = self._attack(gradients, images, labels, philox_state, None)
-                loss = self._loss_per_image(gradients, adv, labels)
-                better = loss > best_loss
+                loss, fooled = self._outcome(gradients, adv, labels)
+                better = ~won & (fooled | (loss > best_loss))
                 best = adv.where(better.view(-1, *[1] * (images.dim() - 1)), best)
-                best_loss = loss.where(better, best_loss)
+                best_loss, won = loss.where(better, best_loss), won | fooled
         return best
 
     def _attack(
         self,
-        gradients: InputGradients,
+        gradients: BatchGradients,
         images: Tensor,
         labels: Any,
         philox_state: Tensor | None,
@@ -123,20 +129,37 @@ class PGDLoop:
     ) -> Tensor:
         """One start and all steps."""
         options = self.options
+        fooled: Tensor | None = None
 
         def loss(logits: Tensor) -> Tensor:
-            nonlocal label_range
-            if label_range is not None:
+            nonlocal label_range, fooled
+            if isinstance(options.loss, str):
                 self.classes = count_classes(logits, len(images))
                 check_label_range(label_range, self.classes)
                 label_range = None
+            if options.early_stop:
+                fooled = self._is_fooled(logits, labels)
             return self._loss(logits, labels)
 
         adv = self._start(images, philox_state)
+        result = adv.clone() if options.early_stop else adv
+        standing = torch.arange(len(images), device=images.device)
+        # On a GPU the host would wait for the count, and batch statistics would change without the images that fell.
+        compacts = options.early_stop and images.device.type == "cpu" and options.bn_mode == "eval"
         for _ in range(options.steps):
             grad = gradients.gradient(adv, loss)
-            adv = ops.pgd_step(adv, grad, images, options.alpha, *options.ball)
-        return adv
+            if compacts and fooled is not None and fooled.any():
+                result[standing[fooled]] = adv[fooled]
+                standing, adv, grad, images, labels = (t[~fooled] for t in (standing, adv, grad, images, labels))
+                if not len(adv):
+                    return result
+                fooled = None
+            moved = ops.pgd_step(adv, grad, images, options.alpha, *options.ball)
+            adv = moved if fooled is None else adv.where(fooled.view(-1, *[1] * (images.dim() - 1)), moved)
+        if len(adv) == len(result):
+            return adv
+        result[standing] = adv
+        return result
 
     def _start(self, images: Tensor, philox_state: Tensor | None) -> Tensor:
         if self.options.start is None or philox_state is None:
@@ -148,17 +171,24 @@ class PGDLoop:
 
     def _loss(self, logits: Tensor, labels: Any) -> Tensor:
         """The loss to maximise, a scalar or one number per image: the negative loss if targeted."""
-        loss = self.options.loss
-        value = loss(logits, labels) if callable(loss) else F.cross_entropy(logits, labels, reduction="none")
+        value = loss_function(self.options.loss)(logits, labels)
         return -value if self.options.targeted else value
 
+    def _is_fooled(self, logits: Tensor, labels: Any) -> Tensor:
+        """Whether each image is a success, bool [N]; false if the labels are not classes."""
+        if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == logits.shape[:1]):
+            return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        correct = is_correct(logits, labels)
+        return correct if self.options.targeted else ~correct
+
     @torch.no_grad()
-    def _loss_per_image(self, gradients: InputGradients, adv: Tensor, labels: Any) -> Tensor:
+    def _outcome(self, gradients: BatchGradients, adv: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+        """The loss of each image and whether it is a success, both [N]."""
         logits = gradients.logits(adv)
         loss = self._loss(logits, labels)
-        if loss.shape == logits.shape[:1]:
-            return loss
-        return torch.cat([self._loss(logits[i : i + 1], labels[i : i + 1]).view(1) for i in range(len(logits))])
+        if loss.shape != logits.shape[:1]:
+            loss = torch.cat([self._loss(logits[i : i + 1], labels[i : i + 1]).view(1) for i in range(len(logits))])
+        return loss, self._is_fooled(logits, labels)
 
 
 @contextmanager
@@ -168,15 +198,17 @@ def bn_mode(model: nn.Module, mode: str) -> Iterator[None]:
     Args:
         model: any model.
         mode: mode of BatchNorm layers: "eval" uses the running statistics, "train" the statistics of the batch and
-            updates the running ones, "batch" the statistics of the batch without updating the running ones.
+            updates the running ones, "batch" the statistics of the batch without updating the running ones. A layer in
+            eval mode in a model in training mode was frozen on purpose and uses its running statistics in each.
     """
     # Flags are saved and set for each module: model.train() at the end would unfreeze layers frozen in eval mode.
-    training = [(module, module.training) for module in model.modules()]
+    training, model_training = [(module, module.training) for module in model.modules()], model.training
     norms = [module for module, _ in training if isinstance(module, _BatchNorm)]
     tracking = [(module, module.track_running_stats) for module in norms]
     try:
-        for module, _ in training:
-            module.training = mode != "eval" and isinstance(module, _BatchNorm)
+        for module, was_training in training:
+            frozen = model_training and not was_training
+            module.training = mode != "eval" and isinstance(module, _BatchNorm) and not frozen
         for module in norms if mode == "batch" else ():
             module.track_running_stats = False
         yield

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
 from sparse_adv.ops.pgd_step import check_alpha, check_ball
 
 if TYPE_CHECKING:
     from sparse_adv.attacks.cuda_graph import Graphs
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""loss(logits, labels) -> the loss of the batch (a scalar) or of each image [N]."""
 
 BN_MODES = ("eval", "train", "batch")
 
@@ -39,6 +35,7 @@ class LossOptions(CommonOptions, total=False):
 
     loss: str | Loss
     targeted: bool
+    early_stop: bool
 
 
 class Ball(NamedTuple):
@@ -57,6 +54,7 @@ class AttackOptions:
     The class methods give the settings of the other attacks.
 
     Raises:
+        TypeError: if eps, alpha, lo or hi is a tensor.
         ValueError: if a value is out of range, naming the argument and the value.
 
     Examples:
@@ -81,22 +79,27 @@ class AttackOptions:
     check: bool = True
     graphs: Graphs | None = None
     engine: bool = True
+    early_stop: bool = False
     start_eps: float | None = None
     """Radius of the ball in which the random start lies; None for `eps`."""
     project: bool = True
     """Whether the start is clamped to [lo, hi] and each step projected onto the ball; False only for N-FGSM."""
 
     def __post_init__(self) -> None:
+        for name in ("eps", "alpha", "lo", "hi"):
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"{name} must be a number, got a tensor of shape {list(value.shape)}: a step has one {name} for "
+                    "all images and channels; attack images with another one in a call of their own"
+                )
         check_ball(self.eps, self.norm, self.lo, self.hi)
         check_alpha(self.alpha)
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
-        if not isinstance(self.restarts, int) or self.restarts < 1:
-            raise ValueError(f"restarts must be an integer of at least 1, got {self.restarts!r}")
+        check_count("steps", self.steps, least=0)
+        check_count("restarts", self.restarts, least=1)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts must be 1 without a random start, got {self.restarts}")
-        if self.loss != "ce" and not callable(self.loss):
-            raise ValueError(f'loss must be "ce" or a callable, got {self.loss!r}')
+        loss_function(self.loss)
         if self.bn_mode not in BN_MODES:
             raise ValueError(f'bn_mode must be "eval", "train" or "batch", got {self.bn_mode!r}')
 
@@ -141,12 +144,10 @@ class AttackOptions:
         return cls(eps=eps, alpha=alpha, steps=steps, start_eps=min(eps, 0.001), loss=kl_divergence, **options)
 
 
-def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
-    """KL(q || p) of each image [N], with p = softmax(logits) and log q given.
-
-    With this loss the attack loop passes the model's log-probabilities of the clean images instead of labels.
-    """
-    return F.kl_div(F.log_softmax(logits, 1), log_probabilities, reduction="none", log_target=True).sum(1)
+def check_count(name: str, count: object, least: int) -> None:
+    """Raise ValueError unless this is an integer of at least `least`."""
+    if not isinstance(count, int) or count < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
 
 
 def _check_names(attack: str, options: Mapping[str, object], allowed: type[CommonOptions]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import attacks, json_files, runs
-from sparse_adv.attacks.checks import InputValidator, count_classes
+from sparse_adv.attacks.checks import InputValidator, count_classes, is_correct
 from sparse_adv.config import Norm, TrainConfig
 from sparse_adv.data import Batches, Split
 from sparse_adv.runs import EpochRecord, TicketChecks, TrainResult
@@ -40,7 +40,7 @@ class Accuracy(NamedTuple):
 
 
 def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> Accuracy:
-    """Measure the fraction of images that the model classifies correctly.
+    """Measure the fraction of images that the model classifies correctly; one with a NaN among its logits never is.
 
     Args:
         model: maps images [N, C, H, W] in [0, 1] to logits [N, classes]; evaluated in eval mode and left as it was.
@@ -51,7 +51,7 @@ def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> A
         The accuracy over the images of all processes, and the passes that it took.
 
     Raises:
-        ValueError: if there is no image.
+        TypeError, ValueError: if there is no image, or the model's output is not logits [N, classes].
 
     Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -72,6 +72,8 @@ def robust_accuracy(
     steps: int = 10,
     restarts: int = 1,
     norm: Norm = "linf",
+    loss: str | attacks.Loss = "ce",
+    early_stop: bool = False,
     seed: int = 0,
     batch_size: int = 256,
     graphs: attacks.Graphs | None = None,
@@ -81,13 +83,17 @@ def robust_accuracy(
 
     On a CPU a restart attacks only the images that all attacks before have left correct. On a GPU it attacks all
     images, so that the host never waits for a count and one CUDA graph serves all batches of a shape; the accuracy is
-    the same. It is an upper bound of the robustness, meant for comparing runs; for published numbers use AutoAttack.
+    the same. It is an upper bound of the robustness, meant for comparing runs; for published numbers use
+    `attacks.AutoAttack`.
 
     Args:
         model, images, batch_size: as in `clean_accuracy`.
         eps, norm, steps: radius, norm and number of steps, as in `attacks.pgd`.
         alpha: step size; None for eps / 4.
-        restarts: number of attacks, each from another random start.
+        restarts: number of attacks, each from another random start; one success of any of them counts.
+        loss: as in `attacks.pgd`; "margin" is mostly the stronger one.
+        early_stop: as in `attacks.pgd`: an image counts as wrong if any step finds it misclassified. The passes are
+            counted as if no image stopped early.
         seed: of the random starts.
         graphs: CUDA graphs of earlier calls to use again; None for graphs of this call alone.
         engine: as in `attacks.pgd`. The predictions that count are those of the model itself.
@@ -110,7 +116,14 @@ def robust_accuracy(
     noise = torch.Generator().manual_seed(distributed.own_seed(seed))
     size = eps / 4 if alpha is None else alpha
     graphs = graphs or attacks.Graphs()
-    options: attacks.LossOptions = {"generator": noise, "check": False, "graphs": graphs, "engine": engine}
+    options: attacks.LossOptions = {
+        "generator": noise,
+        "check": False,
+        "graphs": graphs,
+        "engine": engine,
+        "early_stop": early_stop,
+        "loss": loss,
+    }
 
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return attacks.pgd(model, x, y, eps=eps, alpha=size, steps=steps, norm=norm, **options)
@@ -232,17 +245,18 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
         for x, y in as_batches(images, batch_size):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)
-            standing = logits.argmax(1) == y  # correct under all attacks so far
+            classes = count_classes(logits, len(y))
+            standing = is_correct(logits, y)  # under all attacks so far
             count += len(y)
             forward += len(y)
             if tries:
-                y = validator.check(x, y, count_classes(logits, len(y)))
+                y = validator.check(x, y, classes)
             for attack in tries:
                 if at_once:
                     x, y, standing = x[standing], y[standing], standing[standing]
                     if not len(y):
                         break
-                standing = standing & (_logits(model, attack(model, x, y)).argmax(1) == y)
+                standing = standing & is_correct(_logits(model, attack(model, x, y)), y)
                 forward += (steps + 1) * len(y)
                 backward += steps * len(y)
             correct += standing.sum()

@@ -33,7 +33,10 @@ IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
             ValueError,
             r"model must return logits \[2, classes\], got shape \(2, 5, 1, 1\)",
         ),
-        ({"model": torch.sin}, TypeError, "model must be an nn.Module, got builtin_function_or_method"),
+        ({"model": "vgg"}, TypeError, "model must be an nn.Module or a function of the images, got str"),
+        ({"model": lambda x: (x, x)}, TypeError, r"model must return logits \[2, classes\], got a tuple: wrap it in"),
+        ({"model": lambda x: {"logits": x}}, TypeError, r"model must return logits \[2, classes\], got a dict"),
+        ({"model": lambda x: x.flatten(1)[:1]}, ValueError, r"must return logits \[2, classes\], got shape \(1, 192\)"),
     ],
 )
 @pytest.mark.parametrize("attack", [pgd, n_fgsm])

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ ATTACKS = {
     "fgsm_rs": fgsm_rs,
     "n_fgsm": n_fgsm,
     "restarts": lambda *args, **options: pgd(*args, steps=2, restarts=3, **options),
+    "early_stop": lambda *args, **options: pgd(*args, loss="margin", early_stop=True, restarts=2, **options),
     "l2": lambda *args, **options: pgd(*args, eps=0.5, alpha=0.1, norm="l2", **options),
 }
 
@@ -78,6 +80,19 @@ def test_the_result_is_in_the_ball_and_has_a_higher_loss(model, images, labels, 
     assert (losses(model, adv, labels) > losses(model, images, labels)).all()
 
 
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_optimum_of_a_linear_model_is_reached(norm, loss):
+    """The margin of two classes is w x + b; its greatest rise in the ball is eps |w| in the dual norm."""
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    linear[1].bias.data[0] += 5
+    images, labels, eps = torch.full((2, 3, 2, 2), 0.5, dtype=torch.float64), torch.tensor([0, 0]), 0.1
+    weight = linear[1].weight[1] - linear[1].weight[0]
+    adv = pgd(linear, images, labels, eps=eps, alpha=0.05, steps=60, norm=norm, loss=loss)
+    rise = attacks.losses.margin(linear(adv), labels) - attacks.losses.margin(linear(images), labels)
+    torch.testing.assert_close(rise, (eps * weight.norm(p=1 if norm == "linf" else 2)).expand(2), rtol=1e-6, atol=0)
+
+
 def test_a_targeted_attack_decreases_the_loss_of_the_target(model, images, labels):
     adv = pgd(model, images, labels, targeted=True)
     assert (losses(model, adv, labels) < losses(model, images, labels)).all()
@@ -124,17 +139,75 @@ def test_bn_mode_train_updates_the_running_statistics_once_per_step(model, image
     assert not torch.equal(model[1].running_mean, make_model()[1].running_mean)
 
 
-def test_restarts_return_the_result_of_highest_loss_for_each_image(model, images, labels):
+@pytest.mark.parametrize("mode", attacks.BN_MODES)
+def test_a_frozen_batch_norm_stays_frozen_in_every_mode(model, images, labels, mode):
+    model.train()
+    model[1].eval()
+    before = copy.deepcopy(model[1].state_dict())
+    pgd(model, images, labels, steps=2, bn_mode=mode)
+    assert all(torch.equal(value, before[name]) for name, value in model[1].state_dict().items())
+    assert (model[3][1].num_batches_tracked > 3) == (mode == "train")
+
+
+def test_restarts_return_a_success_or_else_the_result_of_highest_loss_for_each_image(model, images):
     model.eval()
+    labels = model(images).argmax(1)
+    options = {"eps": EPS / 4, "alpha": EPS / 4}
     blocks = torch.tensor([0, (images.numel() + 3) // 4])
     ends = []
     for restart in range(4):
-        begin = random_start(images, EPS, seed=philox_state() + restart * blocks)
-        ends.append(textbook_pgd(model, begin, images, labels, 1, alpha=ALPHA, eps=EPS))
-    best = torch.stack([losses(model, end, labels) for end in ends]).argmax(0)
-    assert len(best.unique()) > 1
-    adv = pgd(model, images, labels, steps=1, restarts=4, generator=generator())
-    assert torch.equal(adv, torch.stack(ends)[best, torch.arange(len(images))])
+        begin = random_start(images, EPS / 4, seed=philox_state() + restart * blocks)
+        ends.append(textbook_pgd(model, begin, images, labels, 1, **options))
+    wrong = torch.stack([model(end).argmax(1) != labels for end in ends])
+    # The first success, else the highest loss: a success outranks any loss.
+    rank = torch.stack([losses(model, end, labels) for end in ends]).where(~wrong, 100 - torch.arange(4.0)[:, None])
+    assert 0 < wrong.any(0).sum() < len(images) and len(rank.argmax(0).unique()) > 1
+    adv = pgd(model, images, labels, steps=1, restarts=4, generator=generator(), **options)
+    assert torch.equal(adv, torch.stack(ends)[rank.argmax(0), torch.arange(len(images))])
+
+
+def test_with_restarts_targets_that_are_reached_are_kept(model, images):
+    targets = (model.eval()(images).argmax(1) + 1) % 5
+    options = {"targeted": True, "steps": 1, "alpha": EPS}
+    reached = [
+        model(pgd(model, images, targets, **options, restarts=n, generator=generator())).argmax(1) == targets
+        for n in (1, 2, 8)
+    ]
+    assert all((more >= fewer).all() for fewer, more in pairwise(reached))
+
+
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("targeted", [True, False])
+def test_early_stop_returns_the_first_success_of_the_same_path(model, images, engine, targeted):
+    """Eight images, so that the batch is halved; images that fall early, late and never."""
+    images = torch.cat([images, batch(seed=2)[0][:2]])
+    right = model.eval()(images).argmax(1)
+    labels = (right + 1) % 5 if targeted else right
+    options = {"eps": EPS / 2, "alpha": EPS / 16, "random_start": False, "targeted": targeted, "engine": engine}
+    path = [pgd(model, images, labels, steps=n, **options) for n in range(9)]
+    success = [(model(adv).argmax(1) == labels) == targeted for adv in path]
+    adv = pgd(model, images, labels, steps=8, early_stop=True, **options)
+    first = [next((k for k in range(9) if success[k][i]), 8) for i in range(len(images))]
+    assert len(set(first)) > 2
+    assert_close(adv, torch.stack([path[k][i] for i, k in enumerate(first)]))
+
+
+def test_early_stop_moves_the_others_alike_when_batch_statistics_keep_the_batch_whole(model, images):
+    options = {"bn_mode": "batch", "random_start": False, "early_stop": True, "eps": 0.2, "alpha": 0.05}
+    assert pgd(model, images, torch.zeros(6, dtype=torch.int64), **options).shape == images.shape
+
+
+def test_a_plain_function_is_attacked_like_a_module(model, images, labels):
+    model.eval()
+    adv = pgd(lambda x: model(x), images, labels, generator=generator())
+    assert torch.equal(adv, pgd(model, images, labels, engine=False, generator=generator()))
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_may_have_any_integer_dtype(model, images, labels, dtype):
+    adv = pgd(model, images, labels.to(dtype), generator=generator())
+    assert torch.equal(adv, pgd(model, images, labels, generator=generator()))
 
 
 def test_exactly_one_number_is_drawn_from_the_global_generator(model, images, labels):

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from helpers.attacked import batch, make_model
 
 from sparse_adv.attacks import FGSM, PGD, TPGD, AttackOptions, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
@@ -15,7 +16,7 @@ INVALID = [
     ({"restarts": 0}, "restarts must be an integer of at least 1, got 0"),
     ({"restarts": 2, "random_start": False}, "restarts must be 1 without a random start, got 2"),
     ({"norm": "l1"}, 'norm must be "linf" or "l2", got \'l1\''),
-    ({"loss": "dlr"}, "loss must be \"ce\" or a callable, got 'dlr'"),
+    ({"loss": "cw"}, 'loss must be "ce", "margin", "dlr" or a callable, got \'cw\''),
     ({"bn_mode": "bn"}, 'bn_mode must be "eval", "train" or "batch", got \'bn\''),
     ({"lo": 1.0, "hi": 0.0}, "lo must not exceed hi, got lo=1.0 and hi=0.0"),
 ]
@@ -54,3 +55,9 @@ def test_an_option_that_an_attack_does_not_have_raises_type_error(attack, option
     batch_ = () if isinstance(attack, type) else batch()[:1] if attack is tpgd else batch()
     with pytest.raises(TypeError, match=next(iter(options))):
         attack(make_model(), *batch_, **options)
+
+
+@pytest.mark.parametrize("name", ["eps", "alpha", "lo", "hi"])
+def test_a_tensor_where_a_step_has_one_number_is_refused_in_a_sentence(name):
+    with pytest.raises(TypeError, match=rf"{name} must be a number, got a tensor of shape \[6\]"):
+        pgd(make_model(), *batch(), **{name: torch.full((6,), 0.1)})

@@ -90,6 +90,8 @@ def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
     (found,) = lines(capsys)
     test = runs.read(trained).result.test
     assert {name: found[name] for name in test} == test and found["eps"] == 0.1
+    assert found["pgd-50 margin x 5"] <= found["clean"] and "an upper bound" in found["meaning"]
+    assert found["warnings"] == []
     assert json.loads((tmp_path / "found.json").read_text()) == found
     assert main([*arguments, "--steps", "5", "--restarts", "3", "--split", "validation", "--images", "15"]) == 0
     (found,) = lines(capsys)
@@ -103,6 +105,20 @@ def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
     assert lines(capsys)[0]["images"] == 20
     assert "does not fit" in refused(capsys, "evaluate", str(tmp_path / "a.pt"), "--arch", "digits_cnn")
     assert "--arch" in refused(capsys, "evaluate", str(tmp_path / "a.pt"))
+    assert "--state is for --attack autoattack" in refused(capsys, "evaluate", str(tmp_path), "--state", "a")
+
+
+def test_evaluate_runs_autoattack_and_goes_on_from_its_state(tmp_path, capsys):
+    torch.save(models.build("digits_cnn", width=8).state_dict(), tmp_path / "a.pt")
+    arguments = ["evaluate", str(tmp_path / "a.pt"), "--arch", "digits_cnn", "--width", "8", "--images", "20"]
+    arguments += ["--attack", "autoattack", "--eps", "0.3", "--state", str(tmp_path / "state.safetensors")]
+    found = []
+    for _ in range(2):
+        assert main(arguments) == 0
+        found += lines(capsys)
+    assert found[0] == found[1] and (tmp_path / "state.safetensors").exists()
+    assert list(found[0])[5:10] == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert "under AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 9 targets)" in found[0]["meaning"]
 
 
 def test_report_speaks_to_people_and_to_programs(trained, searched, tmp_path, capsys):

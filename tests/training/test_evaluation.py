@@ -143,3 +143,39 @@ def test_the_host_waits_for_cuda_at_the_end_only(model):
 
     accuracy = training.robust_accuracy(model.cuda(), watched(), eps=0.12, steps=3, restarts=2)
     assert accuracy.forward == 40 * (1 + 2 * 4)
+
+
+def test_nan_is_neither_right_nor_robust(model):
+    class Nan(nn.Module):
+        def forward(self, x):
+            return model(x) * torch.nan
+
+    zeros = [(data.to_unit(VALIDATION.images), torch.zeros_like(VALIDATION.labels))]
+    assert training.clean_accuracy(Nan(), zeros).fraction == 0
+    assert training.robust_accuracy(Nan(), zeros, steps=1).fraction == 0
+
+
+@pytest.mark.parametrize("measure", [training.clean_accuracy, training.robust_accuracy])
+def test_outputs_that_are_no_logits_get_a_sentence(model, measure):
+    class Returns(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            self.wrap = wrap
+
+        def forward(self, x):
+            return self.wrap(model(x))
+
+    for wrap, error, words in (
+        (lambda z: (z, z), TypeError, "got a tuple"),
+        (lambda z: {"logits": z}, TypeError, "got a dict"),
+        (lambda z: z[:, 0], ValueError, r"got shape \(40,\)"),
+    ):
+        with pytest.raises(error, match=f"model must return logits .*{words}"):
+            measure(Returns(wrap), VALIDATION)
+
+
+def test_more_steps_restarts_and_early_stop_never_raise_the_accuracy(model):
+    attack = {"eps": 0.12, "alpha": 0.03, "seed": 9, "loss": "margin", "early_stop": True}
+    for budgets in ([{"steps": n} for n in (1, 3, 9)], [{"steps": 3, "restarts": n} for n in (1, 2, 8)]):
+        fractions = [training.robust_accuracy(model, VALIDATION, **attack, **budget).fraction for budget in budgets]
+        assert fractions == sorted(fractions, reverse=True) and fractions[-1] < 1

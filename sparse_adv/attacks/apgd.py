@@ -1,0 +1,348 @@
+"""Auto-PGD: projected gradient ascent with momentum whose step size follows the progress of each image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from sparse_adv import ops
+from sparse_adv.attacks.checks import Model, is_correct
+from sparse_adv.attacks.losses import Loss, loss_function, targeted_dlr
+from sparse_adv.attacks.options import Ball, check_count
+from sparse_adv.attacks.queries import Queries, into_ball, per_image, run_search
+from sparse_adv.ops.pgd_step import check_ball
+from sparse_adv.ops.random_start import seed_words
+
+MOMENTUM = 0.75
+"""Weight of the newest step; the step before has the rest."""
+
+
+def apgd(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    steps: int = 100,
+    restarts: int = 1,
+    loss: str | Loss = "ce",
+    targeted: bool = False,
+    rho: float = 0.75,
+    eot_iter: int = 1,
+    generator: torch.Generator | None = None,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """Auto-PGD: gradient ascent with momentum that halves the step size of an image when it makes no progress.
+
+    With P the projection onto the ball and d the direction of the gradient, sign(g) for linf and g / |g| for l2::
+
+        z = P(x_k + step * d_k)
+        x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))
+
+    The step starts at 2 eps. At the checkpoints ceil(p_j steps), p = 0, 0.22, then p_{j+1} = p_j + max(p_j - p_{j-1} -
+    0.03, 0.06), it is halved, and the ascent goes on from the point of highest loss, if the loss rose in fewer than
+    rho of the steps since the last checkpoint, or if neither the step nor the highest loss has changed since then.
+
+    Args:
+        model: maps images in [lo, hi] to logits [N, classes]; a module, or a plain function, which autograd
+            differentiates.
+        images: float tensor [N, ...], the clean images.
+        labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
+        norm: "linf" or "l2".
+        eps: radius of the ball around each image, in units of the images.
+        steps: number of steps; each is one pass forward and back of the images that still stand.
+        restarts: number of random starts; a restart attacks the images that still stand.
+        loss: "ce", "dlr", "margin", see `attacks.losses`, or a function (logits, labels) -> loss of each image [N].
+        targeted: minimise the loss instead of maximising it.
+        rho: fraction of the steps that must raise the loss, in [0, 1].
+        eot_iter: number of gradients that are averaged for each step, for models that draw random numbers.
+        generator: one number is drawn of it; None for PyTorch's global generator.
+        lo, hi: range of pixel values.
+        check: check the values of images and labels; on a GPU this synchronises once.
+        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+
+    Returns:
+        For each image the first adversarial example found, else the point of highest loss; images that are
+        misclassified without an attack are returned as they are. Detached, with shape, dtype and memory format of
+        `images`, in the ball and in [lo, hi] without slack.
+
+    Raises:
+        TypeError, ValueError: as in `attacks.pgd`, and if steps, restarts, rho or eot_iter is out of range.
+
+    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+    attacks" (ICML 2020), algorithm 1.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = attacks.apgd(model, images, labels, eps=0.1, steps=10, loss="dlr")
+        >>> bool((adv - images).abs().max() <= 0.1)
+        True
+    """
+    objective, sign = loss_function(loss), -1 if targeted else 1
+    settings = Settings(Ball(eps, norm, lo, hi), steps, rho, eot_iter, targeted)
+    check_count("restarts", restarts, least=1)
+
+    def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        attacker = _Attacker(queries, images, labels, settings, generator)
+        for _ in range(restarts):
+            attacker.ascend(lambda logits, labels: sign * objective(logits, labels))
+        return attacker.result
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+def apgd_t(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int = 9,
+    rho: float = 0.75,
+    eot_iter: int = 1,
+    generator: torch.Generator | None = None,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """Auto-PGD on the targeted DLR loss, once for each of the wrong classes that the clean image is nearest to.
+
+    Any misclassification counts as a success, not that of the target alone.
+
+    Args:
+        labels: integer tensor [N], the true classes.
+        targets: number of wrong classes, in the order of their logits at the clean image; at most classes - 1 are
+            tried.
+        model, images, norm, eps, steps, restarts, rho, eot_iter, generator, lo, hi, check, engine: as in `apgd`.
+
+    Returns:
+        As in `apgd`.
+
+    Raises:
+        TypeError, ValueError: as in `apgd`, and if targets is less than 1 or the model has fewer than 4 classes.
+
+    Source: Croce and Hein (ICML 2020), as for `apgd`, section 4.2 and equation 7.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> attacks.apgd_t(model, images, labels, eps=0.1, steps=5, targets=3).shape
+        torch.Size([4, 1, 8, 8])
+    """
+    settings = Settings(Ball(eps, norm, lo, hi), steps, rho, eot_iter, False)
+    check_count("restarts", restarts, least=1)
+    check_count("targets", targets, least=1)
+
+    def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        attacker = _Attacker(queries, images, labels, settings, generator)
+        for _ in range(restarts):
+            for rank in range(min(targets, attacker.wrong_classes.shape[1])):
+                attacker.ascend(targeted_dlr, rank)
+        return attacker.result
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all ascents of an attack share; `apgd` documents it."""
+
+    ball: Ball
+    steps: int
+    rho: float
+    eot_iter: int
+    targeted: bool
+
+    def __post_init__(self) -> None:
+        check_ball(*self.ball)
+        check_count("steps", self.steps, least=1)
+        check_count("eot_iter", self.eot_iter, least=1)
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
+
+
+@dataclass
+class _State:
+    """The images that still stand, and where their ascent is; the first dimension of each tensor is that of `index`."""
+
+    index: Tensor
+    """Place of each image in the batch."""
+    clean: Tensor
+    arguments: tuple[Tensor, ...]
+    """Of the loss: labels, and targets if there are any."""
+    x: Tensor
+    previous: Tensor
+    gradient: Tensor
+    loss: Tensor
+    best: Tensor
+    best_gradient: Tensor
+    best_loss: Tensor
+    step: Tensor
+    rises: Tensor
+    """Steps since the last checkpoint that raised the loss."""
+    checked_loss: Tensor
+    """Highest loss at the last checkpoint."""
+    halved: Tensor
+    """Whether the step was halved at the last checkpoint."""
+
+    def kept(self, keep: Tensor) -> _State:
+        """The state of some of the images."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        arguments = tuple(argument[keep] for argument in values.pop("arguments"))
+        return _State(arguments=arguments, **{name: value[keep] for name, value in values.items()})
+
+
+class _Attacker:
+    """A batch under attack: what stands, and the best result of each image."""
+
+    def __init__(
+        self,
+        queries: Queries,
+        images: Tensor,
+        labels: Tensor,
+        settings: Settings,
+        generator: torch.Generator | None,
+    ) -> None:
+        self._queries, self._images, self._labels = queries, images, labels
+        self._settings, self._words = settings, seed_words(generator).to(images.device)
+        logits = queries.logits(images)
+        self.result = images.clone()
+        self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=logits.dtype)
+        self._standing = self._stands(logits, labels).nonzero().squeeze(1)
+        true = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
+        self.wrong_classes = logits.masked_fill(true, -math.inf).argsort(1, descending=True)[:, :-1]
+
+    def ascend(self, objective: Callable[..., Tensor], rank: int | None = None) -> None:
+        """One start and all steps for the images that stand; each leaves as soon as it is adversarial.
+
+        Args:
+            objective: the loss of each image, of logits and labels, and of the targets if there is a rank.
+            rank: the targets are the wrong classes of this rank.
+        """
+        if not len(self._standing):
+            return
+        state = self._start(objective, rank)
+        since = 0
+        checkpoints = frozenset(_checkpoints(self._settings.steps))
+        for k in range(1, self._settings.steps + 1):
+            if not len(state.index):
+                break
+            self._move(state, MOMENTUM if k > 1 else 1.0)
+            state, last_loss = self._evaluated(state, objective, with_gradient=k < self._settings.steps)
+            state.rises += state.loss > last_loss
+            improved = state.loss > state.best_loss
+            state.best = state.x.where(per_image(improved, state.x), state.best)
+            state.best_gradient = state.gradient.where(per_image(improved, state.x), state.best_gradient)
+            state.best_loss = state.loss.where(improved, state.best_loss)
+            since += 1
+            if k in checkpoints:
+                self._halve_steps(state, since)
+                since = 0
+        better = state.best_loss > self._loss[state.index]
+        self._loss[state.index[better]] = state.best_loss[better]
+        self._put(state.index[better], state.best[better])
+        self._standing = state.index
+
+    def _start(self, objective: Callable[..., Tensor], rank: int | None) -> _State:
+        """A random start for each image that stands, and what is known there."""
+        index, (eps, norm, lo, hi) = self._standing, self._settings.ball
+        clean = self._images[index]
+        arguments = (self._labels[index],) if rank is None else (self._labels[index], self.wrong_classes[index, rank])
+        x = ops.random_start(clean, eps, norm, self._words, lo, hi)
+        self._words[1:].add_((clean.numel() + 3) // 4)  # one Philox block gives four numbers
+        zero = self._loss.new_zeros(len(index))
+        step = torch.full_like(zero, 2 * eps, dtype=clean.dtype)
+        never = torch.zeros_like(zero, dtype=torch.bool)
+        state = _State(index, clean, arguments, x, x, x, zero, x, x, zero, step, zero, zero, never)
+        state, _ = self._evaluated(state, objective, with_gradient=True)
+        return replace(
+            state,
+            best=state.x,
+            best_gradient=state.gradient,
+            best_loss=state.loss,
+            checked_loss=state.loss,
+            rises=torch.zeros_like(state.loss),
+            halved=torch.zeros_like(state.loss, dtype=torch.bool),
+        )
+
+    def _move(self, state: _State, weight: float) -> None:
+        gradient = state.gradient.nan_to_num(0.0, 0.0, 0.0)
+        if self._settings.ball.norm == "linf":
+            direction = gradient.sign()
+        else:
+            direction = gradient / per_image(gradient.flatten(1).norm(dim=1).clamp_min(1e-12), gradient)
+        ahead = self._project(state.x + per_image(state.step, state.x) * direction, state)
+        moved = state.x + weight * (ahead - state.x) + (1 - weight) * (state.x - state.previous)
+        state.previous, state.x = state.x, self._project(moved, state)
+
+    def _project(self, x: Tensor, state: _State) -> Tensor:
+        """The nearest point of the ball: a step of size 0."""
+        return ops.pgd_step(x, state.gradient, state.clean, 0.0, *self._settings.ball)
+
+    def _evaluated(self, state: _State, objective: Callable[..., Tensor], with_gradient: bool) -> tuple[_State, Tensor]:
+        """The state of the images that still stand, with loss and gradient at x; and the loss before."""
+        losses: list[Tensor] = []
+        stands = torch.ones_like(state.index, dtype=torch.bool)
+
+        def loss(logits: Tensor) -> Tensor:
+            nonlocal stands
+            value = objective(logits, *state.arguments)
+            losses.append(value.detach())
+            stands = stands & self._stands(logits.detach(), state.arguments[0])
+            return value
+
+        last_loss = state.loss
+        if with_gradient:
+            passes = [self._queries.gradient(state.x, loss) for _ in range(self._settings.eot_iter)]
+            state.gradient = torch.stack(passes).mean(0)
+        else:
+            loss(self._queries.logits(state.x))
+        state.loss = torch.stack(losses).mean(0)
+        if bool(stands.all()):
+            return state, last_loss
+        fallen = state.kept(~stands)
+        self._put(fallen.index, fallen.x)
+        return state.kept(stands), last_loss[stands]
+
+    def _put(self, index: Tensor, x: Tensor) -> None:
+        self.result[index] = into_ball(x, self._images[index], self._settings.ball)
+
+    def _stands(self, logits: Tensor, labels: Tensor) -> Tensor:
+        correct = is_correct(logits, labels)
+        return ~correct if self._settings.targeted else correct
+
+    def _halve_steps(self, state: _State, since: int) -> None:
+        """At a checkpoint: halve the steps that brought no progress and return to the best points."""
+        stuck = ~state.halved & (state.best_loss <= state.checked_loss)
+        halve = (state.rises < self._settings.rho * since) | stuck
+        state.step = state.step.where(~halve, state.step / 2)
+        state.x = state.best.where(per_image(halve, state.x), state.x)
+        state.gradient = state.best_gradient.where(per_image(halve, state.x), state.gradient)
+        # The loss stays that of the point that was left: the next step is compared with it, not with the highest one.
+        state.halved, state.checked_loss = halve, state.best_loss
+        state.rises = torch.zeros_like(state.rises)
+
+
+def _checkpoints(steps: int) -> Iterator[int]:
+    """The steps after which step sizes are reconsidered."""
+    before, fraction = 0.0, 0.22
+    while fraction <= 1:
+        yield math.ceil(round(fraction * steps, 6))  # 0.41 * 100 would be 41.000000000000004
+        before, fraction = fraction, fraction + max(fraction - before - 0.03, 0.06)

@@ -1,0 +1,339 @@
+"""`AutoAttack`: the standard sequence of attacks behind reported robust accuracies, each on the survivors only."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_adv.attacks.apgd import apgd, apgd_t
+from sparse_adv.attacks.autoattack_state import State, fingerprint
+from sparse_adv.attacks.checks import (
+    Model,
+    as_module,
+    check_batch,
+    check_label_range,
+    count_classes,
+    int64_labels,
+    is_correct,
+)
+from sparse_adv.attacks.fab import fab_t
+from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.options import Ball
+from sparse_adv.attacks.queries import into_ball
+from sparse_adv.attacks.sanity import signs_of_masking
+from sparse_adv.attacks.square import square
+from sparse_adv.engine import input_gradients
+from sparse_adv.ops.pgd_step import check_ball
+from sparse_adv.ops.random_start import seed_words
+
+
+@dataclass(frozen=True)
+class Member:
+    """One attack of the sequence, and its budget in words."""
+
+    budget: str
+    attack: Callable[..., Tensor]
+
+
+MEMBERS = {
+    "apgd-ce": Member("100 steps, 1 restart", partial(apgd, steps=100, loss="ce")),
+    "apgd-dlr": Member("100 steps, 1 restart", partial(apgd, steps=100, loss="dlr")),
+    "apgd-t": Member("100 steps, 9 targets", partial(apgd_t, steps=100, targets=9)),
+    "fab-t": Member("100 steps, 9 targets", partial(fab_t, steps=100, n_target_classes=9)),
+    "square": Member("5000 queries", partial(square, queries=5000)),
+}
+"""The attacks by the reference's names."""
+
+VERSIONS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr"), "custom": ()}
+
+EOT_ITER = 20
+"""Gradients that version "rand" averages."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of `AutoAttack` found."""
+
+    name: str
+    """"AutoAttack", or what ran instead."""
+    budgets: str
+    """The attacks in their order, each with its budget."""
+    adversarial: Tensor
+    """For each image the example that was found, else the image itself."""
+    predictions: Tensor
+    """The model's class of each row of `adversarial`."""
+    standing: Tensor
+    """Whether each image is classified correctly and no example was found, bool [N]."""
+    accuracy: dict[str, float]
+    """Robust accuracy, "clean" and after each attack, in their order."""
+    undone: dict[str, int]
+    """For each attack the examples that it claimed and that verification in float32 did not confirm."""
+    signs: list[str]
+    """Signs that the number is not to be trusted, see `signs_of_masking`."""
+
+
+class AutoAttack:
+    """AutoAttack: APGD-CE, targeted APGD, targeted FAB and Square, each on the images that all before left standing.
+
+    Every example found is moved into the ball without slack, clamped to the range of pixel values and classified again
+    by the model itself, without the engine and without autocast (in float32, if weights and images are); only those
+    that are then misclassified count. An image with a NaN among its logits is
+    misclassified. What runs is printed with its budget. Only version "standard" is called AutoAttack.
+
+    Args:
+        model: maps images in [lo, hi] to logits [N, classes]; a module, or a plain function.
+        norm: "linf" or "l2", also written "Linf" or "L2".
+        eps: radius of the ball around each image, in units of the images.
+        version: "standard": apgd-ce (100 steps, 1 restart), apgd-t (100 steps, 9 targets), fab-t (100 steps, 9
+            targets), square (5000 queries). "rand", for models that draw random numbers: apgd-ce and apgd-dlr, each
+            gradient averaged over 20. "custom": the attacks of `attacks_to_run`, with the same budgets.
+        n_classes: accepted for torchattacks' sake, and without effect.
+        seed: of all random numbers; None to draw one from PyTorch's global generator.
+        verbose: print what runs and what it found.
+        attacks_to_run: names of attacks, for version "custom" only.
+        lo, hi: range of pixel values.
+        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+        device: where the batches are moved; None for the model's device.
+        log_path: a text file that what is printed is added to.
+
+    Raises:
+        ValueError: if an option is out of range or an attack is unknown.
+
+    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+    attacks" (ICML 2020), section 6. The interface is that of the authors' implementation.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> evaluator = attacks.AutoAttack(
+        ...     models.build("digits_cnn", width=8),
+        ...     eps=0.1,
+        ...     version="custom",
+        ...     attacks_to_run=["apgd-ce"],
+        ...     verbose=False,
+        ... )
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = evaluator.run_standard_evaluation(images, labels, bs=2)
+        >>> list(evaluator.result.accuracy)
+        ['clean', 'apgd-ce']
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "linf",
+        eps: float = 8 / 255,
+        version: str = "standard",
+        n_classes: int | None = None,
+        seed: int | None = None,
+        verbose: bool = True,
+        *,
+        attacks_to_run: Sequence[str] = (),
+        lo: float = 0.0,
+        hi: float = 1.0,
+        engine: bool = True,
+        device: str | torch.device | None = None,
+        log_path: str | Path | None = None,
+    ) -> None:
+        self.model, self.version, self.seed, self.verbose = model, version, seed, verbose
+        self.module, traceable = as_module(model)
+        self.ball = Ball(eps, norm.lower(), lo, hi)
+        check_ball(*self.ball)
+        if version not in VERSIONS:
+            raise ValueError(f"version must be {', '.join(map(repr, VERSIONS))}, got {version!r}")
+        if attacks_to_run and version != "custom":
+            raise ValueError(
+                f'attacks_to_run is for version "custom" only, got {list(attacks_to_run)} with {version!r}'
+            )
+        self.attacks_to_run = tuple(attacks_to_run) or VERSIONS[version]
+        if not self.attacks_to_run:
+            raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
+        for name in self.attacks_to_run:
+            if name not in MEMBERS:
+                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {name!r}")
+        self.engine = engine and traceable
+        self.device = torch.device(device) if device is not None else next(_tensors(self.module), torch.empty(0)).device
+        self.log_path = None if log_path is None else Path(log_path)
+        self.result: Result | None = None
+        """Of the last run."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Attack one batch; return the examples, and the images themselves where there are none."""
+        return self.run_standard_evaluation(images, labels, bs=max(1, len(images)))
+
+    def run_standard_evaluation(
+        self,
+        x_orig: Tensor,
+        y_orig: Tensor,
+        bs: int = 250,
+        return_labels: bool = False,
+        state_path: str | Path | None = None,
+    ) -> Any:
+        """Run the attacks; `result` then says what they found.
+
+        Args:
+            x_orig: float tensor [N, ...], the clean images.
+            y_orig: integer tensor [N], the true classes.
+            bs: images per batch.
+            return_labels: also return the model's classes of the examples.
+            state_path: a safetensors file that is written after each batch. If it exists, the run goes on from there
+                and ends with the same examples as one that was not interrupted.
+
+        Returns:
+            The examples, each image itself where none was found; with return_labels, a tuple of these and int64 [N].
+
+        Raises:
+            TypeError, ValueError: as in `attacks.pgd`; if there is no image; if bs is less than 1; if the file is of
+                another model, other images or other options.
+        """
+        self.result = self._run(
+            self.attacks_to_run, x_orig, y_orig, bs, None if state_path is None else Path(state_path)
+        )
+        return (self.result.adversarial, self.result.predictions) if return_labels else self.result.adversarial
+
+    def run_standard_evaluation_individual(
+        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
+    ) -> dict[str, Any]:
+        """Run each attack on all images that are classified correctly, not on the survivors of those before it.
+
+        Args:
+            x_orig, y_orig, bs, return_labels: as in `run_standard_evaluation`.
+
+        Returns:
+            For each name of an attack what `run_standard_evaluation` would return.
+        """
+        found = {}
+        for name in self.attacks_to_run:
+            result = self._run((name,), x_orig, y_orig, bs, None)
+            found[name] = (result.adversarial, result.predictions) if return_labels else result.adversarial
+        return found
+
+    def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
+        """The fraction of images that the model classifies correctly; NaN is never correct."""
+        right = [is_correct(self._logits(x), y.long()).sum() for x, y in self._batches(x_orig, y_orig, bs)]
+        return int(torch.stack(right).sum()) / len(x_orig)
+
+    def _run(self, names: Sequence[str], images: Tensor, labels: Tensor, batch: int, path: Path | None) -> Result:
+        labels = int64_labels(labels)
+        label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
+        if batch < 1 or not len(images):
+            raise ValueError(f"there must be at least one image and bs at least 1, got {len(images)} and {batch}")
+        full = self.version == "standard" and tuple(names) == VERSIONS["standard"]
+        title = "AutoAttack" if full else f'version "{self.version}", which is not the whole AutoAttack'
+        images, labels = images.detach().cpu(), labels.cpu()
+        known = self._identity(names, images, labels)
+        state = State.read(path, known) if path is not None and path.exists() else None
+        seed = state.seed if state else int(seed_words(None)[0]) if self.seed is None else self.seed
+        averaged = f", gradients averaged over {EOT_ITER}" if self.version == "rand" else ""
+        budgets = "; ".join(f"{name} ({MEMBERS[name].budget}{averaged})" for name in names)
+        self._log(f"{title}: {budgets}; {self.ball.norm}, eps {self.ball.eps:g}, {len(images)} images, seed {seed}")
+        first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
+        check_label_range(label_range, count_classes(self._logits(first), len(first)))
+        signs = signs_of_masking(self.model, first, truth)
+        if self.version == "rand":
+            signs = [sign for sign in signs if "between two calls" not in sign]
+        for sign in signs:
+            self._log(f"warning: {sign}")
+        if state is None:
+            state = self._initial(images, labels, batch, seed, known)
+        else:
+            done = ", ".join(name for name in state.accuracy if name != "clean") or "no attack"
+            self._log(f"continued from {path}: {done} finished")
+        self._log(f"clean accuracy {state.accuracy['clean']:.2%}")
+        for name in names:
+            if name not in state.accuracy:
+                self._attack(name, state, images, labels, batch, path)
+        before = list(state.accuracy)[-2]
+        if names[-1] == "square" and before != "clean" and state.accuracy["square"] < state.accuracy[before]:
+            signs.append("square, which needs no gradients, broke images that the gradient attacks left standing")
+            self._log(f"warning: {signs[-1]}")
+        return Result(
+            title, budgets, state.adversarial, state.predictions, state.standing, state.accuracy, state.undone, signs
+        )
+
+    def _initial(self, images: Tensor, labels: Tensor, batch: int, seed: int, known: str) -> State:
+        predictions, right = [], []
+        for x, y in self._batches(images, labels, batch):
+            logits = self._logits(x)
+            predictions.append(logits.argmax(1).cpu())
+            right.append(is_correct(logits, y).cpu())
+        standing = torch.cat(right)
+        accuracy = {"clean": standing.double().mean().item()}
+        none = torch.zeros_like(standing)
+        return State(known, seed, images.clone(), torch.cat(predictions), standing, none, accuracy, {})
+
+    def _attack(self, name: str, state: State, images: Tensor, labels: Tensor, batch: int, path: Path | None) -> None:
+        """Run one attack on the images that stand, batch by batch, and save the state after each."""
+        start, before = time.perf_counter(), int(state.standing.sum())
+        if not state.pending.any():
+            state.pending = state.standing.clone()
+            state.undone[name] = 0
+        while state.pending.any():
+            index = state.pending.nonzero().squeeze(1)[:batch]
+            x, y = images[index].to(self.device), labels[index].to(self.device)
+            # Of its own for each batch and attack, so that an interrupted run draws the same numbers again.
+            own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
+            noise = torch.Generator().manual_seed(own_seed % 2**63)
+            options: dict[str, Any] = {"eot_iter": EOT_ITER} if self.version == "rand" else {}
+            eps, norm, lo, hi = self.ball
+            adv = MEMBERS[name].attack(
+                self.model, x, y, norm=norm, eps=eps, lo=lo, hi=hi, generator=noise, engine=self.engine, **options
+            )
+            found, fallen, predictions = self._verified(adv, x, y, state, name)
+            state.adversarial[index[fallen]] = found[fallen]
+            state.predictions[index[fallen]] = predictions[fallen]
+            state.standing[index[fallen]] = False
+            state.pending[index] = False
+            if path is not None and state.pending.any():
+                state.write(path)
+        state.accuracy[name] = state.standing.double().mean().item()
+        if path is not None:
+            state.write(path)
+        self._log(
+            f"after {name}: robust accuracy {state.accuracy[name]:.2%} ({int(state.standing.sum())} of {before} still "
+            f"stand; {state.undone[name]} examples undone in float32; {time.perf_counter() - start:.1f} s)"
+        )
+
+    def _verified(self, adv: Tensor, x: Tensor, y: Tensor, state: State, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The examples in the ball, whether the model misclassifies each, and its classes; on the CPU."""
+        with torch.no_grad(), bn_mode(self.module, "eval"), input_gradients(self.module, adv, self.engine) as searched:
+            claimed = ~is_correct(searched.logits(adv), y)
+        inside = into_ball(adv, x, self.ball)
+        logits = self._logits(inside)
+        fallen = ~is_correct(logits, y)
+        state.undone[name] += int((claimed & ~fallen).sum())
+        return inside.cpu(), fallen.cpu(), logits.argmax(1).cpu()
+
+    @torch.no_grad()
+    def _logits(self, x: Tensor) -> Tensor:
+        """What the model itself returns, without the engine and without autocast."""
+        with bn_mode(self.module, "eval"), torch.autocast(x.device.type, enabled=False):
+            return self.module(x)
+
+    def _batches(self, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            yield x.to(self.device), y.to(self.device)
+
+    def _identity(self, names: Sequence[str], images: Tensor, labels: Tensor) -> str:
+        options = repr((self.version, tuple(names), tuple(self.ball), self.seed))
+        return fingerprint(options, [images, labels, *_tensors(self.module)])
+
+    def _log(self, text: str) -> None:
+        if self.verbose:
+            print(text, flush=True)
+        if self.log_path is not None:
+            with self.log_path.open("a") as file:
+                file.write(text + "\n")
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

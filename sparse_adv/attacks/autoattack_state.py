@@ -1,0 +1,66 @@
+"""Where a run of AutoAttack stands, as a safetensors file from which it can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sparse_adv.files import write_bytes
+
+_TENSORS = ("adversarial", "predictions", "standing", "pending")
+
+
+@dataclass
+class State:
+    """Where a run stands."""
+
+    fingerprint: str
+    """Of the model, the images and the options."""
+    seed: int
+    adversarial: Tensor
+    predictions: Tensor
+    standing: Tensor
+    pending: Tensor
+    """Images that the attack that runs has not reached yet, bool [N]."""
+    accuracy: dict[str, float]
+    undone: dict[str, int]
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        metadata = {"sparse_adv_autoattack": json.dumps([self.fingerprint, self.seed, self.accuracy, self.undone])}
+        write_bytes(path, save({name: getattr(self, name).contiguous() for name in _TENSORS}, metadata))
+
+    @classmethod
+    def read(cls, path: Path, fingerprint: str) -> State:
+        """Read the file; raise ValueError if it is no such file, or of another run."""
+        try:
+            with safe_open(path, "pt") as file:
+                known, seed, accuracy, undone = json.loads((file.metadata() or {})["sparse_adv_autoattack"])
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"state_path {path} is no state of AutoAttack: {error}") from error
+        if known != fingerprint:
+            raise ValueError(f"state_path {path} is of another model, other images or other options: name another file")
+        return cls(known, seed, accuracy=accuracy, undone=undone, **tensors)
+
+
+def fingerprint(text: str, tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of a text and of the bytes of tensors.
+
+    Examples:
+        >>> len(fingerprint("linf", [torch.zeros(2)]))
+        64
+    """
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

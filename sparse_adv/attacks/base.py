@@ -1,0 +1,206 @@
+"""`Attack`: what the attacks as objects share, in the shape of torchattacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
+from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.files import replacing
+
+TargetFunction = Callable[[Tensor, Tensor], Tensor]
+"""target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
+
+
+class Attack:
+    """An attack bound to a model: `adv = attack(images, labels)`.
+
+    A subclass says in `forward` what is computed, and in `supports_targets` whether the labels may be classes to reach.
+
+    Args:
+        model: maps images to logits [N, classes]; a module, or a plain function.
+
+    Raises:
+        TypeError: if the model cannot be called.
+
+    Source: the interface is that of torchattacks (Kim, "Torchattacks: a PyTorch repository for adversarial attacks",
+    2020).
+    """
+
+    supports_targets = True
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.device = _device_of(model)
+        self.targeted = False
+        self.attack_mode = "default"
+        self._target_function: TargetFunction | None = None
+        self._normalization: _Normalized | None = None
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch; `model` takes images in the range of pixel values."""
+        raise NotImplementedError
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return adversarial images for a batch: images float [N, ...], labels integer [N], on any device."""
+        if self.device is not None:
+            images = images.to(self.device)
+            labels = labels.to(self.device) if isinstance(labels, Tensor) else labels
+        if self._target_function is not None:
+            labels = self._target_function(images, self._labels_or_predictions(images, labels))
+        if self._normalization is None:
+            return self.forward(self.model, images, labels, self.targeted)
+        normalized = self._normalization
+        return normalized.apply_to(self.forward(normalized, normalized.undo(images), labels, self.targeted))
+
+    def set_mode_default(self) -> None:
+        """Labels are the true classes, and the attack leads away from them."""
+        self.targeted, self.attack_mode, self._target_function = False, "default", None
+
+    def set_mode_targeted_by_function(self, target_map_function: TargetFunction, quiet: bool = False) -> None:
+        """Labels are the true classes, and target_map_function(images, labels) gives the classes to reach."""
+        self._set_targets("targeted(custom)", target_map_function, quiet)
+
+    def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
+        """Labels are the classes to reach."""
+        self._set_targets("targeted(label)", None, quiet)
+
+    def set_mode_targeted_random(self, quiet: bool = False) -> None:
+        """Labels are the true classes; the classes to reach are drawn from the others by PyTorch's global generator."""
+
+        def random_targets(images: Tensor, labels: Tensor) -> Tensor:
+            classes = self._logits(images).shape[1]
+            return (labels + torch.randint(1, classes, labels.shape).to(labels.device)) % classes
+
+        self._set_targets("targeted(random)", random_targets, quiet)
+
+    def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
+        """Labels are the true classes; the class to reach is the wrong one with the kth lowest logit."""
+        if not isinstance(kth_min, int) or kth_min < 1:
+            raise ValueError(f"kth_min must be an integer of at least 1, got {kth_min!r}")
+
+        def least_likely(images: Tensor, labels: Tensor) -> Tensor:
+            logits = self._logits(images)
+            if kth_min >= logits.shape[1]:
+                raise ValueError(f"kth_min must be less than the number of classes, {logits.shape[1]}, got {kth_min}")
+            return logits.scatter(1, labels[:, None], torch.inf).argsort(1)[:, kth_min - 1]
+
+        self._set_targets("targeted(least-likely)", least_likely, quiet)
+
+    def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """From now on images come and go normalised, as the model takes them: (pixels - mean) / std of each channel."""
+        self._normalization = _Normalized(self.model, torch.as_tensor(mean), torch.as_tensor(std))
+
+    def get_mode(self) -> str:
+        """Return the name of the mode, as torchattacks calls it."""
+        return self.attack_mode
+
+    def save(
+        self,
+        data_loader: Iterable[tuple[Tensor, Tensor]],
+        save_path: str | Path | None = None,
+        verbose: bool = True,
+        return_verbose: bool = False,
+        save_predictions: bool = False,
+        save_clean_inputs: bool = False,
+        save_type: str = "float",
+    ) -> tuple[float, float, float] | None:
+        """Attack all batches; write a dict of adv_inputs and labels with `torch.save` that `torch.load` reads.
+
+        Args:
+            data_loader: batches (images, labels).
+            save_path: the file; None to write none.
+            verbose: print the robust accuracy in percent and the mean l2 distance of the images that fell.
+            return_verbose: return both, and the seconds of a batch.
+            save_predictions, save_clean_inputs: whether the file also gets preds and clean_inputs.
+            save_type: "float", or "int" for bytes: the pixels times 255, rounded down, may leave the ball.
+
+        Returns:
+            The robust accuracy in percent, the mean distance and the seconds of a batch if return_verbose, else None.
+
+        Raises:
+            ValueError: if save_type has another value or there is no image.
+        """
+        if save_type not in ("float", "int"):
+            raise ValueError(f'save_type must be "float" or "int", got {save_type!r}')
+        kept: dict[str, list[Tensor]] = {"adv_inputs": [], "labels": [], "preds": [], "clean_inputs": []}
+        distances, standing, start = [], [], time.perf_counter()
+        for images, labels in data_loader:
+            adv = self(images, labels)
+            logits, labels = self._logits(adv), int64_labels(labels.to(adv.device))
+            right = is_correct(logits, labels)
+            offset = (self._pixels(adv) - self._pixels(images.to(adv.device))).flatten(1).norm(dim=1)
+            standing.append(right)
+            distances.append(offset[~right])
+            for name, values in (("adv_inputs", adv), ("clean_inputs", images)):
+                kept[name].append(self._pixels(values).cpu())
+            kept["labels"].append(labels.cpu())
+            kept["preds"].append(logits.argmax(1).cpu())
+        if not standing:
+            raise ValueError("data_loader must hold at least one batch, got none")
+        seconds = (time.perf_counter() - start) / len(standing)
+        accuracy = 100 * torch.cat(standing).float().mean().item()
+        distance = torch.cat(distances).mean().item()
+        if verbose:
+            print(f"robust accuracy {accuracy:.2f} %, l2 {distance:.5f}, {seconds:.3f} s a batch")
+        if save_path is not None:
+            wanted = {"adv_inputs": True, "labels": True, "preds": save_predictions, "clean_inputs": save_clean_inputs}
+            content: dict[str, Any] = {name: torch.cat(values) for name, values in kept.items() if wanted[name]}
+            for name in {"adv_inputs", "clean_inputs"} & content.keys() if save_type == "int" else ():
+                content[name] = (content[name] * 255).to(torch.uint8)
+            with replacing(Path(save_path)) as temporary:
+                torch.save({**content, "save_type": save_type}, temporary)
+        return (accuracy, distance, seconds) if return_verbose else None
+
+    def _set_targets(self, mode: str, function: TargetFunction | None, quiet: bool) -> None:
+        if not self.supports_targets:
+            raise ValueError(f"{type(self).__name__} has no targeted mode")
+        self.targeted, self.attack_mode, self._target_function = True, mode, function
+        if not quiet:
+            print(f"Attack mode is changed to '{mode}'.")
+
+    @torch.no_grad()
+    def _logits(self, images: Tensor) -> Tensor:
+        module, _ = as_module(self.model)
+        with bn_mode(module, "eval"):
+            return module(images)
+
+    def _labels_or_predictions(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        return self._logits(images).argmax(1) if labels is None else int64_labels(labels)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return images if self._normalization is None else self._normalization.undo(images)
+
+
+class _Normalized(nn.Module):
+    """A model of normalised images as a model of pixels."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Model, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.module, _ = as_module(model)
+        self.register_buffer("mean", mean.float().view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", std.float().view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.module(self.apply_to(pixels))
+
+    def apply_to(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """The pixels; rounding may not take them out of [0, 1]."""
+        return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
+
+
+def _device_of(model: object) -> torch.device | None:
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    return tensors[0].device if tensors else None

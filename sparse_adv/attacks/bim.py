@@ -1,0 +1,76 @@
+"""BIM, the basic iterative method: PGD that starts at the clean image."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from torch import Tensor
+
+from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.classes import PGD
+from sparse_adv.attacks.functional import pgd
+from sparse_adv.attacks.options import LossOptions
+
+
+def bim(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float = 8 / 255,
+    alpha: float = 2 / 255,
+    steps: int = 10,
+    **options: Unpack[LossOptions],
+) -> Tensor:
+    """Basic iterative method: adv = clip(adv + alpha * sign(gradient)) from the clean image, in the linf ball.
+
+    Args:
+        model, images, labels, eps, alpha, steps, options: as in `pgd`.
+
+    Returns:
+        The adversarial images, detached, as in `pgd`.
+
+    Raises:
+        TypeError, ValueError: as in `pgd`.
+
+    Source: Kurakin et al., "Adversarial examples in the physical world" (ICLR 2017 workshop), section 2.2.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = attacks.bim(model, images, labels, eps=0.2, alpha=0.05)
+        >>> bool((adv - images).abs().max() <= 0.2 + 1e-6)
+        True
+    """
+    return pgd(model, images, labels, eps=eps, alpha=alpha, steps=steps, random_start=False, **options)
+
+
+class BIM(PGD):
+    """`attacks.bim` bound to a model, with the interface of torchattacks.BIM.
+
+    Args:
+        model, eps, alpha, options: as in `attacks.bim`.
+        steps: number of steps; 0 for that of the paper, the integer part of min(255 eps + 4, 1.25 * 255 eps).
+        graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attacks.BIM(models.build("digits_cnn", width=8), eps=8 / 255, alpha=1 / 255, steps=0).options.steps
+        10
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        *,
+        graph: bool = False,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        steps = steps or int(min(255 * eps + 4, 1.25 * 255 * eps))
+        super().__init__(model, eps, alpha, steps, random_start=False, graph=graph, **options)

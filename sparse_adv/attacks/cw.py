@@ -1,0 +1,176 @@
+"""The attack of Carlini and Wagner for l2: the squared distance and a loss, minimised together by Adam."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.queries import Queries, advantage, distance, per_image, run_search
+from sparse_adv.ops.pgd_step import check_ball
+
+_INSIDE = 1 - 1e-6
+"""How far w starts from the ends of the range, where its gradient would vanish: |tanh(w)| at most."""
+
+
+def cw(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    c: float = 1.0,
+    kappa: float = 0.0,
+    steps: int = 50,
+    lr: float = 0.01,
+    binary_search_steps: int = 1,
+    targeted: bool = False,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """CW: minimise |x(w) - x|_2^2 + c * max(z_y - max_{k!=y} z_k, -kappa), with x(w) = lo + (hi - lo)(tanh(w) + 1) / 2.
+
+    Adam minimises it over w from x(w) = x. The nearest x(w) whose label is exceeded by kappa or more is returned. With
+    several binary_search_steps, c of an image is divided or raised between the greatest that failed and the least that
+    succeeded, ten times as much while none did.
+
+    Args:
+        model: maps images in [lo, hi] to logits [N, classes].
+        images: float tensor [N, ...], the clean images x.
+        labels: integer tensor [N]: the true classes, or the classes to reach if targeted, z_t then taking the place of
+            the other classes.
+        c: weight of the loss; the first of a binary search.
+        kappa: by how much a result must be adversarial, in units of the logits.
+        steps: steps of Adam for each c; each is one forward and one backward pass.
+        lr: learning rate of Adam.
+        binary_search_steps: number of values of c.
+        targeted: search for images of the classes `labels` instead of images of other classes.
+        lo, hi: range of pixel values.
+        check: check the values of images and labels.
+        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+
+    Returns:
+        The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi], at any distance;
+        where none was found, and where the clean image is adversarial, the clean image.
+
+    Raises:
+        TypeError: if model cannot be called, images are not floating point or labels not integers.
+        ValueError: if a value or shape is out of range.
+
+    Source: Carlini and Wagner, "Towards evaluating the robustness of neural networks" (S&P 2017), sections V and VI.A.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> attacks.cw(model, images, labels, c=10.0, steps=5).shape
+        torch.Size([4, 1, 8, 8])
+    """
+    check_ball(0.0, "l2", lo, hi)
+    check_count("steps", steps, least=1)
+    check_count("binary_search_steps", binary_search_steps, least=1)
+    for name, value in (("c", c), ("lr", lr)):
+        if not 0 < value < torch.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not 0 <= kappa < torch.inf:
+        raise ValueError(f"kappa must be finite and not negative, got {kappa}")
+
+    def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        best = images.clone()
+        index = (~(advantage(model.logits(images), labels, targeted) > 0)).nonzero().squeeze(1)
+        clean, labels = images[index], labels[index]
+        least = clean.new_full(labels.shape, torch.inf)
+        weight, failed, succeeded = torch.full_like(least, c), torch.zeros_like(least), least.clone()
+        for _ in range(binary_search_steps if len(index) else 0):
+            found, length = _minimise(model, clean, labels, weight, kappa, steps, lr, targeted, lo, hi)
+            better = length < least
+            best[index[better]], least = found[better], length.minimum(least)
+            success = length < torch.inf
+            succeeded, failed = weight.where(success, succeeded), weight.where(~success, failed)
+            weight = torch.where(succeeded < torch.inf, (failed + succeeded) / 2, 10 * weight)
+        return best
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+def _minimise(
+    model: Queries,
+    images: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    kappa: float,
+    steps: int,
+    lr: float,
+    targeted: bool,
+    lo: float,
+    hi: float,
+) -> tuple[Tensor, Tensor]:
+    """For one c of each image: the nearest images that are adversarial by kappa, and their l2 distances or inf."""
+    w = torch.atanh(((images - lo) / (hi - lo) * 2 - 1) * _INSIDE)
+    adam = torch.optim.Adam([w], lr=lr)
+    best, least = images.clone(), torch.full_like(weight, torch.inf)
+    for _ in range(steps):
+        tanh = w.tanh()
+        adv = (lo + (hi - lo) * (tanh + 1) / 2).clamp(lo, hi)
+        gains: list[Tensor] = []
+
+        def loss(logits: Tensor, gains: list[Tensor] = gains) -> Tensor:
+            gain = advantage(logits, labels, targeted)
+            gains.append(gain.detach())
+            return weight * (-gain).clamp_min(-kappa)
+
+        slope = model.gradient(adv, loss) + 2 * (adv - images)
+        length = distance(adv, images, "l2")
+        better = (gains[0] > 0) & (gains[0] >= kappa) & (length < least)
+        best, least = adv.where(per_image(better, adv), best), length.where(better, least)
+        w.grad = slope * (hi - lo) / 2 * (1 - tanh.square())
+        adam.step()
+    return best, least
+
+
+class CW(Attack):
+    """`attacks.cw` bound to a model, with the interface of torchattacks.CW.
+
+    Args:
+        model, c, kappa, steps, lr, binary_search_steps: as in `attacks.cw`.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.CW(models.build("digits_cnn", width=8), c=10, steps=3)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        c: float = 1.0,
+        kappa: float = 0.0,
+        steps: int = 50,
+        lr: float = 0.01,
+        *,
+        binary_search_steps: int = 1,
+    ) -> None:
+        super().__init__(model)
+        self.c, self.kappa, self.steps, self.lr = c, kappa, steps, lr
+        self.binary_search_steps = binary_search_steps
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        return cw(
+            model,
+            images,
+            labels,
+            c=self.c,
+            kappa=self.kappa,
+            steps=self.steps,
+            lr=self.lr,
+            binary_search_steps=self.binary_search_steps,
+            targeted=targeted,
+        )

@@ -1,0 +1,107 @@
+"""DeepFool: steps onto the nearest linearised boundary, until the image is over it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.hyperplane import nearest_boundary
+from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.queries import Queries, advantage, per_image, run_search
+from sparse_adv.ops.pgd_step import check_ball
+
+
+def deepfool(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    steps: int = 50,
+    overshoot: float = 0.02,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """DeepFool: r = r - (z_y - z_k) / |w|^2 * w at x + (1 + overshoot) r, until the label is not predicted there.
+
+    w is the gradient of z_y - z_k, k the class with the least |z_y - z_k| / |w|_2, and x + (1 + overshoot) r is clamped
+    to [lo, hi].
+
+    Args:
+        model: maps images in [lo, hi] to logits [N, classes].
+        images: float tensor [N, ...], the clean images x.
+        labels: integer tensor [N], the true classes y.
+        steps: greatest number of steps; each is two passes forward and one back for every class, with autograd.
+        overshoot: how far past the boundary, as a share of the way; not negative.
+        lo, hi: range of pixel values.
+        check: check the values of images and labels.
+        engine: whether the engine may form the logits, see `sparse_adv.engine`.
+
+    Returns:
+        The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi], at any distance;
+        after `steps` steps in vain, the last image; where the clean image is adversarial, that.
+
+    Raises:
+        TypeError: if model cannot be called, images are not floating point or labels not integers.
+        ValueError: if a value or shape is out of range.
+
+    Source: Moosavi-Dezfooli et al., "DeepFool: a simple and accurate method to fool deep neural networks" (CVPR 2016),
+    algorithm 2.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = attacks.deepfool(model, images, labels)
+        >>> bool((model.eval()(adv).argmax(1) == labels).any())
+        False
+    """
+    check_ball(0.0, "l2", lo, hi)
+    check_count("steps", steps, least=0)
+    if not 0 <= overshoot < torch.inf:
+        raise ValueError(f"overshoot must be finite and not negative, got {overshoot}")
+
+    def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        adv, way = images.clone(), torch.zeros_like(images)
+        index = torch.arange(len(images), device=images.device)
+        for _ in range(steps):
+            index = index[~(advantage(model.logits(adv[index]), labels[index], False) > 0)]
+            if not len(index):
+                break
+            lead, slope = nearest_boundary(model, adv[index], labels[index], "l2")
+            square = slope.flatten(1).square().sum(1)
+            way[index] -= per_image(lead / square.where(square > 0, 1), slope) * slope
+            adv[index] = (images[index] + (1 + overshoot) * way[index]).clamp(lo, hi)
+        return adv
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+class DeepFool(Attack):
+    """`attacks.deepfool` bound to a model, with the interface of torchattacks.DeepFool; it has no targeted mode.
+
+    Args:
+        model, steps, overshoot: as in `attacks.deepfool`.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.DeepFool(models.build("digits_cnn", width=8), steps=5)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    supports_targets = False
+
+    def __init__(self, model: Model, steps: int = 50, overshoot: float = 0.02) -> None:
+        super().__init__(model)
+        self.steps, self.overshoot = steps, overshoot
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        return deepfool(model, images, labels, steps=self.steps, overshoot=self.overshoot)

@@ -1,0 +1,137 @@
+"""EOT-PGD: projected gradient descent on the mean gradient of a model that draws random numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_adv import ops
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.losses import Loss, loss_function
+from sparse_adv.attacks.options import Ball, check_count
+from sparse_adv.attacks.queries import Queries, into_ball, loss_to_raise, run_search
+from sparse_adv.ops.pgd_step import check_alpha, check_ball
+from sparse_adv.ops.random_start import seed_words
+
+
+def eotpgd(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float = 8 / 255,
+    alpha: float = 2 / 255,
+    steps: int = 10,
+    eot_iter: int = 2,
+    random_start: bool = True,
+    norm: str = "linf",
+    loss: str | Loss = "ce",
+    targeted: bool = False,
+    generator: torch.Generator | None = None,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """EOT-PGD: adv = project(adv + alpha * direction(mean of eot_iter gradients at adv)), `steps` times.
+
+    The mean estimates the gradient of the expected loss over the random numbers of the model, which it draws anew in
+    each pass. For a model that draws none, this is `attacks.pgd` at eot_iter times its cost.
+
+    Args:
+        model: maps images in [lo, hi] to logits [N, classes]; in eval mode, so what is random is so in eval mode.
+        images: float tensor [N, ...], the clean images.
+        labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
+        eps: radius of the ball around each image, in units of the images.
+        alpha: step size, in units of the images.
+        steps: number of steps; each is eot_iter forward and backward passes.
+        eot_iter: number of gradients in each mean.
+        random_start: start at a random point of the ball instead of the clean image.
+        norm: "linf" or "l2".
+        loss: as in `attacks.pgd`.
+        targeted: minimise the loss instead of maximising it.
+        generator: one number is drawn of it for the random start; None for PyTorch's global generator.
+        lo, hi: range of pixel values.
+        check: check the values of images and labels.
+        engine: whether the engine may form the gradients; it leaves models that draw random numbers to autograd.
+
+    Returns:
+        The adversarial images, detached, with shape, dtype and memory format of `images`, without slack in the ball and
+        in [lo, hi].
+
+    Raises:
+        TypeError: if model cannot be called, images are not floating point or labels not integers.
+        ValueError: if a value, shape or name is out of range.
+
+    Source: Athalye et al., "Synthesizing robust adversarial examples" (ICML 2018), section 2.1; Liu et al., "Adv-BNN:
+    improved adversarial defense through robust Bayesian neural network" (ICLR 2019), section 4.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = attacks.eotpgd(model, images, labels, eps=0.2, alpha=0.05, eot_iter=2)
+        >>> bool((adv - images).abs().max() <= 0.2)
+        True
+    """
+    ball = Ball(eps, norm, lo, hi)
+    check_ball(*ball)
+    check_alpha(alpha)
+    check_count("steps", steps, least=0)
+    check_count("eot_iter", eot_iter, least=1)
+    loss_function(loss)
+
+    def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        raised = loss_to_raise(loss, labels, targeted)
+        adv = ops.random_start(images, eps, norm, seed_words(generator), lo, hi) if random_start else images
+        for _ in range(steps):
+            gradient = torch.stack([model.gradient(adv, raised) for _ in range(eot_iter)]).mean(0)
+            adv = ops.pgd_step(adv, gradient, images, alpha, *ball)
+        return into_ball(adv, images, ball)
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+class EOTPGD(Attack):
+    """`attacks.eotpgd` bound to a model, with the interface of torchattacks.EOTPGD.
+
+    Args:
+        model, eps, alpha, steps, eot_iter, random_start: as in `attacks.eotpgd`.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.EOTPGD(models.build("digits_cnn", width=8), eps=0.2, steps=3)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        eot_iter: int = 2,
+        random_start: bool = True,
+    ) -> None:
+        super().__init__(model)
+        self.eps, self.alpha, self.steps, self.eot_iter = eps, alpha, steps, eot_iter
+        self.random_start = random_start
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        return eotpgd(
+            model,
+            images,
+            labels,
+            eps=self.eps,
+            alpha=self.alpha,
+            steps=self.steps,
+            eot_iter=self.eot_iter,
+            random_start=self.random_start,
+            targeted=targeted,
+        )

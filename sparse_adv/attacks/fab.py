@@ -1,0 +1,358 @@
+"""FAB, the fast adaptive boundary attack: steps onto the linearised boundary, to the least distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
+from sparse_adv.attacks.options import Ball, check_count
+from sparse_adv.attacks.queries import (
+    Queries,
+    advantage,
+    distance,
+    per_image,
+    private_generator,
+    run_search,
+)
+from sparse_adv.ops.pgd_step import check_ball
+
+Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""boundary(x, index) -> how far z_y leads and its gradient, of the class whose boundary counts for these images."""
+
+_FINAL_STEPS = 3
+
+
+def fab(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: str = "linf",
+    eps: float | None = None,
+    steps: int = 100,
+    restarts: int = 1,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+    targeted: bool = False,
+    generator: torch.Generator | None = None,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """FAB: x = box((1 - a)(x + eta d(x)) + a (x_0 + eta d(x_0))), d = the way to the nearest linearised boundary.
+
+    The boundary is that of the class k with the least |z_y - z_k| / |gradient of z_y - z_k|_dual at x; d is the least
+    change, in the norm and within [lo, hi], that reaches its hyperplane, and a = min(alpha_max, |d(x)| / (|d(x)| +
+    |d(x_0)|)). Where x is adversarial, the nearest such x is kept and x is pulled back to x_0 + beta (x - x_0). Three
+    steps of a search between the nearest x and x_0 end the attack.
+
+    Args:
+        model: maps images in [lo, hi] to logits [N, classes].
+        images: float tensor [N, ...], the clean images x_0.
+        labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
+        norm: "linf" or "l2".
+        eps: None: return the example at the least distance found, however far. A number: only examples inside of this
+            ball count, and an image is attacked no further when it has one.
+        steps: number of steps; each is two passes forward and, untargeted, one back for every class.
+        restarts: number of starts: x_0, then random points at half of the distance found so far, at most eps / 2.
+        alpha_max: greatest weight a of the step from the clean image.
+        eta: factor of each step, over the boundary; at least 1.
+        beta: how much of the perturbation is kept after a success, in (0, 1).
+        targeted: go to the class `labels` from whatever is predicted.
+        generator: one number is drawn of it; None for PyTorch's global generator.
+        lo, hi: range of pixel values.
+        check: check the values of images and labels.
+        engine: whether the engine may form logits and, if targeted, gradients, see `sparse_adv.engine`.
+
+    Returns:
+        The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi] and, with eps, in
+        the ball without slack; where none was found, and where the clean image is adversarial, the clean image.
+
+    Raises:
+        TypeError: if model cannot be called, images are not floating point or labels not integers.
+        ValueError: if a value, shape or name is out of range.
+
+    Source: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack" (ICML 2020),
+    algorithm 1 and equations 3 to 10.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> attacks.fab(model, images, labels, norm="l2", steps=5).shape
+        torch.Size([4, 1, 8, 8])
+    """
+    settings = _Settings(norm, eps, steps, restarts, alpha_max, eta, beta, targeted, lo, hi)
+    draw = private_generator(generator, images)
+
+    def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        attack = _Fab(model, images, labels, settings, draw)
+
+        def nearest(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            return nearest_boundary(model, x, labels[index], norm)
+
+        def to_target(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            return model.values_and_gradient(x, lambda logits: -advantage(logits, labels[index], True))
+
+        attack.run(to_target if targeted else nearest)
+        return attack.result()
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+def fab_t(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: str = "linf",
+    eps: float | None = None,
+    steps: int = 100,
+    restarts: int = 1,
+    n_target_classes: int = 9,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+    generator: torch.Generator | None = None,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """FAB-T: `fab` towards the boundary of one class at a time, the nearest example of all being kept.
+
+    The classes are those with the highest logits at the clean image, without the label's. A step takes one pass back,
+    where `fab` takes one for every class.
+
+    Args:
+        model, images, labels, norm, eps, steps, restarts, alpha_max, eta, beta, generator, lo, hi, check, engine: as in
+            `fab`; steps and restarts are those of each class.
+        n_target_classes: number of classes; all of them if the model has fewer.
+
+    Returns:
+        The adversarial images, as in `fab`: an image that is classified as any class but its label counts.
+
+    Raises:
+        TypeError, ValueError: as in `fab`.
+
+    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+    attacks" (ICML 2020), section 4.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = attacks.fab_t(model, images, labels, eps=0.3, steps=5, n_target_classes=3)
+        >>> bool((adv - images).abs().max() <= 0.3)
+        True
+    """
+    settings = _Settings(norm, eps, steps, restarts, alpha_max, eta, beta, False, lo, hi)
+    check_count("n_target_classes", n_target_classes, least=1)
+    draw = private_generator(generator, images)
+
+    def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        attack = _Fab(model, images, labels, settings, draw)
+        others = attack.logits.scatter(1, labels[:, None], -torch.inf)
+        targets = others.topk(min(n_target_classes, others.shape[1] - 1), dim=1).indices
+        for target in targets.unbind(1):
+
+            def boundary(x: Tensor, index: Tensor, target: Tensor = target) -> tuple[Tensor, Tensor]:
+                pair = torch.stack([labels[index], target[index]], 1)
+                return model.values_and_gradient(x, lambda logits: torch.sub(*logits.gather(1, pair).unbind(1)))
+
+            attack.run(boundary)
+        return attack.result()
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+class FAB(Attack):
+    """`attacks.fab` or `attacks.fab_t` bound to a model, with the interface of torchattacks.FAB.
+
+    Args:
+        model, eps, steps, alpha_max, eta, beta: as in `attacks.fab`.
+        norm: "Linf" or "L2".
+        n_restarts: `restarts` of `attacks.fab`.
+        verbose: accepted, and without effect.
+        seed: of the random starts; each call draws the same numbers.
+        multi_targeted: run `attacks.fab_t` towards n_classes - 1 classes; this has no targeted mode.
+        n_classes: number of classes, used if multi_targeted.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.FAB(models.build("digits_cnn", width=8), eps=0.2, steps=3, multi_targeted=True)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float | None = 8 / 255,
+        steps: int = 10,
+        n_restarts: int = 1,
+        alpha_max: float = 0.1,
+        eta: float = 1.05,
+        beta: float = 0.9,
+        verbose: bool = False,
+        seed: int = 0,
+        multi_targeted: bool = False,
+        n_classes: int = 10,
+    ) -> None:
+        super().__init__(model)
+        self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
+        self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
+        self.supports_targets = not multi_targeted
+        self.multi_targeted, self.n_classes = multi_targeted, n_classes
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        attack = partial(
+            fab_t if self.multi_targeted else fab,
+            model,
+            images,
+            labels,
+            norm=self.norm.lower(),
+            eps=self.eps,
+            steps=self.steps,
+            restarts=self.n_restarts,
+            alpha_max=self.alpha_max,
+            eta=self.eta,
+            beta=self.beta,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        return attack(n_target_classes=self.n_classes - 1) if self.multi_targeted else attack(targeted=targeted)
+
+
+class _Settings:
+    """The checked settings of an attack."""
+
+    def __init__(
+        self,
+        norm: str,
+        eps: float | None,
+        steps: int,
+        restarts: int,
+        alpha_max: float,
+        eta: float,
+        beta: float,
+        targeted: bool,
+        lo: float,
+        hi: float,
+    ) -> None:
+        check_ball(0.0 if eps is None else eps, norm, lo, hi)
+        check_count("steps", steps, least=1)
+        check_count("restarts", restarts, least=1)
+        if not 0 <= alpha_max <= 1:
+            raise ValueError(f"alpha_max must lie in [0, 1], got {alpha_max}")
+        if not eta >= 1:
+            raise ValueError(f"eta must be at least 1, got {eta}")
+        if not 0 < beta < 1:
+            raise ValueError(f"beta must lie between 0 and 1, got {beta}")
+        self.ball = Ball(torch.inf if eps is None else eps, norm, lo, hi)
+        self.steps, self.restarts, self.targeted = steps, restarts, targeted
+        self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
+
+
+class _Fab:
+    """The attack on one batch: the clean images, and for each the nearest adversarial image found so far."""
+
+    def __init__(
+        self, model: Queries, images: Tensor, labels: Tensor, settings: _Settings, draw: torch.Generator
+    ) -> None:
+        self._model, self._images, self._labels, self._settings, self._draw = model, images, labels, settings, draw
+        self.logits = model.logits(images)
+        self._best = images.clone()
+        broken = advantage(self.logits, labels, settings.targeted) > 0
+        self._least = images.new_full(labels.shape, torch.inf).where(~broken, 0)
+
+    def run(self, boundary: Boundary) -> None:
+        """All starts and steps towards one kind of boundary."""
+        settings = self._settings
+        for restart in range(settings.restarts):
+            index = self._unfinished(torch.arange(len(self._images), device=self._images.device))
+            x = self._images[index] if restart == 0 else self._random_start(index)
+            for _ in range(settings.steps):
+                if not len(index):
+                    break
+                x = self._step(x, index, boundary)
+                left = self._unfinished(index)
+                x, index = x[torch.isin(index, left)], left
+        self._search_back(boundary)
+
+    def result(self) -> Tensor:
+        """The nearest adversarial images inside of the ball, else the clean ones."""
+        inside = self._least.double() <= self._settings.ball.eps
+        return self._best.where(per_image(inside, self._best), self._images)
+
+    def _unfinished(self, index: Tensor) -> Tensor:
+        """Without eps, all images but those that need no change; with eps, those without an example in the ball."""
+        eps = self._settings.ball.eps
+        return index[self._least[index].double() > (0 if eps == torch.inf else eps)]
+
+    def _step(self, x: Tensor, index: Tensor, boundary: Boundary) -> Tensor:
+        settings, clean = self._settings, self._images[index]
+        lead, slope = boundary(x, index)
+        # The hyperplane is lead + <slope, z - x> = 0; seen from the clean image, its lead is that at x_0.
+        lead_of_clean = lead + ((clean - x) * slope).flatten(1).sum(1)
+        from_x = onto_hyperplane(x, lead, slope, settings.ball)
+        from_clean = onto_hyperplane(clean, lead_of_clean, slope, settings.ball)
+        zero = torch.zeros_like(x)
+        lengths = [distance(offset, zero, settings.ball.norm) for offset in (from_x, from_clean)]
+        alpha = (lengths[0] / (lengths[0] + lengths[1]).clamp_min(1e-12)).clamp(max=settings.alpha_max)
+        alpha = per_image(alpha, x)
+        x = (1 - alpha) * (x + settings.eta * from_x) + alpha * (clean + settings.eta * from_clean)
+        x = x.clamp(settings.ball.lo, settings.ball.hi)
+        broken = self._keep(x, index)
+        return (clean + settings.beta * (x - clean)).where(per_image(broken, x), x)
+
+    def _keep(self, x: Tensor, index: Tensor) -> Tensor:
+        """Keep the images that are adversarial and nearer than those before; return which are adversarial."""
+        norm = self._settings.ball.norm
+        broken = advantage(self._model.logits(x), self._labels[index], self._settings.targeted) > 0
+        length = distance(x, self._images[index], norm)
+        better = broken & (length < self._least[index])
+        self._best[index[better]], self._least[index[better]] = x[better], length[better]
+        return broken
+
+    def _random_start(self, index: Tensor) -> Tensor:
+        """A point at half of the least distance, or half of eps, in a random direction."""
+        ball, clean = self._settings.ball, self._images[index]
+        radius = self._least[index].clamp(max=ball.eps) / 2
+        direction = torch.randn(clean.shape, generator=self._draw, dtype=clean.dtype, device=clean.device)
+        if ball.norm == "linf":
+            direction = torch.rand(clean.shape, generator=self._draw, dtype=clean.dtype, device=clean.device) * 2 - 1
+        length = distance(direction, torch.zeros_like(direction), ball.norm)
+        # Where nothing was found and there is no eps, the start is the clean image again.
+        scale = (radius / length).where(radius.isfinite(), 0)
+        return (clean + direction * per_image(scale, clean)).clamp(ball.lo, ball.hi)
+
+    def _search_back(self, boundary: Boundary) -> None:
+        """Move the nearest examples towards the clean images, to where the line of the leads at both ends is zero."""
+        index = ((self._least > 0) & self._least.isfinite()).nonzero().squeeze(1)
+        index = self._unfinished(index)
+        if not len(index):
+            return
+        near, far = self._images[index].clone(), self._best[index].clone()
+        for _ in range(_FINAL_STEPS):
+            lead_near, lead_far = (self._lead(x, index) for x in (near, far))
+            share = (lead_near / (lead_near - lead_far).clamp_min(1e-12)).clamp(0, 1)
+            middle = near + per_image(share, near) * (far - near)
+            broken = per_image(self._keep(middle, index), near)
+            near, far = middle.where(~broken, near), middle.where(broken, far)
+
+    def _lead(self, x: Tensor, index: Tensor) -> Tensor:
+        return -advantage(self._model.logits(x), self._labels[index], self._settings.targeted)

@@ -1,0 +1,72 @@
+"""Gradients of a batch that becomes smaller while an attack runs: images that have fallen need no more steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.engine import InputGradients, input_gradients
+from sparse_adv.engine.program import LossOfLogits
+
+
+class BatchGradients:
+    """`engine.input_gradients` of a model for batches of at most as many images as the first one.
+
+    A program of the engine computes batches of one size, padded. So when half of the batch or less is left, a program
+    for half the size takes over; halves only, because a model keeps few programs.
+
+    Args:
+        model: in the modes in which it is to run.
+        images: the whole batch.
+        use_engine: as in `engine.input_gradients`.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, use_engine: bool) -> None:
+        self._model, self._images, self._use_engine = model, images.detach(), use_engine
+        self._size = len(images)
+        self._open: AbstractContextManager[InputGradients] | None = None
+        self._enter()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the model returns."""
+        self._fit(len(x))
+        return self.formed_by.logits(x)
+
+    def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
+        """The gradient of the sum of loss(logits) with respect to the input."""
+        self._fit(len(x))
+        return self.formed_by.gradient(x, loss)
+
+    def close(self) -> None:
+        """Give the program back."""
+        opened, self._open = self._open, None
+        if opened is not None:
+            opened.__exit__(None, None, None)
+
+    def _enter(self) -> None:
+        opened = input_gradients(self._model, self._images[: self._size], self._use_engine)
+        self.formed_by = opened.__enter__()
+        self._open = opened
+
+    def _fit(self, count: int) -> None:
+        size = len(self._images)
+        while 0 < count <= size // 2:
+            size = -(-size // 2)
+        if size != self._size:
+            self.close()
+            self._size = size
+            self._enter()
+
+
+@contextmanager
+def batch_gradients(model: nn.Module, images: Tensor, use_engine: bool) -> Iterator[BatchGradients]:
+    """Open `BatchGradients` in a state of autograd in which gradients can be formed, and close them at the end."""
+    with torch.inference_mode(False), torch.enable_grad():
+        gradients = BatchGradients(model, images, use_engine)
+        try:
+            yield gradients
+        finally:
+            gradients.close()

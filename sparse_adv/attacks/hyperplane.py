@@ -1,0 +1,61 @@
+"""Linearised boundaries between classes: the nearest one, and the projection of images onto it within their range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_adv.attacks.options import Ball
+from sparse_adv.attacks.queries import Queries
+
+
+def nearest_boundary(model: Queries, x: Tensor, labels: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """How far the label leads, z_y - z_k [N], and its gradient [N, ...], for the class k whose boundary is nearest.
+
+    That is the k != y with the least |z_y - z_k| / |gradient|_dual; the dual norm is l1 for linf and l2 for l2.
+    """
+    logits, gradients = model.logits_and_gradients(x)
+    rows = torch.arange(len(x), device=x.device)
+    leads = logits[rows, labels][:, None] - logits
+    slopes = gradients[rows, labels][:, None] - gradients
+    lengths = torch.linalg.vector_norm(slopes.flatten(2), 1 if norm == "linf" else 2, dim=2)
+    k = (leads.abs() / lengths.clamp_min(1e-12)).scatter(1, labels[:, None], torch.inf).argmin(1)
+    return leads[rows, k], slopes[rows, k]
+
+
+def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tensor:
+    """The least change d with value + <slope, d> = 0 and x + d in [lo, hi]; if there is none, that nearest to 0.
+
+    Along the way each coordinate changes at a rate of its own, |slope|^0 for linf and |slope|^1 for l2, until it meets
+    an end of [lo, hi]; so the value falls in t as a sum of a_i min(t, t_i), and the t where it has fallen to 0 lies
+    between two of the sorted t_i.
+
+    Args:
+        x: float tensor [N, ...], in [lo, hi].
+        value: float tensor [N], of the affine function at x.
+        slope: float tensor [N, ...], its gradient.
+        ball: the norm and the range; the radius is not used.
+
+    Returns:
+        The changes d, float tensor [N, ...].
+
+    Source: Croce and Hein (ICML 2020), equations 3 to 6.
+    """
+    flat, weight = x.flatten(1), slope.flatten(1) * value.sign()[:, None]
+    room = torch.where(weight > 0, flat - ball.lo, ball.hi - flat).clamp_min(0)
+    rate = torch.ones_like(weight) if ball.norm == "linf" else weight.abs()
+    rate, room = rate.where(weight != 0, 0), room.where(weight != 0, 0)
+    meets = room / rate.where(rate > 0, 1)
+    falls = weight.abs() * rate
+    ends, order = meets.sort(dim=1)
+    falls = falls.gather(1, order)
+    # What has fallen at the end of each piece: by the coordinates that have met an end, and by those still moving.
+    met = (falls * ends).cumsum(1)
+    moving = falls.sum(1, keepdim=True) - falls.cumsum(1)
+    fallen = met + moving.clamp_min(0) * ends
+    goal = value.abs()[:, None]
+    piece = torch.searchsorted(fallen.contiguous(), goal).clamp(max=fallen.shape[1] - 1)
+    start = (met - falls * ends).gather(1, piece)
+    speed = (moving + falls).gather(1, piece)
+    t = ((goal - start) / speed.where(speed > 0, 1)).clamp_min(0).minimum(ends[:, -1:])
+    return (-weight.sign() * (rate * t).minimum(room)).view_as(x)

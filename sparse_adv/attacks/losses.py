@@ -1,0 +1,158 @@
+"""The losses that attacks maximise, by name: functions (logits [N, classes], labels [N]) -> loss of each image [N]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""loss(logits, labels) -> the loss of the batch (a scalar) or of each image [N]."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy log(sum_i exp(z_i)) - z_y of each image.
+
+    Args:
+        logits: float tensor z [N, classes].
+        labels: int64 tensor y [N].
+
+    Returns:
+        float tensor [N].
+
+    Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv.attacks import losses
+        >>> losses.cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
+        tensor([1.3863])
+    """
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """The margin max_{i != y} z_i - z_y of each image: positive where the image is misclassified.
+
+    Args:
+        logits: float tensor z [N, classes], of at least 2 classes.
+        labels: int64 tensor y [N].
+
+    Returns:
+        float tensor [N].
+
+    Raises:
+        ValueError: if there are fewer than 2 classes.
+
+    Source: Carlini and Wagner, "Towards evaluating the robustness of neural networks" (S&P 2017), section V.A, f_6.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv.attacks import losses
+        >>> losses.margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+        tensor([-1.])
+    """
+    _check_classes("margin", logits, 2)
+    return _highest_wrong(logits, labels) - _of_class(logits, labels)
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """The difference of logits ratio, (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), of each image.
+
+    z_(k) is the k-th highest logit. The loss depends neither on a shift nor on a positive scale of the logits. The
+    denominator is at least 1e-12, so that equal logits give 0.
+
+    Args:
+        logits: float tensor z [N, classes], of at least 3 classes.
+        labels: int64 tensor y [N].
+
+    Returns:
+        float tensor [N], in [-1, 1].
+
+    Raises:
+        ValueError: if there are fewer than 3 classes.
+
+    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+    attacks" (ICML 2020), equation 6.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv.attacks import losses
+        >>> losses.dlr(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+        tensor([-0.5000])
+    """
+    _check_classes("dlr", logits, 3)
+    highest = logits.topk(3, dim=1).values
+    return margin(logits, labels) / (highest[:, 0] - highest[:, 2]).clamp_min(1e-12)
+
+
+def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """The targeted difference of logits ratio, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), of each image.
+
+    z_(k) is the k-th highest logit; an attack maximises the loss. The denominator is at least 1e-12.
+
+    Args:
+        logits: float tensor z [N, classes], of at least 4 classes.
+        labels: int64 tensor y [N], the true classes.
+        targets: int64 tensor t [N], the classes to reach.
+
+    Returns:
+        float tensor [N].
+
+    Raises:
+        ValueError: if there are fewer than 4 classes.
+
+    Source: Croce and Hein (ICML 2020), as for `dlr`, equation 7.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv.attacks import losses
+        >>> losses.targeted_dlr(torch.tensor([[4.0, 2.0, 1.0, 1.0]]), torch.tensor([0]), torch.tensor([1]))
+        tensor([-0.6667])
+    """
+    _check_classes("targeted_dlr", logits, 4)
+    highest = logits.topk(4, dim=1).values
+    scale = highest[:, 0] - (highest[:, 2] + highest[:, 3]) / 2
+    return (_of_class(logits, targets) - _of_class(logits, labels)) / scale.clamp_min(1e-12)
+
+
+def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
+    """KL(q || p) of each image [N], with p = softmax(logits) and log q given.
+
+    With this loss the attack loop passes the model's log-probabilities of the clean images instead of labels.
+    """
+    return F.kl_div(F.log_softmax(logits, 1), log_probabilities, reduction="none", log_target=True).sum(1)
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+"""The losses that attacks know by name."""
+
+
+def loss_function(loss: str | Loss) -> Loss:
+    """Return the loss of a name, or the callable itself; raise ValueError for anything else.
+
+    Examples:
+        >>> from sparse_adv.attacks import losses
+        >>> losses.loss_function("margin") is losses.margin
+        True
+    """
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        names = ", ".join(f'"{name}"' for name in LOSSES)
+        raise ValueError(f"loss must be {names} or a callable, got {loss!r}")
+    return LOSSES[loss]
+
+
+def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
+    return logits.gather(1, classes[:, None]).squeeze(1)
+
+
+def _highest_wrong(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.scatter(1, labels[:, None], -float("inf")).amax(1)
+
+
+def _check_classes(name: str, logits: Tensor, least: int) -> None:
+    if logits.shape[1] < least:
+        raise ValueError(f"the loss {name} needs logits of at least {least} classes, got {logits.shape[1]}")

@@ -1,0 +1,125 @@
+"""MI-FGSM, the iterative method with momentum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_adv import ops
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.losses import Loss, loss_function
+from sparse_adv.attacks.options import Ball, check_count
+from sparse_adv.attacks.queries import Queries, into_ball, loss_to_raise, per_image, run_search
+from sparse_adv.ops.pgd_step import check_alpha, check_ball
+
+
+def mifgsm(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float = 8 / 255,
+    alpha: float = 2 / 255,
+    steps: int = 10,
+    decay: float = 1.0,
+    norm: str = "linf",
+    loss: str | Loss = "ce",
+    targeted: bool = False,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """MI-FGSM: g = decay * g + gradient / |gradient|_1 and adv = project(adv + alpha * direction(g)), `steps` times.
+
+    direction(g) is sign(g) for linf and g / |g| of each image for l2. The start is the clean image.
+
+    Args:
+        model: maps images in [lo, hi] to logits [N, classes].
+        images: float tensor [N, ...], the clean images.
+        labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
+        eps: radius of the ball around each image, in units of the images.
+        alpha: step size, in units of the images.
+        steps: number of steps; each is one forward and one backward pass.
+        decay: how much of the momentum g a step keeps, mu in the paper.
+        norm: "linf" or "l2".
+        loss: as in `attacks.pgd`.
+        targeted: minimise the loss instead of maximising it.
+        lo, hi: range of pixel values.
+        check: check the values of images and labels.
+        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+
+    Returns:
+        The adversarial images, detached, with shape, dtype and memory format of `images`, without slack in the ball and
+        in [lo, hi].
+
+    Raises:
+        TypeError: if model cannot be called, images are not floating point or labels not integers.
+        ValueError: if a value, shape or name is out of range.
+
+    Source: Dong et al., "Boosting adversarial attacks with momentum" (CVPR 2018), algorithm 1.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = attacks.mifgsm(model, images, labels, eps=0.2, alpha=0.05)
+        >>> bool((adv - images).abs().max() <= 0.2)
+        True
+    """
+    ball = Ball(eps, norm, lo, hi)
+    check_ball(*ball)
+    check_alpha(alpha)
+    check_count("steps", steps, least=0)
+    if not 0 <= decay < torch.inf:
+        raise ValueError(f"decay must be finite and not negative, got {decay}")
+    loss_function(loss)
+
+    def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        raised = loss_to_raise(loss, labels, targeted)
+        adv, momentum = images, torch.zeros_like(images)
+        for _ in range(steps):
+            gradient = model.gradient(adv, raised)
+            length = gradient.abs().flatten(1).sum(1)
+            momentum = decay * momentum + gradient / per_image(length.where(length > 0, 1), gradient)
+            adv = ops.pgd_step(adv, momentum, images, alpha, *ball)
+        return into_ball(adv, images, ball)
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+class MIFGSM(Attack):
+    """`attacks.mifgsm` bound to a model, with the interface of torchattacks.MIFGSM.
+
+    Args:
+        model, eps, alpha, steps, decay: as in `attacks.mifgsm`.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.MIFGSM(models.build("digits_cnn", width=8), eps=0.2, steps=3)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self, model: Model, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, decay: float = 1.0
+    ) -> None:
+        super().__init__(model)
+        self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        return mifgsm(
+            model,
+            images,
+            labels,
+            eps=self.eps,
+            alpha=self.alpha,
+            steps=self.steps,
+            decay=self.decay,
+            targeted=targeted,
+        )

@@ -1,0 +1,66 @@
+"""Several attacks one after the other, each on the images that the ones before did not break."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.checks import Model, int64_labels, is_correct
+
+
+class MultiAttack(Attack):
+    """Attack objects in a row, with the interface of torchattacks.MultiAttack: each attacks what still stands.
+
+    An image counts as broken when it is not classified as its label; it is then left alone. Images that no attack
+    breaks, and those that are misclassified before, come back clean.
+
+    Args:
+        attacks: at least two attack objects of one model.
+        verbose: accepted, and without effect.
+
+    Raises:
+        ValueError: if there are fewer than two attacks, or they have different models.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> attack = attacks.MultiAttack([attacks.PGD(model, eps=0.1), attacks.Square(model, eps=0.1, n_queries=10)])
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    supports_targets = False
+
+    def __init__(self, attacks: Sequence[Attack], verbose: bool = False) -> None:
+        if len(attacks) < 2:
+            raise ValueError(f"attacks must be at least two, got {len(attacks)}")
+        if any(attack.model is not attacks[0].model for attack in attacks):
+            raise ValueError("attacks must all have the same model, got different ones")
+        super().__init__(attacks[0].model)
+        self.attacks = list(attacks)
+
+    def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """From now on images come and go normalised, for each of the attacks."""
+        for attack in self.attacks:
+            attack.set_normalization_used(mean, std)
+
+    @torch.no_grad()
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        best, labels = images.clone(), int64_labels(labels)
+        standing = torch.arange(len(images), device=images.device)
+        if len(images):
+            standing = standing[is_correct(self._logits(images), labels)]
+        for attack in self.attacks:
+            if not len(standing):
+                break
+            adv = attack(images[standing], labels[standing])
+            broken = ~is_correct(self._logits(adv), labels[standing])
+            best[standing[broken]] = adv[broken]
+            standing = standing[~broken]
+        return best

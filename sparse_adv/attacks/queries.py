@@ -1,0 +1,174 @@
+"""A model under attack: its logits and gradients for batches that get smaller, and the ball its examples lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.attacks.checks import (
+    LabelRange,
+    Model,
+    as_module,
+    check_batch,
+    check_label_range,
+    count_classes,
+    int64_labels,
+)
+from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
+from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.losses import Loss, loss_function, margin
+from sparse_adv.attacks.options import Ball
+from sparse_adv.engine.program import LossOfLogits
+from sparse_adv.nn import frozen_weights
+from sparse_adv.ops.random_start import seed_words
+
+_MARGIN_OF_ROUNDING = 8
+"""By how many units of rounding the radius of the l2 ball is reduced, so that a norm rounded up is not above eps."""
+
+
+class Queries:
+    """The logits and input gradients of a model in eval mode, for any part of a batch, with the labels checked once."""
+
+    def __init__(self, model: nn.Module, gradients: BatchGradients, label_range: LabelRange) -> None:
+        self._model, self._gradients, self._label_range = model, gradients, label_range
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits [N, classes] of images [N, ...]."""
+        return self._checked(self._gradients.logits(x))
+
+    def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
+        """The gradient of loss(logits), summed over the images, with respect to the images."""
+        return self._gradients.gradient(x, lambda logits: loss(self._checked(logits)))
+
+    def values_and_gradient(self, x: Tensor, function: LossOfLogits) -> tuple[Tensor, Tensor]:
+        """The values function(logits) [N], and the gradient of their sum with respect to the images."""
+        values: list[Tensor] = []
+
+        def recorded(logits: Tensor) -> Tensor:
+            value = function(self._checked(logits))
+            values.append(value.detach())
+            return value
+
+        gradient = self._gradients.gradient(x, recorded)
+        return values[0], gradient
+
+    def logits_and_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits [N, classes] and the gradient [N, classes, ...] of each: one pass forward and `classes` back."""
+        with torch.enable_grad(), frozen_weights(self._model):
+            x = x.detach().requires_grad_()
+            logits = self._checked(self._model(x))
+            gradients = [
+                torch.autograd.grad(logits[:, k].sum(), x, retain_graph=k + 1 < logits.shape[1])[0]
+                for k in range(logits.shape[1])
+            ]
+        return logits.detach(), torch.stack(gradients, 1)
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        if self._label_range is not None:
+            check_label_range(self._label_range, count_classes(logits, len(logits)))
+            self._label_range = None
+        return logits
+
+
+Search = Callable[[Queries, Tensor, Tensor], Tensor]
+"""search(queries, images, labels) -> the adversarial images."""
+
+
+def run_search(
+    search: Search, model: Model, images: Tensor, labels: Tensor, lo: float, hi: float, check: bool, engine: bool
+) -> Tensor:
+    """Check a batch and run a search on it with the model in eval mode; at the end the model is as it was.
+
+    Args:
+        search: finds the adversarial images; it is not called for an empty batch.
+        model: maps images in [lo, hi] to logits [N, classes].
+        images: float tensor [N, ...].
+        labels: int64 tensor [N].
+        lo, hi: range of pixel values.
+        check: whether to check the values of images and labels.
+        engine: whether the engine may form logits and gradients.
+
+    Returns:
+        The adversarial images, detached, with shape, dtype and memory format of `images`.
+
+    Raises:
+        TypeError, ValueError: as in `attacks.pgd`.
+    """
+    module, traceable = as_module(model)
+    labels = int64_labels(labels)
+    label_range = check_batch(images, labels, lo=lo, hi=hi) if check else None
+    # Autograd cannot use tensors made in inference mode, so both are copied outside of it.
+    with torch.inference_mode(False), torch.no_grad(), bn_mode(module, "eval"):
+        images, labels = images.clone(), labels.clone()
+        if not len(images):
+            return images
+        with batch_gradients(module, images, engine and traceable) as gradients, torch.no_grad():
+            return torch.empty_like(images).copy_(search(Queries(module, gradients, label_range), images, labels))
+
+
+def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """By how much each image is adversarial, [N]: positive where its label is not predicted, or is if targeted."""
+    return -margin(logits, labels) if targeted else margin(logits, labels)
+
+
+def per_image(values: Tensor, images: Tensor) -> Tensor:
+    """One number per image [N] in a shape that broadcasts with the images [N, ...]."""
+    return values.view(-1, *[1] * (images.dim() - 1))
+
+
+def distance(adv: Tensor, images: Tensor, norm: str) -> Tensor:
+    """The distance of each pair of images [N], "linf" or "l2"."""
+    return torch.linalg.vector_norm((adv - images).flatten(1), torch.inf if norm == "linf" else 2, dim=1)
+
+
+def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
+    """The images that are nearest in a ball, with `distance(result, images, norm) <= eps` without slack for rounding.
+
+    Args:
+        adv: float tensor [N, ...].
+        images: the clean images, within the range of pixel values, with shape and dtype of adv.
+        ball: the radius, the norm and the range of pixel values.
+
+    Returns:
+        A tensor with shape and dtype of `images`.
+    """
+    eps, norm, lo, hi = ball
+    exact, step = images.double(), torch.finfo(images.dtype).eps
+    if norm == "linf":
+        eps = _rounded_down(eps, images.dtype)
+        low, high = (exact - eps).to(images.dtype), (exact + eps).to(images.dtype)
+        low = low.where(exact - low.double() <= eps, low.nextafter(images))
+        high = high.where(high.double() - exact <= eps, high.nextafter(images))
+        inside = adv.clamp(low, high).clamp(lo, hi)
+    else:
+        offset = adv.double() - exact
+        length = per_image(torch.linalg.vector_norm(offset.flatten(1), dim=1), images)
+        # Rounding of the sum can move an image outside again, the more so the fewer bits its dtype has.
+        units, inside = _MARGIN_OF_ROUNDING, adv
+        outside = (length > eps * (1 - units * step)) | per_image(distance(adv, images, norm) > eps, images)
+        while bool(outside.any()):
+            scale = max(0.0, eps * (1 - units * step)) / length
+            inside = inside.where(~outside, (exact + offset * scale).to(images.dtype))
+            outside = per_image(distance(inside, images, norm) > eps, images)
+            units *= 2
+        inside = inside.clamp(lo, hi)
+    return inside
+
+
+def _rounded_down(value: float, dtype: torch.dtype) -> float:
+    rounded = torch.tensor(value, dtype=dtype)
+    return (rounded.nextafter(-torch.ones_like(rounded)) if rounded.item() > value else rounded).item()
+
+
+def private_generator(generator: torch.Generator | None, images: Tensor) -> torch.Generator:
+    """A generator on the device of the images, seeded with one number of a generator; None for PyTorch's global one."""
+    device = images.device if isinstance(images, Tensor) else "cpu"  # of the type, the check of the batch complains
+    return torch.Generator(device).manual_seed(int(seed_words(generator)[0]) & (2**63 - 1))
+
+
+def loss_to_raise(loss: str | Loss, labels: Tensor, targeted: bool) -> LossOfLogits:
+    """The function of the logits that an attack raises: the loss, or its negative if targeted."""
+    function, sign = loss_function(loss), -1 if targeted else 1
+    return lambda logits: sign * function(logits, labels)

@@ -1,0 +1,111 @@
+"""R+FGSM: a step in a random direction, then steps along the gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_adv import ops
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.losses import Loss, loss_function
+from sparse_adv.attacks.options import Ball, check_count
+from sparse_adv.attacks.queries import Queries, into_ball, loss_to_raise, private_generator, run_search
+from sparse_adv.ops.pgd_step import check_alpha, check_ball
+
+
+def rfgsm(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float = 8 / 255,
+    alpha: float = 4 / 255,
+    steps: int = 1,
+    loss: str | Loss = "ce",
+    targeted: bool = False,
+    generator: torch.Generator | None = None,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """R+FGSM: adv = x + alpha * sign(N(0, 1)), then adv = project(adv + (eps - alpha) * sign(gradient)).
+
+    project returns the nearest point of the linf ball, within [lo, hi].
+
+    Args:
+        model: maps images in [lo, hi] to logits [N, classes].
+        images: float tensor [N, ...], the clean images.
+        labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
+        eps: radius of the ball around each image, in units of the images.
+        alpha: size of the random step, at most eps.
+        steps: number of steps of size eps - alpha; 1 in the paper, 10 by default in torchattacks.
+        loss: as in `attacks.pgd`.
+        targeted: minimise the loss instead of maximising it.
+        generator: one number is drawn of it; None for PyTorch's global generator.
+        lo, hi: range of pixel values.
+        check: check the values of images and labels.
+        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+
+    Returns:
+        The adversarial images, detached, with shape, dtype and memory format of `images`, without slack in the ball and
+        in [lo, hi].
+
+    Raises:
+        TypeError: if model cannot be called, images are not floating point or labels not integers.
+        ValueError: if a value, shape or name is out of range.
+
+    Source: Tramèr et al., "Ensemble adversarial training: attacks and defenses" (ICLR 2018), equation 7.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = attacks.rfgsm(model, images, labels, eps=0.2, alpha=0.1)
+        >>> bool((adv - images).abs().max() <= 0.2)
+        True
+    """
+    ball = Ball(eps, "linf", lo, hi)
+    check_ball(*ball)
+    check_alpha(alpha)
+    if not 0 <= alpha <= eps:
+        raise ValueError(f"alpha must lie between 0 and eps, {eps}, got {alpha}")
+    check_count("steps", steps, least=0)
+    loss_function(loss)
+    draw = private_generator(generator, images)
+
+    def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        raised = loss_to_raise(loss, labels, targeted)
+        noise = torch.randn(images.shape, generator=draw, dtype=images.dtype, device=images.device)
+        adv = (images + alpha * noise.sign()).clamp(lo, hi)
+        for _ in range(steps):
+            adv = ops.pgd_step(adv, model.gradient(adv, raised), images, eps - alpha, *ball)
+        return into_ball(adv, images, ball)
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+class RFGSM(Attack):
+    """`attacks.rfgsm` bound to a model, with the interface of torchattacks.RFGSM.
+
+    Args:
+        model, eps, alpha, steps: as in `attacks.rfgsm`; the defaults are those of torchattacks.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.RFGSM(models.build("digits_cnn", width=8), eps=0.2, alpha=0.1)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, model: Model, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10) -> None:
+        super().__init__(model)
+        self.eps, self.alpha, self.steps = eps, alpha, steps
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        return rfgsm(model, images, labels, eps=self.eps, alpha=self.alpha, steps=self.steps, targeted=targeted)

@@ -1,0 +1,300 @@
+"""The Square attack: a random search that changes one square of the image at a time and needs no gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.losses import cross_entropy
+from sparse_adv.attacks.options import Ball, check_count
+from sparse_adv.attacks.queries import Queries, advantage, into_ball, per_image, private_generator, run_search
+from sparse_adv.ops.pgd_step import check_ball
+
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""After how many of 10000 queries the share of changed pixels is halved."""
+
+
+def square(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    queries: int = 5000,
+    p_init: float = 0.8,
+    restarts: int = 1,
+    targeted: bool = False,
+    generator: torch.Generator | None = None,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    check: bool = True,
+    engine: bool = True,
+) -> Tensor:
+    """Square attack: keep x + delta of a random delta, nonzero in a square, wherever this lowers z_y - max_{k!=y} z_k.
+
+    The side of the square is the rounded root of p * height * width. p starts at p_init and is halved after 10, 50,
+    200, 500, 1000, 2000, 4000, 6000 and 8000 queries, in ten thousandths of `queries`. For linf, delta takes each
+    channel of the square to x - eps or x + eps, and the search starts with vertical stripes; for l2, it moves mass of
+    the perturbation into the square, whose values fall off from two centres. An image is queried until it is
+    adversarial. If targeted, cross-entropy with the target is lowered instead.
+
+    Args:
+        model: maps images in [lo, hi] to logits [N, classes]; no gradient of it is needed.
+        images: float tensor [N, channels, height, width], the clean images.
+        labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
+        norm: "linf" or "l2".
+        eps: radius of the ball around each image, in units of the images.
+        queries: passes forward for each image and restart, with the one of the start.
+        p_init: share of the pixels that the first squares change, in (0, 1].
+        restarts: number of searches for each image that the searches before did not break.
+        targeted: search for images of the classes `labels` instead of images of other classes.
+        generator: one number is drawn of it; None for PyTorch's global generator.
+        lo, hi: range of pixel values.
+        check: check the values of images and labels.
+        engine: whether the engine may form the logits, see `sparse_adv.engine`.
+
+    Returns:
+        The adversarial images, detached, with shape, dtype and memory format of `images`, without slack in the ball and
+        in [lo, hi]; where the search failed, the best image it found, and where the clean image is adversarial, that.
+
+    Raises:
+        TypeError: if model cannot be called, images are not floating point or labels not integers.
+        ValueError: if a value, shape or name is out of range.
+
+    Source: Andriushchenko et al., "Square attack: a query-efficient black-box adversarial attack via random search"
+    (ECCV 2020), algorithms 1 to 3 and equation 2. The paper does not list the halving after 500 queries, which
+    torchattacks and AutoAttack have. As in the paper, a square may lie at any position; torchattacks never draws the
+    last row and column, which matters on small images.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> model = models.build("digits_cnn", width=8)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> adv = attacks.square(model, images, labels, eps=0.2, queries=20)
+        >>> adv.shape, bool((adv - images).abs().max() <= 0.2)
+        (torch.Size([4, 1, 8, 8]), True)
+    """
+    check_ball(eps, norm, lo, hi)
+    if isinstance(images, Tensor) and images.dim() != 4:
+        raise ValueError(f"images must be [N, channels, height, width], got shape {tuple(images.shape)}")
+    check_count("queries", queries, least=1)
+    check_count("restarts", restarts, least=1)
+    if not 0 < p_init <= 1:
+        raise ValueError(f"p_init must lie in (0, 1], got {p_init}")
+    ball, draw = Ball(eps, norm, lo, hi), private_generator(generator, images)
+
+    def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
+        best, least = images.clone(), images.new_full(labels.shape, torch.inf)
+        standing = _standing(advantage(model.logits(images), labels, targeted) > 0)
+        for _ in range(restarts):
+            if not len(standing):
+                break
+            attacked = images[standing], labels[standing]
+            adv, loss, broken = _one_search(model, *attacked, targeted, ball, queries, p_init, draw)
+            better = broken | (loss < least[standing])
+            best[standing[better]], least[standing[better]] = adv[better], loss[better]
+            standing = standing[~broken]
+        return best
+
+    return run_search(search, model, images, labels, lo, hi, check, engine)
+
+
+class Square(Attack):
+    """`attacks.square` bound to a model, with the interface of torchattacks.Square.
+
+    Args:
+        model, eps, p_init: as in `attacks.square`.
+        norm: "Linf" or "L2".
+        n_queries, n_restarts: `queries` and `restarts` of `attacks.square`.
+        loss: "margin"; the only one, kept for its place among the arguments.
+        resc_schedule: True; the schedule always fits `n_queries`.
+        seed: of the search; each call draws the same numbers.
+        verbose: accepted, and without effect.
+
+    Raises:
+        ValueError: if loss or resc_schedule has another value; when called, as `attacks.square`.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.Square(models.build("digits_cnn", width=8), eps=0.2, n_queries=20)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        n_queries: int = 5000,
+        n_restarts: int = 1,
+        p_init: float = 0.8,
+        loss: str = "margin",
+        resc_schedule: bool = True,
+        seed: int = 0,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(model)
+        if loss != "margin" or not resc_schedule:
+            raise ValueError(f'loss must be "margin" and resc_schedule True, got {loss!r} and {resc_schedule}')
+        self.norm, self.eps, self.p_init, self.seed = norm, eps, p_init, seed
+        self.n_queries, self.n_restarts = n_queries, n_restarts
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        assert labels is not None
+        return square(
+            model,
+            images,
+            labels,
+            norm=self.norm.lower(),
+            eps=self.eps,
+            queries=self.n_queries,
+            p_init=self.p_init,
+            restarts=self.n_restarts,
+            targeted=targeted,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+def _one_search(
+    model: Queries,
+    images: Tensor,
+    labels: Tensor,
+    targeted: bool,
+    ball: Ball,
+    queries: int,
+    p_init: float,
+    draw: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search once; return the images found, their losses [N], and whether they are adversarial [N]."""
+    start, propose = (_start_linf, _propose_linf) if ball.norm == "linf" else (_start_l2, _propose_l2)
+    adv = start(images, ball, draw)
+    loss, broken = _score(model, adv, labels, targeted)
+    for query in range(1, queries):
+        standing = _standing(broken)
+        if not len(standing):
+            break
+        share = p_init / 2 ** sum(query * 10000 // queries > halving for halving in _HALVINGS)
+        current = adv[standing]
+        new = propose(current, images[standing], share, ball, draw)
+        new_loss, new_broken = _score(model, new, labels[standing], targeted)
+        better = new_broken | (new_loss < loss[standing])
+        adv[standing] = new.where(per_image(better, new), current)
+        loss[standing] = new_loss.where(better, loss[standing])
+        broken[standing] = new_broken
+    return adv, loss, broken
+
+
+def _standing(broken: Tensor) -> Tensor:
+    """The indices of the images that are not adversarial."""
+    return (~broken).nonzero().squeeze(1)
+
+
+def _score(model: Queries, adv: Tensor, labels: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
+    """The loss that the search lowers, and whether the images are adversarial."""
+    logits = model.logits(adv)
+    gain = advantage(logits, labels, targeted)
+    return cross_entropy(logits, labels) if targeted else -gain, gain > 0
+
+
+def _start_linf(images: Tensor, ball: Ball, draw: torch.Generator) -> Tensor:
+    """Vertical stripes, one pixel wide: each column of a channel at x - eps or x + eps."""
+    count, channels, _, width = images.shape
+    return into_ball(images + ball.eps * _signs((count, channels, 1, width), images, draw), images, ball)
+
+
+def _propose_linf(adv: Tensor, images: Tensor, share: float, ball: Ball, draw: torch.Generator) -> Tensor:
+    """Each channel of one square at x - eps or x + eps (algorithm 2)."""
+    side = min(max(round(math.sqrt(share * images[0, 0].numel())), 1), *images.shape[2:])
+    inside = _window(_corners(images, side, draw), images, side)
+    moved = images + ball.eps * _signs((*images.shape[:2], 1, 1), images, draw)
+    return into_ball(moved.where(inside, adv), images, ball)
+
+
+def _start_l2(images: Tensor, ball: Ball, draw: torch.Generator) -> Tensor:
+    """A grid of tiles, five along the shorter side, each a bump of the shape of the squares with a random sign."""
+    count, channels, height, width = images.shape
+    side = max(1, min(height, width) // 5)
+    rows, columns = height // side, width // side
+    signs = _signs((count, channels, rows, columns), images, draw)
+    tiles = signs.repeat_interleave(side, 2).repeat_interleave(side, 3) * _bumps(side, images).repeat(rows, columns)
+    top, left = (height - rows * side) // 2, (width - columns * side) // 2
+    offset = torch.zeros_like(images)
+    offset[:, :, top : top + rows * side, left : left + columns * side] = tiles
+    return into_ball(images + ball.eps * _unit(offset, (1, 2, 3)), images, ball)
+
+
+def _propose_l2(adv: Tensor, images: Tensor, share: float, ball: Ball, draw: torch.Generator) -> Tensor:
+    """Mass of the perturbation moves from one square, and from what eps leaves unused, into another (algorithm 3)."""
+    count, channels, height, width = images.shape
+    side = min(max(round(math.sqrt(share * height * width)), 3) // 2 * 2 + 1, height, width)
+    offset = adv - images
+    first, second = (_corners(images, side, draw) for _ in range(2))
+    either = _window(first, images, side) | _window(second, images, side)
+    unused = (ball.eps**2 - offset.square().sum((1, 2, 3), keepdim=True)).clamp_min(0)
+    available = ((offset.square() * either).sum((2, 3), keepdim=True) + unused / channels).sqrt()
+    bumps = _unit(_bumps(side, images), (0, 1))
+    upright = _signs((count, 1, 1, 1), images, draw) > 0
+    bumps = bumps.where(upright, bumps.T) * _signs((count, channels, 1, 1), images, draw)
+    pixels = _pixels(first, images, side)
+    mass = _unit(bumps + _unit(offset[pixels], (2, 3)), (2, 3)) * available
+    offset = offset.where(~_window(second, images, side), 0)
+    offset[pixels] = mass
+    return into_ball(images + offset, images, ball)
+
+
+def _corners(images: Tensor, side: int, draw: torch.Generator) -> Tensor:
+    """The upper left corner of one square in each image: row and column, int64 [2, N]."""
+    room = [extent - side + 1 for extent in images.shape[2:]]
+    return torch.stack([torch.randint(n, (len(images),), generator=draw, device=images.device) for n in room])
+
+
+def _window(corners: Tensor, images: Tensor, side: int) -> Tensor:
+    """Whether a pixel is in its image's square, bool [N, 1, height, width]."""
+    inside = []
+    for corner, extent in zip(corners, images.shape[2:], strict=True):
+        offset = torch.arange(extent, device=images.device) - corner[:, None]
+        inside.append((offset >= 0) & (offset < side))
+    return inside[0][:, None, :, None] & inside[1][:, None, None, :]
+
+
+def _pixels(corners: Tensor, images: Tensor, side: int) -> tuple[Tensor, ...]:
+    """The index of the squares in the images: images[index] is [N, channels, side, side]."""
+    count, channels = images.shape[:2]
+    steps = torch.arange(side, device=images.device)
+    rows, columns = corners[..., None] + steps
+    index = torch.arange(count, device=images.device), torch.arange(channels, device=images.device)
+    return index[0][:, None, None, None], index[1][:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+
+
+def _signs(shape: tuple[int, ...], images: Tensor, draw: torch.Generator) -> Tensor:
+    bits = torch.randint(2, shape, generator=draw, device=images.device)
+    return bits.to(images.dtype) * 2 - 1
+
+
+def _unit(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Divided by the l2 norm over these dimensions; zeros stay zeros."""
+    length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    return x / length.where(length > 0, 1)
+
+
+def _bumps(side: int, images: Tensor) -> Tensor:
+    """The shape of a change in l2, [side, side]: a bump, and one of the other sign beside it (equation 2)."""
+    left = _bump(side, side // 2)
+    return torch.cat([left, -_bump(side, side - side // 2)], 1).to(images)
+
+
+def _bump(height: int, width: int) -> Tensor:
+    """eta[r, s] = sum of 1 / (n + 1 - k)^2 over k = 0 ... M, n = height // 2, M = n - the distance from the centre."""
+    n = height // 2
+    heights = (1 / torch.arange(n + 1, 0, -1, dtype=torch.float64).square()).cumsum(0)
+    rows, columns = (torch.arange(extent) - extent // 2 for extent in (height, width))
+    return heights[(n - torch.maximum(rows.abs()[:, None], columns.abs())).clamp_min(0)]

@@ -1,0 +1,133 @@
+"""Auto-PGD: checkpoints, results in the ball without slack, optima of linear models, more budget is never worse."""
+
+import math
+
+import pytest
+import torch
+from helpers.attacked import batch, generator, make_model, snapshot
+from torch import nn
+
+from sparse_adv.attacks import apgd, apgd_t, losses
+from sparse_adv.attacks.apgd import _checkpoints
+
+RADII = {"linf": 0.03, "l2": 0.4}
+
+
+def attacked(norm: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A model, and images that it classifies as their labels."""
+    model, (images, _) = make_model().eval(), batch(size=12)
+    return model, images, model(images).argmax(1)
+
+
+def test_checkpoints_are_those_of_the_paper():
+    assert list(_checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert list(_checkpoints(1)) == [1] * 8
+
+
+@pytest.mark.parametrize("norm", RADII)
+@pytest.mark.parametrize("attack", [apgd, apgd_t])
+def test_results_lie_in_ball_and_box_without_slack(attack, norm):
+    model, images, labels = attacked(norm)
+    adv = attack(model, images, labels, norm=norm, eps=RADII[norm], steps=12)
+    order = math.inf if norm == "linf" else 2
+    assert (adv - images).flatten(1).norm(dim=1, p=order).max() <= torch.tensor(RADII[norm])
+    assert adv.min() >= 0 and adv.max() <= 1 and not adv.requires_grad
+    assert (model(adv).argmax(1) != labels).any()
+
+
+@pytest.mark.parametrize("norm", RADII)
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_the_optimum_of_a_linear_model_is_reached(norm, loss):
+    """With two classes the margin is linear: its maximum in the ball is w x + eps |w|_dual, far from the box."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    images, eps = torch.full((3, 3, 2, 2), 0.5, dtype=torch.float64), 0.1
+    model[1].bias.data[0] += 5  # no image falls, so the attack uses all its steps
+    labels = torch.zeros(3, dtype=torch.int64)
+    weight = model[1].weight[1] - model[1].weight[0]
+    gain = eps * weight.norm(p=1 if norm == "linf" else 2)
+    adv = apgd(model, images, labels, norm=norm, eps=eps, steps=100, loss=loss)
+    rise = losses.margin(model(adv), labels) - losses.margin(model(images), labels)
+    torch.testing.assert_close(rise, gain.expand(3), rtol=1e-6 if norm == "linf" else 1e-4, atol=0)
+
+
+def test_more_budget_never_gives_a_higher_robust_accuracy():
+    model, images, labels = attacked("linf")
+
+    def stands(attack, **budget):
+        adv = attack(model, images, labels, eps=0.012, generator=generator(), **budget)
+        return model(adv).argmax(1) == labels
+
+    for attack, budgets in (
+        (apgd, [{"restarts": n, "steps": 5} for n in (1, 2, 4)]),
+        (apgd_t, [{"targets": n, "steps": 5} for n in (1, 2, 4)]),
+    ):
+        counts = [stands(attack, **budget).sum().item() for budget in budgets]
+        assert counts == sorted(counts, reverse=True) and 0 < counts[0] < len(images)
+
+
+def test_images_that_are_wrong_already_are_returned_as_they_are():
+    model, images, labels = attacked("linf")
+    wrong = labels.clone()
+    wrong[::2] = (wrong[::2] + 1) % 5
+    adv = apgd(model, images, wrong, eps=0.03, steps=3)
+    assert torch.equal(adv[::2], images[::2]) and not torch.equal(adv[1::2], images[1::2])
+
+
+def test_the_results_of_an_image_that_stands_have_the_highest_loss_found():
+    model, images, labels = attacked("linf")
+    for loss in ("ce", "dlr"):
+        adv = apgd(model, images, labels, eps=1e-4, steps=10, loss=loss, generator=generator())
+        assert (losses.LOSSES[loss](model(adv), labels) > losses.LOSSES[loss](model(images), labels)).all()
+
+
+def test_a_target_is_reached():
+    model, images, labels = attacked("linf")
+    targets = (labels + 1) % 5
+    adv = apgd(model, images, targets, eps=0.2, steps=30, targeted=True)
+    assert (model(adv).argmax(1) == targets).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("attack", [apgd, apgd_t])
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_model_and_random_state_are_as_found_also_after_an_exception(attack, grad_mode):
+    model, images, labels = make_model(), *batch()
+    model[3][0].weight.requires_grad_(False)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    failing = nn.Sequential(model, nn.Linear(7, 7)).train()
+    model[1].eval()
+    before, random_state = snapshot(model), torch.get_rng_state()
+    with grad_mode():
+        attack(model, images, labels, steps=2, generator=generator())
+        with pytest.raises(ValueError, match="labels must lie in"):
+            attack(model, images, labels + 5, steps=2, generator=generator())
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            attack(failing, images, labels, steps=2, generator=generator())
+    assert snapshot(model) == before and torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_averaged_gradients_attack_a_model_that_draws_random_numbers():
+    model, images, labels = attacked("linf")
+    adv = apgd(lambda x: model(x + 0.01 * torch.randn_like(x)), images, labels, eps=0.1, steps=10, eot_iter=4)
+    assert (model(adv).argmax(1) != labels).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"restarts": 0}, "restarts must be an integer of at least 1, got 0"),
+        ({"rho": 1.5}, "rho must lie in"),
+        ({"eot_iter": 0}, "eot_iter must be an integer of at least 1, got 0"),
+        ({"norm": "l1"}, 'norm must be "linf" or "l2"'),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    for attack in (apgd, apgd_t):
+        with pytest.raises(ValueError, match=message):
+            attack(make_model(), *batch(), **options)
+
+
+def test_empty_batches_and_other_dtypes():
+    model, images, labels = attacked("linf")
+    assert apgd(model, images[:0], labels[:0]).shape == (0, 3, 8, 8)
+    assert apgd(model.double(), images.double(), labels.int(), steps=2).dtype == torch.float64

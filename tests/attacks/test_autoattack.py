@@ -1,0 +1,160 @@
+"""AutoAttack: only survivors are attacked, examples are verified, interrupted runs end alike, names are honest."""
+
+import pytest
+import torch
+from helpers.attacked import batch, make_model, snapshot
+
+from sparse_adv.attacks import AutoAttack, autoattack
+
+EPS = 0.012
+CUSTOM = {"eps": EPS, "version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"], "seed": 3, "verbose": False}
+
+
+@pytest.fixture
+def attacked():
+    model, (images, _) = make_model().eval(), batch(size=12)
+    labels = model(images).argmax(1)
+    labels[0] = (labels[0] + 1) % 5
+    return model, images, labels
+
+
+def test_examples_are_misclassified_and_lie_in_ball_and_box_without_slack(attacked):
+    model, images, labels = attacked
+    for norm, eps in (("Linf", EPS), ("L2", 0.15)):
+        evaluator = AutoAttack(model, **{**CUSTOM, "norm": norm, "eps": eps})
+        adv, predictions = evaluator.run_standard_evaluation(images, labels, bs=5, return_labels=True)
+        result = evaluator.result
+        distance = (adv - images).flatten(1).norm(dim=1, p=2 if norm == "L2" else torch.inf)
+        assert distance.max() <= torch.tensor(eps) and adv.min() >= 0 and adv.max() <= 1
+        assert torch.equal(model(adv).argmax(1), predictions)
+        assert torch.equal(result.standing, predictions == labels) and torch.equal(adv[0], images[0])
+        values = list(result.accuracy.values())
+        assert values == sorted(values, reverse=True) and values[0] == pytest.approx(11 / 12)
+        assert 0 < values[-1] < values[0] and values[-1] == pytest.approx(result.standing.double().mean().item())
+
+
+def test_each_attack_sees_the_survivors_only(attacked, monkeypatch):
+    model, images, labels = attacked
+    seen = []
+    for name, member in autoattack.MEMBERS.items():
+
+        def attack(model, x, y, name=name, member=member, **options):
+            seen.append((name, len(x)))
+            return member.attack(model, x, y, **options)
+
+        monkeypatch.setitem(autoattack.MEMBERS, name, autoattack.Member(member.budget, attack))
+    evaluator = AutoAttack(model, **CUSTOM)
+    evaluator.run_standard_evaluation(images, labels)
+    survivors = round(12 * evaluator.result.accuracy["apgd-ce"])
+    assert seen == [("apgd-ce", 11), ("apgd-t", survivors)] and survivors < 11
+    seen.clear()
+    found = evaluator.run_standard_evaluation_individual(images, labels)
+    assert seen == [("apgd-ce", 11), ("apgd-t", 11)] and list(found) == ["apgd-ce", "apgd-t"]
+
+
+def test_an_interrupted_run_ends_like_one_that_was_not(attacked, tmp_path, monkeypatch):
+    model, images, labels = attacked
+    whole = AutoAttack(model, **CUSTOM)
+    expected = whole.run_standard_evaluation(images, labels, bs=4)
+    write, writes = autoattack.State.write, []
+    path = tmp_path / "state.safetensors"
+
+    def interrupted(state, path):
+        write(state, path)
+        writes.append(path)
+        if len(writes) in (1, 3):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(autoattack.State, "write", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            AutoAttack(model, **CUSTOM).run_standard_evaluation(images, labels, bs=4, state_path=path)
+    continued = AutoAttack(model, **CUSTOM)
+    adv = continued.run_standard_evaluation(images, labels, bs=4, state_path=path)
+    assert torch.equal(adv, expected) and continued.result.accuracy == whole.result.accuracy
+    with pytest.raises(ValueError, match="is of another model, other images or other options"):
+        AutoAttack(model, **{**CUSTOM, "eps": 0.1}).run_standard_evaluation(images, labels, state_path=path)
+    path.write_bytes(b"no state")
+    with pytest.raises(ValueError, match="is no state of AutoAttack"):
+        AutoAttack(model, **CUSTOM).run_standard_evaluation(images, labels, state_path=path)
+
+
+def test_what_runs_is_printed_with_its_budget_and_its_true_name(attacked, capsys, tmp_path):
+    model, images, labels = attacked
+    log = tmp_path / "log.txt"
+    AutoAttack(model, **{**CUSTOM, "verbose": True}, log_path=log).run_standard_evaluation(images, labels)
+    printed = capsys.readouterr().out
+    assert 'version "custom", which is not the whole AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t' in printed
+    assert "after apgd-t: robust accuracy" in printed and "0 examples undone in float32" in printed
+    assert log.read_text() == printed
+
+
+def test_claims_that_verification_does_not_confirm_are_counted(attacked, monkeypatch):
+    model, images, labels = attacked
+    monkeypatch.setitem(
+        autoattack.MEMBERS, "apgd-ce", autoattack.Member("", lambda model, x, y, **_: torch.rand_like(x))
+    )
+    evaluator = AutoAttack(model, **{**CUSTOM, "eps": 1e-6, "attacks_to_run": ["apgd-ce"]})
+    evaluator.run_standard_evaluation(images, labels)
+    assert evaluator.result.undone["apgd-ce"] > 0 and evaluator.result.accuracy["apgd-ce"] == pytest.approx(11 / 12)
+
+
+def test_nan_is_never_robust(attacked):
+    _, images, labels = attacked
+    evaluator = AutoAttack(lambda x: x.flatten(1)[:, :5] * torch.nan, **CUSTOM)
+    evaluator.run_standard_evaluation(images, torch.zeros_like(labels))
+    assert evaluator.result.accuracy == {"clean": 0, "apgd-ce": 0, "apgd-t": 0}
+    assert evaluator.clean_accuracy(images, torch.zeros_like(labels)) == 0
+    assert any("NaN" in sign for sign in evaluator.result.signs)
+
+
+def test_rand_averages_gradients(attacked, capsys):
+    model, images, labels = attacked
+    noisy = AutoAttack(lambda x: model(x + 1e-3 * torch.randn_like(x)), eps=EPS, version="rand", seed=1)
+    noisy.run_standard_evaluation(images[:3], labels[:3])
+    assert "averaged over 20" in capsys.readouterr().out and not noisy.result.signs
+
+
+def test_model_and_random_state_are_as_found(attacked):
+    model, images, labels = attacked
+    model.train()
+    before, random_state = snapshot(model), torch.get_rng_state()
+    with torch.inference_mode():
+        AutoAttack(model, **CUSTOM)(images, labels)
+    assert snapshot(model) == before and torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_options_and_batches_that_do_not_fit_are_refused(attacked):
+    model, images, labels = attacked
+    for wrong, message in ((labels + 5, r"labels must lie in \[0, 4\]"), (labels[:3], "one label per image")):
+        with pytest.raises(ValueError, match=message):
+            AutoAttack(model, **CUSTOM).run_standard_evaluation(images, wrong)
+    with pytest.raises(TypeError, match=r"model must return logits .* got a tuple"):
+        AutoAttack(lambda x: (x, x), **CUSTOM).run_standard_evaluation(images, labels)
+    for options, message in (
+        ({"version": "plus"}, "version must be"),
+        ({"attacks_to_run": ["square"]}, 'is for version "custom" only'),
+        ({"version": "custom"}, "must name at least one attack"),
+        ({"version": "custom", "attacks_to_run": ["pgd"]}, "got 'pgd'"),
+        ({"norm": "L1"}, "norm must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AutoAttack(model, **options)
+    with pytest.raises(ValueError, match="at least one image"):
+        AutoAttack(model, **CUSTOM).run_standard_evaluation(images[:0], labels[:0])
+
+
+def test_the_standard_sequence_alone_is_called_autoattack(attacked, capsys, monkeypatch):
+    model, images, labels = attacked
+    monkeypatch.setitem(
+        autoattack.MEMBERS,
+        "square",
+        autoattack.Member("5000 queries", lambda *args, **options: autoattack.square(*args, queries=20, **options)),
+    )
+    evaluator = AutoAttack(model, eps=EPS, seed=0)
+    evaluator.run_standard_evaluation(images[:6], labels[:6])
+    assert list(evaluator.result.accuracy) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert evaluator.result.name == "AutoAttack" and capsys.readouterr().out.startswith(
+        "AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 9 targets); fab-t (100 steps, 9 targets); "
+        "square (5000 queries); linf, eps 0.012, 6 images, seed 0"
+    )

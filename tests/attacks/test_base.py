@@ -1,0 +1,113 @@
+"""The shape of torchattacks: targeted modes, normalised images, saved results, functions as models."""
+
+import pytest
+import torch
+from helpers.attacked import batch, generator, make_model
+from torch import nn
+
+import sparse_adv.attacks as torchattacks
+from sparse_adv.attacks import apgd, apgd_t, pgd
+
+EPS = 0.1
+
+
+def test_an_ordinary_torchattacks_script_runs(tmp_path):
+    model, (images, labels) = make_model(), batch()
+    atk = torchattacks.PGD(model, eps=EPS, alpha=EPS / 4, steps=4, random_start=True)
+    atk.set_normalization_used(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
+    adv = atk((images - 0.5) / 0.25, labels.to(torch.uint8))
+    assert ((adv * 0.25 + 0.5) - images).abs().max() <= EPS + 1e-6
+    for attack in (
+        torchattacks.FGSM(model, eps=EPS),
+        torchattacks.FFGSM(model, eps=EPS, alpha=EPS),
+        torchattacks.PGDL2(model, eps=1.0, alpha=0.2, steps=2, random_start=True, eps_for_division=1e-10),
+        torchattacks.TPGD(model, eps=EPS, alpha=EPS / 4, steps=2),
+        torchattacks.APGD(model, norm="Linf", eps=EPS, steps=3, n_restarts=1, seed=0, loss="ce", eot_iter=1, rho=0.75),
+        torchattacks.APGDT(model, norm="L2", eps=EPS, steps=3, n_restarts=1, seed=0, n_classes=5),
+    ):
+        assert attack(images, labels).shape == images.shape
+
+
+def test_normalised_images_are_attacked_like_the_model_with_a_normalising_layer():
+    class Normalized(nn.Module):
+        def forward(self, x):
+            return model((x - 0.5) / 0.25)
+
+    model, (images, labels) = make_model().eval(), batch()
+    options = {"eps": EPS, "alpha": EPS / 4, "steps": 3}
+    atk = torchattacks.PGD(model, random_start=False, **options)
+    atk.set_normalization_used([0.5] * 3, [0.25] * 3)
+    found = atk((images - 0.5) / 0.25, labels)
+    expected = pgd(Normalized(), images, labels, random_start=False, **options)
+    torch.testing.assert_close(found * 0.25 + 0.5, expected)
+
+
+def test_targeted_modes():
+    model, (images, labels) = make_model().eval(), batch()
+    options = {"steps": 5, "random_start": False}
+    logits = model(images).detach()
+    least = logits.scatter(1, labels[:, None], torch.inf).argmin(1)
+    atk = torchattacks.PGD(model, **options)
+    for setter, targets in (
+        (lambda: atk.set_mode_targeted_by_function(lambda x, y: (y + 1) % 5), (labels + 1) % 5),
+        (lambda: atk.set_mode_targeted_by_label(quiet=True), labels),
+        (lambda: atk.set_mode_targeted_least_likely(kth_min=1), least),
+    ):
+        setter()
+        assert torch.equal(atk(images, labels), pgd(model, images, targets, targeted=True, **options))
+        assert atk.get_mode().startswith("targeted(")
+    atk.set_mode_targeted_random()
+    assert not torch.equal(atk(images, labels), images)
+    atk.set_mode_default()
+    assert torch.equal(atk(images, labels), pgd(model, images, labels, **options))
+    with pytest.raises(ValueError, match="TPGD has no targeted mode"):
+        torchattacks.TPGD(model).set_mode_targeted_by_label()
+    with pytest.raises(ValueError, match="kth_min must be an integer of at least 1, got 0"):
+        atk.set_mode_targeted_least_likely(0)
+
+
+def test_apgd_objects_compute_what_the_functions_compute():
+    model, (images, labels) = make_model(), batch()
+    options = {"eps": EPS, "steps": 4}
+    noise = [torch.Generator().manual_seed(3) for _ in range(2)]
+    assert torch.equal(
+        torchattacks.APGD(model, "L2", seed=3, loss="dlr", **options)(images, labels),
+        apgd(model, images, labels, norm="l2", loss="dlr", generator=noise[0], **options),
+    )
+    assert torch.equal(
+        torchattacks.APGDT(model, seed=3, n_classes=5, **options)(images, labels),
+        apgd_t(model, images, labels, targets=4, generator=noise[1], **options),
+    )
+
+
+def test_save_writes_what_was_found(tmp_path):
+    model, (images, labels) = make_model().eval(), batch()
+    atk = torchattacks.PGD(model, steps=2, generator=generator())
+    path = tmp_path / "adv.pt"
+    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    result = atk.save(batches, path, verbose=False, return_verbose=True, save_predictions=True, save_clean_inputs=True)
+    saved = torch.load(path)
+    assert torch.equal(saved["clean_inputs"], images) and torch.equal(saved["labels"], labels)
+    assert torch.equal(saved["preds"], model(saved["adv_inputs"]).argmax(1))
+    assert result[0] == pytest.approx(100 * (saved["preds"] == labels).float().mean().item())
+    atk.save(batches, path, verbose=False, save_type="int")
+    assert torch.load(path)["adv_inputs"].dtype == torch.uint8 and set(torch.load(path)) == {
+        "adv_inputs",
+        "labels",
+        "save_type",
+    }
+
+
+def test_signs_of_masking_are_named():
+    model, (images, labels) = make_model().eval(), batch()
+    signs = torchattacks.signs_of_masking
+    assert signs(model, images, labels) == []
+    for masked, words in (
+        (lambda x: model(x).softmax(1), "probabilities"),
+        (lambda x: model(x) + torch.rand(6, 5), "differ between two calls"),
+        (lambda x: model((x * 8).round() / 8), "gradient is zero at 6 of 6 images"),
+        (lambda x: model(x) * torch.nan, "6 of 6 images are NaN"),
+    ):
+        assert any(words in sign for sign in signs(masked, images, labels))
+    with pytest.raises(TypeError, match="got a tuple"):
+        signs(lambda x: (model(x),), images, labels)

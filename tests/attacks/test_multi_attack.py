@@ -1,0 +1,58 @@
+"""MultiAttack: each attack gets the images that still stand, and what it breaks is kept."""
+
+import pytest
+import torch
+from helpers.attacked import snapshot
+from helpers.searched import broken, classified
+
+from sparse_adv.attacks import FGSM, PGD, MultiAttack, Square
+
+
+def test_each_attack_gets_what_still_stands():
+    model, images, labels = classified(32)
+    labels[:4] = (labels[:4] + 1) % 5
+    sizes = []
+
+    class Counted(FGSM):
+        def forward(self, model, images, labels, targeted):
+            sizes.append(len(images))
+            return super().forward(model, images, labels, targeted)
+
+    small, large = Counted(model, eps=0.01), Counted(model, eps=0.3)
+    before = snapshot(model)
+    adv = MultiAttack([small, large])(images, labels.int())
+    assert snapshot(model) == before
+    first, second = FGSM(model, eps=0.01)(images, labels), FGSM(model, eps=0.3)(images, labels)
+    by_first, by_second = broken(model, first, labels), broken(model, second, labels)
+    wrong = broken(model, images, labels)
+    expected = images.clone()
+    for found, which in ((second, by_second), (first, by_first), (images, wrong)):
+        expected[which] = found[which]
+    assert torch.equal(adv, expected)
+    assert sizes == [int((~wrong).sum()), int((~wrong & ~by_first).sum())]
+    assert sizes[0] == 28 and 0 < sizes[1] < 28
+
+
+def test_normalised_images_go_through_all_attacks():
+    model, images, labels = classified(16)
+
+    def of_normalised(x):
+        return model(x * 0.5 + 0.25)
+
+    plain = MultiAttack([PGD(model, 0.05, random_start=False), FGSM(model, 0.1)])(images, labels)
+    attack = MultiAttack([PGD(of_normalised, 0.05, random_start=False), FGSM(of_normalised, 0.1)])
+    attack.set_normalization_used([0.25] * 3, [0.5] * 3)
+    adv = attack((images - 0.25) / 0.5, labels)
+    assert torch.allclose(adv * 0.5 + 0.25, plain, atol=1e-5)
+
+
+def test_an_empty_batch_and_wrong_attacks():
+    model, images, labels = classified()
+    attack = MultiAttack([FGSM(model), Square(model, n_queries=3)])
+    assert attack(images[:0], labels[:0]).shape == (0, 3, 8, 8)
+    with pytest.raises(ValueError, match="MultiAttack has no targeted mode"):
+        attack.set_mode_targeted_random()
+    with pytest.raises(ValueError, match="attacks must be at least two, got 1"):
+        MultiAttack([FGSM(model)])
+    with pytest.raises(ValueError, match="attacks must all have the same model"):
+        MultiAttack([FGSM(model), FGSM(classified()[0])])
