@@ -82,6 +82,11 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def damaged(path: Path) -> ValueError:
+    """Return the error that refuses a damaged state."""
+    return ValueError(f"{str(path)!r} is damaged, the run cannot continue: delete its folder to start anew")
+
+
 def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[str, Any]:
     """Read a state, with its tensors on a device. Only tensors and plain containers are unpickled.
 
@@ -97,9 +102,7 @@ def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[st
     try:
         state = torch.load(content, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file raises many types of errors
-        raise ValueError(
-            f"{str(path)!r} is damaged, the run cannot continue: delete its folder to start anew"
-        ) from error
+        raise damaged(path) from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(
