@@ -64,8 +64,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
+            if not isinstance(metadata, dict):
+                raise ValueError("its metadata are not a JSON object")
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a readable file of weights: {error}") from error
 
 
