@@ -50,7 +50,8 @@ class PlainDtype:
         name = name.decode("ascii") if isinstance(name, bytes) else str(name)
         if not _DTYPE.fullmatch(name) and name not in ("O", "O8"):
             raise pickle.UnpicklingError(f"it has elements of type {name[:20]!r}, which is not a plain number")
-        self.name, self.order = name, "="
+        self.name = name
+        self.order: Any = "="
 
     def __setstate__(self, state: Any) -> None:
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]

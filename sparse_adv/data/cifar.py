@@ -95,8 +95,8 @@ def _from_archive(path: Path) -> RawDataset | None:
     batches: dict[tuple[str, ...], bytes] = {}
     wanted = {(variant.folder, name) for variant in _VARIANTS for name in (*variant.train, *variant.test)}
     try:
-        with gzip.open(path) as file:
-            unpacked: Any = _Bounded(file)
+        with gzip.open(path) as compressed:
+            unpacked: Any = _Bounded(compressed)
             with tarfile.open(fileobj=unpacked, mode="r|") as archive:
                 for member in archive:
                     place = PurePosixPath(member.name).parts[-2:]
@@ -126,7 +126,7 @@ class _Bounded:
 
     _LIMIT = 400 << 20
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: Any) -> None:
         self.file, self.left = file, self._LIMIT
 
     def read(self, count: int) -> bytes:

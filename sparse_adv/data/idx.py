@@ -6,7 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def _array(folder: Path, name: str, dims: int) -> np.ndarray:
         raise ValueError(f"{path} is damaged or its download is incomplete: {error}") from error
 
 
-def _elements(file: IO[bytes], dims: int, path: Path) -> np.ndarray:
+def _elements(file: Any, dims: int, path: Path) -> np.ndarray:
     start = file.read(4 + 4 * dims)
     if len(start) < 4 + 4 * dims or start[:4] != bytes([0, 0, _UINT8, dims]):
         raise ValueError(f"{path} is not an idx file of bytes with {dims} dimensions")
