@@ -6,9 +6,11 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from sparse_adv import __version__, doctor
 from sparse_adv.commands.output import print_error
@@ -28,6 +30,9 @@ COMMANDS = {
     "doctor": "check this installation: every op against plain PyTorch",
 }
 
+_LONGEST_WORD, _LONGEST = 300, 1000
+"""Characters of a value, such as a path, and of a whole message that are quoted in full."""
+
 DESCRIPTION = """\
 Masked sparse convolutions and a fused PGD step as PyTorch ops: fast robust training of sparse networks."""
 
@@ -41,6 +46,8 @@ EXAMPLE = """\
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, or 1 if a check failed, 2 if the input was wrong, 130 if it was stopped."""
     _turn_sigterm_into_an_error(True)
+    if sys.stdout is None:  # the caller closed it
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     given = _parser().parse_args(arguments)
     level = logging.WARNING if distributed.launched_rank() else logging.INFO
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if given.verbose else level)
@@ -53,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _turn_sigterm_into_an_error(False)
         log.debug("where the error happened:", exc_info=True)
         print_error(f"error: {_sentence(error)}", consequence=isinstance(error, ConnectionError))
+        return 2
+    except Exception as error:  # what no reader and no check foresaw still ends with a sentence
+        _turn_sigterm_into_an_error(False)
+        log.debug("where the error happened:", exc_info=True)
+        print_error(f"error: {type(error).__name__}: {_sentence(error)} (sparse-adv -v ... shows where)")
         return 2
     except KeyboardInterrupt:
         print_error("stopped; the same command continues after the last whole epoch")
@@ -84,6 +96,9 @@ def _turn_sigterm_into_an_error(on: bool) -> None:
 def _sentence(error: Exception) -> str:
     """The message of an error in one line; errors of the operating system name the file."""
     text = " ".join(str(error).split())
+    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:80]}... ({len(word[0])} characters)", text)
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}..."
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
     if isinstance(error, ConnectionError):
@@ -91,9 +106,16 @@ def _sentence(error: Exception) -> str:
     return text
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong without the usage in front of it."""
+        print_error(f"error: {message}; 'sparse-adv --help' lists the commands")
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sparse-adv",
         description=f"{DESCRIPTION}\n\ncommands:\n{listed}",
         epilog=EXAMPLE,

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal, TypeGuard, get_args
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Objective = Literal["natural", "fgsm", "fgsm-rs", "n-fgsm", "pgd", "free", "trades"]
 Schedule = Literal["piecewise", "cosine", "cyclic", "constant"]
@@ -103,7 +106,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))  # JSON and YAML give a list
+        make_plain(self)
         _require_one_of("objective", self.objective, OBJECTIVES)
         _require_one_of("schedule", self.schedule, SCHEDULES)
         _require_one_of("norm", self.norm, NORMS)
@@ -118,7 +121,7 @@ class TrainConfig:
             _require_number("alpha", self.alpha)
         if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
-        if not all(_is_number(milestone) and 0 <= milestone <= 1 for milestone in self.milestones):
+        if not isinstance(self.milestones, tuple) or not all(_is_number(m) and 0 <= m <= 1 for m in self.milestones):
             raise ValueError(f"milestones must be fractions of the epochs in [0, 1], got {self.milestones}")
         if self.norm == "l2" and self.objective in ("n-fgsm", "free", "trades"):
             raise ValueError(f"norm of objective {self.objective!r} must be 'linf', got 'l2'")
@@ -201,7 +204,7 @@ class PruneConfig:
     early_stop_distance: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block", tuple(self.block))  # JSON and YAML give a list
+        make_plain(self)
         _require_integer("rounds", self.rounds, least=1)
         _require_integer("rewind_step", self.rewind_step, least=0)
         distance = self.early_stop_distance
@@ -241,6 +244,7 @@ class DataConfig:
     augment: bool | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if self.limit is not None:
             _require_integer("limit", self.limit, least=1)
         if self.validation is not None:
@@ -264,8 +268,32 @@ class NetworkConfig:
     width: int | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if self.width is not None:
             _require_integer("width", self.width, least=1)
+
+
+def make_plain(record: DataclassInstance) -> None:
+    """Replace scalars of NumPy and PyTorch in the fields of a dataclass by Python's numbers, and lists by tuples.
+
+    Only these can be written to JSON and read with `torch.load(weights_only=True)`, and compared with what was read.
+
+    Examples:
+        >>> import numpy as np
+        >>> TrainConfig(lr=np.float64(0.1), milestones=[np.float32(0.5)]).milestones
+        (0.5,)
+    """
+    for field in fields(record):
+        object.__setattr__(record, field.name, _plain(getattr(record, field.name)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+        return tuple(value.tolist())
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar else value
 
 
 def _require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -36,7 +36,7 @@ def to_json(record: DataclassInstance, *, with_none: bool = True) -> JSONObject:
         {'arch': 'vgg16'}
     """
     fields = dataclasses.asdict(record)
-    return json.loads(json.dumps(fields if with_none else _without_none(fields)))
+    return json.loads(json.dumps(fields if with_none else _without_none(fields), allow_nan=False))
 
 
 def from_json(kind: type[Record], content: Mapping[str, JSON], source: str) -> Record:
@@ -69,16 +69,18 @@ def from_json(kind: type[Record], content: Mapping[str, JSON], source: str) -> R
         raise ValueError(f"{source} lacks the key {error.field_path!r}") from error
     except (dacite.DaciteError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError, RecursionError) as error:  # dacite expects right types
+        raise ValueError(f"{source} has a value of a wrong type: {error}") from error
 
 
 def read(kind: type[Record], path: Path) -> Record:
     """Read a file that holds one dataclass; ValueError names the file and what is wrong with it."""
-    return from_json(kind, _object(path.read_text(encoding="utf-8"), str(path)), str(path))
+    return from_json(kind, _object(_read_text(path), str(path)), str(path))
 
 
 def read_lines(kind: type[Record], path: Path) -> list[Record]:
     """Read a file that holds a dataclass in each line; ValueError names file, line and what is wrong."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _read_text(path).splitlines()
     places = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
     return [from_json(kind, _object(line, place), place) for line, place in zip(lines, places, strict=True)]
 
@@ -109,12 +111,23 @@ def flatten(content: Mapping[str, JSON], prefix: str = "") -> Iterator[tuple[str
 
 def _object(text: str, source: str) -> JSONObject:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is not JSON: {error.msg}") from error
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{source} is not a JSON object")
     return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8") from error
 
 
 def _without_none(value: object) -> object:

@@ -2,7 +2,8 @@
 
 run.json             a RunInfo
 epochs.jsonl         an EpochRecord in each line
-result.json          a SearchResult or TrainResult, once the run is finished
+result.json          a SearchResult or TrainResult, once the run is finished; result_N.json: the one of a training run
+                     of N epochs that was extended to more
 last.safetensors     state dict after the last epoch; best.safetensors: after the epoch of the best validation accuracy
 state.pt             what a stopped run continues from, readable with torch.load(..., weights_only=True)
 ticket.safetensors   the ticket that a search found
@@ -10,14 +11,14 @@ ticket.safetensors   the ticket that a search found
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from sparse_adv import json_files
-from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig, make_plain
 from sparse_adv.facts import Machine, Software, machine, software
 
 INFO = "run.json"
@@ -35,6 +36,9 @@ class Cost:
 
     seconds: float = 0.0
     macs: int = 0
+
+    def __post_init__(self) -> None:
+        make_plain(self)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.seconds + other.seconds, self.macs + other.macs)
@@ -88,11 +92,13 @@ class RunInfo:
     density: Density = DENSE
     before: Cost = NO_COST
     """Cost of the search that found the ticket."""
+    extended: tuple[int, ...] = ()
+    """Numbers of epochs that the run was to have before it was extended to more, each with its own schedule."""
     software: Software = field(default_factory=software)
     machine: Machine = field(default_factory=machine)
 
 
-DESCRIPTIVE = ("name", "density", "before", "software", "machine")
+DESCRIPTIVE = ("name", "density", "before", "extended", "software", "machine")
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,9 @@ class Run:
 def begin(folder: Path, info: RunInfo) -> None:
     """Write `run.json`, or check that the run in the folder has the same settings.
 
+    A training run may be given more epochs than before: `run.json` then says so, and the result is kept under another
+    name until there is a new one.
+
     Args:
         folder: of the run; it is created if it does not exist.
         info: of the run.
@@ -213,11 +222,25 @@ def begin(folder: Path, info: RunInfo) -> None:
     if not path.exists():
         json_files.write(path, info)
         return
-    known, wanted = _settings(json_files.read(RunInfo, path)), _settings(info)
+    begun = json_files.read(RunInfo, path)
+    known, wanted = _settings(begun), _settings(info)
     differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
-    if differing:
+    epochs = begun.train.epochs
+    if differing == ["train.epochs"] and info.kind == "train" and info.train.epochs > epochs:
+        if (folder / RESULT).exists():
+            (folder / RESULT).rename(folder / f"result_{epochs}.json")
+        json_files.write(path, replace(begun, train=info.train, extended=(*begun.extended, epochs)))
+    elif differing:
         changes = ", ".join(f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in differing[:3])
         raise ValueError(f"{folder} holds a run with other settings ({changes}): take another folder, or delete it")
+
+
+def begin_training(folder: Path, train: TrainConfig, world_size: int, before: Cost = NO_COST) -> None:
+    """`begin` for a caller that does not know the images and the network; those of the folder are not compared."""
+    path = folder / INFO
+    info = json_files.read(RunInfo, path) if path.exists() else RunInfo("train", train, before=before)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    begin(folder, replace(info, train=train, world_size=world_size, deterministic=deterministic))
 
 
 def read(folder: Path | str) -> Run:

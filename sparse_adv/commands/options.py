@@ -30,6 +30,8 @@ POSITIONAL: dict[str, Any] = {"positional": True}
 """Metadata of a field that is given by position and not by a flag."""
 
 CONFIG = "config.yaml"
+_MAX_CONFIG, _MAX_DEPTH = 1 << 16, 20
+"""Bytes and levels of a config file."""
 NO_SETTING = frozenset({"config", "json"})
 """Options that are not settings of the run."""
 
@@ -107,7 +109,7 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
     """
     configs = list(_config_files(arguments))
     for file in configs:
-        file.open().close()  # FileNotFoundError names the file
+        _check_yaml(file)
     try:
         namespace = parser.parse_args(list(arguments))
     except (ArgumentError, ArgumentTypeError) as error:
@@ -203,6 +205,24 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(following)
         elif word.startswith("--config="):
             yield Path(word.removeprefix("--config="))
+
+
+def _check_yaml(file: Path) -> None:
+    """Raise ValueError for YAML that would grow when it is read: by aliases, or by nesting without end."""
+    with file.open("rb") as opened:  # FileNotFoundError names the file
+        content = opened.read(_MAX_CONFIG + 1)
+    if len(content) > _MAX_CONFIG:
+        raise ValueError(f"{file} must have at most {_MAX_CONFIG >> 10} KiB")
+    depth = 0
+    try:
+        for event in yaml.parse(content, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"{file} has the alias *{event.anchor!s:.20}, which is not supported: write the value")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise ValueError(f"{file} is nested more than {_MAX_DEPTH} levels deep")
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: Problems parsing config: {error}") from error
 
 
 def _sentence(parser: ArgumentParser, message: str, configs: Sequence[Path]) -> str:

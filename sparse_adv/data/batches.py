@@ -32,6 +32,9 @@ class Batches:
             that all processes get the same number. Without, no image is left out; in the last batch a process may then
             have one image less than another, or no batch at all.
 
+    With shuffle, a last batch of one image per process is joined to the batch before it: BatchNorm cannot be trained
+    with one image.
+
     Raises:
         ValueError: if batch_size is not a multiple of world_size, an argument is out of range, the numbers of images
             and labels differ, or a shuffled epoch would have no image for some process.
@@ -76,7 +79,13 @@ class Batches:
         self._images = images - images % world_size if shuffle else images
 
     def __len__(self) -> int:
-        return math.ceil(max(0, self._images - self.rank) / self.batch_size)
+        count = math.ceil(max(0, self._images - self.rank) / self.batch_size)
+        return count - self._joins_last(count)
+
+    def _joins_last(self, count: int) -> bool:
+        """Whether the last of `count` batches has one image per process, and is joined to the one before it."""
+        last = self._images - (count - 1) * self.batch_size
+        return self.shuffle and count > 1 and last <= self.world_size < self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Set the number, from 0, of the epoch that the next iteration yields; each iteration increments it."""
@@ -96,7 +105,10 @@ class Batches:
         order = (
             torch.randperm(len(self.split.labels), generator=generator) if self.shuffle else torch.arange(self._images)
         )
-        batches = order[: self._images].split(self.batch_size)[: len(self)]
+        batches = [*order[: self._images].split(self.batch_size)]
+        if self._joins_last(len(batches)):
+            batches[-2:] = [torch.cat(batches[-2:])]
+        batches = batches[: len(self)]
         if not batches:
             return
         own = slice(self.rank, None, self.world_size)

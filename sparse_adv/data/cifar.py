@@ -8,13 +8,13 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from sparse_adv.data.dataset import RawDataset, Split
-from sparse_adv.files import unpickle_arrays
+from sparse_adv.plain_pickles import unpickle_arrays
 
 
 class _Variant(NamedTuple):
@@ -95,15 +95,17 @@ def _from_archive(path: Path) -> RawDataset | None:
     batches: dict[tuple[str, ...], bytes] = {}
     wanted = {(variant.folder, name) for variant in _VARIANTS for name in (*variant.train, *variant.test)}
     try:
-        with gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as archive:
-            for member in archive:
-                place = PurePosixPath(member.name).parts[-2:]
-                content = archive.extractfile(member) if place in wanted else None
-                if content:
-                    batches[place] = content.read()
+        with gzip.open(path) as compressed:
+            unpacked: Any = _Bounded(compressed)
+            with tarfile.open(fileobj=unpacked, mode="r|") as archive:
+                for member in archive:
+                    place = PurePosixPath(member.name).parts[-2:]
+                    content = archive.extractfile(member) if place in wanted else None
+                    if content:
+                        batches[place] = content.read()
             while unpacked.read(1 << 20):  # gzip verifies its checksum at the end of the file
                 pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise ValueError(
             f"{path} is not a .tar.gz archive, is damaged, or its download is incomplete: {error}"
         ) from error
@@ -117,6 +119,22 @@ def _from_archive(path: Path) -> RawDataset | None:
         return io.BytesIO(batches[variant.folder, name])
 
     return _read(open_batch, variant, path)
+
+
+class _Bounded:
+    """Reads a compressed file up to the size that CIFAR can have: a small file may expand to a thousand times that."""
+
+    _LIMIT = 400 << 20
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.left = file, self._LIMIT
+
+    def read(self, count: int) -> bytes:
+        content = self.file.read(count)
+        self.left -= len(content)
+        if self.left < 0:
+            raise ValueError(f"it unpacks to more than {self._LIMIT >> 20} MiB")
+        return content
 
 
 def _read(open_batch: Callable[[str], IO[bytes]], variant: _Variant, place: Path) -> RawDataset:

@@ -1,7 +1,8 @@
-"""Folders with a subfolder of PNG or JPEG images for each class."""
+"""Folders with a subfolder of images for each class."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,24 @@ import torch
 
 from sparse_adv.data.dataset import RawDataset, Split
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
+_SUFFIXES = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".pgm": "PPM",
+    ".pnm": "PPM",
+    ".ppm": "PPM",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
+"""Suffixes of images, and Pillow's name of their format; other formats of Pillow run programs or hold no pixels."""
+_NO_IMAGES = ("thumbs.db", "desktop.ini")
+_NOTES = (".txt", ".md", ".csv", ".json", ".xml")
+_MAX_PIXELS = 1 << 24
+"""Of an image: larger ones are damaged, or meant to fill the memory."""
 _TEST_EVERY = 10
 """Without a test folder, every tenth image of each class is a test image."""
 
@@ -19,6 +37,9 @@ _TEST_EVERY = 10
 def read_folders(path: Path) -> RawDataset | None:
     """Read `train/CLASS/*.png`, `test/CLASS/*.png` and, if present, `val` or `valid`; or only `CLASS/*.png`.
 
+    Images are PNG, JPEG, BMP, GIF (of one frame), PPM, TIFF or WebP. Hidden files and notes (*.txt, *.md, *.csv,
+    *.json, *.xml) are left out; any other file or folder in the folder of a class, and a class without images, are
+    refused.
     Classes are numbered in alphabetical order. Images are ordered by their position within the class, then by class, so
     that the first images contain all classes. Without a test folder every tenth image of each class, in alphabetical
     order, is a test image in every run. Alpha channels are ignored. If all images are grey, they get one channel, else
@@ -28,8 +49,8 @@ def read_folders(path: Path) -> RawDataset | None:
         The data set; None if there are no such folders.
 
     Raises:
-        ValueError: if an image is damaged or its size differs from the first one's, or the folders of the splits have
-            different classes.
+        ValueError: if an image is damaged or its size differs from the first one's, a file is no image, there is only
+            one class, or the folders of the splits have different classes.
         ModuleNotFoundError: if Pillow is not installed.
     """
     if not path.is_dir():
@@ -40,6 +61,8 @@ def read_folders(path: Path) -> RawDataset | None:
 
 def _read(root: Path, train: Path) -> RawDataset:
     classes = _classes(train)
+    if len(classes) == 1:
+        raise ValueError(f"{train} must have a folder for each class, has only {classes[0]!r}")
     parts = {"train": _files_by_class(train, classes)}
     for name in ("test", "val", "valid") if train != root else ():
         if (root / name).is_dir():
@@ -60,8 +83,17 @@ def _read(root: Path, train: Path) -> RawDataset:
 
 
 def _classes(folder: Path) -> list[str]:
+    """The folders of classes; none if no folder holds images."""
     children = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [child.name for child in children if child.is_dir() and _images(child)]
+    children = [child for child in children if child.is_dir() and child.name[0] != "."]
+    if not any(_images(child) for child in children):
+        return []
+    for child in children:
+        if other := next((file for file in _visible(child) if file.suffix.lower() not in _SUFFIXES), None):
+            raise ValueError(f"{other} is not an image ({', '.join(_SUFFIXES)}): convert it, or remove it")
+        if not _images(child):
+            raise ValueError(f"{child} must hold images of a class, but is empty")
+    return [child.name for child in children]
 
 
 def _files_by_class(folder: Path, classes: list[str]) -> list[list[Path]]:
@@ -69,8 +101,13 @@ def _files_by_class(folder: Path, classes: list[str]) -> list[list[Path]]:
 
 
 def _images(folder: Path) -> list[Path]:
+    return [file for file in _visible(folder) if file.suffix.lower() in _SUFFIXES]
+
+
+def _visible(folder: Path) -> list[Path]:
     # macOS writes a file "._name.png", which is not an image, next to each copied image.
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES and file.name[0] != ".")
+    files = [file for file in folder.iterdir() if file.name[0] != "."]
+    return sorted(f for f in files if f.name.lower() not in _NO_IMAGES and not f.name.lower().endswith(_NOTES))
 
 
 class _Reader:
@@ -102,8 +139,12 @@ class _Reader:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", self._pillow.DecompressionBombWarning)
-                image = self._pillow.open(file, formats=("PNG", "JPEG"))
+                image = self._pillow.open(file, formats=sorted(set(_SUFFIXES.values())))
             with image:
+                if math.prod(image.size) > _MAX_PIXELS:
+                    raise ValueError(f"it has more than {_MAX_PIXELS} pixels")
+                if getattr(image, "n_frames", 1) > 1:
+                    raise ValueError(f"it has {image.n_frames} frames")
                 mode, size = image.mode, image.size
                 pixels = np.asarray(image.convert("RGB"))
         except Exception as error:  # Pillow raises many types for a damaged file, or for one that would fill the memory

@@ -6,6 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from sparse_adv.data.dataset import RawDataset, Split
 _CLASSES = 10
 _UINT8 = 8
 """Code of the element type in the header of an idx file."""
+_MAX_BYTES = 256 << 20
+"""Of a file, unpacked; MNIST has 45 MiB."""
 _PARTS = ("train", "t10k")
 
 
@@ -71,16 +74,24 @@ def _array(folder: Path, name: str, dims: int) -> np.ndarray:
     if not files:
         raise FileNotFoundError(f"{folder} lacks {name} (or {name}.gz)")
     path = files[0]
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged or its download is incomplete: {error}") from error
-    header = 4 + 4 * dims
-    if len(content) < header or content[:4] != bytes([0, 0, _UINT8, dims]):
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return _elements(file, dims, path)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or its download is incomplete: {error}") from error
+
+
+def _elements(file: Any, dims: int, path: Path) -> np.ndarray:
+    start = file.read(4 + 4 * dims)
+    if len(start) < 4 + 4 * dims or start[:4] != bytes([0, 0, _UINT8, dims]):
         raise ValueError(f"{path} is not an idx file of bytes with {dims} dimensions")
-    sizes = [int(size) for size in np.frombuffer(content, ">u4", dims, 4)]
-    if len(content) != header + math.prod(sizes):
-        raise ValueError(f"{path} must have {header + math.prod(sizes)} bytes for sizes {sizes}, got {len(content)}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy()
+    sizes = [int(size) for size in np.frombuffer(start, ">u4", dims, 4)]
+    count = math.prod(sizes)
+    if count > _MAX_BYTES:
+        raise ValueError(f"{path} must have at most {_MAX_BYTES >> 20} MiB, its header has sizes {sizes}")
+    # One byte more than expected, not all that there is: a small compressed file may expand to a thousand times that.
+    content = file.read(count + 1)
+    if len(content) != count:
+        got = f"more than {count}" if len(content) > count else len(content)
+        raise ValueError(f"{path} must have {count} bytes after its header for sizes {sizes}, got {got}")
+    return np.frombuffer(bytearray(content), np.uint8).reshape(sizes)

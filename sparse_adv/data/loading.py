@@ -17,7 +17,7 @@ _VALIDATION_FRACTION = 0.1
 
 _FORMATS = (
     "cifar-10-batches-py or cifar-100-python (folder or .tar.gz), MNIST or Fashion-MNIST (folder of idx files), or a "
-    "folder that has a subfolder of PNG or JPEG images for each class"
+    "folder that has a subfolder of images for each class"
 )
 
 
@@ -33,8 +33,8 @@ def load(
 
     Args:
         source: "digits" (included in scikit-learn, no download), or the path of a folder or archive: CIFAR-10 or
-            CIFAR-100 as published, MNIST or Fashion-MNIST (idx files), or a folder with a subfolder of PNG or JPEG
-            images for each class, see `folders.read_folders`.
+            CIFAR-100 as published, MNIST or Fashion-MNIST (idx files), or a folder with a subfolder of images for each
+            class, see `folders.read_folders`.
         validation: what to hold out of the training images: a fraction below 1, or a number of images; None for the
             data set's own validation images, or for a tenth if it has none.
         limit: use only the first `limit` training images, before any are held out.

@@ -122,13 +122,16 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {TICKET_FORMAT!r}")
         if metadata["sha256"] != _checksum(tensors):
             raise ValueError("its contents do not match its checksum")
-        masks = {
-            name: _unpack(tensors[f"mask/{name}"], shape) for name, shape in json.loads(metadata["mask_shapes"]).items()
-        }
-        provenance = json.loads(metadata["provenance"])
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        shapes, provenance = json.loads(metadata["mask_shapes"]), json.loads(metadata["provenance"])
+        if not isinstance(provenance, dict):
+            raise ValueError("its provenance is not a JSON object")
+        if {f"mask/{name}" for name in shapes} != {key for key in tensors if key.startswith("mask/")}:
+            raise ValueError("its mask_shapes do not name its masks")
+        masks = {name: _unpack(tensors[f"mask/{name}"], shape) for name, shape in shapes.items()}
+        weights = {key.removeprefix("weight/"): value for key, value in tensors.items() if key.startswith("weight/")}
+        check_masks_fit(masks, weights)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a readable ticket file: {error}") from error
-    weights = {key.removeprefix("weight/"): value for key, value in tensors.items() if key.startswith("weight/")}
     return Ticket(masks, weights, provenance)
 
 
@@ -160,7 +163,12 @@ def _default_provenance(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
+def _unpack(packed: Tensor, shape: Any) -> Tensor:
+    # The shapes are not part of the checksum: a size that the bits do not have would be allocated.
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"a mask's shape must be a list of sizes, got {shape!r:.80}")
+    if packed.dtype != torch.uint8 or packed.numel() != -(-math.prod(shape) // 8):
+        raise ValueError(f"a mask of shape {shape!r:.80} does not have {packed.numel()} bytes")
     bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
     return torch.from_numpy(bits.astype(np.bool_)).reshape(shape)
 

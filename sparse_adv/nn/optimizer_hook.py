@@ -6,6 +6,9 @@ exactly 0. SGD, Adam and other element-wise optimisers map such zeros to zeros, 
 exactly 0 there. So the invariant needs no work in each step. It has to be established once, before an optimiser's first
 step with a mask: after a model is sparsified or a mask changes in the middle of training, and after an optimiser's
 state is loaded. A hook before the steps of all optimisers of the process detects these cases.
+
+Two optimisers are not element-wise and move pruned weights: `LBFGS`, by its history of steps before a mask changed, and
+`Muon`, by products of matrices. After each of their steps the weights are set to zero again.
 """
 
 from __future__ import annotations
@@ -16,8 +19,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import WeakTensorKeyDictionary
+
+_MIXING = tuple(getattr(torch.optim, name) for name in ("LBFGS", "Muon") if hasattr(torch.optim, name))
 
 _masks = WeakTensorKeyDictionary()
 """The mask of each masked weight. A changed mask is a new tensor, so that masks can be told apart by identity."""
@@ -65,4 +74,13 @@ def _install_hook() -> None:
         if not torch.compiler.is_compiling():
             settle(optimizer)
 
+    def after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if isinstance(optimizer, _MIXING) and not torch.compiler.is_compiling():
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    mask = _masks.get(weight)
+                    if mask is not None:
+                        _zero_outside(mask, [weight])
+
     register_optimizer_step_pre_hook(before_step)
+    register_optimizer_step_post_hook(after_step)

@@ -24,6 +24,7 @@ from sparse_adv.training import distributed, train
 from sparse_adv.training.checkpoint import read_weights, write_weights
 from sparse_adv.training.evaluation import Images
 from sparse_adv.training.loop import Batches
+from sparse_adv.training.modes import frozen_modules, set_training_mode
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ class _Search:
         self.model, self.batches, self.train_config, self.prune_config = model, batches, train_config, prune_config
         self.validation, self.folder, self.on_epoch, self.on_step = validation, folder, on_epoch, on_step
         self.input_shape = _input_shape(model, batches) if prune_config.permute_channels else None
+        self.frozen = frozen_modules(model)
         self.initial = self._first_version(INITIAL, model.state_dict())
         self._rewound: dict[str, Tensor] | None = None if prune_config.rewind_step else self.initial
         if folder is not None and (folder / REWIND).exists():
@@ -234,6 +236,7 @@ class _Search:
             self._remember(replace(record, epoch=epoch, round=number, mask_distance=stopping.distance))
             return stop
 
+        set_training_mode(self.model, self.frozen)
         train(
             self.model,
             self.batches,

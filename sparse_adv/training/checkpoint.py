@@ -64,8 +64,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
+            if not isinstance(metadata, dict):
+                raise ValueError("its metadata are not a JSON object")
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a readable file of weights: {error}") from error
 
 
@@ -80,6 +82,11 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     write_bytes(path, buffer.getvalue())
+
+
+def damaged(path: Path) -> ValueError:
+    """Return the error that refuses a damaged state."""
+    return ValueError(f"{str(path)!r} is damaged, the run cannot continue: delete its folder to start anew")
 
 
 def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[str, Any]:
@@ -97,9 +104,7 @@ def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[st
     try:
         state = torch.load(content, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file raises many types of errors
-        raise ValueError(
-            f"{str(path)!r} is damaged, the run cannot continue: delete its folder to start anew"
-        ) from error
+        raise damaged(path) from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(

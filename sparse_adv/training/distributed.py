@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -136,14 +139,13 @@ def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
     return summed.tolist()
 
 
-def collect(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return the tensors of all processes, ordered by rank, on the CPU."""
-    own = {name: tensor.cpu() for name, tensor in state.items()}
+def collect(own: T) -> list[T]:
+    """Return the objects of all processes, ordered by rank; their tensors must be on the CPU."""
     if world_size() == 1:
         return [own]
-    states: list[dict[str, Tensor]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(states, own)
-    return states
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
 
 
 def average_buffers(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from sparse_adv import json_files, runs
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
 from sparse_adv.config import TrainConfig
-from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo
-from sparse_adv.training import distributed, objectives
-from sparse_adv.training.checkpoint import read_state, write_state, write_weights
+from sparse_adv.runs import NO_COST, Cost, EpochRecord
+from sparse_adv.training import distributed, identity, objectives, random_numbers
+from sparse_adv.training.checkpoint import damaged, read_state, write_state, write_weights
 from sparse_adv.training.costs import NetworkCosts, Stopwatch
 from sparse_adv.training.devices import reads_at_once
 from sparse_adv.training.evaluation import Images, clean_accuracy, model_device, robust_accuracy
+from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.update import Updater
 
@@ -68,7 +69,8 @@ class Training:
 
     Raises:
         TypeError: if the batches have no length.
-        ValueError: if there is no batch, or the folder holds a run of another configuration.
+        ValueError: if there is no batch, or the folder holds another run: of another configuration (but for more
+            epochs), network or other images.
 
     Examples:
         >>> from sparse_adv import data
@@ -91,6 +93,8 @@ class Training:
     ) -> None:
         self.batches, self.config, self.validation, self.folder = batches, config, validation, folder
         self.device = model_device(model)
+        self.frozen = frozen_modules(model)
+        self.identity = {} if folder is None else identity.of_run(model, batches, validation, config.seed)
         self.graphs = Graphs()
         self.updater = Updater(model, config, _count(batches), self.device, self.graphs)
         self.evaluated = self.updater.evaluated
@@ -111,10 +115,11 @@ class Training:
             on_step: called after each update with the number of updates so far.
         """
         yield from list(self.records)
-        while len(self.records) < self.config.epochs:
-            self.records.append(self._epoch(len(self.records), on_step))
-            self._save()
-            yield self.records[-1]
+        with identity.training_of(self.updater.model, self.folder):
+            while len(self.records) < self.config.epochs:
+                self.records.append(self._epoch(len(self.records), on_step))
+                self._save()
+                yield self.records[-1]
 
     def _epoch(self, epoch: int, on_step: Callable[[int], None] | None) -> EpochRecord:
         """Train and evaluate an epoch, counted from 0; undo and repeat it if the monitor detects overfitting."""
@@ -144,13 +149,11 @@ class Training:
             objective = objectives.build(replace(config, objective="pgd", alpha=None), graphs=self.graphs)
         watch = Stopwatch(self.device)
         noise = torch.Generator().manual_seed(distributed.own_seed(config.seed, NOISE_SEED, epoch))
-        if hasattr(self.batches, "set_epoch"):
-            self.batches.set_epoch(epoch)
+        random_numbers.set_epoch(self.batches, epoch)
         loss_sum, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        updater.model.train()
+        set_training_mode(updater.model, self.frozen)
         # Batches and layers that draw from the global generators get numbers that depend on seed and epoch only.
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(distributed.own_seed(config.seed, ORDER_SEED, epoch))
+        with random_numbers.seeded(distributed.own_seed(config.seed, ORDER_SEED, epoch), self.device):
             for x, y in self.batches:
                 x, y = updater.to_device(x, y)
                 costs = self._costs_for(x)
@@ -242,7 +245,13 @@ class Training:
         """Write the folder. `state.pt` decides which epoch a run continues after; the other files can be remade."""
         if self.folder is None:
             return
-        objectives_of_ranks = distributed.collect(self.updater.objective.state_dict())
+        of_ranks = distributed.collect(
+            {
+                "objective": {key: tensor.cpu() for key, tensor in self.updater.objective.state_dict().items()},
+                "identity": self.identity,
+                "generators": random_numbers.states_of(self.batches),
+            }
+        )
         if distributed.rank() == 0:
             record = self.records[-1]
             if record is best(self.records, self.config):
@@ -254,7 +263,10 @@ class Training:
                     "records": [json_files.to_json(record) for record in self.records],
                     "monitor": self.monitor.state_dict() if self.monitor else None,
                     **self.updater.state_dict(),
-                    "objective": objectives_of_ranks,
+                    "environment": identity.environment(self.device),
+                    "identity": [own["identity"] for own in of_ranks],
+                    "generators": [own["generators"] for own in of_ranks],
+                    "objective": [own["objective"] for own in of_ranks],
                 },
             )
             self._publish(self.folder)
@@ -267,23 +279,29 @@ class Training:
     def _restore(self, folder: Path) -> None:
         """Continue after the last epoch of the folder."""
         path = folder / runs.STATE
-        state = read_state(path, self.device, ["config", "records", "monitor", *self.updater.state_dict()])
-        if state["config"] != asdict(self.config):
-            raise ValueError(f"{folder} holds a run of another configuration: take another folder, or delete it")
-        own, processes = distributed.rank(), len(state["objective"])
-        if processes != distributed.world_size():
-            raise ValueError(
-                f"{folder} holds a run of {processes} processes, got {distributed.world_size()}: start as many"
-            )
-        self.updater.load_state_dict(state | {"objective": state["objective"][own]})
-        if self.monitor is not None:
-            self.monitor.load_state_dict(state["monitor"])
-        self.records = [json_files.from_json(EpochRecord, record, str(path)) for record in state["records"]]
+        keys = "config", "records", "monitor", "environment", "identity", "generators", *self.updater.state_dict()
+        state = read_state(path, self.device, keys)
+        try:
+            self.identity = identity.check_continues(folder, state, self.config, self.identity, self.updater.model)
+            self._load(path, state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise damaged(path) from error
+        identity.tell_changes(folder, state["environment"], identity.environment(self.device))
         self.total = self.records[-1].total
         self.updater.model.eval()
         if distributed.rank() == 0:
             self._publish(folder)
         log.info("%s: %d of %d epochs are done", folder, len(self.records), self.config.epochs)
+
+    def _load(self, path: Path, state: dict[str, Any]) -> None:
+        own = distributed.rank()
+        self.records = [json_files.from_json(EpochRecord, record, str(path)) for record in state["records"]]
+        if not self.records:
+            raise KeyError("records")
+        self.updater.load_state_dict(state | {"objective": state["objective"][own]})
+        random_numbers.load_states(self.batches, state["generators"][own])
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state["monitor"])
 
 
 def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | None:
@@ -316,13 +334,20 @@ def train(
     """Train a model in place, with SGD, on the images that the configured objective crafts.
 
     With a folder the run can be stopped at any moment, even by kill -9: the same call continues after the last whole
-    epoch, and on a CPU ends with the same weights, bit for bit; on a GPU only under `training.deterministic()`. Under
-    `torchrun` (see `training.distributed.group`) each process passes its own part of the batches.
+    epoch, and on a CPU ends with the same weights, bit for bit; on a GPU only under `training.deterministic()`. A call
+    with more epochs extends the run, with the schedule of the new number of epochs from there on. Under `torchrun` (see
+    `training.distributed.group`) each process passes its own part of the batches.
+
+    What draws from the global generators of PyTorch, NumPy and Python gets numbers that depend on `config.seed` and the
+    epoch only; workers of a DataLoader too, unless they are persistent. Generators given to a DataLoader or its sampler
+    are saved with the run.
 
     Args:
-        model: any classifier of images [N, C, H, W] in [0, 1]; after training it is in eval mode.
+        model: any classifier of images [N, C, H, W] in [0, 1]; after training it is in eval mode. Modules in eval mode
+            inside of a model in training mode, such as a frozen BatchNorm, stay in eval mode.
         batches: (float images in [0, 1], int64 labels), with a length, iterated once an epoch: `data.Batches`, a
-            DataLoader, a list. If they have `set_epoch(epoch)`, it is called before each epoch.
+            DataLoader, a list. Before each epoch `set_epoch(epoch)` is called where they, or a DataLoader's sampler or
+            data set, have it.
         config: the hyperparameters.
         validation: a `data.Split` or batches of images that are not trained on. They are needed for evaluations, for
             the choice of the best epoch and for the overfitting monitor.
@@ -339,7 +364,8 @@ def train(
         FloatingPointError: if the loss is not finite; the folder keeps the epochs before.
         CatastrophicOverfittingError: if robustness is lost and PGD training cannot bring it back.
         TypeError: if the batches have no length, or a batch has the wrong dtypes.
-        ValueError: if a batch has values out of range, or the folder holds another run.
+        ValueError: if a batch has values out of range, or the folder holds another run: of another configuration,
+            network, initial weights or images.
 
     Examples:
         >>> from sparse_adv import data
@@ -350,8 +376,8 @@ def train(
         ([1, 2, 3], True)
     """
     folder = None if folder is None else Path(folder)
-    if folder is not None and distributed.rank() == 0 and not (folder / runs.INFO).exists():
-        runs.begin(folder, RunInfo("train", config, world_size=distributed.world_size(), before=before))
+    if folder is not None and distributed.rank() == 0:
+        runs.begin_training(folder, config, distributed.world_size(), before)
     training = Training(model, batches, config, validation=validation, folder=folder, before=before)
     records = []
     for record in training.epochs(on_step):

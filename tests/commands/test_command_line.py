@@ -153,3 +153,65 @@ def test_a_lost_process_is_an_error_if_no_process_has_printed_one(tmp_path, monk
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / folder / "1" / "error.json"))
     output.print_error("error: rank 1 lost another process", consequence=True)
     assert capsys.readouterr().err == "sparse-adv: error: rank 1 lost another process\n"
+
+
+def test_an_error_of_the_command_itself_is_one_sentence(capsys):
+    said = refused(capsys, "trian")
+    assert said.count("\n") == 1 and "invalid choice: 'trian'" in said and "usage" not in said
+
+
+def test_what_nobody_foresaw_is_a_sentence_too(monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("a defect\nwith a second line")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    assert refused(capsys, "doctor").startswith(
+        "sparse-adv: error: RuntimeError: a defect with a second line (sparse-adv -v"
+    )
+
+
+def test_a_long_value_is_shortened(capsys, tmp_path):
+    said = refused(capsys, "train", "--objective", "x" * 5000, "--out", str(tmp_path))
+    assert len(said) < 400 and "characters)" in said
+
+
+def test_a_closed_standard_output_is_no_error(monkeypatch, ticket_file):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["explain", str(ticket_file)]) == 0
+    sys.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\n", "has the alias *a"),
+        ("[" * 5000, "nested more than 20 levels deep"),
+        ("name: " + "x" * 100_000, "must have at most 64 KiB"),
+        ("name: &a [*a]\n", "has the alias *a"),
+        ("\x00", "Problems parsing config"),
+    ],
+    ids=range(5),
+)
+def test_a_config_that_grows_is_refused(tmp_path, capsys, content, said):
+    (tmp_path / "run.yaml").write_text(content)
+    message = refused(capsys, "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"))
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"settings": [1]}',
+        "[" * 100_000,
+        '{"kind": "train", "train": []}',
+        '{"kind": "train", "train": {"epochs": NaN}}',
+        '{"kind": "train", "train": {"milestones": 5}}',
+        '{"kind": "train", "train": {"objective": []}}',
+        '{"kind": 5}',
+        "1" * 5000,
+    ],
+    ids=range(8),
+)
+def test_a_run_folder_of_another_form_is_refused(tmp_path, capsys, content):
+    (tmp_path / "run.json").write_text(content)
+    assert "run.json" in refused(capsys, "report", str(tmp_path), "--out", str(tmp_path / "report"))

@@ -173,3 +173,27 @@ def test_set_epoch_raises_for_a_negative_epoch():
 def test_to_unit_maps_bytes_to_multiples_of_1_255():
     levels = to_unit(torch.arange(256, dtype=torch.uint8))
     assert levels.equal(torch.arange(256) / 255) and (levels * 255).round().equal(torch.arange(256).float())
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "world_size", "sizes"),
+    [
+        (5, 4, 1, [5]),
+        (9, 4, 1, [4, 5]),
+        (10, 4, 1, [4, 4, 2]),
+        (10, 4, 2, [2, 3]),
+        (3, 1, 1, [1, 1, 1]),
+        (1, 4, 1, [1]),
+    ],
+)
+def test_a_last_batch_of_one_image_is_joined_to_the_one_before(images, size, world_size, sizes):
+    split = Split(torch.zeros(images, 1, 2, 2), torch.arange(images))
+    seen = []
+    for rank in range(world_size):
+        batches = Batches(split, size, rank=rank, world_size=world_size)
+        labels = [y for _, y in batches]
+        assert [len(y) for y in labels] == sizes and len(batches) == len(sizes)
+        seen += torch.cat(labels).tolist()
+    assert sorted(seen) == list(range(images))
+    whole = Batches(split, size, shuffle=False)
+    assert sum(len(y) for _, y in whole) == images and len(whole) == -(-images // size)

@@ -73,6 +73,7 @@ def test_without_a_test_folder_every_tenth_image_of_each_class_is_a_test_image(t
 def test_grey_images_have_one_channel_unless_one_image_has_colour(tmp_path):
     for i in range(20):
         draw(tmp_path / "a" / f"{i:02}.png", i, mode="L")
+        draw(tmp_path / "b" / f"{i:02}.png", i, mode="L")
     dataset = data.load(tmp_path)
     assert dataset.input_shape == (1, 2, 3) and dataset.test.images.flatten(1).unique().tolist() == [9, 19]
     draw(tmp_path / "a" / "00.png", 1)
@@ -124,3 +125,48 @@ def test_error_without_pillow_says_what_to_install(tree, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "sparse_adv\[data\]"'):
         data.load(tree)
+
+
+FORMATS = {"png": "PNG", "JPG": "JPEG", "bmp": "BMP", "gif": "GIF", "ppm": "PPM", "tif": "TIFF", "webp": "WEBP"}
+
+
+def test_images_of_every_format_are_read(tmp_path):
+    for number, (suffix, format) in enumerate(FORMATS.items()):
+        for i in range(10):
+            (tmp_path / suffix).mkdir(exist_ok=True)
+            Image.new("RGB", (4, 4), (20 * number,) * 3).save(tmp_path / suffix / f"{i}.{suffix}", format)
+    dataset = data.load(tmp_path)
+    assert dataset.classes == len(FORMATS) and len(dataset.test.labels) == len(FORMATS)
+
+
+def two_frames(path: Path) -> None:
+    Image.new("L", (4, 4)).save(path, save_all=True, append_images=[Image.new("L", (4, 4), 9)])
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("dog/note.pdf", lambda path: path.write_text("text")),
+        ("dog/more", lambda path: path.mkdir()),
+        ("dog/9.psd", lambda path: path.write_bytes(b"8BPS")),
+        ("owl", lambda path: path.mkdir()),
+        ("dog/9.gif", two_frames),
+        ("dog/9.png", lambda path: Image.new("1", (5000, 4000)).save(path)),
+    ],
+)
+def test_nothing_in_the_folder_of_a_class_is_left_out(tmp_path, name, make):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for i in range(10):
+            Image.new("RGB", (4, 4)).save(tmp_path / label / f"{i:02}.png")
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=name):
+        data.load(tmp_path)
+
+
+def test_a_folder_of_one_class_is_refused(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for i in range(10):
+        Image.new("RGB", (4, 4)).save(tmp_path / "cat" / f"{i}.png")
+    with pytest.raises(ValueError, match="must have a folder for each class, has only 'cat'"):
+        data.load(tmp_path)

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,9 @@ def test_error_names_a_missing_file(tmp_path, name):
     [
         (
             {"train_images_idx3_ubyte": idx(IMAGES)[:-1]},
-            r"train-images.* must have 256 bytes for sizes \[20, 4, 3\], got 255",
+            r"train-images.* must have 240 bytes after its header for sizes \[20, 4, 3\], got 239",
         ),
-        ({"train_images_idx3_ubyte": idx(IMAGES) + b"x"}, "got 257"),
+        ({"train_images_idx3_ubyte": idx(IMAGES) + b"x"}, "got more than 240"),
         ({"train_images_idx3_ubyte": b""}, "train-images.* is not an idx file of bytes with 3 dimensions"),
         ({"train_labels_idx1_ubyte": idx(IMAGES)}, "train-labels.* is not an idx file of bytes with 1 dimensions"),
         ({"t10k_labels_idx1_ubyte": idx(LABELS[:19])}, "20 t10k-images but 19 t10k-labels"),
@@ -93,3 +94,17 @@ def test_error_names_a_truncated_gzip_file(tmp_path):
         file.write_bytes(whole[:end])
         with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is damaged or its download is incomplete"):
             data.load(tmp_path)
+
+
+@pytest.mark.parametrize(("count", "said"), [(20, "got more than 240"), (2**31, "must have at most 256 MiB")])
+def test_a_compressed_file_that_expands_without_end_is_not_unpacked(tmp_path, count, said):
+    folder = write(tmp_path)
+    name = "train-images-idx3-ubyte"
+    (folder / name).unlink()
+    header = struct.pack(">4B3I", 0, 0, 8, 3, count, 4, 3)
+    (folder / f"{name}.gz").write_bytes(gzip.compress(header + bytes(1 << 26), 1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=said):
+        data.load(folder)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()

@@ -1,6 +1,5 @@
 """Files of other tools: each format, written as its tool writes it, is read correctly and can be written again."""
 
-import argparse
 import copy
 import io
 import os
@@ -201,8 +200,8 @@ def test_no_code_in_a_file_is_executed(model, path, tmp_path, monkeypatch):
     torch.save({"state_dict": model.state_dict(), "args": Malicious()}, path)
     with pytest.raises(ValueError, match=r"model\.pth' is not a readable file of tensors: it contains \w+\.system"):
         load_pruned(path)
-    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(seed=1)}, path)
-    with pytest.raises(ValueError, match=r"it contains argparse\.Namespace, which is neither a tensor nor plain data"):
+    torch.save(model, path)
+    with pytest.raises(ValueError, match=r"it contains \S+Network, which is neither .*torch\.save\(model\.state_dict"):
         load_pruned(path)
     assert not (tmp_path / "evidence").exists()
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -122,3 +123,27 @@ def test_an_invalid_ticket_raises_and_no_file_is_written(model, tmp_path):
 def test_the_provenance_is_json_in_the_metadata_of_the_file(path):
     header = path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")]
     assert json.loads(json.loads(header)["__metadata__"]["provenance"])["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mask_shapes", '{"0": [8589934584]}'),
+        ("mask_shapes", '{"0": [-1, 1, 3, 3]}'),
+        ("mask_shapes", '{"0": [4.0, 3, 3, 3]}'),
+        ("mask_shapes", '{"0": "4"}'),
+        ("mask_shapes", "[1]"),
+        ("mask_shapes", "{}"),
+        ("mask_shapes", "[" * 100_000),
+        ("provenance", "[]"),
+        ("provenance", "[" * 100_000),
+    ],
+    ids=range(9),
+)
+def test_metadata_of_another_form_are_refused(path, key, value):
+    """They are not part of the checksum; a size in them must not be allocated."""
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata | {key: value})
+    with pytest.raises(ValueError, match="is not a readable ticket file"):
+        load_ticket(path)

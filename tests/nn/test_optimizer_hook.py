@@ -155,3 +155,32 @@ def test_the_hook_keeps_no_weight_and_no_optimiser_alive(model):
     del model[2], optimizer
     gc.collect()
     assert (len(optimizer_hook._masks), len(optimizer_hook._settled)) == (watched - 1, settled - 1)
+
+
+ALL = [
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "SparseAdam")
+]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_optimiser_of_torch_keeps_pruned_weights_at_zero(name):
+    """SparseAdam is left out: it takes sparse gradients only."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    sparsify(model, prune(model, 0.5, linear=True))
+    parameters = [p for p in model.parameters() if name != "Muon" or p.dim() == 2]
+    optimizer = getattr(torch.optim, name)(parameters, lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(torch.rand(6, 4, 4)), torch.arange(6) % 2)
+        loss.backward()
+        return loss
+
+    for step in range(6):
+        if step == 3:
+            model[1].set_mask(torch.rand(8, 16) < 0.5)
+        optimizer.step(closure)
+        for layer in (model[1], model[3]):
+            assert layer.weight[layer.weight_mask].any() and not layer.weight[~layer.weight_mask].any()

@@ -3,6 +3,7 @@
 On a GPU that is promised of deterministic algorithms only.
 """
 
+import io
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
 
 from sparse_adv import masks, models, runs, training
 from sparse_adv.nn import sparsify
@@ -69,7 +70,9 @@ def test_a_finished_run_returns_without_training(tmp_path):
     seen = []
     model = network()
     sparsify(model, masks.prune(model, density=0.5))
-    training.train(model, [batches], CONFIG, validation=VALIDATION, folder=tmp_path, on_epoch=seen.append)
+    images = Batches(TRAIN, 32)
+    training.train(model, images, CONFIG, validation=VALIDATION, folder=tmp_path, on_epoch=seen.append)
+    assert images.epoch == 0
     assert [record.epoch for record in seen] == [1, 2, 3, 4] and equal_states(model.state_dict(), expected.state_dict())
 
 
@@ -85,11 +88,36 @@ def test_a_damaged_epochs_file_is_rewritten_from_the_state(tmp_path):
 
 def test_a_folder_with_a_run_of_another_configuration_is_refused(tmp_path):
     train(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(train.lr 0.1, now 0.2\)"):
+        train(tmp_path, config=replace(CONFIG, lr=0.2))
+    (tmp_path / runs.INFO).unlink()
     with pytest.raises(ValueError, match="another configuration"):
         train(tmp_path, config=replace(CONFIG, lr=0.2))
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no state"])
+def with_states(*changes: dict):
+    """Contents of state.pt in which some entries have another value."""
+
+    def changed(change):
+        def damage(content: bytes) -> bytes:
+            state = torch.load(io.BytesIO(content), weights_only=True)
+            file = io.BytesIO()
+            torch.save(state | change if change else [], file)
+            return file.getvalue()
+
+        return damage
+
+    return [changed(change) for change in changes]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"no state",
+        *with_states({"records": []}, {"model": None}, {"optimizer": {}}, {"identity": [{}]}, {"objective": []}),
+    ],
+)
 def test_a_damaged_state_is_refused_and_not_overwritten(tmp_path, damage):
     with pytest.raises(Stop):
         train(tmp_path, 1)
@@ -105,7 +133,7 @@ def test_a_run_continues_with_the_same_number_of_processes_only(tmp_path):
     with pytest.raises(Stop):
         train(tmp_path, 1)
     state = torch.load(tmp_path / runs.STATE, weights_only=True)
-    torch.save(state | {"objective": 2 * state["objective"]}, tmp_path / runs.STATE)
+    torch.save(state | {"identity": 2 * state["identity"]}, tmp_path / runs.STATE)
     with pytest.raises(ValueError, match="holds a run of 2 processes, got 1: start as many"):
         train(tmp_path)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sparse_adv.files import unpickle_arrays
+from sparse_adv.plain_pickles import PlainDtype, plain_scalar, unpickle_arrays
 
 _NUMPY = b"\x93NUMPY"
 _TORCH = (b"PK\x03\x04", b"\x80")
 """A zip archive, or a bare pickle, which torch wrote before 1.6."""
+
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    PlainDtype,
+    (PlainDtype, "numpy.dtype"),
+    (plain_scalar, "numpy.core.multiarray.scalar"),
+    (plain_scalar, "numpy._core.multiarray.scalar"),
+]
+"""What checkpoints often hold beside tensors, settings and accuracies; numbers of NumPy become those of Python."""
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -47,7 +58,9 @@ def read_tensors(path: Path) -> Any:
         raise ValueError(f"{str(path)!r} is a NumPy file: pass it as mask_path, and the weights as path")
     try:
         if _is_torch(path):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            _check_not_compressed(path)
+            with torch.serialization.safe_globals(_HARMLESS):
+                return torch.load(path, map_location="cpu", weights_only=True)
         return load_file(path)
     except Exception as error:  # both libraries raise many types for damaged files
         raise _unreadable(path, error) from error
@@ -71,9 +84,19 @@ def read_npy_list(path: Path) -> list[torch.Tensor]:
             else:
                 file.seek(0)
                 arrays = np.load(file, allow_pickle=False)
+        if isinstance(arrays, np.ndarray) and arrays.ndim == 0:
+            raise ValueError("it holds no list of masks")
         return [torch.from_numpy(np.array(array)) for array in arrays]
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Raise ValueError for an archive that holds more than its size; torch.save does not compress."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed, which torch.save does not do")
 
 
 def _is_torch(path: Path) -> bool:
@@ -93,7 +116,10 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     text = str(error)
     refused = re.search(r"GLOBAL (\S+)", text)
     if refused:
-        reason = f"it contains {refused[1]}, which is neither a tensor nor plain data"
+        reason = (
+            f"it contains {refused[1]}, which is neither a tensor nor plain data; if you trust the file, load it where "
+            "it was written and save its tensors alone: torch.save(model.state_dict(), path)"
+        )
     elif text.startswith("Weights only load failed"):
         reason = "torch.load(weights_only=True) refuses it"
     else:

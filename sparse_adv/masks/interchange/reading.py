@@ -32,6 +32,9 @@ _STATE_KEYS = ("state_dict", "model_state_dict", "net", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 """Prefixes of all names that DataParallel, torch.compile and wrapper modules add."""
 
+_LEAST_ZEROS = 1e-3
+"""Fraction of weights that must be zero to be taken for masks when no format is given."""
+
 _LISTED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 """The layers for which ticket_robust's list of masks has an entry."""
 
@@ -129,7 +132,7 @@ def load_pruned(
     else:
         ticket = _load(path, None if mask_path is None else Path(mask_path), model, density, format, dense)
     if model is not None:
-        _check_model(ticket.masks, model, path)
+        _check_model(ticket, model, path)
     return ticket
 
 
@@ -159,17 +162,33 @@ def _load(
 
 def _find_state(checkpoint: Any) -> State:
     """Return the tensors of a state dict, which may be nested in a checkpoint."""
+    seen: list[Any] = []
     while isinstance(checkpoint, Mapping):
         key = next((key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
         if key is None:
             break
+        seen.append(checkpoint)
         checkpoint = checkpoint[key]
+        if any(checkpoint is outer for outer in seen):
+            raise ValueError(f"{key!r} of the checkpoint contains itself")
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"there is no state dict, but a {type(checkpoint).__name__}")
     tensors = {str(key): value.detach() for key, value in checkpoint.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"there is no state dict, only {', '.join(map(str, checkpoint)) or 'an empty one'}")
+    for key, value in tensors.items():
+        _check_plain(key, value)
     return tensors
+
+
+def _check_plain(key: str, value: Tensor) -> None:
+    """Raise ValueError unless the tensor has its elements in memory, one by one."""
+    kind = "sparse" if value.layout != torch.strided else "quantised" if value.is_quantized else None
+    kind = "on the meta device" if value.is_meta else "complex" if value.is_complex() else kind
+    if kind is not None:
+        raise ValueError(f"{key!r} is {kind}: only dense tensors of real numbers can be read")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{key!r} repeats its elements: save a contiguous copy of it")
 
 
 def _without_prefixes(state: State) -> tuple[State, list[str]]:
@@ -195,6 +214,15 @@ def _split(state: State, format: str | None, density: Density, dense: bool = Fal
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     name = format or recognise(state)
     split = FORMATS[name].split(state, density)
+    if format is None and name == "zeros" and split.masks:
+        zeros = sum(int((mask == 0).sum()) for mask in split.masks.values())
+        weights = sum(value.numel() for key, value in state.items() if is_maskable_weight(key, value))
+        if zeros < _LEAST_ZEROS * weights and not dense:
+            raise ValueError(
+                f"only {zeros} of {weights} weights are zero, as may happen in a dense model: pass the format "
+                "'zeros' to take them for masks"
+            )
+        split = split if zeros >= _LEAST_ZEROS * weights else Split(state, {})
     if not split.masks and dense and format is None:
         return "dense", split
     if not split.masks:
@@ -254,9 +282,9 @@ def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> State:
     return named
 
 
-def _check_model(masks: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
+def _check_model(ticket: Ticket, model: nn.Module, path: Path) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name, mask in masks.items():
+    for name, mask in ticket.masks.items():
         if name not in modules:
             raise ValueError(f"{str(path)!r} does not fit the model: {unknown_module(name, modules)}")
         weight = getattr(modules[name], "weight", None)
@@ -265,3 +293,9 @@ def _check_model(masks: Mapping[str, Tensor], model: nn.Module, path: Path) -> N
             raise ValueError(
                 f"{str(path)!r} does not fit the model: {name!r} has {actual}, its mask has {tuple(mask.shape)}"
             )
+    # A sparse model has its masks in its state dict, and may have them in that of the file.
+    wanted = {key for key in model.state_dict() if not key.endswith("weight_mask")}
+    given = {key for key in ticket.state_dict if not key.endswith("weight_mask")}
+    for key in sorted(wanted ^ given):
+        differs = "lacks" if key in wanted else "has"
+        raise ValueError(f"{str(path)!r} does not fit the model: unlike the model it {differs} {key!r}")

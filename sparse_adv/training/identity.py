@@ -1,0 +1,219 @@
+"""What decides the result of a run beside its configuration: network, weights and images, as SHA-256 digests.
+
+A folder remembers them, so that a run is never continued, and never returned, for another network or other images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sparse_adv.config import TrainConfig
+from sparse_adv.data import Batches, Split
+from sparse_adv.training import distributed
+from sparse_adv.training.modes import frozen_modules
+from sparse_adv.training.random_numbers import seeded
+
+log = logging.getLogger(__name__)
+
+_SAMPLES = 64
+"""Images of a DataLoader that are read for its digest."""
+
+_in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
+"""Models in training, or whose training was interrupted, and the folder of the run."""
+
+
+def of_run(
+    model: nn.Module, batches: Iterable[Any], validation: Split | Iterable[Any] | None, seed: int
+) -> dict[str, Any]:
+    """Return what must be the same when a run is continued, beside its configuration."""
+    return {
+        "network": network_digest(model),
+        "weights": weights_digest(model.state_dict()),
+        "batches": images_digest(batches, seed),
+        "validation": images_digest(validation, seed),
+    }
+
+
+def check_continues(
+    folder: Path, state: dict[str, Any], config: TrainConfig, own: dict[str, Any], model: nn.Module
+) -> dict[str, Any]:
+    """Return the identity of the run in a folder; raise ValueError unless a call continues that run.
+
+    More epochs than before may be asked for.
+
+    Args:
+        folder, state: of the run, and the content of its `state.pt`.
+        config, own, model: of the call; `own` is from `of_run`.
+    """
+    known, wanted = state["config"], asdict(config)
+    fewer = config.epochs < max(len(state["records"]), known["epochs"])
+    if fewer or known | {"epochs": 0} != wanted | {"epochs": 0}:
+        raise ValueError(f"{folder} holds a run of another configuration: take another folder, or delete it")
+    processes = len(state["identity"])
+    if processes != distributed.world_size():
+        raise ValueError(
+            f"{folder} holds a run of {processes} processes, got {distributed.world_size()}: start as many"
+        )
+    begun = state["identity"][distributed.rank()]
+    # The weights may be those that the folder was begun with, or those that it ended with.
+    same_weights = own["weights"] in (begun["weights"], weights_digest(state["model"]))
+    parts = {
+        "network": own["network"] == begun["network"],
+        "initial weights": same_weights or was_interrupted(model, folder),
+        "training images": own["batches"] == begun["batches"],
+        "validation images": own["validation"] == begun["validation"],
+    }
+    for part, matches in parts.items():
+        if not matches:
+            raise ValueError(f"{folder} holds a run with other {part}: take another folder, or delete it")
+    return begun
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what does not decide the result of a run, but its last bits."""
+    return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
+
+
+def tell_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn of each difference between two environments of one run."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            log.warning(
+                "%s was trained with %s %s, now %s: the last bits may differ from those of an uninterrupted run",
+                folder,
+                name,
+                before.get(name),
+                value,
+            )
+
+
+def network_digest(model: nn.Module) -> str:
+    """Return the digest of what a model is: its modules, those that are frozen, shapes and dtypes, and its masks.
+
+    Examples:
+        >>> network_digest(nn.Linear(2, 1)) == network_digest(nn.Linear(2, 1))
+        True
+        >>> network_digest(nn.Linear(2, 1)) == network_digest(nn.Linear(2, 1).requires_grad_(False))
+        False
+    """
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        # Addresses in descriptions of functions differ between processes.
+        described = re.sub(r" at 0x[0-9a-f]+", "", module.extra_repr())
+        frozen = [key for key, parameter in module.named_parameters(recurse=False) if not parameter.requires_grad]
+        digest.update(repr((name, type(module).__qualname__, described, frozen)).encode())
+    digest.update(repr(frozen_modules(model)).encode())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        if tensor.dtype == torch.bool:
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def weights_digest(state_dict: dict[str, Any]) -> str:
+    """Return the digest of all values of a state dict.
+
+    Examples:
+        >>> weights_digest({"a": torch.zeros(2)}) == weights_digest({"a": torch.ones(2)})
+        False
+    """
+    digest = hashlib.sha256()
+    for name, value in state_dict.items():
+        digest.update(name.encode())
+        digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | None:
+    """Return the digest of images and labels, or of batches of them.
+
+    A `Split`, `data.Batches` and a list are read as a whole (about a second per gigabyte). Of a DataLoader with a
+    data set that has a length, 64 evenly spaced samples are read, with the number of all, under fixed random numbers.
+    Of anything else only the number of batches counts.
+
+    Args:
+        images: what is trained on, or validated with; None has the digest None.
+        seed: of the random numbers that the samples of a DataLoader are read with.
+
+    Examples:
+        >>> batch = torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])
+        >>> images_digest([batch]) == images_digest([batch]), images_digest([batch]) == images_digest([batch, batch])
+        (True, False)
+    """
+    if images is None:
+        return None
+    digest = hashlib.sha256()
+    if isinstance(images, Batches):
+        order = images.batch_size, images.shuffle, images.augment, images.seed, images.world_size
+        digest.update(repr(order).encode())
+        _add(digest, images.split)
+    elif isinstance(images, DataLoader) and hasattr(images.dataset, "__getitem__") and _length(images.dataset):
+        dataset, count = images.dataset, _length(images.dataset)
+        digest.update(repr((count, len(images), images.batch_size, type(images.sampler).__qualname__)).encode())
+        step = max(1, count // _SAMPLES)
+        with seeded(seed):
+            for index in range(0, count, step):
+                _add(digest, dataset[index])
+    elif isinstance(images, Sequence):  # a Split, too
+        _add(digest, images)
+    else:
+        digest.update(repr(_length(images)).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def training_of(model: nn.Module, folder: Path | None) -> Iterator[None]:
+    """Mark a model as being in training for a folder; after an exception the mark stays, see `was_interrupted`."""
+    if folder is not None:
+        _in_training[model] = folder.resolve()
+    yield
+    _in_training.pop(model, None)
+
+
+def was_interrupted(model: nn.Module, folder: Path) -> bool:
+    """Return whether this process trained the model for this folder and was interrupted in it.
+
+    Such a model has weights of the middle of an epoch, which are replaced by those of the folder.
+    """
+    return _in_training.get(model) == folder.resolve()
+
+
+def _length(images: Any) -> int:
+    return len(images) if hasattr(images, "__len__") else 0
+
+
+def _add(digest: Any, value: Any) -> None:
+    """Add tensors, arrays, images of Pillow, numbers and text, and containers of them."""
+    if isinstance(value, Tensor):
+        digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
+        digest.update(_bytes(value))
+    elif isinstance(value, dict):
+        _add(digest, list(value.items()))
+    elif isinstance(value, list | tuple):
+        digest.update(str(len(value)).encode())
+        for item in value:
+            _add(digest, item)
+    elif hasattr(value, "tobytes"):
+        digest.update(value.tobytes())
+    elif value is None or isinstance(value, bool | int | float | str | bytes):
+        digest.update(repr(value).encode())
+    else:
+        digest.update(type(value).__qualname__.encode())
+
+
+def _bytes(tensor: Tensor) -> Any:
+    if tensor.is_meta:
+        return b""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

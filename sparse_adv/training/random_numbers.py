@@ -1,0 +1,96 @@
+"""The generators that batches and layers draw from without naming them: those of PyTorch, NumPy and Python."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed the global generators of PyTorch, NumPy and Python; when the block ends they continue where they were.
+
+    Args:
+        seed: in [0, 2^64).
+        device: whose generator is seeded beside that of the CPU.
+
+    Examples:
+        >>> with seeded(0):
+        ...     first = random.random()
+        >>> with seeded(0):
+        ...     random.random() == first
+        True
+    """
+    device = torch.device(device)
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+def states_of(batches: Iterable[Any]) -> list[Tensor]:
+    """Return the states of the generators that a DataLoader, or its sampler, was given: a continued run needs them.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader
+        >>> len(states_of(DataLoader([1, 2], shuffle=True, generator=Generator())))
+        1
+    """
+    return [generator.get_state() for generator in _generators(batches)]
+
+
+def load_states(batches: Iterable[Any], states: Sequence[Tensor]) -> None:
+    """Set the generators to the states that `states_of` returned."""
+    for generator, state in zip(_generators(batches), states, strict=True):
+        generator.set_state(state.cpu())
+
+
+def _generators(batches: Iterable[Any]) -> list[Generator]:
+    found: dict[int, Generator] = {}
+    for owner in _parts(batches):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, Generator):
+            found[id(generator)] = generator
+    return list(found.values())
+
+
+def set_epoch(batches: Iterable[Any], epoch: int) -> None:
+    """Tell batches, and the samplers and the data set inside a DataLoader, the number of the epoch, from 0.
+
+    Examples:
+        >>> from torch.utils.data import DataLoader, DistributedSampler
+        >>> sampler = DistributedSampler([1, 2], num_replicas=1, rank=0)
+        >>> set_epoch(DataLoader([1, 2], sampler=sampler), 3)
+        >>> sampler.epoch
+        3
+    """
+    for owner in _parts(batches):
+        if callable(getattr(owner, "set_epoch", None)):
+            owner.set_epoch(epoch)
+
+
+def _parts(batches: Any) -> Iterator[Any]:
+    """The batches, and what a DataLoader (or a wrapper that names its parts likewise) consists of; each once."""
+    seen: set[int] = set()
+    for part in (
+        batches,
+        getattr(batches, "sampler", None),
+        getattr(batches, "batch_sampler", None),
+        getattr(getattr(batches, "batch_sampler", None), "sampler", None),
+        getattr(batches, "dataset", None),
+    ):
+        if part is not None and id(part) not in seen:
+            seen.add(id(part))
+            yield part

@@ -1,0 +1,93 @@
+"""Checkpoints of others that are not what they seem: read, or refused in one sentence that says what to do."""
+
+import argparse
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparse_adv.masks import load_pruned, prune
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 20))
+
+
+@pytest.fixture
+def pruned(model):
+    state = model.state_dict()
+    return state | {f"{name}.weight": state[f"{name}.weight"] * mask for name, mask in prune(model, 0.5).items()}
+
+
+def written(folder, content):
+    torch.save(content, folder / "model.pt")
+    return folder / "model.pt"
+
+
+def test_settings_and_numbers_beside_the_weights_are_read(pruned, tmp_path):
+    extra = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "epoch": np.int64(3)}
+    ticket = load_pruned(written(tmp_path, {"state_dict": pruned, **extra}))
+    assert ticket.state_dict.keys() == pruned.keys()
+
+
+def test_a_whole_module_is_refused_with_the_remedy(model, tmp_path):
+    with pytest.raises(ValueError, match=r"torch\.save\(model\.state_dict\(\), path\)"):
+        load_pruned(written(tmp_path, model))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weight: weight.to_sparse(), "'2.weight' is sparse"),
+        (lambda weight: weight.to("meta"), "'2.weight' is on the meta device"),
+        (lambda weight: weight.to(torch.complex64), "'2.weight' is complex"),
+        (lambda weight: torch.zeros(1).expand(2**20, 2**20), "'2.weight' repeats its elements"),
+    ],
+)
+def test_weights_that_are_not_dense_numbers_are_refused(pruned, tmp_path, change, said):
+    with pytest.raises(ValueError, match=said):
+        load_pruned(written(tmp_path, pruned | {"2.weight": change(pruned["2.weight"])}))
+
+
+def test_a_checkpoint_that_contains_itself_is_refused(tmp_path):
+    checkpoint: dict = {}
+    checkpoint["state_dict"] = {"model": checkpoint}
+    with pytest.raises(ValueError, match="contains itself"):
+        load_pruned(written(tmp_path, checkpoint))
+
+
+def test_a_compressed_archive_is_refused(pruned, tmp_path):
+    path = written(tmp_path, pruned | {"large": torch.zeros(1 << 20)})
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in content.items():
+            archive.writestr(name, part)
+    with pytest.raises(ValueError, match="it is compressed"):
+        load_pruned(path)
+
+
+def test_a_chance_zero_makes_no_ticket_of_a_dense_model(model, tmp_path):
+    state = model.state_dict()
+    state["2.weight"][0, 0] = 0
+    path = written(tmp_path, state)
+    with pytest.raises(ValueError, match="only 1 of 2916 weights are zero"):
+        load_pruned(path)
+    assert load_pruned(path, dense=True).provenance["format"] == "dense"
+    assert list(load_pruned(path, format="zeros").masks) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("2.bias"), r"unlike the model it lacks '2\.bias'"),
+        (lambda state: state.update(extra=torch.zeros(1)), "unlike the model it has 'extra'"),
+    ],
+)
+def test_a_state_dict_with_other_keys_than_the_model_is_refused(model, pruned, tmp_path, change, said):
+    change(pruned)
+    with pytest.raises(ValueError, match=said):
+        load_pruned(written(tmp_path, pruned), model=model)

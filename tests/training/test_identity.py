@@ -1,0 +1,238 @@
+"""A folder holds one run: of one configuration, network and set of images; more epochs extend it."""
+
+import logging
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, batches, equal_states, network
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+
+from sparse_adv import data, masks, runs, sparsify, training
+from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig
+from sparse_adv.runs import Cost
+
+CONFIG = replace(QUICK, epochs=2)
+
+
+class Stop(Exception):
+    pass
+
+
+def run(folder, model=None, images=None, validation=VALIDATION, config=CONFIG, stop_at=None):
+    model = network() if model is None else model
+
+    def on_epoch(record):
+        if record.epoch == stop_at:
+            raise Stop
+
+    images = batches() if images is None else images
+    return training.train(model, images, config, validation=validation, folder=folder, on_epoch=on_epoch)
+
+
+def sparse(density=0.5):
+    model = network()
+    return sparsify(model, masks.prune(model, density))
+
+
+def activation_changed():
+    model = network()
+    model[2] = torch.nn.Tanh()
+    return model
+
+
+def other_labels(split):
+    return split._replace(labels=1 - split.labels)
+
+
+@pytest.mark.parametrize("stop_at", [1, None])
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"model": lambda: sparse()}, "network"),
+        ({"model": activation_changed}, "network"),
+        ({"model": lambda: network().requires_grad_(False).train()}, "network"),
+        ({"model": lambda: network(seed=1)}, "initial weights"),
+        ({"images": lambda: data.Batches(TRAIN._replace(images=TRAIN.images * 0), 32)}, "training images"),
+        ({"images": lambda: data.Batches(other_labels(TRAIN), 32)}, "training images"),
+        ({"images": lambda: batches(seed=1)}, "training images"),
+        ({"validation": lambda: other_labels(VALIDATION)}, "validation images"),
+        ({"validation": lambda: None}, "validation images"),
+    ],
+)
+def test_another_run_is_refused(tmp_path, other, said, stop_at):
+    with pytest.raises(Stop) if stop_at else pytest.MonkeyPatch.context():
+        run(tmp_path, stop_at=stop_at)
+    before = (tmp_path / runs.STATE).read_bytes()
+    changed = {name: make() for name, make in other.items()}
+    changed |= {"validation": changed["validation"]} if "validation" in other else {}
+    with pytest.raises(ValueError, match=f"holds a run with other {said}: take another folder"):
+        run(tmp_path, **changed)
+    assert (tmp_path / runs.STATE).read_bytes() == before
+
+
+def test_a_sparse_run_is_not_taken_for_one_under_other_masks(tmp_path):
+    run(tmp_path, model=sparse(0.5))
+    with pytest.raises(ValueError, match="other network"):
+        run(tmp_path, model=sparse(0.25))
+
+
+def loader(images=TRAIN, **options):
+    return DataLoader(TensorDataset(data.to_unit(images.images), images.labels), 32, shuffle=True, **options)
+
+
+@pytest.mark.parametrize("wrap", [loader, lambda images=TRAIN: list(data.Batches(images, 32, shuffle=False))])
+def test_images_of_loaders_and_lists_are_recognised(tmp_path, wrap):
+    run(tmp_path, images=wrap(), stop_at=None)
+    run(tmp_path, images=wrap())
+    with pytest.raises(ValueError, match="other training images"):
+        run(tmp_path, images=wrap(TRAIN._replace(images=255 - TRAIN.images)))
+
+
+def test_the_model_that_was_trained_or_interrupted_continues_its_own_run(tmp_path):
+    expected = network()
+    run(tmp_path / "whole", expected)
+    model = network()
+
+    def interrupt(step):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    options = {"validation": VALIDATION, "folder": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        training.train(model, batches(), CONFIG, on_step=interrupt, **options)
+    training.train(model, batches(), CONFIG, **options)
+    assert equal_states(model.state_dict(), expected.state_dict())
+    training.train(model, batches(), CONFIG, **options)  # a finished run returns
+    assert equal_states(model.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_more_epochs_extend_a_run(tmp_path, schedule):
+    config = replace(CONFIG, schedule=schedule)
+    run(tmp_path, config=config)
+    (tmp_path / runs.RESULT).write_text("the result of two epochs")
+    records = run(tmp_path, config=replace(config, epochs=4))
+    assert [record.epoch for record in records] == [1, 2, 3, 4]
+    info = runs.read(tmp_path).info
+    assert info.train.epochs == 4 and info.extended == (2,)
+    assert not (tmp_path / runs.RESULT).exists() and (tmp_path / "result_2.json").read_text().startswith("the result")
+    if schedule == "constant":  # then the same as a run that had four epochs from the beginning
+        whole = run(tmp_path / "whole", config=replace(config, epochs=4))
+        assert [record.loss for record in whole] == [record.loss for record in records]
+    else:
+        assert records[-1].learning_rate == config.lr * (1 + np.cos(np.pi * 11 / 12)) / 2
+    with pytest.raises(ValueError, match=r"train\.epochs 4, now 2"):
+        run(tmp_path, config=config)
+
+
+def test_a_run_continued_with_other_threads_says_so(tmp_path, caplog):
+    with pytest.raises(Stop):
+        run(tmp_path, stop_at=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with caplog.at_level(logging.WARNING):
+            run(tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"was trained with threads {threads}, now {threads + 1}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"lr": np.float64(0.1)},
+        {"lr": np.float32(0.1)},
+        {"epochs": np.int64(2)},
+        {"seed": np.uint8(3)},
+        {"engine": np.bool_(True)},
+        {"objective": np.str_("natural")},
+        {"eps": torch.tensor(0.1)},
+        {"milestones": np.array([0.5, 0.75])},
+        {"milestones": [np.float32(0.5)]},
+    ],
+    ids=str,
+)
+def test_settings_of_numpy_and_torch_are_plain_and_continue(tmp_path, setting):
+    config = replace(CONFIG, **setting)
+    (value,) = (getattr(config, name) for name in setting)
+    assert type(value) in (bool, int, float, str, tuple)
+    with pytest.raises(Stop):
+        run(tmp_path, config=config, stop_at=1)
+    assert len(run(tmp_path, config=config)) == 2
+
+
+def test_other_records_are_plain_too():
+    assert type(Cost(np.float32(1.5), np.int64(3)).macs) is int
+    assert type(PruneConfig(block=np.array([4, 1])).block[0]) is int
+    assert type(DataConfig(batch_size=np.int32(8)).batch_size) is int
+    assert type(NetworkConfig("vgg16", np.int64(8)).width) is int
+    with pytest.raises(ValueError, match="epochs must be an integer"):
+        replace(CONFIG, epochs=np.float64(2.5))
+    with pytest.raises(ValueError, match="milestones must be fractions"):
+        replace(CONFIG, milestones=5)
+
+
+class Noisy(Dataset):
+    """Images that are changed at random, by all three generators."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        factor = random.random() * np.random.rand() * torch.rand(())
+        return TRAIN.images[index].float() / 255 * factor, TRAIN.labels[index]
+
+
+LOADERS = {
+    "global": lambda: DataLoader(Noisy(), 32, shuffle=True),
+    "workers": lambda: DataLoader(Noisy(), 32, shuffle=True, num_workers=1),
+    "generator": lambda: DataLoader(Noisy(), 32, shuffle=True, generator=torch.Generator().manual_seed(5)),
+    "sampler": lambda: DataLoader(
+        Noisy(),
+        32,
+        sampler=torch.utils.data.RandomSampler(Noisy(), generator=torch.Generator().manual_seed(5)),
+    ),
+    "distributed": lambda: DataLoader(Noisy(), 32, sampler=DistributedSampler(Noisy(), 1, 0)),
+}
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_loaders_repeat_and_continue_bit_for_bit(tmp_path, make):
+    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    whole = run(tmp_path / "whole", images=make())
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", images=make(), stop_at=1)
+    stopped = run(tmp_path / "stopped", images=make())
+    assert [record.loss for record in whole] == [record.loss for record in stopped]
+    assert states == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+def test_every_epoch_of_a_distributed_sampler_has_its_own_order():
+    sampler, orders = DistributedSampler(Noisy(), 1, 0), []
+
+    class Recording(DistributedSampler):
+        def __iter__(self):
+            orders.append(list(super().__iter__()))
+            return iter(orders[-1])
+
+    sampler = Recording(Noisy(), 1, 0)
+    training.train(network(), DataLoader(Noisy(), 32, sampler=sampler), CONFIG)
+    assert len(orders) == 2 and orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_frozen_batch_norm_keeps_its_statistics_in_every_epoch(engine):
+    model = network()
+    model[1].eval()
+    before = {key: value.clone() for key, value in model[1].named_buffers()}
+    modes = []
+    model[4].register_forward_hook(lambda module, *_: modes.append((module.training, model[1].training)))
+    training.train(model, batches(), replace(CONFIG, engine=engine))
+    assert all(value.equal(before[key]) for key, value in model[1].named_buffers())
+    assert model[4].num_batches_tracked == 6
+    trained = [mode for mode in modes if mode[0]]
+    assert not any(first for _, first in trained)

@@ -1,0 +1,99 @@
+"""`train` does what a plain loop of PyTorch does, bit for bit; every setting that a run is given reaches its use."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.small_runs import QUICK, TEST, VALIDATION, batches, equal_states, network
+
+from sparse_adv import runs, training
+from sparse_adv.training import checkpoint, loop
+
+PLAIN = replace(QUICK, engine=False, momentum=0.8, weight_decay=0.01)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"weight_decay": 0.0},
+        {"momentum": 0.0},
+        {"lr": 0.03},
+        {"schedule": "piecewise", "milestones": (0.3, 0.6)},
+        {"schedule": "cosine", "warmup_epochs": 1.5, "warmup_start_lr": 0.01},
+        {"max_grad_norm": 0.05},
+    ],
+    ids=str,
+)
+def test_training_is_a_plain_loop_bit_for_bit(change):
+    config = replace(PLAIN, **change)
+    trained, plain = network(), network()
+    training.train(trained, batches(), config)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
+    images, step = batches(), 0
+    for _ in range(config.epochs):
+        plain.train()
+        for x, y in images:
+            optimizer.param_groups[0]["lr"] = config.learning_rate(step, len(images))
+            optimizer.zero_grad()
+            F.cross_entropy(plain(x), y).backward()
+            if config.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(plain.parameters(), config.max_grad_norm)
+            optimizer.step()
+            step += 1
+        plain.eval()
+    assert equal_states(trained.state_dict(), plain.state_dict())
+    if change:
+        other = network()
+        training.train(other, batches(), PLAIN)
+        assert not equal_states(trained.state_dict(), other.state_dict())
+
+
+def test_the_model_is_in_training_mode_in_every_epoch():
+    model, modes = network(), []
+    training.train(model, batches(), PLAIN, validation=VALIDATION, on_step=lambda _: modes.append(model.training))
+    assert modes == [True] * 9
+
+
+@pytest.fixture
+def peaks(monkeypatch):
+    """Accuracies that peak in different epochs: the clean one in epoch 1, the robust one in epoch 2 of 3."""
+    measured = {"clean": [0.9, 0.5, 0.4], "robust": [0.1, 0.3, 0.2]}
+
+    def measure(name):
+        rest = iter(measured[name])
+
+        def accuracy(*_, **__):
+            value = next(rest)
+            return training.Accuracy(value, 100, 100, 100)
+
+        return accuracy
+
+    monkeypatch.setattr(loop, "clean_accuracy", measure("clean"))
+    monkeypatch.setattr(loop, "robust_accuracy", measure("robust"))
+
+
+@pytest.mark.parametrize(("objective", "epoch"), [("natural", 1), ("pgd", 2)])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_best_weights_are_those_of_the_right_epoch_and_model(tmp_path, peaks, objective, epoch, decay):
+    config = replace(PLAIN, objective=objective, ema_decay=decay, overfitting_monitor=False)
+    run = training.Training(network(), batches(), config, validation=VALIDATION, folder=tmp_path)
+    states = []
+    for _ in run.epochs():
+        states.append({name: value.clone() for name, value in run.evaluated.state_dict().items()})
+    best, metadata = checkpoint.read_weights(tmp_path / runs.BEST)
+    assert metadata["epoch"] == epoch and equal_states(best, states[epoch - 1])
+    assert not equal_states(best, states[-1])
+    assert equal_states(best, run.updater.model.state_dict()) is False
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("objective", ["fgsm", "fgsm-rs", "pgd"])
+def test_the_norm_reaches_training(objective, norm):
+    config = replace(QUICK, objective=objective, norm=norm, eps=0.5, alpha=0.3, epochs=1)
+    losses = {}
+    for each in ("linf", "l2"):
+        (record,) = training.train(network(), batches(), replace(config, norm=each), validation=TEST)
+        losses[each] = record.loss, record.robust_accuracy
+    assert losses["linf"][0] > losses["l2"][0] and losses["linf"][1] <= losses["l2"][1]
