@@ -8,7 +8,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-torch lint format bench bench-train bench-cpu gpu-check doctor wheel docs sanitize two-unwinders clean
+.PHONY: help setup demo test test-torch lint format bench bench-train bench-cpu gpu-check doctor wheel docs sanitize two-unwinders fuzz mutants clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,12 @@ sanitize: $(BUILT)  ## run the tests of the ops under AddressSanitizer and Undef
 
 two-unwinders: $(BUILT)  ## run the tests of refusals on a build whose op libraries have an unwinder of their own
 	.ci/two_unwinders $(BIN)/python build/two_unwinders
+
+fuzz: $(BUILT)  ## random op calls, tampered patterns and damaged files: MINUTES=5 SEED=7; CASE=ops:7000123 repeats one
+	PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(or $(MINUTES),1) --seed $(or $(SEED),0) $(if $(CASE),--case $(CASE))
+
+mutants: $(BUILT)  ## plant mistakes and see whether the tests notice: N=10 SEED=1 FILES=sparse_adv/training
+	$(BIN)/python .ci/mutants --n $(or $(N),10) --seed $(or $(SEED),0) --files $(or $(FILES),sparse_adv)
 
 clean:  ## remove what was built and the environment
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -30,6 +30,8 @@ POSITIONAL: dict[str, Any] = {"positional": True}
 """Metadata of a field that is given by position and not by a flag."""
 
 CONFIG = "config.yaml"
+_ABOUT_THE_FILE = ("Unexpected config", "Value not boolean", "Problems parsing config")
+"""Beginnings of messages of jsonargparse that name neither the file nor a key."""
 _MAX_CONFIG, _MAX_DEPTH = 1 << 16, 20
 """Bytes and levels of a config file."""
 NO_SETTING = frozenset({"config", "json"})
@@ -222,12 +224,15 @@ def _check_yaml(file: Path) -> None:
             if depth > _MAX_DEPTH:
                 raise ValueError(f"{file} is nested more than {_MAX_DEPTH} levels deep")
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: Problems parsing config: {error}") from error
+        raise ValueError(f"{file}: Problems parsing config: {' '.join(str(error).split())}") from error
 
 
 def _sentence(parser: ArgumentParser, message: str, configs: Sequence[Path]) -> str:
     """The error message of jsonargparse in one line, with the flag that may have been meant."""
     message = " ".join(message.split())
+    place = f"{', '.join(map(str, configs))}: " if configs else ""
+    if message.startswith(_ABOUT_THE_FILE):
+        return f"{place}{message[:200]}"
     if prefix := re.match(r'(?:argument (?:--)?([^:]*)|Parser key "([^"]*)"): ', message):
         name = (prefix[1] or prefix[2]).split("/")[0].replace("-", "_")
         rest = message[prefix.end() :]
@@ -238,7 +243,7 @@ def _sentence(parser: ArgumentParser, message: str, configs: Sequence[Path]) -> 
     word = unknown.split()[0].partition("=")[0].rstrip("'")
     names = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
     near = get_close_matches(word.removeprefix("--").replace("_", "-"), names, n=1)
-    place = f"{', '.join(map(str, configs))}: " if message.startswith("Option '") else ""
+    place = place if message.startswith("Option '") else ""
     return f"{place}there is no option {word!r}" + (f"; did you mean '--{near[0]}'?" if near else "")
 
 

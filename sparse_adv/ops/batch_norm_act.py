@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import layout_of
+from sparse_adv.ops.arguments import check_flags, check_numbers, check_tensors
 from sparse_adv.ops.gate import empty_gate
 
 
@@ -49,7 +50,9 @@ def batch_norm_act(
         float tensor like input, NCHW or channels_last as the input is.
 
     Raises:
-        ValueError: if a channel has one value only, which has no variance.
+        TypeError: if an operand is not a dense tensor, or an option not of its type.
+        ValueError: if a channel has one value only, which has no variance, running statistics do not fit the input,
+            or eps is not positive.
         RuntimeError: if a shape or dtype does not fit the input.
 
     Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
@@ -61,6 +64,12 @@ def batch_norm_act(
         >>> [round(value, 3) for value in batch_norm_act(x, residual=x, relu=False).flatten().tolist()]
         [-0.225, 3.0, 6.225]
     """
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _check_arguments(input, residual, {name: vector for name, vector in vectors.items() if vector is not None})
+    check_flags(relu=relu)
+    check_numbers(momentum=momentum, eps=eps)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
     count = math.prod(input.shape) // max(1, input.shape[1]) if input.dim() == 4 else 0
     if count == 1:
         raise ValueError(f"input must have more than one value per channel, got shape {tuple(input.shape)}")
@@ -72,6 +81,21 @@ def batch_norm_act(
             if running_var is not None:
                 running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
     return out
+
+
+def _check_arguments(input: Tensor, residual: Tensor | None, vectors: dict[str, Tensor]) -> None:
+    """Check what the op cannot: types, and the running statistics, which it does not get."""
+    check_tensors(input=input, **vectors, **({} if residual is None else {"residual": residual}))
+    for name in ("running_mean", "running_var"):
+        if name not in vectors:
+            continue
+        if vectors[name].device != input.device:
+            raise ValueError(f"{name} is on {vectors[name].device}, input on {input.device}")
+        if not vectors[name].is_floating_point() or vectors[name].shape != input.shape[1:2]:
+            raise ValueError(
+                f"{name} must be floating, of shape {list(input.shape[1:2])}, got {vectors[name].dtype} of shape "
+                f"{tuple(vectors[name].shape)}"
+            )
 
 
 def _statistics_like(input: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import layout_of
+from sparse_adv.ops.arguments import check_tensors
 
 
 def empty_gate(like: Tensor) -> Tensor:
@@ -25,6 +26,7 @@ def empty_gate(like: Tensor) -> Tensor:
         uint8 tensor [N, C, H, ceil(W / 8)] if like is NCHW, [N, H, W, ceil(C / 8)] if it is channels_last.
 
     Raises:
+        TypeError: if like is not a dense tensor.
         ValueError: if like does not have four dimensions.
 
     Examples:
@@ -33,10 +35,8 @@ def empty_gate(like: Tensor) -> Tensor:
         >>> empty_gate(torch.empty(2, 64, 5, 9, memory_format=torch.channels_last)).shape
         torch.Size([2, 5, 9, 8])
     """
-    if like.dim() != 4:
-        raise ValueError(f"like must be [N, C, H, W], got shape {tuple(like.shape)}")
-    sizes = _in_memory_order(like).shape
-    return torch.empty((*sizes[:3], -(-sizes[3] // 8)), dtype=torch.uint8, device=like.device)
+    check_tensors(like=like)
+    return torch.empty(_shape_of_gate(like), dtype=torch.uint8, device=like.device)
 
 
 def gate_to_bool(gate: Tensor, like: Tensor) -> Tensor:
@@ -50,18 +50,29 @@ def gate_to_bool(gate: Tensor, like: Tensor) -> Tensor:
         bool tensor [N, C, H, W].
 
     Raises:
+        TypeError: if like is not a dense tensor or gate not a uint8 tensor.
         ValueError: if like does not have four dimensions or the gate has another shape.
 
     Examples:
         >>> gate_to_bool(torch.tensor([[[[5]]]], dtype=torch.uint8), torch.empty(1, 1, 1, 4))
         tensor([[[[ True, False,  True, False]]]])
     """
-    expected = empty_gate(like.to("meta")).shape
-    if gate.shape != expected:
-        raise ValueError(f"gate must have shape {tuple(expected)}, got {tuple(gate.shape)}")
+    check_tensors(gate=gate, like=like)
+    if gate.dtype != torch.uint8:
+        raise TypeError(f"gate must be uint8, got {gate.dtype}")
+    expected = _shape_of_gate(like)
+    if tuple(gate.shape) != expected:
+        raise ValueError(f"gate must have shape {expected}, got {tuple(gate.shape)}")
     bits = gate[..., None] >> torch.arange(8, dtype=torch.uint8, device=gate.device) & 1
     passes = bits.bool().flatten(-2)[..., : _in_memory_order(like).shape[3]]
     return passes if layout_of(like) == torch.contiguous_format else passes.permute(0, 3, 1, 2)
+
+
+def _shape_of_gate(like: Tensor) -> tuple[int, ...]:
+    if like.dim() != 4:
+        raise ValueError(f"like must be [N, C, H, W], got shape {tuple(like.shape)}")
+    sizes = _in_memory_order(like).shape
+    return (*sizes[:3], -(-sizes[3] // 8))
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, output_size
+from sparse_adv.ops.arguments import check_flags, check_tensors
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_geometry import Pair, check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_groups, check_pattern, unflatten
@@ -66,6 +67,8 @@ def masked_conv2d(
         tensor([[[[2., 2., 2.]]]])
     """
     check_pattern(pattern)
+    check_tensors(weight=weight)
+    check_flags(relu=relu)
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
     if weight.shape != pattern.mask.shape:
         raise ValueError(
@@ -84,6 +87,7 @@ def _check_operands(input: Tensor, output_shape: tuple[int, ...], operands: dict
     for name, tensor in operands.items():
         if tensor is None:
             continue
+        check_tensors(**{name: tensor})
         if tensor.device != input.device:
             raise ValueError(f"{name} is on {tensor.device}, input on {input.device}")
         if dtype_under_autocast(tensor) != dtype_under_autocast(input):

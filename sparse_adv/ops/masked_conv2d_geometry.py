@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from sparse_adv.kernels.layout import output_size
+from sparse_adv.ops.arguments import check_integers, check_tensors, shown
 from sparse_adv.ops.masked_conv2d_pattern import Pattern
 
 Pair = int | tuple[int, int]
@@ -30,6 +30,7 @@ def read_geometry(filter: Sequence[int], stride: Pair, padding: Pair | str, dila
         stride, padding, dilation: as in `torch.nn.functional.conv2d`.
 
     Raises:
+        TypeError: if one is of another type.
         ValueError: if one is not one or two integers, is too small, or "same" padding would differ between two sides.
     """
     strides, dilations = _two("stride", stride), _two("dilation", dilation)
@@ -49,9 +50,10 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
         The shape of the output, (N, K, P, Q).
 
     Raises:
-        TypeError: if the input is not floating.
+        TypeError: if the input is not a dense floating tensor.
         ValueError: if it is not [N, C, H, W], has another number of channels, or is smaller than the filter.
     """
+    check_tensors(input=input)
     weight = pattern.mask.shape
     if input.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W], got shape {tuple(input.shape)}")
@@ -74,6 +76,8 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
 def _padding(
     padding: Pair | str, filter: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int]:
+    if not isinstance(padding, str):
+        return _two("padding", padding)
     if padding == "valid":
         return (0, 0)
     if padding == "same":
@@ -86,13 +90,13 @@ def _padding(
                 "sides: pad the input with torch.nn.functional.pad first"
             )
         return (total[0] // 2, total[1] // 2)
-    if isinstance(padding, str):
-        raise ValueError(f'padding must be numbers, "same" or "valid", got "{padding}"')
-    return _two("padding", padding)
+    raise ValueError(f'padding must be numbers, "same" or "valid", got "{padding:.80}"')
 
 
-def _two(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = tuple(_pair(value))
+def _two(name: str, value: Any) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2:
-        raise ValueError(f"{name} must be one or two integers, got {value}")
+        raise ValueError(f"{name} must be one or two integers, got {shown(value)}")
+    for size in pair:
+        check_integers(**{name: size})
     return pair

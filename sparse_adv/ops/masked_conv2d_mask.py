@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_adv.ops.arguments import shown
+
 Block = tuple[int, int, int, int]
 """(bo, bi, br, bs): output channels x input channels x filter rows x filter columns."""
 
@@ -17,7 +19,7 @@ def check_block(block: Sequence[int]) -> Block:
     if len(sizes) == 2:
         sizes = (*sizes, 1, 1)
     if len(sizes) != 4 or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise ValueError(f"block must be 2 or 4 positive integers (bo, bi) or (bo, bi, br, bs), got {block!r}")
+        raise ValueError(f"block must be 2 or 4 positive integers (bo, bi) or (bo, bi, br, bs), got {shown(block)}")
     return sizes
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import host
+from sparse_adv.ops.arguments import check_integers, check_tensors, shown
 from sparse_adv.ops.masked_conv2d_live_blocks import blocks_fit, live_blocks
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys
 
@@ -191,6 +192,7 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
     """
     block4 = check_block(block)
     check_mask(mask)
+    check_integers(groups=groups)
     if groups < 1 or mask.shape[0] % groups:
         raise ValueError(f"groups must divide the mask's {mask.shape[0]} output channels, got {groups}")
     check_obeys(mask, block)
@@ -240,6 +242,7 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
         tensor([1., 2.])
     """
     check_pattern(pattern)
+    check_tensors(weight=weight)
     if weight.shape != pattern.mask.shape:
         raise ValueError(
             f"pattern was made for a weight of shape {tuple(pattern.mask.shape)}, "
@@ -279,8 +282,8 @@ def set_kernels(
     check_pattern(pattern)
     request = Kernels(forward, grad_input, grad_weight)
     for name, kernel in request._asdict().items():
-        if kernel not in KERNELS:
-            raise ValueError(f"{name} must be one of {', '.join(KERNELS)}, got {kernel!r}")
+        if not isinstance(kernel, str) or kernel not in KERNELS:
+            raise ValueError(f"{name} must be one of {', '.join(KERNELS)}, got {shown(kernel)}")
     return pattern._with_header("requested_kernel", *(KERNELS.index(kernel) for kernel in request))
 
 
@@ -291,6 +294,7 @@ def check_pattern(pattern: Pattern) -> None:
 
 
 def check_groups(pattern: Pattern, groups: int) -> None:
-    """Raises ValueError if the pattern was compiled for other groups; in traced code the op checks it instead."""
+    """Raises TypeError or ValueError if the pattern was not compiled for these groups; in traced code the op does."""
+    check_integers(groups=groups)
     if not torch.compiler.is_compiling() and pattern.groups != groups:
         raise ValueError(f"pattern was compiled for groups={pattern.groups}, got groups={groups}")

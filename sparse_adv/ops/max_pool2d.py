@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_adv.ops.arguments import check_integers, check_tensors, shown
 from sparse_adv.ops.written import check_written, mark_written
 
 
@@ -25,6 +26,7 @@ def max_pool2d_out(input: Tensor, size: tuple[int, int], *, out: Tensor, index: 
         index: uint8 tensor like out, or None: receives the number of each window's largest element, row by row.
 
     Raises:
+        TypeError: if size is not two integers, or an operand is not a dense tensor.
         ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
         RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
 
@@ -35,6 +37,8 @@ def max_pool2d_out(input: Tensor, size: tuple[int, int], *, out: Tensor, index: 
         >>> y.item(), index.item()
         (5.0, 1)
     """
+    _check_size(size)
+    check_tensors(input=input)
     check_written("max_pool2d_out", out, input=input, index=index)
     torch.ops.sparse_adv.max_pool2d_out(input, size, out, index)
     mark_written(out, index)
@@ -68,6 +72,7 @@ def max_pool2d_grad_input_out(
         out: tensor [N, C, H, W], NCHW or channels_last without gaps, that is written.
 
     Raises:
+        TypeError: if size is not two integers, or an operand is not a dense tensor.
         ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
         RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
 
@@ -78,9 +83,18 @@ def max_pool2d_grad_input_out(
         >>> out.flatten().tolist()
         [0.0, 7.0, 0.0, 0.0]
     """
+    _check_size(size)
+    check_tensors(grad=grad, index=index)
     check_written("max_pool2d_grad_input_out", out, grad=grad, index=index, residual=residual, gate=gate)
     torch.ops.sparse_adv.max_pool2d_grad_input_out(grad, index, size, residual, gate, out)
     mark_written(out)
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise TypeError(f"size must be two integers, got {shown(size)}")
+    for length in size:
+        check_integers(size=length)
 
 
 @torch.library.register_fake("sparse_adv::max_pool2d_out")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import check_capability, cuda_stand_in
+from sparse_adv.ops.arguments import check_numbers, check_tensors, shown
 from sparse_adv.ops.written import mark_written
 
 NORMS = ("linf", "l2")
@@ -110,9 +111,10 @@ def pgd_step_(
 
 
 def check_ball(eps: float, norm: str, lo: float, hi: float) -> None:
-    """Raises ValueError unless eps, norm and pixel range describe a ball of images."""
-    if norm not in NORMS:
-        raise ValueError(f'norm must be "linf" or "l2", got {norm!r}')
+    """Raises TypeError or ValueError unless eps, norm and pixel range describe a ball of images."""
+    if not isinstance(norm, str) or norm not in NORMS:
+        raise ValueError(f'norm must be "linf" or "l2", got {shown(norm)}')
+    check_numbers(eps=eps, lo=lo, hi=hi)
     if not eps >= 0:
         raise ValueError(f"eps must not be negative or NaN, got {eps}")
     if not lo <= hi:
@@ -120,15 +122,15 @@ def check_ball(eps: float, norm: str, lo: float, hi: float) -> None:
 
 
 def check_alpha(alpha: float) -> None:
-    """Raises ValueError unless this is a step size."""
+    """Raises TypeError or ValueError unless this is a step size."""
+    check_numbers(alpha=alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless this is a floating point tensor."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensors(**{name: tensor})
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, layout_of
 from sparse_adv.ops._library import IMPLEMENTATIONS
+from sparse_adv.ops.arguments import check_tensors
 from sparse_adv.ops.pgd_step import check_step
 
 
@@ -57,6 +58,7 @@ def pgd_step_normalized(
     check_step(adv, grad, clean, alpha, eps, "linf", lo, hi)
     if adv.dim() != 4:
         raise ValueError(f"adv must be [N, C, H, W], got shape {tuple(adv.shape)}")
+    check_tensors(mean=mean, std=std)
     for name, tensor in {"adv": adv, "mean": mean, "std": std}.items():
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} must be float32, got {tensor.dtype}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_adv.ops.arguments import check_flags, check_tensors
 from sparse_adv.ops.written import check_written, mark_written
 
 
@@ -43,6 +44,7 @@ def pointwise_out(
         gate_out: uint8 tensor of the shape of `empty_gate(out)`, or None: receives the gate of the ReLU.
 
     Raises:
+        TypeError: if an operand is not a dense tensor, or relu neither True nor False.
         ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
         RuntimeError: if a shape, dtype or layout does not fit out, tensors overlap, or relu and the gates do
             not fit together.
@@ -56,6 +58,8 @@ def pointwise_out(
         ([0.0, 0.0, 0.5], [4])
     """
     operands = {"scale": scale, "bias": bias, "residual": residual, "gate": gate, "gate_out": gate_out}
+    check_tensors(input=input)
+    check_flags(relu=relu)
     check_written("pointwise_out", out, input=input, **operands)
     torch.ops.sparse_adv.pointwise_out(input, scale, bias, residual, relu, gate, out, gate_out)
     mark_written(out, gate_out)

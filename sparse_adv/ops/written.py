@@ -5,20 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_adv.ops.arguments import check_tensors
+
 
 def check_written(function: str, out: Tensor, **operands: Tensor | None) -> None:
     """Check what the native op cannot: it is not even called where a tensor is on a device without values.
 
     Raises:
-        TypeError: if one of them is not a tensor.
-        ValueError: if an operand is on another device than out, or gradients are enabled and one is required.
+        TypeError: if one of them is not a dense tensor.
+        ValueError: if an operand is on another device than out or a negated view, or gradients are enabled and one is
+            required.
     """
     given = {name: tensor for name, tensor in operands.items() if tensor is not None}
+    check_tensors(out=out, **given)
     for name, tensor in {"out": out, **given}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.device != out.device:
             raise ValueError(f"{name} is on {tensor.device}, out on {out.device}")
+        if not torch.compiler.is_compiling() and tensor.is_neg():
+            raise ValueError(f"{name} is a negated view: call torch.resolve_neg({name}) first")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires grad: {function} is not differentiable, call it under torch.no_grad()")
 

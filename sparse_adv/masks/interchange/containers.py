@@ -114,7 +114,7 @@ def _first_bytes(path: Path) -> bytes:
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     text = str(error)
-    refused = re.search(r"GLOBAL (\S+)", text)
+    refused = re.search(r"GLOBAL (\S{1,100})", text)
     if refused:
         reason = (
             f"it contains {refused[1]}, which is neither a tensor nor plain data; if you trust the file, load it where "
@@ -123,5 +123,5 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     elif text.startswith("Weights only load failed"):
         reason = "torch.load(weights_only=True) refuses it"
     else:
-        reason = text.partition("\n")[0] or type(error).__name__
+        reason = text.partition("\n")[0][:300] or type(error).__name__
     return ValueError(f"{str(path)!r} is not a readable file of tensors: {reason}")

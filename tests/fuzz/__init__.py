@@ -1,0 +1,1 @@
+"""The fuzz campaign, which `make fuzz` runs: `python -m fuzz --help`."""
