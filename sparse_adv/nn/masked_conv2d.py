@@ -20,6 +20,7 @@ from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
 from sparse_adv.ops.masked_conv2d_pattern import compile_checked
 from sparse_adv.ops.masked_conv2d_plan import REQUESTED, ROOFLINE, TABLE
+from sparse_adv.ops.transforms import is_transformed
 
 
 class Choice(TypedDict):
@@ -189,6 +190,9 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `[N, C, H, W]`, or `[C, H, W]`."""
+        if is_transformed():  # a mask may be batched then, and has no pattern
+            weight, bias = self._frozen[:2] if self._frozen else (self._masked_weight(), self.bias)
+            return self._conv_forward(input, weight, bias)
         if not torch.compiler.is_compiling():
             self.refresh()
         if self._compiled is None:

@@ -121,6 +121,10 @@ class MaskedLayer(nn.Module):
     def unfreeze(self) -> None:
         self._frozen = None
 
+    def _masked_weight(self) -> Tensor:
+        """`where` and not a product: a pruned NaN must count as 0, in the weight and in its gradient."""
+        return torch.where(self.weight_mask, self.weight, 0)
+
     def _write_mask(self, mask: Tensor) -> None:
         if "weight_mask" in self._buffers:
             self.weight_mask.copy_(mask)

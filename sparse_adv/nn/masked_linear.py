@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape
 from sparse_adv.ops.masked_conv2d_mask import check_mask
+from sparse_adv.ops.transforms import is_transformed
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -88,10 +89,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., C]` to `[..., K]`."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not is_transformed():
             self.refresh()
-        # `where` and not a product: a pruned NaN must count as 0, in the weight and in its gradient.
-        weight, bias = self._frozen or (torch.where(self.weight_mask, self.weight, 0), self.bias)
+        weight, bias = self._frozen or (self._masked_weight(), self.bias)
         return F.linear(input, weight, bias)
 
     def extra_repr(self) -> str:

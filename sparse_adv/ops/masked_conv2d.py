@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, output_size
+from sparse_adv.ops import reference
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_geometry import Pair, check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_groups, check_pattern, unflatten
+from sparse_adv.ops.transforms import is_transformed
 
 
 def masked_conv2d(
@@ -38,7 +40,8 @@ def masked_conv2d(
 
     for any weight: pruned entries count as 0 whatever their values are, and their gradient is exactly 0. Where the
     sparse kernels would be slower, the dense convolution runs instead. Differentiable any number of times; works under
-    autocast, `torch.compile(fullgraph=True)` and `torch.export`.
+    autocast, `torch.compile(fullgraph=True)` and `torch.export`. Under `torch.func` (jvp, vmap, grad)
+    and forward-mode AD it is computed by this formula in plain PyTorch, without sparse kernels.
 
     Args:
         input: float tensor [N, C, H, W], NCHW or channels_last (others are copied); the output keeps the layout.
@@ -75,6 +78,10 @@ def masked_conv2d(
     check_groups(pattern, groups)
     output_shape = check_input(input, pattern, groups, geometry)
     _check_operands(input, output_shape, {"weight": weight, "bias": bias, "scale": scale, "residual": residual})
+    if is_transformed():
+        return reference.masked_conv2d(
+            input, weight, pattern.mask, bias, *geometry, groups, scale=scale, residual=residual, relu=relu
+        )
     return torch.ops.sparse_adv.masked_conv2d(
         input, weight, pattern.flatten(), bias, *geometry, groups, scale, residual, relu
     )
