@@ -60,8 +60,9 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     `y = conv2d(x, weight * weight_mask) + bias`. The Parameter is `weight`, as in `nn.Conv2d`, with zeros where
     pruned; the mask is the bool buffer `weight_mask`, true = kept. Pruned weights, their gradients and the momentum of
-    `torch.optim`'s optimisers stay exactly zero (`sparse_adv/nn/optimizer_hook.py` explains how). After writing values
-    into `weight` by hand, call `set_mask(layer.weight_mask)`.
+    `torch.optim`'s optimisers stay exactly zero (`sparse_adv/nn/optimizer_hook.py` explains how), also where another
+    module reads `weight`. Values written into `weight` by hand where it is pruned have no effect on the layer; they are
+    zeroed when `state_dict()` is read, before an optimiser's next step, or at once by `set_mask(layer.weight_mask)`.
 
     Loading a dense state dict keeps the mask and zeroes the weight by it; one of `nn.utils.prune` loads too.
     `torch.optim.swa_utils.AveragedModel` works as it is; its `use_buffers=True` cannot average bool tensors.

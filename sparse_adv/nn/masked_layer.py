@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.nn import optimizer_hook
+from sparse_adv.nn.optimizer_hook import version_of
 
 
 @dataclass(eq=False)
@@ -25,11 +26,11 @@ class CompiledMask:
 
     def attach(self, buffer: Tensor) -> None:
         """Note that the buffer's present content equals `mask`."""
-        self._source = buffer, _version(buffer)
+        self._source = buffer, version_of(buffer)
 
     def matches(self, buffer: Tensor) -> bool:
         """Whether the buffer's content equals `mask`; elements are compared only after a write."""
-        if self._source is not None and buffer is self._source[0] and _version(buffer) == self._source[1]:
+        if self._source is not None and buffer is self._source[0] and version_of(buffer) == self._source[1]:
             return True
         if self.mask.device != buffer.device or not torch.equal(self.mask, buffer):
             return False
@@ -151,9 +152,21 @@ class MaskedLayer(nn.Module):
             self._derive()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            optimizer_hook.unwatch(self.weight)  # a tensor is not swapped while somebody refers to it weakly
         super()._apply(fn, recurse)
         self._derive()
         return self
+
+    @torch.no_grad()
+    def _save_to_state_dict(self, *args: Any) -> None:
+        # Averaging and copying write the weight without a call of this layer. It is not written without need, as that
+        # would spoil a backward pass that is under way.
+        weight, mask = self.weight, self.weight_mask
+        whole = type(weight) is nn.Parameter and not weight.is_meta  # and not a shard
+        if whole and torch.where(mask, 0, weight).any():
+            weight.masked_fill_(~mask, 0)
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         _to_own_keys(state_dict, prefix)
@@ -201,7 +214,3 @@ def _to_own_keys(state_dict: dict[str, Tensor], prefix: str) -> None:
     if f"{prefix}bias_orig" in state_dict:
         bias_mask = state_dict.pop(f"{prefix}bias_mask")
         state_dict[f"{prefix}bias"] = torch.where(bias_mask != 0, state_dict.pop(f"{prefix}bias_orig"), 0)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

@@ -212,6 +212,45 @@ def test_averaging_follows_the_mask(x):
     assert is_zero_where_pruned(averaged.module[0])
 
 
+def test_a_state_that_is_read_is_zeroed(x):
+    """Averaging writes the weights with no call of the layer."""
+    model = network()
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    mask = ~model[0].weight_mask
+    model[0].set_mask(mask)
+    averaged.update_parameters(model)
+    state = averaged.state_dict()
+    assert torch.equal(state["module.0.weight_mask"], mask)
+    assert not state["module.0.weight"][~mask].any()
+
+
+def test_reading_the_state_does_not_disturb_a_backward_pass(x):
+    model = network()
+    loss = model(x).sum()
+    model.state_dict()
+    loss.backward()
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    assert not model.state_dict()["0.weight"][~model[0].weight_mask].any()
+
+
+def test_conversion_that_swaps_tensors(x):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    optimizer.zero_grad()
+    (model(x.double()).sum() + (model[0].weight - 1).square().sum()).backward()
+    optimizer.step()
+    assert model[0].weight.dtype == torch.float64 and is_zero_where_pruned(model[0])
+
+
 def test_distributed_data_parallel_ignores_the_masks(x, tmp_path):
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
