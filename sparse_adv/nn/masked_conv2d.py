@@ -8,13 +8,13 @@ from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.common_types import _size_2_t
 from torch.optim import Optimizer
 
 from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape
+from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape, mode_of
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
@@ -191,11 +191,12 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `[N, C, H, W]`, or `[C, H, W]`."""
+        if isinstance(input, fx.Proxy):
+            return self._node(input)
         if is_transformed():  # a mask may be batched then, and has no pattern
             weight, bias = self._frozen[:2] if self._frozen else (self._masked_weight(), self.bias)
             return self._conv_forward(input, weight, bias)
-        if not torch.compiler.is_compiling():
-            self.refresh()
+        self.refresh()
         if self._compiled is None:
             return super().forward(input)
         if input.dim() == 3:
@@ -295,8 +296,9 @@ def compile_mask(conv: nn.Conv2d, mask: Tensor, block: Block) -> CompiledConvMas
     """Compile a mask that `check_conv_mask` has checked, on the layer's device; None on the meta device."""
     if conv.weight.is_meta:
         return None
-    pattern = compile_checked(mask.to(conv.weight.device), block, conv.groups)
-    return CompiledConvMask(pattern.mask, pattern, set_kernels(pattern, grad_weight="sparse"))
+    with mode_of(conv.weight):
+        pattern = compile_checked(mask.to(conv.weight.device), block, conv.groups)
+        return CompiledConvMask(pattern.mask, pattern, set_kernels(pattern, grad_weight="sparse"))
 
 
 def check_convertible(conv: nn.Module) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.optimizer_hook import version_of
+from sparse_adv.ops.transforms import is_transformed
 
 
 @dataclass(eq=False)
@@ -94,6 +96,21 @@ class MaskedLayer(nn.Module):
         optimizer_hook.unwatch(self.weight)
         return dense
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse `torch.jit.script`, which would leave what this returns in the model."""
+        raise TypeError("torch.jit.script cannot compile masked layers: script `densify(copy.deepcopy(model))`")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight_orig":  # the first thing that prune does
+            raise TypeError("torch.nn.utils.prune cannot prune a masked layer: give it another mask by set_mask")
+        super().register_parameter(name, param)
+
+    def _node(self, proxy: fx.Proxy) -> fx.Proxy:
+        """One node of a graph that `torch.fx.symbolic_trace` records, as the layers of torch.nn are."""
+        tracer = proxy.tracer
+        assert isinstance(tracer, fx.Tracer)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (proxy,), {})
+
     @property
     def density(self) -> float:
         """The fraction of weights kept."""
@@ -130,7 +147,8 @@ class MaskedLayer(nn.Module):
         if "weight_mask" in self._buffers:
             self.weight_mask.copy_(mask)
         else:
-            self.register_buffer("weight_mask", mask.to(self.weight.device, copy=True))
+            with mode_of(self.weight):
+                self.register_buffer("weight_mask", mask.to(self.weight.device, copy=True))
 
     def _install(self, compiled: CompiledMask | None) -> None:
         """Apply the buffer's mask, of which `compiled` was made, to the weight and its optimisers."""
@@ -144,10 +162,14 @@ class MaskedLayer(nn.Module):
     def _derive(self) -> None:
         """Compile the buffer if its content has changed, and install the result in any case."""
         compiled = self._compiled
-        self._install(compiled if compiled is not None and compiled.matches(self.weight_mask) else self._compile())
+        with mode_of(self.weight):
+            valid = compiled is not None and compiled.matches(self.weight_mask)
+            self._install(compiled if valid else self._compile())
 
     def refresh(self) -> None:
-        """Before a forward pass: recompile the mask if the buffer was written to."""
+        """Before a forward pass: recompile the mask if the buffer was written to, except in code that is traced."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+            return
         if self._compiled is None or not self._compiled.matches(self.weight_mask):
             self._derive()
 
@@ -181,6 +203,16 @@ class MaskedLayer(nn.Module):
         super().__setstate__(state)
         self._compiled = None
         self._derive()
+
+
+@contextmanager
+def mode_of(weight: Tensor) -> Iterator[None]:
+    """In `torch.inference_mode`, leave it for a weight from outside: it may be trained with what is derived here."""
+    if torch.is_inference_mode_enabled() and not weight.is_inference():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 def check_own_weight(layer: nn.Module) -> None:

@@ -299,5 +299,6 @@ def check_groups(pattern: Pattern, groups: int) -> None:
     """
     if not is_integer(groups):
         raise TypeError(f"groups must be an integer, got {shortened(groups)}")
-    if not torch.compiler.is_compiling() and pattern.groups != groups:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not traced and pattern.groups != groups:
         raise ValueError(f"pattern was compiled for groups={pattern.groups}, got groups={groups}")
