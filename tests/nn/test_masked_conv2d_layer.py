@@ -162,6 +162,24 @@ def test_fullgraph_compilation_with_gradients(x):
     assert_close(twin[3].bias.grad, model[3].bias.grad)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_compiled_layer_refuses_a_mask_that_was_written_until_it_is_set(x, gradients):
+    model = network()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(gradients):
+        assert_close(compiled(x), model(x))
+        with torch.no_grad():
+            for m in (model, twin):
+                m[3].weight_mask.logical_not_()
+        with pytest.raises(RuntimeError, match=r"weight_mask was written in place.* call layer.set_mask\(layer.weight"):
+            compiled(x)
+        twin[3].set_mask(twin[3].weight_mask)
+        assert_close(compiled(x), model(x))
+        twin[3].weight_mask.copy_(twin[3].weight_mask.clone())
+        assert_close(compiled(x), model(x))
+
+
 def test_functional_call(x):
     model, other = network().eval(), network().eval()
     state = {key: value.clone() for key, value in other.state_dict().items()}
