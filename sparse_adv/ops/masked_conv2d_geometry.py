@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from sparse_adv.kernels.layout import output_size
+from sparse_adv.ops.arguments import check_floating, is_integer, shortened
 from sparse_adv.ops.masked_conv2d_pattern import Pattern
 
 Pair = int | tuple[int, int]
@@ -53,10 +53,9 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
         ValueError: if it is not [N, C, H, W], has another number of channels, or is smaller than the filter.
     """
     weight = pattern.mask.shape
+    check_floating("input", input)
     if input.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W], got shape {tuple(input.shape)}")
-    if not input.is_floating_point():
-        raise TypeError(f"input must be a floating point tensor, got {input.dtype}")
     if input.shape[1] != weight[1] * groups:
         raise ValueError(
             f"input has {input.shape[1]} channels, weight of shape {tuple(weight)} with groups={groups} needs "
@@ -87,12 +86,12 @@ def _padding(
             )
         return (total[0] // 2, total[1] // 2)
     if isinstance(padding, str):
-        raise ValueError(f'padding must be numbers, "same" or "valid", got "{padding}"')
+        raise ValueError(f'padding must be numbers, "same" or "valid", got {shortened(padding)}')
     return _two("padding", padding)
 
 
-def _two(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = tuple(_pair(value))
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be one or two integers, got {value}")
+def _two(name: str, value: Any) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(pair) != 2 or not all(map(is_integer, pair)):
+        raise ValueError(f"{name} must be one or two integers, got {shortened(value)}")
     return pair

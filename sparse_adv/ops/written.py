@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_adv.ops.arguments import check_tensors
+from sparse_adv.ops.transforms import is_transformed
+
 
 def check_written(function: str, out: Tensor, **operands: Tensor | None) -> None:
     """Check what the native op cannot: it is not even called where a tensor is on a device without values.
 
     Raises:
         TypeError: if one of them is not a tensor.
-        ValueError: if an operand is on another device than out, or gradients are enabled and one is required.
+        ValueError: if an operand is on another device than out, gradients are enabled and one is required, or a
+            transform of PyTorch is in force.
     """
+    if is_transformed():
+        raise ValueError(f"{function} writes into out: it cannot run under torch.func or forward-mode AD")
     given = {name: tensor for name, tensor in operands.items() if tensor is not None}
+    check_tensors(out=out, **given)
     for name, tensor in {"out": out, **given}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.device != out.device:
             raise ValueError(f"{name} is on {tensor.device}, out on {out.device}")
         if tensor.requires_grad and torch.is_grad_enabled():
