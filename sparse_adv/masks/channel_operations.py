@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sparse_adv.masks.layers import computes_as_its_class
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 Kind = Literal[
@@ -94,14 +96,6 @@ def kind_of(node: fx.Node, module: nn.Module | None, value: Any, shapes: Mapping
     if called in _SPATIAL or (called in _REDUCTIONS and _reduces_pixels_only(node, len(source))):
         return "spatial"
     return "spatial" if _slices_pixels_only(node) else "unknown"
-
-
-def computes_as_its_class(module: nn.Module) -> bool:
-    """Return whether this is a Conv2d or Linear, masked or not, whose forward is not overridden otherwise."""
-    for layer_class in (nn.Conv2d, nn.Linear):
-        if isinstance(module, layer_class):
-            return type(module).forward is layer_class.forward or "weight_mask" in module._buffers
-    return False
 
 
 def _kind_of_module(module: nn.Module, value: Any) -> Kind:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from sparse_adv.masks.channel_operations import Kind, computes_as_its_class, kind_of
-from sparse_adv.masks.layers import run_once
+from sparse_adv.masks.channel_operations import Kind, kind_of
+from sparse_adv.masks.layers import computes_as_its_class, run_once
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,17 @@ def maskable(model: nn.Module, linear: bool = True) -> dict[str, Layer]:
     return {name: module for name, module in layers if not isinstance(module, NonDynamicallyQuantizableLinear)}
 
 
+def computes_as_its_class(module: nn.Module) -> bool:
+    """Return whether this is a Conv2d or Linear, masked or not, whose forward is not overridden otherwise."""
+    kind = type(module)
+    if "weight_mask" in module._buffers:
+        return isinstance(module, Layer)
+    if isinstance(module, nn.Conv2d):  # a subclass may also override what `forward` calls
+        own = vars(nn.Conv2d)
+        return all(getattr(kind, name) is own[name] for name in ("forward", "_conv_forward"))
+    return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
+
+
 def unknown_module(name: str, known: Iterable[str]) -> str:
     """Return the error message for a module name that the model does not have, with the most similar known name."""
     similar = get_close_matches(name, known, n=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import dependency_groups
-from sparse_adv.masks.layers import maskable, unknown_module
+from sparse_adv.masks.layers import computes_as_its_class, maskable, unknown_module
 from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,9 @@ def prune(
     """Return masks that keep the weights with the highest scores, a fraction `density` of all.
 
     Candidates are all Conv2d weights and, with `linear=True`, all Linear weights; biases and normalisation are never
-    pruned. The model is not changed; `sparse_adv.sparsify(model, masks)` applies the masks. Masks of boosting tickets
-    (Li et al. 2020, as in their code) are those of `scope="global", score="relative_magnitude", linear=True`.
+    pruned, nor are layers of a subclass with a forward of its own, which is logged. The model is not changed;
+    `sparse_adv.sparsify(model, masks)` applies the masks. Masks of boosting tickets (Li et al. 2020, as in their code)
+    are those of `scope="global", score="relative_magnitude", linear=True`.
 
     Args:
         model: any module, dense or sparse.
@@ -154,7 +155,11 @@ class Candidates:
         for name in exclude:
             if name not in layers:
                 raise ValueError(f"exclude: {unknown_module(name, layers)}")
-        weights = {name: layer.weight.detach() for name, layer in layers.items() if name not in exclude}
+        candidates = {name: layer for name, layer in layers.items() if name not in exclude}
+        others = [name for name, layer in candidates.items() if not computes_as_its_class(layer)]
+        if others:
+            log.warning("not pruned, as their classes have a forward of their own: %s", ", ".join(others))
+        weights = {name: layer.weight.detach() for name, layer in candidates.items() if name not in others}
         first: dict[int, str] = {}
         owner = {name: first.setdefault(id(layers[name].weight), name) for name in weights}
         shapes = {name: weights[name].shape for name in first.values()}
@@ -164,6 +169,8 @@ class Candidates:
     def scores(self, name: str) -> Tensor:
         """Return the scores of a layer, float64 on the CPU; raise ValueError if shape or values are invalid."""
         weight = self.weights[name]
+        if weight.is_meta:
+            raise ValueError(f"model: the weight of {name!r} is on the meta device and has no values to rank")
         scores = self.score(name, weight)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             actual = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_adv.masks.layers import run_once, unknown_module
@@ -14,9 +13,6 @@ from sparse_adv.nn import optimizer_hook
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-
-_handles = WeakTensorKeyDictionary()
-"""For each gamma and beta with dead channels, the handle of the hook on its gradient."""
 
 
 def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> dict[str, Tensor]:
@@ -83,7 +79,6 @@ def zero_dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Seq
     decay changes that, with DistributedDataParallel too. Running statistics stay as they are. Call it again after new
     masks or loaded weights: channels that are no longer dead are then trained again, from the values that they have.
     The hooks that keep the zeros are not copied by `deepcopy` and `pickle`: call it on a copy that is to be trained.
-    Call it again, too, for parameters that did not require gradients and later do.
 
     Args:
         model, masks, shape: as for `dead_channels`.
@@ -107,7 +102,7 @@ def zero_dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Seq
     for name, module in model.named_modules():
         if isinstance(module, _NORMS):
             for parameter in module.parameters(recurse=False):
-                _train_again(parameter)
+                optimizer_hook.unwatch(parameter)
                 if name in dead and dead[name].any():
                     _keep_zero(parameter, dead[name].to(parameter.device))
     return {name: int(channels.count_nonzero()) for name, channels in dead.items()}
@@ -136,14 +131,4 @@ def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Modu
 def _keep_zero(parameter: nn.Parameter, dead: Tensor) -> None:
     with torch.no_grad():
         parameter.masked_fill_(dead, 0)
-    # The optimiser may already have a momentum for it.
     optimizer_hook.watch(parameter, ~dead)
-    if parameter.requires_grad:
-        _handles[parameter] = parameter.register_hook(lambda grad: grad.masked_fill(dead.to(grad.device), 0))
-
-
-def _train_again(parameter: nn.Parameter) -> None:
-    handle: RemovableHandle | None = _handles.pop(parameter, None)
-    if handle is not None:
-        handle.remove()
-    optimizer_hook.unwatch(parameter)

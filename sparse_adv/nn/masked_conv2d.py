@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.common_types import _size_2_t
 from torch.optim import Optimizer
 
 from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape
+from sparse_adv.nn.compiled_mask_check import header_of_mask
+from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape, mode_of
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
 from sparse_adv.ops.masked_conv2d_pattern import compile_checked
 from sparse_adv.ops.masked_conv2d_plan import REQUESTED, ROOFLINE, TABLE
+from sparse_adv.ops.transforms import is_transformed
 
 
 class Choice(TypedDict):
@@ -59,8 +61,9 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     `y = conv2d(x, weight * weight_mask) + bias`. The Parameter is `weight`, as in `nn.Conv2d`, with zeros where
     pruned; the mask is the bool buffer `weight_mask`, true = kept. Pruned weights, their gradients and the momentum of
-    `torch.optim`'s optimisers stay exactly zero (`sparse_adv/nn/optimizer_hook.py` explains how). After writing values
-    into `weight` by hand, call `set_mask(layer.weight_mask)`.
+    `torch.optim`'s optimisers stay exactly zero (`sparse_adv/nn/optimizer_hook.py` explains how), also where another
+    module reads `weight`. Values written into `weight` by hand where it is pruned have no effect on the layer; they are
+    zeroed when `state_dict()` is read, before an optimiser's next step, or at once by `set_mask(layer.weight_mask)`.
 
     Loading a dense state dict keeps the mask and zeroes the weight by it; one of `nn.utils.prune` loads too.
     `torch.optim.swa_utils.AveragedModel` works as it is; its `use_buffers=True` cannot average bool tensors.
@@ -189,13 +192,20 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `[N, C, H, W]`, or `[C, H, W]`."""
-        if not torch.compiler.is_compiling():
-            self.refresh()
+        if isinstance(input, fx.Proxy):
+            return self._node(input)
+        if is_transformed():  # a mask may be batched then, and has no pattern
+            weight, bias = self._frozen[:2] if self._frozen else (self._masked_weight(), self.bias)
+            return self._conv_forward(input, weight, bias)
+        self.refresh()
         if self._compiled is None:
             return super().forward(input)
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         weight, bias, pattern = self._frozen or (self.weight, self.bias, self.pattern)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            header = header_of_mask(pattern.header, self.weight_mask, pattern.mask)
+            pattern = replace(pattern, header=header)
         input, padding = self.padded(input)
         return masked_conv2d(input, weight, pattern, bias, self.stride, padding, self.dilation, self.groups)
 
@@ -290,8 +300,9 @@ def compile_mask(conv: nn.Conv2d, mask: Tensor, block: Block) -> CompiledConvMas
     """Compile a mask that `check_conv_mask` has checked, on the layer's device; None on the meta device."""
     if conv.weight.is_meta:
         return None
-    pattern = compile_checked(mask.to(conv.weight.device), block, conv.groups)
-    return CompiledConvMask(pattern.mask, pattern, set_kernels(pattern, grad_weight="sparse"))
+    with mode_of(conv.weight):
+        pattern = compile_checked(mask.to(conv.weight.device), block, conv.groups)
+        return CompiledConvMask(pattern.mask, pattern, set_kernels(pattern, grad_weight="sparse"))
 
 
 def check_convertible(conv: nn.Module) -> None:

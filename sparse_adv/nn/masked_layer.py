@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparse_adv.nn import optimizer_hook
+from sparse_adv.nn.optimizer_hook import version_of
+from sparse_adv.ops.transforms import is_transformed
 
 
 @dataclass(eq=False)
@@ -25,11 +28,11 @@ class CompiledMask:
 
     def attach(self, buffer: Tensor) -> None:
         """Note that the buffer's present content equals `mask`."""
-        self._source = buffer, _version(buffer)
+        self._source = buffer, version_of(buffer)
 
     def matches(self, buffer: Tensor) -> bool:
         """Whether the buffer's content equals `mask`; elements are compared only after a write."""
-        if self._source is not None and buffer is self._source[0] and _version(buffer) == self._source[1]:
+        if self._source is not None and buffer is self._source[0] and version_of(buffer) == self._source[1]:
             return True
         if self.mask.device != buffer.device or not torch.equal(self.mask, buffer):
             return False
@@ -93,6 +96,21 @@ class MaskedLayer(nn.Module):
         optimizer_hook.unwatch(self.weight)
         return dense
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse `torch.jit.script`, which would leave what this returns in the model."""
+        raise TypeError("torch.jit.script cannot compile masked layers: script `densify(copy.deepcopy(model))`")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight_orig":  # the first thing that prune does
+            raise TypeError("torch.nn.utils.prune cannot prune a masked layer: give it another mask by set_mask")
+        super().register_parameter(name, param)
+
+    def _node(self, proxy: fx.Proxy) -> fx.Proxy:
+        """One node of a graph that `torch.fx.symbolic_trace` records, as the layers of torch.nn are."""
+        tracer = proxy.tracer
+        assert isinstance(tracer, fx.Tracer)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (proxy,), {})
+
     @property
     def density(self) -> float:
         """The fraction of weights kept."""
@@ -121,11 +139,16 @@ class MaskedLayer(nn.Module):
     def unfreeze(self) -> None:
         self._frozen = None
 
+    def _masked_weight(self) -> Tensor:
+        """`where` and not a product: a pruned NaN must count as 0, in the weight and in its gradient."""
+        return torch.where(self.weight_mask, self.weight, 0)
+
     def _write_mask(self, mask: Tensor) -> None:
         if "weight_mask" in self._buffers:
             self.weight_mask.copy_(mask)
         else:
-            self.register_buffer("weight_mask", mask.to(self.weight.device, copy=True))
+            with mode_of(self.weight):
+                self.register_buffer("weight_mask", mask.to(self.weight.device, copy=True))
 
     def _install(self, compiled: CompiledMask | None) -> None:
         """Apply the buffer's mask, of which `compiled` was made, to the weight and its optimisers."""
@@ -139,17 +162,33 @@ class MaskedLayer(nn.Module):
     def _derive(self) -> None:
         """Compile the buffer if its content has changed, and install the result in any case."""
         compiled = self._compiled
-        self._install(compiled if compiled is not None and compiled.matches(self.weight_mask) else self._compile())
+        with mode_of(self.weight):
+            valid = compiled is not None and compiled.matches(self.weight_mask)
+            self._install(compiled if valid else self._compile())
 
     def refresh(self) -> None:
-        """Before a forward pass: recompile the mask if the buffer was written to."""
+        """Before a forward pass: recompile the mask if the buffer was written to, except in code that is traced."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+            return
         if self._compiled is None or not self._compiled.matches(self.weight_mask):
             self._derive()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            optimizer_hook.unwatch(self.weight)  # a tensor is not swapped while somebody refers to it weakly
         super()._apply(fn, recurse)
         self._derive()
         return self
+
+    @torch.no_grad()
+    def _save_to_state_dict(self, *args: Any) -> None:
+        # Averaging and copying write the weight without a call of this layer. It is not written without need, as that
+        # would spoil a backward pass that is under way.
+        weight, mask = self.weight, self.weight_mask
+        whole = type(weight) is nn.Parameter and not weight.is_meta  # and not a shard
+        if whole and torch.where(mask, 0, weight).any():
+            weight.masked_fill_(~mask, 0)
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         _to_own_keys(state_dict, prefix)
@@ -164,6 +203,16 @@ class MaskedLayer(nn.Module):
         super().__setstate__(state)
         self._compiled = None
         self._derive()
+
+
+@contextmanager
+def mode_of(weight: Tensor) -> Iterator[None]:
+    """In `torch.inference_mode`, leave it for a weight from outside: it may be trained with what is derived here."""
+    if torch.is_inference_mode_enabled() and not weight.is_inference():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 def check_own_weight(layer: nn.Module) -> None:
@@ -197,7 +246,3 @@ def _to_own_keys(state_dict: dict[str, Tensor], prefix: str) -> None:
     if f"{prefix}bias_orig" in state_dict:
         bias_mask = state_dict.pop(f"{prefix}bias_mask")
         state_dict[f"{prefix}bias"] = torch.where(bias_mask != 0, state_dict.pop(f"{prefix}bias_orig"), 0)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

@@ -6,12 +6,12 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape
+from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape, mode_of
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 
@@ -88,10 +88,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `[..., C]` to `[..., K]`."""
-        if not torch.compiler.is_compiling():
-            self.refresh()
-        # `where` and not a product: a pruned NaN must count as 0, in the weight and in its gradient.
-        weight, bias = self._frozen or (torch.where(self.weight_mask, self.weight, 0), self.bias)
+        if isinstance(input, fx.Proxy):
+            return self._node(input)
+        self.refresh()
+        weight, bias = self._frozen or (self._masked_weight(), self.bias)
         return F.linear(input, weight, bias)
 
     def extra_repr(self) -> str:
@@ -102,7 +102,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         self._install(self._compile())
 
     def _compile(self) -> CompiledMask | None:
-        return None if self.weight_mask.is_meta else CompiledMask(self.weight_mask.clone())
+        if self.weight_mask.is_meta:
+            return None
+        with mode_of(self.weight):
+            return CompiledMask(self.weight_mask.clone())
 
     def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, bias

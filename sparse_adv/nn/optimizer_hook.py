@@ -1,11 +1,15 @@
-"""Keeps pruned weights at zero under every element-wise optimiser of torch.optim, without a call by the user.
+"""Keeps pruned weights at zero under every optimiser of torch.optim, without a call by the user.
 
 The invariant: where the mask is false, a weight, its gradient and every tensor of the optimiser's state for it are
 exactly 0. SGD, Adam and other element-wise optimisers map such zeros to zeros, weight decay and momentum included
-(Rprop's step sizes are not 0, but they move no weight whose gradient is 0), and the gradient of `masked_conv2d` is
-exactly 0 there. So the invariant needs no work in each step. It has to be established once, before an optimiser's first
-step with a mask: after a model is sparsified or a mask changes in the middle of training, and after an optimiser's
-state is loaded. A hook before the steps of all optimisers of the process detects these cases.
+(Rprop's step sizes are not 0, but they move no weight whose gradient is 0). So the invariant has to be established
+once, before an optimiser's first step with a mask: after a model is sparsified or a mask changes in the middle of
+training, and after an optimiser's state is loaded or the weight was written by hand. A hook before the steps of all
+optimisers of the process detects these cases; in compiled steps it runs uncompiled.
+
+The gradient of a masked layer is exactly 0 where the mask is false, but others may read its weight: an attention that
+calls `F.linear(x, self.qkv.weight)`, a regulariser of the loss. So a hook on the weight masks each gradient as it
+arrives, before it is clipped or exchanged between processes.
 
 Two optimisers are not element-wise and move pruned weights: `LBFGS`, by its history of steps before a mask changed, and
 `Muon`, by products of matrices. After each of their steps the weights are set to zero again.
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _MIXING = tuple(getattr(torch.optim, name) for name in ("LBFGS", "Muon") if hasattr(torch.optim, name))
@@ -31,19 +36,30 @@ _MIXING = tuple(getattr(torch.optim, name) for name in ("LBFGS", "Muon") if hasa
 _masks = WeakTensorKeyDictionary()
 """The mask of each masked weight. A changed mask is a new tensor, so that masks can be told apart by identity."""
 
+_hooks = WeakTensorKeyDictionary()
+"""The handle of the hook that masks the gradients of each masked weight."""
+
 _settled: WeakKeyDictionary[Optimizer, tuple[object, WeakTensorKeyDictionary]] = WeakKeyDictionary()
-"""For each optimiser, its state dictionary (loading makes a new one) and the mask last applied to each weight."""
+"""For each optimiser, its state dictionary (loading makes a new one), and for each weight the mask last applied and the
+version of the weight after the last step."""
 
 
 def watch(weight: Tensor, mask: Tensor) -> None:
     """From now on optimisers keep `weight` at zero where `mask` is false."""
+    if weight not in _hooks and not weight.is_inference():
+        _hooks[weight] = _mask_gradients_of(weight)
     _masks[weight] = mask
     _install_hook()
 
 
 def unwatch(weight: Tensor) -> None:
-    """Optimisers treat the weight as dense again."""
+    """Optimisers treat the weight as dense again, and nothing refers to it."""
     _masks.pop(weight, None)
+    hook = _hooks.pop(weight, None)
+    if hook is not None:
+        hook.remove()
+    for _, settled in _settled.values():
+        settled.pop(weight, None)
 
 
 def settle(optimizer: Optimizer) -> None:
@@ -55,9 +71,35 @@ def settle(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
             mask = _masks.get(weight)
-            if mask is not None and settled.get(weight) is not mask:
+            if mask is None:
+                continue
+            applied, version = settled.get(weight, (None, None))
+            if applied is not mask:
                 _zero_outside(mask, [weight, weight.grad, *optimizer.state.get(weight, {}).values()])
-                settled[weight] = mask
+            elif version != version_of(weight):  # somebody wrote it since the last step
+                _zero_outside(mask, [weight])
+            settled[weight] = mask, version_of(weight)
+
+
+def version_of(tensor: Tensor) -> int:
+    """The number of writes to a tensor; -1 for an inference tensor, which does not count them."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _mask_gradients_of(weight: Tensor) -> RemovableHandle:
+    reference = ref(weight)
+
+    def mask_gradient(gradient: Tensor) -> Tensor:
+        weight = reference()
+        mask = None if weight is None else _masks.get(weight)
+        return gradient if mask is None else gradient.masked_fill(~mask.to(gradient.device), 0)
+
+    # PyTorch takes a hook only while a gradient is required, which may be switched on later.
+    required = weight.requires_grad
+    try:
+        return weight.requires_grad_().register_hook(mask_gradient)
+    finally:
+        weight.requires_grad_(required)
 
 
 @torch.no_grad()
@@ -70,17 +112,17 @@ def _zero_outside(mask: Tensor, values: Iterable[object]) -> None:
 
 @functools.cache
 def _install_hook() -> None:
+    @torch.compiler.disable
     def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if not torch.compiler.is_compiling():
-            settle(optimizer)
+        settle(optimizer)
 
+    @torch.compiler.disable
     def after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if isinstance(optimizer, _MIXING) and not torch.compiler.is_compiling():
-            for group in optimizer.param_groups:
-                for weight in group["params"]:
-                    mask = _masks.get(weight)
-                    if mask is not None:
-                        _zero_outside(mask, [weight])
+        settled = _settled[optimizer][1] if optimizer in _settled else {}
+        for weight, (mask, _) in list(settled.items()):
+            if isinstance(optimizer, _MIXING):
+                _zero_outside(mask, [weight])
+            settled[weight] = mask, version_of(weight)
 
     register_optimizer_step_pre_hook(before_step)
     register_optimizer_step_post_hook(after_step)

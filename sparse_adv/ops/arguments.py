@@ -1,57 +1,85 @@
-"""Checks of the types of arguments, before PyTorch reads them: each names the argument and the value."""
+"""Checks of arguments that are not specific to one op. Each error names the argument and the value, shortened."""
 
 from __future__ import annotations
 
-import numbers
-from typing import Any
+from reprlib import repr as shortened
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_LONGEST = 80
+
+def check_tensors(**tensors: object) -> None:
+    """Raises TypeError unless all of them are tensors."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
 
 
-def shown(value: object) -> str:
-    """A value in one short line, for a message.
+def check_floating(name: str, tensor: object) -> None:
+    """Raises TypeError unless this is a floating point tensor."""
+    check_tensors(**{name: tensor})
+    assert isinstance(tensor, Tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError unless this is a real number, and ValueError if it is an integer beyond the range of floats.
 
     Examples:
-        >>> shown([1, "a"]), shown(torch.zeros(2, 3))
-        ("[1, 'a']", 'a tensor of shape (2, 3)')
+        >>> check_number("alpha", "0.1")
+        Traceback (most recent call last):
+        TypeError: alpha must be a number, got '0.1'
     """
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shortened(value)
+        raise TypeError(f"{name} must be a number, got {got}")
+    if isinstance(value, int):
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{name} must be finite, got {shortened(value)}, which no float holds") from None
 
 
-def check_tensors(**values: object) -> None:
-    """Raises TypeError unless these are dense tensors."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+def is_integer(value: object) -> bool:
+    """Whether this is an integer and not a bool; sizes that `torch.compile` does not know yet are."""
+    return isinstance(value, int | np.integer | torch.SymInt) and not isinstance(value, bool)
 
 
-def check_numbers(**values: object) -> None:
-    """Raises TypeError unless these are real numbers; a tensor without dimensions is one."""
-    for name, value in values.items():
-        scalar = isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex()
-        if not scalar and not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {shown(value)}")
+def overlap_partly(written: Tensor, read: Tensor) -> bool:
+    """Whether a write to the one changes some elements of the other before they are read.
+
+    Tensors that share all elements in the same order do not.
+    """
+    if written.numel() == 0 or not torch._C._is_alias_of(written, read):  # type: ignore[attr-defined]
+        return False
+    start = [tensor.storage_offset() * tensor.element_size() for tensor in (written, read)]
+    if start[0] == start[1] and written.stride() == read.stride() and written.dtype == read.dtype:
+        return False
+    ends = [s + (_span(tensor) + 1) * tensor.element_size() for s, tensor in zip(start, (written, read), strict=True)]
+    if start[0] >= ends[1] or start[1] >= ends[0]:
+        return False
+    if written.element_size() != read.element_size():
+        return True  # views of one memory as two dtypes: nobody needs an answer per element
+    return bool(torch.isin(_offsets(written), _offsets(read)).any())
 
 
-def check_integers(**values: Any) -> None:
-    """Raises TypeError or ValueError unless these are integers of 64 bits."""
-    for name, value in values.items():
-        if not isinstance(value, numbers.Integral | torch.SymInt) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, got {shown(value)}")
-        if not torch.compiler.is_compiling() and not -(2**63) <= int(value) < 2**63:
-            raise ValueError(f"{name} must have at most 64 bits, got {shown(value)}")
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of the tensor share memory."""
+    inner = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= inner:  # not nested: elements may be interleaved without sharing memory
+            return _offsets(tensor).unique().numel() < tensor.numel()
+        inner += stride * (size - 1)
+    return False
 
 
-def check_flags(**values: object) -> None:
-    """Raises TypeError unless these are True or False."""
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {shown(value)}")
+def _span(tensor: Tensor) -> int:
+    return sum(int(stride) * (int(size) - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _offsets(tensor: Tensor) -> Tensor:
+    """The place of each element in the storage."""
+    storage = torch.arange(int(tensor.storage_offset()) + _span(tensor) + 1)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten()

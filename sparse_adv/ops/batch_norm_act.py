@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import layout_of
-from sparse_adv.ops.arguments import check_flags, check_numbers, check_tensors
+from sparse_adv.ops import reference
 from sparse_adv.ops.gate import empty_gate
+from sparse_adv.ops.transforms import is_transformed
 
 
 def batch_norm_act(
@@ -36,6 +37,7 @@ def batch_norm_act(
     at most a few hundred elements, of which a mean has been subtracted, in the same order for any number of threads.
     Instead of the ReLU's output, one bit per element is kept for the backward pass; with NCHW images forward and
     backward read each tensor from memory once. It is implemented on the CPU and differentiable once.
+    Under `torch.func` and forward-mode AD it is computed by this formula in plain PyTorch.
 
     Args:
         input: float tensor [N, C, H, W]; of 16-bit images the arithmetic is float32.
@@ -73,6 +75,11 @@ def batch_norm_act(
     count = math.prod(input.shape) // max(1, input.shape[1]) if input.dim() == 4 else 0
     if count == 1:
         raise ValueError(f"input must have more than one value per channel, got shape {tuple(input.shape)}")
+    if is_transformed():
+        statistics = (running_mean, running_var)
+        return reference.batch_norm_act(
+            input, weight, bias, *statistics, residual=residual, relu=relu, momentum=momentum, eps=eps
+        )
     out, mean, var, _ = torch.ops.sparse_adv.batch_norm_act(input, residual, weight, bias, eps, relu)
     if count:
         with torch.no_grad():

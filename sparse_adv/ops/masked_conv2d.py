@@ -6,13 +6,16 @@ Letters: N batch, C input channels, H x W image; K output channels, R x S filter
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, output_size
-from sparse_adv.ops.arguments import check_flags, check_tensors
+from sparse_adv.ops import reference
+from sparse_adv.ops.arguments import check_tensors, shortened
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_geometry import Pair, check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_groups, check_pattern, unflatten
+from sparse_adv.ops.transforms import is_transformed
 
 
 def masked_conv2d(
@@ -39,7 +42,8 @@ def masked_conv2d(
 
     for any weight: pruned entries count as 0 whatever their values are, and their gradient is exactly 0. Where the
     sparse kernels would be slower, the dense convolution runs instead. Differentiable any number of times; works under
-    autocast, `torch.compile(fullgraph=True)` and `torch.export`.
+    autocast, `torch.compile(fullgraph=True)` and `torch.export`. Under `torch.func` (jvp, vmap, grad)
+    and forward-mode AD it is computed by this formula in plain PyTorch, without sparse kernels.
 
     Args:
         input: float tensor [N, C, H, W], NCHW or channels_last (others are copied); the output keeps the layout.
@@ -56,7 +60,7 @@ def masked_conv2d(
         float tensor [N, K, P, Q].
 
     Raises:
-        TypeError: if dtypes differ or are not floating, or `pattern` is not a `Pattern`.
+        TypeError: if dtypes differ or are not floating, or an argument has another type.
         ValueError: if shapes or devices do not fit together, or the pattern belongs to another weight.
 
     Examples:
@@ -68,7 +72,8 @@ def masked_conv2d(
     """
     check_pattern(pattern)
     check_tensors(weight=weight)
-    check_flags(relu=relu)
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu must be True or False, got {shortened(relu)}")
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
     if weight.shape != pattern.mask.shape:
         raise ValueError(
@@ -78,6 +83,15 @@ def masked_conv2d(
     check_groups(pattern, groups)
     output_shape = check_input(input, pattern, groups, geometry)
     _check_operands(input, output_shape, {"weight": weight, "bias": bias, "scale": scale, "residual": residual})
+    mask = pattern.mask
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight of shape {tuple(weight.shape)} has no output channels")
+    if weight.shape[1] == 0:  # PyTorch convolves no channels to no channels; one of zeros per group gives zeros
+        input, weight, mask = (F.pad(x, (0, 0, 0, 0, 0, n)) for x, n in ((input, groups), (weight, 1), (mask, 1)))
+    if is_transformed() or mask is not pattern.mask:
+        return reference.masked_conv2d(
+            input, weight, mask, bias, *geometry, groups, scale=scale, residual=residual, relu=relu
+        )
     return torch.ops.sparse_adv.masked_conv2d(
         input, weight, pattern.flatten(), bias, *geometry, groups, scale, residual, relu
     )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sparse_adv.kernels.layout import output_size
-from sparse_adv.ops.arguments import check_integers, check_tensors, shown
+from sparse_adv.ops.arguments import check_floating, is_integer, shortened
 from sparse_adv.ops.masked_conv2d_pattern import Pattern
 
 Pair = int | tuple[int, int]
@@ -55,10 +55,9 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
     """
     check_tensors(input=input)
     weight = pattern.mask.shape
+    check_floating("input", input)
     if input.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W], got shape {tuple(input.shape)}")
-    if not input.is_floating_point():
-        raise TypeError(f"input must be a floating point tensor, got {input.dtype}")
     if input.shape[1] != weight[1] * groups:
         raise ValueError(
             f"input has {input.shape[1]} channels, weight of shape {tuple(weight)} with groups={groups} needs "
@@ -90,13 +89,13 @@ def _padding(
                 "sides: pad the input with torch.nn.functional.pad first"
             )
         return (total[0] // 2, total[1] // 2)
-    raise ValueError(f'padding must be numbers, "same" or "valid", got "{padding:.80}"')
+    if isinstance(padding, str):
+        raise ValueError(f'padding must be numbers, "same" or "valid", got {shortened(padding)}')
+    return _two("padding", padding)
 
 
 def _two(name: str, value: Any) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be one or two integers, got {shown(value)}")
-    for size in pair:
-        check_integers(**{name: size})
+    if len(pair) != 2 or not all(map(is_integer, pair)):
+        raise ValueError(f"{name} must be one or two integers, got {shortened(value)}")
     return pair

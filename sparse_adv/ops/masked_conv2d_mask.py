@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.arguments import shown
+from sparse_adv.ops.arguments import is_integer, shortened
 
 Block = tuple[int, int, int, int]
 """(bo, bi, br, bs): output channels x input channels x filter rows x filter columns."""
@@ -15,11 +15,11 @@ Block = tuple[int, int, int, int]
 
 def check_block(block: Sequence[int]) -> Block:
     """Complete a block (bo, bi) to (bo, bi, 1, 1); raises ValueError unless it is 2 or 4 positive integers."""
-    sizes = tuple(block) if isinstance(block, Sequence) else ()
+    sizes = tuple(block) if isinstance(block, list | tuple) else ()
     if len(sizes) == 2:
         sizes = (*sizes, 1, 1)
-    if len(sizes) != 4 or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise ValueError(f"block must be 2 or 4 positive integers (bo, bi) or (bo, bi, br, bs), got {shown(block)}")
+    if len(sizes) != 4 or not all(is_integer(size) and size >= 1 for size in sizes):
+        raise ValueError(f"block must be 2 or 4 positive integers (bo, bi) or (bo, bi, br, bs), got {shortened(block)}")
     return sizes
 
 

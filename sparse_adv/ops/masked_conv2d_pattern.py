@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import host
-from sparse_adv.ops.arguments import check_integers, check_tensors, shown
+from sparse_adv.ops.arguments import check_floating, is_integer, shortened
 from sparse_adv.ops.masked_conv2d_live_blocks import blocks_fit, live_blocks
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys
 
@@ -192,9 +192,8 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
     """
     block4 = check_block(block)
     check_mask(mask)
-    check_integers(groups=groups)
-    if groups < 1 or mask.shape[0] % groups:
-        raise ValueError(f"groups must divide the mask's {mask.shape[0]} output channels, got {groups}")
+    if not is_integer(groups) or groups < 1 or mask.shape[0] % groups:
+        raise ValueError(f"groups must divide the mask's {mask.shape[0]} output channels, got {shortened(groups)}")
     check_obeys(mask, block)
     return compile_checked(mask, block4, groups)
 
@@ -233,7 +232,7 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
         A copy of the pattern, with the values.
 
     Raises:
-        TypeError: if `pattern` is not a `Pattern`.
+        TypeError: if `pattern` is not a `Pattern`, or the weight is not floating.
         ValueError: if the weight has another shape or device than the pattern's mask.
 
     Examples:
@@ -242,7 +241,7 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
         tensor([1., 2.])
     """
     check_pattern(pattern)
-    check_tensors(weight=weight)
+    check_floating("weight", weight)
     if weight.shape != pattern.mask.shape:
         raise ValueError(
             f"pattern was made for a weight of shape {tuple(pattern.mask.shape)}, "
@@ -294,7 +293,12 @@ def check_pattern(pattern: Pattern) -> None:
 
 
 def check_groups(pattern: Pattern, groups: int) -> None:
-    """Raises TypeError or ValueError if the pattern was not compiled for these groups; in traced code the op does."""
-    check_integers(groups=groups)
-    if not torch.compiler.is_compiling() and pattern.groups != groups:
+    """Raises TypeError unless groups is an integer, and ValueError if the pattern was compiled for other groups.
+
+    In traced code the op compares them instead.
+    """
+    if not is_integer(groups):
+        raise TypeError(f"groups must be an integer, got {shortened(groups)}")
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not traced and pattern.groups != groups:
         raise ValueError(f"pattern was compiled for groups={pattern.groups}, got groups={groups}")

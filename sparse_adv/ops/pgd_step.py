@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import check_capability, cuda_stand_in
-from sparse_adv.ops.arguments import check_numbers, check_tensors, shown
+from sparse_adv.ops.arguments import check_floating, check_number, overlap_partly, overlaps_itself
 from sparse_adv.ops.written import mark_written
 
 NORMS = ("linf", "l2")
@@ -53,7 +53,7 @@ def pgd_step(
         float tensor of adv's shape and dtype, with the strides of `torch.empty_like(adv)`.
 
     Raises:
-        TypeError: if an image tensor is not floating, or the dtypes of adv and clean differ.
+        TypeError: if an image tensor is not floating, the dtypes of adv and clean differ, or a number is none.
         ValueError: if shapes or devices differ, alpha is not finite, eps is negative, lo > hi, or the norm is unknown.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
@@ -80,7 +80,8 @@ def pgd_step_(
     """`pgd_step` in place: writes the moved images into adv, whatever its strides, and returns it.
 
     Args:
-        adv: as for `pgd_step`, and written to. No two of its elements may share memory, and if it requires grad, the
+        adv: as for `pgd_step`, and written to. No two of its elements may share memory, nor an element with another
+            one of grad or clean (it may be clean itself); and if it requires grad, the
             call must be under `torch.no_grad()`, as everywhere in PyTorch.
         grad, clean, alpha, eps, norm, lo, hi: as for `pgd_step`.
 
@@ -89,7 +90,7 @@ def pgd_step_(
 
     Raises:
         TypeError: as for `pgd_step`.
-        ValueError: as for `pgd_step`, and if adv requires grad and gradients are enabled, or adv is expanded.
+        ValueError: as for `pgd_step`, and if adv requires grad and gradients are enabled, or memory is shared.
 
     Source: as for `pgd_step`.
 
@@ -103,18 +104,32 @@ def pgd_step_(
     check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
     if adv.requires_grad and torch.is_grad_enabled():
         raise ValueError("adv requires grad: call pgd_step_ under torch.no_grad(), or use pgd_step")
-    if any(stride == 0 and size > 1 for stride, size in zip(adv.stride(), adv.shape, strict=True)):
-        raise ValueError(f"adv is expanded (strides {adv.stride()}): several elements share memory; clone it first")
+    if not torch.compiler.is_compiling():
+        _check_memory(adv, grad, clean)
+        if adv.is_neg():  # the view of a complex tensor, whose memory holds -adv
+            with torch.no_grad():
+                return adv.copy_(pgd_step(adv, grad, clean, alpha, eps, norm, lo, hi))
+        grad, clean = grad.resolve_neg(), clean.resolve_neg()
     torch.ops.sparse_adv.pgd_step_(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
     mark_written(adv)
     return adv
 
 
+def _check_memory(adv: Tensor, grad: Tensor, clean: Tensor) -> None:
+    """Raises ValueError if a write to adv would change what is still to be read."""
+    if overlaps_itself(adv):
+        raise ValueError(f"several elements of adv share memory (strides {adv.stride()}): clone it first")
+    for name, tensor in {"grad": grad, "clean": clean}.items():
+        if overlap_partly(adv, tensor):
+            raise ValueError(f"adv and {name} share a part of their memory: clone one of them first")
+
+
 def check_ball(eps: float, norm: str, lo: float, hi: float) -> None:
     """Raises TypeError or ValueError unless eps, norm and pixel range describe a ball of images."""
-    if not isinstance(norm, str) or norm not in NORMS:
-        raise ValueError(f'norm must be "linf" or "l2", got {shown(norm)}')
-    check_numbers(eps=eps, lo=lo, hi=hi)
+    for name, number in {"eps": eps, "lo": lo, "hi": hi}.items():
+        check_number(name, number)
+    if norm not in NORMS:
+        raise ValueError(f'norm must be "linf" or "l2", got {norm!r}')
     if not eps >= 0:
         raise ValueError(f"eps must not be negative or NaN, got {eps}")
     if not lo <= hi:
@@ -123,16 +138,9 @@ def check_ball(eps: float, norm: str, lo: float, hi: float) -> None:
 
 def check_alpha(alpha: float) -> None:
     """Raises TypeError or ValueError unless this is a step size."""
-    check_numbers(alpha=alpha)
+    check_number("alpha", alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}")
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless this is a floating point tensor."""
-    check_tensors(**{name: tensor})
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
 
 
 def check_step(

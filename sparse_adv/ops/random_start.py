@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import check_capability, cuda_stand_in
-from sparse_adv.ops.pgd_step import check_ball, check_floating
+from sparse_adv.ops.arguments import check_floating
+from sparse_adv.ops.pgd_step import check_ball
 
 _SEEDS = range(-(2**63), 2**63)
 

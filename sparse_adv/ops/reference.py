@@ -1,4 +1,7 @@
-"""Every op in plain PyTorch: the specification. Only tests, benchmarks and `doctor` use it."""
+"""Every op in plain PyTorch: the specification.
+
+Tests, benchmarks and `doctor` compare with it, and it runs where a transform of PyTorch asks for formulas.
+"""
 
 from __future__ import annotations
 

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops.arguments import check_tensors
+from sparse_adv.ops.transforms import is_transformed
 
 
 def check_written(function: str, out: Tensor, **operands: Tensor | None) -> None:
     """Check what the native op cannot: it is not even called where a tensor is on a device without values.
 
     Raises:
-        TypeError: if one of them is not a dense tensor.
-        ValueError: if an operand is on another device than out or a negated view, or gradients are enabled and one is
-            required.
+        TypeError: if one of them is not a tensor.
+        ValueError: if an operand is on another device than out, gradients are enabled and one is required, or a
+            transform of PyTorch is in force.
     """
+    if is_transformed():
+        raise ValueError(f"{function} writes into out: it cannot run under torch.func or forward-mode AD")
     given = {name: tensor for name, tensor in operands.items() if tensor is not None}
     check_tensors(out=out, **given)
     for name, tensor in {"out": out, **given}.items():

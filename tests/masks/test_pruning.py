@@ -256,3 +256,29 @@ def test_an_unknown_structure_or_dependency_input_without_filters_raises():
         prune(network(), 0.5, "row")
     with pytest.raises(ValueError, match=r'dependency_input needs block="filter", got block=\(1, 1, 1, 1\)'):
         prune(network(), 0.5, dependency_input=(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("structure", [(1, 1), "filter"])
+def test_layers_that_sparsify_refuses_get_no_mask(caplog, structure):
+    """As timm's Conv2dSame, ScaledStdConv2d and others, whose forward is their own."""
+
+    class Same(nn.Conv2d):
+        def forward(self, input):
+            return super().forward(nn.functional.pad(input, (0, 1, 0, 1)))
+
+    class Scaled(nn.Linear):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    model = nn.Sequential(Same(3, 4, 2), nn.Conv2d(4, 4, 3), nn.Flatten(), Scaled(16, 8), nn.Linear(8, 2))
+    masks = prune(model, 0.5, structure, linear=True)
+    assert sorted(masks) == ["1", "4"]
+    assert "not pruned, as their classes have a forward of their own: 0, 3" in caplog.text
+    assert sparsify(model, masks)(torch.rand(2, 3, 4, 4)).shape == (2, 2)
+    caplog.clear()
+    assert sorted(prune(model, 0.5, structure, exclude=["0", "3"], linear=True)) == ["1", "4"] and not caplog.text
+
+
+def test_a_model_without_values_is_refused():
+    with pytest.raises(ValueError, match="weight of '0' is on the meta device and has no values to rank"):
+        prune(network().to("meta"), 0.5)

@@ -162,6 +162,24 @@ def test_fullgraph_compilation_with_gradients(x):
     assert_close(twin[3].bias.grad, model[3].bias.grad)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_compiled_layer_refuses_a_mask_that_was_written_until_it_is_set(x, gradients):
+    model = network()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(gradients):
+        assert_close(compiled(x), model(x))
+        with torch.no_grad():
+            for m in (model, twin):
+                m[3].weight_mask.logical_not_()
+        with pytest.raises(RuntimeError, match=r"weight_mask was written in place.* call layer.set_mask\(layer.weight"):
+            compiled(x)
+        twin[3].set_mask(twin[3].weight_mask)
+        assert_close(compiled(x), model(x))
+        twin[3].weight_mask.copy_(twin[3].weight_mask.clone())
+        assert_close(compiled(x), model(x))
+
+
 def test_functional_call(x):
     model, other = network().eval(), network().eval()
     state = {key: value.clone() for key, value in other.state_dict().items()}
@@ -210,6 +228,45 @@ def test_averaging_follows_the_mask(x):
     averaged(x)
     assert torch.equal(averaged.module[0].weight_mask, model[0].weight_mask)
     assert is_zero_where_pruned(averaged.module[0])
+
+
+def test_a_state_that_is_read_is_zeroed(x):
+    """Averaging writes the weights with no call of the layer."""
+    model = network()
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    mask = ~model[0].weight_mask
+    model[0].set_mask(mask)
+    averaged.update_parameters(model)
+    state = averaged.state_dict()
+    assert torch.equal(state["module.0.weight_mask"], mask)
+    assert not state["module.0.weight"][~mask].any()
+
+
+def test_reading_the_state_does_not_disturb_a_backward_pass(x):
+    model = network()
+    loss = model(x).sum()
+    model.state_dict()
+    loss.backward()
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    assert not model.state_dict()["0.weight"][~model[0].weight_mask].any()
+
+
+def test_conversion_that_swaps_tensors(x):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    optimizer.zero_grad()
+    (model(x.double()).sum() + (model[0].weight - 1).square().sum()).backward()
+    optimizer.step()
+    assert model[0].weight.dtype == torch.float64 and is_zero_where_pruned(model[0])
 
 
 def test_distributed_data_parallel_ignores_the_masks(x, tmp_path):

@@ -184,3 +184,103 @@ def test_every_optimiser_of_torch_keeps_pruned_weights_at_zero(name):
         optimizer.step(closure)
         for layer in (model[1], model[3]):
             assert layer.weight[layer.weight_mask].any() and not layer.weight[~layer.weight_mask].any()
+
+
+class Attention(nn.Module):
+    """As in Swin, BEiT and EVA-02: a parent that reads its child's weight and never calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qkv.weight)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_weight_that_its_parent_reads(make_optimizer, closure):
+    torch.manual_seed(0)
+    model = Attention()
+    sparsify(model, prune(model, 0.5, linear=True))
+    layer, optimizer = model.qkv, make_optimizer(model.parameters())
+
+    def loss():
+        optimizer.zero_grad()
+        value = model(torch.rand(5, 6)).square().sum()
+        value.backward()
+        assert layer.weight.grad.any() and not layer.weight.grad[~layer.weight_mask].any()
+        return value
+
+    for step in range(4):
+        if step == 2:
+            layer.set_mask(torch.rand(6, 6) < 0.5)
+        if closure:
+            optimizer.step(loss)
+        else:
+            loss()
+            optimizer.step()
+        for tensor in (layer.weight, *optimizer.state[layer.weight].values()):
+            assert tensor.shape != layer.weight.shape or not tensor[~layer.weight_mask].any()
+        assert layer.weight[layer.weight_mask].any()
+
+
+def test_a_regulariser_revives_no_pruned_weight(model):
+    sparsify(model, prune(model, 0.5))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    rows = model[0].weight.flatten(1)
+    (rows @ rows.T - torch.eye(4) + (rows - 1).square().sum()).sum().backward()
+    optimizer.step()
+    assert not model[0].weight[~model[0].weight_mask].any()
+
+
+def test_gradients_that_are_required_later_and_layers_made_dense(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    sparsify(model, prune(model, 0.5))
+    mask = model[0].weight_mask
+    assert not model[0].weight.requires_grad
+    weight = model[0].weight.requires_grad_()
+    (weight - 1).square().sum().backward()
+    assert torch.equal(weight.grad != 0, mask)
+    densify(model)
+    weight.grad = None
+    (weight - 1).square().sum().backward()
+    assert weight.grad.all()
+
+
+@pytest.mark.parametrize("name", ["sgd-foreach", "adam-foreach"])
+@pytest.mark.parametrize("change", ["sparsify", "set_mask", "by hand"])
+def test_a_compiled_step_obeys_a_change_in_the_middle_of_training(model, name, change):
+    if change != "sparsify":
+        sparsify(model, prune(model, 0.5))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    step = torch.compile(optimizer.step, backend="aot_eager")
+
+    def train_compiled():
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.rand(3, 2, 7, 7)).square().sum().backward()
+            step()
+
+    train_compiled()
+    if change == "sparsify":
+        sparsify(model, prune(model, 0.5))
+    elif change == "set_mask":
+        model[0].set_mask(~model[0].weight_mask)
+    else:
+        with torch.no_grad():
+            model[0].weight.fill_(1)
+    train_compiled()
+    assert_nothing_outside_the_masks(model, optimizer)
+
+
+def test_a_weight_written_between_two_steps_is_zeroed_at_the_next(model):
+    """As by a swap with averaged weights, or by Lookahead."""
+    sparsify(model, prune(model, 0.5))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    train(model, optimizer)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.lerp_(torch.ones_like(layer.weight), 0.5)
+    train(model, optimizer, 1)
+    assert_nothing_outside_the_masks(model, optimizer)

@@ -11,7 +11,7 @@ from helpers.tolerances import assert_close, assert_equal
 from hypothesis import given, settings
 from torch import Tensor
 
-from sparse_adv.ops import Pattern, masked_conv2d, pack_pattern, reference
+from sparse_adv.ops import Pattern, compile_pattern, masked_conv2d, pack_pattern, reference
 
 KERNELS = ("sparse", "auto", "dense")
 
@@ -225,7 +225,12 @@ BAD = {
     "stride": ({"stride": 0}, r"stride .* must be positive .* \(0, 0\)"),
     "dilation": ({"dilation": (1, -1)}, r"dilation must be positive .* \(1, -1\)"),
     "padding": ({"padding": -1}, r"padding not negative, .* \(-1, -1\)"),
-    "padding's name": ({"padding": "full"}, 'padding must be .*, got "full"'),
+    "padding's name": ({"padding": "full"}, "padding must be .*, got 'full'"),
+    "stride of fractions": ({"stride": 1.5}, "stride must be one or two integers, got 1.5"),
+    "stride of 3": ({"stride": [1, 1, 1]}, r"stride must be one or two integers, got \[1, 1, 1\]"),
+    "a tensor as stride": ({"stride": torch.tensor(1)}, r"stride must be one or two integers, got tensor\(1\)"),
+    "a bool as dilation": ({"dilation": True}, "dilation must be one or two integers, got True"),
+    "padding is missing": ({"padding": None}, "padding must be one or two integers, got None"),
     "same with a stride": ({"padding": "same", "stride": 2}, r'padding="same" needs stride 1, got stride \(2, 2\)'),
     "filter too large": ({"dilation": 6}, r"input of 9 x 11 pixels .* smaller than the filter \(3, 3\)"),
     "dtypes": ({"weight": torch.zeros(6, 5, 3, 3).double()}, "weight is torch.float64, input is torch.float32"),
@@ -234,6 +239,26 @@ BAD = {
     "scale": ({"scale": torch.zeros(6, 1)}, r"scale must have shape \[6\], got \(6, 1\)"),
     "residual": ({"residual": torch.zeros(2, 6, 7, 8)}, r"residual must .*\(2, 6, 7, 9\), got \(2, 6, 7, 8\)"),
 }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": None}, "input must be a tensor, got NoneType"),
+        ({"weight": [1.0]}, "weight must be a tensor, got list"),
+        ({"bias": "a"}, "bias must be a tensor, got str"),
+        ({"scale": 2.0}, "scale must be a tensor, got float"),
+        ({"residual": 0}, "residual must be a tensor, got int"),
+        ({"pattern": "abc"}, "pattern must be what compile_pattern returned, got str"),
+        ({"groups": "1"}, "groups must be an integer, got '1'"),
+        ({"groups": True}, "groups must be an integer, got True"),
+        ({"relu": "yes"}, "relu must be True or False, got 'yes'"),
+    ],
+)
+def test_wrong_types_are_reported_by_name_and_value(change, message):
+    case = Case()
+    with pytest.raises(TypeError, match=message):
+        masked_conv2d(**{"input": case.input, "weight": case.weight, "pattern": case.pattern(), **change})
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -250,3 +275,20 @@ def test_a_pattern_for_other_groups_is_refused():
     case, other = Case(groups=2), Case(group_out=12)
     with pytest.raises(ValueError, match="pattern was compiled for groups=1, got groups=2"):
         masked_conv2d(case.input, case.weight, other.pattern(), groups=2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_without_input_channels_gives_the_bias_and_has_gradients(groups):
+    pattern = compile_pattern(torch.ones(4, 0, 3, 3, dtype=torch.bool), groups=groups)
+    x, weight, bias = (torch.rand(s).requires_grad_() for s in ((2, 0, 5, 5), (4, 0, 3, 3), (4,)))
+    y = masked_conv2d(x, weight, pattern, bias, padding=1, groups=groups)
+    assert torch.equal(y, bias[:, None, None].expand(2, 4, 5, 5))
+    y.sum().backward()
+    assert (x.grad.shape, weight.grad.shape) == (x.shape, weight.shape)
+    assert torch.equal(bias.grad, torch.full((4,), 50.0))
+
+
+def test_a_convolution_without_output_channels_is_refused():
+    pattern = compile_pattern(torch.ones(0, 3, 3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"weight of shape \(0, 3, 3, 3\) has no output channels"):
+        masked_conv2d(torch.rand(2, 3, 5, 5), torch.rand(0, 3, 3, 3), pattern)

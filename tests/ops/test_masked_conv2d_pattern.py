@@ -162,6 +162,10 @@ BAD = {
     "block of fractions": ({"block": (2.0, 1)}, ValueError, r"block must be .*, got \(2.0, 1\)"),
     "block of 3": ({"block": (1, 1, 1)}, ValueError, r"block must be .*, got \(1, 1, 1\)"),
     "another block": ({"block": (4, 4)}, ValueError, r"mask does not obey block \(4, 4\)"),
+    "block of bytes": ({"block": b"\x01\x01"}, ValueError, r"block must be .*, got b'\\x01\\x01'"),
+    "block of bools": ({"block": (True, 1)}, ValueError, r"block must be .*, got \(True, 1\)"),
+    "groups of text": ({"groups": "1"}, ValueError, "groups must divide .*, got '1'"),
+    "groups of bool": ({"groups": True}, ValueError, "groups must divide .*, got True"),
     "groups": ({"groups": 3}, ValueError, "groups must divide the mask's 8 output channels, got 3"),
     "no groups": ({"groups": 0}, ValueError, "groups must divide .*, got 0"),
 }
@@ -181,6 +185,11 @@ def test_bad_kernels_and_weights_are_reported_by_name_and_value():
         pack_pattern(CASE.pattern(), CASE.weight.to("meta"))
     with pytest.raises(ValueError, match=r"made for a weight of shape \(8, 3, 3, 3\), weight has shape \(7, 3, 3, 3\)"):
         pack_pattern(CASE.pattern(), CASE.weight[1:])
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"weight must be a floating point tensor, got {dtype}"):
+            pack_pattern(CASE.pattern(), CASE.weight.to(dtype))
+    with pytest.raises(TypeError, match="weight must be a tensor, got NoneType"):
+        pack_pattern(CASE.pattern(), None)
 
 
 # Below Python: the ops check every pattern that they are given.

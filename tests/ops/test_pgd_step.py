@@ -245,6 +245,13 @@ X = torch.rand(2, 3, 4, 4)
         ({"alpha": math.inf}, ValueError, "alpha must be finite, got inf"),
         ({"eps": -0.1}, ValueError, "eps must not be negative or NaN, got -0.1"),
         ({"eps": math.nan}, ValueError, "eps must not be negative or NaN, got nan"),
+        ({"alpha": 10**400}, ValueError, "alpha must be finite, got 1000.*000, which no float holds"),
+        ({"alpha": "0.1"}, TypeError, "alpha must be a number, got '0.1'"),
+        ({"alpha": True}, TypeError, "alpha must be a number, got True"),
+        ({"eps": None}, TypeError, "eps must be a number, got None"),
+        ({"eps": torch.ones(2)}, TypeError, r"eps must be a number, got a tensor of shape \(2,\)"),
+        ({"eps": "a" * 5000}, TypeError, "eps must be a number, got .{0,40}$"),
+        ({"hi": 1j}, TypeError, "hi must be a number, got 1j"),
         ({"norm": "Linf"}, ValueError, 'norm must be "linf" or "l2", got \'Linf\''),
         ({"lo": 1.0, "hi": 0.0}, ValueError, r"lo must not exceed hi, got lo=1.0 and hi=0.0"),
     ],
@@ -257,10 +264,46 @@ def test_bad_input_is_reported_by_name_and_value(step, change, error, message):
 
 
 def test_the_op_in_place_refuses_tensors_that_it_cannot_write():
-    with pytest.raises(ValueError, match="adv is expanded"):
-        pgd_step_(X[:1].expand(2, 3, 4, 4), X, X, ALPHA, EPS)
+    x = torch.rand(20)
+    for overlapping in (x[:4].expand(3, 4), x.as_strided((3, 4), (2, 1)), x.as_strided((3, 4), (3, 2))):
+        with pytest.raises(ValueError, match=r"several elements of adv share memory \(strides \(\d, \d\)\): clone"):
+            pgd_step_(overlapping, torch.rand(3, 4), torch.rand(3, 4), ALPHA, EPS)
     with pytest.raises(ValueError, match="adv requires grad"):
         pgd_step_(X.clone().requires_grad_(), X, X, ALPHA, EPS)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_op_in_place_refuses_operands_that_it_would_change(norm):
+    memory, other = torch.rand(3, 8), torch.rand(2, 8)
+    for name, tensors in {"clean": (other, memory[1:]), "grad": (memory[1:], other)}.items():
+        with pytest.raises(ValueError, match=f"adv and {name} share a part of their memory: clone one"):
+            pgd_step_(memory[:2], *tensors, ALPHA, EPS, norm)
+    with pytest.raises(ValueError, match="adv and grad share a part"):
+        pgd_step_(memory[:2], memory.flatten()[:16].view(8, 2).T, other, ALPHA, EPS, norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_op_in_place_takes_operands_beside_adv_in_one_memory(norm):
+    memory = torch.rand(2, 8, 3)
+    adv, grad, clean = (memory[..., i] for i in range(3))
+    expected = pgd_step(adv, grad, clean, 0.2, 0.5, norm)
+    assert torch.equal(pgd_step_(adv, grad, clean, 0.2, 0.5, norm), expected)
+    interleaved = torch.rand(8).as_strided((2, 2), (3, 2))  # elements 0, 2, 3 and 5
+    expected = pgd_step(interleaved, other := torch.rand(2, 2), other, 0.2, 0.5, norm)
+    assert torch.equal(pgd_step_(interleaved, other, other, 0.2, 0.5, norm), expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_views_with_the_negative_bit(norm, place):
+    plain = [torch.rand(2, 3) for _ in range(3)]
+    tensors = list(plain)
+    tensors[place] = torch.complex(torch.zeros(2, 3), -plain[place]).conj().imag
+    assert tensors[place].is_neg()
+    expected = pgd_step(*plain, 0.2, 0.5, norm)
+    assert torch.equal(pgd_step(*tensors, 0.2, 0.5, norm), expected)
+    assert torch.equal(pgd_step_(*tensors, 0.2, 0.5, norm), expected)
+    assert torch.equal(tensors[0], expected)
 
 
 @pytest.mark.parametrize(

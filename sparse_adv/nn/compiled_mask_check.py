@@ -1,0 +1,34 @@
+"""What `torch.compile` cannot guard: in compiled code, a masked convolution checks that its mask was not written to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparse_adv.nn.optimizer_hook import version_of
+
+_equal_at = WeakTensorKeyDictionary()
+"""For each buffer, the version of its content that was last compared, and with which mask."""
+
+
+@torch.library.custom_op("sparse_adv::header_of_mask", mutates_args=())
+def header_of_mask(header: Tensor, buffer: Tensor, mask: Tensor) -> Tensor:
+    """Return a pattern's header if the buffer equals the mask that the pattern was made of; compare after a write only.
+
+    The header is handed through, so that no compiler removes the check as unused.
+    """
+    state = version_of(buffer), mask.data_ptr()
+    if _equal_at.get(buffer) != state:
+        if not torch.equal(buffer, mask):
+            raise RuntimeError(
+                "weight_mask was written in place, which a compiled layer cannot see: call "
+                "layer.set_mask(layer.weight_mask) after the write"
+            )
+        _equal_at[buffer] = state
+    return header.clone()
+
+
+@header_of_mask.register_fake
+def _(header: Tensor, buffer: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(header)

@@ -1,0 +1,82 @@
+"""Masked layers under PyTorch's tools (fx, TorchScript, prune, inference mode): right, or refused."""
+
+import copy
+
+import pytest
+import torch
+from helpers.tolerances import assert_close
+from torch import fx, nn
+from torch.nn.utils import prune as torch_prune
+
+from sparse_adv.masks import prune
+from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, sparsify
+
+
+def dense_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, 5))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = dense_network()
+    return sparsify(model, prune(model, 0.4, linear=True))
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.rand(2, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_symbolic_tracing_keeps_layers_as_nodes_that_follow_their_masks(model, x):
+    graph = fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3", "4"]
+    assert torch.equal(graph(x), model(x))
+    for layer in (model[0], model[4]):
+        layer.set_mask(~layer.weight_mask)
+    assert torch.equal(graph(x), model(x))
+    graph(x).sum().backward()
+    assert not model[0].weight.grad[~model[0].weight_mask].any()
+
+
+def test_torchscript(model, x):
+    assert_close(torch.jit.trace(model, x)(x), model(x))
+    with pytest.raises(TypeError, match=r"jit.script cannot compile masked layers: script `densify\(copy.deepcopy"):
+        torch.jit.script(model)
+    assert type(model[0]) is MaskedConv2d and type(model[4]) is MaskedLinear
+    assert_close(torch.jit.script(densify(copy.deepcopy(model)))(x), model(x))
+
+
+@pytest.mark.parametrize("index", [0, 4])
+def test_pruning_a_masked_layer_by_torch_is_refused_and_changes_nothing(model, x, index):
+    expected, keys = model(x), list(model.state_dict())
+    with pytest.raises(TypeError, match=r"prune cannot prune a masked layer: give it another mask by set_mask"):
+        torch_prune.random_unstructured(model[index], "weight", 0.5)
+    assert torch.equal(model(x), expected) and list(model.state_dict()) == keys
+
+
+def test_a_mask_set_in_inference_mode_can_be_trained_afterwards(x):
+    model = dense_network()
+    with torch.inference_mode():
+        sparsify(model, prune(model, 0.4, linear=True))
+        model(x)
+        for layer in (model[2], model[4]):
+            layer.set_mask(torch.rand(layer.weight.shape) < 0.5)
+        model[0].weight_mask[:, 0] = False
+        expected = model(x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    y = model(x)
+    assert torch.equal(y, expected)
+    y.square().sum().backward()
+    optimizer.step()
+    for layer in (model[0], model[2], model[4]):
+        assert not layer.weight[~layer.weight_mask].any() and layer.weight[layer.weight_mask].any()
+
+
+def test_a_model_that_is_made_in_inference_mode_runs_there_and_outside(x):
+    with torch.inference_mode():
+        model = dense_network()
+        sparsify(model, prune(model, 0.4, linear=True))
+        expected = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
