@@ -64,7 +64,9 @@ def from_json(kind: type[Record], content: Mapping[str, JSON], source: str) -> R
         return dacite.from_dict(kind, content, dacite.Config(strict=True, cast=[tuple]))
     except dacite.UnexpectedDataError as error:
         key = min(error.keys)
-        raise ValueError(f"{source} has the unknown key {str(key)[:80]!r}: another version of sparse_adv wrote it") from error
+        raise ValueError(
+            f"{source} has the unknown key {str(key)[:80]!r}: another version of sparse_adv wrote it"
+        ) from error
     except dacite.MissingValueError as error:
         raise ValueError(f"{source} lacks the key {error.field_path!r}") from error
     except (dacite.DaciteError, ValueError) as error:

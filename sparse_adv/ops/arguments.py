@@ -10,14 +10,16 @@ from torch import Tensor
 
 
 def check_tensors(**tensors: object) -> None:
-    """Raises TypeError unless all of them are tensors."""
+    """Raises TypeError unless all of them are dense tensors."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
 def check_floating(name: str, tensor: object) -> None:
-    """Raises TypeError unless this is a floating point tensor."""
+    """Raises TypeError unless this is a dense floating point tensor."""
     check_tensors(**{name: tensor})
     assert isinstance(tensor, Tensor)
     if not tensor.is_floating_point():
@@ -42,9 +44,23 @@ def check_number(name: str, value: object) -> None:
             raise ValueError(f"{name} must be finite, got {shortened(value)}, which no float holds") from None
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError unless this is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shortened(value)}")
+
+
 def is_integer(value: object) -> bool:
-    """Whether this is an integer and not a bool; sizes that `torch.compile` does not know yet are."""
-    return isinstance(value, int | np.integer | torch.SymInt) and not isinstance(value, bool)
+    """Whether this is an integer of 64 bits and not a bool; sizes that `torch.compile` does not know yet are."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt):
+        return False
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raises TypeError unless this is an integer of 64 bits."""
+    if not is_integer(value):
+        raise TypeError(f"{name} must be an integer, got {shortened(value)}")
 
 
 def overlap_partly(written: Tensor, read: Tensor) -> bool:

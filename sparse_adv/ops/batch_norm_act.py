@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_adv.kernels.layout import layout_of
 from sparse_adv.ops import reference
+from sparse_adv.ops.arguments import check_flag, check_number, check_tensors
 from sparse_adv.ops.gate import empty_gate
 from sparse_adv.ops.transforms import is_transformed
 
@@ -68,8 +69,10 @@ def batch_norm_act(
     """
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check_arguments(input, residual, {name: vector for name, vector in vectors.items() if vector is not None})
-    check_flags(relu=relu)
-    check_numbers(momentum=momentum, eps=eps)
+    check_flag("relu", relu)
+    for name, number in {"momentum": momentum, "eps": eps}.items():
+        check_number(name, number)
+    momentum, eps = float(momentum), float(eps)
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     count = math.prod(input.shape) // max(1, input.shape[1]) if input.dim() == 4 else 0

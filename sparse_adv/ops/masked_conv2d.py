@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, output_size
 from sparse_adv.ops import reference
-from sparse_adv.ops.arguments import check_tensors, shortened
+from sparse_adv.ops.arguments import check_flag, check_tensors
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_geometry import Pair, check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_groups, check_pattern, unflatten
@@ -72,8 +72,7 @@ def masked_conv2d(
     """
     check_pattern(pattern)
     check_tensors(weight=weight)
-    if not isinstance(relu, bool):
-        raise TypeError(f"relu must be True or False, got {shortened(relu)}")
+    check_flag("relu", relu)
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
     if weight.shape != pattern.mask.shape:
         raise ValueError(

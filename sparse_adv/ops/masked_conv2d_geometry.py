@@ -53,7 +53,6 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
         TypeError: if the input is not a dense floating tensor.
         ValueError: if it is not [N, C, H, W], has another number of channels, or is smaller than the filter.
     """
-    check_tensors(input=input)
     weight = pattern.mask.shape
     check_floating("input", input)
     if input.dim() != 4:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.arguments import check_flags, check_integers, check_tensors
+from sparse_adv.ops.arguments import check_flag, check_integer, check_tensors
 from sparse_adv.ops.masked_conv2d_geometry import Pair, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_pattern
 from sparse_adv.ops.written import check_written, mark_written
@@ -70,9 +70,9 @@ def masked_conv2d_out(
         ([0.0, 1.0, 2.0], [False, True, True])
     """
     check_pattern(pattern)
-    check_integers(groups=groups)
+    check_integer("groups", groups)
     check_tensors(input=input, weight=weight)
-    check_flags(relu=relu)
+    check_flag("relu", relu)
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
     operands = {"input": input, "weight": weight, "bias": bias, "residual": residual, "gate": gate}
     check_written("masked_conv2d_out", out, **operands)
@@ -132,7 +132,7 @@ def masked_conv2d_grad_input_out(
                  [[0., 0., 0.]]]])
     """
     check_pattern(pattern)
-    check_integers(groups=groups)
+    check_integer("groups", groups)
     check_tensors(grad_output=grad_output, weight=weight)
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
     operands = {"grad_output": grad_output, "weight": weight, "residual": residual, "gate": gate}

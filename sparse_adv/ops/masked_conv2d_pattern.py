@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import host
-from sparse_adv.ops.arguments import check_floating, is_integer, shortened
+from sparse_adv.ops.arguments import check_floating, check_integer, is_integer, shortened
 from sparse_adv.ops.masked_conv2d_live_blocks import blocks_fit, live_blocks
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys
 
@@ -282,7 +282,7 @@ def set_kernels(
     request = Kernels(forward, grad_input, grad_weight)
     for name, kernel in request._asdict().items():
         if not isinstance(kernel, str) or kernel not in KERNELS:
-            raise ValueError(f"{name} must be one of {', '.join(KERNELS)}, got {shown(kernel)}")
+            raise ValueError(f"{name} must be one of {', '.join(KERNELS)}, got {shortened(kernel)}")
     return pattern._with_header("requested_kernel", *(KERNELS.index(kernel) for kernel in request))
 
 
@@ -297,8 +297,7 @@ def check_groups(pattern: Pattern, groups: int) -> None:
 
     In traced code the op compares them instead.
     """
-    if not is_integer(groups):
-        raise TypeError(f"groups must be an integer, got {shortened(groups)}")
+    check_integer("groups", groups)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if not traced and pattern.groups != groups:
         raise ValueError(f"pattern was compiled for groups={pattern.groups}, got groups={groups}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.arguments import check_integers, check_tensors, shown
+from sparse_adv.ops.arguments import check_integer, check_tensors, shortened
 from sparse_adv.ops.written import check_written, mark_written
 
 
@@ -92,9 +92,9 @@ def max_pool2d_grad_input_out(
 
 def _check_size(size: tuple[int, int]) -> None:
     if not isinstance(size, list | tuple) or len(size) != 2:
-        raise TypeError(f"size must be two integers, got {shown(size)}")
+        raise TypeError(f"size must be two integers, got {shortened(size)}")
     for length in size:
-        check_integers(size=length)
+        check_integer("size", length)
 
 
 @torch.library.register_fake("sparse_adv::max_pool2d_out")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import check_capability, cuda_stand_in
-from sparse_adv.ops.arguments import check_floating, check_number, overlap_partly, overlaps_itself
+from sparse_adv.ops.arguments import check_floating, check_number, overlap_partly, overlaps_itself, shortened
 from sparse_adv.ops.written import mark_written
 
 NORMS = ("linf", "l2")
@@ -128,8 +128,8 @@ def check_ball(eps: float, norm: str, lo: float, hi: float) -> None:
     """Raises TypeError or ValueError unless eps, norm and pixel range describe a ball of images."""
     for name, number in {"eps": eps, "lo": lo, "hi": hi}.items():
         check_number(name, number)
-    if norm not in NORMS:
-        raise ValueError(f'norm must be "linf" or "l2", got {norm!r}')
+    if not isinstance(norm, str) or norm not in NORMS:
+        raise ValueError(f'norm must be "linf" or "l2", got {shortened(norm)}')
     if not eps >= 0:
         raise ValueError(f"eps must not be negative or NaN, got {eps}")
     if not lo <= hi:

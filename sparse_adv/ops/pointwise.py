@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.arguments import check_flags, check_tensors
+from sparse_adv.ops.arguments import check_flag, check_tensors
 from sparse_adv.ops.written import check_written, mark_written
 
 
@@ -59,7 +59,7 @@ def pointwise_out(
     """
     operands = {"scale": scale, "bias": bias, "residual": residual, "gate": gate, "gate_out": gate_out}
     check_tensors(input=input)
-    check_flags(relu=relu)
+    check_flag("relu", relu)
     check_written("pointwise_out", out, input=input, **operands)
     torch.ops.sparse_adv.pointwise_out(input, scale, bias, residual, relu, gate, out, gate_out)
     mark_written(out, gate_out)

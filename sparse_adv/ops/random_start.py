@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import check_capability, cuda_stand_in
-from sparse_adv.ops.arguments import check_floating
+from sparse_adv.ops.arguments import check_floating, check_tensors
 from sparse_adv.ops.pgd_step import check_ball
 
 _SEEDS = range(-(2**63), 2**63)
@@ -79,6 +79,7 @@ def seed_words(seed: int | Tensor | torch.Generator | None) -> Tensor:
         tensor([5, 0])
     """
     if isinstance(seed, Tensor):
+        check_tensors(seed=seed)
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}")
         if seed.shape != (2,):

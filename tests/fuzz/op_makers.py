@@ -88,28 +88,17 @@ def convolution(rng: random.Random) -> tuple[Case, Callable[[Tensor], Tensor], A
         weight_layout=rng.choice(sorted(LAYOUTS)),
         seed=rng.randrange(1000),
     )
-    dtype = rng.choice(DTYPES)
+    # No 16-bit images: oneDNN's convolution of them, which is the dense kernel, is wrong for some geometries and ends
+    # the process for others (torch 2.13, AVX-512).
+    dtype = rng.choice((torch.float32, torch.float64))
     pattern = ops.set_kernels(case.pattern(), *(rng.choice(("auto", "sparse", "dense")) for _ in range(3)))
     return case, lambda tensor: tensor.to(dtype), pattern
 
 
 def _comparable(arguments: Arguments) -> bool:
-    """Whether all is finite, and PyTorch's own convolution right.
-
-    The sparse kernels skip the padding, a dense convolution multiplies it by the weight. The dense convolution of
-    16-bit images is PyTorch's, which for a few shapes (7 x 7 filters with dilation in bfloat16) adds what it finds
-    beyond the image.
-    """
+    """Whether all is finite: sparse kernels skip the padding, a dense convolution multiplies it by the weight."""
     tensors = [v for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        return False
-    input, weight = arguments.get("input"), arguments["weight"]
-    if input is None or input.dtype.itemsize != 2 or not len(input):
-        return True
-    shape = [arguments[name] for name in ("stride", "padding", "dilation", "groups")]
-    masked = weight.where(arguments["pattern"].mask, 0)
-    actual, expected = F.conv2d(input, masked, None, *shape), F.conv2d(wide(input), wide(masked), None, *shape)
-    return torch.allclose(actual.double(), expected, rtol=0, atol=0.03 * float(expected.abs().amax() or 1))
+    return all(tensor.isfinite().all() for tensor in tensors)
 
 
 def _geometry(case: Case) -> Arguments:

@@ -61,7 +61,7 @@ def _tamper(rng: random.Random, tensors: list[Tensor]) -> str:
         if not tensor.is_floating_point():
             bits = torch.iinfo(tensor.dtype).bits if tensor.dtype != torch.bool else 1
             number = (number + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1) if bits > 1 else number & 1
-        tensor.view(-1)[element] = number
+        tensor.detach().view(-1)[element] = number
         return f"element {element} of tensor {place} is {number}"
     if kind < 0.8:
         changed = spoil(rng, tensor)
@@ -80,7 +80,7 @@ def _tamper(rng: random.Random, tensors: list[Tensor]) -> str:
 
 
 def _near(element: Tensor, rng: random.Random) -> int:
-    return (int(element) if element.isfinite() else 0) + rng.choice((-1, 1))
+    return (int(element) if element.float().isfinite() else 0) + rng.choice((-1, 1))
 
 
 def _is_plain(value: object) -> TypeGuard[Tensor]:

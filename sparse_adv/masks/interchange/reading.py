@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -244,7 +245,7 @@ def _apply_masks(split: Split) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     masks, weights = {}, dict(split.parameters)
     for name, mask in split.masks.items():
         if name not in weights:
-            raise ValueError(f"there is a mask for {name!r}, but no tensor of that name")
+            raise ValueError(f"there is a mask for {shortened(name)}, but no tensor of that name")
         if mask.shape != weights[name].shape:
             raise ValueError(
                 f"the mask of {name!r} must have shape {tuple(weights[name].shape)}, got {tuple(mask.shape)}"
