@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
 
 
-class Attack:
+class Attack(ABC):
     """An attack bound to a model: `adv = attack(images, labels)`.
 
     A subclass says in `forward` what is computed, and in `supports_targets` whether the labels may be classes to reach.
@@ -43,9 +44,9 @@ class Attack:
         self._target_function: TargetFunction | None = None
         self._normalization: _Normalized | None = None
 
+    @abstractmethod
     def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
         """Return adversarial images for a batch; `model` takes images in the range of pixel values."""
-        raise NotImplementedError
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return adversarial images for a batch: images float [N, ...], labels integer [N], on any device."""

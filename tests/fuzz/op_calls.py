@@ -11,8 +11,9 @@ import torch
 from helpers.tolerances import assert_close
 from torch import Tensor
 
+from fuzz.call import Call
 from fuzz.case import REFUSALS, Wrong, check_refusal
-from fuzz.op_makers import MAKERS, Call
+from fuzz.op_makers import MAKERS
 from fuzz.wrong_values import spoil
 
 _WORDS_OF_THE_KERNELS = ("images", "window", "filter", "tensors", "pattern")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,35 +13,13 @@ from helpers.convolution_cases import BLOCKS, FILTERS, LAYOUTS, Case
 from helpers.written_passes import random_gate
 from torch import Tensor
 
+from fuzz.call import Arguments, Call, Results, all_wide, wide
 from sparse_adv import ops
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.ops import reference
 from sparse_adv.ops.random_start import seed_words
 
-Arguments = dict[str, Any]
-Results = Mapping[str, tuple[Any, Any]]
-"""By name the actual and the expected value."""
-
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A legal call; `results` compares the arguments before and after it, and what it returned."""
-
-    function: Callable[..., Any]
-    arguments: Arguments
-    results: Callable[[Arguments, Arguments, Any], Results]
-    tolerance: str = "elementwise"
-
-
-def wide(value: Any) -> Any:
-    """Floating tensors in float64."""
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def all_wide(arguments: Arguments, *without: str) -> Arguments:
-    return {name: wide(value) for name, value in arguments.items() if name not in without}
 
 
 def _some(rng: random.Random, value: Callable[[], Any]) -> Any:
