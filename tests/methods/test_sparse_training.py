@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states
 from torch import nn
 
 from sparse_adv import engine, masks, methods, runs, training
