@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ from sparse_adv.config import TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord
 from sparse_adv.training import distributed, identity, objectives, random_numbers
 from sparse_adv.training.checkpoint import damaged, read_state, write_state, write_weights
-from sparse_adv.training.costs import NetworkCosts, Stopwatch
+from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
 from sparse_adv.training.devices import reads_at_once
-from sparse_adv.training.evaluation import Images, clean_accuracy, model_device, robust_accuracy
+from sparse_adv.training.evaluation import Images, best, clean_accuracy, model_device, robust_accuracy
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.update import Updater
@@ -147,10 +147,11 @@ class Training:
         objective = updater.objective
         if self.monitor is not None and self.monitor.pgd_epochs:
             objective = objectives.build(replace(config, objective="pgd", alpha=None), graphs=self.graphs)
+        objective.begin_epoch(epoch)
         watch = Stopwatch(self.device)
         noise = torch.Generator().manual_seed(distributed.own_seed(config.seed, NOISE_SEED, epoch))
         random_numbers.set_epoch(self.batches, epoch)
-        loss_sum, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        loss_sum, tally = torch.zeros((), dtype=torch.float64, device=self.device), Tally()
         set_training_mode(updater.model, self.frozen)
         # Batches and layers that draw from the global generators get numbers that depend on seed and epoch only.
         with random_numbers.seeded(distributed.own_seed(config.seed, ORDER_SEED, epoch), self.device):
@@ -162,15 +163,15 @@ class Training:
                 updater.prepare(x)
                 for _ in range(objective.updates):
                     loss_sum += updater.update(objective, x, y, noise, watch) * len(y)
-                    images += len(y)
+                    tally.add(len(y), costs, updater.passes(objective))
                     if on_step:
                         on_step(updater.step)
         if self.validator is not None:
             self.validator.raise_deferred()
             self.validator = None  # all batches were validated once
         updater.end_epoch(epoch)
-        total_loss, total_images = distributed.all_reduce_sum([float(loss_sum), float(images)], self.device)
-        loss, images = total_loss / total_images, int(total_images)
+        total_loss, images = tally.summed(float(loss_sum), self.device)
+        loss = total_loss / images
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"training diverged in epoch {epoch + 1}: loss {loss} at lr {updater.learning_rate:g}"
@@ -178,8 +179,8 @@ class Training:
         return _Trained(
             loss,
             images,
-            Cost(watch.seconds("attack"), images * costs.attack(objective.passes)),
-            Cost(watch.seconds("update"), images * costs.update(objective.passes)),
+            Cost(watch.seconds("attack"), tally.attack()),
+            Cost(watch.seconds("update"), tally.update()),
         )
 
     def _costs_for(self, x: Tensor) -> NetworkCosts:
@@ -302,22 +303,6 @@ class Training:
         random_numbers.load_states(self.batches, state["generators"][own])
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
-
-
-def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | None:
-    """Return the first epoch of the highest validation accuracy, robust unless training is natural; None if none is.
-
-    Examples:
-        >>> best([], TrainConfig()) is None
-        True
-    """
-
-    def accuracy(record: EpochRecord) -> float:
-        value = record.clean_accuracy if config.objective == "natural" else record.robust_accuracy
-        return -1.0 if value is None else value
-
-    first = max(records, key=accuracy, default=None)
-    return None if first is None or accuracy(first) < 0 else first
 
 
 def train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, register_masked_allreduce_hook
 from sparse_adv.training import distributed, objectives
+from sparse_adv.training.awp import perturbed_weights
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
+from sparse_adv.training.objectives import Passes
 
 
 class Updater:
@@ -91,9 +94,10 @@ class Updater:
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
             self.optimizer.zero_grad()
-            with self.autocast():
-                loss = objective.loss(self._trained(x), x, adv, y)
-            self.scaler.scale(loss).backward()
+            with self._perturbed(objective, x, adv, y):
+                with self.autocast():
+                    loss = objective.loss(self._trained(x), x, adv, y)
+                self.scaler.scale(loss).backward()
             if config.max_grad_norm:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
@@ -101,9 +105,27 @@ class Updater:
             self.scaler.update()
             objective.after_update()
             if self.ema is not None:
-                self.ema.follow(self.model, first=self.step == 0)
+                self.ema.follow(self.model, self.step)
             self.step += 1
         return loss.detach()
+
+    def passes(self, objective: objectives.Natural) -> Passes:
+        """Return the passes of an update with this objective; AWP forms the gradients of weights once more."""
+        passes = objective.passes
+        return passes._replace(update=2 * passes.update) if self.config.awp_gamma else passes
+
+    def _perturbed(
+        self, objective: objectives.Natural, x: Tensor, adv: Tensor, y: Tensor
+    ) -> AbstractContextManager[None]:
+        """The weights at which the gradient of an update is formed: those of the model without AWP."""
+        if not self.config.awp_gamma:
+            return nullcontext()
+
+        def loss(model: nn.Module) -> Tensor:
+            with self.autocast():
+                return self.scaler.scale(objective.loss(model, x, adv, y))
+
+        return perturbed_weights(self.model, loss, self.config.awp_gamma)
 
     def _trained(self, x: Tensor) -> nn.Module:
         """What the loss calls in place of the model."""
@@ -112,12 +134,13 @@ class Updater:
         return engine.fuse_for_training(self.model, x)
 
     def end_epoch(self, epoch: int) -> None:
-        """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes and copied to the EMA."""
+        """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes."""
         # The schedule counts whole epochs, also if a run of "free" trained this one with PGD, in fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
         self.model.eval()
         distributed.average_buffers(self.model)
         if self.ema is not None:
+            distributed.average_buffers(self.ema.module)
             self.ema.copy_buffers(self.model)
 
     def autocast(self) -> torch.autocast:
