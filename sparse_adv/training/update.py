@@ -16,10 +16,12 @@ from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
 from sparse_adv.training import distributed, objectives
+from sparse_adv.training.awp import perturbed_weights
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
 from sparse_adv.training.hook import UpdateHook
+from sparse_adv.training.objectives import Passes
 
 
 class Updated(NamedTuple):
@@ -27,8 +29,8 @@ class Updated(NamedTuple):
 
     loss: Tensor
     """A scalar on the device."""
-    dense_gradients: bool
-    """Whether the gradients of pruned weights were formed too."""
+    passes: Passes
+    """Those that it took."""
     new_costs: bool
     """Whether passes through the network now cost more or less than before."""
 
@@ -115,7 +117,7 @@ class Updater:
             collecting: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
             if collect:
                 collecting = dense_gradients(self.model)
-            with collecting as gradients:
+            with self._perturbed(objective, x, adv, y), collecting as gradients:
                 with self.autocast():
                     loss = objective.loss(self._trained(x), x, adv, y)
                 self.scaler.scale(loss).backward()
@@ -126,10 +128,28 @@ class Updater:
             self.scaler.update()
             objective.after_update()
             if self.ema is not None:
-                self.ema.follow(self.model, first=self.step == 0)
+                self.ema.follow(self.model, self.step)
             self.step += 1
             new_costs = hook.after_update(self.step, gradients)
-        return Updated(loss.detach(), collect, new_costs)
+        return Updated(loss.detach(), self._passes(objective, collect), new_costs)
+
+    def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
+        """Those of an update with this objective; AWP forms the gradients of weights once more."""
+        passes = objective.passes._replace(dense_gradients=dense_gradients)
+        return passes._replace(update=2 * passes.update) if self.config.awp_gamma else passes
+
+    def _perturbed(
+        self, objective: objectives.Natural, x: Tensor, adv: Tensor, y: Tensor
+    ) -> AbstractContextManager[None]:
+        """The weights at which the gradient of an update is formed: those of the model without AWP."""
+        if not self.config.awp_gamma:
+            return nullcontext()
+
+        def loss(model: nn.Module) -> Tensor:
+            with self.autocast():
+                return self.scaler.scale(objective.loss(model, x, adv, y))
+
+        return perturbed_weights(self.model, loss, self.config.awp_gamma)
 
     def _trained(self, x: Tensor) -> nn.Module:
         """What the loss calls in place of the model."""
@@ -138,12 +158,13 @@ class Updater:
         return engine.fuse_for_training(self.model, x)
 
     def end_epoch(self, epoch: int) -> None:
-        """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes and copied to the EMA."""
+        """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes."""
         # The schedule counts whole epochs, also if a run of "free" trained this one with PGD, in fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
         self.model.eval()
         distributed.average_buffers(self.model)
         if self.ema is not None:
+            distributed.average_buffers(self.ema.module)
             self.ema.copy_buffers(self.model)
 
     def autocast(self) -> torch.autocast:
