@@ -35,11 +35,18 @@ _in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 
 
 def of_run(
-    model: nn.Module, batches: Iterable[Any], validation: Split | Iterable[Any] | None, seed: int
+    model: nn.Module,
+    batches: Iterable[Any],
+    validation: Split | Iterable[Any] | None,
+    seed: int,
+    masks_change: bool = False,
 ) -> dict[str, Any]:
-    """Return what must be the same when a run is continued, beside its configuration."""
+    """Return what must be the same when a run is continued, beside its configuration.
+
+    Masks that change in the course of training belong to the weights, others to the network.
+    """
     return {
-        "network": network_digest(model),
+        "network": network_digest(model, with_masks=not masks_change),
         "weights": weights_digest(model.state_dict()),
         "batches": images_digest(batches, seed),
         "validation": images_digest(validation, seed),
@@ -99,8 +106,12 @@ def tell_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> N
             )
 
 
-def network_digest(model: nn.Module) -> str:
+def network_digest(model: nn.Module, with_masks: bool = True) -> str:
     """Return the digest of what a model is: its modules, those that are frozen, shapes and dtypes, and its masks.
+
+    Args:
+        model: any module.
+        with_masks: whether models that differ only in their masks have different digests.
 
     Examples:
         >>> network_digest(nn.Linear(2, 1)) == network_digest(nn.Linear(2, 1))
@@ -112,12 +123,14 @@ def network_digest(model: nn.Module) -> str:
     for name, module in model.named_modules():
         # Addresses in descriptions of functions differ between processes.
         described = re.sub(r" at 0x[0-9a-f]+", "", module.extra_repr())
+        if not with_masks:
+            described = re.sub(r", density=[^,]*", "", described)
         frozen = [key for key, parameter in module.named_parameters(recurse=False) if not parameter.requires_grad]
         digest.update(repr((name, type(module).__qualname__, described, frozen)).encode())
     digest.update(repr(frozen_modules(model)).encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        if tensor.dtype == torch.bool:
+        if tensor.dtype == torch.bool and with_masks:
             digest.update(_bytes(tensor))
     return digest.hexdigest()
 

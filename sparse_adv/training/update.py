@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,11 +14,23 @@ from sparse_adv import engine
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
-from sparse_adv.nn import CommStats, register_masked_allreduce_hook
+from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
 from sparse_adv.training import distributed, objectives
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
+from sparse_adv.training.hook import UpdateHook
+
+
+class Updated(NamedTuple):
+    """What an update gives."""
+
+    loss: Tensor
+    """A scalar on the device."""
+    dense_gradients: bool
+    """Whether the gradients of pruned weights were formed too."""
+    new_costs: bool
+    """Whether passes through the network now cost more or less than before."""
 
 
 class Updater:
@@ -29,6 +42,7 @@ class Updater:
         batches: number of batches of an epoch.
         device: of the model.
         graphs: CUDA graphs of the attack to use again.
+        hook: called at each update.
 
     Attributes:
         step: number of updates made.
@@ -37,12 +51,19 @@ class Updater:
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, batches: int, device: torch.device, graphs: Graphs
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        batches: int,
+        device: torch.device,
+        graphs: Graphs,
+        hook: UpdateHook,
     ) -> None:
-        self.model, self.config, self.device = model, config, device
+        self.model, self.config, self.device, self.hook = model, config, device, hook
         self.objective = objectives.build(config, graphs=graphs)
         self.steps_per_epoch = batches * self.objective.updates
         self.step = 0
+        hook.begin(self)
         self.channels_last = wants_channels_last(device, config.precision)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -72,7 +93,9 @@ class Updater:
             x = x.to(memory_format=torch.channels_last)
         return x, y
 
-    def update(self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch) -> Tensor:
+    def update(
+        self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch
+    ) -> Updated:
         """Make one update.
 
         Args:
@@ -80,20 +103,22 @@ class Updater:
             x, y: a batch from `to_device`.
             noise: generator of the attack's random start.
             watch: gets the seconds of the phases "attack" and "update".
-
-        Returns:
-            The loss, a scalar on the device.
         """
-        config = self.config
+        config, hook = self.config, self.hook
         with watch.phase("attack"), self.autocast():
             adv = objective.craft(self.model, x, y, noise)
         with watch.phase("update"):
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
             self.optimizer.zero_grad()
-            with self.autocast():
-                loss = objective.loss(self._trained(x), x, adv, y)
-            self.scaler.scale(loss).backward()
+            collect = hook.wants_dense_gradients(self.step)
+            collecting: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
+            if collect:
+                collecting = dense_gradients(self.model)
+            with collecting as gradients:
+                with self.autocast():
+                    loss = objective.loss(self._trained(x), x, adv, y)
+                self.scaler.scale(loss).backward()
             if config.max_grad_norm:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
@@ -103,7 +128,8 @@ class Updater:
             if self.ema is not None:
                 self.ema.follow(self.model, first=self.step == 0)
             self.step += 1
-        return loss.detach()
+            new_costs = hook.after_update(self.step, gradients)
+        return Updated(loss.detach(), collect, new_costs)
 
     def _trained(self, x: Tensor) -> nn.Module:
         """What the loss calls in place of the model."""
@@ -132,7 +158,7 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that updates change; its tensors are those in use, not copies."""
-        return {
+        own = {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -140,6 +166,7 @@ class Updater:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "objective": self.objective.state_dict(),
         }
+        return own if self.hook.config is None else own | {"hook": self.hook.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from this state."""
@@ -150,6 +177,8 @@ class Updater:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.objective.load_state_dict(state["objective"])
+        if self.hook.config is not None:
+            self.hook.load_state_dict(state["hook"])
 
 
 def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:
