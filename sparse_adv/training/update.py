@@ -93,6 +93,7 @@ class Updater:
         with watch.phase("update"):
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
+                group["momentum"] = config.momentum_of(self.step, self.steps_per_epoch)
             self.optimizer.zero_grad()
             with self._perturbed(objective, x, adv, y):
                 with self.autocast():
