@@ -45,11 +45,12 @@ class TrainConfig:
         objective: training loss; `training.objectives` has the formula and the paper of each.
         epochs: passes over the training images, at least 1.
         lr: learning rate of SGD before schedule and warm-up, at least 0.
-        momentum: momentum of SGD, at least 0.
+        momentum: momentum of SGD, at least 0. The schedule onecycle moves it from 0.05 more to 0.05 less and
+            back; it needs a value in [0.05, 0.95).
         weight_decay: L2 penalty of SGD on all parameters, at least 0.
         schedule: learning rate schedule, applied at every update: piecewise (times 0.1 at each milestone), cosine
             (from lr to 0), cyclic (linear from 0 to lr in the first half of the epochs, back to 0 in the second),
-            onecycle (cosine from lr / 25 to lr in the first 30 % of the updates, then to lr / 250,000) or constant.
+            onecycle (cosine from lr / 25 to lr in the first 3/10 of the updates, then to lr / 250,000) or constant.
         milestones: fractions of the epochs, in [0, 1], after which the piecewise schedule multiplies the learning
             rate by 0.1.
         warmup_epochs: number of first epochs, fractions allowed, in which the learning rate rises linearly; 0 for no
@@ -143,6 +144,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {value!r}")
         if not isinstance(self.milestones, tuple) or not all(_is_number(m) and 0 <= m <= 1 for m in self.milestones):
             raise ValueError(f"milestones must be fractions of the epochs in [0, 1], got {self.milestones}")
+        if self.schedule == "onecycle" and not 0.05 <= self.momentum < 0.95:
+            raise ValueError(f"momentum must be in [0.05, 0.95) for schedule 'onecycle', got {self.momentum!r}")
         if self.awp_gamma and self.objective == "natural":
             raise ValueError(f"awp_gamma must be 0 for objective 'natural', which has no attack, got {self.awp_gamma}")
 
@@ -162,7 +165,7 @@ class TrainConfig:
         With t = step / steps_per_epoch epochs done of E: "piecewise" is lr / 10^(number of milestones m with t >= m E);
         "cosine" is lr (1 + cos(pi t / E)) / 2 (Loshchilov and Hutter 2017, equation 5); "cyclic" is
         lr (1 - |1 - 2 t / E|) (Wong et al. 2020, section 5), shifted by half an update so that no update has rate 0;
-        "onecycle" is `torch.optim.lr_scheduler.OneCycleLR` with its defaults and max_lr = lr (Smith and Topin 2019).
+        "onecycle" is that of PyTorch's OneCycleLR with its defaults and max_lr = lr (Smith and Topin 2019).
         A warm-up replaces lr by warmup_start_lr + (lr - warmup_start_lr) t / warmup_epochs in the same formula, so
         that milestones inside the warm-up take effect.
 
@@ -178,11 +181,25 @@ class TrainConfig:
         elif self.schedule == "cyclic":
             factor = 1 - abs(1 - 2 * (step + 1) / (self.epochs * steps_per_epoch + 1))
         elif self.schedule == "onecycle":
-            factor = _one_cycle(step, steps_per_epoch * self.epochs)
+            factor = _one_cycle(step, steps_per_epoch * self.epochs, 1 / 25, 1.0, 1 / 25 / 1e4)
         else:
             factor = 1.0
         warmup = min(1.0, (step + 1) / (self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 1.0
         return factor * (self.warmup_start_lr + (self.lr - self.warmup_start_lr) * warmup)
+
+    def momentum_of(self, step: int, steps_per_epoch: int) -> float:
+        """Return the momentum of an update: `momentum`, but for the schedule onecycle.
+
+        There it moves against the learning rate, as that of PyTorch's OneCycleLR: from momentum + 0.05 to
+        momentum - 0.05 and back.
+
+        Args:
+            step, steps_per_epoch: as in `learning_rate`.
+        """
+        if self.schedule != "onecycle":
+            return self.momentum
+        high, low = self.momentum + 0.05, self.momentum - 0.05
+        return _one_cycle(step, steps_per_epoch * self.epochs, high, low, high)
 
 
 @dataclass(frozen=True)
@@ -406,14 +423,13 @@ def _plain(value: Any) -> Any:
     return value.item() if is_scalar else value
 
 
-def _one_cycle(step: int, steps: int) -> float:
-    """The learning rate of PyTorch's OneCycleLR for a highest rate of 1: half a cosine up, another one down."""
-    start, highest, end = 1 / 25, 1.0, 1 / 25 / 1e4
-    peak, last = 0.3 * steps - 1, steps - 1
-    if step <= peak:
-        before, after, part = start, highest, step / peak
+def _one_cycle(step: int, steps: int, start: float, middle: float, end: float) -> float:
+    """Half a cosine from start to middle in the first 30 % of the steps, another one from there to the end."""
+    turn, last = 0.3 * steps - 1, steps - 1
+    if step <= turn:
+        before, after, part = start, middle, step / turn
     else:
-        before, after, part = highest, end, (step - peak) / (last - peak)
+        before, after, part = middle, end, (step - turn) / (last - turn)
     return after + (before - after) / 2 * (1 + math.cos(math.pi * part))
 
 

@@ -72,16 +72,26 @@ def test_a_value_out_of_range_is_refused_with_its_field(config, field, value):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 100, 383])
 def test_one_cycle_is_that_of_pytorch(steps):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=steps)
-    config, expected = TrainConfig(schedule="onecycle", lr=0.3, epochs=steps), []
+    config, expected, momenta = TrainConfig(schedule="onecycle", lr=0.3, epochs=steps), [], []
     for step in range(steps):
         expected.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0]["momentum"])
         optimizer.step()
         if step + 1 < steps:
             schedule.step()
     assert rates(config, range(steps)) == pytest.approx(expected, rel=1e-12)
-    assert rates(replace(config, epochs=1), range(steps), steps) == pytest.approx(expected, rel=1e-12)
+    config = replace(config, epochs=1)
+    assert rates(config, range(steps), steps) == pytest.approx(expected, rel=1e-12)
+    assert [config.momentum_of(step, steps) for step in range(steps)] == pytest.approx(momenta, rel=1e-12)
+    assert TrainConfig(momentum=0.7).momentum_of(5, 10) == 0.7
+
+
+@pytest.mark.parametrize("momentum", [0, 0.95])
+def test_one_cycle_needs_a_momentum_that_it_can_move(momentum):
+    with pytest.raises(ValueError, match=r"momentum must be in \[0.05, 0.95\) for schedule 'onecycle', got "):
+        TrainConfig(schedule="onecycle", momentum=momentum)
 
 
 def test_natural_training_has_no_attack_to_perturb_weights_with():

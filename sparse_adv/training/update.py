@@ -112,6 +112,7 @@ class Updater:
         with watch.phase("update"):
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
+                group["momentum"] = config.momentum_of(self.step, self.steps_per_epoch)
             self.optimizer.zero_grad()
             collect = hook.wants_dense_gradients(self.step)
             collecting: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
