@@ -35,6 +35,17 @@ class Updated(NamedTuple):
     """Whether passes through the network now cost more or less than before."""
 
 
+class _Fused(nn.Module):
+    """A model as `engine.fuse_for_training` returns it for each batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return engine.fuse_for_training(self.model, x)(x)
+
+
 class Updater:
     """Updates a model with SGD on the images that an objective crafts.
 
@@ -48,6 +59,7 @@ class Updater:
 
     Attributes:
         step: number of updates made.
+        trained: what the loss calls in place of the model.
         evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
         comm_stats: bytes of gradients that this process has sent; None in a run of one process.
     """
@@ -75,7 +87,7 @@ class Updater:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.evaluated = model if self.ema is None else self.ema.module
-        self.wrapped: nn.Module = model
+        self.trained: nn.Module = _Fused(model) if config.engine else model
         self.comm_stats: CommStats | None = None
 
     def prepare(self, x: Tensor) -> None:
@@ -86,7 +98,7 @@ class Updater:
         """
         if distributed.world_size() > 1 and self.comm_stats is None:
             with self.autocast():
-                self.wrapped, self.comm_stats = _average_gradients(self.model, x)
+                self.trained, self.comm_stats = _average_gradients(self.trained, x)
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a batch on the model's device, in its memory layout; the host does not wait for the copy."""
@@ -120,7 +132,7 @@ class Updater:
                 collecting = dense_gradients(self.model)
             with self._perturbed(objective, x, adv, y), collecting as gradients:
                 with self.autocast():
-                    loss = objective.loss(self._trained(x), x, adv, y)
+                    loss = objective.loss(self.trained, x, adv, y)
                 self.scaler.scale(loss).backward()
             if config.max_grad_norm:
                 self.scaler.unscale_(self.optimizer)
@@ -151,12 +163,6 @@ class Updater:
                 return self.scaler.scale(objective.loss(model, x, adv, y))
 
         return perturbed_weights(self.model, loss, self.config.awp_gamma)
-
-    def _trained(self, x: Tensor) -> nn.Module:
-        """What the loss calls in place of the model."""
-        if self.wrapped is not self.model or not self.config.engine:
-            return self.wrapped
-        return engine.fuse_for_training(self.model, x)
 
     def end_epoch(self, epoch: int) -> None:
         """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes."""
