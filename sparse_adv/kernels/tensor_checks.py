@@ -36,3 +36,17 @@ def check_size(name: str, tensor: Tensor, size: Sequence[int]) -> None:
 def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Raises RuntimeError unless the tensor has this dtype."""
     check(tensor.dtype == dtype, f"{name} must be {dtype}, got {tensor.dtype}")
+
+
+def check_layout(name: str, tensor: Tensor, layout: torch.memory_format) -> None:
+    """Raises RuntimeError unless the tensor has this layout and no gaps."""
+    fits = tensor.is_contiguous(memory_format=layout)
+    names = "NCHW" if layout == torch.contiguous_format else "channels_last"
+    check(fits, f"{name} must be {names} without gaps, got strides {list(tensor.stride())}")
+
+
+def check_apart(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises RuntimeError if two tensors without gaps share memory."""
+    first, second = tensor.data_ptr(), other.data_ptr()
+    apart = first + tensor.nbytes <= second or second + other.nbytes <= first
+    check(apart, f"{name} shares memory with {other_name}")
