@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_adv.attacks.checks import count_classes
 from sparse_adv.nn import count_macs, explain
 from sparse_adv.runs import Density
+from sparse_adv.training import distributed
 from sparse_adv.training.evaluation import Accuracy
 from sparse_adv.training.objectives import Passes
 
@@ -60,6 +61,35 @@ class Stopwatch:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
 
+class Tally:
+    """The images of an epoch's updates, counted apart for each cost of an update, and their MACs."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[NetworkCosts, Passes], int] = {}
+
+    def add(self, images: int, costs: NetworkCosts, passes: Passes) -> None:
+        """Count the images of an update of this process."""
+        key = costs, passes
+        self._images[key] = self._images.get(key, 0) + images
+
+    def summed(self, loss: float, device: torch.device) -> tuple[float, int]:
+        """Add up the images over all processes; return the sums of losses and of images of all of them.
+
+        The costs change at the same updates on all processes.
+        """
+        total_loss, *images = distributed.all_reduce_sum([loss, *map(float, self._images.values())], device)
+        self._images = {key: int(count) for key, count in zip(self._images, images, strict=True)}
+        return total_loss, sum(self._images.values())
+
+    def attack(self) -> int:
+        """Return the MACs of the attacks."""
+        return sum(count * costs.attack(passes) for (costs, passes), count in self._images.items())
+
+    def update(self) -> int:
+        """Return the MACs of the updates."""
+        return sum(count * costs.update(passes) for (costs, passes), count in self._images.items())
+
+
 class NetworkCosts:
     """The MACs of a network's passes, its densities and its number of classes, measured in one forward pass.
 
@@ -98,7 +128,8 @@ class NetworkCosts:
         """
         macs = self._per_image
         to_image = 0 if passes.to_image else macs.first_grad_input
-        return passes.update * (macs.forward + macs.grad_weight + macs.grad_input - to_image)
+        grad_weight = macs.dense if passes.dense_gradients else macs.grad_weight
+        return passes.update * (macs.forward + grad_weight + macs.grad_input - to_image)
 
     def evaluation(self, accuracies: Iterable[Accuracy]) -> int:
         """Return the MACs that it took to measure these accuracies."""

@@ -214,6 +214,22 @@ def final_test(
     return result
 
 
+def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | None:
+    """Return the first epoch of the highest validation accuracy, robust unless training is natural; None if none is.
+
+    Examples:
+        >>> best([], TrainConfig()) is None
+        True
+    """
+
+    def accuracy(record: EpochRecord) -> float:
+        value = record.clean_accuracy if config.objective == "natural" else record.robust_accuracy
+        return -1.0 if value is None else value
+
+    first = max(records, key=accuracy, default=None)
+    return None if first is None or accuracy(first) < 0 else first
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter or buffer; the CPU if it has neither."""
     tensors = itertools.chain(model.parameters(), model.buffers())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,11 +14,36 @@ from sparse_adv import engine
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
-from sparse_adv.nn import CommStats, register_masked_allreduce_hook
+from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
 from sparse_adv.training import distributed, objectives
+from sparse_adv.training.awp import perturbed_weights
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
+from sparse_adv.training.hook import UpdateHook
+from sparse_adv.training.objectives import Passes
+
+
+class Updated(NamedTuple):
+    """What an update gives."""
+
+    loss: Tensor
+    """A scalar on the device."""
+    passes: Passes
+    """Those that it took."""
+    new_costs: bool
+    """Whether passes through the network now cost more or less than before."""
+
+
+class _Fused(nn.Module):
+    """A model as `engine.fuse_for_training` returns it for each batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return engine.fuse_for_training(self.model, x)(x)
 
 
 class Updater:
@@ -29,20 +55,29 @@ class Updater:
         batches: number of batches of an epoch.
         device: of the model.
         graphs: CUDA graphs of the attack to use again.
+        hook: called at each update.
 
     Attributes:
         step: number of updates made.
+        trained: what the loss calls in place of the model.
         evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
         comm_stats: bytes of gradients that this process has sent; None in a run of one process.
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, batches: int, device: torch.device, graphs: Graphs
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        batches: int,
+        device: torch.device,
+        graphs: Graphs,
+        hook: UpdateHook,
     ) -> None:
-        self.model, self.config, self.device = model, config, device
+        self.model, self.config, self.device, self.hook = model, config, device, hook
         self.objective = objectives.build(config, graphs=graphs)
         self.steps_per_epoch = batches * self.objective.updates
         self.step = 0
+        hook.begin(self)
         self.channels_last = wants_channels_last(device, config.precision)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -52,7 +87,7 @@ class Updater:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.evaluated = model if self.ema is None else self.ema.module
-        self.wrapped: nn.Module = model
+        self.trained: nn.Module = _Fused(model) if config.engine else model
         self.comm_stats: CommStats | None = None
 
     def prepare(self, x: Tensor) -> None:
@@ -63,7 +98,7 @@ class Updater:
         """
         if distributed.world_size() > 1 and self.comm_stats is None:
             with self.autocast():
-                self.wrapped, self.comm_stats = _average_gradients(self.model, x)
+                self.trained, self.comm_stats = _average_gradients(self.trained, x)
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a batch on the model's device, in its memory layout; the host does not wait for the copy."""
@@ -72,7 +107,9 @@ class Updater:
             x = x.to(memory_format=torch.channels_last)
         return x, y
 
-    def update(self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch) -> Tensor:
+    def update(
+        self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch
+    ) -> Updated:
         """Make one update.
 
         Args:
@@ -80,20 +117,23 @@ class Updater:
             x, y: a batch from `to_device`.
             noise: generator of the attack's random start.
             watch: gets the seconds of the phases "attack" and "update".
-
-        Returns:
-            The loss, a scalar on the device.
         """
-        config = self.config
+        config, hook = self.config, self.hook
         with watch.phase("attack"), self.autocast():
             adv = objective.craft(self.model, x, y, noise)
         with watch.phase("update"):
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
+                group["momentum"] = config.momentum_of(self.step, self.steps_per_epoch)
             self.optimizer.zero_grad()
-            with self.autocast():
-                loss = objective.loss(self._trained(x), x, adv, y)
-            self.scaler.scale(loss).backward()
+            collect = hook.wants_dense_gradients(self.step)
+            collecting: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
+            if collect:
+                collecting = dense_gradients(self.model)
+            with self._perturbed(objective, x, adv, y), collecting as gradients:
+                with self.autocast():
+                    loss = objective.loss(self.trained, x, adv, y)
+                self.scaler.scale(loss).backward()
             if config.max_grad_norm:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
@@ -101,23 +141,37 @@ class Updater:
             self.scaler.update()
             objective.after_update()
             if self.ema is not None:
-                self.ema.follow(self.model, first=self.step == 0)
+                self.ema.follow(self.model, self.step)
             self.step += 1
-        return loss.detach()
+            new_costs = hook.after_update(self.step, gradients)
+        return Updated(loss.detach(), self._passes(objective, collect), new_costs)
 
-    def _trained(self, x: Tensor) -> nn.Module:
-        """What the loss calls in place of the model."""
-        if self.wrapped is not self.model or not self.config.engine:
-            return self.wrapped
-        return engine.fuse_for_training(self.model, x)
+    def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
+        """Those of an update with this objective; AWP forms the gradients of weights once more."""
+        passes = objective.passes._replace(dense_gradients=dense_gradients)
+        return passes._replace(update=2 * passes.update) if self.config.awp_gamma else passes
+
+    def _perturbed(
+        self, objective: objectives.Natural, x: Tensor, adv: Tensor, y: Tensor
+    ) -> AbstractContextManager[None]:
+        """The weights at which the gradient of an update is formed: those of the model without AWP."""
+        if not self.config.awp_gamma:
+            return nullcontext()
+
+        def loss(model: nn.Module) -> Tensor:
+            with self.autocast():
+                return self.scaler.scale(objective.loss(model, x, adv, y))
+
+        return perturbed_weights(self.model, loss, self.config.awp_gamma)
 
     def end_epoch(self, epoch: int) -> None:
-        """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes and copied to the EMA."""
+        """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes."""
         # The schedule counts whole epochs, also if a run of "free" trained this one with PGD, in fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
         self.model.eval()
         distributed.average_buffers(self.model)
         if self.ema is not None:
+            distributed.average_buffers(self.ema.module)
             self.ema.copy_buffers(self.model)
 
     def autocast(self) -> torch.autocast:
@@ -132,7 +186,7 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that updates change; its tensors are those in use, not copies."""
-        return {
+        own = {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -140,6 +194,7 @@ class Updater:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "objective": self.objective.state_dict(),
         }
+        return own if self.hook.config is None else own | {"hook": self.hook.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from this state."""
@@ -150,6 +205,8 @@ class Updater:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.objective.load_state_dict(state["objective"])
+        if self.hook.config is not None:
+            self.hook.load_state_dict(state["hook"])
 
 
 def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:
