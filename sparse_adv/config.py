@@ -21,12 +21,15 @@ Objective = Literal[
 Schedule = Literal["piecewise", "cosine", "cyclic", "onecycle", "constant"]
 Norm = Literal["linf", "l2"]
 Precision = Literal["float32", "bfloat16", "float16"]
-Scope = Literal["global", "uniform", "erk"]
+Scope = Literal["global", "uniform", "erk", "igq"]
+Method = Literal["none", "static", "flying-bird", "rigl", "set", "gmp"]
+Growth = Literal["gradient", "random"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 NORMS: tuple[str, ...] = get_args(Norm)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+METHODS: tuple[str, ...] = get_args(Method)
 
 _ALPHA_OVER_EPS = {"fgsm-rs": 1.25, "pgd": 0.25, "trades": 0.25, "mart": 0.25}
 """Default step size as a multiple of eps, from the paper of each objective; 1 for those that are not here."""
@@ -210,7 +213,7 @@ class PruneConfig:
         block: shape of the blocks of weights that are kept or pruned together, BO,BI or BO,BI,BR,BS (output channels,
             input channels, filter rows, filter columns).
         scope: how the kept weights are distributed over layers: global (one ranking), uniform (the same density in
-            each layer) or erk (Erdos-Renyi-kernel).
+            each layer), erk (Erdos-Renyi-kernel) or igq (ideal gas quotas); `masks.prune` has the formulas.
         score: importance of a weight: magnitude, or relative_magnitude (divided by the mean magnitude of its layer);
             in Python also a function (module name, weight) -> scores.
         linear: prune the weights of linear layers too, not only those of convolutions.
@@ -261,6 +264,88 @@ class PruneConfig:
         """Return a copy that can be written to a file: a score that is a function is replaced by its name."""
         name = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", repr(self.score))
         return replace(self, score=name)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Hyperparameters of training that is sparse from the first step, or becomes sparse in its course.
+
+    `density`, `block`, `scope` and `linear` are arguments of `masks.prune`, which validates them.
+
+    Args:
+        method: how masks arise: none (no masks but those of a ticket), static (random, and never changed), flying-bird,
+            rigl and set (random; blocks are dropped and grown), or gmp (all weights at first, then fewer and fewer).
+        density: fraction of the weights that are kept; gmp reaches it at its last change.
+        block: shape of the blocks of weights that are kept or pruned together, BO,BI or BO,BI,BR,BS (output channels,
+            input channels, filter rows, filter columns).
+        scope: how the kept weights are distributed over layers: global (one ranking), uniform (the same density in
+            each layer), erk (Erdos-Renyi-kernel) or igq (ideal gas quotas); null for that of the method: igq for
+            flying-bird, uniform for gmp, erk for the others.
+        linear: whether linear layers get masks too, not only convolutions.
+        interval: updates from one change of the masks to the next, at least 1.
+        drop_fraction: fraction of the kept blocks, in [0, 1], that the first change drops and replaces; null for 0.5
+            with flying-bird and 0.3 with rigl and set. It falls to 0 at the last change, along a half cosine.
+        change_until: fraction of the updates, in [0, 1], after which the masks stay; null for 0.75 with rigl and gmp
+            and 1 with flying-bird and set.
+        growth: which blocks are grown: those of the largest gradient, or random ones; null for random with set
+            and gradient with the others.
+        dense_epochs: number of first epochs that are trained without masks, fractions allowed; then the weights of
+            largest magnitude are kept. gmp begins to prune there.
+        rescale_init: multiply the initial weights of each output channel by the root of (its weights / its kept
+            weights), so that outputs have the variance that they have without masks.
+
+    Raises:
+        ValueError: if a value is out of range, naming the field and the value.
+
+    Source: Chen et al. 2022 (Flying Bird), Evci et al. 2020 (RigL), Mocanu et al. 2018 (SET), Zhu and Gupta 2017
+    (gradual magnitude pruning), Evci et al. 2022, section 3.1 (rescaled initial weights).
+
+    Examples:
+        >>> config = MethodConfig("rigl", density=0.1, block=(4, 4))
+        >>> config.scope, config.resolved().scope
+        (None, 'erk')
+    """
+
+    method: Method = "none"
+    density: float = 0.1
+    block: tuple[int, ...] = (1, 1)
+    scope: Scope | None = None
+    linear: bool = True
+    interval: int = 100
+    drop_fraction: float | None = None
+    change_until: float | None = None
+    growth: Growth | None = None
+    dense_epochs: float = 0.0
+    rescale_init: bool = False
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        _require_one_of("method", self.method, METHODS)
+        _require_integer("interval", self.interval, least=1)
+        _require_number("dense_epochs", self.dense_epochs)
+        for name in ("density", "drop_fraction", "change_until"):
+            value = getattr(self, name)
+            if not (value is None and name != "density") and not (_is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        if self.scope is not None:
+            _require_one_of("scope", self.scope, get_args(Scope))
+        if self.growth is not None:
+            _require_one_of("growth", self.growth, get_args(Growth))
+
+    def resolved(self) -> MethodConfig:
+        """Return a copy in which the method's own values replace None."""
+        own: dict[str, Any] = {"scope": "erk", "drop_fraction": 0.3, "change_until": 1.0, "growth": "gradient"}
+        own |= _OF_METHOD.get(self.method, {})
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+
+_OF_METHOD: dict[str, dict[str, Any]] = {
+    "flying-bird": {"scope": "igq", "drop_fraction": 0.5},
+    "rigl": {"change_until": 0.75},
+    "set": {"growth": "random"},
+    "gmp": {"scope": "uniform", "change_until": 0.75},
+}
+"""Values of the methods, from their papers and code, that differ from those of `MethodConfig.resolved`."""
 
 
 @dataclass(frozen=True)

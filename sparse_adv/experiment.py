@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparse_adv import data, json_files, masks, models, runs, tickets
-from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv import data, json_files, masks, methods, models, runs, tickets
+from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Density, EpochRecord, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
@@ -47,6 +47,20 @@ def build_network(config: NetworkConfig, dataset: data.Dataset, seed: int, devic
         data=dataset.name,
     )
     return model.to(device)
+
+
+def load_network(
+    config: NetworkConfig, dataset: data.Dataset, pruned: masks.Ticket, normalize: str | None = None
+) -> nn.Module:
+    """Return the network of a checkpoint for the images of a data set, in eval mode, see `models.load_checkpoint`."""
+    return models.load_checkpoint(
+        pruned,
+        config.arch,
+        normalize=normalize,
+        width=config.width,
+        classes=dataset.classes,
+        input_shape=dataset.input_shape,
+    )
 
 
 def load_ticket(path: Path, *, reinit: bool = False, shuffle: bool = False) -> tuple[masks.Ticket, TicketSource]:
@@ -148,14 +162,15 @@ class SearchRun:
 
 
 class TrainRun:
-    """A training run in a run folder, dense or of a ticket. A run that was stopped continues.
+    """A training run in a run folder, dense, of a ticket or of a method. A run that was stopped continues.
 
     Args:
         folder: of the run.
         train, images, network: the configurations.
         dataset: the images, from `load_data`.
         device: of the network.
-        ticket: a ticket and its description, from `load_ticket`; None for a dense run.
+        ticket: a ticket and its description, from `load_ticket`; None to start from a dense network.
+        method: makes and changes masks in the course of training; None for none.
         name: what reports call the run; None for the folder's name.
 
     Raises:
@@ -183,10 +198,12 @@ class TrainRun:
         device: torch.device,
         *,
         ticket: tuple[masks.Ticket, TicketSource] | None = None,
+        method: MethodConfig | None = None,
         name: str | None = None,
     ) -> None:
         self.folder, self.train, self.dataset = folder, train, dataset
         self.masks: dict[str, torch.Tensor] = {}
+        hook = None if method is None else methods.SparseTraining(method)
         if ticket is None:
             self.model = build_network(network, dataset, train.seed, device)
             source, density, before = None, runs.DENSE, runs.NO_COST
@@ -198,10 +215,13 @@ class TrainRun:
             start = replace(start, masks=self.masks)
             tickets.restore(self.model, start, (1, *dataset.input_shape), weights=not source.reinit)
             density, before = density_of(self.model, self.masks, dataset), tickets.cost_of(start)
+        if method is not None:
+            density = density_of(self.model, methods.random_masks(self.model, method, train.seed), dataset)
         self.batches = make_batches(images, dataset, train.seed)
         info = RunInfo(
             "train",
             train,
+            method=method,
             data=images,
             network=network,
             ticket=source,
@@ -212,8 +232,10 @@ class TrainRun:
         )
         _begin(folder, info)
         self.training = Training(
-            self.model, self.batches, train, validation=dataset.validation, folder=folder, before=before
+            self.model, self.batches, train, validation=dataset.validation, folder=folder, before=before, hook=hook
         )
+        if hook is not None:
+            self.masks = hook.masks()
 
     @property
     def updates(self) -> int:

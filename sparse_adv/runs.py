@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from sparse_adv import json_files
-from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig, make_plain
+from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig, make_plain
 from sparse_adv.facts import Machine, Software, machine, software
 
 INFO = "run.json"
@@ -83,6 +83,8 @@ class RunInfo:
     network: NetworkConfig | None = None
     ticket: TicketSource | None = None
     """None for a dense run."""
+    method: MethodConfig | None = None
+    """Of training that makes and changes its masks itself."""
     world_size: int = 1
     """Number of processes that share each batch."""
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
@@ -235,12 +237,24 @@ def begin(folder: Path, info: RunInfo) -> None:
         raise ValueError(f"{folder} holds a run with other settings ({changes}): take another folder, or delete it")
 
 
-def begin_training(folder: Path, train: TrainConfig, world_size: int, before: Cost = NO_COST) -> None:
+def begin_training(
+    folder: Path, train: TrainConfig, world_size: int, before: Cost = NO_COST, method: MethodConfig | None = None
+) -> None:
     """`begin` for a caller that does not know the images and the network; those of the folder are not compared."""
+    _begin_with(folder, RunInfo("train", train, method=method, world_size=world_size, before=before))
+
+
+def begin_search(folder: Path, train: TrainConfig, prune: PruneConfig, world_size: int) -> None:
+    """As `begin_training`, for a ticket search."""
+    _begin_with(folder, RunInfo("search", train, prune.named(), world_size=world_size))
+
+
+def _begin_with(folder: Path, own: RunInfo) -> None:
     path = folder / INFO
-    info = json_files.read(RunInfo, path) if path.exists() else RunInfo("train", train, before=before)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    begin(folder, replace(info, train=train, world_size=world_size, deterministic=deterministic))
+    if path.exists():
+        known = json_files.read(RunInfo, path)
+        own = replace(own, data=known.data, network=known.network, ticket=known.ticket, before=known.before)
+    begin(folder, own)
 
 
 def read(folder: Path | str) -> Run:

@@ -170,6 +170,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any
         yes_no = ActionYesNo(no_prefix="no-")
         group.add_argument(f"--{field.name.replace('_', '-')}", action=yes_no, help=help, default=default)
         return
+    hint = next((each for each in get_args(hint) if get_origin(each) is Literal), hint)  # of Literal[...] | None
     if get_origin(hint) is Literal:
         parse, metavar = partial(one_of, get_args(hint)), f"{{{','.join(get_args(hint))}}}"
     else:

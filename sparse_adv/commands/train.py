@@ -1,4 +1,4 @@
-"""`train`: adversarial training, dense or from a ticket."""
+"""`train`: adversarial training, dense, from a ticket or sparse from the first step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparse_adv import experiment
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import write_config
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, TrainConfig
+from sparse_adv.config import DataConfig, MethodConfig, TrainConfig
 from sparse_adv.experiment import TrainRun
 from sparse_adv.json_files import to_json
 from sparse_adv.memory import keep_freed_memory
@@ -20,7 +20,7 @@ CONFIGURABLE = True
 
 @dataclass(frozen=True)
 class Options:
-    """Train a network adversarially, dense or from a ticket, and test it once, at the end.
+    """Train a network adversarially, dense, from a ticket or sparse from the first step, and test it once, at the end.
 
     After an interruption the same command continues after the last whole epoch; on a CPU, and on a GPU with
     --deterministic, it ends with the same weights, bit for bit. Under torchrun --nproc-per-node N the N processes share
@@ -30,7 +30,7 @@ class Options:
     Args:
         out: folder of the run.
         name: name of the run in reports; the default is the name of the folder.
-        ticket: ticket, or pruned checkpoint of another tool; the default is dense training.
+        ticket: ticket, or pruned checkpoint of another tool; the default is dense training, or that of --method.
         reinit: control: the mask of the ticket with fresh initial weights.
         shuffle: control: a random mask with the density of the ticket in each layer.
         arch: name of an architecture of `sparse_adv.models`; the default is the one of the ticket.
@@ -54,10 +54,13 @@ class Options:
     json: bool | None = None
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    method: MethodConfig = MethodConfig()
 
     def __post_init__(self) -> None:
         if self.ticket is None and (self.reinit or self.shuffle):
             raise ValueError("--reinit and --shuffle are controls of a ticket: name it with --ticket")
+        if self.ticket is not None and self.method.method != "none":
+            raise ValueError(f"--method {self.method.method} makes its own masks: leave out --ticket")
 
 
 def run(options: Options) -> int:
@@ -79,6 +82,7 @@ def run(options: Options) -> int:
             dataset,
             device,
             ticket=ticket,
+            method=options.method if options.method.method != "none" else None,
             name=options.name,
         )
         write_config(options.out, options)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.masks.allocation import SCOPES, targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.masks.layers import computes_as_its_class, maskable, unknown_module
@@ -33,7 +34,6 @@ def _relative_magnitude(name: str, weight: Tensor) -> Tensor:
 
 
 _SCORES: dict[str, Score] = {"magnitude": _magnitude, "relative_magnitude": _relative_magnitude}
-_SCOPES = ("global", "uniform", "erk")
 _STRUCTURES = ("filter", "channel")
 
 
@@ -63,7 +63,8 @@ def prune(
             block; "channel": all weights that read an input channel. `nn.shrink` removes pruned filters and channels.
         scope: how the weights kept are distributed over layers. "global": one ranking of all weights. "uniform": the
             same density in each layer. "erk" (Erdos-Renyi-kernel): density of each layer proportional to
-            (K + C + R + S) / (K C R S), for linear layers (K + C) / (K C), but at most 1.
+            (K + C + R + S) / (K C R S), for linear layers (K + C) / (K C), but at most 1. "igq" (ideal gas quotas): of
+            the n weights of a layer, n / (1 + f n) are kept, with one f for all layers.
         score: "magnitude": |w|. "relative_magnitude": |w| / (mean |w| of the layer). Or a function of (module name,
             weight) that returns a tensor of the weight's shape without negative values.
         exclude: names of layers that are not candidates and get no mask.
@@ -81,7 +82,7 @@ def prune(
         ValueError: if an argument is out of range, or a score is NaN or negative or has a wrong shape.
 
     Source: Frankle and Carbin, "The lottery ticket hypothesis" (ICLR 2019) for magnitude; Evci et al., "Rigging the
-    lottery" (ICML 2020), section 3, for ERK.
+    lottery" (ICML 2020), section 3, for ERK; Vysogorets and Kempe, "Connectivity matters" (JMLR 2023), for IGQ.
 
     Examples:
         >>> from torch import nn
@@ -147,8 +148,8 @@ class Candidates:
         """Collect the candidates of a model; arguments and errors are those of `prune`."""
         if not isinstance(density, int | float) or not 0 <= density <= 1:
             raise ValueError(f"density must be a number in [0, 1], got {density!r}")
-        if scope not in _SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, got {scope!r}")
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
         if not callable(score) and score not in _SCORES:
             raise ValueError(f"score must be a function or one of {', '.join(_SCORES)}, got {score!r}")
         layers = maskable(model, linear)
@@ -164,7 +165,7 @@ class Candidates:
         owner = {name: first.setdefault(id(layers[name].weight), name) for name in weights}
         shapes = {name: weights[name].shape for name in first.values()}
         function = score if callable(score) else _SCORES[score]
-        return cls(weights, owner, shapes, _targets(shapes, float(density), scope), function)
+        return cls(weights, owner, shapes, targets_of(shapes, float(density), scope), function)
 
     def scores(self, name: str) -> Tensor:
         """Return the scores of a layer, float64 on the CPU; raise ValueError if shape or values are invalid."""
@@ -271,29 +272,3 @@ def _joint_scores(
         # A single layer keeps its own scores, without the rounding of squaring and taking the root.
         joint_scores[first] = scores[first] if len(names) == 1 else (squares.sum(0) / joint_sizes[first]).sqrt()
     return joint_scores, joint_sizes
-
-
-def _targets(shapes: Mapping[str, torch.Size], density: float, scope: str) -> dict[tuple[str, ...], int]:
-    """For each set of layers that is ranked together, the number of weights to keep."""
-    if scope == "global":
-        return {tuple(shapes): round(density * sum(shape.numel() for shape in shapes.values()))}
-    densities = _erk_densities(shapes, density) if scope == "erk" else dict.fromkeys(shapes, density)
-    return {(name,): round(densities[name] * shape.numel()) for name, shape in shapes.items()}
-
-
-def _erk_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
-    """min(1, scale * (sum of sizes) / (product of sizes)) for each layer, with the scale that gives the total density.
-
-    Layers whose density would exceed 1 are kept whole, and the scale is computed again for the remaining layers.
-    """
-    whole: set[str] = set()
-    budget = density * sum(shape.numel() for shape in shapes.values())
-    while True:
-        remaining = {name: shape for name, shape in shapes.items() if name not in whole}
-        weights_left = budget - sum(shapes[name].numel() for name in whole)
-        scale = weights_left / sum(sum(shape) for shape in remaining.values()) if remaining else 0.0
-        densities = {name: scale * sum(shape) / shape.numel() for name, shape in remaining.items()}
-        over = {name for name, shape in remaining.items() if scale * sum(shape) > shape.numel()}
-        if not over:
-            return dict.fromkeys(whole, 1.0) | densities
-        whole |= over

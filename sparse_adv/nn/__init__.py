@@ -6,6 +6,7 @@ Modules above `nn` must not depend on kernels; modules below it must not depend 
 from sparse_adv.nn.allreduce_hook import CommStats, register_masked_allreduce_hook
 from sparse_adv.nn.conversion import densify, frozen_weights, sparsify
 from sparse_adv.nn.dead_channels import dead_channels, zero_dead_channels
+from sparse_adv.nn.dense_gradients import dense_gradients
 from sparse_adv.nn.explanation import Explanation, explain
 from sparse_adv.nn.macs import Macs, count_macs, mac_density
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
@@ -22,6 +23,7 @@ __all__ = [
     "ShrinkResult",
     "count_macs",
     "dead_channels",
+    "dense_gradients",
     "densify",
     "explain",
     "frozen_weights",

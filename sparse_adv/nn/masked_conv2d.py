@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.common_types import _size_2_t
+from torch.nn.grad import conv2d_weight
 from torch.optim import Optimizer
 
 from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.compiled_mask_check import header_of_mask
+from sparse_adv.nn.compiled_mask_check import header_of_mask, is_exporting
+from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape, mode_of
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
@@ -203,11 +205,16 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         weight, bias, pattern = self._frozen or (self.weight, self.bias, self.pattern)
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not is_exporting():
             header = header_of_mask(pattern.header, self.weight_mask, pattern.mask)
             pattern = replace(pattern, header=header)
         input, padding = self.padded(input)
-        return masked_conv2d(input, weight, pattern, bias, self.stride, padding, self.dilation, self.groups)
+        convolution = self.stride, padding, self.dilation, self.groups
+        if self.is_frozen or not is_collecting(self):
+            return masked_conv2d(input, weight, pattern, bias, *convolution)
+        output = masked_conv2d(input, weight.detach(), pattern, bias, *convolution)
+        shape = weight.shape
+        return with_dense_gradient(self, input, output, lambda x, g: conv2d_weight(x, shape, g, *convolution))
 
     def plan(self, input: Tensor) -> Plan:
         """Which kernel each pass takes for an input, why, and the MACs that it executes: `ops.plan` of this layer.

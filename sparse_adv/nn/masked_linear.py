@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
+from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape, mode_of
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
@@ -92,7 +93,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             return self._node(input)
         self.refresh()
         weight, bias = self._frozen or (self._masked_weight(), self.bias)
-        return F.linear(input, weight, bias)
+        if self.is_frozen or not is_collecting(self):
+            return F.linear(input, weight, bias)
+        output = F.linear(input, weight.detach(), bias)
+        return with_dense_gradient(self, input, output, _grad_weight)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.weight_mask.is_meta else f", density={self.density:.4g}")
@@ -109,6 +113,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, bias
+
+
+def _grad_weight(input: Tensor, grad_output: Tensor) -> Tensor:
+    return grad_output.reshape(-1, grad_output.shape[-1]).T @ input.reshape(-1, input.shape[-1])
 
 
 def check_linear_mask(linear: nn.Linear, mask: Tensor) -> None:

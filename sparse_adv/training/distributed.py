@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -155,10 +155,29 @@ def average_buffers(model: nn.Module) -> None:
         return
     flat = torch.cat([buffer.detach().flatten().float() for buffer in buffers])
     dist.all_reduce(flat)
-    parts = (flat / world_size()).split([buffer.numel() for buffer in buffers])
+    _unflatten(flat / world_size(), buffers)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors of one device and dtype by their means over all processes."""
+    if world_size() > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        _unflatten(flat.div_(world_size()), tensors)
+
+
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors of one device and dtype by those of rank 0."""
+    if world_size() > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.broadcast(flat, 0)
+        _unflatten(flat, tensors)
+
+
+def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def barrier() -> None:

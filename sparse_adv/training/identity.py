@@ -35,11 +35,18 @@ _in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 
 
 def of_run(
-    model: nn.Module, batches: Iterable[Any], validation: Split | Iterable[Any] | None, seed: int
+    model: nn.Module,
+    batches: Iterable[Any],
+    validation: Split | Iterable[Any] | None,
+    seed: int,
+    masks_change: bool = False,
 ) -> dict[str, Any]:
-    """Return what must be the same when a run is continued, beside its configuration."""
+    """Return what must be the same when a run is continued, beside its configuration.
+
+    Masks that change in the course of training belong to the weights, others to the network.
+    """
     return {
-        "network": network_digest(model),
+        "network": network_digest(model, with_masks=not masks_change),
         "weights": weights_digest(model.state_dict()),
         "batches": images_digest(batches, seed),
         "validation": images_digest(validation, seed),
@@ -69,16 +76,21 @@ def check_continues(
     begun = state["identity"][distributed.rank()]
     # The weights may be those that the folder was begun with, or those that it ended with.
     same_weights = own["weights"] in (begun["weights"], weights_digest(state["model"]))
+    check_same(folder, own if not same_weights else own | {"weights": begun["weights"]}, begun, model)
+    return begun
+
+
+def check_same(folder: Path, own: dict[str, Any], begun: dict[str, Any], model: nn.Module) -> None:
+    """Raises ValueError if the run in a folder was begun with another network or other images; both are `of_run`."""
     parts = {
         "network": own["network"] == begun["network"],
-        "initial weights": same_weights or was_interrupted(model, folder),
+        "initial weights": own["weights"] == begun["weights"] or was_interrupted(model, folder),
         "training images": own["batches"] == begun["batches"],
         "validation images": own["validation"] == begun["validation"],
     }
     for part, matches in parts.items():
         if not matches:
             raise ValueError(f"{folder} holds a run with other {part}: take another folder, or delete it")
-    return begun
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -99,8 +111,12 @@ def tell_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> N
             )
 
 
-def network_digest(model: nn.Module) -> str:
+def network_digest(model: nn.Module, with_masks: bool = True) -> str:
     """Return the digest of what a model is: its modules, those that are frozen, shapes and dtypes, and its masks.
+
+    Args:
+        model: any module.
+        with_masks: whether models that differ only in their masks have different digests.
 
     Examples:
         >>> network_digest(nn.Linear(2, 1)) == network_digest(nn.Linear(2, 1))
@@ -112,12 +128,14 @@ def network_digest(model: nn.Module) -> str:
     for name, module in model.named_modules():
         # Addresses in descriptions of functions differ between processes.
         described = re.sub(r" at 0x[0-9a-f]+", "", module.extra_repr())
+        if not with_masks:
+            described = re.sub(r", density=[^,]*", "", described)
         frozen = [key for key, parameter in module.named_parameters(recurse=False) if not parameter.requires_grad]
         digest.update(repr((name, type(module).__qualname__, described, frozen)).encode())
     digest.update(repr(frozen_modules(model)).encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        if tensor.dtype == torch.bool:
+        if tensor.dtype == torch.bool and with_masks:
             digest.update(_bytes(tensor))
     return digest.hexdigest()
 
@@ -176,18 +194,22 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
 @contextmanager
 def training_of(model: nn.Module, folder: Path | None) -> Iterator[None]:
     """Mark a model as being in training for a folder; after an exception the mark stays, see `was_interrupted`."""
+    outer = _in_training.get(model)
     if folder is not None:
         _in_training[model] = folder.resolve()
     yield
     _in_training.pop(model, None)
+    if outer is not None:
+        _in_training[model] = outer
 
 
 def was_interrupted(model: nn.Module, folder: Path) -> bool:
-    """Return whether this process trained the model for this folder and was interrupted in it.
+    """Return whether this process trained the model for this folder, or one inside, and was interrupted in it.
 
     Such a model has weights of the middle of an epoch, which are replaced by those of the folder.
     """
-    return _in_training.get(model) == folder.resolve()
+    interrupted, folder = _in_training.get(model), folder.resolve()
+    return interrupted is not None and folder in (interrupted, *interrupted.parents)
 
 
 def _length(images: Any) -> int:

@@ -27,6 +27,7 @@ from sparse_adv.training.checkpoint import damaged, read_state, write_state, wri
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
 from sparse_adv.training.devices import reads_at_once
 from sparse_adv.training.evaluation import Images, best, clean_accuracy, model_device, robust_accuracy
+from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.update import Updater
@@ -60,7 +61,7 @@ class Training:
     """A run in progress, epoch by epoch; `train` runs it to its end. Each process of a distributed run makes one.
 
     Args:
-        model, batches, config, validation, folder, before: as in `train`.
+        model, batches, config, validation, folder, before, hook: as in `train`.
 
     Attributes:
         records: of the epochs so far.
@@ -90,14 +91,15 @@ class Training:
         validation: Images | None = None,
         folder: Path | None = None,
         before: Cost = NO_COST,
+        hook: UpdateHook | None = None,
     ) -> None:
         self.batches, self.config, self.validation, self.folder = batches, config, validation, folder
         self.device = model_device(model)
         self.frozen = frozen_modules(model)
-        self.identity = {} if folder is None else identity.of_run(model, batches, validation, config.seed)
         self.graphs = Graphs()
-        self.updater = Updater(model, config, _count(batches), self.device, self.graphs)
+        self.updater = Updater(model, config, _count(batches), self.device, self.graphs, hook or UpdateHook())
         self.evaluated = self.updater.evaluated
+        self.identity = {} if folder is None else identity.of_run(model, batches, validation, config.seed, bool(hook))
         self.monitor: OverfittingMonitor | None = None
         if config.overfitting_monitor and config.objective != "natural" and validation is not None:
             self.monitor = OverfittingMonitor(validation, config, self.graphs)
@@ -162,8 +164,12 @@ class Training:
                     y = self.validator.check(x, y, costs.classes)
                 updater.prepare(x)
                 for _ in range(objective.updates):
-                    loss_sum += updater.update(objective, x, y, noise, watch) * len(y)
-                    tally.add(len(y), costs, updater.passes(objective))
+                    updated = updater.update(objective, x, y, noise, watch)
+                    loss_sum += updated.loss * len(y)
+                    tally.add(len(y), costs, updated.passes)
+                    if updated.new_costs:
+                        self.costs = None
+                        costs = self._costs_for(x)
                     if on_step:
                         on_step(updater.step)
         if self.validator is not None:
@@ -184,7 +190,7 @@ class Training:
         )
 
     def _costs_for(self, x: Tensor) -> NetworkCosts:
-        """The costs of the network, measured on the first batch; on a GPU the host waits for that."""
+        """The costs of the network, measured on the first batch, and when they change; the host waits for a GPU."""
         if self.costs is None:
             with self.updater.autocast():
                 self.costs = NetworkCosts(self.updater.model, x)
@@ -313,6 +319,7 @@ def train(
     validation: Images | None = None,
     folder: Path | str | None = None,
     before: Cost = NO_COST,
+    hook: UpdateHook | None = None,
     on_epoch: Callable[[EpochRecord], object] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> list[EpochRecord]:
@@ -338,6 +345,7 @@ def train(
             the choice of the best epoch and for the overfitting monitor.
         folder: where to write records, weights and state, see `sparse_adv.runs`; None to write nothing.
         before: cost of the ticket search that the run builds on.
+        hook: a method that changes the network in the course of training; `methods.train` passes its own.
         on_epoch: called with the record of each epoch after it is saved; if it returns True, training ends. Epochs of
             an earlier call come first.
         on_step: called after each update with the number of updates so far.
@@ -362,8 +370,8 @@ def train(
     """
     folder = None if folder is None else Path(folder)
     if folder is not None and distributed.rank() == 0:
-        runs.begin_training(folder, config, distributed.world_size(), before)
-    training = Training(model, batches, config, validation=validation, folder=folder, before=before)
+        runs.begin_training(folder, config, distributed.world_size(), before, hook.config if hook else None)
+    training = Training(model, batches, config, validation=validation, folder=folder, before=before, hook=hook)
     records = []
     for record in training.epochs(on_step):
         records.append(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,13 +14,25 @@ from sparse_adv import engine
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
-from sparse_adv.nn import CommStats, register_masked_allreduce_hook
+from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
 from sparse_adv.training import distributed, objectives
 from sparse_adv.training.awp import perturbed_weights
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
+from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.objectives import Passes
+
+
+class Updated(NamedTuple):
+    """What an update gives."""
+
+    loss: Tensor
+    """A scalar on the device."""
+    passes: Passes
+    """Those that it took."""
+    new_costs: bool
+    """Whether passes through the network now cost more or less than before."""
 
 
 class Updater:
@@ -32,6 +44,7 @@ class Updater:
         batches: number of batches of an epoch.
         device: of the model.
         graphs: CUDA graphs of the attack to use again.
+        hook: called at each update.
 
     Attributes:
         step: number of updates made.
@@ -40,12 +53,19 @@ class Updater:
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, batches: int, device: torch.device, graphs: Graphs
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        batches: int,
+        device: torch.device,
+        graphs: Graphs,
+        hook: UpdateHook,
     ) -> None:
-        self.model, self.config, self.device = model, config, device
+        self.model, self.config, self.device, self.hook = model, config, device, hook
         self.objective = objectives.build(config, graphs=graphs)
         self.steps_per_epoch = batches * self.objective.updates
         self.step = 0
+        hook.begin(self)
         self.channels_last = wants_channels_last(device, config.precision)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -75,7 +95,9 @@ class Updater:
             x = x.to(memory_format=torch.channels_last)
         return x, y
 
-    def update(self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch) -> Tensor:
+    def update(
+        self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch
+    ) -> Updated:
         """Make one update.
 
         Args:
@@ -83,11 +105,8 @@ class Updater:
             x, y: a batch from `to_device`.
             noise: generator of the attack's random start.
             watch: gets the seconds of the phases "attack" and "update".
-
-        Returns:
-            The loss, a scalar on the device.
         """
-        config = self.config
+        config, hook = self.config, self.hook
         with watch.phase("attack"), self.autocast():
             adv = objective.craft(self.model, x, y, noise)
         with watch.phase("update"):
@@ -95,7 +114,11 @@ class Updater:
                 group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
                 group["momentum"] = config.momentum_of(self.step, self.steps_per_epoch)
             self.optimizer.zero_grad()
-            with self._perturbed(objective, x, adv, y):
+            collect = hook.wants_dense_gradients(self.step)
+            collecting: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
+            if collect:
+                collecting = dense_gradients(self.model)
+            with self._perturbed(objective, x, adv, y), collecting as gradients:
                 with self.autocast():
                     loss = objective.loss(self._trained(x), x, adv, y)
                 self.scaler.scale(loss).backward()
@@ -108,12 +131,16 @@ class Updater:
             if self.ema is not None:
                 self.ema.follow(self.model, self.step)
             self.step += 1
-        return loss.detach()
+            new_costs = hook.after_update(self.step, gradients)
+        return Updated(loss.detach(), self._passes(objective, collect), new_costs)
 
-    def passes(self, objective: objectives.Natural) -> Passes:
-        """Return the passes of an update with this objective; AWP forms the gradients of weights once more."""
+    def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
+        """Those of an update with this objective; AWP forms the gradients of kept weights once more."""
         passes = objective.passes
-        return passes._replace(update=2 * passes.update) if self.config.awp_gamma else passes
+        return passes._replace(
+            update=passes.update * (2 if self.config.awp_gamma else 1),
+            dense_gradients=passes.update if dense_gradients else 0,
+        )
 
     def _perturbed(
         self, objective: objectives.Natural, x: Tensor, adv: Tensor, y: Tensor
@@ -156,7 +183,7 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that updates change; its tensors are those in use, not copies."""
-        return {
+        own = {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -164,6 +191,7 @@ class Updater:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "objective": self.objective.state_dict(),
         }
+        return own if self.hook.config is None else own | {"hook": self.hook.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from this state."""
@@ -174,6 +202,8 @@ class Updater:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.objective.load_state_dict(state["objective"])
+        if self.hook.config is not None:
+            self.hook.load_state_dict(state["hook"])
 
 
 def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:

@@ -248,7 +248,7 @@ def test_a_model_of_another_architecture_raises_and_is_unchanged(other, message)
         ({"block": (4,)}, r"block must be 2 or 4 positive integers .*got \(4,\)"),
         ({"block": "filter"}, "block must be 2 or 4 positive integers .*got 'filter'"),
         ({"shape": (3, 8)}, r"shape must be 4 positive integers \[N, C, H, W\], got \(3, 8\)"),
-        ({"scope": "all"}, "scope must be one of global, uniform, erk, got 'all'"),
+        ({"scope": "all"}, "scope must be one of global, uniform, erk, igq, got 'all'"),
         ({"score": "size"}, "score must be a function or one of .*got 'size'"),
         ({"score": lambda name, weight: weight.abs() / 0}, "score of '0' must have finite squares, got one of inf"),
         ({"exclude": ["conv9"]}, "exclude: model has no module 'conv9'"),

@@ -13,7 +13,7 @@ from sparse_adv.models import build
 from sparse_adv.nn import sparsify
 from sparse_adv.ops.masked_conv2d_mask import obeys
 
-SCOPES = ("global", "uniform", "erk")
+SCOPES = ("global", "uniform", "erk", "igq")
 
 
 def network() -> nn.Module:
@@ -118,6 +118,19 @@ def test_erk_keeps_layers_whole_whose_density_would_exceed_1_and_redistributes_t
 
 
 @settings(deadline=None, max_examples=60)
+@given(share=st.floats(0, 1))
+def test_igq_gives_all_layers_one_force_and_keeps_the_total_density(share):
+    masks = prune(network(), share, scope="igq", linear=True)
+    kept, sizes = counts(masks), {n: mask.numel() for n, mask in masks.items()}
+    assert sum(kept.values()) == pytest.approx(share * sum(sizes.values()), abs=len(kept))
+    # Kept n / (1 + f n) of n weights, so that 1 / kept - 1 / n is the same f, up to rounding, in all layers.
+    lowest, highest = (
+        [1 / (kept[n] + half) - 1 / sizes[n] for n in kept if kept[n] + half > 0] for half in (0.5001, -0.5001)
+    )
+    assert max(lowest) <= min(highest, default=float("inf"))
+
+
+@settings(deadline=None, max_examples=60)
 @given(
     scope=st.sampled_from(SCOPES),
     share=st.floats(0, 1),
@@ -127,7 +140,7 @@ def test_masks_obey_their_block_and_are_as_near_the_density_as_blocks_allow(scop
     masks = prune(network(), share, block, scope, linear=True)
     assert all(obeys(mask, block) for mask in masks.values())
     groups = [masks] if scope == "global" else [{n: mask} for n, mask in masks.items()]
-    for group in groups if scope != "erk" else []:
+    for group in groups if scope in ("global", "uniform") else []:
         total = sum(mask.numel() for mask in group.values())
         assert abs(sum(counts(group).values()) - share * total) <= math.prod(block) / 2 + 0.5
 
@@ -195,7 +208,7 @@ def test_a_warning_names_a_layer_of_which_no_weight_is_kept(caplog):
         ({"density": 1.5}, r"density must be a number in \[0, 1\], got 1.5"),
         ({"density": float("nan")}, r"density must be a number in \[0, 1\], got nan"),
         ({"density": "half"}, r"density must be a number in \[0, 1\], got 'half'"),
-        ({"scope": "local"}, "scope must be one of global, uniform, erk, got 'local'"),
+        ({"scope": "local"}, "scope must be one of global, uniform, erk, igq, got 'local'"),
         ({"score": "size"}, "score must be a function or one of magnitude, relative_magnitude, got 'size'"),
         ({"block": (0, 1)}, r"block must be .* got \(0, 1\)"),
         ({"exclude": ["00"]}, "exclude: model has no module '00'; did you mean '0'?"),

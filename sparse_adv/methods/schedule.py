@@ -1,0 +1,73 @@
+"""When the masks of a run change, how many blocks a change replaces, and which density it leaves."""
+
+from __future__ import annotations
+
+import math
+
+from sparse_adv.config import MethodConfig
+
+
+class Schedule:
+    """The changes of a run's masks, counted in updates.
+
+    Args:
+        config: of the method.
+        epochs: of the run.
+        steps_per_epoch: updates of an epoch.
+
+    Attributes:
+        first: updates without masks; gmp begins to prune after them, other methods then prune to their density.
+        last: updates after which the masks stay.
+
+    Examples:
+        >>> schedule = Schedule(MethodConfig("rigl", interval=100, drop_fraction=0.5), epochs=10, steps_per_epoch=80)
+        >>> schedule.last, schedule.is_due(99, 100), schedule.is_due(100, 101)
+        (600, True, False)
+        >>> schedule.drop_fraction(300)
+        0.25
+    """
+
+    def __init__(self, config: MethodConfig, epochs: int, steps_per_epoch: int) -> None:
+        self.config = config.resolved()
+        assert self.config.change_until is not None and self.config.drop_fraction is not None
+        self.first = min(round(config.dense_epochs * steps_per_epoch), epochs * steps_per_epoch)
+        self.last = max(self.first, int(self.config.change_until * epochs * steps_per_epoch))
+
+    def is_due(self, before: int, now: int) -> bool:
+        """Return whether the masks change after one of the updates before + 1, ..., now.
+
+        They change after `first` updates if there are any, and after each multiple of the interval before `last`; with
+        gmp also after `last` updates, which leaves the density of the configuration.
+        """
+        if before < self.first <= now or (self.config.method == "gmp" and before < self.last <= now):
+            return True
+        if self.config.method == "static":
+            return False
+        interval = self.config.interval
+        return max(before, self.first) < min(now, self.last - 1) // interval * interval
+
+    def drop_fraction(self, step: int) -> float:
+        """Return the fraction of the kept blocks that a change after this many updates replaces.
+
+        It is drop_fraction (1 + cos(pi t)) / 2, where t goes from 0 at the first update to 1 at `last`.
+
+        Source: Evci et al., "Rigging the lottery" (ICML 2020), section 3 (2).
+        """
+        assert self.config.drop_fraction is not None
+        progress = min(1.0, step / self.last) if self.last else 1.0
+        return self.config.drop_fraction * (1 + math.cos(math.pi * progress)) / 2
+
+    def density(self, step: int) -> float:
+        """Return the density that a pruning after this many updates leaves.
+
+        With gmp it is d + (1 - d) (1 - t)^3 for the density d of the configuration, where t goes from 0 at `first` to 1
+        at `last`; with the other methods it is d.
+
+        Source: Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), section 3, with initial sparsity 0.
+        """
+        target = float(self.config.density)
+        if self.config.method != "gmp":
+            return target
+        length = self.last - self.first
+        progress = min(1.0, max(0.0, (step - self.first) / length)) if length else 1.0
+        return target + (1 - target) * (1 - progress) ** 3

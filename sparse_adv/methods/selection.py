@@ -1,0 +1,117 @@
+"""Which blocks are dropped, grown or pruned: exact numbers of them, by their scores, on the device of the scores.
+
+Of equal scores the first comes first, in the order of layers, then of indices. So the choice is the same on every
+device, as far as the scores are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Grids = Mapping[str, Tensor]
+"""For each layer a tensor with an element for each block."""
+
+
+def smallest(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Select the elements of smallest score.
+
+    Args:
+        scores: float tensor [n]; NaN counts as 0.
+        among: bool tensor [n]: the elements to choose from.
+        count: how many to select, at most as many as there are.
+
+    Returns:
+        bool tensor [n] with exactly `count` true elements, all in `among`.
+
+    Examples:
+        >>> smallest(torch.tensor([3.0, 1.0, 1.0, 0.0]), torch.tensor([True, True, True, False]), 1)
+        tensor([False,  True, False, False])
+    """
+    if count == 0:
+        return torch.zeros_like(among)
+    largest_finite = torch.finfo(scores.dtype).max
+    scores = torch.nan_to_num(scores, nan=0.0, posinf=largest_finite, neginf=-largest_finite)
+    candidates = torch.where(among, scores, torch.inf)
+    # A threshold, and not the indices that topk returns, as these are not defined for equal scores.
+    threshold = candidates.topk(count, largest=False, sorted=False).values.amax()
+    below = candidates < threshold
+    equal = candidates == threshold
+    return below | (equal & (equal.cumsum(0) <= count - below.sum()))
+
+
+def drop_and_grow(
+    grids: Grids, drop: Grids, grow: Callable[[], Grids], groups: Sequence[Sequence[str]], fraction: float
+) -> dict[str, Tensor]:
+    """Drop the kept blocks of smallest score, and grow as many, those of the largest score among all that are pruned.
+
+    A block just dropped may be grown again. Layers that keep all of their blocks, or none, stay as they are.
+
+    Args:
+        grids: bool tensor for each layer: true = the block is kept.
+        drop: scores by which kept blocks are dropped.
+        grow: returns the scores by which pruned blocks are grown; it is called only if blocks are replaced.
+        groups: sets of layers that are ranked together.
+        fraction: of the kept blocks of a group that are dropped, rounded up, in [0, 1].
+
+    Returns:
+        The new grids of the layers that change; each group keeps exactly as many blocks as before.
+    """
+    live = _count(grids, groups)
+    total = [sum(grids[name].numel() for name in group) for group in groups]
+    counts = [math.ceil(fraction * n) if n < m else 0 for n, m in zip(live, total, strict=True)]
+    new: dict[str, Tensor] = {}
+    growth = grow() if any(counts) else {}
+    for group, count in zip(groups, counts, strict=True):
+        if count:
+            kept = _flat(grids, group)
+            kept = kept & ~smallest(_flat(drop, group), kept, count)
+            kept = kept | smallest(-_flat(growth, group), ~kept, count)
+            new |= _split(kept, grids, group)
+    return new
+
+
+def prune(grids: Grids, scores: Grids, kept: Mapping[tuple[str, ...], int]) -> dict[str, Tensor]:
+    """Drop the kept blocks of smallest score, so that each group keeps a given number; no pruned block is grown.
+
+    Args:
+        grids: bool tensor for each layer: true = the block is kept.
+        scores: of the blocks.
+        kept: for each set of layers that is ranked together, the number of blocks to keep. A group that keeps fewer
+            already stays as it is.
+
+    Returns:
+        The new grids of the layers that change.
+
+    Examples:
+        >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0])}
+        >>> grids = {"a": torch.tensor([True, True]), "b": torch.tensor([True])}
+        >>> prune(grids, scores, {("a", "b"): 2})
+        {'a': tensor([ True, False]), 'b': tensor([True])}
+    """
+    new: dict[str, Tensor] = {}
+    for (group, count), live in zip(kept.items(), _count(grids, list(kept)), strict=True):
+        if live > count:
+            flat = _flat(grids, group)
+            new |= _split(flat & ~smallest(_flat(scores, group), flat, live - count), grids, group)
+    return new
+
+
+def _count(grids: Grids, groups: Sequence[Sequence[str]]) -> list[int]:
+    """The number of kept blocks of each group; the host waits for the device once."""
+    if not groups:
+        return []
+    counts: list[int] = torch.stack([_flat(grids, group).sum() for group in groups]).tolist()
+    return counts
+
+
+def _flat(grids: Grids, group: Sequence[str]) -> Tensor:
+    return torch.cat([grids[name].flatten() for name in group])
+
+
+def _split(flat: Tensor, grids: Grids, group: Sequence[str]) -> dict[str, Tensor]:
+    parts = flat.split([grids[name].numel() for name in group])
+    return {name: part.view_as(grids[name]) for name, part in zip(group, parts, strict=True)}

@@ -1,0 +1,193 @@
+"""`SparseTraining`: the update hook that changes the masks of a model while `training.train` trains it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.config import MethodConfig
+from sparse_adv.masks.allocation import targets_of
+from sparse_adv.masks.blocks import block_sums, conv_shape, grid_shape
+from sparse_adv.methods import selection
+from sparse_adv.methods.schedule import Schedule
+from sparse_adv.methods.start import GROWTH_SEED, generator, start
+from sparse_adv.nn import sparsify
+from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys, expand_blocks
+from sparse_adv.training import distributed
+from sparse_adv.training.hook import UpdateHook
+from sparse_adv.training.update import Updater
+
+log = logging.getLogger(__name__)
+
+
+class SparseTraining(UpdateHook):
+    """Makes a model sparse before its first update, and changes the masks as a method says.
+
+    A change drops the kept blocks of smallest magnitude, sum |w| over the block, and grows as many pruned ones: those
+    of the largest sum |dL/dw|, with the adversarial images of the update before, or random ones. Blocks are
+    ranked within a layer, or with scope "global" over all layers. gmp only drops.
+
+    Where a mask newly prunes, weight, momentum and moving average become 0; where it newly keeps, they start at 0. A
+    block that a change drops and grows again keeps them. The gradients of pruned weights are formed in the one update
+    before a change that grows by gradient, and in no other.
+
+    A model that has masks already, such as the network of a ticket, starts from those, whatever the density of the
+    configuration; its other layers stay dense.
+
+    Args:
+        config: of the method.
+
+    Raises:
+        ValueError: if the configuration has no method; in `training.train`, if masks of the model disobey the block.
+
+    Source: Chen et al., "Sparsity winning twice" (ICLR 2022), section 3 (Flying Bird); Evci et al., "Rigging the
+    lottery" (ICML 2020), section 3 (RigL); Mocanu et al., "Scalable training of artificial neural networks with
+    adaptive sparse connectivity" (Nature Communications 2018; SET); Zhu and Gupta, "To prune, or not to prune" (arXiv
+    1710.01878; gmp). There, blocks are single weights.
+
+    Examples:
+        >>> from sparse_adv import data, training
+        >>> images = data.Split(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> method = SparseTraining(MethodConfig("rigl", density=0.25, interval=2))
+        >>> config = training.TrainConfig("fgsm-rs", epochs=4, eps=0.1)
+        >>> records = training.train(model, data.Batches(images, 4), config, hook=method)
+        >>> round(records[-1].density.weights, 2), method.changes
+        (0.25, 2)
+    """
+
+    config: MethodConfig
+    schedule: Schedule
+
+    def __init__(self, config: MethodConfig) -> None:
+        if config.method == "none":
+            raise ValueError("method must name a method, got 'none'")
+        self.config, self.block = config, check_block(config.block)
+        self.step = 0
+        """Updates so far."""
+        self.changes = 0
+        """Changes of the masks so far."""
+
+    def begin(self, updater: Updater) -> None:
+        self.updater, self.model = updater, updater.model
+        if not _masked_layers(self.model):
+            start(self.model, self.config, updater.config.seed)
+        self.layers = _masked_layers(self.model)
+        for name, layer in self.layers.items():
+            try:
+                check_obeys(layer.weight_mask, self.block)
+            except ValueError as error:
+                raise ValueError(f"module {name!r}: {error}") from error
+        first: dict[Tensor, str] = {}
+        self.owner = {name: first.setdefault(layer.weight, name) for name, layer in self.layers.items()}
+        """For each layer, the first one with the same weight; only these are ranked."""
+        self.shapes = {name: self.layers[name].weight.shape for name in first.values()}
+        self.schedule = Schedule(self.config, updater.config.epochs, updater.steps_per_epoch)
+
+    def wants_dense_gradients(self, step: int) -> bool:
+        if self.config.resolved().growth != "gradient" or self._prunes(step + 1):
+            return False
+        return self.schedule.is_due(self.step, step + 1)
+
+    def after_update(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
+        before, self.step = self.step, step
+        if not self.schedule.is_due(before, step):
+            return False
+        grids = {name: self._grid(self.layers[name].weight_mask) for name in self.shapes}
+        magnitudes = {name: self._sums(self.layers[name].weight) for name in self.shapes}
+        if self._prunes(step, before):
+            new = selection.prune(grids, magnitudes, self._blocks_to_keep(grids, step))
+        else:
+            new = selection.drop_and_grow(
+                grids,
+                magnitudes,
+                lambda: self._growth_scores(grids, gradients, step),
+                list(self._targets(step)),
+                self.schedule.drop_fraction(step),
+            )
+        if new:
+            distributed.broadcast([grid.view(torch.uint8) for grid in new.values()])
+            self._apply(new)
+            self.changes += 1
+        return bool(new)
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the present masks by module name."""
+        return {name: layer.weight_mask for name, layer in self.layers.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"method": asdict(self.config), "step": self.step, "changes": self.changes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["method"] != asdict(self.config):
+            raise ValueError("the state is that of a run with another method: take another folder, or delete it")
+        self.step, self.changes = state["step"], state["changes"]
+
+    def _prunes(self, step: int, before: int | None = None) -> bool:
+        """Whether a change after this update only drops blocks."""
+        before = self.step if before is None else before
+        return self.config.method == "gmp" or before < self.schedule.first <= step
+
+    def _targets(self, step: int) -> dict[tuple[str, ...], int]:
+        """For each set of layers that is ranked together, the number of weights that a pruning keeps."""
+        scope = self.config.resolved().scope
+        assert scope is not None
+        return targets_of(self.shapes, self.schedule.density(step), scope)
+
+    def _blocks_to_keep(self, grids: Mapping[str, Tensor], step: int) -> dict[tuple[str, ...], int]:
+        """As large a fraction of the blocks of a group as of its weights."""
+        kept = {}
+        for group, target in self._targets(step).items():
+            weights = sum(self.shapes[name].numel() for name in group)
+            blocks = sum(grids[name].numel() for name in group)
+            kept[group] = round(target / max(1, weights) * blocks)
+        return kept
+
+    def _growth_scores(
+        self, grids: Mapping[str, Tensor], gradients: Mapping[str, Tensor], step: int
+    ) -> dict[str, Tensor]:
+        if self.config.resolved().growth == "random":
+            random = generator(self.updater.config.seed, GROWTH_SEED, step)
+            return {name: torch.rand(grid.shape, generator=random).to(grid.device) for name, grid in grids.items()}
+        total: dict[str, Tensor] = {}
+        for name, owner in self.owner.items():
+            # A weight without a gradient was not used in the update, or is frozen.
+            own = gradients.get(name, torch.zeros_like(self.layers[name].weight))
+            total[owner] = total[owner] + own if owner in total else own.contiguous()
+        distributed.average(list(total.values()))
+        return {name: self._sums(gradient) for name, gradient in total.items()}
+
+    def _apply(self, new: Mapping[str, Tensor]) -> None:
+        masks = {}
+        for name, owner in self.owner.items():
+            if owner in new:
+                shape = self.layers[name].weight.shape
+                masks[name] = expand_blocks(new[owner], self.block, conv_shape(shape)).reshape(shape)
+        sparsify(self.model, masks, self.block, self.updater.optimizer)
+        if self.updater.ema is not None:
+            averages = _masked_layers(self.updater.ema.module)
+            with torch.no_grad():
+                for name, mask in masks.items():
+                    averages[name].weight_mask.copy_(mask)  # compiled when the average is next evaluated
+                    averages[name].weight.masked_fill_(~mask, 0)
+
+    def _grid(self, mask: Tensor) -> Tensor:
+        """One element of each block."""
+        return mask.reshape(conv_shape(mask.shape))[tuple(slice(None, None, size) for size in self.block)].clone()
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """The sum of absolute values over each block."""
+        values = values.detach().abs().reshape(conv_shape(values.shape))
+        sums = block_sums(values, self.block)
+        assert list(sums.shape) == grid_shape(values.shape, self.block)
+        return sums
+
+
+def _masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)}

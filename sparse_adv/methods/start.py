@@ -1,0 +1,100 @@
+"""The masks that a method starts from."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparse_adv import masks
+from sparse_adv.config import MethodConfig
+from sparse_adv.nn import sparsify
+
+START_SEED, GROWTH_SEED = 11, 12
+"""Two streams of random numbers, of the first masks and of random growth: `generator(seed, stream, step)`."""
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Return a generator on the CPU whose numbers depend on these numbers only; so they are the same on all processes.
+
+    Examples:
+        >>> torch.rand((), generator=generator(0, 1)) == torch.rand((), generator=generator(0, 1))
+        tensor(True)
+    """
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def random_masks(model: nn.Module, config: MethodConfig, seed: int) -> dict[str, Tensor]:
+    """Return masks of random blocks at the density of a configuration.
+
+    Args:
+        model: dense.
+        config: gives density, block, scope and `linear`; `masks.prune` explains and validates them.
+        seed: of the choice.
+
+    Returns:
+        bool masks by module name.
+
+    Examples:
+        >>> config = MethodConfig("static", density=0.25, block=(2, 2))
+        >>> masks.density(random_masks(nn.Sequential(nn.Linear(8, 8)), config, seed=0))
+        0.25
+    """
+    random = generator(seed, START_SEED)
+    config = config.resolved()
+    assert config.scope is not None
+    return masks.prune(
+        model,
+        config.density,
+        config.block,
+        config.scope,
+        score=lambda name, weight: torch.rand(weight.shape, generator=random),
+        linear=config.linear,
+    )
+
+
+def start(model: nn.Module, config: MethodConfig, seed: int) -> nn.Module:
+    """Give a dense model, in place, the masks that a method starts from.
+
+    Those are random ones, or ones that keep everything, where the method prunes later (gmp, and `dense_epochs`).
+
+    Args:
+        model: dense, with its initial weights.
+        config: of the method; with `rescale_init` the kept weights are multiplied so that the variance of each layer's
+            output stays as it was.
+        seed: of the random masks.
+
+    Returns:
+        The model.
+
+    Source: Evci et al., "Gradient flow in sparse neural networks and how lottery tickets win" (AAAI 2022), section 3.1,
+    for the rescaled weights.
+
+    Examples:
+        >>> start(nn.Sequential(nn.Linear(8, 8)), MethodConfig("rigl", density=0.5), seed=0)[0].density
+        0.5
+    """
+    chosen = random_masks(model, config, seed)
+    if config.method == "gmp" or config.dense_epochs:
+        chosen = {name: torch.ones_like(mask) for name, mask in chosen.items()}
+    elif config.rescale_init:
+        masks_of_weights = {_weight(model, name): mask for name, mask in chosen.items()}  # a shared weight counts once
+        with torch.no_grad():
+            for weight, mask in masks_of_weights.items():
+                weight.mul_(_gain(mask).to(weight.dtype))
+    sparsify(model, chosen, config.block)
+    return model
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _gain(mask: Tensor) -> Tensor:
+    """The root of (weights / kept weights) of each output channel; 1 for a channel without any."""
+    inputs = tuple(range(1, mask.dim()))
+    kept = mask.sum(inputs, keepdim=True)
+    return torch.where(kept > 0, mask[0].numel() / kept.clamp(min=1), 1.0).sqrt()

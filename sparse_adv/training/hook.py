@@ -1,0 +1,51 @@
+"""What a method that changes the network in the course of training implements; training itself knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparse_adv.config import MethodConfig
+
+if TYPE_CHECKING:
+    from sparse_adv.training.update import Updater
+
+
+class UpdateHook:
+    """Called at each update of a training run; this class does nothing.
+
+    Attributes:
+        config: what decides the method's result; it is written to `run.json`, and a run of another one is not
+            continued.
+    """
+
+    config: MethodConfig | None = None
+
+    def begin(self, updater: Updater) -> None:
+        """Called once, before the optimiser and the moving average of the weights are made."""
+
+    def wants_dense_gradients(self, step: int) -> bool:
+        """Return whether the update after `step` others is to form the gradients of pruned weights too."""
+        return False
+
+    def after_update(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
+        """Called after an update, which may change the model, its optimiser's state and its moving average.
+
+        Args:
+            step: updates made, with this one.
+            gradients: what `nn.dense_gradients` collected on this process, if it was wanted. With a float16 loss scale
+                they are scaled.
+
+        Returns:
+            Whether passes through the network now cost more or less than before.
+        """
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what updates change and the model, optimiser and moving average do not hold."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from this state; the model, the optimiser and the moving average have been loaded."""

@@ -1,0 +1,87 @@
+"""Exact numbers of blocks are dropped and grown, and the right ones: compared with plain NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_adv.methods import selection
+
+
+def smallest_in_numpy(scores: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
+    order = [i for i in np.argsort(scores, kind="stable") if among[i]]
+    chosen = np.zeros(len(scores), dtype=bool)
+    chosen[order[:count]] = True
+    return chosen
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    scores=st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0, math.inf]), min_size=1, max_size=40),
+    data=st.data(),
+)
+def test_the_smallest_scores_are_selected_and_of_equal_ones_the_first(scores, data):
+    among = np.array(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
+    count = data.draw(st.integers(0, int(among.sum())))
+    found = selection.smallest(torch.tensor(scores), torch.from_numpy(among), count)
+    assert found.tolist() == smallest_in_numpy(np.array(scores), among, count).tolist()
+
+
+def test_nan_counts_as_zero_and_infinity_as_the_largest_number():
+    scores = torch.tensor([1.0, math.nan, math.inf, -1.0])
+    everything = torch.ones(4, dtype=torch.bool)
+    assert selection.smallest(scores, everything, 2).tolist() == [False, True, False, True]
+    assert selection.smallest(scores, everything, 4).all()
+
+
+shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=200)
+@given(shapes, st.floats(0, 1), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), st.booleans(), st.integers(0, 9))
+def test_drop_and_grow_is_that_of_plain_numpy_and_keeps_the_number_of_blocks(shapes, fraction, density, joint, seed):
+    random = np.random.default_rng(seed)
+    names = [str(i) for i in range(len(shapes))]
+    grids = {n: random.random(shape) < density for n, shape in zip(names, shapes, strict=True)}
+    drop, grow = ({n: random.integers(0, 4, grid.shape).astype(float) for n, grid in grids.items()} for _ in range(2))
+    groups = [tuple(names)] if joint else [(name,) for name in names]
+
+    expected = {}
+    for group in groups:
+        kept = np.concatenate([grids[n].ravel() for n in group])
+        if not kept.all():
+            count = math.ceil(fraction * kept.sum())
+            kept &= ~smallest_in_numpy(np.concatenate([drop[n].ravel() for n in group]), kept, count)
+            kept |= smallest_in_numpy(-np.concatenate([grow[n].ravel() for n in group]), ~kept, count)
+        parts = np.split(kept, np.cumsum([grids[n].size for n in group])[:-1])
+        expected |= {n: part.reshape(grids[n].shape) for n, part in zip(group, parts, strict=True)}
+
+    def tensors(arrays):
+        return {n: torch.from_numpy(array) for n, array in arrays.items()}
+
+    new = selection.drop_and_grow(tensors(grids), tensors(drop), lambda: tensors(grow), groups, fraction)
+    for name in names:
+        assert np.array_equal(new.get(name, torch.from_numpy(grids[name])).numpy(), expected[name])
+    for group in groups:
+        kept = sum(int(new.get(n, torch.from_numpy(grids[n])).sum()) for n in group)
+        assert kept == sum(int(grids[n].sum()) for n in group)
+
+
+@pytest.mark.parametrize("density", [0, 1])
+def test_nothing_is_dropped_and_no_gradient_is_asked_for_at_density_0_and_1(density):
+    grids = {"a": torch.full((2, 3), bool(density))}
+
+    def grow():
+        raise AssertionError("not needed")
+
+    assert selection.drop_and_grow(grids, {"a": torch.rand(2, 3)}, grow, [("a",)], 0.5) == {}
+
+
+def test_pruning_never_grows_a_block():
+    grids = {"a": torch.tensor([True, False, True, True])}
+    scores = {"a": torch.tensor([0.0, 9.0, 1.0, 2.0])}
+    assert selection.prune(grids, scores, {("a",): 2})["a"].tolist() == [False, False, True, True]
+    assert selection.prune(grids, scores, {("a",): 4}) == {}

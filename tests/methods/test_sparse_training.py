@@ -1,0 +1,314 @@
+"""The masks of a run: how many blocks they keep at each change, what becomes of weights, momentum and average."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states
+from torch import nn
+
+from sparse_adv import engine, masks, methods, runs, training
+from sparse_adv.masks.allocation import targets_of
+from sparse_adv.masks.blocks import block_sums, conv_shape
+from sparse_adv.methods import MethodConfig, SparseTraining
+from sparse_adv.nn import MaskedConv2d, sparsify
+from sparse_adv.ops.masked_conv2d_mask import obeys
+from sparse_adv.training import checkpoint
+
+CONFIG = replace(QUICK, objective="fgsm-rs", epochs=4)
+"""12 updates."""
+CHANGING = ("flying-bird", "rigl", "set", "gmp")
+BLOCKS = [(1, 1), (4, 4), (3, 2), (1, 1, 3, 3), (2, 2, 2, 2), (64, 64)]
+
+
+class Stop(Exception):
+    pass
+
+
+class Observed(SparseTraining):
+    """Remembers masks and gradients around each update."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.seen = []
+
+    def after_update(self, step, gradients):
+        before = {name: mask.clone() for name, mask in self.masks().items()}
+        weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        momentum = {
+            name: self.updater.optimizer.state[layer.weight]["momentum_buffer"].clone()
+            for name, layer in self.layers.items()
+        }
+        changed = super().after_update(step, gradients)
+        after = {name: mask.clone() for name, mask in self.masks().items()}
+        self.seen.append((step, before, after, weights, momentum, dict(gradients), changed))
+        self.check_state()
+        return changed
+
+    def check_state(self):
+        models = [self.model] if self.updater.ema is None else [self.model, self.updater.ema.module]
+        for name, mask in self.masks().items():
+            assert obeys(mask, self.block)
+            momentum = self.updater.optimizer.state[self.layers[name].weight]["momentum_buffer"]
+            for model in models:
+                layer = model.get_submodule(name)
+                assert layer.weight_mask.equal(mask) and not layer.weight[~mask].any()
+            assert not momentum[~mask].any()
+
+
+def odd_network() -> nn.Module:
+    """Channels that no block divides, and two linear layers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 5, 3, padding=1, bias=False),
+            nn.BatchNorm2d(5),
+            nn.ReLU(),
+            nn.Conv2d(5, 7, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(63, 6),
+            nn.ReLU(),
+            nn.Linear(6, 2),
+        )
+
+
+def run(hook, model=None, config=CONFIG, **options):
+    model = model or odd_network()
+    return model, training.train(model, Batches(TRAIN, 32), config, hook=hook, **options)
+
+
+def blocks(mask, block) -> torch.Tensor:
+    block = (*block, 1, 1)[:4]
+    return mask.reshape(conv_shape(mask.shape))[tuple(slice(None, None, size) for size in block)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("method", CHANGING)
+@pytest.mark.parametrize("scope", ["erk", "global"])
+def test_every_change_keeps_exact_numbers_of_blocks_and_leaves_zeros(method, block, scope):
+    config = MethodConfig(method, density=0.4, block=block, scope=scope, interval=3, change_until=1.0)
+    hook = Observed(config)
+    run(hook, config=replace(CONFIG, ema_decay=0.5))
+    changed = [step for step, *_, new in hook.seen if new]
+    if math.prod(block) < 64:
+        assert changed
+    for step, before, after, *_ in hook.seen:
+        live = {name: int(blocks(mask, block).sum()) for name, mask in before.items()}
+        new = {name: int(blocks(mask, block).sum()) for name, mask in after.items()}
+        if method == "gmp":
+            assert all((after[name] <= before[name]).all() for name in after)  # no weight comes back
+            if step == 12:
+                for group, target in targets_of(hook.shapes, 0.4, scope).items():
+                    weights = sum(hook.shapes[name].numel() for name in group)
+                    total = sum(blocks(after[name], block).numel() for name in group)
+                    assert sum(new[name] for name in group) == round(target / weights * total)
+        elif scope == "global":
+            assert sum(live.values()) == sum(new.values())
+        else:
+            assert live == new
+
+
+def test_gmp_ends_with_the_density_of_the_configuration():
+    hook = Observed(MethodConfig("gmp", density=0.25, interval=4, change_until=0.75))
+    _, records = run(hook)
+    kept = [sum(int(mask.sum()) for mask in after.values()) for _, _, after, *_ in hook.seen]
+    total = sum(mask.numel() for mask in hook.masks().values())
+    cubic = [0.25 + 0.75 * (1 - step / 9) ** 3 for step in (4, 8, 9)]
+    expected = [1, 1, 1, *[cubic[0]] * 4, cubic[1], *[0.25] * 4]
+    assert [count / total for count in kept] == pytest.approx(expected, abs=3 / total)
+    assert [record.density.weights for record in records] == pytest.approx([kept[i] / total for i in (2, 5, 8, 11)])
+
+
+@pytest.mark.parametrize("method", ["flying-bird", "rigl"])
+@pytest.mark.parametrize("block", [(1, 1), (3, 2), (2, 2, 2, 2)], ids=str)
+def test_dropped_are_the_smallest_weights_and_grown_the_largest_gradients(method, block):
+    hook = Observed(MethodConfig(method, density=0.3, block=block, interval=3, scope="uniform"))
+    run(hook)
+    changes = [change for change in hook.seen if change[-1]]
+    assert len(changes) >= 2
+    for step, before, after, weights, _, gradients, _ in changes:
+        for name, mask in before.items():
+            live, new = blocks(mask, block), blocks(after[name], block)
+            if live.all() or not live.any():
+                assert live.equal(new)
+                continue
+            shape = conv_shape(mask.shape)
+            block4 = (*block, 1, 1)[:4]
+            magnitude = block_sums(weights[name].abs().reshape(shape), block4).numpy().ravel()
+            gradient = block_sums(gradients[name].abs().reshape(shape), block4).numpy().ravel()
+            kept = live.numpy().ravel().copy()
+            count = math.ceil(hook.schedule.drop_fraction(step) * kept.sum())
+            kept[[i for i in magnitude.argsort(kind="stable") if kept[i]][:count]] = False
+            kept[[i for i in (-gradient).argsort(kind="stable") if not kept[i]][:count]] = True
+            assert kept.tolist() == new.flatten().tolist()
+
+
+def test_grown_weights_start_at_zero_and_kept_ones_are_unchanged():
+    hook = Observed(MethodConfig("rigl", density=0.3, interval=3, drop_fraction=0.5))
+    states = []
+    hook_after = hook.after_update
+
+    def after(step, gradients):
+        changed = hook_after(step, gradients)
+        states.append({name: layer.weight.detach().clone() for name, layer in hook.layers.items()})
+        return changed
+
+    hook.after_update = after
+    run(hook)
+    grown = 0
+    for (_, before, after_masks, weights, *_), now in zip(hook.seen, states, strict=True):
+        for name in before:
+            assert now[name].equal(torch.where(before[name] & after_masks[name], weights[name], 0))
+            grown += int((after_masks[name] & ~before[name]).sum())
+    assert grown > 0
+
+
+@pytest.mark.parametrize("method", ["static", *CHANGING])
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_densities_0_and_1(method, density):
+    hook = SparseTraining(MethodConfig(method, density=density, block=(4, 4), interval=2))
+    _, records = run(hook)
+    assert records[-1].density.weights == density
+    assert all(bool(mask.all() if density else not mask.any()) for mask in hook.masks().values())
+
+
+def test_static_masks_stay_and_differ_by_seed():
+    hooks = [Observed(MethodConfig("static", density=0.3, block=(2, 2))) for _ in range(3)]
+    for hook, seed in zip(hooks, (0, 0, 1), strict=True):
+        run(hook, config=replace(CONFIG, seed=seed))
+        assert hook.changes == 0 and all(before[n].equal(after[n]) for _, before, after, *_ in hook.seen for n in after)
+    first, same, other = (hook.masks() for hook in hooks)
+    assert all(first[name].equal(same[name]) for name in first)
+    assert not all(first[name].equal(other[name]) for name in first)
+
+
+def test_dense_epochs_end_with_the_largest_weights():
+    hook = Observed(MethodConfig("static", density=0.3, dense_epochs=2, scope="global"))
+    _, records = run(hook)
+    assert [record.density.weights == 1 for record in records] == [True, False, False, False]
+    (change,) = [change for change in hook.seen if change[-1]]
+    step, _, after, weights, *_ = change
+    assert step == 6
+    kept = torch.cat([weights[name][after[name]].abs() for name in after])
+    pruned = torch.cat([weights[name][~after[name]].abs() for name in after])
+    assert kept.min() >= pruned.max() and len(kept) == round(0.3 * (len(kept) + len(pruned)))
+
+
+def test_layers_that_the_method_leaves_out_stay_dense():
+    model, _ = run(SparseTraining(MethodConfig("rigl", density=0.3, linear=False)))
+    assert isinstance(model[0], MaskedConv2d) and type(model[6]) is nn.Linear
+
+
+def test_a_model_with_masks_starts_from_them():
+    model = odd_network()
+    sparsify(model, {"3": torch.rand(7, 5, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5})
+    kept = int(model[3].weight_mask.sum())
+    run(SparseTraining(MethodConfig("rigl", density=0.1, interval=2)), model)
+    assert int(model[3].weight_mask.sum()) == kept and type(model[0]) is nn.Conv2d
+
+
+def test_masks_that_disobey_the_block_are_refused():
+    model = odd_network()
+    sparsify(model, {"8": torch.tensor([[True, False, True, True, True, True]] * 2)})
+    with pytest.raises(ValueError, match=r"module '8': mask does not obey block \(2, 2, 1, 1\)"):
+        run(SparseTraining(MethodConfig("rigl", block=(2, 2))), model)
+
+
+def test_rescaled_weights_give_each_output_channel_its_variance():
+    model, config = odd_network(), MethodConfig("static", density=0.3, rescale_init=True)
+    dense = model[3].weight.detach().clone()
+    layer = methods.start(model, config, seed=0)[3]
+    kept = layer.weight_mask.sum((1, 2, 3), keepdim=True)
+    expected = torch.where(layer.weight_mask, dense * (45 / kept).sqrt(), 0)
+    assert torch.allclose(layer.weight, expected)
+
+
+def test_none_is_no_method():
+    with pytest.raises(ValueError, match="method must name a method, got 'none'"):
+        SparseTraining(MethodConfig())
+
+
+def stop_after(stop_at, in_batch):
+    def on_epoch(record):
+        if record.epoch == stop_at and not in_batch:
+            raise Stop
+
+    def on_step(step):
+        if in_batch and step == 3 * stop_at + 2:
+            raise Stop
+
+    return {"on_epoch": on_epoch, "on_step": on_step}
+
+
+@pytest.mark.parametrize(("stop_at", "in_batch"), [(1, False), (1, True), (3, True)])
+@pytest.mark.parametrize("method", ["static", *CHANGING])
+@pytest.mark.parametrize("again", ["new model", "same model"])
+def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, method, stop_at, in_batch, again):
+    config = replace(CONFIG, ema_decay=0.9, schedule="cosine")
+    method_config = MethodConfig(method, density=0.3, block=(2, 2), interval=2)
+    options = {"config": config, "validation": VALIDATION}
+    expected, whole = run(SparseTraining(method_config), folder=tmp_path / "whole", **options)
+    model = odd_network()
+    with pytest.raises(Stop):
+        run(SparseTraining(method_config), model, folder=tmp_path / "cut", **options, **stop_after(stop_at, in_batch))
+    if again == "new model":
+        model = odd_network()
+    _, continued = run(SparseTraining(method_config), model, folder=tmp_path / "cut", **options)
+    assert equal_states(model.state_dict(), expected.state_dict())
+    for name in (runs.LAST, runs.BEST):
+        ends = [checkpoint.read_weights(tmp_path / folder / name)[0] for folder in ("whole", "cut")]
+        assert equal_states(*ends)
+    for first, second in zip(whole, continued, strict=True):
+        assert (first.loss, first.density, first.total.macs) == (second.loss, second.density, second.total.macs)
+
+
+def test_a_finished_run_can_be_extended(tmp_path):
+    config, model = MethodConfig("set", density=0.3, interval=2), odd_network()
+    run(SparseTraining(config), model, folder=tmp_path)
+    _, records = run(SparseTraining(config), model, config=replace(CONFIG, epochs=6), folder=tmp_path)
+    assert [record.epoch for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_of_another_method_is_refused(tmp_path):
+    config = MethodConfig("set", density=0.3)
+    run(SparseTraining(config), folder=tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(method.density 0.3, now 0.4\)"):
+        run(SparseTraining(replace(config, density=0.4)), folder=tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        run(None, folder=tmp_path)
+
+
+def test_the_weights_are_a_pruned_checkpoint(tmp_path):
+    hook = SparseTraining(MethodConfig("flying-bird", density=0.3, interval=2))
+    run(hook, folder=tmp_path)
+    read = masks.load_pruned(tmp_path / runs.LAST).masks
+    assert read.keys() == hook.masks().keys() and all(read[name].equal(mask) for name, mask in hook.masks().items())
+
+
+def test_the_engine_and_attacks_see_changed_masks():
+    """Gradients after each change equal those of a dense model with the same weights."""
+    x, y = VALIDATION.images[:8].float() / 255, VALIDATION.labels[:8]
+
+    class Compared(Observed):
+        def check_state(self):
+            super().check_state()
+            if not self.seen[-1][-1]:
+                return
+            modes = [(module, module.training) for module in self.model.modules()]
+            self.model.eval()
+            dense = odd_network().eval()
+            dense.load_state_dict({k: v for k, v in self.model.state_dict().items() if not k.endswith("weight_mask")})
+            leaf = x.clone().requires_grad_()
+            nn.functional.cross_entropy(dense(leaf), y, reduction="sum").backward()
+            with engine.input_gradients(self.model, x) as gradients:
+                assert isinstance(gradients, engine.Program)
+                got = gradients.gradient(x, lambda logits: nn.functional.cross_entropy(logits, y, reduction="sum"))
+            assert torch.allclose(got, leaf.grad, atol=1e-6, rtol=1e-4)
+            for module, mode in modes:
+                module.training = mode
+
+    hook = Compared(MethodConfig("rigl", density=0.3, interval=2))
+    run(hook)
+    assert hook.changes == 4
