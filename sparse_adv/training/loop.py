@@ -142,6 +142,7 @@ class Training:
             )
             assert start is not None
             self.updater.load_state_dict(start)
+            self.costs = None  # a hook may have changed the network in the epoch
             undone = evaluated.monitor
 
     def _train(self, epoch: int, on_step: Callable[[int], None] | None) -> _Trained:

@@ -53,9 +53,9 @@ def train(folder, stop_at=None, config=CONFIG, in_batch=False, device="cpu"):
     [
         {},
         {"objective": "pgd", "precision": "bfloat16", "epochs": 8},
-        {"objective": "fgsm-uap", "awp_gamma": 0.01, "schedule": "onecycle"},
-        {"objective": "fgsm-rs-cs", "label_smoothing": 0.3, "epochs": 6},
-        {"objective": "nu-at", "label_smoothing": 0.3, "awp_gamma": 0.01},
+        {"objective": "fgsm-uap", "awp_gamma": 0.01, "schedule": "onecycle", "epochs": 8},
+        {"objective": "fgsm-rs-cs", "label_smoothing": 0.3, "epochs": 8},
+        {"objective": "nu-at", "label_smoothing": 0.3, "awp_gamma": 0.01, "epochs": 8},
     ],
     ids=lambda more: more.get("objective", "free"),
 )

@@ -24,10 +24,10 @@ class Passes(NamedTuple):
     """Backward passes down to the image, without gradients of weights."""
     update: int = 1
     """Forward passes that are followed by a backward pass with gradients of weights."""
-    to_image: bool = False
-    """Whether the backward pass of the update continues down to the image."""
-    dense_gradients: bool = False
-    """Whether the gradients of pruned weights are formed too."""
+    to_image: int = 0
+    """How many of these backward passes continue down to the image."""
+    dense_gradients: int = 0
+    """How many of them form the gradients of pruned weights too."""
 
 
 class AttackOptions(CommonOptions):

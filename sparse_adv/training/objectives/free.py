@@ -33,7 +33,7 @@ class Free(Natural):
 
     @property
     def passes(self) -> Passes:
-        return Passes(to_image=True)
+        return Passes(to_image=1)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         x = super().craft(model, x, y, noise)
