@@ -49,6 +49,20 @@ def build_network(config: NetworkConfig, dataset: data.Dataset, seed: int, devic
     return model.to(device)
 
 
+def load_network(
+    config: NetworkConfig, dataset: data.Dataset, pruned: masks.Ticket, normalize: str | None = None
+) -> nn.Module:
+    """Return the network of a checkpoint for the images of a data set, in eval mode, see `models.load_checkpoint`."""
+    return models.load_checkpoint(
+        pruned,
+        config.arch,
+        normalize=normalize,
+        width=config.width,
+        classes=dataset.classes,
+        input_shape=dataset.input_shape,
+    )
+
+
 def load_ticket(path: Path, *, reinit: bool = False, shuffle: bool = False) -> tuple[masks.Ticket, TicketSource]:
     """Read a ticket, or a pruned checkpoint of another tool, to be trained by a `TrainRun`.
 

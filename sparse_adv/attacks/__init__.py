@@ -17,6 +17,7 @@ from sparse_adv.attacks.cw import CW, cw
 from sparse_adv.attacks.deepfool import DeepFool, deepfool
 from sparse_adv.attacks.eotpgd import EOTPGD, eotpgd
 from sparse_adv.attacks.fab import FAB, fab, fab_t
+from sparse_adv.attacks.fmn import FMN, distances, fmn
 from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
@@ -37,6 +38,7 @@ __all__ = [
     "FAB",
     "FFGSM",
     "FGSM",
+    "FMN",
     "MIFGSM",
     "PGD",
     "PGDL2",
@@ -57,11 +59,13 @@ __all__ = [
     "bim",
     "cw",
     "deepfool",
+    "distances",
     "eotpgd",
     "fab",
     "fab_t",
     "fgsm",
     "fgsm_rs",
+    "fmn",
     "losses",
     "mifgsm",
     "n_fgsm",

@@ -131,17 +131,22 @@ class AttackOptions:
         return cls(eps=eps, alpha=1.25 * eps if alpha is None else alpha, steps=1, norm=norm, **options)
 
     @classmethod
-    def n_fgsm(cls, eps: float, alpha: float | None = None, **options: Unpack[LossOptions]) -> AttackOptions:
-        """N-FGSM: one step of size alpha, by default eps, from noise in [-2 eps, 2 eps], without projection."""
+    def n_fgsm(
+        cls, eps: float, alpha: float | None = None, norm: str = "linf", **options: Unpack[LossOptions]
+    ) -> AttackOptions:
+        """N-FGSM: one step of size alpha, by default eps, from noise in the ball of 2 eps, without projection."""
         _check_names("n_fgsm", options, LossOptions)
         alpha = eps if alpha is None else alpha
-        return cls(eps=eps, alpha=alpha, steps=1, start_eps=2 * eps, project=False, **options)
+        return cls(eps=eps, alpha=alpha, steps=1, norm=norm, start_eps=2 * eps, project=False, **options)
 
     @classmethod
-    def tpgd(cls, eps: float, alpha: float, steps: int, **options: Unpack[CommonOptions]) -> AttackOptions:
-        """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from noise of 0.001."""
+    def tpgd(
+        cls, eps: float, alpha: float, steps: int, norm: str = "linf", **options: Unpack[CommonOptions]
+    ) -> AttackOptions:
+        """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from little noise, see `attacks.tpgd`."""
         _check_names("tpgd", options, CommonOptions)
-        return cls(eps=eps, alpha=alpha, steps=steps, start_eps=min(eps, 0.001), loss=kl_divergence, **options)
+        start_eps = min(eps, 0.05 if norm == "l2" else 0.001)
+        return cls(eps=eps, alpha=alpha, steps=steps, norm=norm, start_eps=start_eps, loss=kl_divergence, **options)
 
 
 def check_count(name: str, count: object, least: int) -> None:

@@ -38,6 +38,11 @@ class Queries:
         """The logits [N, classes] of images [N, ...]."""
         return self._checked(self._gradients.logits(x))
 
+    def own_logits(self, x: Tensor) -> Tensor:
+        """The logits that the model itself returns, without the engine."""
+        with torch.no_grad():
+            return self._checked(self._model(x))
+
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
         """The gradient of loss(logits), summed over the images, with respect to the images."""
         return self._gradients.gradient(x, lambda logits: loss(self._checked(logits)))

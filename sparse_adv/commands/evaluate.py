@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from sparse_adv import attacks, data, experiment, masks, runs
@@ -16,7 +15,6 @@ from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, TrainConfig
 from sparse_adv.files import write_text
-from sparse_adv.nn import sparsify
 from sparse_adv.training import clean_accuracy, deterministic, distributed, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.evaluation import model_device
 
@@ -55,6 +53,9 @@ class Options:
         seed: seed of the split and of the attacks; the default is the run's.
         arch: name of an architecture of `sparse_adv.models`; the default is the run's.
         width: channels of the first stage; the default is the run's.
+        normalize: mean and standard deviation of a checkpoint that has none: of a data set, or none for images in
+            [0, 1] as they are.
+        density: fraction of weights that each layer keeps, in a checkpoint that has scores and no masks.
         device: cpu, cuda, one GPU such as cuda:0, or auto, which is cuda where there is a GPU.
         deterministic: deterministic algorithms only: a GPU gives the same bits again, more slowly.
         json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
@@ -78,6 +79,8 @@ class Options:
     seed: int | None = None
     arch: str | None = None
     width: int | None = None
+    normalize: str | None = None
+    density: float | None = None
     device: str = "auto"
     deterministic: bool = False
     json: bool | None = None
@@ -173,13 +176,8 @@ def _network(options: Options, folder: runs.Run | None, dataset: data.Dataset) -
         path = options.what / (runs.LAST if options.weights == "last" else runs.BEST)
         if not path.exists() and folder.info.kind == "search":
             raise ValueError(f"{options.what} is a search: evaluate its {runs.TICKET}, or a run that has trained it")
-    pruned = masks.load_pruned(path, dense=True)
+    pruned = masks.load_pruned(path, dense=True, density=options.density)
     network = folder.info.network if folder is not None else None
     known = pruned.provenance if network is None else asdict(network)
     network = networks.agreed(options.arch, options.width, known, str(options.what))
-    model = experiment.build_network(network, dataset, 0, torch.device("cpu"))
-    try:
-        model.load_state_dict(pruned.state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {network.arch}: {str(error).splitlines()[-1].strip()}") from error
-    return sparsify(model, pruned.masks)
+    return experiment.load_network(network, dataset, pruned, options.normalize)

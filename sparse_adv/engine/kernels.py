@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,23 @@ from sparse_adv.nn import MaskedConv2d
 
 Place = Callable[[], Tensor]
 """Returns the memory that is planned for a result, of which a kernel may make use."""
+
+
+class Epilogue(NamedTuple):
+    """What a kernel does before it writes a result y: scale[c] * y + bias[c] + residual, then a ReLU or a gate."""
+
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    relu: bool = False
+    gate_out: Tensor | None = None
+    """Memory for the gate of the ReLU."""
+    gate: Tensor | None = None
+    """Of a ReLU, in the pass back: the result is 0 where that ReLU let nothing through."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.relu and all(operand is None for operand in self[:3]) and self.gate is None
 
 
 def fold_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -66,15 +84,13 @@ class Convolution:
         """The weight as the passes may read it: with zeros where it is pruned, unless they do not read those."""
         return torch.where(self.layer.weight_mask, weight, 0) if isinstance(self.layer, MaskedConv2d) else weight
 
-    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
-        """conv(x) + bias + residual, with a ReLU whose gate is written."""
+    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        """conv(x) + bias, with an epilogue."""
         y = self.kernels.plain(F.conv2d(x, self.weight, self.bias, *self.geometry, self.layer.groups))
-        if residual is None and not relu:
-            return y
-        return self.kernels.pointwise(y, residual=residual, relu=relu, gate_out=gate_out, place=lambda: y)
+        return self.kernels.finish(y, epilogue)
 
-    def grad_input(self, grad: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor:
-        """gate * (gradient of the input + residual)."""
+    def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        """The gradient of the input, with an epilogue."""
         result = torch.ops.aten.convolution_backward(
             grad,
             self.kernels.empty(self.shape, grad.device),  # only its shape and memory format are read
@@ -86,10 +102,7 @@ class Convolution:
             self.layer.groups,
             (True, False, False),
         )[0]
-        result = self.kernels.plain(result)
-        if residual is None and gate is None:
-            return result
-        return self.kernels.pointwise(result, residual=residual, gate=gate, place=lambda: result)
+        return self.kernels.finish(self.kernels.plain(result), epilogue)
 
 
 class Kernels:
@@ -128,36 +141,20 @@ class Kernels:
         return F.max_pool2d_with_indices(x, size)
 
     def max_pool_grad(
-        self,
-        grad: Tensor,
-        index: Tensor,
-        size: tuple[int, int],
-        shape: torch.Size,
-        residual: Tensor | None,
-        gate: Tensor | None,
-        place: Place,
+        self, grad: Tensor, index: Tensor, size: tuple[int, int], shape: torch.Size, epilogue: Epilogue, place: Place
     ) -> Tensor:
-        """gate * (gradient of the input, which has this shape, + residual)."""
+        """The gradient of the input, which has this shape, with an epilogue."""
         unread = self.empty(shape, grad.device)  # only its shape and memory format are read
         backward = torch.ops.aten.max_pool2d_with_indices_backward
-        result = self.plain(backward(grad, unread, size, size, (0, 0), (1, 1), False, index))
-        if residual is None and gate is None:
-            return result
-        return self.pointwise(result, residual=residual, gate=gate, place=lambda: result)
+        return self.finish(self.plain(backward(grad, unread, size, size, (0, 0), (1, 1), False, index)), epilogue)
 
-    def pointwise(
-        self,
-        x: Tensor,
-        *,
-        scale: Tensor | None = None,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        gate: Tensor | None = None,
-        gate_out: Tensor | None = None,
-        place: Place | None = None,
-    ) -> Tensor:
-        """scale[c] * x + bias[c] + residual, then a ReLU whose gate is written, or a gate that is given."""
+    def finish(self, result: Tensor, epilogue: Epilogue) -> Tensor:
+        """The epilogue of a kernel that has none, in the memory of its result."""
+        return result if epilogue.is_empty else self.pointwise(result, epilogue, lambda: result)
+
+    def pointwise(self, x: Tensor, epilogue: Epilogue, place: Place | None = None) -> Tensor:
+        """An epilogue as a step of its own."""
+        scale, bias, residual, relu, gate_out, gate = epilogue
         y = x
         channels = (slice(None), *[None] * (x.dim() - 2))
         if scale is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv import ops
-from sparse_adv.engine.kernels import Convolution, Kernels, Place
+from sparse_adv.engine.kernels import Convolution, Epilogue, Kernels, Place
 from sparse_adv.nn import MaskedConv2d
 
 
@@ -33,38 +33,21 @@ class CpuKernels(Kernels):
         return out, index
 
     def max_pool_grad(
-        self,
-        grad: Tensor,
-        index: Tensor,
-        size: tuple[int, int],
-        shape: torch.Size,
-        residual: Tensor | None,
-        gate: Tensor | None,
-        place: Place,
+        self, grad: Tensor, index: Tensor, size: tuple[int, int], shape: torch.Size, epilogue: Epilogue, place: Place
     ) -> Tensor:
         if index.dtype != torch.uint8:
-            return super().max_pool_grad(grad, index, size, shape, residual, gate, place)
+            return super().max_pool_grad(grad, index, size, shape, epilogue, place)
         out = place()
-        ops.max_pool2d_grad_input_out(grad, index, size, residual=residual, gate=gate, out=out)
+        ops.max_pool2d_grad_input_out(grad, index, size, residual=epilogue.residual, gate=epilogue.gate, out=out)
         return out
 
-    def pointwise(
-        self,
-        x: Tensor,
-        *,
-        scale: Tensor | None = None,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        gate: Tensor | None = None,
-        gate_out: Tensor | None = None,
-        place: Place | None = None,
-    ) -> Tensor:
+    def pointwise(self, x: Tensor, epilogue: Epilogue, place: Place | None = None) -> Tensor:
         out = torch.empty_like(x) if place is None else place()
+        scale, bias, residual, relu, gate_out, gate = epilogue
         scale, bias = (None if vector is None else vector.to(x.dtype) for vector in (scale, bias))
-        added = None if residual is None else _as_images(residual)
+        residual = None if residual is None else _as_images(residual)
         images, result = _as_images(x), _as_images(out)
-        ops.pointwise_out(images, scale, bias, added, relu=relu, gate=gate, out=result, gate_out=gate_out)
+        ops.pointwise_out(images, scale, bias, residual, relu=relu, gate=gate, out=result, gate_out=gate_out)
         return out
 
 
@@ -83,7 +66,7 @@ class MaskedConvolution(Convolution):
         super().fold()
         self._pattern = ops.pack_pattern(self.layer.pattern, self.weight)
 
-    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
+    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out = place()
         ops.masked_conv2d_out(
             x,
@@ -92,14 +75,14 @@ class MaskedConvolution(Convolution):
             self.bias,
             *self.geometry,
             self.layer.groups,
-            residual=residual,
-            relu=relu,
+            residual=epilogue.residual,
+            relu=epilogue.relu,
             out=out,
-            gate=gate_out,
+            gate=epilogue.gate_out,
         )
         return out
 
-    def grad_input(self, grad: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor:
+    def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out = place()
         ops.masked_conv2d_grad_input_out(
             grad,
@@ -107,8 +90,8 @@ class MaskedConvolution(Convolution):
             self._pattern,
             *self.geometry,
             self.layer.groups,
-            residual=residual,
-            gate=gate,
+            residual=epilogue.residual,
+            gate=epilogue.gate,
             out=out,
         )
         return out
@@ -117,9 +100,10 @@ class MaskedConvolution(Convolution):
 class DenseConvolution(Convolution):
     """A dense convolution; without a gate, oneDNN adds the residual and applies the ReLU before it writes."""
 
-    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
-        if gate_out is not None or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-            return super().forward(x, residual, relu, gate_out, place)
+    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        residual, relu = epilogue.residual, epilogue.relu
+        if epilogue.gate_out is not None or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+            return super().forward(x, epilogue, place)
         stride, padding, dilation = self.geometry
         geometry = padding, stride, dilation, self.layer.groups
         fused = torch.ops.mkldnn._convolution_pointwise

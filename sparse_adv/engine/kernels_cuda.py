@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv import ops
-from sparse_adv.engine.kernels import Convolution, Kernels, Place
+from sparse_adv.engine.kernels import Convolution, Epilogue, Kernels, Place
 from sparse_adv.kernels import masked_conv2d as block_kernels
+from sparse_adv.kernels import max_pool2d
 from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
@@ -34,31 +35,34 @@ class CudaKernels(Kernels):
             return BlockConvolution(layer, norm, shape, self)
         return CudnnConvolution(layer, norm, shape, self)
 
-    def pointwise(
-        self,
-        x: Tensor,
-        *,
-        scale: Tensor | None = None,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        gate: Tensor | None = None,
-        gate_out: Tensor | None = None,
-        place: Place | None = None,
+    def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
+        pooled = torch.Size((*x.shape[:2], x.shape[2] // size[0], x.shape[3] // size[1]))
+        out = self.empty(pooled, x.device)
+        index = torch.empty_like(out, dtype=torch.uint8) if index is None else index
+        max_pool2d.forward(x, size, out, index)
+        return out, index
+
+    def max_pool_grad(
+        self, grad: Tensor, index: Tensor, size: tuple[int, int], shape: torch.Size, epilogue: Epilogue, place: Place
     ) -> Tensor:
-        return pointwise(x, scale, bias, residual, relu, gate)
+        out = self.empty(shape, grad.device)
+        max_pool2d.backward(grad, index, size, epilogue.residual, epilogue.gate, out)
+        return out
+
+    def pointwise(self, x: Tensor, epilogue: Epilogue, place: Place | None = None) -> Tensor:
+        return pointwise(x, epilogue.scale, epilogue.bias, epilogue.residual, epilogue.relu, epilogue.gate)
 
 
 class CudnnConvolution(Convolution):
     """A convolution by cuDNN, which fuses what comes before a ReLU in the forward pass and nothing in the one back."""
 
-    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
-        if not relu or x.dtype == torch.float64:
-            return super().forward(x, residual, relu, gate_out, place)
+    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        if not epilogue.relu or x.dtype == torch.float64:
+            return super().forward(x, epilogue, place)
         geometry = (*self.geometry, self.layer.groups)
-        if residual is None:
+        if epilogue.residual is None:
             return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
-        return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *geometry)
+        return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, epilogue.residual, 1.0, self.bias, *geometry)
 
 
 class BlockConvolution(CudnnConvolution):
@@ -72,17 +76,18 @@ class BlockConvolution(CudnnConvolution):
         assert isinstance(pattern, BlockPattern)
         self._pattern = pattern
 
-    def forward(self, x: Tensor, residual: Tensor | None, relu: bool, gate_out: Tensor | None, place: Place) -> Tensor:
+    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         pattern = self._pattern
         if pattern.values is None or not runs_blocks(pattern, "forward", x.shape, x.dtype, *self.geometry):
-            return super().forward(x, residual, relu, gate_out, place)
+            return super().forward(x, epilogue, place)
         lists = pattern.values, pattern.blocks, pattern.rows
-        size, bias = self.weight.shape, self.bias
+        size, bias, residual, relu = self.weight.shape, self.bias, epilogue.residual, epilogue.relu
         return block_kernels.forward(x, *lists, size, bias, *self.geometry, None, residual, relu, precision())
 
-    def grad_input(self, grad: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor:
+    def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         pattern = self._pattern
         if pattern.values is None or not runs_blocks(pattern, "grad_input", self.shape, grad.dtype, *self.geometry):
-            return super().grad_input(grad, residual, gate, place)
+            return super().grad_input(grad, epilogue, place)
         lists = pattern.values, pattern.blocks, pattern.grad_rows, pattern.grad_order
+        residual, gate = epilogue.residual, epilogue.gate
         return block_kernels.grad_input(grad, *lists, self.shape, *self.geometry, residual, gate, precision())

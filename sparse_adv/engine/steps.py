@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_adv.engine.kernels import Kernels, Place, fold_norm
+from sparse_adv.engine.kernels import Epilogue, Kernels, Place, fold_norm
 from sparse_adv.engine.values import Pass, Value
 from sparse_adv.nn import MaskedLinear
 
@@ -67,7 +67,8 @@ class FusedStep(Step):
     def forward(self, tensors: Pass) -> None:
         x = tensors.kernels.plain(tensors[self.input])
         residual = None if self.residual is None else tensors.kernels.plain(tensors[self.residual])
-        tensors[self.output] = self._forward(tensors, x, residual)
+        epilogue = Epilogue(residual=residual, relu=self.output.rectified, gate_out=tensors.gate(self.output))
+        tensors[self.output] = self._forward(tensors, x, epilogue)
 
     def backward(self, tensors: Pass) -> None:
         gradient = tensors.take_gradient(self.output)
@@ -79,8 +80,8 @@ class FusedStep(Step):
         if self.residual is not None:
             tensors.pass_on(self.residual, gradient)
 
-        def compute(residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor:
-            return self._backward(tensors, gradient, residual, gate, place)
+        def compute(epilogue: Epilogue, place: Place) -> Tensor:
+            return self._backward(tensors, gradient, epilogue, place)
 
         tensors.contribute(self.input, compute)
 
@@ -96,12 +97,10 @@ class FusedStep(Step):
         """Names of the operations of f."""
 
     @abstractmethod
-    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor: ...
+    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor: ...
 
     @abstractmethod
-    def _backward(
-        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
-    ) -> Tensor: ...
+    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor: ...
 
 
 class ConvolutionStep(FusedStep):
@@ -118,14 +117,11 @@ class ConvolutionStep(FusedStep):
     def _parts(self) -> list[str]:
         return ["convolution"] + ([] if self.norm is None else ["BatchNorm"])
 
-    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor:
-        place, gate_out = tensors.place(self.output), tensors.gate(self.output)
-        return self._convolution.forward(x, residual, self.output.rectified, gate_out, place)
+    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor:
+        return self._convolution.forward(x, epilogue, tensors.place(self.output))
 
-    def _backward(
-        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
-    ) -> Tensor:
-        return self._convolution.grad_input(gradient, residual, gate, place)
+    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        return self._convolution.grad_input(gradient, epilogue, place)
 
 
 class LinearStep(FusedStep):
@@ -147,25 +143,11 @@ class LinearStep(FusedStep):
     def _parts(self) -> list[str]:
         return ["linear"]
 
-    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor:
-        y = F.linear(x, self._weight, self._bias)
-        if residual is None and not self.output.rectified:
-            return y
-        return tensors.kernels.pointwise(
-            y,
-            residual=residual,
-            relu=self.output.rectified,
-            gate_out=tensors.gate(self.output),
-            place=lambda: y,
-        )
+    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor:
+        return tensors.kernels.finish(F.linear(x, self._weight, self._bias), epilogue)
 
-    def _backward(
-        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
-    ) -> Tensor:
-        result = gradient @ self._weight
-        if residual is None and gate is None:
-            return result
-        return tensors.kernels.pointwise(result, residual=residual, gate=gate, place=lambda: result)
+    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        return tensors.kernels.finish(gradient @ self._weight, epilogue)
 
 
 class PointwiseStep(FusedStep):
@@ -187,23 +169,13 @@ class PointwiseStep(FusedStep):
     def _parts(self) -> list[str]:
         return [] if self.norm is None else ["BatchNorm"]
 
-    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor:
-        return tensors.kernels.pointwise(
-            x,
-            scale=self._scale,
-            bias=self._bias,
-            residual=residual,
-            relu=self.output.rectified,
-            gate_out=tensors.gate(self.output),
-            place=tensors.place(self.output),
-        )
+    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor:
+        epilogue = epilogue._replace(scale=self._scale, bias=self._bias)
+        return tensors.kernels.pointwise(x, epilogue, tensors.place(self.output))
 
-    def _backward(
-        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
-    ) -> Tensor:
-        if self._scale is None and residual is None and gate is None:
-            return gradient
-        return tensors.kernels.pointwise(gradient, scale=self._scale, residual=residual, gate=gate, place=place)
+    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        epilogue = epilogue._replace(scale=self._scale)
+        return gradient if epilogue.is_empty else tensors.kernels.pointwise(gradient, epilogue, place)
 
 
 class MaxPoolStep(FusedStep):
@@ -218,16 +190,13 @@ class MaxPoolStep(FusedStep):
     def _parts(self) -> list[str]:
         return ["max pooling"]
 
-    def _forward(self, tensors: Pass, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor:
         y, self._index = tensors.kernels.max_pool(x, self.size, self._index, tensors.place(self.output))
         return y
 
-    def _backward(
-        self, tensors: Pass, gradient: Tensor, residual: Tensor | None, gate: Tensor | None, place: Place
-    ) -> Tensor:
+    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         assert self._index is not None
-        kernels, shape = tensors.kernels, self.input.shape
-        return kernels.max_pool_grad(gradient, self._index, self.size, shape, residual, gate, place)
+        return tensors.kernels.max_pool_grad(gradient, self._index, self.size, self.input.shape, epilogue, place)
 
 
 class AutogradStep(Step):

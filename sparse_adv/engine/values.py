@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_adv.engine.kernels import Kernels, Place
+from sparse_adv.engine.kernels import Epilogue, Kernels, Place
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step
@@ -77,35 +77,37 @@ class Pass:
     def start_gradient(self, value: Value, gradient: Tensor) -> None:
         """Set the gradient of the model's output, of which the pass back begins."""
         gate = self._gate_of(value) if value.rectified else None
-        self._gradients[value] = gradient if gate is None else self.kernels.pointwise(gradient, gate=gate)
+        self._gradients[value] = gradient if gate is None else self.kernels.pointwise(gradient, Epilogue(gate=gate))
 
     def take_gradient(self, value: Value) -> Tensor | None:
         """The gradient of a value, which the step that made the value needs; None if nobody read the value."""
         return self._gradients.pop(value, None)
 
-    def contribute(self, value: Value, compute: Callable[[Tensor | None, Tensor | None, Place], Tensor | None]) -> None:
+    def contribute(self, value: Value, compute: Callable[[Epilogue, Place], Tensor | None]) -> None:
         """Add to the gradient of a value.
 
         Args:
             value: one that the step reads.
-            compute: called with the gradient so far, the gate to apply and the place of the result; the first two are
-                None where there is nothing to add or to apply. Returns the new gradient.
+            compute: returns the new gradient, given an epilogue with the gradient so far, to be added, and the gate to
+                apply, if there are such, and the place of the result.
         """
         self._unread[value] = unread = self._unread.get(value, len(value.readers)) - 1
         gate = self._gate_of(value) if value.rectified and not unread else None
-        gradient = compute(self._gradients.pop(value, None), gate, self._gradient_places[value])
+        epilogue = Epilogue(residual=self._gradients.pop(value, None), gate=gate)
+        gradient = compute(epilogue, self._gradient_places[value])
         if gradient is not None:
             self._gradients[value] = gradient
 
     def pass_on(self, value: Value, gradient: Tensor | None) -> None:
         """Add a gradient as it is, without a copy if it is the first; None where there is none."""
 
-        def compute(residual: Tensor | None, gate: Tensor | None, place: Place) -> Tensor | None:
-            terms = [self.kernels.plain(term) for term in (gradient, residual) if term is not None]
-            if not terms or (len(terms) == 1 and gate is None):
+        def compute(epilogue: Epilogue, place: Place) -> Tensor | None:
+            terms = [self.kernels.plain(term) for term in (gradient, epilogue.residual) if term is not None]
+            if not terms or (len(terms) == 1 and epilogue.gate is None):
                 return terms[0] if terms else None
             first, *others = terms
-            return self.kernels.pointwise(first, residual=others[0] if others else None, gate=gate, place=place)
+            epilogue = epilogue._replace(residual=others[0] if others else None)
+            return self.kernels.pointwise(first, epilogue, place)
 
         self.contribute(value, compute)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-_STATISTICS = {
+STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "mnist": ((0.1307,), (0.3081,)),
@@ -49,7 +49,7 @@ class Normalize(nn.Module):
                 has another number of channels, mean 0.5 and standard deviation 0.25 are used.
             channels: number of channels of the images.
         """
-        mean, std = _STATISTICS.get(data, ((), ()))
+        mean, std = STATISTICS.get(data, ((), ()))
         return cls(mean, std) if len(mean) == channels else cls([0.5] * channels, [0.25] * channels)
 
     def forward(self, x: Tensor) -> Tensor:

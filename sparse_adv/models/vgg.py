@@ -32,10 +32,60 @@ def vgg16(width: int, classes: int, input_shape: tuple[int, int, int], data: str
     initialisation as in the code of Li et al., "Towards Practical Lottery Ticket Hypothesis for Adversarial Training"
     (arXiv 2003.05733).
     """
+    channels = 8 * width
+    classifier = nn.Sequential(
+        nn.Linear(channels, channels), nn.BatchNorm1d(channels), nn.ReLU(), nn.Linear(channels, classes)
+    )
+    return _vgg(_features("vgg16", width, input_shape), 1, classifier, input_shape, data)
+
+
+def vgg16_kuangliu(width: int, classes: int, input_shape: tuple[int, int, int], data: str) -> nn.Sequential:
+    """VGG-16 as in kuangliu's pytorch-cifar: convolutions with a bias, five max-pools and one linear layer.
+
+    Args:
+        width, classes, data: as in `vgg16`.
+        input_shape: [C, H, W] of one image, at least 32 x 32 pixels.
+
+    Raises:
+        ValueError: if the images are too small for the max-pools.
+    """
+    features = _features("vgg16_kuangliu", width, input_shape, bias=True, last_pool=True)
+    return _vgg(features, 1, nn.Linear(8 * width, classes), input_shape, data)
+
+
+def vgg16_hydra(width: int, classes: int, input_shape: tuple[int, int, int], data: str) -> nn.Sequential:
+    """VGG-16 as in the code of HYDRA, HARP and the Adversarial Pruning Benchmark: three linear layers.
+
+    Args:
+        width, classes, input_shape, data: as in `vgg16`; the two hidden layers have 4 times as many units as the first
+            stage has channels. The pooling leaves 2 x 2 pixels.
+
+    Raises:
+        ValueError: if the images are too small for the max-pools.
+
+    Source: Sehwag et al., "HYDRA: pruning adversarially robust neural networks" (NeurIPS 2020).
+    """
+    hidden = 4 * width
+    classifier = nn.Sequential(
+        nn.Linear(4 * 8 * width, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+    return _vgg(_features("vgg16_hydra", width, input_shape), 2, classifier, input_shape, data)
+
+
+def _features(
+    name: str, width: int, input_shape: tuple[int, int, int], bias: bool = False, last_pool: bool = False
+) -> nn.Sequential:
+    """The thirteen convolutions, each with BatchNorm and ReLU, and the max-pools between the stages."""
     channels, height, image_width = input_shape
-    if min(height, image_width) < 16:
+    times, least = ("five", 32) if last_pool else ("four", 16)
+    if min(height, image_width) < least:
         raise ValueError(
-            f"vgg16 halves images four times: they need at least 16 x 16 pixels, got {height} x {image_width}"
+            f"{name} halves images {times} times: they need at least {least} x {least} pixels, got {height} x "
+            f"{image_width}"
         )
     features: list[nn.Module] = []
     for i, (multiple, convolutions) in enumerate(_STAGES):
@@ -43,19 +93,25 @@ def vgg16(width: int, classes: int, input_shape: tuple[int, int, int], data: str
             features.append(nn.MaxPool2d(2))
         for _ in range(convolutions):
             features += [
-                nn.Conv2d(channels, multiple * width, 3, padding=1, bias=False),
+                nn.Conv2d(channels, multiple * width, 3, padding=1, bias=bias),
                 nn.BatchNorm2d(multiple * width),
                 nn.ReLU(),
             ]
             channels = multiple * width
+    if last_pool:
+        features.append(nn.MaxPool2d(2))
+    return nn.Sequential(*features)
+
+
+def _vgg(
+    features: nn.Sequential, pooled: int, classifier: nn.Module, input_shape: tuple[int, int, int], data: str
+) -> nn.Sequential:
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         normalize=Normalize.of(data, input_shape[0]),
-        features=nn.Sequential(*features),
-        avgpool=nn.AdaptiveAvgPool2d(1),
+        features=features,
+        avgpool=nn.AdaptiveAvgPool2d(pooled),
         flatten=nn.Flatten(),
-        classifier=nn.Sequential(
-            nn.Linear(channels, channels), nn.BatchNorm1d(channels), nn.ReLU(), nn.Linear(channels, classes)
-        ),
+        classifier=classifier,
     )
     model = nn.Sequential(layers)
     _initialise(model)
@@ -67,6 +123,8 @@ def _initialise(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight, 0.5)
         elif isinstance(module, nn.Linear):

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.compiled_mask_check import header_of_mask
+from sparse_adv.nn.compiled_mask_check import header_of_mask, is_exporting
 from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape, mode_of
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
@@ -205,7 +205,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         weight, bias, pattern = self._frozen or (self.weight, self.bias, self.pattern)
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not is_exporting():
             header = header_of_mask(pattern.header, self.weight_mask, pattern.mask)
             pattern = replace(pattern, header=header)
         input, padding = self.padded(input)

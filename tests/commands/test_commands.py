@@ -10,7 +10,7 @@ from helpers.refusal import refused
 
 from sparse_adv import masks, models, runs
 from sparse_adv.__main__ import main
-from sparse_adv.config import NetworkConfig
+from sparse_adv.config import OBJECTIVES, NetworkConfig
 from sparse_adv.training import checkpoint
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -171,7 +171,7 @@ def test_a_runs_own_config_continues_it(trained, capsys):
     [
         ("epoch: 3\n", "there is no option 'epoch'; did you mean '--epochs'?"),
         ("epochs: many\n", "whole number, got 'many'"),
-        ("objective: fgms\n", "objective must be one of natural, fgsm, fgsm-rs, n-fgsm, pgd, free, trades, got 'fgms'"),
+        ("objective: fgms\n", f"objective must be one of {', '.join(OBJECTIVES)}, got 'fgms'"),
         ("- epochs\n", "Unexpected config"),
         ("epochs: [1\n", "Problems parsing config"),
     ],

@@ -14,6 +14,7 @@ from hypothesis import given, reject, settings
 from torch import nn
 
 from sparse_adv import engine, masks
+from sparse_adv.engine.training import TrainingGraph
 from sparse_adv.nn import sparsify
 
 
@@ -120,6 +121,19 @@ def test_settings_of_batch_norm(name):
     model = block_of(LAYERS[name]()).double().train()
     assert engine.explain(model, x)[1:] == ["_1: BatchNorm + ReLU"]
     check_learns_the_same(model, x)
+
+
+def test_a_step_on_a_device_reads_no_value():
+    """The device "meta" has none. On a GPU the host would wait for it, which a CUDA graph cannot hold."""
+    model = nn.Sequential(Residual(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3, momentum=None)).train().to("meta")
+    x = torch.rand(4, 3, 5, 5, device="meta")
+    graph = TrainingGraph(model)
+    assert not any(line.startswith("_2") for line in graph.fused)  # PyTorch itself reads how many batches there were
+    model[2].momentum = 0.1
+    graph = TrainingGraph(model)
+    assert len(graph.fused) == 4
+    graph(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_frozen_layers_keep_their_statistics_and_are_not_fused():

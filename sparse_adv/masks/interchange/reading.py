@@ -41,7 +41,7 @@ _LISTED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
 
 def from_state_dict(
-    state_dict: Mapping[str, Any], format: str | None = None, density: Density = None
+    state_dict: Mapping[str, Any], format: str | None = None, density: Density = None, dense: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Divide a pruned model's state dict, or a checkpoint that contains it, into masks and a dense state dict.
 
@@ -49,7 +49,7 @@ def from_state_dict(
         state_dict: tensors by name, or a checkpoint that has them under "state_dict", "model_state_dict", "net" or
             "model". The prefixes "module.", "model." and "_orig_mod." are removed if all names have them; values that
             are not tensors are ignored.
-        format, density: as in `load_pruned`.
+        format, density, dense: as in `load_pruned`.
 
     Returns:
         The masks of all weights of two or four dimensions, keyed by module name; and the state dict for the dense model
@@ -67,7 +67,7 @@ def from_state_dict(
         ([[False, False], [True, True]], [[0.0, 0.0], [2.0, 3.0]])
     """
     state, _ = _without_prefixes(_find_state(state_dict))
-    return _apply_masks(_split(state, format, density)[1])
+    return _apply_masks(_split(state, format, density, dense)[1])
 
 
 def load_pruned(

@@ -1,0 +1,84 @@
+"""Seconds of AutoAttack (standard, linf, 8/255) on trained networks: this library's and torchattacks'.
+
+    python benchmarks/compare_autoattack.py RUN [RUN ...] --images 32 [--out FILE.csv]
+
+A RUN is a folder of `sparse-adv train`, dense or with masks, on 32 x 32 images. The images are the first test images
+that the network classifies correctly. torchattacks gets the network with its masks multiplied in, channels_last, which
+is what PyTorch alone can do with a ticket. Each side runs once to warm up and `--rounds` times, in turns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import harness
+import torch
+import torchattacks
+from harness import Case, Record
+from torch import Tensor, nn
+
+from sparse_adv import attacks, data, experiment, masks, runs
+from sparse_adv import nn as sparse_nn
+from sparse_adv.config import DataConfig, NetworkConfig
+
+EPS, SEED = 8 / 255, 0
+
+
+def network_of(run: runs.Run) -> tuple[nn.Module, Tensor, Tensor]:
+    """The run's best network, in eval mode, and the test images that it classifies correctly."""
+    images, network = run.info.data or DataConfig(), run.info.network or NetworkConfig()
+    dataset = experiment.load_data(images, run.info.train.seed, torch.device("cpu"))
+    pruned = masks.load_pruned(run.folder / runs.BEST, dense=True)
+    model = experiment.build_network(network, dataset, 0, torch.device("cpu"))
+    model.load_state_dict(pruned.state_dict)
+    model = sparse_nn.sparsify(model, pruned.masks).eval()
+    x, y = data.to_unit(dataset.test.images[:1000]), dataset.test.labels[:1000]
+    with torch.no_grad():
+        correct = model(x).argmax(1) == y
+    return model, x[correct], y[correct]
+
+
+def sides(model: nn.Module, x: Tensor, y: Tensor, robust: dict[str, float]) -> dict[str, Callable[[], object]]:
+    """What is measured; each leaves the share of images that withstand it in `robust`."""
+    plain = copy.deepcopy(model)
+    sparse_nn.densify(plain).to(memory_format=torch.channels_last)
+
+    def ours() -> None:
+        attack = attacks.AutoAttack(model, eps=EPS, seed=SEED, verbose=False)
+        attack.run_standard_evaluation(x, y, bs=len(x))
+        assert attack.result is not None
+        robust["ours"] = min(attack.result.accuracy.values())
+
+    def theirs() -> None:
+        attack = torchattacks.AutoAttack(plain, norm="Linf", eps=EPS, seed=SEED)
+        adv = attack(x.contiguous(memory_format=torch.channels_last), y)
+        with torch.no_grad():
+            robust["torchattacks"] = float((plain(adv).argmax(1) == y).float().mean())
+
+    return {"ours": ours, "torchattacks": theirs}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.argument_parser(__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = harness.start(parser, arguments)
+    robust: dict[str, float] = {}
+    records: list[Record] = []
+    for folder in options.runs:
+        run = runs.read(folder)
+        model, x, y = network_of(run)
+        x, y = x[: options.images], y[: options.images]
+        measured = sides(model, x, y, robust)
+        name = run.info.network.arch if run.info.network else "network"
+        labels = {"op": "AutoAttack", "run": folder.name, "network": name, "images": len(y)}
+        case = Case(labels, measured, ["torchattacks"], rounds=options.rounds)
+        records += harness.measure([case], options)
+        print("withstand it: " + ", ".join(f"{side} {share:.1%}" for side, share in robust.items()))
+
+
+if __name__ == "__main__":
+    main()

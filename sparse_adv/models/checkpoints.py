@@ -1,0 +1,189 @@
+"""`load_checkpoint`: networks with the weights and masks of other code, whose names are mapped onto those here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.masks import Ticket, from_state_dict, load_pruned
+from sparse_adv.masks.interchange.formats import Density
+from sparse_adv.models.architectures import build
+from sparse_adv.models.normalize import STATISTICS, Normalize
+from sparse_adv.nn import sparsify
+
+log = logging.getLogger("sparse_adv")
+
+_WRAPPERS = r"^(?:(?:module|_orig_mod|model|net|1)\.)+"
+"""What DataParallel, torch.compile, attributes of wrapper modules and `nn.Sequential(normalize, net)` put in front."""
+
+_NORMALIZATION = (
+    (r"^(?:0|normalizer|normalization)\.(mean|std)$", r"normalize.\1"),
+    (r"^(?:mu|mean)$", "normalize.mean"),
+    (r"^(?:sigma|std)$", "normalize.std"),
+)
+
+_RESNET = ((r"\bshortcut\.", "downsample."), (r"^linear\.", "fc."))
+_PREACT = ((r"\bshortcut\.0\.", "downsample."), (r"^linear\.", "fc."), (r"^bn\.", "bn1."))
+_WIDE = (
+    (r"^block(\d+)\.layer\.", r"layer\1."),
+    (r"\bconvShortcut\b", "downsample"),
+    # DeepMind's networks.
+    (r"^layer\.(\d+)\.block\.", lambda match: f"layer{int(match[1]) + 1}."),
+    (r"\bbatchnorm_0\b", "bn1"),
+    (r"\bbatchnorm_1\b", "bn2"),
+    (r"\bconv_0\b", "conv1"),
+    (r"\bconv_1\b", "conv2"),
+    (r"\bshortcut\b", "downsample"),
+    (r"^batchnorm\b", "bn1"),
+    (r"^init_conv\b", "conv1"),
+    (r"^logits\b", "fc"),
+)
+Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+
+_NAMES: dict[str, Rules] = {"resnet": _RESNET, "preact_resnet": _PREACT, "wrn": _WIDE}
+"""For each family of networks, patterns of the names in other code and what they are here."""
+
+_NEVER_RUN = {"wrn": "sub_block1."}
+"""Names of modules that other code makes and never calls: TRADES, HYDRA and RobustBench have the first stage twice."""
+
+
+def load_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Ticket,
+    name: str,
+    *,
+    normalize: str | Normalize | None = None,
+    density: Density = None,
+    width: int | None = None,
+    classes: int = 10,
+    input_shape: Sequence[int] | None = None,
+) -> nn.Module:
+    """Build a network by name and give it the weights and masks of a checkpoint, of this library or of other code.
+
+    The names in the checkpoints of kuangliu's pytorch-cifar, TRADES, HYDRA, HARP, the Adversarial Pruning Benchmark,
+    RobustBench and DeepMind are mapped onto those of `build`'s networks; prefixes such as "module." and dicts around
+    the state dict are removed. Masks in any format of `masks.load_pruned`, zeros among them, make the layers sparse.
+    No code in a file is executed.
+
+    Args:
+        source: a file, a state dict or checkpoint in memory, or a ticket.
+        name: the architecture, see `build`.
+        normalize: how the network normalises images in [0, 1]: a layer, the name of a data set of `Normalize.of`, or
+            "none" for a network of images as they are, as those of TRADES and HYDRA. None if the checkpoint says it
+            (buffers "mu" and "sigma", or "mean" and "std").
+        density: fraction of weights that each layer keeps, where the checkpoint has scores, see `masks.load_pruned`.
+        width, classes, input_shape: as in `build`.
+
+    Returns:
+        The network in eval mode, on PyTorch's default device.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the name is unknown, the file is damaged or contains other objects than tensors, or a tensor is
+            left over, missing or of another shape; the message names it.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import models
+        >>> state = models.build("resnet18", width=4).state_dict()
+        >>> other = {f"module.{key.replace('downsample', 'shortcut')}": value for key, value in state.items()}
+        >>> model = models.load_checkpoint({"state_dict": other}, "resnet18", width=4)
+        >>> bool((model.fc.weight == state["fc.weight"]).all())
+        True
+    """
+    if isinstance(source, Ticket):
+        about = str(source.provenance.get("file", "the ticket"))
+        kept, state = source.masks, source.state_dict
+    elif isinstance(source, Mapping):
+        about = "the state dict"
+        kept, state = from_state_dict(source, density=density, dense=True)
+    else:
+        about = repr(os.fspath(source))
+        ticket = load_pruned(source, density=density, dense=True)
+        kept, state = ticket.masks, ticket.state_dict
+    model = build(name, width=width, classes=classes, input_shape=input_shape)
+    named = _renamed(state, name, about)
+    mask_of = _renamed({f"{module}.weight": mask for module, mask in kept.items()}, name, about)
+    if len(named) < len(state):
+        log.info("%s: left out %d tensors of a block that %s never runs", about, len(state) - len(named), name)
+    _set_normalization(named, normalize, model, about)
+    _fill(model, named, name, about)
+    return sparsify(model, {key.removesuffix(".weight"): mask for key, (_, mask) in mask_of.items()}).eval()
+
+
+Named = dict[str, tuple[str, Tensor]]
+"""By the name here: the name in the checkpoint, and the tensor."""
+
+
+def _renamed(state: Mapping[str, Tensor], network: str, about: str) -> Named:
+    family = next((family for family in _NAMES if network.startswith(family)), "")
+    named: Named = {}
+    for theirs, value in state.items():
+        key = re.sub(_WRAPPERS, "", theirs)
+        if family in _NEVER_RUN and key.startswith(_NEVER_RUN[family]):
+            continue
+        for pattern, replacement in (*_NORMALIZATION, *_NAMES.get(family, ())):
+            key = re.sub(pattern, replacement, key)
+        if key in named:
+            raise ValueError(
+                f"{about} has both {named[key][0]!r} and {theirs!r}, which are the same tensor of {network}"
+            )
+        named[key] = theirs, value
+    return named
+
+
+def _set_normalization(named: Named, normalize: str | Normalize | None, model: nn.Module, about: str) -> None:
+    """Put mean and standard deviation among the tensors, in the shape that the network has them in."""
+    layer = model.get_submodule("normalize")
+    assert isinstance(layer, Normalize)
+    keys = ("normalize.mean", "normalize.std")
+    present = [key for key in keys if key in named]
+    if normalize is None and not present:
+        raise ValueError(
+            f"{about} does not say how its images were normalised: pass normalize, the name of a data set, a layer "
+            'models.Normalize(mean, std), or "none" for images in [0, 1] as they are'
+        )
+    if normalize is not None:
+        if present:
+            raise ValueError(f"{about} has the normalisation {named[present[0]][0]!r} itself: leave normalize out")
+        layer = _normalization(normalize, len(layer.mean))
+        named |= {f"normalize.{part}": (f"normalize.{part}", getattr(layer, part)) for part in ("mean", "std")}
+    for key in keys:
+        if key in named:
+            theirs, value = named[key]
+            named[key] = theirs, value.reshape(-1, 1, 1)
+
+
+def _normalization(normalize: str | Normalize, channels: int) -> Normalize:
+    if isinstance(normalize, Normalize):
+        return normalize
+    if normalize == "none":
+        return Normalize([0.0] * channels, [1.0] * channels)
+    if normalize not in STATISTICS or len(STATISTICS[normalize][0]) != channels:
+        known = ", ".join(name for name, (mean, _) in STATISTICS.items() if len(mean) == channels)
+        raise ValueError(f'normalize must be "none", {known} or a layer for {channels} channels, got {normalize!r}')
+    return Normalize.of(normalize, channels)
+
+
+def _fill(model: nn.Module, named: Named, name: str, about: str) -> None:
+    """Load the tensors; raise ValueError for the first that does not fit."""
+    wanted = model.state_dict()
+    for key, (theirs, value) in named.items():
+        if key not in wanted:
+            raise ValueError(f"{about} does not fit {name}: it has {theirs!r}, for which {name} has no place")
+        if value.shape != wanted[key].shape:
+            shapes = f"{tuple(value.shape)}, in {name} {tuple(wanted[key].shape)}"
+            raise ValueError(f"{about} does not fit {name}: {theirs!r} has shape {shapes}")
+    for key, own in wanted.items():
+        # PyTorch before 0.4.1 did not count batches; nothing here reads the count.
+        if key not in named and not key.endswith("num_batches_tracked"):
+            raise ValueError(f"{about} does not fit {name}: it lacks {key!r}, under this name and under other code's")
+        if key in named and not named[key][1].is_floating_point() and own.is_floating_point():
+            raise ValueError(f"{about} does not fit {name}: {named[key][0]!r} is {named[key][1].dtype}")
+    with torch.no_grad():
+        model.load_state_dict({key: value for key, (_, value) in named.items()}, strict=False)

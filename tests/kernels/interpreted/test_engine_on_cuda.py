@@ -1,0 +1,121 @@
+"""The engine with its kernels for CUDA, on the CPU: Triton interpreted, plain PyTorch for the fused calls of cuDNN."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tolerances import assert_close
+from torch import nn
+
+from sparse_adv import engine, masks
+from sparse_adv import nn as sparse_nn
+from sparse_adv.engine import kernels_cuda, program
+from sparse_adv.ops import masked_conv2d_cuda, set_kernels
+from sparse_adv.ops.masked_conv2d_pattern import block_pattern, unflatten
+
+
+class Block(nn.Module):
+    """A residual block of two convolutions."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(32, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Conv2d(32, channels, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def network(pool: bool) -> nn.Module:
+    end = [nn.MaxPool2d(2)] if pool else []
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), Block(32, 1), *end, Block(64, 2)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def packed(pattern, weight):
+    """What `ops.pack_pattern` returns on CUDA."""
+    promised = pattern._with_header("weight_is_masked", 1).flatten()
+    return unflatten([*promised, *masked_conv2d_cuda.pack_values(weight, promised)])
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Lets the engine take its CUDA kernels on the CPU; returns the calls of cuDNN and of the block kernels."""
+    calls: list[str] = []
+
+    def conv_relu(x, weight, bias, *geometry):
+        calls.append("cudnn conv + relu")
+        return F.conv2d(x, weight, bias, *geometry).relu()
+
+    def conv_add_relu(x, weight, residual, alpha, bias, *geometry):
+        calls.append("cudnn conv + add + relu")
+        return (F.conv2d(x, weight, bias, *geometry) + alpha * residual).relu()
+
+    def counted(name):
+        kernel = getattr(kernels_cuda.block_kernels, name)
+        return lambda *args: calls.append(f"blocks {name}") or kernel(*args)
+
+    on_cpu, fold = sparse_nn.MaskedConv2d.pattern.fget, program.Program.fold
+    folding = False
+
+    def pattern(layer):
+        """Of blocks for the engine only: a model that runs on the CPU itself needs a pattern of the CPU."""
+        compiled = on_cpu(layer)
+        return set_kernels(block_pattern(compiled), "sparse", "sparse", "sparse") if folding else compiled
+
+    def fold_on_cuda(self):
+        nonlocal folding
+        folding = True
+        fold(self)
+        folding = False
+
+    monkeypatch.setattr(sparse_nn.MaskedConv2d, "pattern", property(pattern))
+    monkeypatch.setattr(program.Program, "fold", fold_on_cuda)
+    monkeypatch.setattr(kernels_cuda.ops, "pack_pattern", packed)
+    monkeypatch.setattr(program, "choose_kernels", lambda steps, x: kernels_cuda.CudaKernels(x.dtype))
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", conv_relu, raising=False)
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", conv_add_relu, raising=False)
+    for name in ("forward", "grad_input"):
+        monkeypatch.setattr(kernels_cuda.block_kernels, name, counted(name))
+    return calls
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["residual", "pooled"])
+@pytest.mark.parametrize("density", [None, 0.5], ids=["dense", "blocks"])
+def test_logits_and_gradients_equal_those_of_autograd(calls, density, pool):
+    torch.manual_seed(0)
+    model, x = network(pool), torch.rand(3, 3, 8, 8)
+    twin = model
+    if density is not None:
+        chosen = masks.prune(model, density, block=(32, 32), scope="uniform", linear=False)
+        twin = copy.deepcopy(model)
+        for name, mask in chosen.items():
+            twin.get_submodule(name).weight.data.masked_fill_(~mask, 0)
+        model = sparse_nn.sparsify(model, chosen)
+
+    def loss(logits):
+        return F.cross_entropy(logits, torch.tensor([1, 0, 4]), reduction="none")
+
+    leaf = x.clone().requires_grad_()
+    expected = twin(leaf)
+    loss(expected).sum().backward()
+    assert not any(line.startswith("autograd") for line in engine.explain(model, x)), engine.explain(model, x)
+    with engine.input_gradients(model, x) as gradients:
+        calls.clear()
+        assert_close(gradients.logits(x), expected.detach())
+        assert_close(gradients.gradient(x, loss), leaf.grad)
+    fused = (
+        {"cudnn conv + relu", "cudnn conv + add + relu"} if density is None else {"blocks forward", "blocks grad_input"}
+    )
+    assert set(calls) == fused
