@@ -15,8 +15,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Objective = Literal["natural", "fgsm", "fgsm-rs", "n-fgsm", "pgd", "free", "trades"]
-Schedule = Literal["piecewise", "cosine", "cyclic", "constant"]
+Objective = Literal[
+    "natural", "fgsm", "fgsm-rs", "n-fgsm", "fgsm-rs-cs", "fgsm-uap", "nu-at", "pgd", "free", "trades", "mart"
+]
+Schedule = Literal["piecewise", "cosine", "cyclic", "onecycle", "constant"]
 Norm = Literal["linf", "l2"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Scope = Literal["global", "uniform", "erk", "igq"]
@@ -29,8 +31,10 @@ NORMS: tuple[str, ...] = get_args(Norm)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 METHODS: tuple[str, ...] = get_args(Method)
 
-_ALPHA_OVER_EPS = {"fgsm": 1.0, "fgsm-rs": 1.25, "n-fgsm": 1.0, "pgd": 0.25, "free": 1.0, "trades": 0.25}
-"""Default step size of each objective as a multiple of eps, from its paper (PGD and TRADES: 2/255 at eps 8/255)."""
+_ALPHA_OVER_EPS = {"fgsm-rs": 1.25, "pgd": 0.25, "trades": 0.25, "mart": 0.25}
+"""Default step size as a multiple of eps, from the paper of each objective; 1 for those that are not here."""
+_BETA = {"fgsm-rs-cs": 1.0, "fgsm-uap": 10.0, "nu-at": 4.0, "trades": 6.0, "mart": 5.0}
+"""Default weight of the second term of a loss, from the paper of each objective or the FastAT Benchmark."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,12 @@ class TrainConfig:
         objective: training loss; `training.objectives` has the formula and the paper of each.
         epochs: passes over the training images, at least 1.
         lr: learning rate of SGD before schedule and warm-up, at least 0.
-        momentum: momentum of SGD, at least 0.
+        momentum: momentum of SGD, at least 0. The schedule onecycle moves it from 0.05 more to 0.05 less and
+            back; it needs a value in [0.05, 0.95).
         weight_decay: L2 penalty of SGD on all parameters, at least 0.
         schedule: learning rate schedule, applied at every update: piecewise (times 0.1 at each milestone), cosine
-            (from lr to 0), cyclic (linear from 0 to lr in the first half of the epochs, back to 0 in the second) or
-            constant.
+            (from lr to 0), cyclic (linear from 0 to lr in the first half of the epochs, back to 0 in the second),
+            onecycle (cosine from lr / 25 to lr in the first 3/10 of the updates, then to lr / 250,000) or constant.
         milestones: fractions of the epochs, in [0, 1], after which the piecewise schedule multiplies the learning
             rate by 0.1.
         warmup_epochs: number of first epochs, fractions allowed, in which the learning rate rises linearly; 0 for no
@@ -53,16 +58,23 @@ class TrainConfig:
         warmup_start_lr: learning rate at which the warm-up starts, at least 0.
         eps: radius of the perturbation ball in training and evaluation; images lie in [0, 1], so 8/255 is usual for
             linf.
-        norm: norm of the perturbation ball; l2 is for the objectives natural, fgsm, fgsm-rs and pgd only.
-        alpha: step size of the attack in image units; null for the default of the objective, which is eps for fgsm,
-            n-fgsm and free, 1.25 eps for fgsm-rs, and eps / 4 for pgd and trades.
-        steps: attack steps of the objectives pgd and trades, at least 1.
-        beta: weight of the robust (KL divergence) term of the objective trades, at least 0.
+        norm: norm of the perturbation ball.
+        alpha: step size of the attack in image units; null for the default of the objective, which is 1.25 eps for
+            fgsm-rs, eps / 4 for pgd, trades and mart, and eps for the others.
+        steps: attack steps of the objectives pgd, trades and mart, at least 1.
+        beta: weight of the second term of the loss, at least 0; null for the default of the objective, which is 1 for
+            fgsm-rs-cs, 10 for fgsm-uap, 4 for nu-at, 6 for trades and 5 for mart. The others have one term only.
+        label_smoothing: part of the label's probability, in [0, 1), that cross-entropy losses give to all classes
+            evenly (fgsm-rs-cs: to the other classes); single-step attacks raise the loss with these labels too.
+        awp_gamma: size of the adversarial perturbation of the weights that the gradient is formed at, relative to the
+            norm of each weight tensor, at least 0; 0 for none. 0.01 is usual for pgd, 0.005 for trades and mart.
         replays: updates that the objective free makes on each batch, at least 1; it is usual to divide the epochs by
             this number.
         max_grad_norm: gradients of an update are scaled down to this L2 norm; 0 for no clipping.
-        ema_decay: decay per update, in [0, 1), of an exponential moving average of the weights, which is evaluated and
-            saved instead of the weights themselves; 0 for no average.
+        ema_decay: decay per update, in [0, 1), of an exponential moving average of the weights and the BatchNorm
+            statistics, which is evaluated and saved instead of them; after t updates the decay is at most t / (t + 9),
+            because an average that starts slowly would still consist of the first weights when a short run ends; 0
+            for no average.
         precision: float32, or the dtype of automatic mixed precision, bfloat16 or float16; float16 scales the loss.
         evaluate_every: epochs from one evaluation on the validation images to the next, at least 1; the last epoch is
             always evaluated.
@@ -97,7 +109,9 @@ class TrainConfig:
     norm: Norm = "linf"
     alpha: float | None = None
     steps: int = 10
-    beta: float = 6.0
+    beta: float | None = None
+    label_smoothing: float = 0.0
+    awp_gamma: float = 0.0
     replays: int = 8
     max_grad_norm: float = 0.0
     ema_decay: float = 0.0
@@ -117,29 +131,41 @@ class TrainConfig:
         for name in ("epochs", "steps", "replays", "evaluate_every", "evaluation_steps"):
             _require_integer(name, getattr(self, name), least=1)
         _require_integer("seed", self.seed, least=0)
-        for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps", "beta"):
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps"):
             _require_number(name, getattr(self, name))
-        _require_number("max_grad_norm", self.max_grad_norm)
-        if self.alpha is not None:
-            _require_number("alpha", self.alpha)
-        if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
+        for name in ("max_grad_norm", "awp_gamma"):
+            _require_number(name, getattr(self, name))
+        for name in ("alpha", "beta"):
+            if getattr(self, name) is not None:
+                _require_number(name, getattr(self, name))
+        for name in ("ema_decay", "label_smoothing"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value!r}")
         if not isinstance(self.milestones, tuple) or not all(_is_number(m) and 0 <= m <= 1 for m in self.milestones):
             raise ValueError(f"milestones must be fractions of the epochs in [0, 1], got {self.milestones}")
-        if self.norm == "l2" and self.objective in ("n-fgsm", "free", "trades"):
-            raise ValueError(f"norm of objective {self.objective!r} must be 'linf', got 'l2'")
+        if self.schedule == "onecycle" and not 0.05 <= self.momentum < 0.95:
+            raise ValueError(f"momentum must be in [0.05, 0.95) for schedule 'onecycle', got {self.momentum!r}")
+        if self.awp_gamma and self.objective == "natural":
+            raise ValueError(f"awp_gamma must be 0 for objective 'natural', which has no attack, got {self.awp_gamma}")
 
     @property
     def step_size(self) -> float:
         """Step size of the training attack in image units: `alpha`, or the default of the objective."""
-        return _ALPHA_OVER_EPS.get(self.objective, 0.0) * self.eps if self.alpha is None else self.alpha
+        return _ALPHA_OVER_EPS.get(self.objective, 1.0) * self.eps if self.alpha is None else self.alpha
+
+    @property
+    def second_weight(self) -> float:
+        """Weight of the second term of the loss: `beta`, or the default of the objective."""
+        return _BETA.get(self.objective, 0.0) if self.beta is None else self.beta
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of an update.
 
         With t = step / steps_per_epoch epochs done of E: "piecewise" is lr / 10^(number of milestones m with t >= m E);
         "cosine" is lr (1 + cos(pi t / E)) / 2 (Loshchilov and Hutter 2017, equation 5); "cyclic" is
-        lr (1 - |1 - 2 t / E|) (Wong et al. 2020, section 5), shifted by half an update so that no update has rate 0.
+        lr (1 - |1 - 2 t / E|) (Wong et al. 2020, section 5), shifted by half an update so that no update has rate 0;
+        "onecycle" is that of PyTorch's OneCycleLR with its defaults and max_lr = lr (Smith and Topin 2019).
         A warm-up replaces lr by warmup_start_lr + (lr - warmup_start_lr) t / warmup_epochs in the same formula, so
         that milestones inside the warm-up take effect.
 
@@ -154,10 +180,26 @@ class TrainConfig:
             factor = 0.5 * (1 + math.cos(math.pi * progress))
         elif self.schedule == "cyclic":
             factor = 1 - abs(1 - 2 * (step + 1) / (self.epochs * steps_per_epoch + 1))
+        elif self.schedule == "onecycle":
+            factor = _one_cycle(step, steps_per_epoch * self.epochs, 1 / 25, 1.0, 1 / 25 / 1e4)
         else:
             factor = 1.0
         warmup = min(1.0, (step + 1) / (self.warmup_epochs * steps_per_epoch)) if self.warmup_epochs else 1.0
         return factor * (self.warmup_start_lr + (self.lr - self.warmup_start_lr) * warmup)
+
+    def momentum_of(self, step: int, steps_per_epoch: int) -> float:
+        """Return the momentum of an update: `momentum`, but for the schedule onecycle.
+
+        There it moves against the learning rate, as that of PyTorch's OneCycleLR: from momentum + 0.05 to
+        momentum - 0.05 and back.
+
+        Args:
+            step, steps_per_epoch: as in `learning_rate`.
+        """
+        if self.schedule != "onecycle":
+            return self.momentum
+        high, low = self.momentum + 0.05, self.momentum - 0.05
+        return _one_cycle(step, steps_per_epoch * self.epochs, high, low, high)
 
 
 @dataclass(frozen=True)
@@ -379,6 +421,16 @@ def _plain(value: Any) -> Any:
         return tuple(value.tolist())
     is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     return value.item() if is_scalar else value
+
+
+def _one_cycle(step: int, steps: int, start: float, middle: float, end: float) -> float:
+    """Half a cosine from start to middle in the first 30 % of the steps, another one from there to the end."""
+    turn, last = 0.3 * steps - 1, steps - 1
+    if step <= turn:
+        before, after, part = start, middle, step / turn
+    else:
+        before, after, part = middle, end, (step - turn) / (last - turn)
+    return after + (before - after) / 2 * (1 + math.cos(math.pi * part))
 
 
 def _require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

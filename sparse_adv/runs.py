@@ -241,10 +241,20 @@ def begin_training(
     folder: Path, train: TrainConfig, world_size: int, before: Cost = NO_COST, method: MethodConfig | None = None
 ) -> None:
     """`begin` for a caller that does not know the images and the network; those of the folder are not compared."""
+    _begin_with(folder, RunInfo("train", train, method=method, world_size=world_size, before=before))
+
+
+def begin_search(folder: Path, train: TrainConfig, prune: PruneConfig, world_size: int) -> None:
+    """As `begin_training`, for a ticket search."""
+    _begin_with(folder, RunInfo("search", train, prune.named(), world_size=world_size))
+
+
+def _begin_with(folder: Path, own: RunInfo) -> None:
     path = folder / INFO
-    info = json_files.read(RunInfo, path) if path.exists() else RunInfo("train", train, before=before)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    begin(folder, replace(info, train=train, world_size=world_size, deterministic=deterministic, method=method))
+    if path.exists():
+        known = json_files.read(RunInfo, path)
+        own = replace(own, data=known.data, network=known.network, ticket=known.ticket, before=known.before)
+    begin(folder, own)
 
 
 def read(folder: Path | str) -> Run:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
 
@@ -49,6 +50,9 @@ def test_the_warm_up_is_linear_and_keeps_milestones():
         (TrainConfig, "lr", "0.1"),
         (TrainConfig, "alpha", math.inf),
         (TrainConfig, "ema_decay", 1.0),
+        (TrainConfig, "label_smoothing", 1.0),
+        (TrainConfig, "awp_gamma", -0.1),
+        (TrainConfig, "beta", math.nan),
         (TrainConfig, "milestones", (0.5, 2)),
         (PruneConfig, "rounds", 0),
         (PruneConfig, "rewind_step", -1),
@@ -66,10 +70,41 @@ def test_a_value_out_of_range_is_refused_with_its_field(config, field, value):
     assert str(refusal.value).startswith(f"{field} must be ") and str(refusal.value).endswith(f", got {value!r}")
 
 
-@pytest.mark.parametrize("objective", ["n-fgsm", "free", "trades"])
-def test_objectives_without_an_l2_attack_refuse_the_l2_norm(objective):
-    with pytest.raises(ValueError, match=f"norm of objective '{objective}' must be 'linf', got 'l2'"):
-        TrainConfig(objective=objective, norm="l2")
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 100, 383])
+def test_one_cycle_is_that_of_pytorch(steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=steps)
+    config, expected, momenta = TrainConfig(schedule="onecycle", lr=0.3, epochs=steps), [], []
+    for step in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        if step + 1 < steps:
+            schedule.step()
+    assert rates(config, range(steps)) == pytest.approx(expected, rel=1e-12)
+    config = replace(config, epochs=1)
+    assert rates(config, range(steps), steps) == pytest.approx(expected, rel=1e-12)
+    assert [config.momentum_of(step, steps) for step in range(steps)] == pytest.approx(momenta, rel=1e-12)
+    assert TrainConfig(momentum=0.7).momentum_of(5, 10) == 0.7
+
+
+@pytest.mark.parametrize("momentum", [0, 0.95])
+def test_one_cycle_needs_a_momentum_that_it_can_move(momentum):
+    with pytest.raises(ValueError, match=r"momentum must be in \[0.05, 0.95\) for schedule 'onecycle', got "):
+        TrainConfig(schedule="onecycle", momentum=momentum)
+
+
+def test_natural_training_has_no_attack_to_perturb_weights_with():
+    with pytest.raises(ValueError, match=r"awp_gamma must be 0 for objective 'natural', .*, got 0.01"):
+        TrainConfig("natural", awp_gamma=0.01)
+
+
+def test_beta_and_alpha_have_defaults_of_their_objective():
+    assert TrainConfig("trades").second_weight == 6 and TrainConfig("mart").second_weight == 5
+    assert TrainConfig("fgsm-uap").second_weight == 10 and TrainConfig("nu-at").second_weight == 4
+    assert TrainConfig("fgsm-rs-cs").second_weight == 1
+    assert TrainConfig("trades", beta=0).second_weight == 0
+    assert [round(255 * TrainConfig(name).step_size, 6) for name in ("mart", "fgsm-rs", "nu-at")] == [2, 10, 8]
 
 
 @pytest.mark.parametrize("config", [TrainConfig(milestones=(0.1, 0.9)), PruneConfig(block=(4, 1)), DataConfig(limit=9)])

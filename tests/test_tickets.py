@@ -1,6 +1,7 @@
 """Ticket search: it returns to the initial weights, its masks are those configured, its checks detect defects."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -154,8 +155,7 @@ def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, pruning):
             folder=tmp_path / "stopped",
             on_epoch=on_epoch,
         )
-    other = network(seed=5)  # the initial weights come from the folder, not from this network
-    ticket, _ = search(tmp_path / "stopped", config, other, density=0.3, **pruning)
+    ticket, _ = search(tmp_path / "stopped", config, density=0.3, **pruning)
     assert equal_states(ticket.masks, expected.masks) and equal_states(ticket.state_dict, expected.state_dict)
     records = [runs.read(tmp_path / run).records for run in ("whole", "stopped")]
     assert [record.loss for record in records[0]] == [record.loss for record in records[1]]
@@ -164,12 +164,68 @@ def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, pruning):
 
 def test_a_finished_search_returns_without_training(tmp_path):
     first, _ = search(tmp_path)
-    again = tickets.search(network(), [None], CONFIG, PruneConfig(), folder=tmp_path)
-    assert equal_states(first.masks, again.masks)
-    with pytest.raises(ValueError, match="a ticket of another pruning configuration"):
-        search(tmp_path, density=0.5)
-    with pytest.raises(ValueError, match="a ticket of another training configuration"):
-        search(tmp_path, replace(CONFIG, lr=0.5))
+    epochs = []
+    again = tickets.search(
+        network(), batches(), CONFIG, PruneConfig(), validation=VALIDATION, folder=tmp_path, on_epoch=epochs.append
+    )
+    assert equal_states(first.masks, again.masks) and not epochs
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_holds_one_search(tmp_path, finished):
+    def on_epoch(record):
+        if not finished:
+            raise Stop
+
+    def begin(model=None, images=None, validation=VALIDATION, config=CONFIG, **pruning):
+        arguments = model or network(), images or batches(), config, PruneConfig(**pruning)
+        return tickets.search(*arguments, validation=validation, folder=tmp_path, on_epoch=on_epoch)
+
+    with nullcontext() if finished else pytest.raises(Stop):
+        begin()
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    sparse = sparsify(network(), masks.prune(network(), 0.5))
+    darker = [(0.5 * x, y) for x, y in batches(shuffle=False)]
+    for settings, said in (
+        ({"density": 0.5}, r"prune.density 0.2, now 0.5"),
+        ({"config": replace(CONFIG, lr=0.5)}, r"train.lr 0.1, now 0.5"),
+        ({"model": network(seed=5)}, "other initial weights"),
+        ({"model": network(channels=8)}, "other network"),
+        ({"model": sparse}, "other network"),
+        ({"images": batches(16)}, "other training images"),
+        ({"images": darker}, "other training images"),
+        ({"validation": None}, "other validation images"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            begin(**settings)
+    assert files == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    if finished:
+        (tmp_path / runs.INFO).unlink()
+        with pytest.raises(ValueError, match="a ticket of another pruning configuration"):
+            begin(density=0.5)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_the_model_of_an_interrupted_search_continues_it(tmp_path, stop_at):
+    expected, _ = search(rounds=2)
+    model = network()
+
+    def on_epoch(record):
+        if record.epoch == stop_at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        tickets.search(
+            model,
+            batches(),
+            CONFIG,
+            PruneConfig(rounds=2),
+            validation=VALIDATION,
+            folder=tmp_path,
+            on_epoch=on_epoch,
+        )
+    ticket, _ = search(tmp_path, model=model, rounds=2)
+    assert equal_states(ticket.masks, expected.masks) and equal_states(ticket.state_dict, expected.state_dict)
 
 
 def test_a_search_ends_early_when_its_mask_changes_no_more(tmp_path):

@@ -191,17 +191,18 @@ def n_fgsm(
     *,
     eps: float | Tensor = 8 / 255,
     alpha: float | Tensor | None = None,
+    norm: str = "linf",
     **options: Unpack[LossOptions],
 ) -> Tensor:
     """N-FGSM: noise from U(-2 eps, 2 eps), then one signed step of size alpha, without projection.
 
     The result is clamped to [lo, hi] but may be 2 eps + alpha away from the clean image: use it for training, not for
-    measuring robustness.
+    measuring robustness. The paper has linf only; for l2 the noise is uniform in the ball of radius 2 eps.
 
     Args:
         alpha: step size; None for eps.
-        model, images, labels, eps, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode, check
-            and graphs.
+        model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
+            check, graphs, engine and early_stop.
 
     Returns:
         The adversarial images, detached, as in `pgd`.
@@ -220,7 +221,7 @@ def n_fgsm(
         >>> bool((adv - images).abs().max() <= 0.3 + 1e-6)  # 2 eps + alpha
         True
     """
-    return run_attack(model, images, labels, AttackOptions.n_fgsm(eps, alpha, **options))
+    return run_attack(model, images, labels, AttackOptions.n_fgsm(eps, alpha, norm, **options))
 
 
 def tpgd(
@@ -230,16 +231,18 @@ def tpgd(
     eps: float | Tensor = 8 / 255,
     alpha: float | Tensor = 2 / 255,
     steps: int = 10,
+    norm: str = "linf",
     **options: Unpack[CommonOptions],
 ) -> Tensor:
-    """The attack of TRADES: PGD in the linf ball that maximises KL(p(images) || p(adv)), without labels.
+    """The attack of TRADES: PGD that maximises KL(p(images) || p(adv)), without labels.
 
-    It starts from uniform noise in [-0.001, 0.001], because the divergence has no gradient at the clean images. Their
-    probabilities p(images) are computed once.
+    It starts from uniform noise in [-0.001, 0.001], for l2 in the ball of radius 0.05 (as long as noise of 0.001 on an
+    image of CIFAR), because the divergence has no gradient at the clean images. Their probabilities p(images) are
+    computed once.
 
     Args:
-        model, images, eps, alpha, steps, options: as in `pgd`; options are lo, hi, generator, bn_mode, check and
-            graphs.
+        model, images, eps, alpha, steps, norm, options: as in `pgd`; options are lo, hi, generator, bn_mode, check,
+            graphs and engine.
 
     Returns:
         The adversarial images, detached, as in `pgd`.
@@ -259,4 +262,4 @@ def tpgd(
         >>> bool((adv - images).abs().max() <= 0.1 + 1e-6)
         True
     """
-    return run_attack(model, images, None, AttackOptions.tpgd(eps, alpha, steps, **options))
+    return run_attack(model, images, None, AttackOptions.tpgd(eps, alpha, steps, norm, **options))

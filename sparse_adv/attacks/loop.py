@@ -24,7 +24,7 @@ from sparse_adv.attacks.checks import (
     is_correct,
 )
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
-from sparse_adv.attacks.losses import kl_divergence, loss_function
+from sparse_adv.attacks.losses import kl_divergence, loss_function, takes_classes
 from sparse_adv.attacks.options import AttackOptions
 from sparse_adv.engine import InputGradients
 from sparse_adv.ops.random_start import seed_words
@@ -60,7 +60,8 @@ def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions
     if isinstance(images, Tensor):
         movement.check_shapes(images, eps=options.eps, alpha=options.alpha, lo=options.lo, hi=options.hi)
     if options.check:
-        label_range = check_batch(images, labels, not callable(options.loss), options.lo, options.hi)
+        with_labels = takes_classes(options.loss)
+        label_range = check_batch(images, labels, with_labels, options.lo, options.hi)
     # Tensors made in inference mode could not be written to later; a CUDA graph does that in every replay.
     with torch.inference_mode(False):
         philox_state = None
@@ -135,7 +136,7 @@ class PGDLoop:
 
         def loss(logits: Tensor) -> Tensor:
             nonlocal label_range, fooled
-            if isinstance(options.loss, str):
+            if takes_classes(options.loss):
                 self.classes = count_classes(logits, len(images))
                 check_label_range(label_range, self.classes)
                 label_range = None

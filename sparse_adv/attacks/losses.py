@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +31,28 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         tensor([1.3863])
     """
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+@dataclass(frozen=True, eq=False)
+class SmoothedCrossEntropy:
+    """The cross-entropy of each image [N] with labels of which a part is spread evenly over all classes.
+
+    Args:
+        label_smoothing: that part, in [0, 1].
+
+    Source: Szegedy et al., "Rethinking the Inception architecture for computer vision" (CVPR 2016), section 7.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv.attacks import losses
+        >>> losses.SmoothedCrossEntropy(0.5)(torch.zeros(1, 4), torch.tensor([2]))
+        tensor([1.3863])
+    """
+
+    label_smoothing: float
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -127,6 +150,17 @@ def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 """The losses that attacks know by name."""
+
+
+def takes_classes(loss: str | Loss) -> bool:
+    """Return whether the labels of a loss are known to be classes; those of a function of the caller may be anything.
+
+    Examples:
+        >>> from sparse_adv.attacks import losses
+        >>> losses.takes_classes("ce"), losses.takes_classes(lambda logits, labels: logits.sum(1))
+        (True, False)
+    """
+    return isinstance(loss, str | SmoothedCrossEntropy)
 
 
 def loss_function(loss: str | Loss) -> Loss:

@@ -143,21 +143,31 @@ class AttackOptions:
 
     @classmethod
     def n_fgsm(
-        cls, eps: float | Tensor, alpha: float | Tensor | None = None, **options: Unpack[LossOptions]
+        cls,
+        eps: float | Tensor,
+        alpha: float | Tensor | None = None,
+        norm: str = "linf",
+        **options: Unpack[LossOptions],
     ) -> AttackOptions:
-        """N-FGSM: one step of size alpha, by default eps, from noise in [-2 eps, 2 eps], without projection."""
+        """N-FGSM: one step of size alpha, by default eps, from noise in the ball of 2 eps, without projection."""
         _check_names("n_fgsm", options, LossOptions)
         alpha = eps if alpha is None else alpha
-        return cls(eps=eps, alpha=alpha, steps=1, start_eps=2 * eps, project=False, **options)
+        return cls(eps=eps, alpha=alpha, steps=1, norm=norm, start_eps=2 * eps, project=False, **options)
 
     @classmethod
     def tpgd(
-        cls, eps: float | Tensor, alpha: float | Tensor, steps: int, **options: Unpack[CommonOptions]
+        cls,
+        eps: float | Tensor,
+        alpha: float | Tensor,
+        steps: int,
+        norm: str = "linf",
+        **options: Unpack[CommonOptions],
     ) -> AttackOptions:
-        """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from noise of 0.001."""
+        """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from little noise, see `attacks.tpgd`."""
         _check_names("tpgd", options, CommonOptions)
-        start = eps.clamp(max=0.001) if isinstance(eps, Tensor) else min(eps, 0.001)
-        return cls(eps=eps, alpha=alpha, steps=steps, start_eps=start, loss=kl_divergence, **options)
+        noise = 0.05 if norm == "l2" else 0.001
+        start_eps = eps.clamp(max=noise) if isinstance(eps, Tensor) else min(eps, noise)
+        return cls(eps=eps, alpha=alpha, steps=steps, norm=norm, start_eps=start_eps, loss=kl_divergence, **options)
 
 
 def check_count(name: str, count: object, least: int) -> None:

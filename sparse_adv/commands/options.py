@@ -21,6 +21,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
+from sparse_adv import recipes
 from sparse_adv.files import write_text
 from sparse_adv.training import distributed
 
@@ -97,7 +98,12 @@ def parser_of(command: str, options: type, configurable: bool = False) -> Argume
         formatter_class=_Help,
     )
     if configurable:
-        parser.add_argument("--config", action="config", help="YAML file whose keys are flags; flags win over it")
+        parser.add_argument(
+            "--config",
+            action="config",
+            help=f"YAML file whose keys are flags, which win over it; or {recipes.PREFIX} and one of "
+            + ", ".join(recipes.names()),
+        )
     _add_fields(parser, parser, options, None)
     return parser
 
@@ -106,14 +112,16 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
     """Parse the arguments of a command into its options.
 
     Raises:
-        ValueError: naming the flag or key that is wrong, and the one that may have been meant.
+        ValueError: naming the flag or key that is wrong, and the one that may have been meant; if there is no such
+            recipe.
         FileNotFoundError: if a config file does not exist.
     """
+    arguments = list(_with_files(arguments))
     configs = list(_config_files(arguments))
     for file in configs:
         _check_yaml(file)
     try:
-        namespace = parser.parse_args(list(arguments))
+        namespace = parser.parse_args(arguments)
     except (ArgumentError, ArgumentTypeError) as error:
         raise ValueError(_sentence(parser, str(error), configs)) from error
     return _build(options, namespace)
@@ -200,6 +208,16 @@ def _build(kind: Any, namespace: Namespace) -> Any:
             value = tuple(map(Path, value) if hint == tuple[Path, ...] else value)
         values[field.name] = value
     return kind(**values)
+
+
+def _with_files(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments with the file of a recipe in place of its name."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        flag, is_one, name = word.rpartition(recipes.PREFIX)
+        if is_one and (flag == "--config=" or (not flag and before == "--config")):
+            yield f"{flag}{recipes.path(name)}"
+        else:
+            yield word
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:

@@ -59,6 +59,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.ticket is None and (self.reinit or self.shuffle):
             raise ValueError("--reinit and --shuffle are controls of a ticket: name it with --ticket")
+        given = [name for name, value in vars(self.method).items() if value != getattr(MethodConfig(), name)]
+        if given and self.method.method == "none":
+            raise ValueError(f"--{given[0].replace('_', '-')} is a setting of a method: name one with --method")
         if self.ticket is not None and self.method.method != "none":
             raise ValueError(f"--method {self.method.method} makes its own masks: leave out --ticket")
 

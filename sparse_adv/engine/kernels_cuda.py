@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sparse_adv import ops
 from sparse_adv.engine.kernels import Convolution, Epilogue, Kernels, Place
 from sparse_adv.kernels import masked_conv2d as block_kernels
+from sparse_adv.kernels import max_pool2d
 from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
@@ -33,6 +34,20 @@ class CudaKernels(Kernels):
         if isinstance(layer, MaskedConv2d) and isinstance(layer.pattern, BlockPattern):
             return BlockConvolution(layer, norm, shape, self)
         return CudnnConvolution(layer, norm, shape, self)
+
+    def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
+        pooled = torch.Size((*x.shape[:2], x.shape[2] // size[0], x.shape[3] // size[1]))
+        out = self.empty(pooled, x.device)
+        index = torch.empty_like(out, dtype=torch.uint8) if index is None else index
+        max_pool2d.forward(x, size, out, index)
+        return out, index
+
+    def max_pool_grad(
+        self, grad: Tensor, index: Tensor, size: tuple[int, int], shape: torch.Size, epilogue: Epilogue, place: Place
+    ) -> Tensor:
+        out = self.empty(shape, grad.device)
+        max_pool2d.backward(grad, index, size, epilogue.residual, epilogue.gate, out)
+        return out
 
     def pointwise(self, x: Tensor, epilogue: Epilogue, place: Place | None = None) -> Tensor:
         return pointwise(x, epilogue.scale, epilogue.bias, epilogue.residual, epilogue.relu, epilogue.gate)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from sparse_adv.kernels.tensor_checks import check_floating
 
 _WARP_ELEMENTS = 4 * 32  # each thread accesses 16 bytes of float32 at a time
 _MAX_WARPS = 32  # for one image; larger images than these can keep in registers are read again in each loop
@@ -32,14 +32,6 @@ def pgd_step_(
     """The op `sparse_adv::pgd_step_`: `pgd_step` in place."""
     _check(adv, grad, clean, norm)
     _step_into(adv, adv, grad, clean, alpha, eps, norm, lo, hi)
-
-
-def check_floating(name: str, tensor: Tensor, first: Tensor) -> None:
-    """Raises RuntimeError unless the kernels can read the tensor: of a dtype in FLOATING, on the device of `first`."""
-    if tensor.device != first.device:
-        raise RuntimeError(f"sparse_adv: {name} must be on the device of the images")
-    if tensor.dtype not in FLOATING:
-        raise RuntimeError(f"sparse_adv: {name} must be float64, float32, bfloat16 or float16")
 
 
 def check_norm(norm: str) -> None:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.pgd_step import OPTIONS, check_floating, check_norm, clamped
+from sparse_adv.kernels.pgd_step import OPTIONS, check_norm, clamped
+from sparse_adv.kernels.tensor_checks import check_floating
 
 # The third word of the Philox counter, so that elements and radii never read the same numbers.
 _ELEMENTS, _RADII = tl.constexpr(0), tl.constexpr(1)

@@ -5,6 +5,7 @@ It costs no time when the model runs: layers pass their channels on in the new o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import DependencyGroup, dependency_groups
 from sparse_adv.masks.pruning import Candidates, Score, select_blocks
+from sparse_adv.masks.same_function import check_same_function
 from sparse_adv.ops.masked_conv2d_mask import check_block
 
 _SOFT_ROUNDS, _SOFT_POWER = 4, 4
@@ -114,8 +116,8 @@ def permute_channels(
         (see `dependency_groups`) keep their positions, and all channels do if nothing is gained.
 
     Raises:
-        ValueError: if an argument is out of range, a score is NaN, negative or infinite or has a wrong shape, or
-            torch.fx cannot trace the model.
+        ValueError: if an argument is out of range, a score is NaN, negative or infinite or has a wrong shape, torch.fx
+            cannot trace the model, or the permuted model computes something else, on the sample.
 
     Source: Pool and Yu, "Channel permutations for N:M sparsity" (NeurIPS 2021; NVIDIA ASP), for permutations absorbed
     by the neighbouring layers; Huang et al., "Shfl-BW" (DAC 2022, arXiv 2203.05016), for shuffled block-wise pruning.
@@ -140,7 +142,24 @@ def permute_channels(
     block4 = check_block(block)
     candidates = Candidates.of(model, density, scope, score, exclude, linear)
     groups = [group for group in dependency_groups(model, shape) if not group.fixed]
-    return _Search(candidates, block4, groups).run()
+    permutation = _Search(candidates, block4, groups).run()
+    if any(not order.equal(torch.arange(len(order))) for order in permutation.channels.values()):
+        _check(permutation, model, shape)
+    return permutation
+
+
+def _check(permutation: ChannelPermutation, model: nn.Module, shape: Sequence[int] | Tensor) -> None:
+    """Raises ValueError if the permutation changes the model's function."""
+    before = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*before.parameters(), *before.buffers()):
+            if tensor.dim() == 1 and tensor.is_floating_point():
+                # A BatchNorm or bias as it was made is the same for all channels and would show no wrong order.
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    after = copy.deepcopy(before)
+    permutation.apply(after)
+    check_same_function(before, after, shape, "permuting channels")
 
 
 def _members(group: DependencyGroup) -> Iterator[tuple[str, int, int]]:

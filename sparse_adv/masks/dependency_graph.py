@@ -89,7 +89,7 @@ def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[D
 def build_dependency_graph(model: nn.Module, shape: Sequence[int] | Tensor) -> DependencyGraph:
     """Trace a model; arguments and errors are those of `dependency_groups`."""
     tracing = _TracedOnCall(model)
-    run_once(tracing, shape, lambda layer, input, output: None)
+    run_once(tracing, shape)
     assert tracing.result is not None
     return tracing.result
 
@@ -123,6 +123,8 @@ class _Tracer(fx.Tracer):
         return computes_as_its_class(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if set(kwargs) == {"input"} and not args:
+            args, kwargs = (kwargs["input"],), {}
         outer, self.place = self.place, f"module {self.path_of_module(m)!r} ({type(m).__name__})"
         result = super().call_module(m, forward, args, kwargs)
         self.place = outer

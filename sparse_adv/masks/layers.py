@@ -47,7 +47,7 @@ def parameter_of(module: str, parameter: str = "weight") -> str:
     return f"{module}.{parameter}" if module else parameter
 
 
-def run_once(model: nn.Module, sample: Sequence[int] | Tensor, visit: Visit, linear: bool = False) -> None:
+def run_once(model: nn.Module, sample: Sequence[int] | Tensor, visit: Visit | None = None, linear: bool = False) -> Any:
     """Run one forward pass, call `visit(layer, input, output)` at each layer, and restore the model's modes.
 
     The pass is in eval mode, so that BatchNorm statistics do not change, and computes no gradients.
@@ -58,19 +58,24 @@ def run_once(model: nn.Module, sample: Sequence[int] | Tensor, visit: Visit, lin
         visit: called each time a Conv2d runs.
         linear: whether it is also called each time a Linear runs.
 
+    Returns:
+        The model's output.
+
     Raises:
         ValueError: if `sample` is neither a tensor nor a shape of 4 positive integers.
     """
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert visit is not None
         visit(layer, args[0], output)
 
-    handles = [layer.register_forward_hook(hook) for layer in maskable(model, linear).values()]
+    visited = maskable(model, linear).values() if visit else ()
+    handles = [layer.register_forward_hook(hook) for layer in visited]
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
         with torch.no_grad():
-            model(sample if isinstance(sample, Tensor) else _noise(model, sample))
+            return model(sample if isinstance(sample, Tensor) else noise(model, sample))
     finally:
         for handle in handles:
             handle.remove()
@@ -83,7 +88,8 @@ def uses(layer: Layer, output: Tensor) -> int:
     return output.numel() // max(1, layer.weight.shape[0])
 
 
-def _noise(model: nn.Module, shape: Sequence[int]) -> Tensor:
+def noise(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Return uniform noise of a shape [N, C, H, W], always the same, with the dtype and device of the parameters."""
     if len(shape) != 4 or not all(isinstance(size, int) and size >= 1 for size in shape):
         raise ValueError(f"shape must be 4 positive integers [N, C, H, W], got {tuple(shape)}")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))

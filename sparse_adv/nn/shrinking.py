@@ -18,6 +18,7 @@ from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.masks.channel_operations import NORMS
 from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
 from sparse_adv.masks.layers import unknown_module
+from sparse_adv.masks.same_function import check_same_function
 from sparse_adv.nn.conversion import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.masked_conv2d_mask import check_mask
@@ -66,7 +67,8 @@ def shrink(
         are masked layers, all others plain ones.
 
     Raises:
-        ValueError: if torch.fx cannot trace the model, a mask fits no layer, or multiple is not positive.
+        ValueError: if torch.fx cannot trace the model, a mask fits no layer, multiple is not positive, or the small
+            model computes something else: each is compared with the whole one on the sample.
 
     Source: Lym et al., "PruneTrain" (SC 2019), section 3, for removal with a union at residual sums.
 
@@ -86,6 +88,7 @@ def shrink(
     with torch.no_grad():
         for name, mask in own_masks.items():
             _module(small, name).weight.masked_fill_(~mask, 0)
+    whole = copy.deepcopy(small)
     before = _widths(build_dependency_graph(small, shape).groups, small)
     while True:
         traced = build_dependency_graph(small, shape)
@@ -96,6 +99,7 @@ def shrink(
             break
         for group, channels in changing.items():
             _cut(small, group, channels, own_masks, constants)
+        check_same_function(whole, small, shape, "removing channels")
     partly_pruned = {name: mask for name, mask in own_masks.items() if not mask.all()}
     after = _widths(traced.groups, small)
     retained = {name: count for name, count in constants.counts().items() if count}
@@ -139,7 +143,7 @@ class _Constants(fx.Interpreter):
     def __init__(self, model: nn.Module, traced: DependencyGraph, masks: Mapping[str, Tensor]) -> None:
         super().__init__(model, graph=traced.graph)
         self.traced, self.masks = traced, masks
-        self.device = next(model.parameters()).device
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.inputs: dict[str, Tensor] = {}
         """For each convolution and linear layer, the constants that it reads."""
         self.outputs: dict[str, Tensor] = {}
@@ -159,7 +163,7 @@ class _Constants(fx.Interpreter):
         width = self.traced.shapes[n][1]
         if kind in ("input", "unknown"):
             return self._unknown(width)
-        source = self._of(n.args[0])
+        source = self._of(n.all_input_nodes[0])
         if kind in ("convolution", "linear"):
             return self._layer(str(n.target), source)
         if kind == "flatten":
@@ -171,7 +175,9 @@ class _Constants(fx.Interpreter):
         operands = [self.env.get(source) for source in n.all_input_nodes]
         if not all(isinstance(operand, Tensor) and operand.numel() == width for operand in operands):
             return self._unknown(width)
-        return super().run_node(n).view(1, -1, 1, 1)
+        values = super().run_node(n)
+        # More values than channels: an operand of another shape was broadcast over pixels.
+        return values.view(1, -1, 1, 1) if values.numel() == width else self._unknown(width)
 
     def _of(self, node: Any) -> Tensor:
         value = self.env.get(node) if isinstance(node, fx.Node) else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import layout_of
+from sparse_adv.kernels.tensor_checks import check, check_device, check_size
 from sparse_adv.ops.arguments import check_tensors
 
 
@@ -66,6 +67,14 @@ def gate_to_bool(gate: Tensor, like: Tensor) -> Tensor:
     bits = gate[..., None] >> torch.arange(8, dtype=torch.uint8, device=gate.device) & 1
     passes = bits.bool().flatten(-2)[..., : _in_memory_order(like).shape[3]]
     return passes if layout_of(like) == torch.contiguous_format else passes.permute(0, 3, 1, 2)
+
+
+def check_gate(name: str, gate: Tensor, like: Tensor) -> None:
+    """Raises RuntimeError unless this is a gate without gaps of a tensor, on its device."""
+    check_device(name, gate, like)
+    check_size(name, gate, _shape_of_gate(like))
+    fits = gate.dtype == torch.uint8 and gate.is_contiguous()
+    check(fits, f"{name} must be uint8 and contiguous, got {gate.dtype} with strides {list(gate.stride())}")
 
 
 def _shape_of_gate(like: Tensor) -> tuple[int, ...]:

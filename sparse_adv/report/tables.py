@@ -87,11 +87,12 @@ def summary(runs: Sequence[Run]) -> str:
     ]  # fmt: skip
     rows = []
     for run, label in zip(runs, measures.labels(runs), strict=True):
+        method = run.info.method
         best, evaluated, total = measures.best(run), measures.evaluated(run), measures.total(run)
         rows.append(
             [
                 label,
-                f"{run.info.kind}, {run.info.train.objective}",
+                ", ".join([run.info.kind, run.info.train.objective, *([method.method] if method else [])]),
                 f"{run.info.density.weights:.3f}",
                 f"{run.info.density.macs:.3f}",
                 f"{run.info.before.seconds:.1f}",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,11 @@ from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.nn import densify, sparsify
-from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo, TicketChecks
+from sparse_adv.runs import NO_COST, Cost, EpochRecord, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
-from sparse_adv.training import distributed, train
-from sparse_adv.training.checkpoint import read_weights, write_weights
+from sparse_adv.training import distributed, identity, train
+from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
 from sparse_adv.training.evaluation import Images
 from sparse_adv.training.loop import Batches
 from sparse_adv.training.modes import frozen_modules, set_training_mode
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 INITIAL = "initial.safetensors"
 REWIND = "rewind.safetensors"
+IDENTITY = "identity.pt"
+"""What decides the result beside the settings, see `training.identity`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def search(
         which the network computes the same function.
 
     Raises:
-        ValueError: if `prune_config` does not fit the model, before any training, or the folder holds another search.
+        ValueError: if `prune_config` does not fit the model, before any training, or the folder holds another search:
+            of other settings, initial weights or images.
         TicketInvariantError: if an invariant of `tickets.checks` does not hold.
 
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
@@ -96,14 +100,16 @@ def search(
     # called here.
     _prune(model, replace(prune_config, score="magnitude") if callable(prune_config.score) else prune_config, 1)
     folder = None if folder is None else Path(folder)
-    if folder is not None and distributed.rank() == 0 and not (folder / runs.INFO).exists():
-        world_size = distributed.world_size()
-        runs.begin(folder, RunInfo("search", train_config, prune_config.named(), world_size=world_size))
+    if folder is not None and distributed.rank() == 0:
+        runs.begin_search(folder, train_config, prune_config, distributed.world_size())
     distributed.barrier()
+    if folder is not None:
+        _check_same(folder, model, identity.of_run(model, batches, validation, train_config.seed))
     if folder is not None and (folder / runs.TICKET).exists():
         return _finished(folder, train_config, prune_config)
     run = _Search(model, batches, train_config, prune_config, validation, folder, on_epoch, on_step)
-    return run.run(metadata or {})
+    with identity.training_of(model, folder):
+        return run.run(metadata or {})
 
 
 def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> SearchRecord:
@@ -330,6 +336,22 @@ def _input_shape(model: nn.Module, batches: Batches) -> tuple[int, ...] | None:
     shape = (1, *batch[0].shape[1:])
     dependency_groups(model, shape)
     return shape
+
+
+def _check_same(folder: Path, model: nn.Module, own: dict[str, Any]) -> None:
+    """Raises ValueError if the folder holds a search of another network or other images; a new one is described."""
+    path = folder / IDENTITY
+    if not path.exists():
+        of_ranks = distributed.collect(own)
+        if distributed.rank() == 0:
+            write_state(path, {"identity": of_ranks})
+        distributed.barrier()
+        return
+    of_ranks = read_state(path, torch.device("cpu"), ["identity"])["identity"]
+    begun = of_ranks[distributed.rank()]
+    if identity.was_interrupted(model, folder):  # in the middle of a round, in which the network has masks
+        own = own | {"network": begun["network"]}
+    identity.check_same(folder, own, begun, model)
 
 
 def _finished(folder: Path, train_config: TrainConfig, prune_config: PruneConfig) -> masks.Ticket:

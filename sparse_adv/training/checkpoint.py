@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sparse_adv import torch_files
 from sparse_adv.files import write_bytes
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.ticket import independent_copies
@@ -102,7 +103,7 @@ def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[st
     """
     content = io.BytesIO(path.read_bytes())
     try:
-        state = torch.load(content, map_location=device, weights_only=True)
+        state = torch_files.load(content, device)
     except Exception as error:  # a damaged file raises many types of errors
         raise damaged(path) from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]

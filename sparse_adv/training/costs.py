@@ -65,11 +65,11 @@ class Tally:
     """The images of an epoch's updates, counted apart for each cost of an update, and their MACs."""
 
     def __init__(self) -> None:
-        self._images: dict[tuple[NetworkCosts, bool], int] = {}
+        self._images: dict[tuple[NetworkCosts, Passes], int] = {}
 
-    def add(self, images: int, costs: NetworkCosts, dense_gradients: bool) -> None:
+    def add(self, images: int, costs: NetworkCosts, passes: Passes) -> None:
         """Count the images of an update of this process."""
-        key = costs, dense_gradients
+        key = costs, passes
         self._images[key] = self._images.get(key, 0) + images
 
     def summed(self, loss: float, device: torch.device) -> tuple[float, int]:
@@ -81,13 +81,13 @@ class Tally:
         self._images = {key: int(count) for key, count in zip(self._images, images, strict=True)}
         return total_loss, sum(self._images.values())
 
-    def attack(self, passes: Passes) -> int:
+    def attack(self) -> int:
         """Return the MACs of the attacks."""
-        return sum(count * costs.attack(passes) for (costs, _), count in self._images.items())
+        return sum(count * costs.attack(passes) for (costs, passes), count in self._images.items())
 
-    def update(self, passes: Passes) -> int:
+    def update(self) -> int:
         """Return the MACs of the updates."""
-        return sum(count * costs.update(passes, dense) for (costs, dense), count in self._images.items())
+        return sum(count * costs.update(passes) for (costs, passes), count in self._images.items())
 
 
 class NetworkCosts:
@@ -121,19 +121,16 @@ class NetworkCosts:
         """Return the MACs per image of the attack of an update."""
         return passes.attack_forward * self._per_image.forward + passes.attack_backward * self._per_image.grad_input
 
-    def update(self, passes: Passes, dense_gradients: bool = False) -> int:
+    def update(self, passes: Passes) -> int:
         """Return the MACs per image of an update: forward, weight gradient, and input gradient.
 
         The input gradient of the first layer counts only where the update differentiates down to the image.
-
-        Args:
-            passes: of the objective.
-            dense_gradients: whether the gradients of pruned weights are formed too.
         """
         macs = self._per_image
-        to_image = 0 if passes.to_image else macs.first_grad_input
-        grad_weight = macs.dense if dense_gradients else macs.grad_weight
-        return passes.update * (macs.forward + grad_weight + macs.grad_input - to_image)
+        without_weight = macs.forward + macs.grad_input - macs.first_grad_input
+        sparse = passes.update - passes.dense_gradients
+        weights = sparse * macs.grad_weight + passes.dense_gradients * macs.dense
+        return passes.update * without_weight + weights + passes.to_image * macs.first_grad_input
 
     def evaluation(self, accuracies: Iterable[Accuracy]) -> int:
         """Return the MACs that it took to measure these accuracies."""

@@ -76,16 +76,21 @@ def check_continues(
     begun = state["identity"][distributed.rank()]
     # The weights may be those that the folder was begun with, or those that it ended with.
     same_weights = own["weights"] in (begun["weights"], weights_digest(state["model"]))
+    check_same(folder, own if not same_weights else own | {"weights": begun["weights"]}, begun, model)
+    return begun
+
+
+def check_same(folder: Path, own: dict[str, Any], begun: dict[str, Any], model: nn.Module) -> None:
+    """Raises ValueError if the run in a folder was begun with another network or other images; both are `of_run`."""
     parts = {
         "network": own["network"] == begun["network"],
-        "initial weights": same_weights or was_interrupted(model, folder),
+        "initial weights": own["weights"] == begun["weights"] or was_interrupted(model, folder),
         "training images": own["batches"] == begun["batches"],
         "validation images": own["validation"] == begun["validation"],
     }
     for part, matches in parts.items():
         if not matches:
             raise ValueError(f"{folder} holds a run with other {part}: take another folder, or delete it")
-    return begun
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -189,18 +194,22 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
 @contextmanager
 def training_of(model: nn.Module, folder: Path | None) -> Iterator[None]:
     """Mark a model as being in training for a folder; after an exception the mark stays, see `was_interrupted`."""
+    outer = _in_training.get(model)
     if folder is not None:
         _in_training[model] = folder.resolve()
     yield
     _in_training.pop(model, None)
+    if outer is not None:
+        _in_training[model] = outer
 
 
 def was_interrupted(model: nn.Module, folder: Path) -> bool:
-    """Return whether this process trained the model for this folder and was interrupted in it.
+    """Return whether this process trained the model for this folder, or one inside, and was interrupted in it.
 
     Such a model has weights of the middle of an epoch, which are replaced by those of the folder.
     """
-    return _in_training.get(model) == folder.resolve()
+    interrupted, folder = _in_training.get(model), folder.resolve()
+    return interrupted is not None and folder in (interrupted, *interrupted.parents)
 
 
 def _length(images: Any) -> int:

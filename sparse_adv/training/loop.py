@@ -142,6 +142,7 @@ class Training:
             )
             assert start is not None
             self.updater.load_state_dict(start)
+            self.costs = None  # a hook may have changed the network in the epoch
             undone = evaluated.monitor
 
     def _train(self, epoch: int, on_step: Callable[[int], None] | None) -> _Trained:
@@ -149,6 +150,7 @@ class Training:
         objective = updater.objective
         if self.monitor is not None and self.monitor.pgd_epochs:
             objective = objectives.build(replace(config, objective="pgd", alpha=None), graphs=self.graphs)
+        objective.begin_epoch(epoch)
         watch = Stopwatch(self.device)
         noise = torch.Generator().manual_seed(distributed.own_seed(config.seed, NOISE_SEED, epoch))
         random_numbers.set_epoch(self.batches, epoch)
@@ -165,7 +167,7 @@ class Training:
                 for _ in range(objective.updates):
                     updated = updater.update(objective, x, y, noise, watch)
                     loss_sum += updated.loss * len(y)
-                    tally.add(len(y), costs, updated.dense_gradients)
+                    tally.add(len(y), costs, updated.passes)
                     if updated.new_costs:
                         self.costs = None
                         costs = self._costs_for(x)
@@ -184,8 +186,8 @@ class Training:
         return _Trained(
             loss,
             images,
-            Cost(watch.seconds("attack"), tally.attack(objective.passes)),
-            Cost(watch.seconds("update"), tally.update(objective.passes)),
+            Cost(watch.seconds("attack"), tally.attack()),
+            Cost(watch.seconds("update"), tally.update()),
         )
 
     def _costs_for(self, x: Tensor) -> NetworkCosts:

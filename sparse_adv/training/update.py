@@ -16,10 +16,12 @@ from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
 from sparse_adv.training import distributed, objectives
+from sparse_adv.training.awp import perturbed_weights
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
 from sparse_adv.training.hook import UpdateHook
+from sparse_adv.training.objectives import Passes
 
 
 class Updated(NamedTuple):
@@ -27,10 +29,21 @@ class Updated(NamedTuple):
 
     loss: Tensor
     """A scalar on the device."""
-    dense_gradients: bool
-    """Whether the gradients of pruned weights were formed too."""
+    passes: Passes
+    """Those that it took."""
     new_costs: bool
     """Whether passes through the network now cost more or less than before."""
+
+
+class _Fused(nn.Module):
+    """A model as `engine.fuse_for_training` returns it for each batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return engine.fuse_for_training(self.model, x)(x)
 
 
 class Updater:
@@ -46,6 +59,7 @@ class Updater:
 
     Attributes:
         step: number of updates made.
+        trained: what the loss calls in place of the model.
         evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
         comm_stats: bytes of gradients that this process has sent; None in a run of one process.
     """
@@ -73,7 +87,7 @@ class Updater:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.evaluated = model if self.ema is None else self.ema.module
-        self.wrapped: nn.Module = model
+        self.trained: nn.Module = _Fused(model) if config.engine else model
         self.comm_stats: CommStats | None = None
 
     def prepare(self, x: Tensor) -> None:
@@ -84,7 +98,7 @@ class Updater:
         """
         if distributed.world_size() > 1 and self.comm_stats is None:
             with self.autocast():
-                self.wrapped, self.comm_stats = _average_gradients(self.model, x)
+                self.trained, self.comm_stats = _average_gradients(self.trained, x)
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a batch on the model's device, in its memory layout; the host does not wait for the copy."""
@@ -110,14 +124,15 @@ class Updater:
         with watch.phase("update"):
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
+                group["momentum"] = config.momentum_of(self.step, self.steps_per_epoch)
             self.optimizer.zero_grad()
             collect = hook.wants_dense_gradients(self.step)
             collecting: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
             if collect:
                 collecting = dense_gradients(self.model)
-            with collecting as gradients:
+            with self._perturbed(objective, x, adv, y), collecting as gradients:
                 with self.autocast():
-                    loss = objective.loss(self._trained(x), x, adv, y)
+                    loss = objective.loss(self.trained, x, adv, y)
                 self.scaler.scale(loss).backward()
             if config.max_grad_norm:
                 self.scaler.unscale_(self.optimizer)
@@ -126,24 +141,40 @@ class Updater:
             self.scaler.update()
             objective.after_update()
             if self.ema is not None:
-                self.ema.follow(self.model, first=self.step == 0)
+                self.ema.follow(self.model, self.step)
             self.step += 1
             new_costs = hook.after_update(self.step, gradients)
-        return Updated(loss.detach(), collect, new_costs)
+        return Updated(loss.detach(), self._passes(objective, collect), new_costs)
 
-    def _trained(self, x: Tensor) -> nn.Module:
-        """What the loss calls in place of the model."""
-        if self.wrapped is not self.model or not self.config.engine:
-            return self.wrapped
-        return engine.fuse_for_training(self.model, x)
+    def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
+        """Those of an update with this objective; AWP forms the gradients of kept weights once more."""
+        passes = objective.passes
+        return passes._replace(
+            update=passes.update * (2 if self.config.awp_gamma else 1),
+            dense_gradients=passes.update if dense_gradients else 0,
+        )
+
+    def _perturbed(
+        self, objective: objectives.Natural, x: Tensor, adv: Tensor, y: Tensor
+    ) -> AbstractContextManager[None]:
+        """The weights at which the gradient of an update is formed: those of the model without AWP."""
+        if not self.config.awp_gamma:
+            return nullcontext()
+
+        def loss(model: nn.Module) -> Tensor:
+            with self.autocast():
+                return self.scaler.scale(objective.loss(model, x, adv, y))
+
+        return perturbed_weights(self.model, loss, self.config.awp_gamma)
 
     def end_epoch(self, epoch: int) -> None:
-        """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes and copied to the EMA."""
+        """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes."""
         # The schedule counts whole epochs, also if a run of "free" trained this one with PGD, in fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
         self.model.eval()
         distributed.average_buffers(self.model)
         if self.ema is not None:
+            distributed.average_buffers(self.ema.module)
             self.ema.copy_buffers(self.model)
 
     def autocast(self) -> torch.autocast:

@@ -42,7 +42,6 @@ def test_single_step_attacks_validate_the_same_options(attack):
     [
         (fgsm, {"restarts": 2}),
         (fgsm_rs, {"project": False}),
-        (n_fgsm, {"norm": "l2"}),
         (n_fgsm, {"restarts": 2}),
         (tpgd, {"targeted": True}),
         (tpgd, {"loss": "ce"}),

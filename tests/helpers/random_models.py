@@ -60,13 +60,40 @@ TWO_OPERANDS = {
     "product": lambda x, y: x * y,
     "concatenation": lambda x, y: torch.cat((x, y), 1),
 }
-FUNCTIONS = ONE_OPERAND | TWO_OPERANDS
+MIXING = {
+    "halves swapped": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "first half": lambda x: x.chunk(2, 1)[0],
+    "split": lambda x: torch.cat(x.split((1, x.shape[1] - 1), 1), 1),
+    "unbound": lambda x: torch.stack(x.unbind(1), 1),
+    "two channels": lambda x: x[:, :2],
+    "reversed": lambda x: x.flip(1),
+    "shuffled": lambda x: x.unflatten(1, (-1, 1)).transpose(1, 2).flatten(1, 2).roll(1, 1),
+    "largest channel": lambda x: x.max(1, keepdim=True)[0],
+    "largest pixel": lambda x: x.max(3, keepdim=True)[0].max(2, keepdim=True).values,
+    "times width": lambda x: x * x.size(1),
+    "over root of width": lambda x: x / x.shape[1] ** 0.5,
+    "softmax": lambda x: x.softmax(1),
+    "softmax of pixels": lambda x: x.softmax(-1),
+    "layer norm": lambda x: F.layer_norm(x, x.shape[1:]),
+    "channels summed up": lambda x: x.cumsum(1),
+    "one for all": lambda x: x[:, :1].expand(x.shape).contiguous(),
+    "mean of channels": lambda x: x.mean(1, keepdim=True),
+    "padded": lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)),
+    "pixels transposed": lambda x: x.transpose(2, 3),
+    "excited": lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
+    "centred": lambda x: x - x.mean(0, keepdim=True),
+    "viewed": lambda x: x.reshape(x.shape[0], x.shape[1], -1).reshape(x.shape),
+    "chosen": lambda x: torch.where(x > 0, x, 0.1 * x),
+}
+"""Functions of one operand that mix its channels or read its size, or look as if they did."""
+FUNCTIONS = ONE_OPERAND | TWO_OPERANDS | MIXING
 LAYERS = ("conv", "conv", "conv", "transposed", "norm", "norm", "relu", "relu", "relu in place", "pool", "dropout")
-KINDS = (*LAYERS, *FUNCTIONS, "sum", "sum", "layer again")
+KINDS = (*LAYERS, *ONE_OPERAND, *TWO_OPERANDS, "sum", "sum", "layer again")
+MIXING_KINDS = (*LAYERS * 3, *KINDS, *MIXING)
 
 
 @st.composite
-def random_models(draw: st.DrawFn) -> RandomModel:
+def random_models(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> RandomModel:
     """A model in eval mode and float64, for inputs [N, CHANNELS, SIZE, SIZE]."""
     torch.manual_seed(draw(st.integers(0, 999)))
     model = RandomModel().eval()
@@ -81,7 +108,7 @@ def random_models(draw: st.DrawFn) -> RandomModel:
         model.operations.append((operation, reads))
 
     for _ in range(draw(st.integers(2, 9))):
-        kind = draw(st.sampled_from(KINDS))
+        kind = draw(st.sampled_from(kinds))
         # Mostly the last value, so that there are long chains to fuse; else any, so that some are read several times.
         read = len(values) - 1 if draw(st.booleans()) else draw(st.integers(0, len(values) - 1))
         shape = values[read].shape
@@ -90,6 +117,8 @@ def random_models(draw: st.DrawFn) -> RandomModel:
             continue  # no leaf of autograd may be overwritten
         if kind in ONE_OPERAND and not (kind in LAYERS and draw(st.booleans())):
             apply(ONE_OPERAND[kind], read)
+        elif kind in MIXING:
+            apply(MIXING[kind], read)
         elif kind in TWO_OPERANDS:
             if kind == "concatenation":
                 same = [i for i, value in enumerate(values) if value.shape[2:] == shape[2:]]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import sparse_adv
+from sparse_adv import recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -100,6 +101,14 @@ def test_a_source_distribution_holds_what_git_tracks_and_no_more(sdist):
     made = {name for name in packed if name in ("PKG-INFO", "setup.cfg") or name.startswith("sparse_adv.egg-info/")}
     left_out = re.compile(r"\.gitignore|\.pre-commit-config\.yaml")
     assert packed - made == {name for name in tracked() if not left_out.match(name)}
+
+
+def test_a_wheel_holds_the_recipes(unpacked, tmp_path):
+    """The Python part of a wheel, which needs no compiler."""
+    run = python(SETUP, "--quiet", "build_py", "--build-lib", tmp_path / "lib", folder=unpacked)
+    assert run.returncode == 0, run.stderr
+    built = {path.name for path in (tmp_path / "lib" / "sparse_adv" / "recipes").iterdir()}
+    assert built == {"__init__.py", *(f"{name}.yaml" for name in recipes.names())}
 
 
 def test_metadata_need_no_torch(unpacked):

@@ -109,10 +109,18 @@ def test_a_lost_process_ends_the_job_with_one_message_and_the_run_continues(whol
     assert last(out) == last(whole[0])
 
 
-def test_a_run_of_three_that_lost_a_process_ends_with_the_same_weights(tmp_path):
-    """The sum of three gradients depends on their order, and "free" has perturbations on each process."""
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ("free", ("--replays", "2")),
+        ("fgsm-uap", ("--awp-gamma", "0.01", "--ema-decay", "0.9")),
+        ("fgsm-rs-cs", ("--epochs", "5", "--ema-decay", "0.9", "--schedule", "onecycle")),
+    ],
+)
+def test_a_run_of_three_that_lost_a_process_ends_with_the_same_weights(tmp_path, objective, more):
+    """The sum of three gradients depends on their order, and each process has perturbations of its own."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = ("--batch-size", "63", "--objective", "free", "--replays", "2")
+    more = ("--batch-size", "63", "--objective", objective, *more)
     run(torchrun(whole, *more, processes=3))
     kill_and_continue(torchrun(killed, *more, processes=3), killed)
     assert last(killed) == last(whole)

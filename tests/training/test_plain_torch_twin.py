@@ -88,12 +88,12 @@ def test_the_best_weights_are_those_of_the_right_epoch_and_model(tmp_path, peaks
     assert equal_states(best, run.updater.model.state_dict()) is False
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("objective", ["fgsm", "fgsm-rs", "pgd"])
-def test_the_norm_reaches_training(objective, norm):
-    config = replace(QUICK, objective=objective, norm=norm, eps=0.5, alpha=0.3, epochs=1)
+@pytest.mark.parametrize("objective", [name for name in training.OBJECTIVES if name != "natural"])
+def test_the_norm_reaches_training(objective):
+    # The second epoch counts: in the first one NU-AT trains with clean images.
+    config = replace(QUICK, objective=objective, eps=0.5, alpha=0.3, epochs=2, overfitting_monitor=False)
     losses = {}
     for each in ("linf", "l2"):
-        (record,) = training.train(network(), batches(), replace(config, norm=each), validation=TEST)
+        *_, record = training.train(network(), batches(), replace(config, norm=each), validation=TEST)
         losses[each] = record.loss, record.robust_accuracy
     assert losses["linf"][0] > losses["l2"][0] and losses["linf"][1] <= losses["l2"][1]

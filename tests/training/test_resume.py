@@ -48,7 +48,17 @@ def train(folder, stop_at=None, config=CONFIG, in_batch=False, device="cpu"):
 
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
-@pytest.mark.parametrize("more", [{}, {"objective": "pgd", "precision": "bfloat16", "epochs": 8}], ids=["free", "pgd"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"objective": "pgd", "precision": "bfloat16", "epochs": 8},
+        {"objective": "fgsm-uap", "awp_gamma": 0.01, "schedule": "onecycle", "epochs": 8},
+        {"objective": "fgsm-rs-cs", "label_smoothing": 0.3, "epochs": 8},
+        {"objective": "nu-at", "label_smoothing": 0.3, "awp_gamma": 0.01, "epochs": 8},
+    ],
+    ids=lambda more: more.get("objective", "free"),
+)
 def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, stop_at, in_batch, more, device):
     run = {"config": replace(CONFIG, **more), "device": device}
     expected = train(tmp_path / "whole", **run)

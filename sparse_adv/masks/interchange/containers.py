@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sparse_adv import torch_files
 from sparse_adv.plain_pickles import PlainDtype, plain_scalar, unpickle_arrays
 
 _NUMPY = b"\x93NUMPY"
@@ -58,9 +58,8 @@ def read_tensors(path: Path) -> Any:
         raise ValueError(f"{str(path)!r} is a NumPy file: pass it as mask_path, and the weights as path")
     try:
         if _is_torch(path):
-            _check_not_compressed(path)
-            with torch.serialization.safe_globals(_HARMLESS):
-                return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file, torch.serialization.safe_globals(_HARMLESS):
+                return torch_files.load(file)
         return load_file(path)
     except Exception as error:  # both libraries raise many types for damaged files
         raise _unreadable(path, error) from error
@@ -89,14 +88,6 @@ def read_npy_list(path: Path) -> list[torch.Tensor]:
         return [torch.from_numpy(np.array(array)) for array in arrays]
     except Exception as error:
         raise _unreadable(path, error) from error
-
-
-def _check_not_compressed(path: Path) -> None:
-    """Raise ValueError for an archive that holds more than its size; torch.save does not compress."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it is compressed, which torch.save does not do")
 
 
 def _is_torch(path: Path) -> bool:

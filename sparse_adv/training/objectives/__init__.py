@@ -1,0 +1,89 @@
+"""Objectives of adversarial training: how an update crafts its images, and the loss on them.
+
+`training.train` uses them; `adversarial_loss` computes the loss of one batch for a training loop of your own.
+"""
+
+from __future__ import annotations
+
+from torch import Generator, Tensor, nn
+
+from sparse_adv import attacks
+from sparse_adv.config import Norm, Objective, TrainConfig
+from sparse_adv.training.objectives.base import Natural, Passes
+from sparse_adv.training.objectives.free import Free
+from sparse_adv.training.objectives.multi_step import MART, PGD, TRADES
+from sparse_adv.training.objectives.regularized import FGSMUAP, NuAT
+from sparse_adv.training.objectives.single_step import FGSM, FGSMRS, FGSMRSCS, NFGSM
+
+__all__ = ["Natural", "Passes", "adversarial_loss", "build"]
+
+_BY_NAME: dict[str, type[Natural]] = {
+    "natural": Natural,
+    "fgsm": FGSM,
+    "fgsm-rs": FGSMRS,
+    "n-fgsm": NFGSM,
+    "fgsm-rs-cs": FGSMRSCS,
+    "fgsm-uap": FGSMUAP,
+    "nu-at": NuAT,
+    "pgd": PGD,
+    "free": Free,
+    "trades": TRADES,
+    "mart": MART,
+}
+
+
+def build(config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> Natural:
+    """Return the objective of a configuration; the arguments are those of `Natural`."""
+    return _BY_NAME[config.objective](config, check, graphs)
+
+
+def adversarial_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    objective: Objective = "pgd",
+    *,
+    generator: Generator | None = None,
+    eps: float = TrainConfig.eps,
+    norm: Norm = TrainConfig.norm,
+    alpha: float | None = None,
+    steps: int = TrainConfig.steps,
+    beta: float | None = None,
+    label_smoothing: float = TrainConfig.label_smoothing,
+) -> Tensor:
+    """Craft adversarial images from a batch and return the loss on them, for a training loop of your own.
+
+    Crafting changes neither the model's mode nor its gradients or BatchNorm statistics; the loss is computed in the
+    mode that the model is in.
+
+    Args:
+        model: maps images [N, C, H, W] in [0, 1] to logits [N, classes].
+        x: float images [N, C, H, W] in [0, 1].
+        y: int64 labels [N].
+        objective: as in `TrainConfig`, except "free", "fgsm-rs-cs" and "fgsm-uap", whose loss of a batch depends on the
+            batches before it. The second term of "nu-at" has its full weight, beta.
+        generator: CPU generator of the random start; None for PyTorch's global generator.
+        eps, norm, alpha, steps, beta, label_smoothing: as in `TrainConfig`.
+
+    Returns:
+        The mean loss, a scalar with a gradient.
+
+    Raises:
+        TypeError: if x is not floating or y not int64.
+        ValueError: if an argument is out of range, or the objective has no loss of one batch.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> x, y = torch.rand(8, 1, 2, 2), torch.randint(0, 2, (8,))
+        >>> adversarial_loss(model, x, y, "trades", eps=0.1, beta=3.0).backward()
+        >>> model[1].weight.grad.shape
+        torch.Size([2, 4])
+    """
+    config = TrainConfig(
+        objective, eps=eps, norm=norm, alpha=alpha, steps=steps, beta=beta, label_smoothing=label_smoothing
+    )
+    if not _BY_NAME[objective].has_loss_of_one_batch:
+        raise ValueError(f"objective must have a loss of one batch, got {objective!r}: use training.train for it")
+    loss = build(config, check=True)
+    return loss.loss(model, x, loss.craft(model, x, y, generator), y)

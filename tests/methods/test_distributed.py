@@ -1,0 +1,102 @@
+"""Two processes change their masks in the same way, as one process does, and a stopped run continues bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers.small_runs import QUICK, TRAIN, Batches, equal_states
+from torch import nn
+
+from sparse_adv import training
+from sparse_adv.methods import MethodConfig, SparseTraining
+
+CONFIG = replace(QUICK, epochs=3, ema_decay=0.5)
+"""Without attack, whose random numbers are those of each process; 9 updates."""
+METHODS = {
+    name: MethodConfig(name, density=0.3, block=(2, 2), interval=2, change_until=1.0)
+    for name in ("static", "flying-bird", "rigl", "set", "gmp")
+}
+
+
+def network() -> nn.Module:
+    """Without BatchNorm, whose statistics are those of each process."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(54, 2))
+
+
+def train(method, rank=0, world_size=1, folder=None, stop_at=None):
+    model, hook = network(), SparseTraining(method)
+    images = Batches(TRAIN, 32, rank=rank, world_size=world_size)
+    records = training.train(
+        model, images, CONFIG, folder=folder, hook=hook, on_epoch=lambda record: record.epoch == stop_at
+    )
+    return model.state_dict(), hook, records
+
+
+def work(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    results = {}
+    for name, method in METHODS.items():
+        run = folder / f"{name}_stopped"
+        whole, hook, records = train(method, rank, 2, folder / name)
+        train(method, rank, 2, run, stop_at=2)
+        continued, _, _ = train(method, rank, 2, run)
+        sent = records[-1].bytes_sent, records[-1].bytes_dense
+        density = [record.density.weights for record in records]
+        macs = records[-1].total.macs
+        results[name] = {
+            "whole": whole,
+            "continued": continued,
+            "changes": hook.changes,
+            "sent": sent,
+            "density": density,
+            "macs": macs,
+        }
+    torch.save(results, folder / f"rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(work, args=(folder,), nprocs=2)
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1)]
+
+
+def masks_of(state):
+    return {name: tensor for name, tensor in state.items() if name.endswith("weight_mask")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_processes_have_the_same_masks_and_weights(ranks, method):
+    first, second = (rank[method] for rank in ranks)
+    assert equal_states(first["whole"], second["whole"])
+    assert first["changes"] == second["changes"] == (0 if method == "static" else 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_of_two_continues_bit_for_bit(ranks, method):
+    assert all(equal_states(rank[method]["whole"], rank[method]["continued"]) for rank in ranks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_choose_the_masks_of_one(ranks, method):
+    state, hook, records = train(METHODS[method])
+    two = ranks[0][method]
+    assert equal_states(masks_of(state), masks_of(two["whole"])) and hook.changes == two["changes"]
+    assert [record.density.weights for record in records] == two["density"]
+    assert all(torch.allclose(state[name].float(), two["whole"][name].float(), atol=1e-5) for name in state)
+    assert two["macs"] == records[-1].total.macs
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "gmp"])
+def test_gradients_of_pruned_weights_are_not_sent(ranks, method):
+    """Nor in the updates that form them, and after a change those of the new masks."""
+    state = ranks[0][method]["whole"]
+    sent, dense = ranks[0][method]["sent"]
+    pruned = sum(int((~mask).sum()) for mask in masks_of(state).values())
+    total = sum(state[name].numel() for name in state if not name.endswith("weight_mask"))
+    assert sent / dense == pytest.approx((total - pruned) / total)

@@ -1,0 +1,126 @@
+"""Gradients of pruned weights equal those of a dense layer with the same weights; nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from helpers.tolerances import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from sparse_adv import engine
+from sparse_adv.nn import MaskedConv2d, MaskedLinear, dense_gradients, densify, frozen_weights, sparsify
+
+
+def random_mask(shape, density=0.3):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < density
+
+
+def gradients_of(model, x):
+    model.zero_grad()
+    with dense_gradients(model) as gradients:
+        (model(x) ** 2).sum().backward()
+    return gradients
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    channels=st.sampled_from([(1, 3, 1), (4, 6, 1), (4, 6, 2), (5, 5, 5), (8, 4, 1)]),
+    kernel=st.sampled_from([(1, 1), (3, 3), (2, 3)]),
+    stride=st.integers(1, 2),
+    padding=st.sampled_from([0, 1, "same", "reflect"]),
+    dilation=st.integers(1, 2),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_convolution(channels, kernel, stride, padding, dilation, density):
+    inputs, outputs, groups = channels
+    mode = "reflect" if padding == "reflect" else "zeros"
+    options = {
+        "stride": 1 if padding == "same" else stride,
+        "padding": 1 if mode == "reflect" else padding,
+        "dilation": dilation,
+        "groups": groups,
+        "padding_mode": mode,
+    }
+    torch.manual_seed(0)
+    conv = nn.Conv2d(inputs, outputs, kernel, **options)
+    layer = MaskedConv2d.from_dense(conv, random_mask(conv.weight.shape, density), (1, 1))
+    dense = densify(nn.Sequential(copy.deepcopy(layer)))
+    x = torch.randn(2, inputs, 8, 7)
+    gradients = gradients_of(nn.Sequential(layer), x)["0"]
+    (dense(x) ** 2).sum().backward()
+    assert_close(gradients, dense[0].weight.grad)
+    assert_close(layer.weight.grad, torch.where(layer.weight_mask, dense[0].weight.grad, 0))
+    assert_close(layer.bias.grad, dense[0].bias.grad)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)], ids=str)
+def test_linear(shape):
+    torch.manual_seed(0)
+    layer = MaskedLinear(5, 4, mask=random_mask((4, 5)))
+    dense = densify(nn.Sequential(copy.deepcopy(layer)))
+    x = torch.randn(shape)
+    gradients = gradients_of(nn.Sequential(layer), x)["0"]
+    (dense(x) ** 2).sum().backward()
+    assert_close(gradients, dense[0].weight.grad)
+    assert_close(layer.weight.grad, torch.where(layer.weight_mask, dense[0].weight.grad, 0))
+
+
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    return sparsify(model, {name: random_mask(model[int(name)].weight.shape) for name in ("0", "3")}, (1, 1))
+
+
+def test_calls_add_up_and_frozen_and_gradless_ones_add_nothing():
+    model, x = network(), torch.randn(2, 2, 6, 6)
+    once = gradients_of(model, x)
+    with dense_gradients(model) as twice:
+        for _ in range(2):
+            (model(x) ** 2).sum().backward()
+        with torch.no_grad():
+            model(x)
+        with frozen_weights(model):
+            (model(x.clone().requires_grad_()) ** 2).sum().backward()
+    assert_close(twice["3"], 2 * once["3"])
+    assert once.keys() == twice.keys() == {"0", "3"}
+
+
+def test_after_the_block_gradients_are_sparse_again_also_after_an_error():
+    model, x = network(), torch.randn(2, 2, 6, 6)
+    with pytest.raises(ZeroDivisionError), dense_gradients(model) as gradients:
+        raise ZeroDivisionError
+    (model(x) ** 2).sum().backward()
+    assert gradients == {}
+    pickled = copy.deepcopy(model)
+    assert pickled[0].weight.equal(model[0].weight)
+
+
+def test_outputs_and_input_gradients_are_those_of_the_sparse_layer():
+    model, x = network(), torch.randn(2, 2, 6, 6, requires_grad=True)
+    plain = model(x)
+    (expected,) = torch.autograd.grad((plain**2).sum(), x)
+    with dense_gradients(model):
+        output = model(x)
+        (gradient,) = torch.autograd.grad((output**2).sum(), x)
+    assert output.equal(plain) and gradient.equal(expected)
+
+
+def test_a_model_fused_for_training_is_not_traced_anew():
+    model, x = network(), torch.randn(2, 2, 6, 6)
+    fused = engine.fuse_for_training(model, x)
+    with dense_gradients(model) as gradients:
+        assert engine.fuse_for_training(model, x) is fused
+        F.relu(fused(x)).sum().backward()
+    assert gradients.keys() == {"0", "3"}
+
+
+def test_under_autocast_they_have_the_dtype_of_the_weight():
+    model, x = network(), torch.randn(2, 2, 6, 6)
+    expected = gradients_of(model, x)["0"]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = gradients_of(model, x)["0"]
+    assert half.dtype == torch.float32
+    assert (half - expected).norm() < 0.05 * expected.norm()
