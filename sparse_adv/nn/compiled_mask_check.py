@@ -12,10 +12,9 @@ _equal_at = WeakTensorKeyDictionary()
 """For each buffer, the version of its content that was last compared, and with which mask."""
 
 
-@torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """`torch.compiler.is_exporting()`, which torch before 2.12 takes for true in all code that it compiles."""
-    return torch.compiler.is_exporting()
+    return torch.compiler._is_exporting_flag
 
 
 @torch.library.custom_op("sparse_adv::header_of_mask", mutates_args=())
