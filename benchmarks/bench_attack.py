@@ -11,7 +11,8 @@ All sides are public functions as users call them, on one network:
   pass would compute their gradients too;
 - "ours": on a GPU with the attack as one CUDA graph. Then ours on masked networks, against "ours_dense".
 
-For the attack alone, on a GPU, "careful" and "compile" are CUDA graphs as well. On a CPU all is float32 and NCHW.
+For the attack alone, on a GPU, "careful" and "compile" are CUDA graphs as well, and for the training step (forward,
+backward, SGD on clean images) all sides. On a CPU all is float32 and NCHW.
 """
 
 from __future__ import annotations
@@ -119,11 +120,18 @@ class Update:
             return self.attack(self.forward, self.x, self.y)
 
     def __call__(self) -> Tensor:
+        return self.train_on(self.adversarial())
+
+    def training_step(self) -> Tensor:
+        """The update without the attack."""
+        return self.train_on(self.x)
+
+    def train_on(self, images: Tensor) -> Tensor:
+        """Forward, backward, SGD."""
         with self.autocast():
-            adv = self.adversarial()
             self.optimizer.zero_grad()
-            forward = engine.fuse_for_training(self.model, adv) if self.fused else self.forward
-            loss = F.cross_entropy(forward(adv), self.y)
+            forward = engine.fuse_for_training(self.model, images) if self.fused else self.forward
+            loss = F.cross_entropy(forward(images), self.y)
         loss.backward()
         self.optimizer.step()
         return loss
@@ -163,29 +171,38 @@ class Setup:
 
     def case(self, op: str, mask: str, sides: dict[str, Side]) -> Case:
         dtype = "bfloat16" if self.on_gpu else "float32"
-        labels = {"op": f"PGD-{STEPS} {op}", "network": self.name, "batch": len(self.x), "mask": mask, "dtype": dtype}
+        labels = {"op": op, "network": self.name, "batch": len(self.x), "mask": mask, "dtype": dtype}
         rivals = [side for side in sides if side != "ours"]
         return Case(labels, sides, rivals, rounds=5, warmup=4)  # cuDNN searches for algorithms, graphs are captured
 
     def update(self) -> Case:
         careful = {"careful": self.careful} if self.on_gpu else {}
-        return self.case("update", "dense", {"ours": self.ours, "published": self.published, **careful})
+        return self.case(f"PGD-{STEPS} update", "dense", {"ours": self.ours, "published": self.published, **careful})
 
     def masked_update(self, block: tuple[int, ...], density: float) -> Case:
         ticket = copy.deepcopy(self.network)
         sparsify(ticket, masks.prune(ticket, density, block, scope="uniform"))
         sides = {"ours": self.update_of(ticket, our_attack(self.device), fused=True), "ours_dense": self.ours}
-        return self.case("update", f"block {block}, density {density}", sides)
+        return self.case(f"PGD-{STEPS} update", f"block {block}, density {density}", sides)
 
     def attack(self) -> Case:
         plain = {"careful": self.careful} if self.on_gpu else {"published": self.published}
         rivals = {name: update.adversarial for name, update in {**plain, "compile": self.compiled}.items()}
         if self.on_gpu:
             rivals = {name: captured(side, calls=1) for name, side in rivals.items()}
-        return self.case("attack", "dense", {"ours": self.ours.adversarial, **rivals})
+        return self.case(f"PGD-{STEPS} attack", "dense", {"ours": self.ours.adversarial, **rivals})
 
     def compiled_update(self) -> Case:
-        return self.case("update", "dense", {"ours": self.ours, "compile": self.compiled})
+        return self.case(f"PGD-{STEPS} update", "dense", {"ours": self.ours, "compile": self.compiled})
+
+    def training_step(self) -> Case:
+        """On a GPU each side is a CUDA graph."""
+        plain = {"careful": self.careful} if self.on_gpu else {"published": self.published}
+        updates = {"ours": self.ours, **plain, "compile": self.compiled}
+        sides: dict[str, Side] = {name: update.training_step for name, update in updates.items()}
+        if self.on_gpu:
+            sides = {name: captured(side, calls=1) for name, side in sides.items()}
+        return self.case("training step", "dense", sides)
 
 
 def cases(names: Sequence[str], device: str, quick: bool = False) -> Iterator[Case]:
@@ -198,6 +215,7 @@ def cases(names: Sequence[str], device: str, quick: bool = False) -> Iterator[Ca
         yield setup.attack()
         if name in COMPILED_UPDATES:
             yield setup.compiled_update()
+            yield setup.training_step()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -227,6 +245,11 @@ def test_masked_update(timed, quick, mask, side):
 @pytest.mark.parametrize("side", ["ours", "published", "compile"])
 def test_attack(timed, quick, side):
     timed(setup_of("resnet18", quick=quick).attack(), side)
+
+
+@pytest.mark.parametrize("side", ["ours", "published", "compile"])
+def test_training_step(timed, quick, side):
+    timed(setup_of("resnet18", quick=quick).training_step(), side)
 
 
 def test_compiled_update(timed, quick):

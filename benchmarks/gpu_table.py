@@ -62,7 +62,7 @@ def steps(rows: Sequence[Record]) -> list[str]:
     """Microseconds by size, the share of a copy's rate at the largest, and how many times as long PyTorch takes."""
     by_op: dict[str, list[Record]] = {}
     for row in rows:
-        if "shape" in row:
+        if "shape" in row and "pass" not in row:
             by_op.setdefault(str(row["op"]), []).append(row)
     lines = []
     for op, sizes in by_op.items():

@@ -23,6 +23,7 @@ COMMANDS = {
     "search": "find a ticket: train a dense network cheaply, prune it, rewind the weights",
     "train": "train a network adversarially, dense or from a ticket",
     "evaluate": "measure accuracy on clean images and under attack",
+    "benchmark": "score a pruned network as the Adversarial Pruning Benchmark does, write its row",
     "report": "compare runs: tables and plots from their folders",
     "explain": "show what each layer of a ticket costs and which kernel it runs",
     "convert": "read a pruned model of another tool, write it for this one or for PyTorch",

@@ -78,6 +78,8 @@ class Result:
     """For each attack the examples that it claimed and that verification in float32 did not confirm."""
     signs: list[str]
     """Signs that the number is not to be trusted, see `signs_of_masking`."""
+    seconds: float
+    """Of the attacks, in all processes that worked on a run that was interrupted."""
 
 
 class AutoAttack:
@@ -256,7 +258,15 @@ class AutoAttack:
             signs.append("square, which needs no gradients, broke images that the gradient attacks left standing")
             self._log(f"warning: {signs[-1]}")
         return Result(
-            title, budgets, state.adversarial, state.predictions, state.standing, state.accuracy, state.undone, signs
+            title,
+            budgets,
+            state.adversarial,
+            state.predictions,
+            state.standing,
+            state.accuracy,
+            state.undone,
+            signs,
+            state.seconds,
         )
 
     def _initial(self, images: Tensor, labels: Tensor, batch: int, seed: int, known: str) -> State:
@@ -277,6 +287,7 @@ class AutoAttack:
             state.pending = state.standing.clone()
             state.undone[name] = 0
         while state.pending.any():
+            began = time.perf_counter()
             index = state.pending.nonzero().squeeze(1)[:batch]
             x, y = images[index].to(self.device), labels[index].to(self.device)
             # Of its own for each batch and attack, so that an interrupted run draws the same numbers again.
@@ -292,6 +303,7 @@ class AutoAttack:
             state.predictions[index[fallen]] = predictions[fallen]
             state.standing[index[fallen]] = False
             state.pending[index] = False
+            state.seconds += time.perf_counter() - began
             if path is not None and state.pending.any():
                 state.write(path)
         state.accuracy[name] = state.standing.double().mean().item()

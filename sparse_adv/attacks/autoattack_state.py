@@ -32,10 +32,13 @@ class State:
     """Images that the attack that runs has not reached yet, bool [N]."""
     accuracy: dict[str, float]
     undone: dict[str, int]
+    seconds: float = 0.0
+    """Of all processes that worked on the run, up to the last file that each wrote."""
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        metadata = {"sparse_adv_autoattack": json.dumps([self.fingerprint, self.seed, self.accuracy, self.undone])}
+        facts = [self.fingerprint, self.seed, self.accuracy, self.undone, self.seconds]
+        metadata = {"sparse_adv_autoattack": json.dumps(facts)}
         write_bytes(path, save({name: getattr(self, name).contiguous() for name in _TENSORS}, metadata))
 
     @classmethod
@@ -43,13 +46,13 @@ class State:
         """Read the file; raise ValueError if it is no such file, or of another run."""
         try:
             with safe_open(path, "pt") as file:
-                known, seed, accuracy, undone = json.loads((file.metadata() or {})["sparse_adv_autoattack"])
+                known, seed, accuracy, undone, seconds = json.loads((file.metadata() or {})["sparse_adv_autoattack"])
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"state_path {path} is no state of AutoAttack: {error}") from error
         if known != fingerprint:
             raise ValueError(f"state_path {path} is of another model, other images or other options: name another file")
-        return cls(known, seed, accuracy=accuracy, undone=undone, **tensors)
+        return cls(known, seed, accuracy=accuracy, undone=undone, seconds=seconds, **tensors)
 
 
 def fingerprint(text: str, tensors: Iterable[Tensor]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ from sparse_adv.ops.pgd_step import check_floating
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 """What an attack is made on: a module, or a plain function that maps images to logits."""
+
+log = logging.getLogger(__name__)
+
+_ROUNDING = 1e-6
+"""By which pixels may leave the range: a float32 transform to [-1, 1] and back gives values such as -3e-8."""
 
 LabelRange = tuple[int, int] | None
 """Smallest and largest label of a batch; None without labels to check."""
@@ -35,7 +42,7 @@ def check_batch(
 
     Raises:
         TypeError: if images are not floating point or labels not int64.
-        ValueError: if images are outside of [lo, hi] or not finite, or a shape is wrong.
+        ValueError: if images are outside of [lo, hi] by more than 1e-6, or not finite, or a shape is wrong.
     """
     _check_images(images)
     valid = _valid_labels(images, labels) if with_labels else None
@@ -174,11 +181,23 @@ def _check_images(images: Tensor) -> None:
 def _check_pixel_range(smallest: float, largest: float, lo: float, hi: float) -> None:
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ValueError("images must be finite, got NaN or infinite values")
-    if smallest < lo or largest > hi:
+    if lo <= smallest and largest <= hi:
+        return
+    if lo - _ROUNDING <= smallest and largest <= hi + _ROUNDING:
+        _tell_rounding(lo, hi)
+    else:
         raise ValueError(
             f"images must lie in [{lo:g}, {hi:g}], got values from {smallest:g} to {largest:g}: put the normalisation "
             "inside the model"
         )
+
+
+@cache
+def _tell_rounding(lo: float, hi: float) -> None:
+    log.warning(
+        "images leave [%g, %g] by less than %g, which is taken as rounding: images that an attack changes lie inside",
+        *(lo, hi, _ROUNDING),
+    )
 
 
 def _valid_labels(images: Tensor, labels: object) -> Tensor | None:

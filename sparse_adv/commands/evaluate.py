@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from sparse_adv import attacks, data, experiment, masks, runs
+from sparse_adv import attacks, data, experiment, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
@@ -103,7 +103,16 @@ def run(options: Options) -> int:
         wanted = replace(wanted, **{name: value for name, value in given.items() if value is not None})
         seed = train.seed if options.seed is None else options.seed
         dataset = experiment.load_data(wanted, seed, device)
-        model = _network(options, folder, dataset).to(device)
+        model = networks.trained(
+            options.what,
+            folder,
+            dataset,
+            last=options.weights == "last",
+            arch=options.arch,
+            width=options.width,
+            normalize=options.normalize,
+            density=options.density,
+        ).to(device)
         images = getattr(dataset, options.split)
         if options.images is not None:
             images = data.Split(images.images[: options.images], images.labels[: options.images])
@@ -167,17 +176,3 @@ def _autoattack(
     lowest = min(evaluator.result.accuracy.values())
     meaning = f"robust accuracy {lowest:.1%} under {evaluator.result.name}: {evaluator.result.budgets}"
     return evaluator.result.accuracy, meaning, evaluator.result.signs
-
-
-def _network(options: Options, folder: runs.Run | None, dataset: data.Dataset) -> nn.Module:
-    """The network with the weights of a run or a file; layers that have masks there are sparse."""
-    path = options.what
-    if folder is not None:
-        path = options.what / (runs.LAST if options.weights == "last" else runs.BEST)
-        if not path.exists() and folder.info.kind == "search":
-            raise ValueError(f"{options.what} is a search: evaluate its {runs.TICKET}, or a run that has trained it")
-    pruned = masks.load_pruned(path, dense=True, density=options.density)
-    network = folder.info.network if folder is not None else None
-    known = pruned.provenance if network is None else asdict(network)
-    network = networks.agreed(options.arch, options.width, known, str(options.what))
-    return experiment.load_network(network, dataset, pruned, options.normalize)

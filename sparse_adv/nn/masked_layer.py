@@ -105,6 +105,15 @@ class MaskedLayer(nn.Module):
             raise TypeError("torch.nn.utils.prune cannot prune a masked layer: give it another mask by set_mask")
         super().register_parameter(name, param)
 
+    @property
+    def qconfig(self) -> None:
+        """Absent: `torch.ao.quantization` sets it on layers, and would then leave masked ones as they are."""
+        raise AttributeError("masked layers have no qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: object) -> None:
+        raise TypeError("torch.ao.quantization cannot quantize masked layers: `densify` the model first")
+
     def _node(self, proxy: fx.Proxy) -> fx.Proxy:
         """One node of a graph that `torch.fx.symbolic_trace` records, as the layers of torch.nn are."""
         tracer = proxy.tracer

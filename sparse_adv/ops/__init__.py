@@ -1,6 +1,12 @@
 """The ops. Importing this package loads the native library and registers fake kernels, gradients and autocast."""
 
-from sparse_adv.ops import batch_norm_act_cuda, masked_conv2d_cuda, masked_conv2d_gradients, max_pool2d_cuda  # noqa: F401
+from sparse_adv.ops import (  # noqa: F401
+    batch_norm_act_cuda,
+    masked_conv2d_cuda,
+    masked_conv2d_flops,
+    masked_conv2d_gradients,
+    max_pool2d_cuda,
+)
 from sparse_adv.ops._library import build_facts, cpu_capability, cuda_ops
 from sparse_adv.ops.batch_norm_act import batch_norm_act
 from sparse_adv.ops.gate import empty_gate, gate_to_bool

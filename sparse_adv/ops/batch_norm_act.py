@@ -35,9 +35,10 @@ def batch_norm_act(
         y = (y + residual).relu()
 
     where a residual that is None and relu=False are left out. The sums of a channel are formed in float64 from sums of
-    at most a few hundred elements, of which a mean has been subtracted, in the same order for any number of threads.
-    Instead of the ReLU's output, one bit per element is kept for the backward pass; with NCHW images forward and
-    backward read each tensor from memory once. It is implemented on the CPU and differentiable once.
+    a few hundred elements (a few thousand on CUDA), which are shifted by about the mean, in the same order in each run.
+    Instead of the ReLU's output, one bit per element is kept for the backward pass; on a CPU with NCHW images forward
+    and backward read each tensor from memory once. It is implemented on the CPU and, with Triton, on CUDA, and
+    differentiable once.
     Under `torch.func` and forward-mode AD it is computed by this formula in plain PyTorch.
 
     Args:

@@ -17,10 +17,10 @@ def max_pool2d_out(input: Tensor, size: tuple[int, int], *, out: Tensor, index: 
         out = F.max_pool2d(input, size)
 
     A NaN counts as larger than any number, and of equal elements the first is taken, row by row, as in PyTorch. It is
-    implemented on the CPU and not differentiable.
+    implemented on the CPU and, with Triton, on CUDA, and not differentiable.
 
     Args:
-        input: float32 or float64 tensor [N, C, H, W], NCHW or channels_last without gaps.
+        input: float32 or float64 tensor [N, C, H, W], on CUDA any float tensor, NCHW or channels_last without gaps.
         size: rows and columns of a window, at most 255 elements. Rows and columns that fill no window are left out.
         out: tensor [N, C, H // rows, W // columns] in the dtype and layout of the input, that is written.
         index: uint8 tensor like out, or None: receives the number of each window's largest element, row by row.
@@ -61,15 +61,15 @@ def max_pool2d_grad_input_out(
         out = y.where(gate_to_bool(gate, out), 0)
 
     where grad_input is grad at the largest element of each window and 0 elsewhere, and an operand that is None is left
-    out. It is implemented on the CPU and not differentiable.
+    out. It is implemented on the CPU and, with Triton, on CUDA, and not differentiable.
 
     Args:
-        grad: gradient of the output, float32 or float64 [N, C, H // rows, W // columns] in the layout of out.
+        grad: gradient of the output, [N, C, H // rows, W // columns] in the layout and dtype of out.
         index: uint8 tensor like grad, as `max_pool2d_out` wrote it.
         size: rows and columns of a window.
         residual: tensor like out, or None; it may be out.
         gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0.
-        out: tensor [N, C, H, W], NCHW or channels_last without gaps, that is written.
+        out: tensor [N, C, H, W] of the dtypes and layouts that `max_pool2d_out` takes, that is written.
 
     Raises:
         TypeError: if size is not two integers, or an operand is not a dense tensor.

@@ -127,9 +127,10 @@ class NetworkCosts:
         The input gradient of the first layer counts only where the update differentiates down to the image.
         """
         macs = self._per_image
-        grad_weight = macs.dense if passes.dense_gradients else macs.grad_weight
-        without_image = macs.forward + grad_weight + macs.grad_input - macs.first_grad_input
-        return passes.update * without_image + passes.to_image * macs.first_grad_input
+        without_weight = macs.forward + macs.grad_input - macs.first_grad_input
+        sparse = passes.update - passes.dense_gradients
+        weights = sparse * macs.grad_weight + passes.dense_gradients * macs.dense
+        return passes.update * without_weight + weights + passes.to_image * macs.first_grad_input
 
     def evaluation(self, accuracies: Iterable[Accuracy]) -> int:
         """Return the MACs that it took to measure these accuracies."""

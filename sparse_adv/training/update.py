@@ -147,9 +147,12 @@ class Updater:
         return Updated(loss.detach(), self._passes(objective, collect), new_costs)
 
     def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
-        """Those of an update with this objective; AWP forms the gradients of weights once more."""
-        passes = objective.passes._replace(dense_gradients=dense_gradients)
-        return passes._replace(update=2 * passes.update) if self.config.awp_gamma else passes
+        """Those of an update with this objective; AWP forms the gradients of kept weights once more."""
+        passes = objective.passes
+        return passes._replace(
+            update=passes.update * (2 if self.config.awp_gamma else 1),
+            dense_gradients=passes.update if dense_gradients else 0,
+        )
 
     def _perturbed(
         self, objective: objectives.Natural, x: Tensor, adv: Tensor, y: Tensor

@@ -1,12 +1,15 @@
 """Input validation: the errors of attacks on invalid batches, and deferred validation."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers.attacked import make_model, snapshot
 from torch import nn
 
-from sparse_adv.attacks import n_fgsm, pgd
+from sparse_adv.attacks import checks, n_fgsm, pgd
 from sparse_adv.attacks.checks import InputValidator
+from sparse_adv.training import robust_accuracy
 
 IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
 
@@ -80,3 +83,18 @@ def test_shapes_and_dtypes_are_checked_at_once(deferred):
 def test_validation_that_is_not_deferred_raises_in_check():
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\]"):
         InputValidator(deferred=False).check(IMAGES, LABELS + 3, 5)
+
+
+@pytest.mark.parametrize(("value", "accepted"), [(-2.98e-8, True), (1 + 1.2e-7, True), (-1e-5, False), (1.001, False)])
+def test_pixels_may_leave_the_range_by_rounding(value, accepted, caplog):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
+    images, labels = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+    images[0, 0, 0, 0] = value
+    checks._tell_rounding.cache_clear()
+    with nullcontext() if accepted else pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
+        for _ in range(2):
+            adv = pgd(model, images, labels, eps=0.1, alpha=0.05, steps=2)
+            assert adv.min() >= 0 and adv.max() <= 1
+            assert 0 <= robust_accuracy(model, [(images, labels)], steps=1).fraction <= 1
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == accepted

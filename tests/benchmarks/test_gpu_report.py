@@ -155,6 +155,7 @@ UNDER_MEMCHECK = (
     "test_the_normalised_step[cuda-grad_dtype0-sliced]",
     "test_the_start_gives_the_numbers_of_the_cpu[cuda-every other-dtype0-l2]",
     "test_blocks_with_triton_kernels[cuda-torch.bfloat16-strided, with an epilogue]",
+    "test_batch_norm_act_equals_the_reference[cuda-odd-torch.bfloat16-channels_last]",
 )
 
 

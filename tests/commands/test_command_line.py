@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,9 @@ def test_the_demo_compares_three_runs_and_reports(few_digits, tmp_path, capsys):
     }
     assert {"report.md", "report.csv", "accuracy.png", "accuracy.svg"} <= {file.name for file in out.iterdir()}
     search, ticket, dense = (runs.read(out / name) for name in ("search", "ticket", "dense"))
+    control = runs.read(out / "reinitialised")
+    assert control.info.ticket == replace(ticket.info.ticket, reinit=True) and not ticket.info.ticket.reinit
+    assert dense.info.ticket is None and control.info.train == ticket.info.train == dense.info.train
     assert ticket.info.before == search.result.total and dense.info.before == Cost()
     assert ticket.records[0].total.seconds > search.result.total.seconds
     assert ticket.info.density.weights == pytest.approx(0.1, abs=0.01)

@@ -2,14 +2,16 @@
 
 import json
 import resource
+import shutil
 
 import pytest
 import torch
 import yaml
 from helpers.refusal import refused
 
-from sparse_adv import masks, models, runs
+from sparse_adv import masks, models, runs, training
 from sparse_adv.__main__ import main
+from sparse_adv.commands import evaluate
 from sparse_adv.config import OBJECTIVES, NetworkConfig
 from sparse_adv.training import checkpoint
 
@@ -96,6 +98,36 @@ def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
     assert main([*arguments, "--steps", "5", "--restarts", "3", "--split", "validation", "--images", "15"]) == 0
     (found,) = lines(capsys)
     assert found["images"] == 15 and found["pgd-5 x 3"] <= found["clean"]
+
+
+@pytest.mark.parametrize("weights", ["best", "last"])
+def test_every_flag_of_evaluate_reaches_its_use(trained, tmp_path, capsys, monkeypatch, weights):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    state, metadata = checkpoint.read_weights(folder / runs.BEST)
+    checkpoint.write_weights(
+        folder / runs.BEST, {key: 0 * value if "bias" in key else value for key, value in state.items()}, metadata
+    )
+    expected = checkpoint.read_weights(folder / (runs.LAST if weights == "last" else runs.BEST))[0]
+    seen = []
+
+    def measure(model, images, **settings):
+        assert all(value.equal(expected[key]) for key, value in model.state_dict().items())
+        seen.append((len(images.labels), settings))
+        return training.Accuracy(0.5, 7, 7, 7)
+
+    for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
+        monkeypatch.setattr(evaluate, name, measure)
+    ball, step = {"eps": 0.07, "norm": "l2"}, {"alpha": 0.03, "seed": 5}
+    given = {"weights": weights, "split": "validation", "images": 7, "restarts": 2, "steps": 3, **ball, **step}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    assert main(["evaluate", str(folder), "--device", "cpu", *flags]) == 0
+    (found,) = lines(capsys)
+    strongest = {"steps": 50, "restarts": 5, "loss": "margin", "early_stop": True}
+    wanted = [{}, ball, {**ball, **step, "steps": 3, "restarts": 2}, {**ball, **step, **strongest}]
+    assert [count for count, _ in seen] == [7] * 4
+    for (_, settings), needed in zip(seen, wanted, strict=True):
+        assert {name: settings.get(name) for name in needed} == needed
+    assert found["eps"] == 0.07 and found["norm"] == "l2" and found["split"] == "validation" and "pgd-3 x 2" in found
 
 
 def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):

@@ -14,8 +14,9 @@ from hypothesis import given, reject, settings
 from torch import nn
 
 from sparse_adv import engine, masks
-from sparse_adv.engine.training import TrainingGraph
+from sparse_adv.engine.training import TrainingGraph, graph_for_training
 from sparse_adv.nn import sparsify
+from sparse_adv.ops.cuda_graph import Capturer
 
 
 def loss(logits):
@@ -134,6 +135,28 @@ def test_a_step_on_a_device_reads_no_value():
     assert len(graph.fused) == 4
     graph(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_holds_a_training_step():
+    model, x = Residual().train().cuda().to(memory_format=torch.channels_last), torch.rand(4, 3, 5, 5, device="cuda")
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def step():
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = engine.fuse_for_training(model, x)(x)
+        loss(logits.float()).backward()
+        return logits
+
+    capturer = Capturer(x.device)
+    assert not isinstance(graph_for_training(model, x), str)
+    expected = [capturer.run(step) for _ in range(3)][-1].clone()
+    gradient, batches = model.norm.weight.grad.clone(), int(model.norm.num_batches_tracked)
+    replay = capturer.capture(step)
+    torch.testing.assert_close(replay(), expected)
+    torch.testing.assert_close(model.norm.weight.grad, gradient)
+    assert int(model.norm.num_batches_tracked) == batches + 1
 
 
 def test_frozen_layers_keep_their_statistics_and_are_not_fused():

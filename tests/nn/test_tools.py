@@ -1,4 +1,4 @@
-"""Masked layers under PyTorch's tools (fx, TorchScript, prune, inference mode): right, or refused."""
+"""Masked layers under PyTorch's tools (fx, TorchScript, prune, inference mode, quantization): right, or refused."""
 
 import copy
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers.tolerances import assert_close
 from torch import fx, nn
+from torch.ao import quantization
 from torch.nn.utils import prune as torch_prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_adv.masks import prune
-from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, sparsify
+from sparse_adv.nn import MaskedConv2d, MaskedLinear, count_macs, densify, sparsify
 
 
 def dense_network() -> nn.Module:
@@ -80,3 +82,36 @@ def test_a_model_that_is_made_in_inference_mode_runs_there_and_outside(x):
         expected = model(x)
     with torch.no_grad():
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_pytorch_counts_the_operations_of_kept_weights(model, x, backward):
+    convolutions = nn.Sequential(*list(model)[:3])
+    work = count_macs(convolutions, x.shape)
+    with FlopCounterMode(display=False) as counter:
+        y = convolutions(x.requires_grad_(backward))
+        if backward:
+            y.sum().backward()
+    assert 0 < work.kept < work.dense
+    assert counter.get_total_flops() == (6 if backward else 2) * work.kept
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        lambda model: quantization.quantize_dynamic(model, {nn.Linear}),
+        lambda model: quantization.quantize_dynamic(model),
+        lambda model: quantization.prepare(with_configuration(model.eval())),
+    ],
+)
+def test_quantization_is_refused_and_changes_nothing(model, x, quantize):
+    expected = model(x)
+    with pytest.raises(TypeError, match=r"torch.ao.quantization cannot quantize masked layers: `densify` the model"):
+        quantize(model)
+    assert torch.equal(model(x), expected)
+    quantization.quantize_dynamic(densify(model), {nn.Linear})(x)
+
+
+def with_configuration(model: nn.Module) -> nn.Module:
+    model.qconfig = quantization.get_default_qconfig()
+    return model

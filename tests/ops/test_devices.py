@@ -16,9 +16,12 @@ from sparse_adv import attacks
 from sparse_adv.models import build
 from sparse_adv.nn import MaskedConv2d, frozen_weights, sparsify
 from sparse_adv.ops import (
+    batch_norm_act,
     compile_pattern,
     cuda_ops,
     masked_conv2d,
+    max_pool2d_grad_input_out,
+    max_pool2d_out,
     pack_pattern,
     pgd_step,
     pgd_step_,
@@ -288,6 +291,51 @@ def compare(actual: Tensor, expected: Tensor, norm: str) -> None:
         assert_equal(actual, expected)
     else:
         assert_close(actual, expected, "elementwise")
+
+
+# BatchNorm in training, and max pooling.
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 64, 8, 8), (3, 37, 5, 7)], ids=["even", "odd"])
+def test_batch_norm_act_equals_the_reference(device, shape, dtype, layout):
+    input, residual, grad = (LAYOUTS[layout](torch.randn(shape).to(dtype)) for _ in range(3))
+    weight, bias = torch.rand(shape[1], dtype=torch.promote_types(dtype, torch.float32)), torch.randn(shape[1])
+    narrow = {"input": input, "weight": weight, "bias": bias.to(weight), "residual": residual}
+    wide = {name: tensor.double() for name, tensor in narrow.items()}
+    # An element that is rounded to another side of 0 would pass its gradient in one and not in the other.
+    grad = grad.where(reference.batch_norm_act(**wide, relu=False).abs() > 1e-2, 0)
+    results = []
+    for function, operands in (
+        (batch_norm_act, {k: v.to(device) for k, v in narrow.items()}),
+        (reference.batch_norm_act, wide),
+    ):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in operands.items()}
+        running = {name: torch.zeros_like(leaves["bias"]) for name in ("running_mean", "running_var")}
+        out = function(**leaves, **{name: tensor.detach() for name, tensor in running.items()})
+        results.append(
+            [out.detach(), *running.values(), *torch.autograd.grad(out, list(leaves.values()), grad.to(out))]
+        )
+    for actual, expected in zip(*results, strict=True):
+        assert actual.device.type == device.type
+        assert_close(actual.cpu(), expected, "reduction")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 64, 8, 8), (3, 5, 7, 9)])
+def test_max_pooling(device, shape, layout):
+    x, residual = (LAYOUTS[layout](torch.randn(shape)) for _ in range(2))
+    expected, indices = F.max_pool2d(x, 2, return_indices=True)
+    grad = torch.randn_like(expected)
+    backward = torch.ops.aten.max_pool2d_with_indices_backward
+    wanted = backward(grad, x, (2, 2), (2, 2), (0, 0), (1, 1), False, indices) + residual
+    x, residual, grad = x.to(device), residual.to(device), LAYOUTS[layout](grad).to(device)
+    out, index, grad_input = torch.empty_like(grad), torch.empty_like(grad, dtype=torch.uint8), torch.empty_like(x)
+    max_pool2d_out(x, (2, 2), out=out, index=index)
+    max_pool2d_grad_input_out(grad, index, (2, 2), residual=residual, out=grad_input)
+    assert_equal(out.cpu(), expected)
+    assert_close(grad_input.cpu(), wanted, "elementwise")
 
 
 # CUDA graphs.

@@ -47,8 +47,12 @@ def test_the_loss_is_cross_entropy_on_the_crafted_images(objective):
 
 def test_the_loss_of_trades_follows_its_formula():
     model = network().eval()
+    with torch.no_grad():
+        model[-1].weight.mul_(20)  # confident: else the divergence is the same in both directions
     loss = adversarial_loss(model, X, Y, "trades", eps=0.1, beta=3.0, generator=generator())
     p, q = (model(images).double().softmax(1) for images in (X, craft("trades", model)))
+    divergence, reverse = (p * (p / q).log()).sum(1).mean(), (q * (q / p).log()).sum(1).mean()
+    assert abs(divergence - reverse) > 0.01 * divergence
     expected = -p[torch.arange(16), Y].log().mean() + 3.0 * (p * (p / q).log()).sum(1).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 

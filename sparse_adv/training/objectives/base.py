@@ -26,8 +26,8 @@ class Passes(NamedTuple):
     """Forward passes that are followed by a backward pass with gradients of weights."""
     to_image: int = 0
     """How many of these backward passes continue down to the image."""
-    dense_gradients: bool = False
-    """Whether the gradients of pruned weights are formed too."""
+    dense_gradients: int = 0
+    """How many of them form the gradients of pruned weights too."""
 
 
 class AttackOptions(CommonOptions):

@@ -51,7 +51,7 @@ def packed(pattern, weight):
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Lets the engine take its CUDA kernels on the CPU; returns the calls of cuDNN and of the block kernels."""
+    """Lets the engine take its CUDA kernels on the CPU; returns the calls of cuDNN and of the Triton kernels."""
     calls: list[str] = []
 
     def conv_relu(x, weight, bias, *geometry):
@@ -62,9 +62,9 @@ def calls(monkeypatch) -> list[str]:
         calls.append("cudnn conv + add + relu")
         return (F.conv2d(x, weight, bias, *geometry) + alpha * residual).relu()
 
-    def counted(name):
-        kernel = getattr(kernels_cuda.block_kernels, name)
-        return lambda *args: calls.append(f"blocks {name}") or kernel(*args)
+    def count(name, module, function):
+        kernel = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *args: calls.append(f"{name} {function}") or kernel(*args))
 
     on_cpu, fold = sparse_nn.MaskedConv2d.pattern.fget, program.Program.fold
     folding = False
@@ -86,8 +86,10 @@ def calls(monkeypatch) -> list[str]:
     monkeypatch.setattr(program, "choose_kernels", lambda steps, x: kernels_cuda.CudaKernels(x.dtype))
     monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", conv_relu, raising=False)
     monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", conv_add_relu, raising=False)
-    for name in ("forward", "grad_input"):
-        monkeypatch.setattr(kernels_cuda.block_kernels, name, counted(name))
+    for function in ("forward", "grad_input"):
+        count("blocks", kernels_cuda.block_kernels, function)
+    for function in ("forward", "backward"):
+        count("max pooling", kernels_cuda.max_pool2d, function)
     return calls
 
 
@@ -118,4 +120,4 @@ def test_logits_and_gradients_equal_those_of_autograd(calls, density, pool):
     fused = (
         {"cudnn conv + relu", "cudnn conv + add + relu"} if density is None else {"blocks forward", "blocks grad_input"}
     )
-    assert set(calls) == fused
+    assert set(calls) == fused | ({"max pooling forward", "max pooling backward"} if pool else set())

@@ -1,0 +1,99 @@
+"""`benchmark`: the row it writes, going on from where it was stopped, and checkpoints less sparse than said."""
+
+import importlib
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from helpers.refusal import refused
+from torch import nn
+
+from sparse_adv import attacks, masks, models
+from sparse_adv.__main__ import main
+from sparse_adv.commands.benchmark import Sparsity, measured_sparsity
+from sparse_adv.nn import sparsify
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A network with 90 % of its weights at zero in every layer, so that its images fall soon."""
+    model = models.build("digits_cnn", width=8)
+    for name, mask in masks.prune(model, 0.1, scope="uniform", linear=True).items():
+        model.get_submodule(name).weight.data.mul_(mask)
+    torch.save({"net": model.state_dict()}, tmp_path / "a.pt")
+    return tmp_path / "a.pt"
+
+
+@pytest.fixture
+def small_budgets(monkeypatch):
+    """Attacks of a few steps: an image that never falls would take AutoAttack minutes."""
+    members = importlib.import_module("sparse_adv.attacks.autoattack").MEMBERS
+    for name, member in list(members.items()):
+        few = {"queries": 20} if name == "square" else {"steps": 3}
+        monkeypatch.setitem(members, name, replace(member, budget="few", attack=partial(member.attack, **few)))
+
+
+def command(checkpoint, *more: str) -> list[str]:
+    network = ["--arch", "digits_cnn", "--width", "8", "--data", "digits"]
+    return ["benchmark", str(checkpoint), "--out", str(checkpoint.parent / "row"), *network, *more]
+
+
+US = ("--structure", "weights", "--sparsity", "90")
+
+
+def test_a_row_says_what_was_measured_how_and_with_what(checkpoint, small_budgets, capsys):
+    arguments = command(checkpoint, *US, "--images", "30", "--eps", "0.1,0.3", "--batch", "16")
+    assert main(arguments) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((checkpoint.parent / "row" / "row.json").read_text()) == row
+    assert row["measured_sparsity"]["weights"] == pytest.approx(90, abs=0.1) and row["images"] == 30
+    weak, strong = row["autoattack"]
+    assert (weak["eps"], strong["eps"]) == (0.1, 0.3) and weak["name"] == "AutoAttack"
+    assert list(weak["accuracy"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert row["clean"] >= weak["robust"] >= strong["robust"]
+    assert weak["seconds"] > 0 and weak["images_per_second"] == pytest.approx(30 / weak["seconds"])
+    fmn = row["fmn"]
+    assert len(fmn["distances"]) == fmn["images"] == 30 and not fmn["tuned"]
+    assert fmn["robust"] == sum(d is None or d > 8 / 255 for d in fmn["distances"]) / 30
+    assert row["peak_memory_bytes"] > 2**20 and row["software"]["sparse_adv"]
+    text = (checkpoint.parent / "row" / "row.md").read_text()
+    assert "| AA 0.1 " in text and "not tuned" in text and "square (few)" in text and "30 test images" in text
+
+
+def test_the_same_command_goes_on_from_its_states(checkpoint, small_budgets, capsys, monkeypatch):
+    arguments = command(checkpoint, *US, "--images", "20", "--eps", "0.9")
+    assert main(arguments) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    monkeypatch.setattr(attacks.AutoAttack, "_attack", None)  # nothing is attacked again
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["autoattack"] == first["autoattack"]
+
+
+def test_the_radius_and_images_of_the_benchmark_are_the_default():
+    from sparse_adv.commands.benchmark import FMN_FIRST, FMN_IMAGES, Options
+
+    assert Options.eps[0] == 0.031 and Options.eps[1] == 8 / 255
+    assert (FMN_FIRST, FMN_FIRST + FMN_IMAGES - 1) == (2048, 2175)
+
+
+def test_another_sparsity_than_said_is_refused_before_any_attack(checkpoint, capsys):
+    assert "% of its weights" in refused(capsys, *command(checkpoint, "--structure", "weights", "--sparsity", "95"))
+    assert "of its filters" in refused(capsys, *command(checkpoint, "--structure", "filters", "--sparsity", "50"))
+    assert "50, 75, 90 for filters" in refused(
+        capsys, *command(checkpoint, "--structure", "filters", "--sparsity", "95")
+    )
+    assert "--eps must be" in refused(capsys, *command(checkpoint, *US, "--eps", "0"))
+    assert "--images must be at least 1" in refused(capsys, *command(checkpoint, *US, "--images", "0"))
+    assert not (checkpoint.parent / "row").exists()
+
+
+def test_sparsity_counts_masks_zeros_and_whole_filters():
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 1))
+    assert measured_sparsity(model) == Sparsity(0, 0)
+    model[3].weight.data.zero_()
+    sparsify(model, {"0": torch.tensor([1, 1, 1, 0], dtype=torch.bool).view(4, 1, 1, 1)})
+    assert measured_sparsity(model) == Sparsity(100 * 5 / 8, 25)
