@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sparse_adv import ops
 from sparse_adv.attacks.checks import Model, is_correct
+from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import Loss, loss_function, targeted_dlr
 from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import Queries, into_ball, per_image, run_search
+from sparse_adv.attacks.queries import Queries, into_ball, run_search
 from sparse_adv.ops.pgd_step import check_ball
 from sparse_adv.ops.random_start import seed_words
 

@@ -27,7 +27,7 @@ LabelRange = tuple[int, int] | None
 
 
 def check_batch(
-    images: Tensor, labels: object, with_labels: bool = True, lo: float = 0.0, hi: float = 1.0
+    images: Tensor, labels: object, with_labels: bool = True, lo: float | Tensor = 0.0, hi: float | Tensor = 1.0
 ) -> LabelRange:
     """Check the values of a batch; on a GPU this synchronises once.
 
@@ -35,7 +35,7 @@ def check_batch(
         images: float tensor [N, ...].
         labels: int64 tensor [N]; anything if not `with_labels`.
         with_labels: whether labels are checked.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values, of all or, as tensors [C], of each channel.
 
     Returns:
         The range of the labels, for `check_label_range` as soon as the number of classes is known.
@@ -49,7 +49,10 @@ def check_batch(
     label_range = None
     if images.numel():
         smallest, largest = _extremes(images, valid).tolist()
-        _check_pixel_range(smallest[0], largest[0], lo, hi)
+        if isinstance(lo, Tensor) or isinstance(hi, Tensor):
+            _check_channels(images, lo, hi)
+        else:
+            _check_pixel_range(smallest[0], largest[0], lo, hi)
         label_range = None if valid is None else (int(smallest[1]), int(largest[1]))
     if with_labels and valid is None:
         raise _labels_error(images, labels)
@@ -190,6 +193,16 @@ def _check_pixel_range(smallest: float, largest: float, lo: float, hi: float) ->
             f"images must lie in [{lo:g}, {hi:g}], got values from {smallest:g} to {largest:g}: put the normalisation "
             "inside the model"
         )
+
+
+def _check_channels(images: Tensor, lo: float | Tensor, hi: float | Tensor) -> None:
+    lows, highs = (torch.as_tensor(bound).to(images).expand(images.shape[1]).tolist() for bound in (lo, hi))
+    for channel, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        smallest, largest = images[:, channel].detach().aminmax()
+        try:
+            _check_pixel_range(smallest.item(), largest.item(), low, high)
+        except ValueError as error:
+            raise ValueError(f"channel {channel}: {error}") from None
 
 
 @cache

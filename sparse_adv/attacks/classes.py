@@ -40,9 +40,13 @@ class _GradientAttack(Attack):
         values = [
             f"{field.name}={getattr(self.options, field.name)}"
             for field in fields(self.options)
-            if field.name in ("eps", "alpha", "steps") or getattr(self.options, field.name) != field.default
+            if field.name in ("eps", "alpha", "steps") or _differs(getattr(self.options, field.name), field.default)
         ]
         return f"{type(self).__name__}({', '.join(values)})"
+
+
+def _differs(value: object, default: object) -> bool:
+    return isinstance(value, Tensor) or value != default
 
 
 class PGD(_GradientAttack):
@@ -68,8 +72,8 @@ class PGD(_GradientAttack):
     def __init__(
         self,
         model: Model,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
+        eps: float | Tensor = 8 / 255,
+        alpha: float | Tensor = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
         *,
@@ -108,8 +112,8 @@ class PGDL2(PGD):
     def __init__(
         self,
         model: Model,
-        eps: float = 1.0,
-        alpha: float = 0.2,
+        eps: float | Tensor = 1.0,
+        alpha: float | Tensor = 0.2,
         steps: int = 10,
         random_start: bool = True,
         eps_for_division: float = 1e-10,
@@ -140,7 +144,7 @@ class FGSM(_GradientAttack):
     """
 
     def __init__(
-        self, model: Model, eps: float = 8 / 255, *, graph: bool = False, **options: Unpack[LossOptions]
+        self, model: Model, eps: float | Tensor = 8 / 255, *, graph: bool = False, **options: Unpack[LossOptions]
     ) -> None:
         super().__init__(model, AttackOptions.fgsm(eps, **options), graph)
 
@@ -166,8 +170,8 @@ class FFGSM(_GradientAttack):
     def __init__(
         self,
         model: Model,
-        eps: float = 8 / 255,
-        alpha: float = 10 / 255,
+        eps: float | Tensor = 8 / 255,
+        alpha: float | Tensor = 10 / 255,
         *,
         graph: bool = False,
         **options: Unpack[LossOptions],
@@ -198,8 +202,8 @@ class TPGD(_GradientAttack):
     def __init__(
         self,
         model: Model,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
+        eps: float | Tensor = 8 / 255,
+        alpha: float | Tensor = 2 / 255,
         steps: int = 10,
         *,
         graph: bool = False,

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary
 from sparse_adv.attacks.options import check_count
-from sparse_adv.attacks.queries import Queries, advantage, per_image, run_search
+from sparse_adv.attacks.queries import Queries, advantage, run_search
 from sparse_adv.ops.pgd_step import check_ball
 
 

@@ -10,16 +10,10 @@ from torch import Tensor
 
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import (
-    Queries,
-    advantage,
-    distance,
-    per_image,
-    private_generator,
-    run_search,
-)
+from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
 from sparse_adv.ops.pgd_step import check_ball
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
+from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import Queries, advantage, distance, loss_to_raise, per_image, run_search
+from sparse_adv.attacks.queries import Queries, advantage, loss_to_raise, run_search
 from sparse_adv.ops.pgd_step import check_ball
 
 LOSSES = ("margin", "dlr")

@@ -18,16 +18,16 @@ def pgd(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float = 2 / 255,
+    eps: float | Tensor = 8 / 255,
+    alpha: float | Tensor = 2 / 255,
     steps: int = 10,
     random_start: bool = True,
     norm: str = "linf",
     loss: str | Loss = "ce",
     restarts: int = 1,
     targeted: bool = False,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     generator: torch.Generator | None = None,
     bn_mode: str = "eval",
     check: bool = True,
@@ -47,8 +47,9 @@ def pgd(
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted. With a callable loss,
             whatever it takes.
-        eps: radius of the ball around each image, in units of the images.
-        alpha: step size, in units of the images.
+        eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
+            each image.
+        alpha: step size, in units of the images: a number, or a float tensor [N].
         steps: number of steps; each is one forward and one backward pass.
         random_start: start at a random point of the ball instead of the clean image.
         norm: "linf" or "l2".
@@ -58,14 +59,15 @@ def pgd(
             returned, whatever its loss; of the others the one with the highest loss. To compare them, a loss that
             returns a scalar is evaluated image by image.
         targeted: minimise the loss instead of maximising it.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         generator: generator of the random starts, of which one number is drawn; None for PyTorch's global generator.
         bn_mode: mode of BatchNorm layers during the attack: "eval" uses the running statistics; "train" uses the
             statistics of the batch and updates the running ones at each step; "batch" uses the statistics of the batch
             and leaves the running ones unchanged. All other layers (dropout), and BatchNorm layers in eval mode in a
             model in training mode, which somebody froze, are in eval mode.
         check: check the values of images and labels; on a GPU this synchronises once, before the attack starts.
-        graphs: cache of CUDA graphs, see `Graphs`; None runs the attack step by step.
+        graphs: cache of CUDA graphs, see `Graphs`; None runs the attack step by step, and so does a tensor as eps,
+            alpha, lo or hi.
         engine: whether the engine may form the gradients, see `sparse_adv.engine`; False leaves them to autograd.
         early_stop: leave an image where it is as soon as a step finds it misclassified (or at its target). The
             labels must be classes.
@@ -74,8 +76,8 @@ def pgd(
         The adversarial images, detached, in [lo, hi], with shape, dtype and memory format of `images`.
 
     Raises:
-        TypeError: if model cannot be called, images are not floating point, labels no integers, or a number is a
-            tensor.
+        TypeError: if model cannot be called, images are not floating point, labels no integers, or eps, alpha, lo or
+            hi is neither a number nor a float tensor.
         ValueError: if a value, shape or name is out of range.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.
@@ -115,7 +117,7 @@ def fgsm(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
+    eps: float | Tensor = 8 / 255,
     norm: str = "linf",
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -150,8 +152,8 @@ def fgsm_rs(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float | None = None,
+    eps: float | Tensor = 8 / 255,
+    alpha: float | Tensor | None = None,
     norm: str = "linf",
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -187,8 +189,8 @@ def n_fgsm(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float | None = None,
+    eps: float | Tensor = 8 / 255,
+    alpha: float | Tensor | None = None,
     norm: str = "linf",
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -226,8 +228,8 @@ def tpgd(
     model: Model,
     images: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float = 2 / 255,
+    eps: float | Tensor = 8 / 255,
+    alpha: float | Tensor = 2 / 255,
     steps: int = 10,
     norm: str = "linf",
     **options: Unpack[CommonOptions],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_adv import ops
+from sparse_adv.attacks import movement
 from sparse_adv.attacks.checks import (
     LabelRange,
     Model,
@@ -57,6 +57,8 @@ def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions
     module, traceable = as_module(model)
     labels = int64_labels(labels)
     label_range = None
+    if isinstance(images, Tensor):
+        movement.check_shapes(images, eps=options.eps, alpha=options.alpha, lo=options.lo, hi=options.hi)
     if options.check:
         with_labels = takes_classes(options.loss)
         label_range = check_batch(images, labels, with_labels, options.lo, options.hi)
@@ -70,7 +72,7 @@ def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions
         if not len(images):
             return images.detach().clone()
         loop = PGDLoop(module, options if traceable else replace(options, engine=False))
-        if options.graphs is None:
+        if options.graphs is None or options.varies:  # the tensors' values are no part of a graph's key
             return loop.run(images, labels, philox_state, label_range)
         return options.graphs.run(loop, images, labels, philox_state, label_range)
 
@@ -155,7 +157,7 @@ class PGDLoop:
                 if not len(adv):
                     return result
                 fooled = None
-            moved = ops.pgd_step(adv, grad, images, options.alpha, *options.ball)
+            moved = movement.step(adv, grad, images, options.alpha, options.ball, standing)
             adv = moved if fooled is None else adv.where(fooled.view(-1, *[1] * (images.dim() - 1)), moved)
         if len(adv) == len(result):
             return adv
@@ -165,8 +167,7 @@ class PGDLoop:
     def _start(self, images: Tensor, philox_state: Tensor | None) -> Tensor:
         if self.options.start is None or philox_state is None:
             return images.detach().clone()
-        eps, norm, lo, hi = self.options.start
-        adv = ops.random_start(images, eps, norm, philox_state, lo, hi)
+        adv = movement.start(images, self.options.start, philox_state)
         philox_state[1:].add_((images.numel() + 3) // 4)  # one Philox block gives four numbers
         return adv
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from sparse_adv import ops
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import Loss, loss_function
 from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import Queries, into_ball, loss_to_raise, per_image, run_search
+from sparse_adv.attacks.queries import Queries, into_ball, loss_to_raise, run_search
 from sparse_adv.ops.pgd_step import check_alpha, check_ball
 
 

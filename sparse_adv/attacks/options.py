@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
+from torch import Tensor
 
 from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
 from sparse_adv.ops.pgd_step import check_alpha, check_ball
@@ -21,8 +22,8 @@ BN_MODES = ("eval", "train", "batch")
 class CommonOptions(TypedDict, total=False):
     """Keyword arguments of all attacks; `pgd` documents them."""
 
-    lo: float
-    hi: float
+    lo: float | Tensor
+    hi: float | Tensor
     generator: torch.Generator | None
     bn_mode: str
     check: bool
@@ -54,7 +55,7 @@ class AttackOptions:
     The class methods give the settings of the other attacks.
 
     Raises:
-        TypeError: if eps, alpha, lo or hi is a tensor.
+        TypeError: if eps, alpha, lo or hi is neither a number nor a float tensor.
         ValueError: if a value is out of range, naming the argument and the value.
 
     Examples:
@@ -64,37 +65,34 @@ class AttackOptions:
         (0.125, 1, Ball(eps=0.1, norm='linf', lo=-1.0, hi=1.0))
     """
 
-    eps: float = 8 / 255
-    alpha: float = 2 / 255
+    eps: float | Tensor = 8 / 255
+    alpha: float | Tensor = 2 / 255
     steps: int = 10
     random_start: bool = True
     norm: str = "linf"
     loss: str | Loss = "ce"
     restarts: int = 1
     targeted: bool = False
-    lo: float = 0.0
-    hi: float = 1.0
+    lo: float | Tensor = 0.0
+    hi: float | Tensor = 1.0
     generator: torch.Generator | None = None
     bn_mode: str = "eval"
     check: bool = True
     graphs: Graphs | None = None
     engine: bool = True
     early_stop: bool = False
-    start_eps: float | None = None
+    start_eps: float | Tensor | None = None
     """Radius of the ball in which the random start lies; None for `eps`."""
     project: bool = True
     """Whether the start is clamped to [lo, hi] and each step projected onto the ball; False only for N-FGSM."""
 
     def __post_init__(self) -> None:
-        for name in ("eps", "alpha", "lo", "hi"):
-            value = getattr(self, name)
-            if isinstance(value, torch.Tensor):
-                raise TypeError(
-                    f"{name} must be a number, got a tensor of shape {list(value.shape)}: a step has one {name} for "
-                    "all images and channels; attack images with another one in a call of their own"
-                )
-        check_ball(self.eps, self.norm, self.lo, self.hi)
-        check_alpha(self.alpha)
+        eps, alpha, lo, hi = (_extremes(name, getattr(self, name)) for name in ("eps", "alpha", "lo", "hi"))
+        check_ball(eps[0], self.norm, lo[0], hi[1])
+        if self.varies and bool((torch.as_tensor(self.lo) > torch.as_tensor(self.hi)).any()):
+            raise ValueError(f"lo must not exceed hi, got lo={self.lo} and hi={self.hi}")
+        for size in alpha:
+            check_alpha(size)
         check_count("steps", self.steps, least=0)
         check_count("restarts", self.restarts, least=1)
         if self.restarts > 1 and not self.random_start:
@@ -104,27 +102,40 @@ class AttackOptions:
             raise ValueError(f'bn_mode must be "eval", "train" or "batch", got {self.bn_mode!r}')
 
     @property
+    def varies(self) -> bool:
+        """Whether images or channels have values of their own: eps, alpha, lo or hi is a tensor."""
+        return any(isinstance(value, Tensor) for value in (self.eps, self.alpha, self.lo, self.hi))
+
+    @property
     def ball(self) -> Ball:
         """The ball onto which each step is projected; its radius is infinite without projection."""
-        return Ball(self.eps if self.project else math.inf, self.norm, self.lo, self.hi)
+        eps: Any = self.eps if self.project else math.inf
+        lo: Any = self.lo
+        hi: Any = self.hi
+        return Ball(eps, self.norm, lo, hi)
 
     @property
     def start(self) -> Ball | None:
         """The ball in which the random start lies; None for a start at the clean images."""
         if not self.random_start:
             return None
-        lo, hi = (self.lo, self.hi) if self.project else (-math.inf, math.inf)
-        return Ball(self.eps if self.start_eps is None else self.start_eps, self.norm, lo, hi)
+        eps: Any = self.eps if self.start_eps is None else self.start_eps
+        range_: tuple[Any, Any] = (self.lo, self.hi) if self.project else (-math.inf, math.inf)
+        return Ball(eps, self.norm, *range_)
 
     @classmethod
-    def fgsm(cls, eps: float, norm: str = "linf", **options: Unpack[LossOptions]) -> AttackOptions:
+    def fgsm(cls, eps: float | Tensor, norm: str = "linf", **options: Unpack[LossOptions]) -> AttackOptions:
         """FGSM: one step of size eps from the clean images."""
         _check_names("fgsm", options, LossOptions)
         return cls(eps=eps, alpha=eps, steps=1, random_start=False, norm=norm, **options)
 
     @classmethod
     def fgsm_rs(
-        cls, eps: float, alpha: float | None = None, norm: str = "linf", **options: Unpack[LossOptions]
+        cls,
+        eps: float | Tensor,
+        alpha: float | Tensor | None = None,
+        norm: str = "linf",
+        **options: Unpack[LossOptions],
     ) -> AttackOptions:
         """FGSM-RS: one step of size alpha, by default 1.25 eps, from a random start."""
         _check_names("fgsm_rs", options, LossOptions)
@@ -132,7 +143,11 @@ class AttackOptions:
 
     @classmethod
     def n_fgsm(
-        cls, eps: float, alpha: float | None = None, norm: str = "linf", **options: Unpack[LossOptions]
+        cls,
+        eps: float | Tensor,
+        alpha: float | Tensor | None = None,
+        norm: str = "linf",
+        **options: Unpack[LossOptions],
     ) -> AttackOptions:
         """N-FGSM: one step of size alpha, by default eps, from noise in the ball of 2 eps, without projection."""
         _check_names("n_fgsm", options, LossOptions)
@@ -141,11 +156,17 @@ class AttackOptions:
 
     @classmethod
     def tpgd(
-        cls, eps: float, alpha: float, steps: int, norm: str = "linf", **options: Unpack[CommonOptions]
+        cls,
+        eps: float | Tensor,
+        alpha: float | Tensor,
+        steps: int,
+        norm: str = "linf",
+        **options: Unpack[CommonOptions],
     ) -> AttackOptions:
         """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from little noise, see `attacks.tpgd`."""
         _check_names("tpgd", options, CommonOptions)
-        start_eps = min(eps, 0.05 if norm == "l2" else 0.001)
+        noise = 0.05 if norm == "l2" else 0.001
+        start_eps = eps.clamp(max=noise) if isinstance(eps, Tensor) else min(eps, noise)
         return cls(eps=eps, alpha=alpha, steps=steps, norm=norm, start_eps=start_eps, loss=kl_divergence, **options)
 
 
@@ -153,6 +174,18 @@ def check_count(name: str, count: object, least: int) -> None:
     """Raise ValueError unless this is an integer of at least `least`."""
     if not isinstance(count, int) or count < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
+
+
+def _extremes(name: str, value: Any) -> tuple[Any, Any]:
+    """The least and the greatest value, NaN if there is one; a number twice."""
+    if not isinstance(value, Tensor):
+        return value, value
+    if not value.is_floating_point() or value.dim() != 1 or not len(value):
+        raise TypeError(
+            f"{name} must be a number or a float tensor of one dimension, got {value.dtype} {[*value.shape]}"
+        )
+    least, greatest = value.detach().double().aminmax()
+    return least.item(), greatest.item()
 
 
 def _check_names(attack: str, options: Mapping[str, object], allowed: type[CommonOptions]) -> None:

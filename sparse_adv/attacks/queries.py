@@ -16,6 +16,7 @@ from sparse_adv.attacks.checks import (
     count_classes,
     int64_labels,
 )
+from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.losses import Loss, loss_function, margin
@@ -116,16 +117,6 @@ def run_search(
 def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     """By how much each image is adversarial, [N]: positive where its label is not predicted, or is if targeted."""
     return -margin(logits, labels) if targeted else margin(logits, labels)
-
-
-def per_image(values: Tensor, images: Tensor) -> Tensor:
-    """One number per image [N] in a shape that broadcasts with the images [N, ...]."""
-    return values.view(-1, *[1] * (images.dim() - 1))
-
-
-def distance(adv: Tensor, images: Tensor, norm: str) -> Tensor:
-    """The distance of each pair of images [N], "linf" or "l2"."""
-    return torch.linalg.vector_norm((adv - images).flatten(1), torch.inf if norm == "linf" else 2, dim=1)
 
 
 def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:

@@ -71,7 +71,7 @@ def _tiles_of(images: Tensor, gate: Tensor | None) -> _Tiles:
             rows, cols = 1, rows * cols
         padded = cols if gate is None else triton.cdiv(cols, 8) * 8
         positions, block_c = batch * rows * padded, 1
-    wide = (positions + _ADDENDS * _TILE) * (channels + block_c) >= 2**31
+    wide = (positions + _TILE) * (channels + block_c) >= 2**31  # the last tile may reach beyond the images
     shape = positions, channels, rows, cols, padded
     return _Tiles(*shape, triton.cdiv(channels, block_c), channels_last, wide, _TILE // block_c, block_c)
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_adv.kernels.layout import layout_of
+from sparse_adv.kernels.tensor_checks import check_layout
 
 _BLOCK = 1024  # windows of a program: each of 4 warps' threads loads 16 bytes of 16-bit channels_last images at a time
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -49,7 +50,13 @@ def backward(
         gate: uint8 tensor laid out as `ops.empty_gate` says; or a float tensor like out, which lets the gradient pass
             where it is not (<= 0); or None.
         out: tensor [N, C, H, W] in the layout and dtype of grad, not empty, that is written.
+
+    Raises:
+        RuntimeError: if the layout of residual or gate is not that of out.
     """
+    for name, operand in {"residual": residual, "gate": gate}.items():
+        if operand is not None and operand.dtype != torch.uint8:
+            check_layout(name, operand, layout_of(out))
     batch, channels, rows, cols = out.shape
     pooled = rows // size[0], cols // size[1]
     covering = triton.cdiv(rows, size[0]), triton.cdiv(cols, size[1])  # windows, and what no window covers

@@ -35,7 +35,8 @@ def batch_norm_act(
         y = (y + residual).relu()
 
     where a residual that is None and relu=False are left out. The sums of a channel are formed in float64 from sums of
-    a few hundred elements (a few thousand on CUDA), which are shifted by about the mean, in the same order in each run.
+    at most a few hundred elements (on CUDA of 256 at most, then pairwise), from which about the mean is subtracted, in
+    the same order for any number of threads.
     Instead of the ReLU's output, one bit per element is kept for the backward pass; on a CPU with NCHW images forward
     and backward read each tensor from memory once. It is implemented on the CPU and, with Triton, on CUDA, and
     differentiable once.

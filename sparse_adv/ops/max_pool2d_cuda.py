@@ -36,7 +36,6 @@ def max_pool2d_grad_input_out(
         check_floating("residual", residual, out)
         check_size("residual", residual, out.shape)
         check_dtype("residual", residual, out.dtype)
-        check_layout("residual", residual, layout_of(out))
         if residual.data_ptr() != out.data_ptr():
             check_apart("out", out, "residual", residual)
     if gate is not None:

@@ -1,0 +1,53 @@
+"""Values of configurations: as Python's own numbers, and checked, with the name of the field in the error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def make_plain(record: DataclassInstance) -> None:
+    """Replace scalars of NumPy and PyTorch in the fields of a dataclass by Python's numbers, and lists by tuples.
+
+    Only these can be written to JSON and read with `torch.load(weights_only=True)`, and compared with what was read.
+
+    Examples:
+        >>> import numpy as np
+        >>> from sparse_adv.config import TrainConfig
+        >>> TrainConfig(lr=np.float64(0.1), milestones=[np.float32(0.5)]).milestones
+        (0.5,)
+    """
+    for field in fields(record):
+        object.__setattr__(record, field.name, _plain(getattr(record, field.name)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+        return tuple(value.tolist())
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar else value
+
+
+def require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def require_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def require_number(name: str, value: object) -> None:
+    if not is_number(value) or value < 0:
+        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

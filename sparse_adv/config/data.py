@@ -1,0 +1,59 @@
+"""The images and the network of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_adv.config.checks import make_plain, require_integer, require_number
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images of a run and their division into batches.
+
+    Args:
+        data: "digits" (scikit-learn's), or path of a folder or archive of images.
+        limit: number of training images to use, the first ones; null for all.
+        validation: part of the training images to hold out for validation: a fraction below 1, or a number of images;
+            null for the default of the data set.
+        batch_size: images per update, summed over all processes, at least 1.
+        augment: random crop and horizontal flip; null for yes with 32 x 32 colour images, else no.
+
+    Raises:
+        ValueError: if a value is out of range, naming the field and the value.
+    """
+
+    data: str = "digits"
+    limit: int | None = None
+    validation: float | None = None
+    batch_size: int = 128
+    augment: bool | None = None
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        if self.limit is not None:
+            require_integer("limit", self.limit, least=1)
+        if self.validation is not None:
+            require_number("validation", self.validation)
+        require_integer("batch_size", self.batch_size, least=1)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The architecture of a run's network.
+
+    Args:
+        arch: name of an architecture of `sparse_adv.models`.
+        width: channels of the first stage, at least 1; null for the published number.
+
+    Raises:
+        ValueError: if a value is out of range, naming the field and the value.
+    """
+
+    arch: str
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        if self.width is not None:
+            require_integer("width", self.width, least=1)
