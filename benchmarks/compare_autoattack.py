@@ -15,7 +15,6 @@ from pathlib import Path
 
 import harness
 import torch
-import torchattacks
 from harness import Case, Record
 from torch import Tensor, nn
 
@@ -42,6 +41,8 @@ def network_of(run: runs.Run) -> tuple[nn.Module, Tensor, Tensor]:
 
 def sides(model: nn.Module, x: Tensor, y: Tensor, robust: dict[str, float]) -> dict[str, Callable[[], object]]:
     """What is measured; each leaves the share of images that withstand it in `robust`."""
+    import torchattacks  # needed by this benchmark alone
+
     plain = copy.deepcopy(model)
     sparse_nn.densify(plain).to(memory_format=torch.channels_last)
 
