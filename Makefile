@@ -18,8 +18,8 @@ setup: $(BUILT)  ## only make the environment and build (every other target does
 demo: $(BUILT)  ## the main job: ticket search, adversarial training and controls on real digits (about 3 minutes)
 	$(BIN)/python -m sparse_adv demo
 
-test: $(BUILT)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(BUILT)  ## run the tests, as many at a time as there are cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-torch:  ## run the tests under another torch: VERSION=2.10.0 (and PYTHON=python3.12, WHEEL=a build from elsewhere)
 	@test -n "$(VERSION)" || { echo "which torch? make test-torch VERSION=2.10.0"; exit 2; }
