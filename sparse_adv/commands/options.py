@@ -31,7 +31,7 @@ POSITIONAL: dict[str, Any] = {"positional": True}
 """Metadata of a field that is given by position and not by a flag."""
 
 CONFIG = "config.yaml"
-_ABOUT_THE_FILE = ("Unexpected config", "Value not boolean", "Problems parsing config")
+_ABOUT_THE_FILE = ("Unexpected config", "Value not boolean", "Problems parsing config", "Spaces not allowed")
 """Beginnings of messages of jsonargparse that name neither the file nor a key."""
 _MAX_CONFIG, _MAX_DEPTH = 1 << 16, 20
 """Bytes and levels of a config file."""

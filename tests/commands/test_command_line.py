@@ -193,10 +193,11 @@ def test_a_closed_standard_output_is_no_error(monkeypatch, ticket_file):
         ("name: " + "x" * 100_000, "must have at most 64 KiB"),
         ("name: &a [*a]\n", "has the alias *a"),
         ("\x00", "Problems parsing config"),
+        ('"a b": 3\n', "run.yaml: Spaces not allowed in keys"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
-def test_a_config_that_grows_is_refused(tmp_path, capsys, content, said):
+def test_a_hostile_config_is_refused(tmp_path, capsys, content, said):
     (tmp_path / "run.yaml").write_text(content)
     message = refused(capsys, "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"))
     assert said in message
