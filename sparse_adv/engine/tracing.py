@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 
 from sparse_adv.engine.model_state import HOOKS, has_hooks, structure_of
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
+from sparse_adv.tracer import Tracer
 
 _IN_PLACE = {
     operator.iadd: operator.add,
@@ -154,10 +155,8 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-class _Tracer(fx.Tracer):
-    """Calls the layers that the engine knows, and modules with hooks, as a whole; remembers where it is for errors."""
-
-    place = "the model"
+class _Tracer(Tracer):
+    """Calls the layers that the engine knows, and modules with hooks, as a whole."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -165,12 +164,6 @@ class _Tracer(fx.Tracer):
             or isinstance(m, (MaskedConv2d, MaskedLinear))
             or super().is_leaf_module(m, module_qualified_name)
         )
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        outer, self.place = self.place, f"module {self.path_of_module(m)!r} ({type(m).__name__})"
-        result = super().call_module(m, forward, args, kwargs)
-        self.place = outer
-        return result
 
 
 class _RandomNumbers:

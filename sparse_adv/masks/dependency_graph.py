@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from sparse_adv.masks.channel_operations import Kind, kind_of
 from sparse_adv.masks.layers import computes_as_its_class, run_once
+from sparse_adv.tracer import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -114,21 +115,16 @@ class _TracedOnCall(nn.Module):
         self.result.groups = list(interpreter.groups())
 
 
-class _Tracer(fx.Tracer):
-    """Does not trace into masked layers, and records the current module for the error message."""
-
-    place = "the model"
+class _Tracer(Tracer):
+    """Does not trace into masked layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return computes_as_its_class(m) or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def trace_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if set(kwargs) == {"input"} and not args:
             args, kwargs = (kwargs["input"],), {}
-        outer, self.place = self.place, f"module {self.path_of_module(m)!r} ({type(m).__name__})"
-        result = super().call_module(m, forward, args, kwargs)
-        self.place = outer
-        return result
+        return super().trace_module(m, forward, args, kwargs)
 
 
 class _Axis(NamedTuple):

@@ -1,0 +1,266 @@
+"""Robust test accuracy against seconds of training: dense, tickets, and networks that are sparse from the first step.
+
+    python benchmarks/seconds_to_robustness.py CIFAR OUT time          # first, on a machine that does nothing else
+    python benchmarks/seconds_to_robustness.py CIFAR OUT train [--seeds 0,1,2] [--rows "dense, 1"]
+    python benchmarks/seconds_to_robustness.py CIFAR OUT table [--out FILE.csv] [--picture FILE.svg]
+
+One unit of time is what `--unit` dense epochs take. `time` measures the seconds per epoch of every row, in turns, from
+which follows how many epochs a row has in its share of the unit; changes of masks are in the measured time, and a
+ticket's search is in its seconds. `train` continues where it was stopped. The best epoch by validation is tested once:
+clean, and under PGD-50 on the margin loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+
+import matplotlib
+import torch
+from machine import environment
+
+from sparse_adv import data, experiment, keep_freed_memory
+from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.files import write_text
+from sparse_adv.training import clean_accuracy, robust_accuracy
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+CPU = torch.device("cpu")
+ROUNDS = 2
+"""Measurements of each row's seconds."""
+TESTED = 2000
+"""Test images."""
+TIMED_UPDATES = 20
+"""Updates of a measurement; it includes one change of the masks."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained, and for how long.
+
+    Args:
+        share: of the unit of time.
+        method: of sparse training.
+        prune: of a ticket search, which gets a third of the share.
+        shuffle, reinit: controls of a ticket.
+    """
+
+    share: float
+    method: MethodConfig | None = None
+    prune: PruneConfig | None = None
+    shuffle: bool = False
+    reinit: bool = False
+
+
+def _method(name: str, block: int, density: float, **others: float) -> MethodConfig:
+    return MethodConfig(name, density, (block, block), scope="uniform", interval=TIMED_UPDATES, **others)
+
+
+def _rows() -> Iterator[tuple[str, Row]]:
+    for share in (0.5, 1.0, 2.0):
+        yield f"dense, {share:g}", Row(share)
+    for density, blocks in ((0.2, (1, 2, 4, 8)), (0.1, (1, 4))):
+        for name in ("static", "flying-bird"):
+            for block in blocks:
+                yield f"{name} ({block}, {block}) {density}, 0.5", Row(0.5, _method(name, block, density))
+    for name in ("static", "flying-bird"):
+        yield f"{name} (4, 4) 0.2, 0.3", Row(0.3, _method(name, 4, 0.2))
+    warm = _method("flying-bird", 4, 0.2, dense_epochs=1.0)
+    yield "flying-bird (4, 4) 0.2 after a dense epoch, 0.5", Row(0.5, warm)
+    for block in (1, 4):
+        prune = PruneConfig(0.2, (block, block), scope="uniform")
+        yield f"ticket ({block}, {block}) 0.2, 0.5", Row(0.5, prune=prune)
+    yield "shuffled ticket (4, 4) 0.2, 0.5", Row(0.5, prune=prune, shuffle=True)
+    yield "ticket (4, 4) 0.2 re-initialised, 0.5", Row(0.5, prune=prune, reinit=True)
+
+
+ROWS = dict(_rows())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Images, network and recipe that all rows have in common."""
+
+    images: DataConfig
+    network: NetworkConfig
+    train: TrainConfig
+    unit: int
+
+    def run(self, folder: Path, row: Row, epochs: int, seed: int, ticket: Path | None = None) -> experiment.TrainRun:
+        train = replace(self.train, epochs=epochs, seed=seed)
+        dataset = experiment.load_data(self.images, seed, CPU)
+        loaded = experiment.load_ticket(ticket, reinit=row.reinit, shuffle=row.shuffle) if ticket else None
+        return experiment.TrainRun(
+            folder, train, self.images, self.network, dataset, CPU, ticket=loaded, method=row.method
+        )
+
+    def search(self, folder: Path, prune: PruneConfig, epochs: int, seed: int) -> Path:
+        train = replace(self.train, epochs=epochs, seed=seed)
+        dataset = experiment.load_data(self.images, seed, CPU)
+        experiment.SearchRun(folder, train, prune, self.images, self.network, dataset, CPU).run()
+        return folder / "ticket.safetensors"
+
+
+def time(setting: Setting, out: Path) -> None:
+    """Write the seconds per epoch of every row, medians of rounds in turns; the first epoch of a run is not counted."""
+    kinds = {_kind(row): row for row in ROWS.values() if row.prune is None}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    size = TIMED_UPDATES * setting.images.batch_size
+    assert setting.images.limit is not None and setting.images.validation is not None
+    images = replace(setting.images, limit=size + 100, validation=100)
+    train = replace(setting.train, evaluation_steps=1, overfitting_monitor=False, evaluate_every=10)
+    short = replace(setting, images=images, train=train)
+    for _ in range(ROUNDS):
+        for kind, row in kinds.items():
+            with tempfile.TemporaryDirectory() as folder:
+                *_, record = short.run(Path(folder) / "run", row, 2, 0).epochs()
+            scale = (setting.images.limit - setting.images.validation) / record.images
+            seconds[kind].append(scale * (record.attack.seconds + record.update.seconds))
+            print(f"{kind}: {seconds[kind][-1]:.1f} s per epoch", flush=True)
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    write_text(out / "seconds.json", json.dumps({"machine": environment(), "epoch": medians, "all": seconds}, indent=1))
+
+
+def _kind(row: Row) -> str:
+    """What decides the seconds of an epoch."""
+    masks = row.method or row.prune
+    if masks is None:
+        return "dense"
+    name = "static" if row.method is None else row.method.method  # the masks of a ticket are static
+    return f"{name} {masks.block} {masks.density}"
+
+
+def plan(row: Row, epoch: dict[str, float], unit: int) -> tuple[int, int, float]:
+    """Epochs of the search, epochs of training, and the seconds of both."""
+    budget, dense, own = row.share * unit * epoch["dense"], epoch["dense"], epoch[_kind(row)]
+    if row.prune is not None:
+        search = max(1, round(budget / 3 / dense))
+        epochs = max(1, round((budget - search * dense) / own))
+        return search, epochs, search * dense + epochs * own
+    first = row.method.dense_epochs if row.method is not None else 0.0
+    epochs = max(1, round(first + (budget - first * dense) / own))
+    return 0, epochs, first * dense + (epochs - first) * own
+
+
+def train(setting: Setting, out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Train and test every row with every seed, all rows of the first seed first."""
+    epoch = json.loads((out / "seconds.json").read_text())["epoch"]
+    for seed in seeds:
+        for name in names:
+            row = ROWS[name]
+            search, epochs, seconds = plan(row, epoch, setting.unit)
+            folder = out / f"seed{seed}" / name.replace(" ", "")
+            result = folder / "answer.json"
+            if result.exists():
+                continue
+            ticket = None
+            if row.prune is not None:
+                path = out / f"seed{seed}" / f"search{row.prune.block}"
+                ticket = setting.search(path, row.prune, search, seed)
+            run = setting.run(folder, row, epochs, seed, ticket)
+            records = list(run.epochs())
+            run.finish()  # leaves the best weights in the model
+            test = run.dataset.test
+            tested = data.Split(test.images[:TESTED], test.labels[:TESTED])
+            robust = robust_accuracy(run.model, tested, steps=50, loss="margin", early_stop=True, seed=0)
+            answer = {
+                "row": name,
+                "seed": seed,
+                "search_epochs": search,
+                "epochs": epochs,
+                "seconds": round(seconds, 1),
+                "validation_pgd10": max(record.robust_accuracy or 0.0 for record in records),
+                "test_clean": clean_accuracy(run.model, tested).fraction,
+                "test_pgd50_margin": robust.fraction,
+            }
+            write_text(result, json.dumps(answer, indent=1))
+            print(json.dumps(answer), flush=True)
+
+
+def answers(out: Path) -> list[dict[str, str | float]]:
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("seed*/*/answer.json"))]
+    return sorted(found, key=lambda answer: (list(ROWS).index(answer["row"]), answer["seed"]))
+
+
+def table(out: Path, rows: Path | None, picture: Path | None) -> None:
+    """Print a line per row, means over seeds."""
+    found = answers(out)
+    print("| row | epochs | seconds | seeds | validation PGD-10 | test clean | test PGD-50 margin |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    points = []
+    for name in ROWS:
+        own = [answer for answer in found if answer["row"] == name]
+        if not own:
+            continue
+        means = [statistics.mean(100 * float(answer[key]) for answer in own) for key in list(own[0])[-3:]]
+        search, epochs, seconds = (own[0][key] for key in ("search_epochs", "epochs", "seconds"))
+        length = f"{search} + {epochs}" if search else str(epochs)
+        robust = " ".join(f"{100 * float(answer['test_pgd50_margin']):.1f}" for answer in own)
+        listed = f" ({robust})" if len(own) > 1 else ""
+        validation, clean, pgd = (f"{mean:.1f}" for mean in means)
+        print(f"| {name} | {length} | {seconds:.0f} | {len(own)} | {validation} | {clean} | {pgd}{listed} |")
+        points.append((name, float(seconds), means[-1]))
+    if rows is not None:
+        text = StringIO()
+        writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+        write_text(rows, text.getvalue())
+    if picture is not None:
+        draw(points, picture)
+
+
+def draw(points: Sequence[tuple[str, float, float]], path: Path) -> None:
+    """A point per row; dense ones are joined."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    dense = [point for point in points if point[0].startswith("dense")]
+    axes.plot([x for _, x, _ in dense], [y for *_, y in dense], color="black", marker="o", label="dense")
+    markers = iter("sv^<>DPXdph*8Hs" * 3)
+    for name, x, y in points:
+        if not name.startswith("dense"):
+            axes.plot([x], [y], linestyle="", marker=next(markers), label=name.rpartition(",")[0])
+    axes.set(xlabel="seconds of training, search included", ylabel="test accuracy under PGD-50 (margin), %")
+    axes.set_xlim(left=0)
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    with plt.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cifar", type=Path, help="folder or archive of CIFAR-10")
+    parser.add_argument("folder", type=Path, help="of all runs")
+    parser.add_argument("what", choices=("time", "train", "table"))
+    parser.add_argument("--images", type=int, default=5000, help="training images; 1,000 more are for validation")
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--unit", type=int, default=6, help="dense epochs of a unit of time")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rows", action="append", choices=ROWS, help="may be repeated; the default is all")
+    parser.add_argument("--out", type=Path, help="CSV file to write as well")
+    parser.add_argument("--picture", type=Path, help="PNG or SVG file to write as well")
+    options = parser.parse_args(arguments)
+    keep_freed_memory()
+    images = DataConfig(str(options.cifar), limit=options.images + 1000, validation=1000, batch_size=128)
+    recipe = TrainConfig("n-fgsm", schedule="cyclic", lr=0.1, overfitting_monitor=False)
+    setting = Setting(images, NetworkConfig("resnet18", options.width), recipe, options.unit)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.what == "time":
+        time(setting, options.folder)
+    elif options.what == "train":
+        train(setting, options.folder, options.rows or list(ROWS), [int(seed) for seed in options.seeds.split(",")])
+    else:
+        table(options.folder, options.out, options.picture)
+
+
+if __name__ == "__main__":
+    main()

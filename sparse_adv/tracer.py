@@ -1,0 +1,50 @@
+"""Tracing with torch.fx in a process of several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+_lock = threading.RLock()
+"""Held by the thread that traces: two that replaced the methods of nn.Module in turn would not put them back."""
+
+
+class Tracer(fx.Tracer):
+    """Records the calls of the thread that traces; others run their models meanwhile.
+
+    torch.fx replaces `nn.Module.__call__` and `__getattr__` in the whole process while it traces.
+
+    Attributes:
+        place: the module being traced, for error messages; after an error, the one in which it arose.
+    """
+
+    place = "the model"
+    _thread = 0
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace a model; waits while another thread traces."""
+        with _lock:
+            self._thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace the call of a module, or run it for another thread."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        outer, self.place = self.place, f"module {self.path_of_module(m)!r} ({type(m).__name__})"
+        result = self.trace_module(m, forward, args, kwargs)
+        self.place = outer
+        return result
+
+    def trace_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace the call of a module."""
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """The attribute of a module, or for parameters in some traces a proxy."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
