@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_adv.kernels.layout import layout_of
+from sparse_adv.kernels.layout import output_like
 from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import check_flag, check_number, check_tensors
 from sparse_adv.ops.gate import empty_gate
@@ -119,7 +119,7 @@ def _statistics_like(input: Tensor) -> Tensor:
 def _(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = _output_like(input)
+    out = output_like(input)
     gate = empty_gate(out) if relu else input.new_empty(0, dtype=torch.uint8)
     return out, _statistics_like(input), _statistics_like(input), gate
 
@@ -135,13 +135,9 @@ def _(
     eps: float,
     needs_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_input = _output_like(input)
-    grad_residual = _output_like(input) if needs_residual else input.new_empty(0)
+    grad_input = output_like(input)
+    grad_residual = output_like(input) if needs_residual else input.new_empty(0)
     return grad_input, torch.empty_like(mean), torch.empty_like(mean), grad_residual
-
-
-def _output_like(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=layout_of(input))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv.kernels.layout import in_layout_of, layout_of
+from sparse_adv.kernels.layout import in_layout_of, output_like
 from sparse_adv.kernels.tensor_checks import check, check_dtype, check_floating, check_size
 from sparse_adv.ops._library import IMPLEMENTATIONS
 from sparse_adv.ops.gate import check_gate, empty_gate
@@ -16,7 +16,7 @@ def batch_norm_act(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_input(input, weight, bias)
-    out = _output_like(input)
+    out = output_like(input)
     if residual is not None:
         _check_like(input, "residual", residual)
         residual = in_layout_of(out, residual)
@@ -43,7 +43,7 @@ def batch_norm_act_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_input(input, weight, None)
     _check_like(input, "grad", grad)
-    grad_input = _output_like(input)
+    grad_input = output_like(input)
     if gate is not None:
         check_gate("gate", gate, grad_input)
     grad_weight, grad_bias = _vectors_like(input)
@@ -76,10 +76,6 @@ def _check_like(input: Tensor, name: str, tensor: Tensor) -> None:
     check_floating(name, tensor, input)
     check_size(name, tensor, input.shape)
     check_dtype(name, tensor, input.dtype)
-
-
-def _output_like(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=layout_of(input))
 
 
 def _vectors_like(input: Tensor) -> tuple[Tensor, Tensor]:
