@@ -17,6 +17,12 @@ static inline double relu(double v) { return v <= 0 ? 0 : v; }
 static inline uint32_t passing_bits(double v) { return v <= 0 ? 0 : 1; }
 static inline double zero_unless(uint32_t bits, double v) { return bits & 1 ? v : 0; }
 
+// Whether the epilogue leaves sums as they are.
+template <class T>
+static inline bool is_identity(const Epilogue<T>& epilogue) {
+  return !epilogue.scale && !epilogue.bias && !epilogue.residual && !epilogue.relu && !epilogue.gate;
+}
+
 static inline uint32_t first_bits(int count) { return (uint32_t{1} << count) - 1; }
 
 // `count` bits, at most 16, that begin at bit `shift` of the byte at p.

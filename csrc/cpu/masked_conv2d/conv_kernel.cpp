@@ -16,6 +16,13 @@ static inline __attribute__((always_inline)) void write(const OutputRegion& outp
   const Vec bias = broadcast(epilogue.bias ? epilogue.bias[channel] : 0.0f);
   const bool affine = epilogue.scale || epilogue.bias;
   int64_t at = channel * output.channel_pitch + first_row * output.row_pitch + first_col * kLanes;
+  if (is_identity(epilogue) && first_row + ROWS <= output.rows && (first_col + COLS) * kLanes <= output.cols) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r, at += output.row_pitch)
+#pragma GCC unroll 16
+      for (int c = 0; c < COLS; ++c) store(output.data + at + c * kLanes, acc[r * COLS + c]);
+    return;
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r, at += output.row_pitch) {
     if (first_row + r >= output.rows) return;
