@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reprlib import repr as shortened
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,11 @@ def is_integer(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt):
         return False
     return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
+def as_integer(value: Any) -> Any:
+    """Return an integer of NumPy as one of Python, whose arithmetic does not overflow, and others as they are."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def check_integer(name: str, value: object) -> None:
