@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparse_adv.nn import optimizer_hook
+from sparse_adv.nn.mask_agreement import compare_in_first_pass
 from sparse_adv.nn.optimizer_hook import version_of
 from sparse_adv.ops.transforms import is_transformed
 
@@ -181,6 +182,7 @@ class MaskedLayer(nn.Module):
             return
         if self._compiled is None or not self._compiled.matches(self.weight_mask):
             self._derive()
+        compare_in_first_pass()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if torch.__future__.get_swap_module_params_on_conversion():

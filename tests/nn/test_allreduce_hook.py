@@ -114,6 +114,17 @@ def masks_that_differ(rank, changed_on):
         return str(error)
 
 
+def plain_with_masks_that_differ(rank):
+    """The first pass of DistributedDataParallel without the hook, where each process has pruned for itself."""
+    model = network()
+    if rank == 1:
+        sparsify(model, other_masks(model))
+    try:
+        DistributedDataParallel(model)(batch(0)[0])
+    except ValueError as error:
+        return str(error)
+
+
 def a_second_hook(rank):
     ours = DistributedDataParallel(network())
     register_masked_allreduce_hook(ours)
@@ -152,6 +163,7 @@ SCENARIOS = {
     "changing": masks_that_change,
     "differing, rank 0": partial(masks_that_differ, changed_on=0),
     "differing, rank 1": partial(masks_that_differ, changed_on=1),
+    "differing without the hook": plain_with_masks_that_differ,
     "second hook": a_second_hook,
     "accumulated": accumulated,
 }
@@ -266,6 +278,10 @@ def test_masks_may_change_between_steps(results):
 @pytest.mark.parametrize("changed_on", range(PROCESSES))
 def test_masks_that_differ_are_refused_on_every_process(results, changed_on):
     assert of(results, f"differing, rank {changed_on}") == [PROBLEM] * PROCESSES
+
+
+def test_masks_that_differ_are_refused_in_the_first_pass_without_the_hook(results):
+    assert of(results, "differing without the hook") == [PROBLEM.replace("'2.weight'", "'0.weight'")] * PROCESSES
 
 
 def test_a_second_hook_is_refused(results):
