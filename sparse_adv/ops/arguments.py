@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_adv.kernels.tensor_checks import FLOATING
+
 
 def check_tensors(**tensors: object) -> None:
     """Raises TypeError unless all of them are dense tensors."""
@@ -17,14 +19,17 @@ def check_tensors(**tensors: object) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got a nested one")
 
 
 def check_floating(name: str, tensor: object) -> None:
-    """Raises TypeError unless this is a dense floating point tensor."""
+    """Raises TypeError unless this is a dense floating point tensor of 16 bits or more."""
     check_tensors(**{name: tensor})
     assert isinstance(tensor, Tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+    if tensor.dtype not in FLOATING:
+        kind = "a floating point tensor of 16 bits or more" if tensor.is_floating_point() else "a floating point tensor"
+        raise TypeError(f"{name} must be {kind}, got {tensor.dtype}")
 
 
 def check_number(name: str, value: object) -> None:

@@ -261,6 +261,7 @@ BAD = {
     "padding is missing": ({"padding": None}, "padding must be one or two integers, got None"),
     "same with a stride": ({"padding": "same", "stride": 2}, r'padding="same" needs stride 1, got stride \(2, 2\)'),
     "filter too large": ({"dilation": 6}, r"input of 9 x 11 pixels .* smaller than the filter \(3, 3\)"),
+    "8 bits": ({"input": torch.zeros(2, 5, 9, 11).to(torch.float8_e5m2)}, "16 bits or more, got torch.float8_e5m2"),
     "dtypes": ({"weight": torch.zeros(6, 5, 3, 3).double()}, "weight is torch.float64, input is torch.float32"),
     "devices": ({"weight": torch.zeros(6, 5, 3, 3, device="meta")}, "weight is on meta, input on cpu"),
     "bias": ({"bias": torch.zeros(5)}, r"bias must have shape \[6\], got \(5,\)"),
@@ -274,6 +275,7 @@ BAD = {
     [
         ({"input": None}, "input must be a tensor, got NoneType"),
         ({"weight": [1.0]}, "weight must be a tensor, got list"),
+        ({"input": torch.nested.nested_tensor([torch.zeros(3)])}, "input must be a dense tensor, got a nested one"),
         ({"bias": "a"}, "bias must be a tensor, got str"),
         ({"scale": 2.0}, "scale must be a tensor, got float"),
         ({"residual": 0}, "residual must be a tensor, got int"),
