@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     if command == "doctor":  # needs neither jsonargparse nor any other package of the command line
-        argparse.ArgumentParser(prog="sparse-adv doctor", description=doctor.__doc__).parse_args(arguments)
+        _Parser(prog="sparse-adv doctor", description=doctor.__doc__).parse_args(arguments)
         return doctor.run()
     from sparse_adv.commands import options
 
@@ -117,22 +117,25 @@ def _turn_sigterm_into_an_error(on: bool) -> None:
 
 def _sentence(error: Exception) -> str:
     """The message of an error in one line; errors of the operating system name the file."""
-    message = str(error).partition("\nException raised from")[0]  # PyTorch's, without the stack of C++
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(message.split()))
-    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:80]}... ({len(word[0])} characters)", text)
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}..."
+    text = str(error).partition("\nException raised from")[0]  # PyTorch's, without the stack of C++
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
     if isinstance(error, ConnectionError):
         text += "; start the same command again, it continues after the last whole epoch"
-    return text
+    return _shortened(text)
+
+
+def _shortened(text: str) -> str:
+    """A text in one line, with long words cut short and what no terminal shows written out."""
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:80]}... ({len(word[0])} characters)", text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong without the usage in front of it."""
-        print_error(f"error: {message}; 'sparse-adv --help' lists the commands")
+        print_error(f"error: {_shortened(message)}; 'sparse-adv --help' lists the commands")
         sys.exit(2)
 
 

@@ -17,8 +17,8 @@ _compared: WeakSet[DistributedDataParallel] = WeakSet()
 def compare_in_first_pass() -> None:
     """Compare the masks of all processes if this is the first forward pass of a DistributedDataParallel.
 
-    It does not broadcast masks as it does weights, and equal weights under different masks give each process another
-    network.
+    Equal weights under different masks give each process another network. The masks that count are those under which
+    the layers' weights were zeroed: the wrapper may have replaced the content of the buffers just now.
 
     Raises:
         ValueError: if the processes' masks differ.
@@ -27,6 +27,10 @@ def compare_in_first_pass() -> None:
     if wrapped is None or wrapped in _compared:
         return
     masks = masks_of(wrapped.module)
+    for module in wrapped.module.modules():
+        compiled = getattr(module, "_compiled", None)
+        if module._parameters.get("weight") in masks and compiled is not None:
+            masks[module.weight] = compiled.mask
     device = next(iter(masks)).device
     check_equal(wrapped.module, {w: checksum(m) for w, m in masks.items()}, device, wrapped.process_group)
     _compared.add(wrapped)

@@ -180,9 +180,9 @@ class MaskedLayer(nn.Module):
         """Before a forward pass: recompile the mask if the buffer was written to, except in code that is traced."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return
+        compare_in_first_pass()
         if self._compiled is None or not self._compiled.matches(self.weight_mask):
             self._derive()
-        compare_in_first_pass()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if torch.__future__.get_swap_module_params_on_conversion():

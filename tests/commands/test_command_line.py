@@ -175,9 +175,19 @@ def test_what_nobody_foresaw_is_a_sentence_too(monkeypatch, capsys):
     )
 
 
-def test_a_long_value_is_shortened(capsys, tmp_path):
-    said = refused(capsys, "train", "--objective", "x" * 5000, "--out", str(tmp_path))
-    assert len(said) < 400 and "characters)" in said
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--objective", "x" * 5000, "--out", "run"],
+        ["explain", "x" * 5000],
+        ["x" * 5000],
+        ["doctor", "x" * 5000],
+    ],
+    ids=lambda arguments: arguments[0][:9],
+)
+def test_a_long_value_is_shortened(capsys, arguments):
+    said = refused(capsys, *arguments, "x" * 5000)
+    assert len(said) < 400 and "characters)" in said and said.count("\n") == 1
 
 
 def run_in_a_shell(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:

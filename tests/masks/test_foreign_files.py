@@ -68,6 +68,11 @@ def test_weights_that_are_not_dense_numbers_are_refused(pruned, tmp_path, change
         load_pruned(written(tmp_path, pruned | {"2.weight": change(pruned["2.weight"])}))
 
 
+def test_a_name_that_is_no_text_is_refused(pruned, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pt.*ud800' is no text"):
+        load_pruned(written(tmp_path, pruned | {"\ud800": torch.zeros(1)}))
+
+
 def test_a_checkpoint_that_contains_itself_is_refused(tmp_path):
     checkpoint: dict = {}
     checkpoint["state_dict"] = {"model": checkpoint}

@@ -183,7 +183,9 @@ def _find_state(checkpoint: Any) -> State:
 
 
 def _check_plain(key: str, value: Tensor) -> None:
-    """Raise ValueError unless the tensor has its elements in memory, one by one."""
+    """Raise ValueError unless the tensor has its elements in memory, one by one, and a name that can be written."""
+    if any("\ud800" <= character <= "\udfff" for character in key):
+        raise ValueError(f"{key!a} is no text")
     kind = "sparse" if value.layout != torch.strided else "quantised" if value.is_quantized else None
     kind = "on the meta device" if value.is_meta else "complex" if value.is_complex() else kind
     if kind is not None:
