@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import re
@@ -45,10 +46,17 @@ EXAMPLE = """\
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, or 1 if a check failed, 2 if the input was wrong, 130 if it was stopped."""
+    """Run one command.
+
+    The exit code is 0, or 1 if a check failed, 2 if the input was wrong, 130 if it was stopped, 141 if the program that
+    read its output ended.
+    """
     _turn_sigterm_into_an_error(True)
-    if sys.stdout is None:  # the caller closed it
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals can show all names
     given = _parser().parse_args(arguments)
     level = logging.WARNING if distributed.launched_rank() else logging.INFO
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if given.verbose else level)
@@ -57,10 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(given.command, given.arguments)
     except TicketInvariantError:
         raise  # a defect of the library, not wrong input: the bug report needs the traceback
+    except BrokenPipeError:
+        _discard_output()
+        return 141
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError) as error:
         _turn_sigterm_into_an_error(False)
         log.debug("where the error happened:", exc_info=True)
         print_error(f"error: {_sentence(error)}", consequence=isinstance(error, ConnectionError))
+        if isinstance(error, OSError):
+            _discard_output()
         return 2
     except Exception as error:  # what no reader and no check foresaw still ends with a sentence
         _turn_sigterm_into_an_error(False)
@@ -74,13 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     if command == "doctor":  # needs neither jsonargparse nor any other package of the command line
-        argparse.ArgumentParser(prog="sparse-adv doctor", description=doctor.__doc__).parse_args(arguments)
+        _Parser(prog="sparse-adv doctor", description=doctor.__doc__).parse_args(arguments)
         return doctor.run()
     from sparse_adv.commands import options
 
     module = importlib.import_module(f"sparse_adv.commands.{command}")
     parser = options.parser_of(command, module.Options, getattr(module, "CONFIGURABLE", False))
     return module.run(options.parse(parser, module.Options, arguments))
+
+
+def _discard_output() -> None:
+    """Let go of what standard output could not take: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _turn_sigterm_into_an_error(on: bool) -> None:
@@ -96,21 +117,25 @@ def _turn_sigterm_into_an_error(on: bool) -> None:
 
 def _sentence(error: Exception) -> str:
     """The message of an error in one line; errors of the operating system name the file."""
-    text = " ".join(str(error).split())
-    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:80]}... ({len(word[0])} characters)", text)
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}..."
+    text = str(error).partition("\nException raised from")[0]  # PyTorch's, without the stack of C++
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
     if isinstance(error, ConnectionError):
         text += "; start the same command again, it continues after the last whole epoch"
-    return text
+    return _shortened(text)
+
+
+def _shortened(text: str) -> str:
+    """A text in one line, with long words cut short and what no terminal shows written out."""
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:80]}... ({len(word[0])} characters)", text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong without the usage in front of it."""
-        print_error(f"error: {message}; 'sparse-adv --help' lists the commands")
+        print_error(f"error: {_shortened(message)}; 'sparse-adv --help' lists the commands")
         sys.exit(2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -14,7 +14,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Atomic write: yield a temporary path beside `path`; on success sync it to disk and rename it, on error delete it.
 
     At every moment, and after a crash, a reader finds the whole old file or the whole new one. Missing parent folders
-    are created.
+    are created. What exists and is no regular file, such as a folder or /dev/null, is not replaced.
 
     Examples:
         >>> import tempfile
@@ -24,6 +24,36 @@ def replacing(path: Path) -> Iterator[Path]:
         >>> path.read_text()
         'text'
     """
+    with _beside(path) as temporary:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError unless `replacing` can write the file: to be asked before work that takes long, not after it.
+
+    Missing parent folders are created.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> check_writable(folder / "new" / "file.txt")
+        >>> check_writable(folder)
+        Traceback (most recent call last):
+        IsADirectoryError: ...
+    """
+    with _beside(path) as temporary:
+        temporary.touch()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`, and delete the file at the end; errors name `path`."""
+    if path.exists() and not path.is_file():
+        code = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(code, os.strerror(code) if path.is_dir() else "Not a regular file", str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -32,15 +62,13 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # such as a full disk
+        if error.errno is not None and error.filename in (None, str(temporary)):  # None: such as a full disk
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -34,6 +34,10 @@ def load(file: IO[bytes], device: torch.device | str = "cpu") -> Any:
     size = file.seek(0, io.SEEK_END)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
+            if any("/code/" in name for name in archive.namelist()):
+                raise ValueError("it is a TorchScript program: save the state_dict() of its module")
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                raise ValueError("it is a zip archive that torch.save did not write")
             if sum(entry.file_size for entry in archive.infolist()) > size:
                 raise ValueError("it is compressed, which torch.save does not do")
             for name in archive.namelist():

@@ -42,6 +42,8 @@ def test_the_warm_up_is_linear_and_keeps_milestones():
         (TrainConfig, "precision", "int8"),
         (TrainConfig, "epochs", 0),
         (TrainConfig, "epochs", True),
+        (TrainConfig, "seed", 1 << 63),
+        (TrainConfig, "weight_decay", 1e39),
         (TrainConfig, "steps", 0),
         (TrainConfig, "replays", 1.5),
         (TrainConfig, "seed", -1),

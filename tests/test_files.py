@@ -1,5 +1,6 @@
 """Files are written atomically."""
 
+import os
 import resource
 
 import pytest
@@ -46,3 +47,24 @@ def test_a_link_to_nowhere_is_no_folder(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(NotADirectoryError, match=r"link to one that does not exist.*link'"):
         files.write_text(tmp_path / "link" / "file", "text")
+
+
+def test_what_is_no_regular_file_is_neither_replaced_nor_writable(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("pipe", "Not a regular file"), ("folder", "Is a directory")):
+        for write in (files.check_writable, lambda path: files.write_text(path, "text")):
+            with pytest.raises(OSError, match=f"{kind}.*{name}"):
+                write(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()
+
+
+def test_whether_a_file_can_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path / "file", tmp_path / "new" / "file"):
+        files.check_writable(path)
+    assert (tmp_path / "file").read_text() == "old" and not [*(tmp_path / "new").iterdir()]
+    for path in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(OSError) as caught:
+            files.check_writable(path)
+        assert caught.value.filename in (str(path), str(path.parent))

@@ -31,6 +31,7 @@ from sparse_adv.attacks.queries import into_ball
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.attacks.square import square
 from sparse_adv.engine import input_gradients
+from sparse_adv.files import check_writable
 from sparse_adv.ops.pgd_step import check_ball
 from sparse_adv.ops.random_start import seed_words
 
@@ -221,6 +222,7 @@ class AutoAttack:
         Raises:
             TypeError, ValueError: as in `attacks.pgd`; if there is no image; if bs is less than 1; if the file is of
                 another model, other images or other options.
+            OSError: if the file cannot be written, before any attack.
         """
         self.result = self._run(
             self.attacks_to_run, x_orig, y_orig, bs, None if state_path is None else Path(state_path)
@@ -254,6 +256,8 @@ class AutoAttack:
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
         if batch < 1 or not len(images):
             raise ValueError(f"there must be at least one image and bs at least 1, got {len(images)} and {batch}")
+        if path is not None:
+            check_writable(path)
         version = VERSIONS[self.version]
         full = self.version == "standard" and tuple(names) == version.attacks
         title = "AutoAttack" if full else f'version "{self.version}", which is not the whole AutoAttack'

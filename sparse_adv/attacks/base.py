@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.loop import bn_mode
-from sparse_adv.files import replacing
+from sparse_adv.files import check_writable, replacing
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
@@ -127,9 +127,12 @@ class Attack(ABC):
 
         Raises:
             ValueError: if save_type has another value or there is no image.
+            OSError: if the file cannot be written, before any attack.
         """
         if save_type not in ("float", "int"):
             raise ValueError(f'save_type must be "float" or "int", got {save_type!r}')
+        if save_path is not None:
+            check_writable(Path(save_path))
         kept: dict[str, list[Tensor]] = {"adv_inputs": [], "labels": [], "preds": [], "clean_inputs": []}
         distances, standing, start = [], [], time.perf_counter()
         for images, labels in data_loader:

@@ -203,19 +203,20 @@ def bn_mode(model: nn.Module, mode: str) -> Iterator[None]:
             updates the running ones, "batch" the statistics of the batch without updating the running ones. A layer in
             eval mode in a model in training mode was frozen on purpose and uses its running statistics in each.
     """
-    # Flags are saved and set for each module: model.train() at the end would unfreeze layers frozen in eval mode.
-    training, model_training = [(module, module.training) for module in model.modules()], model.training
-    norms = [module for module, _ in training if isinstance(module, _BatchNorm)]
-    tracking = [(module, module.track_running_stats) for module in norms]
+    was_training = model.training
+    wanted: list[tuple[nn.Module, str, bool]] = []
+    for module in model.modules():
+        is_norm, frozen = isinstance(module, _BatchNorm), was_training and not module.training
+        wanted.append((module, "training", mode != "eval" and is_norm and not frozen))
+        if is_norm and mode == "batch":
+            wanted.append((module, "track_running_stats", False))
+    # Flags are set module by module: model.train() at the end would unfreeze layers frozen in eval mode. Those that
+    # need no change are not written: another thread may change them meanwhile.
+    before = [(m, name, getattr(m, name)) for m, name, value in wanted if getattr(m, name) != value]
     try:
-        for module, was_training in training:
-            frozen = model_training and not was_training
-            module.training = mode != "eval" and isinstance(module, _BatchNorm) and not frozen
-        for module in norms if mode == "batch" else ():
-            module.track_running_stats = False
+        for module, name, flag in before:
+            setattr(module, name, not flag)
         yield
     finally:
-        for module, flag in training:
-            module.training = flag
-        for module, flag in tracking:
-            module.track_running_stats = flag
+        for module, name, flag in before:
+            setattr(module, name, flag)

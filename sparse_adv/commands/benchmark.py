@@ -20,7 +20,7 @@ from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig
-from sparse_adv.files import write_text
+from sparse_adv.files import check_writable, write_text
 from sparse_adv.report.tables import table
 from sparse_adv.training import distributed
 
@@ -116,8 +116,9 @@ def run(options: Options) -> int:
         ).to(device)
         sparsity = measured_sparsity(model)
         _check_sparsity(options, sparsity)
+        for name in (ROW, MARKDOWN):
+            check_writable(options.out / name)
         x, y = data.to_unit(dataset.test.images[: options.images]), dataset.test.labels[: options.images]
-        options.out.mkdir(parents=True, exist_ok=True)
         output = Output(options.json)
         found = [_autoattack(options, eps, model, x, y, verbose=not output.as_json) for eps in options.eps]
         fmn = _fmn(model, x, y, options.batch)

@@ -14,7 +14,7 @@ from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, TrainConfig
-from sparse_adv.files import write_text
+from sparse_adv.files import check_writable, write_text
 from sparse_adv.training import clean_accuracy, deterministic, distributed, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.evaluation import model_device
 
@@ -95,6 +95,9 @@ class Options:
 
 
 def run(options: Options) -> int:
+    for path in (options.out, options.state):
+        if path is not None:
+            check_writable(path)
     with deterministic(options.deterministic), distributed.group(options.device) as device:
         folder = runs.read(options.what) if options.what.is_dir() else None
         train = folder.info.train if folder else TrainConfig()
@@ -130,11 +133,11 @@ def run(options: Options) -> int:
             "meaning": meaning,
             "warnings": signs,
         }
-        if options.out and distributed.rank() == 0:
-            write_text(options.out, json.dumps(result, indent=2) + "\n")
         listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
         text = f"{options.what}: {listed} of {len(images.labels)} {options.split} images, eps {eps:g}\n{meaning}"
         output.print("\n".join([text, *(f"warning: {sign}" for sign in signs)]), result)
+        if options.out and distributed.rank() == 0:
+            write_text(options.out, json.dumps(result, indent=2) + "\n")
     return 0
 
 

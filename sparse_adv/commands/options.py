@@ -31,7 +31,13 @@ POSITIONAL: dict[str, Any] = {"positional": True}
 """Metadata of a field that is given by position and not by a flag."""
 
 CONFIG = "config.yaml"
-_ABOUT_THE_FILE = ("Unexpected config", "Value not boolean", "Problems parsing config", "Spaces not allowed")
+_ABOUT_THE_FILE = (
+    "Unexpected config",
+    "Value not boolean",
+    "Problems parsing config",
+    "Spaces not allowed",
+    "Key must",
+)
 """Beginnings of messages of jsonargparse that name neither the file nor a key."""
 _MAX_CONFIG, _MAX_DEPTH = 1 << 16, 20
 """Bytes and levels of a config file."""
@@ -42,17 +48,19 @@ NO_SETTING = frozenset({"config", "json"})
 def number(name: str, value: str | float) -> float:
     """A decimal number or a fraction: "0.03", "8/255"."""
     try:
-        return float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
+        if not isinstance(value, bool):  # YAML's "yes" and "on"
+            return float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
     except (TypeError, ValueError, ZeroDivisionError):
-        raise ArgumentTypeError(f"{name} must be a number or a fraction such as 8/255, got {value!r}") from None
+        pass
+    raise ArgumentTypeError(f"{name} must be a number or a fraction such as 8/255, got {value!r}")
 
 
 def integer(name: str, value: str | int) -> int:
     """A whole number."""
     try:
-        if isinstance(value, str) or value == int(value):
+        if isinstance(value, str) or (value == int(value) and not isinstance(value, bool)):
             return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
 
@@ -124,6 +132,8 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
         namespace = parser.parse_args(arguments)
     except (ArgumentError, ArgumentTypeError) as error:
         raise ValueError(_sentence(parser, str(error), configs)) from error
+    except ValueError as error:  # of Python, such as of a number of 5,000 digits
+        raise ValueError(_sentence(parser, f"Problems parsing config: {error}", configs)) from error
     return _build(options, namespace)
 
 

@@ -33,7 +33,12 @@ class Output:
             return
         if self._bar is not None:
             self._bar.clear()
-        print(json.dumps(content) if self.as_json else text, flush=True)
+        try:
+            print(json.dumps(content) if self.as_json else text, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # such as a full disk
+            raise OSError(error.errno, error.strerror, "the standard output") from error
 
     def epoch(self, record: EpochRecord) -> None:
         """Print the record of an epoch."""

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_LARGEST = 3.4e38
+"""Of the numbers that float32 has."""
+
 
 def make_plain(record: DataclassInstance) -> None:
     """Replace scalars of NumPy and PyTorch in the fields of a dataclass by Python's numbers, and lists by tuples.
@@ -42,11 +45,15 @@ def require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 def require_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if value >= 1 << 63:
+        raise ValueError(f"{name} must be less than 2^63, got {value!r}")
 
 
 def require_number(name: str, value: object) -> None:
     if not is_number(value) or value < 0:
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+    if value > _LARGEST:
+        raise ValueError(f"{name} must be at most {_LARGEST:g}, got {value!r}")
 
 
 def is_number(value: object) -> TypeGuard[float]:

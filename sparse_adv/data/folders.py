@@ -89,8 +89,9 @@ def _classes(folder: Path) -> list[str]:
     if not any(_images(child) for child in children):
         return []
     for child in children:
-        if other := next((file for file in _visible(child) if file.suffix.lower() not in _SUFFIXES), None):
-            raise ValueError(f"{other} is not an image ({', '.join(_SUFFIXES)}): convert it, or remove it")
+        others = (file for file in _visible(child) if file.suffix.lower() not in _SUFFIXES or not file.is_file())
+        if other := next(others, None):
+            raise ValueError(f"{other} is not the file of an image ({', '.join(_SUFFIXES)}): convert it, or remove it")
         if not _images(child):
             raise ValueError(f"{child} must hold images of a class, but is empty")
     return [child.name for child in children]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparse_adv.engine.model_state import detached_copy, state_of
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
+from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.tracing import NotTraceable
 from sparse_adv.engine.training import graph_for_training
 from sparse_adv.nn import frozen_weights
@@ -150,7 +151,7 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
     if x.is_inference():
         x = x.clone()  # autograd cannot use it otherwise
     # A model may draw random numbers; those drawn here must not change what it draws later.
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+    with KeptGenerators(x.device):
         try:
             _check(model, x[:_CHECKED_IMAGES])
             program = Program(model, x)

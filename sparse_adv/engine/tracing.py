@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-import random
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 from sparse_adv.engine.model_state import HOOKS, has_hooks, structure_of
+from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 from sparse_adv.tracer import Tracer
 
@@ -117,11 +116,12 @@ def graph_of(model: nn.Module) -> fx.Graph:
     if has_hooks(model) or any(getattr(torch_module, f"_global{table}") for table in HOOKS):
         raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
     tracer = _Tracer()
-    structure, numbers = structure_of(model), _RandomNumbers()
+    structure = structure_of(model)
     try:
-        graph = tracer.trace(model, _default_arguments(model))
-        if numbers.were_drawn():
-            raise NotTraceable("its Python code draws random numbers")
+        with KeptGenerators(torch.device("cpu")) as generators:
+            graph = tracer.trace(model, _default_arguments(model))
+            if generators.drawn:
+                raise NotTraceable("its Python code draws random numbers")
         if structure != structure_of(model):
             raise NotTraceable("its Python code changes attributes of modules")
         _drop_defaults(graph)
@@ -131,8 +131,6 @@ def graph_of(model: nn.Module) -> fx.Graph:
         raise
     except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
         raise NotTraceable(f"torch.fx cannot trace {tracer.place}: {_first_line(error)}") from error
-    finally:
-        numbers.restore()
 
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -164,24 +162,6 @@ class _Tracer(Tracer):
             or isinstance(m, (MaskedConv2d, MaskedLinear))
             or super().is_leaf_module(m, module_qualified_name)
         )
-
-
-class _RandomNumbers:
-    """The state of the global generators on the CPU."""
-
-    def __init__(self) -> None:
-        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-    def were_drawn(self) -> bool:
-        """Whether a generator has been used since."""
-        now = _RandomNumbers()
-        same_numpy = all(np.array_equal(a, b) for a, b in zip(self._numpy, now._numpy, strict=True))
-        return not (self._python == now._python and same_numpy and torch.equal(self._torch, now._torch))
-
-    def restore(self) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
 
 
 class _Recorder(fx.Interpreter):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparse_adv.engine.model_state import detached_copy, has_hooks, state_of
+from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.steps import operation_of
 from sparse_adv.engine.tracing import NotTraceable, graph_of, is_relu, is_sum, module_of
 from sparse_adv.ops import batch_norm_act
@@ -143,16 +144,14 @@ def graph_for_training(model: nn.Module, x: Tensor) -> TrainingGraph | str:
 
 
 def _make(model: nn.Module, x: Tensor) -> TrainingGraph | str:
-    # What is drawn here must not change what the model draws later.
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        try:
-            graph = TrainingGraph(model)
-            if not graph.fused:
-                return "it has no BatchNorm2d in training mode that is called once"
-            _check(model, x[:_CHECKED_IMAGES].detach())
-            return graph
-        except NotTraceable as error:
-            return str(error)
+    try:
+        graph = TrainingGraph(model)
+        if not graph.fused:
+            return "it has no BatchNorm2d in training mode that is called once"
+        _check(model, x[:_CHECKED_IMAGES].detach())
+        return graph
+    except NotTraceable as error:
+        return str(error)
 
 
 def _fuse(model: nn.Module, graph: fx.Graph) -> Iterator[str]:
@@ -205,7 +204,6 @@ def _check(model: nn.Module, x: Tensor) -> None:
     """
 
     def results(copied: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        torch.manual_seed(0)
         images = x.double().requires_grad_()
         logits = run(images)
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -216,10 +214,13 @@ def _check(model: nn.Module, x: Tensor) -> None:
         states = [buffer.double() for buffer in copied.buffers()]
         return [logits.detach(), *(g if g is not None else x.new_zeros(1) for g in gradients), *states]
 
-    with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
+    # What is drawn here must not change what the model draws later.
+    with KeptGenerators(x.device) as generators, torch.autocast(x.device.type, enabled=False), torch.enable_grad():
         try:
             first, second = detached_copy(model).double(), detached_copy(model).double()
-            actual, expected = results(first, TrainingGraph(first)), results(second, second)
+            actual = results(first, TrainingGraph(first))
+            generators.rewind()
+            expected = results(second, second)
         except NotTraceable:
             raise
         except Exception as error:  # of the model's own code

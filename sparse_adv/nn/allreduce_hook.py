@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+
+from sparse_adv.nn import mask_agreement
 
 
 @dataclass
@@ -78,7 +79,8 @@ class _HookState:
         buffer = bucket.buffer()
         if bucket.index() == 0:
             self._read_masks()
-            self._compare_masks(buffer.device)
+            # In every step, because a process cannot know whether the masks of another have changed.
+            mask_agreement.check_equal(self.module, self.checksums, buffer.device, self.group)
         indices = self._indices_of(bucket)
         # Divided before the sum, as DistributedDataParallel does, because a sum of 16-bit gradients might overflow.
         packed = (buffer if indices is None else buffer.index_select(0, indices)).div_(self.group.size())
@@ -93,27 +95,13 @@ class _HookState:
         return dist.all_reduce(packed, group=self.group, async_op=True).get_future().then(unpack)
 
     def _read_masks(self) -> None:
-        masks: dict[Tensor, Tensor] = {}
-        for module in self.module.modules():
-            weight, mask = module._parameters.get("weight"), module._buffers.get("weight_mask")
-            if weight is not None and mask is not None and mask.dtype == torch.bool:
-                masks[weight] = mask
+        masks = mask_agreement.masks_of(self.module)
         # `self.masks` still refers to the masks of the last step, so no new mask can have the identity of an old one.
         versions = [(id(w), id(m), -1 if m.is_inference() else m._version) for w, m in masks.items()]
         if versions != self.mask_versions:
             self.masks, self.mask_versions = masks, versions
-            self.checksums = {weight: _checksum(mask) for weight, mask in masks.items()}
+            self.checksums = {weight: mask_agreement.checksum(mask) for weight, mask in masks.items()}
             self.kept_indices.clear()
-
-    def _compare_masks(self, device: torch.device) -> None:
-        """In every step, because a process cannot know whether the masks of another have changed."""
-        parameters = dict(self.module.named_parameters())
-        own = torch.tensor([self.checksums.get(parameter, 0) for parameter in parameters.values()], device=device)
-        extremes = torch.stack([own, -own])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
-        for name, differs in zip(parameters, (extremes[0] != -extremes[1]).tolist(), strict=True):
-            if differs:
-                raise ValueError(f"the processes have different masks for {name!r}; give all of them the same")
 
     def _indices_of(self, bucket: dist.GradBucket) -> Tensor | None:
         parameters = bucket.parameters()
@@ -143,8 +131,3 @@ def _in_memory_order(mask: Tensor | None, weight: Tensor) -> Tensor:
     layout = torch.preserve_format if dense else torch.contiguous_format
     copy = torch.empty_like(weight, dtype=torch.bool, memory_format=layout).copy_(mask)
     return copy.as_strided((copy.numel(),), (1,))
-
-
-def _checksum(mask: Tensor) -> int:
-    digest = hashlib.blake2b(mask.cpu().numpy().tobytes(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparse_adv.nn import optimizer_hook
+from sparse_adv.nn.mask_agreement import compare_in_first_pass
 from sparse_adv.nn.optimizer_hook import version_of
 from sparse_adv.ops.transforms import is_transformed
 
@@ -179,6 +180,7 @@ class MaskedLayer(nn.Module):
         """Before a forward pass: recompile the mask if the buffer was written to, except in code that is traced."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return
+        compare_in_first_pass()
         if self._compiled is None or not self._compiled.matches(self.weight_mask):
             self._derive()
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from reprlib import repr as shortened
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sparse_adv.kernels.tensor_checks import FLOATING
 
 
 def check_tensors(**tensors: object) -> None:
@@ -16,14 +19,17 @@ def check_tensors(**tensors: object) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got a nested one")
 
 
 def check_floating(name: str, tensor: object) -> None:
-    """Raises TypeError unless this is a dense floating point tensor."""
+    """Raises TypeError unless this is a dense floating point tensor of 16 bits or more."""
     check_tensors(**{name: tensor})
     assert isinstance(tensor, Tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+    if tensor.dtype not in FLOATING:
+        kind = "a floating point tensor of 16 bits or more" if tensor.is_floating_point() else "a floating point tensor"
+        raise TypeError(f"{name} must be {kind}, got {tensor.dtype}")
 
 
 def check_number(name: str, value: object) -> None:
@@ -55,6 +61,11 @@ def is_integer(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt):
         return False
     return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
+def as_integer(value: Any) -> Any:
+    """Return an integer of NumPy as one of Python, whose arithmetic does not overflow, and others as they are."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def check_integer(name: str, value: object) -> None:

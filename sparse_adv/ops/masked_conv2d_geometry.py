@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sparse_adv.kernels.layout import output_size
-from sparse_adv.ops.arguments import check_floating, is_integer, shortened
+from sparse_adv.ops.arguments import as_integer, check_floating, is_integer, shortened
 from sparse_adv.ops.masked_conv2d_pattern import Pattern
 
 Pair = int | tuple[int, int]
@@ -97,4 +97,4 @@ def _two(name: str, value: Any) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2 or not all(map(is_integer, pair)):
         raise ValueError(f"{name} must be one or two integers, got {shortened(value)}")
-    return pair
+    return as_integer(pair[0]), as_integer(pair[1])

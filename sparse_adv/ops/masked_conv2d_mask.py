@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.arguments import is_integer, shortened
+from sparse_adv.ops.arguments import as_integer, check_tensors, is_integer, shortened
 
 Block = tuple[int, int, int, int]
 """(bo, bi, br, bs): output channels x input channels x filter rows x filter columns."""
@@ -20,7 +20,8 @@ def check_block(block: Sequence[int]) -> Block:
         sizes = (*sizes, 1, 1)
     if len(sizes) != 4 or not all(is_integer(size) and size >= 1 for size in sizes):
         raise ValueError(f"block must be 2 or 4 positive integers (bo, bi) or (bo, bi, br, bs), got {shortened(block)}")
-    return sizes
+    bo, bi, br, bs = map(as_integer, sizes)
+    return bo, bi, br, bs
 
 
 def check_mask(mask: Tensor, linear: bool = False) -> None:
@@ -28,6 +29,7 @@ def check_mask(mask: Tensor, linear: bool = False) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor (true = kept), got {kind}")
+    check_tensors(mask=mask)
     if mask.dim() != 4 and not (linear and mask.dim() == 2):
         shapes = "[K, C/groups, R, S] or [K, C]" if linear else "[K, C/groups, R, S]"
         raise ValueError(f"mask must have the weight's shape {shapes}, got {tuple(mask.shape)}")

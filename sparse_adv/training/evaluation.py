@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparse_adv import attacks, json_files, runs
 from sparse_adv.attacks.checks import InputValidator, count_classes, is_correct
+from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import Norm, TrainConfig
 from sparse_adv.data import Batches, Split
 from sparse_adv.runs import EpochRecord, TicketChecks, TrainResult
@@ -255,9 +256,7 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
     correct = torch.zeros((), dtype=torch.int64, device=device)
     count = forward = backward = 0
     validator = InputValidator(deferred=not at_once)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with bn_mode(model, "eval"):
         for x, y in as_batches(images, batch_size):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)
@@ -276,9 +275,6 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
                 forward += (steps + 1) * len(y)
                 backward += steps * len(y)
             correct += standing.sum()
-    finally:
-        for module, training in modes:
-            module.training = training
     validator.raise_deferred()
     totals = distributed.all_reduce_sum([float(correct), float(count), float(forward), float(backward)], device)
     if not totals[1]:

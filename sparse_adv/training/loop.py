@@ -292,9 +292,9 @@ class Training:
         try:
             self.identity = identity.check_continues(folder, state, self.config, self.identity, self.updater.model)
             self._load(path, state)
+            identity.tell_changes(folder, state["environment"], identity.environment(self.device))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             raise damaged(path) from error
-        identity.tell_changes(folder, state["environment"], identity.environment(self.device))
         self.total = self.records[-1].total
         self.updater.model.eval()
         if distributed.rank() == 0:

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+_PART_NAMES = ("sampler", "batch_sampler", "dataset", "datasets")
+"""Attributes by which a DataLoader, samplers, and data sets such as Subset and ConcatDataset hold others."""
+
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
@@ -52,8 +55,18 @@ def states_of(batches: Iterable[Any]) -> list[Tensor]:
 
 
 def load_states(batches: Iterable[Any], states: Sequence[Tensor]) -> None:
-    """Set the generators to the states that `states_of` returned."""
-    for generator, state in zip(_generators(batches), states, strict=True):
+    """Set the generators to the states that `states_of` returned.
+
+    Raises:
+        ValueError: if there were more or fewer of them.
+    """
+    generators = _generators(batches)
+    if len(generators) != len(states):
+        raise ValueError(
+            f"batches have {len(generators)} generators of their own, had {len(states)} when the run was begun: make "
+            "them as before, or take another folder"
+        )
+    for generator, state in zip(generators, states, strict=True):
         generator.set_state(state.cpu())
 
 
@@ -82,15 +95,15 @@ def set_epoch(batches: Iterable[Any], epoch: int) -> None:
 
 
 def _parts(batches: Any) -> Iterator[Any]:
-    """The batches, and what a DataLoader (or a wrapper that names its parts likewise) consists of; each once."""
+    """The batches, and all that a DataLoader (or a wrapper that names its parts likewise) consists of; each once."""
     seen: set[int] = set()
-    for part in (
-        batches,
-        getattr(batches, "sampler", None),
-        getattr(batches, "batch_sampler", None),
-        getattr(getattr(batches, "batch_sampler", None), "sampler", None),
-        getattr(batches, "dataset", None),
-    ):
-        if part is not None and id(part) not in seen:
-            seen.add(id(part))
-            yield part
+    left = [batches]
+    while left:
+        part = left.pop(0)
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield part
+        for name in _PART_NAMES:
+            inner = getattr(part, name, None)
+            left += inner if isinstance(inner, list | tuple) else [inner]

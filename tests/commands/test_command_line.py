@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and how it speaks of wrong input."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -174,15 +175,50 @@ def test_what_nobody_foresaw_is_a_sentence_too(monkeypatch, capsys):
     )
 
 
-def test_a_long_value_is_shortened(capsys, tmp_path):
-    said = refused(capsys, "train", "--objective", "x" * 5000, "--out", str(tmp_path))
-    assert len(said) < 400 and "characters)" in said
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--objective", "x" * 5000, "--out", "run"],
+        ["explain", "x" * 5000],
+        ["x" * 5000],
+        ["doctor", "x" * 5000],
+    ],
+    ids=lambda arguments: arguments[0][:9],
+)
+def test_a_long_value_is_shortened(capsys, arguments):
+    said = refused(capsys, *arguments, "x" * 5000)
+    assert len(said) < 400 and "characters)" in said and said.count("\n") == 1
 
 
-def test_a_closed_standard_output_is_no_error(monkeypatch, ticket_file):
-    monkeypatch.setattr(sys, "stdout", None)
-    assert main(["explain", str(ticket_file)]) == 0
-    sys.stdout.close()
+def run_in_a_shell(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command with "sparse-adv" in it, and what reached the outputs that it left open."""
+    line = command.replace("sparse-adv", shlex.join([sys.executable, "-m", "sparse_adv"]))
+    return subprocess.run(["bash", "-c", line, "bash", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_error(ticket_file, closed):
+    told = run_in_a_shell(f'sparse-adv explain "$1" {closed}', str(ticket_file))
+    assert told.returncode == 0 and not told.stderr and bool(told.stdout) == (closed == "2>&-")
+    told = run_in_a_shell(f"sparse-adv explain nowhere {closed}")
+    assert told.returncode == 2 and not told.stdout and ("nowhere" in told.stderr) == (closed == ">&-")
+
+
+def test_a_reader_that_has_ended_ends_the_command_without_a_word(ticket_file):
+    told = run_in_a_shell('sparse-adv explain "$1" | true; echo ${PIPESTATUS[0]}', str(ticket_file))
+    assert told.stdout.strip() in ("0", "141") and not told.stderr  # 0: all was written before the reader ended
+
+
+def test_a_full_standard_output_is_named(ticket_file):
+    told = run_in_a_shell('sparse-adv explain "$1" >/dev/full', str(ticket_file))
+    assert (told.returncode, told.stderr) == (2, "sparse-adv: error: No space left on device: the standard output\n")
+
+
+def test_what_a_terminal_cannot_show_is_escaped(ticket_file, tmp_path):
+    named = str(ticket_file.rename(tmp_path / "\N{GREEK SMALL LETTER ALPHA}.safetensors"))
+    told = run_in_a_shell('PYTHONIOENCODING=ascii sparse-adv convert "$1" "$1" --no-json', named)
+    assert told.returncode == 0 and "\\u03b1.safetensors: 3 masks" in told.stdout
+    assert "a\\x1b[31mb" in run_in_a_shell("sparse-adv explain $'a\\e[31mb'").stderr
 
 
 @pytest.mark.parametrize(
@@ -193,9 +229,10 @@ def test_a_closed_standard_output_is_no_error(monkeypatch, ticket_file):
         ("name: " + "x" * 100_000, "must have at most 64 KiB"),
         ("name: &a [*a]\n", "has the alias *a"),
         ("\x00", "Problems parsing config"),
+        ("epochs: " + "9" * 5000, "run.yaml: Problems parsing config"),
         ('"a b": 3\n', "run.yaml: Spaces not allowed in keys"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_a_hostile_config_is_refused(tmp_path, capsys, content, said):
     (tmp_path / "run.yaml").write_text(content)

@@ -153,6 +153,22 @@ def test_evaluate_runs_autoattack_and_goes_on_from_its_state(tmp_path, capsys):
     assert "under AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 9 targets)" in found[0]["meaning"]
 
 
+@pytest.mark.parametrize("flags", [["--out"], ["--attack", "autoattack", "--state"]])
+def test_evaluate_knows_before_the_attacks_that_a_file_cannot_be_written(trained, capsys, monkeypatch, flags):
+    monkeypatch.setattr(evaluate.experiment, "load_data", None)  # not even the images are read
+    assert str(trained) in refused(capsys, "evaluate", str(trained), *flags, str(trained))
+
+
+def test_evaluate_prints_what_it_cannot_write(trained, tmp_path, capsys, monkeypatch):
+    def fail(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluate, "write_text", fail)
+    assert main(["evaluate", str(trained), "--images", "5", "--out", str(tmp_path / "found.json")]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["images"] == 5 and "No space left on device" in printed.err
+
+
 def test_report_speaks_to_people_and_to_programs(trained, searched, tmp_path, capsys):
     assert main(["report", str(searched), str(trained), "--out", str(tmp_path), "--no-json"]) == 0
     assert "| a ticket" in capsys.readouterr().out
@@ -203,6 +219,10 @@ def test_a_runs_own_config_continues_it(trained, capsys):
     [
         ("epoch: 3\n", "there is no option 'epoch'; did you mean '--epochs'?"),
         ("epochs: many\n", "whole number, got 'many'"),
+        ("epochs: yes\n", "whole number, got True"),
+        ("epochs: .inf\n", "whole number, got inf"),
+        ("lr: on\n", "a fraction such as 8/255, got True"),
+        ("1: 2\n", "run.yaml: Key must be a string"),
         ("objective: fgms\n", f"objective must be one of {', '.join(OBJECTIVES)}, got 'fgms'"),
         ("- epochs\n", "Unexpected config"),
         ("epochs: [1\n", "Problems parsing config"),

@@ -1,5 +1,6 @@
 """Folders with a subfolder of images for each class."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -149,6 +150,9 @@ def two_frames(path: Path) -> None:
         ("dog/note.pdf", lambda path: path.write_text("text")),
         ("dog/more", lambda path: path.mkdir()),
         ("dog/9.psd", lambda path: path.write_bytes(b"8BPS")),
+        ("dog/more.png", lambda path: path.mkdir()),
+        ("dog/pipe.png", os.mkfifo),
+        ("dog/link.png", lambda path: path.symlink_to("nowhere.png")),
         ("owl", lambda path: path.mkdir()),
         ("dog/9.gif", two_frames),
         ("dog/9.png", lambda path: Image.new("1", (5000, 4000)).save(path)),

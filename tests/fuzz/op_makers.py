@@ -65,9 +65,7 @@ def convolution(rng: random.Random) -> tuple[Case, Callable[[Tensor], Tensor], A
         weight_layout=rng.choice(sorted(LAYOUTS)),
         seed=rng.randrange(1000),
     )
-    # No 16-bit images: oneDNN's convolution of them, which is the dense kernel, is wrong for some geometries and ends
-    # the process for others (torch 2.13, AVX-512).
-    dtype = rng.choice((torch.float32, torch.float64))
+    dtype = rng.choice(DTYPES)
     pattern = ops.set_kernels(case.pattern(), *(rng.choice(("auto", "sparse", "dense")) for _ in range(3)))
     return case, lambda tensor: tensor.to(dtype), pattern
 

@@ -25,10 +25,11 @@ TOLERANCES = {
 def assert_close(actual: Tensor, expected: Tensor, kind: str = "reduction") -> None:
     """Equal up to the tolerance of the coarser dtype of the two; infinities and NaN must agree."""
     tolerance = max(TOLERANCES[kind][tensor.dtype] for tensor in (actual, expected))
+    smallest = max(torch.finfo(tensor.dtype).smallest_normal for tensor in (actual, expected))  # below it bits are lost
     actual, expected = actual.double(), expected.double()
     finite = expected[expected.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * (scale or 1.0), equal_nan=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * (scale or 1.0) + smallest, equal_nan=True)
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,14 +29,29 @@ def written(folder, content):
 
 
 def test_settings_and_numbers_beside_the_weights_are_read(pruned, tmp_path):
-    extra = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "epoch": np.int64(3)}
+    extra = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "epoch": np.int64(3), "data": Path("a/b")}
     ticket = load_pruned(written(tmp_path, {"state_dict": pruned, **extra}))
     assert ticket.state_dict.keys() == pruned.keys()
 
 
-def test_a_whole_module_is_refused_with_the_remedy(model, tmp_path):
+@pytest.mark.parametrize("of", [lambda model: model, lambda model: {**model.state_dict(), "name": np.str_("a")}])
+def test_other_objects_are_refused_with_the_remedy(model, tmp_path, of):
     with pytest.raises(ValueError, match=r"torch\.save\(model\.state_dict\(\), path\)"):
-        load_pruned(written(tmp_path, model))
+        load_pruned(written(tmp_path, of(model)))
+
+
+def test_archives_of_others_are_named(model, tmp_path):
+    torch.jit.save(torch.jit.script(model), tmp_path / "model.pt")
+    np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
+    for name, said in (("model.pt", "it is a TorchScript program"), ("arrays.npz", "that torch.save did not write")):
+        with pytest.raises(ValueError, match=f"{name}.*{said}"):
+            load_pruned(tmp_path / name)
+
+
+def test_a_list_of_masks_without_elements_is_refused_at_once(model, tmp_path):
+    np.save(tmp_path / "masks.npy", np.zeros((2**40, 0), bool))
+    with pytest.raises(ValueError, match=r"masks\.npy.* it holds 1099511627776 masks, more than"):
+        load_pruned(written(tmp_path, model.state_dict()), tmp_path / "masks.npy", model=model)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +66,11 @@ def test_a_whole_module_is_refused_with_the_remedy(model, tmp_path):
 def test_weights_that_are_not_dense_numbers_are_refused(pruned, tmp_path, change, said):
     with pytest.raises(ValueError, match=said):
         load_pruned(written(tmp_path, pruned | {"2.weight": change(pruned["2.weight"])}))
+
+
+def test_a_name_that_is_no_text_is_refused(pruned, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pt.*ud800' is no text"):
+        load_pruned(written(tmp_path, pruned | {"\ud800": torch.zeros(1)}))
 
 
 def test_a_checkpoint_that_contains_itself_is_refused(tmp_path):
@@ -85,9 +106,13 @@ def test_a_chance_zero_makes_no_ticket_of_a_dense_model(model, tmp_path):
     [
         (lambda state: state.pop("2.bias"), r"unlike the model it lacks '2\.bias'"),
         (lambda state: state.update(extra=torch.zeros(1)), "unlike the model it has 'extra'"),
+        (
+            lambda state: state.update({"2.bias": torch.ones(5)}),
+            r"'2\.bias' has shape \(5,\), in the model it has \(20,\)",
+        ),
     ],
 )
-def test_a_state_dict_with_other_keys_than_the_model_is_refused(model, pruned, tmp_path, change, said):
+def test_a_state_dict_with_other_keys_or_shapes_than_the_model_is_refused(model, pruned, tmp_path, change, said):
     change(pruned)
     with pytest.raises(ValueError, match=said):
         load_pruned(written(tmp_path, pruned), model=model)

@@ -114,6 +114,18 @@ def masks_that_differ(rank, changed_on):
         return str(error)
 
 
+def plain_with_masks_that_differ(rank, wrapped_first):
+    """The first pass of DistributedDataParallel without the hook, where each process has pruned for itself."""
+    model = network(density=1)
+    ours = DistributedDataParallel(model) if wrapped_first else None
+    masks = {n: m.weight_mask for n, m in network().named_modules() if isinstance(m, MaskedConv2d)}
+    sparsify(model, other_masks(network()) if rank == 1 else masks)
+    try:
+        (ours or DistributedDataParallel(model))(batch(0)[0])
+    except ValueError as error:
+        return str(error)
+
+
 def a_second_hook(rank):
     ours = DistributedDataParallel(network())
     register_masked_allreduce_hook(ours)
@@ -152,6 +164,8 @@ SCENARIOS = {
     "changing": masks_that_change,
     "differing, rank 0": partial(masks_that_differ, changed_on=0),
     "differing, rank 1": partial(masks_that_differ, changed_on=1),
+    "differing without the hook": partial(plain_with_masks_that_differ, wrapped_first=False),
+    "differing without the hook, wrapped first": partial(plain_with_masks_that_differ, wrapped_first=True),
     "second hook": a_second_hook,
     "accumulated": accumulated,
 }
@@ -266,6 +280,13 @@ def test_masks_may_change_between_steps(results):
 @pytest.mark.parametrize("changed_on", range(PROCESSES))
 def test_masks_that_differ_are_refused_on_every_process(results, changed_on):
     assert of(results, f"differing, rank {changed_on}") == [PROBLEM] * PROCESSES
+
+
+@pytest.mark.parametrize("wrapped", ["", ", wrapped first"])
+def test_masks_that_differ_are_refused_in_the_first_pass_without_the_hook(results, wrapped):
+    assert (
+        of(results, f"differing without the hook{wrapped}") == [PROBLEM.replace("'2.weight'", "'0.weight'")] * PROCESSES
+    )
 
 
 def test_a_second_hook_is_refused(results):

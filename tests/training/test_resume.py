@@ -125,7 +125,14 @@ def with_states(*changes: dict):
     [
         lambda content: content[: len(content) // 2],
         lambda content: b"no state",
-        *with_states({"records": []}, {"model": None}, {"optimizer": {}}, {"identity": [{}]}, {"objective": []}),
+        *with_states(
+            {"records": []},
+            {"model": None},
+            {"optimizer": {}},
+            {"identity": [{}]},
+            {"objective": []},
+            {"environment": 1},
+        ),
     ],
 )
 def test_a_damaged_state_is_refused_and_not_overwritten(tmp_path, damage):

@@ -7,6 +7,26 @@ namespace sparse_adv {
 
 using torch::stable::Tensor;
 
+namespace {
+
+// Of rows or columns: whether each window of `taps` reads one of `pixels`.
+bool every_window_reads(int64_t pixels, int64_t taps, int64_t windows, int64_t stride, int64_t padding,
+                        int64_t dilation) {
+  for (int64_t i = 0; i < windows; ++i) {
+    const int64_t start = i * stride - padding;
+    const int64_t skipped = start < 0 ? (-start + dilation - 1) / dilation : 0;  // taps before the first pixel
+    if (skipped >= taps || start + skipped * dilation >= pixels) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool ConvParams::every_window_reads() const {
+  return sparse_adv::every_window_reads(H, R, P, stride[0], padding[0], dilation[0]) &&
+         sparse_adv::every_window_reads(W, S, Q, stride[1], padding[1], dilation[1]);
+}
+
 ConvParams make_conv_params(const Pattern& pattern, const std::vector<int64_t>& input_size,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation, int64_t groups) {

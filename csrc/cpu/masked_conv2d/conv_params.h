@@ -17,6 +17,9 @@ struct ConvParams {
   int64_t groups;
 
   int64_t weights() const { return K * (C / groups) * R * S; }
+
+  // Whether each output pixel reads a pixel of the image, and not the padding alone.
+  bool every_window_reads() const;
 };
 
 // Throws where the sizes do not fit together or to the pattern, or 64 bits cannot count the multiply-adds.

@@ -10,6 +10,7 @@ namespace sparse_adv {
 
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
@@ -44,17 +45,38 @@ Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a,
 
 Sizes to_vector(const std::array<int64_t, 2>& pair) { return {pair[0], pair[1]}; }
 
+// The dtype in which PyTorch computes a convolution of tensors like this one. In 16 bits, oneDNN (of torch 2.13, with
+// AMX) ends the process where some window lies in the padding, and bfloat16 results are wrong where a stride leaves one
+// column of output pixels. float32 is neither.
+ScalarType safe_dtype(const ConvParams& conv, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) return dtype;
+  const bool is_safe = conv.every_window_reads() && !(conv.Q == 1 && conv.stride[1] > 1);
+  return is_safe ? dtype : ScalarType::Float;
+}
+
+Tensor forward(const ConvParams& conv, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const ScalarType dtype = safe_dtype(conv, input);
+  const auto own_bias = bias ? std::optional(torch::stable::to(*bias, dtype)) : std::nullopt;
+  const Tensor output = call_tensor("aten::convolution", "", torch::stable::to(input, dtype),
+                                    torch::stable::to(weight, dtype), own_bias, to_vector(conv.stride),
+                                    to_vector(conv.padding), to_vector(conv.dilation), false, Sizes{0, 0}, conv.groups);
+  return torch::stable::to(output, input.scalar_type());
+}
+
 // convolution_backward; `which` is 0 for the input's gradient and 1 for the weight's.
 Tensor backward(const ConvParams& conv, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                 int which) {
+  const ScalarType dtype = safe_dtype(conv, grad_output);
   const std::array<bool, 3> output_mask{which == 0, which == 1, false};
   auto outputs =
-      call<3>("aten::convolution_backward", "", grad_output, input, weight, std::optional<Sizes>{},
-              to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false, Sizes{0, 0},
-              conv.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(output_mask.data(), output_mask.size()));
+      call<3>("aten::convolution_backward", "", torch::stable::to(grad_output, dtype), torch::stable::to(input, dtype),
+              torch::stable::to(weight, dtype), std::optional<Sizes>{}, to_vector(conv.stride), to_vector(conv.padding),
+              to_vector(conv.dilation), false, Sizes{0, 0}, conv.groups,
+              torch::headeronly::HeaderOnlyArrayRef<bool>(output_mask.data(), output_mask.size()));
   std::array<Tensor, 3> gradients;
   for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::detail::to<Tensor>(outputs[i]);
-  return gradients[which];
+  return torch::stable::to(gradients[which], grad_output.scalar_type());
 }
 
 // What follows scale and bias: `sum`, a new tensor, becomes the result, or goes to `out` in one pass. The result has
@@ -73,9 +95,7 @@ Tensor finish(const Tensor& like, const Tensor& sum, const EpilogueTensors& epil
 Tensor dense_conv2d(const ConvParams& conv, const Pattern& pattern, const Tensor& input, const Tensor& weight,
                     const EpilogueTensors& epilogue, const std::optional<Tensor>& out) {
   const auto& [scale, bias, residual, relu, relu_gate, gate] = epilogue;
-  Tensor sum = call_tensor("aten::convolution", "", input, masked(pattern, weight), scale ? std::nullopt : bias,
-                           to_vector(conv.stride), to_vector(conv.padding), to_vector(conv.dilation), false,
-                           Sizes{0, 0}, conv.groups);
+  Tensor sum = forward(conv, input, masked(pattern, weight), scale ? std::nullopt : bias);
   const std::array<int64_t, 4> per_channel{1, conv.K, 1, 1};
   auto as_channel = [&](const Tensor& vector) {
     return torch::stable::reshape(vector, {per_channel.data(), per_channel.size()});

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,22 @@ _TORCH = (b"PK\x03\x04", b"\x80")
 
 _HARMLESS: list[Any] = [
     argparse.Namespace,
+    (PurePosixPath, "pathlib.PosixPath"),
+    (PureWindowsPath, "pathlib.WindowsPath"),
     PlainDtype,
     (PlainDtype, "numpy.dtype"),
     (plain_scalar, "numpy.core.multiarray.scalar"),
     (plain_scalar, "numpy._core.multiarray.scalar"),
 ]
 """What checkpoints often hold beside tensors, settings and accuracies; numbers of NumPy become those of Python."""
+
+_MOST_MASKS = 10_000
+"""In a list: one for each layer of a network."""
+
+_REMEDY = (
+    "if you trust the file, load it where it was written and save its tensors alone: "
+    "torch.save(model.state_dict(), path)"
+)
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -85,6 +95,8 @@ def read_npy_list(path: Path) -> list[torch.Tensor]:
                 arrays = np.load(file, allow_pickle=False)
         if isinstance(arrays, np.ndarray) and arrays.ndim == 0:
             raise ValueError("it holds no list of masks")
+        if len(arrays) > _MOST_MASKS:  # in a row without elements each takes no bytes of the file
+            raise ValueError(f"it holds {len(arrays)} masks, more than {_MOST_MASKS}")
         return [torch.from_numpy(np.array(array)) for array in arrays]
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -107,12 +119,9 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     text = str(error)
     refused = re.search(r"GLOBAL (\S{1,100})", text)
     if refused:
-        reason = (
-            f"it contains {refused[1]}, which is neither a tensor nor plain data; if you trust the file, load it where "
-            "it was written and save its tensors alone: torch.save(model.state_dict(), path)"
-        )
+        reason = f"it contains {refused[1]}, which is neither a tensor nor plain data; {_REMEDY}"
     elif text.startswith("Weights only load failed"):
-        reason = "torch.load(weights_only=True) refuses it"
+        reason = f"torch.load(weights_only=True) refuses it; {_REMEDY}"
     else:
         reason = text.partition("\n")[0][:300] or type(error).__name__
     return ValueError(f"{str(path)!r} is not a readable file of tensors: {reason}")

@@ -183,7 +183,9 @@ def _find_state(checkpoint: Any) -> State:
 
 
 def _check_plain(key: str, value: Tensor) -> None:
-    """Raise ValueError unless the tensor has its elements in memory, one by one."""
+    """Raise ValueError unless the tensor has its elements in memory, one by one, and a name that can be written."""
+    if any("\ud800" <= character <= "\udfff" for character in key):
+        raise ValueError(f"{key!a} is no text")
     kind = "sparse" if value.layout != torch.strided else "quantised" if value.is_quantized else None
     kind = "on the meta device" if value.is_meta else "complex" if value.is_complex() else kind
     if kind is not None:
@@ -295,8 +297,12 @@ def _check_model(ticket: Ticket, model: nn.Module, path: Path) -> None:
                 f"{str(path)!r} does not fit the model: {name!r} has {actual}, its mask has {tuple(mask.shape)}"
             )
     # A sparse model has its masks in its state dict, and may have them in that of the file.
-    wanted = {key for key in model.state_dict() if not key.endswith("weight_mask")}
-    given = {key for key in ticket.state_dict if not key.endswith("weight_mask")}
-    for key in sorted(wanted ^ given):
+    wanted = {key: value for key, value in model.state_dict().items() if not key.endswith("weight_mask")}
+    given = {key: value for key, value in ticket.state_dict.items() if not key.endswith("weight_mask")}
+    for key in sorted(wanted.keys() ^ given.keys()):
         differs = "lacks" if key in wanted else "has"
         raise ValueError(f"{str(path)!r} does not fit the model: unlike the model it {differs} {key!r}")
+    for key, value in wanted.items():
+        if given[key].shape != value.shape:
+            shapes = f"shape {tuple(given[key].shape)}, in the model it has {tuple(value.shape)}"
+            raise ValueError(f"{str(path)!r} does not fit the model: {key!r} has {shapes}")

@@ -1,0 +1,72 @@
+"""Whether all processes of a distributed run have the same masks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+_compared: WeakSet[DistributedDataParallel] = WeakSet()
+
+
+def compare_in_first_pass() -> None:
+    """Compare the masks of all processes if this is the first forward pass of a DistributedDataParallel.
+
+    Equal weights under different masks give each process another network. The masks that count are those under which
+    the layers' weights were zeroed: the wrapper may have replaced the content of the buffers just now.
+
+    Raises:
+        ValueError: if the processes' masks differ.
+    """
+    wrapped = DistributedDataParallel._get_active_ddp_module()
+    if wrapped is None or wrapped in _compared:
+        return
+    masks = masks_of(wrapped.module)
+    for module in wrapped.module.modules():
+        compiled = getattr(module, "_compiled", None)
+        if module._parameters.get("weight") in masks and compiled is not None:
+            masks[module.weight] = compiled.mask
+    device = next(iter(masks)).device
+    check_equal(wrapped.module, {w: checksum(m) for w, m in masks.items()}, device, wrapped.process_group)
+    _compared.add(wrapped)
+
+
+def masks_of(module: nn.Module) -> dict[Tensor, Tensor]:
+    """Return the mask of each weight under one: a Parameter `weight` in a module with a bool buffer `weight_mask`."""
+    masks: dict[Tensor, Tensor] = {}
+    for each in module.modules():
+        weight, mask = each._parameters.get("weight"), each._buffers.get("weight_mask")
+        if weight is not None and mask is not None and mask.dtype == torch.bool:
+            masks[weight] = mask
+    return masks
+
+
+def checksum(mask: Tensor) -> int:
+    """Return 56 bits that differ for different masks."""
+    digest = hashlib.blake2b(mask.cpu().numpy().tobytes(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def check_equal(
+    module: nn.Module, checksums: Mapping[Tensor, int], device: torch.device, group: dist.ProcessGroup
+) -> None:
+    """Raise ValueError, in all processes of the group, unless they have the same masks; all must call it.
+
+    Args:
+        module: the model.
+        checksums: of the masks of its weights.
+        device: of the tensors that are exchanged.
+        group: of the processes.
+    """
+    parameters = dict(module.named_parameters())
+    own = torch.tensor([checksums.get(parameter, 0) for parameter in parameters.values()], device=device)
+    extremes = torch.stack([own, -own])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    for name, differs in zip(parameters, (extremes[0] != -extremes[1]).tolist(), strict=True):
+        if differs:
+            raise ValueError(f"the processes have different masks for {name!r}; give all of them the same")

@@ -1,0 +1,68 @@
+"""What consists of others: the parts of batches that are told the epoch, and whose generators are saved."""
+
+import pytest
+import torch
+from helpers.small_runs import QUICK, TRAIN, network
+from torch import Generator
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, DistributedSampler, RandomSampler, Subset
+
+from sparse_adv import data, training
+from sparse_adv.training import random_numbers
+
+
+class Images(Dataset):
+    """Knows the epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+
+    def __len__(self) -> int:
+        return len(TRAIN.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return data.to_unit(TRAIN.images[index]), TRAIN.labels[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+WRAPPERS = {
+    "itself": lambda images: images,
+    "Subset": lambda images: Subset(images, range(10)),
+    "ConcatDataset": lambda images: ConcatDataset([Subset(images, [1, 2]), Subset(images, [3])]),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_epoch_reaches_a_data_set_inside_of_others_once(name):
+    images = Images()
+    random_numbers.set_epoch(DataLoader(WRAPPERS[name](images)), 3)
+    assert images.epochs == [3]
+
+
+def test_the_epoch_reaches_a_sampler_inside_of_others():
+    sampler = DistributedSampler(range(8), num_replicas=1, rank=0)
+    random_numbers.set_epoch(DataLoader(range(8), batch_sampler=BatchSampler(sampler, 2, False)), 3)
+    assert sampler.epoch == 3
+
+
+def test_generators_of_all_parts_are_saved():
+    generators = [Generator().manual_seed(i) for i in range(2)]
+    sampler = BatchSampler(RandomSampler(range(8), generator=generators[0]), 2, False)
+    loader = DataLoader(range(8), batch_sampler=sampler, generator=generators[1])
+    states = random_numbers.states_of(loader)
+    first = [*map(torch.Tensor.tolist, loader), float(torch.rand((), generator=generators[1]))]
+    random_numbers.load_states(loader, states)
+    again = [*map(torch.Tensor.tolist, loader), float(torch.rand((), generator=generators[1]))]
+    assert again == first and len(states) == 2
+
+
+def test_a_run_that_is_continued_with_other_generators_is_refused(tmp_path):
+    def train(epochs: int, generator: Generator | None) -> None:
+        config = training.loop.replace(QUICK, epochs=epochs)
+        loader = DataLoader(Images(), 32, shuffle=True, generator=generator)
+        training.train(network(), loader, config, folder=tmp_path / "run")
+
+    train(1, None)
+    with pytest.raises(ValueError, match="batches have 1 generators of their own, had 0 when the run was begun"):
+        train(2, Generator())
