@@ -19,8 +19,15 @@ from sparse_adv.training import Training, distributed, final_test
 
 
 def load_data(config: DataConfig, seed: int, device: torch.device) -> data.Dataset:
-    """Read the images of a configuration onto a device; the seed chooses the validation images."""
-    return data.load(config.data, validation=config.validation, limit=config.limit, seed=seed, device=device)
+    """Read the images of a configuration onto a device; the seed chooses those for validation and for training."""
+    return data.load(
+        config.data,
+        validation=config.validation,
+        limit=config.limit,
+        share=config.share,
+        seed=seed,
+        device=device,
+    )
 
 
 def make_batches(config: DataConfig, dataset: data.Dataset, seed: int) -> data.Batches:

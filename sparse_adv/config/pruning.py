@@ -36,17 +36,24 @@ class PruneConfig:
             one-shot pruning.
         rewind_step: update of the first round to whose weights the ticket is rewound, at least 0; 0 for the initial
             weights.
+        keep_weights: do not rewind: the ticket holds the weights that the last round trained, and the statistics of
+            BatchNorm. Each further round continues from the weights of the one before, with a new optimiser and the
+            learning rate schedule from its start. With objective natural or fgsm-rs, score magnitude and an
+            early_stop_distance of 0.08 this is Robust Bird.
         permute_channels: before the first pruning, permute channels so that whole blocks contain more of the scores;
             the function of the network stays the same. Meant for large blocks such as 64,64.
         early_stop_distance: end the training of a round when its mask differed from the masks of the five epochs
             before in less than this fraction of positions, in [0, 1] (Early-Bird tickets use 0.1); null to train all
             epochs.
+        half_resolution: search with images averaged over squares of 2 x 2 pixels, which takes about a quarter of the
+            MACs. The network must take images of any size, as those with global pooling do; the ticket is for images
+            of full size.
 
     Raises:
         ValueError: if a value is out of range, naming the field and the value.
 
     Source: Frankle and Carbin 2019 (iterative magnitude pruning), Frankle et al. 2020 (rewinding), You et al. 2020
-    (Early-Bird tickets).
+    (Early-Bird tickets), Chen et al. 2022 (Robust Bird).
 
     Examples:
         >>> PruneConfig(density=0.04, rounds=2).density_of_round(1)
@@ -60,13 +67,17 @@ class PruneConfig:
     linear: bool = True
     rounds: int = 1
     rewind_step: int = 0
+    keep_weights: bool = False
     permute_channels: bool = False
     early_stop_distance: float | None = None
+    half_resolution: bool = False
 
     def __post_init__(self) -> None:
         make_plain(self)
         require_integer("rounds", self.rounds, least=1)
         require_integer("rewind_step", self.rewind_step, least=0)
+        if self.keep_weights and self.rewind_step:
+            raise ValueError(f"rewind_step must be 0 with keep_weights, which does not rewind, got {self.rewind_step}")
         distance = self.early_stop_distance
         if distance is not None and not (is_number(distance) and 0 <= distance <= 1):
             raise ValueError(f"early_stop_distance must be in [0, 1], got {distance!r}")

@@ -1,0 +1,42 @@
+"""`sparse-adv search` with its cheaper searches, and `train --ticket` of what they find."""
+
+import pytest
+
+from sparse_adv import masks, runs
+from sparse_adv.__main__ import main
+from sparse_adv.training import checkpoint
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+FLAGS = ("--limit", "300", "--validation", "60", "--eps", "0.1", "--evaluation-steps", "1", "--device", "cpu")
+CHEAP = ("--share", "0.5", "--half-resolution", "--objective", "natural", "--epochs", "2")
+NETWORK = ("--arch", "digits_cnn", "--width", "4")
+
+
+def test_a_cheap_search_finds_a_ticket_for_training_on_all_images(tmp_path):
+    found, out = tmp_path / "search", tmp_path / "train"
+    assert main(["search", *NETWORK, *FLAGS, *CHEAP, "--keep-weights", "--density", "0.3", "--out", str(found)]) == 0
+    search = runs.read(found)
+    assert search.info.data.share == 0.5 and search.info.prune.half_resolution and search.info.prune.keep_weights
+    assert search.records[0].images == pytest.approx(120, abs=5)
+    ticket = masks.load_ticket(found / runs.TICKET)
+    assert ticket.provenance["input_shape"] == [1, 8, 8] and ticket.provenance["prune"]["keep_weights"]
+    arguments = ["--ticket", str(found / runs.TICKET), "--objective", "fgsm-rs", "--epochs", "1", "--lr", "0"]
+    assert main(["train", *FLAGS, *arguments, "--out", str(out)]) == 0
+    train = runs.read(out)
+    assert train.records[0].images == 240 and train.info.before == search.result.total
+    weights, _ = checkpoint.read_weights(out / runs.LAST)
+    for name, mask in ticket.masks.items():
+        assert weights[f"{name}.weight"].equal(ticket.state_dict[f"{name}.weight"] * mask)
+
+
+def test_a_share_out_of_range_is_refused(tmp_path, capsys):
+    assert main(["search", *NETWORK, *FLAGS, "--share", "1.5", "--out", str(tmp_path / "run")]) != 0
+    assert "share must be in (0, 1], got 1.5" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_rewinding_and_keeping_weights_is_refused(tmp_path, capsys):
+    arguments = ["--arch", "digits_cnn", "--keep-weights", "--rewind-step", "2", *FLAGS]
+    assert main(["search", *arguments, "--out", str(tmp_path / "run")]) != 0
+    assert "rewind_step must be 0 with keep_weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
