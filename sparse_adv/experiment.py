@@ -211,6 +211,8 @@ class TrainRun:
         self.folder, self.train, self.dataset = folder, train, dataset
         self.masks: dict[str, torch.Tensor] = {}
         hook = None if method is None else methods.SparseTraining(method)
+        if hook is not None:
+            hook.check_objective(train.objective)
         if ticket is None:
             self.model = build_network(network, dataset, train.seed, device)
             source, density, before = None, runs.DENSE, runs.NO_COST

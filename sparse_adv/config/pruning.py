@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_adv.config.checks import is_number, make_plain, require_integer, require_number, require_one_of
 
 Scope = Literal["global", "uniform", "erk", "igq"]
-Method = Literal["none", "static", "flying-bird", "rigl", "set", "gmp"]
+Method = Literal["none", "static", "flying-bird", "flying-bird-plus", "rigl", "set", "gmp"]
 Growth = Literal["gradient", "random"]
 
 METHODS: tuple[str, ...] = get_args(Method)
@@ -100,19 +100,24 @@ class MethodConfig:
 
     Args:
         method: how masks arise: none (no masks but those of a ticket), static (random, and never changed), flying-bird,
-            rigl and set (random; blocks are dropped and grown), or gmp (all weights at first, then fewer and fewer).
-        density: fraction of the weights that are kept; gmp reaches it at its last change.
+            rigl and set (random; blocks are dropped and grown), flying-bird-plus (as flying-bird, but the density
+            follows the training), or gmp (all weights at first, then fewer and fewer).
+        density: fraction of the weights that are kept; gmp reaches it at its last change, flying-bird-plus starts with
+            it.
         block: shape of the blocks of weights that are kept or pruned together, BO,BI or BO,BI,BR,BS (output channels,
             input channels, filter rows, filter columns).
         scope: how the kept weights are distributed over layers: global (one ranking), uniform (the same density in
             each layer), erk (Erdos-Renyi-kernel) or igq (ideal gas quotas); null for that of the method: igq for
-            flying-bird, uniform for gmp, erk for the others.
+            flying-bird and flying-bird-plus, uniform for gmp, erk for the others.
         linear: whether linear layers get masks too, not only convolutions.
         interval: updates from one change of the masks to the next, at least 1.
         drop_fraction: fraction of the kept blocks, in [0, 1], that the first change drops and replaces; null for 0.5
-            with flying-bird and 0.3 with rigl and set. It falls to 0 at the last change, along a half cosine.
+            with flying-bird and flying-bird-plus, and 0.3 with rigl and set. It falls to 0 at the last change, along a
+            half cosine.
         change_until: fraction of the updates, in [0, 1], after which the masks stay; null for 0.75 with rigl and gmp
-            and 1 with flying-bird and set.
+            and 1 with the others.
+        adapt_from: fraction of the updates, in [0, 1], after which the density of flying-bird-plus follows the
+            training; null for 0.5, epoch 100 of 200 in the authors' code. No other method has it.
         growth: which blocks are grown: those of the largest gradient, or random ones; null for random with set
             and gradient with the others.
         dense_epochs: number of first epochs that are trained without masks, fractions allowed; then the weights of
@@ -123,8 +128,8 @@ class MethodConfig:
     Raises:
         ValueError: if a value is out of range, naming the field and the value.
 
-    Source: Chen et al. 2022 (Flying Bird), Evci et al. 2020 (RigL), Mocanu et al. 2018 (SET), Zhu and Gupta 2017
-    (gradual magnitude pruning), Evci et al. 2022, section 3.1 (rescaled initial weights).
+    Source: Chen et al. 2022 (Flying Bird, Flying Bird+), Evci et al. 2020 (RigL), Mocanu et al. 2018 (SET), Zhu and
+    Gupta 2017 (gradual magnitude pruning), Evci et al. 2022, section 3.1 (rescaled initial weights).
 
     Examples:
         >>> config = MethodConfig("rigl", density=0.1, block=(4, 4))
@@ -140,6 +145,7 @@ class MethodConfig:
     interval: int = 100
     drop_fraction: float | None = None
     change_until: float | None = None
+    adapt_from: float | None = None
     growth: Growth | None = None
     dense_epochs: float = 0.0
     rescale_init: bool = False
@@ -149,10 +155,12 @@ class MethodConfig:
         require_one_of("method", self.method, METHODS)
         require_integer("interval", self.interval, least=1)
         require_number("dense_epochs", self.dense_epochs)
-        for name in ("density", "drop_fraction", "change_until"):
+        for name in ("density", "drop_fraction", "change_until", "adapt_from"):
             value = getattr(self, name)
             if not (value is None and name != "density") and not (is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        if self.adapt_from is not None and self.method not in ("none", "flying-bird-plus"):
+            raise ValueError(f"adapt_from is a setting of method 'flying-bird-plus', got method {self.method!r}")
         if self.scope is not None:
             require_one_of("scope", self.scope, get_args(Scope))
         if self.growth is not None:
@@ -167,6 +175,7 @@ class MethodConfig:
 
 _OF_METHOD: dict[str, dict[str, Any]] = {
     "flying-bird": {"scope": "igq", "drop_fraction": 0.5},
+    "flying-bird-plus": {"scope": "igq", "drop_fraction": 0.5, "adapt_from": 0.5},
     "rigl": {"change_until": 0.75},
     "set": {"growth": "random"},
     "gmp": {"scope": "uniform", "change_until": 0.75},

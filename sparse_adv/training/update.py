@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import engine
 from sparse_adv.attacks import Graphs
+from sparse_adv.attacks.checks import is_correct
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
@@ -29,6 +31,8 @@ class Updated(NamedTuple):
 
     loss: Tensor
     """A scalar on the device."""
+    correct: Tensor
+    """Number of images, as they were crafted, that the model classified correctly; an int64 scalar on the device."""
     passes: Passes
     """Those that it took."""
     new_costs: bool
@@ -131,7 +135,7 @@ class Updater:
             if collect:
                 collecting = dense_gradients(self.model)
             with self._perturbed(objective, x, adv, y), collecting as gradients:
-                with self.autocast():
+                with self.autocast(), _counting_correct(self.trained, adv, y) as correct:
                     loss = objective.loss(self.trained, x, adv, y)
                 self.scaler.scale(loss).backward()
             if config.max_grad_norm:
@@ -144,7 +148,7 @@ class Updater:
                 self.ema.follow(self.model, self.step)
             self.step += 1
             new_costs = hook.after_update(self.step, gradients)
-        return Updated(loss.detach(), self._passes(objective, collect), new_costs)
+        return Updated(loss.detach(), correct[-1], self._passes(objective, collect), new_costs)
 
     def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
         """Those of an update with this objective; AWP forms the gradients of kept weights once more."""
@@ -228,3 +232,19 @@ def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataPara
         wrapped(torch.zeros_like(x)).sum().backward()
     model.zero_grad()
     return wrapped, register_masked_allreduce_hook(wrapped)
+
+
+@contextmanager
+def _counting_correct(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[list[Tensor]]:
+    """Collect how many of these images each forward pass on them classifies as their labels, while the block runs."""
+    correct: list[Tensor] = []
+
+    def count(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        if inputs[0] is images:
+            correct.append(is_correct(logits.detach(), labels).sum())
+
+    handle = model.register_forward_hook(count)
+    try:
+        yield correct
+    finally:
+        handle.remove()
