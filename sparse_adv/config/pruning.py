@@ -122,6 +122,9 @@ class MethodConfig:
             and gradient with the others.
         dense_epochs: number of first epochs that are trained without masks, fractions allowed; then the weights of
             largest magnitude are kept. gmp begins to prune there.
+        permute_channels: before the first pruning of dense weights, which gmp and `dense_epochs` have, permute channels
+            so that whole blocks contain more of the weights; the function of the network stays the same. Meant for
+            large blocks such as 64,64.
         rescale_init: multiply the initial weights of each output channel by the root of (its weights / its kept
             weights), so that outputs have the variance that they have without masks.
 
@@ -148,6 +151,7 @@ class MethodConfig:
     adapt_from: float | None = None
     growth: Growth | None = None
     dense_epochs: float = 0.0
+    permute_channels: bool = False
     rescale_init: bool = False
 
     def __post_init__(self) -> None:
@@ -161,6 +165,11 @@ class MethodConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}")
         if self.adapt_from is not None and self.method not in ("none", "flying-bird-plus"):
             raise ValueError(f"adapt_from is a setting of method 'flying-bird-plus', got method {self.method!r}")
+        if self.permute_channels and self.method not in ("none", "gmp") and not self.dense_epochs:
+            raise ValueError(
+                "permute_channels needs weights before they are pruned, as gmp or dense_epochs have them, got method "
+                f"{self.method!r}"
+            )
         if self.scope is not None:
             require_one_of("scope", self.scope, get_args(Scope))
         if self.growth is not None:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from sparse_adv.config import MethodConfig
 from sparse_adv.masks.allocation import targets_of
 from sparse_adv.masks.blocks import block_sums, conv_shape, grid_shape
+from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.methods import selection
 from sparse_adv.methods.adaptation import Adaptation
+from sparse_adv.methods.permutation import permute_before_pruning
 from sparse_adv.methods.schedule import Schedule
 from sparse_adv.methods.start import GROWTH_SEED, generator, start
 from sparse_adv.nn import sparsify
@@ -45,6 +47,9 @@ class SparseTraining(UpdateHook):
     least half of them, see `methods.Adaptation`. Both can be; the numbers are of each layer, or with scope "global" of
     all, and never leave it without a block. Where a layer has become dense, it stays so.
 
+    With `permute_channels` the channels are permuted once, before the first pruning of dense weights (gmp,
+    `dense_epochs`), with their BatchNorm, momentum and moving average, see `masks.permute_channels`.
+
     A model that has masks already, such as the network of a ticket, starts from those, whatever the density of the
     configuration; its other layers stay dense.
 
@@ -53,7 +58,8 @@ class SparseTraining(UpdateHook):
 
     Raises:
         ValueError: if the configuration has no method; in `training.train`, if masks of the model disobey the block,
-            or flying-bird-plus has no validation images, or an objective without attack.
+            or flying-bird-plus has no validation images, or an objective without attack, or channels are to be permuted
+            in a model that has masks or that torch.fx cannot trace.
 
     Source: Chen et al., "Sparsity winning twice" (ICLR 2022), section 3 (Flying Bird, Flying Bird+); Evci et al.,
     "Rigging the lottery" (ICML 2020), section 3 (RigL); Mocanu et al., "Scalable training of artificial neural networks
@@ -84,6 +90,8 @@ class SparseTraining(UpdateHook):
         """Changes of the masks so far."""
         self.adaptation = Adaptation() if config.method == "flying-bird-plus" else None
         self.wants_robust_loss = self.adaptation is not None
+        self.retained: tuple[float, float] | None = None
+        """Fraction of the squared weights in the blocks kept, before and after channels were permuted, if they were."""
 
     def check_objective(self, objective: str) -> None:
         """Raise ValueError if the method needs an objective with an attack and this one has none."""
@@ -95,6 +103,8 @@ class SparseTraining(UpdateHook):
         self.updater, self.model = updater, updater.model
         if not _masked_layers(self.model):
             start(self.model, self.config, updater.config.seed)
+        elif self.config.permute_channels:
+            raise ValueError("permute_channels needs a model without masks, got one that has masks")
         self.layers = _masked_layers(self.model)
         for name, layer in self.layers.items():
             try:
@@ -114,11 +124,17 @@ class SparseTraining(UpdateHook):
 
     def after_update(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
         before, self.step = self.step, step
+        if before == 0 and self.config.permute_channels:
+            assert self.updater.image_shape is not None
+            dependency_groups(self.model, self.updater.image_shape)  # raises ValueError now rather than epochs later
         if not self.schedule.is_due(before, step):
             return False
+        prunes = self._prunes(step, before)
+        if prunes and self.config.permute_channels and self.retained is None:
+            self.retained = permute_before_pruning(self.updater, self.config)
         grids = {name: self._grid(self.layers[name].weight_mask) for name in self.shapes}
         magnitudes = {name: self._sums(self.layers[name].weight) for name in self.shapes}
-        if self._prunes(step, before):
+        if prunes:
             new = selection.prune(grids, magnitudes, self._blocks_to_keep(grids, step))
         else:
             new = selection.drop_and_grow(
@@ -144,13 +160,13 @@ class SparseTraining(UpdateHook):
         return {name: layer.weight_mask for name, layer in self.layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"method": asdict(self.config), "step": self.step, "changes": self.changes}
+        own = {"method": asdict(self.config), "step": self.step, "changes": self.changes, "retained": self.retained}
         return own if self.adaptation is None else own | {"adaptation": self.adaptation.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["method"] != asdict(self.config):
             raise ValueError("the state is that of a run with another method: take another folder, or delete it")
-        self.step, self.changes = state["step"], state["changes"]
+        self.step, self.changes, self.retained = state["step"], state["changes"], state["retained"]
         if self.adaptation is not None:
             self.adaptation.load_state_dict(state["adaptation"])
 

@@ -65,6 +65,7 @@ class Updater:
         step: number of updates made.
         trained: what the loss calls in place of the model.
         evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
+        image_shape: shape [1, C, H, W] of an image; None before the first batch.
         comm_stats: bytes of gradients that this process has sent; None in a run of one process.
     """
 
@@ -92,14 +93,16 @@ class Updater:
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.evaluated = model if self.ema is None else self.ema.module
         self.trained: nn.Module = _Fused(model) if config.engine else model
+        self.image_shape: tuple[int, ...] | None = None
         self.comm_stats: CommStats | None = None
 
     def prepare(self, x: Tensor) -> None:
-        """Set up the averaging of gradients over processes, before the first update; nothing with one process.
+        """Before an update: note the shape of its images; before the first, set up averaging gradients over processes.
 
         Args:
             x: a batch from `to_device`, of which only shape, dtype and memory layout matter.
         """
+        self.image_shape = (1, *x.shape[1:])
         if distributed.world_size() > 1 and self.comm_stats is None:
             with self.autocast():
                 self.trained, self.comm_stats = _average_gradients(self.trained, x)

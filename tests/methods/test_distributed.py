@@ -25,7 +25,8 @@ METHODS = {
     )
     for name in ("static", "flying-bird", "flying-bird-plus", "rigl", "set", "gmp")
 }
-FIXED = [name for name in METHODS if name not in ("gmp", "flying-bird-plus")]
+METHODS["permuted"] = replace(METHODS["gmp"], permute_channels=True)
+FIXED = [name for name in METHODS if name not in ("gmp", "permuted", "flying-bird-plus")]
 """Methods whose density stays as it is."""
 
 
