@@ -127,6 +127,7 @@ class SearchRun:
         self.images, self.network, self.dataset = images, network, dataset
         self.model = build_network(network, dataset, train.seed, device)
         self.batches = make_batches(images, dataset, train.seed)
+        tickets.check_fits(self.model, self.batches, prune)
         _begin(folder, RunInfo("search", train, prune.named(), images, network, world_size=distributed.world_size()))
 
     @property

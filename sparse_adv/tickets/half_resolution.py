@@ -65,7 +65,7 @@ def halved(images: Images | None) -> Images | None:
     return Split(half(images.images), images.labels) if isinstance(images, Split) else Halved(images)
 
 
-def check_fits(model: nn.Module, shape: Sequence[int]) -> None:
+def check_takes(model: nn.Module, shape: Sequence[int]) -> None:
     """Check that a model takes images of half the resolution.
 
     Args:
@@ -76,7 +76,7 @@ def check_fits(model: nn.Module, shape: Sequence[int]) -> None:
         ValueError: if it does not, naming the linear layer whose number of inputs depends on the size of the images.
 
     Examples:
-        >>> check_fits(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), (1, 1, 2, 2))
+        >>> check_takes(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), (1, 1, 2, 2))
         Traceback (most recent call last):
         ...
         ValueError: half_resolution does not fit the model: its linear layer '1' takes 16 inputs, but gets 4 from \

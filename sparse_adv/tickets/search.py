@@ -21,7 +21,7 @@ from sparse_adv.nn import densify, sparsify
 from sparse_adv.runs import NO_COST, Cost, EpochRecord, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
-from sparse_adv.tickets.half_resolution import Halved, check_fits, halved
+from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
 from sparse_adv.training import distributed, identity, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
 from sparse_adv.training.evaluation import Images
@@ -99,15 +99,7 @@ def search(
         0.25
     """
     prune_config = prune_config or PruneConfig()
-    # Raise the errors of pruning before the training. A score function may need results of the training, so it is not
-    # called here.
-    _prune(model, replace(prune_config, score="magnitude") if callable(prune_config.score) else prune_config, 1)
-    shape = _image_shape(batches) if prune_config.permute_channels or prune_config.half_resolution else None
-    if prune_config.half_resolution and shape is not None:
-        shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
-        check_fits(model, shape)
-    if prune_config.permute_channels and shape is not None:
-        dependency_groups(model, shape)  # raises ValueError if the model cannot be traced
+    shape = check_fits(model, batches, prune_config)
     folder = None if folder is None else Path(folder)
     if folder is not None and distributed.rank() == 0:
         runs.begin_search(folder, train_config, prune_config, distributed.world_size())
@@ -121,6 +113,42 @@ def search(
     run = _Search(model, batches, train_config, prune_config, validation, shape, folder, on_epoch, on_step)
     with identity.training_of(model, folder):
         return run.run(metadata or {})
+
+
+def check_fits(model: nn.Module, batches: Batches, config: PruneConfig) -> tuple[int, ...] | None:
+    """Check that a search can prune a model, before anything is trained or written; `search` does so itself.
+
+    Args:
+        model, batches: as in `search`.
+        config: of the pruning.
+
+    Returns:
+        Shape [1, C, H, W] of the images that the search trains on; None if there is no batch, or no need to know.
+
+    Raises:
+        ValueError: if the configuration does not fit the model.
+
+    Examples:
+        >>> check_fits(nn.Linear(4, 2), [], PruneConfig(density=2))
+        Traceback (most recent call last):
+        ...
+        ValueError: density must be a number in [0, 1], got 2.0
+    """
+    # A score function may need results of the training, so it is not called here.
+    _prune(model, replace(config, score="magnitude") if callable(config.score) else config, 1)
+    if not config.permute_channels and not config.half_resolution:
+        return None
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
+        batch = next(iter(batches), None)
+    if batch is None:
+        return None
+    shape: tuple[int, ...] = (1, *batch[0].shape[1:])
+    if config.half_resolution:
+        shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
+        check_takes(model, shape)
+    if config.permute_channels:
+        dependency_groups(model, shape)  # raises ValueError if the model cannot be traced
+    return shape
 
 
 def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> SearchRecord:
@@ -341,13 +369,6 @@ def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[
     return masks.permute_channels(
         model, config.density, config.block, shape, scope=config.scope, score=config.score, linear=config.linear
     )
-
-
-def _image_shape(batches: Batches) -> tuple[int, ...] | None:
-    """The shape [1, C, H, W] of an image, None without images."""
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
-        batch = next(iter(batches), None)
-    return None if batch is None else (1, *batch[0].shape[1:])
 
 
 def _check_same(folder: Path, model: nn.Module, own: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from sparse_adv.__main__ import main
 from sparse_adv.training import checkpoint
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+Image = pytest.importorskip("PIL.Image", reason="Pillow writes the images")
 
 FLAGS = ("--limit", "300", "--validation", "60", "--eps", "0.1", "--evaluation-steps", "1", "--device", "cpu")
 CHEAP = ("--share", "0.5", "--half-resolution", "--objective", "natural", "--epochs", "2")
@@ -30,13 +31,37 @@ def test_a_cheap_search_finds_a_ticket_for_training_on_all_images(tmp_path):
         assert weights[f"{name}.weight"].equal(ticket.state_dict[f"{name}.weight"] * mask)
 
 
-def test_a_share_out_of_range_is_refused(tmp_path, capsys):
-    assert main(["search", *NETWORK, *FLAGS, "--share", "1.5", "--out", str(tmp_path / "run")]) != 0
-    assert "share must be in (0, 1], got 1.5" in capsys.readouterr().err and not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--density", "2"], "density must be a number in [0, 1], got 2.0"),
+        (["--keep-weights", "--rewind-step", "2"], "rewind_step must be 0 with keep_weights"),
+        (["--share", "1.5"], "share must be in (0, 1], got 1.5"),
+    ],
+)
+def test_wrong_settings_are_refused_and_no_folder_is_made(tmp_path, capsys, arguments, message):
+    assert main(["search", *NETWORK, *FLAGS, *arguments, "--out", str(tmp_path / "run")]) != 0
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_rewinding_and_keeping_weights_is_refused(tmp_path, capsys):
-    arguments = ["--arch", "digits_cnn", "--keep-weights", "--rewind-step", "2", *FLAGS]
-    assert main(["search", *arguments, "--out", str(tmp_path / "run")]) != 0
-    assert "rewind_step must be 0 with keep_weights" in capsys.readouterr().err
+def test_a_network_that_halves_images_too_often_is_refused(tmp_path, capsys):
+    """Five times, with images of 32 x 32 pixels: at half resolution nothing is left."""
+    images = tmp_path / "images"
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (images / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (32, 32), (60 * number, 0, 9)).save(images / name / f"{number}.png")
+    arguments = [
+        "--data",
+        str(images),
+        "--arch",
+        "vgg16_kuangliu",
+        "--width",
+        "2",
+        "--half-resolution",
+        "--epochs",
+        "1",
+    ]
+    assert main(["search", *arguments, "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "run")]) != 0
+    assert "half_resolution does not fit the model for images of 16 x 16 pixels" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
