@@ -109,7 +109,7 @@ class Update:
             self.model.to(memory_format=torch.channels_last)
             self.x = x.contiguous(memory_format=torch.channels_last)
         self.forward, self.fused = compiler(self.model), fused
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.x.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()

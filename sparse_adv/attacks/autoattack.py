@@ -24,7 +24,7 @@ from sparse_adv.attacks.checks import (
     int64_labels,
     is_correct,
 )
-from sparse_adv.attacks.fab import fab_t
+from sparse_adv.attacks.fab import fab, fab_t
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import Ball
 from sparse_adv.attacks.queries import into_ball
@@ -37,25 +37,49 @@ from sparse_adv.ops.random_start import seed_words
 
 @dataclass(frozen=True)
 class Member:
-    """One attack of the sequence, and its budget in words."""
+    """One attack of the sequence, its budget in words, and whether that contains the restarts of the version."""
 
     budget: str
     attack: Callable[..., Tensor]
+    restarts: bool = False
 
 
 MEMBERS = {
-    "apgd-ce": Member("100 steps, 1 restart", partial(apgd, steps=100, loss="ce")),
-    "apgd-dlr": Member("100 steps, 1 restart", partial(apgd, steps=100, loss="dlr")),
+    "apgd-ce": Member("100 steps", partial(apgd, steps=100, loss="ce"), restarts=True),
+    "apgd-dlr": Member("100 steps", partial(apgd, steps=100, loss="dlr"), restarts=True),
     "apgd-t": Member("100 steps, 9 targets", partial(apgd_t, steps=100, targets=9)),
+    "fab": Member("100 steps", partial(fab, steps=100), restarts=True),
     "fab-t": Member("100 steps, 9 targets", partial(fab_t, steps=100, n_target_classes=9)),
     "square": Member("5000 queries", partial(square, queries=5000)),
 }
 """The attacks by the reference's names."""
 
-VERSIONS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr"), "custom": ()}
 
-EOT_ITER = 20
-"""Gradients that version "rand" averages."""
+@dataclass(frozen=True)
+class Version:
+    """Names of the attacks, how many gradients each step averages, and the restarts of attacks without targets."""
+
+    attacks: tuple[str, ...]
+    eot_iter: int = 1
+    restarts: int = 1
+
+    def budget(self, name: str) -> str:
+        member = MEMBERS[name]
+        restarts = f", {self.restarts} restart{'s' * (self.restarts > 1)}" if member.restarts else ""
+        averaged = f", gradients averaged over {self.eot_iter}" if self.eot_iter > 1 else ""
+        return f"{name} ({member.budget}{restarts}{averaged})"
+
+    def options(self, name: str) -> dict[str, int]:
+        averaged = {"eot_iter": self.eot_iter} if self.eot_iter > 1 else {}
+        return averaged | ({"restarts": self.restarts} if MEMBERS[name].restarts else {})
+
+
+VERSIONS = {
+    "standard": Version(("apgd-ce", "apgd-t", "fab-t", "square")),
+    "plus": Version(("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"), restarts=5),
+    "rand": Version(("apgd-ce", "apgd-dlr"), eot_iter=20),
+    "custom": Version(()),
+}
 
 
 @dataclass(frozen=True)
@@ -95,8 +119,10 @@ class AutoAttack:
         norm: "linf" or "l2", also written "Linf" or "L2".
         eps: radius of the ball around each image, in units of the images.
         version: "standard": apgd-ce (100 steps, 1 restart), apgd-t (100 steps, 9 targets), fab-t (100 steps, 9
-            targets), square (5000 queries). "rand", for models that draw random numbers: apgd-ce and apgd-dlr, each
-            gradient averaged over 20. "custom": the attacks of `attacks_to_run`, with the same budgets.
+            targets), square (5000 queries). "plus", slower and seldom stronger: apgd-ce, apgd-dlr and fab (100 steps, 5
+            restarts), square, apgd-t, fab-t. "rand", for models that draw random numbers: apgd-ce and apgd-dlr, each
+            gradient averaged over 20. "custom": the attacks of `attacks_to_run`, with the budgets of "standard", and
+            one restart.
         n_classes: accepted for torchattacks' sake, and without effect.
         seed: of all random numbers; None to draw one from PyTorch's global generator.
         verbose: print what runs and what it found.
@@ -155,7 +181,7 @@ class AutoAttack:
             raise ValueError(
                 f'attacks_to_run is for version "custom" only, got {list(attacks_to_run)} with {version!r}'
             )
-        self.attacks_to_run = tuple(attacks_to_run) or VERSIONS[version]
+        self.attacks_to_run = tuple(attacks_to_run) or VERSIONS[version].attacks
         if not self.attacks_to_run:
             raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
         for name in self.attacks_to_run:
@@ -228,14 +254,14 @@ class AutoAttack:
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
         if batch < 1 or not len(images):
             raise ValueError(f"there must be at least one image and bs at least 1, got {len(images)} and {batch}")
-        full = self.version == "standard" and tuple(names) == VERSIONS["standard"]
+        version = VERSIONS[self.version]
+        full = self.version == "standard" and tuple(names) == version.attacks
         title = "AutoAttack" if full else f'version "{self.version}", which is not the whole AutoAttack'
         images, labels = images.detach().cpu(), labels.cpu()
         known = self._identity(names, images, labels)
         state = State.read(path, known) if path is not None and path.exists() else None
         seed = state.seed if state else int(seed_words(None)[0]) if self.seed is None else self.seed
-        averaged = f", gradients averaged over {EOT_ITER}" if self.version == "rand" else ""
-        budgets = "; ".join(f"{name} ({MEMBERS[name].budget}{averaged})" for name in names)
+        budgets = "; ".join(map(version.budget, names))
         self._log(f"{title}: {budgets}; {self.ball.norm}, eps {self.ball.eps:g}, {len(images)} images, seed {seed}")
         first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
         check_label_range(label_range, count_classes(self._logits(first), len(first)))
@@ -293,7 +319,7 @@ class AutoAttack:
             # Of its own for each batch and attack, so that an interrupted run draws the same numbers again.
             own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
             noise = torch.Generator().manual_seed(own_seed % 2**63)
-            options: dict[str, Any] = {"eot_iter": EOT_ITER} if self.version == "rand" else {}
+            options: dict[str, Any] = dict(VERSIONS[self.version].options(name))
             eps, norm, lo, hi = self.ball
             adv = MEMBERS[name].attack(
                 self.model, x, y, norm=norm, eps=eps, lo=lo, hi=hi, generator=noise, engine=self.engine, **options

@@ -1,5 +1,7 @@
 """AutoAttack: only survivors are attacked, examples are verified, interrupted runs end alike, names are honest."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.attacked import batch, make_model, snapshot
@@ -42,7 +44,7 @@ def test_each_attack_sees_the_survivors_only(attacked, monkeypatch):
             seen.append((name, len(x)))
             return member.attack(model, x, y, **options)
 
-        monkeypatch.setitem(autoattack.MEMBERS, name, autoattack.Member(member.budget, attack))
+        monkeypatch.setitem(autoattack.MEMBERS, name, replace(member, attack=attack))
     evaluator = AutoAttack(model, **CUSTOM)
     evaluator.run_standard_evaluation(images, labels)
     survivors = round(12 * evaluator.result.accuracy["apgd-ce"])
@@ -115,6 +117,29 @@ def test_rand_averages_gradients(attacked, capsys):
     assert "averaged over 20" in capsys.readouterr().out and not noisy.result.signs
 
 
+def test_plus_restarts_what_has_no_targets(attacked, monkeypatch, capsys):
+    model, images, labels = attacked
+    seen = {}
+    for name, member in autoattack.MEMBERS.items():
+
+        def attack(model, x, y, name=name, **options):
+            seen[name] = options.get("restarts", 1)
+            return x
+
+        monkeypatch.setitem(autoattack.MEMBERS, name, replace(member, attack=attack))
+    AutoAttack(model, eps=EPS, version="plus", seed=0).run_standard_evaluation(images, labels)
+    assert list(seen.items()) == [
+        ("apgd-ce", 5),
+        ("apgd-dlr", 5),
+        ("fab", 5),
+        ("square", 1),
+        ("apgd-t", 1),
+        ("fab-t", 1),
+    ]
+    printed = capsys.readouterr().out
+    assert "fab (100 steps, 5 restarts)" in printed and "not the whole AutoAttack" in printed
+
+
 def test_model_and_random_state_are_as_found(attacked):
     model, images, labels = attacked
     model.train()
@@ -132,7 +157,7 @@ def test_options_and_batches_that_do_not_fit_are_refused(attacked):
     with pytest.raises(TypeError, match=r"model must return logits .* got a tuple"):
         AutoAttack(lambda x: (x, x), **CUSTOM).run_standard_evaluation(images, labels)
     for options, message in (
-        ({"version": "plus"}, "version must be"),
+        ({"version": "more"}, "version must be"),
         ({"attacks_to_run": ["square"]}, 'is for version "custom" only'),
         ({"version": "custom"}, "must name at least one attack"),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, "got 'pgd'"),

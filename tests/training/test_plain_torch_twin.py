@@ -30,7 +30,7 @@ def test_training_is_a_plain_loop_bit_for_bit(change):
     config = replace(PLAIN, **change)
     trained, plain = network(), network()
     training.train(trained, batches(), config)
-    optimizer = torch.optim.SGD(plain.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay, fused=True)
     images, step = batches(), 0
     for _ in range(config.epochs):
         plain.train()
@@ -97,3 +97,18 @@ def test_the_norm_reaches_training(objective):
         *_, record = training.train(network(), batches(), replace(config, norm=each), validation=TEST)
         losses[each] = record.loss, record.robust_accuracy
     assert losses["linf"][0] > losses["l2"][0] and losses["linf"][1] <= losses["l2"][1]
+
+
+def test_weights_with_gaps_in_memory_train_like_others():
+    # The fused SGD of PyTorch would take their memory for that of a contiguous tensor.
+    expected, gaps = network(), network()
+    for name, parameter in list(gaps.named_parameters()):
+        padded = torch.zeros(*parameter.shape, 2)
+        padded[..., 0] = parameter.detach()
+        owner, _, attribute = name.rpartition(".")
+        setattr(gaps.get_submodule(owner), attribute, torch.nn.Parameter(padded[..., 0]))
+    config = replace(PLAIN, epochs=1)
+    for model in (expected, gaps):
+        training.train(model, batches(), config)
+    for a, b in zip(expected.parameters(), gaps.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -5,59 +5,90 @@
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
-// Collects a vector per weight and, whenever kLanes of them are full, adds the sums over their lanes to the partial
-// sums: about three instructions per weight. A vector of partial sums per weight instead would be loaded and stored for
-// each tile, 128 bytes, and took 11.2 ms instead of 8.3 for 512 channels at 4x4.
-template <int OC_BLOCK>
-class HorizontalSums {
- public:
-  static constexpr int kCapacity = kLanes / OC_BLOCK;  // column indices
-  explicit HorizontalSums(float* partial_sums) : partial_sums_(partial_sums) {}
-  int free_slots() const { return kCapacity - filled_; }
-  void push(const Vec v[OC_BLOCK]) {
-    Vec folded = v[0];
-    if constexpr (OC_BLOCK == 2) folded = add_pair(v[0], v[1]);
-    if constexpr (OC_BLOCK == 4) folded = add_pairs(add_pair(v[0], v[1]), add_pair(v[2], v[3]));
-    store(vectors_ + filled_++ * kLanes, folded);
-  }
-  void flush() {
-    Vec v[kCapacity], quads[kLanes / 4];
-#pragma GCC unroll 16
-    for (int i = 0; i < kCapacity; ++i) v[i] = load(vectors_ + i * kLanes);
+// Adds to `partial_sums` the sums over the lanes of the first `count` of kLanes vectors.
+static inline void add_lane_sums(const Vec v[kLanes], int count, float* partial_sums) {
+  Vec quads[kLanes / 4];
 #pragma GCC unroll 4
-    for (int i = 0; i < kLanes / 4; ++i) {
-      if constexpr (OC_BLOCK == 1)
-        quads[i] = add_pairs(add_pair(v[4 * i], v[4 * i + 1]), add_pair(v[4 * i + 2], v[4 * i + 3]));
-      else if constexpr (OC_BLOCK == 2)
-        quads[i] = add_pairs(v[2 * i], v[2 * i + 1]);
-      else
-        quads[i] = v[i];
+  for (int i = 0; i < kLanes / 4; ++i)
+    quads[i] = add_pairs(add_pair(v[4 * i], v[4 * i + 1]), add_pair(v[4 * i + 2], v[4 * i + 3]));
+  const Vec sums = add_quads(quads);
+  if (count == kLanes)
+    store(partial_sums, add(load(partial_sums), sums));
+  else
+    store_first(partial_sums, add(load_first(partial_sums, count), sums), count);
+}
+
+// COUNT column indices of a row whose weights come in oc_blocks of 2 or 4, and all vectors of the tile: kLanes sums in
+// registers at most. A loaded vector of the gradient serves all column indices, one of the input all channels: 8 loads
+// for 16 multiply-adds with an oc_block of 4. With the gradient in registers instead and one column index at a time,
+// lane sums were needed for every 4 or 8 vectors of a tile and not for all 16, and took as long as the products.
+template <int OC_BLOCK, int COUNT, int TILE_COLS>
+static inline __attribute__((always_inline)) void add_indices(const float* input, int64_t input_row_pitch,
+                                                              const float* const grad[OC_BLOCK], int64_t grad_row_pitch,
+                                                              const int32_t* offsets, float* partial_sums) {
+  Vec sum[kLanes] = {};
+  const float* at[COUNT];
+#pragma GCC unroll 8
+  for (int i = 0; i < COUNT; ++i) at[i] = in_register(input + offsets[i]);
+  int64_t input_row = 0, grad_row = 0;
+  for (int r = 0; r < kTileVectors / TILE_COLS; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < TILE_COLS; ++c) {
+      Vec g[OC_BLOCK];
+#pragma GCC unroll 4
+      for (int j = 0; j < OC_BLOCK; ++j) g[j] = in_register(load(grad[j] + grad_row + c * kLanes));
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) {
+        const Vec x = in_register(load(at[i] + input_row + c * kLanes));
+#pragma GCC unroll 4
+        for (int j = 0; j < OC_BLOCK; ++j) sum[i * OC_BLOCK + j] = fma(x, g[j], sum[i * OC_BLOCK + j]);
+      }
     }
-    const Vec sums = add_quads(quads);
-    const int count = filled_ * OC_BLOCK;
-    if (count == kLanes) {
-      store(partial_sums_, add(load(partial_sums_), sums));
-    } else {
-      store_first(partial_sums_, add(load_first(partial_sums_, count), sums), count);
-    }
-    partial_sums_ += count;
+    input_row += input_row_pitch;
+    grad_row += grad_row_pitch;
+  }
+  add_lane_sums(sum, COUNT * OC_BLOCK, partial_sums);
+}
+
+// COUNT column indices at a time, and then half as many until none are left.
+template <int OC_BLOCK, int COUNT, int TILE_COLS>
+static inline void add_row(const float* input, int64_t input_row_pitch, const float* const grad[OC_BLOCK],
+                           int64_t grad_row_pitch, const int32_t* offsets, int count, float* partial_sums) {
+  for (; count >= COUNT; count -= COUNT, offsets += COUNT, partial_sums += COUNT * OC_BLOCK)
+    add_indices<OC_BLOCK, COUNT, TILE_COLS>(input, input_row_pitch, grad, grad_row_pitch, offsets, partial_sums);
+  if constexpr (COUNT > 1)
+    add_row<OC_BLOCK, COUNT / 2, TILE_COLS>(input, input_row_pitch, grad, grad_row_pitch, offsets, count, partial_sums);
+}
+
+// Collects a vector per weight of an oc_block of 1 and, whenever kLanes of them are full, adds their lane sums to the
+// partial sums: about three instructions per weight. A vector of partial sums per weight instead would be loaded and
+// stored for each tile, 128 bytes, and took 11.2 ms instead of 8.3 for 512 channels at 4x4.
+class LaneSums {
+ public:
+  explicit LaneSums(float* partial_sums) : partial_sums_(partial_sums) {}
+  int free_slots() const { return kLanes - filled_; }
+  void push(Vec v) { store(vectors_ + filled_++ * kLanes, v); }
+  void flush() {
+    Vec v[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = load(vectors_ + i * kLanes);
+    add_lane_sums(v, filled_, partial_sums_);
+    partial_sums_ += filled_;
     filled_ = 0;
   }
 
  private:
   float* partial_sums_;
   int filled_ = 0;
-  alignas(64) float vectors_[kCapacity * kLanes] = {};
+  alignas(64) float vectors_[kLanes * kLanes] = {};
 };
 
-// One column index: sum[j] = sum over ROWS x COLS vectors of its input times the gradient g of channel j. COLUMN_OFFSET
-// is 0, or -1 or 1 for a column index that reads the column before or after each position: these are shifted from
-// aligned vectors, and 0 is shifted in at both ends of a row.
-template <int OC_BLOCK, int ROWS, int COLS, int COLUMN_OFFSET>
-static inline __attribute__((always_inline)) void multiply(const float* at, int64_t row_pitch, const Vec* g, Vec* sum) {
-  constexpr int kVectors = ROWS * COLS,
-                kPartial = 4 / OC_BLOCK;  // 4 independent sums hide the latency of a multiply-add
-  Vec partial[OC_BLOCK * kPartial] = {};
+// One column index of an oc_block of 1: the sum over ROWS x COLS vectors of its input times the gradient g.
+// COLUMN_OFFSET is 0, or -1 or 1 for a column index that reads the column before or after each position: these are
+// shifted from aligned vectors, and 0 is shifted in at both ends of a row.
+template <int ROWS, int COLS, int COLUMN_OFFSET>
+static inline __attribute__((always_inline)) Vec multiply(const float* at, int64_t row_pitch, const Vec* g) {
+  Vec partial[4] = {};  // independent sums hide the latency of a multiply-add
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
     Vec beside = broadcast(0.0f);
@@ -66,100 +97,79 @@ static inline __attribute__((always_inline)) void multiply(const float* at, int6
       const int c = COLUMN_OFFSET > 0 ? COLS - 1 - i : i, q = r * COLS + c;
       const float* p = at + c * kLanes;
       Vec x = load(p);
-      if constexpr (OC_BLOCK > 1 || COLUMN_OFFSET != 0) x = in_register(x);
+      if constexpr (COLUMN_OFFSET != 0) x = in_register(x);
       const Vec shifted = COLUMN_OFFSET < 0   ? one_before(p, beside, x)
                           : COLUMN_OFFSET > 0 ? one_after(p, x, beside)
                                               : x;
       beside = x;
-#pragma GCC unroll 4
-      for (int j = 0; j < OC_BLOCK; ++j) {
-        Vec& to = partial[q % kPartial * OC_BLOCK + j];
-        to = fma(shifted, g[j * kVectors + q], to);
-      }
+      partial[q % 4] = fma(shifted, g[q], partial[q % 4]);
     }
     if (r + 1 < ROWS) at = in_register(at + row_pitch);
   }
-#pragma GCC unroll 4
-  for (int j = 0; j < OC_BLOCK; ++j) {
-    if constexpr (kPartial == 4)
-      sum[j] = add(add(partial[j], partial[OC_BLOCK + j]), add(partial[2 * OC_BLOCK + j], partial[3 * OC_BLOCK + j]));
-    else if constexpr (kPartial == 2)
-      sum[j] = add(partial[j], partial[OC_BLOCK + j]);
-    else
-      sum[j] = partial[j];
-  }
+  return add(add(partial[0], partial[1]), add(partial[2], partial[3]));
 }
 
-template <int OC_BLOCK, int ROWS, int COLS, int COLUMN_OFFSET>
-static inline __attribute__((always_inline)) void add_row(const float* input, int64_t row_pitch, const Vec* g,
-                                                          const int32_t* offsets, int count,
-                                                          HorizontalSums<OC_BLOCK>& sums) {
+template <int ROWS, int COLS, int COLUMN_OFFSET>
+static inline __attribute__((always_inline)) void multiply_all(const float* input, int64_t row_pitch, const Vec* g,
+                                                               const int32_t* offsets, int count, LaneSums& sums) {
   input -= COLUMN_OFFSET;
   for (int i = 0; i < count;) {
     const int end = count - i < sums.free_slots() ? count : i + sums.free_slots();
-    for (; i < end; ++i) {
-      Vec sum[OC_BLOCK];
-      multiply<OC_BLOCK, ROWS, COLS, COLUMN_OFFSET>(in_register(input + offsets[i]), row_pitch, g, sum);
-      sums.push(sum);
-    }
+    for (; i < end; ++i) sums.push(multiply<ROWS, COLS, COLUMN_OFFSET>(in_register(input + offsets[i]), row_pitch, g));
     if (sums.free_slots() == 0) sums.flush();
   }
 }
 
-// One row of the matrix and a part of the tile. ROWS x COLS vectors of the gradient of each of OC_BLOCK channels stay
-// in registers: one load per vector of the input and column index, and OC_BLOCK multiply-adds for each load.
-template <int OC_BLOCK, int ROWS, int COLS>
-static inline __attribute__((always_inline)) void accumulate(const float* input, int64_t row_pitch,
-                                                             const float* const grad[OC_BLOCK], int64_t grad_row_pitch,
-                                                             const int32_t* offsets, int count,
-                                                             const int32_t* column_splits,
-                                                             HorizontalSums<OC_BLOCK>& sums) {
-  constexpr int kVectors = ROWS * COLS;
-  Vec g[OC_BLOCK * kVectors];
-#pragma GCC unroll 4
-  for (int j = 0; j < OC_BLOCK; ++j)
+// One row of the matrix and a part of the tile, ROWS x COLS vectors of the gradient, which stay in registers.
+template <int ROWS, int COLS>
+static inline __attribute__((always_inline)) void add_row(const float* input, int64_t row_pitch, const float* grad,
+                                                          int64_t grad_row_pitch, const int32_t* offsets, int count,
+                                                          const int32_t* column_splits, LaneSums& sums) {
+  Vec g[ROWS * COLS];
 #pragma GCC unroll 16
-    for (int q = 0; q < kVectors; ++q)
-      g[j * kVectors + q] = load(grad[j] + q / COLS * grad_row_pitch + q % COLS * kLanes);
-  if constexpr (OC_BLOCK == 1) {
-    if (column_splits) {
-      add_row<1, ROWS, COLS, -1>(input, row_pitch, g, offsets, column_splits[0], sums);
-      add_row<1, ROWS, COLS, 0>(input, row_pitch, g, offsets + column_splits[0], column_splits[1] - column_splits[0],
-                                sums);
-      add_row<1, ROWS, COLS, 1>(input, row_pitch, g, offsets + column_splits[1], count - column_splits[1], sums);
-      return;
-    }
-  }
-  add_row<OC_BLOCK, ROWS, COLS, 0>(input, row_pitch, g, offsets, count, sums);
+  for (int q = 0; q < ROWS * COLS; ++q) g[q] = load(grad + q / COLS * grad_row_pitch + q % COLS * kLanes);
+  if (!column_splits) return multiply_all<ROWS, COLS, 0>(input, row_pitch, g, offsets, count, sums);
+  const int before = column_splits[0], same = column_splits[1];
+  multiply_all<ROWS, COLS, -1>(input, row_pitch, g, offsets, before, sums);
+  multiply_all<ROWS, COLS, 0>(input, row_pitch, g, offsets + before, same - before, sums);
+  multiply_all<ROWS, COLS, 1>(input, row_pitch, g, offsets + same, count - same, sums);
 }
 
 template <int OC_BLOCK, int TILE_COLS>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
                     const GradWeightTile& tile, float* partial_sums) {
-  constexpr int kVectors = kAccumulators / OC_BLOCK;  // of a part of the tile, for which registers suffice
+  // Of an oc_block of 1, the gradient of as many vectors as there are registers for it is multiplied at a time.
+  constexpr int kVectors = OC_BLOCK == 1 ? kAccumulators : kTileVectors;
   constexpr int kCols = kVectors < TILE_COLS ? kVectors : TILE_COLS;
-  constexpr int kRows = kVectors / kCols;
   for (int part = 0; part < kTileVectors; part += kVectors) {
     const int row = part / TILE_COLS, col = part % TILE_COLS * kLanes;
     const float* input = tile.input + row * tile.input_row_pitch + col;
     const float* first = tile.grad + row * tile.grad_row_pitch + col;
     for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
       const int32_t* row_offsets = weights.row_offsets + ic_block * weights.oc_blocks;
-      HorizontalSums<OC_BLOCK> sums(partial_sums + static_cast<int64_t>(row_offsets[0]) * OC_BLOCK);
+      float* const block_sums = partial_sums + static_cast<int64_t>(row_offsets[0]) * OC_BLOCK;
+      LaneSums sums(block_sums);
       for (int64_t i = 0; i < weights.oc_blocks; ++i) {
+        const int32_t* offsets = weights.input_offsets + row_offsets[i];
+        const int count = row_offsets[i + 1] - row_offsets[i];
         const float* grad[OC_BLOCK];
         for (int j = 0; j < OC_BLOCK; ++j) {
           // Beyond the last channel of a group any plane will do: these partial sums are never read.
           const int32_t channel = tile.channel_of[i * OC_BLOCK + j];
           grad[j] = first + (channel < 0 ? 0 : channel) * tile.grad_channel_pitch;
         }
-        const int32_t* column_splits =
-            weights.column_splits ? weights.column_splits + 2 * (ic_block * weights.oc_blocks + i) : nullptr;
-        accumulate<OC_BLOCK, kRows, kCols>(input, tile.input_row_pitch, grad, tile.grad_row_pitch,
-                                           weights.input_offsets + row_offsets[i], row_offsets[i + 1] - row_offsets[i],
+        if constexpr (OC_BLOCK == 1) {
+          const int32_t* column_splits =
+              weights.column_splits ? weights.column_splits + 2 * (ic_block * weights.oc_blocks + i) : nullptr;
+          add_row<kVectors / kCols, kCols>(input, tile.input_row_pitch, grad[0], tile.grad_row_pitch, offsets, count,
                                            column_splits, sums);
+        } else {
+          add_row<OC_BLOCK, kLanes / OC_BLOCK, TILE_COLS>(
+              input, tile.input_row_pitch, grad, tile.grad_row_pitch, offsets, count,
+              partial_sums + static_cast<int64_t>(row_offsets[i]) * OC_BLOCK);
+        }
       }
-      sums.flush();
+      if constexpr (OC_BLOCK == 1) sums.flush();
     }
   }
 }
