@@ -43,9 +43,9 @@ class SparseTraining(UpdateHook):
 
     flying-bird-plus is Flying Bird until `adapt_from` of the updates; from there on its density follows the training.
     Each change drops 1.4 times as many blocks if the gap between training and validation accuracy under attack grew in
-    at least half of the last four epochs, and grows 1.05 times as many if the validation loss under attack rose in at
-    least half of them, see `methods.Adaptation`. Both can be; the numbers are of each layer, or with scope "global" of
-    all, and never leave it without a block. Where a layer has become dense, it stays so.
+    at least half of the last four evaluations, and grows 1.05 times as many if the validation loss under attack rose in
+    at least half of them, see `methods.Adaptation`; both can be. The numbers are those of a layer, or with scope
+    "global" of all layers together; their last block is never lost. A layer that has become dense stays so.
 
     With `permute_channels` the channels are permuted once, before the first pruning of dense weights (gmp,
     `dense_epochs`), with their BatchNorm, momentum and moving average, see `masks.permute_channels`.
@@ -103,8 +103,6 @@ class SparseTraining(UpdateHook):
         self.updater, self.model = updater, updater.model
         if not _masked_layers(self.model):
             start(self.model, self.config, updater.config.seed)
-        elif self.config.permute_channels:
-            raise ValueError("permute_channels needs a model without masks, got one that has masks")
         self.layers = _masked_layers(self.model)
         for name, layer in self.layers.items():
             try:
@@ -124,9 +122,11 @@ class SparseTraining(UpdateHook):
 
     def after_update(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
         before, self.step = self.step, step
-        if before == 0 and self.config.permute_channels:
+        if before == 0 and self.config.permute_channels:  # refuse at once, and not epochs later
             assert self.updater.image_shape is not None
-            dependency_groups(self.model, self.updater.image_shape)  # raises ValueError now rather than epochs later
+            if not all(bool(mask.all()) for mask in self.masks().values()):
+                raise ValueError("permute_channels needs a model without masks, got one that has masks")
+            dependency_groups(self.model, self.updater.image_shape)
         if not self.schedule.is_due(before, step):
             return False
         prunes = self._prunes(step, before)

@@ -86,18 +86,20 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [2, 4, 5, 8, 11])
+@pytest.mark.parametrize("again", ["new model", "same model"])
+@pytest.mark.parametrize("stop_at", [4, 5, 8, 11])
 @pytest.mark.parametrize("method", PERMUTED)
-def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, method, stop_at):
+def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, method, stop_at, again):
     def stop(step):
         if step == stop_at:
             raise Stop
 
     expected, _ = run(SparseTraining(PERMUTED[method]), folder=tmp_path / "whole")
+    model = network(channels=8)
     with pytest.raises(Stop):
-        run(SparseTraining(PERMUTED[method]), folder=tmp_path / "cut", on_step=stop)
+        run(SparseTraining(PERMUTED[method]), model, folder=tmp_path / "cut", on_step=stop)
     hook = SparseTraining(PERMUTED[method])
-    model, _ = run(hook, folder=tmp_path / "cut")
+    model, _ = run(hook, model if again == "same model" else None, folder=tmp_path / "cut")
     assert equal_states(model.state_dict(), expected.state_dict()) and hook.retained is not None
     for name in (runs.LAST, runs.BEST):
         assert equal_states(*(checkpoint.read_weights(tmp_path / folder / name)[0] for folder in ("whole", "cut")))
@@ -113,7 +115,7 @@ def test_what_cannot_be_permuted_is_refused_at_once(tmp_path):
         ValueError, match=r"permute_channels needs weights before they are pruned, .* got method 'rigl'"
     ):
         MethodConfig("rigl", permute_channels=True)
-    sparse = run(SparseTraining(MethodConfig("static", density=0.5)))[0]
+    sparse = run(SparseTraining(MethodConfig("static", density=0.5, block=(4, 4))))[0]
     with pytest.raises(ValueError, match="permute_channels needs a model without masks, got one that has masks"):
         run(SparseTraining(PERMUTED["gmp"]), sparse)
     steps = []
