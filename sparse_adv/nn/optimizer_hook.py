@@ -9,7 +9,7 @@ optimisers of the process detects these cases; in compiled steps it runs uncompi
 
 The gradient of a masked layer is exactly 0 where the mask is false, but others may read its weight: an attention that
 calls `F.linear(x, self.qkv.weight)`, a regulariser of the loss. So a hook on the weight masks each gradient as it
-arrives, before it is clipped or exchanged between processes.
+arrives, before it is clipped or exchanged between processes, unless the layer's op alone has formed it.
 
 Two optimisers are not element-wise and move pruned weights: `LBFGS`, by its history of steps before a mask changed, and
 `Muon`, by products of matrices. After each of their steps the weights are set to zero again.
@@ -30,6 +30,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparse_adv.ops.masked_conv2d_gradients import is_masked
 
 _MIXING = tuple(getattr(torch.optim, name) for name in ("LBFGS", "Muon") if hasattr(torch.optim, name))
 
@@ -92,7 +94,9 @@ def _mask_gradients_of(weight: Tensor) -> RemovableHandle:
     def mask_gradient(gradient: Tensor) -> Tensor:
         weight = reference()
         mask = None if weight is None else _masks.get(weight)
-        return gradient if mask is None else gradient.masked_fill(~mask.to(gradient.device), 0)
+        if mask is None or is_masked(gradient, mask):
+            return gradient
+        return gradient.masked_fill(~mask.to(gradient.device), 0)
 
     # PyTorch takes a hook only while a gradient is required, which may be switched on later.
     required = weight.requires_grad

@@ -11,10 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_adv.ops.masked_conv2d_pattern import unflatten
 
 Gradient = Tensor | list[None] | None
+
+_masked = WeakTensorKeyDictionary()
+"""For each gradient of a weight that an op here has formed, the mask outside of which it is 0, and its version."""
+
+
+def is_masked(gradient: Tensor, mask: Tensor) -> bool:
+    """Whether a gradient of a weight is known to be 0 where the mask is false.
+
+    False for one to which autograd has added another.
+    """
+    known, version = _masked.get(gradient, (None, None))
+    return known is mask and version == gradient._version
+
 
 # The arguments of each op, in the order of its schema.
 _FORWARD = (
@@ -70,6 +84,8 @@ def _backward_forward(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
         mask = unflatten(tensors).mask
         grad_scale = torch.where(mask, grad_weight * weight, 0).sum((1, 2, 3))
         grad_weight = torch.where(mask, grad_weight * scale[:, None, None, None], 0)
+    if grad_weight is not None and not torch.compiler.is_compiling():
+        _masked[grad_weight] = unflatten(tensors).mask, grad_weight._version
     return _in_order(
         _FORWARD,
         tensors,

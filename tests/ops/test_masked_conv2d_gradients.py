@@ -7,7 +7,8 @@ from helpers.tolerances import assert_close, assert_equal
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from sparse_adv.ops import Pattern, masked_conv2d, pack_pattern, reference
+from sparse_adv.ops import Pattern, compile_pattern, masked_conv2d, pack_pattern, reference
+from sparse_adv.ops.masked_conv2d_gradients import is_masked
 
 KERNELS = ("sparse", "auto", "dense")
 OPS = torch.ops.sparse_adv
@@ -216,3 +217,16 @@ def test_only_the_required_gradients_are_computed():
         assert ("sparse_adv::masked_conv2d_grad_input" in calls) == (name == "input")
         assert ("sparse_adv::masked_conv2d_grad_weight" in calls) == (name in ("weight", "scale"))
         assert frozen[name].grad is not None
+
+
+def test_a_gradient_that_an_op_alone_has_formed_is_known_to_be_masked():
+    mask = torch.rand(4, 2, 3, 3) < 0.5
+    pattern = compile_pattern(mask)
+    weight = (torch.rand(4, 2, 3, 3) * mask).requires_grad_()
+    x, known = torch.rand(2, 2, 5, 5), []
+    weight.register_hook(lambda gradient: known.append(is_masked(gradient, pattern.mask)))
+    weight.register_hook(lambda gradient: known.append(is_masked(gradient, mask.clone())))
+    for others, expected in ((0, True), (weight.sum(), False), (masked_conv2d(x, weight, pattern).sum(), False)):
+        (masked_conv2d(x, weight, pattern).sum() + others).backward()
+        assert known == [expected, False]
+        known.clear()
