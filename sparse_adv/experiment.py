@@ -19,8 +19,15 @@ from sparse_adv.training import Training, distributed, final_test
 
 
 def load_data(config: DataConfig, seed: int, device: torch.device) -> data.Dataset:
-    """Read the images of a configuration onto a device; the seed chooses the validation images."""
-    return data.load(config.data, validation=config.validation, limit=config.limit, seed=seed, device=device)
+    """Read the images of a configuration onto a device; the seed chooses those for validation and for training."""
+    return data.load(
+        config.data,
+        validation=config.validation,
+        limit=config.limit,
+        share=config.share,
+        seed=seed,
+        device=device,
+    )
 
 
 def make_batches(config: DataConfig, dataset: data.Dataset, seed: int) -> data.Batches:
@@ -120,6 +127,7 @@ class SearchRun:
         self.images, self.network, self.dataset = images, network, dataset
         self.model = build_network(network, dataset, train.seed, device)
         self.batches = make_batches(images, dataset, train.seed)
+        tickets.check_fits(self.model, self.batches, prune)
         _begin(folder, RunInfo("search", train, prune.named(), images, network, world_size=distributed.world_size()))
 
     @property
@@ -204,6 +212,8 @@ class TrainRun:
         self.folder, self.train, self.dataset = folder, train, dataset
         self.masks: dict[str, torch.Tensor] = {}
         hook = None if method is None else methods.SparseTraining(method)
+        if hook is not None:
+            hook.check_objective(train.objective)
         if ticket is None:
             self.model = build_network(network, dataset, train.seed, device)
             source, density, before = None, runs.DENSE, runs.NO_COST

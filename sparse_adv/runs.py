@@ -133,6 +133,10 @@ class EpochRecord:
     """On the validation images; None in an epoch without evaluation."""
     robust_accuracy: float | None = None
     """On the validation images under PGD; None in an epoch without evaluation."""
+    robust_loss: float | None = None
+    """Mean cross-entropy on the validation images under PGD; None unless a method of the run needs it."""
+    train_accuracy: float | None = None
+    """On the images of the epoch's updates as they were crafted, each before its update and in training mode."""
     monitor_accuracy: float | None = None
     """Under the attack of the overfitting monitor; None without monitor."""
     undone_accuracy: float | None = None

@@ -62,6 +62,8 @@ def test_the_warm_up_is_linear_and_keeps_milestones():
         (DataConfig, "limit", 0),
         (DataConfig, "batch_size", 0),
         (DataConfig, "validation", -0.1),
+        (DataConfig, "share", 0),
+        (DataConfig, "share", 1.5),
         (NetworkConfig, "width", 0),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from helpers.run_folders import epoch_record
 
 from sparse_adv import json_files, report, runs
-from sparse_adv.config import TrainConfig
+from sparse_adv.config import MethodConfig, TrainConfig
 from sparse_adv.report.measures import labels
 from sparse_adv.report.tables import count
 from sparse_adv.runs import NO_COST, Cost, Density, RunInfo, TicketChecks, TrainResult
@@ -96,6 +96,16 @@ def test_no_name_breaks_a_table(name):
 )
 def test_counts_have_three_digits_and_a_prefix(number, text):
     assert count(number) == text
+
+
+def test_the_density_is_that_of_the_last_epoch_where_a_method_changes_it(tmp_path):
+    method = MethodConfig("flying-bird-plus")
+    runs.begin(tmp_path, RunInfo("train", TrainConfig(epochs=2), density=Density(0.4, 0.3), method=method))
+    (row,) = cells(report.summary(read(tmp_path)))
+    assert (row["density"], row["MAC density"]) == ("0.400", "0.300")
+    json_files.write_lines(tmp_path / runs.EPOCHS, [epoch_record(1), epoch_record(2, density=Density(0.2, 0.1))])
+    (row,) = cells(report.summary(read(tmp_path)))
+    assert (row["density"], row["MAC density"]) == ("0.200", "0.100")
 
 
 def test_the_summary_has_a_run_s_costs_and_accuracies(tmp_path):

@@ -19,11 +19,11 @@ CONFIGURABLE = True
 
 @dataclass(frozen=True)
 class Options:
-    """Train a dense network with a cheap objective, prune it, and write the mask with the initial weights.
+    """Train a dense network with a cheap objective, prune it, and write the mask with the weights to start from.
 
     The ticket is OUT/ticket.safetensors. After an interruption the same command continues after the last whole epoch.
     The defaults are those of Li et al. 2020 (arXiv 2003.05733), section 3.1: a small constant learning rate without
-    warm-up.
+    warm-up, and the initial weights. With --keep-weights the ticket has the trained weights.
 
     Args:
         out: folder of the run, for the ticket and its records.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_adv.config.checks import make_plain, require_integer, require_number
+from sparse_adv.config.checks import is_number, make_plain, require_integer, require_number
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class DataConfig:
         limit: number of training images to use, the first ones; null for all.
         validation: part of the training images to hold out for validation: a fraction below 1, or a number of images;
             null for the default of the data set.
+        share: fraction of the other training images to train on, in (0, 1], the same of each class, chosen by the seed.
+            A search with a smaller share than the training of its ticket holds out the same validation images.
         batch_size: images per update, summed over all processes, at least 1.
         augment: random crop and horizontal flip; null for yes with 32 x 32 colour images, else no.
 
@@ -26,6 +28,7 @@ class DataConfig:
     data: str = "digits"
     limit: int | None = None
     validation: float | None = None
+    share: float = 1.0
     batch_size: int = 128
     augment: bool | None = None
 
@@ -35,6 +38,8 @@ class DataConfig:
             require_integer("limit", self.limit, least=1)
         if self.validation is not None:
             require_number("validation", self.validation)
+        if not is_number(self.share) or not 0 < self.share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {self.share!r}")
         require_integer("batch_size", self.batch_size, least=1)
 
 

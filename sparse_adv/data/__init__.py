@@ -5,7 +5,7 @@ for example a DataLoader, and evaluations also take a `Split` of your own tensor
 """
 
 from sparse_adv.data.batches import Batches, crop_and_flip, to_unit
-from sparse_adv.data.dataset import Dataset, Split, hold_out
+from sparse_adv.data.dataset import Dataset, Split, hold_out, stratified
 from sparse_adv.data.loading import load
 
-__all__ = ["Batches", "Dataset", "Split", "crop_and_flip", "hold_out", "load", "to_unit"]
+__all__ = ["Batches", "Dataset", "Split", "crop_and_flip", "hold_out", "load", "stratified", "to_unit"]

@@ -110,3 +110,38 @@ def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
         Split(split.images[remaining], split.labels[remaining]),
         Split(split.images[held_out], split.labels[held_out]),
     )
+
+
+def stratified(split: Split, share: float, seed: int = 0) -> Split:
+    """Choose a share of labelled images at random, the same fraction of each class.
+
+    Args:
+        split: all images, on any device.
+        share: in (0, 1]; of the n images of a class, share n are taken, rounded, and at least one.
+        seed: seed of the choice.
+
+    Returns:
+        The images chosen, in the order of `split`; for share 1 `split` itself.
+
+    Raises:
+        ValueError: if share is not in (0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv.data import Split, stratified
+        >>> split = Split(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1] * 5))
+        >>> stratified(split, 0.4).labels.bincount()
+        tensor([2, 2])
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share!r}")
+    if share == 1:
+        return split
+    labels = split.labels.cpu()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        of_class = order[labels[order] == label]
+        chosen[of_class[: max(1, round(share * len(of_class)))]] = True
+    chosen = chosen.to(split.labels.device)
+    return Split(split.images[chosen], split.labels[chosen])

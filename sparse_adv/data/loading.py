@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sparse_adv.data.cifar import read_cifar
-from sparse_adv.data.dataset import Dataset, RawDataset, Split, hold_out
+from sparse_adv.data.dataset import Dataset, RawDataset, Split, hold_out, stratified
 from sparse_adv.data.digits import read_digits
 from sparse_adv.data.folders import read_folders
 from sparse_adv.data.idx import read_idx
@@ -26,6 +26,7 @@ def load(
     *,
     validation: float | None = None,
     limit: int | None = None,
+    share: float = 1.0,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Dataset:
@@ -38,7 +39,8 @@ def load(
         validation: what to hold out of the training images: a fraction below 1, or a number of images; None for the
             data set's own validation images, or for a tenth if it has none.
         limit: use only the first `limit` training images, before any are held out.
-        seed: seed of the choice of validation images.
+        share: use only this fraction of the training images that are left then, see `stratified`.
+        seed: seed of the choice of validation images, and of the training images of a share.
         device: device of the images and labels.
 
     Returns:
@@ -46,7 +48,8 @@ def load(
 
     Raises:
         FileNotFoundError: if the path does not exist, or a file of the data set is missing.
-        ValueError: if the format is not one of the above, a file is damaged, or validation or limit is out of range.
+        ValueError: if the format is not one of the above, a file is damaged, or validation, limit or share is out of
+            range.
         ModuleNotFoundError: if the package that reads the format is not installed.
 
     Examples:
@@ -67,6 +70,7 @@ def load(
         train = Split(train.images[:limit], train.labels[:limit])
     if held_out is None or validation is not None:
         train, held_out = hold_out(train, _validation_count(validation, len(train.labels)), seed)
+    train = stratified(train, share, seed)
     return Dataset(train, held_out, raw.test, raw.classes, raw.name).to(device)
 
 

@@ -18,6 +18,7 @@ class Schedule:
     Attributes:
         first: updates without masks; gmp begins to prune after them, other methods then prune to their density.
         last: updates after which the masks stay.
+        adapt_after: updates after which the density follows the training; None for other methods.
 
     Examples:
         >>> schedule = Schedule(MethodConfig("rigl", interval=100, drop_fraction=0.5), epochs=10, steps_per_epoch=80)
@@ -32,6 +33,8 @@ class Schedule:
         assert self.config.change_until is not None and self.config.drop_fraction is not None
         self.first = min(round(config.dense_epochs * steps_per_epoch), epochs * steps_per_epoch)
         self.last = max(self.first, int(self.config.change_until * epochs * steps_per_epoch))
+        start = self.config.adapt_from
+        self.adapt_after = None if start is None else int(start * epochs * steps_per_epoch)
 
     def is_due(self, before: int, now: int) -> bool:
         """Return whether the masks change after one of the updates before + 1, ..., now.
@@ -56,6 +59,16 @@ class Schedule:
         assert self.config.drop_fraction is not None
         progress = min(1.0, step / self.last) if self.last else 1.0
         return self.config.drop_fraction * (1 + math.cos(math.pi * progress)) / 2
+
+    def adapts(self, step: int) -> bool:
+        """Return whether a change after this many updates follows the training: flying-bird-plus from `adapt_from` on.
+
+        Examples:
+            >>> schedule = Schedule(MethodConfig("flying-bird-plus"), epochs=4, steps_per_epoch=10)
+            >>> schedule.adapts(20), schedule.adapts(21)
+            (False, True)
+        """
+        return self.adapt_after is not None and step > self.adapt_after
 
     def density(self, step: int) -> float:
         """Return the density that a pruning after this many updates leaves.

@@ -44,7 +44,13 @@ def smallest(scores: Tensor, among: Tensor, count: int) -> Tensor:
 
 
 def drop_and_grow(
-    grids: Grids, drop: Grids, grow: Callable[[], Grids], groups: Sequence[Sequence[str]], fraction: float
+    grids: Grids,
+    drop: Grids,
+    grow: Callable[[], Grids],
+    groups: Sequence[Sequence[str]],
+    fraction: float,
+    more_dropped: float = 0.0,
+    more_grown: float = 0.0,
 ) -> dict[str, Tensor]:
     """Drop the kept blocks of smallest score, and grow as many, those of the largest score among all that are pruned.
 
@@ -56,21 +62,28 @@ def drop_and_grow(
         grow: returns the scores by which pruned blocks are grown; it is called only if blocks are replaced.
         groups: sets of layers that are ranked together.
         fraction: of the kept blocks of a group that are dropped, rounded up, in [0, 1].
+        more_dropped, more_grown: what is dropped and grown in addition, as fractions of that number before it is
+            rounded, and then rounded to the nearest integer. So a group keeps at least one block.
 
     Returns:
-        The new grids of the layers that change; each group keeps exactly as many blocks as before.
+        The new grids of the layers that change. Of n kept blocks a group keeps n - dropped + grown: exactly n, if
+        nothing is dropped or grown in addition.
     """
     live = _count(grids, groups)
-    total = [sum(grids[name].numel() for name in group) for group in groups]
-    counts = [math.ceil(fraction * n) if n < m else 0 for n, m in zip(live, total, strict=True)]
     new: dict[str, Tensor] = {}
-    growth = grow() if any(counts) else {}
-    for group, count in zip(groups, counts, strict=True):
-        if count:
-            kept = _flat(grids, group)
-            kept = kept & ~smallest(_flat(drop, group), kept, count)
-            kept = kept | smallest(-_flat(growth, group), ~kept, count)
-            new |= _split(kept, grids, group)
+    growth: Grids | None = None
+    for group, n in zip(groups, live, strict=True):
+        total = sum(grids[name].numel() for name in group)
+        replaced = math.ceil(fraction * n) if n < total else 0
+        if not replaced:
+            continue
+        dropped = min(n, replaced + round(more_dropped * fraction * n))
+        grown = min(total - n + dropped, replaced + round(more_grown * fraction * n))
+        growth = grow() if growth is None else growth
+        kept = _flat(grids, group)
+        kept = kept & ~smallest(_flat(drop, group), kept, dropped)
+        kept = kept | smallest(-_flat(growth, group), ~kept, grown)
+        new |= _split(kept, grids, group)
     return new
 
 

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from sparse_adv.config import MethodConfig
 from sparse_adv.masks.allocation import targets_of
 from sparse_adv.masks.blocks import block_sums, conv_shape, grid_shape
+from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.methods import selection
+from sparse_adv.methods.adaptation import Adaptation
+from sparse_adv.methods.permutation import permute_before_pruning
 from sparse_adv.methods.schedule import Schedule
 from sparse_adv.methods.start import GROWTH_SEED, generator, start
 from sparse_adv.nn import sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys, expand_blocks
+from sparse_adv.runs import EpochRecord
 from sparse_adv.training import distributed
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.update import Updater
@@ -37,6 +41,15 @@ class SparseTraining(UpdateHook):
     block that a change drops and grows again keeps them. The gradients of pruned weights are formed in the one update
     before a change that grows by gradient, and in no other.
 
+    flying-bird-plus is Flying Bird until `adapt_from` of the updates; from there on its density follows the training.
+    Each change drops 1.4 times as many blocks if the gap between training and validation accuracy under attack grew in
+    at least half of the last four evaluations, and grows 1.05 times as many if the validation loss under attack rose in
+    at least half of them, see `methods.Adaptation`; both can be. The numbers are those of a layer, or with scope
+    "global" of all layers together; their last block is never lost. A layer that has become dense stays so.
+
+    With `permute_channels` the channels are permuted once, before the first pruning of dense weights (gmp,
+    `dense_epochs`), with their BatchNorm, momentum and moving average, see `masks.permute_channels`.
+
     A model that has masks already, such as the network of a ticket, starts from those, whatever the density of the
     configuration; its other layers stay dense.
 
@@ -44,12 +57,14 @@ class SparseTraining(UpdateHook):
         config: of the method.
 
     Raises:
-        ValueError: if the configuration has no method; in `training.train`, if masks of the model disobey the block.
+        ValueError: if the configuration has no method; in `training.train`, if masks of the model disobey the block,
+            or flying-bird-plus has no validation images, or an objective without attack, or channels are to be permuted
+            in a model that has masks or that torch.fx cannot trace.
 
-    Source: Chen et al., "Sparsity winning twice" (ICLR 2022), section 3 (Flying Bird); Evci et al., "Rigging the
-    lottery" (ICML 2020), section 3 (RigL); Mocanu et al., "Scalable training of artificial neural networks with
-    adaptive sparse connectivity" (Nature Communications 2018; SET); Zhu and Gupta, "To prune, or not to prune" (arXiv
-    1710.01878; gmp). There, blocks are single weights.
+    Source: Chen et al., "Sparsity winning twice" (ICLR 2022), section 3 (Flying Bird, Flying Bird+); Evci et al.,
+    "Rigging the lottery" (ICML 2020), section 3 (RigL); Mocanu et al., "Scalable training of artificial neural networks
+    with adaptive sparse connectivity" (Nature Communications 2018; SET); Zhu and Gupta, "To prune, or not to prune"
+    (arXiv 1710.01878; gmp). There, blocks are single weights.
 
     Examples:
         >>> from sparse_adv import data, training
@@ -73,8 +88,18 @@ class SparseTraining(UpdateHook):
         """Updates so far."""
         self.changes = 0
         """Changes of the masks so far."""
+        self.adaptation = Adaptation() if config.method == "flying-bird-plus" else None
+        self.wants_robust_loss = self.adaptation is not None
+        self.retained: tuple[float, float] | None = None
+        """Fraction of the squared weights in the blocks kept, before and after channels were permuted, if they were."""
+
+    def check_objective(self, objective: str) -> None:
+        """Raise ValueError if the method needs an objective with an attack and this one has none."""
+        if self.adaptation is not None and objective == "natural":
+            raise ValueError("objective must have an attack for method 'flying-bird-plus', got 'natural'")
 
     def begin(self, updater: Updater) -> None:
+        self.check_objective(updater.config.objective)
         self.updater, self.model = updater, updater.model
         if not _masked_layers(self.model):
             start(self.model, self.config, updater.config.seed)
@@ -97,11 +122,19 @@ class SparseTraining(UpdateHook):
 
     def after_update(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
         before, self.step = self.step, step
+        if before == 0 and self.config.permute_channels:  # refuse at once, and not epochs later
+            assert self.updater.image_shape is not None
+            if not all(bool(mask.all()) for mask in self.masks().values()):
+                raise ValueError("permute_channels needs a model without masks, got one that has masks")
+            dependency_groups(self.model, self.updater.image_shape)
         if not self.schedule.is_due(before, step):
             return False
+        prunes = self._prunes(step, before)
+        if prunes and self.config.permute_channels and self.retained is None:
+            self.retained = permute_before_pruning(self.updater, self.config)
         grids = {name: self._grid(self.layers[name].weight_mask) for name in self.shapes}
         magnitudes = {name: self._sums(self.layers[name].weight) for name in self.shapes}
-        if self._prunes(step, before):
+        if prunes:
             new = selection.prune(grids, magnitudes, self._blocks_to_keep(grids, step))
         else:
             new = selection.drop_and_grow(
@@ -110,6 +143,7 @@ class SparseTraining(UpdateHook):
                 lambda: self._growth_scores(grids, gradients, step),
                 list(self._targets(step)),
                 self.schedule.drop_fraction(step),
+                *self._more(step),
             )
         if new:
             distributed.broadcast([grid.view(torch.uint8) for grid in new.values()])
@@ -117,22 +151,35 @@ class SparseTraining(UpdateHook):
             self.changes += 1
         return bool(new)
 
+    def after_epoch(self, record: EpochRecord) -> None:
+        if self.adaptation is not None:
+            self.adaptation.observe(record)
+
     def masks(self) -> dict[str, Tensor]:
         """Return the present masks by module name."""
         return {name: layer.weight_mask for name, layer in self.layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"method": asdict(self.config), "step": self.step, "changes": self.changes}
+        own = {"method": asdict(self.config), "step": self.step, "changes": self.changes, "retained": self.retained}
+        return own if self.adaptation is None else own | {"adaptation": self.adaptation.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["method"] != asdict(self.config):
             raise ValueError("the state is that of a run with another method: take another folder, or delete it")
-        self.step, self.changes = state["step"], state["changes"]
+        self.step, self.changes, self.retained = state["step"], state["changes"], state["retained"]
+        if self.adaptation is not None:
+            self.adaptation.load_state_dict(state["adaptation"])
 
     def _prunes(self, step: int, before: int | None = None) -> bool:
         """Whether a change after this update only drops blocks."""
         before = self.step if before is None else before
         return self.config.method == "gmp" or before < self.schedule.first <= step
+
+    def _more(self, step: int) -> tuple[float, float]:
+        """What a change after this update drops and grows in addition, as fractions of what it replaces anyhow."""
+        if self.adaptation is None or not self.schedule.adapts(step):
+            return 0.0, 0.0
+        return self.adaptation.more_dropped, self.adaptation.more_grown
 
     def _targets(self, step: int) -> dict[tuple[str, ...], int]:
         """For each set of layers that is ranked together, the number of weights that a pruning keeps."""

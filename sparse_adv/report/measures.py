@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Literal
 
-from sparse_adv.runs import Cost, EpochRecord, Run
+from sparse_adv.runs import Cost, Density, EpochRecord, Run
 
 Unit = Literal["seconds", "macs"]
 UNITS: tuple[Unit, ...] = ("seconds", "macs")
@@ -48,6 +48,12 @@ def compared(runs: Sequence[Run]) -> list[Run]:
 def reference(runs: Sequence[Run]) -> Run:
     """Return the run that ratios refer to: the first dense one, else the first."""
     return next((run for run in runs if run.info.density.weights == 1), runs[0])
+
+
+def density(run: Run) -> Density:
+    """Return the densities of a run: those of its last epoch where a method changes them, else those it began with."""
+    last = run.records[-1].density if run.records and run.info.method is not None else None
+    return last or run.info.density
 
 
 def total(run: Run) -> Cost:

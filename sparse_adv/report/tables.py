@@ -88,13 +88,14 @@ def summary(runs: Sequence[Run]) -> str:
     rows = []
     for run, label in zip(runs, measures.labels(runs), strict=True):
         method = run.info.method
+        density = measures.density(run)
         best, evaluated, total = measures.best(run), measures.evaluated(run), measures.total(run)
         rows.append(
             [
                 label,
                 ", ".join([run.info.kind, run.info.train.objective, *([method.method] if method else [])]),
-                f"{run.info.density.weights:.3f}",
-                f"{run.info.density.macs:.3f}",
+                f"{density.weights:.3f}",
+                f"{density.macs:.3f}",
                 f"{run.info.before.seconds:.1f}",
                 _form(measures.seconds_per_epoch(run), ".2f"),
                 f"{total.seconds:.1f}",

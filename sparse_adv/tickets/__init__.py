@@ -4,13 +4,14 @@ from sparse_adv.config import PruneConfig
 from sparse_adv.tickets.checks import TicketInvariantError, check_pruned_weights
 from sparse_adv.tickets.controls import restore, shuffle
 from sparse_adv.tickets.early_stopping import EarlyStopping
-from sparse_adv.tickets.search import SearchRecord, cost_of, record_of, search
+from sparse_adv.tickets.search import SearchRecord, check_fits, cost_of, record_of, search
 
 __all__ = [
     "EarlyStopping",
     "PruneConfig",
     "SearchRecord",
     "TicketInvariantError",
+    "check_fits",
     "check_pruned_weights",
     "cost_of",
     "record_of",

@@ -21,6 +21,7 @@ from sparse_adv.nn import densify, sparsify
 from sparse_adv.runs import NO_COST, Cost, EpochRecord, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
+from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
 from sparse_adv.training import distributed, identity, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
 from sparse_adv.training.evaluation import Images
@@ -60,7 +61,7 @@ def search(
     on_epoch: Callable[[EpochRecord], object] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> masks.Ticket:
-    """Find a boosting ticket: train the dense model cheaply, prune it, and return to the initial weights.
+    """Find a ticket: train the dense model cheaply, prune it, and return to the initial weights, or keep the trained.
 
     With a folder, a search that was stopped continues when it is called again, and a finished one returns at once.
 
@@ -75,8 +76,9 @@ def search(
 
     Returns:
         The ticket; `tickets.restore(model, ticket, shape)` makes the sparse network. Its weights are those before the
-        first update, or after update `rewind_step`. With `permute_channels` they are in another order of channels, in
-        which the network computes the same function.
+        first update, or after update `rewind_step`, or with `keep_weights` those at the end of the last round, with
+        the statistics of BatchNorm: not the moving average that `ema_decay` asks for. With `permute_channels` they are
+        in another order of channels, in which the network computes the same function.
 
     Raises:
         ValueError: if `prune_config` does not fit the model, before any training, or the folder holds another search:
@@ -84,7 +86,8 @@ def search(
         TicketInvariantError: if an invariant of `tickets.checks` does not hold.
 
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
-    section 3.1, without the defects of its code.
+    section 3.1, without the defects of its code; Chen et al., "Sparsity winning twice" (ICLR 2022), section 3, for
+    kept weights (Robust Bird).
 
     Examples:
         >>> from sparse_adv import data
@@ -96,9 +99,7 @@ def search(
         0.25
     """
     prune_config = prune_config or PruneConfig()
-    # Raise the errors of pruning before the training. A score function may need results of the training, so it is not
-    # called here.
-    _prune(model, replace(prune_config, score="magnitude") if callable(prune_config.score) else prune_config, 1)
+    shape = check_fits(model, batches, prune_config)
     folder = None if folder is None else Path(folder)
     if folder is not None and distributed.rank() == 0:
         runs.begin_search(folder, train_config, prune_config, distributed.world_size())
@@ -107,9 +108,47 @@ def search(
         _check_same(folder, model, identity.of_run(model, batches, validation, train_config.seed))
     if folder is not None and (folder / runs.TICKET).exists():
         return _finished(folder, train_config, prune_config)
-    run = _Search(model, batches, train_config, prune_config, validation, folder, on_epoch, on_step)
+    if prune_config.half_resolution:
+        batches, validation = Halved(batches), halved(validation)
+    run = _Search(model, batches, train_config, prune_config, validation, shape, folder, on_epoch, on_step)
     with identity.training_of(model, folder):
         return run.run(metadata or {})
+
+
+def check_fits(model: nn.Module, batches: Batches, config: PruneConfig) -> tuple[int, ...] | None:
+    """Check that a search can prune a model, before anything is trained or written; `search` does so itself.
+
+    Args:
+        model, batches: as in `search`.
+        config: of the pruning.
+
+    Returns:
+        Shape [1, C, H, W] of the images that the search trains on; None if there is no batch, or no need to know.
+
+    Raises:
+        ValueError: if the configuration does not fit the model.
+
+    Examples:
+        >>> check_fits(nn.Linear(4, 2), [], PruneConfig(density=2))
+        Traceback (most recent call last):
+        ...
+        ValueError: density must be a number in [0, 1], got 2.0
+    """
+    # A score function may need results of the training, so it is not called here.
+    _prune(model, replace(config, score="magnitude") if callable(config.score) else config, 1)
+    if not config.permute_channels and not config.half_resolution:
+        return None
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
+        batch = next(iter(batches), None)
+    if batch is None:
+        return None
+    shape: tuple[int, ...] = (1, *batch[0].shape[1:])
+    if config.half_resolution:
+        shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
+        check_takes(model, shape)
+    if config.permute_channels:
+        dependency_groups(model, shape)  # raises ValueError if the model cannot be traced
+    return shape
 
 
 def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> SearchRecord:
@@ -160,7 +199,7 @@ def cost_of(ticket: masks.Ticket) -> Cost:
 
 
 class _Search:
-    """A search in progress; the arguments are those of `search`."""
+    """A search in progress; the arguments are those of `search`, and the shape [1, C, H, W] of images, if known."""
 
     def __init__(
         self,
@@ -169,18 +208,19 @@ class _Search:
         train_config: TrainConfig,
         prune_config: PruneConfig,
         validation: Images | None,
+        shape: tuple[int, ...] | None,
         folder: Path | None,
         on_epoch: Callable[[EpochRecord], object] | None,
         on_step: Callable[[int], None] | None,
     ) -> None:
         self.model, self.batches, self.train_config, self.prune_config = model, batches, train_config, prune_config
         self.validation, self.folder, self.on_epoch, self.on_step = validation, folder, on_epoch, on_step
-        self.input_shape = _input_shape(model, batches) if prune_config.permute_channels else None
+        self.shape = shape
         self.frozen = frozen_modules(model)
         self.initial = self._first_version(INITIAL, model.state_dict())
-        self._rewound: dict[str, Tensor] | None = None if prune_config.rewind_step else self.initial
+        self._begin: dict[str, Tensor] | None = None if prune_config.rewind_step else self.initial
         if folder is not None and (folder / REWIND).exists():
-            self._rewound = read_weights(folder / REWIND)[0]
+            self._begin = read_weights(folder / REWIND)[0]
         self.masks: dict[str, Tensor] = {}
         self.records: list[EpochRecord] = []
         self.cost = NO_COST
@@ -191,9 +231,10 @@ class _Search:
             self._round(number)
         densify(self.model)
         start = self._start()
-        self.model.load_state_dict(start)
-        checks.check_reset(self.model, start)
-        self.checks = replace(self.checks, reset=True)
+        if not self.prune_config.keep_weights:
+            self.model.load_state_dict(start)
+            checks.check_reset(self.model, start)
+            self.checks = replace(self.checks, reset=True)
         self.model.load_state_dict(self.initial)
         log.info("found a ticket of density %.3f in %.1f s", masks.density(self.masks), self.cost.seconds)
         ticket = masks.Ticket(self.masks, start, metadata | json_files.to_json(self._record()))
@@ -209,11 +250,14 @@ class _Search:
         sparsify(self.model, self.masks)
         self._train(number, folder)
         begin = time.perf_counter()
-        if self.input_shape and number == 1:
-            order = _channel_permutation(self.model, self.prune_config, self.input_shape)
+        if self.prune_config.permute_channels and self.shape and number == 1:
+            order = _channel_permutation(self.model, self.prune_config, self.shape)
             order.apply(self.model)
-            self._rewound = order.permute_state_dict(self._start())
+            self._begin = order.permute_state_dict(self._start())
             self.checks = replace(self.checks, retained=order.retained)
+        if self.prune_config.keep_weights:
+            trained = self.model.state_dict()
+            self._begin = {key: trained[key].clone() for key in self.initial}  # without the masks
         start = self._start()
         new = _prune(self.model, self.prune_config, number)
         self.cost = self.records[-1].total + Cost(seconds=time.perf_counter() - begin)
@@ -258,18 +302,18 @@ class _Search:
         if step == self.prune_config.rewind_step:
             if self.folder is not None and distributed.rank() == 0:
                 (self.folder / REWIND).unlink(missing_ok=True)  # written in an epoch that was undone or not finished
-            self._rewound = self._first_version(REWIND, self.model.state_dict())
+            self._begin = self._first_version(REWIND, self.model.state_dict())
         if self.on_step:
             self.on_step(step)
 
     def _start(self) -> dict[str, Tensor]:
-        """The weights to which each round after the first, and the ticket, are rewound."""
-        if self._rewound is None:
+        """The weights with which each round after the first, and the training of the ticket, begin."""
+        if self._begin is None:
             raise ValueError(
                 f"rewind_step must come before the first round ends, got {self.prune_config.rewind_step}: it made "
                 f"{self.records[-1].step} updates"
             )
-        return self._rewound
+        return self._begin
 
     def _first_version(self, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write weights to a file and return a copy; where an earlier call wrote the file, return its weights."""
@@ -295,7 +339,7 @@ class _Search:
         """Continue after the round that wrote this ticket."""
         ticket = masks.load_ticket(path)
         record = record_of(ticket, path)
-        self.masks, self._rewound = ticket.masks, ticket.state_dict
+        self.masks, self._begin = ticket.masks, ticket.state_dict
         self.records, self.cost, self.checks = record.epochs, record.cost, record.checks
 
     def _saved(self, ticket: masks.Ticket, folder: Path | None) -> masks.Ticket:
@@ -325,17 +369,6 @@ def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[
     return masks.permute_channels(
         model, config.density, config.block, shape, scope=config.scope, score=config.score, linear=config.linear
     )
-
-
-def _input_shape(model: nn.Module, batches: Batches) -> tuple[int, ...] | None:
-    """The shape [1, C, H, W] of an image, None without images; raises ValueError if the model cannot be traced."""
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
-        batch = next(iter(batches), None)
-    if batch is None:
-        return None
-    shape = (1, *batch[0].shape[1:])
-    dependency_groups(model, shape)
-    return shape
 
 
 def _check_same(folder: Path, model: nn.Module, own: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -72,14 +72,15 @@ class Tally:
         key = costs, passes
         self._images[key] = self._images.get(key, 0) + images
 
-    def summed(self, loss: float, device: torch.device) -> tuple[float, int]:
-        """Add up the images over all processes; return the sums of losses and of images of all of them.
+    def summed(self, sums: Sequence[float], device: torch.device) -> tuple[list[float], int]:
+        """Add up the images, and other sums, over all processes; return these sums and the number of images.
 
         The costs change at the same updates on all processes.
         """
-        total_loss, *images = distributed.all_reduce_sum([loss, *map(float, self._images.values())], device)
+        totals = distributed.all_reduce_sum([*sums, *map(float, self._images.values())], device)
+        images = totals[len(sums) :]
         self._images = {key: int(count) for key, count in zip(self._images, images, strict=True)}
-        return total_loss, sum(self._images.values())
+        return totals[: len(sums)], sum(self._images.values())
 
     def attack(self) -> int:
         """Return the MACs of the attacks."""

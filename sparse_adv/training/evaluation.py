@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_adv import attacks, json_files, runs
@@ -38,6 +39,8 @@ class Accuracy(NamedTuple):
     """Forward passes, counted per image."""
     backward: int
     """Backward passes down to the image, counted per image."""
+    loss: float | None = None
+    """Mean cross-entropy under attack, where it was asked for."""
 
 
 def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> Accuracy:
@@ -79,6 +82,7 @@ def robust_accuracy(
     batch_size: int = 256,
     graphs: attacks.Graphs | None = None,
     engine: bool = True,
+    every_image: bool = False,
 ) -> Accuracy:
     """Measure the fraction of images that the model classifies correctly clean and after each of several PGD attacks.
 
@@ -98,6 +102,8 @@ def robust_accuracy(
         seed: of the random starts.
         graphs: CUDA graphs of earlier calls to use again; None for graphs of this call alone.
         engine: as in `attacks.pgd`. The predictions that count are those of the model itself.
+        every_image: attack images that are misclassified already too, and measure the mean over all images of the
+            cross-entropy under attack, for each image the largest of the restarts.
 
     Returns:
         The accuracy over the images of all processes, and the passes that it took.
@@ -129,7 +135,7 @@ def robust_accuracy(
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return attacks.pgd(model, x, y, eps=eps, alpha=size, steps=steps, norm=norm, **options)
 
-    return _accuracy(model, images, batch_size, [attack] * restarts, steps)
+    return _accuracy(model, images, batch_size, [attack] * restarts, steps, every_image)
 
 
 def fgsm_accuracy(
@@ -250,10 +256,18 @@ def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor
     )
 
 
-def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence[Attack], steps: int = 1) -> Accuracy:
+def _accuracy(
+    model: nn.Module,
+    images: Images,
+    batch_size: int,
+    tries: Sequence[Attack],
+    steps: int = 1,
+    every_image: bool = False,
+) -> Accuracy:
     device = model_device(model)
     at_once = reads_at_once(device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     count = forward = backward = 0
     validator = InputValidator(deferred=not at_once)
     with bn_mode(model, "eval"):
@@ -266,20 +280,29 @@ def _accuracy(model: nn.Module, images: Images, batch_size: int, tries: Sequence
             forward += len(y)
             if tries:
                 y = validator.check(x, y, classes)
+            losses = torch.zeros(len(y), device=device)
             for attack in tries:
-                if at_once:
+                if at_once and not every_image:
                     x, y, standing = x[standing], y[standing], standing[standing]
                     if not len(y):
                         break
-                standing = standing & is_correct(_logits(model, attack(model, x, y)), y)
+                logits = _logits(model, attack(model, x, y))
+                standing = standing & is_correct(logits, y)
+                if every_image:
+                    losses = losses.maximum(F.cross_entropy(logits.float(), y, reduction="none"))
                 forward += (steps + 1) * len(y)
                 backward += steps * len(y)
+            loss_sum += losses.sum()
             correct += standing.sum()
     validator.raise_deferred()
-    totals = distributed.all_reduce_sum([float(correct), float(count), float(forward), float(backward)], device)
+    totals = distributed.all_reduce_sum(
+        [float(correct), float(count), float(forward), float(backward), float(loss_sum)], device
+    )
     if not totals[1]:
         raise ValueError("images must hold at least one image to measure an accuracy, got none")
-    return Accuracy(totals[0] / totals[1], *(int(total) for total in totals[1:]))
+    loss = totals[4] / totals[1] if every_image else None
+    forward, backward = int(totals[2]), int(totals[3])
+    return Accuracy(totals[0] / totals[1], int(totals[1]), forward, backward, loss)
 
 
 @torch.no_grad()

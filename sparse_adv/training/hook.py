@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sparse_adv.config import MethodConfig
+from sparse_adv.runs import EpochRecord
 
 if TYPE_CHECKING:
     from sparse_adv.training.update import Updater
@@ -21,6 +22,8 @@ class UpdateHook:
             continued.
     """
 
+    wants_robust_loss: bool = False
+    """Whether `after_epoch` needs `EpochRecord.robust_loss`, for which evaluations attack every validation image."""
     config: MethodConfig | None = None
 
     def begin(self, updater: Updater) -> None:
@@ -42,6 +45,13 @@ class UpdateHook:
             Whether passes through the network now cost more or less than before.
         """
         return False
+
+    def after_epoch(self, record: EpochRecord) -> None:
+        """Called after each epoch, when it has been evaluated and before it is saved; not for one that is undone.
+
+        Args:
+            record: of the epoch; the same on all processes but for seconds and device.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what updates change and the model, optimiser and moving average do not hold."""

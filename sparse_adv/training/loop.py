@@ -26,7 +26,7 @@ from sparse_adv.training import distributed, identity, objectives, random_number
 from sparse_adv.training.checkpoint import damaged, read_state, write_state, write_weights
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
 from sparse_adv.training.devices import reads_at_once
-from sparse_adv.training.evaluation import Images, best, clean_accuracy, model_device, robust_accuracy
+from sparse_adv.training.evaluation import Accuracy, Images, best, clean_accuracy, model_device, robust_accuracy
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
@@ -43,6 +43,8 @@ class _Trained(NamedTuple):
     """What the training of an epoch gives."""
 
     loss: float
+    correct: int
+    """Images of the updates, as they were crafted, that the model classified correctly."""
     images: int
     attack: Cost
     update: Cost
@@ -51,9 +53,9 @@ class _Trained(NamedTuple):
 class _Evaluated(NamedTuple):
     """What the evaluations after an epoch give; None where there was none."""
 
-    clean: float | None
-    robust: float | None
-    monitor: float | None
+    clean: Accuracy | None
+    robust: Accuracy | None
+    monitor: Accuracy | None
     cost: Cost
 
 
@@ -70,8 +72,8 @@ class Training:
 
     Raises:
         TypeError: if the batches have no length.
-        ValueError: if there is no batch, or the folder holds another run: of another configuration (but for more
-            epochs), network or other images.
+        ValueError: if there is no batch, the hook needs validation images and there are none, or the folder holds
+            another run: of another configuration (but for more epochs), network or other images.
 
     Examples:
         >>> from sparse_adv import data
@@ -97,7 +99,10 @@ class Training:
         self.device = model_device(model)
         self.frozen = frozen_modules(model)
         self.graphs = Graphs()
-        self.updater = Updater(model, config, _count(batches), self.device, self.graphs, hook or UpdateHook())
+        self.hook = hook or UpdateHook()
+        if self.hook.wants_robust_loss and validation is None:
+            raise ValueError("validation must have images, because the method follows the loss on them, got None")
+        self.updater = Updater(model, config, _count(batches), self.device, self.graphs, self.hook)
         self.evaluated = self.updater.evaluated
         self.identity = {} if folder is None else identity.of_run(model, batches, validation, config.seed, bool(hook))
         self.monitor: OverfittingMonitor | None = None
@@ -120,6 +125,7 @@ class Training:
         with identity.training_of(self.updater.model, self.folder):
             while len(self.records) < self.config.epochs:
                 self.records.append(self._epoch(len(self.records), on_step))
+                self.hook.after_epoch(self.records[-1])
                 self._save()
                 yield self.records[-1]
 
@@ -131,19 +137,20 @@ class Training:
             trained = self._train(epoch, on_step)
             evaluated = self._evaluate(epoch)
             self.total += trained.attack + trained.update
-            if self.monitor is None or evaluated.monitor is None or not self.monitor.must_undo(evaluated.monitor):
+            measured = evaluated.monitor
+            if self.monitor is None or measured is None or not self.monitor.must_undo(measured.fraction):
                 return self._record(epoch, trained, evaluated, undone)
             log.warning(
                 "epoch %d: catastrophic overfitting (accuracy under attack fell from %.1f %% to %.1f %%); "
                 "the epoch is undone and repeated with PGD",
                 epoch + 1,
                 100 * self.monitor.best,
-                100 * evaluated.monitor,
+                100 * measured.fraction,
             )
             assert start is not None
             self.updater.load_state_dict(start)
             self.costs = None  # a hook may have changed the network in the epoch
-            undone = evaluated.monitor
+            undone = measured.fraction
 
     def _train(self, epoch: int, on_step: Callable[[int], None] | None) -> _Trained:
         config, updater = self.config, self.updater
@@ -155,6 +162,7 @@ class Training:
         noise = torch.Generator().manual_seed(distributed.own_seed(config.seed, NOISE_SEED, epoch))
         random_numbers.set_epoch(self.batches, epoch)
         loss_sum, tally = torch.zeros((), dtype=torch.float64, device=self.device), Tally()
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
         set_training_mode(updater.model, self.frozen)
         # Batches and layers that draw from the global generators get numbers that depend on seed and epoch only.
         with random_numbers.seeded(distributed.own_seed(config.seed, ORDER_SEED, epoch), self.device):
@@ -167,6 +175,7 @@ class Training:
                 for _ in range(objective.updates):
                     updated = updater.update(objective, x, y, noise, watch)
                     loss_sum += updated.loss * len(y)
+                    correct += updated.correct
                     tally.add(len(y), costs, updated.passes)
                     if updated.new_costs:
                         self.costs = None
@@ -177,18 +186,15 @@ class Training:
             self.validator.raise_deferred()
             self.validator = None  # all batches were validated once
         updater.end_epoch(epoch)
-        total_loss, images = tally.summed(float(loss_sum), self.device)
+        (total_loss, total_correct), images = tally.summed([float(loss_sum), float(correct)], self.device)
         loss = total_loss / images
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"training diverged in epoch {epoch + 1}: loss {loss} at lr {updater.learning_rate:g}"
             )
-        return _Trained(
-            loss,
-            images,
-            Cost(watch.seconds("attack"), tally.attack()),
-            Cost(watch.seconds("update"), tally.update()),
-        )
+        attack = Cost(watch.seconds("attack"), tally.attack())
+        update = Cost(watch.seconds("update"), tally.update())
+        return _Trained(loss, int(total_correct), images, attack, update)
 
     def _costs_for(self, x: Tensor) -> NetworkCosts:
         """The costs of the network, measured on the first batch, and when they change; the host waits for a GPU."""
@@ -216,19 +222,17 @@ class Training:
                     seed=config.seed,
                     graphs=self.graphs,
                     engine=config.engine,
+                    every_image=self.hook.wants_robust_loss,
                 )
         measured = [accuracy for accuracy in (clean, robust, monitor) if accuracy is not None]
         assert self.costs is not None
-        return _Evaluated(
-            None if clean is None else clean.fraction,
-            None if robust is None else robust.fraction,
-            None if monitor is None else monitor.fraction,
-            Cost(watch.seconds("evaluation"), self.costs.evaluation(measured)),
-        )
+        cost = Cost(watch.seconds("evaluation"), self.costs.evaluation(measured))
+        return _Evaluated(clean, robust, monitor, cost)
 
     def _record(self, epoch: int, trained: _Trained, evaluated: _Evaluated, undone: float | None) -> EpochRecord:
         assert self.costs is not None
         sent = self.updater.comm_stats
+        clean, robust, monitor = evaluated.clean, evaluated.robust, evaluated.monitor
         return EpochRecord(
             epoch=epoch + 1,
             step=self.updater.step,
@@ -241,9 +245,11 @@ class Training:
             update=trained.update,
             evaluation=evaluated.cost,
             density=self.costs.density,
-            clean_accuracy=evaluated.clean,
-            robust_accuracy=evaluated.robust,
-            monitor_accuracy=evaluated.monitor,
+            clean_accuracy=None if clean is None else clean.fraction,
+            robust_accuracy=None if robust is None else robust.fraction,
+            robust_loss=None if robust is None or not math.isfinite(robust.loss or 0.0) else robust.loss,
+            train_accuracy=trained.correct / trained.images,
+            monitor_accuracy=None if monitor is None else monitor.fraction,
             undone_accuracy=undone,
             bytes_sent=None if sent is None else sent.bytes_sent,
             bytes_dense=None if sent is None else sent.bytes_dense,
@@ -346,7 +352,7 @@ def train(
             the choice of the best epoch and for the overfitting monitor.
         folder: where to write records, weights and state, see `sparse_adv.runs`; None to write nothing.
         before: cost of the ticket search that the run builds on.
-        hook: a method that changes the network in the course of training; `methods.train` passes its own.
+        hook: a method that changes the network in the course of training; see `methods.SparseTraining`.
         on_epoch: called with the record of each epoch after it is saved; if it returns True, training ends. Epochs of
             an earlier call come first.
         on_step: called after each update with the number of updates so far.

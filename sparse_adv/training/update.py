@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import engine
 from sparse_adv.attacks import Graphs
+from sparse_adv.attacks.checks import is_correct
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
@@ -29,6 +31,8 @@ class Updated(NamedTuple):
 
     loss: Tensor
     """A scalar on the device."""
+    correct: Tensor
+    """Number of images, as they were crafted, that the model classified correctly; an int64 scalar on the device."""
     passes: Passes
     """Those that it took."""
     new_costs: bool
@@ -61,6 +65,7 @@ class Updater:
         step: number of updates made.
         trained: what the loss calls in place of the model.
         evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
+        image_shape: shape [1, C, H, W] of an image; None before the first batch.
         comm_stats: bytes of gradients that this process has sent; None in a run of one process.
     """
 
@@ -92,14 +97,16 @@ class Updater:
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.evaluated = model if self.ema is None else self.ema.module
         self.trained: nn.Module = _Fused(model) if config.engine else model
+        self.image_shape: tuple[int, ...] | None = None
         self.comm_stats: CommStats | None = None
 
     def prepare(self, x: Tensor) -> None:
-        """Set up the averaging of gradients over processes, before the first update; nothing with one process.
+        """Before an update: note the shape of its images; before the first, set up averaging gradients over processes.
 
         Args:
             x: a batch from `to_device`, of which only shape, dtype and memory layout matter.
         """
+        self.image_shape = (1, *x.shape[1:])
         if distributed.world_size() > 1 and self.comm_stats is None:
             with self.autocast():
                 self.trained, self.comm_stats = _average_gradients(self.trained, x)
@@ -135,7 +142,7 @@ class Updater:
             if collect:
                 collecting = dense_gradients(self.model)
             with self._perturbed(objective, x, adv, y), collecting as gradients:
-                with self.autocast():
+                with self.autocast(), _counting_correct(self.trained, adv, y) as correct:
                     loss = objective.loss(self.trained, x, adv, y)
                 self.scaler.scale(loss).backward()
             if config.max_grad_norm:
@@ -148,7 +155,7 @@ class Updater:
                 self.ema.follow(self.model, self.step)
             self.step += 1
             new_costs = hook.after_update(self.step, gradients)
-        return Updated(loss.detach(), self._passes(objective, collect), new_costs)
+        return Updated(loss.detach(), correct[-1], self._passes(objective, collect), new_costs)
 
     def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
         """Those of an update with this objective; AWP forms the gradients of kept weights once more."""
@@ -241,3 +248,19 @@ def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataPara
         wrapped(torch.zeros_like(x)).sum().backward()
     model.zero_grad()
     return wrapped, register_masked_allreduce_hook(wrapped)
+
+
+@contextmanager
+def _counting_correct(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[list[Tensor]]:
+    """Collect how many of these images each forward pass on them classifies as their labels, while the block runs."""
+    correct: list[Tensor] = []
+
+    def count(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        if inputs[0] is images:
+            correct.append(is_correct(logits.detach(), labels).sum())
+
+    handle = model.register_forward_hook(count)
+    try:
+        yield correct
+    finally:
+        handle.remove()

@@ -1,9 +1,9 @@
-"""Splits and data sets: holding images out and moving between devices."""
+"""Splits and data sets: holding images out, taking a share of them, and moving between devices."""
 
 import pytest
 import torch
 
-from sparse_adv.data import Dataset, Split, hold_out
+from sparse_adv.data import Dataset, Split, hold_out, stratified
 
 
 def numbered(count: int) -> Split:
@@ -28,3 +28,20 @@ def test_all_splits_of_a_data_set_move_to_a_device():
     dataset = Dataset(*(numbered(count) for count in (4, 2, 3)), classes=103, name="numbers").to("meta")
     assert {tensor.device.type for split in dataset[:3] for tensor in split} == {"meta"}
     assert (dataset.classes, dataset.name, dataset.input_shape) == (103, "numbers", (1, 1, 1))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5])
+def test_a_share_has_the_same_fraction_of_each_class_and_follows_the_seed(share):
+    labels = torch.tensor([0] * 40 + [1] * 8 + [3])
+    split = Split(torch.arange(49, dtype=torch.uint8).view(49, 1, 1, 1), labels)
+    chosen, again, other = (stratified(split, share, seed) for seed in (0, 0, 1))
+    counts = {label: max(1, round(share * count)) for label, count in ((0, 40), (1, 8), (3, 1))}
+    assert {label: int((chosen.labels == label).sum()) for label in counts} == counts
+    assert chosen.labels.equal(labels[chosen.images.flatten().long()])
+    assert chosen.images.equal(again.images) and not chosen.images.equal(other.images)
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan")])
+def test_a_share_outside_of_its_range_is_refused(share):
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got "):
+        stratified(Split(torch.zeros(4, 1, 1, 1), torch.arange(4)), share)

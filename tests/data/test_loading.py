@@ -65,3 +65,11 @@ def test_a_path_without_a_data_set_raises_an_error_that_lists_the_formats(tmp_pa
     for path in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(ValueError, match=r"supported format: cifar-10-batches-py or .*a subfolder of images"):
             data.load(path)
+
+
+def test_a_share_leaves_the_validation_images_as_they_are_and_takes_none_of_them():
+    everything, few = data.load("digits", seed=3), data.load("digits", share=0.25, seed=3)
+    assert few.validation.images.equal(everything.validation.images)
+    assert few.test.images.equal(everything.test.images)
+    assert few.train.images.equal(data.stratified(everything.train, 0.25, 3).images)
+    assert len(few.train.labels) == pytest.approx(len(everything.train.labels) / 4, abs=10)

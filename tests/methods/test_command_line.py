@@ -43,12 +43,27 @@ def test_a_method_trains_and_its_run_is_read_by_the_other_commands(out, tmp_path
     ("more", "message"),
     [
         (["--density", "0.3"], "--density is a setting of a method: name one with --method"),
-        (["--method", "rigle"], "method must be one of none, static, flying-bird, rigl, set, gmp, got 'rigle'"),
+        (
+            ["--method", "rigle"],
+            "method must be one of none, static, flying-bird, flying-bird-plus, rigl, set, gmp, got 'rigle'",
+        ),
         (["--method", "gmp", "--density", "2"], "density must be in [0, 1], got 2.0"),
         (["--method", "set", "--block", "0,4"], "block must be 2 or 4 positive integers"),
+        (["--method", "rigl", "--adapt-from", "0.5"], "adapt_from is a setting of method 'flying-bird-plus'"),
         (["--method", "set", "--ticket", "x"], "--method set makes its own masks: leave out --ticket"),
     ],
 )
 def test_wrong_flags_are_refused_and_no_folder_is_made(tmp_path, capsys, more, message):
     assert train(tmp_path / "run", *more) != 0
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_flying_bird_plus_needs_an_attack(tmp_path, capsys):
+    method = ["--method", "flying-bird-plus", "--density", "0.4", "--interval", "1", "--adapt-from", "0.1"]
+    assert train(tmp_path / "run", *method) == 0
+    run = runs.read(tmp_path / "run")
+    assert run.info.method.adapt_from == 0.1 and all(each.robust_loss > 0 for each in run.records)
+    capsys.readouterr()
+    assert train(tmp_path / "natural", *method, "--objective", "natural") != 0
+    assert "objective must have an attack for method 'flying-bird-plus'" in capsys.readouterr().err
+    assert not (tmp_path / "natural").exists()

@@ -179,3 +179,19 @@ def test_more_steps_restarts_and_early_stop_never_raise_the_accuracy(model):
     for budgets in ([{"steps": n} for n in (1, 3, 9)], [{"steps": 3, "restarts": n} for n in (1, 2, 8)]):
         fractions = [training.robust_accuracy(model, VALIDATION, **attack, **budget).fraction for budget in budgets]
         assert fractions == sorted(fractions, reverse=True) and fractions[-1] < 1
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_every_image_is_attacked_where_the_loss_is_measured(model, at_once, monkeypatch):
+    monkeypatch.setattr(evaluation, "reads_at_once", lambda device: at_once)
+    x, y = data.to_unit(VALIDATION.images), VALIDATION.labels
+    options = {"eps": 0.2, "steps": 3, "seed": 4}
+    measured = training.robust_accuracy(model, VALIDATION, **options, every_image=True)
+    noise = torch.Generator().manual_seed(training.distributed.own_seed(4))
+    logits = model(attacks.pgd(model, x, y, eps=0.2, alpha=0.05, steps=3, generator=noise)).detach()
+    assert measured.loss == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-5)
+    right = (logits.argmax(1) == y) & (model(x).argmax(1) == y)
+    assert measured.fraction == pytest.approx(float(right.float().mean()))
+    assert (measured.forward, measured.backward) == (5 * len(y), 3 * len(y))
+    twice = training.robust_accuracy(model, VALIDATION, **options, restarts=2, every_image=True)
+    assert twice.loss > measured.loss and training.robust_accuracy(model, VALIDATION, **options).loss is None

@@ -25,6 +25,18 @@ def test_every_objective_learns_an_easy_task(objective):
     assert records[-1].loss < records[0].loss
 
 
+@pytest.mark.parametrize("objective", training.OBJECTIVES)
+@pytest.mark.parametrize("engine", [True, False])
+def test_the_training_accuracy_is_that_of_the_images_of_the_updates(objective, engine):
+    """Without a perturbation and with learning rate 0 it is the accuracy in training mode, batch by batch."""
+    config = replace(QUICK, objective=objective, epochs=1, lr=0.0, eps=0.0, alpha=0.0, replays=2, engine=engine)
+    model, images = network(), list(batches())
+    (record,) = training.train(model, images, config)
+    model.train()
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in images)
+    assert 0 < right < 96 and record.train_accuracy == right / 96
+
+
 def test_records_count_epochs_updates_and_costs():
     seen = []
     records = training.train(

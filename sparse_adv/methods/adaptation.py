@@ -1,0 +1,73 @@
+"""How Flying Bird+ lets the density follow the training: by the generalisation gap and the validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from sparse_adv.runs import EpochRecord
+
+WINDOW = 4
+"""Changes from one evaluated epoch to the next that are looked at."""
+LEAST_SHARE = 0.5
+"""Fraction of them that has to rise."""
+MORE_DROPPED, MORE_GROWN = 0.4, 0.05
+"""What is then dropped, or grown, beyond what Flying Bird drops and grows, as a fraction of that."""
+
+
+class Adaptation:
+    """Says at each change of the masks whether to drop or to grow more blocks.
+
+    The gap is the accuracy on the adversarial images of the updates less the robust validation accuracy, the loss is
+    the one on the validation images under attack. Each is compared with its value at the evaluation before. If at least
+    half of the last four differences of the gap are positive, 0.4 times as many blocks more are dropped; if at least
+    half of those of the loss are, 0.05 times as many more are grown. The two are independent, both can apply.
+    With fewer than four differences those count that there are, and without any nothing changes.
+
+    Attributes:
+        gaps, losses: of the last five evaluated epochs.
+
+    Source: Chen et al., "Sparsity winning twice" (ICLR 2022), section 3 (Flying Bird+), with the numbers of its code,
+    which counts an equal loss as a rising one.
+
+    Examples:
+        >>> adaptation = Adaptation()
+        >>> adaptation.gaps, adaptation.losses = [0.1, 0.2, 0.3], [1.0, 0.9, 0.8]
+        >>> adaptation.more_dropped, adaptation.more_grown
+        (0.4, 0.0)
+    """
+
+    def __init__(self) -> None:
+        self.gaps: list[float] = []
+        self.losses: list[float] = []
+
+    def observe(self, record: EpochRecord) -> None:
+        """Note the values of an epoch; one without evaluation leaves everything as it is."""
+        if record.train_accuracy is None or record.robust_accuracy is None or record.robust_loss is None:
+            return
+        self.gaps = [*self.gaps, record.train_accuracy - record.robust_accuracy][-WINDOW - 1 :]
+        self.losses = [*self.losses, record.robust_loss][-WINDOW - 1 :]
+
+    @property
+    def more_dropped(self) -> float:
+        """What to drop in addition, as a fraction of what Flying Bird drops."""
+        return MORE_DROPPED if _rises(self.gaps) else 0.0
+
+    @property
+    def more_grown(self) -> float:
+        """What to grow in addition, as a fraction of what Flying Bird grows."""
+        return MORE_GROWN if _rises(self.losses) else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continued run needs."""
+        return {"gaps": self.gaps, "losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from this state."""
+        self.gaps, self.losses = list(state["gaps"]), list(state["losses"])
+
+
+def _rises(values: Sequence[float]) -> bool:
+    changes = [after > before for before, after in pairwise(values)]
+    return bool(changes) and sum(changes) >= LEAST_SHARE * len(changes)

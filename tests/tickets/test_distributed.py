@@ -1,0 +1,69 @@
+"""Two processes find the same ticket, and continue a stopped search bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from torch import nn
+
+from sparse_adv import tickets
+from sparse_adv.tickets import PruneConfig
+
+CONFIG = replace(QUICK, objective="fgsm-rs", epochs=2)
+PRUNING = {
+    "rewound": PruneConfig(density=0.3, rounds=2, rewind_step=2),
+    "kept": PruneConfig(density=0.3, rounds=2, keep_weights=True, half_resolution=True),
+}
+
+
+class Stop(Exception):
+    pass
+
+
+def pooled_network() -> nn.Module:
+    *layers, _, _ = network(channels=8)
+    torch.manual_seed(1)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
+def search(rank, pruning, folder, stop_at=None):
+    def on_epoch(record):
+        if record.epoch == stop_at:
+            raise Stop
+
+    images = Batches(TRAIN, 32, rank=rank, world_size=2)
+    options = {"validation": VALIDATION, "folder": folder, "on_epoch": on_epoch}
+    return tickets.search(pooled_network(), images, CONFIG, pruning, **options)
+
+
+def work(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    results = {}
+    for name, pruning in PRUNING.items():
+        whole = search(rank, pruning, folder / name)
+        try:
+            search(rank, pruning, folder / f"{name}_stopped", stop_at=3)
+        except Stop:
+            continued = search(rank, pruning, folder / f"{name}_stopped")
+        results[name] = [(ticket.masks, ticket.state_dict) for ticket in (whole, continued)]
+    torch.save(results, folder / f"rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(work, args=(folder,), nprocs=2)
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("pruning", PRUNING)
+def test_both_processes_have_the_ticket_and_a_stopped_search_finds_it_too(ranks, pruning):
+    (masks, weights), *others = [ticket for rank in ranks for ticket in rank[pruning]]
+    assert len(others) == 3 and all(mask.any() and not mask.all() for mask in masks.values())
+    for other_masks, other_weights in others:
+        assert equal_states(masks, other_masks) and equal_states(weights, other_weights)
