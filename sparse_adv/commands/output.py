@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ def print_error(text: str, consequence: bool = False) -> None:
             process has printed an error.
     """
     if not _was_printed(text, consequence):
-        print(f"sparse-adv: {text}", file=sys.stderr)
+        with suppress(OSError):  # a full disk: there is no place left to say so
+            print(f"sparse-adv: {text}", file=sys.stderr, flush=True)
 
 
 def _was_printed(text: str, consequence: bool) -> bool:

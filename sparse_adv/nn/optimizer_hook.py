@@ -11,8 +11,9 @@ The gradient of a masked layer is exactly 0 where the mask is false, but others 
 calls `F.linear(x, self.qkv.weight)`, a regulariser of the loss. So a hook on the weight masks each gradient as it
 arrives, before it is clipped or exchanged between processes, unless the layer's op alone has formed it.
 
-Two optimisers are not element-wise and move pruned weights: `LBFGS`, by its history of steps before a mask changed, and
-`Muon`, by products of matrices. After each of their steps the weights are set to zero again.
+Some optimisers are not element-wise and move pruned weights: `LBFGS`, by its history of steps before a mask changed,
+`Muon`, by products of matrices, others by averages with older weights. So after each step of one that is not known to
+be element-wise the weights are set to zero again.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_adv.ops.masked_conv2d_gradients import is_masked
 
-_MIXING = tuple(getattr(torch.optim, name) for name in ("LBFGS", "Muon") if hasattr(torch.optim, name))
+_ELEMENTWISE = {
+    kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and name not in ("Optimizer", "LBFGS", "Muon")
+}
 
 _masks = WeakTensorKeyDictionary()
 """The mask of each masked weight. A changed mask is a new tensor, so that masks can be told apart by identity."""
@@ -124,7 +129,7 @@ def _install_hook() -> None:
     def after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         settled = _settled[optimizer][1] if optimizer in _settled else {}
         for weight, (mask, _) in list(settled.items()):
-            if isinstance(optimizer, _MIXING):
+            if type(optimizer) not in _ELEMENTWISE:
                 _zero_outside(mask, [weight])
             settled[weight] = mask, version_of(weight)
 

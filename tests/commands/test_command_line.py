@@ -212,6 +212,7 @@ def test_a_reader_that_has_ended_ends_the_command_without_a_word(ticket_file):
 def test_a_full_standard_output_is_named(ticket_file):
     told = run_in_a_shell('sparse-adv explain "$1" >/dev/full', str(ticket_file))
     assert (told.returncode, told.stderr) == (2, "sparse-adv: error: No space left on device: the standard output\n")
+    assert run_in_a_shell("sparse-adv explain nowhere 2>/dev/full").returncode == 2
 
 
 def test_what_a_terminal_cannot_show_is_escaped(ticket_file, tmp_path):

@@ -274,6 +274,32 @@ def test_a_compiled_step_obeys_a_change_in_the_middle_of_training(model, name, c
     assert_nothing_outside_the_masks(model, optimizer)
 
 
+class Lookahead(torch.optim.SGD):
+    """Every second step goes half of the way from older weights, which have none of the new mask's zeros."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, 0.1)
+        self.slow = [parameter.detach().clone() for parameter in self.param_groups[0]["params"]]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        super().step(closure)
+        self.steps += 1
+        for fast, slow in zip(self.param_groups[0]["params"], self.slow, strict=True) if self.steps % 2 == 0 else ():
+            fast.copy_(slow.lerp_(fast, 0.5))
+
+
+def test_an_optimiser_that_averages_with_older_weights(model):
+    optimizer = Lookahead(model.parameters())
+    masks = prune(model, 0.3)
+    sparsify(model, masks, optimizer=optimizer)
+    for _ in range(4):
+        model(torch.rand(2, 2, 8, 8)).sum().backward()
+        optimizer.step()
+        assert all(not model.get_submodule(name).weight[~mask].any() for name, mask in masks.items())
+
+
 def test_a_weight_written_between_two_steps_is_zeroed_at_the_next(model):
     """As by a swap with averaged weights, or by Lookahead."""
     sparsify(model, prune(model, 0.5))

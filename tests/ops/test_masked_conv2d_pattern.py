@@ -151,7 +151,11 @@ def test_a_pattern_may_be_an_argument_of_compiled_and_exported_code(name):
 
 BAD = {
     "no tensor": ({"mask": [True]}, TypeError, "mask must be a bool tensor .*, got list"),
-    "sparse": ({"mask": torch.ones(2, 2, 1, 1, dtype=torch.bool).to_sparse()}, TypeError, "mask must be a dense tensor"),
+    "sparse": (
+        {"mask": torch.ones(2, 2, 1, 1, dtype=torch.bool).to_sparse()},
+        TypeError,
+        "mask must be a dense tensor",
+    ),
     "numbers": ({"mask": torch.ones(2, 2, 1, 1)}, TypeError, "mask must be a bool tensor .*, got torch.float32"),
     "dimensions": (
         {"mask": torch.ones(2, 2).bool()},
