@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_adv.kernels.layout import output_like
 from sparse_adv.ops import reference
-from sparse_adv.ops.arguments import check_flag, check_number, check_tensors
+from sparse_adv.ops.arguments import check_flag, check_number, check_tensors, overlaps_itself
 from sparse_adv.ops.gate import empty_gate
 from sparse_adv.ops.transforms import is_transformed
 
@@ -107,6 +107,10 @@ def _check_arguments(input: Tensor, residual: Tensor | None, vectors: dict[str, 
             raise ValueError(
                 f"{name} must be floating, of shape {list(input.shape[1:2])}, got {vectors[name].dtype} of shape "
                 f"{tuple(vectors[name].shape)}"
+            )
+        if overlaps_itself(vectors[name]):
+            raise ValueError(
+                f"{name} is written: its elements must not share memory, got strides {vectors[name].stride()}"
             )
 
 

@@ -192,6 +192,8 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
     """
     block4 = check_block(block)
     check_mask(mask)
+    if mask.is_meta:
+        raise ValueError("mask must have values, got one on the meta device")
     if not is_integer(groups) or groups < 1 or mask.shape[0] % groups:
         raise ValueError(f"groups must divide the mask's {mask.shape[0]} output channels, got {shortened(groups)}")
     check_obeys(mask, block)

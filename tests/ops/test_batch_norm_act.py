@@ -158,6 +158,11 @@ BAD = {
     "one value": ({"input": torch.zeros(1, 3, 1, 1)}, ValueError, r"more than one value per channel.* \(1, 3, 1, 1\)"),
     "weight": ({"weight": torch.zeros(4)}, RuntimeError, r"weight must have size \[3\], got \[4\]"),
     "bias": ({"bias": torch.zeros(3).int()}, RuntimeError, "bias must be float64, float32"),
+    "statistics that share memory": (
+        {"running_var": torch.ones(1).expand(3)},
+        ValueError,
+        r"running_var is written: .* got strides \(0,\)",
+    ),
     "residual's size": (
         {"residual": torch.zeros(2, 3, 4)},
         RuntimeError,

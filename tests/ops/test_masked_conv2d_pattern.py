@@ -156,6 +156,11 @@ BAD = {
         TypeError,
         "mask must be a dense tensor",
     ),
+    "no values": (
+        {"mask": torch.ones(2, 2, 1, 1, dtype=torch.bool, device="meta")},
+        ValueError,
+        "mask must have values",
+    ),
     "numbers": ({"mask": torch.ones(2, 2, 1, 1)}, TypeError, "mask must be a bool tensor .*, got torch.float32"),
     "dimensions": (
         {"mask": torch.ones(2, 2).bool()},
