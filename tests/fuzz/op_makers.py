@@ -178,8 +178,8 @@ def max_pool2d_grad_input_out(rng: random.Random) -> Call:
     def results(before: Arguments, after: Arguments, _: Any) -> Results:
         rows, cols = before["size"]
         expected = torch.zeros_like(before["out"], dtype=torch.float64, memory_format=torch.contiguous_format)
-        chosen = F.one_hot(before["index"].long(), 256)[..., : rows * cols].unflatten(4, (rows, cols))
-        _pooled(expected, (rows, cols)).copy_(chosen * before["grad"].double()[..., None, None])
+        chosen = F.one_hot(before["index"].long(), 256)[..., : rows * cols].unflatten(4, (rows, cols)).bool()
+        _pooled(expected, (rows, cols)).copy_(before["grad"].double()[..., None, None].where(chosen, 0))
         gate, residual = before["gate"], wide(before["residual"])
         passes = None if gate is None else ops.gate_to_bool(gate, before["out"])
         return {"out": (after["out"], reference.pointwise(expected, residual=residual, gate=passes))}
