@@ -50,7 +50,7 @@ def number(name: str, value: str | float) -> float:
     try:
         if not isinstance(value, bool):  # YAML's "yes" and "on"
             return float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ArithmeticError):
         pass
     raise ArgumentTypeError(f"{name} must be a number or a fraction such as 8/255, got {value!r}")
 
@@ -60,7 +60,7 @@ def integer(name: str, value: str | int) -> int:
     try:
         if isinstance(value, str) or (value == int(value) and not isinstance(value, bool)):
             return int(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, ArithmeticError):
         pass
     raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
 

@@ -221,6 +221,7 @@ def test_a_runs_own_config_continues_it(trained, capsys):
         ("epochs: many\n", "whole number, got 'many'"),
         ("epochs: yes\n", "whole number, got True"),
         ("epochs: .inf\n", "whole number, got inf"),
+        ("lr: 1" + "0" * 400 + "\n", "a fraction such as 8/255, got 1000"),
         ("lr: on\n", "a fraction such as 8/255, got True"),
         ("1: 2\n", "run.yaml: Key must be a string"),
         ("objective: fgms\n", f"objective must be one of {', '.join(OBJECTIVES)}, got 'fgms'"),
