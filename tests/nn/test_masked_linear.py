@@ -227,6 +227,11 @@ def test_distributed_data_parallel_ignores_the_masks(x, tmp_path):
         wrapped = DistributedDataParallel(network())
         assert {"0.weight_mask", "2.weight_mask"} <= wrapped.parameters_to_ignore
         wrapped(x).sum().backward()
+        teacher = [network()]  # in a list, so that it is not a part of the module that calls it
+        student = nn.Linear(10, 3)
+        student.register_forward_hook(lambda module, inputs, output: output - teacher[0](inputs[0]).mean())
+        wrapped = DistributedDataParallel(student)
+        wrapped(x).sum().backward()
         del wrapped  # freed after its group it would wait, with the GIL held, for threads that may want the GIL
     finally:
         torch.distributed.destroy_process_group()
