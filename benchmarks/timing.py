@@ -79,5 +79,5 @@ def _by_events(side: Side) -> float:
 
 
 def _quantiles(seconds: list[float]) -> Times:
-    fifths = statistics.quantiles(seconds, n=5)
+    fifths = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else 4 * seconds
     return Times(statistics.median(seconds), fifths[0], fifths[3])

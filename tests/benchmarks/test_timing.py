@@ -20,3 +20,7 @@ def test_quantiles_of_the_times(monkeypatch):
     times = timing.interleaved({"ours": lambda: None}, rounds=9)["ours"]
     assert times == Times(median=5.0, q20=2.0, q80=8.0)
     assert times.spread == pytest.approx(6.0 / 5.0)
+
+
+def test_one_round_has_no_spread():
+    assert timing.interleaved({"ours": lambda: None}, rounds=1)["ours"].spread == 0
