@@ -96,13 +96,15 @@ def batch_norm_act(
 
 
 def _check_arguments(input: Tensor, residual: Tensor | None, vectors: dict[str, Tensor]) -> None:
-    """Check what the op cannot: types, and the running statistics, which it does not get."""
-    check_tensors(input=input, **vectors, **({} if residual is None else {"residual": residual}))
+    """Check what the op cannot: types, devices, and the running statistics, which it does not get."""
+    others = vectors if residual is None else vectors | {"residual": residual}
+    check_tensors(input=input, **others)
+    for name, tensor in others.items():
+        if tensor.device != input.device:
+            raise ValueError(f"{name} is on {tensor.device}, input on {input.device}")
     for name in ("running_mean", "running_var"):
         if name not in vectors:
             continue
-        if vectors[name].device != input.device:
-            raise ValueError(f"{name} is on {vectors[name].device}, input on {input.device}")
         if not vectors[name].is_floating_point() or vectors[name].shape != input.shape[1:2]:
             raise ValueError(
                 f"{name} must be floating, of shape {list(input.shape[1:2])}, got {vectors[name].dtype} of shape "
