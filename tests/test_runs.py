@@ -124,3 +124,8 @@ def test_what_a_training_run_begins_with_is_read_back(tmp_path):
     info = runs.read(tmp_path).info
     assert (info.kind, info.train, info.world_size) == ("train", TrainConfig(epochs=2), 3)
     assert (info.before, info.method) == (before, method)
+
+
+def test_a_run_is_of_one_process_unless_said_otherwise():
+    info = RunInfo("train", TrainConfig())
+    assert (info.world_size, info.density, info.before, info.extended) == (1, DENSE, Cost(), ())
