@@ -116,6 +116,10 @@ def test_the_bounds_of_a_fraction_are_allowed(distance):
     assert PruneConfig(early_stop_distance=distance).early_stop_distance == distance
 
 
+def test_the_least_number_of_images_is_allowed():
+    assert DataConfig(limit=1).limit == DataConfig(batch_size=1).batch_size == 1
+
+
 @pytest.mark.parametrize("kind", [TrainConfig, PruneConfig, DataConfig, MethodConfig])
 def test_a_configuration_cannot_be_changed(kind):
     config = kind()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import output_like
+from sparse_adv.kernels.tensor_checks import FLOATING
 from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import check_flag, check_number, check_tensors, overlaps_itself
 from sparse_adv.ops.gate import empty_gate
@@ -105,10 +106,10 @@ def _check_arguments(input: Tensor, residual: Tensor | None, vectors: dict[str, 
     for name in ("running_mean", "running_var"):
         if name not in vectors:
             continue
-        if not vectors[name].is_floating_point() or vectors[name].shape != input.shape[1:2]:
+        if vectors[name].dtype not in FLOATING or vectors[name].shape != input.shape[1:2]:
             raise ValueError(
-                f"{name} must be floating, of shape {list(input.shape[1:2])}, got {vectors[name].dtype} of shape "
-                f"{tuple(vectors[name].shape)}"
+                f"{name} must be floating of 16 bits or more, of shape {list(input.shape[1:2])}, got "
+                f"{vectors[name].dtype} of shape {tuple(vectors[name].shape)}"
             )
         if overlaps_itself(vectors[name]):
             raise ValueError(
