@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 
 
 def rates(config: TrainConfig, steps: range, steps_per_epoch: int = 1) -> list[float]:
@@ -109,6 +109,23 @@ def test_beta_and_alpha_have_defaults_of_their_objective():
     assert TrainConfig("fgsm-rs-cs").second_weight == 1
     assert TrainConfig("trades", beta=0).second_weight == 0
     assert [round(255 * TrainConfig(name).step_size, 6) for name in ("mart", "fgsm-rs", "nu-at")] == [2, 10, 8]
+
+
+@pytest.mark.parametrize("distance", [0, 1])
+def test_the_bounds_of_a_fraction_are_allowed(distance):
+    assert PruneConfig(early_stop_distance=distance).early_stop_distance == distance
+
+
+def test_the_least_number_of_images_is_allowed():
+    assert DataConfig(limit=1).limit == DataConfig(batch_size=1).batch_size == 1
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, PruneConfig, DataConfig, MethodConfig])
+def test_a_configuration_cannot_be_changed(kind):
+    config = kind()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(config)[0].name, None)
+    assert config == kind()
 
 
 @pytest.mark.parametrize("config", [TrainConfig(milestones=(0.1, 0.9)), PruneConfig(block=(4, 1)), DataConfig(limit=9)])

@@ -7,7 +7,7 @@ import pytest
 from helpers.run_folders import epoch_record
 
 from sparse_adv import json_files, runs
-from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.runs import DENSE, Cost, Density, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 
 INFO = RunInfo(
@@ -116,3 +116,16 @@ def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no run\.json"):
         runs.read(tmp_path)
+
+
+def test_what_a_training_run_begins_with_is_read_back(tmp_path):
+    method, before = MethodConfig("rigl", density=0.5), Cost(1.5, 7)
+    runs.begin_training(tmp_path, TrainConfig(epochs=2), 3, before, method)
+    info = runs.read(tmp_path).info
+    assert (info.kind, info.train, info.world_size) == ("train", TrainConfig(epochs=2), 3)
+    assert (info.before, info.method) == (before, method)
+
+
+def test_a_run_is_of_one_process_unless_said_otherwise():
+    info = RunInfo("train", TrainConfig())
+    assert (info.world_size, info.density, info.before, info.extended) == (1, DENSE, Cost(), ())

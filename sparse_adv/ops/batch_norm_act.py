@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.kernels.layout import output_like
+from sparse_adv.kernels.tensor_checks import FLOATING
 from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import check_flag, check_number, check_tensors, overlaps_itself
 from sparse_adv.ops.gate import empty_gate
@@ -96,17 +97,19 @@ def batch_norm_act(
 
 
 def _check_arguments(input: Tensor, residual: Tensor | None, vectors: dict[str, Tensor]) -> None:
-    """Check what the op cannot: types, and the running statistics, which it does not get."""
-    check_tensors(input=input, **vectors, **({} if residual is None else {"residual": residual}))
+    """Check what the op cannot: types, devices, and the running statistics, which it does not get."""
+    others = vectors if residual is None else vectors | {"residual": residual}
+    check_tensors(input=input, **others)
+    for name, tensor in others.items():
+        if tensor.device != input.device:
+            raise ValueError(f"{name} is on {tensor.device}, input on {input.device}")
     for name in ("running_mean", "running_var"):
         if name not in vectors:
             continue
-        if vectors[name].device != input.device:
-            raise ValueError(f"{name} is on {vectors[name].device}, input on {input.device}")
-        if not vectors[name].is_floating_point() or vectors[name].shape != input.shape[1:2]:
+        if vectors[name].dtype not in FLOATING or vectors[name].shape != input.shape[1:2]:
             raise ValueError(
-                f"{name} must be floating, of shape {list(input.shape[1:2])}, got {vectors[name].dtype} of shape "
-                f"{tuple(vectors[name].shape)}"
+                f"{name} must be floating of 16 bits or more, of shape {list(input.shape[1:2])}, got "
+                f"{vectors[name].dtype} of shape {tuple(vectors[name].shape)}"
             )
         if overlaps_itself(vectors[name]):
             raise ValueError(

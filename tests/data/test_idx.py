@@ -52,6 +52,11 @@ def test_folders_of_torchvision_are_recognised_and_give_the_name(tmp_path, monke
     assert data.load(".").name == name
 
 
+def test_a_folder_further_up_does_not_give_the_name(tmp_path):
+    write(tmp_path / "fashion" / "numbers" / "raw")
+    assert data.load(tmp_path / "fashion" / "numbers").name == "mnist"
+
+
 def test_a_folder_with_two_data_sets_raises(tmp_path):
     for folder in ("MNIST/raw", "FashionMNIST/raw"):
         write(tmp_path / folder)

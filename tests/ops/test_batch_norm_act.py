@@ -157,7 +157,13 @@ BAD = {
     "integers": ({"input": like.int()}, RuntimeError, "input must be float64, float32, bfloat16 or float16"),
     "one value": ({"input": torch.zeros(1, 3, 1, 1)}, ValueError, r"more than one value per channel.* \(1, 3, 1, 1\)"),
     "weight": ({"weight": torch.zeros(4)}, RuntimeError, r"weight must have size \[3\], got \[4\]"),
+    "devices": ({"weight": torch.zeros(3, device="meta")}, ValueError, "weight is on meta, input on cpu"),
     "bias": ({"bias": torch.zeros(3).int()}, RuntimeError, "bias must be float64, float32"),
+    "statistics of 8 bits": (
+        {"running_var": torch.ones(3).to(torch.float8_e5m2)},
+        ValueError,
+        "16 bits or more, of shape",
+    ),
     "statistics that share memory": (
         {"running_var": torch.ones(1).expand(3)},
         ValueError,
