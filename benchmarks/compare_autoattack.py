@@ -4,7 +4,8 @@
 
 A RUN is a folder of `sparse-adv train`, dense or with masks, on 32 x 32 images. The images are the first test images
 that the network classifies correctly. torchattacks gets the network with its masks multiplied in, channels_last, which
-is what PyTorch alone can do with a ticket. After one image to warm up, each side attacks all of them `--rounds` times.
+is what PyTorch alone can do with a ticket, and the budgets of the reference: its own AutoAttack has 10 steps instead of
+100. After one image to warm up, each side attacks all of them `--rounds` times.
 """
 
 from __future__ import annotations
@@ -56,8 +57,14 @@ def sides(model: nn.Module, x: Tensor, y: Tensor, robust: dict[str, float]) -> d
         robust["ours"] = min(attack.result.accuracy.values())
 
     def theirs(images: int) -> None:
-        attack = torchattacks.AutoAttack(plain, norm="Linf", eps=EPS, seed=SEED)
-        adv = attack(x[:images].contiguous(memory_format=torch.channels_last), y[:images])
+        common = {"norm": "Linf", "eps": EPS, "seed": SEED}
+        members = [
+            torchattacks.APGD(plain, steps=100, **common),
+            torchattacks.APGDT(plain, steps=100, n_classes=10, **common),
+            torchattacks.FAB(plain, steps=100, multi_targeted=True, n_classes=10, **common),
+            torchattacks.Square(plain, n_queries=5000, **common),
+        ]
+        adv = torchattacks.MultiAttack(members)(x[:images], y[:images])  # its FAB takes no channels_last images
         with torch.no_grad():
             robust["torchattacks"] = float((plain(adv).argmax(1) == y[:images]).float().mean())
 
