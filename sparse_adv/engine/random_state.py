@@ -38,8 +38,10 @@ class KeptGenerators(TorchDispatchMode):
         self._cuda = torch.cuda.get_rng_state(self._gpu) if self._gpu else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._torch_drew |= torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # With a generator of the caller's own, the global one is not used.
+        self._torch_drew |= torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        return func(*args, **kwargs)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

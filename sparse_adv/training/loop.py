@@ -371,7 +371,7 @@ def train(
         >>> from sparse_adv import data
         >>> images = data.Split(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-        >>> records = train(model, data.Batches(images, 4), TrainConfig("fgsm", epochs=3, eps=0.1), validation=images)
+        >>> records = train(model, data.Batches(images, 4), TrainConfig("natural", epochs=3), validation=images)
         >>> [record.epoch for record in records], 0 <= records[-1].robust_accuracy <= 1
         ([1, 2, 3], True)
     """

@@ -33,6 +33,15 @@ def test_what_is_drawn_inside_is_undone_and_comes_again(name):
     assert draw() == first and draw() != first
 
 
+def test_a_generator_of_the_callers_own_is_no_global_one():
+    own = torch.Generator().manual_seed(0)
+    with KeptGenerators(torch.device("cpu")) as generators:
+        torch.rand(3, generator=own), torch.randperm(9, generator=own), torch.empty(3).normal_(generator=own)
+        assert not generators.drawn
+        torch.rand(3)
+        assert generators.drawn
+
+
 def test_other_threads_draw_the_numbers_that_they_would_alone():
     count, x = 3000, torch.rand(2, 3, 8, 8)
     torch.manual_seed(0)
