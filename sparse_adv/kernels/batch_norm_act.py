@@ -17,7 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.batch_norm_act_tiles import gate_places, gated_gradient, packed, places
+from sparse_adv.kernels.batch_norm_act_tiles import (
+    gate_places,
+    gated_gradient,
+    packed,
+    places,
+    tile_of_program,
+)
 from sparse_adv.kernels.layout import layout_of
 
 _TILE = 4096  # elements: with 8 warps each thread loads 16 bytes of each 16-bit tensor twice
@@ -300,12 +306,10 @@ def forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """A tile of the result, and its gate."""
-    index: tl.constexpr = tl.int64 if WIDE else tl.int32
     accumulate: tl.constexpr = mean.dtype.element_ty
-    group, first = (tl.program_id(0) % groups).to(index), (tl.program_id(0) // groups).to(index) * BLOCK_M
-    c = group * BLOCK_C + tl.arange(0, BLOCK_C)
-    q = first + tl.arange(0, BLOCK_M)
-    offsets, exist = places(q, c, positions, channels, rows, cols, padded, CHANNELS_LAST)
+    group, first, c, offsets, exist = tile_of_program(
+        positions, channels, rows, cols, padded, groups, CHANNELS_LAST, WIDE, BLOCK_M, BLOCK_C
+    )
     y = tl.load(input + offsets, exist, 0).to(accumulate) - tl.load(mean + c, c < channels, 0)[None, :]
     _, factor = factor_of(weight, var, c, channels, eps)
     y *= factor[None, :]
@@ -348,12 +352,10 @@ def backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """A tile of factor * (g - mean of g - xhat * mean of g * xhat), where xhat is the normalised input."""
-    index: tl.constexpr = tl.int64 if WIDE else tl.int32
     accumulate: tl.constexpr = mean.dtype.element_ty
-    group, first = (tl.program_id(0) % groups).to(index), (tl.program_id(0) // groups).to(index) * BLOCK_M
-    c = group * BLOCK_C + tl.arange(0, BLOCK_C)
-    q = first + tl.arange(0, BLOCK_M)
-    offsets, exist = places(q, c, positions, channels, rows, cols, padded, CHANNELS_LAST)
+    group, first, c, offsets, exist = tile_of_program(
+        positions, channels, rows, cols, padded, groups, CHANNELS_LAST, WIDE, BLOCK_M, BLOCK_C
+    )
     d = tl.load(input + offsets, exist, 0).to(accumulate) - tl.load(mean + c, c < channels, 0)[None, :]
     g = gated_gradient(
         *(grad, gate, offsets, exist, first, group, positions, channels, rows, padded), CHANNELS_LAST, BLOCK_M, BLOCK_C

@@ -21,6 +21,27 @@ def places(q, c, positions, channels, rows, cols, padded, CHANNELS_LAST: tl.cons
 
 
 @triton.jit
+def tile_of_program(
+    positions,
+    channels,
+    rows,
+    cols,
+    padded,
+    groups,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The tile of a program that has one: its column of tiles, its first position, its channels, and its `places`."""
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    group, first = (tl.program_id(0) % groups).to(index), (tl.program_id(0) // groups).to(index) * BLOCK_M
+    c = group * BLOCK_C + tl.arange(0, BLOCK_C)
+    offsets, exist = places(first + tl.arange(0, BLOCK_M), c, positions, channels, rows, cols, padded, CHANNELS_LAST)
+    return group, first, c, offsets, exist
+
+
+@triton.jit
 def gate_places(
     first,
     group,
