@@ -22,7 +22,8 @@ TargetFunction = Callable[[Tensor, Tensor], Tensor]
 class Attack(ABC):
     """An attack bound to a model: `adv = attack(images, labels)`.
 
-    A subclass says in `forward` what is computed, and in `supports_targets` whether the labels may be classes to reach.
+    A subclass computes the examples in `forward`, and sets `supports_targets` to False if labels cannot be classes to
+    reach.
 
     Args:
         model: maps images to logits [N, classes]; a module, or a plain function.

@@ -149,7 +149,7 @@ def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-"""The losses that attacks know by name."""
+"""The losses that can be chosen by name."""
 
 
 def takes_classes(loss: str | Loss) -> bool:

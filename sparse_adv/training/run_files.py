@@ -91,7 +91,7 @@ class RunFiles:
         try:
             self.identity = identity.check_continues(self.folder, state, self.config, self.identity, self.updater.model)
             records = self._load(path, state)
-            identity.tell_changes(self.folder, state["environment"], identity.environment(device))
+            identity.warn_of_changes(self.folder, state["environment"], identity.environment(device))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             raise damaged(path) from error
         if distributed.rank() == 0:
