@@ -2,7 +2,7 @@
 
 Each direction is three kernels: one that writes partial sums of some rows; a small one that adds these up in float64,
 in a fixed order and without atomics; and one that reads the images again and writes the result. All work on tiles
-[positions, channels]. channels_last images are such a matrix in memory. Of NCHW images a tile has one channel, whose
+[positions, channels]. channels_last images are such a matrix in memory. A tile of NCHW images has one channel, whose
 positions are the pixels of all images; for a gate, which has whole bytes in each row of the innermost dimension, rows
 are padded to a multiple of 8 positions.
 """
@@ -32,7 +32,7 @@ _BYTES_IN_ROW = 128  # of a tile of channels_last images: a cache line
 _SUMMED = 8192  # elements that a program sums at least
 _PROGRAMS = 512  # that sum large images: all of them are on a large GPU at once, and their partial sums are few
 _ADDENDS = 256  # that a thread adds up in the dtype of the arithmetic before the sums continue in float64
-_FOLDED = {"BLOCK_C": 8, "BLOCK_SPLITS": 256}  # partial sums of so many channels and programs are a tile
+_FOLDED = {"BLOCK_C": 8, "BLOCK_SPLITS": 256}  # channels and programs whose partial sums form a tile
 
 
 class _Tiles(NamedTuple):
@@ -42,7 +42,7 @@ class _Tiles(NamedTuple):
     """Of one channel, with padding."""
     channels: int
     rows: int
-    """Of one NCHW image, 1 if the gate does not end at their ends."""
+    """Of one NCHW image; 1 if the gate needs no whole bytes at the end of a row, so that an image is one row."""
     cols: int
     padded: int
     """Positions of a row."""
@@ -138,7 +138,7 @@ def backward(
         input, weight, mean, var, gate, eps: as in `forward`.
         grad_input: tensor like input that is written.
         grad_weight, grad_bias: tensors like mean that are written.
-        grad_residual: tensor like input that receives the gradient behind the gate, or None.
+        grad_residual: tensor like input that receives the gated gradient, or None.
     """
     tiles = _tiles_of(input, gate)
     channels, share = input.shape[1], input.shape[1] / input.numel()
@@ -184,7 +184,7 @@ def sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of g and of g * (input - mean) over `span` positions, where g is the gradient behind the gate."""
+    """Sums of g and of g * (input - mean) over `span` positions, where g is the gated gradient."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     accumulate: tl.constexpr = partial.dtype.element_ty
     group, split = (tl.program_id(0) % groups).to(index), (tl.program_id(0) // groups).to(index)

@@ -100,7 +100,7 @@ def gated_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of the gradient behind the gate, as it was loaded."""
+    """A tile of the gated gradient, in the dtype of `grad`."""
     g = tl.load(grad + offsets, exist, 0)
     if gate is not None:
         at, are = gate_places(first, group, positions, channels, rows, padded, CHANNELS_LAST, BLOCK_M, BLOCK_C)
