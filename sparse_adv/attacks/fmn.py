@@ -183,6 +183,10 @@ def distances(
     Returns:
         float tensor [N], in units of the images; the share of distances above eps is the robust accuracy at eps.
 
+    Raises:
+        TypeError: if model cannot be called.
+        ValueError: if norm is not "linf" or "l2".
+
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks
