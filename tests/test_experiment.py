@@ -58,6 +58,19 @@ def test_every_setting_of_a_network_reaches_its_architecture(dataset, ticket):
     assert experiment.build_network(NETWORK, five, 0, CPU)(torch.rand(1, 1, 8, 8)).shape == (1, 5)
 
 
+def test_every_setting_of_a_checkpoint_reaches_its_network(dataset, ticket):
+    found, _ = ticket
+    five = replace(found, state_dict=found.state_dict | {"fc.weight": torch.rand(5, 8), "fc.bias": torch.rand(5)})
+    loaded = experiment.load_network(NETWORK, dataset._replace(classes=5), five)
+    assert loaded(torch.rand(1, 1, 8, 8)).shape == (1, 5) and not loaded.training
+    assert loaded.normalize.mean.item() == pytest.approx(0.305)
+    bare = {name: value for name, value in found.state_dict.items() if not name.startswith("normalize")}
+    loaded = experiment.load_network(NETWORK, dataset, replace(found, state_dict=bare), "mnist")
+    assert loaded.normalize.mean.item() == pytest.approx(0.1307)
+    with pytest.raises(ValueError, match="does not fit"):
+        experiment.load_network(NetworkConfig("digits_cnn", 8), dataset, found)
+
+
 def test_a_search_counts_its_updates_and_describes_its_ticket(tmp_path, dataset):
     prune = PruneConfig(density=0.25, rounds=2, linear=False)
     run = experiment.SearchRun(tmp_path, TRAIN, prune, IMAGES, NETWORK, dataset, CPU)

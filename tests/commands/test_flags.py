@@ -227,6 +227,25 @@ def test_an_explanation_is_given_every_setting(reach, checkpoint):
     assert (asked["arch"], asked["width"]) == ("digits_cnn", 4)
 
 
+def test_defaults_are_those_that_were_published_or_announced():
+    paper = {"objective": "fgsm-rs", "epochs": 20, "lr": 0.05, "schedule": "constant", "weight_decay": 1e-4}
+    assert search.Options.train == TrainConfig(**paper) and search.Options.prune == PruneConfig()
+    assert search.Options.network == NetworkConfig("resnet18") and search.Options.data == DataConfig()
+    assert (train.Options.train, train.Options.method) == (TrainConfig(), MethodConfig())
+    measured = evaluate.Options
+    assert (measured.steps, measured.restarts, measured.weights, measured.split) == (20, 1, "best", "test")
+    assert (evaluate.BOUND_STEPS, evaluate.BOUND_RESTARTS, evaluate.CHECKED_IMAGES) == (50, 5, 64)
+    assert explain.Options.batch == 128
+    own = {field.name: field.default for field in fields(importlib.import_module("sparse_adv.commands.demo").Options)}
+    given = {name: each.default for name, each in inspect.signature(demo.run).parameters.items() if name != "out"}
+    assert {name: own[name] for name in given} == given
+    assert given == {"epochs": 12, "search_epochs": 6, "density": 0.1, "block": (1, 1), "seed": 0}
+    digits = {"epochs": 12, "lr": 0.2, "warmup_epochs": 3, "eps": 0.2}
+    cheap = {"objective": "fgsm-rs", "epochs": 6, "lr": 0.05, "warmup_epochs": 0, "schedule": "constant"}
+    assert TrainConfig(**digits) == demo.TRAINING and TrainConfig(**digits | cheap) == demo.SEARCH
+    assert DataConfig("digits", validation=300, batch_size=64) == demo.IMAGES
+
+
 def test_only_the_first_process_prints(monkeypatch, capsys):
     for rank, told in ((0, "a\n"), (1, "")):
         monkeypatch.setattr(output.distributed, "rank", lambda rank=rank: rank)
