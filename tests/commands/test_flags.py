@@ -12,7 +12,7 @@ import torch
 
 from sparse_adv import attacks, data, demo, experiment, masks, models, training
 from sparse_adv.__main__ import main
-from sparse_adv.commands import benchmark, evaluate, explain, networks, output, report, search, train
+from sparse_adv.commands import benchmark, evaluate, explain, networks, options, output, report, search, train
 from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.runs import TicketSource
 
@@ -244,6 +244,12 @@ def test_defaults_are_those_that_were_published_or_announced():
     cheap = {"objective": "fgsm-rs", "epochs": 6, "lr": 0.05, "warmup_epochs": 0, "schedule": "constant"}
     assert TrainConfig(**digits) == demo.TRAINING and TrainConfig(**digits | cheap) == demo.SEARCH
     assert DataConfig("digits", validation=300, batch_size=64) == demo.IMAGES
+
+
+def test_the_form_of_the_output_is_no_setting_of_a_run(tmp_path):
+    written = options.flat(train.Options(tmp_path, json=True, train=TrainConfig(milestones=(0.25,))))
+    assert "json" not in written and "config" not in written
+    assert written["milestones"] == [0.25] and written["out"] == str(tmp_path) and written["ticket"] is None
 
 
 def test_only_the_first_process_prints(monkeypatch, capsys):
