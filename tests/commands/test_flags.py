@@ -215,6 +215,13 @@ def test_a_conversion_is_given_every_setting(reach, checkpoint, tmp_path):
     assert asked["model"].conv1.out_channels == models.build("digits_cnn", width=4).conv1.out_channels
     written = reach(masks, "save_ticket", "convert", checkpoint, "x.safetensors", *flags(NETWORK))
     assert written["ticket"].provenance.items() >= NETWORK.items()
+    model = models.build("digits_cnn", width=4)
+    named = masks.Ticket(masks.prune(model, 0.5), model.state_dict(), {"arch": "another name", "seed": 7})
+    masks.save_ticket(tmp_path / "named.safetensors", named)
+    written = reach(
+        masks, "save_ticket", "convert", str(tmp_path / "named.safetensors"), "x.safetensors", *flags(NETWORK)
+    )
+    assert written["ticket"].provenance.items() >= (NETWORK | {"seed": 7}).items()
     for form in ("dense", "prune"):
         written = reach(masks, "save_pruned", "convert", checkpoint, str(tmp_path / "x.pt"), "--to", form)
         assert form in written.values() and tmp_path / "x.pt" in written.values()
