@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ def _places(
     lifetimes: Iterable[_Lifetime], buffers: Mapping[_Lifetime, Buffer], kernels: Kernels, device: torch.device
 ) -> Mapping[Value, Place]:
     return {
-        lifetime.value: partial(buffers[lifetime].tensor, lifetime.value.shape, kernels, device)
+        # A view takes longer to make than the call of a kernel.
+        lifetime.value: cache(partial(buffers[lifetime].tensor, lifetime.value.shape, kernels, device))
         for lifetime in lifetimes
     }
 

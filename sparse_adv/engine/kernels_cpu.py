@@ -1,4 +1,8 @@
-"""The arithmetic of the steps on a CPU: this library's masked convolution and pointwise op, oneDNN for the rest."""
+"""The arithmetic of the steps on a CPU: this library's masked convolution and pointwise op, oneDNN for the rest.
+
+The native ops are called without the checks of their functions in `sparse_adv.ops`, which took as long as a convolution
+of a few images: the operands are the engine's own buffers, on one device and without gradients.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ class CpuKernels(Kernels):
             return super().max_pool(x, size, index, place)
         out = place()
         index = torch.empty_like(out, dtype=torch.uint8) if index is None else index
-        ops.max_pool2d_out(x, size, out=out, index=index)
+        torch.ops.sparse_adv.max_pool2d_out(x, size, out, index)
         return out, index
 
     def max_pool_grad(
@@ -38,7 +42,8 @@ class CpuKernels(Kernels):
         if index.dtype != torch.uint8:
             return super().max_pool_grad(grad, index, size, shape, epilogue, place)
         out = place()
-        ops.max_pool2d_grad_input_out(grad, index, size, residual=epilogue.residual, gate=epilogue.gate, out=out)
+        operands = grad, index, size, epilogue.residual, epilogue.gate
+        torch.ops.sparse_adv.max_pool2d_grad_input_out(*operands, out)
         return out
 
     def pointwise(self, x: Tensor, epilogue: Epilogue, place: Place | None = None) -> Tensor:
@@ -47,7 +52,7 @@ class CpuKernels(Kernels):
         scale, bias = (None if vector is None else vector.to(x.dtype) for vector in (scale, bias))
         residual = None if residual is None else _as_images(residual)
         images, result = _as_images(x), _as_images(out)
-        ops.pointwise_out(images, scale, bias, residual, relu=relu, gate=gate, out=result, gate_out=gate_out)
+        torch.ops.sparse_adv.pointwise_out(images, scale, bias, residual, relu, gate, result, gate_out)
         return out
 
 
@@ -64,36 +69,18 @@ class MaskedConvolution(Convolution):
 
     def fold(self) -> None:
         super().fold()
-        self._pattern = ops.pack_pattern(self.layer.pattern, self.weight)
+        self._pattern = ops.pack_pattern(self.layer.pattern, self.weight).flatten()
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out = place()
-        ops.masked_conv2d_out(
-            x,
-            self.weight,
-            self._pattern,
-            self.bias,
-            *self.geometry,
-            self.layer.groups,
-            residual=epilogue.residual,
-            relu=epilogue.relu,
-            out=out,
-            gate=epilogue.gate_out,
-        )
+        operands = x, self.weight, self._pattern, self.bias, *self.geometry, self.layer.groups
+        torch.ops.sparse_adv.masked_conv2d_out(*operands, epilogue.residual, epilogue.relu, out, epilogue.gate_out)
         return out
 
     def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out = place()
-        ops.masked_conv2d_grad_input_out(
-            grad,
-            self.weight,
-            self._pattern,
-            *self.geometry,
-            self.layer.groups,
-            residual=epilogue.residual,
-            gate=epilogue.gate,
-            out=out,
-        )
+        operands = grad, self.weight, self._pattern, *self.geometry, self.layer.groups
+        torch.ops.sparse_adv.masked_conv2d_grad_input_out(*operands, epilogue.residual, epilogue.gate, out)
         return out
 
 

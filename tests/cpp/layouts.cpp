@@ -101,12 +101,6 @@ static bool check_store_accumulators(const Kernels& kernels, const Images& shape
   std::vector<int32_t> plane_of(shape.channels), positions(count);
   for (size_t k = 0; k < plane_of.size(); ++k) plane_of[k] = static_cast<int32_t>(k + (k > 1 ? 2 : 0));
   for (int64_t p = 0; p < count; ++p) positions[p] = static_cast<int32_t>(p % 2 ? channel_pitch - 1 - p : p);
-  const Accumulators accumulators{.data = data.data(),
-                                  .plane_of = plane_of.data(),
-                                  .channel_pitch = channel_pitch,
-                                  .first_pixel = first,
-                                  .pixel_count = count,
-                                  .positions = positions.data()};
   const std::vector<float> scale = numbers(shape.channels), bias = numbers(shape.channels), added = numbers(size);
   Epilogue<float> epilogue{.scale = affine ? scale.data() : nullptr,
                            .bias = affine ? bias.data() : nullptr,
@@ -114,7 +108,17 @@ static bool check_store_accumulators(const Kernels& kernels, const Images& shape
   Gates gates(activation, size, shape.channels_last ? shape.channels : row_size, shape.image_size);
   gates.activate(epilogue);
   std::vector<float> output(size, kUntouched);
-  kernels.store_accumulators(accumulators, epilogue, shape, output.data());
+  const int64_t middle = std::min<int64_t>(kernels.lanes, shape.channels);
+  for (const auto& [first_channel, last_channel] : {std::pair{middle, shape.channels}, std::pair{int64_t{0}, middle}})
+    kernels.store_accumulators({.data = data.data(),
+                                .plane_of = plane_of.data(),
+                                .channel_pitch = channel_pitch,
+                                .first_pixel = first,
+                                .pixel_count = count,
+                                .positions = positions.data(),
+                                .first_channel = first_channel,
+                                .last_channel = last_channel},
+                               epilogue, shape, output.data());
 
   std::vector<double> expected(size, kUntouched);
   for (int i = 0; i < shape.count; ++i)

@@ -96,15 +96,19 @@ struct WeightsAndInput {
 static bool check_accumulators(const Kernels& kernels, const WeightsAndInput& weights, int cols) {
   const int64_t lanes = kernels.lanes, row_pitch = (cols + 1) * lanes, plane = kTileVectors / cols * row_pitch;
   std::vector<float> accumulators((weights.channels - 1) * plane + plane - lanes, kUntouched);
-  const ConvTile tile{.cols = cols,
-                      .input = weights.input.data(),
-                      .input_row_pitch = weights.row_pitch,
-                      .accumulators = accumulators.data(),
-                      .acc_row_pitch = row_pitch,
-                      .acc_channel_pitch = plane,
-                      .output = nullptr};
+  // The first oc_block by itself, then the others.
   for (int64_t ic_block = 0; ic_block < WeightsAndInput::kIcBlocks; ++ic_block)
-    kernels.conv_tile(weights.packed(), ic_block, ic_block + 1, tile);
+    for (int64_t first : {0, 1})
+      kernels.conv_tile(weights.packed(), ic_block, ic_block + 1,
+                        {.cols = cols,
+                         .input = weights.input.data(),
+                         .input_row_pitch = weights.row_pitch,
+                         .accumulators = accumulators.data(),
+                         .acc_row_pitch = row_pitch,
+                         .acc_channel_pitch = plane,
+                         .output = nullptr,
+                         .first_oc_block = first,
+                         .last_oc_block = first == 0 ? 1 : WeightsAndInput::kOcBlocks});
 
   std::vector<double> expected(accumulators.size(), kUntouched);
   for (int64_t k = 0; k < weights.channels; ++k)
@@ -144,7 +148,9 @@ static bool check_output(const Kernels& kernels, const WeightsAndInput& weights,
                      .accumulators = accumulators.data(),
                      .acc_row_pitch = cols * lanes,
                      .acc_channel_pitch = kTileVectors * lanes,
-                     .output = &region});
+                     .output = &region,
+                     .first_oc_block = 0,
+                     .last_oc_block = WeightsAndInput::kOcBlocks});
 
   std::vector<double> expected(output.size(), kUntouched);
   for (int64_t k = 1; k < weights.channels; ++k)

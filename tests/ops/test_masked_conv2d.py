@@ -202,8 +202,9 @@ def in_threads(count: int, case: Case, pattern: Pattern) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 1), (1, 1, 3, 3)])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
-def test_results_are_the_same_for_every_number_of_threads_and_every_call(block, stride):
-    case = Case(33, 1, 21, 19, (17, 23), stride=stride, block=block).with_real_numbers()
+@pytest.mark.parametrize("sizes", [(33, 1, 21, 19), (3, 1, 40, 70), (5, 2, 24, 20)], ids=str)
+def test_results_are_the_same_for_every_number_of_threads_and_every_call(sizes, stride, block):
+    case = Case(*sizes, (17, 23), stride=stride, block=block).with_real_numbers()
     pattern = case.pattern("sparse")
     once = in_threads(1, case, pattern)
     for count in (1, 2, 3):

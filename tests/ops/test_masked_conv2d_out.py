@@ -164,23 +164,32 @@ def test_nan_passes_the_gate_as_in_torch():
     assert_equal(gate_to_bool(gate, out), passed.bool())
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("image", [(17, 23), (64, 12), (4, 4)], ids=str)
-def test_results_are_the_same_for_every_number_of_threads(image, layout):
-    case = Case(33, 1, 21, 19, image, layout=layout).with_real_numbers()
-    images = in_layout_of(Case(layout=layout).input, case.input)
-    pattern, before, results = case.pattern("sparse"), torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
+def forward_in_threads(count: int, case: Case, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and its gate."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
         out = in_layout_of(images, torch.empty(case.output_size))
-        gate = random_gate(out)
+        gate, pattern = random_gate(out), case.pattern("sparse")
         masked_conv2d_out(images, case.weight, pattern, None, *case.shape, relu=True, out=out, gate=gate)
-        results.append((out, gate))
-    torch.set_num_threads(before)
-    for out, gate in results:
+    finally:
+        torch.set_num_threads(before)
+    return out, gate
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+@pytest.mark.parametrize("sizes", [(33, 1, 21, 19), (1, 1, 8, 150), (5, 2, 6, 36), (18, 3, 4, 7)], ids=str)
+@pytest.mark.parametrize("image", [(17, 23), (64, 12), (4, 4)], ids=str)
+def test_results_are_the_same_for_every_number_of_threads(image, sizes, block, layout):
+    case = Case(*sizes, image, block=block, layout=layout).with_real_numbers()
+    images = in_layout_of(Case(layout=layout).input, case.input)
+    once, gate_once = forward_in_threads(1, case, images)
+    for count in (1, 2, 5):  # more threads than there are images share the output channels
+        out, gate = forward_in_threads(count, case, images)
         assert_equal(gate_to_bool(gate, out), out > 0)
-        assert_equal(out, results[0][0])
-        assert_equal(gate, results[0][1])
+        assert_equal(out, once)
+        assert_equal(gate, gate_once)
 
 
 @pytest.mark.parametrize("format", FORMATS)

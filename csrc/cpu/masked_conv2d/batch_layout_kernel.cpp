@@ -73,8 +73,9 @@ static void store_channels_last(const Accumulators& accumulators, const Epilogue
                                 float* data) {
   Vec v[kLanes];
   for (int64_t p = 0; p < accumulators.pixel_count; ++p)
-    for (int64_t k = 0; k < output.channels; k += kLanes) {
-      const int columns = output.channels - k < kLanes ? static_cast<int>(output.channels - k) : kLanes;
+    for (int64_t k = accumulators.first_channel; k < accumulators.last_channel; k += kLanes) {
+      const int64_t left = accumulators.last_channel - k;
+      const int columns = left < kLanes ? static_cast<int>(left) : kLanes;
       for (int j = 0; j < kLanes; ++j)
         v[j] = j < columns ? scaled(accumulators, epilogue, k + j, accumulators.positions[p]) : broadcast(0.0f);
       transpose(v);
@@ -93,7 +94,7 @@ void store_accumulators(const Accumulators& accumulators, const Epilogue<float>&
   if (output.channels_last) return store_channels_last(accumulators, epilogue, output, data);
   const bool plain = !epilogue.residual && !epilogue.relu && !epilogue.gate && output.count == kLanes;
   Vec v[kLanes];
-  for (int64_t k = 0; k < output.channels; ++k) {
+  for (int64_t k = accumulators.first_channel; k < accumulators.last_channel; ++k) {
     BitsAcrossRows bits_of_first_image(epilogue.gate_layout, k * output.pixels + accumulators.first_pixel,
                                        output.pixels);
     for (int64_t p = 0; p < accumulators.pixel_count; p += kLanes, bits_of_first_image.advance(kLanes)) {

@@ -33,9 +33,10 @@ struct PixelMap {
 struct Accumulators {
   const float* data;
   const int32_t* plane_of;
-  int64_t channel_pitch;             // vectors from one plane to the next
-  int64_t first_pixel, pixel_count;  // of the output, to be written
-  const int32_t* positions;          // of each of these pixels in a plane
+  int64_t channel_pitch;                // vectors from one plane to the next
+  int64_t first_pixel, pixel_count;     // of the output, to be written
+  const int32_t* positions;             // of each of these pixels in a plane
+  int64_t first_channel, last_channel;  // to be written, up to last_channel - 1; multiples of kLanes, but for the end
 };
 
 SPARSE_ADV_FOR_EACH_ISA(int lane_count());

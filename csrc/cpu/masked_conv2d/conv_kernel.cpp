@@ -205,7 +205,7 @@ static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_
   for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
     const int32_t* row_offsets = weights.row_offsets + ic_block * weights.oc_blocks;
     const bool is_last = ic_block + 1 == weights.ic_blocks;
-    for (int64_t i = 0; i < weights.oc_blocks; ++i) {
+    for (int64_t i = tile.first_oc_block; i < tile.last_oc_block; ++i) {
       const int count = row_offsets[i + 1] - row_offsets[i];
       if (count == 0 && ic_block > 0 && !(is_last && tile.output)) continue;
       const int32_t* offsets = weights.input_offsets + row_offsets[i];

@@ -1,4 +1,4 @@
-// The arithmetic of the forward pass and of grad_input: one tile of positions, all output channels.
+// The arithmetic of the forward pass and of grad_input: one tile of positions, a range of the output channels.
 #pragma once
 
 #include <cstdint>
@@ -45,11 +45,12 @@ struct ConvTile {
   int64_t input_row_pitch;
   float* accumulators;  // at the tile's first vector, a plane per output channel
   int64_t acc_row_pitch, acc_channel_pitch;
-  const OutputRegion* output;  // null: the results stay in the accumulators
+  const OutputRegion* output;             // null: the results stay in the accumulators
+  int64_t first_oc_block, last_oc_block;  // those that are computed, from the first to the one before the last
 };
 
-// For each row of the matrix that belongs to the ic_blocks from `first_ic_block` on, up to `last_ic_block` - 1, and
-// each channel j of its oc_block:
+// For each row of the matrix that belongs to the ic_blocks from `first_ic_block` on, up to `last_ic_block` - 1, and to
+// the tile's oc_blocks, and each channel j of its oc_block:
 //   accumulators[oc_block number * oc_block + j][position] += sum_i values[i][j] * input[input_offsets[i] + position]
 // ic_block 0 starts from 0; after the last ic_block of the matrix the results go to `output`, if there is one.
 SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_tile(const PackedWeights& weights, int64_t first_ic_block,

@@ -130,6 +130,20 @@ Epilogue<float> starting_at(Epilogue<float> epilogue, int64_t element, int64_t g
   return epilogue;
 }
 
+struct OcBlockRange {
+  int64_t first, last;
+};
+
+// A part of the output channels has a multiple of this number of them: one vector, and whole bytes of a gate.
+constexpr int64_t kPartChannels = 16;
+
+// The oc_blocks of the parts from `first` to `last` - 1, of `parts` nearly equal ones.
+OcBlockRange oc_blocks_of_parts(const BlockCsr& csr, int64_t parts, int64_t first, int64_t last) {
+  const int64_t multiple = kPartChannels / csr.oc_block, multiples = (csr.oc_blocks + multiple - 1) / multiple;
+  return {.first = first * multiples / parts * multiple,
+          .last = std::min(last * multiples / parts * multiple, csr.oc_blocks)};
+}
+
 // Computes bands in the scratch memory of a thread, which holds the input tile followed by the accumulators.
 class BandComputer {
  public:
@@ -149,7 +163,8 @@ class BandComputer {
     if (blocking_.width_vectorised) std::fill_n(input_tile_, blocking_.input_tile_size(), 0.0f);
   }
 
-  void run(int64_t work_item) {
+  void run(int64_t work_item, OcBlockRange oc_blocks) {
+    oc_blocks_ = oc_blocks;
     const int64_t band = work_item % blocking_.bands;
     const Images output = images_of(output_, blocking_, work_item);
     const int64_t at = output.data - output_.const_data_ptr<float>();
@@ -186,7 +201,9 @@ class BandComputer {
                        .accumulators = accumulators_ + blocking_.acc_offset(row, col, planes_) * lanes,
                        .acc_row_pitch = blocking_.acc_row_pitch * lanes,
                        .acc_channel_pitch = blocking_.acc_channel_pitch * lanes,
-                       .output = nullptr});
+                       .output = nullptr,
+                       .first_oc_block = oc_blocks_.first,
+                       .last_oc_block = oc_blocks_.last});
   }
 
   // Batch-vectorised: the accumulators of all output phases stay in the scratch memory until store_accumulators.
@@ -241,7 +258,10 @@ class BandComputer {
             .channel_pitch = blocking_.acc_channel_pitch,
             .first_pixel = top * cols.output_size,
             .pixel_count = std::ssize(positions_),
-            .positions = positions_.data()};
+            .positions = positions_.data(),
+            .first_channel = oc_blocks_.first * conv_.csr.oc_block,
+            .last_channel =
+                std::min(oc_blocks_.last * conv_.csr.oc_block, conv_.csr.groups * conv_.csr.group_out_channels)};
   }
 
   const SparseConv& conv_;
@@ -254,17 +274,33 @@ class BandComputer {
   float* const input_tile_;
   float* const accumulators_;
   InputTileLoader loader_;
+  OcBlockRange oc_blocks_{};
   std::vector<int32_t> positions_;
 };
+
+// How many nearly equal parts the output channels have, so that threads can share a work item: 1 if the work items
+// divide evenly among the threads, since each thread that shares one fills an input tile of its own. The results do not
+// depend on it, as every output is computed within one part.
+int64_t count_oc_parts(const SparseConv& conv, int64_t threads) {
+  const BlockCsr& csr = conv.csr;
+  const bool groups_are_padded = csr.group_out_channels % csr.oc_block != 0 && csr.groups > 1;
+  if (conv.blocking.work_items() % threads == 0 || groups_are_padded) return 1;
+  return std::min(threads, (csr.oc_blocks * csr.oc_block + kPartChannels - 1) / kPartChannels);
+}
 
 }  // namespace
 
 void run_sparse_conv(const SparseConv& conv, Tensor& output) {
   const std::vector<PhaseWeights> phases = pack_weights(conv);
   const std::vector<int32_t> channel_of = output_channels(conv.csr);
-  parallel_for(0, conv.blocking.work_items(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t oc_parts = count_oc_parts(conv, torch::stable::get_num_threads());
+  parallel_for(0, conv.blocking.work_items() * oc_parts, 1, [&](int64_t begin, int64_t end) {
     BandComputer computer(conv, phases, channel_of, output);
-    for (int64_t work_item = begin; work_item < end; ++work_item) computer.run(work_item);
+    for (int64_t work_item = begin / oc_parts; work_item * oc_parts < end; ++work_item) {
+      const int64_t first = std::max(begin - work_item * oc_parts, int64_t{0});
+      const int64_t last = std::min(end - work_item * oc_parts, oc_parts);
+      computer.run(work_item, oc_blocks_of_parts(conv.csr, oc_parts, first, last));
+    }
   });
 }
 
