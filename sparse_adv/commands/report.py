@@ -16,8 +16,8 @@ from sparse_adv.report import report
 class Options:
     """Compare runs: tables and plots from their folders.
 
-    Writes report.md, report.csv and plots: robust and clean accuracy against seconds, epochs and multiply-adds, the
-    with the ticket search; the cost of each phase; and when each run reached a level of accuracy.
+    Writes report.md, report.csv and plots: robust and clean accuracy against seconds, epochs and multiply-adds, with
+    those of the ticket search; the cost of each phase; and when each run reached a level of accuracy.
 
     Args:
         folders: run folders, finished or not.

@@ -88,9 +88,7 @@ def _padding(
                 "sides: pad the input with torch.nn.functional.pad first"
             )
         return (total[0] // 2, total[1] // 2)
-    if isinstance(padding, str):
-        raise ValueError(f'padding must be numbers, "same" or "valid", got {shortened(padding)}')
-    return _two("padding", padding)
+    raise ValueError(f'padding must be numbers, "same" or "valid", got {shortened(padding)}')
 
 
 def _two(name: str, value: Any) -> tuple[int, int]:

@@ -173,7 +173,9 @@ def test_report_speaks_to_people_and_to_programs(trained, searched, tmp_path, ca
     assert main(["report", str(searched), str(trained), "--out", str(tmp_path), "--no-json"]) == 0
     assert "| a ticket" in capsys.readouterr().out
     assert main(["report", str(searched), str(trained), "--out", str(tmp_path)]) == 0
-    assert [line.get("name") for line in lines(capsys)] == ["search", "a ticket", None]
+    told = lines(capsys)
+    assert [line.get("name") for line in told] == ["search", "a ticket", None]
+    assert [line["epoch"] for line in told[:2]] == [2, 2] and told[1]["result"]["test"]  # of each the last epoch
     assert (tmp_path / "report.md").exists() and (tmp_path / "accuracy.png").exists()
 
 

@@ -184,6 +184,17 @@ def test_static_masks_stay_and_differ_by_seed():
     assert not all(first[name].equal(other[name]) for name in first)
 
 
+def test_random_growth_draws_anew_at_each_change_and_by_the_seed():
+    drawn = []
+    for seed in (0, 1):
+        hook = SparseTraining(MethodConfig("set", density=0.3, interval=2))
+        score = hook._growth_scores
+        hook._growth_scores = lambda *arguments, score=score: drawn.append(score(*arguments)) or drawn[-1]
+        run(hook, config=replace(CONFIG, seed=seed))
+    scores = [float(each["3"].flatten()[0]) for each in drawn]
+    assert len(scores) == len(set(scores)) == 10
+
+
 def test_dense_epochs_end_with_the_largest_weights():
     hook = Observed(MethodConfig("static", density=0.3, dense_epochs=2, scope="global"))
     _, records = run(hook)

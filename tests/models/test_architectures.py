@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from sparse_adv import masks, models
+from sparse_adv import data, masks, models
 from sparse_adv.models import Normalize
 from sparse_adv.nn import densify, sparsify
 
@@ -135,6 +135,27 @@ def test_normalize_uses_the_statistics_of_the_data_set_or_else_one_half_and_one_
     assert Normalize.of("mnist", 1).mean.item() == pytest.approx(0.1307)
     assert Normalize.of("holiday pictures", 3).mean.flatten().tolist() == [0.5] * 3
     assert Normalize.of("cifar10", 1).mean.flatten().tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        ("mnist", (0.1307,), (0.3081,)),
+        ("fashion_mnist", (0.2860,), (0.3530,)),
+    ],
+)
+def test_the_statistics_of_a_data_set_are_the_published_ones(name, mean, std):
+    layer = models.build("resnet18", width=2, input_shape=(len(mean), 8, 8), data=name).normalize
+    assert layer.mean.flatten().tolist() == pytest.approx(mean) and layer.std.flatten().tolist() == pytest.approx(std)
+
+
+def test_the_statistics_of_the_digits_are_those_of_their_images():
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    images, layer = data.to_unit(data.load("digits").train.images), models.build("digits_cnn").normalize
+    assert layer.mean.item() == pytest.approx(images.mean().item(), abs=2e-3)
+    assert layer.std.item() == pytest.approx(images.std().item(), abs=2e-3)
 
 
 @pytest.mark.parametrize(

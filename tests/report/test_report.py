@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +13,7 @@ from sparse_adv import json_files, report, runs
 from sparse_adv.config import MethodConfig, TrainConfig
 from sparse_adv.report.measures import labels
 from sparse_adv.report.tables import count
-from sparse_adv.runs import NO_COST, Cost, Density, RunInfo, TicketChecks, TrainResult
+from sparse_adv.runs import NO_COST, Cost, Density, Run, RunInfo, TicketChecks, TrainResult
 
 ATTACK, UPDATE, EVALUATION = Cost(8.0, 400_000), Cost(2.0, 100_000), Cost(1.0, 50_000)
 
@@ -34,7 +35,7 @@ def make(
     test=None,
 ):
     """A run folder with an epoch per accuracy (None: not evaluated); a finished one if there are test accuracies."""
-    config, density = TrainConfig(objective, epochs=epochs), Density(weights, weights)
+    config, density = TrainConfig(objective, epochs=epochs), Density(weights, weights**0.5)
     runs.begin(folder, RunInfo(kind, config, name=name, density=density, before=before))
     total, records = before, []
     for epoch, accuracy in enumerate(robust, 1):
@@ -116,7 +117,7 @@ def test_the_summary_has_a_run_s_costs_and_accuracies(tmp_path):
         "run": "ticket",
         "kind": "train, pgd",
         "density": "0.100",
-        "MAC density": "0.100",
+        "MAC density": "0.316",
         "search s": "7.0",
         "s/epoch": "10.00",
         "total s": "37.0",
@@ -141,15 +142,15 @@ def test_time_to_a_level_includes_the_search_and_ratios_are_to_the_dense_run(tmp
         attack=Cost(2.0, 400_000),
         update=Cost(0.5, 100_000),
     )
-    dense = make(tmp_path / "dense", (0.1, 0.2, 0.5))
+    dense = make(tmp_path / "dense", (0.1, 0.5, 0.45))
     search = make(tmp_path / "search", (0.05,), kind="search")
     text = report.time_to(read(search, ticket, dense))
     assert "at least 45.0%, the highest" in text and "Ratios are to dense." in text
     assert [list(row.values()) for row in cells(text)] == [
-        ["ticket", "12.5", "0.42", "3", "1.00", "2.00 M", "1.33"],
-        ["dense", "30.0", "1.00", "3", "1.00", "1.50 M", "1.00"],
+        ["ticket", "12.5", "0.62", "3", "1.50", "2.00 M", "2.00"],
+        ["dense", "20.0", "1.00", "2", "1.00", "1.00 M", "1.00"],
     ]
-    assert [row["s"] for row in cells(report.time_to(read(ticket, dense), 0.25))] == ["10.0", "30.0"]
+    assert [row["s"] for row in cells(report.time_to(read(ticket, dense), 0.25))] == ["10.0", "20.0"]
 
 
 def test_a_level_that_a_run_never_reached_is_shown_as_such(tmp_path):
@@ -269,6 +270,64 @@ def test_phases_are_drawn_with_whole_names(tmp_path):
     texts = texts_of(report.phase_bars(tmp_path / "picture", read(long, none))[1])
     assert {r"a name of many $\no$ words", "that takes two lines", "search", "attack", "evaluation"} <= set(texts)
     assert "undone" not in texts
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn, with their axes, and what was drawn in these."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, file: (figures.append(self), save(self, file)))
+    return figures
+
+
+@pytest.mark.parametrize(("scale", "seconds", "unit"), [(1, 1, "s"), (40, 60, "min"), (2000, 3600, "h")])
+def test_every_curve_has_its_own_numbers_in_the_unit_that_its_axis_names(tmp_path, drawn, scale, seconds, unit):
+    before = Cost(5.0 * scale, 7_000)
+    records = [
+        epoch_record(
+            epoch,
+            robust_accuracy=0.1 * epoch,
+            clean_accuracy=0.5 + 0.1 * epoch,
+            total=Cost(10.0 * scale * epoch, 500 * epoch),
+        )
+        for epoch in (1, 2, 3)
+    ]
+    info = RunInfo("train", TrainConfig(epochs=3), name="run", before=before)
+    report.accuracy_curves(tmp_path / "picture", [Run(tmp_path, info, records, None)])
+    axes = drawn[0].axes
+    x = ([10 * scale * n / seconds for n in (1, 2, 3)], [1, 2, 3], [500, 1000, 1500])
+    ends = [5 * scale / seconds, None, 7_000]
+    for row, accuracies in enumerate(([0.1, 0.2, 0.3], [0.6, 0.7, 0.8])):
+        for column in range(3):
+            curve, *lines = axes[3 * row + column].lines
+            assert list(curve.get_xdata()) == pytest.approx(x[column])
+            assert list(curve.get_ydata()) == pytest.approx(accuracies)
+            assert [line.get_xdata()[0] for line in lines] == ([ends[column]] if ends[column] else [])
+    assert [axes[3 * row].get_ylabel().split()[0] for row in (0, 1)] == ["robust", "clean"]
+    assert f"({unit})" in axes[3].get_xlabel() and axes[4].get_xlabel() == "epochs"
+
+
+@pytest.mark.parametrize(("scale", "seconds"), [(1, 1), (50, 60)])
+def test_every_bar_is_as_long_as_its_phase_costs(tmp_path, drawn, scale, seconds):
+    cost = {"attack": Cost(8.0 * scale, 400), "update": Cost(2.0 * scale, 100), "evaluation": Cost(1.0 * scale, 50)}
+    records = [epoch_record(epoch, **cost) for epoch in (1, 2)]
+    info = RunInfo("train", TrainConfig(epochs=2), before=Cost(3.0 * scale, 70))
+    runs = [Run(tmp_path / "a", info, records, None), Run(tmp_path / "b", replace(info, before=Cost()), records, None)]
+    report.phase_bars(tmp_path / "picture", runs)
+    for axes, wanted, unit in zip(
+        drawn[0].axes,
+        ([[3, 0], [16, 16], [4, 4], [2, 2]], [[70, 0], [800, 800], [200, 200], [100, 100]]),
+        (1, 0),
+        strict=True,
+    ):
+        factor = scale / seconds if unit else 1
+        ends = [0.0, 0.0]
+        for bars, widths in zip(axes.containers, wanted, strict=True):
+            assert [bar.get_width() for bar in bars] == pytest.approx([factor * width for width in widths])
+            assert [bar.get_x() for bar in bars] == pytest.approx(ends)
+            ends = [end + factor * width for end, width in zip(ends, widths, strict=True)]
 
 
 def test_a_missing_matplotlib_is_named_with_its_package(tmp_path, monkeypatch):

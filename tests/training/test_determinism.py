@@ -36,6 +36,21 @@ def test_deterministic_sets_the_options_of_pytorch_and_restores_them(monkeypatch
         assert settings() == before
 
 
+@pytest.mark.parametrize("mode", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("flags", [(True, False), (False, True)])
+def test_what_the_caller_had_set_is_restored(monkeypatch, mode, flags):
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", flags[0])
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", flags[1])
+    try:
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        with deterministic():
+            assert settings() == (True, False, False, False)
+        assert settings() == (*mode, *flags)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_cublas_workspace_that_is_not_deterministic_is_refused(monkeypatch):
     monkeypatch.setenv(WORKSPACE, ":0:0")
     before = settings()

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from sparse_adv import data, masks, runs, sparsify, training
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig
 from sparse_adv.runs import Cost
+from sparse_adv.training import identity
 
 CONFIG = replace(QUICK, epochs=2)
 
@@ -236,3 +237,16 @@ def test_a_frozen_batch_norm_keeps_its_statistics_in_every_epoch(engine):
     assert model[4].num_batches_tracked == 6
     trained = [mode for mode in modes if mode[0]]
     assert not any(first for _, first in trained)
+
+
+def test_what_makes_another_network_changes_its_digest():
+    whole = identity.network_digest(network().train())
+    frozen, other, masked = network().train(), network(channels=6).train(), network().train()
+    frozen[1].eval()
+    sparsify(masked, masks.prune(masked, density=0.5))
+    digests = {whole, *(identity.network_digest(each) for each in (frozen, other, masked))}
+    assert len(digests) == 4 and identity.network_digest(network(seed=1).train()) == whole
+    fewer = network().train()
+    sparsify(fewer, masks.prune(fewer, density=0.25))
+    same = [identity.network_digest(each, with_masks=False) for each in (masked, fewer)]
+    assert same[0] == same[1] and identity.network_digest(masked) != identity.network_digest(fewer)

@@ -97,3 +97,15 @@ def test_adversarial_loss_validates_batch_and_arguments():
         adversarial_loss(network(), X + 1, Y, "natural")
     with pytest.raises(ValueError, match="eps must be finite"):
         adversarial_loss(network(), X, Y, "pgd", eps=-1.0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"eps": 0.2}, {"norm": "l2"}, {"alpha": 0.01}, {"steps": 3}, {"beta": 2.0}], ids=str
+)
+def test_every_argument_of_an_adversarial_loss_reaches_its_objective(change):
+    model, settings = network().eval(), {"objective": "mart", "eps": 0.1, "label_smoothing": 0.25} | change
+    built = objectives.build(TrainConfig(**settings))
+    expected = built.loss(model, X, built.craft(model, X, Y, generator()), Y)
+    found = adversarial_loss(model, X, Y, generator=generator(), **settings)
+    assert found.item() == expected.item() and found.requires_grad
+    assert found.item() != adversarial_loss(model, X, Y, "mart", generator=generator(), eps=0.1, label_smoothing=0.25)

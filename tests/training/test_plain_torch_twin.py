@@ -50,10 +50,28 @@ def test_training_is_a_plain_loop_bit_for_bit(change):
         assert not equal_states(trained.state_dict(), other.state_dict())
 
 
+def test_the_scale_of_the_loss_in_float16_does_not_count_where_gradients_are_clipped():
+    states = []
+    for most in (0.0, 100.0):  # no gradient is so long, but for the scale of 65536
+        model = network()
+        run = training.Training(model, batches(), replace(PLAIN, epochs=1, precision="float16", max_grad_norm=most))
+        list(run.epochs())
+        assert run.updater.scaler.get_scale() > 1000
+        states.append(model.state_dict())
+    assert equal_states(*states)
+
+
 def test_the_model_is_in_training_mode_in_every_epoch():
     model, modes = network(), []
     training.train(model, batches(), PLAIN, validation=VALIDATION, on_step=lambda _: modes.append(model.training))
     assert modes == [True] * 9
+
+
+def test_the_buffers_that_are_not_averaged_are_those_of_the_model():
+    run = training.Training(network(), batches(), replace(PLAIN, ema_decay=0.9))
+    for record in run.epochs():
+        for model in (run.updater.model, run.evaluated):
+            assert int(model[1].num_batches_tracked) == record.step
 
 
 @pytest.fixture

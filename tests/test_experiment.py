@@ -1,0 +1,174 @@
+"""Runs from configurations: every setting reaches its use, controls change one thing, costs and densities are whole."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparse_adv import data, demo, experiment, masks, models, runs, tickets
+from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.nn import mac_density
+from sparse_adv.runs import Cost, TicketSource
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+CPU = torch.device("cpu")
+IMAGES = DataConfig("digits", limit=90, validation=30.0, batch_size=20)
+NETWORK = NetworkConfig("digits_cnn", width=4)
+TRAIN = TrainConfig("natural", epochs=2, lr=0.1, eps=0.1, evaluation_steps=1, seed=3)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return experiment.load_data(IMAGES, TRAIN.seed, CPU)
+
+
+@pytest.fixture(scope="module")
+def ticket():
+    model = models.build("digits_cnn", width=4, seed=3)
+    found = masks.Ticket(masks.prune(model, 0.25), model.state_dict(), {"cost": {"seconds": 7.0, "macs": 5000}})
+    return found, TicketSource("sha")
+
+
+def test_every_setting_of_the_images_reaches_the_loader(monkeypatch):
+    config = DataConfig("elsewhere", limit=5, validation=0.25, share=0.5)
+    monkeypatch.setattr(data, "load", lambda source, **settings: (source, settings))
+    settings = {"limit": 5, "validation": 0.25, "share": 0.5, "seed": 3, "device": CPU}
+    assert experiment.load_data(config, 3, CPU) == ("elsewhere", settings)
+
+
+@pytest.mark.parametrize(("size", "channels", "augments"), [(32, 3, True), (32, 1, False), (8, 3, False)])
+def test_batches_have_the_settings_and_augment_what_cifar_would_be(size, channels, augments):
+    split = data.Split(torch.zeros(40, channels, size, size), torch.zeros(40, dtype=torch.int64))
+    dataset = data.Dataset(split, split, split, 1, "made up")
+    for asked in (None, True, False):
+        made = experiment.make_batches(replace(IMAGES, augment=asked), dataset, 3)
+        assert made.augment == (augments if asked is None else asked)
+        assert (made.batch_size, made.seed, made.rank, made.world_size, made.shuffle) == (20, 3, 0, 1, True)
+        assert made.split is split
+
+
+def test_every_setting_of_a_network_reaches_its_architecture(dataset, ticket):
+    for seed in (3, 4):
+        built = experiment.build_network(NETWORK, dataset, seed, CPU)
+        expected = models.build("digits_cnn", seed, width=4, data="digits")
+        assert all(value.equal(expected.state_dict()[name]) for name, value in built.state_dict().items())
+        assert built.conv1.weight.equal(ticket[0].state_dict["conv1.weight"]) == (seed == 3)
+    five = dataset._replace(classes=5)
+    assert experiment.build_network(NETWORK, five, 0, CPU)(torch.rand(1, 1, 8, 8)).shape == (1, 5)
+
+
+def test_every_setting_of_a_checkpoint_reaches_its_network(dataset, ticket):
+    found, _ = ticket
+    five = replace(found, state_dict=found.state_dict | {"fc.weight": torch.rand(5, 8), "fc.bias": torch.rand(5)})
+    loaded = experiment.load_network(NETWORK, dataset._replace(classes=5), five)
+    assert loaded(torch.rand(1, 1, 8, 8)).shape == (1, 5) and not loaded.training
+    assert loaded.normalize.mean.item() == pytest.approx(0.305)
+    bare = {name: value for name, value in found.state_dict.items() if not name.startswith("normalize")}
+    loaded = experiment.load_network(NETWORK, dataset, replace(found, state_dict=bare), "mnist")
+    assert loaded.normalize.mean.item() == pytest.approx(0.1307)
+    with pytest.raises(ValueError, match="does not fit"):
+        experiment.load_network(NetworkConfig("digits_cnn", 8), dataset, found)
+
+
+def test_a_search_counts_its_updates_and_describes_its_ticket(tmp_path, dataset):
+    prune = PruneConfig(density=0.25, rounds=2, linear=False)
+    run = experiment.SearchRun(tmp_path, TRAIN, prune, IMAGES, NETWORK, dataset, CPU)
+    steps = []
+    result = run.run(on_step=steps.append)
+    assert run.updates == len(steps) == 2 * TRAIN.epochs * len(run.batches)
+    found = masks.load_ticket(tmp_path / runs.TICKET)
+    about = {"arch": "digits_cnn", "width": 4, "data": "digits", "seed": 3, "input_shape": [1, 8, 8]}
+    assert found.provenance.items() >= about.items()
+    assert result.density.weights == masks.density(found.masks) == pytest.approx(0.25, abs=0.01)
+    assert result.density.macs == mac_density(run.model, found.masks, (1, 1, 8, 8)) != result.density.weights
+    assert result.total == tickets.cost_of(found) and runs.read(tmp_path).result == result
+
+
+def test_free_training_counts_each_replay(dataset):
+    made = experiment.make_batches(IMAGES, dataset, 0)
+    assert experiment.updates_of(replace(TRAIN, objective="free", replays=3), made) == 3 * 2 * len(made)
+    assert experiment.updates_of(replace(TRAIN, replays=3), made) == 2 * len(made)
+
+
+@pytest.mark.parametrize("control", ["none", "reinit", "shuffle"])
+def test_a_ticket_brings_its_cost_and_a_control_changes_one_thing(tmp_path, dataset, ticket, control):
+    found, source = ticket
+    source = source if control == "none" else replace(source, **{control: True})
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU, ticket=(found, source))
+    info = runs.read(tmp_path).info
+    assert info.before == run.training.total == Cost(7.0, 5000) and info.ticket == source
+    assert info.density.weights == masks.density(found.masks)
+    own = {name: run.model.get_submodule(name).weight_mask for name in found.masks}
+    assert all(own[name].equal(run.masks[name]) for name in found.masks)
+    assert all(own[name].equal(mask) for name, mask in found.masks.items()) == (control != "shuffle")
+    kept = own["conv2"] & found.masks["conv2"]
+    same_weights = run.model.conv2.weight[kept].equal(found.state_dict["conv2.weight"][kept])
+    assert same_weights == (control != "reinit")
+    if control == "shuffle":
+        other = experiment.TrainRun(
+            tmp_path / "b", replace(TRAIN, seed=4), IMAGES, NETWORK, dataset, CPU, ticket=(found, source)
+        )
+        assert not all(own[name].equal(mask) for name, mask in other.masks.items())
+    if control == "reinit":  # although the ticket's own weights are those of the run's seed
+        assert not run.model.conv2.weight[kept].equal(models.build("digits_cnn", 3, width=4).conv2.weight[kept])
+
+
+def test_a_run_is_tested_on_the_test_images_once_after_its_last_epoch(tmp_path, dataset, monkeypatch):
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU, name="mine")
+    assert run.updates == 2 * len(run.batches) and runs.read(tmp_path).info.density == runs.DENSE
+    for _ in run.epochs():
+        pass
+    tested = []
+
+    def final_test(model, folder, records, config, test, checks):
+        tested.append((folder, config, test, checks.pruned_weights_zero, len(records)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "final_test", final_test)
+        run.finish()
+    assert tested == [(tmp_path, TRAIN, dataset.test, True, 2)]
+    result = run.finish()
+    monkeypatch.setattr(experiment, "final_test", None)
+    assert run.finish() == result == runs.read(tmp_path).result and runs.read(tmp_path).name == "mine"
+
+
+def test_a_run_whose_pruned_weights_are_not_zero_has_no_result(tmp_path, dataset, ticket):
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU, ticket=ticket)
+    with torch.no_grad():
+        run.model.conv2.weight.fill_(1.0)
+    with pytest.raises(tickets.TicketInvariantError, match="pruned weights of 'conv2' are not zero"):
+        run.finish()
+    assert not (tmp_path / runs.RESULT).exists()
+
+
+def test_a_method_says_at_which_density_it_begins(tmp_path, dataset):
+    method = MethodConfig("set", density=0.25, scope="uniform")
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU, method=method)
+    info = runs.read(tmp_path).info
+    assert info.method == method and info.density.weights == pytest.approx(0.25, abs=0.01)
+    assert masks.density(run.masks) == info.density.weights and run.training.hook.config == method
+    attacked = MethodConfig("flying-bird-plus")
+    with pytest.raises(ValueError, match="objective must have an attack"):
+        experiment.TrainRun(tmp_path / "b", TRAIN, IMAGES, NETWORK, dataset, CPU, method=attacked)
+
+
+class Reached(Exception):
+    pass
+
+
+def test_the_demo_trains_with_its_settings(tmp_path, monkeypatch, dataset):
+    seen = {}
+
+    def stop(*arguments, **_):
+        seen["search"] = arguments
+        raise Reached
+
+    monkeypatch.setattr(demo, "SearchRun", stop)
+    monkeypatch.setattr(experiment, "load_data", lambda *arguments: seen.update(load=arguments))
+    with pytest.raises(Reached):
+        demo.run(tmp_path, epochs=4, search_epochs=2, density=0.25, block=[2, 1], seed=11)
+    folder, train, prune, *_ = seen["search"]
+    assert seen["load"] == (demo.IMAGES, 11, CPU) and folder == tmp_path / "search"
+    assert train == replace(demo.SEARCH, epochs=2, evaluate_every=2, seed=11)
+    assert prune == PruneConfig(density=0.25, block=(2, 1), linear=False)
