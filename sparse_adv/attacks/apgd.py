@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from sparse_adv import ops
+from sparse_adv.attacks import movement
+from sparse_adv.attacks.ball import Ball, ball_around, into_ball
 from sparse_adv.attacks.checks import Model, is_correct
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import Loss, loss_function, targeted_dlr
-from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import Queries, into_ball, run_search
-from sparse_adv.ops.pgd_step import check_ball
+from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.ops.random_start import seed_words
 
 MOMENTUM = 0.75
@@ -28,7 +28,7 @@ def apgd(
     labels: Tensor,
     *,
     norm: str = "linf",
-    eps: float = 8 / 255,
+    eps: float | Tensor = 8 / 255,
     steps: int = 100,
     restarts: int = 1,
     loss: str | Loss = "ce",
@@ -36,8 +36,8 @@ def apgd(
     rho: float = 0.75,
     eot_iter: int = 1,
     generator: torch.Generator | None = None,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -58,7 +58,8 @@ def apgd(
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
         norm: "linf" or "l2".
-        eps: radius of the ball around each image, in units of the images.
+        eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
+            each image.
         steps: number of steps; each is one pass forward and back of the images that still stand.
         restarts: number of random starts; a restart attacks the images that still stand.
         loss: "ce", "dlr", "margin", see `attacks.losses`, or a function (logits, labels) -> loss of each image [N].
@@ -66,7 +67,7 @@ def apgd(
         rho: fraction of the steps that must raise the loss, in [0, 1].
         eot_iter: number of gradients that are averaged for each step, for models that draw random numbers.
         generator: one number is drawn of it; None for PyTorch's global generator.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels; on a GPU this synchronises once.
         engine: whether the engine may form the gradients, see `sparse_adv.engine`.
 
@@ -91,7 +92,7 @@ def apgd(
         True
     """
     objective, sign = loss_function(loss), -1 if targeted else 1
-    settings = Settings(Ball(eps, norm, lo, hi), steps, rho, eot_iter, targeted)
+    settings = Settings(ball_around(images, eps, norm, lo, hi), steps, rho, eot_iter, targeted)
     check_count("restarts", restarts, least=1)
 
     def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
@@ -109,15 +110,15 @@ def apgd_t(
     labels: Tensor,
     *,
     norm: str = "linf",
-    eps: float = 8 / 255,
+    eps: float | Tensor = 8 / 255,
     steps: int = 100,
     restarts: int = 1,
     targets: int = 9,
     rho: float = 0.75,
     eot_iter: int = 1,
     generator: torch.Generator | None = None,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -147,7 +148,7 @@ def apgd_t(
         >>> attacks.apgd_t(model, images, labels, eps=0.1, steps=5, targets=3).shape
         torch.Size([4, 1, 8, 8])
     """
-    settings = Settings(Ball(eps, norm, lo, hi), steps, rho, eot_iter, False)
+    settings = Settings(ball_around(images, eps, norm, lo, hi), steps, rho, eot_iter, False)
     check_count("restarts", restarts, least=1)
     check_count("targets", targets, least=1)
 
@@ -172,7 +173,6 @@ class Settings:
     targeted: bool
 
     def __post_init__(self) -> None:
-        check_ball(*self.ball)
         check_count("steps", self.steps, least=1)
         check_count("eot_iter", self.eot_iter, least=1)
         if not 0 <= self.rho <= 1:
@@ -263,13 +263,14 @@ class _Attacker:
 
     def _start(self, objective: Callable[..., Tensor], rank: int | None) -> _State:
         """A random start for each image that stands, and what is known there."""
-        index, (eps, norm, lo, hi) = self._standing, self._settings.ball
+        index = self._standing
+        ball = self._settings.ball.of(index)
         clean = self._images[index]
         arguments = (self._labels[index],) if rank is None else (self._labels[index], self.wrong_classes[index, rank])
-        x = ops.random_start(clean, eps, norm, self._words, lo, hi)
+        x = movement.start(clean, ball, self._words)
         self._words[1:].add_((clean.numel() + 3) // 4)  # one Philox block gives four numbers
         zero = self._loss.new_zeros(len(index))
-        step = torch.full_like(zero, 2 * eps, dtype=clean.dtype)
+        step = torch.zeros_like(zero, dtype=clean.dtype) + 2 * ball.radii
         never = torch.zeros_like(zero, dtype=torch.bool)
         state = _State(index, clean, arguments, x, x, x, zero, x, x, zero, step, zero, zero, never)
         state, _ = self._evaluated(state, objective, with_gradient=True)
@@ -295,7 +296,7 @@ class _Attacker:
 
     def _project(self, x: Tensor, state: _State) -> Tensor:
         """The nearest point of the ball: a step of size 0."""
-        return ops.pgd_step(x, state.gradient, state.clean, 0.0, *self._settings.ball)
+        return movement.step(x, state.gradient, state.clean, 0.0, self._settings.ball.of(state.index))
 
     def _evaluated(self, state: _State, objective: Callable[..., Tensor], with_gradient: bool) -> tuple[_State, Tensor]:
         """The state of the images that still stand, with loss and gradient at x; and the loss before."""
@@ -323,7 +324,7 @@ class _Attacker:
         return state.kept(stands), last_loss[stands]
 
     def _put(self, index: Tensor, x: Tensor) -> None:
-        self.result[index] = into_ball(x, self._images[index], self._settings.ball)
+        self.result[index] = into_ball(x, self._images[index], self._settings.ball.of(index))
 
     def _stands(self, logits: Tensor, labels: Tensor) -> Tensor:
         correct = is_correct(logits, labels)

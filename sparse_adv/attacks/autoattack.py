@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.autoattack_state import State, fingerprint
+from sparse_adv.attacks.ball import Ball, check_values, into_ball
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
@@ -26,13 +27,10 @@ from sparse_adv.attacks.checks import (
 )
 from sparse_adv.attacks.fab import fab, fab_t
 from sparse_adv.attacks.loop import bn_mode
-from sparse_adv.attacks.options import Ball
-from sparse_adv.attacks.queries import into_ball
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.attacks.square import square
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
-from sparse_adv.ops.pgd_step import check_ball
 from sparse_adv.ops.random_start import seed_words
 
 
@@ -175,7 +173,7 @@ class AutoAttack:
         self.model, self.version, self.seed, self.verbose = model, version, seed, verbose
         self.module, traceable = as_module(model)
         self.ball = Ball(eps, norm.lower(), lo, hi)
-        check_ball(*self.ball)
+        check_values(*self.ball)
         if version not in VERSIONS:
             raise ValueError(f"version must be {', '.join(map(repr, VERSIONS))}, got {version!r}")
         if attacks_to_run and version != "custom":

@@ -17,8 +17,8 @@ def bim(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float = 2 / 255,
+    eps: float | Tensor = 8 / 255,
+    alpha: float | Tensor = 2 / 255,
     steps: int = 10,
     **options: Unpack[LossOptions],
 ) -> Tensor:
@@ -52,8 +52,12 @@ class BIM(PGD):
 
     Args:
         model, eps, alpha, options: as in `attacks.bim`.
-        steps: number of steps; 0 for that of the paper, the integer part of min(255 eps + 4, 1.25 * 255 eps).
+        steps: number of steps; 0 for that of the paper, the integer part of min(255 eps + 4, 1.25 * 255 eps), if eps is
+            a number.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
+
+    Raises:
+        ValueError: if an option is out of range, or steps is 0 and eps a tensor.
 
     Examples:
         >>> import torch
@@ -72,5 +76,8 @@ class BIM(PGD):
         graph: bool = False,
         **options: Unpack[LossOptions],
     ) -> None:
-        steps = steps or int(min(255 * eps + 4, 1.25 * 255 * eps))
+        if steps == 0:
+            if isinstance(eps, Tensor):
+                raise ValueError("steps must be at least 1 where eps is a tensor, got 0 for the paper's number")
+            steps = int(min(255 * eps + 4, 1.25 * 255 * eps))
         super().__init__(model, eps, alpha, steps, random_start=False, graph=graph, **options)

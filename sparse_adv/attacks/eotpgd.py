@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv import ops
+from sparse_adv.attacks import movement
+from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.losses import Loss, loss_function
-from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import Queries, into_ball, loss_to_raise, run_search
-from sparse_adv.ops.pgd_step import check_alpha, check_ball
+from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.queries import Queries, loss_to_raise, run_search
 from sparse_adv.ops.random_start import seed_words
 
 
@@ -20,8 +20,8 @@ def eotpgd(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float = 2 / 255,
+    eps: float | Tensor = 8 / 255,
+    alpha: float | Tensor = 2 / 255,
     steps: int = 10,
     eot_iter: int = 2,
     random_start: bool = True,
@@ -29,8 +29,8 @@ def eotpgd(
     loss: str | Loss = "ce",
     targeted: bool = False,
     generator: torch.Generator | None = None,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -43,8 +43,9 @@ def eotpgd(
         model: maps images in [lo, hi] to logits [N, classes]; in eval mode, so what is random is so in eval mode.
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
-        eps: radius of the ball around each image, in units of the images.
-        alpha: step size, in units of the images.
+        eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
+            each image.
+        alpha: step size, in units of the images: a number, or a float tensor [N].
         steps: number of steps; each is eot_iter forward and backward passes.
         eot_iter: number of gradients in each mean.
         random_start: start at a random point of the ball instead of the clean image.
@@ -52,7 +53,7 @@ def eotpgd(
         loss: as in `attacks.pgd`.
         targeted: minimise the loss instead of maximising it.
         generator: one number is drawn of it for the random start; None for PyTorch's global generator.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
         engine: whether the engine may form the gradients; it leaves models that draw random numbers to autograd.
 
@@ -76,19 +77,17 @@ def eotpgd(
         >>> bool((adv - images).abs().max() <= 0.2)
         True
     """
-    ball = Ball(eps, norm, lo, hi)
-    check_ball(*ball)
-    check_alpha(alpha)
+    ball, size = ball_around(images, eps, norm, lo, hi), step_sizes(images, alpha)
     check_count("steps", steps, least=0)
     check_count("eot_iter", eot_iter, least=1)
     loss_function(loss)
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         raised = loss_to_raise(loss, labels, targeted)
-        adv = ops.random_start(images, eps, norm, seed_words(generator), lo, hi) if random_start else images
+        adv = movement.start(images, ball, seed_words(generator)) if random_start else images
         for _ in range(steps):
             gradient = torch.stack([model.gradient(adv, raised) for _ in range(eot_iter)]).mean(0)
-            adv = ops.pgd_step(adv, gradient, images, alpha, *ball)
+            adv = movement.step(adv, gradient, images, size, ball)
         return into_ball(adv, images, ball)
 
     return run_search(search, model, images, labels, lo, hi, check, engine)
@@ -111,8 +110,8 @@ class EOTPGD(Attack):
     def __init__(
         self,
         model: Model,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
+        eps: float | Tensor = 8 / 255,
+        alpha: float | Tensor = 2 / 255,
         steps: int = 10,
         eot_iter: int = 2,
         random_start: bool = True,

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
-from sparse_adv.attacks.options import Ball, check_count
+from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
 from sparse_adv.ops.pgd_step import check_ball
 
@@ -309,7 +310,7 @@ class _Fab:
         alpha = (lengths[0] / (lengths[0] + lengths[1]).clamp_min(1e-12)).clamp(max=settings.alpha_max)
         alpha = per_image(alpha, x)
         x = (1 - alpha) * (x + settings.eta * from_x) + alpha * (clean + settings.eta * from_clean)
-        x = x.clamp(settings.ball.lo, settings.ball.hi)
+        x = settings.ball.clamp(x)
         broken = self._keep(x, index)
         return (clean + settings.beta * (x - clean)).where(per_image(broken, x), x)
 
@@ -332,7 +333,7 @@ class _Fab:
         length = distance(direction, torch.zeros_like(direction), ball.norm)
         # Where nothing was found and there is no eps, the start is the clean image again.
         scale = (radius / length).where(radius.isfinite(), 0)
-        return (clean + direction * per_image(scale, clean)).clamp(ball.lo, ball.hi)
+        return ball.clamp(clean + direction * per_image(scale, clean))
 
     def _search_back(self, boundary: Boundary) -> None:
         """Move the nearest examples towards the clean images, to where the line of the leads at both ends is zero."""

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.loop import bn_mode
-from sparse_adv.attacks.options import Ball, check_count
+from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, loss_to_raise, run_search
 from sparse_adv.ops.pgd_step import check_ball
 
@@ -135,7 +136,7 @@ def _nearest(
         grown = torch.where(least < math.inf, eps, ahead.maximum(eps)) * (1 + share)
         eps = torch.where(broken, torch.minimum(eps * (1 - share), least), grown).minimum(widest)
         unit = slope / per_image(slope.flatten(1).norm(dim=1).clamp_min(1e-12), slope)
-        adv = _into(adv + size * unit, images, eps, box.norm).clamp(box.lo, box.hi)
+        adv = box.clamp(_into(adv + size * unit, images, eps, box.norm))
     return best
 
 
@@ -147,7 +148,7 @@ def _confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, bo
     result, left = images.clone(), torch.arange(len(images), device=images.device)
     for share in _PUSHES:
         clean = images[left]
-        x = (clean + (1 + share) * (found[left] - clean)).clamp(box.lo, box.hi)
+        x = box.clamp(clean + (1 + share) * (found[left] - clean))
         logits = model.own_logits(x)
         least = _ROUNDING * logits.abs().amax(1) if share < _PUSHES[-1] else 0
         over = advantage(logits, labels[left], targeted) > least

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.options import Ball
+from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.queries import Queries
 
 
@@ -34,15 +34,15 @@ def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tens
         x: float tensor [N, ...], in [lo, hi].
         value: float tensor [N], of the affine function at x.
         slope: float tensor [N, ...], its gradient.
-        ball: the norm and the range; the radius is not used.
+        ball: the norm and the range, `on` these images; the radius is not used.
 
     Returns:
         The changes d, float tensor [N, ...].
 
     Source: Croce and Hein (ICML 2020), equations 3 to 6.
     """
-    flat, weight = x.flatten(1), slope.flatten(1) * value.sign()[:, None]
-    room = torch.where(weight > 0, flat - ball.lo, ball.hi - flat).clamp_min(0)
+    weight = slope.flatten(1) * value.sign()[:, None]
+    room = torch.where(weight > 0, (x - ball.lo).flatten(1), (ball.hi - x).flatten(1)).clamp_min(0)
     rate = torch.ones_like(weight) if ball.norm == "linf" else weight.abs()
     rate, room = rate.where(weight != 0, 0), room.where(weight != 0, 0)
     meets = room / rate.where(rate > 0, 1)

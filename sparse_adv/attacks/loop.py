@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv.attacks import movement
+from sparse_adv.attacks.ball import check_shapes, step_sizes
 from sparse_adv.attacks.checks import (
     LabelRange,
     Model,
@@ -58,7 +59,7 @@ def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions
     labels = int64_labels(labels)
     label_range = None
     if isinstance(images, Tensor):
-        movement.check_shapes(images, eps=options.eps, alpha=options.alpha, lo=options.lo, hi=options.hi)
+        check_shapes(images, eps=options.eps, alpha=options.alpha, lo=options.lo, hi=options.hi)
     if options.check:
         with_labels = takes_classes(options.loss)
         label_range = check_batch(images, labels, with_labels, options.lo, options.hi)
@@ -147,6 +148,7 @@ class PGDLoop:
         adv = self._start(images, philox_state)
         result = adv.clone() if options.early_stop else adv
         standing = torch.arange(len(images), device=images.device)
+        ball, alpha = options.ball.on(images), step_sizes(images, options.alpha)
         # On a GPU the host would wait for the count, and batch statistics would change without the images that fell.
         compacts = options.early_stop and images.device.type == "cpu" and options.bn_mode == "eval"
         for _ in range(options.steps):
@@ -156,8 +158,9 @@ class PGDLoop:
                 standing, adv, grad, images, labels = (t[~fooled] for t in (standing, adv, grad, images, labels))
                 if not len(adv):
                     return result
+                ball, alpha = ball.of(~fooled), alpha[~fooled] if isinstance(alpha, Tensor) else alpha
                 fooled = None
-            moved = movement.step(adv, grad, images, options.alpha, options.ball, standing)
+            moved = movement.step(adv, grad, images, alpha, ball)
             adv = moved if fooled is None else adv.where(fooled.view(-1, *[1] * (images.dim() - 1)), moved)
         if len(adv) == len(result):
             return adv
@@ -167,7 +170,7 @@ class PGDLoop:
     def _start(self, images: Tensor, philox_state: Tensor | None) -> Tensor:
         if self.options.start is None or philox_state is None:
             return images.detach().clone()
-        adv = movement.start(images, self.options.start, philox_state)
+        adv = movement.start(images, self.options.start.on(images), philox_state)
         philox_state[1:].add_((images.numel() + 3) // 4)  # one Philox block gives four numbers
         return adv
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv import ops
+from sparse_adv.attacks import movement
+from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import Loss, loss_function
-from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import Queries, into_ball, loss_to_raise, run_search
-from sparse_adv.ops.pgd_step import check_alpha, check_ball
+from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.queries import Queries, loss_to_raise, run_search
 
 
 def mifgsm(
@@ -20,15 +20,15 @@ def mifgsm(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float = 2 / 255,
+    eps: float | Tensor = 8 / 255,
+    alpha: float | Tensor = 2 / 255,
     steps: int = 10,
     decay: float = 1.0,
     norm: str = "linf",
     loss: str | Loss = "ce",
     targeted: bool = False,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -40,14 +40,15 @@ def mifgsm(
         model: maps images in [lo, hi] to logits [N, classes].
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
-        eps: radius of the ball around each image, in units of the images.
-        alpha: step size, in units of the images.
+        eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
+            each image.
+        alpha: step size, in units of the images: a number, or a float tensor [N].
         steps: number of steps; each is one forward and one backward pass.
         decay: how much of the momentum g a step keeps, mu in the paper.
         norm: "linf" or "l2".
         loss: as in `attacks.pgd`.
         targeted: minimise the loss instead of maximising it.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
         engine: whether the engine may form the gradients, see `sparse_adv.engine`.
 
@@ -70,9 +71,7 @@ def mifgsm(
         >>> bool((adv - images).abs().max() <= 0.2)
         True
     """
-    ball = Ball(eps, norm, lo, hi)
-    check_ball(*ball)
-    check_alpha(alpha)
+    ball, size = ball_around(images, eps, norm, lo, hi), step_sizes(images, alpha)
     check_count("steps", steps, least=0)
     if not 0 <= decay < torch.inf:
         raise ValueError(f"decay must be finite and not negative, got {decay}")
@@ -85,7 +84,7 @@ def mifgsm(
             gradient = model.gradient(adv, raised)
             length = gradient.abs().flatten(1).sum(1)
             momentum = decay * momentum + gradient / per_image(length.where(length > 0, 1), gradient)
-            adv = ops.pgd_step(adv, momentum, images, alpha, *ball)
+            adv = movement.step(adv, momentum, images, size, ball)
         return into_ball(adv, images, ball)
 
     return run_search(search, model, images, labels, lo, hi, check, engine)
@@ -106,7 +105,12 @@ class MIFGSM(Attack):
     """
 
     def __init__(
-        self, model: Model, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10, decay: float = 1.0
+        self,
+        model: Model,
+        eps: float | Tensor = 8 / 255,
+        alpha: float | Tensor = 2 / 255,
+        steps: int = 10,
+        decay: float = 1.0,
     ) -> None:
         super().__init__(model)
         self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay

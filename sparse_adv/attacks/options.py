@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.ball import Ball, check_alphas, check_values
 from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
-from sparse_adv.ops.pgd_step import check_alpha, check_ball
 
 if TYPE_CHECKING:
     from sparse_adv.attacks.cuda_graph import Graphs
@@ -37,15 +37,6 @@ class LossOptions(CommonOptions, total=False):
     loss: str | Loss
     targeted: bool
     early_stop: bool
-
-
-class Ball(NamedTuple):
-    """The images that an attack may produce: within eps of the clean images in a norm, pixel values in [lo, hi]."""
-
-    eps: float
-    norm: str
-    lo: float
-    hi: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +78,8 @@ class AttackOptions:
     """Whether the start is clamped to [lo, hi] and each step projected onto the ball; False only for N-FGSM."""
 
     def __post_init__(self) -> None:
-        eps, alpha, lo, hi = (_extremes(name, getattr(self, name)) for name in ("eps", "alpha", "lo", "hi"))
-        check_ball(eps[0], self.norm, lo[0], hi[1])
-        if self.varies and bool((torch.as_tensor(self.lo) > torch.as_tensor(self.hi)).any()):
-            raise ValueError(f"lo must not exceed hi, got lo={self.lo} and hi={self.hi}")
-        for size in alpha:
-            check_alpha(size)
+        check_values(self.eps, self.norm, self.lo, self.hi)
+        check_alphas(self.alpha)
         check_count("steps", self.steps, least=0)
         check_count("restarts", self.restarts, least=1)
         if self.restarts > 1 and not self.random_start:
@@ -109,19 +96,15 @@ class AttackOptions:
     @property
     def ball(self) -> Ball:
         """The ball onto which each step is projected; its radius is infinite without projection."""
-        eps: Any = self.eps if self.project else math.inf
-        lo: Any = self.lo
-        hi: Any = self.hi
-        return Ball(eps, self.norm, lo, hi)
+        return Ball(self.eps if self.project else math.inf, self.norm, self.lo, self.hi)
 
     @property
     def start(self) -> Ball | None:
         """The ball in which the random start lies; None for a start at the clean images."""
         if not self.random_start:
             return None
-        eps: Any = self.eps if self.start_eps is None else self.start_eps
-        range_: tuple[Any, Any] = (self.lo, self.hi) if self.project else (-math.inf, math.inf)
-        return Ball(eps, self.norm, *range_)
+        eps = self.eps if self.start_eps is None else self.start_eps
+        return Ball(eps, self.norm, *((self.lo, self.hi) if self.project else (-math.inf, math.inf)))
 
     @classmethod
     def fgsm(cls, eps: float | Tensor, norm: str = "linf", **options: Unpack[LossOptions]) -> AttackOptions:
@@ -174,18 +157,6 @@ def check_count(name: str, count: object, least: int) -> None:
     """Raise ValueError unless this is an integer of at least `least`."""
     if not isinstance(count, int) or count < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
-
-
-def _extremes(name: str, value: Any) -> tuple[Any, Any]:
-    """The least and the greatest value, NaN if there is one; a number twice."""
-    if not isinstance(value, Tensor):
-        return value, value
-    if not value.is_floating_point() or value.dim() != 1 or not len(value):
-        raise TypeError(
-            f"{name} must be a number or a float tensor of one dimension, got {value.dtype} {[*value.shape]}"
-        )
-    least, greatest = value.detach().double().aminmax()
-    return least.item(), greatest.item()
 
 
 def _check_names(attack: str, options: Mapping[str, object], allowed: type[CommonOptions]) -> None:

@@ -1,4 +1,4 @@
-"""A model under attack: its logits and gradients for batches that get smaller, and the ball its examples lie in."""
+"""A model under attack: its logits and gradients for batches that get smaller."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.attacks.ball import Values
 from sparse_adv.attacks.checks import (
     LabelRange,
     Model,
@@ -16,17 +17,12 @@ from sparse_adv.attacks.checks import (
     count_classes,
     int64_labels,
 )
-from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.losses import Loss, loss_function, margin
-from sparse_adv.attacks.options import Ball
 from sparse_adv.engine.program import LossOfLogits
 from sparse_adv.nn import frozen_weights
 from sparse_adv.ops.random_start import seed_words
-
-_MARGIN_OF_ROUNDING = 8
-"""By how many units of rounding the radius of the l2 ball is reduced, so that a norm rounded up is not above eps."""
 
 
 class Queries:
@@ -83,7 +79,7 @@ Search = Callable[[Queries, Tensor, Tensor], Tensor]
 
 
 def run_search(
-    search: Search, model: Model, images: Tensor, labels: Tensor, lo: float, hi: float, check: bool, engine: bool
+    search: Search, model: Model, images: Tensor, labels: Tensor, lo: Values, hi: Values, check: bool, engine: bool
 ) -> Tensor:
     """Check a batch and run a search on it with the model in eval mode; at the end the model is as it was.
 
@@ -92,7 +88,7 @@ def run_search(
         model: maps images in [lo, hi] to logits [N, classes].
         images: float tensor [N, ...].
         labels: int64 tensor [N].
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values, numbers or tensors [C].
         check: whether to check the values of images and labels.
         engine: whether the engine may form logits and gradients.
 
@@ -117,45 +113,6 @@ def run_search(
 def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     """By how much each image is adversarial, [N]: positive where its label is not predicted, or is if targeted."""
     return -margin(logits, labels) if targeted else margin(logits, labels)
-
-
-def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
-    """The images that are nearest in a ball, with `distance(result, images, norm) <= eps` without slack for rounding.
-
-    Args:
-        adv: float tensor [N, ...].
-        images: the clean images, within the range of pixel values, with shape and dtype of adv.
-        ball: the radius, the norm and the range of pixel values.
-
-    Returns:
-        A tensor with shape and dtype of `images`.
-    """
-    eps, norm, lo, hi = ball
-    exact, step = images.double(), torch.finfo(images.dtype).eps
-    if norm == "linf":
-        eps = _rounded_down(eps, images.dtype)
-        low, high = (exact - eps).to(images.dtype), (exact + eps).to(images.dtype)
-        low = low.where(exact - low.double() <= eps, low.nextafter(images))
-        high = high.where(high.double() - exact <= eps, high.nextafter(images))
-        inside = adv.clamp(low, high).clamp(lo, hi)
-    else:
-        offset = adv.double() - exact
-        length = per_image(torch.linalg.vector_norm(offset.flatten(1), dim=1), images)
-        # Rounding of the sum can move an image outside again, and further in a dtype of fewer bits.
-        units, inside = _MARGIN_OF_ROUNDING, adv
-        outside = (length > eps * (1 - units * step)) | per_image(distance(adv, images, norm) > eps, images)
-        while bool(outside.any()):
-            scale = max(0.0, eps * (1 - units * step)) / length
-            inside = inside.where(~outside, (exact + offset * scale).to(images.dtype))
-            outside = per_image(distance(inside, images, norm) > eps, images)
-            units *= 2
-        inside = inside.clamp(lo, hi)
-    return inside
-
-
-def _rounded_down(value: float, dtype: torch.dtype) -> float:
-    rounded = torch.tensor(value, dtype=dtype)
-    return (rounded.nextafter(-torch.ones_like(rounded)) if rounded.item() > value else rounded).item()
 
 
 def private_generator(generator: torch.Generator | None, images: Tensor) -> torch.Generator:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv import ops
+from sparse_adv.attacks import movement
+from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.losses import Loss, loss_function
-from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import Queries, into_ball, loss_to_raise, private_generator, run_search
-from sparse_adv.ops.pgd_step import check_alpha, check_ball
+from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.queries import Queries, loss_to_raise, private_generator, run_search
 
 
 def rfgsm(
@@ -19,14 +19,14 @@ def rfgsm(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float = 4 / 255,
+    eps: float | Tensor = 8 / 255,
+    alpha: float | Tensor = 4 / 255,
     steps: int = 1,
     loss: str | Loss = "ce",
     targeted: bool = False,
     generator: torch.Generator | None = None,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -38,13 +38,14 @@ def rfgsm(
         model: maps images in [lo, hi] to logits [N, classes].
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
-        eps: radius of the ball around each image, in units of the images.
-        alpha: size of the random step, at most eps.
+        eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
+            each image.
+        alpha: size of the random step, at most eps: a number, or a float tensor [N].
         steps: number of steps of size eps - alpha; 1 in the paper, 10 by default in torchattacks.
         loss: as in `attacks.pgd`.
         targeted: minimise the loss instead of maximising it.
         generator: one number is drawn of it; None for PyTorch's global generator.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
         engine: whether the engine may form the gradients, see `sparse_adv.engine`.
 
@@ -67,10 +68,9 @@ def rfgsm(
         >>> bool((adv - images).abs().max() <= 0.2)
         True
     """
-    ball = Ball(eps, "linf", lo, hi)
-    check_ball(*ball)
-    check_alpha(alpha)
-    if not 0 <= alpha <= eps:
+    ball = ball_around(images, eps, "linf", lo, hi)
+    whole, first = step_sizes(images, eps), step_sizes(images, alpha)
+    if not bool(torch.as_tensor((first >= 0) & (first <= whole)).all()):
         raise ValueError(f"alpha must lie between 0 and eps, {eps}, got {alpha}")
     check_count("steps", steps, least=0)
     loss_function(loss)
@@ -79,9 +79,9 @@ def rfgsm(
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         raised = loss_to_raise(loss, labels, targeted)
         noise = torch.randn(images.shape, generator=draw, dtype=images.dtype, device=images.device)
-        adv = (images + alpha * noise.sign()).clamp(lo, hi)
+        adv = ball.clamp(images + first * noise.sign())
         for _ in range(steps):
-            adv = ops.pgd_step(adv, model.gradient(adv, raised), images, eps - alpha, *ball)
+            adv = movement.step(adv, model.gradient(adv, raised), images, whole - first, ball)
         return into_ball(adv, images, ball)
 
     return run_search(search, model, images, labels, lo, hi, check, engine)
@@ -101,7 +101,9 @@ class RFGSM(Attack):
         torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(self, model: Model, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10) -> None:
+    def __init__(
+        self, model: Model, eps: float | Tensor = 8 / 255, alpha: float | Tensor = 2 / 255, steps: int = 10
+    ) -> None:
         super().__init__(model)
         self.eps, self.alpha, self.steps = eps, alpha, steps
 

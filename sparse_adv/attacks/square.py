@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.ball import Ball, into_ball
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import cross_entropy
-from sparse_adv.attacks.options import Ball, check_count
-from sparse_adv.attacks.queries import Queries, advantage, into_ball, private_generator, run_search
+from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
 from sparse_adv.ops.pgd_step import check_ball
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

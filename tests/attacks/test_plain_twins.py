@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sparse_adv import ops
 from sparse_adv.attacks import apgd, apgd_t, cw, fab, fab_t, fmn, losses, square
 from sparse_adv.attacks.apgd import _checkpoints
+from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.hyperplane import onto_hyperplane
-from sparse_adv.attacks.options import Ball
 
 NORMS = ("linf", "l2")
 DUAL = {"linf": 1, "l2": 2}

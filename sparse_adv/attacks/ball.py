@@ -1,0 +1,165 @@
+"""`Ball`: the images that an attack may produce, with numbers for all images or tensors for each image or channel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_adv.attacks.geometry import distance, per_image
+from sparse_adv.ops.pgd_step import check_alpha, check_ball
+
+Values = float | Tensor
+"""One number, or a float tensor of one for each image [N] (eps, alpha) or for each channel [C] (lo, hi)."""
+
+_MARGIN_OF_ROUNDING = 8
+"""By how many units of rounding the radius of the l2 ball is reduced, so that a norm rounded up is not above eps."""
+
+
+class Ball(NamedTuple):
+    """The images that an attack may produce: within eps of the clean images in a norm, pixel values in [lo, hi].
+
+    Tensors in it are of one dimension, as a user gives them, until `on` shapes them for a batch.
+    """
+
+    eps: Values
+    norm: str
+    lo: Values
+    hi: Values
+
+    def on(self, images: Tensor) -> Ball:
+        """This ball for a batch [N, ...]: tensors get its dtype and device, and a shape that broadcasts with it.
+
+        Where the dtype cannot hold an eps, it is rounded down.
+
+        Raises:
+            ValueError: if eps does not have one value for each image, or lo or hi one for each channel.
+        """
+        if not isinstance(images, Tensor):  # the check of the batch complains
+            return self
+        check_shapes(images, eps=self.eps, lo=self.lo, hi=self.hi)
+        eps = self.eps
+        if isinstance(eps, Tensor):
+            eps = per_image(_rounded_down(eps.detach().to(images.device), images.dtype), images)
+        return Ball(eps, self.norm, _of_channels(self.lo, images), _of_channels(self.hi, images))
+
+    def of(self, index: Tensor) -> Ball:
+        """The ball of some of the images, which an index or a mask selects."""
+        return self._replace(eps=self.eps[index]) if isinstance(self.eps, Tensor) else self
+
+    @property
+    def radii(self) -> Values:
+        """eps as a number or a tensor [N]."""
+        return self.eps.flatten() if isinstance(self.eps, Tensor) else self.eps
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """x [n, ...] with its values clamped to [lo, hi]; the ball must be one `on` a batch."""
+        lo, hi = self.lo, self.hi
+        if isinstance(lo, Tensor) or isinstance(hi, Tensor):
+            return x.clamp(torch.as_tensor(lo).to(x), torch.as_tensor(hi).to(x))
+        return x.clamp(lo, hi)
+
+
+def ball_around(images: Tensor, eps: Values, norm: str, lo: Values, hi: Values) -> Ball:
+    """Check the values of a ball and shape it for a batch, see `Ball.on`.
+
+    Raises:
+        TypeError: if eps, lo or hi is neither a number nor a float tensor of one dimension.
+        ValueError: if a value is out of range, or a tensor does not have one value for each image or channel.
+    """
+    check_values(eps, norm, lo, hi)
+    return Ball(eps, norm, lo, hi).on(images)
+
+
+def check_values(eps: Values, norm: str, lo: Values, hi: Values) -> None:
+    """Raise TypeError or ValueError unless eps, norm and pixel range describe a ball, or one for each image."""
+    least_eps, (least_lo, _), (_, greatest_hi) = _extremes("eps", eps)[0], _extremes("lo", lo), _extremes("hi", hi)
+    check_ball(least_eps, norm, least_lo, greatest_hi)
+    if isinstance(lo, Tensor) and isinstance(hi, Tensor) and len(lo) != len(hi):
+        raise ValueError(f"lo and hi must have one value for each channel, got {len(lo)} and {len(hi)} values")
+    if bool((torch.as_tensor(lo).cpu() > torch.as_tensor(hi).cpu()).any()):
+        raise ValueError(f"lo must not exceed hi, got lo={lo} and hi={hi}")
+
+
+def step_sizes(images: Tensor, alpha: Values) -> Values:
+    """Check a step size, or a tensor of one for each image, which gets a shape that broadcasts with the images.
+
+    Raises:
+        TypeError: if alpha is neither a number nor a float tensor of one dimension.
+        ValueError: if a value is not finite, or a tensor does not have one value for each image.
+    """
+    check_alphas(alpha)
+    if not isinstance(alpha, Tensor) or not isinstance(images, Tensor):
+        return alpha
+    check_shapes(images, alpha=alpha)
+    return per_image(alpha.detach().to(images), images)
+
+
+def check_alphas(alpha: Values) -> None:
+    """Raise TypeError or ValueError unless this is a step size, or a tensor of step sizes."""
+    for size in _extremes("alpha", alpha):
+        check_alpha(size)
+
+
+def check_shapes(images: Tensor, **values: Values) -> None:
+    """Raise ValueError unless tensors have one value for each image (eps, alpha) or for each channel (lo, hi)."""
+    for name, value in values.items():
+        wanted, of = (images.shape[:1], "image") if name in ("eps", "alpha") else (images.shape[1:2], "channel")
+        if isinstance(value, Tensor) and value.shape != wanted:
+            raise ValueError(f"{name} must have one value for each {of}, shape {list(wanted)}, got {list(value.shape)}")
+
+
+def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
+    """The images that are nearest in a ball, with `distance(result, images, norm) <= eps` without slack for rounding.
+
+    Args:
+        adv: float tensor [N, ...].
+        images: the clean images, within the range of pixel values, with shape and dtype of adv.
+        ball: the radius, the norm and the range of pixel values, `on` these images.
+
+    Returns:
+        A tensor with shape and dtype of `images`.
+    """
+    eps = torch.as_tensor(ball.eps, dtype=torch.float64)
+    exact, step = images.double(), torch.finfo(images.dtype).eps
+    if ball.norm == "linf":
+        eps = _rounded_down(eps, images.dtype).double()
+        low, high = (exact - eps).to(images.dtype), (exact + eps).to(images.dtype)
+        low = low.where(exact - low.double() <= eps, low.nextafter(images))
+        high = high.where(high.double() - exact <= eps, high.nextafter(images))
+        return ball.clamp(adv.clamp(low, high))
+    offset = adv.double() - exact
+    length = per_image(torch.linalg.vector_norm(offset.flatten(1), dim=1), images)
+    # Rounding of the sum can move an image outside again, and further in a dtype of fewer bits.
+    units, inside = _MARGIN_OF_ROUNDING, adv
+    outside = (length > eps * (1 - units * step)) | (per_image(distance(adv, images, ball.norm), images) > eps)
+    while bool(outside.any()):
+        scale = (eps * (1 - units * step)).clamp_min(0) / length
+        inside = inside.where(~outside, (exact + offset * scale).to(images.dtype))
+        outside = per_image(distance(inside, images, ball.norm), images) > eps
+        units *= 2
+    return ball.clamp(inside)
+
+
+def _of_channels(value: Values, images: Tensor) -> Values:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(images).view(-1, *[1] * (images.dim() - 2))
+
+
+def _rounded_down(values: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = values.to(dtype)
+    return rounded.where(rounded.double() <= values, rounded.nextafter(torch.full_like(rounded, -torch.inf)))
+
+
+def _extremes(name: str, value: Any) -> tuple[Any, Any]:
+    """The least and the greatest value, NaN if there is one; a number twice."""
+    if not isinstance(value, Tensor):
+        return value, value
+    if not value.is_floating_point() or value.dim() != 1 or not len(value):
+        raise TypeError(
+            f"{name} must be a number or a float tensor of one dimension, got {value.dtype} {[*value.shape]}"
+        )
+    least, greatest = value.detach().double().aminmax()
+    return least.item(), greatest.item()
