@@ -8,14 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.ball import Ball
+from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
-from sparse_adv.ops.pgd_step import check_ball
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """boundary(x, index) -> how far z_y leads and its gradient, of the class whose boundary counts for these images."""
@@ -29,7 +28,7 @@ def fab(
     labels: Tensor,
     *,
     norm: str = "linf",
-    eps: float | None = None,
+    eps: float | Tensor | None = None,
     steps: int = 100,
     restarts: int = 1,
     alpha_max: float = 0.1,
@@ -37,8 +36,8 @@ def fab(
     beta: float = 0.9,
     targeted: bool = False,
     generator: torch.Generator | None = None,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -54,8 +53,9 @@ def fab(
         images: float tensor [N, ...], the clean images x_0.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
         norm: "linf" or "l2".
-        eps: None: return the example at the least distance found, however far. A number: only examples inside of this
-            ball count, and an image is attacked no further when it has one.
+        eps: None: return the example at the least distance found, however far. A number, or a float tensor [N] of one
+            for each image: only examples inside of this ball count, and an image is attacked no further when it has
+            one.
         steps: number of steps; each is two passes forward and, untargeted, one back for every class.
         restarts: number of starts: x_0, then random points at half of the distance found so far, at most eps / 2.
         alpha_max: greatest weight a of the step from the clean image.
@@ -63,7 +63,7 @@ def fab(
         beta: how much of the perturbation is kept after a success, in (0, 1).
         targeted: go to the class `labels` from whatever is predicted.
         generator: one number is drawn of it; None for PyTorch's global generator.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
         engine: whether the engine may form logits and, if targeted, gradients, see `sparse_adv.engine`.
 
@@ -86,7 +86,7 @@ def fab(
         >>> attacks.fab(model, images, labels, norm="l2", steps=5).shape
         torch.Size([4, 1, 8, 8])
     """
-    settings = _Settings(norm, eps, steps, restarts, alpha_max, eta, beta, targeted, lo, hi)
+    settings = _Settings(norm, images, eps, steps, restarts, alpha_max, eta, beta, targeted, lo, hi)
     draw = private_generator(generator, images)
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def fab_t(
     labels: Tensor,
     *,
     norm: str = "linf",
-    eps: float | None = None,
+    eps: float | Tensor | None = None,
     steps: int = 100,
     restarts: int = 1,
     n_target_classes: int = 9,
@@ -118,8 +118,8 @@ def fab_t(
     eta: float = 1.05,
     beta: float = 0.9,
     generator: torch.Generator | None = None,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -151,7 +151,7 @@ def fab_t(
         >>> bool((adv - images).abs().max() <= 0.3)
         True
     """
-    settings = _Settings(norm, eps, steps, restarts, alpha_max, eta, beta, False, lo, hi)
+    settings = _Settings(norm, images, eps, steps, restarts, alpha_max, eta, beta, False, lo, hi)
     check_count("n_target_classes", n_target_classes, least=1)
     draw = private_generator(generator, images)
 
@@ -195,7 +195,7 @@ class FAB(Attack):
         self,
         model: Model,
         norm: str = "Linf",
-        eps: float | None = 8 / 255,
+        eps: float | Tensor | None = 8 / 255,
         steps: int = 10,
         n_restarts: int = 1,
         alpha_max: float = 0.1,
@@ -238,17 +238,18 @@ class _Settings:
     def __init__(
         self,
         norm: str,
-        eps: float | None,
+        images: Tensor,
+        eps: float | Tensor | None,
         steps: int,
         restarts: int,
         alpha_max: float,
         eta: float,
         beta: float,
         targeted: bool,
-        lo: float,
-        hi: float,
+        lo: float | Tensor,
+        hi: float | Tensor,
     ) -> None:
-        check_ball(0.0 if eps is None else eps, norm, lo, hi)
+        self.ball = ball_around(images, torch.inf if eps is None else eps, norm, lo, hi)
         check_count("steps", steps, least=1)
         check_count("restarts", restarts, least=1)
         if not 0 <= alpha_max <= 1:
@@ -257,7 +258,6 @@ class _Settings:
             raise ValueError(f"eta must be at least 1, got {eta}")
         if not 0 < beta < 1:
             raise ValueError(f"beta must lie between 0 and 1, got {beta}")
-        self.ball = Ball(torch.inf if eps is None else eps, norm, lo, hi)
         self.steps, self.restarts, self.targeted = steps, restarts, targeted
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
 
@@ -273,6 +273,7 @@ class _Fab:
         self._best = images.clone()
         broken = advantage(self.logits, labels, settings.targeted) > 0
         self._least = images.new_full(labels.shape, torch.inf).where(~broken, 0)
+        self._eps = torch.zeros_like(self._least, dtype=torch.float64) + settings.ball.radii
 
     def run(self, boundary: Boundary) -> None:
         """All starts and steps towards one kind of boundary."""
@@ -290,13 +291,13 @@ class _Fab:
 
     def result(self) -> Tensor:
         """The nearest adversarial images inside of the ball, else the clean ones."""
-        inside = self._least.double() <= self._settings.ball.eps
+        inside = self._least.double() <= self._eps
         return self._best.where(per_image(inside, self._best), self._images)
 
     def _unfinished(self, index: Tensor) -> Tensor:
         """Without eps, all images but those that need no change; with eps, those without an example in the ball."""
-        eps = self._settings.ball.eps
-        return index[self._least[index].double() > (0 if eps == torch.inf else eps)]
+        eps = self._eps[index]
+        return index[self._least[index].double() > eps.where(eps < torch.inf, 0)]
 
     def _step(self, x: Tensor, index: Tensor, boundary: Boundary) -> Tensor:
         settings, clean = self._settings, self._images[index]
@@ -326,7 +327,7 @@ class _Fab:
     def _random_start(self, index: Tensor) -> Tensor:
         """A point at half of the least distance, or half of eps, in a random direction."""
         ball, clean = self._settings.ball, self._images[index]
-        radius = self._least[index].clamp(max=ball.eps) / 2
+        radius = self._least[index].minimum(self._eps[index].to(clean.dtype)) / 2
         direction = torch.randn(clean.shape, generator=self._draw, dtype=clean.dtype, device=clean.device)
         if ball.norm == "linf":
             direction = torch.rand(clean.shape, generator=self._draw, dtype=clean.dtype, device=clean.device) * 2 - 1

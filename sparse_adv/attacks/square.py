@@ -7,14 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.ball import Ball, into_ball
+from sparse_adv.attacks.ball import Ball, ball_around, into_ball
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import cross_entropy
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
-from sparse_adv.ops.pgd_step import check_ball
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """After how many of 10000 queries the share of changed pixels is halved."""
@@ -26,14 +25,14 @@ def square(
     labels: Tensor,
     *,
     norm: str = "linf",
-    eps: float = 8 / 255,
+    eps: float | Tensor = 8 / 255,
     queries: int = 5000,
     p_init: float = 0.8,
     restarts: int = 1,
     targeted: bool = False,
     generator: torch.Generator | None = None,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -50,13 +49,14 @@ def square(
         images: float tensor [N, channels, height, width], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
         norm: "linf" or "l2".
-        eps: radius of the ball around each image, in units of the images.
+        eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
+            each image.
         queries: passes forward for each image and restart, with the one of the start.
         p_init: share of the pixels that the first squares change, in (0, 1].
         restarts: number of searches for each image that the searches before did not break.
         targeted: search for images of the classes `labels` instead of images of other classes.
         generator: one number is drawn of it; None for PyTorch's global generator.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
         engine: whether the engine may form the logits, see `sparse_adv.engine`.
 
@@ -82,14 +82,14 @@ def square(
         >>> adv.shape, bool((adv - images).abs().max() <= 0.2)
         (torch.Size([4, 1, 8, 8]), True)
     """
-    check_ball(eps, norm, lo, hi)
+    ball = ball_around(images, eps, norm, lo, hi)
     if isinstance(images, Tensor) and images.dim() != 4:
         raise ValueError(f"images must be [N, channels, height, width], got shape {tuple(images.shape)}")
     check_count("queries", queries, least=1)
     check_count("restarts", restarts, least=1)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must lie in (0, 1], got {p_init}")
-    ball, draw = Ball(eps, norm, lo, hi), private_generator(generator, images)
+    draw = private_generator(generator, images)
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best, least = images.clone(), images.new_full(labels.shape, torch.inf)
@@ -97,8 +97,8 @@ def square(
         for _ in range(restarts):
             if not len(standing):
                 break
-            attacked = images[standing], labels[standing]
-            adv, loss, broken = _one_search(model, *attacked, targeted, ball, queries, p_init, draw)
+            attacked = images[standing], labels[standing], targeted, ball.of(standing)
+            adv, loss, broken = _one_search(model, *attacked, queries, p_init, draw)
             better = broken | (loss < least[standing])
             best[standing[better]], least[standing[better]] = adv[better], loss[better]
             standing = standing[~broken]
@@ -134,7 +134,7 @@ class Square(Attack):
         self,
         model: Model,
         norm: str = "Linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         n_queries: int = 5000,
         n_restarts: int = 1,
         p_init: float = 0.8,
@@ -186,7 +186,7 @@ def _one_search(
             break
         share = p_init / 2 ** sum(query * 10000 // queries > halving for halving in _HALVINGS)
         current = adv[standing]
-        new = propose(current, images[standing], share, ball, draw)
+        new = propose(current, images[standing], share, ball.of(standing), draw)
         new_loss, new_broken = _score(model, new, labels[standing], targeted)
         better = new_broken | (new_loss < loss[standing])
         adv[standing] = new.where(per_image(better, new), current)

@@ -7,7 +7,7 @@ import torch
 from helpers.attacked import generator
 from helpers.searched import broken, classified, distances
 
-from sparse_adv.attacks import BIM, apgd, apgd_t, bim, eotpgd, mifgsm, rfgsm
+from sparse_adv.attacks import BIM, apgd, apgd_t, bim, eotpgd, fab, fab_t, mifgsm, rfgsm, square
 
 EPS = torch.tensor([0.0, 0.01, 0.02, 0.05, 0.1, 0.3])
 LO, HI = torch.tensor([0.0, -0.1, 0.0]), torch.tensor([1.0, 1.1, 1.2])
@@ -15,6 +15,7 @@ LO, HI = torch.tensor([0.0, -0.1, 0.0]), torch.tensor([1.0, 1.1, 1.2])
 ALONE = {
     "mifgsm": lambda *batch, eps, **o: mifgsm(*batch, eps=eps, alpha=eps / 3, steps=4, **o),
     "eotpgd": lambda *batch, eps, **o: eotpgd(*batch, eps=eps, alpha=eps / 3, steps=4, random_start=False, **o),
+    "fab": partial(fab, steps=4),
 }
 """Attacks that draw no random numbers: an image is attacked as it is alone."""
 
@@ -23,6 +24,9 @@ DRAWING = {
     "rfgsm": lambda *batch, eps, **o: rfgsm(*batch, eps=eps, alpha=eps / 2, steps=2, **o),
     "apgd": partial(apgd, steps=6, restarts=2),
     "apgd_t": partial(apgd_t, steps=4, targets=2),
+    "square": partial(square, queries=30),
+    "fab": partial(fab, steps=4, restarts=2),
+    "fab_t": partial(fab_t, steps=4, n_target_classes=3),
 }
 """Attacks that draw random numbers of a generator."""
 
