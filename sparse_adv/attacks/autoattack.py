@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.autoattack_state import State, fingerprint
-from sparse_adv.attacks.ball import Ball, check_values, into_ball
+from sparse_adv.attacks.ball import Ball, Values, check_values, into_ball
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
@@ -116,7 +116,8 @@ class AutoAttack:
     Args:
         model: maps images in [lo, hi] to logits [N, classes]; a module, or a plain function.
         norm: "linf" or "l2", also written "Linf" or "L2".
-        eps: radius of the ball around each image, in units of the images.
+        eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
+            each image of a run.
         version: "standard": apgd-ce (100 steps, 1 restart), apgd-t (100 steps, 9 targets), fab-t (100 steps, 9
             targets), square (5000 queries). "plus", slower and seldom stronger: apgd-ce, apgd-dlr and fab (100 steps, 5
             restarts), square, apgd-t, fab-t. "rand", for models that draw random numbers: apgd-ce and apgd-dlr, each
@@ -126,7 +127,7 @@ class AutoAttack:
         seed: of all random numbers; None to draw one from PyTorch's global generator.
         verbose: print what runs and what it found.
         attacks_to_run: names of attacks, for version "custom" only.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         engine: whether the engine may form the gradients, see `sparse_adv.engine`.
         device: where the batches are moved; None for the model's device.
         log_path: a text file that what is printed is added to.
@@ -157,15 +158,15 @@ class AutoAttack:
         self,
         model: Model,
         norm: str = "linf",
-        eps: float = 8 / 255,
+        eps: float | Tensor = 8 / 255,
         version: str = "standard",
         n_classes: int | None = None,
         seed: int | None = None,
         verbose: bool = True,
         *,
         attacks_to_run: Sequence[str] = (),
-        lo: float = 0.0,
-        hi: float = 1.0,
+        lo: float | Tensor = 0.0,
+        hi: float | Tensor = 1.0,
         engine: bool = True,
         device: str | torch.device | None = None,
         log_path: str | Path | None = None,
@@ -251,6 +252,7 @@ class AutoAttack:
 
     def _run(self, names: Sequence[str], images: Tensor, labels: Tensor, batch: int, path: Path | None) -> Result:
         labels = int64_labels(labels)
+        self.ball.on(images)  # raises where a tensor is of another length
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
         if batch < 1 or not len(images):
             raise ValueError(f"there must be at least one image and bs at least 1, got {len(images)} and {batch}")
@@ -264,7 +266,9 @@ class AutoAttack:
         state = State.read(path, known) if path is not None and path.exists() else None
         seed = state.seed if state else int(seed_words(None)[0]) if self.seed is None else self.seed
         budgets = "; ".join(map(version.budget, names))
-        self._log(f"{title}: {budgets}; {self.ball.norm}, eps {self.ball.eps:g}, {len(images)} images, seed {seed}")
+        self._log(
+            f"{title}: {budgets}; {self.ball.norm}, eps {_written(self.ball.eps)}, {len(images)} images, seed {seed}"
+        )
         first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
         check_label_range(label_range, count_classes(self._logits(first), len(first)))
         signs = signs_of_masking(self.model, first, truth)
@@ -322,11 +326,11 @@ class AutoAttack:
             own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
             noise = torch.Generator().manual_seed(own_seed % 2**63)
             options: dict[str, Any] = dict(VERSIONS[self.version].options(name))
-            eps, norm, lo, hi = self.ball
+            ball = self.ball.of(index)
             adv = MEMBERS[name].attack(
-                self.model, x, y, norm=norm, eps=eps, lo=lo, hi=hi, generator=noise, engine=self.engine, **options
+                self.model, x, y, **ball._asdict(), generator=noise, engine=self.engine, **options
             )
-            found, fallen, predictions = self._verified(adv, x, y, state, name)
+            found, fallen, predictions = self._verified(adv, x, y, ball.on(x), state, name)
             state.adversarial[index[fallen]] = found[fallen]
             state.predictions[index[fallen]] = predictions[fallen]
             state.standing[index[fallen]] = False
@@ -342,11 +346,13 @@ class AutoAttack:
             f"stand; {state.undone[name]} examples undone in float32; {time.perf_counter() - start:.1f} s)"
         )
 
-    def _verified(self, adv: Tensor, x: Tensor, y: Tensor, state: State, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _verified(
+        self, adv: Tensor, x: Tensor, y: Tensor, ball: Ball, state: State, name: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The examples in the ball, whether the model misclassifies each, and its classes; on the CPU."""
         with torch.no_grad(), bn_mode(self.module, "eval"), input_gradients(self.module, adv, self.engine) as searched:
             claimed = ~is_correct(searched.logits(adv), y)
-        inside = into_ball(adv, x, self.ball)
+        inside = into_ball(adv, x, ball)
         logits = self._logits(inside)
         fallen = ~is_correct(logits, y)
         state.undone[name] += int((claimed & ~fallen).sum())
@@ -363,8 +369,10 @@ class AutoAttack:
             yield x.to(self.device), y.to(self.device)
 
     def _identity(self, names: Sequence[str], images: Tensor, labels: Tensor) -> str:
-        options = repr((self.version, tuple(names), tuple(self.ball), self.seed))
-        return fingerprint(options, [images, labels, *_tensors(self.module)])
+        ball = tuple("tensor" if isinstance(value, Tensor) else value for value in self.ball)
+        own = [value for value in self.ball if isinstance(value, Tensor)]
+        options = repr((self.version, tuple(names), ball, self.seed))
+        return fingerprint(options, [images, labels, *own, *_tensors(self.module)])
 
     def _log(self, text: str) -> None:
         if self.verbose:
@@ -372,6 +380,11 @@ class AutoAttack:
         if self.log_path is not None:
             with self.log_path.open("a") as file:
                 file.write(text + "\n")
+
+
+def _written(eps: Values) -> str:
+    """The radius, or the range of those of all images."""
+    return f"{eps.min():g} to {eps.max():g}" if isinstance(eps, Tensor) else f"{eps:g}"
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:

@@ -169,6 +169,41 @@ def test_options_and_batches_that_do_not_fit_are_refused(attacked):
         AutoAttack(model, **CUSTOM).run_standard_evaluation(images[:0], labels[:0])
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_radii_of_each_image_go_with_the_images_that_stand(attacked, norm, capsys):
+    model, images, labels = attacked
+    eps = torch.tensor([0.0, 0.01, 0.02, 0.4]).repeat(3) * (1 if norm == "linf" else 10)
+    options = {**CUSTOM, "norm": norm, "lo": torch.tensor([0.0, -0.1, 0.0]), "hi": torch.ones(3)}
+    evaluator = AutoAttack(model, **{**options, "eps": eps, "verbose": True})
+    adv = evaluator.run_standard_evaluation(images, labels, bs=5)
+    assert f"{norm}, eps 0 to {'0.4' if norm == 'linf' else '4'}, 12 images" in capsys.readouterr().out
+    assert ((adv - images).flatten(1).norm(dim=1, p=torch.inf if norm == "linf" else 2) <= eps).all()
+    assert (adv.amin((0, 2, 3)) >= options["lo"]).all() and adv.max() <= 1
+    standing = evaluator.result.standing
+    assert adv[::4].equal(images[::4]) and standing[4] and standing[8] and not standing[3::4].any()
+
+
+def test_equal_radii_give_what_a_number_gives(attacked):
+    model, images, labels = attacked
+    number = AutoAttack(model, **{**CUSTOM, "eps": 1 / 64}).run_standard_evaluation(images, labels, bs=5)
+    values = {"eps": torch.full((12,), 1 / 64), "lo": torch.zeros(3), "hi": torch.ones(3)}
+    adv = AutoAttack(model, **{**CUSTOM, **values}).run_standard_evaluation(images, labels, bs=5)
+    torch.testing.assert_close(adv, number, rtol=0, atol=1e-6)
+
+
+def test_a_state_is_that_of_the_same_radii(attacked, tmp_path):
+    model, images, labels = attacked
+    path, eps = tmp_path / "state.safetensors", torch.linspace(0, 0.02, 12)
+    options = {**CUSTOM, "eps": eps, "attacks_to_run": ["apgd-ce"]}
+    adv = AutoAttack(model, **options).run_standard_evaluation(images, labels, state_path=path)
+    assert AutoAttack(model, **options).run_standard_evaluation(images, labels, state_path=path).equal(adv)
+    for other in ({"eps": eps.flip(0)}, {"eps": 0.02}, {"lo": torch.zeros(3)}):
+        with pytest.raises(ValueError, match="other options"):
+            AutoAttack(model, **{**options, **other}).run_standard_evaluation(images, labels, state_path=path)
+    with pytest.raises(ValueError, match=r"eps must have one value for each image, shape \[11\], got \[12\]"):
+        AutoAttack(model, **options).run_standard_evaluation(images[1:], labels[1:])
+
+
 def test_the_standard_sequence_alone_is_called_autoattack(attacked, capsys, monkeypatch):
     model, images, labels = attacked
     monkeypatch.setitem(
