@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.ball import Ball, ball_around
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, run_search
-from sparse_adv.ops.pgd_step import check_ball
 
 _INSIDE = 1 - 1e-6
 """How far w starts from the ends of the range, where its gradient would vanish: |tanh(w)| at most."""
@@ -27,8 +29,8 @@ def cw(
     lr: float = 0.01,
     binary_search_steps: int = 1,
     targeted: bool = False,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -49,7 +51,7 @@ def cw(
         lr: learning rate of Adam.
         binary_search_steps: number of values of c.
         targeted: search for images of the classes `labels` instead of images of other classes.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
         engine: whether the engine may form the gradients, see `sparse_adv.engine`.
 
@@ -71,7 +73,7 @@ def cw(
         >>> attacks.cw(model, images, labels, c=10.0, steps=5).shape
         torch.Size([4, 1, 8, 8])
     """
-    check_ball(0.0, "l2", lo, hi)
+    box = ball_around(images, math.inf, "l2", lo, hi)
     check_count("steps", steps, least=1)
     check_count("binary_search_steps", binary_search_steps, least=1)
     for name, value in (("c", c), ("lr", lr)):
@@ -87,7 +89,7 @@ def cw(
         least = clean.new_full(labels.shape, torch.inf)
         weight, failed, succeeded = torch.full_like(least, c), torch.zeros_like(least), least.clone()
         for _ in range(binary_search_steps if len(index) else 0):
-            found, length = _minimise(model, clean, labels, weight, kappa, steps, lr, targeted, lo, hi)
+            found, length = _minimise(model, clean, labels, weight, kappa, steps, lr, targeted, box)
             better = length < least
             best[index[better]], least = found[better], length.minimum(least)
             success = length < torch.inf
@@ -107,16 +109,17 @@ def _minimise(
     steps: int,
     lr: float,
     targeted: bool,
-    lo: float,
-    hi: float,
+    box: Ball,
 ) -> tuple[Tensor, Tensor]:
     """For one c of each image: the nearest images that are adversarial by kappa, and their l2 distances or inf."""
-    w = torch.atanh(((images - lo) / (hi - lo) * 2 - 1) * _INSIDE)
+    lo, span = box.lo, torch.as_tensor(box.hi - box.lo, dtype=images.dtype)
+    # A channel whose ends are equal has nowhere to go: its w has no effect.
+    w = torch.atanh(((images - lo) / span.where(span > 0, 1) * 2 - 1) * _INSIDE)
     adam = torch.optim.Adam([w], lr=lr)
     best, least = images.clone(), torch.full_like(weight, torch.inf)
     for _ in range(steps):
         tanh = w.tanh()
-        adv = (lo + (hi - lo) * (tanh + 1) / 2).clamp(lo, hi)
+        adv = box.clamp(lo + span * (tanh + 1) / 2)
         gains: list[Tensor] = []
 
         def loss(logits: Tensor, gains: list[Tensor] = gains) -> Tensor:
@@ -128,7 +131,7 @@ def _minimise(
         length = distance(adv, images, "l2")
         better = (gains[0] > 0) & (gains[0] >= kappa) & (length < least)
         best, least = adv.where(per_image(better, adv), best), length.where(better, least)
-        w.grad = slope * (hi - lo) / 2 * (1 - tanh.square())
+        w.grad = slope * span / 2 * (1 - tanh.square())
         adam.step()
     return best, least
 

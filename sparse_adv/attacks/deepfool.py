@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, run_search
-from sparse_adv.ops.pgd_step import check_ball
 
 
 def deepfool(
@@ -21,8 +23,8 @@ def deepfool(
     *,
     steps: int = 50,
     overshoot: float = 0.02,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -37,7 +39,7 @@ def deepfool(
         labels: integer tensor [N], the true classes y.
         steps: greatest number of steps; each is two passes forward and one back for every class, with autograd.
         overshoot: how far past the boundary, as a share of the way; not negative.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
         engine: whether the engine may form the logits, see `sparse_adv.engine`.
 
@@ -61,7 +63,7 @@ def deepfool(
         >>> bool((model.eval()(adv).argmax(1) == labels).any())
         False
     """
-    check_ball(0.0, "l2", lo, hi)
+    box = ball_around(images, math.inf, "l2", lo, hi)
     check_count("steps", steps, least=0)
     if not 0 <= overshoot < torch.inf:
         raise ValueError(f"overshoot must be finite and not negative, got {overshoot}")
@@ -76,7 +78,7 @@ def deepfool(
             lead, slope = nearest_boundary(model, adv[index], labels[index], "l2")
             square = slope.flatten(1).square().sum(1)
             way[index] -= per_image(lead / square.where(square > 0, 1), slope) * slope
-            adv[index] = (images[index] + (1 + overshoot) * way[index]).clamp(lo, hi)
+            adv[index] = box.clamp(images[index] + (1 + overshoot) * way[index])
         return adv
 
     return run_search(search, model, images, labels, lo, hi, check, engine)

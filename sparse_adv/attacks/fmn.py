@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.ball import Ball
+from sparse_adv.attacks.ball import Ball, ball_around
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, loss_to_raise, run_search
+from sparse_adv.ops.arguments import check_number
 from sparse_adv.ops.pgd_step import check_ball
 
 LOSSES = ("margin", "dlr")
@@ -37,8 +38,8 @@ def fmn(
     gamma: float = 0.05,
     loss: str = "margin",
     targeted: bool = False,
-    lo: float = 0.0,
-    hi: float = 1.0,
+    lo: float | Tensor = 0.0,
+    hi: float | Tensor = 1.0,
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
@@ -61,7 +62,7 @@ def fmn(
         gamma: by which share the radius first changes, in (0, 1).
         loss: "margin" or "dlr", see `attacks.losses`.
         targeted: search for images of the classes `labels`.
-        lo, hi: range of pixel values.
+        lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
         engine: whether the engine may form the gradients, see `sparse_adv.engine`.
 
@@ -86,15 +87,15 @@ def fmn(
         >>> attacks.distances(model, adv, images, labels, norm="l2").shape
         torch.Size([4])
     """
-    check_ball(0.0, norm, lo, hi)
+    box = ball_around(images, math.inf, norm, lo, hi)
     check_count("steps", steps, least=1)
+    check_number("alpha", alpha)
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
     if not 0 < gamma < 1:
         raise ValueError(f"gamma must lie between 0 and 1, got {gamma}")
     if loss not in LOSSES:
         raise ValueError(f"loss must be {' or '.join(map(repr, LOSSES))}, got {loss!r}")
-    box = Ball(math.inf, norm, lo, hi)
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best = images.clone()
@@ -120,7 +121,7 @@ def _nearest(
     targeted: bool,
 ) -> Tensor:
     rising = loss_to_raise(loss, labels, targeted)
-    widest = distance(torch.where(images - box.lo > box.hi - images, box.lo, box.hi), images, box.norm)
+    widest = distance(torch.maximum(images - box.lo, box.hi - images), torch.zeros_like(images), box.norm)
     eps, least = torch.zeros_like(widest), torch.full_like(widest, math.inf)
     best, adv = images.clone(), images
     for step in range(steps):

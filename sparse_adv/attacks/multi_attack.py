@@ -18,7 +18,7 @@ class MultiAttack(Attack):
     breaks, and those that are misclassified before, come back clean.
 
     Args:
-        attacks: at least two attack objects of one model.
+        attacks: at least two attack objects of one model; their eps must be numbers, because the batches get smaller.
         verbose: accepted, and without effect.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from helpers.attacked import generator
 from helpers.searched import broken, classified, distances
 
-from sparse_adv.attacks import BIM, apgd, apgd_t, bim, eotpgd, fab, fab_t, mifgsm, rfgsm, square
+from sparse_adv.attacks import BIM, apgd, apgd_t, bim, cw, deepfool, eotpgd, fab, fab_t, fmn, mifgsm, rfgsm, square
 
 EPS = torch.tensor([0.0, 0.01, 0.02, 0.05, 0.1, 0.3])
 LO, HI = torch.tensor([0.0, -0.1, 0.0]), torch.tensor([1.0, 1.1, 1.2])
@@ -127,3 +127,54 @@ def test_bim_takes_them_as_pgd_and_refuses_the_papers_steps():
     assert BIM(model, eps=EPS, alpha=EPS / 4)(images, labels).equal(adv) and adv[0].equal(images[0])
     with pytest.raises(ValueError, match="steps must be at least 1 where eps is a tensor, got 0"):
         BIM(model, eps=EPS, steps=0)
+
+
+NEAREST = {
+    "cw": partial(cw, c=10.0, lr=0.05, steps=15),
+    "deepfool": partial(deepfool, steps=10),
+    "fmn": partial(fmn, steps=15),
+    "fmn l2": partial(fmn, steps=15, norm="l2"),
+    "fab": partial(fab, steps=5),
+}
+"""Attacks without a radius: they have a range of pixel values alone."""
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_the_nearest_examples_lie_in_each_channels_range(name):
+    model, images, labels = classified()
+    low, high = torch.tensor([0.25, -0.5, 0.0]), torch.tensor([0.5, 1.0, 0.75])
+    images = images.clamp(low.view(3, 1, 1), high.view(3, 1, 1))
+    labels = model(images).argmax(1)
+    adv = NEAREST[name](model, images, labels, lo=low, hi=high)
+    assert broken(model, adv, labels).any() and adv.isfinite().all()
+    assert (adv.amin((0, 2, 3)) >= low).all() and (adv.amax((0, 2, 3)) <= high).all()
+    for wrong, message in (
+        ({"lo": low[:2]}, r"lo must have one value for each channel, shape \[3\], got \[2\]"),
+        ({"lo": high, "hi": low}, "lo must not exceed hi"),
+        ({"hi": high * torch.nan}, "lo must not exceed hi"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NEAREST[name](model, images, labels, **wrong)
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_equal_ends_give_what_numbers_give(name):
+    model, images, labels = classified()
+    number = NEAREST[name](model, images, labels, lo=0.0, hi=1.0)
+    adv = NEAREST[name](model, images, labels, lo=torch.zeros(3), hi=torch.ones(3))
+    torch.testing.assert_close(adv, number, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_a_channel_with_equal_ends_does_not_change(name):
+    model, images, labels = classified()
+    images[:, 1] = 0.5
+    labels = model(images).argmax(1)
+    ends = {"lo": torch.tensor([0.0, 0.5, 0.0]), "hi": torch.tensor([1.0, 0.5, 1.0])}
+    adv = NEAREST[name](model, images, labels, **ends)
+    assert (adv[:, 1] == 0.5).all() and adv.isfinite().all() and not adv.equal(images)
+
+
+def test_fmn_refuses_step_sizes_of_each_image():
+    with pytest.raises(TypeError, match=r"alpha must be a number, got a tensor of shape \(6,\)"):
+        fmn(*classified(), alpha=EPS)
