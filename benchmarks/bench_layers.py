@@ -1,7 +1,11 @@
 """The convolutions of real networks, and odd sizes: is the op ever slower than dense PyTorch?
 
     python benchmarks/bench_layers.py [--threads 2] [--block 4,4] [--density 0.1] [--out FILE.csv]
+    python benchmarks/bench_layers.py --random 40 [--seed 0] ...
     make bench
+
+`--random` measures that many layers of random shapes instead of those listed here: whether the sizes that the kernels
+were tuned on are special.
 
 Each pass takes the kernel that the library chooses, and is timed against the better of PyTorch's NCHW and channels_last
 convolution; convolutions.py says which functions are timed. A pass loses time if it takes over 5 % longer than a dense
@@ -11,6 +15,8 @@ bench_masked_conv2d.py; it is the bound of the weights that the mask keeps, also
 
 from __future__ import annotations
 
+import random
+import statistics
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 
@@ -53,6 +59,16 @@ def layers(quick: bool = False) -> Iterator[tuple[str, Layer]]:
         yield from (("odd", layer) for layer in ODD)
 
 
+def random_layers(count: int, seed: int) -> Iterator[tuple[str, Layer]]:
+    """Layers of random shapes, 7 to 32 pixels a side, each with the name of its kind."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        size, filter, stride = draw.randint(7, 32), draw.choice((3, 3, 3, 1)), draw.choice((1, 1, 1, 2))
+        channels, out_channels = (4 * round(draw.uniform(6, 6 + 800 / size)) for _ in range(2))
+        layer = Layer(channels, out_channels, size, draw.randint(16, 64), filter, stride)
+        yield f"random {filter}x{filter} stride {stride}", layer
+
+
 @lru_cache
 def layers_of(network: str, quick: bool) -> list[Layer]:
     """The different convolutions of a network at CIFAR size; wide ones at batch 16, others at 64."""
@@ -83,18 +99,33 @@ def slower(record: Record) -> bool:
     return ours > dense * SLOWER if dense > SMALL_MS else ours > dense + LOST_MS
 
 
+def means(records: Sequence[Record]) -> str:
+    """For each network the geometric mean of the ratios of each pass, and of forward and grad_input together."""
+    lines = []
+    for network in dict.fromkeys(record["network"] for record in records):
+        own = [record for record in records if record["network"] == network]
+        ratios = {name: [float(r["ratio"]) for r in own if r["pass"] == name] for name in ops.PASSES}
+        ratios["forward + grad_input"] = [
+            sum(map(dense_ms, pair)) / sum(float(record["ours_ms"]) for record in pair)
+            for pair in zip(*([r for r in own if r["pass"] == name] for name in ops.PASSES[:2]), strict=True)
+        ]
+        cells = (f"{name} {statistics.geometric_mean(found):.2f}" for name, found in ratios.items())
+        lines.append(f"{network}, {len(own) // len(ops.PASSES)} layers: {', '.join(cells)}")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.argument_parser(__doc__)
     parser.add_argument("--block", type=harness.integers, default=(4, 4))
     parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="measure N layers of random shapes")
+    parser.add_argument("--seed", type=int, default=0, help="of the random shapes")
     parser.set_defaults(threads=2)
     options = harness.start(parser, arguments)
-    cases = (
-        case
-        for network, layer in layers(options.quick)
-        for case in cases_of(network, layer, options.block, options.density)
-    )
+    chosen = random_layers(options.random, options.seed) if options.random else layers(options.quick)
+    cases = (case for network, layer in chosen for case in cases_of(network, layer, options.block, options.density))
     records = harness.measure(cases, options)
+    print(f"\nTimes as fast as dense:\n{means(records)}")
     losers = [record for record in records if slower(record)]
     print(f"\n{len(losers)} of {len(records)} passes lose time" + ":" * bool(losers))
     print("\n".join(map(harness.line_of, losers)))

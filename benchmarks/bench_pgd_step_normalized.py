@@ -35,7 +35,7 @@ def case(shape: tuple[int, ...], device: str = "cpu", quick: bool = False) -> Ca
     adv, grad, clean = images(shape, device)
     mean, std = torch.full((2, shape[1]), 0.25, device=device)
     step = (adv, grad, clean, mean, std, ALPHA, EPS)
-    # Of the bfloat16 tensor the last bit may differ.
+    # The bfloat16 tensor may differ in its last bit.
     torch.testing.assert_close(pgd_step_normalized(*step), plain(*step), rtol=1e-2, atol=1e-5)
     functions = dict(zip(SIDES, (pgd_step_normalized, plain, compiled(plain, quick)), strict=True))
     sides = {name: partial(function, *step) for name, function in functions.items()}

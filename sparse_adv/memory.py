@@ -1,4 +1,4 @@
-"""How this process's memory allocator treats freed memory."""
+"""A setting of this process's memory allocator: to keep freed memory."""
 
 from __future__ import annotations
 

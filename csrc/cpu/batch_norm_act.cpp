@@ -1,6 +1,6 @@
 // The ops `batch_norm_act` and `batch_norm_act_grad`: BatchNorm with the statistics of the batch, residual and ReLU.
 //
-// Of NCHW tensors a thread takes a few channels through both passes over them, the sums and the result, so that the
+// A thread takes a few channels of NCHW tensors through both passes over them, the sums and the result, so that the
 // second pass finds them in the cache. channels_last tensors, where a channel is in every cache line, are read twice.
 // The order in which a channel's elements are added does not depend on the number of threads.
 #include <torch/csrc/stable/library.h>

@@ -17,7 +17,7 @@ static inline double sum_of(Vec v) {
   return sum;
 }
 
-// The `count` elements at `at` of the gradient behind the gate.
+// The `count` elements at `at` of the gated gradient.
 template <class T, class Bits>
 static inline __attribute__((always_inline)) auto gated(const BatchNormSums<T>& operands, int64_t at, int count,
                                                         Bits& bits) {
@@ -25,7 +25,7 @@ static inline __attribute__((always_inline)) auto gated(const BatchNormSums<T>& 
   return operands.gate ? zero_unless(bits.load(operands.gate, count), g) : g;
 }
 
-// The lanes of a vector behind its `count` elements, which must not count in a sum, as zeros.
+// The vector with zeros in the lanes from `count` on, which must not count in a sum.
 static inline double only_first(double v, int) { return v; }
 static inline Vec only_first(Vec v, int count) { return count == kLanes ? v : zero_unless(first_bits(count), v); }
 

@@ -9,8 +9,8 @@
 namespace sparse_adv {
 
 // Tensors in one layout. With d = input + minus_shift[c]: the statistics are sums of d and of d * d, with a shift near
-// the mean so that they do not cancel; the pass back needs the sums of g and of g * d, with the mean as the shift,
-// where g is grad behind the gate of the ReLU.
+// the mean so that they do not cancel; the backward pass needs the sums of g and of g * d, with the mean as the
+// shift, where g is grad after the gate of the ReLU.
 template <class T>
 struct BatchNormSums {
   Runs runs;

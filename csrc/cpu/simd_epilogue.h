@@ -33,7 +33,7 @@ static inline uint32_t load_bits(const uint8_t* p, int shift, int count) {
   return bits >> shift;
 }
 
-// Rows are written from left to right: the bits before `shift` have been written, those behind the last one become 0.
+// Rows are written from left to right: the bits before `shift` have been written, those after the last one become 0.
 static inline void store_bits(uint8_t* p, int shift, uint32_t bits, int count) {
   bits = (bits & first_bits(count)) << shift;
   if (shift > 0) bits |= *p;

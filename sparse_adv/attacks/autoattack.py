@@ -320,7 +320,7 @@ class AutoAttack:
             began = time.perf_counter()
             index = state.pending.nonzero().squeeze(1)[:batch]
             x, y = images[index].to(self.device), labels[index].to(self.device)
-            # Of its own for each batch and attack, so that an interrupted run draws the same numbers again.
+            # A generator for each batch and attack, so that an interrupted run draws the same numbers again.
             own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
             noise = torch.Generator().manual_seed(own_seed % 2**63)
             options: dict[str, Any] = dict(VERSIONS[self.version].options(name))

@@ -1,4 +1,4 @@
-"""Where a run of AutoAttack stands, as a safetensors file from which it can go on."""
+"""The progress of a run of AutoAttack, as a safetensors file from which it can continue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TENSORS = ("adversarial", "predictions", "standing", "pending")
 
 @dataclass
 class State:
-    """Where a run stands."""
+    """The progress of a run."""
 
     fingerprint: str
     """Of the model, the images and the options."""

@@ -22,7 +22,8 @@ TargetFunction = Callable[[Tensor, Tensor], Tensor]
 class Attack(ABC):
     """An attack bound to a model: `adv = attack(images, labels)`.
 
-    A subclass says in `forward` what is computed, and in `supports_targets` whether the labels may be classes to reach.
+    A subclass computes the examples in `forward`, and sets `supports_targets` to False if labels cannot be classes to
+    reach.
 
     Args:
         model: maps images to logits [N, classes]; a module, or a plain function.
@@ -32,6 +33,17 @@ class Attack(ABC):
 
     Source: the interface is that of torchattacks (Kim, "Torchattacks: a PyTorch repository for adversarial attacks",
     2020).
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> class Brighter(attacks.Attack):
+        ...     supports_targets = False
+        ...     def forward(self, model, images, labels, targeted):
+        ...         return (images + 0.1).clamp(max=1)
+        >>> attack = Brighter(models.build("digits_cnn", width=8))
+        >>> attack(torch.full((2, 1, 8, 8), 0.95), torch.tensor([0, 1])).unique()
+        tensor([1.])
     """
 
     supports_targets = True

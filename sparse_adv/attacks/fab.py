@@ -124,8 +124,8 @@ def fab_t(
 ) -> Tensor:
     """FAB-T: `fab` towards the boundary of one class at a time, the nearest example of all being kept.
 
-    The classes are those with the highest logits at the clean image, without the label's. A step takes one pass back,
-    where `fab` takes one for every class.
+    The classes are those with the highest logits at the clean image, without the label's. A step takes one backward
+    pass, where `fab` takes one for every class.
 
     Args:
         model, images, labels, norm, eps, steps, restarts, alpha_max, eta, beta, generator, lo, hi, check, engine: as in

@@ -140,7 +140,7 @@ def _nearest(
 
 
 def _confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, box: Ball, targeted: bool) -> Tensor:
-    """The examples that the model itself, without the engine, sees clearly over the boundary; else the clean images.
+    """The examples that the model, without engine, puts over the boundary by more than rounding; else the clean images.
 
     The search ends so near to the boundary that rounding decides, so up to 1 % is added to the perturbation.
     """
@@ -182,6 +182,10 @@ def distances(
 
     Returns:
         float tensor [N], in units of the images; the share of distances above eps is the robust accuracy at eps.
+
+    Raises:
+        TypeError: if model cannot be called.
+        ValueError: if norm is not "linf" or "l2".
 
     Examples:
         >>> import torch

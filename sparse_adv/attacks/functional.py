@@ -63,8 +63,8 @@ def pgd(
         generator: generator of the random starts, of which one number is drawn; None for PyTorch's global generator.
         bn_mode: mode of BatchNorm layers during the attack: "eval" uses the running statistics; "train" uses the
             statistics of the batch and updates the running ones at each step; "batch" uses the statistics of the batch
-            and leaves the running ones unchanged. All other layers (dropout), and BatchNorm layers in eval mode in a
-            model in training mode, which somebody froze, are in eval mode.
+            and leaves the running ones unchanged. All other layers (dropout) are in eval mode, and so are
+            frozen BatchNorm layers: those in eval mode inside of a model in training mode.
         check: check the values of images and labels; on a GPU this synchronises once, before the attack starts.
         graphs: cache of CUDA graphs, see `Graphs`; None runs the attack step by step, and so does a tensor as eps,
             alpha, lo or hi.

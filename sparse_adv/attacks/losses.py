@@ -144,16 +144,34 @@ def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
     """KL(q || p) of each image [N], with p = softmax(logits) and log q given.
 
     With this loss the attack loop passes the model's log-probabilities of the clean images instead of labels.
+
+    Args:
+        logits: float tensor [N, classes], of the adversarial images.
+        log_probabilities: float tensor [N, classes], log q.
+
+    Returns:
+        float tensor [N].
+
+    Source: the second term of TRADES, Zhang et al. (ICML 2019), algorithm 1.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv.attacks import losses
+        >>> losses.kl_divergence(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]).log())
+        tensor([0.])
     """
     return F.kl_div(F.log_softmax(logits, 1), log_probabilities, reduction="none", log_target=True).sum(1)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-"""The losses that attacks know by name."""
+"""The losses that can be chosen by name."""
 
 
 def takes_classes(loss: str | Loss) -> bool:
     """Return whether the labels of a loss are known to be classes; those of a function of the caller may be anything.
+
+    Args:
+        loss: a name of `LOSSES`, or a function (logits, labels) -> loss.
 
     Examples:
         >>> from sparse_adv.attacks import losses
@@ -164,7 +182,13 @@ def takes_classes(loss: str | Loss) -> bool:
 
 
 def loss_function(loss: str | Loss) -> Loss:
-    """Return the loss of a name, or the callable itself; raise ValueError for anything else.
+    """Return the loss of a name, or the callable itself.
+
+    Args:
+        loss: a name of `LOSSES`, or a function (logits, labels) -> loss.
+
+    Raises:
+        ValueError: if it is neither.
 
     Examples:
         >>> from sparse_adv.attacks import losses

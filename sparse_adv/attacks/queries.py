@@ -141,7 +141,7 @@ def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
     else:
         offset = adv.double() - exact
         length = per_image(torch.linalg.vector_norm(offset.flatten(1), dim=1), images)
-        # Rounding of the sum can move an image outside again, the more so the fewer bits its dtype has.
+        # Rounding of the sum can move an image outside again, and further in a dtype of fewer bits.
         units, inside = _MARGIN_OF_ROUNDING, adv
         outside = (length > eps * (1 - units * step)) | per_image(distance(adv, images, norm) > eps, images)
         while bool(outside.any()):

@@ -2,7 +2,7 @@
 
 Each direction is three kernels: one that writes partial sums of some rows; a small one that adds these up in float64,
 in a fixed order and without atomics; and one that reads the images again and writes the result. All work on tiles
-[positions, channels]. channels_last images are such a matrix in memory. Of NCHW images a tile has one channel, whose
+[positions, channels]. channels_last images are such a matrix in memory. A tile of NCHW images has one channel, whose
 positions are the pixels of all images; for a gate, which has whole bytes in each row of the innermost dimension, rows
 are padded to a multiple of 8 positions.
 """
@@ -17,7 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.batch_norm_act_tiles import gate_places, gated_gradient, packed, places
+from sparse_adv.kernels.batch_norm_act_tiles import (
+    gate_places,
+    gated_gradient,
+    packed,
+    places,
+    tile_of_program,
+)
 from sparse_adv.kernels.layout import layout_of
 
 _TILE = 4096  # elements: with 8 warps each thread loads 16 bytes of each 16-bit tensor twice
@@ -26,7 +32,7 @@ _BYTES_IN_ROW = 128  # of a tile of channels_last images: a cache line
 _SUMMED = 8192  # elements that a program sums at least
 _PROGRAMS = 512  # that sum large images: all of them are on a large GPU at once, and their partial sums are few
 _ADDENDS = 256  # that a thread adds up in the dtype of the arithmetic before the sums continue in float64
-_FOLDED = {"BLOCK_C": 8, "BLOCK_SPLITS": 256}  # partial sums of so many channels and programs are a tile
+_FOLDED = {"BLOCK_C": 8, "BLOCK_SPLITS": 256}  # channels and programs whose partial sums form a tile
 
 
 class _Tiles(NamedTuple):
@@ -36,7 +42,7 @@ class _Tiles(NamedTuple):
     """Of one channel, with padding."""
     channels: int
     rows: int
-    """Of one NCHW image, 1 if the gate does not end at their ends."""
+    """Of one NCHW image; 1 if the gate needs no whole bytes at the end of a row, so that an image is one row."""
     cols: int
     padded: int
     """Positions of a row."""
@@ -132,7 +138,7 @@ def backward(
         input, weight, mean, var, gate, eps: as in `forward`.
         grad_input: tensor like input that is written.
         grad_weight, grad_bias: tensors like mean that are written.
-        grad_residual: tensor like input that receives the gradient behind the gate, or None.
+        grad_residual: tensor like input that receives the gated gradient, or None.
     """
     tiles = _tiles_of(input, gate)
     channels, share = input.shape[1], input.shape[1] / input.numel()
@@ -178,7 +184,7 @@ def sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of g and of g * (input - mean) over `span` positions, where g is the gradient behind the gate."""
+    """Sums of g and of g * (input - mean) over `span` positions, where g is the gated gradient."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     accumulate: tl.constexpr = partial.dtype.element_ty
     group, split = (tl.program_id(0) % groups).to(index), (tl.program_id(0) // groups).to(index)
@@ -300,12 +306,10 @@ def forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """A tile of the result, and its gate."""
-    index: tl.constexpr = tl.int64 if WIDE else tl.int32
     accumulate: tl.constexpr = mean.dtype.element_ty
-    group, first = (tl.program_id(0) % groups).to(index), (tl.program_id(0) // groups).to(index) * BLOCK_M
-    c = group * BLOCK_C + tl.arange(0, BLOCK_C)
-    q = first + tl.arange(0, BLOCK_M)
-    offsets, exist = places(q, c, positions, channels, rows, cols, padded, CHANNELS_LAST)
+    group, first, c, offsets, exist = tile_of_program(
+        positions, channels, rows, cols, padded, groups, CHANNELS_LAST, WIDE, BLOCK_M, BLOCK_C
+    )
     y = tl.load(input + offsets, exist, 0).to(accumulate) - tl.load(mean + c, c < channels, 0)[None, :]
     _, factor = factor_of(weight, var, c, channels, eps)
     y *= factor[None, :]
@@ -348,12 +352,10 @@ def backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """A tile of factor * (g - mean of g - xhat * mean of g * xhat), where xhat is the normalised input."""
-    index: tl.constexpr = tl.int64 if WIDE else tl.int32
     accumulate: tl.constexpr = mean.dtype.element_ty
-    group, first = (tl.program_id(0) % groups).to(index), (tl.program_id(0) // groups).to(index) * BLOCK_M
-    c = group * BLOCK_C + tl.arange(0, BLOCK_C)
-    q = first + tl.arange(0, BLOCK_M)
-    offsets, exist = places(q, c, positions, channels, rows, cols, padded, CHANNELS_LAST)
+    group, first, c, offsets, exist = tile_of_program(
+        positions, channels, rows, cols, padded, groups, CHANNELS_LAST, WIDE, BLOCK_M, BLOCK_C
+    )
     d = tl.load(input + offsets, exist, 0).to(accumulate) - tl.load(mean + c, c < channels, 0)[None, :]
     g = gated_gradient(
         *(grad, gate, offsets, exist, first, group, positions, channels, rows, padded), CHANNELS_LAST, BLOCK_M, BLOCK_C

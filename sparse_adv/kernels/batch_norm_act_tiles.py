@@ -21,6 +21,27 @@ def places(q, c, positions, channels, rows, cols, padded, CHANNELS_LAST: tl.cons
 
 
 @triton.jit
+def tile_of_program(
+    positions,
+    channels,
+    rows,
+    cols,
+    padded,
+    groups,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The tile of a program that has one: its column of tiles, its first position, its channels, and its `places`."""
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    group, first = (tl.program_id(0) % groups).to(index), (tl.program_id(0) // groups).to(index) * BLOCK_M
+    c = group * BLOCK_C + tl.arange(0, BLOCK_C)
+    offsets, exist = places(first + tl.arange(0, BLOCK_M), c, positions, channels, rows, cols, padded, CHANNELS_LAST)
+    return group, first, c, offsets, exist
+
+
+@triton.jit
 def gate_places(
     first,
     group,
@@ -79,7 +100,7 @@ def gated_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of the gradient behind the gate, as it was loaded."""
+    """A tile of the gated gradient, in the dtype of `grad`."""
     g = tl.load(grad + offsets, exist, 0)
     if gate is not None:
         at, are = gate_places(first, group, positions, channels, rows, padded, CHANNELS_LAST, BLOCK_M, BLOCK_C)

@@ -1,4 +1,4 @@
-"""What launchers check of tensors, as csrc/common/tensor_checks.h does for the CPU: each error names the tensor."""
+"""Checks of the tensors that launchers get, as csrc/common/tensor_checks.h has for the CPU; errors name the tensor."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ def prune(
 
     Returns:
         For each candidate a bool mask with shape and device of its weight. They keep `round(density * n)` of n weights,
-        over the whole model ("global") or in each layer, as nearly as whole blocks allow. Of equal scores, the first in
-        the order of modules, then of indices, is kept.
+        over the whole model ("global") or in each layer, as nearly as whole blocks allow. Among equal scores, the first
+        in the order of modules, then of indices, is kept.
 
     Raises:
         ValueError: if an argument is out of range, or a score is NaN or negative or has a wrong shape.

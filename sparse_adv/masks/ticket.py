@@ -110,6 +110,12 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is damaged or is not a ticket.
+
+    Examples:
+        >>> load_ticket("no_such_file.safetensors")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: no ticket file 'no_such_file.safetensors'
     """
     path = Path(path)
     if not path.is_file():

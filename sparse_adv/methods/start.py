@@ -36,6 +36,9 @@ def random_masks(model: nn.Module, config: MethodConfig, seed: int) -> dict[str,
     Returns:
         bool masks by module name.
 
+    Raises:
+        ValueError: if the configuration does not fit the model.
+
     Examples:
         >>> config = MethodConfig("static", density=0.25, block=(2, 2))
         >>> masks.density(random_masks(nn.Sequential(nn.Linear(8, 8)), config, seed=0))

@@ -186,7 +186,7 @@ class MaskedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if torch.__future__.get_swap_module_params_on_conversion():
-            optimizer_hook.unwatch(self.weight)  # a tensor is not swapped while somebody refers to it weakly
+            optimizer_hook.unwatch(self.weight)  # torch cannot swap a tensor to which there are weak references
         super()._apply(fn, recurse)
         self._derive()
         return self

@@ -83,7 +83,7 @@ def settle(optimizer: Optimizer) -> None:
             applied, version = settled.get(weight, (None, None))
             if applied is not mask:
                 _zero_outside(mask, [weight, weight.grad, *optimizer.state.get(weight, {}).values()])
-            elif version != version_of(weight):  # somebody wrote it since the last step
+            elif version != version_of(weight):  # the weight was written since the last step
                 _zero_outside(mask, [weight])
             settled[weight] = mask, version_of(weight)
 

@@ -57,7 +57,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def is_integer(value: object) -> bool:
-    """Whether this is an integer of 64 bits and not a bool; sizes that `torch.compile` does not know yet are."""
+    """Whether this is an integer of 64 bits and not a bool; the symbolic sizes of `torch.compile` count as integers."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt):
         return False
     return not isinstance(value, int) or -(2**63) <= value < 2**63

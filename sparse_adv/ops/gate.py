@@ -1,4 +1,4 @@
-"""Gates: of each element of a ReLU's output one bit, which says whether the gradient passes.
+"""Gates: one bit for each element of a ReLU's output, set where the gradient passes.
 
 The rows of the tensor's innermost memory dimension are padded to whole bytes. Bit i % 8, the lowest first, of byte
 i // 8 belongs to element i of its row.

@@ -20,6 +20,9 @@ def names() -> list[str]:
 def path(name: str) -> Path:
     """Return the YAML file of a recipe.
 
+    Args:
+        name: one of `names()`.
+
     Raises:
         ValueError: if there is no recipe of this name.
 

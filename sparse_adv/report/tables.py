@@ -198,7 +198,7 @@ def _status(run: Run) -> str:
 
 
 def _reached(run: Run, record: EpochRecord | None, base: EpochRecord | None) -> list[str]:
-    """The cells of a run in the table of `time_to`, behind its name."""
+    """The cells of a run in the table of `time_to`, after its name."""
     if record is None:
         return ["not reached" if measures.evaluated(run) else "not evaluated", "", "", "", "", ""]
     return [

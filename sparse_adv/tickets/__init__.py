@@ -4,7 +4,8 @@ from sparse_adv.config import PruneConfig
 from sparse_adv.tickets.checks import TicketInvariantError, check_pruned_weights
 from sparse_adv.tickets.controls import restore, shuffle
 from sparse_adv.tickets.early_stopping import EarlyStopping
-from sparse_adv.tickets.search import SearchRecord, check_fits, cost_of, record_of, search
+from sparse_adv.tickets.provenance import SearchRecord, cost_of, record_of
+from sparse_adv.tickets.search import check_fits, search
 
 __all__ = [
     "EarlyStopping",

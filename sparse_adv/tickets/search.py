@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sparse_adv.runs import NO_COST, Cost, EpochRecord, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
 from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
+from sparse_adv.tickets.provenance import SearchRecord, record_of
 from sparse_adv.training import distributed, identity, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
 from sparse_adv.training.evaluation import Images
@@ -34,19 +35,6 @@ INITIAL = "initial.safetensors"
 REWIND = "rewind.safetensors"
 IDENTITY = "identity.pt"
 """What decides the result beside the settings, see `training.identity`."""
-
-
-@dataclass(frozen=True)
-class SearchRecord:
-    """What a search writes into the provenance of its ticket."""
-
-    train: TrainConfig
-    prune: PruneConfig
-    epochs: list[EpochRecord]
-    """Of all rounds."""
-    cost: Cost
-    """Of attacks, updates and pruning."""
-    checks: TicketChecks
 
 
 def search(
@@ -149,53 +137,6 @@ def check_fits(model: nn.Module, batches: Batches, config: PruneConfig) -> tuple
     if config.permute_channels:
         dependency_groups(model, shape)  # raises ValueError if the model cannot be traced
     return shape
-
-
-def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> SearchRecord:
-    """Return what `search` recorded in the provenance of a ticket.
-
-    Args:
-        ticket: a ticket that `search` returned, or that was read from its file.
-        source: where the ticket comes from, for the error message.
-
-    Returns:
-        The configurations, epochs, cost and verified invariants of the search.
-
-    Raises:
-        ValueError: if the provenance has no such record, naming the key that is missing.
-
-    Examples:
-        >>> record_of(masks.Ticket({}, {}, {"format": "prune"}), source="model.pt")
-        Traceback (most recent call last):
-        ...
-        ValueError: the provenance of model.pt lacks the key 'train'
-    """
-    names = [field.name for field in fields(SearchRecord)]
-    content = {name: ticket.provenance[name] for name in names if name in ticket.provenance}
-    return json_files.from_json(SearchRecord, content, f"the provenance of {source}")
-
-
-def cost_of(ticket: masks.Ticket) -> Cost:
-    """Return the cost of the search that found a ticket; zero if its provenance does not contain a cost.
-
-    Args:
-        ticket: any ticket, also one that was read from a file of another tool.
-
-    Returns:
-        Seconds and MACs of attacks, updates and pruning.
-
-    Raises:
-        ValueError: if the provenance contains a cost that is not one.
-
-    Examples:
-        >>> cost_of(masks.Ticket({}, {}, {"cost": {"seconds": 2.5, "macs": 1000}}))
-        Cost(seconds=2.5, macs=1000)
-    """
-    provenance = ticket.provenance
-    content = provenance.get("cost", {})
-    if not content and "multiply_adds" in provenance:  # a ticket from before `SearchRecord`
-        content = {"seconds": provenance.get("seconds"), "macs": provenance["multiply_adds"]}
-    return json_files.from_json(Cost, content, "the ticket's provenance")
 
 
 class _Search:

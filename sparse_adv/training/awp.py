@@ -47,7 +47,7 @@ def perturbed_weights(model: nn.Module, loss: Callable[[nn.Module], Tensor], gam
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
-                # The scaled loss of float16 can overflow: such a gradient says nothing, and the weights stay.
+                # The scaled loss of float16 can overflow: where it does, the weights stay as they are.
                 factor = gamma * weight.norm() / (gradient.norm() + 1e-20)
                 weight.add_((factor * gradient).nan_to_num_(0.0, 0.0, 0.0))
     try:

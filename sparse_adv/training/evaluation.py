@@ -194,6 +194,17 @@ def final_test(
     Raises:
         FileNotFoundError: if the folder holds no weights.
         ValueError: if there is no test image.
+
+    Examples:
+        >>> import tempfile
+        >>> from sparse_adv import data, training
+        >>> images = data.Split(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> model, config = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), TrainConfig("natural", epochs=1, eps=0.1)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> records = training.train(model, data.Batches(images, 4), config, folder=folder)
+        >>> result = final_test(model, folder, records, config, images)
+        >>> result.tested, sorted(result.test)
+        ('last', ['clean', 'fgsm', 'pgd-20'])
     """
     tested: Literal["best", "last"] = "best" if (folder / runs.BEST).exists() else "last"
     path = folder / (runs.BEST if tested == "best" else runs.LAST)

@@ -1,4 +1,4 @@
-"""What a method that changes the network in the course of training implements; training itself knows no method."""
+"""The interface of methods that change the network in the course of training; `sparse_adv.methods` has them."""
 
 from __future__ import annotations
 

@@ -94,11 +94,11 @@ def check_same(folder: Path, own: dict[str, Any], begun: dict[str, Any], model: 
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what does not decide the result of a run, but its last bits."""
+    """Return what changes only the last bits of a run's result."""
     return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
 
 
-def tell_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def warn_of_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn of each difference between two environments of one run."""
     for name, value in now.items():
         if before.get(name) != value:

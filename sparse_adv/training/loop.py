@@ -10,26 +10,26 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_adv import json_files, runs
+from sparse_adv import runs
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
 from sparse_adv.config import TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord
 from sparse_adv.training import distributed, identity, objectives, random_numbers
-from sparse_adv.training.checkpoint import damaged, read_state, write_state, write_weights
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
 from sparse_adv.training.devices import reads_at_once
-from sparse_adv.training.evaluation import Accuracy, Images, best, clean_accuracy, model_device, robust_accuracy
+from sparse_adv.training.evaluation import Accuracy, Images, clean_accuracy, model_device, robust_accuracy
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
+from sparse_adv.training.run_files import RunFiles
 from sparse_adv.training.update import Updater
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,6 @@ class Training:
             raise ValueError("validation must have images, because the method follows the loss on them, got None")
         self.updater = Updater(model, config, _count(batches), self.device, self.graphs, self.hook)
         self.evaluated = self.updater.evaluated
-        self.identity = {} if folder is None else identity.of_run(model, batches, validation, config.seed, bool(hook))
         self.monitor: OverfittingMonitor | None = None
         if config.overfitting_monitor and config.objective != "natural" and validation is not None:
             self.monitor = OverfittingMonitor(validation, config, self.graphs)
@@ -112,8 +111,14 @@ class Training:
         self.costs: NetworkCosts | None = None
         self.total = before
         self.records: list[EpochRecord] = []
-        if folder is not None and (folder / runs.STATE).exists():
-            self._restore(folder)
+        self.files: RunFiles | None = None
+        if folder is not None:
+            own = identity.of_run(model, batches, validation, config.seed, bool(hook))
+            self.files = RunFiles(folder, config, batches, self.updater, self.monitor, own)
+            self.records = self.files.restore()
+        if self.records:
+            self.total = self.records[-1].total
+            model.eval()
 
     def epochs(self, on_step: Callable[[int], None] | None = None) -> Iterator[EpochRecord]:
         """Yield the records of the epochs: first those of an earlier call, then each when it is trained and saved.
@@ -126,7 +131,8 @@ class Training:
             while len(self.records) < self.config.epochs:
                 self.records.append(self._epoch(len(self.records), on_step))
                 self.hook.after_epoch(self.records[-1])
-                self._save()
+                if self.files is not None:
+                    self.files.save(self.records)
                 yield self.records[-1]
 
     def _epoch(self, epoch: int, on_step: Callable[[int], None] | None) -> EpochRecord:
@@ -254,68 +260,6 @@ class Training:
             bytes_sent=None if sent is None else sent.bytes_sent,
             bytes_dense=None if sent is None else sent.bytes_dense,
         )
-
-    def _save(self) -> None:
-        """Write the folder. `state.pt` decides which epoch a run continues after; the other files can be remade."""
-        if self.folder is None:
-            return
-        of_ranks = distributed.collect(
-            {
-                "objective": {key: tensor.cpu() for key, tensor in self.updater.objective.state_dict().items()},
-                "identity": self.identity,
-                "generators": random_numbers.states_of(self.batches),
-            }
-        )
-        if distributed.rank() == 0:
-            record = self.records[-1]
-            if record is best(self.records, self.config):
-                write_weights(self.folder / runs.BEST, self.evaluated.state_dict(), json_files.to_json(record))
-            write_state(
-                self.folder / runs.STATE,
-                {
-                    "config": asdict(self.config),
-                    "records": [json_files.to_json(record) for record in self.records],
-                    "monitor": self.monitor.state_dict() if self.monitor else None,
-                    **self.updater.state_dict(),
-                    "environment": identity.environment(self.device),
-                    "identity": [own["identity"] for own in of_ranks],
-                    "generators": [own["generators"] for own in of_ranks],
-                    "objective": [own["objective"] for own in of_ranks],
-                },
-            )
-            self._publish(self.folder)
-        distributed.barrier()
-
-    def _publish(self, folder: Path) -> None:
-        json_files.write_lines(folder / runs.EPOCHS, self.records)
-        write_weights(folder / runs.LAST, self.evaluated.state_dict(), json_files.to_json(self.records[-1]))
-
-    def _restore(self, folder: Path) -> None:
-        """Continue after the last epoch of the folder."""
-        path = folder / runs.STATE
-        keys = "config", "records", "monitor", "environment", "identity", "generators", *self.updater.state_dict()
-        state = read_state(path, self.device, keys)
-        try:
-            self.identity = identity.check_continues(folder, state, self.config, self.identity, self.updater.model)
-            self._load(path, state)
-            identity.tell_changes(folder, state["environment"], identity.environment(self.device))
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            raise damaged(path) from error
-        self.total = self.records[-1].total
-        self.updater.model.eval()
-        if distributed.rank() == 0:
-            self._publish(folder)
-        log.info("%s: %d of %d epochs are done", folder, len(self.records), self.config.epochs)
-
-    def _load(self, path: Path, state: dict[str, Any]) -> None:
-        own = distributed.rank()
-        self.records = [json_files.from_json(EpochRecord, record, str(path)) for record in state["records"]]
-        if not self.records:
-            raise KeyError("records")
-        self.updater.load_state_dict(state | {"objective": state["objective"][own]})
-        random_numbers.load_states(self.batches, state["generators"][own])
-        if self.monitor is not None:
-            self.monitor.load_state_dict(state["monitor"])
 
 
 def train(

@@ -108,7 +108,7 @@ static bool check_store_accumulators(const Kernels& kernels, const Images& shape
   Gates gates(activation, size, shape.channels_last ? shape.channels : row_size, shape.image_size);
   gates.activate(epilogue);
   std::vector<float> output(size, kUntouched);
-  const int64_t middle = std::min<int64_t>(kernels.lanes, shape.channels);
+  const int64_t middle = std::min<int64_t>(std::max(8, kernels.lanes), shape.channels);  // whole bytes of a gate
   for (const auto& [first_channel, last_channel] : {std::pair{middle, shape.channels}, std::pair{int64_t{0}, middle}})
     kernels.store_accumulators({.data = data.data(),
                                 .plane_of = plane_of.data(),

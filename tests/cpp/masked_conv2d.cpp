@@ -101,6 +101,8 @@ static bool check_accumulators(const Kernels& kernels, const WeightsAndInput& we
     for (int64_t first : {0, 1})
       kernels.conv_tile(weights.packed(), ic_block, ic_block + 1,
                         {.cols = cols,
+                         .rows_inside = kTileVectors,
+                         .cols_inside = kTileVectors,
                          .input = weights.input.data(),
                          .input_row_pitch = weights.row_pitch,
                          .accumulators = accumulators.data(),
@@ -143,6 +145,8 @@ static bool check_output(const Kernels& kernels, const WeightsAndInput& weights,
   gates.activate(region.epilogue);
   kernels.conv_tile(weights.packed(), 0, WeightsAndInput::kIcBlocks,
                     {.cols = cols,
+                     .rows_inside = region.rows,
+                     .cols_inside = cols,
                      .input = weights.input.data(),
                      .input_row_pitch = weights.row_pitch,
                      .accumulators = accumulators.data(),

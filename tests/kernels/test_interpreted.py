@@ -1,4 +1,6 @@
-"""Runs tests/interpreted/: Triton kernels on the CPU, each file in a process of its own that tells Triton in time."""
+"""Runs interpreted/: Triton kernels on the CPU, each file in a process of its own, since TRITON_INTERPRET must be set
+before Triton is imported.
+"""
 
 import importlib.util
 import os

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states
+from helpers.two_processes import results_by_rank
 from torch import nn
 
 from sparse_adv import training
@@ -54,8 +53,6 @@ def train(method, rank=0, world_size=1, folder=None, stop_at=None):
 
 
 def work(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     results = {}
     for name, method in METHODS.items():
         run = folder / f"{name}_stopped"
@@ -73,15 +70,12 @@ def work(rank, folder):
             "density": density,
             "macs": macs,
         }
-    torch.save(results, folder / f"rank_{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    mp.spawn(work, args=(folder,), nprocs=2)
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1)]
+    return results_by_rank(work, tmp_path_factory.mktemp("two"))
 
 
 def masks_of(state):

@@ -1,14 +1,11 @@
 """The masked all-reduce hook on two processes: gradients equal those of plain DistributedDataParallel."""
 
-import time
-from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers.tolerances import assert_close, assert_equal
+from helpers.two_processes import PROCESSES, results_by_rank
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -16,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_adv.masks import prune
 from sparse_adv.nn import MaskedConv2d, register_masked_allreduce_hook, sparsify
 
-PROCESSES = 2
 BATCH = 4
 PROBLEM = "the processes have different masks for '2.weight'; give all of them the same"
 
@@ -172,27 +168,13 @@ SCENARIOS = {
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
-    )
-    torch.save({name: scenario(rank) for name, scenario in SCENARIOS.items()}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {name: scenario(rank) for name, scenario in SCENARIOS.items()}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The results of the processes, by rank; the processes are started once, for all scenarios."""
-    folder = tmp_path_factory.mktemp("processes")
-    processes = mp.spawn(work, (folder,), PROCESSES, join=False)
-    end = time.monotonic() + 120
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < end, "the processes did not finish in time"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return results_by_rank(work, tmp_path_factory.mktemp("two"))
 
 
 def of(results, scenario):

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from helpers.two_processes import results_by_rank
 from torch import nn
 
 from sparse_adv import tickets
@@ -40,8 +39,6 @@ def search(rank, pruning, folder, stop_at=None):
 
 
 def work(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     results = {}
     for name, pruning in PRUNING.items():
         whole = search(rank, pruning, folder / name)
@@ -50,15 +47,12 @@ def work(rank, folder):
         except Stop:
             continued = search(rank, pruning, folder / f"{name}_stopped")
         results[name] = [(ticket.masks, ticket.state_dict) for ticket in (whole, continued)]
-    torch.save(results, folder / f"rank_{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    mp.spawn(work, args=(folder,), nprocs=2)
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1)]
+    return results_by_rank(work, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("pruning", PRUNING)

@@ -1,4 +1,4 @@
-"""What consists of others: the parts of batches that are told the epoch, and whose generators are saved."""
+"""Data sets and samplers inside of others: they too get the number of the epoch, and their generators are saved."""
 
 import pytest
 import torch

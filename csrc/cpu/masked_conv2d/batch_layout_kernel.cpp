@@ -50,7 +50,7 @@ void fill_batch_tile(const Images& images, const PixelMap& map, int64_t first_ch
         if (largest < 0) continue;
       }
       load_transposed(v, channel + p, images.image_size, images.count, columns);
-      // Ascending positions of which the last is kLanes - 1 behind the first have no gaps.
+      // Ascending positions whose last is kLanes - 1 after the first have no gaps.
       if (map.ascending && columns == kLanes && positions[kLanes - 1] - positions[0] == kLanes - 1) {
 #pragma GCC unroll 16
         for (int j = 0; j < kLanes; ++j) store(to + (positions[0] + static_cast<int64_t>(j)) * kLanes, v[j]);

@@ -27,38 +27,49 @@ Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
       source_channels(sizes.source_channels),
       lanes(SPARSE_ADV_CHOOSE(lane_count)()),
       batch_(sizes.batch) {
-  choose_tile(!sizes.channels_last && rows.is_unit_stride() && cols.is_unit_stride());
+  choose_tile(!sizes.channels_last && rows.is_unit_stride() && cols.is_unit_stride(), sizes);
   if (width_vectorised) lay_out_width(sizes);
   if (width_vectorised && fits_int32()) return;
-  choose_tile(false);
+  choose_tile(false, sizes);
   lay_out_batch(sizes);
 }
 
-// Chooses the layout and the tile shape that compute the fewest vectors. The order in which they are tried decides
-// between equal ones: of the width-vectorised tiles the nearly square ones come first, because they read the smallest
-// halo (a tile of 2 x 8 or 4 x 4 vectors reads 4 x 10 or 6 x 6 of them for 3x3 taps, one of 1 x 16 reads 3 x 18); of
-// the batch-vectorised tiles those with the longest rows, which are contiguous.
+// Chooses the layout and the tile shape of the least cost, in multiply-adds of an oc_block of 4: one for each computed
+// vector and kept weight, and the cost of each vector that is moved from the images to the input tile or from the
+// accumulators to the output. The batch-vectorised layout transposes it: 1.4 of the 6.0 ms of 64 channels at 32x32 and
+// density 0.02. Of 40 layers of random shapes, a cost of 14 was as good as 10 in the mean and better where they differ
+// (160 and 28 channels at 22x22: 2.4 -> 1.9 ms). With an oc_block of 1 each multiply-add waits for a load, which is
+// slower where it crosses a cache line: width-vectorised, 64 channels at 56x56 took 10.0 ms, batch-vectorised 8.3.
 //
-// The batch-vectorised layout must save a tenth of the vectors (factor 1.1), because it transposes the images: that
-// took 1.4 of the 6.0 ms of 64 channels at 32x32 and density 0.02. A larger factor would be wrong: rows of 56 or 28
-// pixels waste an eighth of their vectors when width-vectorised, and took 10.0 and 8.1 ms, batch-vectorised 8.3 and 6.7
-// ms (docs/design/masked_conv2d.md).
-void Blocking::choose_tile(bool width_vectors_allowed) {
-  constexpr double kTransposition = 1.1;
+// The order in which the shapes are tried decides between equal ones: of the width-vectorised tiles the nearly square
+// ones come first, because they read the smallest halo (a tile of 2 x 8 or 4 x 4 vectors reads 4 x 10 or 6 x 6 of them
+// for 3x3 taps, one of 1 x 16 reads 3 x 18); of the batch-vectorised tiles those with the longest rows, which are
+// contiguous.
+void Blocking::choose_tile(bool width_vectors_allowed, const PassSizes& sizes) {
+  constexpr double kMovedByWidth = 3, kMovedByBatch = 14, kLoad = 1.6, kCrossingLoad = 2.1;
   double least = -1;
-  const auto offer = [&](bool width, int cols_of_tile, int64_t images, int64_t vectors_of_row, double factor) {
-    const int64_t vectors =
-        round_up(vectors_of_row, cols_of_tile) * round_up(rows.positions, kTileVectors / cols_of_tile);
-    const double cost = factor * static_cast<double>((batch_ + images - 1) / images * vectors);
+  const auto offer = [&](bool width, int cols_of_tile, int64_t images, int64_t vectors_of_row, double moved) {
+    const TilePart whole{.rows = kTileVectors / cols_of_tile, .cols = cols_of_tile};
+    const TilePart part = sizes.whole_tiles ? whole : SPARSE_ADV_CHOOSE(part_of_tile)(cols_of_tile, sizes.oc_block);
+    const int64_t vectors = round_up(vectors_of_row, part.cols) * round_up(rows.positions, part.rows);
+    const int64_t in_tile = round_up(vectors_of_row, whole.cols) * round_up(rows.positions, whole.rows);
+    const bool crossing = width && cols_of_tile < vectors_of_row;  // whole rows are shifted in registers
+    const double multiply_add = sizes.oc_block > 1 ? 1 : crossing ? kCrossingLoad : kLoad;
+    const double cost = static_cast<double>((batch_ + images - 1) / images) *
+                        (multiply_add * static_cast<double>(vectors * sizes.kept_weights) +
+                         moved * static_cast<double>(source_channels * in_tile +
+                                                     sizes.output_channels * vectors_of_row * rows.positions));
     if (least >= 0 && cost >= least) return;
     least = cost;
     width_vectorised = width;
     tile_cols = cols_of_tile;
     tile_rows = kTileVectors / cols_of_tile;
+    row_vectors_inside = vectors_of_row;
+    plane_vectors = vectors;
   };
   if (width_vectors_allowed)
-    for (int tile : {2, 4, 1, 8, 16}) offer(true, tile, 1, (cols.positions + lanes - 1) / lanes, 1);
-  for (int tile : {16, 8, 4}) offer(false, tile, lanes, cols.positions, kTransposition);
+    for (int tile : {2, 4, 1, 8, 16}) offer(true, tile, 1, (cols.positions + lanes - 1) / lanes, kMovedByWidth);
+  for (int tile : {16, 8, 4, 2}) offer(false, tile, lanes, cols.positions, kMovedByBatch);
 }
 
 // Cuts the rows into bands whose accumulators fill at most half of the L2 cache, and the channels into panels whose
@@ -85,7 +96,7 @@ void Blocking::cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_
 void Blocking::lay_out_batch(const PassSizes& sizes) {
   batch_block = lanes;
   row_lead = 0;
-  row_vectors = round_up(cols.positions, tile_cols);
+  row_vectors = round_up(row_vectors_inside, tile_cols);
   phase_cols = row_vectors + cols.max_shift;
   row_pitch = cols.source_phases * phase_cols;
   acc_row_pitch = row_vectors;
@@ -98,7 +109,7 @@ void Blocking::lay_out_batch(const PassSizes& sizes) {
 
 void Blocking::lay_out_width(const PassSizes& sizes) {
   batch_block = 1;
-  row_vectors = round_up((cols.positions + lanes - 1) / lanes, tile_cols);
+  row_vectors = round_up(row_vectors_inside, tile_cols);
   // A vector that starts in the last columns of a row ends in the zeros in front of the next row, never in its pixels.
   row_lead = round_up(std::max(cols.pad, cols.max_shift - cols.pad), lanes);
   row_pitch = row_lead / lanes + std::max(row_vectors, (cols.source_size + lanes - 1) / lanes);
@@ -144,14 +155,30 @@ bool Blocking::can_sort_by_column(int64_t oc_block) const {
   return oc_block == 1 && lanes == 16 && row_vectors == tile_cols && triple_order() == IndexOrder::width_triples;
 }
 
-Blocking forward_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last) {
+namespace {
+
+// Of the forward pass and of grad_weight, which reads the same input tile.
+Blocking blocking_of_input(const ConvParams& conv, const Pattern& pattern, bool channels_last, bool whole_tiles) {
   return {ConvAxis::forward(conv.H, conv.P, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
           ConvAxis::forward(conv.W, conv.Q, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),
           {.batch = conv.N,
            .source_channels = conv.C,
            .output_channels = conv.K,
+           .kept_weights = pattern.kept_weights,
+           .oc_block = pattern.forward_oc_block,
            .ic_block = conv.groups == 1 ? pattern.forward_ic_block : 0,
-           .channels_last = channels_last}};
+           .channels_last = channels_last,
+           .whole_tiles = whole_tiles}};
+}
+
+}  // namespace
+
+Blocking forward_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last) {
+  return blocking_of_input(conv, pattern, channels_last, false);
+}
+
+Blocking grad_weight_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last) {
+  return blocking_of_input(conv, pattern, channels_last, true);
 }
 
 Blocking grad_input_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last) {
@@ -160,8 +187,11 @@ Blocking grad_input_blocking(const ConvParams& conv, const Pattern& pattern, boo
           {.batch = conv.N,
            .source_channels = conv.K,
            .output_channels = conv.C,
+           .kept_weights = pattern.kept_weights,
+           .oc_block = pattern.grad_input_oc_block,
            .ic_block = conv.groups == 1 ? pattern.grad_input_ic_block : 0,
-           .channels_last = channels_last}};
+           .channels_last = channels_last,
+           .whole_tiles = false}};
 }
 
 }  // namespace sparse_adv

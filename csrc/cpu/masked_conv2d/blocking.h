@@ -20,8 +20,11 @@ namespace sparse_adv {
 // What the blocking of a pass depends on, in addition to the geometry of the two axes.
 struct PassSizes {
   int64_t batch, source_channels, output_channels;
+  int64_t kept_weights;
+  int64_t oc_block;
   int64_t ic_block;    // panels are multiples of it; 0: one panel, for grouped convolutions (ic_blocks are per group)
   bool channels_last;  // the layout of the images
+  bool whole_tiles;    // all vectors of a tile are computed, also those beyond the end of the images
 };
 
 // The lanes of a vector are either
@@ -37,7 +40,9 @@ struct Blocking {
   int tile_rows, tile_cols;
   int64_t band_rows;  // positions (of rows) per band: a multiple of tile_rows
   int64_t bands;
-  int64_t row_vectors;                       // vectors that the tiles compute of a row
+  int64_t row_vectors_inside;                // vectors of a row that have positions of the images
+  int64_t row_vectors;                       // the same, rounded up to whole tiles
+  int64_t plane_vectors;                     // vectors that are computed of a channel, of one batch block
   int64_t row_lead;                          // width-vectorised: zeros in front of a row's first pixel, in floats
   int64_t phase_cols;                        // batch-vectorised: vectors per source phase of a row
   int64_t row_pitch, channel_pitch;          // input tile: vectors from one row, one channel to the next
@@ -50,9 +55,7 @@ struct Blocking {
   // The batch, rounded up to whole batch blocks.
   int64_t padded_batch() const { return batch_blocks() * batch_block; }
   // The number of positions that are computed, including those outside of the images.
-  int64_t computed_positions() const {
-    return batch_blocks() * lanes * row_vectors * ((rows.positions + tile_rows - 1) / tile_rows * tile_rows);
-  }
+  int64_t computed_positions() const { return batch_blocks() * lanes * plane_vectors; }
   int64_t rows_in_band(int64_t band) const { return std::min(band_rows, rows.positions - band * band_rows); }
   // Where the accumulators of the tile at (row, col) start, in vectors.
   int64_t acc_offset(int64_t row, int64_t col, int64_t channels) const;
@@ -74,14 +77,15 @@ struct Blocking {
  private:
   int64_t batch_;
   int64_t batch_blocks() const { return (batch_ + batch_block - 1) / batch_block; }
-  void choose_tile(bool width_vectors_allowed);
+  void choose_tile(bool width_vectors_allowed, const PassSizes& sizes);
   void cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row);
   void lay_out_batch(const PassSizes& sizes);
   void lay_out_width(const PassSizes& sizes);
 };
 
-// The blocking of the passes, for the instruction set in use; grad_weight has that of the forward pass.
+// The blocking of the passes, for the instruction set in use.
 Blocking forward_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last);
+Blocking grad_weight_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last);
 Blocking grad_input_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last);
 
 }  // namespace sparse_adv

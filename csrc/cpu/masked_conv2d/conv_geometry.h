@@ -31,7 +31,7 @@ struct ConvAxis {
 
   // Whether the axis has one source phase and one output phase: positions are then neighbouring pixels.
   bool is_unit_stride() const { return source_phases == 1 && output_phases == 1; }
-  // Of each source phase, whether some tap reads it.
+  // For each source phase, whether some tap reads it.
   std::vector<bool> phases_read() const;
 };
 

@@ -197,11 +197,20 @@ static inline __attribute__((always_inline)) void accumulate(const ConvTile& til
             acc[j * kVectors + q]);
 }
 
-template <class Order, int TILE_COLS>
+// The part of a tile for whose accumulators registers suffice; half of it, at the end of the images, if it is the tile.
+static constexpr TilePart part_of(int tile_cols, int oc_block, bool whole) {
+  const int vectors = kAccumulators / oc_block, cols = vectors < tile_cols ? vectors : tile_cols, rows = vectors / cols;
+  return {.rows = !whole && vectors == kTileVectors && rows > 1 ? rows / 2 : rows, .cols = cols};
+}
+
+TilePart part_of_tile(int tile_cols, int64_t oc_block) { return part_of(tile_cols, static_cast<int>(oc_block), false); }
+
+// With the number of rows and columns as constants where the WHOLE tile is inside of the band, which is 4 % faster.
+template <class Order, int TILE_COLS, bool WHOLE>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
-  constexpr int kVectors = kAccumulators / Order::kOcBlock;  // of a part of the tile, for which registers suffice
-  constexpr int kCols = kVectors < TILE_COLS ? kVectors : TILE_COLS;
-  constexpr int kRows = kVectors / kCols;
+  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, WHOLE);
+  const int rows = WHOLE ? kTileVectors / TILE_COLS : static_cast<int>(tile.rows_inside);
+  const int cols = WHOLE ? TILE_COLS : static_cast<int>(tile.cols_inside);
   for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
     const int32_t* row_offsets = weights.row_offsets + ic_block * weights.oc_blocks;
     const bool is_last = ic_block + 1 == weights.ic_blocks;
@@ -214,11 +223,21 @@ static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_
           weights.column_splits ? weights.column_splits + 2 * (ic_block * weights.oc_blocks + i) : nullptr;
       // All parts of the tile for one row of the matrix, so that the row stays in the L1 cache: 4.5 -> 4.3 ms for 512
       // channels at 4x4 with an oc_block of 4.
-      for (int part = 0; part < kTileVectors; part += kVectors)
-        accumulate<Order, kRows, kCols>(tile, part / TILE_COLS, part % TILE_COLS, i, offsets, values, count,
-                                        column_splits, ic_block == 0, is_last);
+      for (int row = 0; row < rows; row += kPart.rows)
+        for (int col = 0; col < cols; col += kPart.cols)
+          accumulate<Order, kPart.rows, kPart.cols>(tile, row, col, i, offsets, values, count, column_splits,
+                                                    ic_block == 0, is_last);
     }
   }
+}
+
+template <class Order, int TILE_COLS>
+static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
+  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, false);
+  const bool whole =
+      tile.rows_inside > kTileVectors / TILE_COLS - kPart.rows && tile.cols_inside > TILE_COLS - kPart.cols;
+  if (whole) return tile_of<Order, TILE_COLS, true>(weights, first_ic_block, last_ic_block, tile);
+  return tile_of<Order, TILE_COLS, false>(weights, first_ic_block, last_ic_block, tile);
 }
 
 template <class Order>

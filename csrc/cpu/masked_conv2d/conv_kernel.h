@@ -41,7 +41,8 @@ struct OutputRegion {
 // A tile of kTileVectors vectors, `cols` (1, 2, 4, 8 or 16) of them per row. All pitches in floats.
 struct ConvTile {
   int cols;
-  const float* input;  // at the tile's first vector
+  int64_t rows_inside, cols_inside;  // the others are beyond the end of the images, and parts of them are left out
+  const float* input;                // at the tile's first vector
   int64_t input_row_pitch;
   float* accumulators;  // at the tile's first vector, a plane per output channel
   int64_t acc_row_pitch, acc_channel_pitch;
@@ -53,6 +54,12 @@ struct ConvTile {
 // the tile's oc_blocks, and each channel j of its oc_block:
 //   accumulators[oc_block number * oc_block + j][position] += sum_i values[i][j] * input[input_offsets[i] + position]
 // ic_block 0 starts from 0; after the last ic_block of the matrix the results go to `output`, if there is one.
+// Of a tile's rows and columns that are inside of the band, the kernel computes multiples of these.
+struct TilePart {
+  int rows, cols;
+};
+SPARSE_ADV_FOR_EACH_ISA(TilePart part_of_tile(int tile_cols, int64_t oc_block));
+
 SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_tile(const PackedWeights& weights, int64_t first_ic_block,
                                                 int64_t last_ic_block, const ConvTile& tile));
 

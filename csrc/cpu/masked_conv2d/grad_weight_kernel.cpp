@@ -50,14 +50,15 @@ static inline __attribute__((always_inline)) void add_indices(const float* input
   add_lane_sums(sum, COUNT * OC_BLOCK, partial_sums);
 }
 
-// COUNT column indices at a time, and then half as many until none are left.
+// One row of the matrix: COUNT column indices at a time, then half as many, until none are left.
 template <int OC_BLOCK, int COUNT, int TILE_COLS>
-static inline void add_row(const float* input, int64_t input_row_pitch, const float* const grad[OC_BLOCK],
-                           int64_t grad_row_pitch, const int32_t* offsets, int count, float* partial_sums) {
+static inline void add_block_row(const float* input, int64_t input_row_pitch, const float* const grad[OC_BLOCK],
+                                 int64_t grad_row_pitch, const int32_t* offsets, int count, float* partial_sums) {
   for (; count >= COUNT; count -= COUNT, offsets += COUNT, partial_sums += COUNT * OC_BLOCK)
     add_indices<OC_BLOCK, COUNT, TILE_COLS>(input, input_row_pitch, grad, grad_row_pitch, offsets, partial_sums);
   if constexpr (COUNT > 1)
-    add_row<OC_BLOCK, COUNT / 2, TILE_COLS>(input, input_row_pitch, grad, grad_row_pitch, offsets, count, partial_sums);
+    add_block_row<OC_BLOCK, COUNT / 2, TILE_COLS>(input, input_row_pitch, grad, grad_row_pitch, offsets, count,
+                                                  partial_sums);
 }
 
 // Collects a vector per weight of an oc_block of 1 and, whenever kLanes of them are full, adds their lane sums to the
@@ -122,9 +123,10 @@ static inline __attribute__((always_inline)) void multiply_all(const float* inpu
 
 // One row of the matrix and a part of the tile, ROWS x COLS vectors of the gradient, which stay in registers.
 template <int ROWS, int COLS>
-static inline __attribute__((always_inline)) void add_row(const float* input, int64_t row_pitch, const float* grad,
-                                                          int64_t grad_row_pitch, const int32_t* offsets, int count,
-                                                          const int32_t* column_splits, LaneSums& sums) {
+static inline __attribute__((always_inline)) void add_channel_row(const float* input, int64_t row_pitch,
+                                                                  const float* grad, int64_t grad_row_pitch,
+                                                                  const int32_t* offsets, int count,
+                                                                  const int32_t* column_splits, LaneSums& sums) {
   Vec g[ROWS * COLS];
 #pragma GCC unroll 16
   for (int q = 0; q < ROWS * COLS; ++q) g[q] = load(grad + q / COLS * grad_row_pitch + q % COLS * kLanes);
@@ -135,43 +137,58 @@ static inline __attribute__((always_inline)) void add_row(const float* input, in
   multiply_all<ROWS, COLS, 1>(input, row_pitch, g, offsets + same, count - same, sums);
 }
 
+// The gradient of one output channel of a tile. Beyond the last channel of a group any channel will do: those partial
+// sums are never read.
+static inline const float* grad_of_channel(const GradWeightTile& tile, int32_t channel) {
+  return tile.grad + (channel < 0 ? 0 : channel) * tile.grad_channel_pitch;
+}
+
+// An oc_block of 2 or 4: each row of the matrix is multiplied by the whole tile at once.
+template <int OC_BLOCK, int TILE_COLS>
+static void tile_of_blocks(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
+                           const GradWeightTile& tile, float* partial_sums) {
+  for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
+    const int32_t* row_offsets = weights.row_offsets + ic_block * weights.oc_blocks;
+    for (int64_t i = 0; i < weights.oc_blocks; ++i) {
+      const float* grad[OC_BLOCK];
+      for (int j = 0; j < OC_BLOCK; ++j) grad[j] = grad_of_channel(tile, tile.channel_of[i * OC_BLOCK + j]);
+      add_block_row<OC_BLOCK, kLanes / OC_BLOCK, TILE_COLS>(
+          tile.input, tile.input_row_pitch, grad, tile.grad_row_pitch, weights.input_offsets + row_offsets[i],
+          row_offsets[i + 1] - row_offsets[i], partial_sums + static_cast<int64_t>(row_offsets[i]) * OC_BLOCK);
+    }
+  }
+}
+
+// An oc_block of 1: as many vectors of the gradient at a time as there are registers for it. The lane sums of an
+// ic_block run on from one row of the matrix to the next.
+template <int TILE_COLS>
+static void tile_of_channels(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
+                             const GradWeightTile& tile, float* partial_sums) {
+  constexpr int kCols = kAccumulators < TILE_COLS ? kAccumulators : TILE_COLS;
+  for (int part = 0; part < kTileVectors; part += kAccumulators) {
+    const int row = part / TILE_COLS, col = part % TILE_COLS * kLanes;
+    const float* input = tile.input + row * tile.input_row_pitch + col;
+    for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
+      const int64_t first_row = ic_block * weights.oc_blocks;
+      const int32_t* row_offsets = weights.row_offsets + first_row;
+      LaneSums sums(partial_sums + row_offsets[0]);
+      for (int64_t i = 0; i < weights.oc_blocks; ++i)
+        add_channel_row<kAccumulators / kCols, kCols>(
+            input, tile.input_row_pitch, grad_of_channel(tile, tile.channel_of[i]) + row * tile.grad_row_pitch + col,
+            tile.grad_row_pitch, weights.input_offsets + row_offsets[i], row_offsets[i + 1] - row_offsets[i],
+            weights.column_splits ? weights.column_splits + 2 * (first_row + i) : nullptr, sums);
+      sums.flush();
+    }
+  }
+}
+
 template <int OC_BLOCK, int TILE_COLS>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
                     const GradWeightTile& tile, float* partial_sums) {
-  // Of an oc_block of 1, the gradient of as many vectors as there are registers for it is multiplied at a time.
-  constexpr int kVectors = OC_BLOCK == 1 ? kAccumulators : kTileVectors;
-  constexpr int kCols = kVectors < TILE_COLS ? kVectors : TILE_COLS;
-  for (int part = 0; part < kTileVectors; part += kVectors) {
-    const int row = part / TILE_COLS, col = part % TILE_COLS * kLanes;
-    const float* input = tile.input + row * tile.input_row_pitch + col;
-    const float* first = tile.grad + row * tile.grad_row_pitch + col;
-    for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
-      const int32_t* row_offsets = weights.row_offsets + ic_block * weights.oc_blocks;
-      float* const block_sums = partial_sums + static_cast<int64_t>(row_offsets[0]) * OC_BLOCK;
-      LaneSums sums(block_sums);
-      for (int64_t i = 0; i < weights.oc_blocks; ++i) {
-        const int32_t* offsets = weights.input_offsets + row_offsets[i];
-        const int count = row_offsets[i + 1] - row_offsets[i];
-        const float* grad[OC_BLOCK];
-        for (int j = 0; j < OC_BLOCK; ++j) {
-          // Beyond the last channel of a group any plane will do: these partial sums are never read.
-          const int32_t channel = tile.channel_of[i * OC_BLOCK + j];
-          grad[j] = first + (channel < 0 ? 0 : channel) * tile.grad_channel_pitch;
-        }
-        if constexpr (OC_BLOCK == 1) {
-          const int32_t* column_splits =
-              weights.column_splits ? weights.column_splits + 2 * (ic_block * weights.oc_blocks + i) : nullptr;
-          add_row<kVectors / kCols, kCols>(input, tile.input_row_pitch, grad[0], tile.grad_row_pitch, offsets, count,
-                                           column_splits, sums);
-        } else {
-          add_row<OC_BLOCK, kLanes / OC_BLOCK, TILE_COLS>(
-              input, tile.input_row_pitch, grad, tile.grad_row_pitch, offsets, count,
-              partial_sums + static_cast<int64_t>(row_offsets[i]) * OC_BLOCK);
-        }
-      }
-      if constexpr (OC_BLOCK == 1) sums.flush();
-    }
-  }
+  if constexpr (OC_BLOCK == 1)
+    tile_of_channels<TILE_COLS>(weights, first_ic_block, last_ic_block, tile, partial_sums);
+  else
+    tile_of_blocks<OC_BLOCK, TILE_COLS>(weights, first_ic_block, last_ic_block, tile, partial_sums);
 }
 
 template <int OC_BLOCK>

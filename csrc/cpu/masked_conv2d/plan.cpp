@@ -63,8 +63,9 @@ Plan make_plan(const Pattern& pattern, const ConvParams& conv, Pass pass, torch:
   const Plan dense{.kernel = Kernel::dense, .macs = positions * conv.weights(), .blocking = std::nullopt};
   const auto requested = static_cast<Kernel>(pattern.requested_kernel[static_cast<int>(pass)]);
   if (requested == Kernel::dense || !sparse_is_possible(conv, dtype)) return dense;
-  Blocking blocking = pass == Pass::grad_input ? grad_input_blocking(conv, pattern, channels_last)
-                                               : forward_blocking(conv, pattern, channels_last);
+  Blocking blocking = pass == Pass::forward      ? forward_blocking(conv, pattern, channels_last)
+                      : pass == Pass::grad_input ? grad_input_blocking(conv, pattern, channels_last)
+                                                 : grad_weight_blocking(conv, pattern, channels_last);
   if (!blocking.fits_int32()) return dense;
   const int64_t oc_block = pass == Pass::grad_input ? pattern.grad_input_oc_block : pattern.forward_oc_block;
   if (requested != Kernel::sparse && !sparse_is_faster(pattern, conv, pass, oc_block, blocking)) return dense;

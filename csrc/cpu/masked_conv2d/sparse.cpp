@@ -196,6 +196,8 @@ class BandComputer {
       for (int64_t col = 0; col < blocking_.row_vectors; col += blocking_.tile_cols)
         visit(row, col,
               ConvTile{.cols = blocking_.tile_cols,
+                       .rows_inside = std::min<int64_t>(band_rows - row, blocking_.tile_rows),
+                       .cols_inside = std::min<int64_t>(blocking_.row_vectors_inside - col, blocking_.tile_cols),
                        .input = input_tile_ + (row * blocking_.row_pitch + col) * lanes,
                        .input_row_pitch = blocking_.row_pitch * lanes,
                        .accumulators = accumulators_ + blocking_.acc_offset(row, col, planes_) * lanes,

@@ -61,7 +61,7 @@ class FGSMRSCS(Natural):
     So a batch whose loss moves away from that of the last epoch is pulled back. The second term is left out in the
     first two epochs and in the epochs beside a milestone of the piecewise schedule and at the end, where the loss
     should move. With label smoothing s, these two CE give 1 - s to the label and s / (classes - 1) to each other class.
-    The second term costs a backward pass also where it is 0: a GPU would have to wait to know.
+    The second term costs a backward pass also where it is 0: to leave it out, the host would have to wait for the GPU.
 
     FastAT Benchmark, ResNet-18: clean 80.54 %, AutoAttack 48.64 %, 1,824 s.
 

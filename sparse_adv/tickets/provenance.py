@@ -1,0 +1,70 @@
+"""What a search records in the provenance of its ticket: configurations, epochs, cost and verified invariants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from sparse_adv import json_files, masks
+from sparse_adv.config import PruneConfig, TrainConfig
+from sparse_adv.runs import Cost, EpochRecord, TicketChecks
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """What a search writes into the provenance of its ticket."""
+
+    train: TrainConfig
+    prune: PruneConfig
+    epochs: list[EpochRecord]
+    """Of all rounds."""
+    cost: Cost
+    """Of attacks, updates and pruning."""
+    checks: TicketChecks
+
+
+def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> SearchRecord:
+    """Return what `search` recorded in the provenance of a ticket.
+
+    Args:
+        ticket: a ticket that `search` returned, or that was read from its file.
+        source: where the ticket comes from, for the error message.
+
+    Returns:
+        The configurations, epochs, cost and verified invariants of the search.
+
+    Raises:
+        ValueError: if the provenance has no such record, naming the key that is missing.
+
+    Examples:
+        >>> record_of(masks.Ticket({}, {}, {"format": "prune"}), source="model.pt")
+        Traceback (most recent call last):
+        ...
+        ValueError: the provenance of model.pt lacks the key 'train'
+    """
+    names = [field.name for field in fields(SearchRecord)]
+    content = {name: ticket.provenance[name] for name in names if name in ticket.provenance}
+    return json_files.from_json(SearchRecord, content, f"the provenance of {source}")
+
+
+def cost_of(ticket: masks.Ticket) -> Cost:
+    """Return the cost of the search that found a ticket; zero if its provenance does not contain a cost.
+
+    Args:
+        ticket: any ticket, also one that was read from a file of another tool.
+
+    Returns:
+        Seconds and MACs of attacks, updates and pruning.
+
+    Raises:
+        ValueError: if the provenance contains a cost that is not one.
+
+    Examples:
+        >>> cost_of(masks.Ticket({}, {}, {"cost": {"seconds": 2.5, "macs": 1000}}))
+        Cost(seconds=2.5, macs=1000)
+    """
+    provenance = ticket.provenance
+    content = provenance.get("cost", {})
+    if not content and "multiply_adds" in provenance:  # a ticket from before `SearchRecord`
+        content = {"seconds": provenance.get("seconds"), "macs": provenance["multiply_adds"]}
+    return json_files.from_json(Cost, content, "the ticket's provenance")

@@ -1,0 +1,116 @@
+"""The state, records and weights that training writes to a run's folder after each epoch, and continues from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparse_adv import json_files, runs
+from sparse_adv.config import TrainConfig
+from sparse_adv.runs import EpochRecord
+from sparse_adv.training import distributed, identity, random_numbers
+from sparse_adv.training.checkpoint import damaged, read_state, write_state, write_weights
+from sparse_adv.training.evaluation import best
+from sparse_adv.training.overfitting import OverfittingMonitor
+from sparse_adv.training.update import Updater
+
+log = logging.getLogger(__name__)
+
+
+class RunFiles:
+    """The files of a run in its folder; each process of a distributed run makes one, and rank 0 writes.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        batches: of this process; the states of their generators are saved.
+        updater, monitor: of the run; their states are saved.
+        own: what `identity.of_run` returned on this process.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        updater: Updater,
+        monitor: OverfittingMonitor | None,
+        own: dict[str, Any],
+    ) -> None:
+        self.folder, self.config, self.batches, self.updater, self.monitor = folder, config, batches, updater, monitor
+        self.identity = own
+
+    def save(self, records: list[EpochRecord]) -> None:
+        """Write everything. `state.pt` decides which epoch a run continues after; the other files can be remade."""
+        of_ranks = distributed.collect(
+            {
+                "objective": {key: tensor.cpu() for key, tensor in self.updater.objective.state_dict().items()},
+                "identity": self.identity,
+                "generators": random_numbers.states_of(self.batches),
+            }
+        )
+        if distributed.rank() == 0:
+            record = records[-1]
+            if record is best(records, self.config):
+                weights = self.updater.evaluated.state_dict()
+                write_weights(self.folder / runs.BEST, weights, json_files.to_json(record))
+            write_state(
+                self.folder / runs.STATE,
+                {
+                    "config": asdict(self.config),
+                    "records": [json_files.to_json(record) for record in records],
+                    "monitor": self.monitor.state_dict() if self.monitor else None,
+                    **self.updater.state_dict(),
+                    "environment": identity.environment(self.updater.device),
+                    "identity": [own["identity"] for own in of_ranks],
+                    "generators": [own["generators"] for own in of_ranks],
+                    "objective": [own["objective"] for own in of_ranks],
+                },
+            )
+            self._write_records_and_weights(records)
+        distributed.barrier()
+
+    def restore(self) -> list[EpochRecord]:
+        """Load the state in the folder, and return the records of the epochs before it; none if there is no state.
+
+        Raises:
+            ValueError: if the state is damaged, or of another run: of another configuration (but for more epochs),
+                network or other images.
+        """
+        path = self.folder / runs.STATE
+        if not path.exists():
+            return []
+        device = self.updater.device
+        keys = "config", "records", "monitor", "environment", "identity", "generators", *self.updater.state_dict()
+        state = read_state(path, device, keys)
+        try:
+            self.identity = identity.check_continues(self.folder, state, self.config, self.identity, self.updater.model)
+            records = self._load(path, state)
+            identity.warn_of_changes(self.folder, state["environment"], identity.environment(device))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise damaged(path) from error
+        if distributed.rank() == 0:
+            self._write_records_and_weights(records)
+        log.info("%s: %d of %d epochs are done", self.folder, len(records), self.config.epochs)
+        return records
+
+    def _load(self, path: Path, state: dict[str, Any]) -> list[EpochRecord]:
+        own = distributed.rank()
+        records = [json_files.from_json(EpochRecord, record, str(path)) for record in state["records"]]
+        if not records:
+            raise KeyError("records")
+        self.updater.load_state_dict(state | {"objective": state["objective"][own]})
+        random_numbers.load_states(self.batches, state["generators"][own])
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        return records
+
+    def _write_records_and_weights(self, records: list[EpochRecord]) -> None:
+        json_files.write_lines(self.folder / runs.EPOCHS, records)
+        weights = self.updater.evaluated.state_dict()
+        write_weights(self.folder / runs.LAST, weights, json_files.to_json(records[-1]))
