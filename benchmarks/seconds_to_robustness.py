@@ -95,6 +95,11 @@ class Setting:
     unit: int
     tested: int
 
+    @property
+    def training_images(self) -> int:
+        assert self.images.limit is not None and self.images.validation is not None
+        return self.images.limit - int(self.images.validation)
+
     def run(self, folder: Path, row: Row, epochs: int, seed: int, ticket: Path | None = None) -> experiment.TrainRun:
         train = replace(self.train, epochs=epochs, evaluate_every=epochs, seed=seed)
         dataset = experiment.load_data(self.images, seed, CPU)
@@ -115,7 +120,6 @@ def time(setting: Setting, out: Path, names: Sequence[str]) -> None:
     kinds = {_kind(row): row for row in map(ROWS.__getitem__, names) if row.prune is None}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     size = TIMED_UPDATES * setting.images.batch_size
-    assert setting.images.limit is not None and setting.images.validation is not None
     images = replace(setting.images, limit=size + 100, validation=100)
     train = replace(setting.train, evaluation_steps=1, overfitting_monitor=False)
     short = replace(setting, images=images, train=train)
@@ -123,7 +127,7 @@ def time(setting: Setting, out: Path, names: Sequence[str]) -> None:
         for kind, row in kinds.items():
             with tempfile.TemporaryDirectory() as folder:
                 *_, record = short.run(Path(folder) / "run", row, 2, 0).epochs()
-            scale = (setting.images.limit - setting.images.validation) / record.images
+            scale = setting.training_images / record.images
             seconds[kind].append(scale * (record.attack.seconds + record.update.seconds))
             print(f"{kind}: {seconds[kind][-1]:.1f} s per epoch", flush=True)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
@@ -172,6 +176,8 @@ def train(setting: Setting, out: Path, names: Sequence[str], seeds: Sequence[int
             tested = data.Split(test.images[: setting.tested], test.labels[: setting.tested])
             robust = robust_accuracy(run.model, tested, steps=50, loss="margin", early_stop=True, seed=0)
             answer = {
+                "width": setting.network.width,
+                "images": setting.training_images,
                 "row": name,
                 "seed": seed,
                 "search_epochs": search,

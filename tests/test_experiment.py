@@ -54,8 +54,11 @@ def test_every_setting_of_a_network_reaches_its_architecture(dataset, ticket):
         expected = models.build("digits_cnn", seed, width=4, data="digits")
         assert all(value.equal(expected.state_dict()[name]) for name, value in built.state_dict().items())
         assert built.conv1.weight.equal(ticket[0].state_dict["conv1.weight"]) == (seed == 3)
-    five = dataset._replace(classes=5)
-    assert experiment.build_network(NETWORK, five, 0, CPU)(torch.rand(1, 1, 8, 8)).shape == (1, 5)
+    colour = data.Split(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
+    other = data.Dataset(colour, colour, colour, 5, "cifar10")
+    built = experiment.build_network(NETWORK, other, 0, CPU)
+    assert built(torch.rand(1, 3, 8, 8)).shape == (1, 5) and built.conv1.out_channels == 4
+    assert built.normalize.mean.flatten()[0].item() == pytest.approx(0.4914)
 
 
 def test_every_setting_of_a_checkpoint_reaches_its_network(dataset, ticket):

@@ -1,10 +1,12 @@
-"""`AttackOptions`: values out of range and unknown names raise, in the functions and in the classes alike."""
+"""`AttackOptions`: values out of range and unknown names raise, in functions and classes alike; published defaults."""
 
+import inspect
 import math
 
 import pytest
 from helpers.attacked import batch, make_model
 
+from sparse_adv import attacks
 from sparse_adv.attacks import FGSM, PGD, TPGD, AttackOptions, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 
 INVALID = [
@@ -53,3 +55,48 @@ def test_an_option_that_an_attack_does_not_have_raises_type_error(attack, option
     batch_ = () if isinstance(attack, type) else batch()[:1] if attack is tpgd else batch()
     with pytest.raises(TypeError, match=next(iter(options))):
         attack(make_model(), *batch_, **options)
+
+
+EPS, ALPHA = {"eps": 8 / 255}, {"alpha": 2 / 255, "steps": 10}
+BOUNDARY, SQUARE = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}, {"p_init": 0.8}
+ASCENT, NEAREST = {"rho": 0.75, "eot_iter": 1}, {"steps": 100, "alpha": 1.0, "gamma": 0.05, "loss": "margin"}
+CARLINI = {"c": 1.0, "kappa": 0.0, "steps": 50, "lr": 0.01, "binary_search_steps": 1}
+DEFAULTS = {
+    # Of the classes, those of torchattacks.
+    "FGSM": EPS,
+    "FFGSM": EPS | {"alpha": 10 / 255},
+    "PGD": EPS | ALPHA | {"random_start": True},
+    "BIM": EPS | ALPHA,
+    "RFGSM": EPS | ALPHA,
+    "TPGD": EPS | ALPHA,
+    "MIFGSM": EPS | ALPHA | {"decay": 1.0},
+    "EOTPGD": EPS | ALPHA | {"eot_iter": 2, "random_start": True},
+    "PGDL2": {"eps": 1.0, "alpha": 0.2, "steps": 10, "random_start": True},
+    "APGD": EPS | ASCENT | {"norm": "Linf", "steps": 10, "n_restarts": 1, "seed": 0, "loss": "ce"},
+    "APGDT": EPS | ASCENT | {"norm": "Linf", "steps": 10, "n_restarts": 1, "seed": 0, "n_classes": 10},
+    "FAB": EPS | BOUNDARY | {"norm": "Linf", "steps": 10, "n_restarts": 1, "multi_targeted": False, "n_classes": 10},
+    "Square": EPS | SQUARE | {"norm": "Linf", "n_queries": 5000, "n_restarts": 1, "seed": 0},
+    "CW": CARLINI,
+    "DeepFool": {"steps": 50, "overshoot": 0.02},
+    "FMN": NEAREST | {"norm": "Linf"},
+    # Of the functions, those of the papers and of AutoAttack.
+    "bim": EPS | ALPHA,
+    "rfgsm": EPS | {"alpha": 4 / 255, "steps": 1},
+    "mifgsm": EPS | ALPHA | {"decay": 1.0},
+    "eotpgd": EPS | ALPHA | {"eot_iter": 2},
+    "apgd": EPS | ASCENT | {"steps": 100, "restarts": 1, "loss": "ce"},
+    "apgd_t": EPS | ASCENT | {"steps": 100, "restarts": 1, "targets": 9},
+    "fab": BOUNDARY | {"eps": None, "steps": 100, "restarts": 1},
+    "fab_t": BOUNDARY | {"eps": None, "steps": 100, "restarts": 1, "n_target_classes": 9},
+    "square": EPS | SQUARE | {"queries": 5000, "restarts": 1},
+    "cw": CARLINI,
+    "deepfool": {"steps": 50, "overshoot": 0.02},
+    "fmn": NEAREST,
+    "AutoAttack": EPS | {"norm": "linf", "version": "standard", "seed": None},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_the_published_ones(name):
+    parameters = inspect.signature(getattr(attacks, name)).parameters
+    assert {option: parameters[option].default for option in DEFAULTS[name]} == DEFAULTS[name]

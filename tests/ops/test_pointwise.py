@@ -157,3 +157,8 @@ def test_bad_input_is_reported_by_name_and_value(name):
 def test_gradients_are_refused():
     with pytest.raises(ValueError, match=r"scale requires grad: pointwise_out .* torch.no_grad\(\)"):
         pointwise_out(like, torch.ones(3, requires_grad=True), out=torch.zeros_like(like))
+
+
+def test_the_input_may_not_be_missing():
+    with pytest.raises(TypeError, match="input must be a tensor, got NoneType"):
+        pointwise_out(None, out=torch.zeros_like(like))

@@ -11,7 +11,7 @@ from torch import nn
 from sparse_adv import tickets
 from sparse_adv.data import Split
 from sparse_adv.tickets import PruneConfig
-from sparse_adv.tickets.half_resolution import Halved, half
+from sparse_adv.tickets.half_resolution import Halved, check_takes, half
 
 CONFIG = replace(QUICK, objective="fgsm", epochs=2)
 
@@ -91,3 +91,17 @@ def test_halved_batches_are_shuffled_anew_in_each_epoch():
     halved = Halved(batches)
     halved.set_epoch(5)
     assert batches.epoch == 5 and len(halved) == len(batches)
+
+
+def test_a_linear_layer_reads_the_last_dimension_whatever_the_others_are():
+    class ByPixel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.layer(x.movedim(1, -1)).mean((1, 2))
+
+    check_takes(ByPixel(), (1, 3, 4, 4))
+    with pytest.raises(ValueError, match="'layer' takes 3 inputs, but gets 4"):
+        check_takes(ByPixel(), (1, 4, 3, 3))

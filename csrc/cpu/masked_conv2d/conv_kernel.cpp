@@ -197,17 +197,18 @@ static inline __attribute__((always_inline)) void accumulate(const ConvTile& til
             acc[j * kVectors + q]);
 }
 
-static constexpr TilePart part_of(int tile_cols, int oc_block) {
-  const int vectors = kAccumulators / oc_block, cols = vectors < tile_cols ? vectors : tile_cols;
-  return {.rows = vectors / cols, .cols = cols};
+// The part of a tile for whose accumulators registers suffice; half of it, at the end of the images, if it is the tile.
+static constexpr TilePart part_of(int tile_cols, int oc_block, bool whole) {
+  const int vectors = kAccumulators / oc_block, cols = vectors < tile_cols ? vectors : tile_cols, rows = vectors / cols;
+  return {.rows = !whole && vectors == kTileVectors && rows > 1 ? rows / 2 : rows, .cols = cols};
 }
 
-TilePart part_of_tile(int tile_cols, int64_t oc_block) { return part_of(tile_cols, static_cast<int>(oc_block)); }
+TilePart part_of_tile(int tile_cols, int64_t oc_block) { return part_of(tile_cols, static_cast<int>(oc_block), false); }
 
 // With the number of rows and columns as constants where the WHOLE tile is inside of the band, which is 4 % faster.
 template <class Order, int TILE_COLS, bool WHOLE>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
-  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock);
+  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, WHOLE);
   const int rows = WHOLE ? kTileVectors / TILE_COLS : static_cast<int>(tile.rows_inside);
   const int cols = WHOLE ? TILE_COLS : static_cast<int>(tile.cols_inside);
   for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
@@ -232,7 +233,7 @@ static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_
 
 template <class Order, int TILE_COLS>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
-  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock);
+  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, false);
   const bool whole =
       tile.rows_inside > kTileVectors / TILE_COLS - kPart.rows && tile.cols_inside > TILE_COLS - kPart.cols;
   if (whole) return tile_of<Order, TILE_COLS, true>(weights, first_ic_block, last_ic_block, tile);

@@ -54,8 +54,7 @@ struct ConvTile {
 // the tile's oc_blocks, and each channel j of its oc_block:
 //   accumulators[oc_block number * oc_block + j][position] += sum_i values[i][j] * input[input_offsets[i] + position]
 // ic_block 0 starts from 0; after the last ic_block of the matrix the results go to `output`, if there is one.
-// The part of a tile for whose accumulators registers suffice: of its rows and columns that are inside of the band, the
-// kernel computes multiples of these.
+// Of a tile's rows and columns that are inside of the band, the kernel computes multiples of these.
 struct TilePart {
   int rows, cols;
 };
