@@ -133,6 +133,7 @@ class AutoAttack:
         log_path: a text file that what is printed is added to.
 
     Raises:
+        TypeError: if eps, lo or hi is neither a number nor a float tensor of one dimension.
         ValueError: if an option is out of range or an attack is unknown.
 
     Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free

@@ -74,11 +74,15 @@ def ball_around(images: Tensor, eps: Values, norm: str, lo: Values, hi: Values) 
 
 def check_values(eps: Values, norm: str, lo: Values, hi: Values) -> None:
     """Raise TypeError or ValueError unless eps, norm and pixel range describe a ball, or one for each image."""
-    least_eps, (least_lo, _), (_, greatest_hi) = _extremes("eps", eps)[0], _extremes("lo", lo), _extremes("hi", hi)
-    check_ball(least_eps, norm, least_lo, greatest_hi)
-    if isinstance(lo, Tensor) and isinstance(hi, Tensor) and len(lo) != len(hi):
+    radii, lows, highs = _extremes("eps", eps), _extremes("lo", lo), _extremes("hi", hi)
+    check_ball(radii[0], norm, lows[0], highs[1])
+    if not isinstance(lo, Tensor) or not isinstance(hi, Tensor):
+        crossed = lows[1] > highs[0]
+    elif len(lo) != len(hi):
         raise ValueError(f"lo and hi must have one value for each channel, got {len(lo)} and {len(hi)} values")
-    if bool((torch.as_tensor(lo).cpu() > torch.as_tensor(hi).cpu()).any()):
+    else:
+        crossed = bool((lo.cpu() > hi.cpu()).any())
+    if crossed:
         raise ValueError(f"lo must not exceed hi, got lo={lo} and hi={hi}")
 
 
@@ -157,9 +161,11 @@ def _extremes(name: str, value: Any) -> tuple[Any, Any]:
     """The least and the greatest value, NaN if there is one; a number twice."""
     if not isinstance(value, Tensor):
         return value, value
-    if not value.is_floating_point() or value.dim() != 1 or not len(value):
+    if not value.is_floating_point() or value.dim() != 1:
         raise TypeError(
             f"{name} must be a number or a float tensor of one dimension, got {value.dtype} {[*value.shape]}"
         )
+    if not len(value):  # for a batch of no image
+        return 0.0, 0.0
     least, greatest = value.detach().double().aminmax()
     return least.item(), greatest.item()

@@ -121,6 +121,16 @@ def test_step_sizes_of_each_image_have_ranges_too():
             attack(model, images, labels, eps=torch.full((6,), torch.inf))
 
 
+@pytest.mark.parametrize("name", {**ALONE, **DRAWING})
+def test_no_image_needs_no_radius(name):
+    model, images, labels = classified()
+    assert attack_of(name, "linf")(model, images[:0], labels[:0], eps=EPS[:0]).shape == (0, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"eps must have one value for each image, shape \[6\], got \[0\]"):
+        attack_of(name, "linf")(model, images, labels, eps=EPS[:0])
+    with pytest.raises(ValueError, match="lo must not exceed hi"):
+        attack_of(name, "linf")(model, images, labels, eps=EPS, lo=0.5, hi=torch.tensor([1.0, 0.4, 1.0]))
+
+
 def test_bim_takes_them_as_pgd_and_refuses_the_papers_steps():
     model, images, labels = classified()
     adv = bim(model, images, labels, eps=EPS, alpha=EPS / 4)
