@@ -155,8 +155,8 @@ class TrainConfig:
         "cosine" is lr (1 + cos(pi t / E)) / 2 (Loshchilov and Hutter 2017, equation 5); "cyclic" is
         lr (1 - |1 - 2 t / E|) (Wong et al. 2020, section 5), shifted by half an update so that no update has rate 0;
         "onecycle" is that of PyTorch's OneCycleLR with its defaults and max_lr = lr (Smith and Topin 2019).
-        A warm-up of W updates replaces lr by warmup_start_lr + (lr - warmup_start_lr) (step + 1) / W in the same formula,
-        so that milestones inside the warm-up take effect.
+        A warm-up of W updates replaces lr by warmup_start_lr + (lr - warmup_start_lr) (step + 1) / W in the same
+        formula, so that milestones inside the warm-up take effect.
 
         Args:
             step: updates made before this one.
