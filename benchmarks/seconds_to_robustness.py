@@ -225,16 +225,15 @@ def table(out: Path, rows: Path | None, picture: Path | None) -> None:
 
 
 def draw(points: Sequence[tuple[str, float, float]], path: Path) -> None:
-    """A point per row; dense ones are joined."""
+    """A line per recipe through its points of different lengths."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    dense = [point for point in points if point[0].startswith("dense")]
-    axes.plot([x for _, x, _ in dense], [y for *_, y in dense], color="black", marker="o", label="dense")
-    markers = iter("sv^<>DPXdph*8Hs" * 3)
+    lines: dict[str, list[tuple[float, float]]] = {}
     for name, x, y in points:
-        if not name.startswith("dense"):
-            axes.plot([x], [y], linestyle="", marker=next(markers), label=name.rpartition(",")[0])
+        lines.setdefault(name.rpartition(",")[0], []).append((x, y))
+    for (recipe, line), marker in zip(lines.items(), "osv^<>DPXdph*8H" * 2, strict=False):
+        axes.plot(*zip(*sorted(line), strict=True), marker=marker, label=recipe)
     axes.set(xlabel="seconds of training, search included", ylabel="test accuracy under PGD-50 (margin), %")
-    axes.set_xlim(left=0)
+    axes.set(xlim=(0, None), ylim=(0, None))
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     with plt.rc_context({"svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
