@@ -5,7 +5,9 @@
 // - Channels that the pass reads: cut into panels. For one panel after the other, the input tile is filled and its
 //   products are added to the accumulators. The input tile has the rows and columns of the images that a band reads,
 //   its padding and halo included, for the channels of a panel.
-// - Positions of a band: computed in tiles of kTileVectors vectors, tile_rows x tile_cols.
+// - Positions of a band: computed in tiles of kTileVectors vectors, tile_rows x tile_cols, without those parts that lie
+//   beyond the end of the images.
+// - Channels that the pass writes: threads share a work item by them where the work items do not divide evenly.
 #pragma once
 
 #include <algorithm>
