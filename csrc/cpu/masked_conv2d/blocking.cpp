@@ -56,7 +56,7 @@ void Blocking::choose_tile(bool width_vectors_allowed, const PassSizes& sizes) {
     const bool crossing = width && cols_of_tile < vectors_of_row;  // whole rows are shifted in registers
     const double multiply_add = sizes.oc_block > 1 ? 1 : crossing ? kCrossingLoad : kLoad;
     const double cost = static_cast<double>((batch_ + images - 1) / images) *
-                        (multiply_add * static_cast<double>(vectors * sizes.kept_weights) +
+                        (multiply_add * static_cast<double>(vectors) * static_cast<double>(sizes.kept_weights) +
                          moved * static_cast<double>(source_channels * in_tile +
                                                      sizes.output_channels * vectors_of_row * rows.positions));
     if (least >= 0 && cost >= least) return;

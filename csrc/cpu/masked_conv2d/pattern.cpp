@@ -50,7 +50,6 @@ void check_col_indices(const BlockCsr& csr, const CsrBounds& bounds) {
 
 BlockCsr read_csr(const std::vector<Tensor>& tensors, int row_offsets_at, int values_at, int64_t oc_block,
                   int64_t ic_block, const CsrBounds& bounds) {
-  check(oc_block == 1 || oc_block == 2 || oc_block == 4, "pattern: oc_block must be 1, 2 or 4, got ", oc_block);
   const Tensor& row_offsets = tensors[row_offsets_at];
   const Tensor& col_indices = tensors[row_offsets_at + 1];
   BlockCsr csr{.groups = bounds.groups,
@@ -130,6 +129,8 @@ Pattern read_pattern(const std::vector<Tensor>& tensors) {
   pattern.forward_ic_block = header[kIcBlock];
   pattern.grad_input_ic_block = header[kGradInputIcBlock];
   pattern.weight_is_masked = header[kWeightIsMasked] == 1;
+  for (const int64_t oc_block : {pattern.forward_oc_block, pattern.grad_input_oc_block})
+    check(oc_block == 1 || oc_block == 2 || oc_block == 4, "pattern: oc_block must be 1, 2 or 4, got ", oc_block);
   for (const int64_t ic_block : {pattern.forward_ic_block, pattern.grad_input_ic_block})
     check(ic_block >= 1 && ic_block <= kMaxChannels, "pattern: ic_block must be from 1 to ", kMaxChannels, ", got ",
           ic_block);
