@@ -1,7 +1,7 @@
 """The arithmetic of the steps on a CPU: this library's masked convolution and pointwise op, oneDNN for the rest.
 
-The native ops are called without the checks of their functions in `sparse_adv.ops`, which took as long as a convolution
-of a few images: the operands are the engine's own buffers, on one device and without gradients.
+The native ops are called without the checks of their functions in `sparse_adv.ops`, which took 25 to 40 us a call: the
+operands are the engine's own buffers, on one device and without gradients.
 """
 
 from __future__ import annotations
