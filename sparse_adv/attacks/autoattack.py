@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.autoattack_state import State, fingerprint
+from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS
 from sparse_adv.attacks.ball import Ball, Values, check_values, into_ball
 from sparse_adv.attacks.checks import (
     Model,
@@ -25,60 +26,11 @@ from sparse_adv.attacks.checks import (
     int64_labels,
     is_correct,
 )
-from sparse_adv.attacks.fab import fab, fab_t
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.sanity import signs_of_masking
-from sparse_adv.attacks.square import square
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
 from sparse_adv.ops.random_start import seed_words
-
-
-@dataclass(frozen=True)
-class Member:
-    """One attack of the sequence, its budget in words, and whether that contains the restarts of the version."""
-
-    budget: str
-    attack: Callable[..., Tensor]
-    restarts: bool = False
-
-
-MEMBERS = {
-    "apgd-ce": Member("100 steps", partial(apgd, steps=100, loss="ce"), restarts=True),
-    "apgd-dlr": Member("100 steps", partial(apgd, steps=100, loss="dlr"), restarts=True),
-    "apgd-t": Member("100 steps, 9 targets", partial(apgd_t, steps=100, targets=9)),
-    "fab": Member("100 steps", partial(fab, steps=100), restarts=True),
-    "fab-t": Member("100 steps, 9 targets", partial(fab_t, steps=100, n_target_classes=9)),
-    "square": Member("5000 queries", partial(square, queries=5000)),
-}
-"""The attacks by the reference's names."""
-
-
-@dataclass(frozen=True)
-class Version:
-    """Names of the attacks, how many gradients each step averages, and the restarts of attacks without targets."""
-
-    attacks: tuple[str, ...]
-    eot_iter: int = 1
-    restarts: int = 1
-
-    def budget(self, name: str) -> str:
-        member = MEMBERS[name]
-        restarts = f", {self.restarts} restart{'s' * (self.restarts > 1)}" if member.restarts else ""
-        averaged = f", gradients averaged over {self.eot_iter}" if self.eot_iter > 1 else ""
-        return f"{name} ({member.budget}{restarts}{averaged})"
-
-    def options(self, name: str) -> dict[str, int]:
-        averaged = {"eot_iter": self.eot_iter} if self.eot_iter > 1 else {}
-        return averaged | ({"restarts": self.restarts} if MEMBERS[name].restarts else {})
-
-
-VERSIONS = {
-    "standard": Version(("apgd-ce", "apgd-t", "fab-t", "square")),
-    "plus": Version(("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"), restarts=5),
-    "rand": Version(("apgd-ce", "apgd-dlr"), eot_iter=20),
-    "custom": Version(()),
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +50,10 @@ class Result:
     accuracy: dict[str, float]
     """Robust accuracy, "clean" and after each attack, in their order."""
     undone: dict[str, int]
-    """For each attack the examples that it claimed and that verification in float32 did not confirm."""
+    """For each attack the examples that it claimed and that verification in float32 did not confirm.
+
+    Their images are attacked again in float32 and without the engine.
+    """
     signs: list[str]
     """Signs that the number is not to be trusted, see `signs_of_masking`."""
     seconds: float
@@ -183,16 +138,23 @@ class AutoAttack:
                 f'attacks_to_run is for version "custom" only, got {list(attacks_to_run)} with {version!r}'
             )
         self.attacks_to_run = tuple(attacks_to_run) or VERSIONS[version].attacks
-        if not self.attacks_to_run:
-            raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
-        for name in self.attacks_to_run:
-            if name not in MEMBERS:
-                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {name!r}")
         self.engine = engine and traceable
         self.device = torch.device(device) if device is not None else next(_tensors(self.module), torch.empty(0)).device
         self.log_path = None if log_path is None else Path(log_path)
         self.result: Result | None = None
         """Of the last run."""
+
+    @property
+    def attacks_to_run(self) -> tuple[str, ...]:
+        """Names of the attacks, in their order; with version "custom" they may be set after the constructor too."""
+        return self._attacks_to_run
+
+    @attacks_to_run.setter
+    def attacks_to_run(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in MEMBERS:
+                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {name!r}")
+        self._attacks_to_run = tuple(names)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Attack one batch; return the examples, and the images themselves where there are none."""
@@ -252,6 +214,8 @@ class AutoAttack:
         return int(torch.stack(right).sum()) / len(x_orig)
 
     def _run(self, names: Sequence[str], images: Tensor, labels: Tensor, batch: int, path: Path | None) -> Result:
+        if not names:
+            raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
         labels = int64_labels(labels)
         self.ball.on(images)  # raises where a tensor is of another length
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
@@ -272,7 +236,8 @@ class AutoAttack:
         )
         first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
         check_label_range(label_range, count_classes(self._logits(first), len(first)))
-        signs = signs_of_masking(self.model, first, truth)
+        ball = self.ball.of(torch.arange(len(first)))._asdict()
+        signs = signs_of_masking(self.model, first, truth, **ball)
         if self.version == "rand":
             signs = [sign for sign in signs if "between two calls" not in sign]
         for sign in signs:
@@ -322,19 +287,25 @@ class AutoAttack:
         while state.pending.any():
             began = time.perf_counter()
             index = state.pending.nonzero().squeeze(1)[:batch]
-            x, y = images[index].to(self.device), labels[index].to(self.device)
             # A generator for each batch and attack, so that an interrupted run draws the same numbers again.
             own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
             noise = torch.Generator().manual_seed(own_seed % 2**63)
-            options: dict[str, Any] = dict(VERSIONS[self.version].options(name))
-            ball = self.ball.of(index)
-            adv = MEMBERS[name].attack(
-                self.model, x, y, **ball._asdict(), generator=noise, engine=self.engine, **options
-            )
-            found, fallen, predictions = self._verified(adv, x, y, ball.on(x), state, name)
-            state.adversarial[index[fallen]] = found[fallen]
-            state.predictions[index[fallen]] = predictions[fallen]
-            state.standing[index[fallen]] = False
+            attack = partial(MEMBERS[name].attack, self.model, generator=noise, **VERSIONS[self.version].options(name))
+            left = index
+            # An example that is none in float32 ended the search of its image, which is attacked again without what
+            # rounds differently, autocast and the engine.
+            for exact in (False, True):
+                if not len(left):
+                    break
+                x, y, ball = images[left].to(self.device), labels[left].to(self.device), self.ball.of(left)
+                with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
+                    adv = attack(x, y, **ball._asdict(), engine=self.engine and not exact)
+                found, fallen, predictions, claimed = self._verified(adv, x, y, ball.on(x))
+                state.adversarial[left[fallen]] = found[fallen]
+                state.predictions[left[fallen]] = predictions[fallen]
+                state.standing[left[fallen]] = False
+                left = left[claimed & ~fallen]
+                state.undone[name] += len(left) if not exact else 0
             state.pending[index] = False
             state.seconds += time.perf_counter() - began
             if path is not None and state.pending.any():
@@ -347,17 +318,17 @@ class AutoAttack:
             f"stand; {state.undone[name]} examples undone in float32; {time.perf_counter() - start:.1f} s)"
         )
 
-    def _verified(
-        self, adv: Tensor, x: Tensor, y: Tensor, ball: Ball, state: State, name: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The examples in the ball, whether the model misclassifies each, and its classes; on the CPU."""
+    def _verified(self, adv: Tensor, x: Tensor, y: Tensor, ball: Ball) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The examples in the ball, whether the model misclassifies each, its classes, and what the search said.
+
+        All are on the CPU.
+        """
         with torch.no_grad(), bn_mode(self.module, "eval"), input_gradients(self.module, adv, self.engine) as searched:
             claimed = ~is_correct(searched.logits(adv), y)
         inside = into_ball(adv, x, ball)
         logits = self._logits(inside)
         fallen = ~is_correct(logits, y)
-        state.undone[name] += int((claimed & ~fallen).sum())
-        return inside.cpu(), fallen.cpu(), logits.argmax(1).cpu()
+        return inside.cpu(), fallen.cpu(), logits.argmax(1).cpu(), claimed.cpu()
 
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ Model = nn.Module | Callable[[Tensor], Tensor]
 
 log = logging.getLogger(__name__)
 
+_INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32)
 _ROUNDING = 1e-6
 """By which pixels may leave the range: a float32 transform to [-1, 1] and back gives values such as -3e-8."""
 
@@ -91,7 +92,7 @@ def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 def int64_labels(labels: Any) -> Any:
     """Return labels of another integer dtype as int64, and anything else as it is."""
-    if isinstance(labels, Tensor) and labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+    if isinstance(labels, Tensor) and labels.dtype in _INTEGERS:
         return labels.long()
     return labels
 

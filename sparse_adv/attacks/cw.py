@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import Ball, ball_around
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.options import check_count
@@ -140,7 +141,7 @@ class CW(Attack):
     """`attacks.cw` bound to a model, with the interface of torchattacks.CW.
 
     Args:
-        model, c, kappa, steps, lr, binary_search_steps: as in `attacks.cw`.
+        model, c, kappa, steps, lr, binary_search_steps, search: as in `attacks.cw`.
 
     Examples:
         >>> import torch
@@ -159,14 +160,14 @@ class CW(Attack):
         lr: float = 0.01,
         *,
         binary_search_steps: int = 1,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.c, self.kappa, self.steps, self.lr = c, kappa, steps, lr
         self.binary_search_steps = binary_search_steps
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return cw(
             model,
             images,
@@ -177,4 +178,5 @@ class CW(Attack):
             lr=self.lr,
             binary_search_steps=self.binary_search_steps,
             targeted=targeted,
+            **self.search,
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
@@ -175,7 +176,7 @@ class FAB(Attack):
     """`attacks.fab` or `attacks.fab_t` bound to a model, with the interface of torchattacks.FAB.
 
     Args:
-        model, eps, steps, alpha_max, eta, beta: as in `attacks.fab`.
+        model, eps, steps, alpha_max, eta, beta, search: as in `attacks.fab`.
         norm: "Linf" or "L2".
         n_restarts: `restarts` of `attacks.fab`.
         verbose: accepted, and without effect.
@@ -205,16 +206,16 @@ class FAB(Attack):
         seed: int = 0,
         multi_targeted: bool = False,
         n_classes: int = 10,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
         self.supports_targets = not multi_targeted
         self.multi_targeted, self.n_classes = multi_targeted, n_classes
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         attack = partial(
             fab_t if self.multi_targeted else fab,
             model,
@@ -228,8 +229,43 @@ class FAB(Attack):
             eta=self.eta,
             beta=self.beta,
             generator=torch.Generator().manual_seed(self.seed),
+            **self.search,
         )
         return attack(n_target_classes=self.n_classes - 1) if self.multi_targeted else attack(targeted=targeted)
+
+
+class FABT(FAB):
+    """`attacks.fab_t` bound to a model: `FAB` with multi_targeted=True.
+
+    Args:
+        model, norm, eps, steps, n_restarts, alpha_max, eta, beta, verbose, seed, n_classes, search: as in `FAB`.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.FABT(models.build("digits_cnn", width=8), eps=0.2, steps=3)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float | Tensor | None = 8 / 255,
+        steps: int = 10,
+        n_restarts: int = 1,
+        alpha_max: float = 0.1,
+        eta: float = 1.05,
+        beta: float = 0.9,
+        verbose: bool = False,
+        seed: int = 0,
+        n_classes: int = 10,
+        **search: Unpack[SearchOptions],
+    ) -> None:
+        super().__init__(
+            model, norm, eps, steps, n_restarts, alpha_max, eta, beta, verbose, seed, True, n_classes, **search
+        )
 
 
 class _Settings:

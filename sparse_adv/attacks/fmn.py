@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import Ball, ball_around
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.loop import bn_mode
@@ -210,7 +211,7 @@ class FMN(Attack):
     """`attacks.fmn` bound to a model.
 
     Args:
-        model, steps, alpha, gamma, loss: as in `attacks.fmn`.
+        model, steps, alpha, gamma, loss, search: as in `attacks.fmn`.
         norm: "Linf" or "L2".
 
     Examples:
@@ -229,13 +230,13 @@ class FMN(Attack):
         alpha: float = 1.0,
         gamma: float = 0.05,
         loss: str = "margin",
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.norm, self.steps, self.alpha, self.gamma, self.loss = norm, steps, alpha, gamma, loss
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return fmn(
             model,
             images,
@@ -246,4 +247,5 @@ class FMN(Attack):
             gamma=self.gamma,
             loss=self.loss,
             targeted=targeted,
+            **self.search,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ class MultiAttack(Attack):
     breaks, and those that are misclassified before, come back clean.
 
     Args:
-        attacks: at least two attack objects of one model; their eps must be numbers, because the batches get smaller.
+        attacks: at least two attack objects of one model.
         verbose: accepted, and without effect.
 
     Raises:
@@ -48,10 +49,18 @@ class MultiAttack(Attack):
         for attack in self.attacks:
             attack.set_normalization_used(mean, std)
 
+    def for_images(self, index: Tensor) -> Attack:
+        """These attacks for some images of a batch, see `Attack.for_images`."""
+        attack = copy.copy(self)
+        attack.attacks = [member.for_images(index) for member in self.attacks]
+        return attack
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return self.attacks[0]._pixels(images)
+
     @torch.no_grad()
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         best, labels = images.clone(), int64_labels(labels)
         standing = torch.arange(len(images), device=images.device)
         if len(images):
@@ -59,7 +68,7 @@ class MultiAttack(Attack):
         for attack in self.attacks:
             if not len(standing):
                 break
-            adv = attack(images[standing], labels[standing])
+            adv = attack.for_images(standing)(images[standing], labels[standing])
             broken = ~is_correct(self._logits(adv), labels[standing])
             best[standing[broken]] = adv[broken]
             standing = standing[~broken]

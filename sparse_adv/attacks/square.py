@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import Ball, ball_around, into_ball
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import cross_entropy
@@ -111,7 +112,7 @@ class Square(Attack):
     """`attacks.square` bound to a model, with the interface of torchattacks.Square.
 
     Args:
-        model, eps, p_init: as in `attacks.square`.
+        model, eps, p_init, search: as in `attacks.square`.
         norm: "Linf" or "L2".
         n_queries, n_restarts: `queries` and `restarts` of `attacks.square`.
         loss: "margin"; the only one, kept for its place among the arguments.
@@ -142,16 +143,16 @@ class Square(Attack):
         resc_schedule: bool = True,
         seed: int = 0,
         verbose: bool = False,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         if loss != "margin" or not resc_schedule:
             raise ValueError(f'loss must be "margin" and resc_schedule True, got {loss!r} and {resc_schedule}')
         self.norm, self.eps, self.p_init, self.seed = norm, eps, p_init, seed
         self.n_queries, self.n_restarts = n_queries, n_restarts
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return square(
             model,
             images,
@@ -163,6 +164,7 @@ class Square(Attack):
             restarts=self.n_restarts,
             targeted=targeted,
             generator=torch.Generator().manual_seed(self.seed),
+            **self.search,
         )
 
 

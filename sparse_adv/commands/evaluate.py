@@ -164,7 +164,7 @@ def _bound(
     meaning = f"robust accuracy is at most {lowest:.1%}: an upper bound; for a number to report, --attack autoattack"
     device = model_device(model)
     x, y = (tensor[:CHECKED_IMAGES].to(device) for tensor in (images.images, images.labels))
-    return accuracies, meaning, attacks.signs_of_masking(model, data.to_unit(x), y)
+    return accuracies, meaning, attacks.signs_of_masking(model, data.to_unit(x), y, **ball)
 
 
 def _autoattack(
