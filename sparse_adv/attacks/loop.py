@@ -87,7 +87,7 @@ class PGDLoop:
     classes: int | None = None
     """Number of classes of the model; known after a run with a label range."""
     gradients: InputGradients | None = None
-    """What formed the gradients of the last run; a CUDA graph of that run uses its memory."""
+    """The program or autograd that formed the gradients of the last run; a CUDA graph of that run uses its memory."""
 
     def run(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange = None) -> Tensor:
         """Attack a batch; with restarts, return for each image a success, or else the result with the highest loss.
@@ -149,7 +149,7 @@ class PGDLoop:
         result = adv.clone() if options.early_stop else adv
         standing = torch.arange(len(images), device=images.device)
         ball, alpha = options.ball.on(images), step_sizes(images, options.alpha)
-        # On a GPU the host would wait for the count, and batch statistics would change without the images that fell.
+        # On a GPU the host would wait for the count, and batch statistics would change if images left the batch.
         compacts = options.early_stop and images.device.type == "cpu" and options.bn_mode == "eval"
         for _ in range(options.steps):
             grad = gradients.gradient(adv, loss)

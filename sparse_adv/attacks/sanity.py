@@ -11,7 +11,7 @@ from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.engine import Autograd
 
 _TOO_MANY = 0.1
-"""Fraction of images without a gradient from which on a warning is due."""
+"""If the gradient is zero at more than this fraction of the images, a warning is given."""
 
 
 def signs_of_masking(model: Model, images: Tensor, labels: Tensor) -> list[str]:

@@ -1,8 +1,7 @@
-"""A model as a list of fused steps: logits forward, the gradient of the input back."""
+"""A model as a list of fused steps: logits in the forward pass, the gradient of the input in the backward pass."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from sparse_adv.engine.kernels import Kernels
 from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
 from sparse_adv.engine.steps import ConvolutionStep, Step
 from sparse_adv.engine.tracing import NotTraceable, trace
-from sparse_adv.engine.values import Pass, Value
+from sparse_adv.engine.values import Pass
 from sparse_adv.ops.masked_conv2d_plan import has_triton
 
 LossOfLogits = Callable[[Tensor], Tensor]
@@ -44,15 +43,8 @@ class Program:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the arithmetic."""
+        """Dtype of the arithmetic."""
         return self._kernels.dtype
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes that the pass forward keeps for the pass back, without what autograd keeps for its operations."""
-        kept = {value for step in self.steps for value in step.outputs if value.kept or self._is_own_gate(value)}
-        values = sum(math.prod(value.shape) * value.dtype.itemsize for value in kept)
-        return values + sum(gate.nbytes for gate in self._gates.values())
 
     def fold(self) -> None:
         """Read the weights and the statistics of BatchNorm again, which may have changed."""
@@ -78,9 +70,6 @@ class Program:
         of_input = tensors.take_gradient(self._input)
         # A copy, as the memory is used again.
         return torch.zeros_like(x) if of_input is None else torch.empty_like(x).copy_(of_input[: len(x)])
-
-    def _is_own_gate(self, value: Value) -> bool:
-        return value.rectified and self._kernels.value_is_gate
 
     def _forward(self, x: Tensor, differentiable: bool) -> Pass:
         gates = self._gates if differentiable else {}
@@ -117,8 +106,8 @@ def choose_kernels(steps: Sequence[Step], x: Tensor) -> Kernels:
 def padded_batch(count: int) -> int:
     """The batch size that a batch of this size is padded to: the next of 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, ...
 
-    So an evaluation that attacks only the images which are still classified correctly, another number in each batch,
-    needs few programs, at the price of a quarter more work at most.
+    An evaluation attacks only the images that are still classified correctly, so the size changes from batch to batch.
+    With these sizes it needs few programs, and computes a quarter more at most.
 
     Examples:
         >>> [padded_batch(count) for count in (7, 8, 9, 33, 100, 128)]
