@@ -153,6 +153,8 @@ class AutoAttack:
         >>> adv = evaluator.run_standard_evaluation(images, labels, bs=2)
         >>> list(evaluator.result.accuracy)
         ['clean', 'apgd-ce']
+        >>> list(evaluator.run_standard_evaluation_individual(images, labels, bs=2))
+        ['apgd-ce']
     """
 
     def __init__(
@@ -239,6 +241,7 @@ class AutoAttack:
 
         Returns:
             For each name of an attack what `run_standard_evaluation` would return. `result` is that of the last attack.
+            The class has an example.
         """
         found = {}
         for name in self.attacks_to_run:
