@@ -295,7 +295,7 @@ class _Fab:
         return self._best.where(per_image(inside, self._best), self._images)
 
     def _unfinished(self, index: Tensor) -> Tensor:
-        """Those of the images that are still attacked: with eps, until an example is in the ball; else to the end."""
+        """Return the images of `index` to attack further: with eps, those without an example in the ball; else all."""
         eps = self._eps[index]
         return index[self._least[index].double() > eps.where(eps < torch.inf, 0)]
 
