@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from sparse_adv.engine.kernels import Kernels
 from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
 from sparse_adv.engine.steps import ConvolutionStep, Step
 from sparse_adv.engine.tracing import NotTraceable, trace
-from sparse_adv.engine.values import Pass
+from sparse_adv.engine.values import Pass, Value
 from sparse_adv.ops.masked_conv2d_plan import has_triton
 
 LossOfLogits = Callable[[Tensor], Tensor]
@@ -46,6 +47,13 @@ class Program:
         """Dtype of the arithmetic."""
         return self._kernels.dtype
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the results and gates kept for the backward pass, without what autograd keeps for its operations."""
+        kept = {value for step in self.steps for value in step.outputs if value.kept or self._is_own_gate(value)}
+        values = sum(math.prod(value.shape) * value.dtype.itemsize for value in kept)
+        return values + sum(gate.nbytes for gate in self._gates.values())
+
     def fold(self) -> None:
         """Read the weights and the statistics of BatchNorm again, which may have changed."""
         for step in self.steps:
@@ -70,6 +78,9 @@ class Program:
         of_input = tensors.take_gradient(self._input)
         # A copy, as the memory is used again.
         return torch.zeros_like(x) if of_input is None else torch.empty_like(x).copy_(of_input[: len(x)])
+
+    def _is_own_gate(self, value: Value) -> bool:
+        return value.rectified and self._kernels.value_is_gate
 
     def _forward(self, x: Tensor, differentiable: bool) -> Pass:
         gates = self._gates if differentiable else {}
