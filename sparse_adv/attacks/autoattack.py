@@ -1,4 +1,4 @@
-"""`AutoAttack`: the standard sequence of attacks behind reported robust accuracies, each on the survivors only."""
+"""`AutoAttack`: the standard sequence of attacks for robust accuracies, each on the images that are still robust."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ class Result:
     predictions: Tensor
     """The model's class of each row of `adversarial`."""
     standing: Tensor
-    """Whether each image is classified correctly and no example was found, bool [N]."""
+    """Whether each image is robust: classified correctly, and no adversarial example was found; bool [N]."""
     accuracy: dict[str, float]
     """Robust accuracy, "clean" and after each attack, in their order."""
     undone: dict[str, int]
-    """For each attack the examples that it claimed and that verification in float32 did not confirm.
+    """For each attack the number of unconfirmed examples: it claimed them, and verification did not confirm them.
 
     Their images are attacked again in float32 and without the engine.
     """
     signs: list[str]
     """Signs that the number is not to be trusted, see `signs_of_masking`."""
     seconds: float
-    """Of the attacks, in all processes that worked on a run that was interrupted."""
+    """Time of the attacks; of a run that was interrupted, the sum over all processes that worked on it."""
 
 
 class AutoAttack:
-    """AutoAttack: APGD-CE, targeted APGD, targeted FAB and Square, each on the images that all before left standing.
+    """AutoAttack: APGD-CE, targeted APGD, targeted FAB and Square, each on the images that are still robust.
 
     Every example found is moved into the ball without slack, clamped to the range of pixel values and classified again
     by the model itself, without the engine and without autocast (in float32, if weights and images are); only those
@@ -108,6 +108,8 @@ class AutoAttack:
         >>> adv = evaluator.run_standard_evaluation(images, labels, bs=2)
         >>> list(evaluator.result.accuracy)
         ['clean', 'apgd-ce']
+        >>> list(evaluator.run_standard_evaluation_individual(images, labels, bs=2))
+        ['apgd-ce']
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class AutoAttack:
         self.device = torch.device(device) if device is not None else next(_tensors(self.module), torch.empty(0)).device
         self.log_path = None if log_path is None else Path(log_path)
         self.result: Result | None = None
-        """Of the last run."""
+        """The result of the last run; None before it."""
 
     @property
     def attacks_to_run(self) -> tuple[str, ...]:
@@ -194,13 +196,14 @@ class AutoAttack:
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
-        """Run each attack on all images that are classified correctly, not on the survivors of those before it.
+        """Run each attack on all images that are classified correctly, whatever the attacks before it found.
 
         Args:
             x_orig, y_orig, bs, return_labels: as in `run_standard_evaluation`.
 
         Returns:
-            For each name of an attack what `run_standard_evaluation` would return.
+            For each name of an attack what `run_standard_evaluation` would return. `result` is that of the last attack.
+            The class has an example.
         """
         found = {}
         for name in self.attacks_to_run:
@@ -253,7 +256,7 @@ class AutoAttack:
                 self._attack(name, state, images, labels, batch, path)
         before = list(state.accuracy)[-2]
         if names[-1] == "square" and before != "clean" and state.accuracy["square"] < state.accuracy[before]:
-            signs.append("square, which needs no gradients, broke images that the gradient attacks left standing")
+            signs.append("square, which needs no gradients, found examples where the gradient attacks found none")
             self._log(f"warning: {signs[-1]}")
         return Result(
             title,
@@ -315,7 +318,7 @@ class AutoAttack:
             state.write(path)
         self._log(
             f"after {name}: robust accuracy {state.accuracy[name]:.2%} ({int(state.standing.sum())} of {before} still "
-            f"stand; {state.undone[name]} examples undone in float32; {time.perf_counter() - start:.1f} s)"
+            f"robust; {state.undone[name]} examples unconfirmed in float32; {time.perf_counter() - start:.1f} s)"
         )
 
     def _verified(self, adv: Tensor, x: Tensor, y: Tensor, ball: Ball) -> tuple[Tensor, Tensor, Tensor, Tensor]:

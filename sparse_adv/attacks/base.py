@@ -128,7 +128,7 @@ class Attack(ABC):
         self._set_targets("targeted(least-likely)", least_likely, quiet)
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """From now on images come and go normalised, as the model takes them: (pixels - mean) / std of each channel."""
+        """Take and return normalised images from now on, as the model does: (pixels - mean) / std of each channel."""
         self._normalization = _Normalized(self.model, torch.as_tensor(mean), torch.as_tensor(std))
 
     def set_device(self, device: torch.device | str) -> None:
@@ -176,7 +176,7 @@ class Attack(ABC):
         Args:
             data_loader: batches (images, labels).
             save_path: the file; None to write none.
-            verbose: print the robust accuracy in percent and the mean l2 distance of the images that fell.
+            verbose: print the robust accuracy in percent and the mean l2 distance of the adversarial images.
             return_verbose: return both, and the seconds of a batch.
             save_predictions, save_clean_inputs: whether the file also gets preds and clean_inputs.
             save_type: "float", or "int" for bytes: the pixels times 255, rounded down, may leave the ball.

@@ -16,7 +16,7 @@ from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, run_search
 
 _INSIDE = 1 - 1e-6
-"""How far w starts from the ends of the range, where its gradient would vanish: |tanh(w)| at most."""
+"""Largest |tanh(w)| of the start: at the ends of the range, where it is 1, the gradient of w would vanish."""
 
 
 def cw(
@@ -37,9 +37,9 @@ def cw(
 ) -> Tensor:
     """CW: minimise |x(w) - x|_2^2 + c * max(z_y - max_{k!=y} z_k, -kappa), with x(w) = lo + (hi - lo)(tanh(w) + 1) / 2.
 
-    Adam minimises it over w from x(w) = x. The nearest x(w) whose label is exceeded by kappa or more is returned. With
-    several binary_search_steps, c of an image is divided or raised between the greatest that failed and the least that
-    succeeded, ten times as much while none did.
+    Adam minimises it over w from x(w) = x. The nearest x(w) at which another logit exceeds the label's by kappa or more
+    is returned. With several binary_search_steps, the next c of an image is the mean of the greatest that failed and
+    the least that succeeded, or ten times the last one as long as none succeeded.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
@@ -114,7 +114,7 @@ def _minimise(
 ) -> tuple[Tensor, Tensor]:
     """For one c of each image: the nearest images that are adversarial by kappa, and their l2 distances or inf."""
     lo, span = box.lo, torch.as_tensor(box.hi - box.lo, dtype=images.dtype)
-    # A channel whose ends are equal has nowhere to go: its w has no effect.
+    # Where lo = hi, w has no effect; the divisor 1 avoids a division by zero.
     w = torch.atanh(((images - lo) / span.where(span > 0, 1) * 2 - 1) * _INSIDE)
     adam = torch.optim.Adam([w], lr=lr)
     best, least = images.clone(), torch.full_like(weight, torch.inf)

@@ -18,7 +18,7 @@ from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""boundary(x, index) -> how far z_y leads and its gradient, of the class whose boundary counts for these images."""
+"""boundary(x, index) -> the lead z_y - z_k [n] and its gradient, k the class whose boundary each image is moved to."""
 
 _FINAL_STEPS = 3
 
@@ -331,7 +331,7 @@ class _Fab:
         return self._best.where(per_image(inside, self._best), self._images)
 
     def _unfinished(self, index: Tensor) -> Tensor:
-        """Without eps, all images but those that need no change; with eps, those without an example in the ball."""
+        """Return the images of `index` to attack further: with eps, those without an example in the ball; else all."""
         eps = self._eps[index]
         return index[self._least[index].double() > eps.where(eps < torch.inf, 0)]
 
@@ -373,7 +373,11 @@ class _Fab:
         return ball.clamp(clean + direction * per_image(scale, clean))
 
     def _search_back(self, boundary: Boundary) -> None:
-        """Move the nearest examples towards the clean images, to where the line of the leads at both ends is zero."""
+        """Move the nearest examples towards the clean images, by the method of false position.
+
+        With the leads z_y - z_k at the clean image and at the example, the next point is the zero of the straight line
+        through both; it replaces one end, according to whether it is adversarial.
+        """
         index = ((self._least > 0) & self._least.isfinite()).nonzero().squeeze(1)
         index = self._unfinished(index)
         if not len(index):

@@ -25,7 +25,7 @@ _GAMMA_LAST = 0.001
 _ALPHA_FALLS = 100
 _PUSHES = (0.0, 1e-4, 1e-3, 1e-2)
 _ROUNDING = 1e-5
-"""By which share of the greatest logit an image must be over the boundary."""
+"""An example counts as adversarial only if its margin is at least this fraction of the largest absolute logit."""
 
 
 def fmn(
@@ -143,9 +143,10 @@ def _nearest(
 
 
 def _confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, box: Ball, targeted: bool) -> Tensor:
-    """The examples that the model, without engine, puts over the boundary by more than rounding; else the clean images.
+    """The examples that the model itself, without the engine, misclassifies by more than rounding; else clean images.
 
-    The search ends so near to the boundary that rounding decides, so up to 1 % is added to the perturbation.
+    The search ends so near to the boundary that rounding decides the class. So the perturbation is made up to 1 %
+    longer, by the factors of `_PUSHES` in turn, until the margin exceeds rounding.
     """
     result, left = images.clone(), torch.arange(len(images), device=images.device)
     for share in _PUSHES:
@@ -173,7 +174,7 @@ def _into(x: Tensor, images: Tensor, eps: Tensor, norm: str) -> Tensor:
 def distances(
     model: Model, adversarial: Tensor, images: Tensor, labels: Tensor, *, norm: str = "linf", targeted: bool = False
 ) -> Tensor:
-    """The distance at which each image falls: 0 if it is misclassified itself, infinity if nothing was found.
+    """The distance of each image's adversarial example: 0 if the clean image is misclassified, infinity without one.
 
     Args:
         model: maps images to logits [N, classes]; evaluated in eval mode and left as it was.
@@ -181,7 +182,7 @@ def distances(
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
         norm: "linf" or "l2".
-        targeted: images fall where they are classified as `labels`.
+        targeted: an image is adversarial where it is classified as `labels`.
 
     Returns:
         float tensor [N], in units of the images; the share of distances above eps is the robust accuracy at eps.

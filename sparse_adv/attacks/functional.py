@@ -77,8 +77,8 @@ def pgd(
         The adversarial images, detached, in [lo, hi], with shape, dtype and memory format of `images`.
 
     Raises:
-        TypeError: if model cannot be called, images are not floating point, labels no integers, or eps, alpha, lo or
-            hi is neither a number nor a float tensor.
+        TypeError: if model cannot be called, images are not floating point, labels are not integers, or eps, alpha, lo
+            or hi is neither a number nor a float tensor.
         ValueError: if a value, shape or name is out of range.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.

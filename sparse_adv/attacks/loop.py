@@ -92,7 +92,7 @@ class PGDLoop:
     classes: int | None = None
     """Number of classes of the model; known after a run with a label range."""
     gradients: InputGradients | None = None
-    """What formed the gradients of the last run; a CUDA graph of that run uses its memory."""
+    """The program or autograd that formed the gradients of the last run; a CUDA graph of that run uses its memory."""
 
     def run(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange = None) -> Tensor:
         """Attack a batch; with restarts, return for each image a success, or else the result with the highest loss.

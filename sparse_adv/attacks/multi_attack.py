@@ -1,4 +1,4 @@
-"""Several attacks one after the other, each on the images that the ones before did not break."""
+"""Several attacks one after the other, each on the images that are still robust after the ones before."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sparse_adv.attacks.checks import Model, int64_labels, is_correct
 
 
 class MultiAttack(Attack):
-    """Attack objects in a row, with the interface of torchattacks.MultiAttack: each attacks what still stands.
+    """Attack objects in a row, with the interface of torchattacks.MultiAttack: each attacks what is still robust.
 
-    An image counts as broken when it is not classified as its label; it is then left alone. Images that no attack
-    breaks, and those that are misclassified before, come back clean.
+    An image is adversarial when it is not classified as its label; later attacks leave it out. Images for which no
+    attack finds an adversarial example, and those that are misclassified without one, come back clean.
 
     Args:
         attacks: at least two attack objects of one model.
@@ -45,7 +45,7 @@ class MultiAttack(Attack):
         self.attacks = list(attacks)
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """From now on images come and go normalised, for each of the attacks."""
+        """Take and return normalised images from now on, in each of the attacks."""
         for attack in self.attacks:
             attack.set_normalization_used(mean, std)
 

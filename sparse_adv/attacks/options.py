@@ -41,7 +41,7 @@ class LossOptions(CommonOptions, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackOptions:
-    """All settings of an attack; `pgd` documents those without a text here.
+    """All settings of an attack; `pgd` documents those that are not documented here.
 
     The class methods give the settings of the other attacks.
 

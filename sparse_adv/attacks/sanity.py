@@ -15,7 +15,7 @@ from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.engine import Autograd
 
 _TOO_MANY = 0.1
-"""Fraction of images without a gradient from which on a warning is due."""
+"""If the gradient is zero at more than this fraction of the images, a warning is given."""
 _CHANCE = 0.05
 """Fraction of images by which a robust accuracy may rise by chance."""
 _STEPS = 10

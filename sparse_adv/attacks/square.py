@@ -17,7 +17,7 @@ from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""After how many of 10000 queries the share of changed pixels is halved."""
+"""The share of changed pixels is halved after these numbers of queries, of 10000."""
 
 
 def square(
@@ -54,7 +54,7 @@ def square(
             each image.
         queries: passes forward for each image and restart, with the one of the start.
         p_init: share of the pixels that the first squares change, in (0, 1].
-        restarts: number of searches for each image that the searches before did not break.
+        restarts: number of searches for each image; a restart attacks the images that are still robust.
         targeted: search for images of the classes `labels` instead of images of other classes.
         generator: one number is drawn of it; None for PyTorch's global generator.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.

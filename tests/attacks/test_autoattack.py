@@ -88,7 +88,7 @@ def test_what_runs_is_printed_with_its_budget_and_its_true_name(attacked, capsys
     AutoAttack(model, **{**CUSTOM, "verbose": True}, log_path=log).run_standard_evaluation(images, labels)
     printed = capsys.readouterr().out
     assert 'version "custom", which is not the whole AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t' in printed
-    assert "after apgd-t: robust accuracy" in printed and "0 examples undone in float32" in printed
+    assert "after apgd-t: robust accuracy" in printed and "0 examples unconfirmed in float32" in printed
     assert log.read_text() == printed
 
 
