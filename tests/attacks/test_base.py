@@ -200,3 +200,61 @@ def test_a_normalised_function_is_called_and_not_traced():
     atk.set_normalization_used([0.5] * 3, [0.25] * 3)
     atk((images - 0.5) / 0.25, labels)
     assert len(calls) == 3
+
+
+def test_random_targets_are_all_the_wrong_classes_and_the_kth_least_likely_is_the_kth():
+    model, (images, labels) = make_model().eval(), batch(size=200)
+    reached = []
+
+    class Reached(torchattacks.Attack):
+        def forward(self, model, images, labels, targeted):
+            assert targeted
+            reached.append(labels)
+            return images
+
+    atk = Reached(model)
+    for given, true in ((labels, labels), (None, model(images).argmax(1))):
+        atk.set_mode_targeted_random(quiet=True)
+        atk(images, given)
+        for label in true.unique():
+            assert reached[-1][true == label].unique().tolist() == [k for k in range(5) if k != label]
+        ranked = model(images).argsort(1)
+        for kth in (1, 2, 4):
+            atk.set_mode_targeted_least_likely(kth, quiet=True)
+            atk(images, given)
+            wrong = torch.stack([row[row != label] for row, label in zip(ranked, true, strict=True)])
+            assert reached[-1].equal(wrong[:, kth - 1])
+    atk.set_mode_targeted_least_likely(5, quiet=True)
+    with pytest.raises(ValueError, match="kth_min must be less than the number of classes, 5, got 5"):
+        atk(images, labels)
+
+
+def test_save_says_how_far_the_images_that_fell_were_moved(capsys):
+    """Half of the images fall, and are moved by 0.25 at each of 192 values; the others are moved by 0.5."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    with torch.no_grad():
+        model[1].weight[0], model[1].weight[1], model[1].bias[:] = 1.0, -1.0, 0.0
+    images = torch.full((8, 3, 8, 8), -0.125)
+    labels = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0])
+    images[4:] = 0.25
+
+    class Shifted(torchattacks.Attack):
+        def forward(self, model, images, labels, targeted):
+            return images + torch.where(labels == 1, 0.25, 0.5)[:, None, None, None]
+
+    atk = Shifted(model)
+    loader = [(images[k::3], labels[k::3]) for k in range(3)]
+    accuracy, distance, seconds = atk.save(loader, return_verbose=True)
+    assert accuracy == 50 and distance == pytest.approx(0.25 * 192**0.5) and seconds > 0
+    assert capsys.readouterr().out.startswith("robust accuracy 50.00 %, l2 3.46410, ")
+    assert atk.save(loader, verbose=False) is None and not capsys.readouterr().out
+
+
+def test_save_as_bytes_rounds_the_pixels_down(tmp_path):
+    model, images = make_model().eval(), torch.linspace(0, 1, 192).reshape(1, 3, 8, 8)
+    atk = torchattacks.PGD(model, eps=0.0, steps=1, random_start=False)
+    atk.save([(images, torch.tensor([0]))], tmp_path / "adv.pt", save_type="int", save_clean_inputs=True, verbose=False)
+    saved = torch.load(tmp_path / "adv.pt")
+    for name in ("adv_inputs", "clean_inputs"):
+        assert saved[name].equal((images * 255).floor().to(torch.uint8))
+    assert saved["save_type"] == "int"
