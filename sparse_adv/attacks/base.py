@@ -16,7 +16,7 @@ from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import check_names
 from sparse_adv.files import check_writable, replacing
-from sparse_adv.ops.pgd_step import check_floating
+from sparse_adv.ops.arguments import check_floating
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
