@@ -286,7 +286,7 @@ def _accuracy(
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)
             classes = count_classes(logits, len(y))
-            standing = is_correct(logits, y)  # robust under all attacks so far
+            robust = is_correct(logits, y)  # robust under all attacks so far
             count += len(y)
             forward += len(y)
             if tries:
@@ -294,17 +294,17 @@ def _accuracy(
             losses = torch.zeros(len(y), device=device)
             for attack in tries:
                 if at_once and not every_image:
-                    x, y, standing = x[standing], y[standing], standing[standing]
+                    x, y, robust = x[robust], y[robust], robust[robust]
                     if not len(y):
                         break
                 logits = _logits(model, attack(model, x, y))
-                standing = standing & is_correct(logits, y)
+                robust = robust & is_correct(logits, y)
                 if every_image:
                     losses = losses.maximum(F.cross_entropy(logits.float(), y, reduction="none"))
                 forward += (steps + 1) * len(y)
                 backward += steps * len(y)
             loss_sum += losses.sum()
-            correct += standing.sum()
+            correct += robust.sum()
     validator.raise_deferred()
     totals = distributed.all_reduce_sum(
         [float(correct), float(count), float(forward), float(backward), float(loss_sum)], device
