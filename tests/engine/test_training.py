@@ -179,6 +179,22 @@ def test_a_layer_that_is_called_twice_is_left():
     ]
 
 
+@pytest.mark.parametrize(
+    ("function", "fused"),
+    [
+        (lambda m, x: (y := m.norm(m.a(x))).relu() * y, "norm: BatchNorm"),
+        (lambda m, x: (y := m.norm(m.a(x)) + m.b(x)).relu() * y, "norm: BatchNorm + residual"),
+        (lambda m, x: (y := m.norm(m.a(x))) + y, "norm: BatchNorm"),
+        (lambda m, x: m.b(x) + m.norm(m.a(x)).relu(), "norm: BatchNorm + ReLU"),
+        (lambda m, x: m.b(x) - m.norm(m.a(x)), "norm: BatchNorm"),
+    ],
+)
+def test_what_is_read_twice_ends_an_op(function, fused):
+    model, x = other_networks.OfLayers(function).double().train(), torch.rand(4, 3, 5, 5, dtype=torch.float64)
+    assert engine.explain(model, x)[1:] == [fused]
+    check_learns_the_same(model, x)
+
+
 def test_hooks_run_and_see_what_they_would():
     model, x = nn.Sequential(block_of(), block_of(nn.BatchNorm2d(4)))[:1].train(), torch.rand(4, 3, 5, 5)
     seen = []
