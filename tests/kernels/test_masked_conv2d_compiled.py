@@ -72,6 +72,13 @@ def test_float32_runs_on_tensor_cores(name, precision, capability):
     assert any(instruction.startswith(("HGMMA", "HMMA")) for instruction in kernel.instructions)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("block", [(64, 64), (32, 32)], ids=str)
+def test_shares_of_the_weight_gradient_are_loaded_16_bytes_at_a_time(block, capability):
+    _, adds = compiled(capability, passes("fills a GPU", block, B16, "tf32")["grad_weight"])
+    assert adds.stack == 0 and adds.registers <= 128 and "LDG.E.128" in adds.instructions
+
+
 def test_float16_runs_on_tensor_cores_too():
     kernel = kernel_of(90, "forward", "fills a GPU", (64, 64), F16, "tf32")
     assert kernel.stack == 0 and any(instruction.startswith("HGMMA") for instruction in kernel.instructions)
