@@ -239,6 +239,17 @@ def test_a_frozen_batch_norm_keeps_its_statistics_in_every_epoch(engine):
     assert not any(first for _, first in trained)
 
 
+def test_a_second_training_keeps_the_frozen_modules_of_the_first(tmp_path):
+    model = network()
+    model[1].eval()
+    before = {key: value.clone() for key, value in model[1].named_buffers()}
+    training.train(model, batches(), CONFIG, folder=tmp_path)
+    assert not model.training
+    training.train(model, batches(), CONFIG, folder=tmp_path)  # the same run
+    training.train(model, batches(), CONFIG)
+    assert all(value.equal(before[key]) for key, value in model[1].named_buffers())
+
+
 def test_what_makes_another_network_changes_its_digest():
     whole = identity.network_digest(network().train())
     frozen, other, masked = network().train(), network(channels=6).train(), network().train()
