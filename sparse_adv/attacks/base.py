@@ -108,7 +108,10 @@ class Attack(ABC):
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """From now on images come and go normalised, as the model takes them: (pixels - mean) / std of each channel."""
-        self._normalization = _Normalized(self.model, torch.as_tensor(mean), torch.as_tensor(std))
+        deviation = torch.as_tensor(std)
+        if not bool(((deviation > 0) & deviation.isfinite()).all()):
+            raise ValueError(f"std must be positive and finite, got {deviation.tolist()}")
+        self._normalization = _Normalized(self.model, torch.as_tensor(mean), deviation)
 
     def get_mode(self) -> str:
         """Return the name of the mode, as torchattacks calls it."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
+from sparse_adv.attacks.ball import as_norm
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
@@ -258,7 +259,7 @@ class APGD(Attack):
             model,
             images,
             labels,
-            norm=self.norm.lower(),
+            norm=as_norm(self.norm),
             eps=self.eps,
             steps=self.steps,
             restarts=self.n_restarts,
@@ -312,7 +313,7 @@ class APGDT(Attack):
             model,
             images,
             labels,
-            norm=self.norm.lower(),
+            norm=as_norm(self.norm),
             eps=self.eps,
             steps=self.steps,
             restarts=self.n_restarts,

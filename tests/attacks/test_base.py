@@ -111,3 +111,9 @@ def test_signs_of_masking_are_named():
         assert any(words in sign for sign in signs(masked, images, labels))
     with pytest.raises(TypeError, match="got a tuple"):
         signs(lambda x: (model(x),), images, labels)
+
+
+@pytest.mark.parametrize("std", [[0.5, 0.0, 0.5], [0.5, 0.5, float("nan")], [-1.0]])
+def test_a_standard_deviation_that_divides_by_nothing_is_refused(std):
+    with pytest.raises(ValueError, match="std must be positive and finite, got"):
+        torchattacks.PGD(make_model()).set_normalization_used([0.5] * 3, std)

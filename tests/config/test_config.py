@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -138,3 +139,14 @@ def test_a_score_function_is_written_by_its_name():
         return weight.abs()
 
     assert PruneConfig(score=taylor).named() == PruneConfig(score="taylor")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(DataConfig, "augment"), (TrainConfig, "overfitting_monitor"), (TrainConfig, "engine"), (PruneConfig, "linear")],
+)
+def test_a_text_is_neither_true_nor_false(config, name):
+    for value in ("no", 0, None if config is not DataConfig else "null"):
+        with pytest.raises(ValueError, match=f"{name} must be true or false, got {value!r}"):
+            config(**{name: value})
+    assert getattr(config(**{name: np.bool_(True)}), name) is True
