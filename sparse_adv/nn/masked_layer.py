@@ -108,6 +108,8 @@ class MaskedLayer(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight_orig":  # the first thing that prune does
             raise TypeError("torch.nn.utils.prune cannot prune a masked layer: give it another mask by set_mask")
+        if type(param).__module__.startswith("torchao."):  # a quantized weight, whose operators know no mask
+            raise TypeError("torchao cannot quantize masked layers: `densify` the model first")
         super().register_parameter(name, param)
 
     @property
