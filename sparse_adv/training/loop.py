@@ -287,7 +287,7 @@ def train(
 
     What draws from the global generators of PyTorch, NumPy and Python gets numbers that depend on `config.seed` and the
     epoch only; workers of a DataLoader too, unless they are persistent. Generators given to a DataLoader or its sampler
-    are saved with the run.
+    are saved with the run. A log message says where a loader or data set has others, which are not.
 
     Args:
         model: any classifier of images [N, C, H, W] in [0, 1]; after training it is in eval mode. Modules in eval mode

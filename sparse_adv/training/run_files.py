@@ -44,6 +44,7 @@ class RunFiles:
     ) -> None:
         self.folder, self.config, self.batches, self.updater, self.monitor = folder, config, batches, updater, monitor
         self.identity = own
+        random_numbers.warn_of_unsaved(batches)
 
     def save(self, records: list[EpochRecord]) -> None:
         """Write everything. `state.pt` decides which epoch a run continues after; the other files can be remade."""
