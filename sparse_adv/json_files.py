@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
 
 import dacite
 
@@ -113,7 +114,7 @@ def flatten(content: Mapping[str, JSON], prefix: str = "") -> Iterator[tuple[str
 
 def _object(text: str, source: str) -> JSONObject:
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(value, dict):
@@ -121,8 +122,13 @@ def _object(text: str, source: str) -> JSONObject:
     return value
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant[:40]} is not a finite number")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number)
 
 
 def _read_text(path: Path) -> str:

@@ -15,13 +15,16 @@ from typing import IO, Any
 import numpy as np
 
 _DTYPE = re.compile(r"[?]|b1|[iu][1248]|f[248]")
+_MOST_SHARED = 64
+"""How often an object may be contained on average: a pickle has it once, and users of the value copy it each time."""
 _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 
 
 def unpickle_arrays(file: IO[bytes]) -> Any:
     """Read a pickle that consists of NumPy arrays and Python's own containers, numbers and text.
 
-    Nothing else is unpickled, so that a malicious file cannot run code, read memory or fill it. Arrays are of bool,
+    Nothing else is unpickled, so that a malicious file cannot run code, read memory or fill it: objects that are
+    contained several times count as often. Arrays are of bool,
     integers or floats; an object array, as of a list of masks, is returned as a list.
 
     Args:
@@ -38,7 +41,10 @@ def unpickle_arrays(file: IO[bytes]) -> Any:
     content = file.read()
     try:
         _check_memo(content)
-        return _resolved(_ArrayUnpickler(io.BytesIO(content), encoding="bytes").load(), {})
+        value = _resolved(_ArrayUnpickler(io.BytesIO(content), encoding="bytes").load(), {})
+        if _size(value, {}) > _MOST_SHARED * len(content) + 1024:
+            raise pickle.UnpicklingError("it contains an object so often that it would fill the memory")
+        return value
     except Exception as error:  # a damaged pickle raises many types of errors
         raise ValueError(f"is not a readable pickle of arrays: {error}") from error
 
@@ -126,4 +132,16 @@ def _resolved(value: Any, known: dict[int, Any]) -> Any:
         else:
             made = type(value)(_resolved(item, known) for item in value)
         known[id(value)] = made
+    return known[id(value)]
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """The bytes of arrays, and the elements of containers, if every object is copied as often as it is contained."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if not isinstance(value, list | tuple | dict):
+        return 1
+    if id(value) not in known:
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(value)]

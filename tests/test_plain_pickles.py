@@ -101,11 +101,10 @@ def test_scalars_orders_and_lists_of_arrays_are_read_back():
     assert read[:2] == [0.5, 3] and read[2].tolist() == [0, 1, 2]
 
 
-def bomb_of_references(depth=60):
-    value = [0]
+def bomb_of_references(innermost, depth):
     for _ in range(depth):
-        value = [value, value]
-    return pickle.dumps(value)
+        innermost = [innermost, innermost]
+    return pickle.dumps(innermost)
 
 
 @pytest.mark.parametrize(
@@ -124,5 +123,15 @@ def test_sizes_depth_and_cycles_are_bounded(content):
 
 
 def test_shared_references_are_not_multiplied():
-    value = unpickle_arrays(io.BytesIO(bomb_of_references()))
+    same = [1, 2]
+    value = unpickle_arrays(io.BytesIO(pickle.dumps([same, same])))
     assert value[0] is value[1]
+
+
+@pytest.mark.parametrize("innermost", [[0], np.zeros(1000)], ids=["list", "array"])
+@pytest.mark.parametrize("depth", [28, 60])
+def test_what_contains_an_object_again_and_again_is_refused(innermost, depth):
+    with pytest.raises(ValueError, match="contains an object so often"):
+        unpickle_arrays(io.BytesIO(bomb_of_references(innermost, depth)))
+    same = np.ones((4, 4), bool)
+    assert len(unpickle_arrays(io.BytesIO(pickle.dumps([same] * 9)))) == 9

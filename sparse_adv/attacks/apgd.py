@@ -16,6 +16,7 @@ from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import Loss, loss_function, targeted_dlr
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, run_search
+from sparse_adv.ops.arguments import check_number
 from sparse_adv.ops.random_start import seed_words
 
 MOMENTUM = 0.75
@@ -175,6 +176,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_count("steps", self.steps, least=1)
         check_count("eot_iter", self.eot_iter, least=1)
+        check_number("rho", self.rho)
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
 

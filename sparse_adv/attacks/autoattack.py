@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.autoattack_state import State, fingerprint
+from sparse_adv.attacks.autoattack_state import State, fingerprint, first_logits
 from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS
-from sparse_adv.attacks.ball import Ball, Values, check_values, into_ball
+from sparse_adv.attacks.ball import Ball, Values, as_norm, check_values, into_ball
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
@@ -27,6 +27,7 @@ from sparse_adv.attacks.checks import (
     is_correct,
 )
 from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
@@ -131,7 +132,7 @@ class AutoAttack:
     ) -> None:
         self.model, self.version, self.seed, self.verbose = model, version, seed, verbose
         self.module, traceable = as_module(model)
-        self.ball = Ball(eps, norm.lower(), lo, hi)
+        self.ball = Ball(eps, as_norm(norm), lo, hi)
         check_values(*self.ball)
         if version not in VERSIONS:
             raise ValueError(f"version must be {', '.join(map(repr, VERSIONS))}, got {version!r}")
@@ -222,8 +223,9 @@ class AutoAttack:
         labels = int64_labels(labels)
         self.ball.on(images)  # raises where a tensor is of another length
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
-        if batch < 1 or not len(images):
-            raise ValueError(f"there must be at least one image and bs at least 1, got {len(images)} and {batch}")
+        check_count("bs", batch, least=1)
+        if not len(images):
+            raise ValueError("x_orig must hold at least one image, got none")
         if path is not None:
             check_writable(path)
         version = VERSIONS[self.version]
@@ -238,9 +240,12 @@ class AutoAttack:
             f"{title}: {budgets}; {self.ball.norm}, eps {_written(self.ball.eps)}, {len(images)} images, seed {seed}"
         )
         first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
-        check_label_range(label_range, count_classes(self._logits(first), len(first)))
+        logits = self._logits(first)
+        check_label_range(label_range, count_classes(logits, len(first)))
         ball = self.ball.of(torch.arange(len(first)))._asdict()
         signs = signs_of_masking(self.model, first, truth, **ball)
+        if path is not None and state is not None and not any("between two calls" in sign for sign in signs):
+            state.check_logits(logits, path)
         if self.version == "rand":
             signs = [sign for sign in signs if "between two calls" not in sign]
         for sign in signs:
@@ -271,15 +276,11 @@ class AutoAttack:
         )
 
     def _initial(self, images: Tensor, labels: Tensor, batch: int, seed: int, known: str) -> State:
-        predictions, right = [], []
-        for x, y in self._batches(images, labels, batch):
-            logits = self._logits(x)
-            predictions.append(logits.argmax(1).cpu())
-            right.append(is_correct(logits, y).cpu())
-        standing = torch.cat(right)
+        logits = torch.cat([self._logits(x).cpu() for x, _ in self._batches(images, labels, batch)])
+        standing = is_correct(logits, labels)
         accuracy = {"clean": standing.double().mean().item()}
         none = torch.zeros_like(standing)
-        return State(known, seed, images.clone(), torch.cat(predictions), standing, none, accuracy, {})
+        return State(known, seed, images.clone(), logits.argmax(1), standing, none, first_logits(logits), accuracy, {})
 
     def _attack(self, name: str, state: State, images: Tensor, labels: Tensor, batch: int, path: Path | None) -> None:
         """Run one attack on the images that stand, batch by batch, and save the state after each."""

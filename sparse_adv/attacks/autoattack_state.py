@@ -15,7 +15,11 @@ from torch import Tensor
 
 from sparse_adv.files import write_bytes
 
-_TENSORS = ("adversarial", "predictions", "standing", "pending")
+_TENSORS = ("adversarial", "predictions", "standing", "pending", "logits")
+_COMPARED = 8
+"""Images whose clean logits tell whether a run is continued with the same function."""
+_TOLERANCE = 1e-3
+"""Of the logits, relative to the largest; another device or number of threads changes less of float32."""
 
 
 @dataclass
@@ -30,10 +34,23 @@ class State:
     standing: Tensor
     pending: Tensor
     """Images that the present attack has not reached yet, bool [N]."""
+    logits: Tensor
+    """Clean logits of the first images."""
     accuracy: dict[str, float]
     undone: dict[str, int]
     seconds: float = 0.0
     """Time of all processes that worked on the run, up to the last file that each wrote."""
+
+    def check_logits(self, logits: Tensor, path: Path) -> None:
+        """Raise ValueError unless the model returned these clean logits when the run was begun.
+
+        Parameters and buffers do not tell plain functions apart, nor modules whose code differs.
+        """
+        count = min(len(logits), len(self.logits))
+        now, then = first_logits(logits[:count]), self.logits[:count]
+        tolerance = max(_TOLERANCE, 8 * torch.finfo(now.dtype).eps) * float(then.nan_to_num().abs().max())
+        if now.shape != then.shape or not now.allclose(then.to(now.dtype), rtol=0, atol=tolerance, equal_nan=True):
+            raise ValueError(f"state_path {path} is of another model, with other clean logits: name another file")
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -53,6 +70,11 @@ class State:
         if known != fingerprint:
             raise ValueError(f"state_path {path} is of another model, other images or other options: name another file")
         return cls(known, seed, accuracy=accuracy, undone=undone, seconds=seconds, **tensors)
+
+
+def first_logits(logits: Tensor) -> Tensor:
+    """Those of the first images, for `State.logits`."""
+    return logits[:_COMPARED].detach().cpu()
 
 
 def fingerprint(text: str, tensors: Iterable[Tensor]) -> str:

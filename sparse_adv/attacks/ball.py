@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.attacks.geometry import distance, per_image
+from sparse_adv.ops.arguments import check_number
 from sparse_adv.ops.pgd_step import check_alpha, check_ball
 
 Values = float | Tensor
@@ -84,6 +85,16 @@ def check_values(eps: Values, norm: str, lo: Values, hi: Values) -> None:
         crossed = bool((lo.cpu() > hi.cpu()).any())
     if crossed:
         raise ValueError(f"lo must not exceed hi, got lo={lo} and hi={hi}")
+
+
+def check_radius(eps: Values) -> None:
+    """Raise TypeError or ValueError unless this is a number, or a tensor of one for each image."""
+    check_number("eps", _extremes("eps", eps)[0])
+
+
+def as_norm(norm: Any) -> Any:
+    """The name of a norm in small letters, as torchattacks takes "Linf" and "L2"; anything else as it is."""
+    return norm.lower() if isinstance(norm, str) else norm
 
 
 def step_sizes(images: Tensor, alpha: Values) -> Values:

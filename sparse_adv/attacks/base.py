@@ -129,7 +129,10 @@ class Attack(ABC):
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take and return normalised images from now on, as the model does: (pixels - mean) / std of each channel."""
-        self._normalization = _Normalized(self.model, torch.as_tensor(mean), torch.as_tensor(std))
+        deviation = torch.as_tensor(std)
+        if not bool(((deviation > 0) & deviation.isfinite()).all()):
+            raise ValueError(f"std must be positive and finite, got {deviation.tolist()}")
+        self._normalization = _Normalized(self.model, torch.as_tensor(mean), deviation)
 
     def set_device(self, device: torch.device | str) -> None:
         """Images and labels go to this device from now on; the model must be there."""

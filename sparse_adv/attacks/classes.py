@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
+from sparse_adv.attacks.ball import as_norm
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
@@ -308,7 +309,7 @@ class APGD(Attack):
             model,
             images,
             labels,
-            norm=self.norm.lower(),
+            norm=as_norm(self.norm),
             eps=self.eps,
             steps=self.steps,
             restarts=self.n_restarts,
@@ -363,7 +364,7 @@ class APGDT(Attack):
             model,
             images,
             labels,
-            norm=self.norm.lower(),
+            norm=as_norm(self.norm),
             eps=self.eps,
             steps=self.steps,
             restarts=self.n_restarts,

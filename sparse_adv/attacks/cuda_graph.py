@@ -125,7 +125,7 @@ class Graphs:
         if not (labels is None or (isinstance(labels, Tensor) and labels.device == images.device)):
             return False
         # Inside the caller's `frozen_weights` the packed weights have addresses that end with that context.
-        return not any(isinstance(layer, MaskedLayer) and layer.is_frozen for layer in loop.model.modules())
+        return not any(isinstance(layer, MaskedLayer) and layer.frozen_operands for layer in loop.model.modules())
 
     def _capture(
         self,

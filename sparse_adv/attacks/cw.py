@@ -14,6 +14,7 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, run_search
+from sparse_adv.ops.arguments import check_numbers
 
 _INSIDE = 1 - 1e-6
 """Largest |tanh(w)| of the start: at the ends of the range, where it is 1, the gradient of w would vanish."""
@@ -77,6 +78,7 @@ def cw(
     box = ball_around(images, math.inf, "l2", lo, hi)
     check_count("steps", steps, least=1)
     check_count("binary_search_steps", binary_search_steps, least=1)
+    check_numbers(c=c, lr=lr, kappa=kappa)
     for name, value in (("c", c), ("lr", lr)):
         if not 0 < value < torch.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -15,6 +15,7 @@ from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, run_search
+from sparse_adv.ops.arguments import check_number
 
 
 def deepfool(
@@ -46,7 +47,8 @@ def deepfool(
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi], at any distance;
-        after `steps` steps in vain, the last image; where the clean image is adversarial, that.
+        after `steps` steps in vain, or where a gradient is NaN, the last finite image; where the clean image is
+        adversarial, that.
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.
@@ -66,6 +68,7 @@ def deepfool(
     """
     box = ball_around(images, math.inf, "l2", lo, hi)
     check_count("steps", steps, least=0)
+    check_number("overshoot", overshoot)
     if not 0 <= overshoot < torch.inf:
         raise ValueError(f"overshoot must be finite and not negative, got {overshoot}")
 
@@ -79,7 +82,10 @@ def deepfool(
             lead, slope = nearest_boundary(model, adv[index], labels[index], "l2")
             square = slope.flatten(1).square().sum(1)
             way[index] -= per_image(lead / square.where(square > 0, 1), slope) * slope
-            adv[index] = box.clamp(images[index] + (1 + overshoot) * way[index])
+            moved = box.clamp(images[index] + (1 + overshoot) * way[index])
+            finite = moved.isfinite().flatten(1).all(1)
+            index = index[finite]
+            adv[index] = moved[finite]
         return adv
 
     return run_search(search, model, images, labels, lo, hi, check, engine)

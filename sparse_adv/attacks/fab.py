@@ -9,13 +9,14 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.ball import ball_around
+from sparse_adv.attacks.ball import as_norm, ball_around
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
+from sparse_adv.ops.arguments import check_numbers
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """boundary(x, index) -> the lead z_y - z_k [n] and its gradient, k the class whose boundary each image is moved to."""
@@ -221,7 +222,7 @@ class FAB(Attack):
             model,
             images,
             labels,
-            norm=self.norm.lower(),
+            norm=as_norm(self.norm),
             eps=self.eps,
             steps=self.steps,
             restarts=self.n_restarts,
@@ -288,6 +289,7 @@ class _Settings:
         self.ball = ball_around(images, torch.inf if eps is None else eps, norm, lo, hi)
         check_count("steps", steps, least=1)
         check_count("restarts", restarts, least=1)
+        check_numbers(alpha_max=alpha_max, eta=eta, beta=beta)
         if not 0 <= alpha_max <= 1:
             raise ValueError(f"alpha_max must lie in [0, 1], got {alpha_max}")
         if not eta >= 1:

@@ -8,14 +8,14 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.ball import Ball, ball_around
+from sparse_adv.attacks.ball import Ball, as_norm, ball_around
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, loss_to_raise, run_search
-from sparse_adv.ops.arguments import check_number
+from sparse_adv.ops.arguments import check_numbers
 from sparse_adv.ops.pgd_step import check_ball
 
 LOSSES = ("margin", "dlr")
@@ -90,7 +90,7 @@ def fmn(
     """
     box = ball_around(images, math.inf, norm, lo, hi)
     check_count("steps", steps, least=1)
-    check_number("alpha", alpha)
+    check_numbers(alpha=alpha, gamma=gamma)
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
     if not 0 < gamma < 1:
@@ -242,7 +242,7 @@ class FMN(Attack):
             model,
             images,
             labels,
-            norm=self.norm.lower(),
+            norm=as_norm(self.norm),
             steps=self.steps,
             alpha=self.alpha,
             gamma=self.gamma,

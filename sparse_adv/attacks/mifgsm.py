@@ -15,6 +15,7 @@ from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import Loss, loss_function
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, loss_to_raise, run_search
+from sparse_adv.ops.arguments import check_number
 
 
 def mifgsm(
@@ -75,6 +76,7 @@ def mifgsm(
     """
     ball, size = ball_around(images, eps, norm, lo, hi), step_sizes(images, alpha)
     check_count("steps", steps, least=0)
+    check_number("decay", decay)
     if not 0 <= decay < torch.inf:
         raise ValueError(f"decay must be finite and not negative, got {decay}")
     loss_function(loss)

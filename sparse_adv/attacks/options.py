@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.ball import Ball, check_alphas, check_values
+from sparse_adv.attacks.ball import Ball, check_alphas, check_radius, check_values
 from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
+from sparse_adv.ops.arguments import is_integer
 
 if TYPE_CHECKING:
     from sparse_adv.attacks.cuda_graph import Graphs
@@ -122,6 +123,7 @@ class AttackOptions:
     ) -> AttackOptions:
         """FGSM-RS: one step of size alpha, by default 1.25 eps, from a random start."""
         check_names("fgsm_rs", options, LossOptions)
+        check_radius(eps)
         return cls(eps=eps, alpha=1.25 * eps if alpha is None else alpha, steps=1, norm=norm, **options)
 
     @classmethod
@@ -134,6 +136,7 @@ class AttackOptions:
     ) -> AttackOptions:
         """N-FGSM: one step of size alpha, by default eps, from noise in the ball of 2 eps, without projection."""
         check_names("n_fgsm", options, LossOptions)
+        check_radius(eps)
         alpha = eps if alpha is None else alpha
         return cls(eps=eps, alpha=alpha, steps=1, norm=norm, start_eps=2 * eps, project=False, **options)
 
@@ -148,6 +151,7 @@ class AttackOptions:
     ) -> AttackOptions:
         """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from little noise, see `attacks.tpgd`."""
         check_names("tpgd", options, CommonOptions)
+        check_radius(eps)
         start_eps = tpgd_start(eps, norm)
         return cls(eps=eps, alpha=alpha, steps=steps, norm=norm, start_eps=start_eps, loss=kl_divergence, **options)
 
@@ -160,7 +164,7 @@ def tpgd_start(eps: float | Tensor, norm: str) -> float | Tensor:
 
 def check_count(name: str, count: object, least: int) -> None:
     """Raise ValueError unless this is an integer of at least `least`."""
-    if not isinstance(count, int) or count < least:
+    if not is_integer(count) or count < least:  # type: ignore[operator]
         raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
 
 

@@ -8,13 +8,14 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.ball import Ball, ball_around, into_ball
+from sparse_adv.attacks.ball import Ball, as_norm, ball_around, into_ball
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import cross_entropy
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
+from sparse_adv.ops.arguments import check_number
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """The share of changed pixels is halved after these numbers of queries, of 10000."""
@@ -88,6 +89,7 @@ def square(
         raise ValueError(f"images must be [N, channels, height, width], got shape {tuple(images.shape)}")
     check_count("queries", queries, least=1)
     check_count("restarts", restarts, least=1)
+    check_number("p_init", p_init)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must lie in (0, 1], got {p_init}")
     draw = private_generator(generator, images)
@@ -157,7 +159,7 @@ class Square(Attack):
             model,
             images,
             labels,
-            norm=self.norm.lower(),
+            norm=as_norm(self.norm),
             eps=self.eps,
             queries=self.n_queries,
             p_init=self.p_init,

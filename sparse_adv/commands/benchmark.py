@@ -138,10 +138,10 @@ def run(options: Options) -> int:
             "software": asdict(facts.software()),
             "machine": asdict(facts.machine()),
         }
-        write_text(options.out / ROW, json.dumps(row, indent=2) + "\n")
         text = markdown(row)
+        output.print(text, row)  # first, so that a full disk does not lose it
+        write_text(options.out / ROW, json.dumps(row, indent=2) + "\n")
         write_text(options.out / MARKDOWN, text)
-        output.print(text, row)
     return 0
 
 

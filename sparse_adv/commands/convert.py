@@ -41,6 +41,10 @@ class Options:
     width: int | None = None
     json: bool | None = None
 
+    def __post_init__(self) -> None:
+        if self.width is not None and self.arch is None:
+            raise ValueError(f"--width is for the network of --arch, which is missing, got --width {self.width}")
+
 
 def run(options: Options) -> int:
     model = models.build(options.arch, width=options.width) if options.arch else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -20,6 +20,8 @@ from sparse_adv.training.evaluation import model_device
 
 CONFIGURABLE = True
 
+STEPS, RESTARTS = 20, 1
+"""Defaults of PGD on the cross-entropy."""
 BOUND_STEPS, BOUND_RESTARTS = 50, 5
 CHECKED_IMAGES = 64
 """Images at which signs of gradient masking are looked for."""
@@ -36,7 +38,7 @@ class Options:
 
     Args:
         what: run folder, or a file of weights (then --arch names the network).
-        weights: weights of a run, of its best validated or its last epoch.
+        weights: weights of a run, of its best validated or its last epoch; the default is best.
         split: images to measure on.
         images: measure on the first N images only, at least 1.
         attack: bound, which is quick, or autoattack.
@@ -44,8 +46,8 @@ class Options:
         out: also write the result to this JSON file.
         eps: radius of the perturbation ball; the default is the run's, or 8/255.
         alpha: step size of PGD; the default is eps / 4.
-        steps: steps of PGD on the cross-entropy, at least 1.
-        restarts: random starts of PGD on the cross-entropy, at least 1.
+        steps: steps of PGD on the cross-entropy, at least 1; the default is 20.
+        restarts: random starts of PGD on the cross-entropy, at least 1; the default is 1.
         norm: linf or l2; the default is the run's, or linf.
         data: "digits", or a folder or archive of images; the default is the run's.
         limit: number of training images that were used; the default is the run's.
@@ -62,7 +64,7 @@ class Options:
     """
 
     what: Path = field(metadata=POSITIONAL)
-    weights: Literal["best", "last"] = "best"
+    weights: Literal["best", "last"] | None = None
     split: Literal["test", "validation", "train"] = "test"
     images: int | None = None
     attack: Literal["bound", "autoattack"] = "bound"
@@ -70,8 +72,8 @@ class Options:
     out: Path | None = None
     eps: float | None = None
     alpha: float | None = None
-    steps: int = 20
-    restarts: int = 1
+    steps: int | None = None
+    restarts: int | None = None
     norm: str | None = None
     data: str | None = None
     limit: int | None = None
@@ -90,8 +92,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.state is not None and self.attack != "autoattack":
-            raise ValueError(f"--state is for --attack autoattack, got --attack {self.attack}")
+        for attack, names in (("autoattack", ("state",)), ("bound", ("alpha", "steps", "restarts"))):
+            for name in names:
+                if getattr(self, name) is not None and self.attack != attack:
+                    raise ValueError(f"--{name} is for --attack {attack}, got --attack {self.attack}")
 
 
 def run(options: Options) -> int:
@@ -100,6 +104,8 @@ def run(options: Options) -> int:
             check_writable(path)
     with deterministic(options.deterministic), distributed.group(options.device) as device:
         folder = runs.read(options.what) if options.what.is_dir() else None
+        if folder is None and options.weights is not None:
+            raise ValueError(f"--weights is for the folder of a run, got {options.what}")
         train = folder.info.train if folder else TrainConfig()
         wanted = (folder.info.data if folder else None) or DataConfig()
         given = {name: getattr(options, name) for name in ("data", "limit", "validation")}
@@ -123,7 +129,7 @@ def run(options: Options) -> int:
         ball: dict[str, Any] = {"eps": eps, "norm": options.norm or train.norm}
         output = Output(options.json)
         measure = _autoattack if options.attack == "autoattack" else _bound
-        accuracies, meaning, signs = measure(options, output, model, images, seed, ball)
+        accuracies, meaning, signs, undone = measure(options, output, model, images, seed, ball)
         result = {
             "what": str(options.what),
             "split": options.split,
@@ -132,7 +138,7 @@ def run(options: Options) -> int:
             **accuracies,
             "meaning": meaning,
             "warnings": signs,
-        }
+        } | ({} if undone is None else {"undone": undone})
         listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
         text = f"{options.what}: {listed} of {len(images.labels)} {options.split} images, eps {eps:g}\n{meaning}"
         output.print("\n".join([text, *(f"warning: {sign}" for sign in signs)]), result)
@@ -141,20 +147,29 @@ def run(options: Options) -> int:
     return 0
 
 
-Measured = tuple[dict[str, float], str, list[str]]
-"""The accuracies, what they mean, and signs that they are not to be trusted."""
+class Measured(NamedTuple):
+    """What was measured."""
+
+    accuracies: dict[str, float]
+    meaning: str
+    """What the accuracies mean."""
+    signs: list[str]
+    """Signs that they are not to be trusted."""
+    undone: dict[str, int] | None = None
+    """For each attack of AutoAttack the examples that float32 did not confirm."""
 
 
 def _bound(
     options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: dict[str, Any]
 ) -> Measured:
     """Accuracies under attacks that take seconds."""
-    pgd = f"pgd-{options.steps}" + (f" x {options.restarts}" if options.restarts > 1 else "")
+    steps, restarts = options.steps or STEPS, options.restarts or RESTARTS
+    pgd = f"pgd-{steps}" + (f" x {restarts}" if restarts > 1 else "")
     step: dict[str, Any] = {"alpha": options.alpha, "seed": seed}
     measured = {
         "clean": clean_accuracy(model, images),
         "fgsm": fgsm_accuracy(model, images, **ball),
-        pgd: robust_accuracy(model, images, **ball, **step, steps=options.steps, restarts=options.restarts),
+        pgd: robust_accuracy(model, images, **ball, **step, steps=steps, restarts=restarts),
         f"pgd-{BOUND_STEPS} margin x {BOUND_RESTARTS}": robust_accuracy(
             model, images, **ball, **step, steps=BOUND_STEPS, restarts=BOUND_RESTARTS, loss="margin", early_stop=True
         ),
@@ -164,7 +179,7 @@ def _bound(
     meaning = f"robust accuracy is at most {lowest:.1%}: an upper bound; for a number to report, --attack autoattack"
     device = model_device(model)
     x, y = (tensor[:CHECKED_IMAGES].to(device) for tensor in (images.images, images.labels))
-    return accuracies, meaning, attacks.signs_of_masking(model, data.to_unit(x), y, **ball)
+    return Measured(accuracies, meaning, attacks.signs_of_masking(model, data.to_unit(x), y, **ball))
 
 
 def _autoattack(
@@ -178,4 +193,4 @@ def _autoattack(
     assert evaluator.result is not None
     lowest = min(evaluator.result.accuracy.values())
     meaning = f"robust accuracy {lowest:.1%} under {evaluator.result.name}: {evaluator.result.budgets}"
-    return evaluator.result.accuracy, meaning, evaluator.result.signs
+    return Measured(evaluator.result.accuracy, meaning, evaluator.result.signs, evaluator.result.undone)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from sparse_adv import masks, models
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
 from sparse_adv.nn import explain, sparsify
+
+_MOST_VALUES = 1 << 26
+"""Of a batch of images; at 64 channels a layer of a network then has 6 GB."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,10 @@ class Options:
 def run(options: Options) -> int:
     ticket = masks.load_pruned(options.ticket)
     about = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
-    shape = tuple(ticket.provenance.get("input_shape") or models.find(about.arch).input_shape)
-    model = models.build(about.arch, width=about.width, input_shape=shape, classes=_classes(ticket))
-    sparsify(model, ticket.masks)
+    shape = ticket.provenance.get("input_shape") or models.find(about.arch).input_shape
+    size: dict[str, Any] = {"width": about.width, "input_shape": shape, "classes": _classes(ticket)}
+    _check_size(options, ticket, models.build(about.arch, **size, device="meta"), shape)
+    model = sparsify(models.build(about.arch, **size), ticket.masks)
     explanation = explain(model, (options.batch, *shape))
     output = Output(options.json)
     if not output.as_json:
@@ -53,6 +62,20 @@ def run(options: Options) -> int:
         output.print("", asdict(row))
     output.print("", {"density": explanation.density, "mac_density": explanation.mac_density})
     return 0
+
+
+def _check_size(options: Options, ticket: masks.Ticket, model: nn.Module, shape: Sequence[int]) -> None:
+    """Raise ValueError, before any memory is taken, for sizes that the file does not have: it may claim anything."""
+    sparsify(model, ticket.masks)
+    held = sum(tensor.numel() for tensor in ticket.state_dict.values())
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if needed > 2 * held:
+        raise ValueError(f"{options.ticket} holds {held} weights, but its network would have {needed}")
+    if options.batch * math.prod(shape) > _MOST_VALUES:
+        raise ValueError(
+            f"--batch {options.batch} of images {list(shape)}, which {options.ticket} is for, is more than "
+            f"{_MOST_VALUES} values: take a smaller one"
+        )
 
 
 def _classes(ticket: masks.Ticket) -> int:

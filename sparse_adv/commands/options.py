@@ -239,7 +239,7 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _check_yaml(file: Path) -> None:
-    """Raise ValueError for YAML that would grow when it is read: by aliases, or by nesting without end."""
+    """Raise ValueError for YAML that would grow when it is read, by aliases or nesting, or that has a key twice."""
     with file.open("rb") as opened:  # FileNotFoundError names the file
         content = opened.read(_MAX_CONFIG + 1)
     if len(content) > _MAX_CONFIG:
@@ -252,8 +252,24 @@ def _check_yaml(file: Path) -> None:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 raise ValueError(f"{file} is nested more than {_MAX_DEPTH} levels deep")
+        _check_keys(file, yaml.compose(content, yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: Problems parsing config: {' '.join(str(error).split())}") from error
+
+
+def _check_keys(file: Path, node: yaml.Node | None) -> None:
+    """Raise ValueError if a mapping has a key twice, of which YAML drops the first."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value).replace("-", "_")
+            if name in seen:
+                raise ValueError(f"{file} has the key {name[:40]!r} twice: keep one")
+            seen.add(name)
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else [child]:
+                _check_keys(file, part)
 
 
 def _sentence(parser: ArgumentParser, message: str, configs: Sequence[Path]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ def make_plain(record: DataclassInstance) -> None:
 
     Only these can be written to JSON and read with `torch.load(weights_only=True)`, and compared with what was read.
 
+    Raises:
+        ValueError: if a field that is declared as bool has another value: the text "no" would count as true.
+
     Examples:
         >>> import numpy as np
         >>> from sparse_adv.config import TrainConfig
@@ -25,7 +29,11 @@ def make_plain(record: DataclassInstance) -> None:
         (0.5,)
     """
     for field in fields(record):
-        object.__setattr__(record, field.name, _plain(getattr(record, field.name)))
+        value = _plain(getattr(record, field.name))
+        wanted = {"bool": (bool,), "bool | None": (bool, NoneType)}.get(str(field.type))
+        if wanted and not isinstance(value, wanted):
+            raise ValueError(f"{field.name} must be true or false, got {value!r}")
+        object.__setattr__(record, field.name, value)
 
 
 def _plain(value: Any) -> Any:

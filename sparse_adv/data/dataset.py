@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ def stratified(split: Split, share: float, seed: int = 0) -> Split:
         >>> stratified(split, 0.4).labels.bincount()
         tensor([2, 2])
     """
-    if not 0 < share <= 1:
+    if not isinstance(share, Real) or not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share!r}")
     if share == 1:
         return split

@@ -30,16 +30,18 @@ _NO_IMAGES = ("thumbs.db", "desktop.ini")
 _NOTES = (".txt", ".md", ".csv", ".json", ".xml")
 _MAX_PIXELS = 1 << 24
 """Largest number of pixels of an image: larger ones are damaged, or made to fill the memory."""
+_SPLITS = {"test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
+"""Folders beside train, and what their images are for."""
 _TEST_EVERY = 10
 """Without a test folder, every tenth image of each class is a test image."""
 
 
 def read_folders(path: Path) -> RawDataset | None:
-    """Read `train/CLASS/*.png`, `test/CLASS/*.png` and, if present, `val` or `valid`; or only `CLASS/*.png`.
+    """Read `train/CLASS/*.png`, `test/CLASS/*.png` and, if present, `val`, `valid` or `validation`; or `CLASS/*.png`.
 
     Images are PNG, JPEG, BMP, GIF (of one frame), PPM, TIFF or WebP. Hidden files and notes (*.txt, *.md, *.csv,
-    *.json, *.xml) are left out; any other file or folder in the folder of a class, and a class without images, are
-    refused.
+    *.json, *.xml) are left out; any other file or folder in the folder of a class, images beside the folders of
+    classes, another folder of images beside train, and a class without images, are refused.
     Classes are numbered in alphabetical order. Images are ordered by their position within the class, then by class, so
     that the first images contain all classes. Without a test folder every tenth image of each class, in alphabetical
     order, is a test image in every run. Alpha channels are ignored. If all images are grey, they get one channel, else
@@ -49,8 +51,8 @@ def read_folders(path: Path) -> RawDataset | None:
         The data set; None if there are no such folders.
 
     Raises:
-        ValueError: if an image is damaged or its size differs from the first one's, a file is no image, there is only
-            one class, or the folders of the splits have different classes.
+        ValueError: if an image is damaged or its size differs from the first one's, a file is no image or in no class,
+            there is only one class, two folders hold validation images, or the splits have different classes.
         ModuleNotFoundError: if Pillow is not installed.
     """
     if not path.is_dir():
@@ -64,11 +66,12 @@ def _read(root: Path, train: Path) -> RawDataset:
     if len(classes) == 1:
         raise ValueError(f"{train} must have a folder for each class, has only {classes[0]!r}")
     parts = {"train": _files_by_class(train, classes)}
-    for name in ("test", "val", "valid") if train != root else ():
-        if (root / name).is_dir():
-            if different := sorted(set(_classes(root / name)) ^ set(classes)):
-                raise ValueError(f"{root / name} and {train} must have the same classes, only one has {different[0]!r}")
-            parts[name] = _files_by_class(root / name, classes)
+    for folder in _other_splits(root) if train != root else ():
+        if different := sorted(set(_classes(folder)) ^ set(classes)):
+            raise ValueError(f"{folder} and {train} must have the same classes, only one has {different[0]!r}")
+        if (split := _SPLITS[folder.name]) in parts:
+            raise ValueError(f"{root} must have one folder of {split} images, {folder.name!r} is a second one")
+        parts[split] = _files_by_class(folder, classes)
     if "test" not in parts:
         parts["test"] = [files[_TEST_EVERY - 1 :: _TEST_EVERY] for files in parts["train"]]
         if not any(parts["test"]):
@@ -78,8 +81,18 @@ def _read(root: Path, train: Path) -> RawDataset:
         parts["train"] = [[f for i, f in enumerate(files, 1) if i % _TEST_EVERY] for files in parts["train"]]
     reader = _Reader()
     splits = reader.drop_grey_channels({name: reader.read_split(files) for name, files in parts.items()})
-    validation = splits.get("val", splits.get("valid"))
-    return RawDataset(splits["train"], splits["test"], len(classes), root.resolve().name, validation)
+    return RawDataset(splits["train"], splits["test"], len(classes), root.resolve().name, splits.get("validation"))
+
+
+def _other_splits(root: Path) -> list[Path]:
+    """The folders of splits beside train; raise ValueError if another one holds images."""
+    folders = [
+        path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "." and path.name != "train"
+    ]
+    for folder in folders:
+        if folder.name not in _SPLITS and any(map(_images, [folder, *filter(Path.is_dir, folder.iterdir())])):
+            raise ValueError(f"{folder} holds images and is none of {', '.join(_SPLITS)}: rename it, or move it away")
+    return [folder for folder in folders if folder.name in _SPLITS]
 
 
 def _classes(folder: Path) -> list[str]:
@@ -88,6 +101,8 @@ def _classes(folder: Path) -> list[str]:
     children = [child for child in children if child.is_dir() and child.name[0] != "."]
     if not any(_images(child) for child in children):
         return []
+    if loose := _images(folder):
+        raise ValueError(f"{loose[0]} is in no folder of a class: move it into one, or remove it")
     for child in children:
         others = (file for file in _visible(child) if file.suffix.lower() not in _SUFFIXES or not file.is_file())
         if other := next(others, None):

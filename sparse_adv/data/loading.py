@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -63,9 +64,9 @@ def load(
     raw = _read(source)
     train, held_out = raw.train, raw.validation
     if limit is not None:
-        if not 2 <= limit <= len(train.labels):
+        if not isinstance(limit, Integral) or not 2 <= limit <= len(train.labels):
             raise ValueError(
-                f"limit must be from 2 to the {len(train.labels)} training images of {source}, got {limit}"
+                f"limit must be from 2 to the {len(train.labels)} training images of {source}, got {limit!r}"
             )
         train = Split(train.images[:limit], train.labels[:limit])
     if held_out is None or validation is not None:
@@ -90,8 +91,12 @@ def _read(source: str | Path) -> RawDataset:
 def _validation_count(validation: float | None, images: int) -> int:
     if validation is None:
         return max(1, round(_VALIDATION_FRACTION * images))
-    if not 0 < validation < math.inf or (validation > 1 and validation != int(validation)):
-        raise ValueError(f"validation must be a fraction in (0, 1) or a whole number of images, got {validation:g}")
+    if (
+        not isinstance(validation, Real)
+        or not 0 < validation < math.inf
+        or (validation > 1 and validation != int(validation))
+    ):
+        raise ValueError(f"validation must be a fraction in (0, 1) or a whole number of images, got {validation!r}")
     count = round(validation * images) if validation < 1 else int(validation)
     if not 0 < count < images:
         raise ValueError(f"validation must hold out at least one of {images} images and not all, got {validation:g}")

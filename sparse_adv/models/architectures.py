@@ -51,6 +51,7 @@ def build(
     classes: int = 10,
     input_shape: Sequence[int] | None = None,
     data: str | None = None,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Build a freshly initialised network.
 
@@ -69,12 +70,13 @@ def build(
         input_shape: [C, H, W] of one image; None for [3, 32, 32], for "digits_cnn" [1, 8, 8].
         data: name of the data set whose mean and standard deviation normalise the images, see `Normalize.of`; None
             for "cifar10", for "digits_cnn" "digits".
+        device: of the network; None for torch's default device. On "meta" it takes no memory: for its shapes.
 
     Returns:
-        The network, in training mode, on torch's default device.
+        The network, in training mode.
 
     Raises:
-        ValueError: if the name is unknown, or width, classes or input_shape is out of range.
+        ValueError: if the name is unknown, or width, classes or input_shape is out of range or of another type.
 
     Examples:
         >>> import torch
@@ -87,16 +89,24 @@ def build(
     """
     architecture = find(name)
     width = architecture.width if width is None else width
-    shape = architecture.input_shape if input_shape is None else tuple(input_shape)
+    shape = architecture.input_shape if input_shape is None else input_shape
     for argument, value in (("width", width), ("classes", classes)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
-    if len(shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in shape):
-        raise ValueError(f"input_shape must be [C, H, W], each at least 1, got {list(shape)}")
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
+        raise ValueError(f"input_shape must be [C, H, W], each at least 1, got {_listed(shape)}")
+    device = torch.get_default_device() if device is None else torch.device(device)
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-        model = architecture.make(width, classes, (shape[0], shape[1], shape[2]), data or architecture.data)
-    return model.to(torch.get_default_device())
+        try:
+            model = architecture.make(width, classes, (shape[0], shape[1], shape[2]), data or architecture.data)
+        except RuntimeError as error:  # of the allocator, or of sizes beyond 64 bits
+            raise ValueError(f"{name} of width {width} cannot be built: {str(error).partition(chr(10))[0]}") from error
+    return model.to(device)
+
+
+def _listed(shape: object) -> str:
+    return repr(list(shape) if isinstance(shape, Sequence) else shape)[:100]
 
 
 def find(name: str) -> Architecture:

@@ -106,13 +106,17 @@ def load_checkpoint(
         about = repr(os.fspath(source))
         ticket = load_pruned(source, density=density, dense=True)
         kept, state = ticket.masks, ticket.state_dict
-    model = build(name, width=width, classes=classes, input_shape=input_shape)
+    size: dict[str, Any] = {"width": width, "classes": classes, "input_shape": input_shape}
+    shapes = build(name, **size, device="meta")  # takes no memory: the size may come from a file
     named = _renamed(state, name, about)
     mask_of = _renamed({f"{module}.weight": mask for module, mask in kept.items()}, name, about)
     if len(named) < len(state):
         log.info("%s: left out %d tensors of a block that %s never runs", about, len(state) - len(named), name)
-    _set_normalization(named, normalize, model, about)
-    _fill(model, named, name, about)
+    _set_normalization(named, normalize, shapes, about)
+    _check_fit(shapes.state_dict(), named, name, about)
+    model = build(name, **size)
+    with torch.no_grad():
+        model.load_state_dict({key: value for key, (_, value) in named.items()}, strict=False)
     return sparsify(model, {key.removesuffix(".weight"): mask for key, (_, mask) in mask_of.items()}).eval()
 
 
@@ -170,9 +174,8 @@ def _normalization(normalize: str | Normalize, channels: int) -> Normalize:
     return Normalize.of(normalize, channels)
 
 
-def _fill(model: nn.Module, named: Named, name: str, about: str) -> None:
-    """Load the tensors; raise ValueError for the first that does not fit."""
-    wanted = model.state_dict()
+def _check_fit(wanted: Mapping[str, Tensor], named: Named, name: str, about: str) -> None:
+    """Raise ValueError for the first tensor that does not fit the network, whose state dict is `wanted`."""
     for key, (theirs, value) in named.items():
         if key not in wanted:
             raise ValueError(f"{about} does not fit {name}: it has {theirs!r}, for which {name} has no place")
@@ -185,5 +188,3 @@ def _fill(model: nn.Module, named: Named, name: str, about: str) -> None:
             raise ValueError(f"{about} does not fit {name}: it lacks {key!r}, under this name and under other code's")
         if key in named and not named[key][1].is_floating_point() and own.is_floating_point():
             raise ValueError(f"{about} does not fit {name}: {named[key][0]!r} is {named[key][1].dtype}")
-    with torch.no_grad():
-        model.load_state_dict({key: value for key, (_, value) in named.items()}, strict=False)

@@ -98,7 +98,6 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     _own = ("block", "choices")
 
     _compiled: CompiledConvMask | None
-    _frozen: tuple[Tensor, Tensor | None, Pattern] | None
 
     def __init__(
         self,
@@ -190,27 +189,29 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         kernels = {name: choices[name]["kernel"] for name in PASSES}
         self._compiled.tuned = set_kernels(self._compiled.pattern, **kernels)
         self.choices = dict(choices)
-        self._frozen = None
+        self._frozen = {}
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `[N, C, H, W]`, or `[C, H, W]`."""
         if isinstance(input, fx.Proxy):
             return self._node(input)
         if is_transformed():  # a mask may be batched then, and has no pattern
-            weight, bias = self._frozen[:2] if self._frozen else (self._masked_weight(), self.bias)
+            frozen = self.frozen_operands
+            weight, bias = frozen[:2] if frozen else (self._masked_weight(), self.bias)
             return self._conv_forward(input, weight, bias)
         self.refresh()
+        frozen = self.frozen_operands
         if self._compiled is None:
             return super().forward(input)
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        weight, bias, pattern = self._frozen or (self.weight, self.bias, self.pattern)
+        weight, bias, pattern = frozen or (self.weight, self.bias, self.pattern)
         if torch.compiler.is_compiling() and not is_exporting():
             header = header_of_mask(pattern.header, self.weight_mask, pattern.mask)
             pattern = replace(pattern, header=header)
         input, padding = self.padded(input)
         convolution = self.stride, padding, self.dilation, self.groups
-        if self.is_frozen or not is_collecting(self):
+        if frozen or not is_collecting(self):
             return masked_conv2d(input, weight, pattern, bias, *convolution)
         output = masked_conv2d(input, weight.detach(), pattern, bias, *convolution)
         shape = weight.shape

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, ClassVar, Self
 
 import torch
@@ -59,14 +60,17 @@ class MaskedLayer(nn.Module):
     _dense: ClassVar[type[nn.Module]]
     """The class of the dense layer."""
     _own: ClassVar[tuple[str, ...]] = ()
-    """Attributes that the dense layer does not have, other than those of `_DERIVED`."""
+    """Attributes that the dense layer does not have, other than those of `DERIVED`."""
 
     _compiled: CompiledMask | None
     """None on the meta device, where the layer computes what the dense one does."""
-    _frozen: tuple[object, ...] | None
-    """The operands that the forward pass takes in place of weight and bias within `nn.frozen_weights`, else None."""
+    _frozen: dict[int, Any]
+    """The operands that the forward pass takes in place of weight and bias in threads within `nn.frozen_weights`.
 
-    _DERIVED: ClassVar = ("_compiled", "_frozen")
+    By the number of the thread: another one may train the same model meanwhile, and needs the gradients of its weights.
+    """
+
+    DERIVED: ClassVar = ("_compiled", "_frozen")
     """Attributes that are neither pickled nor copied, but computed again."""
 
     @abstractmethod
@@ -91,7 +95,7 @@ class MaskedLayer(nn.Module):
         self._derive()
         dense = self._dense.__new__(self._dense)
         dense.__dict__ = _shared_state(self)
-        for name in (*self._DERIVED, *self._own):
+        for name in (*self.DERIVED, *self._own):
             del dense.__dict__[name]
         del dense._buffers["weight_mask"]
         optimizer_hook.unwatch(self.weight)
@@ -104,6 +108,8 @@ class MaskedLayer(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight_orig":  # the first thing that prune does
             raise TypeError("torch.nn.utils.prune cannot prune a masked layer: give it another mask by set_mask")
+        if type(param).__module__.startswith("torchao."):  # a quantized weight, whose operators know no mask
+            raise TypeError("torchao cannot quantize masked layers: `densify` the model first")
         super().register_parameter(name, param)
 
     @property
@@ -132,22 +138,29 @@ class MaskedLayer(nn.Module):
             self._derive()
 
     @property
-    def is_frozen(self) -> bool:
-        """Whether `nn.frozen_weights` is in force for this layer."""
-        return self._frozen is not None
+    def frozen_operands(self) -> Any:
+        """What the forward pass takes in place of weight and bias in this thread; None without `nn.frozen_weights`.
+
+        Compiled code never takes it, as it serves all threads.
+        """
+        if torch.compiler.is_compiling() or not self._frozen:
+            return None
+        return self._frozen.get(get_ident())
 
     def freeze(self) -> bool:
-        """Start `nn.frozen_weights` for this layer; return False if the layer is frozen already."""
-        if self.is_frozen:
+        """Start `nn.frozen_weights` for this layer and this thread; return False if that is in force already."""
+        if self.frozen_operands is not None:
             return False
         self.refresh()
         # Pruned entries may have been written by hand. They are zeroed in a copy: the weight may be part of a graph.
         weight = torch.where(self.weight_mask, self.weight.detach(), 0)
-        self._frozen = self._frozen_operands(weight, None if self.bias is None else self.bias.detach())
+        bias = None if self.bias is None else self.bias.detach()
+        self._frozen[get_ident()] = self._frozen_operands(weight, bias)
         return True
 
     def unfreeze(self) -> None:
-        self._frozen = None
+        """End `nn.frozen_weights` for this layer and this thread."""
+        self._frozen.pop(get_ident(), None)
 
     def _masked_weight(self) -> Tensor:
         """`where` and not a product: a pruned NaN must count as 0, in the weight and in its gradient."""
@@ -162,7 +175,7 @@ class MaskedLayer(nn.Module):
 
     def _install(self, compiled: CompiledMask | None) -> None:
         """Apply the buffer's mask, of which `compiled` was made, to the weight and its optimisers."""
-        self._compiled, self._frozen = compiled, None
+        self._compiled, self._frozen = compiled, {}
         if compiled is not None:
             compiled.attach(self.weight_mask)
             with torch.no_grad():
@@ -208,7 +221,7 @@ class MaskedLayer(nn.Module):
         self._derive()
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name not in self._DERIVED}
+        return {name: value for name, value in self.__dict__.items() if name not in self.DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -34,8 +34,6 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     _dense = nn.Linear
 
-    _frozen: tuple[Tensor, Tensor | None] | None
-
     def __init__(
         self,
         in_features: int,
@@ -92,8 +90,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if isinstance(input, fx.Proxy):
             return self._node(input)
         self.refresh()
-        weight, bias = self._frozen or (self._masked_weight(), self.bias)
-        if self.is_frozen or not is_collecting(self):
+        frozen = self.frozen_operands
+        weight, bias = frozen or (self._masked_weight(), self.bias)
+        if frozen or not is_collecting(self):
             return F.linear(input, weight, bias)
         output = F.linear(input, weight.detach(), bias)
         return with_dense_gradient(self, input, output, _grad_weight)

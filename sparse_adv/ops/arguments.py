@@ -50,6 +50,12 @@ def check_number(name: str, value: object) -> None:
             raise ValueError(f"{name} must be finite, got {shortened(value)}, which no float holds") from None
 
 
+def check_numbers(**numbers: object) -> None:
+    """Raises TypeError or ValueError unless all of them are real numbers, see `check_number`."""
+    for name, value in numbers.items():
+        check_number(name, value)
+
+
 def check_flag(name: str, value: object) -> None:
     """Raises TypeError unless this is True or False."""
     if not isinstance(value, bool):

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_adv import attacks, json_files, runs
+from sparse_adv.attacks.ball import check_radius
 from sparse_adv.attacks.checks import InputValidator, count_classes, is_correct
 from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.options import check_count
 from sparse_adv.config import Norm, TrainConfig
 from sparse_adv.data import Batches, Split
 from sparse_adv.runs import EpochRecord, TicketChecks, TrainResult
@@ -120,6 +122,8 @@ def robust_accuracy(
         >>> robust.fraction <= clean_accuracy(model, images).fraction
         True
     """
+    check_radius(eps)
+    check_count("restarts", restarts, least=1)
     noise = torch.Generator().manual_seed(distributed.own_seed(seed))
     size = eps / 4 if alpha is None else alpha
     graphs = graphs or attacks.Graphs()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _SAMPLES = 64
 """Images of a DataLoader that are read for its digest."""
+_ELEMENTS = 4096
+"""Evenly spaced elements of a long attribute that are read for a digest."""
 
 _in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 """Models in training, or whose training was interrupted, and the folder of the run."""
@@ -112,7 +115,9 @@ def warn_of_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
 
 
 def network_digest(model: nn.Module, with_masks: bool = True) -> str:
-    """Return the digest of what a model is: its modules, those that are frozen, shapes and dtypes, and its masks.
+    """Return the digest of what a model is: its modules and their attributes, shapes and dtypes, and its masks.
+
+    Attributes are numbers, text, tensors, arrays and sequences of these, whose names do not begin with "_".
 
     Args:
         model: any module.
@@ -132,6 +137,7 @@ def network_digest(model: nn.Module, with_masks: bool = True) -> str:
             described = re.sub(r", density=[^,]*", "", described)
         frozen = [key for key, parameter in module.named_parameters(recurse=False) if not parameter.requires_grad]
         digest.update(repr((name, type(module).__qualname__, described, frozen)).encode())
+        _add_attributes(digest, module, str)
     digest.update(repr(frozen_modules(model)).encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
@@ -158,8 +164,9 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
     """Return the digest of images and labels, or of batches of them.
 
     A `Split`, `data.Batches` and a list are read as a whole (about a second per gigabyte). Of a DataLoader with a
-    data set that has a length, 64 evenly spaced samples are read, with the number of all, under fixed random numbers.
-    Of anything else only the number of batches counts.
+    data set that has a length, 64 evenly spaced samples are read, with the number of all, under fixed random numbers,
+    and the attributes of its sampler. Of anything else the number of batches and the attributes count: numbers,
+    tensors, arrays, ranges and sequences of these, but `epoch` and those whose names begin with "_".
 
     Args:
         images: what is trained on, or validated with; None has the digest None.
@@ -179,7 +186,10 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
         _add(digest, images.split)
     elif isinstance(images, DataLoader) and hasattr(images.dataset, "__getitem__") and _length(images.dataset):
         dataset, count = images.dataset, _length(images.dataset)
-        digest.update(repr((count, len(images), images.batch_size, type(images.sampler).__qualname__)).encode())
+        digest.update(repr((count, len(images), images.batch_size)).encode())
+        for sampler in (images.sampler, images.batch_sampler):
+            digest.update(type(sampler).__qualname__.encode())
+            _add_attributes(digest, sampler)
         step = max(1, count // _SAMPLES)
         with seeded(seed):
             for index in range(0, count, step):
@@ -188,6 +198,7 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
         _add(digest, images)
     else:
         digest.update(repr(_length(images)).encode())
+        _add_attributes(digest, images.dataset if isinstance(images, DataLoader) else images)
     return digest.hexdigest()
 
 
@@ -216,6 +227,20 @@ def _length(images: Any) -> int:
     return len(images) if hasattr(images, "__len__") else 0
 
 
+def _add_attributes(digest: Any, owner: Any, *others: type) -> None:
+    """Add the plain attributes of an object, and those of other types."""
+    plain = (bool, int, float, range, Tensor, np.ndarray, *others)
+    for name, value in sorted(getattr(owner, "__dict__", {}).items()):
+        if name[0] == "_" or name in ("training", "epoch"):
+            continue
+        if isinstance(value, list | tuple | range) or (isinstance(value, Tensor | np.ndarray) and value.ndim):
+            value = value[:: max(1, len(value) // _ELEMENTS)]
+        parts = value if isinstance(value, list | tuple) else [value]
+        if all(isinstance(part, plain) for part in parts):
+            digest.update(name.encode())
+            _add(digest, value)
+
+
 def _add(digest: Any, value: Any) -> None:
     """Add tensors, arrays, images of Pillow, numbers and text, and containers of them."""
     if isinstance(value, Tensor):
@@ -229,13 +254,19 @@ def _add(digest: Any, value: Any) -> None:
             _add(digest, item)
     elif hasattr(value, "tobytes"):
         digest.update(value.tobytes())
-    elif value is None or isinstance(value, bool | int | float | str | bytes):
+    elif value is None or isinstance(value, bool | int | float | str | bytes | range):
         digest.update(repr(value).encode())
     else:
         digest.update(type(value).__qualname__.encode())
 
 
 def _bytes(tensor: Tensor) -> Any:
+    """The content; of a tensor that has elements several times, as one that was expanded, the memory that it has."""
     if tensor.is_meta:
         return b""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    tensor = tensor.detach().cpu()
+    stored = tensor.untyped_storage()
+    if tensor.numel() * tensor.element_size() > stored.nbytes():
+        about = repr((tuple(tensor.shape), tensor.stride())).encode()
+        return about + torch.empty(0, dtype=torch.uint8).set_(stored).numpy().tobytes()
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

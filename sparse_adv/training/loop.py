@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 
 from sparse_adv import runs
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
+from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord
 from sparse_adv.training import distributed, identity, objectives, random_numbers
@@ -180,6 +182,8 @@ class Training:
                 costs = self._costs_for(x)
                 if self.validator is not None:
                     y = self.validator.check(x, y, costs.classes)
+                if updater.step == 0:
+                    _check_last_batch(updater.model, self.batches, x)
                 updater.prepare(x)
                 for _ in range(objective.updates):
                     updated = updater.update(objective, x, y, noise, watch)
@@ -286,7 +290,7 @@ def train(
 
     What draws from the global generators of PyTorch, NumPy and Python gets numbers that depend on `config.seed` and the
     epoch only; workers of a DataLoader too, unless they are persistent. Generators given to a DataLoader or its sampler
-    are saved with the run.
+    are saved with the run. A log message says where a loader or data set has others, which are not.
 
     Args:
         model: any classifier of images [N, C, H, W] in [0, 1]; after training it is in eval mode. Modules in eval mode
@@ -311,8 +315,8 @@ def train(
         FloatingPointError: if the loss is not finite; the folder keeps the epochs before.
         CatastrophicOverfittingError: if robustness is lost and PGD training cannot bring it back.
         TypeError: if the batches have no length, or a batch has the wrong dtypes.
-        ValueError: if a batch has values out of range, or the folder holds another run: of another configuration,
-            network, initial weights or images.
+        ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it, or the
+            folder holds another run: of another configuration, network, initial weights or images.
 
     Examples:
         >>> from sparse_adv import data
@@ -332,6 +336,33 @@ def train(
         if on_epoch and on_epoch(record) is True:
             break
     return records
+
+
+def _check_last_batch(model: nn.Module, batches: Batches, x: Tensor) -> None:
+    """Before the first update: raise ValueError if the epoch ends with one image, on which BatchNorm cannot be trained.
+
+    It cannot where a channel has a single value.
+    """
+    if _last_size(batches) != 1:
+        return
+    try:
+        with bn_mode(model, "batch"), torch.no_grad():
+            model(x[:1])
+    except ValueError as error:
+        raise ValueError(
+            "batches must not end with a batch of one image, on which BatchNorm cannot be trained: give the DataLoader "
+            f"drop_last=True or another batch_size ({error})"
+        ) from error
+
+
+def _last_size(batches: Batches) -> int | None:
+    """The number of images in the last batch of a list, or of a DataLoader that keeps it; None if it is not known."""
+    if isinstance(batches, Sequence):
+        return len(batches[-1][1])
+    sampler = getattr(batches, "batch_sampler", None)
+    if type(sampler) is not BatchSampler or sampler.drop_last or not isinstance(sampler.sampler, Sized):
+        return None
+    return (len(sampler.sampler) - 1) % sampler.batch_size + 1
 
 
 def _count(batches: Batches) -> int:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+_known: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+"""What `frozen_modules` returned last for a model in training mode: after training the whole model is in eval mode."""
+
 
 def frozen_modules(model: nn.Module) -> list[str]:
-    """Return the names of modules in eval mode inside of a model in training mode; none for a model in eval mode.
+    """Return the names of modules in eval mode inside of a model in training mode.
+
+    A model in eval mode has those with which it was last trained, none if it never was.
 
     Examples:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+        >>> frozen_modules(model)
+        []
+        >>> model.train()[1].eval()
+        BatchNorm1d(2, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
         >>> frozen_modules(model), frozen_modules(model.eval())
-        (['1'], [])
+        (['1'], ['1'])
     """
-    return [name for name, module in model.named_modules() if model.training and not module.training]
+    if model.training:
+        _known[model] = [name for name, module in model.named_modules() if not module.training]
+    return _known.get(model, [])
 
 
 def set_training_mode(model: nn.Module, frozen: Collection[str]) -> None:

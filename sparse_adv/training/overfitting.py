@@ -17,6 +17,7 @@ from sparse_adv.attacks import Graphs
 from sparse_adv.config import TrainConfig
 from sparse_adv.data import Split
 from sparse_adv.training.evaluation import Accuracy, Images, as_batches, robust_accuracy
+from sparse_adv.training.objectives import is_multi_step
 
 IMAGES = 256
 STEPS = 5
@@ -72,13 +73,13 @@ class OverfittingMonitor:
         """Return whether the epoch with this accuracy lost its robustness; call it once for each epoch.
 
         Raises:
-            CatastrophicOverfittingError: if it did, and was an epoch of PGD or TRADES.
+            CatastrophicOverfittingError: if it did, and its attack had several steps (PGD, TRADES, MART).
         """
         if math.isfinite(accuracy) and (accuracy >= self.best / 2 or accuracy > self.best - LEAST_DROP):
             self.best = max(self.best, accuracy)
             self.pgd_epochs = max(0, self.pgd_epochs - 1)
             return False
-        if self.pgd_epochs or self.config.objective in ("pgd", "trades"):
+        if self.pgd_epochs or is_multi_step(self.config.objective):
             objective = "pgd" if self.pgd_epochs else self.config.objective
             raise CatastrophicOverfittingError(
                 f"catastrophic overfitting: accuracy under PGD-{STEPS} fell from {self.best:.1%} to {accuracy:.1%} in "

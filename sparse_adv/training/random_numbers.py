@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+log = logging.getLogger(__name__)
+
+_UNSAVED = (np.random.Generator, np.random.RandomState, random.Random)
 _PART_NAMES = ("sampler", "batch_sampler", "dataset", "datasets")
 """Attributes by which a DataLoader, samplers, and data sets such as Subset and ConcatDataset hold others."""
 
@@ -77,6 +81,21 @@ def _generators(batches: Iterable[Any]) -> list[Generator]:
         if isinstance(generator, Generator):
             found[id(generator)] = generator
     return list(found.values())
+
+
+def warn_of_unsaved(batches: Iterable[Any]) -> None:
+    """Warn of what draws numbers that neither seed and epoch nor `states_of` determine.
+
+    Examples:
+        >>> warn_of_unsaved([])
+    """
+    told = "a run that is continued draws other numbers than one that was not interrupted"
+    for part in _parts(batches):
+        if getattr(part, "persistent_workers", False):
+            log.warning("the workers of the %s are persistent: %s", type(part).__name__, told)
+        for name, value in getattr(part, "__dict__", {}).items():
+            if isinstance(value, _UNSAVED) or (isinstance(value, Generator) and name != "generator"):
+                log.warning("%s.%s is a generator that is not saved: %s", type(part).__name__, name, told)
 
 
 def set_epoch(batches: Iterable[Any], epoch: int) -> None:

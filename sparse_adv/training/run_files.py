@@ -44,6 +44,7 @@ class RunFiles:
     ) -> None:
         self.folder, self.config, self.batches, self.updater, self.monitor = folder, config, batches, updater, monitor
         self.identity = own
+        random_numbers.warn_of_unsaved(batches)
 
     def save(self, records: list[EpochRecord]) -> None:
         """Write all files. A run continues after the epoch of `state.pt`; the other files can be made again from it."""

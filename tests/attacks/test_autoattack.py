@@ -244,3 +244,19 @@ def test_the_standard_sequence_alone_is_called_autoattack(attacked, capsys, monk
         "AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 9 targets); fab-t (100 steps, 9 targets); "
         "square (5000 queries); linf, eps 0.012, 6 images, seed 0"
     )
+
+
+def test_a_state_is_of_one_function_whatever_its_parameters(attacked, tmp_path):
+    model, images, labels = attacked
+    path = tmp_path / "state.safetensors"
+    options = CUSTOM | {"attacks_to_run": ["apgd-ce"]}
+
+    def run(function, **more):
+        return AutoAttack(function, **options).run_standard_evaluation(images, labels, state_path=path, **more)
+
+    first = run(lambda x: model(x))
+    for rounded in (lambda x: model(x), lambda x: model(x) * (1 + 1e-5)):  # as on another device
+        assert run(rounded, bs=5).equal(first)
+    for other in (lambda x: model(1 - x), lambda x: model(x).roll(1, 1)):
+        with pytest.raises(ValueError, match=r"state\.safetensors is of another model"):
+            run(other)

@@ -258,3 +258,9 @@ def test_save_as_bytes_rounds_the_pixels_down(tmp_path):
     for name in ("adv_inputs", "clean_inputs"):
         assert saved[name].equal((images * 255).floor().to(torch.uint8))
     assert saved["save_type"] == "int"
+
+
+@pytest.mark.parametrize("std", [[0.5, 0.0, 0.5], [0.5, 0.5, float("nan")], [-1.0]])
+def test_a_standard_deviation_that_divides_by_nothing_is_refused(std):
+    with pytest.raises(ValueError, match="std must be positive and finite, got"):
+        torchattacks.PGD(make_model()).set_normalization_used([0.5] * 3, std)

@@ -107,3 +107,20 @@ def test_wrong_arguments_are_named():
         deepfool(model, images, labels, overshoot=-1)
     with pytest.raises(ValueError, match="steps must be an integer of at least 0, got -1"):
         deepfool(model, images, labels, steps=-1)
+
+
+def test_deepfool_keeps_the_last_image_before_a_gradient_is_nan():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.where(
+                torch.arange(len(gradient)).view(-1, *[1] * (gradient.dim() - 1)) == 0, torch.nan, gradient
+            )
+
+    model, images, labels = linear_problem()
+    adv = deepfool(lambda x: model(Broken.apply(x)), images, labels, steps=3)
+    assert adv.isfinite().all() and adv[0].equal(images[0]) and not adv[1:].equal(images[1:])

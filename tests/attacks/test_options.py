@@ -2,8 +2,11 @@
 
 import inspect
 import math
+import re
 
+import numpy as np
 import pytest
+import torch
 from helpers.attacked import batch, make_model
 
 from sparse_adv import attacks
@@ -14,6 +17,8 @@ INVALID = [
     ({"alpha": math.nan}, "alpha must be finite, got nan"),
     ({"steps": -1}, "steps must be an integer of at least 0, got -1"),
     ({"steps": 1.5}, "steps must be an integer of at least 0, got 1.5"),
+    ({"steps": True}, "steps must be an integer of at least 0, got True"),
+    ({"steps": "3"}, "steps must be an integer of at least 0, got '3'"),
     ({"restarts": 0}, "restarts must be an integer of at least 1, got 0"),
     ({"restarts": 2, "random_start": False}, "restarts must be 1 without a random start, got 2"),
     ({"norm": "l1"}, 'norm must be "linf" or "l2", got \'l1\''),
@@ -100,3 +105,37 @@ DEFAULTS = {
 def test_defaults_are_the_published_ones(name):
     parameters = inspect.signature(getattr(attacks, name)).parameters
     assert {option: parameters[option].default for option in DEFAULTS[name]} == DEFAULTS[name]
+
+
+def test_numbers_of_numpy_are_numbers():
+    model, (images, labels) = make_model().eval(), batch()
+    options = {"eps": 0.1, "alpha": 0.05, "steps": 2, "random_start": False}
+    others = {"eps": np.float32(0.1), "alpha": np.float64(0.05), "steps": np.int64(2)}
+    torch.testing.assert_close(pgd(model, images, labels, **options | others), pgd(model, images, labels, **options))
+
+
+@pytest.mark.parametrize(
+    ("attack", "wrong"),
+    [
+        (fgsm_rs, {"eps": "a"}),
+        (n_fgsm, {"eps": None}),
+        (attacks.apgd, {"rho": "a"}),
+        (attacks.cw, {"c": "1"}),
+        (attacks.cw, {"kappa": None}),
+        (attacks.deepfool, {"overshoot": "a"}),
+        (attacks.fab, {"eta": "a"}),
+        (attacks.fmn, {"gamma": "a"}),
+        (attacks.mifgsm, {"decay": "a"}),
+        (attacks.square, {"p_init": [0.8]}),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(attack, wrong):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(TypeError, match=f"{name} must be a number, got {re.escape(repr(value))}"):
+        attack(make_model(), *batch(), **wrong)
+
+
+@pytest.mark.parametrize("make", [attacks.AutoAttack, attacks.APGD, attacks.FAB, attacks.FMN, attacks.Square])
+def test_a_norm_that_is_no_text_is_refused_by_name(make):
+    with pytest.raises(ValueError, match='norm must be "linf" or "l2", got'):
+        make(make_model(), norm=np.inf)(*batch())

@@ -62,3 +62,27 @@ def test_a_copy_is_attacked_while_the_model_is_trained():
         thread.join()
     assert not failures and all(flags)
     assert attacked.training and torch.equal(attacked.eval()(IMAGES), before)
+
+
+def test_an_attack_leaves_the_gradients_of_a_thread_that_trains_the_same_model():
+    model = network().eval()
+    F.cross_entropy(model(IMAGES), LABELS).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    frozen, trained = threading.Event(), threading.Event()
+
+    def train() -> None:
+        frozen.wait(60)
+        F.cross_entropy(model(IMAGES), LABELS).backward()
+        trained.set()
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        frozen.set()  # from now on the other thread runs, with this one in the middle of an attack
+        assert trained.wait(60)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    attacks.pgd(model, IMAGES, LABELS, loss=loss, engine=False)
+    thread.join()
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))

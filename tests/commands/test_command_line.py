@@ -89,6 +89,21 @@ def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, ca
 
 
 @pytest.mark.parametrize(
+    ("claimed", "said"),
+    [
+        ({"width": 200_000}, "mask has shape"),
+        ({"width": 10**9}, "cannot be built"),
+        ({"input_shape": 5}, "input_shape must be [C, H, W], each at least 1, got 5"),
+        ({"input_shape": [1, 4000, 4000]}, "take a smaller one"),
+    ],
+)
+def test_explain_takes_no_memory_for_sizes_that_a_file_only_claims(ticket_file, claimed, said, capsys):
+    ticket = masks.load_ticket(ticket_file)
+    masks.save_ticket(ticket_file, masks.Ticket(ticket.masks, ticket.state_dict, ticket.provenance | claimed))
+    assert said in refused(capsys, "explain", str(ticket_file))
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
@@ -232,8 +247,10 @@ def test_what_a_terminal_cannot_show_is_escaped(ticket_file, tmp_path):
         ("\x00", "Problems parsing config"),
         ("epochs: " + "9" * 5000, "run.yaml: Problems parsing config"),
         ('"a b": 3\n', "run.yaml: Spaces not allowed in keys"),
+        ("lr: 0.1\nlr: 0.2\n", "run.yaml has the key 'lr' twice: keep one"),
+        ("batch-size: 3\nbatch_size: 4\n", "has the key 'batch_size' twice"),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_a_hostile_config_is_refused(tmp_path, capsys, content, said):
     (tmp_path / "run.yaml").write_text(content)

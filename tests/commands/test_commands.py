@@ -173,6 +173,12 @@ def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
     assert "does not fit" in refused(capsys, "evaluate", str(tmp_path / "a.pt"), "--arch", "digits_cnn")
     assert "--arch" in refused(capsys, "evaluate", str(tmp_path / "a.pt"))
     assert "--state is for --attack autoattack" in refused(capsys, "evaluate", str(tmp_path), "--state", "a")
+    assert "--weights is for the folder of a run" in refused(
+        capsys, "evaluate", str(tmp_path / "a.pt"), "--weights", "last"
+    )
+    for flag in ("--alpha", "--steps", "--restarts"):
+        message = refused(capsys, "evaluate", str(tmp_path / "a.pt"), "--attack", "autoattack", flag, "1")
+        assert f"{flag} is for --attack bound, got --attack autoattack" in message
 
 
 def test_evaluate_runs_autoattack_and_goes_on_from_its_state(tmp_path, capsys):
@@ -184,6 +190,7 @@ def test_evaluate_runs_autoattack_and_goes_on_from_its_state(tmp_path, capsys):
         assert main(arguments) == 0
         found += lines(capsys)
     assert found[0] == found[1] and (tmp_path / "state.safetensors").exists()
+    assert set(found[0]["undone"]) == {"apgd-ce", "apgd-t", "fab-t", "square"}
     assert list(found[0])[5:10] == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert "under AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 9 targets)" in found[0]["meaning"]
 

@@ -140,8 +140,8 @@ def test_an_evaluation_is_given_every_setting(reach, checkpoint):
     loaded = reach(experiment, "load_data", "evaluate", checkpoint, *flags(images), "--deterministic")
     assert loaded["config"] == DataConfig("elsewhere", 90, 30.0) and loaded["seed"] == 11 and loaded["is_deterministic"]
     network = NETWORK | {"normalize": "digits", "density": 0.5}
-    asked = reach(networks, "trained", "evaluate", checkpoint, *flags(network), "--weights", "last")
-    assert {name: asked[name] for name in network} == network and asked["last"]
+    asked = reach(networks, "trained", "evaluate", checkpoint, *flags(network))
+    assert {name: asked[name] for name in network} == network
     command = "evaluate", checkpoint, *flags(NETWORK), "--images", "20", "--split", "train", "--device", "cpu"
     measured = reach(evaluate, "clean_accuracy", *command, "--limit", "90", "--validation", "30", "--seed", "11")
     whole = data.load("digits", limit=90, validation=30, seed=11).train
@@ -240,7 +240,7 @@ def test_defaults_are_those_that_were_published_or_announced():
     assert search.Options.network == NetworkConfig("resnet18") and search.Options.data == DataConfig()
     assert (train.Options.train, train.Options.method) == (TrainConfig(), MethodConfig())
     measured = evaluate.Options
-    assert (measured.steps, measured.restarts, measured.weights, measured.split) == (20, 1, "best", "test")
+    assert (evaluate.STEPS, evaluate.RESTARTS, measured.split) == (20, 1, "test")
     assert (evaluate.BOUND_STEPS, evaluate.BOUND_RESTARTS, evaluate.CHECKED_IMAGES) == (50, 5, 64)
     assert explain.Options.batch == 128
     own = {field.name: field.default for field in fields(importlib.import_module("sparse_adv.commands.demo").Options)}

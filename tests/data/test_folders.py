@@ -51,7 +51,7 @@ def test_limit_takes_the_same_number_of_images_of_each_class(tree):
     ]
 
 
-@pytest.mark.parametrize("name", ["val", "valid"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_a_validation_folder_is_used_unless_a_fraction_is_given(tree, name):
     for label, kind in enumerate(("cats", "dogs")):
         draw(tree / name / kind / "x.png", label + 1)
@@ -156,6 +156,7 @@ def two_frames(path: Path) -> None:
         ("owl", lambda path: path.mkdir()),
         ("dog/9.gif", two_frames),
         ("dog/9.png", lambda path: Image.new("1", (5000, 4000)).save(path)),
+        ("orphan.png", lambda path: Image.new("RGB", (4, 4)).save(path)),
     ],
 )
 def test_nothing_in_the_folder_of_a_class_is_left_out(tmp_path, name, make):
@@ -174,3 +175,13 @@ def test_a_folder_of_one_class_is_refused(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / "cat" / f"{i}.png")
     with pytest.raises(ValueError, match="must have a folder for each class, has only 'cat'"):
         data.load(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("val", "validation"), ("dev",)])
+def test_a_folder_of_images_beside_train_is_used_or_refused(tree, names):
+    (tree / "annotations").mkdir()
+    for name in names:
+        for kind in ("cats", "dogs"):
+            draw(tree / name / kind / "x.png", 1)
+    with pytest.raises(ValueError, match=names[-1]):
+        data.load(tree)

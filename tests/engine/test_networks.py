@@ -120,21 +120,32 @@ def test_a_model_is_freed_although_its_steps_are_kept():
     assert reference() is None
 
 
-def test_a_changed_attribute_of_a_module_is_noticed():
+@pytest.mark.parametrize("held", [lambda f: f, lambda f: (f, 0.0), lambda f: [0.0, [f]], lambda f: {"of": {"this": f}}])
+def test_a_changed_attribute_of_a_module_is_noticed(held):
+    def found(value):
+        return (
+            value if isinstance(value, float) else max(map(found, value.values() if isinstance(value, dict) else value))
+        )
+
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.factor = nn.Conv2d(3, 4, 3), 1.0
+            self.conv, self.factor = nn.Conv2d(3, 4, 3), held(1.0)
 
         def forward(self, x):
-            return self.conv(x).relu().mean((2, 3)) * self.factor
+            return self.conv(x).relu().mean((2, 3)) * found(self.factor)
 
     model, x = Scaled().eval(), torch.rand(2, 3, 8, 8)
     for factor in (1.0, 3.0):
-        model.factor = factor
+        if isinstance(model.factor, list):
+            model.factor[:] = held(factor)
+        else:
+            model.factor = held(factor)
         with engine.input_gradients(model, x) as gradients:
             assert isinstance(gradients, engine.Program)
             torch.testing.assert_close(gradients.logits(x), model(x).detach())
+        fused = engine.fuse_for_training(model, x)
+        torch.testing.assert_close(fused(x), model(x))
 
 
 def test_steps_are_those_of_the_present_autocast_and_dtype():

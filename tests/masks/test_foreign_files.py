@@ -49,6 +49,14 @@ def test_archives_of_others_are_named(model, tmp_path):
 
 
 def test_a_list_of_masks_without_elements_is_refused_at_once(model, tmp_path):
+    value = [0]
+    for _ in range(28):
+        value = [value, value]
+    shared = np.empty(1, object)
+    shared[0] = value
+    np.save(tmp_path / "masks.npy", shared, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"masks\.npy.* contains an object so often"):
+        load_pruned(written(tmp_path, model.state_dict()), tmp_path / "masks.npy", model=model)
     np.save(tmp_path / "masks.npy", np.zeros((2**40, 0), bool))
     with pytest.raises(ValueError, match=r"masks\.npy.* it holds 1099511627776 masks, more than"):
         load_pruned(written(tmp_path, model.state_dict()), tmp_path / "masks.npy", model=model)

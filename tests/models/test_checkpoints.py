@@ -145,3 +145,10 @@ def test_a_file_with_code_is_refused(tmp_path):
         load(tmp_path / "a.pt", "resnet18")
     with pytest.raises(FileNotFoundError, match=r"b\.pt"):
         load(tmp_path / "b.pt", "resnet18")
+
+
+def test_a_width_beyond_that_of_the_file_takes_no_memory():
+    state = models.build("digits_cnn", width=4).state_dict()
+    for width, said in ((200_000, "does not fit digits_cnn"), (10**9, "cannot be built")):
+        with pytest.raises(ValueError, match=said):
+            models.load_checkpoint(state, "digits_cnn", width=width)

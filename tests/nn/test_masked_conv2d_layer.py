@@ -201,7 +201,7 @@ def test_autocast(x):
         y = model[0](x)
         with frozen_weights(model):
             assert torch.equal(model[0](x), y)
-            assert model[0]._frozen[0].dtype == torch.bfloat16  # cast once, not in every pass
+            assert model[0].frozen_operands[0].dtype == torch.bfloat16  # cast once, not in every pass
     assert y.dtype == torch.bfloat16
 
 

@@ -115,3 +115,13 @@ def test_quantization_is_refused_and_changes_nothing(model, x, quantize):
 def with_configuration(model: nn.Module) -> nn.Module:
     model.qconfig = quantization.get_default_qconfig()
     return model
+
+
+@pytest.mark.parametrize("index", [0, 4])
+def test_a_weight_of_torchao_is_refused_and_changes_nothing(model, x, index):
+    """`quantize_` assigns such parameters; a subclass from a module of that name stands in for them."""
+    expected, weight = model(x), model[index].weight
+    kind = type("AffineQuantizedTensor", (torch.Tensor,), {"__module__": "torchao.dtypes.affine_quantized_tensor"})
+    with pytest.raises(TypeError, match="torchao cannot quantize masked layers: `densify` the model first"):
+        model[index].weight = nn.Parameter(weight.detach().as_subclass(kind))
+    assert model[index].weight is weight and torch.equal(model(x), expected)

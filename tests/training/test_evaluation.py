@@ -195,3 +195,12 @@ def test_every_image_is_attacked_where_the_loss_is_measured(model, at_once, monk
     assert (measured.forward, measured.backward) == (5 * len(y), 3 * len(y))
     twice = training.robust_accuracy(model, VALIDATION, **options, restarts=2, every_image=True)
     assert twice.loss > measured.loss and training.robust_accuracy(model, VALIDATION, **options).loss is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"eps": "x"}, "eps must be a number, got 'x'"), ({"restarts": 0}, "restarts must be an integer")],
+)
+def test_a_wrong_argument_of_robust_accuracy_is_named(wrong, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        training.robust_accuracy(torch.nn.Flatten(), [], **wrong)

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.small_runs import QUICK, TRAIN, VALIDATION, batches, equal_states, network
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from sparse_adv import data, masks, runs, sparsify, training
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig
@@ -239,6 +246,17 @@ def test_a_frozen_batch_norm_keeps_its_statistics_in_every_epoch(engine):
     assert not any(first for _, first in trained)
 
 
+def test_a_second_training_keeps_the_frozen_modules_of_the_first(tmp_path):
+    model = network()
+    model[1].eval()
+    before = {key: value.clone() for key, value in model[1].named_buffers()}
+    training.train(model, batches(), CONFIG, folder=tmp_path)
+    assert not model.training
+    training.train(model, batches(), CONFIG, folder=tmp_path)  # the same run
+    training.train(model, batches(), CONFIG)
+    assert all(value.equal(before[key]) for key, value in model[1].named_buffers())
+
+
 def test_what_makes_another_network_changes_its_digest():
     whole = identity.network_digest(network().train())
     frozen, other, masked = network().train(), network(channels=6).train(), network().train()
@@ -250,3 +268,53 @@ def test_what_makes_another_network_changes_its_digest():
     sparsify(fewer, masks.prune(fewer, density=0.25))
     same = [identity.network_digest(each, with_masks=False) for each in (masked, fewer)]
     assert same[0] == same[1] and identity.network_digest(masked) != identity.network_digest(fewer)
+
+
+class Leaky(torch.nn.Module):
+    def __init__(self, slope):
+        super().__init__()
+        self.slope, self.steps = slope, [1, slope]
+
+    def forward(self, x):
+        return torch.nn.functional.leaky_relu(x, self.slope)
+
+
+class Noise:
+    """Batches that are made when they are asked for."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def __len__(self):
+        return 3
+
+
+def test_attributes_that_a_module_reads_are_part_of_the_network():
+    digests = [identity.network_digest(torch.nn.Sequential(Leaky(slope))) for slope in (0.1, 0.2, 0.1)]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_what_chooses_the_images_is_part_of_them():
+    dataset = TensorDataset(torch.zeros(200, 1), torch.zeros(200))
+
+    def of(sampler):
+        return identity.images_digest(DataLoader(dataset, 10, sampler=sampler))
+
+    first, second = SubsetRandomSampler(range(100)), SubsetRandomSampler(range(100, 200))
+    assert of(first) == of(SubsetRandomSampler(range(100))) != of(second)
+    lists = [of(SubsetRandomSampler(list(chosen))) for chosen in (range(100), range(100, 200))]
+    assert lists[0] != lists[1]
+    weighted = [of(WeightedRandomSampler([1.0, weight] * 100, 100)) for weight in (1, 2)]
+    assert weighted[0] != weighted[1]
+    sampler = DistributedSampler(dataset, 1, 0)
+    before = of(sampler)
+    sampler.set_epoch(3)
+    assert of(sampler) == before
+    assert identity.images_digest(Noise(0)) != identity.images_digest(Noise(1))
+
+
+def test_a_tensor_that_is_expanded_is_not_written_out():
+    huge = torch.zeros(1).expand(1 << 40)
+    digest = identity.weights_digest({"a": huge})
+    assert digest == identity.weights_digest({"a": torch.zeros(1).expand(1 << 40)})
+    assert digest != identity.weights_digest({"a": torch.ones(1).expand(1 << 40)})

@@ -331,3 +331,19 @@ def test_channels_last_is_chosen_for_tensor_cores_only():
         for precision in ("float32", "bfloat16", "float16")
     ]
     assert chosen == [False, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_a_last_batch_of_one_image_is_refused_before_the_first_update_where_batch_norm_cannot_take_it(as_list):
+    images, labels = data.to_unit(TRAIN.images[:5]), TRAIN.labels[:5]
+    loader = DataLoader(TensorDataset(images, labels), 2)
+    batches = list(loader) if as_list else loader
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(36, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    )
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"must not end with a batch of one image, .* drop_last=True"):
+        training.train(model, batches, QUICK)
+    assert equal_states(model.state_dict(), before)
+    training.train(model, batches[:2] if as_list else DataLoader(loader.dataset, 2, drop_last=True), QUICK)
+    assert len(training.train(network(), batches, QUICK)) == 3  # with 36 values in each channel

@@ -46,7 +46,7 @@ def test_each_event_doubles_the_epochs_of_pgd():
         assert watch.pgd_epochs == 0
 
 
-@pytest.mark.parametrize("objective", ["pgd", "trades"])
+@pytest.mark.parametrize("objective", ["pgd", "trades", "mart"])
 def test_overfitting_in_training_with_pgd_is_an_error(objective):
     watch = monitor(objective)
     watch.must_undo(0.5)

@@ -1,5 +1,9 @@
 """Data sets and samplers inside of others: they too get the number of the epoch, and their generators are saved."""
 
+from dataclasses import replace
+from random import Random
+
+import numpy as np
 import pytest
 import torch
 from helpers.small_runs import QUICK, TRAIN, network
@@ -66,3 +70,20 @@ def test_a_run_that_is_continued_with_other_generators_is_refused(tmp_path):
     train(1, None)
     with pytest.raises(ValueError, match="batches have 1 generators of their own, had 0 when the run was begun"):
         train(2, Generator())
+
+
+@pytest.mark.parametrize("own", [np.random.default_rng(0), np.random.RandomState(0), Random(0), Generator()])
+def test_a_generator_that_is_not_saved_is_told(own, tmp_path, caplog):
+    images = Images()
+    loader = DataLoader(Subset(images, range(8)), 4, shuffle=True, generator=Generator())
+    config = replace(QUICK, epochs=1)
+    training.train(network(), loader, config, folder=tmp_path / "a")
+    assert "not saved" not in caplog.text
+    images.rng = own
+    training.train(network(), loader, config, folder=tmp_path / "b")
+    assert "Images.rng is a generator that is not saved: a run that is continued draws other numbers" in caplog.text
+
+
+def test_persistent_workers_are_told(caplog):
+    random_numbers.warn_of_unsaved(DataLoader(Images(), 4, num_workers=1, persistent_workers=True))
+    assert "the workers of the DataLoader are persistent" in caplog.text

@@ -15,7 +15,7 @@ from sparse_adv.training.objectives.multi_step import MART, PGD, TRADES
 from sparse_adv.training.objectives.regularized import FGSMUAP, NuAT
 from sparse_adv.training.objectives.single_step import FGSM, FGSMRS, FGSMRSCS, NFGSM
 
-__all__ = ["Natural", "Passes", "adversarial_loss", "build"]
+__all__ = ["Natural", "Passes", "adversarial_loss", "build", "is_multi_step"]
 
 _BY_NAME: dict[str, type[Natural]] = {
     "natural": Natural,
@@ -35,6 +35,16 @@ _BY_NAME: dict[str, type[Natural]] = {
 def build(config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> Natural:
     """Return the objective of a configuration; the arguments are those of `Natural`."""
     return _BY_NAME[config.objective](config, check, graphs)
+
+
+def is_multi_step(objective: Objective) -> bool:
+    """Return whether the attack of an objective has several steps.
+
+    Examples:
+        >>> is_multi_step("mart"), is_multi_step("fgsm-rs")
+        (True, False)
+    """
+    return _BY_NAME[objective].multi_step
 
 
 def adversarial_loss(
