@@ -185,7 +185,7 @@ class Attack(ABC):
             save_type: "float", or "int" for bytes: the pixels times 255, rounded down, may leave the ball.
 
         Returns:
-            The robust accuracy in percent, the mean distance (0 if no image fell) and the seconds of a batch if
+            The robust accuracy in percent, the mean distance (0 without an example) and the seconds of a batch if
             return_verbose, else None.
 
         Raises:

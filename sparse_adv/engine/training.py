@@ -34,13 +34,13 @@ _lock = threading.Lock()
 
 
 class RunningStatistics:
-    """The statistics that a forward pass finds, by which the running ones of all layers are updated together."""
+    """The batch statistics of all layers in one forward pass, which update the running ones of all layers together."""
 
     def __init__(self) -> None:
         self._found: list[tuple[nn.BatchNorm2d, Tensor, Tensor, int]] = []
 
     def add(self, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-        """Note mean and biased variance of a batch with so many values of each channel."""
+        """Keep mean and biased variance of a layer's batch, which has `count` values of each channel."""
         if any(norm.running_mean is other.running_mean is not None for other, *_ in self._found):
             self.update()  # layers that share statistics update them one after the other
         self._found.append((norm, mean, var, count))
@@ -61,12 +61,12 @@ class RunningStatistics:
 def _momentum(norm: nn.BatchNorm2d) -> float:
     if norm.momentum is not None:
         return norm.momentum
-    # The average over all batches, of which this is the last one.
+    # momentum=None means the average over all batches, this one included.
     return 0.0 if norm.num_batches_tracked is None else 1 / float(norm.num_batches_tracked)
 
 
 class NormAct:
-    """act(batch_norm(x) + residual) with the statistics of the batch, which are noted for the running ones."""
+    """act(batch_norm(x) + residual) with the statistics of the batch, which are added to `statistics`."""
 
     def __init__(self, norm: nn.BatchNorm2d, relu: bool) -> None:
         self.norm, self.relu = norm, relu

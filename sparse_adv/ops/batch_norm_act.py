@@ -94,17 +94,17 @@ def batch_norm_act(
 
 
 class Statistics(NamedTuple):
-    """What a layer's running statistics are updated by."""
+    """A layer's running statistics, and those of a batch by which they are updated."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
     momentum: float
     mean: Tensor
-    """Of the batch."""
+    """Mean of each channel in the batch."""
     var: Tensor
-    """Of the batch, biased."""
+    """Biased variance of each channel in the batch."""
     values: int
-    """Of each channel, at least 2."""
+    """Number of values of each channel in the batch, at least 2."""
 
 
 @torch.no_grad()

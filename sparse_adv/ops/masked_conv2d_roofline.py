@@ -23,16 +23,16 @@ _BLOCK_EFFICIENCY = 0.39  # of the block kernels
 _MEMORY_EFFICIENCY = 0.8
 _MARGIN = 0.9  # the block kernels are taken if they are expected to need less than this share of the dense time
 
-# The gradient of the weight on an H100, in microseconds.
+# grad_weight on an H100; times in microseconds.
 _GRADIENT_LATENCY = 8.0
-_DENSE_MACS = 375e6  # of cuDNN in a microsecond
+_DENSE_MACS = 375e6  # MACs that cuDNN executes in a microsecond
 _DENSE_TILE = 128  # channels that cuDNN multiplies at a time, if there are more
-_BYTES_MOVED = 3.0e6  # from memory, in a microsecond
-_BYTES_READ = {32: 3.8e6, 64: 4.8e6}  # mostly from the L2 cache, by the wider side of a block
-_PROGRAMS = 528  # that the pixels of all blocks are divided into, if there are so many
-_SHARE_PIXELS = 512  # of one program at least
-# Of a share of a block of 64 x 64 weights, measured when shares were added one by one. They are added 16 at a time now,
-# which has not been measured.
+_BYTES_MOVED = 3.0e6  # bytes read from memory in a microsecond
+_BYTES_READ = {32: 3.8e6, 64: 4.8e6}  # the same, mostly from the L2 cache, for each length of a block's longer side
+_PROGRAMS = 528  # programs that share the pixels of all blocks, if there are enough pixels
+_SHARE_PIXELS = 512  # least number of pixels of one program
+# Time to add the share of one program for a block of 64 x 64 weights, measured when shares were added one by one. They
+# are added 16 at a time now, which has not been measured.
 _SHARE = 0.22
 
 
@@ -74,7 +74,7 @@ def blocks_are_faster(cost: Pass, gradient_of_weight: bool = False) -> bool:
 
 
 def _moved(cost: Pass) -> int:
-    """Bytes of both images and of so many weights as the dense convolution has."""
+    """Bytes of the input and output images, and of all weights of the dense convolution."""
     return cost.element_bytes * (cost.images * (cost.in_elements + cost.out_elements) + cost.weights)
 
 

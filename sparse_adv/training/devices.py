@@ -40,7 +40,7 @@ def fastest_convolutions(device: torch.device) -> Iterator[None]:
     Nothing changes on a CPU, or where deterministic algorithms are asked for: the choice can differ from run to run.
 
     Args:
-        device: that the convolutions run on.
+        device: the device on which the convolutions run.
 
     Returns:
         A context manager.

@@ -339,9 +339,9 @@ def train(
 
 
 def _check_last_batch(model: nn.Module, batches: Batches, x: Tensor) -> None:
-    """Before the first update: raise ValueError if the epoch ends with one image, on which BatchNorm cannot be trained.
+    """Raise ValueError before the first update if an epoch ends with a batch on which BatchNorm cannot be trained.
 
-    It cannot where a channel has a single value.
+    That is a batch of one image, in a network with a BatchNorm whose channels then have a single value.
     """
     if _last_size(batches) != 1:
         return

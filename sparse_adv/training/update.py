@@ -235,10 +235,10 @@ def _takes_fused_steps(parameter: Tensor) -> bool:
 
 
 def _begin_momentum(optimizer: torch.optim.SGD) -> None:
-    """Give each parameter the momentum 0, with which the first step is what it is without one.
+    """Set the momentum of each parameter to 0; the first step is then the same as without momentum.
 
-    By itself, the first fused step makes uninitialised memory the momentum. If it overflows in float16, it is skipped,
-    and the next one reads that memory.
+    PyTorch's first fused step would allocate the momentum without initialising it. If it overflows in float16, it is
+    skipped, and the next one reads that memory.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
