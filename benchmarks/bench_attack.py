@@ -1,4 +1,4 @@
-"""An attack (PGD-10) and an update of adversarial training through this library, against what people run.
+"""An attack (PGD-10) and an update of adversarial training through this library, against published and careful code.
 
     python benchmarks/bench_attack.py [--device cuda] [--network resnet18] [--out FILE.csv]
     make bench
@@ -196,7 +196,7 @@ class Setup:
         return self.case(f"PGD-{STEPS} update", "dense", {"ours": self.ours, "compile": self.compiled})
 
     def training_step(self) -> Case:
-        """On a GPU each side is a CUDA graph."""
+        """The case of forward, backward and SGD on clean images; on a GPU each side is a CUDA graph."""
         plain = {"careful": self.careful} if self.on_gpu else {"published": self.published}
         updates = {"ours": self.ours, **plain, "compile": self.compiled}
         sides: dict[str, Side] = {name: update.training_step for name, update in updates.items()}
@@ -206,7 +206,7 @@ class Setup:
 
 
 def cases(names: Sequence[str], device: str, quick: bool = False) -> Iterator[Case]:
-    """Those without a compiled side come first, since compiling may exceed a time limit."""
+    """Cases without a compiled side come first, since compiling may exceed a time limit."""
     for name in names:
         setup = Setup(name, device, quick)
         yield setup.update()

@@ -35,7 +35,7 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 PASSES = {"cpu": (FORWARD, BACKWARD), "cuda": (FORWARD, BOTH)}
 TENSORS = {FORWARD: 2, BACKWARD: 3, BOTH: 5}
-"""That a pass moves, without those of a residual."""
+"""Tensors that a pass moves, without those of a residual."""
 SIDES = ("ours", "eager", "compile")  # on a GPU "compile" only with a residual, to save the seconds of compiling
 
 
@@ -62,7 +62,7 @@ def run(function: Callable[..., Tensor], leaves: Operands) -> Tensor:
 
 
 def side(function: Callable[..., Tensor], leaves: Operands, pass_: str, grad: Tensor) -> Callable[[], object]:
-    """What is timed: backward alone on one forward pass."""
+    """The call that is timed; backward is timed alone, on one forward pass."""
     if pass_ == FORWARD:
         return torch.no_grad()(partial(run, function, leaves))
     inputs = [leaf for leaf in leaves if leaf is not None]
@@ -75,7 +75,7 @@ def side(function: Callable[..., Tensor], leaves: Operands, pass_: str, grad: Te
 def case(
     shape: tuple[int, ...], format: str, has_residual: bool, pass_: str, device: str = "cpu", quick: bool = False
 ) -> Case:
-    """Asserts that ours is right."""
+    """The case of one pass, after a check that our result is right."""
     leaves = operands(shape, format, has_residual, device)
     error = 1e-4 if leaves.input.dtype == torch.float32 else 4e-2
     torch.testing.assert_close(

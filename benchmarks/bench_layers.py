@@ -4,8 +4,8 @@
     python benchmarks/bench_layers.py --random 40 [--seed 0] ...
     make bench
 
-`--random` measures that many layers of random shapes instead of those listed here: whether the sizes that the kernels
-were tuned on are special.
+`--random N` measures N layers of random shapes instead of those listed here. It shows whether the kernels are fast on
+other sizes than those that they were tuned on.
 
 Each pass takes the kernel that the library chooses, and is timed against the better of PyTorch's NCHW and channels_last
 convolution; convolutions.py says which functions are timed. A pass loses time if it takes over 5 % longer than a dense
@@ -100,7 +100,7 @@ def slower(record: Record) -> bool:
 
 
 def means(records: Sequence[Record]) -> str:
-    """For each network the geometric mean of the ratios of each pass, and of forward and grad_input together."""
+    """A line for each network: geometric means of the ratios of each pass, and of forward and grad_input together."""
     lines = []
     for network in dict.fromkeys(record["network"] for record in records):
         own = [record for record in records if record["network"] == network]

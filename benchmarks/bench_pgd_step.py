@@ -28,7 +28,7 @@ SHAPES = {
 }
 TOY = (2, 3, 8, 8)
 VARIANTS = {"linf": torch.float32, "l2": torch.float32, "linf, bfloat16 gradient": torch.bfloat16}
-"""What is measured, and the dtype of its gradient."""
+"""The variants that are measured, with the dtype of the gradient."""
 SIDES = ("ours", "eager", "compile")  # a bfloat16 gradient without "compile", to save the seconds of compiling
 
 
@@ -50,7 +50,7 @@ def images(shape: Sequence[int], device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def case(shape: tuple[int, ...], variant: str, device: str = "cpu", quick: bool = False) -> Case:
-    """Asserts that ours is right."""
+    """The case of one shape, after a check that our result is right."""
     adv, grad, clean = images(shape, device)
     grad = grad.to(VARIANTS[variant])
     step = (adv, grad, clean, ALPHA, EPS, variant.split(",")[0])

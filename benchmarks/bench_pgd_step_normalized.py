@@ -31,7 +31,7 @@ def plain(*arguments: Tensor | float) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def case(shape: tuple[int, ...], device: str = "cpu", quick: bool = False) -> Case:
-    """Asserts that ours is right."""
+    """The case of one shape, after a check that our result is right."""
     adv, grad, clean = images(shape, device)
     mean, std = torch.full((2, shape[1]), 0.25, device=device)
     step = (adv, grad, clean, mean, std, ALPHA, EPS)

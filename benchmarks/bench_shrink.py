@@ -1,4 +1,4 @@
-"""What removing channels saves: a PGD-10 update of a ResNet-18 whose pruned filters `nn.shrink` removed.
+"""The time that removing channels saves: a PGD-10 update of a ResNet-18 whose pruned filters `nn.shrink` removed.
 
     python benchmarks/bench_shrink.py [--device cuda] [--out FILE.csv]
     make bench
@@ -32,7 +32,7 @@ REMOVED = ("half of every width", "half of the inner channels")
 
 @lru_cache(maxsize=1)
 def case(removed: str, device: str = "cpu", quick: bool = False) -> Case:
-    """Asserts, on the CPU, that the smaller network computes what the masked one does."""
+    """The case of one kind of removal, after a check, on the CPU, that the smaller network computes the same."""
     width, batch = TOY if quick else SIZES[device]
     torch.manual_seed(0)
     network = build("resnet18", width=width)

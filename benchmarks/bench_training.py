@@ -29,7 +29,7 @@ from sparse_adv.data import crop_and_flip
 
 
 class Row(NamedTuple):
-    """What is trained, and with which mask."""
+    """The objective that is trained, and the mask."""
 
     objective: str
     block: tuple[int, ...] | None = None

@@ -41,7 +41,7 @@ def network_of(run: runs.Run) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def sides(model: nn.Module, x: Tensor, y: Tensor, robust: dict[str, float]) -> dict[str, Callable[[], object]]:
-    """What is measured; each leaves the share of images that withstand it in `robust`.
+    """The two calls that are timed; each leaves its robust accuracy, the share of robust images, in `robust`.
 
     The first call of a side, which `interleaved` does not time, attacks one image.
     """
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         labels = {"op": "AutoAttack", "run": folder.name, "network": name, "images": len(y)}
         case = Case(labels, measured, ["torchattacks"], rounds=options.rounds)
         records += harness.measure([case], options)
-        print("withstand it: " + ", ".join(f"{side} {share:.1%}" for side, share in robust.items()))
+        print("robust accuracy: " + ", ".join(f"{side} {share:.1%}" for side, share in robust.items()))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Layer(NamedTuple):
 
 
 class MaskedConvolution:
-    """The tensors of one masked convolution, and what is timed on them.
+    """The tensors of one masked convolution, and the calls on them that are timed.
 
     On the CPU float32: ours in NCHW, dense in NCHW and in channels_last. On a GPU bfloat16 in channels_last, all sides.
     """

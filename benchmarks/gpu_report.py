@@ -1,4 +1,4 @@
-"""Makes gpu_check.json and gpu_check.md of what gpu_check.sh left: `python benchmarks/gpu_report.py FOLDER`."""
+"""Makes gpu_check.json and gpu_check.md of the output of gpu_check.sh: `python benchmarks/gpu_report.py FOLDER`."""
 
 from __future__ import annotations
 

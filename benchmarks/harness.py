@@ -146,7 +146,7 @@ def compared(record: Record) -> tuple[str, str]:
 
 
 def title_of(labels: Mapping[str, Value]) -> str:
-    """What was measured: the labels of a case or of a record. Words stand alone, numbers and blocks with their name."""
+    """The labels of a case or of a record as a title: words stand alone, numbers and blocks have their name."""
     measured = {*DERIVED, *(f"{side}_ms" for side in sides_of(dict(labels)))}
     return ", ".join(
         f"{name.replace('_', ' ')} {value}" if isinstance(value, (int, float)) or name == "block" else value

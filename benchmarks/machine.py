@@ -58,7 +58,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def environment() -> dict[str, str | int]:
-    """What a measured number depends on."""
+    """The machine and the versions that a measured number depends on."""
     machine, gpu = facts.machine(), {}
     if machine.gpu:
         gpu = {"gpu": machine.gpu, "cuda": str(torch.version.cuda), "ops_on_cuda": str(ops.cuda_ops())}

@@ -43,12 +43,12 @@ TIMED_UPDATES = 20
 
 @dataclass(frozen=True)
 class Row:
-    """What is trained, and for how long.
+    """The training of a row, and for how long.
 
     Args:
         share: of the unit of time.
-        method: of sparse training.
-        prune: of a ticket search, which gets a third of the share.
+        method: of sparse training; None for none.
+        prune: of a ticket search, which gets a third of the share; None for none.
         shuffle, reinit: controls of a ticket.
     """
 
@@ -135,7 +135,7 @@ def time(setting: Setting, out: Path, names: Sequence[str]) -> None:
 
 
 def _kind(row: Row) -> str:
-    """What decides the seconds of an epoch."""
+    """The kind of training that decides the seconds of an epoch."""
     masks = row.method or row.prune
     if masks is None:
         return "dense"

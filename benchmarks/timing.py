@@ -15,7 +15,7 @@ import torch
 from sparse_adv.ops.cuda_graph import Capturer
 
 Side = Callable[[], object]
-"""What is timed: a call without arguments."""
+"""A call without arguments that is timed."""
 
 
 class Times(NamedTuple):

@@ -28,8 +28,7 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "pointwise_out(Tensor input, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) "
       "out, Tensor(b!)? gate_out) -> ()");
-  // Max pooling over windows of `size` that touch and do not overlap. index receives the number of each window's
-  // largest element.
+  // Max pooling with windows and stride of `size`. index receives the number of each window's largest element.
   m.def("max_pool2d_out(Tensor input, int[2] size, Tensor(a!) out, Tensor(b!)? index) -> ()");
   // out = gate o (grad_input + residual); the input has the size of out.
   m.def(

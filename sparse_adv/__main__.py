@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             _discard_output()
         return 2
-    except Exception as error:  # what no reader and no check foresaw still ends with a sentence
+    except Exception as error:  # an error that no reader and no check expected also ends with one sentence
         _turn_sigterm_into_an_error(False)
         log.debug("where the error happened:", exc_info=True)
         print_error(f"error: {type(error).__name__}: {_sentence(error)} (sparse-adv -v ... shows where)")
@@ -97,7 +97,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _discard_output() -> None:
-    """Let go of what standard output could not take: Python would try again at its end, and complain."""
+    """Discard output that could not be written: Python would write it again when it ends, and print a traceback."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -126,7 +126,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _shortened(text: str) -> str:
-    """A text in one line, with long words cut short and what no terminal shows written out."""
+    """A text in one line, with long words cut short and unprintable characters as escape sequences."""
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
     text = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:80]}... ({len(word[0])} characters)", text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -66,7 +66,7 @@ def machine() -> Machine:
 
 
 def cpu_name() -> str:
-    """Return name, family and model of the processor from /proc/cpuinfo, else its architecture."""
+    """Return name, family and model of the processor from /proc/cpuinfo; without that file its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError unless `replacing` can write the file: to be asked before work that takes long, not after it.
+    """Raise OSError unless `replacing` can write the file; call it before a long computation whose result it holds.
 
     Missing parent folders are created.
 

@@ -1,4 +1,4 @@
-"""Dataclasses as JSON: what is read has exactly the fields of its class, with values of their types."""
+"""Dataclasses as JSON; reading checks that there are exactly the fields of the class, with values of their types."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def to_json(record: DataclassInstance, *, with_none: bool = True) -> JSONObject:
 
 
 def from_json(kind: type[Record], content: Mapping[str, JSON], source: str) -> Record:
-    """Return the dataclass that `to_json` made this object of.
+    """Return the dataclass of which `to_json` made this JSON object.
 
     Args:
         kind: the dataclass.

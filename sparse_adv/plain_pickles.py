@@ -1,7 +1,7 @@
-"""Safe reading of pickled NumPy arrays: nothing of NumPy's own unpickling runs, which trusts the file.
+"""Safe reading of pickled NumPy arrays, without NumPy's own unpickling code, which trusts the file.
 
-NumPy's `dtype.__setstate__` accepts flags that make it take bytes of the file for pointers. Here stand-ins receive what
-the pickle holds, and only arrays of plain numbers are made of it.
+NumPy's `dtype.__setstate__` accepts flags that make it take bytes of the file for pointers. Here other classes take the
+place of NumPy's while the pickle is read, and arrays of plain numbers are then made of their contents.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _check_memo(content: bytes) -> None:
 
 
 def _resolved(value: Any, known: dict[int, Any]) -> Any:
-    """The value with arrays in place of what stands in for them; lists, tuples and dicts are copied, each once."""
+    """The value with real arrays in place of `_Array`s; lists, tuples and dicts are copied, each once."""
     if not isinstance(value, _Array | list | tuple | dict):
         return value
     if id(value) not in known:

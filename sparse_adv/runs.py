@@ -60,10 +60,10 @@ DENSE = Density(1.0, 1.0)
 
 @dataclass(frozen=True)
 class TicketSource:
-    """Which ticket a run trains, and what was changed in it as a control."""
+    """The ticket that a run trains, and what was changed in it as a control."""
 
     sha256: str
-    """Of the ticket's file."""
+    """Digest of the ticket's file."""
     reinit: bool = False
     """Whether the masks are trained with freshly initialised weights."""
     shuffle: bool = False
@@ -77,20 +77,20 @@ class RunInfo:
     kind: Literal["search", "train"]
     train: TrainConfig
     prune: PruneConfig | None = None
-    """Of a search."""
+    """Configuration of the pruning; None unless the run is a search."""
     data: DataConfig | None = None
     """None if the images are not read by this library; likewise `network`."""
     network: NetworkConfig | None = None
     ticket: TicketSource | None = None
     """None for a dense run."""
     method: MethodConfig | None = None
-    """Of training that makes and changes its masks itself."""
+    """Configuration of a method that makes and changes the masks; None without one."""
     world_size: int = 1
     """Number of processes that share each batch."""
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
     """Whether PyTorch is limited to deterministic algorithms."""
     name: str | None = None
-    """What reports call the run; None for the folder's name."""
+    """Name of the run in reports; None for the folder's name."""
     density: Density = DENSE
     before: Cost = NO_COST
     """Cost of the search that found the ticket."""
@@ -112,43 +112,44 @@ class EpochRecord:
     step: int
     """Updates until the end of the epoch."""
     learning_rate: float
-    """Of the last update."""
+    """Learning rate of the last update."""
     loss: float
-    """Mean over the adversarial images of the epoch."""
+    """Mean loss over the adversarial images of the epoch."""
     images: int
     """Images in the updates of the epoch, over all processes."""
     device: str
-    """On which this process ran the epoch."""
+    """Device on which this process ran the epoch."""
     total: Cost
-    """Of attacks and updates since the beginning of the run, with the search before it and epochs that were undone.
+    """Cost of attacks and updates since the beginning of the run, with the search before it and undone epochs.
 
     Evaluations are not counted."""
     attack: Cost
-    """Of this epoch, like `update` and `evaluation`. MACs are those executed, with the kernels that the layers take."""
+    """Cost of the attacks of this epoch. MACs are those executed, with the kernels that the layers take; `update` and
+    `evaluation` likewise."""
     update: Cost
     evaluation: Cost
     density: Density | None = None
     """None for a model without convolutions and linear layers."""
     clean_accuracy: float | None = None
-    """On the validation images; None in an epoch without evaluation."""
+    """Accuracy on the validation images; None in an epoch without evaluation."""
     robust_accuracy: float | None = None
-    """On the validation images under PGD; None in an epoch without evaluation."""
+    """Accuracy on the validation images under PGD; None in an epoch without evaluation."""
     robust_loss: float | None = None
     """Mean cross-entropy on the validation images under PGD; None unless a method of the run needs it."""
     train_accuracy: float | None = None
-    """On the images of the epoch's updates as they were crafted, each before its update and in training mode."""
+    """Accuracy on the adversarial images of the epoch's updates, each before its update and in training mode."""
     monitor_accuracy: float | None = None
-    """Under the attack of the overfitting monitor; None without monitor."""
+    """Accuracy under the attack of the overfitting monitor; None without monitor."""
     undone_accuracy: float | None = None
     """`monitor_accuracy` of the last attempt at this epoch that was undone; None if none was."""
     bytes_sent: int | None = None
-    """Gradients that one process has sent since the run was started or continued; None with one process."""
+    """Bytes of gradients that one process has sent since the run was started or continued; None with one process."""
     bytes_dense: int | None = None
     """`bytes_sent` if the gradients of pruned weights were sent too."""
     round: int | None = None
-    """Of a search, counted from 1."""
+    """Round of a search, counted from 1."""
     mask_distance: float | None = None
-    """Of a search with early stopping: fraction of positions in which the epoch's mask differs from earlier ones."""
+    """In a search with early stopping: fraction of positions in which the epoch's mask differs from earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class SearchResult:
     total: Cost
     checks: TicketChecks
     density: Density
-    """Of the ticket."""
+    """Densities of the ticket."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +184,13 @@ class TrainResult:
     """The end of a training run."""
 
     total: Cost
-    """With the cost of the search that found the ticket."""
+    """Cost of the run, with that of the search that found the ticket."""
     checks: TicketChecks
     tested: Literal["best", "last"]
-    """Which weights were tested, those of the epoch with the best validation accuracy or the last ones."""
+    """The weights that were tested: those of the epoch with the best validation accuracy, or the last ones."""
     tested_epoch: int
     validation_robust_accuracy: float | None
-    """Of the tested weights; None without validation images."""
+    """Robust validation accuracy of the tested weights; None without validation images."""
     test: dict[str, float]
     """Accuracy on the test images by attack: "clean", "fgsm", "pgd-20"."""
 
@@ -249,7 +250,7 @@ def begin_training(
 
 
 def begin_search(folder: Path, train: TrainConfig, prune: PruneConfig, world_size: int) -> None:
-    """As `begin_training`, for a ticket search."""
+    """Do what `begin_training` does, for a ticket search."""
     _begin_with(folder, RunInfo("search", train, prune.named(), world_size=world_size))
 
 

@@ -12,7 +12,8 @@ from typing import IO, Any
 import torch
 
 _LONGEST_NAME = 1000
-"""Of a class or function. PyTorch searches its error messages in time quadratic in the name: 75,000 take minutes."""
+"""Characters in the name of a class or function. PyTorch's error messages take time quadratic in it: minutes for
+75,000."""
 
 
 def load(file: IO[bytes], device: torch.device | str = "cpu") -> Any:

@@ -9,11 +9,11 @@ from typing import Any
 from torch import fx, nn
 
 _lock = threading.RLock()
-"""Held by the thread that traces: two that replaced the methods of nn.Module in turn would not put them back."""
+"""Held by the thread that traces: two threads that replace the methods of nn.Module at once would not restore them."""
 
 
 class Tracer(fx.Tracer):
-    """Records the calls of the thread that traces; others run their models meanwhile.
+    """Records the calls of the thread that traces; other threads may run models meanwhile.
 
     torch.fx replaces `nn.Module.__call__` and `__getattr__` in the whole process while it traces.
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_adv import data, demo, experiment, masks, models, runs, tickets
+from sparse_adv import data, experiment, masks, models, runs, tickets
 from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Cost, TicketSource
@@ -154,24 +154,3 @@ def test_a_method_says_at_which_density_it_begins(tmp_path, dataset):
     attacked = MethodConfig("flying-bird-plus")
     with pytest.raises(ValueError, match="objective must have an attack"):
         experiment.TrainRun(tmp_path / "b", TRAIN, IMAGES, NETWORK, dataset, CPU, method=attacked)
-
-
-class Reached(Exception):
-    pass
-
-
-def test_the_demo_trains_with_its_settings(tmp_path, monkeypatch, dataset):
-    seen = {}
-
-    def stop(*arguments, **_):
-        seen["search"] = arguments
-        raise Reached
-
-    monkeypatch.setattr(demo, "SearchRun", stop)
-    monkeypatch.setattr(experiment, "load_data", lambda *arguments: seen.update(load=arguments))
-    with pytest.raises(Reached):
-        demo.run(tmp_path, epochs=4, search_epochs=2, density=0.25, block=[2, 1], seed=11)
-    folder, train, prune, *_ = seen["search"]
-    assert seen["load"] == (demo.IMAGES, 11, CPU) and folder == tmp_path / "search"
-    assert train == replace(demo.SEARCH, epochs=2, evaluate_every=2, seed=11)
-    assert prune == PruneConfig(density=0.25, block=(2, 1), linear=False)

@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t kGrain = 32768;      // elements per thread at least
 constexpr int64_t kBytesInRow = 1024;  // of consecutive memory that a thread reads at least, if the images are NCHW
 constexpr int64_t kPixels = 512;       // of channels_last images that are summed in one piece
-constexpr int64_t kFirstPixels = 64;   // of which the mean is the shift of the sums
+constexpr int64_t kFirstPixels = 64;   // of channels_last images whose mean is subtracted before summing
 
 // Calls finish(begin, end, first, second) with the sums of the channels from `begin` to `end` - 1 once they are
 // complete, and then apply(begin, end) for all their runs. If `shift` is given, it receives the operands' minus_shift:

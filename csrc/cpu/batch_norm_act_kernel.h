@@ -1,4 +1,4 @@
-// The sums over a batch that BatchNorm with the batch's statistics needs, and the gradient of its input.
+// Sums over a batch for BatchNorm with the batch's statistics, and the gradient of its input.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What a kernel does to a sum before it stores it, and the gate of a ReLU: one bit per element, true where the ReLU
+// The operations on a sum before a kernel stores it, and the gate of a ReLU: one bit per element, true where the ReLU
 // passes the gradient.
 #pragma once
 

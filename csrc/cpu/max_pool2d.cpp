@@ -1,4 +1,4 @@
-// The ops `max_pool2d_out` and `max_pool2d_grad_input_out`, for windows that touch and do not overlap.
+// The ops `max_pool2d_out` and `max_pool2d_grad_input_out`; the stride is the size of a window.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -101,8 +101,8 @@ void backward(const Geometry& geometry, const Tensor& grad, const Tensor& index,
   const T* const residual = std::exchange(operands.epilogue.residual, nullptr);
   const int64_t plane_size = geometry.image_rows * geometry.image_line, runs = plane_size / operands.runs.size();
   const int64_t line = geometry.image_line,
-                covered = geometry.pooled_line * geometry.row.cols;  // by windows, of a line
-  const auto fill = [&](int64_t begin, int64_t end) {                // what no window covers
+                covered = geometry.pooled_line * geometry.row.cols;  // elements of a line that windows cover
+  const auto fill = [&](int64_t begin, int64_t end) {                // elements that no window covers
     if (!residual) std::fill(to + begin, to + end, T(0));
     if (residual && residual != to) std::copy(residual + begin, residual + end, to + begin);
   };

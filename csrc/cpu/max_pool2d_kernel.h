@@ -1,4 +1,4 @@
-// Max pooling over windows that touch and do not overlap, and its gradient.
+// Max pooling with a stride of the window's size, and its gradient.
 #pragma once
 
 #include <cstdint>

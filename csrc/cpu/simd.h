@@ -53,8 +53,8 @@ static inline uint32_t equal_bits(const uint8_t* p, uint8_t value) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(static_cast<char>(value)))));
 }
-// The even and the odd ones of the lanes of a and then b, and the reverse: the first and the second half of both in
-// turn.
+// even, odd: the lanes of even and of odd number of the sequence a, b. zip_low, zip_high: the reverse, lanes of a and b
+// in turn, from their first and from their second halves.
 static inline Vec even(Vec a, Vec b) {
   return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b);
 }
@@ -161,7 +161,7 @@ static inline uint32_t equal_bits(const uint8_t* p, uint8_t value) {
   return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(static_cast<char>(value)))) &
                                0xff);
 }
-static inline Vec unzipped(Vec v) {  // of a shuffle within the halves: the lanes of a, then those of b
+static inline Vec unzipped(Vec v) {  // after a shuffle within 128-bit halves: the lanes of a first, then those of b
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
 }
 static inline Vec even(Vec a, Vec b) { return unzipped(_mm256_shuffle_ps(a, b, 0x88)); }

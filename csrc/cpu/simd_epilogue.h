@@ -135,7 +135,7 @@ struct BitsAcrossRows {
   }
 };
 
-// The result for the `count` elements of the output that begin at `at`; `bits` is where a gate has theirs.
+// The result for the `count` elements of the output that begin at `at`; `bits` says where a gate has their bits.
 template <class T, class Values, class Bits>
 static inline __attribute__((always_inline)) Values finish(Values v, const Epilogue<T>& epilogue, int64_t at, int count,
                                                            Bits& bits) {

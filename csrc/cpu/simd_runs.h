@@ -18,7 +18,7 @@ struct Lanes<double> {
   static constexpr int count = 1;
 };
 
-// Where the gates of runs are read and written; null where there is none.
+// The gates of runs that are read and written; null if there is none.
 struct GatePointers {
   const uint8_t* read = nullptr;
   uint8_t* write = nullptr;

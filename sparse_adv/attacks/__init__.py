@@ -16,7 +16,7 @@ from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.cw import CW, cw
 from sparse_adv.attacks.deepfool import DeepFool, deepfool
 from sparse_adv.attacks.eotpgd import EOTPGD, eotpgd
-from sparse_adv.attacks.fab import FAB, fab, fab_t
+from sparse_adv.attacks.fab import FAB, FABT, fab, fab_t
 from sparse_adv.attacks.fmn import FMN, distances, fmn
 from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.loop import run_attack
@@ -36,6 +36,7 @@ __all__ = [
     "CW",
     "EOTPGD",
     "FAB",
+    "FABT",
     "FFGSM",
     "FGSM",
     "FMN",

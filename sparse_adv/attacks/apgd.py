@@ -61,8 +61,8 @@ def apgd(
         norm: "linf" or "l2".
         eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
             each image.
-        steps: number of steps; each is one pass forward and back of the images that still stand.
-        restarts: number of random starts; a restart attacks the images that still stand.
+        steps: number of steps; each is one forward and one backward pass of the images that are still robust.
+        restarts: number of random starts; a restart attacks the images that are still robust.
         loss: "ce", "dlr", "margin", see `attacks.losses`, or a function (logits, labels) -> loss of each image [N].
         targeted: minimise the loss instead of maximising it.
         rho: fraction of the steps that must raise the loss, in [0, 1].
@@ -183,13 +183,13 @@ class Settings:
 
 @dataclass
 class _State:
-    """The images that still stand, and where their ascent is; the first dimension of each tensor is that of `index`."""
+    """The ascent of the images that are still robust; all tensors have the first dimension of `index`."""
 
     index: Tensor
     """Place of each image in the batch."""
     clean: Tensor
     arguments: tuple[Tensor, ...]
-    """Of the loss: labels, and targets if there are any."""
+    """Arguments of the loss behind the logits: labels, and targets if there are any."""
     x: Tensor
     previous: Tensor
     gradient: Tensor
@@ -213,7 +213,7 @@ class _State:
 
 
 class _Attacker:
-    """A batch under attack: what stands, and the best result of each image."""
+    """A batch under attack: which images are still robust, and the best result of each."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class _Attacker:
         self.wrong_classes = logits.masked_fill(true, -math.inf).argsort(1, descending=True)[:, :-1]
 
     def ascend(self, objective: Callable[..., Tensor], rank: int | None = None) -> None:
-        """One start and all steps for the images that stand; each leaves as soon as it is adversarial.
+        """One start and all steps for the images that are still robust; each leaves as soon as it is adversarial.
 
         Args:
             objective: the loss of each image, of logits and labels, and of the targets if there is a rank.
@@ -264,7 +264,7 @@ class _Attacker:
         self._standing = state.index
 
     def _start(self, objective: Callable[..., Tensor], rank: int | None) -> _State:
-        """A random start for each image that stands, and what is known there."""
+        """A random start for each robust image, with loss and gradient there."""
         index = self._standing
         ball = self._settings.ball.of(index)
         clean = self._images[index]
@@ -301,7 +301,7 @@ class _Attacker:
         return movement.step(x, state.gradient, state.clean, 0.0, self._settings.ball.of(state.index))
 
     def _evaluated(self, state: _State, objective: Callable[..., Tensor], with_gradient: bool) -> tuple[_State, Tensor]:
-        """The state of the images that still stand, with loss and gradient at x; and the loss before."""
+        """Evaluate loss and gradient at x; return the state of the images still robust, and their loss before."""
         losses: list[Tensor] = []
         stands = torch.ones_like(state.index, dtype=torch.bool)
 
@@ -339,7 +339,7 @@ class _Attacker:
         state.step = state.step.where(~halve, state.step / 2)
         state.x = state.best.where(per_image(halve, state.x), state.x)
         state.gradient = state.best_gradient.where(per_image(halve, state.x), state.gradient)
-        # The loss stays that of the point that was left: the next step is compared with it, not with the highest one.
+        # `loss` is not set to the highest one: as in the paper, the next step is compared with the point that was left.
         state.halved, state.checked_loss = halve, state.best_loss
         state.rises = torch.zeros_like(state.rises)
 

@@ -1,10 +1,11 @@
-"""`AutoAttack`: the standard sequence of attacks behind reported robust accuracies, each on the survivors only."""
+"""`AutoAttack`: the standard sequence of attacks for robust accuracies, each on the images that are still robust."""
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.autoattack_state import State, fingerprint, first_logits
+from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS
 from sparse_adv.attacks.ball import Ball, Values, as_norm, check_values, into_ball
 from sparse_adv.attacks.checks import (
     Model,
@@ -25,61 +26,12 @@ from sparse_adv.attacks.checks import (
     int64_labels,
     is_correct,
 )
-from sparse_adv.attacks.fab import fab, fab_t
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.sanity import signs_of_masking
-from sparse_adv.attacks.square import square
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
 from sparse_adv.ops.random_start import seed_words
-
-
-@dataclass(frozen=True)
-class Member:
-    """One attack of the sequence, its budget in words, and whether that contains the restarts of the version."""
-
-    budget: str
-    attack: Callable[..., Tensor]
-    restarts: bool = False
-
-
-MEMBERS = {
-    "apgd-ce": Member("100 steps", partial(apgd, steps=100, loss="ce"), restarts=True),
-    "apgd-dlr": Member("100 steps", partial(apgd, steps=100, loss="dlr"), restarts=True),
-    "apgd-t": Member("100 steps, 9 targets", partial(apgd_t, steps=100, targets=9)),
-    "fab": Member("100 steps", partial(fab, steps=100), restarts=True),
-    "fab-t": Member("100 steps, 9 targets", partial(fab_t, steps=100, n_target_classes=9)),
-    "square": Member("5000 queries", partial(square, queries=5000)),
-}
-"""The attacks by the reference's names."""
-
-
-@dataclass(frozen=True)
-class Version:
-    """Names of the attacks, how many gradients each step averages, and the restarts of attacks without targets."""
-
-    attacks: tuple[str, ...]
-    eot_iter: int = 1
-    restarts: int = 1
-
-    def budget(self, name: str) -> str:
-        member = MEMBERS[name]
-        restarts = f", {self.restarts} restart{'s' * (self.restarts > 1)}" if member.restarts else ""
-        averaged = f", gradients averaged over {self.eot_iter}" if self.eot_iter > 1 else ""
-        return f"{name} ({member.budget}{restarts}{averaged})"
-
-    def options(self, name: str) -> dict[str, int]:
-        averaged = {"eot_iter": self.eot_iter} if self.eot_iter > 1 else {}
-        return averaged | ({"restarts": self.restarts} if MEMBERS[name].restarts else {})
-
-
-VERSIONS = {
-    "standard": Version(("apgd-ce", "apgd-t", "fab-t", "square")),
-    "plus": Version(("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"), restarts=5),
-    "rand": Version(("apgd-ce", "apgd-dlr"), eot_iter=20),
-    "custom": Version(()),
-}
 
 
 @dataclass(frozen=True)
@@ -95,19 +47,22 @@ class Result:
     predictions: Tensor
     """The model's class of each row of `adversarial`."""
     standing: Tensor
-    """Whether each image is classified correctly and no example was found, bool [N]."""
+    """Whether each image is robust: classified correctly, and no adversarial example was found; bool [N]."""
     accuracy: dict[str, float]
     """Robust accuracy, "clean" and after each attack, in their order."""
     undone: dict[str, int]
-    """For each attack the examples that it claimed and that verification in float32 did not confirm."""
+    """For each attack the number of unconfirmed examples: it claimed them, and verification did not confirm them.
+
+    Their images are attacked again in float32 and without the engine.
+    """
     signs: list[str]
     """Signs that the number is not to be trusted, see `signs_of_masking`."""
     seconds: float
-    """Of the attacks, in all processes that worked on a run that was interrupted."""
+    """Time of the attacks; of a run that was interrupted, the sum over all processes that worked on it."""
 
 
 class AutoAttack:
-    """AutoAttack: APGD-CE, targeted APGD, targeted FAB and Square, each on the images that all before left standing.
+    """AutoAttack: APGD-CE, targeted APGD, targeted FAB and Square, each on the images that are still robust.
 
     Every example found is moved into the ball without slack, clamped to the range of pixel values and classified again
     by the model itself, without the engine and without autocast (in float32, if weights and images are); only those
@@ -154,6 +109,8 @@ class AutoAttack:
         >>> adv = evaluator.run_standard_evaluation(images, labels, bs=2)
         >>> list(evaluator.result.accuracy)
         ['clean', 'apgd-ce']
+        >>> list(evaluator.run_standard_evaluation_individual(images, labels, bs=2))
+        ['apgd-ce']
     """
 
     def __init__(
@@ -184,16 +141,23 @@ class AutoAttack:
                 f'attacks_to_run is for version "custom" only, got {list(attacks_to_run)} with {version!r}'
             )
         self.attacks_to_run = tuple(attacks_to_run) or VERSIONS[version].attacks
-        if not self.attacks_to_run:
-            raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
-        for name in self.attacks_to_run:
-            if name not in MEMBERS:
-                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {name!r}")
         self.engine = engine and traceable
         self.device = torch.device(device) if device is not None else next(_tensors(self.module), torch.empty(0)).device
         self.log_path = None if log_path is None else Path(log_path)
         self.result: Result | None = None
-        """Of the last run."""
+        """The result of the last run; None before it."""
+
+    @property
+    def attacks_to_run(self) -> tuple[str, ...]:
+        """Names of the attacks, in their order; with version "custom" they may be set after the constructor too."""
+        return self._attacks_to_run
+
+    @attacks_to_run.setter
+    def attacks_to_run(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in MEMBERS:
+                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {name!r}")
+        self._attacks_to_run = tuple(names)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Attack one batch; return the examples, and the images themselves where there are none."""
@@ -233,13 +197,14 @@ class AutoAttack:
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
-        """Run each attack on all images that are classified correctly, not on the survivors of those before it.
+        """Run each attack on all images that are classified correctly, whatever the attacks before it found.
 
         Args:
             x_orig, y_orig, bs, return_labels: as in `run_standard_evaluation`.
 
         Returns:
-            For each name of an attack what `run_standard_evaluation` would return.
+            For each name of an attack what `run_standard_evaluation` would return. `result` is that of the last attack.
+            The class has an example.
         """
         found = {}
         for name in self.attacks_to_run:
@@ -253,6 +218,8 @@ class AutoAttack:
         return int(torch.stack(right).sum()) / len(x_orig)
 
     def _run(self, names: Sequence[str], images: Tensor, labels: Tensor, batch: int, path: Path | None) -> Result:
+        if not names:
+            raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
         labels = int64_labels(labels)
         self.ball.on(images)  # raises where a tensor is of another length
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
@@ -275,7 +242,8 @@ class AutoAttack:
         first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
         logits = self._logits(first)
         check_label_range(label_range, count_classes(logits, len(first)))
-        signs = signs_of_masking(self.model, first, truth)
+        ball = self.ball.of(torch.arange(len(first)))._asdict()
+        signs = signs_of_masking(self.model, first, truth, **ball)
         if path is not None and state is not None and not any("between two calls" in sign for sign in signs):
             state.check_logits(logits, path)
         if self.version == "rand":
@@ -293,7 +261,7 @@ class AutoAttack:
                 self._attack(name, state, images, labels, batch, path)
         before = list(state.accuracy)[-2]
         if names[-1] == "square" and before != "clean" and state.accuracy["square"] < state.accuracy[before]:
-            signs.append("square, which needs no gradients, broke images that the gradient attacks left standing")
+            signs.append("square, which needs no gradients, found examples where the gradient attacks found none")
             self._log(f"warning: {signs[-1]}")
         return Result(
             title,
@@ -323,19 +291,25 @@ class AutoAttack:
         while state.pending.any():
             began = time.perf_counter()
             index = state.pending.nonzero().squeeze(1)[:batch]
-            x, y = images[index].to(self.device), labels[index].to(self.device)
             # A generator for each batch and attack, so that an interrupted run draws the same numbers again.
             own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
             noise = torch.Generator().manual_seed(own_seed % 2**63)
-            options: dict[str, Any] = dict(VERSIONS[self.version].options(name))
-            ball = self.ball.of(index)
-            adv = MEMBERS[name].attack(
-                self.model, x, y, **ball._asdict(), generator=noise, engine=self.engine, **options
-            )
-            found, fallen, predictions = self._verified(adv, x, y, ball.on(x), state, name)
-            state.adversarial[index[fallen]] = found[fallen]
-            state.predictions[index[fallen]] = predictions[fallen]
-            state.standing[index[fallen]] = False
+            attack = partial(MEMBERS[name].attack, self.model, generator=noise, **VERSIONS[self.version].options(name))
+            left = index
+            # An example that is none in float32 ended the search of its image, which is attacked again without what
+            # rounds differently, autocast and the engine.
+            for exact in (False, True):
+                if not len(left):
+                    break
+                x, y, ball = images[left].to(self.device), labels[left].to(self.device), self.ball.of(left)
+                with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
+                    adv = attack(x, y, **ball._asdict(), engine=self.engine and not exact)
+                found, fallen, predictions, claimed = self._verified(adv, x, y, ball.on(x))
+                state.adversarial[left[fallen]] = found[fallen]
+                state.predictions[left[fallen]] = predictions[fallen]
+                state.standing[left[fallen]] = False
+                left = left[claimed & ~fallen]
+                state.undone[name] += len(left) if not exact else 0
             state.pending[index] = False
             state.seconds += time.perf_counter() - began
             if path is not None and state.pending.any():
@@ -345,20 +319,20 @@ class AutoAttack:
             state.write(path)
         self._log(
             f"after {name}: robust accuracy {state.accuracy[name]:.2%} ({int(state.standing.sum())} of {before} still "
-            f"stand; {state.undone[name]} examples undone in float32; {time.perf_counter() - start:.1f} s)"
+            f"robust; {state.undone[name]} examples unconfirmed in float32; {time.perf_counter() - start:.1f} s)"
         )
 
-    def _verified(
-        self, adv: Tensor, x: Tensor, y: Tensor, ball: Ball, state: State, name: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The examples in the ball, whether the model misclassifies each, and its classes; on the CPU."""
+    def _verified(self, adv: Tensor, x: Tensor, y: Tensor, ball: Ball) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The examples in the ball, whether the model misclassifies each, its classes, and what the search said.
+
+        All are on the CPU.
+        """
         with torch.no_grad(), bn_mode(self.module, "eval"), input_gradients(self.module, adv, self.engine) as searched:
             claimed = ~is_correct(searched.logits(adv), y)
         inside = into_ball(adv, x, ball)
         logits = self._logits(inside)
         fallen = ~is_correct(logits, y)
-        state.undone[name] += int((claimed & ~fallen).sum())
-        return inside.cpu(), fallen.cpu(), logits.argmax(1).cpu()
+        return inside.cpu(), fallen.cpu(), logits.argmax(1).cpu(), claimed.cpu()
 
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:

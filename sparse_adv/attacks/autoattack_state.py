@@ -27,19 +27,19 @@ class State:
     """The progress of a run."""
 
     fingerprint: str
-    """Of the model, the images and the options."""
+    """Digest of the model, the images and the options."""
     seed: int
     adversarial: Tensor
     predictions: Tensor
     standing: Tensor
     pending: Tensor
-    """Images that the attack that runs has not reached yet, bool [N]."""
+    """Images that the present attack has not reached yet, bool [N]."""
     logits: Tensor
     """Clean logits of the first images."""
     accuracy: dict[str, float]
     undone: dict[str, int]
     seconds: float = 0.0
-    """Of all processes that worked on the run, up to the last file that each wrote."""
+    """Time of all processes that worked on the run, up to the last file that each wrote."""
 
     def check_logits(self, logits: Tensor, path: Path) -> None:
         """Raise ValueError unless the model returned these clean logits when the run was begun.

@@ -15,7 +15,7 @@ Values = float | Tensor
 """One number, or a float tensor of one for each image [N] (eps, alpha) or for each channel [C] (lo, hi)."""
 
 _MARGIN_OF_ROUNDING = 8
-"""By how many units of rounding the radius of the l2 ball is reduced, so that a norm rounded up is not above eps."""
+"""The radius of the l2 ball is reduced by this many units of rounding, so that a norm rounded up is not above eps."""
 
 
 class Ball(NamedTuple):
@@ -37,7 +37,7 @@ class Ball(NamedTuple):
         Raises:
             ValueError: if eps does not have one value for each image, or lo or hi one for each channel.
         """
-        if not isinstance(images, Tensor):  # the check of the batch complains
+        if not isinstance(images, Tensor):  # `check_batch` refuses it, with a clearer message than here
             return self
         check_shapes(images, eps=self.eps, lo=self.lo, hi=self.hi)
         eps = self.eps

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.options import check_names
 from sparse_adv.files import check_writable, replacing
+from sparse_adv.ops.pgd_step import check_floating
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
+
+
+class SearchOptions(TypedDict, total=False):
+    """Keyword arguments of the attacks that search on the host; `attacks.pgd` documents them."""
+
+    lo: float | Tensor
+    hi: float | Tensor
+    check: bool
+    engine: bool
 
 
 class Attack(ABC):
     """An attack bound to a model: `adv = attack(images, labels)`.
 
     A subclass computes the examples in `forward`, and sets `supports_targets` to False if labels cannot be classes to
-    reach.
+    reach, and `needs_labels` if it takes none.
 
     Args:
         model: maps images to logits [N, classes]; a module, or a plain function.
+        search: lo, hi, check and engine of the function that the attack calls.
 
     Raises:
-        TypeError: if the model cannot be called.
+        TypeError: if the model cannot be called, or a keyword is another one.
 
     Source: the interface is that of torchattacks (Kim, "Torchattacks: a PyTorch repository for adversarial attacks",
     2020).
@@ -47,9 +60,12 @@ class Attack(ABC):
     """
 
     supports_targets = True
+    needs_labels = True
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, **search: Unpack[SearchOptions]) -> None:
+        as_module(model)
+        check_names(type(self).__name__, search, SearchOptions)
+        self.model, self.search = model, search
         self.device = _device_of(model)
         self.targeted = False
         self.attack_mode = "default"
@@ -57,11 +73,14 @@ class Attack(ABC):
         self._normalization: _Normalized | None = None
 
     @abstractmethod
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Any, targeted: bool) -> Tensor:
         """Return adversarial images for a batch; `model` takes images in the range of pixel values."""
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return adversarial images for a batch: images float [N, ...], labels integer [N], on any device."""
+        check_floating("images", images)
+        if labels is None and self.needs_labels and self._target_function is None:
+            raise TypeError(f"labels must be an integer tensor, {type(self).__name__} needs them, got None")
         if self.device is not None:
             images = images.to(self.device)
             labels = labels.to(self.device) if isinstance(labels, Tensor) else labels
@@ -70,7 +89,9 @@ class Attack(ABC):
         if self._normalization is None:
             return self.forward(self.model, images, labels, self.targeted)
         normalized = self._normalization
-        return normalized.apply_to(self.forward(normalized, normalized.undo(images), labels, self.targeted))
+        # The engine leaves plain functions to autograd, normalised ones too.
+        model = normalized if normalized.traceable else normalized.forward
+        return normalized.apply_to(self.forward(model, normalized.undo(images), labels, self.targeted))
 
     def set_mode_default(self) -> None:
         """Labels are the true classes, and the attack leads away from them."""
@@ -107,11 +128,37 @@ class Attack(ABC):
         self._set_targets("targeted(least-likely)", least_likely, quiet)
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """From now on images come and go normalised, as the model takes them: (pixels - mean) / std of each channel."""
+        """Take and return normalised images from now on, as the model does: (pixels - mean) / std of each channel."""
         deviation = torch.as_tensor(std)
         if not bool(((deviation > 0) & deviation.isfinite()).all()):
             raise ValueError(f"std must be positive and finite, got {deviation.tolist()}")
         self._normalization = _Normalized(self.model, torch.as_tensor(mean), deviation)
+
+    def set_device(self, device: torch.device | str) -> None:
+        """Images and labels go to this device from now on; the model must be there."""
+        self.device = torch.device(device)
+
+    def set_model_training_mode(
+        self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
+    ) -> None:
+        """Accepts False alone: the model is attacked in eval mode.
+
+        Raises:
+            ValueError: if one is True; `bn_mode` of PGD, FGSM, FFGSM, BIM and TPGD chooses the statistics of BatchNorm.
+        """
+        if model_training or batchnorm_training or dropout_training:
+            raise ValueError(
+                "the model is attacked in eval mode: model_training, batchnorm_training and dropout_training must be "
+                f"False, got {model_training}, {batchnorm_training} and {dropout_training}; PGD, FGSM, FFGSM, BIM and "
+                "TPGD take bn_mode"
+            )
+
+    def for_images(self, index: Tensor) -> Attack:
+        """This attack for some images of a batch: an eps or alpha of one value for each image is reduced to them."""
+        own = {name: value[index.to(value.device)] for name, value in vars(self).items() if _of_each_image(name, value)}
+        attack = copy.copy(self)
+        vars(attack).update(own)
+        return attack
 
     def get_mode(self) -> str:
         """Return the name of the mode, as torchattacks calls it."""
@@ -132,13 +179,14 @@ class Attack(ABC):
         Args:
             data_loader: batches (images, labels).
             save_path: the file; None to write none.
-            verbose: print the robust accuracy in percent and the mean l2 distance of the images that fell.
+            verbose: print the robust accuracy in percent and the mean l2 distance of the adversarial images.
             return_verbose: return both, and the seconds of a batch.
             save_predictions, save_clean_inputs: whether the file also gets preds and clean_inputs.
             save_type: "float", or "int" for bytes: the pixels times 255, rounded down, may leave the ball.
 
         Returns:
-            The robust accuracy in percent, the mean distance and the seconds of a batch if return_verbose, else None.
+            The robust accuracy in percent, the mean distance (0 if no image fell) and the seconds of a batch if
+            return_verbose, else None.
 
         Raises:
             ValueError: if save_type has another value or there is no image.
@@ -165,7 +213,8 @@ class Attack(ABC):
             raise ValueError("data_loader must hold at least one batch, got none")
         seconds = (time.perf_counter() - start) / len(standing)
         accuracy = 100 * torch.cat(standing).float().mean().item()
-        distance = torch.cat(distances).mean().item()
+        fallen = torch.cat(distances)
+        distance = fallen.mean().item() if len(fallen) else 0.0
         if verbose:
             print(f"robust accuracy {accuracy:.2f} %, l2 {distance:.5f}, {seconds:.3f} s a batch")
         if save_path is not None:
@@ -205,7 +254,7 @@ class _Normalized(nn.Module):
 
     def __init__(self, model: Model, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.module, _ = as_module(model)
+        self.module, self.traceable = as_module(model)
         self.register_buffer("mean", mean.float().view(-1, 1, 1), persistent=False)
         self.register_buffer("std", std.float().view(-1, 1, 1), persistent=False)
 
@@ -218,6 +267,10 @@ class _Normalized(nn.Module):
     def undo(self, images: Tensor) -> Tensor:
         """The pixels; rounding may not take them out of [0, 1]."""
         return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
+
+
+def _of_each_image(name: str, value: object) -> bool:
+    return name in ("eps", "alpha") and isinstance(value, Tensor)
 
 
 def _device_of(model: object) -> torch.device | None:

@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_adv.ops.pgd_step import check_floating
 
 Model = nn.Module | Callable[[Tensor], Tensor]
-"""What an attack is made on: a module, or a plain function that maps images to logits."""
+"""The model of an attack: a module, or a plain function that maps images to logits."""
 
 log = logging.getLogger(__name__)
 
+_INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32)
 _ROUNDING = 1e-6
-"""By which pixels may leave the range: a float32 transform to [-1, 1] and back gives values such as -3e-8."""
+"""Pixels may leave the range by this much: a float32 transform to [-1, 1] and back gives values such as -3e-8."""
 
 LabelRange = tuple[int, int] | None
 """Smallest and largest label of a batch; None without labels to check."""
@@ -91,7 +92,7 @@ def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 def int64_labels(labels: Any) -> Any:
     """Return labels of another integer dtype as int64, and anything else as it is."""
-    if isinstance(labels, Tensor) and labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+    if isinstance(labels, Tensor) and labels.dtype in _INTEGERS:
         return labels.long()
     return labels
 

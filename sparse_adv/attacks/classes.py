@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, replace
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.ball import as_norm
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
-from sparse_adv.attacks.options import AttackOptions, CommonOptions, LossOptions
+from sparse_adv.attacks.options import AttackOptions, CommonOptions, LossOptions, tpgd_start
+
+
+def _option(name: str) -> property:
+    """A property that reads and replaces one of the attack's options, which are checked again."""
+
+    def read(attack: _GradientAttack) -> Any:
+        return getattr(attack.options, name)
+
+    def write(attack: _GradientAttack, value: Any) -> None:
+        attack.options = replace(attack.options, **{name: value})
+
+    return property(read, write, doc=f"`{name}` of `attacks.AttackOptions`.")
 
 
 class _GradientAttack(Attack):
@@ -36,6 +49,36 @@ class _GradientAttack(Attack):
     def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
         return run_attack(model, images, labels, replace(self.options, targeted=targeted))
+
+    @property
+    def eps(self) -> float | Tensor:
+        """Radius of the ball; like the other options below, it may be set between two calls."""
+        return self.options.eps
+
+    @eps.setter
+    def eps(self, eps: float | Tensor) -> None:
+        self.options = self._with_eps(eps)
+
+    alpha = _option("alpha")
+    steps = _option("steps")
+    random_start = _option("random_start")
+    norm = _option("norm")
+    restarts = _option("restarts")
+    loss = _option("loss")
+
+    def _with_eps(self, eps: float | Tensor) -> AttackOptions:
+        return replace(self.options, eps=eps)
+
+    def for_images(self, index: Tensor) -> Attack:
+        """This attack for some images of a batch, see `Attack.for_images`."""
+        names = ("eps", "alpha", "start_eps")
+        values = {name: getattr(self.options, name) for name in names}
+        own: dict[str, Any] = {
+            name: value[index.to(value.device)] for name, value in values.items() if isinstance(value, Tensor)
+        }
+        attack = copy.copy(self)
+        attack.options = replace(self.options, **own)
+        return attack
 
     def __repr__(self) -> str:
         values = [
@@ -149,6 +192,9 @@ class FGSM(_GradientAttack):
     ) -> None:
         super().__init__(model, AttackOptions.fgsm(eps, **options), graph)
 
+    def _with_eps(self, eps: float | Tensor) -> AttackOptions:
+        return replace(self.options, eps=eps, alpha=eps)
+
 
 class FFGSM(_GradientAttack):
     """`attacks.fgsm_rs` bound to a model, with the interface of torchattacks.FFGSM.
@@ -199,6 +245,7 @@ class TPGD(_GradientAttack):
     """
 
     supports_targets = False
+    needs_labels = False
 
     def __init__(
         self,
@@ -211,6 +258,9 @@ class TPGD(_GradientAttack):
         **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(model, AttackOptions.tpgd(eps, alpha, steps, **options), graph)
+
+    def _with_eps(self, eps: float | Tensor) -> AttackOptions:
+        return replace(self.options, eps=eps, start_eps=tpgd_start(eps, self.options.norm))
 
     def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
         """Return adversarial images for a batch; the labels are not used."""
@@ -247,14 +297,14 @@ class APGD(Attack):
         eot_iter: int = 1,
         rho: float = 0.75,
         verbose: bool = False,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.loss, self.eot_iter, self.rho = loss, eot_iter, rho
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return apgd(
             model,
             images,
@@ -268,6 +318,7 @@ class APGD(Attack):
             eot_iter=self.eot_iter,
             rho=self.rho,
             generator=torch.Generator().manual_seed(self.seed),
+            **self.search,
         )
 
 
@@ -301,14 +352,14 @@ class APGDT(Attack):
         rho: float = 0.75,
         verbose: bool = False,
         n_classes: int = 10,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.eot_iter, self.rho, self.n_classes = eot_iter, rho, n_classes
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return apgd_t(
             model,
             images,
@@ -321,4 +372,5 @@ class APGDT(Attack):
             eot_iter=self.eot_iter,
             rho=self.rho,
             generator=torch.Generator().manual_seed(self.seed),
+            **self.search,
         )

@@ -34,7 +34,7 @@ class _CachedAttack:
     """Objects whose id or address is part of the key, so that no other object can get the same one."""
     classes: int | None
     buffers: Sequence[Tensor | None] = ()
-    """What a replay reads: images, labels and Philox state."""
+    """Memory that a replay reads: images, labels and Philox state."""
     replay: Call | None = None
     cannot_be_captured: bool = False
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import Ball, ball_around
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.options import check_count
@@ -16,7 +17,7 @@ from sparse_adv.attacks.queries import Queries, advantage, run_search
 from sparse_adv.ops.arguments import check_numbers
 
 _INSIDE = 1 - 1e-6
-"""How far w starts from the ends of the range, where its gradient would vanish: |tanh(w)| at most."""
+"""Largest |tanh(w)| of the start: at the ends of the range, where it is 1, the gradient of w would vanish."""
 
 
 def cw(
@@ -37,9 +38,9 @@ def cw(
 ) -> Tensor:
     """CW: minimise |x(w) - x|_2^2 + c * max(z_y - max_{k!=y} z_k, -kappa), with x(w) = lo + (hi - lo)(tanh(w) + 1) / 2.
 
-    Adam minimises it over w from x(w) = x. The nearest x(w) whose label is exceeded by kappa or more is returned. With
-    several binary_search_steps, c of an image is divided or raised between the greatest that failed and the least that
-    succeeded, ten times as much while none did.
+    Adam minimises it over w from x(w) = x. The nearest x(w) at which another logit exceeds the label's by kappa or more
+    is returned. With several binary_search_steps, the next c of an image is the mean of the greatest that failed and
+    the least that succeeded, or ten times the last one as long as none succeeded.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
@@ -115,7 +116,7 @@ def _minimise(
 ) -> tuple[Tensor, Tensor]:
     """For one c of each image: the nearest images that are adversarial by kappa, and their l2 distances or inf."""
     lo, span = box.lo, torch.as_tensor(box.hi - box.lo, dtype=images.dtype)
-    # A channel whose ends are equal has nowhere to go: its w has no effect.
+    # Where lo = hi, w has no effect; the divisor 1 avoids a division by zero.
     w = torch.atanh(((images - lo) / span.where(span > 0, 1) * 2 - 1) * _INSIDE)
     adam = torch.optim.Adam([w], lr=lr)
     best, least = images.clone(), torch.full_like(weight, torch.inf)
@@ -142,7 +143,7 @@ class CW(Attack):
     """`attacks.cw` bound to a model, with the interface of torchattacks.CW.
 
     Args:
-        model, c, kappa, steps, lr, binary_search_steps: as in `attacks.cw`.
+        model, c, kappa, steps, lr, binary_search_steps, search: as in `attacks.cw`.
 
     Examples:
         >>> import torch
@@ -161,14 +162,14 @@ class CW(Attack):
         lr: float = 0.01,
         *,
         binary_search_steps: int = 1,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.c, self.kappa, self.steps, self.lr = c, kappa, steps, lr
         self.binary_search_steps = binary_search_steps
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return cw(
             model,
             images,
@@ -179,4 +180,5 @@ class CW(Attack):
             lr=self.lr,
             binary_search_steps=self.binary_search_steps,
             targeted=targeted,
+            **self.search,
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary
@@ -94,7 +95,7 @@ class DeepFool(Attack):
     """`attacks.deepfool` bound to a model, with the interface of torchattacks.DeepFool; it has no targeted mode.
 
     Args:
-        model, steps, overshoot: as in `attacks.deepfool`.
+        model, steps, overshoot, search: as in `attacks.deepfool`.
 
     Examples:
         >>> import torch
@@ -106,11 +107,10 @@ class DeepFool(Attack):
 
     supports_targets = False
 
-    def __init__(self, model: Model, steps: int = 50, overshoot: float = 0.02) -> None:
-        super().__init__(model)
+    def __init__(self, model: Model, steps: int = 50, overshoot: float = 0.02, **search: Unpack[SearchOptions]) -> None:
+        super().__init__(model, **search)
         self.steps, self.overshoot = steps, overshoot
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
-        return deepfool(model, images, labels, steps=self.steps, overshoot=self.overshoot)
+        return deepfool(model, images, labels, steps=self.steps, overshoot=self.overshoot, **self.search)

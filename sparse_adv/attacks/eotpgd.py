@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.losses import Loss, loss_function
 from sparse_adv.attacks.options import check_count
@@ -97,7 +99,7 @@ class EOTPGD(Attack):
     """`attacks.eotpgd` bound to a model, with the interface of torchattacks.EOTPGD.
 
     Args:
-        model, eps, alpha, steps, eot_iter, random_start: as in `attacks.eotpgd`.
+        model, eps, alpha, steps, eot_iter, random_start, search: as in `attacks.eotpgd`.
 
     Examples:
         >>> import torch
@@ -115,14 +117,14 @@ class EOTPGD(Attack):
         steps: int = 10,
         eot_iter: int = 2,
         random_start: bool = True,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.eps, self.alpha, self.steps, self.eot_iter = eps, alpha, steps, eot_iter
         self.random_start = random_start
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return eotpgd(
             model,
             images,
@@ -133,4 +135,5 @@ class EOTPGD(Attack):
             eot_iter=self.eot_iter,
             random_start=self.random_start,
             targeted=targeted,
+            **self.search,
         )

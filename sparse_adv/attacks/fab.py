@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import as_norm, ball_around
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
@@ -18,7 +19,7 @@ from sparse_adv.attacks.queries import Queries, advantage, private_generator, ru
 from sparse_adv.ops.arguments import check_numbers
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""boundary(x, index) -> how far z_y leads and its gradient, of the class whose boundary counts for these images."""
+"""boundary(x, index) -> the lead z_y - z_k [n] and its gradient, k the class whose boundary each image is moved to."""
 
 _FINAL_STEPS = 3
 
@@ -176,7 +177,7 @@ class FAB(Attack):
     """`attacks.fab` or `attacks.fab_t` bound to a model, with the interface of torchattacks.FAB.
 
     Args:
-        model, eps, steps, alpha_max, eta, beta: as in `attacks.fab`.
+        model, eps, steps, alpha_max, eta, beta, search: as in `attacks.fab`.
         norm: "Linf" or "L2".
         n_restarts: `restarts` of `attacks.fab`.
         verbose: accepted, and without effect.
@@ -206,16 +207,16 @@ class FAB(Attack):
         seed: int = 0,
         multi_targeted: bool = False,
         n_classes: int = 10,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
         self.supports_targets = not multi_targeted
         self.multi_targeted, self.n_classes = multi_targeted, n_classes
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         attack = partial(
             fab_t if self.multi_targeted else fab,
             model,
@@ -229,8 +230,43 @@ class FAB(Attack):
             eta=self.eta,
             beta=self.beta,
             generator=torch.Generator().manual_seed(self.seed),
+            **self.search,
         )
         return attack(n_target_classes=self.n_classes - 1) if self.multi_targeted else attack(targeted=targeted)
+
+
+class FABT(FAB):
+    """`attacks.fab_t` bound to a model: `FAB` with multi_targeted=True.
+
+    Args:
+        model, norm, eps, steps, n_restarts, alpha_max, eta, beta, verbose, seed, n_classes, search: as in `FAB`.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, models
+        >>> attack = attacks.FABT(models.build("digits_cnn", width=8), eps=0.2, steps=3)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float | Tensor | None = 8 / 255,
+        steps: int = 10,
+        n_restarts: int = 1,
+        alpha_max: float = 0.1,
+        eta: float = 1.05,
+        beta: float = 0.9,
+        verbose: bool = False,
+        seed: int = 0,
+        n_classes: int = 10,
+        **search: Unpack[SearchOptions],
+    ) -> None:
+        super().__init__(
+            model, norm, eps, steps, n_restarts, alpha_max, eta, beta, verbose, seed, True, n_classes, **search
+        )
 
 
 class _Settings:
@@ -297,7 +333,7 @@ class _Fab:
         return self._best.where(per_image(inside, self._best), self._images)
 
     def _unfinished(self, index: Tensor) -> Tensor:
-        """Without eps, all images but those that need no change; with eps, those without an example in the ball."""
+        """Return the images of `index` to attack further: with eps, those without an example in the ball; else all."""
         eps = self._eps[index]
         return index[self._least[index].double() > eps.where(eps < torch.inf, 0)]
 
@@ -339,7 +375,11 @@ class _Fab:
         return ball.clamp(clean + direction * per_image(scale, clean))
 
     def _search_back(self, boundary: Boundary) -> None:
-        """Move the nearest examples towards the clean images, to where the line of the leads at both ends is zero."""
+        """Move the nearest examples towards the clean images, by the method of false position.
+
+        With the leads z_y - z_k at the clean image and at the example, the next point is the zero of the straight line
+        through both; it replaces one end, according to whether it is adversarial.
+        """
         index = ((self._least > 0) & self._least.isfinite()).nonzero().squeeze(1)
         index = self._unfinished(index)
         if not len(index):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import Ball, as_norm, ball_around
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.loop import bn_mode
@@ -24,7 +25,7 @@ _GAMMA_LAST = 0.001
 _ALPHA_FALLS = 100
 _PUSHES = (0.0, 1e-4, 1e-3, 1e-2)
 _ROUNDING = 1e-5
-"""By which share of the greatest logit an image must be over the boundary."""
+"""An example counts as adversarial only if its margin is at least this fraction of the largest absolute logit."""
 
 
 def fmn(
@@ -142,9 +143,10 @@ def _nearest(
 
 
 def _confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, box: Ball, targeted: bool) -> Tensor:
-    """The examples that the model, without engine, puts over the boundary by more than rounding; else the clean images.
+    """The examples that the model itself, without the engine, misclassifies by more than rounding; else clean images.
 
-    The search ends so near to the boundary that rounding decides, so up to 1 % is added to the perturbation.
+    The search ends so near to the boundary that rounding decides the class. So the perturbation is made up to 1 %
+    longer, by the factors of `_PUSHES` in turn, until the margin exceeds rounding.
     """
     result, left = images.clone(), torch.arange(len(images), device=images.device)
     for share in _PUSHES:
@@ -172,7 +174,7 @@ def _into(x: Tensor, images: Tensor, eps: Tensor, norm: str) -> Tensor:
 def distances(
     model: Model, adversarial: Tensor, images: Tensor, labels: Tensor, *, norm: str = "linf", targeted: bool = False
 ) -> Tensor:
-    """The distance at which each image falls: 0 if it is misclassified itself, infinity if nothing was found.
+    """The distance of each image's adversarial example: 0 if the clean image is misclassified, infinity without one.
 
     Args:
         model: maps images to logits [N, classes]; evaluated in eval mode and left as it was.
@@ -180,7 +182,7 @@ def distances(
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
         norm: "linf" or "l2".
-        targeted: images fall where they are classified as `labels`.
+        targeted: an image is adversarial where it is classified as `labels`.
 
     Returns:
         float tensor [N], in units of the images; the share of distances above eps is the robust accuracy at eps.
@@ -210,7 +212,7 @@ class FMN(Attack):
     """`attacks.fmn` bound to a model.
 
     Args:
-        model, steps, alpha, gamma, loss: as in `attacks.fmn`.
+        model, steps, alpha, gamma, loss, search: as in `attacks.fmn`.
         norm: "Linf" or "L2".
 
     Examples:
@@ -229,13 +231,13 @@ class FMN(Attack):
         alpha: float = 1.0,
         gamma: float = 0.05,
         loss: str = "margin",
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.norm, self.steps, self.alpha, self.gamma, self.loss = norm, steps, alpha, gamma, loss
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return fmn(
             model,
             images,
@@ -246,4 +248,5 @@ class FMN(Attack):
             gamma=self.gamma,
             loss=self.loss,
             targeted=targeted,
+            **self.search,
         )

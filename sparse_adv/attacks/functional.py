@@ -65,7 +65,8 @@ def pgd(
             statistics of the batch and updates the running ones at each step; "batch" uses the statistics of the batch
             and leaves the running ones unchanged. All other layers (dropout) are in eval mode, and so are
             frozen BatchNorm layers: those in eval mode inside of a model in training mode.
-        check: check the values of images and labels; on a GPU this synchronises once, before the attack starts.
+        check: check the values of images and labels, and take rounding out of the result, so that it lies in the ball
+            without slack; on a GPU this synchronises.
         graphs: cache of CUDA graphs, see `Graphs`; None runs the attack step by step, and so does a tensor as eps,
             alpha, lo or hi.
         engine: whether the engine may form the gradients, see `sparse_adv.engine`; False leaves them to autograd.
@@ -76,8 +77,8 @@ def pgd(
         The adversarial images, detached, in [lo, hi], with shape, dtype and memory format of `images`.
 
     Raises:
-        TypeError: if model cannot be called, images are not floating point, labels no integers, or eps, alpha, lo or
-            hi is neither a number nor a float tensor.
+        TypeError: if model cannot be called, images are not floating point, labels are not integers, or eps, alpha, lo
+            or hi is neither a number nor a float tensor.
         ValueError: if a value, shape or name is out of range.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.

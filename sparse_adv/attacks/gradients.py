@@ -1,4 +1,4 @@
-"""Gradients of a batch that becomes smaller while an attack runs: images that have fallen need no more steps."""
+"""Gradients of a batch that becomes smaller while an attack runs: adversarial images need no more steps."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class BatchGradients:
 
 @contextmanager
 def batch_gradients(model: nn.Module, images: Tensor, use_engine: bool) -> Iterator[BatchGradients]:
-    """Open `BatchGradients` in a state of autograd in which gradients can be formed, and close them at the end."""
+    """Open `BatchGradients` with autograd enabled, in `no_grad` and `inference_mode` too; close them at the end."""
     with torch.inference_mode(False), torch.enable_grad():
         gradients = BatchGradients(model, images, use_engine)
         try:

@@ -10,7 +10,7 @@ from sparse_adv.attacks.queries import Queries
 
 
 def nearest_boundary(model: Queries, x: Tensor, labels: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """How far the label leads, z_y - z_k [N], and its gradient [N, ...], for the class k whose boundary is nearest.
+    """The lead of the label, z_y - z_k [N], and its gradient [N, ...], for the class k whose boundary is nearest.
 
     That is the k != y with the least |z_y - z_k| / |gradient|_dual; the dual norm is l1 for linf and l2 for l2.
     """
@@ -26,9 +26,13 @@ def nearest_boundary(model: Queries, x: Tensor, labels: Tensor, norm: str) -> tu
 def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tensor:
     """The least change d with value + <slope, d> = 0 and x + d in [lo, hi]; if there is none, that nearest to 0.
 
-    Along the way each coordinate changes at a rate of its own, |slope|^0 for linf and |slope|^1 for l2, until it meets
-    an end of [lo, hi]; so the value falls in t as a sum of a_i min(t, t_i), and the t where it has fallen to 0 lies
-    between two of the sorted t_i.
+    For value > 0 (otherwise all signs are reversed)::
+
+        d_i(t) = -sign(slope_i) min(rate_i t, room_i),  rate_i = 1 for linf, |slope_i| for l2
+
+    room_i is the distance of x_i from the end of [lo, hi] that it moves to. The value falls by
+    sum_i |slope_i| min(rate_i t, room_i), which is piecewise linear in t with the breakpoints t_i = room_i / rate_i.
+    The t at which the value is 0 is found by sorting the breakpoints.
 
     Args:
         x: float tensor [N, ...], in [lo, hi].
@@ -49,7 +53,7 @@ def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tens
     falls = weight.abs() * rate
     ends, order = meets.sort(dim=1)
     falls = falls.gather(1, order)
-    # What has fallen at the end of each piece: by the coordinates that have met an end, and by those still moving.
+    # By how much the value has fallen at each breakpoint: coordinates that are at an end, and those still moving.
     met = (falls * ends).cumsum(1)
     moving = falls.sum(1, keepdim=True) - falls.cumsum(1)
     fallen = met + moving.clamp_min(0) * ends

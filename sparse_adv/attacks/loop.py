@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv.attacks import movement
-from sparse_adv.attacks.ball import check_shapes, step_sizes
+from sparse_adv.attacks.ball import check_shapes, into_ball, step_sizes
 from sparse_adv.attacks.checks import (
     LabelRange,
     Model,
@@ -24,6 +24,7 @@ from sparse_adv.attacks.checks import (
     int64_labels,
     is_correct,
 )
+from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.losses import kl_divergence, loss_function, takes_classes
 from sparse_adv.attacks.options import AttackOptions
@@ -74,8 +75,12 @@ def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions
             return images.detach().clone()
         loop = PGDLoop(module, options if traceable else replace(options, engine=False))
         if options.graphs is None or options.varies:  # the tensors' values are no part of a graph's key
-            return loop.run(images, labels, philox_state, label_range)
-        return options.graphs.run(loop, images, labels, philox_state, label_range)
+            adv = loop.run(images, labels, philox_state, label_range)
+        else:
+            adv = options.graphs.run(loop, images, labels, philox_state, label_range)
+        if options.check and options.project:
+            adv = into_ball(adv, images.detach(), options.ball.on(images))
+        return adv
 
 
 @dataclass(eq=False)
@@ -87,7 +92,7 @@ class PGDLoop:
     classes: int | None = None
     """Number of classes of the model; known after a run with a label range."""
     gradients: InputGradients | None = None
-    """What formed the gradients of the last run; a CUDA graph of that run uses its memory."""
+    """The program or autograd that formed the gradients of the last run; a CUDA graph of that run uses its memory."""
 
     def run(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange = None) -> Tensor:
         """Attack a batch; with restarts, return for each image a success, or else the result with the highest loss.
@@ -116,10 +121,19 @@ class PGDLoop:
                 return best
             best_loss, won = self._outcome(gradients, best, labels)
             for _ in range(options.restarts - 1):
-                adv = self._attack(gradients, images, labels, philox_state, None)
-                loss, fooled = self._outcome(gradients, adv, labels)
+                # Only the images without a success are attacked again, from the starts that they would have anyway.
+                compacts = self._compacts(images) and options.graphs is None and won.any()
+                index = (~won).nonzero().squeeze(1) if compacts else None
+                if index is not None and not len(index):
+                    break
+                own = labels if index is None else labels[index]
+                adv = self._attack(gradients, images, labels, philox_state, None, index)
+                loss, fooled = self._outcome(gradients, adv, own)
+                if index is not None:
+                    adv, loss = best.index_copy(0, index, adv), best_loss.index_copy(0, index, loss)
+                    fooled = won.index_copy(0, index, fooled)
                 better = ~won & (fooled | (loss > best_loss))
-                best = adv.where(better.view(-1, *[1] * (images.dim() - 1)), best)
+                best = adv.where(per_image(better, images), best)
                 best_loss, won = loss.where(better, best_loss), won | fooled
         return best
 
@@ -130,8 +144,9 @@ class PGDLoop:
         labels: Any,
         philox_state: Tensor | None,
         label_range: LabelRange,
+        index: Tensor | None = None,
     ) -> Tensor:
-        """One start and all steps."""
+        """One start and all steps, of the images at `index` alone if it is given."""
         options = self.options
         fooled: Tensor | None = None
 
@@ -146,11 +161,13 @@ class PGDLoop:
             return self._loss(logits, labels)
 
         adv = self._start(images, philox_state)
+        ball, alpha = options.ball.on(images), step_sizes(images, options.alpha)
+        if index is not None:
+            adv, images, labels, ball = adv[index], images[index], labels[index], ball.of(index)
+            alpha = alpha[index] if isinstance(alpha, Tensor) else alpha
         result = adv.clone() if options.early_stop else adv
         standing = torch.arange(len(images), device=images.device)
-        ball, alpha = options.ball.on(images), step_sizes(images, options.alpha)
-        # On a GPU the host would wait for the count, and batch statistics would change without the images that fell.
-        compacts = options.early_stop and images.device.type == "cpu" and options.bn_mode == "eval"
+        compacts = options.early_stop and self._compacts(images)
         for _ in range(options.steps):
             grad = gradients.gradient(adv, loss)
             if compacts and fooled is not None and fooled.any():
@@ -161,11 +178,18 @@ class PGDLoop:
                 ball, alpha = ball.of(~fooled), alpha[~fooled] if isinstance(alpha, Tensor) else alpha
                 fooled = None
             moved = movement.step(adv, grad, images, alpha, ball)
-            adv = moved if fooled is None else adv.where(fooled.view(-1, *[1] * (images.dim() - 1)), moved)
+            adv = moved if fooled is None else adv.where(per_image(fooled, images), moved)
         if len(adv) == len(result):
             return adv
         result[standing] = adv
         return result
+
+    def _compacts(self, images: Tensor) -> bool:
+        """Whether images that need no more steps leave the batch.
+
+        On a GPU the host would wait for their count, and batch statistics would change without them.
+        """
+        return images.device.type == "cpu" and self.options.bn_mode == "eval"
 
     def _start(self, images: Tensor, philox_state: Tensor | None) -> Tensor:
         if self.options.start is None or philox_state is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import Loss, loss_function
@@ -96,7 +98,7 @@ class MIFGSM(Attack):
     """`attacks.mifgsm` bound to a model, with the interface of torchattacks.MIFGSM.
 
     Args:
-        model, eps, alpha, steps, decay: as in `attacks.mifgsm`.
+        model, eps, alpha, steps, decay, search: as in `attacks.mifgsm`.
 
     Examples:
         >>> import torch
@@ -113,13 +115,13 @@ class MIFGSM(Attack):
         alpha: float | Tensor = 2 / 255,
         steps: int = 10,
         decay: float = 1.0,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return mifgsm(
             model,
             images,
@@ -129,4 +131,5 @@ class MIFGSM(Attack):
             steps=self.steps,
             decay=self.decay,
             targeted=targeted,
+            **self.search,
         )

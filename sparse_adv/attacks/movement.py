@@ -1,4 +1,4 @@
-"""The start and the steps of PGD: the fused ops, or PyTorch around them where images or channels have own values."""
+"""The start and the steps of PGD: fused ops, and PyTorch around them where eps, alpha, lo or hi is a tensor."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Several attacks one after the other, each on the images that the ones before did not break."""
+"""Several attacks one after the other, each on the images that are still robust after the ones before."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -12,13 +13,13 @@ from sparse_adv.attacks.checks import Model, int64_labels, is_correct
 
 
 class MultiAttack(Attack):
-    """Attack objects in a row, with the interface of torchattacks.MultiAttack: each attacks what still stands.
+    """Attack objects in a row, with the interface of torchattacks.MultiAttack: each attacks what is still robust.
 
-    An image counts as broken when it is not classified as its label; it is then left alone. Images that no attack
-    breaks, and those that are misclassified before, come back clean.
+    An image is adversarial when it is not classified as its label; later attacks leave it out. Images for which no
+    attack finds an adversarial example, and those that are misclassified without one, come back clean.
 
     Args:
-        attacks: at least two attack objects of one model; their eps must be numbers, because the batches get smaller.
+        attacks: at least two attack objects of one model.
         verbose: accepted, and without effect.
 
     Raises:
@@ -44,14 +45,22 @@ class MultiAttack(Attack):
         self.attacks = list(attacks)
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """From now on images come and go normalised, for each of the attacks."""
+        """Take and return normalised images from now on, in each of the attacks."""
         for attack in self.attacks:
             attack.set_normalization_used(mean, std)
 
+    def for_images(self, index: Tensor) -> Attack:
+        """These attacks for some images of a batch, see `Attack.for_images`."""
+        attack = copy.copy(self)
+        attack.attacks = [member.for_images(index) for member in self.attacks]
+        return attack
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return self.attacks[0]._pixels(images)
+
     @torch.no_grad()
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         best, labels = images.clone(), int64_labels(labels)
         standing = torch.arange(len(images), device=images.device)
         if len(images):
@@ -59,7 +68,7 @@ class MultiAttack(Attack):
         for attack in self.attacks:
             if not len(standing):
                 break
-            adv = attack(images[standing], labels[standing])
+            adv = attack.for_images(standing)(images[standing], labels[standing])
             broken = ~is_correct(self._logits(adv), labels[standing])
             best[standing[broken]] = adv[broken]
             standing = standing[~broken]

@@ -42,7 +42,7 @@ class LossOptions(CommonOptions, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackOptions:
-    """All settings of an attack; `pgd` documents those without a text here.
+    """All settings of an attack; `pgd` documents those that are not documented here.
 
     The class methods give the settings of the other attacks.
 
@@ -110,7 +110,7 @@ class AttackOptions:
     @classmethod
     def fgsm(cls, eps: float | Tensor, norm: str = "linf", **options: Unpack[LossOptions]) -> AttackOptions:
         """FGSM: one step of size eps from the clean images."""
-        _check_names("fgsm", options, LossOptions)
+        check_names("fgsm", options, LossOptions)
         return cls(eps=eps, alpha=eps, steps=1, random_start=False, norm=norm, **options)
 
     @classmethod
@@ -122,7 +122,7 @@ class AttackOptions:
         **options: Unpack[LossOptions],
     ) -> AttackOptions:
         """FGSM-RS: one step of size alpha, by default 1.25 eps, from a random start."""
-        _check_names("fgsm_rs", options, LossOptions)
+        check_names("fgsm_rs", options, LossOptions)
         check_radius(eps)
         return cls(eps=eps, alpha=1.25 * eps if alpha is None else alpha, steps=1, norm=norm, **options)
 
@@ -135,7 +135,7 @@ class AttackOptions:
         **options: Unpack[LossOptions],
     ) -> AttackOptions:
         """N-FGSM: one step of size alpha, by default eps, from noise in the ball of 2 eps, without projection."""
-        _check_names("n_fgsm", options, LossOptions)
+        check_names("n_fgsm", options, LossOptions)
         check_radius(eps)
         alpha = eps if alpha is None else alpha
         return cls(eps=eps, alpha=alpha, steps=1, norm=norm, start_eps=2 * eps, project=False, **options)
@@ -150,11 +150,16 @@ class AttackOptions:
         **options: Unpack[CommonOptions],
     ) -> AttackOptions:
         """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from little noise, see `attacks.tpgd`."""
-        _check_names("tpgd", options, CommonOptions)
+        check_names("tpgd", options, CommonOptions)
         check_radius(eps)
-        noise = 0.05 if norm == "l2" else 0.001
-        start_eps = eps.clamp(max=noise) if isinstance(eps, Tensor) else min(eps, noise)
+        start_eps = tpgd_start(eps, norm)
         return cls(eps=eps, alpha=alpha, steps=steps, norm=norm, start_eps=start_eps, loss=kl_divergence, **options)
+
+
+def tpgd_start(eps: float | Tensor, norm: str) -> float | Tensor:
+    """Radius of the ball in which the attack of TRADES starts: little noise, and at most eps."""
+    noise = 0.05 if norm == "l2" else 0.001
+    return eps.clamp(max=noise) if isinstance(eps, Tensor) else min(eps, noise)
 
 
 def check_count(name: str, count: object, least: int) -> None:
@@ -163,7 +168,7 @@ def check_count(name: str, count: object, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
 
 
-def _check_names(attack: str, options: Mapping[str, object], allowed: type[CommonOptions]) -> None:
+def check_names(attack: str, options: Mapping[str, object], allowed: type) -> None:
     """Raise TypeError for unknown keyword arguments: Python does not check `Unpack`, only type checkers do."""
     for name in options:
         if name not in allowed.__annotations__:

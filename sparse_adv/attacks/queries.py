@@ -1,4 +1,4 @@
-"""A model under attack: its logits and gradients for batches that get smaller."""
+"""A model under attack: its logits and gradients for batches from which finished images are removed."""
 
 from __future__ import annotations
 
@@ -111,13 +111,13 @@ def run_search(
 
 
 def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """By how much each image is adversarial, [N]: positive where its label is not predicted, or is if targeted."""
+    """The margin by which each image is adversarial, [N]: positive if it is misclassified, or at its target."""
     return -margin(logits, labels) if targeted else margin(logits, labels)
 
 
 def private_generator(generator: torch.Generator | None, images: Tensor) -> torch.Generator:
     """A generator on the device of the images, seeded with one number of a generator; None for PyTorch's global one."""
-    device = images.device if isinstance(images, Tensor) else "cpu"  # of the type, the check of the batch complains
+    device = images.device if isinstance(images, Tensor) else "cpu"  # `run_search` refuses images of a wrong type
     return torch.Generator(device).manual_seed(int(seed_words(generator)[0]) & (2**63 - 1))
 
 

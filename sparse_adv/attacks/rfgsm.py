@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.losses import Loss, loss_function
 from sparse_adv.attacks.options import check_count
@@ -91,7 +93,7 @@ class RFGSM(Attack):
     """`attacks.rfgsm` bound to a model, with the interface of torchattacks.RFGSM.
 
     Args:
-        model, eps, alpha, steps: as in `attacks.rfgsm`; the defaults are those of torchattacks.
+        model, eps, alpha, steps, search: as in `attacks.rfgsm`; the defaults are those of torchattacks.
 
     Examples:
         >>> import torch
@@ -102,12 +104,25 @@ class RFGSM(Attack):
     """
 
     def __init__(
-        self, model: Model, eps: float | Tensor = 8 / 255, alpha: float | Tensor = 2 / 255, steps: int = 10
+        self,
+        model: Model,
+        eps: float | Tensor = 8 / 255,
+        alpha: float | Tensor = 2 / 255,
+        steps: int = 10,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         self.eps, self.alpha, self.steps = eps, alpha, steps
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
-        return rfgsm(model, images, labels, eps=self.eps, alpha=self.alpha, steps=self.steps, targeted=targeted)
+        return rfgsm(
+            model,
+            images,
+            labels,
+            eps=self.eps,
+            alpha=self.alpha,
+            steps=self.steps,
+            targeted=targeted,
+            **self.search,
+        )

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_adv.attacks.checks import Model, as_module, count_classes
+from sparse_adv.attacks import movement
+from sparse_adv.attacks.ball import Ball, Values, ball_around
+from sparse_adv.attacks.checks import Model, as_module, count_classes, is_correct
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.engine import Autograd
 
 _TOO_MANY = 0.1
-"""Fraction of images without a gradient from which on a warning is due."""
+"""If the gradient is zero at more than this fraction of the images, a warning is given."""
+_CHANCE = 0.05
+"""Fraction of images by which a robust accuracy may rise by chance."""
+_STEPS = 10
 
 
-def signs_of_masking(model: Model, images: Tensor, labels: Tensor) -> list[str]:
+def signs_of_masking(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    eps: Values | None = None,
+    norm: str = "linf",
+    lo: Values = 0.0,
+    hi: Values = 1.0,
+) -> list[str]:
     """Look for outputs and gradients on which gradient attacks, and AutoAttack, are known to fail.
 
     Looked for are logits that differ between two equal calls, outputs that are probabilities (rows in [0, 1] that sum
-    to 1), outputs that are NaN, and images at which the gradient of the cross-entropy is zero.
+    to 1), outputs that are NaN, and images at which the gradient of the cross-entropy is zero. With eps, PGD of 10
+    steps of eps / 4 from the clean images is run in two balls: its loss must be higher after the last step than after
+    the first, and a ball of 2 eps must not leave more images robust.
 
     Args:
         model: maps images to logits [N, classes]; a module or a plain function.
         images: float tensor [N, ...], N at least 1.
         labels: int64 tensor [N].
+        eps, norm, lo, hi: ball of the attacks, as in `attacks.pgd`; eps None for no attack.
 
     Returns:
         One sentence for each sign; none does not prove that there is no masking.
 
     Raises:
-        TypeError, ValueError: if the model's output is not logits [N, classes].
+        TypeError, ValueError: if the model's output is not logits [N, classes], or the ball is invalid.
 
     Source: Croce and Hein (ICML 2020), section 5; Carlini et al., "On evaluating adversarial robustness" (2019),
     section 3; Athalye et al., "Obfuscated gradients give a false sense of security" (ICML 2018), section 3.
@@ -39,12 +57,13 @@ def signs_of_masking(model: Model, images: Tensor, labels: Tensor) -> list[str]:
         >>> from sparse_adv import attacks, models
         >>> net = models.build("digits_cnn", width=8)
         >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
-        >>> attacks.signs_of_masking(net, images, labels)
+        >>> attacks.signs_of_masking(net, images, labels, eps=0.1)
         []
         >>> attacks.signs_of_masking(lambda x: net(x).softmax(1), images, labels)
         ['the outputs are probabilities and not logits: attacks need the values before the softmax']
     """
     module, _ = as_module(model)
+    ball = None if eps is None else ball_around(images, eps, norm, lo, hi)
     found = []
     with torch.inference_mode(False), bn_mode(module, "eval"):
         reference = Autograd(module)
@@ -54,7 +73,8 @@ def signs_of_masking(model: Model, images: Tensor, labels: Tensor) -> list[str]:
         missing = logits.isnan().any(1)
         if missing.any():
             found.append(f"the outputs of {int(missing.sum())} of {len(images)} images are NaN: they count as wrong")
-        if not torch.equal(logits.nan_to_num(), again.nan_to_num()):
+        random = not torch.equal(logits.nan_to_num(), again.nan_to_num())
+        if random:
             found.append(
                 'the outputs differ between two calls: average gradients (eot_iter, AutoAttack\'s version "rand")'
             )
@@ -65,4 +85,33 @@ def signs_of_masking(model: Model, images: Tensor, labels: Tensor) -> list[str]:
         zero = int((gradient.flatten(1).nan_to_num() == 0).all(1).sum())
         if zero > _TOO_MANY * len(images):
             found.append(f"the gradient is zero at {zero} of {len(images)} images: gradient attacks cannot move them")
+        elif ball is not None and not random:
+            found += _signs_of_attacks(reference, images, labels, ball)
     return found
+
+
+def _signs_of_attacks(reference: Autograd, images: Tensor, labels: Tensor, ball: Ball) -> Iterator[str]:
+    """Compare the steps of an attack, and attacks in a ball and in one that is twice as large."""
+    first, last, robust = _attacked(reference, images, labels, ball)
+    if last < first:
+        yield (
+            f"the loss of PGD does not rise with its steps: {first:.3g} after the first, {last:.3g} after {_STEPS}; "
+            "attacks from random starts, or without gradients, may find more"
+        )
+    _, _, robust_in_larger = _attacked(reference, images, labels, ball._replace(eps=2 * ball.eps))
+    if robust_in_larger > robust + _CHANCE * len(images):
+        yield (
+            f"robust accuracy rises with eps: PGD leaves {robust} of {len(images)} images robust, and "
+            f"{robust_in_larger} where eps is twice as large"
+        )
+
+
+def _attacked(reference: Autograd, images: Tensor, labels: Tensor, ball: Ball) -> tuple[float, float, int]:
+    """The mean cross-entropy after the first and the last step of PGD, and the number of images it leaves robust."""
+    adv, losses = images, []
+    for _ in range(_STEPS):
+        gradient = reference.gradient(adv, lambda logits: F.cross_entropy(logits, labels, reduction="none"))
+        adv = movement.step(adv, gradient, images, ball.eps / 4, ball)
+        logits = reference.logits(adv)
+        losses.append(F.cross_entropy(logits, labels).item())
+    return losses[0], losses[-1], int(is_correct(logits, labels).sum())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import Ball, as_norm, ball_around, into_ball
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import cross_entropy
@@ -17,7 +18,7 @@ from sparse_adv.attacks.queries import Queries, advantage, private_generator, ru
 from sparse_adv.ops.arguments import check_number
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""After how many of 10000 queries the share of changed pixels is halved."""
+"""The share of changed pixels is halved after these numbers of queries, of 10000."""
 
 
 def square(
@@ -54,7 +55,7 @@ def square(
             each image.
         queries: passes forward for each image and restart, with the one of the start.
         p_init: share of the pixels that the first squares change, in (0, 1].
-        restarts: number of searches for each image that the searches before did not break.
+        restarts: number of searches for each image; a restart attacks the images that are still robust.
         targeted: search for images of the classes `labels` instead of images of other classes.
         generator: one number is drawn of it; None for PyTorch's global generator.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
@@ -113,7 +114,7 @@ class Square(Attack):
     """`attacks.square` bound to a model, with the interface of torchattacks.Square.
 
     Args:
-        model, eps, p_init: as in `attacks.square`.
+        model, eps, p_init, search: as in `attacks.square`.
         norm: "Linf" or "L2".
         n_queries, n_restarts: `queries` and `restarts` of `attacks.square`.
         loss: "margin"; the only one, kept for its place among the arguments.
@@ -144,16 +145,16 @@ class Square(Attack):
         resc_schedule: bool = True,
         seed: int = 0,
         verbose: bool = False,
+        **search: Unpack[SearchOptions],
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **search)
         if loss != "margin" or not resc_schedule:
             raise ValueError(f'loss must be "margin" and resc_schedule True, got {loss!r} and {resc_schedule}')
         self.norm, self.eps, self.p_init, self.seed = norm, eps, p_init, seed
         self.n_queries, self.n_restarts = n_queries, n_restarts
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        assert labels is not None
         return square(
             model,
             images,
@@ -165,6 +166,7 @@ class Square(Attack):
             restarts=self.n_restarts,
             targeted=targeted,
             generator=torch.Generator().manual_seed(self.seed),
+            **self.search,
         )
 
 

@@ -27,10 +27,10 @@ from sparse_adv.training import distributed
 SPARSITIES = {"weights": (90, 95, 99), "filters": (50, 75, 90)}
 """Percent of the weights, or of the filters, that the benchmark's networks have pruned."""
 TOLERANCE = 0.5
-"""By how many points the measured percentage may differ."""
+"""The measured percentage may differ by this many points."""
 
 FMN_FIRST, FMN_IMAGES, FMN_STEPS, FMN_EPS = 2048, 128, 200, 8 / 255
-"""The benchmark tunes on the images before and attacks these; fewer images: the last ones."""
+"""The benchmark attacks 128 images from number 2048 on, and tunes on those before; of fewer images, the last 128."""
 
 ROW, MARKDOWN = "row.json", "row.md"
 
@@ -93,7 +93,7 @@ class Options:
 
 
 class Sparsity(NamedTuple):
-    """Percent of the weights that are zero, and of the convolutions' filters that have no other."""
+    """Percent of the weights that are zero, and of the convolutions' filters whose weights are all zero."""
 
     weights: float
     filters: float
@@ -247,7 +247,7 @@ def _fmn(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[str, Any]:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes, of the GPU where one is used, else of the process."""
+    """The peak memory in bytes: of the GPU where one is used, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

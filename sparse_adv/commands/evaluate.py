@@ -31,9 +31,9 @@ CHECKED_IMAGES = 64
 class Options:
     """Measure accuracy, clean and under attack: a run's best weights, a ticket or any pruned checkpoint.
 
-    By default the attacks are FGSM, PGD-20 on the cross-entropy, and PGD-50 on the margin from 5 random starts, one
-    success of which counts. The accuracies are upper bounds of robust accuracy, good for comparing runs. Published
-    numbers need --attack autoattack: APGD-CE, targeted APGD, targeted FAB and Square, each on the survivors.
+    By default the attacks are FGSM, PGD-20 on the cross-entropy, and PGD-50 on the margin from 5 random starts, of
+    which one success is enough. The accuracies are upper bounds of robust accuracy, good for comparing runs. Published
+    numbers need --attack autoattack: APGD-CE, targeted APGD, targeted FAB and Square, each on images still robust.
     Under torchrun the processes share the images; AutoAttack runs in one process.
 
     Args:
@@ -42,7 +42,7 @@ class Options:
         split: images to measure on.
         images: measure on the first N images only, at least 1.
         attack: bound, which is quick, or autoattack.
-        state: file to which AutoAttack saves where it is, and from which it goes on if it exists.
+        state: file of AutoAttack's progress; if it exists, the attack continues from there.
         out: also write the result to this JSON file.
         eps: radius of the perturbation ball; the default is the run's, or 8/255.
         alpha: step size of PGD; the default is eps / 4.
@@ -179,7 +179,7 @@ def _bound(
     meaning = f"robust accuracy is at most {lowest:.1%}: an upper bound; for a number to report, --attack autoattack"
     device = model_device(model)
     x, y = (tensor[:CHECKED_IMAGES].to(device) for tensor in (images.images, images.labels))
-    return Measured(accuracies, meaning, attacks.signs_of_masking(model, data.to_unit(x), y))
+    return Measured(accuracies, meaning, attacks.signs_of_masking(model, data.to_unit(x), y, **ball))
 
 
 def _autoattack(

@@ -1,4 +1,4 @@
-"""From the dataclass of a command's options to its flags, its help and its config file, and back.
+"""Turns the dataclass of a command's options into flags, help and a config file, and parses these into the dataclass.
 
 A command is a module with a dataclass `Options`, whose docstring is the help, and a function `run(Options) -> int`.
 Fields that are dataclasses themselves (`TrainConfig`, ...) give a flag for each of their fields.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _LARGEST = 3.4e38
-"""Of the numbers that float32 has."""
+"""Largest number that a float32 can hold, rounded down."""
 
 
 def make_plain(record: DataclassInstance) -> None:

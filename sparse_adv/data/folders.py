@@ -29,7 +29,7 @@ _SUFFIXES = {
 _NO_IMAGES = ("thumbs.db", "desktop.ini")
 _NOTES = (".txt", ".md", ".csv", ".json", ".xml")
 _MAX_PIXELS = 1 << 24
-"""Of an image: larger ones are damaged, or meant to fill the memory."""
+"""Largest number of pixels of an image: larger ones are damaged, or made to fill the memory."""
 _SPLITS = {"test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 """Folders beside train, and what their images are for."""
 _TEST_EVERY = 10

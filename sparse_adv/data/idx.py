@@ -17,7 +17,7 @@ _CLASSES = 10
 _UINT8 = 8
 """Code of the element type in the header of an idx file."""
 _MAX_BYTES = 256 << 20
-"""Of a file, unpacked; MNIST has 45 MiB."""
+"""Largest size of a file, unpacked; the largest of MNIST has 45 MiB."""
 _PARTS = ("train", "t10k")
 
 

@@ -1,9 +1,8 @@
 """The engine: logits and input gradients of a whole model as a short list of fused steps.
 
-An attack needs the gradient of the input and no other. In eval mode BatchNorm is then part of the convolution before
-it, and the ReLU and the addition of a residual are the end of the convolution's kernel; on the way back, so are the
-gate of a ReLU and the addition of another branch's gradient. What cannot be fused is left to autograd, operation by
-operation.
+An attack needs the gradient of the input and no other. So in eval mode BatchNorm is folded into the convolution before
+it, and the convolution's kernel also adds the residual and applies the ReLU; in the backward pass it applies the gate
+of a ReLU and adds another branch's gradient. Operations that cannot be fused are left to autograd.
 """
 
 from sparse_adv.engine.dispatch import Autograd, InputGradients, explain, input_gradients

@@ -31,7 +31,7 @@ class Buffer:
 
 @dataclass(eq=False)
 class _Lifetime:
-    """From the moment a result is computed until it is read for the last time; steps forward and back are moments."""
+    """From the step that computes a result to the last one that reads it; forward and backward steps are numbered."""
 
     value: Value
     begin: int
@@ -41,7 +41,7 @@ class _Lifetime:
 def plan(
     steps: Sequence[Step], input: Value, output: Value, kernels: Kernels, device: torch.device
 ) -> tuple[Mapping[Value, Place], Mapping[Value, Place]]:
-    """Return where each value and each gradient is written, if the kernel can choose."""
+    """Return the memory planned for each value and each gradient; a kernel that allocates its result ignores it."""
     forward = {step: moment for moment, step in enumerate(steps)}
     backward = {step: 2 * len(steps) - moment for step, moment in forward.items()}
     values: list[_Lifetime] = []
@@ -57,7 +57,7 @@ def plan(
         first = min((backward[reader] for reader in value.readers), default=len(steps))
         gradients[value] = _Lifetime(value, first, backward[step])
     for step in steps:
-        # A gradient that is passed on, such as that of a sum to its residual, lasts as long as those it becomes.
+        # The gradient of a sum is passed on as that of its residual without a copy, so it lives as long as that one.
         passed_on = max((gradients[value].end for value in step.passes_on()), default=0)
         for value in step.outputs:
             gradients[value].end = max(gradients[value].end, passed_on)
@@ -84,7 +84,7 @@ def gates(steps: Sequence[Step], kernels: Kernels, device: torch.device) -> dict
 
 
 def read_last(steps: Sequence[Step], output: Value, kernels: Kernels) -> list[list[Value]]:
-    """For each step the values that no later step reads, in the pass forward or in the one back."""
+    """For each step the values that no later step reads, forward or backward."""
     last = {value: step for step in steps for value in step.inputs}
     needed = {value for value in last if value.kept or (value.rectified and kernels.value_is_gate)} | {output}
     return [[value for value in {*step.inputs} - needed if last[value] is step] for step in steps]

@@ -26,7 +26,7 @@ CAPACITY = 4
 
 _CHECKED_IMAGES = 2
 _TOLERANCE = 1e-4
-"""Greatest relative error of a gradient in float64, where no ReLU opens in one and not in the other by rounding."""
+"""Greatest relative error of a gradient; in float64 rounding hardly ever changes the sign of a ReLU's input."""
 
 
 class Autograd:
@@ -49,7 +49,7 @@ class Autograd:
 
 
 InputGradients = Program | Autograd
-"""What forms the gradients of a model's input."""
+"""The program, or autograd, that forms the gradients of a model's input."""
 
 
 @dataclass
@@ -67,16 +67,24 @@ _entries: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = weakref
 
 @contextmanager
 def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Iterator[InputGradients]:
-    """What forms the gradients of a model's input while its weights do not change.
+    """A context that gives logits and input gradients of a model, whose weights must not change meanwhile.
 
-    The first time that a model is seen in this state with an input of this shape, its steps are made, and their
-    gradient is compared with autograd's on a few images. If they differ, or the model cannot become steps, autograd
-    forms the gradients, now and later, and a log message says why.
+    The first time that a model is seen in this state with an input of this shape, its program is made, and the
+    program's gradient is compared with autograd's on a few images. If they differ, or the model cannot be turned into
+    a program, autograd forms the gradients, now and later, and a log message says why.
 
     Args:
-        model: any module, in the modes in which it is to run.
-        x: a batch of its input.
+        model: any module, in the modes (training or eval) in which it is to run.
+        x: float tensor [N, ...], a batch of its input, on any device.
         use_engine: False to let autograd form the gradients.
+
+    Returns:
+        A context manager whose value has two methods: `logits(x)` returns the model's output, and
+        `gradient(x, loss)` the gradient of the sum of loss(logits) with respect to x, with the shape of x.
+
+    Raises:
+        Exception: from the two methods, whatever the model itself raises. A model that the engine cannot run raises
+            nothing.
 
     Examples:
         >>> import torch
@@ -106,6 +114,16 @@ def explain(model: nn.Module, x: Tensor) -> list[str]:
 
     For a model in training mode, also say what `fuse_for_training` fuses.
 
+    Args:
+        model: any module, in the modes in which it is to run.
+        x: float tensor [N, ...], a batch of its input.
+
+    Returns:
+        One line for each step, or a line with the reason why autograd forms the gradients.
+
+    Raises:
+        Nothing for a model that the engine cannot run: the reason is returned.
+
     Examples:
         >>> import torch
         >>> from torch import nn
@@ -126,7 +144,7 @@ def _explain_training(model: nn.Module, x: Tensor) -> list[str]:
     if not any(module.training for module in model.modules()):
         return []
     graph = graph_for_training(model, x)
-    return [f"PyTorch trains it alone: {graph}"] if isinstance(graph, str) else graph.fused
+    return [f"training is not fused: {graph}"] if isinstance(graph, str) else graph.fused
 
 
 def _entry_of(model: nn.Module, x: Tensor) -> _Entry:
@@ -150,7 +168,7 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
         return _Entry(reason="a part of it is in training mode")
     if x.is_inference():
         x = x.clone()  # autograd cannot use it otherwise
-    # A model may draw random numbers; those drawn here must not change what it draws later.
+    # A model may draw random numbers: the draws of this trial must not change later ones.
     with KeptGenerators(x.device):
         try:
             _check(model, x[:_CHECKED_IMAGES])

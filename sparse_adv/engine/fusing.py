@@ -31,17 +31,18 @@ class Fusion:
     """The steps of a traced model in eval mode.
 
     Steps are made in the order of the operations. A BatchNorm, an addition or a ReLU is fused into the step that made
-    its operand if nothing else reads that operand. Of two such steps before an addition the later one takes it, and
-    moves behind the other operand: it may, since the addition is its only reader.
+    its operand if nothing else reads that operand. If both operands of an addition come from such steps, the addition
+    is fused into the later step. That step is moved to the end of the list, so that it runs after the other operand is
+    computed; nothing before the end reads its result, because the addition was its only reader.
     """
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._values: dict[fx.Node, Value] = {}
-        """The value of each node whose result is a tensor that depends on the input, and is not inside of a step."""
+        """The value of each node whose result depends on the input and is a step's output, not an intermediate one."""
         self._makers: dict[Value, FusedStep] = {}
         self._runs: list[Step | list[fx.Node]] = []
-        """Steps, and between them operations in a row that are left to autograd."""
+        """Steps, and lists of consecutive operations that are left to autograd."""
         for node in trace.graph.nodes:
             self._visit(node)
         self.input = self._values[trace.input]
@@ -139,11 +140,11 @@ class Fusion:
         return len(values) == 2 and all((v.shape, v.dtype) == (result.shape, result.dtype) for v in values)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
-        """The arguments of a node that have values."""
+        """The arguments of a node that are values of this fusion."""
         return [source for source in node.args if isinstance(source, fx.Node) and source in self._values]
 
     def _leave(self, node: fx.Node, result: Any) -> None:
-        """Leave an operation to autograd, in one step with others that follow each other."""
+        """Leave an operation to autograd; consecutive ones become one step."""
         if not isinstance(result, Tensor | tuple | list) or not _holds_tensors(result):
             return  # a constant for this shape of input
         last = self._runs[-1] if self._runs else None
@@ -191,7 +192,7 @@ def _pads_with_zeros(conv: nn.Conv2d) -> bool:
 
 
 def _pool_size(pool: nn.MaxPool2d) -> tuple[int, int] | None:
-    """Rows and columns of a pooling's windows, if they touch and do not overlap; else None."""
+    """Rows and columns of a pooling's windows, if they lie side by side without overlap or gap; else None."""
     size, stride, padding, dilation = map(_pair, (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     plain = type(pool).forward is nn.MaxPool2d.forward and not (pool.ceil_mode or pool.return_indices)
     return (

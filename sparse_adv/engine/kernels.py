@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sparse_adv.nn import MaskedConv2d
 
 Place = Callable[[], Tensor]
-"""Returns the memory that is planned for a result, of which a kernel may make use."""
+"""Returns the memory that is planned for a result; a kernel may use it or allocate its own."""
 
 
 class Epilogue(NamedTuple):
-    """What a kernel does before it writes a result y: scale[c] * y + bias[c] + residual, then a ReLU or a gate."""
+    """The last part of a kernel, before it writes a result y: scale[c] * y + bias[c] + residual, then ReLU or gate."""
 
     scale: Tensor | None = None
     bias: Tensor | None = None
@@ -26,7 +26,7 @@ class Epilogue(NamedTuple):
     gate_out: Tensor | None = None
     """Memory for the gate of the ReLU."""
     gate: Tensor | None = None
-    """Of a ReLU, in the pass back: the result is 0 where that ReLU let nothing through."""
+    """The gate of a ReLU, in the backward pass: the result is 0 where that ReLU's output was 0."""
 
     @property
     def is_empty(self) -> bool:
@@ -34,7 +34,7 @@ class Epilogue(NamedTuple):
 
 
 def fold_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """The factor and the summand per channel, in at least float32, that BatchNorm is in eval mode."""
+    """BatchNorm in eval mode as a factor and a summand for each channel, in at least float32."""
     assert norm.running_mean is not None and norm.running_var is not None
     dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
@@ -81,7 +81,7 @@ class Convolution:
         self.bias = None if bias is None else bias.to(dtype)
 
     def masked(self, weight: Tensor) -> Tensor:
-        """The weight as the passes may read it: with zeros where it is pruned, unless they do not read those."""
+        """The weight with zeros where it is pruned; kernels that read only kept weights may skip this."""
         return torch.where(self.layer.weight_mask, weight, 0) if isinstance(self.layer, MaskedConv2d) else weight
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
@@ -106,7 +106,7 @@ class Convolution:
 
 
 class Kernels:
-    """What a device supplies: a memory format for images, gates, and the functions below.
+    """The functions that a device supplies, with a memory format for images and for gates.
 
     Args:
         dtype: of the arithmetic.
@@ -137,7 +137,7 @@ class Kernels:
         return Convolution(layer, norm, shape, self)
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
-        """The maximum of windows that do not overlap, and which element of each it is, in `index` if there is room."""
+        """The maximum of windows that do not overlap, and its position in each window, in `index` unless it is None."""
         return F.max_pool2d_with_indices(x, size)
 
     def max_pool_grad(
@@ -149,7 +149,7 @@ class Kernels:
         return self.finish(self.plain(backward(grad, unread, size, size, (0, 0), (1, 1), False, index)), epilogue)
 
     def finish(self, result: Tensor, epilogue: Epilogue) -> Tensor:
-        """The epilogue of a kernel that has none, in the memory of its result."""
+        """Apply an epilogue to the result of a kernel that cannot, in place."""
         return result if epilogue.is_empty else self.pointwise(result, epilogue, lambda: result)
 
     def pointwise(self, x: Tensor, epilogue: Epilogue, place: Place | None = None) -> Tensor:

@@ -64,7 +64,7 @@ class MaskedConvolution(Convolution):
     def masked(self, weight: Tensor) -> Tensor:
         plan = self.layer.plan(self.kernels.empty(self.shape, weight.device))
         if plan.forward.kernel == plan.grad_input.kernel == "sparse":
-            return weight  # zeros would be most of the time of folding
+            return weight  # writing the zeros would take most of the time of folding
         return super().masked(weight)
 
     def fold(self) -> None:
@@ -101,7 +101,7 @@ class DenseConvolution(Convolution):
 
 
 def best_memory_format(convolutions: Iterable[tuple[nn.Conv2d, torch.Size]]) -> torch.memory_format:
-    """NCHW if most of the work is that of sparse kernels, which are fastest there, else channels_last, as for oneDNN.
+    """NCHW if most of the MACs are those of sparse kernels, which are fastest there; else channels_last, for oneDNN.
 
     Args:
         convolutions: with the shapes of their inputs.

@@ -1,6 +1,6 @@
 """The arithmetic of the steps on CUDA: the block kernels of this library, cuDNN with fused bias, residual and ReLU.
 
-The output of a ReLU is its own gate here: it is kept until the pass back.
+The output of a ReLU is its own gate here: it is kept until the backward pass.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CudaKernels(Kernels):
 
 
 class CudnnConvolution(Convolution):
-    """A convolution by cuDNN, which fuses what comes before a ReLU in the forward pass and nothing in the one back."""
+    """A convolution by cuDNN, which fuses bias, residual and ReLU in the forward pass, and nothing in the backward."""
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         if not epilogue.relu or x.dtype == torch.float64:

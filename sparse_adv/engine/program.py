@@ -1,4 +1,4 @@
-"""A model as a list of fused steps: logits forward, the gradient of the input back."""
+"""A model as a list of fused steps: logits in the forward pass, the gradient of the input in the backward pass."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Program:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the arithmetic."""
+        """Dtype of the arithmetic."""
         return self._kernels.dtype
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that the pass forward keeps for the pass back, without what autograd keeps for its operations."""
+        """Bytes of the results and gates kept for the backward pass, without what autograd keeps for its operations."""
         kept = {value for step in self.steps for value in step.outputs if value.kept or self._is_own_gate(value)}
         values = sum(math.prod(value.shape) * value.dtype.itemsize for value in kept)
         return values + sum(gate.nbytes for gate in self._gates.values())
@@ -117,8 +117,8 @@ def choose_kernels(steps: Sequence[Step], x: Tensor) -> Kernels:
 def padded_batch(count: int) -> int:
     """The batch size that a batch of this size is padded to: the next of 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, ...
 
-    So an evaluation that attacks only the images which are still classified correctly, another number in each batch,
-    needs few programs, at the price of a quarter more work at most.
+    An evaluation attacks only the images that are still classified correctly, so the size changes from batch to batch.
+    With these sizes it needs few programs, and computes a quarter more at most.
 
     Examples:
         >>> [padded_batch(count) for count in (7, 8, 9, 33, 100, 128)]

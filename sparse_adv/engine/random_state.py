@@ -1,4 +1,4 @@
-"""The global generators of random numbers, which continue where they were after the engine has tried a model out."""
+"""Restores the global generators of random numbers after the engine has tried a model out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class KeptGenerators(TorchDispatchMode):
     """A context whose code may draw from the global generators; at the end they are as they were.
 
-    A generator that was not used is not written, because other threads may draw from it meanwhile. PyTorch's are
-    watched in this thread alone; of those of Python and NumPy the states are compared, so that a draw by another thread
-    counts as well.
+    A generator that was not used is not written, because other threads may draw from it meanwhile. Draws from PyTorch's
+    generators are seen in this thread alone. For those of Python and NumPy the states before and after are compared, so
+    a draw by another thread counts too.
 
     Args:
         device: whose generator is kept beside that of the CPU.

@@ -1,4 +1,4 @@
-"""The steps of an engine, each with its pass forward and its pass back."""
+"""The steps of an engine, each with its forward and its backward pass."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Step(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What the step computes."""
+        """Say what the step computes."""
 
 
 class FusedStep(Step):
@@ -151,7 +151,7 @@ class LinearStep(FusedStep):
 
 
 class PointwiseStep(FusedStep):
-    """act(batch_norm(x) + residual), for what follows no convolution that it could be fused into."""
+    """act(batch_norm(x) + residual), where there is no convolution before it to fuse these operations into."""
 
     def __init__(self, name: str, norm: _BatchNorm | None, input: Value, output: Value) -> None:
         super().__init__(name, input, output)
@@ -179,13 +179,13 @@ class PointwiseStep(FusedStep):
 
 
 class MaxPoolStep(FusedStep):
-    """The maximum of windows that touch and do not overlap."""
+    """The maximum of windows that lie side by side, without overlap or gap."""
 
     def __init__(self, name: str, size: tuple[int, int], input: Value, output: Value) -> None:
         super().__init__(name, input, output)
         self.size = size
         self._index: Tensor | None = None
-        """Which element of each window is the largest."""
+        """Position of the largest element in each window."""
 
     def _parts(self) -> list[str]:
         return ["max pooling"]
@@ -205,9 +205,9 @@ class AutogradStep(Step):
     Args:
         model: the root of the modules and tensors that the nodes name.
         nodes: the operations, in their order.
-        reads: the value of each node outside of the step that they read.
-        makes: the value of each of the nodes whose result others read.
-        constants: results of nodes outside of the step that are no tensors.
+        reads: the nodes outside of the step whose results it reads, with their values.
+        makes: those of its nodes whose results other steps read, with their values.
+        constants: the nodes outside of the step whose results it reads and that are no tensors, with the results.
     """
 
     def __init__(
@@ -267,11 +267,11 @@ class AutogradStep(Step):
 
 
 def operation_of(model: nn.Module, node: fx.Node) -> Callable[..., Any]:
-    """What a node calls. It holds no reference to the model itself, so that the model can be freed before its steps."""
+    """The function that a node calls. It does not refer to the model, so the model can be freed before its steps."""
     if node.op == "call_module":
         return model.get_submodule(str(node.target))
     if node.op == "call_method":
-        # The engine's memory format may be another than the model's, and `view` refuses what `reshape` copies.
+        # The engine's memory format may differ from the model's; `view` may then be impossible where `reshape` copies.
         is_view = node.target == "view" and not any(isinstance(arg, torch.dtype) for arg in node.args)
         name = "reshape" if is_view else str(node.target)
         return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)

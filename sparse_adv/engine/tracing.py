@@ -31,7 +31,7 @@ _IN_PLACE = {
     "div_": operator.truediv,
     "relu_": torch.relu,
 }
-"""Operations that overwrite their first argument, and those that compute the same without doing so."""
+"""For each operation that overwrites its first argument, the one that computes the same into a new tensor."""
 
 _RELU = {torch.relu, F.relu, "relu"}
 _ADD = {operator.add, torch.add, "add"}
@@ -57,7 +57,7 @@ _NEW_RESULT = (
 """Modules whose result shares no memory with another tensor."""
 
 _NEW_RESULT_FUNCTIONS = (torch.add, torch.mul, torch.cat, F.relu, F.conv2d, F.linear, F.batch_norm, F.avg_pool2d)
-"""Functions of which the same is true."""
+"""Functions whose result shares no memory with another tensor."""
 
 
 class NotTraceable(Exception):
@@ -70,12 +70,12 @@ class Trace:
 
     model: nn.Module
     graph: fx.Graph
-    """Without in-place operations."""
+    """The operations, without in-place ones."""
     input: fx.Node
     output: fx.Node
     """The node whose result the model returns."""
     results: dict[fx.Node, Any]
-    """Of each node: for a tensor one of the same shape and dtype, on the meta device; else the value itself."""
+    """The result of each node; of a tensor only shape and dtype, as a tensor on the meta device."""
 
 
 def trace(model: nn.Module, x: Tensor) -> Trace:
@@ -154,7 +154,7 @@ def _first_line(error: Exception) -> str:
 
 
 class _Tracer(Tracer):
-    """Calls the layers that the engine knows, and modules with hooks, as a whole."""
+    """Records masked layers and modules with hooks as one call each, without looking inside."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -192,7 +192,7 @@ def _default_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def _drop_defaults(graph: fx.Graph) -> None:
-    """Remove the arguments that have defaults, of which the trace holds the values, and torch.fx's checks of them."""
+    """Remove the arguments that have defaults, and torch.fx's checks of them: the trace holds the default values."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     dropped = {node: None for node in inputs[1:] if not str(node.target).startswith("*")}
     for node in graph.nodes:
@@ -203,7 +203,7 @@ def _drop_defaults(graph: fx.Graph) -> None:
 
 
 def _make_functional(model: nn.Module, graph: fx.Graph) -> None:
-    """Replace in-place operations by others whose results all later readers of the overwritten tensor get.
+    """Replace in-place operations by ones with a new result, which later readers of the overwritten tensor then read.
 
     Raises:
         NotTraceable: if a tensor is overwritten that may have other views, or by an unknown operation.

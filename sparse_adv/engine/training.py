@@ -28,7 +28,7 @@ _TOLERANCE = 1e-6
 """Greatest relative error of the gradients in float64."""
 
 _made: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, TrainingGraph | str]] = weakref.WeakKeyDictionary()
-"""Of each model the graphs by its state, or why there is none."""
+"""For each model and each of its states the graph, or the reason why there is none."""
 _lock = threading.Lock()
 
 
@@ -64,14 +64,15 @@ class NormAct:
 class TrainingGraph(nn.Module):
     """Runs the operations of a model, with its own modules and their hooks, and each BatchNorm as `NormAct`.
 
-    The model's modules are not registered here: parameters, modes and states stay the model's affair.
+    The model's modules are not registered here, so parameters(), train() and state_dict() of this module are empty or
+    without effect: call those of the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         graph = graph_of(model)
         self.fused = list(_fuse(model, graph))
-        """What was fused, a line each."""
+        """One line for each fused op."""
         nodes = [node for node in graph.nodes if node.op != "output"]
         (end,) = (node for node in graph.nodes if node.op == "output")
         (self._input, *others) = [node for node in nodes if node.op == "placeholder"]
@@ -97,7 +98,7 @@ class TrainingGraph(nn.Module):
 
 
 def fuse_for_training(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return what computes the same as a model in its current modes, faster; the model itself where nothing is faster.
+    """Return a module that computes the same as a model in its current modes, faster; else the model itself.
 
     On a CPU and on CUDA each BatchNorm2d in training mode, an addition that follows it and a ReLU become one op,
     `ops.batch_norm_act`, with 2 to 8 passes over memory forward and back where PyTorch needs 8 to 16. Weights,
@@ -107,8 +108,14 @@ def fuse_for_training(model: nn.Module, x: Tensor) -> nn.Module:
     make the host wait for a GPU, so a CUDA graph can hold them.
 
     Args:
-        model: any module. It must not be changed between this call and that of what is returned.
-        x: a batch of its input.
+        model: any module. It must not be changed between this call and the call of the returned module.
+        x: float tensor [N, ...], a batch of its input.
+
+    Returns:
+        A module to be called with x in place of the model, once. It holds no parameters of its own.
+
+    Raises:
+        Exception: when it is called, whatever the model itself raises. A model that cannot be fused raises nothing.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
@@ -136,7 +143,7 @@ def graph_for_training(model: nn.Module, x: Tensor) -> TrainingGraph | str:
         if made is None:
             made = _make(model, x)
             if isinstance(made, str):
-                log.info("PyTorch trains this %s alone: %s", type(model).__name__, made)
+                log.info("training of this %s is not fused: %s", type(model).__name__, made)
         graphs[key] = made  # now the last one
         while len(graphs) > CAPACITY:
             del graphs[next(iter(graphs))]
@@ -192,7 +199,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _is_fusible(norm: nn.BatchNorm2d) -> bool:
     plain = type(norm).forward is nn.BatchNorm2d.forward and "forward" not in vars(norm)
     tracks = norm.track_running_stats or norm.running_mean is None
-    # The share of a batch in an average over all batches is a number that the host reads.
+    # An average over all batches (momentum=None) divides by their number, which the host would read from the GPU.
     waits = norm.momentum is None and norm.running_mean is not None and norm.running_mean.device.type != "cpu"
     return plain and norm.training and tracks and not waits and not has_hooks(norm)
 
@@ -214,7 +221,7 @@ def _check(model: nn.Module, x: Tensor) -> None:
         states = [buffer.double() for buffer in copied.buffers()]
         return [logits.detach(), *(g if g is not None else x.new_zeros(1) for g in gradients), *states]
 
-    # What is drawn here must not change what the model draws later.
+    # The random numbers drawn here must not change those that the model draws later.
     with KeptGenerators(x.device) as generators, torch.autocast(x.device.type, enabled=False), torch.enable_grad():
         try:
             first, second = detached_copy(model).double(), detached_copy(model).double()

@@ -1,4 +1,4 @@
-"""What flows between the steps of an engine: values, and the tensors that they are in one pass forward and back."""
+"""The values that steps of an engine exchange, and the tensors of these values in one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Value:
 
 
 class Pass:
-    """The tensors of one pass forward, and of the pass back that may follow.
+    """The tensors of one forward pass, and of the backward pass that may follow.
 
-    The gradient that is kept for the output of a ReLU is the gradient of the ReLU's input: the last reader that
-    contributes to it also applies the gate, which is what the ReLU let through. So a gradient is never read only to be
-    gated or added to.
+    For the output of a ReLU the gradient of the ReLU's *input* is stored: the last step that contributes to it also
+    applies the gate (the gradient is 0 where the ReLU's output was 0). So no pass over memory only gates or adds
+    gradients.
     """
 
     differentiable: bool
-    """Whether a pass back may follow."""
+    """Whether a backward pass may follow."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Pass:
         self._values: dict[Value, Tensor] = {}
         self._gradients: dict[Value, Tensor] = {}
         self._unread: dict[Value, int] = {}
-        """Of each value, how many of its readers have not contributed to its gradient yet."""
+        """For each value the number of its readers that have not contributed to its gradient yet."""
 
     def __getitem__(self, value: Value) -> Tensor:
         return self._values[value]
@@ -71,11 +71,11 @@ class Pass:
         return self._places[value]
 
     def gate(self, value: Value) -> Tensor | None:
-        """Where the gate of a value is written; None if no gradient is wanted, or the value itself is the gate."""
+        """The memory for the gate of a value; None if no gradient is wanted, or the value itself is the gate."""
         return self._gates.get(value)
 
     def start_gradient(self, value: Value, gradient: Tensor) -> None:
-        """Set the gradient of the model's output, of which the pass back begins."""
+        """Set the gradient of the model's output, with which the backward pass begins."""
         gate = self._gate_of(value) if value.rectified else None
         self._gradients[value] = gradient if gate is None else self.kernels.pointwise(gradient, Epilogue(gate=gate))
 
@@ -88,8 +88,8 @@ class Pass:
 
         Args:
             value: one that the step reads.
-            compute: returns the new gradient, given an epilogue with the gradient so far, to be added, and the gate to
-                apply, if there are such, and the place of the result.
+            compute: called with an epilogue and the place of the result, returns the new gradient. The epilogue holds
+                the sum of the earlier contributions as residual and the gate to apply; either may be None.
         """
         self._unread[value] = unread = self._unread.get(value, len(value.readers)) - 1
         gate = self._gate_of(value) if value.rectified and not unread else None
@@ -99,7 +99,7 @@ class Pass:
             self._gradients[value] = gradient
 
     def pass_on(self, value: Value, gradient: Tensor | None) -> None:
-        """Add a gradient as it is, without a copy if it is the first; None where there is none."""
+        """Add a gradient as it is, without a copy if it is the first; None adds nothing."""
 
         def compute(epilogue: Epilogue, place: Place) -> Tensor | None:
             terms = [self.kernels.plain(term) for term in (gradient, epilogue.residual) if term is not None]

@@ -39,10 +39,10 @@ class _Tiles(NamedTuple):
     """How images are divided into tiles; the kernels' arguments of these names."""
 
     positions: int
-    """Of one channel, with padding."""
+    """Positions of one channel, with padding."""
     channels: int
     rows: int
-    """Of one NCHW image; 1 if the gate needs no whole bytes at the end of a row, so that an image is one row."""
+    """Rows of one NCHW image; 1 if no row needs padding for the gate, so that an image is one long row."""
     cols: int
     padded: int
     """Positions of a row."""

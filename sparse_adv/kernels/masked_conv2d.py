@@ -48,14 +48,14 @@ class _Lists(NamedTuple):
 
 
 class _Epilogue(NamedTuple):
-    """What is done to a result: act(result * scale + bias + residual), where act is a ReLU or a gate or nothing."""
+    """The last part of a kernel: act(result * scale + bias + residual), where act is a ReLU or a gate or nothing."""
 
     scale: Tensor | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = False
     gate: Tensor | None = None
-    """As the output: the result becomes 0 where this is not positive."""
+    """Tensor like the output: the result becomes 0 where it is not positive."""
 
 
 def forward(

@@ -20,7 +20,7 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton takes as keyword arguments."""
+        """The keyword arguments for Triton."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 

@@ -1,4 +1,4 @@
-"""Max pooling over windows that touch and do not overlap, and the gradient of its input, in Triton."""
+"""Max pooling with a stride of the window's size, and the gradient of its input, in Triton."""
 
 from __future__ import annotations
 

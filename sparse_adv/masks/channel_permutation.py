@@ -35,10 +35,24 @@ _KNOWN_ENTRIES = {*_PERMUTED[0], "num_batches_tracked"}
 
 @dataclass(frozen=True, eq=False)
 class ChannelPermutation:
-    """A permutation of a model's channels that leaves its function unchanged; `permute_channels` returns it."""
+    """A permutation of a model's channels that leaves its function unchanged; `permute_channels` returns it.
+
+    Examples:
+        >>> from sparse_adv import masks
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+        >>> permutation = masks.permute_channels(model, density=0.5, block=(2, 1), shape=(1, 3, 4, 4))
+        >>> x = torch.rand(1, 3, 4, 4)
+        >>> before = model(x)
+        >>> permutation.apply(model)
+        >>> torch.allclose(model(x), before, atol=1e-6)
+        True
+        >>> permutation.inverse().apply(model)  # each channel is at its old position again
+        >>> model(x).equal(before)
+        True
+    """
 
     channels: dict[DependencyGroup, Tensor]
-    """For each dependency group, int64 [width]: the old number of the channel at each new position."""
+    """The order of each dependency group, int64 [width]: the old number of the channel at each new position."""
     retained: tuple[float, float]
     """Fraction of the squared scores in the blocks that pruning keeps, before and after the permutation."""
 

@@ -31,7 +31,15 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class DependencyGroup:
-    """Channels that all these modules, given by name, number in the same order."""
+    """Channels that several modules, given by name, number in the same order; `dependency_groups` returns them.
+
+    Examples:
+        >>> from sparse_adv import masks
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+        >>> group = masks.dependency_groups(model, (1, 3, 8, 8))[1]
+        >>> group.width, group.producers, group.consumers[0].name, group.fixed
+        (8, ('0',), '2', '')
+    """
 
     width: int
     """Number of channels."""
@@ -150,7 +158,7 @@ class _Interpreter(fx.Interpreter):
         self._ends: dict[str, tuple[_Axis, _Axis]] = {}
         """Input and output of each module called so far."""
         self._parameter_users: dict[int, tuple[str, Sequence[_Axis]]] = {}
-        """By the id of a parameter: the module that used it first, and its input and output."""
+        """Maps the id of a parameter to the module that used it first, and the channels of its input and output."""
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

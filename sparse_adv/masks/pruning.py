@@ -128,11 +128,11 @@ class Candidates:
 
     weights: dict[str, Tensor]
     owner: dict[str, str]
-    """For each layer, the first layer with the same weight: a shared weight is counted and ranked once."""
+    """The first layer with the same weight, for each layer: a shared weight is counted and ranked once."""
     shapes: dict[str, torch.Size]
     """Shapes of the weights that are ranked, by their owner."""
     targets: dict[tuple[str, ...], int]
-    """For each set of layers that is ranked together, the number of weights to keep."""
+    """The number of weights to keep, for each set of layers that is ranked together."""
     score: Score
 
     @classmethod
@@ -237,7 +237,7 @@ def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
 def _first_of_group(
     model: nn.Module, dependency_input: Sequence[int] | Tensor | None, names: Collection[str]
 ) -> dict[str, str]:
-    """For each layer, the first layer of its dependency group; without `dependency_input` the layer itself."""
+    """The first layer of each layer's dependency group; without `dependency_input` the layer itself."""
     first = {name: name for name in names}
     if dependency_input is not None:
         for group in dependency_groups(model, dependency_input):

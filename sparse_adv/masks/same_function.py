@@ -1,4 +1,4 @@
-"""The proof after each change of a model's channels: the function before and after, on a sample."""
+"""Check that a change of a model's channels left its function unchanged, by comparing outputs on a sample."""
 
 from __future__ import annotations
 

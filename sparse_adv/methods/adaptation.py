@@ -9,15 +9,15 @@ from typing import Any
 from sparse_adv.runs import EpochRecord
 
 WINDOW = 4
-"""Changes from one evaluated epoch to the next that are looked at."""
+"""Number of differences between one evaluated epoch and the next that are considered."""
 LEAST_SHARE = 0.5
-"""Fraction of them that has to rise."""
+"""Fraction of the differences that must be positive."""
 MORE_DROPPED, MORE_GROWN = 0.4, 0.05
-"""What is then dropped, or grown, beyond what Flying Bird drops and grows, as a fraction of that."""
+"""Blocks that are then dropped, or grown, in addition, as a fraction of those that Flying Bird drops and grows."""
 
 
 class Adaptation:
-    """Says at each change of the masks whether to drop or to grow more blocks.
+    """Decides at each change of the masks whether to drop or to grow more blocks.
 
     The gap is the accuracy on the adversarial images of the updates less the robust validation accuracy, the loss is
     the one on the validation images under attack. Each is compared with its value at the evaluation before. If at least
@@ -26,7 +26,7 @@ class Adaptation:
     With fewer than four differences those count that there are, and without any nothing changes.
 
     Attributes:
-        gaps, losses: of the last five evaluated epochs.
+        gaps, losses: the values of the last five evaluated epochs.
 
     Source: Chen et al., "Sparsity winning twice" (ICLR 2022), section 3 (Flying Bird+), with the numbers of its code,
     which counts an equal loss as a rising one.
@@ -51,16 +51,16 @@ class Adaptation:
 
     @property
     def more_dropped(self) -> float:
-        """What to drop in addition, as a fraction of what Flying Bird drops."""
+        """Number of blocks to drop in addition, as a fraction of those that Flying Bird drops."""
         return MORE_DROPPED if _rises(self.gaps) else 0.0
 
     @property
     def more_grown(self) -> float:
-        """What to grow in addition, as a fraction of what Flying Bird grows."""
+        """Number of blocks to grow in addition, as a fraction of those that Flying Bird grows."""
         return MORE_GROWN if _rises(self.losses) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a continued run needs."""
+        """Return the state that a continued run needs."""
         return {"gaps": self.gaps, "losses": self.losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Which blocks are dropped, grown or pruned: exact numbers of them, by their scores, on the device of the scores.
+"""Selects the blocks that are dropped, grown or pruned: an exact number, by their scores, on the device of the scores.
 
-Of equal scores the first comes first, in the order of layers, then of indices. So the choice is the same on every
-device, as far as the scores are.
+Among equal scores the first is taken, in the order of layers, then of indices. So equal scores give the same choice on
+every device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Grids = Mapping[str, Tensor]
-"""For each layer a tensor with an element for each block."""
+"""A tensor for each layer, with an element for each block."""
 
 
 def smallest(scores: Tensor, among: Tensor, count: int) -> Tensor:
@@ -36,7 +36,7 @@ def smallest(scores: Tensor, among: Tensor, count: int) -> Tensor:
     largest_finite = torch.finfo(scores.dtype).max
     scores = torch.nan_to_num(scores, nan=0.0, posinf=largest_finite, neginf=-largest_finite)
     candidates = torch.where(among, scores, torch.inf)
-    # A threshold, and not the indices that topk returns, as these are not defined for equal scores.
+    # A threshold instead of the indices that topk returns, since it may return any of several equal scores.
     threshold = candidates.topk(count, largest=False, sorted=False).values.amax()
     below = candidates < threshold
     equal = candidates == threshold
@@ -62,8 +62,8 @@ def drop_and_grow(
         grow: returns the scores by which pruned blocks are grown; it is called only if blocks are replaced.
         groups: sets of layers that are ranked together.
         fraction: of the kept blocks of a group that are dropped, rounded up, in [0, 1].
-        more_dropped, more_grown: what is dropped and grown in addition, as fractions of that number before it is
-            rounded, and then rounded to the nearest integer. So a group keeps at least one block.
+        more_dropped, more_grown: numbers of blocks dropped and grown in addition, as fractions of `fraction` times the
+            kept blocks, rounded to the nearest integer. So a group keeps at least one block.
 
     Returns:
         The new grids of the layers that change. Of n kept blocks a group keeps n - dropped + grown: exactly n, if

@@ -44,8 +44,8 @@ class SparseTraining(UpdateHook):
     flying-bird-plus is Flying Bird until `adapt_from` of the updates; from there on its density follows the training.
     Each change drops 1.4 times as many blocks if the gap between training and validation accuracy under attack grew in
     at least half of the last four evaluations, and grows 1.05 times as many if the validation loss under attack rose in
-    at least half of them, see `methods.Adaptation`; both can be. The numbers are those of a layer, or with scope
-    "global" of all layers together; their last block is never lost. A layer that has become dense stays so.
+    at least half of them, see `methods.Adaptation`; both can apply at once. The numbers are those of a layer, or with
+    scope "global" of all layers together, and at least one block is kept. A layer that has become dense stays dense.
 
     With `permute_channels` the channels are permuted once, before the first pruning of dense weights (gmp,
     `dense_epochs`), with their BatchNorm, momentum and moving average, see `masks.permute_channels`.
@@ -91,7 +91,7 @@ class SparseTraining(UpdateHook):
         self.adaptation = Adaptation() if config.method == "flying-bird-plus" else None
         self.wants_robust_loss = self.adaptation is not None
         self.retained: tuple[float, float] | None = None
-        """Fraction of the squared weights in the blocks kept, before and after channels were permuted, if they were."""
+        """Fraction of the squared weights in the blocks kept, before and after channels were permuted; None if not."""
 
     def check_objective(self, objective: str) -> None:
         """Raise ValueError if the method needs an objective with an attack and this one has none."""
@@ -111,7 +111,7 @@ class SparseTraining(UpdateHook):
                 raise ValueError(f"module {name!r}: {error}") from error
         first: dict[Tensor, str] = {}
         self.owner = {name: first.setdefault(layer.weight, name) for name, layer in self.layers.items()}
-        """For each layer, the first one with the same weight; only these are ranked."""
+        """The owner of each layer's weight: the first layer with the same weight; only owners are ranked."""
         self.shapes = {name: self.layers[name].weight.shape for name in first.values()}
         self.schedule = Schedule(self.config, updater.config.epochs, updater.steps_per_epoch)
 
@@ -176,19 +176,19 @@ class SparseTraining(UpdateHook):
         return self.config.method == "gmp" or before < self.schedule.first <= step
 
     def _more(self, step: int) -> tuple[float, float]:
-        """What a change after this update drops and grows in addition, as fractions of what it replaces anyhow."""
+        """Blocks that a change after this update drops and grows in addition, as fractions of those it replaces."""
         if self.adaptation is None or not self.schedule.adapts(step):
             return 0.0, 0.0
         return self.adaptation.more_dropped, self.adaptation.more_grown
 
     def _targets(self, step: int) -> dict[tuple[str, ...], int]:
-        """For each set of layers that is ranked together, the number of weights that a pruning keeps."""
+        """The number of weights that a pruning keeps, for each set of layers that is ranked together."""
         scope = self.config.resolved().scope
         assert scope is not None
         return targets_of(self.shapes, self.schedule.density(step), scope)
 
     def _blocks_to_keep(self, grids: Mapping[str, Tensor], step: int) -> dict[tuple[str, ...], int]:
-        """As large a fraction of the blocks of a group as of its weights."""
+        """The number of blocks that a pruning keeps in each group: the same fraction as of the weights."""
         kept = {}
         for group, target in self._targets(step).items():
             weights = sum(self.shapes[name].numel() for name in group)

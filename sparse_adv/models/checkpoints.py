@@ -20,7 +20,7 @@ from sparse_adv.nn import sparsify
 log = logging.getLogger("sparse_adv")
 
 _WRAPPERS = r"^(?:(?:module|_orig_mod|model|net|1)\.)+"
-"""What DataParallel, torch.compile, attributes of wrapper modules and `nn.Sequential(normalize, net)` put in front."""
+"""Prefixes of names: of DataParallel, torch.compile, attributes of wrapper modules, `nn.Sequential(normalize, net)`."""
 
 _NORMALIZATION = (
     (r"^(?:0|normalizer|normalization)\.(mean|std)$", r"normalize.\1"),
@@ -47,7 +47,7 @@ _WIDE = (
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 _NAMES: dict[str, Rules] = {"resnet": _RESNET, "preact_resnet": _PREACT, "wrn": _WIDE}
-"""For each family of networks, patterns of the names in other code and what they are here."""
+"""For each family of networks, patterns of the names in other code and the names here."""
 
 _NEVER_RUN = {"wrn": "sub_block1."}
 """Names of modules that other code makes and never calls: TRADES, HYDRA and RobustBench have the first stage twice."""
@@ -121,7 +121,7 @@ def load_checkpoint(
 
 
 Named = dict[str, tuple[str, Tensor]]
-"""By the name here: the name in the checkpoint, and the tensor."""
+"""Maps the name here to the name in the checkpoint and the tensor."""
 
 
 def _renamed(state: Mapping[str, Tensor], network: str, about: str) -> Named:

@@ -15,7 +15,7 @@ Block = Callable[[int, int, int], nn.Module]
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
-    """What a shortcut computes: a 1x1 convolution with BatchNorm where shapes differ, else nothing."""
+    """The operations of a shortcut: a 1x1 convolution with BatchNorm where shapes differ, else None."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """As `BasicBlock`, of three convolutions: 1x1 to a quarter of the output channels, 3x3 with the stride, 1x1."""
+    """A `BasicBlock` of three convolutions: 1x1 to a quarter of the output channels, 3x3 with the stride, 1x1."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from torch import nn
 from sparse_adv.models.normalize import Normalize
 
 _STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
-"""For each stage the channels as a multiple of the width, and the number of convolutions."""
+"""The stages: channels as a multiple of the width, and number of convolutions."""
 
 
 def vgg16(width: int, classes: int, input_shape: tuple[int, int, int], data: str) -> nn.Sequential:

@@ -1,6 +1,7 @@
 """Masked layers, and conversion from a dense model to a sparse one and back.
 
-Modules above `nn` must not depend on kernels; modules below it must not depend on tickets.
+This package imports `masks`, `ops` and `kernels`, and nothing of the attacks and the training above it. The import
+contract in pyproject.toml has the order of all packages.
 """
 
 from sparse_adv.nn.allreduce_hook import CommStats, register_masked_allreduce_hook

@@ -15,7 +15,7 @@ from sparse_adv.nn import mask_agreement
 
 @dataclass
 class CommStats:
-    """What one process has passed to all-reduce since the hook was registered; the counts grow with every step."""
+    """Counts of what one process passed to all-reduce since the hook was registered; they grow with every step."""
 
     steps: int = 0
     """Backward passes that averaged gradients (those under `no_sync` average none)."""
@@ -32,7 +32,7 @@ def register_masked_allreduce_hook(model: DistributedDataParallel) -> CommStats:
     packed, averaged and unpacked, and the others become 0; of all other parameters, all entries are averaged. The
     averages equal those of plain DistributedDataParallel. Masks may change between steps, in the same way on all
     processes. Each step begins by comparing the processes' masks, because with different masks packed gradients would
-    be added at the wrong places, or all-reduce would wait for ever.
+    be added at the wrong places, or all-reduce would wait without end.
 
     Args:
         model: a model without a communication hook, on any backend; it may be sparse now, later or never.
@@ -71,7 +71,7 @@ class _HookState:
         self.mask_versions: list[tuple[int, int, int]] | None = None
         self.checksums: dict[Tensor, int] = {}
         self.kept_indices: dict[int, tuple[list[int], Tensor | None]] = {}
-        """For each bucket index, the identities of the bucket's parameters and the result of `_indices`. The parameters
+        """Maps the index of a bucket to the identities of its parameters and the result of `_indices`. The parameters
         of a bucket change once, after the first step."""
 
     def average(self, bucket: dist.GradBucket) -> Future[Tensor]:

@@ -1,4 +1,4 @@
-"""What `torch.compile` cannot guard: in compiled code, a masked convolution checks that its mask was not written to."""
+"""A check, in compiled code, that a convolution's mask was not written to: `torch.compile` has no guard for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sparse_adv.nn.optimizer_hook import version_of
 
 _equal_at = WeakTensorKeyDictionary()
-"""For each buffer, the version of its content that was last compared, and with which mask."""
+"""Maps a buffer to the version of its content that was last compared, and the mask that it was compared with."""
 
 
 def is_exporting() -> bool:

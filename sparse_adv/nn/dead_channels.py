@@ -48,7 +48,7 @@ def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence
     norms = ((name, m) for name, m in model.named_modules() if isinstance(m, _NORMS) and m.affine)
     names: dict[nn.Module, str] = {norm: name for name, norm in norms}
     outputs = WeakTensorKeyDictionary()
-    """For each tensor that a masked convolution returned, its dead channels and the tensor's version."""
+    """Maps each tensor that a masked convolution returned to its dead channels and the tensor's version."""
     dead_of: dict[nn.Module, Tensor] = {}
     fed_otherwise: set[nn.Module] = set()
 
@@ -109,7 +109,7 @@ def zero_dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Seq
 
 
 def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Module, Tensor]:
-    """For each masked convolution, which output channels are always 0."""
+    """The output channels of each masked convolution that are always 0."""
     modules = dict(model.named_modules(remove_duplicate=False))
     filters: dict[nn.Module, Tensor] = {}
     for name, mask in masks.items():

@@ -16,8 +16,8 @@ GradWeight = Callable[[Tensor, Tensor], Tensor]
 """(input, gradient of the output) -> gradient of the weight, with and without kept weights."""
 
 _collecting: WeakKeyDictionary[nn.Module, Callable[[Tensor], None]] = WeakKeyDictionary()
-"""Of the layers in a `dense_gradients` block, what receives their gradients. It is not an attribute of the layer: the
-engine traces a model anew when attributes of its modules change."""
+"""Maps each layer in a `dense_gradients` block to the function that receives its gradients. It is no attribute of the
+layer, because the engine traces a model anew when attributes of its modules change."""
 
 
 @contextmanager

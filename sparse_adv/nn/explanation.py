@@ -29,7 +29,7 @@ class Row:
     macs: tuple[int, int] | None
     """MACs of the kept weights and of all weights, for the given input; None if no input shape was given."""
     kernels: dict[str, str]
-    """For each pass, the kernel and the reason: "sparse (table)", "dense (tuned: 1.9 ms, sparse 4.8 ms)"."""
+    """The kernel of each pass and the reason: "sparse (table)", "dense (tuned: 1.9 ms, sparse 4.8 ms)"."""
 
     @property
     def weights(self) -> int:
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns; `str()` makes a table of it."""
+    """The result of `explain`; `str()` makes a table of it."""
 
     rows: list[Row]
 
@@ -115,7 +115,7 @@ def _row(name: str, layer: Layer, calls: Sequence[Call]) -> Row:
 
 
 def _kernels_without_input(layer: Layer) -> dict[str, str]:
-    """Those that are the same for every input; empty if the plan depends on it."""
+    """The kernels that are the same for every input; empty if the plan depends on the input."""
     if not isinstance(layer, MaskedConv2d):
         return dict.fromkeys(PASSES, "dense (linear)" if isinstance(layer, MaskedLayer) else "dense (no mask)")
     missing = missing_kernel(layer.pattern, layer.weight.dtype, layer.weight.device.type)

@@ -19,14 +19,14 @@ class Macs(NamedTuple):
 
     forward: int
     grad_input: int
-    """Of all layers. An attack executes these, because it needs the gradient of the images."""
+    """MACs of grad_input in all layers. An attack executes these, because it needs the gradient of the images."""
     grad_weight: int
     first_grad_input: int
     """The part of `grad_input` that belongs to the first layer; training without an attack does not execute it."""
     kept: int
     """MACs of the weights that masks keep, in each of the three passes; with dense kernels, more are executed."""
     dense: int
-    """What each of the three passes would execute without masks."""
+    """MACs that each of the three passes would execute without masks."""
     images: int
     """The batch's size."""
 

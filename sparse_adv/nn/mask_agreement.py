@@ -1,4 +1,4 @@
-"""Whether all processes of a distributed run have the same masks."""
+"""Checks that all processes of a distributed run have the same masks."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     dilation: tuple[int, int]
     block: Block
     choices: LayerChoices | None
-    """What `nn.tune` fixed, None before; a new mask resets it, as it was measured for one mask."""
+    """The choices that `nn.tune` fixed; None before it, and after a new mask, for which they were not measured."""
 
     _dense = nn.Conv2d
     _own = ("block", "choices")
@@ -175,8 +175,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def pattern(self) -> Pattern:
         """The compiled mask, with the kernels that are requested for the passes.
 
-        Under `torch.use_deterministic_algorithms` what was measured is ignored, as it differs from run to run, and
-        grad_weight is always the sparse kernel.
+        Under `torch.use_deterministic_algorithms` the choices of `nn.tune` are ignored, as measured times differ from
+        run to run, and grad_weight is always the sparse kernel.
         """
         assert self._compiled is not None, "a layer on the meta device has no pattern"
         if torch.are_deterministic_algorithms_enabled():
@@ -228,7 +228,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return Plan(*(self._with_reason(name, planned) for name, planned in passes._asdict().items()))
 
     def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Apply to the input what the op cannot pad: other values than zeros, or different widths on two sides.
+        """Apply the padding that the op cannot: with other values than zeros, or of different widths on two sides.
 
         Returns:
             The input, and the padding (rows, columns) that is left for the op.

@@ -79,7 +79,7 @@ class MaskedLayer(nn.Module):
 
     @abstractmethod
     def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
-        """What the forward pass takes in place of weight and bias while they do not change."""
+        """Return the operands that the forward pass takes in place of weight and bias while these do not change."""
 
     @classmethod
     def _sharing_state_of(cls, dense: nn.Module) -> Self:
@@ -102,7 +102,7 @@ class MaskedLayer(nn.Module):
         return dense
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Refuse `torch.jit.script`, which would leave what this returns in the model."""
+        """Refuse `torch.jit.script`: it would put the module that this method returns into the model."""
         raise TypeError("torch.jit.script cannot compile masked layers: script `densify(copy.deepcopy(model))`")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -206,10 +206,10 @@ class MaskedLayer(nn.Module):
 
     @torch.no_grad()
     def _save_to_state_dict(self, *args: Any) -> None:
-        # Averaging and copying write the weight without a call of this layer. It is not written without need, as that
-        # would spoil a backward pass that is under way.
+        # Averaging and copying write the weight without a call of this layer, so it is zeroed here. It is written only
+        # if needed, since a write would invalidate a backward pass in progress.
         weight, mask = self.weight, self.weight_mask
-        whole = type(weight) is nn.Parameter and not weight.is_meta  # and not a shard
+        whole = type(weight) is nn.Parameter and not weight.is_meta  # a shard has another type
         if whole and torch.where(mask, 0, weight).any():
             weight.masked_fill_(~mask, 0)
         super()._save_to_state_dict(*args)
@@ -231,7 +231,7 @@ class MaskedLayer(nn.Module):
 
 @contextmanager
 def mode_of(weight: Tensor) -> Iterator[None]:
-    """In `torch.inference_mode`, leave it for a weight from outside: it may be trained with what is derived here."""
+    """Leave `torch.inference_mode` if the weight was made outside of it: tensors made here may be used in training."""
     if torch.is_inference_mode_enabled() and not weight.is_inference():
         with torch.inference_mode(False), torch.no_grad():
             yield

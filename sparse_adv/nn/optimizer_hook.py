@@ -43,12 +43,12 @@ _hooks = WeakTensorKeyDictionary()
 """The handle of the hook that masks the gradients of each masked weight."""
 
 _settled: WeakKeyDictionary[Optimizer, tuple[object, WeakTensorKeyDictionary]] = WeakKeyDictionary()
-"""For each optimiser, its state dictionary (loading makes a new one), and for each weight the mask last applied and the
-version of the weight after the last step."""
+"""Maps an optimiser to its state dictionary (loading makes a new one), and to the mask last applied to each weight with
+the version of the weight after the last step."""
 
 
 def watch(weight: Tensor, mask: Tensor) -> None:
-    """From now on optimisers keep `weight` at zero where `mask` is false."""
+    """Make all optimisers keep `weight` at zero where `mask` is false, from now on."""
     if weight not in _hooks and not weight.is_inference():
         _hooks[weight] = _mask_gradients_of(weight)
     _masks[weight] = mask
@@ -56,7 +56,7 @@ def watch(weight: Tensor, mask: Tensor) -> None:
 
 
 def unwatch(weight: Tensor) -> None:
-    """Optimisers treat the weight as dense again, and nothing refers to it."""
+    """Make all optimisers treat the weight as dense again, and drop every reference to it."""
     _masks.pop(weight, None)
     hook = _hooks.pop(weight, None)
     if hook is not None:
@@ -66,7 +66,7 @@ def unwatch(weight: Tensor) -> None:
 
 
 def settle(optimizer: Optimizer) -> None:
-    """Zero what lies outside the masks of this optimiser's weights; masks that were applied before are skipped."""
+    """Zero weight, gradient and optimiser state outside the masks of this optimiser; skip masks applied before."""
     state, settled = _settled.get(optimizer, (None, None))
     if settled is None or state is not optimizer.state:
         settled = WeakTensorKeyDictionary()

@@ -28,14 +28,14 @@ _NOT_CONSTANT = math.nan
 
 @dataclass(frozen=True)
 class ShrinkResult:
-    """What `shrink` returns."""
+    """The result of `shrink`."""
 
     model: nn.Module
     """The smaller model."""
     widths: dict[str, tuple[int, int]]
-    """For each layer whose output was traced, its number of output channels before and after."""
+    """Number of output channels, before and after, of each layer whose output was traced."""
     retained: dict[str, int]
-    """For each layer with channels that are constant but could not be removed, how many: a constant other than 0 is
+    """Number of constant channels of a layer that could not be removed, if there are any: a constant other than 0 is
     read by a convolution with zero padding, the width is fixed from outside, or it is rounded up to a multiple."""
 
 
@@ -145,9 +145,9 @@ class _Constants(fx.Interpreter):
         self.traced, self.masks = traced, masks
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.inputs: dict[str, Tensor] = {}
-        """For each convolution and linear layer, the constants that it reads."""
+        """The constants that each convolution and linear layer reads."""
         self.outputs: dict[str, Tensor] = {}
-        """For each convolution and linear layer, the constants that it outputs."""
+        """The constants that each convolution and linear layer outputs."""
         with torch.no_grad():
             self.run(*[None] * sum(node.op == "placeholder" for node in traced.graph.nodes))
 
@@ -216,7 +216,7 @@ class _Constants(fx.Interpreter):
 def _channels_to_keep(
     model: nn.Module, group: DependencyGroup, masks: Mapping[str, Tensor], constants: _Constants, multiple: int
 ) -> Tensor:
-    """bool [width]: the channels of a group that a reader needs, and more of them up to a multiple."""
+    """bool [width]: the channels of a group that a reader needs, and further ones up to a multiple."""
     needed = torch.zeros(group.width, dtype=torch.bool, device=constants.device)
     for name, features in group.consumers:
         layer = _module(model, name)
@@ -290,7 +290,7 @@ def _cut(
 
 
 def _fold(layer: Any, values: Tensor, columns: Tensor) -> None:
-    """Add to the bias what the removed columns contribute for every input."""
+    """Add to the bias the constant that the removed columns contribute to every output."""
     lost = ~columns & (values != 0) & values.isfinite()
     weight = _by_taps(layer.weight).sum(2)
     if not (weight[:, lost] != 0).any():

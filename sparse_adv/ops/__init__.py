@@ -1,4 +1,4 @@
-"""The ops. Importing this package loads the native library and registers fake kernels, gradients and autocast."""
+"""The ops. Importing this package loads the native libraries and registers fake kernels, gradients and autocast."""
 
 from sparse_adv.ops import (  # noqa: F401
     batch_norm_act_cuda,

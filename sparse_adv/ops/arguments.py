@@ -81,7 +81,7 @@ def check_integer(name: str, value: object) -> None:
 
 
 def overlap_partly(written: Tensor, read: Tensor) -> bool:
-    """Whether a write to the one changes some elements of the other before they are read.
+    """Whether a write to `written` changes some elements of `read` before they are read.
 
     Tensors that share all elements in the same order do not.
     """

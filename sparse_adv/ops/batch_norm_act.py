@@ -97,7 +97,7 @@ def batch_norm_act(
 
 
 def _check_arguments(input: Tensor, residual: Tensor | None, vectors: dict[str, Tensor]) -> None:
-    """Check what the op cannot: types, devices, and the running statistics, which it does not get."""
+    """Check types, devices and running statistics; the op checks the rest, and is not given these statistics."""
     others = vectors if residual is None else vectors | {"residual": residual}
     check_tensors(input=input, **others)
     for name, tensor in others.items():

@@ -27,7 +27,7 @@ class Capturer:
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, call: Callable[[], T]) -> T:
-        """Run a call on the stream of later captures, after what the current stream has been given, and before more."""
+        """Run a call on the stream of later captures, after the work queued on the current stream so far."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):

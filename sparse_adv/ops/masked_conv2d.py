@@ -63,6 +63,10 @@ def masked_conv2d(
         TypeError: if dtypes differ or are not floating, or an argument has another type.
         ValueError: if shapes or devices do not fit together, or the pattern belongs to another weight.
 
+    Source: this library's design page "masked_conv2d" has the algorithm and its measurements. The idea of a direct
+    sparse convolution, there for inference, is that of Park et al., "Faster CNNs with direct sparse convolutions and
+    guided pruning" (ICLR 2017).
+
     Examples:
         >>> from sparse_adv import ops
         >>> weight = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)

@@ -18,13 +18,13 @@ from sparse_adv.ops.masked_conv2d_pattern import unflatten
 Gradient = Tensor | list[None] | None
 
 _masked = WeakTensorKeyDictionary()
-"""For each gradient of a weight that an op here has formed, the mask outside of which it is 0, and its version."""
+"""Maps each gradient of a weight that an op here has formed to the mask outside of which it is 0, and its version."""
 
 
 def is_masked(gradient: Tensor, mask: Tensor) -> bool:
     """Whether a gradient of a weight is known to be 0 where the mask is false.
 
-    False for one to which autograd has added another.
+    It is not known, and the result False, if autograd has added another gradient to it.
     """
     known, version = _masked.get(gradient, (None, None))
     return known is mask and version == gradient._version

@@ -53,11 +53,14 @@ def masked_conv2d_out(
             where `torch.ops.aten.threshold_backward` passes the gradient: where the output is above 0 or NaN.
 
     Raises:
-        TypeError: if the pattern is none.
-        ValueError: if stride, padding or dilation is none, devices differ, or a tensor requires grad and gradients are
-            enabled.
+        TypeError: if the pattern is not a `Pattern`, an operand not a dense tensor, groups not an integer, or relu
+            neither True nor False.
+        ValueError: if stride, padding or dilation is invalid, devices differ, or a tensor requires grad and gradients
+            are enabled.
         RuntimeError: if shapes, dtypes or layouts do not fit together, the pattern belongs to another weight,
             tensors overlap, or there is a gate without ReLU.
+
+    Source: this library's design page "masked_conv2d" has the algorithm, "Epilogues and gates" the epilogue.
 
     Examples:
         >>> from sparse_adv import ops
@@ -107,18 +110,20 @@ def masked_conv2d_grad_input_out(
     Args:
         grad_output: float tensor [N, K, P, Q], NCHW or channels_last.
         weight, pattern, stride, padding, dilation, groups: as for `masked_conv2d`.
-        residual: float tensor [N, C, H, W] in the layout of out, or None: what other uses of the input contribute to
-            its gradient; it may be out.
+        residual: float tensor [N, C, H, W] in the layout of out, or None: the gradient that other uses of the input
+            contribute; it may be out.
         gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0.
         out: float tensor [N, C, H, W] in the layout of grad_output, without gaps, that is written; its size is that of
             the convolution's input.
 
     Raises:
-        TypeError: if the pattern is none.
-        ValueError: if stride, padding or dilation is none, devices differ, or a tensor requires grad and gradients are
-            enabled.
+        TypeError: if the pattern is not a `Pattern`, an operand not a dense tensor, or groups not an integer.
+        ValueError: if stride, padding or dilation is invalid, devices differ, or a tensor requires grad and gradients
+            are enabled.
         RuntimeError: if shapes, dtypes or layouts do not fit together, the pattern belongs to another weight,
             or tensors overlap.
+
+    Source: this library's design page "masked_conv2d" has the algorithm, "Epilogues and gates" the epilogue.
 
     Examples:
         >>> from sparse_adv import ops

@@ -23,7 +23,7 @@ from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, ch
 _FIELDS = host.header_fields
 _BLOCK_FORMAT = 2
 KERNELS = ("auto", "sparse", "dense")
-"""What may be requested for a pass; the header holds the index."""
+"""The kernels that may be requested for a pass; the header holds the index."""
 
 
 class Kernels(NamedTuple):
@@ -69,7 +69,7 @@ class Pattern(ABC):
 
     @property
     def requested_kernels(self) -> Kernels:
-        """What `set_kernels` requested for each pass."""
+        """The kernels that `set_kernels` requested."""
         start = _FIELDS["requested_kernel"]
         return Kernels(*(KERNELS[index] for index in self._header[start : start + 3]))
 
@@ -84,7 +84,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def without_values(self) -> Self:
-        """The pattern without what `pack_pattern` added, for a call whose weight is another tensor."""
+        """The pattern without the values that `pack_pattern` added, for a call whose weight is another tensor."""
 
     @cached_property
     def _header(self) -> list[int]:
@@ -182,6 +182,8 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
     Raises:
         TypeError: if the mask is not a bool tensor.
         ValueError: if its shape, the block or the groups do not fit, or the mask does not obey the block.
+
+    Source: this library's design page "masked_conv2d"; the lists are those of a CSR matrix.
 
     Examples:
         >>> mask = torch.zeros(4, 2, 3, 3, dtype=torch.bool)

@@ -29,7 +29,7 @@ REQUESTED, TABLE, ROOFLINE = "requested", "table", "roofline"
 
 
 class PassPlan(NamedTuple):
-    """What one pass of a convolution runs."""
+    """The plan of one pass of a convolution."""
 
     kernel: str
     """"sparse" or "dense"."""
@@ -42,7 +42,7 @@ class PassPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the three passes of a convolution run; `plan` returns one."""
+    """The plans of the three passes of a convolution; `plan` returns one."""
 
     forward: PassPlan
     grad_input: PassPlan

@@ -1,4 +1,4 @@
-"""When a pass over live blocks is expected to be faster than the dense convolution on a GPU: a roofline model.
+"""A roofline model that says whether a pass over live blocks is faster than the dense convolution on a GPU.
 
 A pass takes the longest of three times: to move its tensors, to multiply, and the minimum time of a kernel. Block
 kernels save multiplications only, so no mask makes a layer faster whose dense pass is bound by memory. These are
@@ -20,7 +20,7 @@ _MARGIN = 0.9  # the block kernels are taken if they are expected to need less t
 
 
 class Pass(NamedTuple):
-    """What one pass of a convolution moves and multiplies."""
+    """The sizes of one pass of a convolution that decide how much it moves and multiplies."""
 
     images: int
     in_elements: int

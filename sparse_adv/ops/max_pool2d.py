@@ -1,4 +1,4 @@
-"""`max_pool2d_out`, max pooling that keeps a byte per window, and its gradient, which ends with residual and gate."""
+"""`max_pool2d_out`, max pooling that keeps a byte per window, and its gradient, which adds a residual and a gate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparse_adv.ops.written import check_written, mark_written
 
 
 def max_pool2d_out(input: Tensor, size: tuple[int, int], *, out: Tensor, index: Tensor | None = None) -> None:
-    """Take the maximum of windows that touch and do not overlap, into memory that the caller provides.
+    """Take the maximum of each window, where the stride is the size of a window, into memory that the caller provides.
 
     Equivalent to::
 
@@ -29,6 +29,8 @@ def max_pool2d_out(input: Tensor, size: tuple[int, int], *, out: Tensor, index: 
         TypeError: if size is not two integers, or an operand is not a dense tensor.
         ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
         RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
+
+    Source: this library's design page "The engine", the section on the backward pass.
 
     Examples:
         >>> x, y = torch.tensor([[1.0, 5.0, 2.0], [4.0, 3.0, 9.0]]).view(1, 1, 2, 3), torch.empty(1, 1, 1, 1)
@@ -75,6 +77,8 @@ def max_pool2d_grad_input_out(
         TypeError: if size is not two integers, or an operand is not a dense tensor.
         ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
         RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
+
+    Source: this library's design page "The engine", the section on the backward pass.
 
     Examples:
         >>> grad, index = torch.tensor([[[[7.0]]]]), torch.tensor([[[[1]]]], dtype=torch.uint8)

@@ -53,7 +53,8 @@ def pgd_step(
         float tensor of adv's shape and dtype, with the strides of `torch.empty_like(adv)`.
 
     Raises:
-        TypeError: if an image tensor is not floating, the dtypes of adv and clean differ, or a number is none.
+        TypeError: if an image tensor is not floating, the dtypes of adv and clean differ, or alpha, eps, lo or hi is
+            not a number.
         ValueError: if shapes or devices differ, alpha is not finite, eps is negative, lo > hi, or the norm is unknown.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018), section 2.1.

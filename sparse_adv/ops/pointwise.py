@@ -49,6 +49,8 @@ def pointwise_out(
         RuntimeError: if a shape, dtype or layout does not fit out, tensors overlap, or relu and the gates do
             not fit together.
 
+    Source: this library's design page "Epilogues and gates".
+
     Examples:
         >>> from sparse_adv.ops import empty_gate
         >>> x, y = torch.tensor([-1.0, 2.0, 3.0]).view(1, 1, 1, 3), torch.empty(1, 1, 1, 3)

@@ -1,4 +1,4 @@
-"""Whether a function transform of PyTorch is in force: its ops then need formulas that a native op does not have."""
+"""`is_transformed`: under a function transform of PyTorch an op needs formulas that a native op does not have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 def is_transformed() -> bool:
     """Whether the caller runs under `torch.func` (grad, jvp, vmap and others) or in a level of forward-mode AD.
 
-    A native op would drop the tangents of forward-mode AD without a word, and has no rules for the other transforms.
+    A native op would drop the tangents of forward-mode AD without an error, and has no rules for the other transforms.
 
     Examples:
         >>> torch.func.vmap(lambda x: x + is_transformed())(torch.zeros(2)), is_transformed()

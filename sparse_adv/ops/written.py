@@ -1,4 +1,4 @@
-"""What the ops that write into their arguments have in common."""
+"""Checks and version counts that the ops which write into their arguments share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparse_adv.ops.transforms import is_transformed
 
 
 def check_written(function: str, out: Tensor, **operands: Tensor | None) -> None:
-    """Check what the native op cannot: it is not even called where a tensor is on a device without values.
+    """Check the operands of an op that writes into out; the native op is not called for tensors without values (meta).
 
     Raises:
         TypeError: if one of them is not a tensor.

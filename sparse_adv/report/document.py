@@ -31,6 +31,20 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         NotADirectoryError: if `out` is a file.
         ValueError: if there is no folder, a run has no epoch yet, one of its files is damaged, or the level is not in
             [0, 1].
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from sparse_adv import data, models, training
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> dataset = data.load("digits", limit=64, validation=16)
+        >>> model, batches = models.build("digits_cnn", width=4), data.Batches(dataset.train, 16)
+        >>> config = training.TrainConfig("fgsm", epochs=1, eps=0.1, evaluation_steps=1)
+        >>> _ = training.train(model, batches, config, validation=dataset.validation, folder=folder / "dense")
+        >>> print(report([folder / "dense"], folder / "report").splitlines()[0])
+        # Report of 1 run
+        >>> sorted(path.name for path in (folder / "report").iterdir())
+        ['accuracy.png', 'accuracy.svg', 'phases.png', 'phases.svg', 'report.csv', 'report.md']
     """
     out = Path(out)
     if out.exists() and not out.is_dir():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 7.0
-"""Of a figure, in inches."""
+"""Width of a figure, in inches."""
 LEGEND_ROW = 0.18
 """Height of a row of the legend, in inches."""
 STYLE: Any = {
@@ -35,7 +35,7 @@ STYLE: Any = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito 2008, distinguishable by colour-blind readers; without yellow, which is hard to see on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-"""One more than colours, so that 56 curves differ in colour or marker."""
+"""One marker more than there are colours, so that 56 curves differ in colour or marker."""
 PHASES = {"search": "#999999", "attack": "#E69F00", "update": "#0072B2", "undone": "#CC79A7", "evaluation": "#DDDDDD"}
 
 
@@ -54,6 +54,12 @@ def accuracy_curves(path: Path, runs: Sequence[Run]) -> list[Path]:
 
     Raises:
         ModuleNotFoundError: if matplotlib is missing.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from sparse_adv import report
+        >>> report.accuracy_curves(Path("accuracy"), [])  # no run, so nothing is drawn; see `report.report`
+        []
     """
     label_of = {id(run): label for run, label in zip(runs, measures.labels(runs), strict=True)}
     shown = [run for run in measures.compared(runs) if measures.evaluated(run)]
@@ -103,6 +109,16 @@ def phase_bars(path: Path, runs: Sequence[Run]) -> list[Path]:
 
     Raises:
         ModuleNotFoundError: if matplotlib is missing.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from sparse_adv import report, runs
+        >>> from sparse_adv.config import TrainConfig
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> runs.begin(folder, runs.RunInfo("train", TrainConfig(epochs=3), name="dense"))
+        >>> [path.name for path in report.phase_bars(folder / "phases", [runs.read(folder)])]
+        ['phases.png', 'phases.svg']
     """
     names = [textwrap.fill(label, 28, break_on_hyphens=False) for label in measures.labels(runs)]
     costs = [measures.phase_costs(run) for run in runs]

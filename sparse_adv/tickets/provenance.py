@@ -1,4 +1,4 @@
-"""What a search records in the provenance of its ticket: configurations, epochs, cost and verified invariants."""
+"""The record of a search in the provenance of its ticket: configurations, epochs, cost and verified invariants."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sparse_adv.runs import Cost, EpochRecord, TicketChecks
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """What a search writes into the provenance of its ticket."""
+    """The record that a search writes into the provenance of its ticket."""
 
     train: TrainConfig
     prune: PruneConfig
     epochs: list[EpochRecord]
-    """Of all rounds."""
+    """Epochs of all rounds."""
     cost: Cost
-    """Of attacks, updates and pruning."""
+    """Cost of attacks, updates and pruning."""
     checks: TicketChecks
 
 
@@ -57,7 +57,7 @@ def cost_of(ticket: masks.Ticket) -> Cost:
         Seconds and MACs of attacks, updates and pruning.
 
     Raises:
-        ValueError: if the provenance contains a cost that is not one.
+        ValueError: if the cost in the provenance is invalid.
 
     Examples:
         >>> cost_of(masks.Ticket({}, {}, {"cost": {"seconds": 2.5, "macs": 1000}}))

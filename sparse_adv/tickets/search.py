@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 INITIAL = "initial.safetensors"
 REWIND = "rewind.safetensors"
 IDENTITY = "identity.pt"
-"""What decides the result beside the settings, see `training.identity`."""
+"""File of the digests of network, weights and images, see `training.identity`."""
 
 
 def search(

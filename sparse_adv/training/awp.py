@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation: the gradient of an update is formed where the weights are worse."""
+"""Adversarial weight perturbation: an update takes the gradient at weights moved in the direction of higher loss."""
 
 from __future__ import annotations
 

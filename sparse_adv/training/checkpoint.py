@@ -46,7 +46,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
         path: a file of weights, such as `best.safetensors` in a run folder.
 
     Returns:
-        The tensors by name, on the CPU, and the metadata: a JSON object, empty if there is none.
+        The tensors by name, on the CPU, and the metadata: a JSON object, which may be empty.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -96,7 +96,7 @@ def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[st
     Args:
         path: the file.
         device: of the tensors.
-        keys: that the state must have.
+        keys: keys that the state must have.
 
     Raises:
         ValueError: if the file is damaged, or lacks a key because another version of this library wrote it.

@@ -1,4 +1,4 @@
-"""What training costs: seconds of each phase, and multiply-adds (MACs) from the passes through the network."""
+"""The costs of training: seconds of each phase, and multiply-adds (MACs) from the passes through the network."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Stopwatch:
 
 
 class Tally:
-    """The images of an epoch's updates, counted apart for each cost of an update, and their MACs."""
+    """Counts the images of an epoch's updates, separately for each cost of an update, and their MACs."""
 
     def __init__(self) -> None:
         self._images: dict[tuple[NetworkCosts, Passes], int] = {}

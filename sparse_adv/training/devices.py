@@ -1,4 +1,4 @@
-"""What training does differently on a GPU."""
+"""Differences of training on a GPU: waiting for values, the memory format, deterministic algorithms."""
 
 from __future__ import annotations
 

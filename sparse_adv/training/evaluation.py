@@ -290,7 +290,7 @@ def _accuracy(
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)
             classes = count_classes(logits, len(y))
-            standing = is_correct(logits, y)  # under all attacks so far
+            standing = is_correct(logits, y)  # robust under all attacks so far
             count += len(y)
             forward += len(y)
             if tries:

@@ -18,8 +18,8 @@ class UpdateHook:
     """Called at each update of a training run; this class does nothing.
 
     Attributes:
-        config: what decides the method's result; it is written to `run.json`, and a run of another one is not
-            continued.
+        config: the settings that decide the method's result; they are written to `run.json`, and a run with other
+            settings is not continued.
     """
 
     wants_robust_loss: bool = False
@@ -38,8 +38,8 @@ class UpdateHook:
 
         Args:
             step: updates made, with this one.
-            gradients: what `nn.dense_gradients` collected on this process, if it was wanted. With a float16 loss scale
-                they are scaled.
+            gradients: the gradients that `nn.dense_gradients` collected on this process, if wanted. With float16 they
+                contain the factor of the loss scale.
 
         Returns:
             Whether passes through the network now cost more or less than before.
@@ -54,7 +54,7 @@ class UpdateHook:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what updates change and the model, optimiser and moving average do not hold."""
+        """Return the state that updates change beside that of model, optimiser and moving average."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """The training loop: any classifier of images in [0, 1], any iterable of batches.
 
-It needs no masks: a dense model trains in the same way. Only two things that it calls treat masked layers differently,
-the count of MACs (`nn.count_macs`) and the all-reduce of gradients (`nn.register_masked_allreduce_hook`).
+It needs no masks: a dense model trains in the same way. Three functions that training calls treat masked layers
+differently: the count of MACs (`nn.count_macs`), the all-reduce of gradients (`nn.register_masked_allreduce_hook`) and
+the gradients of pruned weights (`nn.dense_gradients`), which it forms only if an `UpdateHook` asks for them.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ log = logging.getLogger(__name__)
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 ORDER_SEED, NOISE_SEED = 1, 2
-"""Two streams of random numbers of an epoch: of the batches and the network's layers, and of the attacks."""
+"""Two streams of random numbers of an epoch: for the batches and the network's layers, and for the attacks."""
 
 
 class _Trained(NamedTuple):
-    """What the training of an epoch gives."""
+    """The results of the training of an epoch."""
 
     loss: float
     correct: int
@@ -53,7 +54,7 @@ class _Trained(NamedTuple):
 
 
 class _Evaluated(NamedTuple):
-    """What the evaluations after an epoch give; None where there was none."""
+    """The results of the evaluations after an epoch; None for an evaluation that was not made."""
 
     clean: Accuracy | None
     robust: Accuracy | None

@@ -1,4 +1,4 @@
-"""Which modules of a model stay in eval mode while it is trained."""
+"""Frozen modules: those of a model that stay in eval mode while it is trained."""
 
 from __future__ import annotations
 

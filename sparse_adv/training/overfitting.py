@@ -90,7 +90,7 @@ class OverfittingMonitor:
         return True
 
     def state_dict(self) -> dict[str, float]:
-        """Return what a continued run needs."""
+        """Return the state that a continued run needs."""
         return {"best": self.best, "events": self.events, "pgd_epochs": self.pgd_epochs}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The generators that batches and layers draw from without naming them: those of PyTorch, NumPy and Python."""
+"""The random generators of batches and layers: the global ones of PyTorch, NumPy and Python, and a DataLoader's own."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def set_epoch(batches: Iterable[Any], epoch: int) -> None:
 
 
 def _parts(batches: Any) -> Iterator[Any]:
-    """The batches, and all that a DataLoader (or a wrapper that names its parts likewise) consists of; each once."""
+    """The batches, and the samplers and data sets inside of them, found by `_PART_NAMES`; each once."""
     seen: set[int] = set()
     left = [batches]
     while left:

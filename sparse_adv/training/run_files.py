@@ -47,7 +47,7 @@ class RunFiles:
         random_numbers.warn_of_unsaved(batches)
 
     def save(self, records: list[EpochRecord]) -> None:
-        """Write everything. `state.pt` decides which epoch a run continues after; the other files can be remade."""
+        """Write all files. A run continues after the epoch of `state.pt`; the other files can be made again from it."""
         of_ranks = distributed.collect(
             {
                 "objective": {key: tensor.cpu() for key, tensor in self.updater.objective.state_dict().items()},

@@ -27,14 +27,14 @@ from sparse_adv.training.objectives import Passes
 
 
 class Updated(NamedTuple):
-    """What an update gives."""
+    """The results of an update."""
 
     loss: Tensor
     """A scalar on the device."""
     correct: Tensor
     """Number of images, as they were crafted, that the model classified correctly; an int64 scalar on the device."""
     passes: Passes
-    """Those that it took."""
+    """The passes that the update took."""
     new_costs: bool
     """Whether passes through the network now cost more or less than before."""
 
@@ -63,7 +63,7 @@ class Updater:
 
     Attributes:
         step: number of updates made.
-        trained: what the loss calls in place of the model.
+        trained: the module that the loss calls in place of the model.
         evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
         image_shape: shape [1, C, H, W] of an image; None before the first batch.
         comm_stats: bytes of gradients that this process has sent; None in a run of one process.
@@ -158,7 +158,7 @@ class Updater:
         return Updated(loss.detach(), correct[-1], self._passes(objective, collect), new_costs)
 
     def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
-        """Those of an update with this objective; AWP forms the gradients of kept weights once more."""
+        """The passes of an update with this objective; AWP forms the gradients of kept weights once more."""
         passes = objective.passes
         return passes._replace(
             update=passes.update * (2 if self.config.awp_gamma else 1),
@@ -195,7 +195,7 @@ class Updater:
 
     @property
     def learning_rate(self) -> float:
-        """That of the last update."""
+        """The learning rate of the last update."""
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Updater:
 
 
 def _takes_fused_steps(parameter: Tensor) -> bool:
-    """Whether PyTorch's fused SGD is right for a parameter: on a CPU, it takes memory with gaps for memory without.
+    """Whether PyTorch's fused SGD computes the right result for a parameter: on a CPU it ignores gaps in its memory.
 
     A fused step moves half of the bytes: 13.3 -> 5.6 ms for a ResNet-18 on two cores.
     """
@@ -233,7 +233,7 @@ def _takes_fused_steps(parameter: Tensor) -> bool:
 
 
 def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:
-    """The model in DistributedDataParallel, sending only gradients of kept weights, with the statistics of that.
+    """The model in DistributedDataParallel that sends only gradients of kept weights, and the counts of bytes sent.
 
     After its first backward pass, DistributedDataParallel assigns gradients to its buffers anew, in the order in which
     they came. The buffers determine in which order the gradients of three or more processes are added, and so the last

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers.attacked import batch, make_model, snapshot
 
-from sparse_adv.attacks import AutoAttack, autoattack
+from sparse_adv.attacks import AutoAttack, autoattack, square
+from sparse_adv.attacks.autoattack_versions import Member
 
 EPS = 0.012
 CUSTOM = {"eps": EPS, "version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"], "seed": 3, "verbose": False}
@@ -87,18 +88,44 @@ def test_what_runs_is_printed_with_its_budget_and_its_true_name(attacked, capsys
     AutoAttack(model, **{**CUSTOM, "verbose": True}, log_path=log).run_standard_evaluation(images, labels)
     printed = capsys.readouterr().out
     assert 'version "custom", which is not the whole AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t' in printed
-    assert "after apgd-t: robust accuracy" in printed and "0 examples undone in float32" in printed
+    assert "after apgd-t: robust accuracy" in printed and "0 examples unconfirmed in float32" in printed
     assert log.read_text() == printed
 
 
 def test_claims_that_verification_does_not_confirm_are_counted(attacked, monkeypatch):
     model, images, labels = attacked
-    monkeypatch.setitem(
-        autoattack.MEMBERS, "apgd-ce", autoattack.Member("", lambda model, x, y, **_: torch.rand_like(x))
-    )
+    monkeypatch.setitem(autoattack.MEMBERS, "apgd-ce", Member("", lambda model, x, y, **_: torch.rand_like(x)))
     evaluator = AutoAttack(model, **{**CUSTOM, "eps": 1e-6, "attacks_to_run": ["apgd-ce"]})
     evaluator.run_standard_evaluation(images, labels)
     assert evaluator.result.undone["apgd-ce"] > 0 and evaluator.result.accuracy["apgd-ce"] == pytest.approx(11 / 12)
+
+
+def test_an_image_whose_example_holds_in_half_precision_only_is_attacked_again(attacked, monkeypatch):
+    model, images, labels = attacked
+    calls = []
+
+    def attack(model, x, y, **options):
+        calls.append((len(x), torch.is_autocast_enabled("cpu"), options["engine"]))
+        return torch.rand_like(x) if len(calls) == 1 else x + (y[:, None, None, None] + 1) * 0.01
+
+    monkeypatch.setitem(autoattack.MEMBERS, "apgd-ce", Member("", attack))
+    evaluator = AutoAttack(model, **{**CUSTOM, "eps": 1e-6, "attacks_to_run": ["apgd-ce"]})
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluator.run_standard_evaluation(images, labels)
+    undone = evaluator.result.undone["apgd-ce"]
+    assert undone > 0 and calls == [(11, True, True), (undone, False, False)]
+
+
+def test_attacks_may_be_chosen_after_the_constructor(attacked):
+    model, images, labels = attacked
+    evaluator = AutoAttack(model, eps=EPS, version="custom", seed=3, verbose=False)
+    with pytest.raises(ValueError, match="must name at least one"):
+        evaluator.run_standard_evaluation(images, labels)
+    evaluator.attacks_to_run = ["apgd-ce"]
+    evaluator.run_standard_evaluation(images, labels)
+    assert list(evaluator.result.accuracy) == ["clean", "apgd-ce"]
+    with pytest.raises(ValueError, match="got 'apgd'"):
+        evaluator.attacks_to_run = ["apgd"]
 
 
 def test_nan_is_never_robust(attacked):
@@ -159,7 +186,6 @@ def test_options_and_batches_that_do_not_fit_are_refused(attacked):
     for options, message in (
         ({"version": "more"}, "version must be"),
         ({"attacks_to_run": ["square"]}, 'is for version "custom" only'),
-        ({"version": "custom"}, "must name at least one attack"),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, "got 'pgd'"),
         ({"norm": "L1"}, "norm must be"),
     ):
@@ -209,7 +235,7 @@ def test_the_standard_sequence_alone_is_called_autoattack(attacked, capsys, monk
     monkeypatch.setitem(
         autoattack.MEMBERS,
         "square",
-        autoattack.Member("5000 queries", lambda *args, **options: autoattack.square(*args, queries=20, **options)),
+        Member("5000 queries", lambda *args, **options: square(*args, queries=20, **options)),
     )
     evaluator = AutoAttack(model, eps=EPS, seed=0)
     evaluator.run_standard_evaluation(images[:6], labels[:6])

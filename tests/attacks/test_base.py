@@ -117,3 +117,150 @@ def test_signs_of_masking_are_named():
 def test_a_standard_deviation_that_divides_by_nothing_is_refused(std):
     with pytest.raises(ValueError, match="std must be positive and finite, got"):
         torchattacks.PGD(make_model()).set_normalization_used([0.5] * 3, std)
+
+
+def test_the_loss_that_does_not_rise_and_robustness_that_rises_with_eps_are_named():
+    labels = torch.zeros(40, dtype=torch.int64)
+    images = torch.rand(40, 3, 4, 4) * 0.2 + 0.4
+
+    def walled(x):
+        """Misclassified where the mean pixel has risen by 0.03 to 0.06, and robust beyond."""
+        rise = (x - images).flatten(1).mean(1)
+        margin = (1 - 33 * rise).where(rise < 0.06, 2 - rise)
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+    signs = torchattacks.signs_of_masking(walled, images, labels, eps=0.05)
+    assert any("robust accuracy rises with eps" in sign for sign in signs)
+
+    def hollow(x):
+        """A loss that falls again where steps go on."""
+        change = (x - images).flatten(1).abs().amax(1)
+        slope = (x - images).flatten(1).sum(1)
+        margin = 1 - slope + (change > 0.02) * (5 + slope)
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+    signs = torchattacks.signs_of_masking(hollow, images, labels, eps=0.05)
+    assert any("does not rise with its steps" in sign for sign in signs)
+
+
+def test_options_may_be_set_between_calls():
+    model, (images, labels) = make_model().eval(), batch()
+    others = {"eps": 0.02, "alpha": 0.005, "steps": 1, "random_start": False, "norm": "l2"}
+    for name, other in others.items():
+        atk = torchattacks.PGD(model, eps=EPS, alpha=EPS / 4, steps=3, generator=generator())
+        setattr(atk, name, other)
+        assert getattr(atk, name) == other
+        options = {"eps": EPS, "alpha": EPS / 4, "steps": 3, "random_start": True, name: other}
+        assert torch.equal(atk(images, labels), pgd(model, images, labels, generator=generator(), **options))
+    for attack, made in (
+        (torchattacks.FGSM(model, eps=EPS), torchattacks.FGSM(model, eps=0.02)),
+        (torchattacks.TPGD(model, eps=EPS), torchattacks.TPGD(model, eps=0.0005)),
+    ):
+        attack.eps = made.eps
+        assert attack.options == made.options
+    with pytest.raises(ValueError, match="steps must be"):
+        atk.steps = -1
+
+
+def test_what_the_objects_cannot_do_is_refused_in_one_sentence():
+    model, (images, labels) = make_model(), batch()
+    with pytest.raises(TypeError, match="labels must be an integer tensor, APGD needs them, got None"):
+        torchattacks.APGD(model)(images)
+    with pytest.raises(TypeError, match="images must be"):
+        torchattacks.PGD(model)(images.numpy(), labels)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'low'"):
+        torchattacks.CW(model, low=0.0)
+    with pytest.raises(ValueError, match="in eval mode"):
+        torchattacks.PGD(model).set_model_training_mode(True, batchnorm_training=True)
+    torchattacks.PGD(model).set_model_training_mode(False, False, False)
+
+
+def test_searches_take_the_range_of_pixels():
+    model, (images, labels) = make_model().eval(), batch()
+    attacks = torchattacks.RFGSM, torchattacks.MIFGSM, torchattacks.EOTPGD, torchattacks.APGD, torchattacks.APGDT
+    attacks += torchattacks.FABT, torchattacks.Square, torchattacks.CW, torchattacks.DeepFool, torchattacks.FMN
+    for attack in attacks:
+        own = {"n_queries": 5} if attack is torchattacks.Square else {"steps": 3}
+        adv = attack(model, lo=-1.0, hi=2.0, **own)(2 * images - 0.5, labels)
+        assert adv.min() >= -1 and adv.max() <= 2
+        with pytest.raises(ValueError, match="images must lie"):
+            attack(model, **own)(2 * images - 0.5, labels)
+
+
+def test_labels_of_any_integer_dtype():
+    model, (images, labels) = make_model().eval(), batch()
+    expected = torchattacks.FGSM(model)(images, labels)
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(torchattacks.FGSM(model)(images, labels.to(dtype)), expected)
+
+
+def test_a_normalised_function_is_called_and_not_traced():
+    model, (images, labels) = make_model().eval(), batch()
+    calls = []
+
+    def function(x):
+        calls.append(len(x))
+        return model(x)
+
+    atk = torchattacks.PGD(function, steps=3, random_start=False)
+    atk.set_normalization_used([0.5] * 3, [0.25] * 3)
+    atk((images - 0.5) / 0.25, labels)
+    assert len(calls) == 3
+
+
+def test_random_targets_are_all_the_wrong_classes_and_the_kth_least_likely_is_the_kth():
+    model, (images, labels) = make_model().eval(), batch(size=200)
+    reached = []
+
+    class Reached(torchattacks.Attack):
+        def forward(self, model, images, labels, targeted):
+            assert targeted
+            reached.append(labels)
+            return images
+
+    atk = Reached(model)
+    for given, true in ((labels, labels), (None, model(images).argmax(1))):
+        atk.set_mode_targeted_random(quiet=True)
+        atk(images, given)
+        for label in true.unique():
+            assert reached[-1][true == label].unique().tolist() == [k for k in range(5) if k != label]
+        ranked = model(images).argsort(1)
+        for kth in (1, 2, 4):
+            atk.set_mode_targeted_least_likely(kth, quiet=True)
+            atk(images, given)
+            wrong = torch.stack([row[row != label] for row, label in zip(ranked, true, strict=True)])
+            assert reached[-1].equal(wrong[:, kth - 1])
+    atk.set_mode_targeted_least_likely(5, quiet=True)
+    with pytest.raises(ValueError, match="kth_min must be less than the number of classes, 5, got 5"):
+        atk(images, labels)
+
+
+def test_save_says_how_far_the_images_that_fell_were_moved(capsys):
+    """Half of the images fall, and are moved by 0.25 at each of 192 values; the others are moved by 0.5."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    with torch.no_grad():
+        model[1].weight[0], model[1].weight[1], model[1].bias[:] = 1.0, -1.0, 0.0
+    images = torch.full((8, 3, 8, 8), -0.125)
+    labels = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0])
+    images[4:] = 0.25
+
+    class Shifted(torchattacks.Attack):
+        def forward(self, model, images, labels, targeted):
+            return images + torch.where(labels == 1, 0.25, 0.5)[:, None, None, None]
+
+    atk = Shifted(model)
+    loader = [(images[k::3], labels[k::3]) for k in range(3)]
+    accuracy, distance, seconds = atk.save(loader, return_verbose=True)
+    assert accuracy == 50 and distance == pytest.approx(0.25 * 192**0.5) and seconds > 0
+    assert capsys.readouterr().out.startswith("robust accuracy 50.00 %, l2 3.46410, ")
+    assert atk.save(loader, verbose=False) is None and not capsys.readouterr().out
+
+
+def test_save_as_bytes_rounds_the_pixels_down(tmp_path):
+    model, images = make_model().eval(), torch.linspace(0, 1, 192).reshape(1, 3, 8, 8)
+    atk = torchattacks.PGD(model, eps=0.0, steps=1, random_start=False)
+    atk.save([(images, torch.tensor([0]))], tmp_path / "adv.pt", save_type="int", save_clean_inputs=True, verbose=False)
+    saved = torch.load(tmp_path / "adv.pt")
+    for name in ("adv_inputs", "clean_inputs"):
+        assert saved[name].equal((images * 255).floor().to(torch.uint8))
+    assert saved["save_type"] == "int"

@@ -46,7 +46,9 @@ def labels() -> torch.Tensor:
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("targeted", [True, False])
 def test_pgd_equals_the_textbook_loop(model, images, labels, start, targeted):
-    adv = pgd(model, images, labels, steps=3, random_start=start, targeted=targeted, generator=generator())
+    # check=False: without the last step that takes rounding out of the distance.
+    options = {"random_start": start, "targeted": targeted, "generator": generator(), "check": False}
+    adv = pgd(model, images, labels, steps=3, **options)
     begin = random_start(images, EPS, seed=philox_state()) if start else images
     sign = -1 if targeted else 1
     assert torch.equal(adv, textbook_pgd(model.eval(), begin, images, labels, 3, sign, alpha=ALPHA, eps=EPS))
@@ -54,13 +56,13 @@ def test_pgd_equals_the_textbook_loop(model, images, labels, start, targeted):
 
 def test_fgsm_is_one_step_from_the_clean_images(model, images, labels):
     expected = textbook_pgd(model.eval(), images, images, labels, 1, alpha=EPS, eps=EPS)
-    assert torch.equal(fgsm(model, images, labels), expected)
+    assert torch.equal(fgsm(model, images, labels, check=False), expected)
 
 
 def test_fgsm_rs_is_one_step_of_1_25_eps_from_a_random_start(model, images, labels):
     begin = random_start(images, EPS, seed=generator())
     expected = textbook_pgd(model.eval(), begin, images, labels, 1, alpha=1.25 * EPS, eps=EPS)
-    assert torch.equal(fgsm_rs(model, images, labels, generator=generator()), expected)
+    assert torch.equal(fgsm_rs(model, images, labels, generator=generator(), check=False), expected)
 
 
 def test_n_fgsm_is_one_step_from_noise_of_2_eps_without_projection(model, images, labels):
@@ -75,7 +77,7 @@ def test_the_result_is_in_the_ball_and_has_a_higher_loss(model, images, labels, 
     eps, alpha = (EPS, ALPHA) if norm == "linf" else (0.5, 0.1)
     adv = pgd(model, images, labels, eps=eps, alpha=alpha, norm=norm)
     distance = (adv - images).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
-    assert_close((distance - eps).clamp(min=0), torch.zeros_like(distance))
+    assert (distance.double() <= eps).all()
     assert adv.min() >= 0 and adv.max() <= 1
     assert (losses(model, adv, labels) > losses(model, images, labels)).all()
 
@@ -162,7 +164,7 @@ def test_restarts_return_a_success_or_else_the_result_of_highest_loss_for_each_i
     # The first success, else the highest loss: a success outranks any loss.
     rank = torch.stack([losses(model, end, labels) for end in ends]).where(~wrong, 100 - torch.arange(4.0)[:, None])
     assert 0 < wrong.any(0).sum() < len(images) and len(rank.argmax(0).unique()) > 1
-    adv = pgd(model, images, labels, steps=1, restarts=4, generator=generator(), **options)
+    adv = pgd(model, images, labels, steps=1, restarts=4, generator=generator(), check=False, **options)
     assert torch.equal(adv, torch.stack(ends)[rank.argmax(0), torch.arange(len(images))])
 
 

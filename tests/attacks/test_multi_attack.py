@@ -56,3 +56,30 @@ def test_an_empty_batch_and_wrong_attacks():
         MultiAttack([FGSM(model)])
     with pytest.raises(ValueError, match="attacks must all have the same model"):
         MultiAttack([FGSM(model), FGSM(classified()[0])])
+
+
+def test_each_image_keeps_its_own_radius_when_the_batch_gets_smaller():
+    model, images, labels = classified(16)
+    eps = torch.linspace(0.01, 0.3, 16)
+    members = [FGSM(model, eps=eps / 3), PGD(model, eps=eps, alpha=eps / 4, random_start=False)]
+    inner = MultiAttack([Square(model, eps=eps, n_queries=5), PGD(model, eps=eps, alpha=eps / 4, random_start=False)])
+    for attack in (MultiAttack(members), MultiAttack([members[0], inner])):
+        adv = attack(images, labels)
+        assert ((adv - images).flatten(1).abs().amax(1) <= eps).all()
+        strongest = PGD(model, eps=eps, alpha=eps / 4, random_start=False)(images, labels)
+        assert 0 < broken(model, FGSM(model, eps=eps / 3)(images, labels), labels).sum() < 16
+        assert (broken(model, adv, labels) >= broken(model, strongest, labels)).all()
+
+
+def test_saved_images_are_pixels_where_images_are_normalised(tmp_path):
+    model, images, labels = classified(16)
+
+    def of_normalised(x):
+        return model(x * 0.25 + 0.5)
+
+    attack = MultiAttack([FGSM(of_normalised, eps=0.1), FGSM(of_normalised, eps=0.2)])
+    attack.set_normalization_used([0.5], [0.25])
+    attack.save([((images - 0.5) / 0.25, labels)], tmp_path / "saved.pt", verbose=False, save_clean_inputs=True)
+    saved = torch.load(tmp_path / "saved.pt")
+    torch.testing.assert_close(saved["clean_inputs"], images)
+    assert saved["adv_inputs"].min() >= 0 and saved["adv_inputs"].max() <= 1

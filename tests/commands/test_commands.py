@@ -9,7 +9,7 @@ import torch
 import yaml
 from helpers.refusal import refused
 
-from sparse_adv import masks, models, runs, training
+from sparse_adv import experiment, masks, models, runs, training
 from sparse_adv.__main__ import main
 from sparse_adv.commands import evaluate
 from sparse_adv.config import OBJECTIVES, NetworkConfig
@@ -128,6 +128,41 @@ def test_every_flag_of_evaluate_reaches_its_use(trained, tmp_path, capsys, monke
     for (_, settings), needed in zip(seen, wanted, strict=True):
         assert {name: settings.get(name) for name in needed} == needed
     assert found["eps"] == 0.07 and found["norm"] == "l2" and found["split"] == "validation" and "pgd-3 x 2" in found
+
+
+def test_evaluate_takes_from_the_run_what_it_is_not_told(trained, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    info = json.loads((folder / runs.INFO).read_text())
+    info["train"] |= {"norm": "l2", "eps": 0.3, "seed": 7}
+    info["data"] |= {"limit": 150, "validation": 40.0}
+    (folder / runs.INFO).write_text(json.dumps(info))
+    load, seen = experiment.load_data, []
+
+    def load_data(config, seed, device):
+        seen.append((config, seed))
+        return load(config, seed, device)
+
+    def measure(model, images, **settings):
+        seen.append(settings)
+        return training.Accuracy(0.5, 7, 7, 7)
+
+    monkeypatch.setattr(experiment, "load_data", load_data)
+    for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
+        monkeypatch.setattr(evaluate, name, measure)
+    assert main(["evaluate", str(folder), "--device", "cpu"]) == 0
+    (loaded, seed), clean, fgsm, *pgd = seen
+    assert loaded == runs.read(folder).info.data and (loaded.limit, loaded.validation, seed) == (150, 40.0, 7)
+    ball = {"eps": 0.3, "norm": "l2"}
+    assert clean == {} and fgsm == ball and lines(capsys)[0].items() >= ball.items()
+    assert all(settings.items() >= {**ball, "seed": 7, "alpha": None}.items() for settings in pgd) and len(pgd) == 2
+    seen.clear()
+    flags = {"norm": "linf", "eps": 0.1, "seed": 5, "limit": 120, "validation": 30.0, "data": "digits"}
+    assert (
+        main(["evaluate", str(folder), *[text for name, value in flags.items() for text in (f"--{name}", f"{value}")]])
+        == 0
+    )
+    (loaded, seed), _, fgsm, *_ = seen
+    assert (loaded.limit, loaded.validation, seed, fgsm) == (120, 30.0, 5, {"eps": 0.1, "norm": "linf"})
 
 
 def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):

@@ -150,3 +150,26 @@ def test_a_text_is_neither_true_nor_false(config, name):
         with pytest.raises(ValueError, match=f"{name} must be true or false, got {value!r}"):
             config(**{name: value})
     assert getattr(config(**{name: np.bool_(True)}), name) is True
+
+
+@pytest.mark.parametrize(
+    ("method", "scope", "drop_fraction", "change_until", "growth", "adapt_from"),
+    [
+        ("static", "erk", 0.3, 1.0, "gradient", None),
+        ("set", "erk", 0.3, 1.0, "random", None),
+        ("rigl", "erk", 0.3, 0.75, "gradient", None),
+        ("flying-bird", "igq", 0.5, 1.0, "gradient", None),
+        ("flying-bird-plus", "igq", 0.5, 1.0, "gradient", 0.5),
+        ("gmp", "uniform", 0.3, 0.75, "gradient", None),
+    ],
+)
+def test_a_method_has_the_defaults_of_its_paper_and_only_where_nothing_else_is_asked_for(
+    method, scope, drop_fraction, change_until, growth, adapt_from
+):
+    defaults = {"scope": scope, "drop_fraction": drop_fraction, "change_until": change_until, "growth": growth}
+    config = MethodConfig(method, density=0.3, interval=7)
+    assert config.resolved() == replace(config, **defaults, adapt_from=adapt_from)
+    other = "random" if growth == "gradient" else "gradient"
+    asked = {"scope": "global", "drop_fraction": 0.0, "change_until": 0.0, "growth": other}
+    given = replace(config, **asked)
+    assert given.resolved() == replace(given, adapt_from=adapt_from)

@@ -148,6 +148,17 @@ def test_a_changed_attribute_of_a_module_is_noticed(held):
         torch.testing.assert_close(fused(x), model(x))
 
 
+def test_steps_are_those_of_the_present_autocast_and_dtype():
+    """On a CPU the engine leaves a model under autocast to autograd; what was made before or after does not count."""
+    model, x, _ = example("digits_cnn", None)
+    for autocast, kind in ((False, engine.Program), (True, engine.Autograd), (False, engine.Program)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), engine.input_gradients(model, x) as gradients:
+            assert type(gradients) is kind
+            assert gradients.logits(x).dtype == (torch.bfloat16 if autocast else torch.float32)
+    with engine.input_gradients(model.double(), x.double()) as gradients:
+        assert type(gradients) is engine.Program and gradients.logits(x.double()).dtype == torch.float64
+
+
 def test_a_reason_is_logged_once(caplog):
     class Branches(nn.Module):
         def forward(self, x):

@@ -175,7 +175,7 @@ def test_a_layer_that_is_called_twice_is_left():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 4, 1), norm).double().train()
     x = torch.rand(4, 3, 5, 5).double()
     assert engine.explain(model, x)[1:] == [
-        "PyTorch trains it alone: it has no BatchNorm2d in training mode that is called once"
+        "training is not fused: it has no BatchNorm2d in training mode that is called once"
     ]
 
 

@@ -133,6 +133,17 @@ def test_the_summary_has_a_run_s_costs_and_accuracies(tmp_path):
     assert (second["total s"], second["status"]) == ("20.0", "epoch 2 of 4")
 
 
+def test_one_slow_epoch_changes_no_median_and_of_equal_epochs_the_first_is_the_best(tmp_path):
+    seconds, robust = (2.0, 2.0, 9.0), (0.25, 0.5, 0.5)
+    records = [
+        epoch_record(n, attack=Cost(s - 0.5), update=Cost(0.5), robust_accuracy=accuracy, clean_accuracy=0.1 * n)
+        for n, (s, accuracy) in enumerate(zip(seconds, robust, strict=True), 1)
+    ]
+    (row,) = cells(report.summary([Run(tmp_path, RunInfo("train", TrainConfig(epochs=3)), records, None)]))
+    assert row["s/epoch"] == "2.00"
+    assert (row["best robust"], row["its epoch"], row["its clean"]) == ("50.0%", "2", "20.0%")
+
+
 def test_time_to_a_level_includes_the_search_and_ratios_are_to_the_dense_run(tmp_path):
     ticket = make(
         tmp_path / "ticket",

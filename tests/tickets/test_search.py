@@ -160,6 +160,22 @@ def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, pruning):
     records = [runs.read(tmp_path / run).records for run in ("whole", "stopped")]
     assert [record.loss for record in records[0]] == [record.loss for record in records[1]]
     assert [record.mask_distance for record in records[0]] == [record.mask_distance for record in records[1]]
+    totals = [[record.total.macs for record in each] for each in records]
+    assert totals[0] == totals[1] and tickets.cost_of(ticket).macs == tickets.cost_of(expected).macs == totals[0][-1]
+    assert tickets.record_of(ticket).checks == tickets.record_of(expected).checks
+
+
+def test_frozen_layers_are_frozen_in_every_round():
+    model, modes = network(), []
+    model[1].eval()
+    start = copy.deepcopy(model[1].state_dict())
+
+    def on_step(step):
+        modes.append([model[i].training for i in (0, 1, 4)])
+        assert all(value.equal(start[name]) for name, value in model[1].named_buffers())
+
+    tickets.search(model, batches(), CONFIG, PruneConfig(rounds=2), validation=VALIDATION, on_step=on_step)
+    assert modes == [[True, False, True]] * 12
 
 
 def test_a_finished_search_returns_without_training(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, VALIDATION, batches, network
+from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
 
 from sparse_adv import training
 from sparse_adv.runs import Cost
@@ -63,18 +63,24 @@ def test_overfitting_in_a_repeated_epoch_is_an_error():
 
 
 @pytest.fixture
-def overfit_once(monkeypatch):
-    """The second measurement of the monitor is 0; the others are real."""
-    measure, calls = OverfittingMonitor.measure, []
+def overfit_at(monkeypatch):
+    """overfit_at(2, 4): the second and the fourth of the next measurements of a monitor are 0; the others are real."""
+    measure, calls, faked = OverfittingMonitor.measure, [], []
 
-    def faked(self, model):
+    def measured(self, model):
         calls.append(measure(self, model))
-        return calls[-1]._replace(fraction=0.0) if len(calls) == 2 else calls[-1]
+        return calls[-1]._replace(fraction=0.0) if len(calls) in faked else calls[-1]
 
-    monkeypatch.setattr(OverfittingMonitor, "measure", faked)
+    def choose(*numbers):
+        calls.clear()
+        faked[:] = numbers
+
+    monkeypatch.setattr(OverfittingMonitor, "measure", measured)
+    return choose
 
 
-def test_an_overfitted_epoch_is_undone_and_repeated_with_pgd(overfit_once, caplog):
+def test_an_overfitted_epoch_is_undone_and_repeated_with_pgd(overfit_at, caplog):
+    overfit_at(2)
     updates, model = [], network()
     with caplog.at_level(logging.WARNING):
         records = training.train(
@@ -91,6 +97,51 @@ def test_an_overfitted_epoch_is_undone_and_repeated_with_pgd(overfit_once, caplo
     last_attempts = sum((record.attack + record.update for record in records), Cost())
     assert records[-1].total.macs > last_attempts.macs  # the undone attempt is counted
     assert records[1].attack.macs == 2 * records[0].attack.macs  # PGD-2 instead of one step
+
+
+@pytest.mark.parametrize("objective", ["fgsm-rs", "fgsm-rs-cs", "fgsm-uap", "nu-at", "free"])
+def test_an_undone_epoch_leaves_no_trace(overfit_at, objective):
+    """The twin is told before its second epoch to train it with PGD, so it has nothing to undo."""
+    config = replace(CONFIG, objective=objective, epochs=3, replays=2, ema_decay=0.9, schedule="cosine", alpha=0.05)
+    undone, twin = (
+        training.Training(network(), batches(), config, validation=VALIDATION) for _ in ("undone", "its twin")
+    )
+    overfit_at(2)
+    records = [list(undone.epochs())]
+    overfit_at()
+    records.append([])
+    for record in twin.epochs():
+        records[1].append(record)
+        twin.monitor.pgd_epochs = int(record.epoch == 1)
+    assert records[0][1].undone_accuracy == 0.0 and records[1][1].undone_accuracy is None
+    for run, its in zip((undone, twin), records, strict=True):
+        assert [record.step for record in its] == [epoch * run.updater.steps_per_epoch for epoch in (1, 2, 3)]
+    assert [record.loss for record in records[0]] == [record.loss for record in records[1]]
+    assert [record.learning_rate for record in records[0]] == [record.learning_rate for record in records[1]]
+    assert equal_states(undone.updater.model.state_dict(), twin.updater.model.state_dict())
+    assert equal_states(undone.evaluated.state_dict(), twin.evaluated.state_dict())
+
+
+def test_a_run_that_was_stopped_remembers_its_events(overfit_at, tmp_path):
+    """The second event, in epoch 3, has two epochs trained with PGD: a run that continues between them trains both."""
+
+    def run(folder):
+        return training.Training(network(), batches(), CONFIG, validation=VALIDATION, folder=folder)
+
+    overfit_at(2, 4)
+    whole = run(tmp_path / "whole")
+    records = list(whole.epochs())
+    overfit_at(2, 4)
+    for record in run(tmp_path / "stopped").epochs():
+        if record.epoch == 3:
+            break
+    continued = run(tmp_path / "stopped")
+    kept = continued.monitor.state_dict()
+    assert (kept["events"], kept["pgd_epochs"]) == (2, 1) and kept["best"] == whole.monitor.best > 0
+    assert [record.attack.macs for record in continued.epochs()] == [record.attack.macs for record in records]
+    assert records[3].attack.macs == records[2].attack.macs == 2 * records[0].attack.macs
+    assert continued.monitor.state_dict() == whole.monitor.state_dict()
+    assert equal_states(continued.updater.model.state_dict(), whole.updater.model.state_dict())
 
 
 def test_there_is_no_monitor_without_validation_images_or_attacks_or_if_it_is_turned_off():

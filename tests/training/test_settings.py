@@ -8,7 +8,7 @@ import torch
 from helpers.small_runs import QUICK, TEST, VALIDATION, batches, equal_states, network
 
 from sparse_adv import attacks, data, engine, json_files, runs, tickets, training
-from sparse_adv.training import TrainConfig, checkpoint, evaluation
+from sparse_adv.training import TrainConfig, checkpoint, evaluation, loop, overfitting
 
 BASE = replace(QUICK, objective="pgd", epochs=2, engine=False)
 CHANGES = {
@@ -108,6 +108,26 @@ def test_the_final_test_is_of_the_best_weights_with_the_settings_of_the_run(tmp_
     assert (result.tested, result.tested_epoch) == (("best", 1) if best else ("last", 2))
     assert result.validation_robust_accuracy == (0.125 if best else None)
     assert result.total == records[-1].total and runs.read(tmp_path).result == result
+
+
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_settings_of_a_run_reach_its_evaluations_and_its_monitor(engine, norm, monkeypatch):
+    own = {"eps": 0.4, "norm": norm, "seed": 3, "engine": engine}
+    seen = {}
+    for module in (loop, overfitting):
+
+        def measure(model, images, module=module, **settings):
+            seen[module] = settings
+            return training.Accuracy(0.5, 40, 40, 40)
+
+        monkeypatch.setattr(module, "robust_accuracy", measure)
+    run = training.Training(
+        network(), batches(), replace(BASE, epochs=1, evaluation_steps=7, **own), validation=VALIDATION
+    )
+    list(run.epochs())
+    assert seen[loop] == {**own, "steps": 7, "graphs": run.graphs, "every_image": False}
+    assert seen[overfitting] == {**own, "steps": 5, "graphs": run.graphs}
 
 
 def test_settings_of_an_evaluation_reach_its_attack(monkeypatch):

@@ -157,7 +157,7 @@ bool Blocking::can_sort_by_column(int64_t oc_block) const {
 
 namespace {
 
-// Of the forward pass and of grad_weight, which reads the same input tile.
+// The order of the forward pass and of grad_weight, which reads the same input tile.
 Blocking blocking_of_input(const ConvParams& conv, const Pattern& pattern, bool channels_last, bool whole_tiles) {
   return {ConvAxis::forward(conv.H, conv.P, conv.R, conv.stride[0], conv.padding[0], conv.dilation[0]),
           ConvAxis::forward(conv.W, conv.Q, conv.S, conv.stride[1], conv.padding[1], conv.dilation[1]),

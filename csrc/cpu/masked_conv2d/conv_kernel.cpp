@@ -197,7 +197,8 @@ static inline __attribute__((always_inline)) void accumulate(const ConvTile& til
             acc[j * kVectors + q]);
 }
 
-// The part of a tile for whose accumulators registers suffice; half of it, at the end of the images, if it is the tile.
+// The part of a tile whose accumulators fit in registers. If that is the whole tile, but the tile extends beyond the
+// end of the images, it is half of the tile, so that the other half can be left out.
 static constexpr TilePart part_of(int tile_cols, int oc_block, bool whole) {
   const int vectors = kAccumulators / oc_block, cols = vectors < tile_cols ? vectors : tile_cols, rows = vectors / cols;
   return {.rows = !whole && vectors == kTileVectors && rows > 1 ? rows / 2 : rows, .cols = cols};
@@ -205,7 +206,7 @@ static constexpr TilePart part_of(int tile_cols, int oc_block, bool whole) {
 
 TilePart part_of_tile(int tile_cols, int64_t oc_block) { return part_of(tile_cols, static_cast<int>(oc_block), false); }
 
-// With the number of rows and columns as constants where the WHOLE tile is inside of the band, which is 4 % faster.
+// If the WHOLE tile is inside of the band, the numbers of rows and columns are constants, which is 4 % faster.
 template <class Order, int TILE_COLS, bool WHOLE>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
   constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, WHOLE);

@@ -8,7 +8,7 @@
 
 namespace sparse_adv {
 
-// What the kernel may assume about the order of the column indices of a row:
+// The order of the column indices of a row, which the kernel may rely on:
 // - batch_triples, width_triples: every three consecutive ones are the three taps of a filter row, which read three
 //   neighbouring columns of the input tile; batch-vectorised a column is a vector, width-vectorised it is a lane.
 // - by_column: width-vectorised, and the tile has whole rows. The column indices are sorted by column offset: first
@@ -50,16 +50,17 @@ struct ConvTile {
   int64_t first_oc_block, last_oc_block;  // those that are computed, from the first to the one before the last
 };
 
-// For each row of the matrix that belongs to the ic_blocks from `first_ic_block` on, up to `last_ic_block` - 1, and to
-// the tile's oc_blocks, and each channel j of its oc_block:
-//   accumulators[oc_block number * oc_block + j][position] += sum_i values[i][j] * input[input_offsets[i] + position]
-// ic_block 0 starts from 0; after the last ic_block of the matrix the results go to `output`, if there is one.
-// Of a tile's rows and columns that are inside of the band, the kernel computes multiples of these.
+// The kernel computes a tile in parts of this size, and leaves out the parts that lie beyond the end of the images. So
+// the rows and columns that it computes are rows_inside and cols_inside, rounded up to multiples of these.
 struct TilePart {
   int rows, cols;
 };
 SPARSE_ADV_FOR_EACH_ISA(TilePart part_of_tile(int tile_cols, int64_t oc_block));
 
+// For each row of the matrix that belongs to the ic_blocks from `first_ic_block` on, up to `last_ic_block` - 1, and to
+// the tile's oc_blocks, and each channel j of its oc_block:
+//   accumulators[oc_block number * oc_block + j][position] += sum_i values[i][j] * input[input_offsets[i] + position]
+// ic_block 0 starts from 0; after the last ic_block of the matrix the results go to `output`, if there is one.
 SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_tile(const PackedWeights& weights, int64_t first_ic_block,
                                                 int64_t last_ic_block, const ConvTile& tile));
 

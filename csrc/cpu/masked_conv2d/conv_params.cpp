@@ -9,7 +9,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-// Of rows or columns: whether each window of `taps` reads one of `pixels`. The first and the last window do not decide
+// For rows or for columns: whether each window of `taps` reads one of `pixels`. The first and last window do not decide
 // it, because a dilation larger than the image can step over it: with 1 pixel, 2 taps, dilation 4 and padding 4,
 // windows 0 and 4 read the pixel and windows 1 to 3 do not.
 bool every_window_reads(int64_t pixels, int64_t taps, int64_t windows, int64_t stride, int64_t padding,

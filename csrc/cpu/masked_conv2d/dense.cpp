@@ -47,7 +47,7 @@ Sizes to_vector(const std::array<int64_t, 2>& pair) { return {pair[0], pair[1]};
 
 // The dtype in which PyTorch computes a convolution of tensors like this one. In 16 bits, oneDNN (of torch 2.13, with
 // AMX) ends the process where some window lies in the padding, and bfloat16 results are wrong where a stride leaves one
-// column of output pixels. float32 is neither.
+// column of output pixels. float32 has neither fault.
 ScalarType safe_dtype(const ConvParams& conv, const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) return dtype;
@@ -79,8 +79,8 @@ Tensor backward(const ConvParams& conv, const Tensor& grad_output, const Tensor&
   return torch::stable::to(gradients[which], grad_output.scalar_type());
 }
 
-// What follows scale and bias: `sum`, a new tensor, becomes the result, or goes to `out` in one pass. The result has
-// the layout of out, or that of an output for the images `like`.
+// Applies residual, ReLU and gate: the new tensor `sum` becomes the result, or is written to `out` in one pass. The
+// result has the layout of out, or that of an output for the images `like`.
 Tensor finish(const Tensor& like, const Tensor& sum, const EpilogueTensors& epilogue,
               const std::optional<Tensor>& out) {
   const Tensor laid_out = in_layout_of(out.value_or(like), sum);

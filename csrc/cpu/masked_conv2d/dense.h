@@ -11,7 +11,7 @@
 
 namespace sparse_adv {
 
-// Forward and grad_input return their result in `out`, or in a tensor of their own if there is none.
+// Forward and grad_input return their result in `out`, or in a new tensor without `out`.
 torch::stable::Tensor dense_conv2d(const ConvParams& conv, const Pattern& pattern, const torch::stable::Tensor& input,
                                    const torch::stable::Tensor& weight, const EpilogueTensors& epilogue,
                                    const std::optional<torch::stable::Tensor>& out);

@@ -29,7 +29,7 @@ Tensor sparse_conv2d_grad_input(const ConvParams& conv, const Pattern& pattern, 
   return grad_input;
 }
 
-// The result is in `out`, or in a new tensor if there is none.
+// Returns the result in `out`, or in a new tensor without `out`.
 Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const std::vector<Tensor>& pattern_tensors,
                   const std::vector<int64_t>& input_size, const std::vector<int64_t>& stride,
                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,

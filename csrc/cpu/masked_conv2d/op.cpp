@@ -30,7 +30,7 @@ Tensor sparse_conv2d(const ConvParams& conv, const Pattern& pattern, const Block
   return output;
 }
 
-// The result is in `out`, or in a new tensor if there is none.
+// Returns the result in `out`, or in a new tensor without `out`.
 Tensor convolve(const Tensor& input, const Tensor& weight, const std::vector<Tensor>& pattern_tensors,
                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                 const std::vector<int64_t>& dilation, int64_t groups, const EpilogueTensors& epilogue,

@@ -28,10 +28,10 @@ _HARMLESS: list[Any] = [
     (plain_scalar, "numpy.core.multiarray.scalar"),
     (plain_scalar, "numpy._core.multiarray.scalar"),
 ]
-"""What checkpoints often hold beside tensors, settings and accuracies; numbers of NumPy become those of Python."""
+"""Classes that checkpoints often hold, for settings and accuracies; numbers of NumPy become those of Python."""
 
 _MOST_MASKS = 10_000
-"""In a list: one for each layer of a network."""
+"""Largest number of masks in a list, which has one for each layer of a network."""
 
 _REMEDY = (
     "if you trust the file, load it where it was written and save its tensors alone: "

@@ -15,7 +15,7 @@ State = dict[str, Tensor]
 Density = float | Mapping[str, float] | None
 
 _HARP_MIN_SHARE = 0.1
-"""In HARP, the lowest density of a layer is this fraction of the global density."""
+"""The lowest density of a layer of HARP, as a fraction of the global density."""
 
 
 class Split(NamedTuple):

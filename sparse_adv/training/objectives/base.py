@@ -1,4 +1,4 @@
-"""What all objectives have: the interface that an update calls, and training without attack."""
+"""The base class of all objectives: the interface that an update calls, and training without attack."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Natural:
         self.config, self.check, self.graphs = config, check, graphs
         smoothing = config.label_smoothing
         self.attack_loss: str | Loss = SmoothedCrossEntropy(smoothing) if smoothing else "ce"
-        """CE for attacks; one object, by which a CUDA graph is found again."""
+        """CE for attacks; always the same object, since its identity is part of the key of a CUDA graph."""
 
     @property
     def passes(self) -> Passes:
@@ -87,7 +87,7 @@ class Natural:
         """Use the gradients of the update, if the objective needs them."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what an update needs of the updates before it."""
+        """Return the state of earlier updates that the next one needs."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

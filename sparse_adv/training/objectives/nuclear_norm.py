@@ -1,7 +1,7 @@
 """The nuclear norm of a matrix and its gradient, by matrix products and inverses.
 
-PyTorch's nuclear norm decomposes the matrix: on a GPU the host waits for that, and a matrix with NaN raises an error
-where a diverged training should be told.
+PyTorch's nuclear norm decomposes the matrix: on a GPU the host waits for it, and for a matrix with NaN it raises an
+error of linear algebra, where training should report that it diverged.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ class FGSMRSCS(Natural):
 
         loss = CE(f(adv), y) + beta sign(d) [|d| > 0.03] CE(f(x'), y)
 
-    So a batch whose loss moves away from that of the last epoch is pulled back. The second term is left out in the
-    first two epochs and in the epochs beside a milestone of the piecewise schedule and at the end, where the loss
-    should move. With label smoothing s, these two CE give 1 - s to the label and s / (classes - 1) to each other class.
-    The second term costs a backward pass also where it is 0: to leave it out, the host would have to wait for the GPU.
+    So the second term acts against a change of a batch's loss since the last epoch. It is left out where the loss is
+    expected to change: in the first two epochs, beside a milestone of the piecewise schedule and at the end. With label
+    smoothing s, these two CE give 1 - s to the label and s / (classes - 1) to each other class. The second term costs a
+    backward pass even if it is 0: to leave it out, the host would have to wait for the GPU.
 
     FastAT Benchmark, ResNet-18: clean 80.54 %, AutoAttack 48.64 %, 1,824 s.
 

@@ -1,0 +1,126 @@
+"""AutoAttack spends the budgets that it prints, tells what was found without gradients, and follows its seed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.attacked import batch, make_model
+from torch import nn
+
+from sparse_adv.attacks import AutoAttack, autoattack
+from sparse_adv.attacks.autoattack_versions import Member
+
+SPENT = {
+    # attack: (passes with a gradient, passes without) on an image that never falls, less the few of the clean image
+    "standard": {"apgd-ce": (100, 0), "apgd-t": (9 * 100, 0), "fab-t": (9 * 100, 9 * 100), "square": (0, 5000)},
+    "plus": {"apgd-ce": (5 * 100, 0), "apgd-dlr": (5 * 100, 0), "fab": (5 * 100, 5 * 100)},
+    "rand": {"apgd-ce": (20 * 100, 0), "apgd-dlr": (20 * 100, 0)},
+}
+
+
+class Robust(nn.Module):
+    """A linear model of ten classes, with one far ahead of the others, that counts its passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 10)
+        with torch.no_grad():
+            self.fc.bias[0] = 50.0
+        self.with_gradient = self.without = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.with_gradient += x.requires_grad
+        self.without += not x.requires_grad
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize("version", SPENT)
+def test_each_attack_spends_its_whole_budget_on_an_image_that_stands(version, monkeypatch):
+    model, spent = Robust(), {}
+    for name, member in autoattack.MEMBERS.items():
+
+        def attack(*args, name=name, member=member, **options):
+            if name not in SPENT[version]:
+                return args[1]
+            before = model.with_gradient, model.without
+            adv = member.attack(*args, **options)
+            spent[name] = model.with_gradient - before[0], model.without - before[1]
+            return adv
+
+        monkeypatch.setitem(autoattack.MEMBERS, name, replace(member, attack=attack))
+    evaluator = AutoAttack(model, eps=0.01, version=version, seed=0, verbose=False, engine=False)
+    evaluator.run_standard_evaluation(torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]))
+    assert evaluator.result.standing.all() and spent.keys() == SPENT[version].keys()
+    for name, (with_gradient, without) in SPENT[version].items():
+        starts = max(with_gradient // 100, 1)  # each start may look at its end, and FAB thrice on its way back
+        assert spent[name][0] == with_gradient and 0 <= spent[name][1] - without <= 1 + 3 * starts, name
+
+
+@pytest.mark.parametrize(
+    ("names", "breaks", "warned"),
+    [
+        (["apgd-ce", "square"], {"square"}, True),
+        (["apgd-ce", "square"], {"apgd-ce"}, False),
+        (["apgd-ce", "square"], set(), False),
+        (["square"], {"square"}, False),
+        (["square", "apgd-ce"], {"square"}, False),
+        (["square", "apgd-ce"], {"apgd-ce"}, False),
+    ],
+)
+def test_what_only_square_broke_is_a_sign_of_masked_gradients(names, breaks, warned, monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    images = torch.rand(6, 1, 2, 2)
+    labels = model(images).argmax(1)
+    across = torch.where(labels.bool(), 1.0, -1.0)[:, None] * (model[1].weight[0] - model[1].weight[1]).detach()
+
+    def found(model, x, y, name, **options):
+        return (x + 9 * across[: len(x)].view_as(x)).clamp(0, 1) if name in breaks else x
+
+    for name in names:
+
+        def attack(*args, name=name, **options):
+            return found(*args, name=name, **options)
+
+        monkeypatch.setitem(autoattack.MEMBERS, name, Member("", attack))
+    evaluator = AutoAttack(model, eps=1.0, version="custom", attacks_to_run=names, verbose=False)
+    evaluator.run_standard_evaluation(images, labels)
+    assert evaluator.result.accuracy[names[-1]] == (0 if breaks else 1)
+    assert any("square, which needs no gradients" in sign for sign in evaluator.result.signs) == warned
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "square"])
+def test_two_seeds_differ_and_one_repeats(name):
+    model, (images, _) = make_model().eval(), batch(size=8)
+    labels = model(images).argmax(1)
+    options = {"eps": 0.1, "version": "custom", "attacks_to_run": [name], "verbose": False}
+
+    def run(seed):
+        return AutoAttack(model, seed=seed, **options).run_standard_evaluation(images, labels, bs=4)
+
+    assert run(1).equal(run(1)) and not run(1).equal(run(2))
+    found = []
+    for seed in (3, 3, 4):  # without a seed it is drawn from PyTorch's generator
+        torch.manual_seed(seed)
+        found.append(run(None))
+    assert found[0].equal(found[1]) and not found[0].equal(found[2])
+
+
+def test_a_run_that_drew_its_seed_continues_with_it(tmp_path, monkeypatch, capsys):
+    model, (images, _) = make_model().eval(), batch(size=12)
+    labels, path = model(images).argmax(1), tmp_path / "state.safetensors"
+    options = {"eps": 0.012, "version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"]}
+    write = autoattack.State.write
+
+    def interrupted(state, path):
+        write(state, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autoattack.State, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            AutoAttack(model, **options).run_standard_evaluation(images, labels, bs=4, state_path=path)
+    continued = AutoAttack(model, **options).run_standard_evaluation(images, labels, bs=4, state_path=path)
+    seeds = {line.rpartition("seed ")[2] for line in capsys.readouterr().out.splitlines() if ", seed " in line}
+    assert len(seeds) == 1
+    whole = AutoAttack(model, **options, seed=int(seeds.pop())).run_standard_evaluation(images, labels, bs=4)
+    assert whole.equal(continued)
