@@ -14,6 +14,7 @@ from sparse_adv.kernels.layout import layout_of
 from sparse_adv.kernels.tensor_checks import check_bits
 
 _BLOCK = 2048
+_WIDE_FROM = 2**31 - _BLOCK  # elements that are numbered with 64 bits
 
 
 def pointwise(
@@ -57,6 +58,7 @@ def pointwise(
         pointwise_kernel[(triton.cdiv(input.numel(), _BLOCK),)](
             *(input, scale, bias, residual, gate, gate_out, output, input.numel(), input.shape[1], inner),
             RELU=relu,
+            WIDE=input.numel() >= _WIDE_FROM,
             BLOCK=_BLOCK,
         )
     return output
@@ -75,12 +77,14 @@ def pointwise_kernel(
     channels,
     inner,  # elements of one channel in a row
     RELU: tl.constexpr,
+    WIDE: tl.constexpr,  # whether 64 bits number the elements; to divide those takes longer than to load them
     BLOCK: tl.constexpr,
 ):
     """A block of consecutive elements."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
+    i = program * BLOCK + tl.arange(0, BLOCK)
     mask = i < elements
-    byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    byte = program * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     accumulate: tl.constexpr = tl.float64 if output.dtype.element_ty == tl.float64 else tl.float32
     y = tl.load(input + i, mask=mask).to(accumulate)
     if scale is not None or bias is not None:

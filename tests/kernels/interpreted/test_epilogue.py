@@ -7,6 +7,7 @@ from helpers.tolerances import assert_close
 
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import masked_conv2d_pack
+from sparse_adv.kernels import pointwise as kernels
 from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.ops import empty_gate, gate_to_bool, reference
 from sparse_adv.ops.masked_conv2d_live_blocks import live_blocks
@@ -54,6 +55,17 @@ def test_pointwise_writes_and_reads_gates_of_bits(shape, dtype):
     out = pointwise(x, residual=residual, relu=True, gate_out=gate)
     assert torch.equal(gate_to_bool(gate, x), ~(out <= 0))
     assert torch.equal(pointwise(grad, gate=gate), grad.where(~(out <= 0), 0))
+
+
+def test_numbers_of_64_bits(monkeypatch):
+    x, residual = (random(3, 16, 30, 6, layout=torch.channels_last, seed=seed) for seed in range(2))
+    operands = {"scale": random(16, seed=2), "bias": random(16, seed=3), "residual": residual}
+    results = []
+    for wide_from in (x.numel() + 1, x.numel()):
+        monkeypatch.setattr(kernels, "_WIDE_FROM", wide_from)
+        gate = empty_gate(x)
+        results.append((pointwise(x, **operands, relu=True, gate_out=gate), gate))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_the_gate_is_that_of_the_rounded_output():
