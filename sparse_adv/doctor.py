@@ -93,7 +93,7 @@ def _masked_conv2d_out(kernel: str) -> float:
 
 
 def _pointwise() -> float:
-    """Scale, bias, residual and ReLU with its gate, and a pass back through that gate."""
+    """Scale, bias, residual and ReLU with its gate, and a backward pass through that gate."""
     noise = torch.Generator().manual_seed(0)
     x, residual = torch.randn(2, 3, 4, 5, 7, generator=noise)
     scale, bias = torch.randn(2, 4, generator=noise)
