@@ -1,5 +1,8 @@
 """Data sets and samplers inside of others: they too get the number of the epoch, and their generators are saved."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from helpers.small_runs import QUICK, TRAIN, network
@@ -66,3 +69,19 @@ def test_a_run_that_is_continued_with_other_generators_is_refused(tmp_path):
     train(1, None)
     with pytest.raises(ValueError, match="batches have 1 generators of their own, had 0 when the run was begun"):
         train(2, Generator())
+
+
+def test_every_global_generator_gets_the_seed_and_goes_on_where_it_was():
+    def drawn() -> tuple[float, ...]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    found = []
+    for outer, seed in ((0, 3), (1, 3), (1, 4)):
+        random.seed(outer)
+        np.random.seed(outer)
+        torch.manual_seed(outer)
+        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        with random_numbers.seeded(seed):
+            found.append(drawn())
+        assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert found[0] == found[1] and not any(a == b for a, b in zip(found[1], found[2], strict=True))
