@@ -37,9 +37,12 @@ def test_normalised_images_are_attacked_like_the_model_with_a_normalising_layer(
     options = {"eps": EPS, "alpha": EPS / 4, "steps": 3}
     atk = torchattacks.PGD(model, random_start=False, **options)
     atk.set_normalization_used([0.5] * 3, [0.25] * 3)
-    found = atk((images - 0.5) / 0.25, labels)
-    expected = pgd(Normalized(), images, labels, random_start=False, **options)
-    torch.testing.assert_close(found * 0.25 + 0.5, expected)
+    for targeted in (False, True):
+        if targeted:
+            atk.set_mode_targeted_by_label(quiet=True)
+        found = atk((images - 0.5) / 0.25, labels)
+        expected = pgd(Normalized(), images, labels, random_start=False, targeted=targeted, **options)
+        torch.testing.assert_close(found * 0.25 + 0.5, expected)
 
 
 def test_targeted_modes():
