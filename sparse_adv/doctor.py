@@ -92,6 +92,18 @@ def _masked_conv2d_out(kernel: str) -> float:
     return _difference([y, grad_input], [expected, gated])
 
 
+def _pointwise() -> float:
+    """Scale, bias, residual and ReLU with its gate, and a backward pass through that gate."""
+    noise = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 3, 4, 5, 7, generator=noise)
+    scale, bias = torch.randn(2, 4, generator=noise)
+    y, grad, gate = torch.empty_like(x), torch.empty_like(x), ops.empty_gate(x)
+    ops.pointwise_out(x, scale, bias, residual, relu=True, gate_out=gate, out=y)
+    ops.pointwise_out(x, residual=residual, gate=gate, out=grad)
+    expected = reference.pointwise(x, scale, bias, residual, relu=True)
+    return _difference([y, grad], [expected, reference.pointwise(x, residual=residual, gate=expected > 0)])
+
+
 def _batch_norm_act() -> float:
     """Forward and all gradients, with residual and ReLU."""
     noise = torch.Generator().manual_seed(0)
@@ -129,6 +141,14 @@ def _pgd_step(norm: str) -> float:
     return _difference([ops.pgd_step(adv, *step), ops.pgd_step_(adv.clone(), *step)], [expected, expected])
 
 
+def _pgd_step_normalized() -> float:
+    noise = torch.Generator().manual_seed(0)
+    clean, adv, grad = torch.rand(3, 3, 2, 5, 7, generator=noise)
+    step = (grad - 0.5, clean, torch.tensor([0.5, 0.25]), torch.tensor([0.25, 0.5]), 0.1, 0.3)
+    results, expected = (op(adv, *step) for op in (ops.pgd_step_normalized, reference.pgd_step_normalized))
+    return _difference([y.float() for y in results], [y.float() for y in expected])
+
+
 def _random_start(norm: str) -> float:
     clean = torch.rand(3, 2, 5, 7, generator=torch.Generator().manual_seed(0))
     seed = torch.tensor([7, 0])
@@ -164,8 +184,10 @@ CHECKS: dict[str, Callable[[], float]] = {
         for kernel in ("sparse", "dense")
     },
     **{f"masked_conv2d_out {kernel}": partial(_masked_conv2d_out, kernel) for kernel in ("sparse", "dense")},
+    "pointwise_out": _pointwise,
     "max_pool2d_out": _max_pool2d,
     "batch_norm_act": _batch_norm_act,
     **{f"pgd_step {norm}": partial(_pgd_step, norm) for norm in ("linf", "l2")},
+    "pgd_step_normalized": _pgd_step_normalized,
     **{f"random_start {norm}": partial(_random_start, norm) for norm in ("linf", "l2")},
 }

@@ -11,6 +11,7 @@ ticket.safetensors   the ticket that a search found
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -287,6 +288,22 @@ def read(folder: Path | str) -> Run:
     if info.kind == "search":
         return Run(folder, info, records, json_files.read(SearchResult, folder / RESULT))
     return Run(folder, info, records, json_files.read(TrainResult, folder / RESULT))
+
+
+def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | None:
+    """Return the first epoch of the highest validation accuracy, robust unless training is natural; None if none is.
+
+    Examples:
+        >>> best([], TrainConfig()) is None
+        True
+    """
+
+    def accuracy(record: EpochRecord) -> float:
+        value = record.clean_accuracy if config.objective == "natural" else record.robust_accuracy
+        return -1.0 if value is None else value
+
+    first = max(records, key=accuracy, default=None)
+    return None if first is None or accuracy(first) < 0 else first
 
 
 def _settings(info: RunInfo) -> dict[str, json_files.JSON]:

@@ -296,8 +296,8 @@ class AutoAttack:
             noise = torch.Generator().manual_seed(own_seed % 2**63)
             attack = partial(MEMBERS[name].attack, self.model, generator=noise, **VERSIONS[self.version].options(name))
             left = index
-            # An example that is none in float32 ended the search of its image, which is attacked again without what
-            # rounds differently, autocast and the engine.
+            # An unconfirmed example has ended the search for its image. So the image is attacked again without autocast
+            # and without the engine, which round differently.
             for exact in (False, True):
                 if not len(left):
                     break

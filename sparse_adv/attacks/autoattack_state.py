@@ -17,9 +17,9 @@ from sparse_adv.files import write_bytes
 
 _TENSORS = ("adversarial", "predictions", "standing", "pending", "logits")
 _COMPARED = 8
-"""Images whose clean logits tell whether a run is continued with the same function."""
+"""Number of images whose clean logits are compared, to refuse a run that is continued with another function."""
 _TOLERANCE = 1e-3
-"""Of the logits, relative to the largest; another device or number of threads changes less of float32."""
+"""Largest difference of logits, relative to the largest logit; another device or number of threads causes less."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class State:
 
 
 def first_logits(logits: Tensor) -> Tensor:
-    """Those of the first images, for `State.logits`."""
+    """The logits of the first images, for `State.logits`."""
     return logits[:_COMPARED].detach().cpu()
 
 

@@ -16,7 +16,7 @@ from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import check_names
 from sparse_adv.files import check_writable, replacing
-from sparse_adv.ops.pgd_step import check_floating
+from sparse_adv.ops.arguments import check_floating
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
@@ -185,7 +185,7 @@ class Attack(ABC):
             save_type: "float", or "int" for bytes: the pixels times 255, rounded down, may leave the ball.
 
         Returns:
-            The robust accuracy in percent, the mean distance (0 if no image fell) and the seconds of a batch if
+            The robust accuracy in percent, the mean distance (0 without an example) and the seconds of a batch if
             return_verbose, else None.
 
         Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_adv.ops.pgd_step import check_floating
+from sparse_adv.ops.arguments import check_floating
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 """The model of an attack: a module, or a plain function that maps images to logits."""

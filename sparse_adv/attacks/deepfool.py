@@ -47,8 +47,8 @@ def deepfool(
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi], at any distance;
-        after `steps` steps in vain, or where a gradient is NaN, the last finite image; where the clean image is
-        adversarial, that.
+        without an example after `steps` steps, or where a gradient is NaN, the last finite image; the clean image where
+        it is adversarial itself.
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.

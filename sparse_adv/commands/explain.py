@@ -17,7 +17,7 @@ from sparse_adv.commands.output import Output
 from sparse_adv.nn import explain, sparsify
 
 _MOST_VALUES = 1 << 26
-"""Of a batch of images; at 64 channels a layer of a network then has 6 GB."""
+"""Largest number of values in the batch of images; a layer of 64 channels then has 6 GB."""
 
 
 @dataclass(frozen=True)

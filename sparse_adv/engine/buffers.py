@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -39,9 +39,17 @@ class _Lifetime:
 
 
 def plan(
-    steps: Sequence[Step], input: Value, output: Value, kernels: Kernels, device: torch.device
+    steps: Sequence[Step],
+    input: Value,
+    output: Value,
+    gates: Collection[Value],
+    kernels: Kernels,
+    device: torch.device,
 ) -> tuple[Mapping[Value, Place], Mapping[Value, Place]]:
-    """Return the memory planned for each value and each gradient; a kernel that allocates its result ignores it."""
+    """Return where each value and each gradient is written, if the kernel can choose.
+
+    Outputs of a ReLU that are not in `gates` are their own gates, and last as long.
+    """
     forward = {step: moment for moment, step in enumerate(steps)}
     backward = {step: 2 * len(steps) - moment for step, moment in forward.items()}
     values: list[_Lifetime] = []
@@ -49,7 +57,7 @@ def plan(
     made = [(value, step) for step in steps for value in step.outputs]
     for value, step in made:
         reads = [forward[reader] for reader in value.readers]
-        if value.kept or (value.rectified and kernels.value_is_gate):
+        if value.kept or (value.rectified and value not in gates):
             reads.append(backward[step])
         if value is output:
             reads.append(len(steps))
@@ -77,16 +85,16 @@ def _places(
 
 
 def gates(steps: Sequence[Step], kernels: Kernels, device: torch.device) -> dict[Value, Tensor]:
-    """Return memory for the gates of all values that are outputs of a ReLU."""
-    rectified = [value for step in steps for value in step.outputs if value.rectified]
-    made = {value: kernels.new_gate(value.shape, device) for value in rectified}
+    """Return memory for the gates of outputs of a ReLU, but for those that are their own gates."""
+    rectified = {value: step for step in steps for value in step.outputs if value.rectified}
+    made = {value: kernels.new_gate(step, value.shape, device) for value, step in rectified.items()}
     return {value: gate for value, gate in made.items() if gate is not None}
 
 
-def read_last(steps: Sequence[Step], output: Value, kernels: Kernels) -> list[list[Value]]:
+def read_last(steps: Sequence[Step], output: Value, gates: Collection[Value]) -> list[list[Value]]:
     """For each step the values that no later step reads, forward or backward."""
     last = {value: step for step in steps for value in step.inputs}
-    needed = {value for value in last if value.kept or (value.rectified and kernels.value_is_gate)} | {output}
+    needed = {value for value in last if value.kept or (value.rectified and value not in gates)} | {output}
     return [[value for value in {*step.inputs} - needed if last[value] is step] for step in steps]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv.nn import MaskedConv2d
+
+if TYPE_CHECKING:
+    from sparse_adv.engine.steps import Step
 
 Place = Callable[[], Tensor]
 """Returns the memory that is planned for a result; a kernel may use it or allocate its own."""
@@ -44,7 +47,7 @@ def fold_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, bias if norm.bias is None else bias + norm.bias.detach()
 
 
-def _pair(sizes: tuple[int, ...] | str) -> tuple[int, int]:
+def pair(sizes: tuple[int, ...] | str) -> tuple[int, int]:
     assert not isinstance(sizes, str)
     rows, cols = sizes
     return rows, cols
@@ -61,7 +64,7 @@ class Convolution:
 
     def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: Kernels) -> None:
         self.layer, self.norm, self.shape, self.kernels = layer, norm, shape, kernels
-        self.geometry = _pair(layer.stride), _pair(layer.padding), _pair(layer.dilation)
+        self.geometry = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
         self.weight: Tensor
         self.bias: Tensor | None
         self.fold()
@@ -126,11 +129,8 @@ class Kernels:
         memory_format = self.memory_format if len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=self.dtype, device=device, memory_format=memory_format)
 
-    value_is_gate = False
-    """Whether the output of a ReLU is its own gate, and no other memory is needed for it."""
-
-    def new_gate(self, shape: torch.Size, device: torch.device) -> Tensor | None:
-        """Memory for the gate of a value; None if the value is its own gate."""
+    def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Memory for the gate of a value that a step makes; None if the value is its own gate."""
         return torch.empty_like(self.empty(shape, device), dtype=torch.bool)
 
     def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:

@@ -7,6 +7,7 @@ operands are the engine's own buffers, on one device and without gradients.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,14 @@ from sparse_adv import ops
 from sparse_adv.engine.kernels import Convolution, Epilogue, Kernels, Place
 from sparse_adv.nn import MaskedConv2d
 
+if TYPE_CHECKING:
+    from sparse_adv.engine.steps import Step
+
 
 class CpuKernels(Kernels):
     """Kernels that write into planned memory, with one bit per element of a ReLU's output as its gate."""
 
-    def new_gate(self, shape: torch.Size, device: torch.device) -> Tensor:
+    def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor:
         return ops.empty_gate(_as_images(self.empty(shape, device)))
 
     def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:

@@ -1,16 +1,20 @@
 """The arithmetic of the steps on CUDA: the block kernels of this library, cuDNN with fused bias, residual and ReLU.
 
-The output of a ReLU is its own gate here: it is kept until the backward pass.
+The block kernels and `pointwise` leave a bit for each element of a ReLU's output. cuDNN does not: there the output is
+its own gate, and is kept until the backward pass.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv import ops
-from sparse_adv.engine.kernels import Convolution, Epilogue, Kernels, Place
+from sparse_adv.engine.kernels import Convolution, Epilogue, Kernels, Place, pair
+from sparse_adv.engine.steps import ConvolutionStep, PointwiseStep, Step
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import max_pool2d
 from sparse_adv.kernels.pointwise import pointwise
@@ -22,16 +26,24 @@ from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
 class CudaKernels(Kernels):
     """Kernels for images in channels_last. Memory comes from PyTorch's allocator, whose blocks are used again."""
 
-    value_is_gate = True
-
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype, torch.channels_last)
 
-    def new_gate(self, shape: torch.Size, device: torch.device) -> None:
-        return None
+    def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor | None:
+        one_pixel = math.prod(shape[2:]) == 1  # channels_last cannot be told from NCHW
+        if len(shape) != 4 or shape[1] % 8 or one_pixel or not self._writes_bits(step):
+            return None
+        return ops.empty_gate(self.empty(shape, device))
+
+    def _writes_bits(self, step: Step) -> bool:
+        if not isinstance(step, ConvolutionStep):
+            return isinstance(step, PointwiseStep)
+        layer, pattern = step.layer, _block_pattern(step.layer)
+        geometry = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
+        return pattern is not None and runs_blocks(pattern, "forward", step.input.shape, self.dtype, *geometry)
 
     def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:
-        if isinstance(layer, MaskedConv2d) and isinstance(layer.pattern, BlockPattern):
+        if _block_pattern(layer) is not None:
             return BlockConvolution(layer, norm, shape, self)
         return CudnnConvolution(layer, norm, shape, self)
 
@@ -50,16 +62,24 @@ class CudaKernels(Kernels):
         return out
 
     def pointwise(self, x: Tensor, epilogue: Epilogue, place: Place | None = None) -> Tensor:
-        return pointwise(x, epilogue.scale, epilogue.bias, epilogue.residual, epilogue.relu, epilogue.gate)
+        scale, bias, residual, relu, gate_out, gate = epilogue
+        return pointwise(x, scale, bias, residual, relu, gate, gate_out)
+
+
+def _block_pattern(layer: nn.Conv2d) -> BlockPattern | None:
+    pattern = layer.pattern if isinstance(layer, MaskedConv2d) else None
+    return pattern if isinstance(pattern, BlockPattern) else None
 
 
 class CudnnConvolution(Convolution):
     """A convolution by cuDNN, which fuses bias, residual and ReLU in the forward pass, and nothing in the backward."""
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        if not epilogue.relu or x.dtype == torch.float64:
-            return super().forward(x, epilogue, place)
         geometry = (*self.geometry, self.layer.groups)
+        if not epilogue.relu or epilogue.gate_out is not None or x.dtype == torch.float64:
+            # The epilogue in one pass; PyTorch would add the bias in a pass of its own.
+            y = self.kernels.plain(torch.conv2d(x, self.weight, None, *geometry))
+            return self.kernels.finish(y, epilogue._replace(bias=self.bias))
         if epilogue.residual is None:
             return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
         return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, epilogue.residual, 1.0, self.bias, *geometry)
@@ -82,7 +102,8 @@ class BlockConvolution(CudnnConvolution):
             return super().forward(x, epilogue, place)
         lists = pattern.values, pattern.blocks, pattern.rows
         size, bias, residual, relu = self.weight.shape, self.bias, epilogue.residual, epilogue.relu
-        return block_kernels.forward(x, *lists, size, bias, *self.geometry, None, residual, relu, precision())
+        operands = *lists, size, bias, *self.geometry, None, residual, relu, precision(), epilogue.gate_out
+        return block_kernels.forward(x, *operands)
 
     def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         pattern = self._pattern

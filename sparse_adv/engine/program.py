@@ -38,9 +38,10 @@ class Program:
         self.steps = fusion.steps
         self._kernels = kernels = choose_kernels(self.steps, x)
         self._input, self._output = fusion.input, fusion.output
-        self._places, self._gradient_places = buffers.plan(self.steps, self._input, self._output, kernels, x.device)
-        self._read_last = buffers.read_last(self.steps, self._output, kernels)
-        self._gates = buffers.gates(self.steps, kernels, x.device)
+        self._gates = gates = buffers.gates(self.steps, kernels, x.device)
+        places = buffers.plan(self.steps, self._input, self._output, gates, kernels, x.device)
+        self._places, self._gradient_places = places
+        self._read_last = buffers.read_last(self.steps, self._output, gates)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,7 +81,7 @@ class Program:
         return torch.zeros_like(x) if of_input is None else torch.empty_like(x).copy_(of_input[: len(x)])
 
     def _is_own_gate(self, value: Value) -> bool:
-        return value.rectified and self._kernels.value_is_gate
+        return value.rectified and value not in self._gates
 
     def _forward(self, x: Tensor, differentiable: bool) -> Pass:
         gates = self._gates if differentiable else {}

@@ -15,8 +15,9 @@ from sparse_adv.engine.model_state import detached_copy, has_hooks, state_of
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.steps import operation_of
 from sparse_adv.engine.tracing import NotTraceable, graph_of, is_relu, is_sum, module_of
-from sparse_adv.ops import batch_norm_act
+from sparse_adv.ops.batch_norm_act import Statistics, update_running_statistics
 from sparse_adv.ops.masked_conv2d_plan import has_triton
+from sparse_adv.ops.transforms import is_transformed
 
 log = logging.getLogger(__name__)
 
@@ -32,33 +33,54 @@ _made: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, TrainingGraph | str]]
 _lock = threading.Lock()
 
 
+class RunningStatistics:
+    """The batch statistics of all layers in one forward pass, which update the running ones of all layers together."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[nn.BatchNorm2d, Tensor, Tensor, int]] = []
+
+    def add(self, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+        """Keep mean and biased variance of a layer's batch, which has `count` values of each channel."""
+        if any(norm.running_mean is other.running_mean is not None for other, *_ in self._found):
+            self.update()  # layers that share statistics update them one after the other
+        self._found.append((norm, mean, var, count))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Update the running statistics and the counts of batches."""
+        found, self._found = self._found, []
+        counts = [norm.num_batches_tracked for norm, *_ in found if norm.num_batches_tracked is not None]
+        if counts:
+            torch._foreach_add_(counts, 1)
+        update_running_statistics(
+            Statistics(norm.running_mean, norm.running_var, _momentum(norm), mean, var, count)
+            for norm, mean, var, count in found
+        )
+
+
+def _momentum(norm: nn.BatchNorm2d) -> float:
+    if norm.momentum is not None:
+        return norm.momentum
+    # momentum=None means the average over all batches, this one included.
+    return 0.0 if norm.num_batches_tracked is None else 1 / float(norm.num_batches_tracked)
+
+
 class NormAct:
-    """act(batch_norm(x) + residual) with the statistics of the batch, updating the layer's running statistics."""
+    """act(batch_norm(x) + residual) with the statistics of the batch, which are added to `statistics`."""
 
     def __init__(self, norm: nn.BatchNorm2d, relu: bool) -> None:
         self.norm, self.relu = norm, relu
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, statistics: RunningStatistics) -> Tensor:
         norm = self.norm
-        if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-            y = norm(x) + residual
+        fits = residual is None or (residual.shape, residual.dtype) == (x.shape, x.dtype)
+        if not fits or is_transformed() or x.dim() != 4 or x.numel() <= x.shape[1]:
+            y = norm(x)  # or a clear error
+            y = y if residual is None else y + residual
             return y.relu() if self.relu else y
-        momentum = norm.momentum
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if momentum is None:  # the average over all batches
-                momentum = 1 / float(norm.num_batches_tracked)
-        return batch_norm_act(
-            x,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            residual=residual,
-            relu=self.relu,
-            momentum=momentum or 0.0,
-            eps=norm.eps,
-        )
+        y, mean, var, _ = torch.ops.sparse_adv.batch_norm_act(x, residual, norm.weight, norm.bias, norm.eps, self.relu)
+        statistics.add(norm, mean, var, x.numel() // x.shape[1])
+        return y
 
 
 class TrainingGraph(nn.Module):
@@ -88,12 +110,16 @@ class TrainingGraph(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         results: dict[fx.Node, Any] = {self._input: x}
+        statistics = RunningStatistics()
         for node, operation, read_last in self._operations:
             args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
+            if isinstance(operation, NormAct):
+                kwargs = {"statistics": statistics}
             results[node] = operation(*args, **kwargs)
             del args, kwargs
             for source in read_last:
                 del results[source]
+        statistics.update()
         return fx.map_arg(self._returned, results.__getitem__)
 
 

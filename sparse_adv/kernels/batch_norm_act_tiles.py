@@ -1,4 +1,4 @@
-"""Tiles of images and gates in the kernels of `batch_norm_act`: where they lie in memory, bits to bytes and back."""
+"""Tiles of images and gates in Triton kernels: where they lie in memory, bits to bytes and back."""
 
 from __future__ import annotations
 

@@ -16,46 +16,24 @@ convolution of stride 1 with its own taps, and `select_phases` makes its lists.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_adv.kernels.batch_norm_act_tiles import packed, unpacked
 from sparse_adv.kernels.layout import in_layout_of, layout_of, output_size
+from sparse_adv.kernels.masked_conv2d_operands import Epilogue, Lists
 from sparse_adv.kernels.masked_conv2d_phases import select_phases
 from sparse_adv.kernels.masked_conv2d_tiles import check_size, convolution_tile, divider, kind_of, quotient
+from sparse_adv.kernels.tensor_checks import check_bits
 
 # Programs that run at about the same time form a group; what a group reads fits into the L2 cache, of 40 MB or more.
 _GROUP_BYTES = 2**24
 
 # Tensors of this many elements or more need 64-bit offsets. Smaller ones take 32-bit offsets, in half the registers.
 _WIDE_FROM = 2**31
-
-
-class _Lists(NamedTuple):
-    """The live blocks, and which of them each tile of channels reads; `ops.masked_conv2d_live_blocks` makes them."""
-
-    values: Tensor
-    """[n, bo, bi]: the weights of the blocks."""
-    blocks: Tensor
-    """int32 [n, 4]: (first output channel, first input channel, filter row, filter column)."""
-    rows: Tensor
-    """int32 [tiles, 3], or [phases, tiles, 3]: (first channel, start, end)."""
-    order: Tensor | None
-    """int32 [n], or [phases, n]: indices into `blocks` that `rows` counts; None: `rows` counts `blocks` itself."""
-
-
-class _Epilogue(NamedTuple):
-    """The last part of a kernel: act(result * scale + bias + residual), where act is a ReLU or a gate or nothing."""
-
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    relu: bool = False
-    gate: Tensor | None = None
-    """Tensor like the output: the result becomes 0 where it is not positive."""
 
 
 def forward(
@@ -72,6 +50,7 @@ def forward(
     residual: Tensor | None = None,
     relu: bool = False,
     precision: str = "tf32x3",
+    gate: Tensor | None = None,
 ) -> Tensor:
     """The op `sparse_adv::masked_conv2d` over live blocks; it does not synchronise with the GPU.
 
@@ -84,13 +63,19 @@ def forward(
         residual: float tensor [N, K, P, Q], or None.
         precision: how float32 is multiplied: "tf32", or "tf32x3", which splits it into three products of tf32. These
             lose 2 of the 24 bits and take a quarter of the time of float32 without tensor cores.
+        gate: uint8 tensor laid out as `ops.empty_gate` says that receives the gate of the ReLU, or None.
+
+    Raises:
+        RuntimeError: if there is a gate and the output is not channels_last with a multiple of 8 channels.
     """
     pixels = output_size(input.shape[2:], weight_size[2:], stride, padding, dilation)
     output = _empty_like_layout(input, (input.shape[0], weight_size[0], *pixels))
     if residual is not None:
         residual = in_layout_of(input, residual)
-    lists = _Lists(values, blocks, rows, None)
-    epilogue = _Epilogue(_contiguous(scale), _contiguous(bias), residual, relu)
+    if gate is not None:
+        check_bits("gate", gate, output)
+    lists = Lists(values, blocks, rows, None)
+    epilogue = Epilogue(_contiguous(scale), _contiguous(bias), residual, relu, gate_out=gate)
     _launch(output, input, lists, epilogue, (stride, padding, dilation), precision, gradient=False)
     return output
 
@@ -117,14 +102,22 @@ def grad_input(
         grad_rows, grad_order: fields of `ops.masked_conv2d_live_blocks.LiveBlocks`.
         input_size: (N, C, H, W).
         residual: float tensor [N, C, H, W], or None: added to the gradient.
-        gate: float tensor [N, C, H, W], or None: the output of a ReLU, whose gradient passes where it is positive.
+        gate: float tensor [N, C, H, W]: the output of a ReLU, whose gradient passes where it is positive; or uint8
+            tensor, the bits that `forward` wrote; or None.
+
+    Raises:
+        RuntimeError: if a gate of bits does not fit the result.
     """
     output = _empty_like_layout(grad_output, input_size)
-    residual, gate = (None if tensor is None else in_layout_of(output, tensor) for tensor in (residual, gate))
-    epilogue = _Epilogue(residual=residual, gate=gate)
+    residual = None if residual is None else in_layout_of(output, residual)
+    if gate is not None and gate.dtype == torch.uint8:
+        check_bits("gate", gate, output)
+    elif gate is not None:
+        gate = in_layout_of(output, gate)
+    epilogue = Epilogue(residual=residual, gate=gate)
     if max(stride) > 1:
         grad_rows, grad_order = select_phases(blocks, grad_rows, grad_order, stride, padding, dilation)
-    lists = _Lists(values, blocks, grad_rows, grad_order)
+    lists = Lists(values, blocks, grad_rows, grad_order)
     _launch(output, grad_output, lists, epilogue, (stride, padding, dilation), precision, gradient=True)
     return output
 
@@ -132,8 +125,8 @@ def grad_input(
 def _launch(
     output: Tensor,
     source: Tensor,
-    lists: _Lists,
-    epilogue: _Epilogue,
+    lists: Lists,
+    epilogue: Epilogue,
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
     precision: str,
     gradient: bool,
@@ -177,6 +170,7 @@ def _launch(
             bias=epilogue.bias,
             residual=epilogue.residual,
             gate=epilogue.gate,
+            gate_out=epilogue.gate_out,
             images=images,
             source_channels=source.shape[1],
             source_rows=source.shape[2],
@@ -256,8 +250,9 @@ def convolve_kernel(
     output,  # [images, out_channels, out_rows, out_cols] of any strides
     scale,  # [out_channels] or None, and so is bias
     bias,
-    residual,  # strided as output, or None, and so is gate
-    gate,
+    residual,  # strided as output, or None
+    gate,  # strided as output, or a bit for each element in the order of memory, or None
+    gate_out,  # a bit for each element, or None
     # Sizes of the images, and strides of the output.
     images,
     source_channels,
@@ -352,8 +347,8 @@ def convolve_kernel(
         mask = inside[:, None] & valid[None, :]
         moved = (dh.to(tl.int64) * source_cols + dw) * source_channels + first
         x = tl.load(source + moved + offsets, mask=mask, other=0.0)
-        packed = number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + part * part_offset
-        weight = tl.load(values + packed + weight_offsets)
+        begin = number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + part * part_offset
+        weight = tl.load(values + begin + weight_offsets)
         number, part, step, r, s = _entry(blocks, order, item + 1, end, STEP, PARTS, GRADIENT)
         kernel = weight if GRADIENT else weight.T
         if PIXELS_FIRST:
@@ -366,9 +361,14 @@ def convolve_kernel(
     out_w = w * stride_w + phase_w if GRADIENT else w
     k = tl.multiple_of(tl.load(row), WRITTEN) + tl.arange(0, WRITTEN)
     valid = k < out_channels
-    at = image.to(tl.int64) * image_step + out_h.to(tl.int64) * row_step + out_w.to(tl.int64) * col_step
-    at = at[:, None] + (k.to(tl.int64) * channel_step)[None, :]
-    mask = ((image < images) & (out_h < out_rows) & (out_w < out_cols))[:, None] & valid[None, :]
+    pixel_at = image.to(tl.int64) * image_step + out_h.to(tl.int64) * row_step + out_w.to(tl.int64) * col_step
+    at = pixel_at[:, None] + (k.to(tl.int64) * channel_step)[None, :]
+    exist = (image < images) & (out_h < out_rows) & (out_w < out_cols)
+    mask = exist[:, None] & valid[None, :]
+    # The bytes of the bits: with those, the channels of a pixel lie beside each other.
+    byte = tl.load(row) // 8 + tl.arange(0, WRITTEN // 8)
+    bytes_at = (pixel_at // 8)[:, None] + byte[None, :]
+    bytes_mask = exist[:, None] & (byte * 8 < out_channels)[None, :]
     if scale is not None:
         y *= tl.load(scale + k, mask=valid, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
@@ -378,5 +378,12 @@ def convolve_kernel(
     if RELU:
         y = tl.where(y < 0, 0.0, y)  # NaN stays
     if gate is not None:
-        y = tl.where(tl.load(gate + at, mask=mask, other=0.0) <= 0, 0.0, y)
-    tl.store(output + at, y.to(output.dtype.element_ty), mask=mask)
+        if gate.dtype.element_ty == tl.uint8:
+            y = tl.where(unpacked(tl.load(gate + bytes_at, mask=bytes_mask, other=0), True, PIXELS, WRITTEN), y, 0.0)
+        else:
+            y = tl.where(tl.load(gate + at, mask=mask, other=0.0) <= 0, 0.0, y)
+    result = y.to(output.dtype.element_ty)
+    if gate_out is not None:
+        bits = packed((result > 0) | (result != result), True, PIXELS, WRITTEN)  # NaN passes
+        tl.store(gate_out + bytes_at, bits.to(tl.uint8), mask=bytes_mask)
+    tl.store(output + at, result, mask=mask)

@@ -110,12 +110,14 @@ def grad_weight(
             BLOCK_OUT=block[0],
             BLOCK_IN=block[1],
             ROWS=_ROWS,
+            TOGETHER=min(_TOGETHER, triton.next_power_of_2(shares)),
             num_warps=4,
         )
     return grad
 
 
-_ROWS = 16  # rows of a block that one program of `add_shares_kernel` adds
+_ROWS = 8  # rows of a block that one program of `add_shares_kernel` adds
+_TOGETHER = 16  # shares that it loads at a time: few live blocks have hundreds, and each load waits for memory
 
 _GEOMETRY = ["rows", "cols", "row_factor", "row_shift", "col_factor", "col_shift", "out_rows", "out_cols"]
 _GEOMETRY += ["stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"]
@@ -204,19 +206,21 @@ def add_shares_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,  # shares that are loaded at a time
 ):
     """ROWS rows (program_id 1) of one live block (program_id 0)."""
     number = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK_IN)
-    at = row[:, None] * BLOCK_IN + col[None, :] + number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN)
-    total = tl.zeros((ROWS, BLOCK_IN), tl.float32)
-    for share in range(shares):
-        total += tl.load(sums + share * live.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + at)
+    place = tl.arange(0, ROWS * BLOCK_IN)
+    at = number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + tl.program_id(1) * (ROWS * BLOCK_IN) + place
+    totals = tl.zeros((TOGETHER, ROWS * BLOCK_IN), tl.float32)
+    for first in range(0, shares, TOGETHER):
+        share = first + tl.arange(0, TOGETHER)
+        offsets = share.to(tl.int64)[:, None] * live * (BLOCK_OUT * BLOCK_IN) + at[None, :]
+        totals += tl.load(sums + offsets, mask=(share < shares)[:, None], other=0.0)
+    total = tl.sum(totals, 0)
     first_out = tl.load(blocks + 4 * number)
-    k = first_out + row
-    c = tl.load(blocks + 4 * number + 1) - first_out // group_out * in_channels + col
+    k = first_out + tl.program_id(1) * ROWS + place // BLOCK_IN
+    c = tl.load(blocks + 4 * number + 1) - first_out // group_out * in_channels + place % BLOCK_IN
     tap = tl.load(blocks + 4 * number + 2) * filter_cols + tl.load(blocks + 4 * number + 3)
-    at = (k.to(tl.int64)[:, None] * in_channels + c[None, :]) * (filter_rows * filter_cols) + tap
-    valid = (k < out_channels)[:, None] & (c < in_channels)[None, :]
-    tl.store(grad + at, total.to(grad.dtype.element_ty), mask=valid)
+    at = (k.to(tl.int64) * in_channels + c) * (filter_rows * filter_cols) + tap
+    tl.store(grad + at, total.to(grad.dtype.element_ty), mask=(k < out_channels) & (c < in_channels))

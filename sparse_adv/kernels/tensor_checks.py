@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparse_adv.kernels.layout import layout_of
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,3 +52,14 @@ def check_apart(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
     first, second = tensor.data_ptr(), other.data_ptr()
     apart = first + tensor.nbytes <= second or second + other.nbytes <= first
     check(apart, f"{name} shares memory with {other_name}")
+
+
+def check_bits(name: str, gate: Tensor, images: Tensor) -> None:
+    """Raises RuntimeError unless this is a gate of bits, as `ops.empty_gate` makes it, in which element i has bit i."""
+    fits = gate.dtype == torch.uint8 and gate.is_contiguous() and 8 * gate.numel() == images.numel()
+    whole = images.shape[1] % 8 == 0 and images.dim() == 4 and layout_of(images) == torch.channels_last
+    check(
+        fits and whole,
+        f"{name} must have a bit for each element of channels_last images with a multiple of 8 channels, got "
+        f"{gate.dtype} of shape {list(gate.shape)} for images of shape {list(images.shape)}",
+    )

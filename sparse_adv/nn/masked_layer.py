@@ -65,9 +65,9 @@ class MaskedLayer(nn.Module):
     _compiled: CompiledMask | None
     """None on the meta device, where the layer computes what the dense one does."""
     _frozen: dict[int, Any]
-    """What the forward pass takes in place of weight and bias in the threads in which `nn.frozen_weights` is in force.
+    """The operands that the forward pass takes in place of weight and bias inside of `nn.frozen_weights`.
 
-    By the number of the thread: another one may train the same model meanwhile, and needs the gradients of its weights.
+    The key is the number of the thread: another thread may train the same model, and needs the gradients of weights.
     """
 
     DERIVED: ClassVar = ("_compiled", "_frozen")

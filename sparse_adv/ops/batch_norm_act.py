@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,12 +89,42 @@ def batch_norm_act(
         )
     out, mean, var, _ = torch.ops.sparse_adv.batch_norm_act(input, residual, weight, bias, eps, relu)
     if count:
-        with torch.no_grad():
-            if running_mean is not None:
-                running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            if running_var is not None:
-                running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+        update_running_statistics([Statistics(running_mean, running_var, momentum, mean, var, count)])
     return out
+
+
+class Statistics(NamedTuple):
+    """A layer's running statistics, and those of a batch by which they are updated."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    mean: Tensor
+    """Mean of each channel in the batch."""
+    var: Tensor
+    """Biased variance of each channel in the batch."""
+    values: int
+    """Number of values of each channel in the batch, at least 2."""
+
+
+@torch.no_grad()
+def update_running_statistics(layers: Iterable[Statistics]) -> None:
+    """Update the running statistics of some layers, by three calls for all of them.
+
+    running = (1 - momentum) * running + momentum * (mean, or the unbiased variance).
+    """
+    running, found, kept, shares = [], [], [], []
+    for layer in layers:
+        unbiased = layer.values / (layer.values - 1)
+        for old, new, factor in ((layer.running_mean, layer.mean, 1.0), (layer.running_var, layer.var, unbiased)):
+            if old is not None:
+                running.append(old)
+                found.append(new)
+                kept.append(1 - layer.momentum)
+                shares.append(layer.momentum * factor)
+    if running:
+        torch._foreach_mul_(running, kept)
+        torch._foreach_add_(running, torch._foreach_mul(found, shares))
 
 
 def _check_arguments(input: Tensor, residual: Tensor | None, vectors: dict[str, Tensor]) -> None:

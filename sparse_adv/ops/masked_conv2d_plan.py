@@ -166,6 +166,8 @@ def _kernel_on_cuda(
         weights=pattern.mask.numel(),
         nonzeros=pattern.nonzeros,
         element_bytes=dtype.itemsize,
+        channels=(pattern.mask.shape[0], pattern.mask.shape[1]),
+        block=pattern.block[:2],
     )
     faster = masked_conv2d_roofline.blocks_are_faster(cost, gradient_of_weight=pass_ == "grad_weight")
     return "sparse" if faster else "dense", ROOFLINE

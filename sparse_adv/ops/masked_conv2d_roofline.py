@@ -1,12 +1,17 @@
 """A roofline model that says whether a pass over live blocks is faster than the dense convolution on a GPU.
 
-A pass takes the longest of three times: to move its tensors, to multiply, and the minimum time of a kernel. Block
-kernels save multiplications only, so no mask makes a layer faster whose dense pass is bound by memory. These are
+Forward and grad_input take the longest of three times: to move their tensors, to multiply, and the minimum time of a
+kernel. Block kernels save multiplications only, so no mask makes a layer faster whose dense pass is bound by memory.
+
+grad_weight reads the channels of both images once for each live block, mostly from the L2 cache, and adds up the shares
+of the pixels that its blocks are divided into. The constants of both models are fitted to the rows of an H100 in
+bfloat16 (`benchmarks/results/gpu_h100.json`); the model takes no block kernel that was slower there. These are
 estimates; `nn.tune` measures.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 # Of an H200 in bfloat16: 790 TFLOP/s of a large matrix product over 4.3 TB/s of a copy. An A100 has 82, an H100 128.
@@ -14,9 +19,21 @@ _MACS_PER_BYTE = 92
 _LATENCY_BYTES = 13e6  # bytes that the memory moves in 3 us, the minimum time of a kernel
 
 _DENSE_EFFICIENCY = 0.6  # of the multiplication rate: cuDNN at these shapes
-_BLOCK_EFFICIENCY = {False: 0.39, True: 0.3}  # of the block kernels: forward and grad_input, grad_weight
+_BLOCK_EFFICIENCY = 0.39  # of the block kernels
 _MEMORY_EFFICIENCY = 0.8
 _MARGIN = 0.9  # the block kernels are taken if they are expected to need less than this share of the dense time
+
+# grad_weight on an H100; times in microseconds.
+_GRADIENT_LATENCY = 8.0
+_DENSE_MACS = 375e6  # MACs that cuDNN executes in a microsecond
+_DENSE_TILE = 128  # channels that cuDNN multiplies at a time, if there are more
+_BYTES_MOVED = 3.0e6  # bytes read from memory in a microsecond
+_BYTES_READ = {32: 3.8e6, 64: 4.8e6}  # the same, mostly from the L2 cache, for each length of a block's longer side
+_PROGRAMS = 528  # programs that share the pixels of all blocks, if there are enough pixels
+_SHARE_PIXELS = 512  # least number of pixels of one program
+# Time to add the share of one program for a block of 64 x 64 weights, measured when shares were added one by one. They
+# are added 16 at a time now, which has not been measured.
+_SHARE = 0.22
 
 
 class Pass(NamedTuple):
@@ -33,6 +50,10 @@ class Pass(NamedTuple):
     nonzeros: int
     """The number of weights that the mask keeps."""
     element_bytes: int
+    channels: tuple[int, int]
+    """Output channels, and input channels of one group."""
+    block: tuple[int, int]
+    """Output and input channels of a block of the mask."""
 
 
 def blocks_are_faster(cost: Pass, gradient_of_weight: bool = False) -> bool:
@@ -40,19 +61,43 @@ def blocks_are_faster(cost: Pass, gradient_of_weight: bool = False) -> bool:
 
     Examples:
         >>> def conv3x3(channels, pixels, density):
-        ...     weights, elements = 9 * channels**2, channels * pixels
-        ...     return Pass(512, elements, elements, pixels, weights, int(density * weights), element_bytes=2)
+        ...     weights, elements, pair = 9 * channels**2, channels * pixels, (channels, channels)
+        ...     return Pass(512, elements, elements, pixels, weights, int(density * weights), 2, pair, (64, 64))
         >>> blocks_are_faster(conv3x3(512, 16, 0.1)), blocks_are_faster(conv3x3(512, 16, 0.9))
         (True, False)
     """
+    if gradient_of_weight:
+        return _gradient_of_blocks(cost) < _MARGIN * _dense_gradient(cost)
     dense = _time(cost, cost.weights, _DENSE_EFFICIENCY)
-    blocks = _time(cost, cost.nonzeros, _BLOCK_EFFICIENCY[gradient_of_weight])
+    blocks = _time(cost, cost.nonzeros, _BLOCK_EFFICIENCY)
     return blocks < _MARGIN * dense
+
+
+def _moved(cost: Pass) -> int:
+    """Bytes of the input and output images, and of all weights of the dense convolution."""
+    return cost.element_bytes * (cost.images * (cost.in_elements + cost.out_elements) + cost.weights)
 
 
 def _time(cost: Pass, weights: int, efficiency: float) -> float:
     """The time of a pass that multiplies so many weights, in bytes that the memory moves meanwhile."""
-    moved = cost.element_bytes * (cost.images * (cost.in_elements + cost.out_elements) + weights)
+    moved = _moved(cost) - cost.element_bytes * (cost.weights - weights)
     # float32 operands are multiplied as tf32, at half the rate.
     multiplied = cost.images * cost.out_pixels * weights / _MACS_PER_BYTE * (cost.element_bytes / 2)
     return max(_LATENCY_BYTES, moved / _MEMORY_EFFICIENCY, multiplied / efficiency)
+
+
+def _dense_gradient(cost: Pass) -> float:
+    padding = 1.0
+    for channels in cost.channels:
+        if channels > _DENSE_TILE:
+            padding *= math.ceil(channels / _DENSE_TILE) * _DENSE_TILE / channels
+    macs = cost.images * cost.out_pixels * cost.weights * padding * (cost.element_bytes / 2)
+    return _GRADIENT_LATENCY + macs / _DENSE_MACS
+
+
+def _gradient_of_blocks(cost: Pass) -> float:
+    out, into = cost.block
+    live, pixels = max(1.0, cost.nonzeros / (out * into)), cost.images * cost.out_pixels
+    read = live * pixels * (out + into) * cost.element_bytes / _BYTES_READ[max(out, into)]
+    shares = max(1.0, min(_PROGRAMS / live, pixels / _SHARE_PIXELS))
+    return _GRADIENT_LATENCY + _SHARE * shares * (out * into / 64**2) + max(_moved(cost) / _BYTES_MOVED, read)

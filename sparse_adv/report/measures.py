@@ -8,6 +8,7 @@ from statistics import median
 from typing import Literal
 
 from sparse_adv.runs import Cost, Density, EpochRecord, Run
+from sparse_adv.runs import best as best_epoch
 
 Unit = Literal["seconds", "macs"]
 UNITS: tuple[Unit, ...] = ("seconds", "macs")
@@ -95,8 +96,8 @@ def evaluated(run: Run) -> list[EpochRecord]:
 
 
 def best(run: Run) -> EpochRecord | None:
-    """Return the first record of the highest robust validation accuracy; None if there is none."""
-    return max(evaluated(run), key=robust_accuracy, default=None)
+    """Return the epoch whose weights count as the run's best, see `runs.best`; None if none was evaluated."""
+    return best_epoch(evaluated(run), run.info.train)
 
 
 def first_to_reach(run: Run, level: float) -> EpochRecord | None:

@@ -3,10 +3,11 @@
 from sparse_adv.config import OBJECTIVES, PRECISIONS, SCHEDULES, TrainConfig
 from sparse_adv.training.checkpoint import read_weights
 from sparse_adv.training.devices import deterministic
-from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, final_test, robust_accuracy
+from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.loop import Training, train
 from sparse_adv.training.objectives import adversarial_loss
 from sparse_adv.training.overfitting import CatastrophicOverfittingError
+from sparse_adv.training.result import final_test
 
 __all__ = [
     "OBJECTIVES",

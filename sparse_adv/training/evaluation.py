@@ -1,34 +1,29 @@
-"""Accuracies, clean and under attack, over all processes of a distributed run; and the final test of a run."""
+"""Accuracies, clean and under attack, over all processes of a distributed run."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_adv import attacks, json_files, runs
+from sparse_adv import attacks
 from sparse_adv.attacks.ball import check_radius
 from sparse_adv.attacks.checks import InputValidator, count_classes, is_correct
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.options import check_count
-from sparse_adv.config import Norm, TrainConfig
+from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
-from sparse_adv.runs import EpochRecord, TicketChecks, TrainResult
 from sparse_adv.training import distributed
-from sparse_adv.training.checkpoint import read_weights
 from sparse_adv.training.devices import reads_at_once
 
 Images = Split | Iterable[tuple[Tensor, Tensor]]
 """Labelled images: a Split, or batches (images in [0, 1], labels) that can be iterated more than once."""
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-TEST_STEPS = 20
 
 
 class Accuracy(NamedTuple):
@@ -173,85 +168,6 @@ def fgsm_accuracy(
     return _accuracy(model, images, batch_size, [attack])
 
 
-def final_test(
-    model: nn.Module,
-    folder: Path,
-    records: Sequence[EpochRecord],
-    config: TrainConfig,
-    test: Images,
-    checks: TicketChecks | None = None,
-) -> TrainResult:
-    """Measure a finished run on the test images, clean, under FGSM and under PGD-20, and write its `result.json`.
-
-    Args:
-        model: gets the weights that are tested: those of the epoch with the best validation accuracy, or the last
-            ones if there were no validation images.
-        folder: of the run.
-        records: of all epochs, from `training.train`.
-        config: gives radius and norm of the attacks and the seed of the random start; PGD's step size is eps / 4.
-        test: images that were not used in any other way.
-        checks: to write into the result.
-
-    Returns:
-        The result that was written.
-
-    Raises:
-        FileNotFoundError: if the folder holds no weights.
-        ValueError: if there is no test image.
-
-    Examples:
-        >>> import tempfile
-        >>> from sparse_adv import data, training
-        >>> images = data.Split(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
-        >>> model, config = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), TrainConfig("natural", epochs=1, eps=0.1)
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> records = training.train(model, data.Batches(images, 4), config, folder=folder)
-        >>> result = final_test(model, folder, records, config, images)
-        >>> result.tested, sorted(result.test)
-        ('last', ['clean', 'fgsm', 'pgd-20'])
-    """
-    tested: Literal["best", "last"] = "best" if (folder / runs.BEST).exists() else "last"
-    path = folder / (runs.BEST if tested == "best" else runs.LAST)
-    weights, metadata = read_weights(path)
-    epoch = json_files.from_json(EpochRecord, metadata, f"the metadata of {path}")
-    model.load_state_dict(weights)
-    accuracies = {
-        "clean": clean_accuracy(model, test),
-        "fgsm": fgsm_accuracy(model, test, eps=config.eps, norm=config.norm),
-        f"pgd-{TEST_STEPS}": robust_accuracy(
-            model, test, eps=config.eps, norm=config.norm, steps=TEST_STEPS, seed=config.seed
-        ),
-    }
-    result = TrainResult(
-        total=records[-1].total,
-        checks=checks or TicketChecks(),
-        tested=tested,
-        tested_epoch=epoch.epoch,
-        validation_robust_accuracy=epoch.robust_accuracy,
-        test={attack: accuracy.fraction for attack, accuracy in accuracies.items()},
-    )
-    if distributed.rank() == 0:
-        json_files.write(folder / runs.RESULT, result)
-    distributed.barrier()
-    return result
-
-
-def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | None:
-    """Return the first epoch of the highest validation accuracy, robust unless training is natural; None if none is.
-
-    Examples:
-        >>> best([], TrainConfig()) is None
-        True
-    """
-
-    def accuracy(record: EpochRecord) -> float:
-        value = record.clean_accuracy if config.objective == "natural" else record.robust_accuracy
-        return -1.0 if value is None else value
-
-    first = max(records, key=accuracy, default=None)
-    return None if first is None or accuracy(first) < 0 else first
-
-
 def model_device(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter or buffer; the CPU if it has neither."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -290,7 +206,7 @@ def _accuracy(
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)
             classes = count_classes(logits, len(y))
-            standing = is_correct(logits, y)  # robust under all attacks so far
+            robust = is_correct(logits, y)  # robust under all attacks so far
             count += len(y)
             forward += len(y)
             if tries:
@@ -298,17 +214,17 @@ def _accuracy(
             losses = torch.zeros(len(y), device=device)
             for attack in tries:
                 if at_once and not every_image:
-                    x, y, standing = x[standing], y[standing], standing[standing]
+                    x, y, robust = x[robust], y[robust], robust[robust]
                     if not len(y):
                         break
                 logits = _logits(model, attack(model, x, y))
-                standing = standing & is_correct(logits, y)
+                robust = robust & is_correct(logits, y)
                 if every_image:
                     losses = losses.maximum(F.cross_entropy(logits.float(), y, reduction="none"))
                 forward += (steps + 1) * len(y)
                 backward += steps * len(y)
             loss_sum += losses.sum()
-            correct += standing.sum()
+            correct += robust.sum()
     validator.raise_deferred()
     totals = distributed.all_reduce_sum(
         [float(correct), float(count), float(forward), float(backward), float(loss_sum)], device

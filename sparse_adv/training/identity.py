@@ -261,7 +261,7 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The content; of a tensor that has elements several times, as one that was expanded, the memory that it has."""
+    """The bytes of a tensor; of one that was expanded, so that elements share memory, the bytes of that memory."""
     if tensor.is_meta:
         return b""
     tensor = tensor.detach().cpu()

@@ -27,7 +27,7 @@ from sparse_adv.config import TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord
 from sparse_adv.training import distributed, identity, objectives, random_numbers
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
-from sparse_adv.training.devices import reads_at_once
+from sparse_adv.training.devices import fastest_convolutions, reads_at_once
 from sparse_adv.training.evaluation import Accuracy, Images, clean_accuracy, model_device, robust_accuracy
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import frozen_modules, set_training_mode
@@ -132,11 +132,13 @@ class Training:
         yield from list(self.records)
         with identity.training_of(self.updater.model, self.folder):
             while len(self.records) < self.config.epochs:
-                self.records.append(self._epoch(len(self.records), on_step))
-                self.hook.after_epoch(self.records[-1])
+                with fastest_convolutions(self.device):
+                    record = self._epoch(len(self.records), on_step)
+                self.records.append(record)
+                self.hook.after_epoch(record)
                 if self.files is not None:
                     self.files.save(self.records)
-                yield self.records[-1]
+                yield record
 
     def _epoch(self, epoch: int, on_step: Callable[[int], None] | None) -> EpochRecord:
         """Train and evaluate an epoch, counted from 0; undo and repeat it if the monitor detects overfitting."""
@@ -337,9 +339,9 @@ def train(
 
 
 def _check_last_batch(model: nn.Module, batches: Batches, x: Tensor) -> None:
-    """Before the first update: raise ValueError if the epoch ends with one image, on which BatchNorm cannot be trained.
+    """Raise ValueError before the first update if an epoch ends with a batch on which BatchNorm cannot be trained.
 
-    It cannot where a channel has a single value.
+    That is a batch of one image, in a network with a BatchNorm whose channels then have a single value.
     """
     if _last_size(batches) != 1:
         return

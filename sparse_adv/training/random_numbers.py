@@ -84,7 +84,7 @@ def _generators(batches: Iterable[Any]) -> list[Generator]:
 
 
 def warn_of_unsaved(batches: Iterable[Any]) -> None:
-    """Warn of what draws numbers that neither seed and epoch nor `states_of` determine.
+    """Warn of workers and generators whose numbers neither seed and epoch nor `states_of` determine.
 
     Examples:
         >>> warn_of_unsaved([])

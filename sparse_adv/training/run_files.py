@@ -12,10 +12,9 @@ from torch import Tensor
 
 from sparse_adv import json_files, runs
 from sparse_adv.config import TrainConfig
-from sparse_adv.runs import EpochRecord
+from sparse_adv.runs import EpochRecord, best
 from sparse_adv.training import distributed, identity, random_numbers
 from sparse_adv.training.checkpoint import damaged, read_state, write_state, write_weights
-from sparse_adv.training.evaluation import best
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.update import Updater
 

@@ -93,6 +93,8 @@ class Updater:
             weight_decay=config.weight_decay,
             fused=all(map(_takes_fused_steps, model.parameters())),
         )
+        if config.momentum:
+            _begin_momentum(self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.evaluated = model if self.ema is None else self.ema.module
@@ -230,6 +232,18 @@ def _takes_fused_steps(parameter: Tensor) -> bool:
     """
     without_gaps = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
     return without_gaps and parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+
+
+def _begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Set the momentum of each parameter to 0; the first step is then the same as without momentum.
+
+    PyTorch's first fused step would allocate the momentum without initialising it. If it overflows in float16, it is
+    skipped, and the next one reads that memory.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:

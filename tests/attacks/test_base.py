@@ -37,9 +37,12 @@ def test_normalised_images_are_attacked_like_the_model_with_a_normalising_layer(
     options = {"eps": EPS, "alpha": EPS / 4, "steps": 3}
     atk = torchattacks.PGD(model, random_start=False, **options)
     atk.set_normalization_used([0.5] * 3, [0.25] * 3)
-    found = atk((images - 0.5) / 0.25, labels)
-    expected = pgd(Normalized(), images, labels, random_start=False, **options)
-    torch.testing.assert_close(found * 0.25 + 0.5, expected)
+    for targeted in (False, True):
+        if targeted:
+            atk.set_mode_targeted_by_label(quiet=True)
+        found = atk((images - 0.5) / 0.25, labels)
+        expected = pgd(Normalized(), images, labels, random_start=False, targeted=targeted, **options)
+        torch.testing.assert_close(found * 0.25 + 0.5, expected)
 
 
 def test_targeted_modes():
@@ -111,12 +114,6 @@ def test_signs_of_masking_are_named():
         assert any(words in sign for sign in signs(masked, images, labels))
     with pytest.raises(TypeError, match="got a tuple"):
         signs(lambda x: (model(x),), images, labels)
-
-
-@pytest.mark.parametrize("std", [[0.5, 0.0, 0.5], [0.5, 0.5, float("nan")], [-1.0]])
-def test_a_standard_deviation_that_divides_by_nothing_is_refused(std):
-    with pytest.raises(ValueError, match="std must be positive and finite, got"):
-        torchattacks.PGD(make_model()).set_normalization_used([0.5] * 3, std)
 
 
 def test_the_loss_that_does_not_rise_and_robustness_that_rises_with_eps_are_named():
@@ -264,3 +261,9 @@ def test_save_as_bytes_rounds_the_pixels_down(tmp_path):
     for name in ("adv_inputs", "clean_inputs"):
         assert saved[name].equal((images * 255).floor().to(torch.uint8))
     assert saved["save_type"] == "int"
+
+
+@pytest.mark.parametrize("std", [[0.5, 0.0, 0.5], [0.5, 0.5, float("nan")], [-1.0]])
+def test_a_standard_deviation_that_divides_by_nothing_is_refused(std):
+    with pytest.raises(ValueError, match="std must be positive and finite, got"):
+        torchattacks.PGD(make_model()).set_normalization_used([0.5] * 3, std)

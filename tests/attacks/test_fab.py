@@ -160,3 +160,19 @@ def test_wrong_arguments_are_named():
             fab(model, images, labels, **arguments)
     with pytest.raises(ValueError, match="n_target_classes must be an integer of at least 1, got 0"):
         fab_t(model, images, labels, n_target_classes=0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_further_starts_lie_at_half_of_the_radius_each_in_another_place(norm):
+    model, images, labels = linear_problem()
+    with torch.no_grad():
+        model.fc.bias[0] = 100.0  # no image falls
+    images, labels, seen = images, torch.zeros_like(labels), []
+    model.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().clone()) if args[0].requires_grad else None
+    )
+    fab_t(model, images, labels, norm=norm, eps=0.1, steps=1, restarts=3, n_target_classes=1, engine=False)
+    clean, *starts = seen
+    assert clean.equal(images) and len(starts) == 2 and not starts[0].equal(starts[1])
+    for start in starts:
+        torch.testing.assert_close(distances(start, images, norm), torch.full((len(images),), 0.05))

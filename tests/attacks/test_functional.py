@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv import attacks, masks, sparsify
-from sparse_adv.attacks import AttackOptions, fgsm, fgsm_rs, n_fgsm, pgd, tpgd
+from sparse_adv.attacks import AttackOptions, fgsm, fgsm_rs, movement, n_fgsm, pgd, tpgd
 from sparse_adv.ops import random_start
 
 ATTACKS = {
@@ -330,3 +330,12 @@ def test_an_exception_in_the_model_leaves_its_flags_as_they_were(model, images, 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         pgd(failing, images, labels, bn_mode=mode)
     assert snapshot(model)[0] == before[0]
+
+
+def test_each_restart_reads_random_numbers_of_its_own(monkeypatch):
+    """Of 15 pixels: four blocks of four numbers each."""
+    start, states = movement.start, []
+    monkeypatch.setattr(movement, "start", lambda *args: (states.append(args[-1].tolist()), start(*args))[1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(5, 3))
+    pgd(model, torch.rand(3, 1, 1, 5), torch.tensor([0, 1, 2]), steps=1, restarts=3, generator=generator())
+    assert states == [[int(philox_state()[0]), offset] for offset in (0, 4, 8)]

@@ -11,13 +11,15 @@ LO, HI = torch.tensor([0.0, -0.1, 0.0]), torch.tensor([1.0, 1.1, 1.2])
 
 
 @pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("falling", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_each_image_is_attacked_as_alone_with_its_own_radius(norm, early_stop):
-    model, (images, labels) = make_model(), batch()
-    scale = 1 if norm == "linf" else 10
+def test_each_image_is_attacked_as_alone_with_its_own_radius(norm, falling, early_stop):
+    model, (images, _) = make_model().eval(), batch()
+    labels = model(images).argmax(1)
+    radii = (1 if norm == "linf" else 10) * (EPS.flip(0) if falling else EPS)
     options = {"norm": norm, "steps": 4, "random_start": False, "early_stop": early_stop}
-    adv = pgd(model, images, labels, eps=scale * EPS, alpha=scale * EPS / 3, **options)
-    for i, eps in enumerate((scale * EPS).tolist()):
+    adv = pgd(model, images, labels, eps=radii, alpha=radii / 3, **options)
+    for i, eps in enumerate(radii.tolist()):
         alone = pgd(model, images[i : i + 1], labels[i : i + 1], eps=eps, alpha=eps / 3, **options)
         torch.testing.assert_close(adv[i : i + 1], alone, rtol=0, atol=1e-5)
 

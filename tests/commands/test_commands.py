@@ -231,6 +231,24 @@ def test_convert_goes_there_and_back(searched, tmp_path, capsys):
     assert main(["explain", str(tmp_path / "back.safetensors")]) == 0
 
 
+def test_every_flag_of_convert_reaches_its_use(searched, tmp_path, monkeypatch, capsys):
+    ticket, seen = masks.load_ticket(searched / runs.TICKET), []
+
+    def load_pruned(source, masks_file, *, model, **given):
+        seen.append((str(source), str(masks_file), model.conv1.out_channels, given))
+        return ticket
+
+    monkeypatch.setattr(masks, "load_pruned", load_pruned)
+    given = {"masks": "m.npy", "density": 0.3, "format": "hydra", "arch": "digits_cnn", "width": 6}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    assert main(["convert", "a.pt", str(tmp_path / "b.safetensors"), *flags]) == 0
+    assert seen == [("a.pt", "m.npy", 6, {"density": 0.3, "format": "hydra"})]
+    assert (
+        masks.load_ticket(tmp_path / "b.safetensors").provenance.items() >= {"arch": "digits_cnn", "width": 6}.items()
+    )
+    assert lines(capsys)[0]["density"] == masks.density(ticket.masks)
+
+
 def test_epochs_are_told_to_people_in_words(tmp_path, capsys):
     main(["train", *NETWORK, *QUICK, "--out", str(tmp_path / "run"), "--no-json"])
     told = capsys.readouterr().out.splitlines()

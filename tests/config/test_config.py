@@ -142,17 +142,6 @@ def test_a_score_function_is_written_by_its_name():
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
-    [(DataConfig, "augment"), (TrainConfig, "overfitting_monitor"), (TrainConfig, "engine"), (PruneConfig, "linear")],
-)
-def test_a_text_is_neither_true_nor_false(config, name):
-    for value in ("no", 0, None if config is not DataConfig else "null"):
-        with pytest.raises(ValueError, match=f"{name} must be true or false, got {value!r}"):
-            config(**{name: value})
-    assert getattr(config(**{name: np.bool_(True)}), name) is True
-
-
-@pytest.mark.parametrize(
     ("method", "scope", "drop_fraction", "change_until", "growth", "adapt_from"),
     [
         ("static", "erk", 0.3, 1.0, "gradient", None),
@@ -173,3 +162,14 @@ def test_a_method_has_the_defaults_of_its_paper_and_only_where_nothing_else_is_a
     asked = {"scope": "global", "drop_fraction": 0.0, "change_until": 0.0, "growth": other}
     given = replace(config, **asked)
     assert given.resolved() == replace(given, adapt_from=adapt_from)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(DataConfig, "augment"), (TrainConfig, "overfitting_monitor"), (TrainConfig, "engine"), (PruneConfig, "linear")],
+)
+def test_a_text_is_neither_true_nor_false(config, name):
+    for value in ("no", 0, None if config is not DataConfig else "null"):
+        with pytest.raises(ValueError, match=f"{name} must be true or false, got {value!r}"):
+            config(**{name: value})
+    assert getattr(config(**{name: np.bool_(True)}), name) is True

@@ -170,3 +170,21 @@ def test_a_reason_is_logged_once(caplog):
             with engine.input_gradients(model, x) as gradients:
                 assert isinstance(gradients, engine.Autograd)
     assert len(caplog.records) == 1 and "leaves this Branches to autograd" in caplog.text
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_pruned_weights_written_by_hand_count_nowhere(channels_last):
+    """A layer of one channel, whose layout is ambiguous, beside layers whose dense kernels decide the layout."""
+    dense = [nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), *(dense if channels_last else []))
+    model.extend([nn.Conv2d(64 if channels_last else 8, 1, 3, padding=1), nn.Flatten(), nn.Linear(64, 10)]).eval()
+    for layer in (model[0], model[-3]):
+        mask = torch.rand(layer.weight.shape) < 0.3
+        model[0 if layer is model[0] else len(model) - 3] = MaskedConv2d.from_dense(layer, mask, (1, 1))
+    x, loss = torch.rand(16, 1, 8, 8), lambda logits: logits.square().sum(1)
+    expected = engine.Autograd(model).gradient(x, loss)
+    for layer in (model[0], model[-3]):
+        layer.weight.data[~layer.weight_mask] = 1e3
+    program = engine.Program(model, x)
+    program.fold()
+    assert relative_error(program.gradient(x, loss), expected) < 1e-4

@@ -12,6 +12,7 @@ from helpers.networks import NETWORKS, network
 from helpers.random_models import BATCH, CHANNELS, SIZE, random_models
 from hypothesis import given, reject, settings
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv import engine, masks
 from sparse_adv.engine.training import TrainingGraph, graph_for_training
@@ -179,6 +180,22 @@ def test_a_layer_that_is_called_twice_is_left():
     ]
 
 
+@pytest.mark.parametrize(
+    ("function", "fused"),
+    [
+        (lambda m, x: (y := m.norm(m.a(x))).relu() * y, "norm: BatchNorm"),
+        (lambda m, x: (y := m.norm(m.a(x)) + m.b(x)).relu() * y, "norm: BatchNorm + residual"),
+        (lambda m, x: (y := m.norm(m.a(x))) + y, "norm: BatchNorm"),
+        (lambda m, x: m.b(x) + m.norm(m.a(x)).relu(), "norm: BatchNorm + ReLU"),
+        (lambda m, x: m.b(x) - m.norm(m.a(x)), "norm: BatchNorm"),
+    ],
+)
+def test_what_is_read_twice_ends_an_op(function, fused):
+    model, x = other_networks.OfLayers(function).double().train(), torch.rand(4, 3, 5, 5, dtype=torch.float64)
+    assert engine.explain(model, x)[1:] == [fused]
+    check_learns_the_same(model, x)
+
+
 def test_hooks_run_and_see_what_they_would():
     model, x = nn.Sequential(block_of(), block_of(nn.BatchNorm2d(4)))[:1].train(), torch.rand(4, 3, 5, 5)
     seen = []
@@ -272,3 +289,34 @@ def test_a_model_is_freed_with_its_graphs():
     del model, fused
     gc.collect()
     assert reference() is None
+
+
+class Listing(TorchDispatchMode):
+    """Lists the names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_running_statistics_of_all_layers_are_updated_together():
+    model = nn.Sequential(Residual(), block_of(nn.BatchNorm2d(4, momentum=0.3))[1:], nn.BatchNorm2d(4)).train()
+    x = torch.rand(4, 3, 5, 5)
+    fused = engine.fuse_for_training(model, x)
+    with torch.no_grad(), Listing() as listing:
+        fused(x)
+    written = [name for name in listing.names if name.endswith("_")]
+    assert listing.names.count("batch_norm_act") == 5 and written == ["_foreach_add_", "_foreach_mul_", "_foreach_add_"]
+
+
+def test_layers_that_share_statistics_update_them_one_after_the_other():
+    model = nn.Sequential(block_of(), nn.Conv2d(4, 3, 1), block_of()).double()
+    for name in ("running_mean", "running_var"):
+        setattr(model[2][1], name, getattr(model[0][1], name))
+    x = torch.rand(4, 3, 5, 5, dtype=torch.float64)
+    assert len(engine.explain(model.train(), x)) == 3
+    check_learns_the_same(model, x)

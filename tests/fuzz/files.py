@@ -129,7 +129,7 @@ def _save_autoattack(path: Path) -> None:
         torch.zeros(2),
         standing.clone(),
         pending.clone(),
-        torch.zeros(2, 10),
+        torch.zeros(2, 5),
         {"clean": 1.0},
         {"apgd-ce": 0},
     ).write(path)

@@ -64,12 +64,37 @@ def test_bfloat16_runs_on_tensor_cores_and_spills_nothing(block, name, capabilit
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("block", [(64, 64), (32, 32)], ids=str)
+def test_gates_of_bits_move_a_byte_for_16_bytes_of_images(block, capability):
+    x, channels = images("fills a GPU", B16), 256
+    lists, same = (empty(LIVE, *block, dtype=B16), empty(LIVE, 4)), ((1, 1), (1, 1), (1, 1))
+    rows, grad_rows = (empty(channels // size, 3) for size in block)
+    gate = torch.empty(512, 8, 8, channels // 8, dtype=torch.uint8, device="meta")
+    weight = channels, channels, 3, 3
+    for launch, code in (
+        (lambda: forward(x, *lists, rows, weight, None, *same, None, x, True, "tf32", gate), "STG.E.U8"),
+        (lambda: grad_input(x, *lists, grad_rows, empty(LIVE), x.shape, *same, x, gate, "tf32"), "LDG.E.U8"),
+    ):
+        (kernel,) = compiled(capability, launch)
+        assert kernel.stack == 0
+        assert kernel.instructions.count(code) == kernel.instructions.count("STG.E.128") > 0
+        assert not any(instruction.startswith("SHFL") for instruction in kernel.instructions)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 @pytest.mark.parametrize("name", ["forward", "grad_input", "grad_weight"])
 def test_float32_runs_on_tensor_cores(name, precision, capability):
     kernel = kernel_of(capability, name, "fills a GPU", (64, 64), F32, precision)
     assert kernel.stack == 0 and kernel.shared <= SHARED[capability]
     assert any(instruction.startswith(("HGMMA", "HMMA")) for instruction in kernel.instructions)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("block", [(64, 64), (32, 32)], ids=str)
+def test_shares_of_the_weight_gradient_are_loaded_16_bytes_at_a_time(block, capability):
+    _, adds = compiled(capability, passes("fills a GPU", block, B16, "tf32")["grad_weight"])
+    assert adds.stack == 0 and adds.registers <= 128 and "LDG.E.128" in adds.instructions
 
 
 def test_float16_runs_on_tensor_cores_too():

@@ -260,13 +260,15 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, method, stop_at, i
     config = replace(CONFIG, ema_decay=0.9, schedule="cosine")
     method_config = MethodConfig(method, density=0.3, block=(2, 2), interval=2)
     options = {"config": config, "validation": VALIDATION}
-    expected, whole = run(SparseTraining(method_config), folder=tmp_path / "whole", **options)
+    hooks = [SparseTraining(method_config) for _ in ("whole", "cut", "continued")]
+    expected, whole = run(hooks[0], folder=tmp_path / "whole", **options)
     model = odd_network()
     with pytest.raises(Stop):
-        run(SparseTraining(method_config), model, folder=tmp_path / "cut", **options, **stop_after(stop_at, in_batch))
+        run(hooks[1], model, folder=tmp_path / "cut", **options, **stop_after(stop_at, in_batch))
     if again == "new model":
         model = odd_network()
-    _, continued = run(SparseTraining(method_config), model, folder=tmp_path / "cut", **options)
+    _, continued = run(hooks[2], model, folder=tmp_path / "cut", **options)
+    assert (hooks[2].step, hooks[2].changes) == (hooks[0].step, hooks[0].changes)
     assert equal_states(model.state_dict(), expected.state_dict())
     for name in (runs.LAST, runs.BEST):
         ends = [checkpoint.read_weights(tmp_path / folder / name)[0] for folder in ("whole", "cut")]

@@ -164,3 +164,26 @@ def test_the_small_model_can_be_trained_copied_loaded_and_compiled():
 def test_bad_input_is_reported(masks, multiple, message):
     with pytest.raises(ValueError, match=message):
         shrink(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), masks, (1, 3, 9, 9), multiple)
+
+
+@pytest.mark.parametrize("multiple", [2, 3, 64])
+def test_widths_are_the_next_multiples_as_far_as_there_are_channels(multiple):
+    model, shape = network("resnet18")
+    masks = filters(model)
+    zero_dead_channels(model, masks, shape)
+    exact, rounded = (shrink(model, masks, shape, each).widths for each in (1, multiple))
+    assert any(after % multiple for _, after in exact.values())
+    for name, (before, after) in rounded.items():
+        assert after == min(before, -(-exact[name][1] // multiple) * multiple)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 8])
+def test_a_channel_is_needed_by_the_linear_layer_that_reads_any_of_its_pixels(kept):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+    mask = torch.zeros(5, 36, dtype=torch.bool)
+    mask[:, [kept, 9 + kept]] = True  # a pixel of the first two channels
+    x = torch.rand(2, 1, 5, 5)
+    expected = sparsify(copy.deepcopy(model), {"3": mask})(x)
+    shrunk = shrink(model, {"3": mask}, x)
+    assert shrunk.widths["0"] == (4, 2) and shrunk.model[3].in_features == 18
+    assert_close(shrunk.model(x), expected)

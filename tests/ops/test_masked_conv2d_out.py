@@ -303,3 +303,19 @@ def test_compiled_functions_write_their_buffers():
         results.append((out, gate))
     assert_equal(results[1][0], results[0][0])
     assert_equal(results[1][1], results[0][1])
+
+
+@pytest.mark.parametrize("image", [(32, 32), (5, 24), (4, 4)], ids=str)
+@pytest.mark.parametrize("backward", [False, True])
+def test_images_of_one_channel_go_with_results_of_either_layout(image, backward):
+    """Their memory is that of both layouts, so only the result says which one is wanted."""
+    case = Case(3, group_in=6 if backward else 1, group_out=1 if backward else 6, image=image)
+    op = masked_conv2d_grad_input_out if backward else masked_conv2d_out
+    images, size = (case.grad_output, case.input_size) if backward else (case.input, case.output_size)
+    expected = case.expected()["grad_input" if backward else "forward"]
+    for layout in FORMATS:
+        for kernel in ("sparse", "dense"):
+            out = torch.empty(size, memory_format=layout)
+            arguments = () if backward else (None,)
+            op(images, case.weight, case.pattern(kernel), *arguments, *case.shape, out=out)
+            assert_equal(out, expected)

@@ -217,8 +217,9 @@ def on_cuda(dtype: torch.dtype = torch.bfloat16, images: int = 512, pixels: int 
 
 
 def test_blocks_run_in_triton_where_the_roofline_expects_a_gain():
-    macs = POSITIONS * int(WIDE.count_nonzero())
-    assert plan(BLOCKS, on_cuda(), padding=1) == (("sparse", "roofline", macs),) * 3
+    sparse = ("sparse", "roofline", POSITIONS * int(WIDE.count_nonzero()))
+    dense = ("dense", "roofline", POSITIONS * WIDE.numel())  # of the gradient of the weight a gain of 1.2 is given up
+    assert plan(BLOCKS, on_cuda(), padding=1) == (sparse, sparse, dense)
     few = 2 * 8 * 8 * WIDE.numel()
     assert plan(BLOCKS, on_cuda(images=2), padding=1) == (("dense", "roofline", few),) * 3
 

@@ -165,6 +165,27 @@ def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, pruning):
     assert tickets.record_of(ticket).checks == tickets.record_of(expected).checks
 
 
+def test_a_search_that_stops_in_a_later_round_keeps_the_cost_of_the_rounds_before(tmp_path):
+    expected, _ = search(rounds=2)
+    steps = []
+
+    def on_step(step):
+        steps.append(step)
+        if len(steps) == 8:  # round 1 has 6
+            raise Stop
+
+    with pytest.raises(Stop):
+        pruning = PruneConfig(rounds=2)
+        tickets.search(network(), batches(), CONFIG, pruning, validation=VALIDATION, folder=tmp_path, on_step=on_step)
+    ticket, _ = search(tmp_path, rounds=2)
+    record, whole = tickets.record_of(ticket), tickets.record_of(expected)
+    assert steps[5:] == [6, 1, 2] and record.checks == whole.checks
+    assert [epoch.total.macs for epoch in record.epochs] == [epoch.total.macs for epoch in whole.epochs]
+    assert record.cost.macs == whole.cost.macs == record.epochs[-1].total.macs
+    spent = sum(((epoch.attack + epoch.update).macs for epoch in record.epochs), 0)
+    assert spent == record.cost.macs
+
+
 def test_frozen_layers_are_frozen_in_every_round():
     model, modes = network(), []
     model[1].eval()

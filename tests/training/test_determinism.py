@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.refusal import refused
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, bars, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, bars, batches, equal_states, network
 
 from sparse_adv import data, masks, models, runs, sparsify, training
 from sparse_adv.__main__ import main
-from sparse_adv.training import deterministic
+from sparse_adv.training import deterministic, loop
+from sparse_adv.training.devices import fastest_convolutions
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -113,3 +114,44 @@ def test_a_deterministic_run_is_not_continued_without_determinism(tmp_path, caps
     assert runs.read(tmp_path).info.deterministic
     assert not torch.are_deterministic_algorithms_enabled()
     assert "deterministic True, now False" in refused(capsys, *run, "--out", str(tmp_path))
+
+
+def test_a_first_step_that_overflows_leaves_no_uninitialised_momentum():
+    """PyTorch's fused SGD makes new memory the momentum in its first step, also if it skips the step."""
+    model, scales = network(), []
+    with deterministic():
+        torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
+        run = training.Training(model, batches(), replace(QUICK, epochs=1, precision="float16"))
+        run.updater.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+        for _ in run.epochs(lambda _: scales.append(run.updater.scaler.get_scale())):
+            pass
+    assert scales == [2.0**10] * 3  # the first step was skipped, and no other
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not equal_states(model.state_dict(), network().state_dict())
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_training_on_cuda_lets_cudnn_choose_and_leaves_the_flag_as_it_was(monkeypatch, before):
+    cudnn, cuda = torch.backends.cudnn, torch.device("cuda")
+    monkeypatch.setattr(cudnn, "benchmark", before)
+    for device in (cuda, torch.device("cpu")):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "fastest_convolutions", lambda _, device=device: fastest_convolutions(device))
+            seen = []
+            run = training.Training(network(), batches(), replace(QUICK, epochs=2), validation=VALIDATION)
+            for _ in run.epochs(lambda _, seen=seen: seen.append(cudnn.benchmark)):
+                assert cudnn.benchmark is before
+            assert seen == [before or device == cuda] * 6
+    with pytest.raises(KeyError), fastest_convolutions(cuda):
+        raise KeyError
+    assert cudnn.benchmark is before
+
+
+def test_cudnn_does_not_choose_where_deterministic_algorithms_are_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    cuda = torch.device("cuda")
+    with deterministic(), fastest_convolutions(cuda):
+        assert not torch.backends.cudnn.benchmark
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with fastest_convolutions(cuda):
+        assert not torch.backends.cudnn.benchmark

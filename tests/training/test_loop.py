@@ -77,6 +77,16 @@ def test_macs_follow_from_the_passes(objective, attack, update):
     assert record.update.macs == 96 * (update[0] * whole + update[1] * work.first_grad_input)
 
 
+def test_macs_of_an_evaluation_follow_from_its_passes():
+    model, config = network(), replace(QUICK, epochs=1, evaluation_steps=3)
+    (record,) = training.train(model, batches(), config, validation=VALIDATION)
+    clean = training.clean_accuracy(model, VALIDATION)
+    robust = training.robust_accuracy(model, VALIDATION, eps=config.eps, steps=3)
+    assert clean.forward == 40 and clean.backward == 0 and robust.backward > 0
+    work = nn.count_macs(model, (32, 1, 6, 6)).per_image()
+    assert record.evaluation.macs == (clean.forward + robust.forward) * work.forward + robust.backward * work.grad_input
+
+
 def test_evaluations_follow_their_interval_and_the_last_epoch_is_evaluated():
     config = replace(QUICK, epochs=5, evaluate_every=2)
     records = training.train(network(), batches(), config, validation=VALIDATION)

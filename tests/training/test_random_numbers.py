@@ -1,5 +1,6 @@
 """Data sets and samplers inside of others: they too get the number of the epoch, and their generators are saved."""
 
+import random
 from dataclasses import replace
 from random import Random
 
@@ -87,3 +88,19 @@ def test_a_generator_that_is_not_saved_is_told(own, tmp_path, caplog):
 def test_persistent_workers_are_told(caplog):
     random_numbers.warn_of_unsaved(DataLoader(Images(), 4, num_workers=1, persistent_workers=True))
     assert "the workers of the DataLoader are persistent" in caplog.text
+
+
+def test_every_global_generator_gets_the_seed_and_goes_on_where_it_was():
+    def drawn() -> tuple[float, ...]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    found = []
+    for outer, seed in ((0, 3), (1, 3), (1, 4)):
+        random.seed(outer)
+        np.random.seed(outer)
+        torch.manual_seed(outer)
+        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        with random_numbers.seeded(seed):
+            found.append(drawn())
+        assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert found[0] == found[1] and not any(a == b for a, b in zip(found[1], found[2], strict=True))

@@ -8,7 +8,7 @@ import torch
 from helpers.small_runs import QUICK, TEST, VALIDATION, batches, equal_states, network
 
 from sparse_adv import attacks, data, engine, json_files, runs, tickets, training
-from sparse_adv.training import TrainConfig, checkpoint, evaluation, loop, overfitting
+from sparse_adv.training import TrainConfig, checkpoint, loop, overfitting, result
 
 BASE = replace(QUICK, objective="pgd", epochs=2, engine=False)
 CHANGES = {
@@ -97,17 +97,17 @@ def test_the_final_test_is_of_the_best_weights_with_the_settings_of_the_run(tmp_
         return accuracy
 
     for name, fraction in (("clean_accuracy", 0.75), ("fgsm_accuracy", 0.5), ("robust_accuracy", 0.25)):
-        monkeypatch.setattr(evaluation, name, measure(name, fraction))
-    result = training.final_test(model, tmp_path, records, config, TEST)
+        monkeypatch.setattr(result, name, measure(name, fraction))
+    tested = training.final_test(model, tmp_path, records, config, TEST)
     assert seen == {
         "clean_accuracy": {},
         "fgsm_accuracy": {"eps": 0.4, "norm": norm},
         "robust_accuracy": {"eps": 0.4, "norm": norm, "steps": 20, "seed": 3},
     }
-    assert result.test == {"clean": 0.75, "fgsm": 0.5, "pgd-20": 0.25}
-    assert (result.tested, result.tested_epoch) == (("best", 1) if best else ("last", 2))
-    assert result.validation_robust_accuracy == (0.125 if best else None)
-    assert result.total == records[-1].total and runs.read(tmp_path).result == result
+    assert tested.test == {"clean": 0.75, "fgsm": 0.5, "pgd-20": 0.25}
+    assert (tested.tested, tested.tested_epoch) == (("best", 1) if best else ("last", 2))
+    assert tested.validation_robust_accuracy == (0.125 if best else None)
+    assert tested.total == records[-1].total and runs.read(tmp_path).result == tested
 
 
 @pytest.mark.parametrize("engine", [True, False])

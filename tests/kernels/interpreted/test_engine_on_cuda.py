@@ -64,24 +64,35 @@ def calls(monkeypatch) -> list[str]:
 
     def count(name, module, function):
         kernel = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *args: calls.append(f"{name} {function}") or kernel(*args))
 
-    on_cpu, fold = sparse_nn.MaskedConv2d.pattern.fget, program.Program.fold
-    folding = False
+        def counted(*args):
+            bits = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.uint8 for arg in args)
+            calls.append(f"{name} {function}{', bits' if bits else ''}")
+            return kernel(*args)
+
+        monkeypatch.setattr(module, function, counted)
+
+    on_cpu, fold, gates = sparse_nn.MaskedConv2d.pattern.fget, program.Program.fold, program.buffers.gates
+    on_cuda = False
 
     def pattern(layer):
         """Of blocks for the engine only: a model that runs on the CPU itself needs a pattern of the CPU."""
         compiled = on_cpu(layer)
-        return set_kernels(block_pattern(compiled), "sparse", "sparse", "sparse") if folding else compiled
+        return set_kernels(block_pattern(compiled), "sparse", "sparse", "sparse") if on_cuda else compiled
 
-    def fold_on_cuda(self):
-        nonlocal folding
-        folding = True
-        fold(self)
-        folding = False
+    def as_on_cuda(function):
+        def run(*args):
+            nonlocal on_cuda
+            on_cuda = True
+            result = function(*args)
+            on_cuda = False
+            return result
+
+        return run
 
     monkeypatch.setattr(sparse_nn.MaskedConv2d, "pattern", property(pattern))
-    monkeypatch.setattr(program.Program, "fold", fold_on_cuda)
+    monkeypatch.setattr(program.Program, "fold", as_on_cuda(fold))
+    monkeypatch.setattr(program.buffers, "gates", as_on_cuda(gates))
     monkeypatch.setattr(kernels_cuda.ops, "pack_pattern", packed)
     monkeypatch.setattr(program, "choose_kernels", lambda steps, x: kernels_cuda.CudaKernels(x.dtype))
     monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", conv_relu, raising=False)
@@ -117,7 +128,48 @@ def test_logits_and_gradients_equal_those_of_autograd(calls, density, pool):
         calls.clear()
         assert_close(gradients.logits(x), expected.detach())
         assert_close(gradients.gradient(x, loss), leaf.grad)
-    fused = (
-        {"cudnn conv + relu", "cudnn conv + add + relu"} if density is None else {"blocks forward", "blocks grad_input"}
-    )
-    assert set(calls) == fused | ({"max pooling forward", "max pooling backward"} if pool else set())
+    of_blocks = {"blocks forward", "blocks forward, bits", "blocks grad_input", "blocks grad_input, bits"}
+    fused = {"cudnn conv + relu", "cudnn conv + add + relu"} if density is None else of_blocks
+    # The index of max pooling is uint8, too.
+    assert set(calls) == fused | ({"max pooling forward, bits", "max pooling backward, bits"} if pool else set())
+
+
+class Sum(nn.Module):
+    """Two convolutions with biases, added without a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return (self.first(x) + self.second(x)).flatten(1)
+
+
+def test_bias_and_residual_without_a_relu_are_one_pass(calls, monkeypatch):
+    model, x, passes, kernel = Sum().eval(), torch.rand(2, 3, 6, 6), [], kernels_cuda.pointwise
+    monkeypatch.setattr(kernels_cuda, "pointwise", lambda *args: passes.append(args) or kernel(*args))
+    with engine.input_gradients(model, x) as gradients:
+        passes.clear()
+        assert_close(gradients.logits(x), model(x).detach())
+    assert [(bias is not None, residual is not None) for _, _, bias, residual, *_ in passes] == [
+        (True, False),
+        (True, True),
+    ]
+
+
+@pytest.mark.parametrize("channels", [16, 12])  # whole bytes of bits, and others
+def test_gates_of_steps_without_a_convolution(calls, channels):
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, channels, 3),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, 4, 3),
+    ]
+    model, x = nn.Sequential(*layers, nn.Flatten()).eval(), torch.rand(2, 3, 10, 10)
+    leaf = x.clone().requires_grad_()
+    model(leaf).square().sum().backward()
+    with engine.input_gradients(model, x) as gradients:
+        assert_close(gradients.gradient(x, lambda logits: logits.square().sum(1)), leaf.grad)
+        assert len(gradients._gates) == (channels == 16)

@@ -65,3 +65,12 @@ def test_pruned_entries_are_not_read():
     vars(case)["weight"] = case.weight.where(case.mask, torch.nan)
     actual = passes(case, pattern_of(case), torch.float32)
     assert actual["forward"].isfinite().all() and actual["grad_input"].isfinite().all()
+
+
+@pytest.mark.parametrize("shares", [3, 19])  # fewer than are loaded at a time, and more
+def test_shares_of_the_weight_gradient_are_added(monkeypatch, shares):
+    from sparse_adv.kernels import masked_conv2d_grad_weight as kernels
+
+    monkeypatch.setattr(kernels, "gradient_shares", lambda *_: shares)
+    case = Case(4, 1, 40, 70, (9, 8), block=(32, 32), density=0.5)
+    assert_equal(passes(case, pattern_of(case), torch.float32)["grad_weight"], case.expected()["grad_weight"])

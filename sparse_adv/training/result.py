@@ -1,0 +1,82 @@
+"""The final test of a run on images that were not used in any other way, and its `result.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from sparse_adv import json_files, runs
+from sparse_adv.config import TrainConfig
+from sparse_adv.runs import EpochRecord, TicketChecks, TrainResult
+from sparse_adv.training import distributed
+from sparse_adv.training.checkpoint import read_weights
+from sparse_adv.training.evaluation import Images, clean_accuracy, fgsm_accuracy, robust_accuracy
+
+TEST_STEPS = 20
+
+
+def final_test(
+    model: nn.Module,
+    folder: Path,
+    records: Sequence[EpochRecord],
+    config: TrainConfig,
+    test: Images,
+    checks: TicketChecks | None = None,
+) -> TrainResult:
+    """Measure a finished run on the test images, clean, under FGSM and under PGD-20, and write its `result.json`.
+
+    Args:
+        model: gets the weights that are tested: those of the epoch with the best validation accuracy, or the last
+            ones if there were no validation images.
+        folder: of the run.
+        records: of all epochs, from `training.train`.
+        config: gives radius and norm of the attacks and the seed of the random start; PGD's step size is eps / 4.
+        test: images that were not used in any other way.
+        checks: to write into the result.
+
+    Returns:
+        The result that was written.
+
+    Raises:
+        FileNotFoundError: if the folder holds no weights.
+        ValueError: if there is no test image.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from sparse_adv import data, training
+        >>> images = data.Split(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+        >>> model, config = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), TrainConfig("natural", epochs=1, eps=0.1)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> records = training.train(model, data.Batches(images, 4), config, folder=folder)
+        >>> result = final_test(model, folder, records, config, images)
+        >>> result.tested, sorted(result.test)
+        ('last', ['clean', 'fgsm', 'pgd-20'])
+    """
+    tested: Literal["best", "last"] = "best" if (folder / runs.BEST).exists() else "last"
+    path = folder / (runs.BEST if tested == "best" else runs.LAST)
+    weights, metadata = read_weights(path)
+    epoch = json_files.from_json(EpochRecord, metadata, f"the metadata of {path}")
+    model.load_state_dict(weights)
+    accuracies = {
+        "clean": clean_accuracy(model, test),
+        "fgsm": fgsm_accuracy(model, test, eps=config.eps, norm=config.norm),
+        f"pgd-{TEST_STEPS}": robust_accuracy(
+            model, test, eps=config.eps, norm=config.norm, steps=TEST_STEPS, seed=config.seed
+        ),
+    }
+    result = TrainResult(
+        total=records[-1].total,
+        checks=checks or TicketChecks(),
+        tested=tested,
+        tested_epoch=epoch.epoch,
+        validation_robust_accuracy=epoch.robust_accuracy,
+        test={attack: accuracy.fraction for attack, accuracy in accuracies.items()},
+    )
+    if distributed.rank() == 0:
+        json_files.write(folder / runs.RESULT, result)
+    distributed.barrier()
+    return result

@@ -1,0 +1,89 @@
+"""What becomes one step, and what is left to autograd while the engine still computes the rest."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.other_networks import OfLayers
+from torch import Tensor, nn
+
+from sparse_adv import engine
+from sparse_adv.nn import sparsify
+
+CONV, NORM, BOTH = "convolution", "BatchNorm + ReLU", "convolution + BatchNorm"
+
+
+def after_convolution(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), layer)
+
+
+def before_norm(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, nn.BatchNorm2d(4), nn.ReLU())
+
+
+STEPS = {
+    "zero padding": (before_norm(nn.Conv2d(3, 4, 3, padding=1)), [BOTH + " + ReLU"]),
+    "reflection": (before_norm(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), ["autograd", NORM]),
+    "padding by name": (before_norm(nn.Conv2d(3, 4, 3, padding="same")), ["autograd", NORM]),
+    "two norms": (after_convolution(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))), [BOTH, "BatchNorm"]),
+    "norm of a ReLU": (after_convolution(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4))), [CONV + " + ReLU", "BatchNorm"]),
+    "two ReLUs": (after_convolution(nn.Sequential(nn.ReLU(), nn.ReLU())), [CONV + " + ReLU", "ReLU"]),
+    "pooling": (after_convolution(nn.MaxPool2d(2)), [CONV, "max pooling"]),
+    "overlapping": (after_convolution(nn.MaxPool2d(3, 2)), [CONV, "autograd"]),
+    "with gaps": (after_convolution(nn.MaxPool2d(2, 3)), [CONV, "autograd"]),
+    "padded": (after_convolution(nn.MaxPool2d(2, padding=1)), [CONV, "autograd"]),
+    "dilated": (after_convolution(nn.MaxPool2d(2, dilation=2)), [CONV, "autograd"]),
+    "to the last pixel": (after_convolution(nn.MaxPool2d(2, ceil_mode=True)), [CONV, "autograd"]),
+    "dropout": (after_convolution(nn.Sequential(nn.Dropout2d(), nn.ReLU())), [CONV + " + ReLU"]),
+    "sum": (OfLayers(lambda m, x: F.relu(m.a(x) + m.b(x))), [CONV, CONV + " + residual + ReLU"]),
+    "sum of ReLUs": (OfLayers(lambda m, x: m.a(x).relu() + m.b(x).relu()), [CONV + " + ReLU"] * 2 + ["residual"]),
+    "sum with a ReLU": (OfLayers(lambda m, x: m.a(x).relu() + m.b(x)), [CONV + " + ReLU", CONV + " + residual"]),
+    "sum with itself": (OfLayers(lambda m, x: (y := m.a(x)) + y), [CONV, "residual"]),
+    "norm of a sum": (
+        OfLayers(lambda m, x: m.norm(m.a(x) + m.b(x))),
+        [CONV, CONV + " + residual", "BatchNorm"],
+    ),
+    "read twice": (
+        OfLayers(lambda m, x: m.norm(y := m.a(x)) + y.sigmoid()),
+        [CONV, "autograd", "BatchNorm + residual"],
+    ),
+    "broadcast": (OfLayers(lambda m, x: m.a(x) + m.b(x).mean((2, 3), keepdim=True)), [CONV, CONV, "autograd"]),
+    "scaled sum": (OfLayers(lambda m, x: torch.add(m.a(x), m.b(x), alpha=2)), [CONV, CONV, "autograd"]),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_are_the_longest_that_compute_the_same(name):
+    model, expected = STEPS[name]
+    model = model.double().eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            norm.weight.data.normal_()
+            norm.bias.data.normal_()
+    x = torch.rand(3, 3, 7, 7, dtype=torch.float64)
+    lines = [line.partition(": ")[2] for line in engine.explain(model, x)]
+    assert ["autograd" if "autograd" in line else line for line in lines] == expected
+
+    def loss(logits: Tensor) -> Tensor:
+        return logits.flatten(1).sin().sum(1)
+
+    autograd = engine.Autograd(model)
+    with engine.input_gradients(model, x) as gradients:
+        assert isinstance(gradients, engine.Program)
+        first = gradients.logits(x)
+        torch.testing.assert_close(gradients.gradient(x, loss), autograd.gradient(x, loss))
+        torch.testing.assert_close(gradients.logits(x / 2), autograd.logits(x / 2))
+        torch.testing.assert_close(first, autograd.logits(x))  # a later pass does not change what was returned
+
+
+def test_a_pruned_weight_of_a_linear_layer_counts_as_zero_whatever_was_written_to_it():
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval(), torch.rand(3, 3, 2, 2)
+    sparsify(model, {"1": torch.rand(4, 12) < 0.5})
+    with torch.no_grad():
+        model[1].weight.fill_(1.0)
+    with engine.input_gradients(model, x) as gradients:
+        assert isinstance(gradients, engine.Program)
+        torch.testing.assert_close(gradients.logits(x), model(x).detach())
+        expected = engine.Autograd(model).gradient(x, lambda logits: logits[:, 0])
+        torch.testing.assert_close(gradients.gradient(x, lambda logits: logits[:, 0]), expected)
