@@ -17,7 +17,7 @@ from sparse_adv.attacks.losses import Loss, loss_function, targeted_dlr
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.ops.arguments import check_number
-from sparse_adv.ops.random_start import seed_words
+from sparse_adv.ops.random_start import as_philox_state
 
 MOMENTUM = 0.75
 """Weight of the newest step; the step before has the rest."""
@@ -224,7 +224,7 @@ class _Attacker:
         generator: torch.Generator | None,
     ) -> None:
         self._queries, self._images, self._labels = queries, images, labels
-        self._settings, self._words = settings, seed_words(generator).to(images.device)
+        self._settings, self._philox_state = settings, as_philox_state(generator).to(images.device)
         logits = queries.logits(images)
         self.result = images.clone()
         self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=logits.dtype)
@@ -269,8 +269,8 @@ class _Attacker:
         ball = self._settings.ball.of(index)
         clean = self._images[index]
         arguments = (self._labels[index],) if rank is None else (self._labels[index], self.wrong_classes[index, rank])
-        x = movement.start(clean, ball, self._words)
-        self._words[1:].add_((clean.numel() + 3) // 4)  # one Philox block gives four numbers
+        x = movement.start(clean, ball, self._philox_state)
+        self._philox_state[1:].add_((clean.numel() + 3) // 4)  # one Philox block gives four numbers
         zero = self._loss.new_zeros(len(index))
         step = torch.zeros_like(zero, dtype=clean.dtype) + 2 * ball.radii
         never = torch.zeros_like(zero, dtype=torch.bool)

@@ -31,7 +31,7 @@ from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
-from sparse_adv.ops.random_start import seed_words
+from sparse_adv.ops.random_start import as_philox_state
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class AutoAttack:
         images, labels = images.detach().cpu(), labels.cpu()
         known = self._identity(names, images, labels)
         state = State.read(path, known) if path is not None and path.exists() else None
-        seed = state.seed if state else int(seed_words(None)[0]) if self.seed is None else self.seed
+        seed = state.seed if state else int(as_philox_state(None)[0]) if self.seed is None else self.seed
         budgets = "; ".join(map(version.budget, names))
         self._log(
             f"{title}: {budgets}; {self.ball.norm}, eps {_written(self.ball.eps)}, {len(images)} images, seed {seed}"

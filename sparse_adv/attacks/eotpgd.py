@@ -14,7 +14,7 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.losses import Loss, loss_function
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, loss_to_raise, run_search
-from sparse_adv.ops.random_start import seed_words
+from sparse_adv.ops.random_start import as_philox_state
 
 
 def eotpgd(
@@ -86,7 +86,7 @@ def eotpgd(
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         raised = loss_to_raise(loss, labels, targeted)
-        adv = movement.start(images, ball, seed_words(generator)) if random_start else images
+        adv = movement.start(images, ball, as_philox_state(generator)) if random_start else images
         for _ in range(steps):
             gradient = torch.stack([model.gradient(adv, raised) for _ in range(eot_iter)]).mean(0)
             adv = movement.step(adv, gradient, images, size, ball)

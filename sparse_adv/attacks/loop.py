@@ -29,7 +29,7 @@ from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.losses import kl_divergence, loss_function, takes_classes
 from sparse_adv.attacks.options import AttackOptions
 from sparse_adv.engine import InputGradients
-from sparse_adv.ops.random_start import seed_words
+from sparse_adv.ops.random_start import as_philox_state
 
 
 def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions) -> Tensor:
@@ -70,7 +70,7 @@ def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions
         if options.random_start:
             # With non_blocking=False the host would wait until the GPU has finished all earlier work.
             on_gpu = images.device.type == "cuda"
-            philox_state = seed_words(options.generator).to(images.device, non_blocking=on_gpu)
+            philox_state = as_philox_state(options.generator).to(images.device, non_blocking=on_gpu)
         if not len(images):
             return images.detach().clone()
         loop = PGDLoop(module, options if traceable else replace(options, engine=False))

@@ -22,7 +22,7 @@ from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.losses import Loss, loss_function, margin
 from sparse_adv.engine.program import LossOfLogits
 from sparse_adv.nn import frozen_weights
-from sparse_adv.ops.random_start import seed_words
+from sparse_adv.ops.random_start import as_philox_state
 
 
 class Queries:
@@ -118,7 +118,7 @@ def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
 def private_generator(generator: torch.Generator | None, images: Tensor) -> torch.Generator:
     """A generator on the device of the images, seeded with one number of a generator; None for PyTorch's global one."""
     device = images.device if isinstance(images, Tensor) else "cpu"  # `run_search` refuses images of a wrong type
-    return torch.Generator(device).manual_seed(int(seed_words(generator)[0]) & (2**63 - 1))
+    return torch.Generator(device).manual_seed(int(as_philox_state(generator)[0]) & (2**63 - 1))
 
 
 def loss_to_raise(loss: str | Loss, labels: Tensor, targeted: bool) -> LossOfLogits:

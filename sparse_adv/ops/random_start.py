@@ -65,17 +65,17 @@ def random_start(
         raise ValueError("eps must be finite, got inf")
     check_capability(clean.device)
     # A blocking copy would wait for all work that the GPU has queued.
-    words = seed_words(seed).to(clean.device, non_blocking=True)
-    return torch.ops.sparse_adv.random_start(clean.detach(), words, eps, norm, lo, hi)
+    state = as_philox_state(seed).to(clean.device, non_blocking=True)
+    return torch.ops.sparse_adv.random_start(clean.detach(), state, eps, norm, lo, hi)
 
 
-def seed_words(seed: int | Tensor | torch.Generator | None) -> Tensor:
+def as_philox_state(seed: int | Tensor | torch.Generator | None) -> Tensor:
     """Convert a seed to the Philox state, an int64 tensor [2] of key and offset.
 
     None draws the key from PyTorch's global CPU generator.
 
     Examples:
-        >>> seed_words(5)
+        >>> as_philox_state(5)
         tensor([5, 0])
     """
     if isinstance(seed, Tensor):

@@ -17,7 +17,7 @@ from fuzz.call import Arguments, Call, Results, all_wide, wide
 from sparse_adv import ops
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.ops import reference
-from sparse_adv.ops.random_start import seed_words
+from sparse_adv.ops.random_start import as_philox_state
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -298,7 +298,7 @@ def random_start(rng: random.Random) -> Call:
     def results(before: Arguments, after: Arguments, returned: Any) -> Results:
         if not isinstance(before["seed"], int | Tensor):
             return {}  # a number is drawn
-        expected = reference.random_start(**_plain(before) | {"seed": seed_words(before["seed"])})
+        expected = reference.random_start(**_plain(before) | {"seed": as_philox_state(before["seed"])})
         return {"images": (returned, expected)}
 
     return Call(ops.random_start, arguments, results)

@@ -13,7 +13,7 @@ from sparse_adv import attacks, ops
 from sparse_adv.attacks.losses import loss_function
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.config import TrainConfig
-from sparse_adv.ops.random_start import seed_words
+from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training.objectives.base import Natural, Passes
 from sparse_adv.training.objectives.nuclear_norm import nuclear_norm
 
@@ -51,7 +51,7 @@ class NuAT(Natural):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         config, compares = self.config, self.count % 2 == 1
-        signs = ops.random_start(torch.zeros_like(x), 1.0, "linf", seed_words(noise), -1.0, 1.0).sign()
+        signs = ops.random_start(torch.zeros_like(x), 1.0, "linf", as_philox_state(noise), -1.0, 1.0).sign()
         length = config.eps / 2
         if config.norm == "l2":
             length /= math.sqrt(max(1, x[0].numel() if len(x) else 1))
@@ -110,7 +110,7 @@ class FGSMUAP(Natural):
         config, radius = self.config, self._RADIUS * self.config.eps
         if self.prior is None or self.momentum is None or self.prior.shape[1:] != x.shape[1:]:
             self.momentum = torch.zeros_like(x[:1])
-            signs = ops.random_start(self.momentum, 1.0, "linf", seed_words(noise), -1.0, 1.0).sign()
+            signs = ops.random_start(self.momentum, 1.0, "linf", as_philox_state(noise), -1.0, 1.0).sign()
             self.prior = self._moved(self.momentum, signs, radius)
         start = (x + self._moved(self.prior, self.momentum, 0.0, config.eps)).clamp(0, 1)
         gradients: list[Tensor] = []

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from sparse_adv import attacks, ops
 from sparse_adv.config import TrainConfig
-from sparse_adv.ops.random_start import seed_words
+from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training import distributed
 from sparse_adv.training.objectives.base import Natural, Passes
 
@@ -100,7 +100,7 @@ class FGSMRSCS(Natural):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
         config, options = self.config, self._options(noise)
-        self.start = ops.random_start(x, config.eps, config.norm, seed_words(noise))
+        self.start = ops.random_start(x, config.eps, config.norm, as_philox_state(noise))
         options["eps"] = config.step_size  # the ball is the one around the start
         return attacks.pgd(
             model, self.start, y, steps=1, random_start=False, norm=config.norm, loss=self.attack_loss, **options
