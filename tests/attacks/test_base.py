@@ -109,6 +109,7 @@ def test_signs_of_masking_are_named():
         (lambda x: model(x).softmax(1), "probabilities"),
         (lambda x: model(x) + torch.rand(6, 5), "differ between two calls"),
         (lambda x: model((x * 8).round() / 8), "gradient is zero at 6 of 6 images"),
+        (lambda x: model(x) * (torch.arange(6) > 1)[:, None], "gradient is zero at 2 of 6 images"),
         (lambda x: model(x) * torch.nan, "6 of 6 images are NaN"),
     ):
         assert any(words in sign for sign in signs(masked, images, labels))

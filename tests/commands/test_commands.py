@@ -181,6 +181,23 @@ def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
         assert f"{flag} is for --attack bound, got --attack autoattack" in message
 
 
+@pytest.mark.parametrize(("flag", "mean"), [("mnist", 0.1307), ("none", 0.0)])
+def test_a_checkpoint_without_mean_and_deviation_gets_those_that_are_named(tmp_path, capsys, monkeypatch, flag, mean):
+    state = models.build("digits_cnn", width=8).state_dict()
+    torch.save({name: value for name, value in state.items() if not name.startswith("normalize")}, tmp_path / "a.pt")
+    means = []
+
+    def measure(model, images, **settings):
+        means.append(model.normalize.mean.item())
+        return training.Accuracy(0.5, 5, 5, 5)
+
+    for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
+        monkeypatch.setattr(evaluate, name, measure)
+    network = ("--arch", "digits_cnn", "--width", "8", "--images", "5")
+    assert main(["evaluate", str(tmp_path / "a.pt"), *network, "--normalize", flag]) == 0
+    assert means == 4 * [pytest.approx(mean)]
+
+
 def test_evaluate_runs_autoattack_and_goes_on_from_its_state(tmp_path, capsys):
     torch.save(models.build("digits_cnn", width=8).state_dict(), tmp_path / "a.pt")
     arguments = ["evaluate", str(tmp_path / "a.pt"), "--arch", "digits_cnn", "--width", "8", "--images", "20"]
@@ -249,10 +266,14 @@ def test_every_flag_of_convert_reaches_its_use(searched, tmp_path, monkeypatch, 
     assert lines(capsys)[0]["density"] == masks.density(ticket.masks)
 
 
-def test_epochs_are_told_to_people_in_words(tmp_path, capsys):
-    main(["train", *NETWORK, *QUICK, "--out", str(tmp_path / "run"), "--no-json"])
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("epoch 1: loss ") and "robust" in told[0] and "test accuracy clean" in told[-1]
+@pytest.mark.parametrize(
+    ("command", "said"), [("train", "test accuracy clean"), ("search", "keeps 20.0% of the weights")]
+)
+def test_epochs_are_told_to_people_in_words(tmp_path, capsys, command, said):
+    main([command, *NETWORK, *QUICK, "--out", str(tmp_path / "run"), "--no-json"])
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("epoch 1: loss ") and "robust" in first
+    assert second.startswith("epoch 2: loss ") and said in last
 
 
 def test_every_key_of_a_config_is_a_flag_and_flags_win(tmp_path, capsys):
