@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from sparse_adv.masks import Ticket, from_state_dict, load_pruned
 from sparse_adv.masks.interchange.formats import Density
+from sparse_adv.masks.interchange.reading import WRAPPERS
 from sparse_adv.models.architectures import build
 from sparse_adv.models.normalize import STATISTICS, Normalize
 from sparse_adv.nn import sparsify
 
 log = logging.getLogger("sparse_adv")
 
-_WRAPPERS = r"^(?:(?:module|_orig_mod|model|net|1)\.)+"
-"""Prefixes of names: of DataParallel, torch.compile, attributes of wrapper modules, `nn.Sequential(normalize, net)`."""
+_WRAPPERS = rf"^(?:(?:{'|'.join(WRAPPERS)}|net|1)\.)+"
+"""Prefixes of names; net and 1 are those of `nn.Sequential(normalize, net)` and of other code's wrappers."""
 
 _NORMALIZATION = (
     (r"^(?:0|normalizer|normalization)\.(mean|std)$", r"normalize.\1"),

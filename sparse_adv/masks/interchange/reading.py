@@ -30,8 +30,8 @@ from sparse_adv.masks.ticket import TICKET_FORMAT, Ticket, load_ticket
 _STATE_KEYS = ("state_dict", "model_state_dict", "net", "model")
 """Keys under which checkpoints store the state dict of the model."""
 
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-"""Prefixes of all names that DataParallel, torch.compile and wrapper modules add."""
+WRAPPERS = ("module", "_orig_mod", "model")
+"""First parts of all names, which DataParallel, torch.compile and wrapper modules add."""
 
 _LEAST_ZEROS = 1e-3
 """Fraction of weights that must be zero to be taken for masks when no format is given."""
@@ -197,7 +197,8 @@ def _check_plain(key: str, value: Tensor) -> None:
 def _without_prefixes(state: State) -> tuple[State, list[str]]:
     """Remove the prefixes that all names have; return the state dict and the prefixes removed."""
     removed: list[str] = []
-    while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state)), None):
+    prefixes = [f"{name}." for name in WRAPPERS]
+    while prefix := next((prefix for prefix in prefixes if all(key.startswith(prefix) for key in state)), None):
         removed.append(prefix)
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state, removed
