@@ -3,8 +3,8 @@
 The invariant: after each step, a weight is exactly 0 where the mask is false. A hook after the steps of all optimisers
 of the process zeroes it there. It does so after every step, because not every write by hand can be detected:
 `weight.data.copy_`, as averages of weights use it, counts in no version. Some optimisers move pruned weights anyway:
-`LBFGS`, by its history of steps before a mask changed, `Muon`, by products of matrices. On two CPU
-cores it takes 1 % of an update of a ResNet-18 at batch 128.
+`LBFGS`, by its history of steps before a mask changed, `Muon`, by products of matrices. On a CPU it takes 3 ms for the
+11 million weights of a ResNet-18, less than 1 % of an update of 64 images.
 
 Gradients and the optimiser's state are 0 there too, so that momentum does not come back with a weight that another
 mask revives. SGD, Adam and other element-wise optimisers map such zeros to zeros, weight decay and momentum included
@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -41,6 +41,12 @@ _masks = WeakTensorKeyDictionary()
 
 _hooks = WeakTensorKeyDictionary()
 """The handle of the hook that masks the gradients of each masked weight."""
+
+_bits = WeakTensorKeyDictionary()
+"""For each mask, integers as wide as its weights: all bits set where the mask is true, none where it is false."""
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers of each number of bytes."""
 
 _settled: WeakKeyDictionary[Optimizer, tuple[object, WeakTensorKeyDictionary]] = WeakKeyDictionary()
 """Maps an optimiser to its state dictionary (loading makes a new one), and to the mask last applied to each weight with
@@ -117,6 +123,17 @@ def _zero_outside(mask: Tensor, values: Iterable[object]) -> None:
             value.masked_fill_(~mask.to(value.device), 0)
 
 
+@torch.no_grad()
+def _zero_after_step(mask: Tensor, weight: Tensor) -> None:
+    """Zero a weight outside its mask as integers, `weight & bits`: a fifth of the time of `masked_fill_` on a CPU."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.shape != mask.shape:
+        return _zero_outside(mask, [weight])
+    integer, bits = _INTEGERS[weight.element_size()], _bits.get(mask)
+    if bits is None or bits.dtype != integer or bits.device != weight.device:
+        _bits[mask] = bits = torch.empty_like(weight, dtype=integer, requires_grad=False).copy_(mask).neg_()
+    weight.detach().view(integer).bitwise_and_(bits)
+
+
 @functools.cache
 def _install_hook() -> None:
     @torch.compiler.disable
@@ -127,7 +144,7 @@ def _install_hook() -> None:
     def after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         settled = _settled[optimizer][1] if optimizer in _settled else {}
         for weight, (mask, _) in list(settled.items()):
-            _zero_outside(mask, [weight])
+            _zero_after_step(mask, weight)
             settled[weight] = mask, version_of(weight)
 
     register_optimizer_step_pre_hook(before_step)

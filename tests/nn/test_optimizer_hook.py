@@ -323,3 +323,20 @@ def test_a_weight_written_between_two_steps_is_zeroed_at_the_next(model):
             layer.weight.lerp_(torch.ones_like(layer.weight), 0.5)
     train(model, optimizer, 1)
     assert_nothing_outside_the_masks(model, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_step_leaves_exact_zeros_in_every_dtype_and_layout_whatever_was_written(dtype, memory_format):
+    layer = nn.Conv2d(4, 6, 3).to(dtype=dtype, memory_format=memory_format)
+    mask = torch.rand(layer.weight.shape) < 0.4
+    layer = MaskedConv2d.from_dense(layer, mask, (1, 1))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    for value in (-1.0, float("nan"), float("-inf")):
+        layer.weight.data[~mask] = value
+        kept = layer.weight.detach()[mask].clone()
+        optimizer.step()
+        pruned = layer.weight.detach()[~mask]
+        assert (pruned == 0).all() and not torch.signbit(pruned).any()
+        torch.testing.assert_close(layer.weight.detach()[mask], kept - 0.5)
