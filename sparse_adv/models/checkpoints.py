@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks import Ticket, from_state_dict, load_pruned
-from sparse_adv.masks.interchange.formats import Density
-from sparse_adv.masks.interchange.reading import WRAPPERS
+from sparse_adv.masks.interchange.formats import WRAPPERS, Density
 from sparse_adv.models.architectures import build
 from sparse_adv.models.normalize import STATISTICS, Normalize
 from sparse_adv.nn import sparsify

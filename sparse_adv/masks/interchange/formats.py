@@ -12,6 +12,9 @@ from torch import Tensor
 from sparse_adv.masks.layers import parameter_of
 
 State = dict[str, Tensor]
+WRAPPERS = ("module", "_orig_mod", "model")
+"""First parts of all names, which DataParallel, torch.compile and wrapper modules add."""
+
 Density = float | Mapping[str, float] | None
 
 _HARP_MIN_SHARE = 0.1

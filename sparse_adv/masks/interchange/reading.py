@@ -16,6 +16,7 @@ from sparse_adv.masks.algebra import density as density_of
 from sparse_adv.masks.interchange.containers import is_npy, read_npy_list, read_tensors, safetensors_metadata
 from sparse_adv.masks.interchange.formats import (
     FORMATS,
+    WRAPPERS,
     Density,
     Split,
     State,
@@ -29,9 +30,6 @@ from sparse_adv.masks.ticket import TICKET_FORMAT, Ticket, load_ticket
 
 _STATE_KEYS = ("state_dict", "model_state_dict", "net", "model")
 """Keys under which checkpoints store the state dict of the model."""
-
-WRAPPERS = ("module", "_orig_mod", "model")
-"""First parts of all names, which DataParallel, torch.compile and wrapper modules add."""
 
 _LEAST_ZEROS = 1e-3
 """Fraction of weights that must be zero to be taken for masks when no format is given."""
