@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -239,7 +239,8 @@ class FABT(FAB):
     """`attacks.fab_t` bound to a model: `FAB` with multi_targeted=True.
 
     Args:
-        model, norm, eps, steps, n_restarts, alpha_max, eta, beta, verbose, seed, n_classes, search: as in `FAB`.
+        model, norm, eps, steps: as in `FAB`.
+        options: the other arguments of `FAB`, by name.
 
     Examples:
         >>> import torch
@@ -250,23 +251,9 @@ class FABT(FAB):
     """
 
     def __init__(
-        self,
-        model: Model,
-        norm: str = "Linf",
-        eps: float | Tensor | None = 8 / 255,
-        steps: int = 10,
-        n_restarts: int = 1,
-        alpha_max: float = 0.1,
-        eta: float = 1.05,
-        beta: float = 0.9,
-        verbose: bool = False,
-        seed: int = 0,
-        n_classes: int = 10,
-        **search: Unpack[SearchOptions],
+        self, model: Model, norm: str = "Linf", eps: float | Tensor | None = 8 / 255, steps: int = 10, **options: Any
     ) -> None:
-        super().__init__(
-            model, norm, eps, steps, n_restarts, alpha_max, eta, beta, verbose, seed, True, n_classes, **search
-        )
+        super().__init__(model, norm, eps, steps, multi_targeted=True, **options)
 
 
 class _Settings:
