@@ -107,5 +107,7 @@ def test_every_argument_of_an_adversarial_loss_reaches_its_objective(change):
     built = objectives.build(TrainConfig(**settings))
     expected = built.loss(model, X, built.craft(model, X, Y, generator()), Y)
     found = adversarial_loss(model, X, Y, generator=generator(), **settings)
-    assert found.item() == expected.item() and found.requires_grad
-    assert found.item() != adversarial_loss(model, X, Y, "mart", generator=generator(), eps=0.1, label_smoothing=0.25)
+    # Two equal calls may differ in the last bit: dense layers depend on the alignment of their memory.
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6) and found.requires_grad
+    default = adversarial_loss(model, X, Y, "mart", generator=generator(), eps=0.1, label_smoothing=0.25)
+    assert found.item() != pytest.approx(default.item(), rel=1e-5)
