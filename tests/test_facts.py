@@ -8,7 +8,7 @@ import pytest
 from sparse_adv import facts
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+@pytest.mark.skipif(shutil.which("git") is None, reason="git, which tells the commit, is not installed")
 def test_the_commit_is_that_of_the_own_repository_and_not_of_one_around_it(tmp_path, monkeypatch):
     project = tmp_path / "project"
     (project / "sparse_adv").mkdir(parents=True)

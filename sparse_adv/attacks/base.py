@@ -155,7 +155,8 @@ class Attack(ABC):
 
     def for_images(self, index: Tensor) -> Attack:
         """This attack for some images of a batch: an eps or alpha of one value for each image is reduced to them."""
-        own = {name: value[index.to(value.device)] for name, value in vars(self).items() if _of_each_image(name, value)}
+        values = {name: getattr(self, name, None) for name in ("eps", "alpha")}
+        own = {name: value[index.to(value.device)] for name, value in values.items() if isinstance(value, Tensor)}
         attack = copy.copy(self)
         vars(attack).update(own)
         return attack
@@ -267,10 +268,6 @@ class _Normalized(nn.Module):
     def undo(self, images: Tensor) -> Tensor:
         """The pixels; rounding may not take them out of [0, 1]."""
         return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
-
-
-def _of_each_image(name: str, value: object) -> bool:
-    return name in ("eps", "alpha") and isinstance(value, Tensor)
 
 
 def _device_of(model: object) -> torch.device | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="no Triton")
+pytest.importorskip("triton", reason="Triton, whose compiler is needed, is not installed")
 
 from helpers.compiled_kernels import CAPABILITIES, Kernel, compiled
 

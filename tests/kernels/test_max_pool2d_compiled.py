@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="no Triton")
+pytest.importorskip("triton", reason="Triton, whose compiler is needed, is not installed")
 
 from helpers.compiled_kernels import CAPABILITIES, Kernel, compiled
 
