@@ -46,13 +46,13 @@ class Row:
     """The training of a row, and for how long.
 
     Args:
-        share: of the unit of time.
+        share: of the unit of time; None for as many epochs as the unit has.
         method: of sparse training; None for none.
         prune: of a ticket search, which gets a third of the share; None for none.
         shuffle, reinit: controls of a ticket.
     """
 
-    share: float
+    share: float | None
     method: MethodConfig | None = None
     prune: PruneConfig | None = None
     shuffle: bool = False
@@ -73,6 +73,9 @@ def _rows() -> Iterator[tuple[str, Row]]:
     for density in (0.2, 0.1):
         for name in ("static", "flying-bird"):
             yield f"{name} (4, 4) {density}, 0.3", Row(0.3, _method(name, 4, density))
+    for name in ("static", "flying-bird"):
+        for block in (1, 2, 4, 8):
+            yield f"{name} ({block}, {block}) 0.1, as many epochs", Row(None, _method(name, block, 0.1))
     warm = _method("flying-bird", 4, 0.2, dense_epochs=1.0)
     yield "flying-bird (4, 4) 0.2 after a dense epoch, 0.5", Row(0.5, warm)
     for block in (1, 4):
@@ -145,7 +148,10 @@ def _kind(row: Row) -> str:
 
 def plan(row: Row, epoch: dict[str, float], unit: int) -> tuple[int, int, float]:
     """Epochs of the search, epochs of training, and the seconds of both."""
-    budget, dense, own = row.share * unit * epoch["dense"], epoch["dense"], epoch[_kind(row)]
+    dense, own = epoch["dense"], epoch[_kind(row)]
+    if row.share is None:
+        return 0, unit, unit * own
+    budget = row.share * unit * dense
     if row.prune is not None:
         search = max(1, round(budget / 3 / dense))
         epochs = max(1, round((budget - search * dense) / own))
