@@ -18,6 +18,7 @@ from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.tracing import NotTraceable
 from sparse_adv.engine.training import graph_for_training
 from sparse_adv.nn import frozen_weights
+from sparse_adv.ops import cuda_graph
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
     # A second thread that attacks the same model at the same time does without the buffers.
     if entry.program is not None and entry.lock.acquire(blocking=False):
         try:
+            cuda_graph.keep(entry.program)  # a graph of what follows uses the program's memory
             entry.program.fold()
             yield entry.program
         finally:
