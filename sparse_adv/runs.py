@@ -309,4 +309,6 @@ def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | N
 def _settings(info: RunInfo) -> dict[str, json_files.JSON]:
     """The fields that decide the result, by their path: "train.lr"."""
     fields = {key: value for key, value in json_files.to_json(info).items() if key not in DESCRIPTIVE}
-    return dict(json_files.flatten(fields))
+    flat = dict(json_files.flatten(fields))
+    flat.pop("train.graphs", None)  # graphs change no bit of a result
+    return flat

@@ -71,6 +71,8 @@ class TrainConfig:
         overfitting_monitor: detect catastrophic overfitting with a PGD-5 attack on 256 validation images after each
             epoch, undo that epoch and repeat it with PGD training.
         engine: let `sparse_adv.engine` form the gradients of attacks where it can; false leaves all to autograd.
+        graphs: replay whole updates as CUDA graphs where they can be captured; false replays only their attacks. On a
+            CPU it changes nothing.
         seed: seed of the random starts of attacks, of the order of images and of the network's own random numbers
             (dropout), at least 0.
 
@@ -109,6 +111,7 @@ class TrainConfig:
     evaluation_steps: int = 10
     overfitting_monitor: bool = True
     engine: bool = True
+    graphs: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -77,6 +77,7 @@ class SparseTraining(UpdateHook):
         (0.25, 2)
     """
 
+    reads_gradients = False
     config: MethodConfig
     schedule: Schedule
 

@@ -69,7 +69,8 @@ def check_continues(
     """
     known, wanted = state["config"], asdict(config)
     fewer = config.epochs < max(len(state["records"]), known["epochs"])
-    if fewer or known | {"epochs": 0} != wanted | {"epochs": 0}:
+    free = {"epochs": 0, "graphs": True}  # more epochs continue a run, and graphs change no bit of it
+    if fewer or known | free != wanted | free:
         raise ValueError(f"{folder} holds a run of another configuration: take another folder, or delete it")
     processes = len(state["identity"])
     if processes != distributed.world_size():

@@ -67,7 +67,7 @@ TRAIN = {
     **{"weight_decay": 0.125, "warmup_epochs": 2.0, "warmup_start_lr": 0.03, "eps": 0.1, "alpha": 0.05, "steps": 3},
     **{"norm": "l2", "beta": 2.0, "replays": 3, "label_smoothing": 0.2, "ema_decay": 0.75, "awp_gamma": 0.01},
     **{"max_grad_norm": 1.5, "precision": "bfloat16", "engine": False, "evaluate_every": 2, "evaluation_steps": 4},
-    **{"overfitting_monitor": False, "seed": 11},
+    **{"overfitting_monitor": False, "graphs": False, "seed": 11},
 }
 DATA = {"data": "digits", "limit": 90, "validation": 30.0, "share": 0.5, "batch_size": 20, "augment": True}
 PRUNE = {

@@ -166,7 +166,13 @@ def test_a_method_has_the_defaults_of_its_paper_and_only_where_nothing_else_is_a
 
 @pytest.mark.parametrize(
     ("config", "name"),
-    [(DataConfig, "augment"), (TrainConfig, "overfitting_monitor"), (TrainConfig, "engine"), (PruneConfig, "linear")],
+    [
+        (DataConfig, "augment"),
+        (TrainConfig, "overfitting_monitor"),
+        (TrainConfig, "engine"),
+        (TrainConfig, "graphs"),
+        (PruneConfig, "linear"),
+    ],
 )
 def test_a_text_is_neither_true_nor_false(config, name):
     for value in ("no", 0, None if config is not DataConfig else "null"):

@@ -26,7 +26,7 @@ CHANGES = {
 """Other settings that one needs to take effect, and another value; for other numbers see `change_of`."""
 OF_RECORDS = ("evaluate_every", "evaluation_steps", "overfitting_monitor")
 """These do not change what is trained."""
-OF_NO_RESULT = ("engine",)
+OF_NO_RESULT = ("engine", "graphs")
 
 
 def change_of(name):
