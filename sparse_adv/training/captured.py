@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from sparse_adv.training.update import Updater
 
 
+_MISSES = 16
+"""Updates in succession of which none was like an earlier one, after which no more are captured."""
+
+
 class Numbers(NamedTuple):
     """What the schedules set for an update: numbers, or tensors [] where a graph must read them from memory."""
 
@@ -46,6 +50,7 @@ class CapturedUpdates:
 
     def __init__(self, updater: Updater, cache: CallCache, wanted: bool) -> None:
         self._updater, self._cache, self._wanted = updater, cache, wanted
+        self._misses = 0
         fused = updater.optimizer.defaults["fused"]
         self._device_numbers = cache.captures_on(updater.device) and fused
         skips = updater.scaler.is_enabled()
@@ -72,8 +77,10 @@ class CapturedUpdates:
             return None
         what = f"updates of this {type(updater.model).__name__}"
         call = self._cache.find(*self._key(objective, x, y, numbers))
-        if not call.has_run and (reason := _reason_against(updater)):
-            warn_of_refusal(what, reason)
+        self._misses = 0 if call.has_run else self._misses + 1
+        if not call.has_run and (reason := _reason_against(updater, self._misses)):
+            if distributed.rank() == 0:
+                warn_of_refusal(what, reason)
             self._wanted = False
             return None
         adv = x
@@ -147,7 +154,7 @@ def _accumulation_hooks(parameter: Tensor) -> int:
     return len(getattr(parameter, "_post_accumulate_grad_hooks", None) or ())
 
 
-def _reason_against(updater: Updater) -> str | None:
+def _reason_against(updater: Updater, misses: int) -> str | None:
     """Why the updates cannot be captured, as far as that is known before the attempt."""
     hook, model = updater.hook, updater.model
     if distributed.world_size() > 1:
@@ -162,6 +169,10 @@ def _reason_against(updater: Updater) -> str | None:
         return "the schedule onecycle changes the momentum at every update, which float16 may skip"
     if is_frozen(model):
         return "its weights are frozen"
+    if misses == _MISSES:
+        return (
+            f"each of {misses} updates differs from all before, in the shape of its batch or in what the modules hold"
+        )
     for name, module in model.named_modules():
         if has_hooks(module):
             return f"module {name!r} has hooks, whose Python code a replay does not run"

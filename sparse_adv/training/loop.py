@@ -306,7 +306,8 @@ def train(
         hook: a method that changes the network in the course of training; see `methods.SparseTraining`.
         on_epoch: called with the record of each epoch after it is saved; if it returns True, training ends. Epochs of
             an earlier call come first.
-        on_step: called after each update with the number of updates so far.
+        on_step: called after each update with the number of updates so far. Gradients are None after an update that
+            was replayed as a CUDA graph.
 
     Returns:
         A record per epoch.
