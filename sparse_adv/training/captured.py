@@ -91,15 +91,13 @@ class CapturedUpdates:
             return adv
 
         def learn(x: Tensor, y: Tensor, noise: Tensor | None, packed: Tensor) -> tuple[Tensor, Tensor]:
-            try:
-                return updater.learn(objective, x, adv, y, self._tensors(packed, numbers))
-            finally:
-                # Their memory is the pool's, where other graphs write, too.
-                updater.optimizer.zero_grad()
+            return updater.learn(objective, x, adv, y, self._tensors(packed, numbers))
 
         inputs = x, y, noise, self._packed(numbers)
         stages = {"attack": craft, "update": learn}
         result: tuple[Tensor, Tensor] = self._cache.run(call, what, stages, inputs, updater.device, watch.phase)
+        # After a capture they lie in the pool, where other graphs write; before a replay they are of an older update.
+        updater.optimizer.zero_grad()
         if call.reason:
             self._give_up()
         return result
