@@ -164,6 +164,16 @@ def test_two_replays_draw_different_numbers_and_a_reset_generator_repeats_them(m
     assert all(attack(images, labels).equal(adv) for adv in first)
 
 
+@pytest.mark.parametrize("graphs", [None, CpuGraphs()])
+def test_key_and_offset_may_be_given_in_place_of_a_generator_and_are_not_changed(model, graphs):
+    state, other = torch.tensor([4, 0]), torch.tensor([5, 0])
+    images, labels = batch(0)
+    first = pgd(model, images, labels, generator=state, graphs=graphs)
+    assert not first.equal(pgd(model, images, labels, generator=other, graphs=graphs))
+    assert all(first.equal(pgd(model, images, labels, generator=state, graphs=graphs)) for _ in range(3))
+    assert state.tolist() == [4, 0]
+
+
 def test_a_result_is_not_overwritten_by_later_replays(model):
     graphs, results = CpuGraphs(), []
     for number in range(5):

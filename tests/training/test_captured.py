@@ -173,6 +173,15 @@ def test_a_run_may_be_continued(updates, tmp_path):
     assert_equal_states(stopped(tmp_path / "without", replace(config, graphs=False)), expected)
 
 
+def test_whether_there_are_graphs_is_no_part_of_what_a_folder_holds(tmp_path):
+    folder = tmp_path / "run"
+    config = replace(CONFIG, epochs=1)
+    records = training.train(network(), batches(13), config, folder=folder)
+    again = training.train(network(), batches(13), replace(config, graphs=False), folder=folder)
+    assert again == records
+    assert len(training.train(network(), batches(13), replace(config, graphs=False, epochs=2), folder=folder)) == 2
+
+
 def assert_equal_states(first, second):
     assert equal_states(first[1], second[1])
 
