@@ -292,7 +292,9 @@ def _set_for_step(optimizer: torch.optim.SGD, numbers: Numbers) -> Iterator[None
     if isinstance(momentum, Tensor):
         # The fused step takes no tensor as momentum. It adds the gradients to the buffers, which are scaled before.
         states = [optimizer.state[p] for group in groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_([state["momentum_buffer"] for state in states if "momentum_buffer" in state], momentum)
+        buffers = [state["momentum_buffer"] for state in states if "momentum_buffer" in state]
+        if buffers:
+            torch._foreach_mul_(buffers, momentum)
         momentum = 1.0
     try:
         for group in groups:

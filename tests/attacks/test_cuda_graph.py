@@ -242,6 +242,15 @@ def test_a_model_that_synchronises_in_the_warm_up_is_not_captured(model, monkeyp
     assert graphs.counts == (0, 0)
 
 
+def test_a_model_that_synchronises_in_its_first_warm_up_alone_is_captured_in_the_second(model, monkeypatch):
+    """The engine may check a model whose state is new to it."""
+    waits = iter([True, False])
+    monkeypatch.setattr(CpuCapturer, "warm_up", lambda capturer, call: (call(), next(waits)))
+    graphs = CpuGraphs()
+    assert_graphs_change_nothing(model, graphs)
+    assert graphs.counts == (1, 2)
+
+
 def test_an_error_in_the_model_is_raised_unchanged(model):
     graphs, failing = CpuGraphs(), nn.Sequential(make_model(), nn.Linear(7, 7))
     for _ in range(3):
@@ -329,6 +338,19 @@ def test_on_a_gpu_two_replays_draw_different_numbers(model):
     attack.options.generator.manual_seed(4)
     attack(images, labels), attack(images, labels)
     assert attack(images, labels).equal(first[2])
+
+
+@cuda
+def test_on_a_gpu_graphs_are_captured_again_after_all_were_deleted(model):
+    graphs = Graphs()
+    assert_graphs_change_nothing(model.cuda(), graphs, device="cuda")
+    (call,) = graphs.cache.calls.values()
+    in_the_pool = call.replays["attack"]()
+    del call
+    graphs.cache.clear()
+    assert_graphs_change_nothing(model, graphs, device="cuda")
+    (call,) = graphs.cache.calls.values()
+    assert call.replays and not call.reason and in_the_pool.isfinite().all()
 
 
 @cuda
