@@ -119,6 +119,13 @@ def test_from_the_third_update_of_a_shape_on_all_are_replayed(updates):
     assert updates == first + ["replayed"] * 5 + ["eager"] + second + ["captured"] + second + ["replayed"]
 
 
+def test_replays_count_as_attack_and_update(updates):
+    run = training.Training(network(), batches(16), CONFIG)
+    *_, last = run.epochs()
+    assert updates[-6:] == ["replayed"] * 6
+    assert last.attack.seconds > 0 and last.update.seconds > 0
+
+
 def sparse(density=0.5):
     model = network()
     sparsify(model, masks.prune(model, density=density))

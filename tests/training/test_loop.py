@@ -224,9 +224,13 @@ class Watched:
             yield from iterator
 
 
-@pytest.mark.parametrize("objective", training.OBJECTIVES)
-def test_the_host_never_waits_for_the_device_within_an_epoch(objective, monkeypatch):
+@pytest.mark.parametrize(
+    ("objective", "graphs"),
+    [*((objective, attacks.Graphs) for objective in training.OBJECTIVES), ("n-fgsm", CpuGraphs), ("free", CpuGraphs)],
+)
+def test_the_host_never_waits_for_the_device_within_an_epoch(objective, graphs, monkeypatch):
     monkeypatch.setattr(loop, "reads_at_once", lambda device: False)
+    monkeypatch.setattr(loop, "Graphs", graphs)
     config = replace(QUICK, objective=objective, epochs=2, ema_decay=0.5, max_grad_norm=1.0, replays=2)
     # Without monitor, which would repeat an epoch of a network that has learnt so little.
     config = replace(config, overfitting_monitor=False, label_smoothing=0.1)
