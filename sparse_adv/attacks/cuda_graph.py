@@ -27,8 +27,9 @@ class Graphs:
     Two attacks have the same graph if all of these are equal: the options, shape and layout of the batch, the modules
     of the model, the addresses of its weights, its masks, and the settings of autocast and of the backends. An attack
     runs step by step the first two times, is captured in the second call and replayed from the third call on; the
-    results are the same, bit for bit. A model that cannot be captured, because it reads a number back from the GPU,
-    is attacked step by step and a warning says so. On other devices than CUDA all attacks run step by step.
+    results are the same, bit for bit. A model that cannot be captured, because it reads a number back from the GPU or
+    draws random numbers on the CPU, is attacked step by step and a warning says so. On other devices than CUDA all
+    attacks run step by step.
 
     Forward hooks and other Python code of the model do not run in a replay. A graph keeps the memory for the
     activations of one attack, in addition to PyTorch's cache. All calls must come from the same CUDA stream.
