@@ -29,6 +29,8 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "winograd_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] padding, int tile, bool transposed) -> "
       "Tensor");
+  // The gradient of its weights, in the same way.
+  m.def("winograd_conv2d_grad_weight(Tensor grad, Tensor input, SymInt[2] padding, int tile) -> Tensor");
   // Its parts: the weights as the tiles are multiplied with them, and the rest, into memory that the caller provides.
   m.def("winograd_conv2d_weight(Tensor weight, int tile, bool transposed) -> Tensor");
   // out = act(winograd_conv2d(input, weight) + bias + residual), act = relu, gate or nothing.

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
+from sparse_adv import ops
+from sparse_adv.engine.model_state import has_hooks
 from sparse_adv.nn import MaskedConv2d
+from sparse_adv.ops.transforms import is_transformed
 
 _LEAST_CHANNELS = 16
 _LEAST_TILES = {2: 64, 4: 128}
@@ -51,3 +55,27 @@ def winograd_tile(layer: nn.Conv2d, shape: Sequence[int]) -> int | None:
     if enough[4] and 36 * of_image[4] < 16 * of_image[2]:
         return 4
     return 2 if enough[2] and rows * cols > 1 else None
+
+
+class TrainedConvolution:
+    """A convolution in training, by Winograd's filtering where that is faster."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, tile = self.layer, None
+        if x.dtype == layer.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
+            tile = winograd_tile(layer, x.shape)
+        if tile is None or is_transformed() or torch.is_autocast_enabled("cpu"):
+            return layer(x)
+        return ops.winograd_conv2d(x, layer.weight, layer.bias, _pair(layer.padding), tile=tile)
+
+
+def is_plain_convolution(module: nn.Module | None) -> bool:
+    """Whether a module is a dense convolution on a CPU that runs no code but PyTorch's."""
+    if not isinstance(module, nn.Conv2d) or module.weight.device.type != "cpu" or has_hooks(module):
+        return False
+    kind = type(module)
+    plain = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+    return plain and not vars(module).keys() & {"forward", "_conv_forward"}

@@ -15,7 +15,7 @@ from sparse_adv.ops.transforms import is_transformed
 from sparse_adv.ops.written import check_written, mark_written
 
 PANEL = 32
-"""Output channels that lie side by side in transformed weights (csrc/cpu/winograd_conv2d_kernel.h)."""
+"""Output channels that lie side by side in transformed weights (csrc/cpu/winograd_conv2d/conv_kernel.h)."""
 
 
 def winograd_conv2d(
@@ -28,9 +28,9 @@ def winograd_conv2d(
         F.conv2d(input, weight, bias, padding=padding)
 
     It works on channels_last images; others are copied. Of the multiplications of a convolution 1/4 (tile 4) or 1/2.25
-    (tile 2) are left, also for the gradient of the input; the gradient of the weight is PyTorch's. For operands of unit
-    variance and 512 channels, divided by the root of the number of terms, the greatest error is 1e-4 (tile 4) and 5e-6
-    (tile 2), where oneDNN's direct convolution has 1e-5. The weights are transformed in every call;
+    (tile 2) are left, also for the two gradients. For operands of unit variance and 512 channels, divided by the root
+    of the number of terms, the greatest error is 1e-4 (tile 4) and 5e-6 (tile 2), where oneDNN's direct convolution has
+    1e-5. The weights are transformed in every call;
     `winograd_conv2d_out` takes them transformed. Under `torch.func` and forward-mode AD PyTorch convolves.
 
     Args:
@@ -172,6 +172,14 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], ti
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout_of(input))
 
 
+@torch.library.register_fake("sparse_adv::winograd_conv2d_grad_weight")
+def _(grad: Tensor, input: Tensor, padding: list[int], tile: int) -> Tensor:
+    return input.new_empty(grad.shape[1], input.shape[1], 3, 3)
+
+
+# The two ops are closed under differentiation: each is linear in both operands, so that each gradient is one of them.
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, ctx.padding, ctx.tile, ctx.transposed = inputs
     ctx.save_for_backward(input, weight)
@@ -180,26 +188,46 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    other = [2 - zeros for zeros in ctx.padding]
+    operators, other = torch.ops.sparse_adv, [2 - zeros for zeros in ctx.padding]
     grad_input = grad_weight = None
     if needs_input:
-        grad_input = torch.ops.sparse_adv.winograd_conv2d(grad, weight, None, other, ctx.tile, not ctx.transposed)
+        grad_input = operators.winograd_conv2d(grad, weight, None, other, ctx.tile, not ctx.transposed)
     if needs_weight:
         # Transposed, the roles of input and gradient are exchanged.
-        images, gradients, padding = (grad, input, other) if ctx.transposed else (input, grad, ctx.padding)
-        geometry = (1, 1), padding, (1, 1), False, (0, 0), 1
-        convolution_backward = torch.ops.aten.convolution_backward
-        _, grad_weight, _ = convolution_backward(gradients, images, weight, None, *geometry, (False, True, False))
+        operands = (input, grad, other) if ctx.transposed else (grad, input, ctx.padding)
+        grad_weight = operators.winograd_conv2d_grad_weight(*operands, ctx.tile)
     return grad_input, grad_weight, grad.sum((0, 2, 3)) if needs_bias else None, None, None, None
 
 
+def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, input, ctx.padding, ctx.tile = inputs
+    ctx.save_for_backward(grad, input)
+
+
+def _backward_grad_weight(ctx: Any, of_weight: Tensor) -> tuple[Tensor | None, ...]:
+    grad, input = ctx.saved_tensors
+    needs_grad, needs_input, *_ = ctx.needs_input_grad
+    convolve, other = torch.ops.sparse_adv.winograd_conv2d, [2 - zeros for zeros in ctx.padding]
+    of_grad = convolve(input, of_weight, None, ctx.padding, ctx.tile, False) if needs_grad else None
+    of_input = convolve(grad, of_weight, None, other, ctx.tile, True) if needs_input else None
+    return of_grad, of_input, None, None
+
+
 torch.library.register_autograd("sparse_adv::winograd_conv2d", _backward, setup_context=_setup)
+torch.library.register_autograd(
+    "sparse_adv::winograd_conv2d_grad_weight", _backward_grad_weight, setup_context=_setup_grad_weight
+)
 
 
 @register_flop_formula(torch.ops.sparse_adv.winograd_conv2d)
 def _operations(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     """Those of a direct convolution, as for PyTorch's."""
     return 2 * 9 * weight[0] * weight[1] * out_shape[0] * out_shape[2] * out_shape[3]
+
+
+@register_flop_formula(torch.ops.sparse_adv.winograd_conv2d_grad_weight)
+def _operations_of_grad_weight(grad: Any, input: Any, *_: Any, **__: Any) -> int:
+    return 2 * 9 * grad[0] * grad[1] * grad[2] * grad[3] * input[1]
 
 
 @torch.library.register_fake("sparse_adv::winograd_conv2d_weight")

@@ -19,7 +19,8 @@
 #include "cpu/pgd_step_kernel.h"
 #include "cpu/pointwise_kernel.h"
 #include "cpu/random_start_kernel.h"
-#include "cpu/winograd_conv2d_kernel.h"
+#include "cpu/winograd_conv2d/grad_weight_kernel.h"
+#include "cpu/winograd_conv2d/conv_kernel.h"
 
 namespace sparse_adv {
 
@@ -50,6 +51,9 @@ struct Kernels {
   decltype(&portable::col_indices_to_offsets) col_indices_to_offsets;
   decltype(&portable::winograd_weight) winograd_weight;
   decltype(&portable::winograd_tiles) winograd_tiles;
+  decltype(&portable::winograd_grad_tile) winograd_grad_tile;
+  decltype(&portable::winograd_grad_multiply) winograd_grad_multiply;
+  decltype(&portable::winograd_grad_taps) winograd_grad_taps;
   ElementKernels<float> of_float;
   ElementKernels<double> of_double;
 };
@@ -145,6 +149,7 @@ bool check_conv_tile(const Kernels& kernels);
 bool check_grad_weight_tile(const Kernels& kernels);
 bool check_col_indices(const Kernels& kernels);
 bool check_winograd(const Kernels& kernels);
+bool check_winograd_grad_weight(const Kernels& kernels);
 template <class T>
 bool check_batch_norm_act(const ElementKernels<T>& kernels);
 template <class T>

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv import engine, masks, models
 from sparse_adv.engine.kernels_cpu import WinogradConvolution
@@ -33,8 +34,7 @@ def trained_statistics(name, **options):
     return model.eval()
 
 
-@pytest.mark.parametrize("density", [1.0, 0.9])
-@pytest.mark.parametrize("name", ["resnet18", "vgg16", "preact_resnet18"])
+@pytest.mark.parametrize("name, density", [("resnet18", 0.9), ("vgg16", 1.0), ("preact_resnet18", 1.0)])
 def test_gradients_are_those_of_autograd(name, density):
     model = trained_statistics(name, width=16)
     if density < 1:
@@ -95,3 +95,54 @@ def test_masked_layers_are_filtered_where_that_is_faster(block, low, high):
         model = trained_statistics("resnet18", width=16)
         sparsify(model, masks.prune(model, density=density, block=block, scope="uniform"))
         assert (not program_of(model, x)[1]) == is_sparse
+
+
+class CountedOps(TorchDispatchMode):
+    """Counts the calls of this library's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name.startswith("sparse_adv::winograd"):
+            name = name.removeprefix("sparse_adv::winograd_conv2d")
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_takes_it_in_all_passes():
+    torch.manual_seed(0)
+    model, exact = models.build("resnet18", width=16), models.build("resnet18", width=16).double()
+    exact.load_state_dict(model.state_dict())
+    x, y = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    with CountedOps() as counted:
+        loss = F.cross_entropy(engine.fuse_for_training(model, x)(x), y)
+        loss.backward()
+    assert counted.counts == {"": 2 * 13, "_grad_weight": 13}  # forward and gradient of the input
+    expected = F.cross_entropy(exact(x.double()), y)
+    expected.backward()
+    assert abs(loss.item() - expected.item()) <= 1e-5 * expected.item()
+    for own, other in zip(model.parameters(), exact.parameters(), strict=True):
+        assert (own.grad - other.grad).norm() <= 1e-2 * other.grad.norm().clamp_min(1e-3)
+
+
+@pytest.mark.parametrize("change", ["hook", "float64", "subclass", "autocast"])
+def test_convolutions_that_do_more_are_left_as_they_are(change):
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    convolution = (Doubled if change == "subclass" else nn.Conv2d)(16, 16, 3, padding=1)
+    model, x = nn.Sequential(convolution, nn.BatchNorm2d(16), nn.ReLU()), torch.rand(16, 16, 8, 8)
+    called = []
+    if change == "hook":
+        convolution.register_forward_hook(lambda *_: called.append(True))
+    if change == "float64":
+        model, x = model.double(), x.double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"), CountedOps() as counted:
+        out = engine.fuse_for_training(model, x)(x)
+        expected = model(x)
+    assert not counted.counts and (change != "hook" or called)
+    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -135,14 +135,17 @@ def test_rounding_errors_are_small(tile, most):
 
 def test_results_do_not_depend_on_the_number_of_threads_or_images():
     x, weight = channels_last(13, 20, 11, 9), torch.randn(33, 20, 3, 3)
+    weight.requires_grad_()
     before, results = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(winograd_conv2d(x, weight))
+        out = winograd_conv2d(x, weight)
+        results.append((out.detach(), *torch.autograd.grad(out, weight, out.detach())))
     torch.set_num_threads(before)
-    for result in results[1:]:
-        assert_equal(result, results[0])
-    assert_equal(winograd_conv2d(x[4:7], weight), results[0][4:7])
+    for out, gradient in results[1:]:
+        assert_equal(out, results[0][0])
+        assert_equal(gradient, results[0][1])
+    assert_equal(winograd_conv2d(x[4:7], weight), results[0][0][4:7])
 
 
 def test_a_nan_reaches_at_most_its_tile_and_never_vanishes():
@@ -162,6 +165,8 @@ def test_opcheck(tile):
     leaves = tuple(tensor.requires_grad_() for tensor in (x.clone(), weight, bias))
     torch.library.opcheck(operators.winograd_conv2d, (*leaves, [1, 2], tile, False))
     torch.library.opcheck(operators.winograd_conv2d, (channels_last(2, 5, 4, 6), weight, None, [1, 0], tile, True))
+    grad = channels_last(2, 5, 4, 8).requires_grad_()
+    torch.library.opcheck(operators.winograd_conv2d_grad_weight, (grad, leaves[0], [1, 2], tile))
     torch.library.opcheck(operators.winograd_conv2d_weight, (weight.detach(), tile, True))
     out = torch.empty(2, 5, 4, 6).contiguous(memory_format=torch.channels_last)
     rest = [1, 1], bias.detach(), channels_last(2, 5, 4, 6), True, None, out, empty_gate(out)
