@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -312,7 +311,7 @@ def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[
     )
 
 
-def _check_same(folder: Path, model: nn.Module, own: dict[str, Any]) -> None:
+def _check_same(folder: Path, model: nn.Module, own: identity.Identity) -> None:
     """Raises ValueError if the folder holds a search of another network or other images; a new one is described."""
     path = folder / IDENTITY
     if not path.exists():
@@ -322,7 +321,7 @@ def _check_same(folder: Path, model: nn.Module, own: dict[str, Any]) -> None:
         distributed.barrier()
         return
     of_ranks = read_state(path, torch.device("cpu"), ["identity"])["identity"]
-    begun = of_ranks[distributed.rank()]
+    begun: identity.Identity = of_ranks[distributed.rank()]
     if identity.was_interrupted(model, folder):  # in the middle of a round, in which the network has masks
         own = own | {"network": begun["network"]}
     identity.check_same(folder, own, begun, model)

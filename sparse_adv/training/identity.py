@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypedDict
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -37,14 +37,36 @@ _in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 """Models in training, or whose training was interrupted, and the folder of the run."""
 
 
+class Identity(TypedDict):
+    """Digests of what must be the same when a run is continued, beside its configuration; a dict in `state.pt`."""
+
+    network: str
+    weights: str
+    """Of the weights that the run began with."""
+    batches: str | None
+    validation: str | None
+
+
+class Environment(TypedDict):
+    """What changes only the last bits of a run's result; a dict in `state.pt`."""
+
+    threads: int
+    torch: str
+    device: str
+
+
+class _Digest(Protocol):
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+
 def of_run(
     model: nn.Module,
-    batches: Iterable[Any],
-    validation: Split | Iterable[Any] | None,
+    batches: Iterable[object],
+    validation: Split | Iterable[object] | None,
     seed: int,
     masks_change: bool = False,
-) -> dict[str, Any]:
-    """Return what must be the same when a run is continued, beside its configuration.
+) -> Identity:
+    """Return the identity of a run that begins.
 
     Masks that change in the course of training belong to the weights, others to the network.
     """
@@ -57,8 +79,8 @@ def of_run(
 
 
 def check_continues(
-    folder: Path, state: dict[str, Any], config: TrainConfig, own: dict[str, Any], model: nn.Module
-) -> dict[str, Any]:
+    folder: Path, state: Mapping[str, Any], config: TrainConfig, own: Identity, model: nn.Module
+) -> Identity:
     """Return the identity of the run in a folder; raise ValueError unless a call continues that run.
 
     More epochs than before may be asked for.
@@ -76,14 +98,15 @@ def check_continues(
         raise ValueError(
             f"{folder} holds a run of {processes} processes, got {distributed.world_size()}: start as many"
         )
-    begun = state["identity"][distributed.rank()]
+    begun: Identity = state["identity"][distributed.rank()]
     # The weights may be those that the folder was begun with, or those that it ended with.
-    same_weights = own["weights"] in (begun["weights"], weights_digest(state["model"]))
-    check_same(folder, own if not same_weights else own | {"weights": begun["weights"]}, begun, model)
+    if own["weights"] == weights_digest(state["model"]):
+        own = own | {"weights": begun["weights"]}
+    check_same(folder, own, begun, model)
     return begun
 
 
-def check_same(folder: Path, own: dict[str, Any], begun: dict[str, Any], model: nn.Module) -> None:
+def check_same(folder: Path, own: Identity, begun: Identity, model: nn.Module) -> None:
     """Raises ValueError if the run in a folder was begun with another network or other images; both are `of_run`."""
     parts = {
         "network": own["network"] == begun["network"],
@@ -96,12 +119,12 @@ def check_same(folder: Path, own: dict[str, Any], begun: dict[str, Any], model: 
             raise ValueError(f"{folder} holds a run with other {part}: take another folder, or delete it")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return what changes only the last bits of a run's result."""
+def environment(device: torch.device) -> Environment:
+    """Return the environment of this process."""
     return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
 
 
-def warn_of_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def warn_of_changes(folder: Path, before: Environment, now: Environment) -> None:
     """Warn of each difference between two environments of one run."""
     for name, value in now.items():
         if before.get(name) != value:
@@ -146,7 +169,7 @@ def network_digest(model: nn.Module, with_masks: bool = True) -> str:
     return digest.hexdigest()
 
 
-def weights_digest(state_dict: dict[str, Any]) -> str:
+def weights_digest(state_dict: Mapping[str, object]) -> str:
     """Return the digest of all values of a state dict.
 
     Examples:
@@ -160,7 +183,7 @@ def weights_digest(state_dict: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | None:
+def images_digest(images: Split | Iterable[object] | None, seed: int = 0) -> str | None:
     """Return the digest of images and labels, or of batches of them.
 
     A `Split`, `data.Batches` and a list are read as a whole (about a second per gigabyte). Of a DataLoader with a
@@ -223,11 +246,11 @@ def was_interrupted(model: nn.Module, folder: Path) -> bool:
     return interrupted is not None and folder in (interrupted, *interrupted.parents)
 
 
-def _length(images: Any) -> int:
-    return len(images) if hasattr(images, "__len__") else 0
+def _length(images: object) -> int:
+    return len(images) if isinstance(images, Sized) else 0
 
 
-def _add_attributes(digest: Any, owner: Any, *others: type) -> None:
+def _add_attributes(digest: _Digest, owner: object, *others: type) -> None:
     """Add the plain attributes of an object, and those of other types."""
     plain = (bool, int, float, range, Tensor, np.ndarray, *others)
     for name, value in sorted(getattr(owner, "__dict__", {}).items()):
@@ -241,7 +264,7 @@ def _add_attributes(digest: Any, owner: Any, *others: type) -> None:
             _add(digest, value)
 
 
-def _add(digest: Any, value: Any) -> None:
+def _add(digest: _Digest, value: object) -> None:
     """Add tensors, arrays, images of Pillow, numbers and text, and containers of them."""
     if isinstance(value, Tensor):
         digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
@@ -260,7 +283,7 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(type(value).__qualname__.encode())
 
 
-def _bytes(tensor: Tensor) -> Any:
+def _bytes(tensor: Tensor) -> bytes | memoryview:
     """The bytes of a tensor; of one that was expanded, so that elements share memory, the bytes of that memory."""
     if tensor.is_meta:
         return b""

@@ -39,7 +39,7 @@ class RunFiles:
         batches: Iterable[tuple[Tensor, Tensor]],
         updater: Updater,
         monitor: OverfittingMonitor | None,
-        own: dict[str, Any],
+        own: identity.Identity,
     ) -> None:
         self.folder, self.config, self.batches, self.updater, self.monitor = folder, config, batches, updater, monitor
         self.identity = own
