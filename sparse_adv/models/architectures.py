@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sparse_adv.errors import first_line
 from sparse_adv.models.digits_cnn import digits_cnn
 from sparse_adv.models.resnet import preact_resnet18, resnet, wide_resnet
 from sparse_adv.models.vgg import vgg16, vgg16_hydra, vgg16_kuangliu
@@ -101,7 +102,7 @@ def build(
         try:
             model = architecture.make(width, classes, (shape[0], shape[1], shape[2]), data or architecture.data)
         except RuntimeError as error:  # of the allocator, or of sizes beyond 64 bits
-            raise ValueError(f"{name} of width {width} cannot be built: {str(error).partition(chr(10))[0]}") from error
+            raise ValueError(f"{name} of width {width} cannot be built: {first_line(error)}") from error
     return model.to(device)
 
 
