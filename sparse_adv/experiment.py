@@ -70,7 +70,7 @@ def load_network(
     )
 
 
-def load_ticket(path: Path, *, reinit: bool = False, shuffle: bool = False) -> tuple[masks.Ticket, TicketSource]:
+def ticket_to_train(path: Path, *, reinit: bool = False, shuffle: bool = False) -> tuple[masks.Ticket, TicketSource]:
     """Read a ticket, or a pruned checkpoint of another tool, to be trained by a `TrainRun`.
 
     Args:
@@ -177,7 +177,7 @@ class TrainRun:
         train, images, network: the configurations.
         dataset: the images, from `load_data`.
         device: of the network.
-        ticket: a ticket and its description, from `load_ticket`; None to start from a dense network.
+        ticket: a ticket and its description, from `ticket_to_train`; None to start from a dense network.
         method: makes and changes masks in the course of training; None for none.
         name: what reports call the run; None for the folder's name.
 

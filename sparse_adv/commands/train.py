@@ -74,7 +74,7 @@ def run(options: Options) -> int:
         dataset = experiment.load_data(options.data, options.train.seed, device)
         ticket = None
         if options.ticket:
-            ticket = experiment.load_ticket(options.ticket, reinit=options.reinit, shuffle=options.shuffle)
+            ticket = experiment.ticket_to_train(options.ticket, reinit=options.reinit, shuffle=options.shuffle)
         known = ticket[0].provenance if ticket is not None else {}
         network = networks.agreed(options.arch, options.width, known, str(options.ticket or "a dense run"))
         run = TrainRun(

@@ -11,10 +11,10 @@ from sparse_adv.config.training import (
     OBJECTIVES,
     PRECISIONS,
     SCHEDULES,
+    LearningRateSchedule,
     Norm,
     Objective,
     Precision,
-    Schedule,
     TrainConfig,
 )
 
@@ -26,6 +26,7 @@ __all__ = [
     "SCHEDULES",
     "DataConfig",
     "Growth",
+    "LearningRateSchedule",
     "Method",
     "MethodConfig",
     "NetworkConfig",
@@ -33,7 +34,6 @@ __all__ = [
     "Objective",
     "Precision",
     "PruneConfig",
-    "Schedule",
     "Scope",
     "TrainConfig",
     "make_plain",

@@ -11,12 +11,12 @@ from sparse_adv.config.checks import is_number, make_plain, require_integer, req
 Objective = Literal[
     "natural", "fgsm", "fgsm-rs", "n-fgsm", "fgsm-rs-cs", "fgsm-uap", "nu-at", "pgd", "free", "trades", "mart"
 ]
-Schedule = Literal["piecewise", "cosine", "cyclic", "onecycle", "constant"]
+LearningRateSchedule = Literal["piecewise", "cosine", "cyclic", "onecycle", "constant"]
 Norm = Literal["linf", "l2"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
+SCHEDULES: tuple[str, ...] = get_args(LearningRateSchedule)
 NORMS: tuple[str, ...] = get_args(Norm)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
@@ -90,7 +90,7 @@ class TrainConfig:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Schedule = "piecewise"
+    schedule: LearningRateSchedule = "piecewise"
     milestones: tuple[float, ...] = (0.5, 0.75)
     warmup_epochs: float = 0.0
     warmup_start_lr: float = 0.0

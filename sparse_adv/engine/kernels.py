@@ -62,7 +62,7 @@ class Convolution:
         kernels: of the device.
     """
 
-    def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: Kernels) -> None:
+    def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: DeviceKernels) -> None:
         self.layer, self.norm, self.shape, self.kernels = layer, norm, shape, kernels
         self.geometry = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
         self.weight: Tensor
@@ -108,7 +108,7 @@ class Convolution:
         return self.kernels.finish(self.kernels.plain(result), epilogue)
 
 
-class Kernels:
+class DeviceKernels:
     """The functions that a device supplies, with a memory format for images and for gates.
 
     Args:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv import ops
-from sparse_adv.engine.kernels import Convolution, Epilogue, Kernels, Place
+from sparse_adv.engine.kernels import Convolution, DeviceKernels, Epilogue, Place
 from sparse_adv.nn import MaskedConv2d
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step
 
 
-class CpuKernels(Kernels):
+class CpuKernels(DeviceKernels):
     """Kernels that write into planned memory, with one bit per element of a ReLU's output as its gate."""
 
     def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor:

@@ -158,7 +158,7 @@ def _kernel_on_cuda(
         return "dense", "no sparse kernel for images of this size"
     if request == "sparse":
         return "sparse", REQUESTED
-    cost = masked_conv2d_roofline.Pass(
+    cost = masked_conv2d_roofline.PassSizes(
         images=images,
         in_elements=channels * in_pixels,
         out_elements=pattern.mask.shape[0] * out_pixels,

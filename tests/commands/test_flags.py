@@ -175,8 +175,8 @@ def test_a_benchmark_is_given_every_setting(reach, checkpoint, tmp_path, monkeyp
     assert torch.equal(ran["x_orig"], data.to_unit(test.images[:140])) and ran["bs"] == 30
     assert ran["state_path"] == tmp_path / "row" / "autoattack_0.1.safetensors"
 
-    found = {"accuracy": {"clean": 1.0}, "eps": 0.1}
-    monkeypatch.setattr(benchmark, "_autoattack", lambda *_, **__: found)
+    score = benchmark.AutoAttackScore(0.1, "AutoAttack", "few", {"clean": 1.0}, 1.0, {}, 1.0, 140.0, [])
+    monkeypatch.setattr(benchmark, "_autoattack", lambda *_, **__: score)
     attacked = reach(attacks, "fmn", *command, "--batch", "128")
     assert torch.equal(attacked["images"], data.to_unit(test.images[12:140]))  # the last 128
     assert (attacked["norm"], attacked["steps"], attacked["loss"]) == ("linf", 200, "dlr")
@@ -192,8 +192,8 @@ def test_the_benchmarks_minimum_distances_are_linf(monkeypatch):
         return torch.stack([0.015 - x.flatten(1).amax(1), torch.zeros(len(x))], 1)
 
     measured = benchmark._fmn(model, x, y, 8)
-    assert measured["distances"] == pytest.approx([0.9, 0.02, 0.2])
-    assert measured["robust"] == pytest.approx(2 / 3) and measured["first"] == 0
+    assert measured.distances == pytest.approx([0.9, 0.02, 0.2])
+    assert measured.robust == pytest.approx(2 / 3) and measured.first == 0
 
 
 def test_a_demo_is_given_every_setting(reach, tmp_path):

@@ -18,7 +18,7 @@ from sparse_adv.masks.interchange.formats import (
     FORMATS,
     WRAPPERS,
     Density,
-    Split,
+    DividedState,
     State,
     is_maskable_weight,
     module_of,
@@ -146,9 +146,9 @@ def _load(
         if mask_file is None:
             name, split = _split(state, format, density, dense)
         elif isinstance(mask_file, list):
-            name, split = "mask_list", Split(_require_dense(state), {})
+            name, split = "mask_list", DividedState(_require_dense(state), {})
         else:
-            name, split = "open_lth", Split(_require_dense(state), _open_lth_masks(mask_file))
+            name, split = "open_lth", DividedState(_require_dense(state), _open_lth_masks(mask_file))
         if model is not None:
             split = _restore_prefix(split, prefixes, model)
         if isinstance(mask_file, list):
@@ -202,16 +202,16 @@ def _without_prefixes(state: State) -> tuple[State, list[str]]:
     return state, removed
 
 
-def _restore_prefix(split: Split, prefixes: list[str], model: nn.Module) -> Split:
+def _restore_prefix(split: DividedState, prefixes: list[str], model: nn.Module) -> DividedState:
     """Add as many of the removed prefixes again as give the most names that the model has."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     # From no prefix to all; max returns the first, that is the shortest, of equals.
     candidates = accumulate(reversed(prefixes), lambda inner, outer: outer + inner, initial="")
     prefix = max(candidates, key=lambda p: sum(module_of(p + name) in modules for name in split.parameters))
-    return Split(*({prefix + name: value for name, value in part.items()} for part in split))
+    return DividedState(*({prefix + name: value for name, value in part.items()} for part in split))
 
 
-def _split(state: State, format: str | None, density: Density, dense: bool = False) -> tuple[str, Split]:
+def _split(state: State, format: str | None, density: Density, dense: bool = False) -> tuple[str, DividedState]:
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     name = format or recognise(state)
@@ -224,7 +224,7 @@ def _split(state: State, format: str | None, density: Density, dense: bool = Fal
                 f"only {zeros} of {weights} weights are zero, as may happen in a dense model: pass the format "
                 "'zeros' to take them for masks"
             )
-        split = split if zeros >= _LEAST_ZEROS * weights else Split(state, {})
+        split = split if zeros >= _LEAST_ZEROS * weights else DividedState(state, {})
     if not split.masks and dense and format is None:
         return "dense", split
     if not split.masks:
@@ -241,7 +241,7 @@ def _require_dense(state: State) -> State:
     return state
 
 
-def _apply_masks(split: Split) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _apply_masks(split: DividedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the masks by module name, and the masked weights."""
     masks, weights = {}, dict(split.parameters)
     for name, mask in split.masks.items():
