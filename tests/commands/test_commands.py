@@ -300,16 +300,22 @@ def test_a_runs_own_config_continues_it(trained, capsys):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("epoch: 3\n", "there is no option 'epoch'; did you mean '--epochs'?"),
+        ("epoch: 3\n", "run.yaml: there is no option 'epoch'; did you mean 'epochs'?"),
         ("epochs: many\n", "whole number, got 'many'"),
         ("epochs: yes\n", "whole number, got True"),
         ("epochs: .inf\n", "whole number, got inf"),
         ("lr: 1" + "0" * 400 + "\n", "a fraction such as 8/255, got 1000"),
         ("lr: on\n", "a fraction such as 8/255, got True"),
-        ("1: 2\n", "run.yaml: Key must be a string"),
+        ("1: 2\n", "run.yaml: there is no option '1'"),
+        ("train:\n  lr: 0.1\n", "run.yaml: there is no option 'train'"),
+        ("? [lr]\n: 2\n", "run.yaml: there is no option 'a sequence'"),
+        ("config: other.yaml\n", "run.yaml has the key 'config', which is for the command line only"),
+        ("augment: maybe\n", "run.yaml: augment must be true or false, got 'maybe'"),
+        ("milestones: {a: 1}\n", "milestones must be numbers separated by commas, got {'a': 1}"),
         ("objective: fgms\n", f"objective must be one of {', '.join(OBJECTIVES)}, got 'fgms'"),
-        ("- epochs\n", "Unexpected config"),
-        ("epochs: [1\n", "Problems parsing config"),
+        ("- epochs\n", "run.yaml must be a YAML mapping from options to values"),
+        ("", "run.yaml must be a YAML mapping from options to values"),
+        ("epochs: [1\n", "run.yaml is not YAML"),
     ],
 )
 def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
@@ -321,6 +327,11 @@ def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
     ("arguments", "said"),
     [
         (["--epoch", "3"], "there is no option '--epoch'; did you mean '--epochs'?"),
+        (["--max_grad_norm=1"], "there is no option '--max_grad_norm'; did you mean '--max-grad-norm'?"),
+        (["--epochs", "many"], "error: epochs must be a whole number, got 'many'"),
+        (["--epochs"], "error: --epochs: expected one argument"),
+        (["--augment=maybe"], "error: --augment: ignored explicit argument 'maybe'"),
+        (["stray"], "nrecognized arguments: stray"),
         (["--data", "nowhere"], "no data set at nowhere"),
         (["--arch", "resnet"], "resnet18"),
         (["--arch", "digits_cnn", "--eps", "1/0"], "1/0"),
