@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import yaml
@@ -25,9 +25,12 @@ from sparse_adv import recipes
 from sparse_adv.files import write_text
 from sparse_adv.training import distributed
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
 
-POSITIONAL: dict[str, Any] = {"positional": True}
+POSITIONAL: dict[str, bool] = {"positional": True}
 """Metadata of a field that is given by position and not by a flag."""
 
 CONFIG = "config.yaml"
@@ -135,32 +138,32 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
     return _build(options, namespace)
 
 
-def flat(options: Any) -> dict[str, Any]:
+def flat(options: DataclassInstance) -> dict[str, object]:
     """The options as plain YAML and JSON data: what a config file holds."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             values |= flat(value)
         elif field.name not in NO_SETTING:
             values[field.name] = _plain(value)
     return values
 
 
-def write_config(folder: Path, options: Any) -> None:
+def write_config(folder: Path, options: DataclassInstance) -> None:
     """Write the options to config.yaml in a run's folder, for `--config`; only rank 0 writes."""
     if distributed.rank() == 0:
         given = {name: value for name, value in flat(options).items() if value is not None}
         write_text(folder / CONFIG, yaml.safe_dump(given, sort_keys=False))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
-def _add_fields(parser: ArgumentParser, group: Any, kind: Any, defaults: Any) -> None:
+def _add_fields(parser: ArgumentParser, group: Any, kind: Any, defaults: DataclassInstance | None) -> None:
     hints = get_type_hints(kind)
     texts = {each.arg_name: each.description for each in docstring_parser.parse(kind.__doc__ or "").params}
     for field in dataclasses.fields(kind):
@@ -173,14 +176,15 @@ def _add_fields(parser: ArgumentParser, group: Any, kind: Any, defaults: Any) ->
             _add_flag(group, field, hint, default, texts.get(field.name))
 
 
-def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any, help: str | None) -> None:
+def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: object, help: str | None) -> None:
     if hint in (bool, bool | None):
         yes_no = ActionYesNo(no_prefix="no-")
         group.add_argument(f"--{field.name.replace('_', '-')}", action=yes_no, help=help, default=default)
         return
     hint = next((each for each in get_args(hint) if get_origin(each) is Literal), hint)  # of Literal[...] | None
     if get_origin(hint) is Literal:
-        parse, metavar = partial(one_of, get_args(hint)), f"{{{','.join(get_args(hint))}}}"
+        parse: Callable[..., object] = partial(one_of, get_args(hint))
+        metavar = f"{{{','.join(get_args(hint))}}}"
     else:
         parse, metavar = _PARSERS.get(hint, (text, field.name.upper()))
     more: dict[str, Any] = {"type": partial(parse, field.name), "help": help, "metavar": metavar}
@@ -191,7 +195,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any
     group.add_argument(f"--{field.name.replace('_', '-')}", **more)
 
 
-_PARSERS: dict[Any, tuple[Any, str]] = {
+_PARSERS: dict[object, tuple[Callable[..., object], str]] = {
     int: (integer, "N"),
     int | None: (integer, "N"),
     float: (number, "X"),
@@ -282,7 +286,9 @@ def _check_keys(parser: ArgumentParser, file: Path, root: yaml.MappingNode) -> N
 
 
 def _text_of(node: yaml.Node) -> str:
-    return node.value if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def _is_true_or_false(value: yaml.Node) -> bool:

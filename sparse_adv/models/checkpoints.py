@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,15 +107,15 @@ def load_checkpoint(
         about = repr(os.fspath(source))
         ticket = load_pruned(source, density=density, dense=True)
         kept, state = ticket.masks, ticket.state_dict
-    size: dict[str, Any] = {"width": width, "classes": classes, "input_shape": input_shape}
-    shapes = build(name, **size, device="meta")  # takes no memory: the size may come from a file
+    sized = partial(build, name, width=width, classes=classes, input_shape=input_shape)
+    shapes = sized(device="meta")  # takes no memory: the size may come from a file
     named = _renamed(state, name, about)
     mask_of = _renamed({f"{module}.weight": mask for module, mask in kept.items()}, name, about)
     if len(named) < len(state):
         log.info("%s: left out %d tensors of a block that %s never runs", about, len(state) - len(named), name)
     _set_normalization(named, normalize, shapes, about)
     _check_fit(shapes.state_dict(), named, name, about)
-    model = build(name, **size)
+    model = sized()
     with torch.no_grad():
         model.load_state_dict({key: value for key, (_, value) in named.items()}, strict=False)
     return sparsify(model, {key.removesuffix(".weight"): mask for key, (_, mask) in mask_of.items()}).eval()

@@ -308,7 +308,7 @@ def test_a_runs_own_config_continues_it(trained, capsys):
         ("lr: on\n", "a fraction such as 8/255, got True"),
         ("1: 2\n", "run.yaml: there is no option '1'"),
         ("train:\n  lr: 0.1\n", "run.yaml: there is no option 'train'"),
-        ("? [lr]\n: 2\n", "run.yaml: there is no option 'a sequence'"),
+        ("? [lr]\n: 2\n", "run.yaml: there is no option 'a list'"),
         ("config: other.yaml\n", "run.yaml has the key 'config', which is for the command line only"),
         ("augment: maybe\n", "run.yaml: augment must be true or false, got 'maybe'"),
         ("milestones: {a: 1}\n", "milestones must be numbers separated by commas, got {'a': 1}"),
