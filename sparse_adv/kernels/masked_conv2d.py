@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_adv.kernels.batch_norm_act_tiles import packed, unpacked
-from sparse_adv.kernels.layout import in_layout_of, layout_of, output_size
+from sparse_adv.kernels.layout import WIDE_FROM, in_layout_of, layout_of, output_size
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue, Lists
 from sparse_adv.kernels.masked_conv2d_phases import select_phases
 from sparse_adv.kernels.masked_conv2d_tiles import check_size, convolution_tile, divider, kind_of, quotient
@@ -31,9 +31,6 @@ from sparse_adv.kernels.tensor_checks import check_bits
 
 # Programs that run at about the same time form a group; what a group reads fits into the L2 cache, of 40 MB or more.
 _GROUP_BYTES = 2**24
-
-# Tensors of this many elements or more need 64-bit offsets. Smaller ones take 32-bit offsets, in half the registers.
-_WIDE_FROM = 2**31
 
 
 def forward(
@@ -206,7 +203,7 @@ def _launch(
             PIXELS=tile.pixels,
             PIXELS_FIRST=channels_written < 64,
             PRECISION=precision,
-            WIDE=source.numel() >= _WIDE_FROM,
+            WIDE=source.numel() >= WIDE_FROM,
             **tile.options,
         )
 
