@@ -11,10 +11,10 @@ from helpers.cpu_graphs import CpuGraphs, no_synchronisation
 from helpers.small_runs import QUICK, TEST, TRAIN, VALIDATION, batches, equal_states, network
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_adv import attacks, data, masks, nn, runs, sparsify, training
+from sparse_adv import attacks, data, masks, runs, sparsify, training
 from sparse_adv.json_files import flatten, to_json
 from sparse_adv.runs import Cost, EpochRecord
-from sparse_adv.training import checkpoint, devices, evaluation, loop, update
+from sparse_adv.training import checkpoint, evaluation, loop, update
 
 
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
