@@ -136,7 +136,7 @@ class FMNScore:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """The content of row.json."""
 
     what: str
@@ -178,7 +178,7 @@ def run(options: Options) -> int:
         x, y = data.to_unit(dataset.test.images[: options.images]), dataset.test.labels[: options.images]
         output = Output(options.json)
         scores = [_autoattack(options, eps, model, x, y, verbose=not output.as_json) for eps in options.eps]
-        row = Row(
+        row = BenchmarkRow(
             what=str(options.what),
             protocol="Adversarial Pruning Benchmark (Piras et al. 2024)",
             data=options.data,
@@ -223,7 +223,7 @@ def measured_sparsity(model: nn.Module) -> Sparsity:
     return Sparsity(100 * pruned / max(1, weights), 100 * empty / max(1, filters))
 
 
-def markdown(row: Row) -> str:
+def markdown(row: BenchmarkRow) -> str:
     """The row as a Markdown table of one row, and what ran with which budget."""
     fmn, scores = row.fmn, row.autoattack
     measured = getattr(row.measured_sparsity, row.structure)

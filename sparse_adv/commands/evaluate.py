@@ -126,7 +126,7 @@ def run(options: Options) -> int:
         if options.images is not None:
             images = data.Split(images.images[: options.images], images.labels[: options.images])
         eps = train.eps if options.eps is None else options.eps
-        ball: Ball = {"eps": eps, "norm": options.norm or train.norm}
+        ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
         output = Output(options.json)
         measure = _autoattack if options.attack == "autoattack" else _bound
         accuracies, meaning, signs, undone = measure(options, output, model, images, seed, ball)
@@ -147,7 +147,7 @@ def run(options: Options) -> int:
     return 0
 
 
-class Ball(TypedDict):
+class BallArgs(TypedDict):
     """Keyword arguments of attacks: radius and norm of the ball around each image."""
 
     eps: float
@@ -166,7 +166,9 @@ class Measured(NamedTuple):
     """For each attack of AutoAttack the examples that float32 did not confirm."""
 
 
-def _bound(options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: Ball) -> Measured:
+def _bound(
+    options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: BallArgs
+) -> Measured:
     """Accuracies under attacks that take seconds."""
     steps, restarts = options.steps or STEPS, options.restarts or RESTARTS
     pgd = f"pgd-{steps}" + (f" x {restarts}" if restarts > 1 else "")
@@ -188,7 +190,7 @@ def _bound(options: Options, output: Output, model: nn.Module, images: data.Spli
 
 
 def _autoattack(
-    options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: Ball
+    options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: BallArgs
 ) -> Measured:
     """Accuracies after each attack of AutoAttack."""
     if distributed.world_size() > 1:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv import ops
-from sparse_adv.engine.kernels import Convolution, DeviceKernels, Epilogue, Place
+from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
+from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedConv2d
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_adv.engine.kernels import DeviceKernels, Epilogue, Place, fold_norm
+from sparse_adv.engine.kernels import DeviceKernels, Place, fold_norm
 from sparse_adv.engine.values import PassTensors, Value
+from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedLinear
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_adv.engine.kernels import DeviceKernels, Epilogue, Place
+from sparse_adv.engine.kernels import DeviceKernels, Place
+from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step

@@ -68,7 +68,7 @@ def gradient_shares(pixels: int, live: int, tile: Tile) -> int:
     return max(min(triton.cdiv(2 * _PROGRAMS, live), pixels // (8 * tile.pixels)), 1)
 
 
-def check_size(pixels: int) -> int:
+def check_pixels(pixels: int) -> int:
     """Return the number of pixels; raises ValueError if the kernels cannot number so many."""
     if pixels >= MAX_PIXELS:
         raise ValueError(

@@ -35,7 +35,7 @@ class Macs(NamedTuple):
         return Macs(*(count // max(1, self.images) for count in self))
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """One call of a convolution or linear layer in a forward pass."""
 
     layer: Layer
@@ -116,9 +116,9 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[i
     return sum(call.uses * weights_kept.get(call.layer, call.layer.weight.numel()) for call in calls) / dense
 
 
-def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[Call]:
+def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[LayerCall]:
     """The calls of convolutions and linear layers in one forward pass, in their order, each with its plan."""
-    calls: list[Call] = []
+    calls: list[LayerCall] = []
 
     def visit(layer: Layer, input: Tensor, output: Tensor) -> None:
         count = uses(layer, output)
@@ -127,7 +127,7 @@ def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[Call]:
         else:
             reason = "linear" if isinstance(layer, MaskedLinear) else "no mask"
             plan = Plan(*[PassPlan("dense", reason, count * layer.weight.numel())] * 3)
-        calls.append(Call(layer, count, plan))
+        calls.append(LayerCall(layer, count, plan))
 
     run_once(model, shape, visit, linear=True)
     return calls

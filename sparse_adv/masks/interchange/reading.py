@@ -17,9 +17,9 @@ from sparse_adv.masks.interchange.containers import is_npy, read_npy_list, read_
 from sparse_adv.masks.interchange.formats import (
     FORMATS,
     WRAPPERS,
-    Density,
     DividedState,
-    State,
+    GivenDensity,
+    StateDict,
     is_maskable_weight,
     module_of,
     open_lth_parameter,
@@ -39,7 +39,7 @@ _LISTED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
 
 def from_state_dict(
-    state_dict: Mapping[str, Any], format: str | None = None, density: Density = None, dense: bool = False
+    state_dict: Mapping[str, Any], format: str | None = None, density: GivenDensity = None, dense: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Divide a pruned model's state dict, or a checkpoint that contains it, into masks and a dense state dict.
 
@@ -73,7 +73,7 @@ def load_pruned(
     mask_path: str | os.PathLike[str] | None = None,
     *,
     model: nn.Module | None = None,
-    density: Density = None,
+    density: GivenDensity = None,
     format: str | None = None,
     dense: bool = False,
 ) -> Ticket:
@@ -136,7 +136,7 @@ def load_pruned(
 
 
 def _load(
-    path: Path, mask_path: Path | None, model: nn.Module | None, density: Density, format: str | None, dense: bool
+    path: Path, mask_path: Path | None, model: nn.Module | None, density: GivenDensity, format: str | None, dense: bool
 ) -> Ticket:
     checkpoint = read_tensors(path)
     mask_file = None if mask_path is None else (read_npy_list if is_npy(mask_path) else read_tensors)(mask_path)
@@ -159,7 +159,7 @@ def _load(
     return Ticket(masks, weights, {"format": name, **source, "density": density_of(masks) if masks else None})
 
 
-def _find_state(checkpoint: Any) -> State:
+def _find_state(checkpoint: Any) -> StateDict:
     """Return the tensors of a state dict, which may be nested in a checkpoint."""
     seen: list[Any] = []
     while isinstance(checkpoint, Mapping):
@@ -192,7 +192,7 @@ def _check_plain(key: str, value: Tensor) -> None:
         raise ValueError(f"{key!r} repeats its elements: save a contiguous copy of it")
 
 
-def _without_prefixes(state: State) -> tuple[State, list[str]]:
+def _without_prefixes(state: StateDict) -> tuple[StateDict, list[str]]:
     """Remove the prefixes that all names have; return the state dict and the prefixes removed."""
     removed: list[str] = []
     prefixes = [f"{name}." for name in WRAPPERS]
@@ -211,7 +211,9 @@ def _restore_prefix(split: DividedState, prefixes: list[str], model: nn.Module) 
     return DividedState(*({prefix + name: value for name, value in part.items()} for part in split))
 
 
-def _split(state: State, format: str | None, density: Density, dense: bool = False) -> tuple[str, DividedState]:
+def _split(
+    state: StateDict, format: str | None, density: GivenDensity, dense: bool = False
+) -> tuple[str, DividedState]:
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     name = format or recognise(state)
@@ -233,7 +235,7 @@ def _split(state: State, format: str | None, density: Density, dense: bool = Fal
     return name, split
 
 
-def _require_dense(state: State) -> State:
+def _require_dense(state: StateDict) -> StateDict:
     """Return a state dict whose masks are in another file; raise ValueError if it contains masks itself."""
     name = recognise(state)
     if name != "zeros":
@@ -263,12 +265,12 @@ def _apply_masks(split: DividedState) -> tuple[dict[str, Tensor], dict[str, Tens
     return masks, weights
 
 
-def _open_lth_masks(mask_file: Any) -> State:
+def _open_lth_masks(mask_file: Any) -> StateDict:
     state, _ = _without_prefixes(_find_state(mask_file))
     return {open_lth_parameter(key): value for key, value in state.items()}
 
 
-def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> State:
+def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> StateDict:
     """Return a list of masks, one for each layer in the order of `model.modules()`, by parameter name."""
     if model is None:
         raise ValueError("the masks have no names, so that model must be given")
@@ -277,7 +279,7 @@ def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> State:
         raise ValueError(
             f"there are {len(masks)} masks, but the model has {len(layers)} Conv2d, Linear and BatchNorm layers"
         )
-    named: State = {}
+    named: StateDict = {}
     for (name, layer), mask in zip(layers.items(), masks, strict=True):
         masked = ("weight",) if isinstance(layer, nn.Conv2d | nn.Linear) else ("weight", "bias")
         named |= {parameter_of(name, parameter): mask for parameter in masked}
