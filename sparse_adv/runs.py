@@ -225,6 +225,14 @@ def begin(folder: Path, info: RunInfo) -> None:
         ValueError: if the folder holds a run of other settings, naming the first three that differ, or of another
             version of this library.
         NotADirectoryError: if `folder` is a file.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> begin(folder, RunInfo("train", TrainConfig(epochs=3)))
+        >>> begin(folder, RunInfo("train", TrainConfig(epochs=5)))  # more epochs: the run is extended
+        >>> read(folder).info.extended
+        (3,)
     """
     path = folder / INFO
     if not path.exists():

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.batch_norm_act_tiles import (
+from sparse_adv.kernels.gate_tiles import (
     gate_places,
     gated_gradient,
     packed,

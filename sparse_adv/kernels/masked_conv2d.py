@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.batch_norm_act_tiles import packed, unpacked
+from sparse_adv.kernels.gate_tiles import packed, unpacked
 from sparse_adv.kernels.layout import WIDE_FROM, in_layout_of, layout_of, output_size
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue, Lists
 from sparse_adv.kernels.masked_conv2d_phases import select_phases

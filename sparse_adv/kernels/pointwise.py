@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.batch_norm_act_tiles import packed, unpacked
+from sparse_adv.kernels.gate_tiles import packed, unpacked
 from sparse_adv.kernels.layout import WIDE_FROM, layout_of
 from sparse_adv.kernels.tensor_checks import check_bits
 

@@ -169,7 +169,7 @@ def _default_provenance(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _unpack(packed: Tensor, shape: Any) -> Tensor:
+def _unpack(packed: Tensor, shape: object) -> Tensor:
     # The shapes are not part of the checksum: a size that the bits do not have would be allocated.
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"a mask's shape must be a list of sizes, got {shape!r:.80}")

@@ -159,9 +159,9 @@ def _load(
     return Ticket(masks, weights, {"format": name, **source, "density": density_of(masks) if masks else None})
 
 
-def _find_state(checkpoint: Any) -> StateDict:
+def _find_state(checkpoint: object) -> StateDict:
     """Return the tensors of a state dict, which may be nested in a checkpoint."""
-    seen: list[Any] = []
+    seen: list[object] = []
     while isinstance(checkpoint, Mapping):
         key = next((key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
         if key is None:
@@ -265,7 +265,7 @@ def _apply_masks(split: DividedState) -> tuple[dict[str, Tensor], dict[str, Tens
     return masks, weights
 
 
-def _open_lth_masks(mask_file: Any) -> StateDict:
+def _open_lth_masks(mask_file: object) -> StateDict:
     state, _ = _without_prefixes(_find_state(mask_file))
     return {open_lth_parameter(key): value for key, value in state.items()}
 
