@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -55,14 +55,10 @@ class Environment(TypedDict):
     device: str
 
 
-class _Digest(Protocol):
-    def update(self, data: bytes | memoryview, /) -> None: ...
-
-
 def of_run(
     model: nn.Module,
-    batches: Iterable[object],
-    validation: Split | Iterable[object] | None,
+    batches: Iterable[Any],
+    validation: Split | Iterable[Any] | None,
     seed: int,
     masks_change: bool = False,
 ) -> Identity:
@@ -183,7 +179,7 @@ def weights_digest(state_dict: Mapping[str, object]) -> str:
     return digest.hexdigest()
 
 
-def images_digest(images: Split | Iterable[object] | None, seed: int = 0) -> str | None:
+def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | None:
     """Return the digest of images and labels, or of batches of them.
 
     A `Split`, `data.Batches` and a list are read as a whole (about a second per gigabyte). Of a DataLoader with a
@@ -246,11 +242,11 @@ def was_interrupted(model: nn.Module, folder: Path) -> bool:
     return interrupted is not None and folder in (interrupted, *interrupted.parents)
 
 
-def _length(images: object) -> int:
-    return len(images) if isinstance(images, Sized) else 0
+def _length(images: Any) -> int:
+    return len(images) if hasattr(images, "__len__") else 0
 
 
-def _add_attributes(digest: _Digest, owner: object, *others: type) -> None:
+def _add_attributes(digest: Any, owner: Any, *others: type) -> None:
     """Add the plain attributes of an object, and those of other types."""
     plain = (bool, int, float, range, Tensor, np.ndarray, *others)
     for name, value in sorted(getattr(owner, "__dict__", {}).items()):
@@ -264,7 +260,7 @@ def _add_attributes(digest: _Digest, owner: object, *others: type) -> None:
             _add(digest, value)
 
 
-def _add(digest: _Digest, value: object) -> None:
+def _add(digest: Any, value: Any) -> None:
     """Add tensors, arrays, images of Pillow, numbers and text, and containers of them."""
     if isinstance(value, Tensor):
         digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
@@ -283,7 +279,7 @@ def _add(digest: _Digest, value: object) -> None:
         digest.update(type(value).__qualname__.encode())
 
 
-def _bytes(tensor: Tensor) -> bytes | memoryview:
+def _bytes(tensor: Tensor) -> Any:
     """The bytes of a tensor; of one that was expanded, so that elements share memory, the bytes of that memory."""
     if tensor.is_meta:
         return b""

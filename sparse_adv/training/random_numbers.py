@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def states_of(batches: Iterable[object]) -> list[Tensor]:
+def states_of(batches: Iterable[Any]) -> list[Tensor]:
     """Return the states of the generators that a DataLoader, or its sampler, was given: a continued run needs them.
 
     Examples:
@@ -57,7 +58,7 @@ def states_of(batches: Iterable[object]) -> list[Tensor]:
     return [generator.get_state() for generator in _generators(batches)]
 
 
-def load_states(batches: Iterable[object], states: Sequence[Tensor]) -> None:
+def load_states(batches: Iterable[Any], states: Sequence[Tensor]) -> None:
     """Set the generators to the states that `states_of` returned.
 
     Raises:
@@ -73,7 +74,7 @@ def load_states(batches: Iterable[object], states: Sequence[Tensor]) -> None:
         generator.set_state(state.cpu())
 
 
-def _generators(batches: Iterable[object]) -> list[Generator]:
+def _generators(batches: Iterable[Any]) -> list[Generator]:
     found: dict[int, Generator] = {}
     for owner in _parts(batches):
         generator = getattr(owner, "generator", None)
@@ -82,7 +83,7 @@ def _generators(batches: Iterable[object]) -> list[Generator]:
     return list(found.values())
 
 
-def warn_of_unsaved(batches: Iterable[object]) -> None:
+def warn_of_unsaved(batches: Iterable[Any]) -> None:
     """Warn of workers and generators whose numbers neither seed and epoch nor `states_of` determine.
 
     Examples:
@@ -97,7 +98,7 @@ def warn_of_unsaved(batches: Iterable[object]) -> None:
                 log.warning("%s.%s is a generator that is not saved: %s", type(part).__name__, name, told)
 
 
-def set_epoch(batches: Iterable[object], epoch: int) -> None:
+def set_epoch(batches: Iterable[Any], epoch: int) -> None:
     """Tell batches, and the samplers and the data set inside a DataLoader, the number of the epoch, from 0.
 
     Examples:
@@ -108,15 +109,14 @@ def set_epoch(batches: Iterable[object], epoch: int) -> None:
         3
     """
     for owner in _parts(batches):
-        setter = getattr(owner, "set_epoch", None)
-        if callable(setter):
-            setter(epoch)
+        if callable(getattr(owner, "set_epoch", None)):
+            owner.set_epoch(epoch)
 
 
-def _parts(batches: object) -> Iterator[object]:
+def _parts(batches: Any) -> Iterator[Any]:
     """The batches, and the samplers and data sets inside of them, found by `_PART_NAMES`; each once."""
     seen: set[int] = set()
-    left: list[object] = [batches]
+    left = [batches]
     while left:
         part = left.pop(0)
         if part is None or id(part) in seen:

@@ -30,7 +30,7 @@ class Passes(NamedTuple):
     """How many of them form the gradients of pruned weights too."""
 
 
-class CraftingOptions(CommonOptions):
+class AttackOptions(CommonOptions):
     """The options that all attacks of objectives have in common."""
 
     eps: float
@@ -93,7 +93,7 @@ class Natural:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from this state."""
 
-    def _options(self, noise: Generator | None) -> CraftingOptions:
+    def _options(self, noise: Generator | None) -> AttackOptions:
         return {
             "eps": self.config.eps,
             "alpha": self.config.step_size,
