@@ -5,8 +5,7 @@ The texts under `Args:` are also the help texts of the command line, which has a
 
 from sparse_adv.config.checks import make_plain
 from sparse_adv.config.data import DataConfig, NetworkConfig
-from sparse_adv.config.method import METHODS, Growth, Method, MethodConfig
-from sparse_adv.config.pruning import PruneConfig, Scope
+from sparse_adv.config.pruning import METHODS, Growth, Method, MethodConfig, PruneConfig, Scope
 from sparse_adv.config.training import (
     NORMS,
     OBJECTIVES,

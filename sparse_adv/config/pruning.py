@@ -1,16 +1,20 @@
-"""Hyperparameters of ticket search."""
+"""Hyperparameters of ticket search and of dynamic sparse training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from sparse_adv.config.checks import is_number, make_plain, require_integer
+from sparse_adv.config.checks import is_number, make_plain, require_integer, require_number, require_one_of
 
 Scope = Literal["global", "uniform", "erk", "igq"]
+Method = Literal["none", "static", "flying-bird", "flying-bird-plus", "rigl", "set", "gmp"]
+Growth = Literal["gradient", "random"]
+
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,103 @@ class PruneConfig:
         """Return a copy that can be written to a file: a score that is a function is replaced by its name."""
         name = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", repr(self.score))
         return replace(self, score=name)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Hyperparameters of training that is sparse from the first step, or becomes sparse in its course.
+
+    `density`, `block`, `scope` and `linear` are arguments of `masks.prune`, which validates them.
+
+    Args:
+        method: how masks arise: none (no masks but those of a ticket), static (random, and never changed), flying-bird,
+            rigl and set (random; blocks are dropped and grown), flying-bird-plus (as flying-bird, but the density
+            follows the training), or gmp (all weights at first, then fewer and fewer).
+        density: fraction of the weights that are kept; gmp reaches it at its last change, flying-bird-plus starts with
+            it.
+        block: shape of the blocks of weights that are kept or pruned together, BO,BI or BO,BI,BR,BS (output channels,
+            input channels, filter rows, filter columns).
+        scope: how the kept weights are distributed over layers: global (one ranking), uniform (the same density in
+            each layer), erk (Erdos-Renyi-kernel) or igq (ideal gas quotas); null for that of the method: igq for
+            flying-bird and flying-bird-plus, uniform for gmp, erk for the others.
+        linear: whether linear layers get masks too, not only convolutions.
+        interval: updates from one change of the masks to the next, at least 1.
+        drop_fraction: fraction of the kept blocks, in [0, 1], that the first change drops and replaces; null for 0.5
+            with flying-bird and flying-bird-plus, and 0.3 with rigl and set. It falls to 0 at the last change, along a
+            half cosine.
+        change_until: fraction of the updates, in [0, 1], after which the masks stay; null for 0.75 with rigl and gmp
+            and 1 with the others.
+        adapt_from: fraction of the updates, in [0, 1], after which the density of flying-bird-plus follows the
+            training; null for 0.5, epoch 100 of 200 in the authors' code. No other method has it.
+        growth: which blocks are grown: those of the largest gradient, or random ones; null for random with set
+            and gradient with the others.
+        dense_epochs: number of first epochs that are trained without masks, fractions allowed; then the weights of
+            largest magnitude are kept. gmp begins to prune there.
+        permute_channels: before the first pruning of dense weights, which gmp and `dense_epochs` have, permute channels
+            so that whole blocks contain more of the weights; the function of the network stays the same. Meant for
+            large blocks such as 64,64.
+        rescale_init: multiply the initial weights of each output channel by the root of (its weights / its kept
+            weights), so that outputs have the variance that they have without masks.
+
+    Raises:
+        ValueError: if a value is out of range, naming the field and the value.
+
+    Source: Chen et al. 2022 (Flying Bird, Flying Bird+), Evci et al. 2020 (RigL), Mocanu et al. 2018 (SET), Zhu and
+    Gupta 2017 (gradual magnitude pruning), Evci et al. 2022, section 3.1 (rescaled initial weights).
+
+    Examples:
+        >>> config = MethodConfig("rigl", density=0.1, block=(4, 4))
+        >>> config.scope, config.resolved().scope
+        (None, 'erk')
+    """
+
+    method: Method = "none"
+    density: float = 0.1
+    block: tuple[int, ...] = (1, 1)
+    scope: Scope | None = None
+    linear: bool = True
+    interval: int = 100
+    drop_fraction: float | None = None
+    change_until: float | None = None
+    adapt_from: float | None = None
+    growth: Growth | None = None
+    dense_epochs: float = 0.0
+    permute_channels: bool = False
+    rescale_init: bool = False
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        require_one_of("method", self.method, METHODS)
+        require_integer("interval", self.interval, least=1)
+        require_number("dense_epochs", self.dense_epochs)
+        for name in ("density", "drop_fraction", "change_until", "adapt_from"):
+            value = getattr(self, name)
+            if not (value is None and name != "density") and not (is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        if self.adapt_from is not None and self.method not in ("none", "flying-bird-plus"):
+            raise ValueError(f"adapt_from is a setting of method 'flying-bird-plus', got method {self.method!r}")
+        if self.permute_channels and self.method not in ("none", "gmp") and not self.dense_epochs:
+            raise ValueError(
+                "permute_channels needs weights before they are pruned, as gmp or dense_epochs have them, got method "
+                f"{self.method!r}"
+            )
+        if self.scope is not None:
+            require_one_of("scope", self.scope, get_args(Scope))
+        if self.growth is not None:
+            require_one_of("growth", self.growth, get_args(Growth))
+
+    def resolved(self) -> MethodConfig:
+        """Return a copy in which the method's own values replace None."""
+        own: dict[str, Any] = {"scope": "erk", "drop_fraction": 0.3, "change_until": 1.0, "growth": "gradient"}
+        own |= _OF_METHOD.get(self.method, {})
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+
+_OF_METHOD: dict[str, dict[str, Any]] = {
+    "flying-bird": {"scope": "igq", "drop_fraction": 0.5},
+    "flying-bird-plus": {"scope": "igq", "drop_fraction": 0.5, "adapt_from": 0.5},
+    "rigl": {"change_until": 0.75},
+    "set": {"growth": "random"},
+    "gmp": {"scope": "uniform", "change_until": 0.75},
+}
+"""Values of the methods, from their papers and code, that differ from those of `MethodConfig.resolved`."""
