@@ -110,7 +110,12 @@ class MaskedLayer(nn.Module):
             raise TypeError("torch.nn.utils.prune cannot prune a masked layer: give it another mask by set_mask")
         if type(param).__module__.startswith("torchao."):  # a quantized weight, whose operators know no mask
             raise TypeError("torchao cannot quantize masked layers: `densify` the model first")
+        replaces = name == "weight" and "weight_mask" in self._buffers and type(param) is nn.Parameter
+        if replaces:
+            check_shape(self.weight_mask, param)
         super().register_parameter(name, param)
+        if replaces:
+            self._derive()
 
     @property
     def qconfig(self) -> None:

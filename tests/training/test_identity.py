@@ -117,6 +117,32 @@ def test_the_model_that_was_trained_or_interrupted_continues_its_own_run(tmp_pat
     assert equal_states(model.state_dict(), expected.state_dict())
 
 
+class Counting(torch.nn.Sequential):
+    """Counts its passes, and has a setting beside the count."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.passes, self.slope = 0, 1.0
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_what_passes_through_a_network_change_is_no_part_of_what_it_is(tmp_path, interrupted):
+    model = Counting(*network())
+    with pytest.raises(Stop) if interrupted else pytest.MonkeyPatch.context():
+        run(tmp_path, model, stop_at=1 if interrupted else None)
+    model(VALIDATION.images / 255)
+    assert [record.epoch for record in run(tmp_path, model)] == [1, 2]
+    run(tmp_path, Counting(*network()))  # as a new process would
+    run(tmp_path / "another", model)
+    model.slope = 2.0
+    with pytest.raises(ValueError, match="other network"):
+        run(tmp_path, model)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_more_epochs_extend_a_run(tmp_path, schedule):
     config = replace(CONFIG, schedule=schedule)
