@@ -110,11 +110,11 @@ class MaskedLayer(nn.Module):
             raise TypeError("torch.nn.utils.prune cannot prune a masked layer: give it another mask by set_mask")
         if type(param).__module__.startswith("torchao."):  # a quantized weight, whose operators know no mask
             raise TypeError("torchao cannot quantize masked layers: `densify` the model first")
-        replaces = name == "weight" and "weight_mask" in self._buffers and type(param) is nn.Parameter
-        if replaces:
+        has_mask = name == "weight" and "weight_mask" in self._buffers
+        if has_mask and type(param) is nn.Parameter:
             check_shape(self.weight_mask, param)
         super().register_parameter(name, param)
-        if replaces:
+        if has_mask and type(param) is nn.Parameter:
             self._derive()
 
     @property
