@@ -32,15 +32,14 @@ POSITIONAL: dict[str, Any] = {"positional": True}
 
 CONFIG = "config.yaml"
 _ABOUT_THE_FILE = (
-    "Unexpected config",
     "Value not boolean",
     "Problems parsing config",
     "Spaces not allowed",
     "Key must",
 )
 """Beginnings of messages of jsonargparse that name neither the file nor a key."""
-_MAX_CONFIG, _MAX_DEPTH = 1 << 16, 20
-"""Bytes and levels of a config file."""
+_MAX_CONFIG, _MAX_DEPTH, _MAX_EVENTS = 1 << 16, 20, 1000
+"""Bytes, levels and events of a config file; jsonargparse takes seconds for some thousand keys."""
 NO_SETTING = frozenset({"config", "json"})
 """Options that are not settings of the run."""
 
@@ -85,6 +84,13 @@ def text(name: str, value: object) -> str:
     """Text; a number is accepted too, because a folder may be called 3."""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ArgumentTypeError(f"{name} must be text, got {value!r}")
+    return str(value)
+
+
+def path(name: str, value: object) -> str:
+    """A path; an empty one would be the present folder."""
+    if not text(name, value).strip():
+        raise ArgumentTypeError(f"{name} must be a path, got {value!r}")
     return str(value)
 
 
@@ -200,9 +206,9 @@ _PARSERS: dict[Any, tuple[Any, str]] = {
     float | None: (number, "X"),
     tuple[int, ...]: (partial(comma_separated, integer), "N,N"),
     tuple[float, ...]: (partial(comma_separated, number), "X,X"),
-    Path: (text, "PATH"),
-    Path | None: (text, "PATH"),
-    tuple[Path, ...]: (text, "PATH"),
+    Path: (path, "PATH"),
+    Path | None: (path, "PATH"),
+    tuple[Path, ...]: (path, "PATH"),
 }
 
 
@@ -246,13 +252,18 @@ def _check_yaml(file: Path) -> None:
         raise ValueError(f"{file} must have at most {_MAX_CONFIG >> 10} KiB")
     depth = 0
     try:
-        for event in yaml.parse(content, yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(content, yaml.SafeLoader)):
+            if number > _MAX_EVENTS:
+                raise ValueError(f"{file} must have at most {_MAX_EVENTS // 2} values")
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"{file} has the alias *{event.anchor!s:.20}, which is not supported: write the value")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 raise ValueError(f"{file} is nested more than {_MAX_DEPTH} levels deep")
-        _check_keys(file, yaml.compose(content, yaml.SafeLoader))
+        node = yaml.compose(content, yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError(f"{file} must hold flags and their values, such as 'lr: 0.1'")
+        _check_keys(file, node)
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: Problems parsing config: {' '.join(str(error).split())}") from error
 

@@ -128,6 +128,8 @@ class TrainConfig:
         require_integer("seed", self.seed, least=0)
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps"):
             require_number(name, getattr(self, name))
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps must be at most 1 for norm 'linf', as 8/255 for images in [0, 1], got {self.eps!r}")
         for name in ("max_grad_norm", "awp_gamma"):
             require_number(name, getattr(self, name))
         for name in ("alpha", "beta"):

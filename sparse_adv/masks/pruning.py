@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_adv.masks.allocation import SCOPES, targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import dependency_groups
-from sparse_adv.masks.layers import computes_as_its_class, maskable, unknown_module
+from sparse_adv.masks.layers import check_initialized, computes_as_its_class, maskable, unknown_module
 from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
 
 log = logging.getLogger(__name__)
@@ -160,6 +160,8 @@ class Candidates:
         others = [name for name, layer in candidates.items() if not computes_as_its_class(layer)]
         if others:
             log.warning("not pruned, as their classes have a forward of their own: %s", ", ".join(others))
+        for name, layer in candidates.items():
+            check_initialized(name, layer)
         weights = {name: layer.weight.detach() for name, layer in candidates.items() if name not in others}
         first: dict[int, str] = {}
         owner = {name: first.setdefault(id(layers[name].weight), name) for name in weights}
@@ -178,6 +180,8 @@ class Candidates:
             raise ValueError(
                 f"score of {name!r} must be a tensor of the weight's shape {tuple(weight.shape)}, got {actual}"
             )
+        if scores.is_complex():
+            raise ValueError(f"score of {name!r} must be real, got {scores.dtype}")
         scores = scores.detach().double().cpu()
         if scores.isnan().any():
             raise ValueError(f"score of {name!r} must not be NaN, got {int(scores.isnan().sum())} NaN values")

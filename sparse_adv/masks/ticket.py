@@ -126,6 +126,8 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if metadata.get("format") != TICKET_FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {TICKET_FORMAT!r}")
+        if missing := {"sha256", "mask_shapes", "provenance"} - metadata.keys():
+            raise ValueError(f"it lacks {min(missing)!r}")
         if metadata["sha256"] != _checksum(tensors):
             raise ValueError("its contents do not match its checksum")
         shapes, provenance = json.loads(metadata["mask_shapes"]), json.loads(metadata["provenance"])

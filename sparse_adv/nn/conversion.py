@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sparse_adv.masks.layers import Layer, unknown_module
+from sparse_adv.masks.layers import Layer, check_initialized, unknown_module
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_conv_mask, check_convertible, compile_mask
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -65,6 +65,7 @@ def sparsify(
         if name not in modules:
             raise ValueError(unknown_module(name, modules))
         module = modules[name]
+        check_initialized(name, module)
         if module in conversions:  # it has several names
             if not torch.equal(mask, conversions[module].mask):
                 raise ValueError(f"module {name!r} has another name with another mask")

@@ -106,8 +106,10 @@ class MaskedLayer(nn.Module):
         raise TypeError("torch.jit.script cannot compile masked layers: script `densify(copy.deepcopy(model))`")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight_orig":  # the first thing that prune does
-            raise TypeError("torch.nn.utils.prune cannot prune a masked layer: give it another mask by set_mask")
+        if name == "weight_orig":  # the first thing that they do
+            raise TypeError(
+                "torch.nn.utils.prune and spectral_norm cannot change a masked layer: give it another mask by set_mask"
+            )
         if type(param).__module__.startswith("torchao."):  # a quantized weight, whose operators know no mask
             raise TypeError("torchao cannot quantize masked layers: `densify` the model first")
         has_mask = name == "weight" and "weight_mask" in self._buffers

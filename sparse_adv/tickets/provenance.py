@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,6 +22,26 @@ class SearchRecord:
     cost: Cost
     """Cost of attacks, updates and pruning."""
     checks: TicketChecks
+
+
+def check_metadata(metadata: object) -> None:
+    """Raise TypeError or ValueError, before a search, unless its ticket can hold these metadata and its record.
+
+    Examples:
+        >>> check_metadata({"epochs": 3})
+        Traceback (most recent call last):
+        ...
+        ValueError: metadata must not have the key 'epochs', under which the search records its own
+    """
+    if not isinstance(metadata, dict):
+        raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
+    for field in fields(SearchRecord):
+        if field.name in metadata:
+            raise ValueError(f"metadata must not have the key {field.name!r}, under which the search records its own")
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"metadata must be JSON data: {error}") from error
 
 
 def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> SearchRecord:

@@ -22,10 +22,10 @@ from sparse_adv.runs import NO_COST, Cost, EpochRecord, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
 from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
-from sparse_adv.tickets.provenance import SearchRecord, record_of
+from sparse_adv.tickets.provenance import SearchRecord, check_metadata, record_of
 from sparse_adv.training import distributed, identity, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
-from sparse_adv.training.evaluation import Images
+from sparse_adv.training.evaluation import Images, check_evaluable
 from sparse_adv.training.loop import Batches
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 
@@ -69,6 +69,7 @@ def search(
         in another order of channels, in which the network computes the same function.
 
     Raises:
+        TypeError, ValueError: before any training, if `metadata` is not a JSON object or has a key of `SearchRecord`.
         ValueError: if `prune_config` does not fit the model, before any training, or the folder holds another search:
             of other settings, initial weights or images.
         TicketInvariantError: if an invariant of `tickets.checks` does not hold.
@@ -87,6 +88,9 @@ def search(
         0.25
     """
     prune_config = prune_config or PruneConfig()
+    check_metadata(metadata or {})
+    if validation is not None:
+        check_evaluable("validation", validation)
     shape = check_fits(model, batches, prune_config)
     folder = None if folder is None else Path(folder)
     if folder is not None and distributed.rank() == 0:

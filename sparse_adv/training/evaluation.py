@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -185,6 +185,26 @@ def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
+
+
+def check_evaluable(name: str, images: Images) -> None:
+    """Raise TypeError or ValueError, before any training, if no accuracy on these images could be measured after it.
+
+    Args:
+        name: of the argument.
+        images: a Split, or batches that are iterated in each evaluation.
+    """
+    if isinstance(images, Iterator | Mapping | str) or not isinstance(images, Iterable):
+        raise TypeError(
+            f"{name} must be a Split or batches that can be iterated in each evaluation (a list, a DataLoader), got "
+            f"{type(images).__name__}"
+        )
+    try:
+        count = len(images.labels if isinstance(images, Split) else images)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader of a data set without a length
+        return
+    if not count and distributed.world_size() == 1:
+        raise ValueError(f"{name} must hold at least one image, got none")
 
 
 def _accuracy(

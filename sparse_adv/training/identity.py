@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,8 @@ _SAMPLES = 64
 """Images of a DataLoader that are read for its digest."""
 _ELEMENTS = 4096
 """Evenly spaced elements of a long attribute that are read for a digest."""
+
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
 
 _in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 """Models in training, or whose training was interrupted, and the folder of the run."""
@@ -119,7 +122,8 @@ def warn_of_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
 def network_digest(model: nn.Module, with_masks: bool = True) -> str:
     """Return the digest of what a model is: its modules and their attributes, shapes and dtypes, and its masks.
 
-    Attributes are numbers, text, tensors, arrays and sequences of these, whose names do not begin with "_". Those that
+    Attributes are numbers, text, functions (by name), tensors, arrays and sequences of these, whose names do not begin
+    with "_". Those that
     training in this process has changed, such as a counter of forward passes, count with the value before it.
 
     Args:
@@ -168,9 +172,10 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
     """Return the digest of images and labels, or of batches of them.
 
     A `Split`, `data.Batches` and a list are read as a whole (about a second per gigabyte). Of a DataLoader with a
-    data set that has a length, 64 evenly spaced samples are read, with the number of all, under fixed random numbers,
-    and the attributes of its sampler. Of anything else the number of batches and the attributes count: numbers,
-    tensors, arrays, ranges and sequences of these, but `epoch` and those whose names begin with "_".
+    data set that has a length, 64 evenly spaced samples are read and collated, each alone, with the number of all,
+    under fixed random numbers, and the attributes of its sampler. Of anything else the number of batches and the
+    attributes count: numbers, tensors, arrays, ranges and sequences of these, but `epoch` and those whose names begin
+    with "_".
 
     Args:
         images: what is trained on, or validated with; None has the digest None.
@@ -197,7 +202,8 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
         step = max(1, count // _SAMPLES)
         with seeded(seed):
             for index in range(0, count, step):
-                _add(digest, dataset[index])
+                sample = dataset[index]
+                _add(digest, images.collate_fn([sample] if images.batch_sampler is not None else sample))
     elif isinstance(images, Sequence):  # a Split, too
         _add(digest, images)
     else:
@@ -241,7 +247,7 @@ def _attributes(model: nn.Module) -> dict[tuple[str, str], bytes]:
     """The digest of each plain attribute and text of a model's modules, by the names of module and attribute."""
     digests = {}
     for name, module in model.named_modules():
-        for attribute, value in _plain_attributes(module, str):
+        for attribute, value in _plain_attributes(module, str, *_FUNCTIONS):
             digest = hashlib.sha256()
             _add(digest, value)
             digests[name, attribute] = digest.digest()
@@ -281,6 +287,8 @@ def _add(digest: Any, value: Any) -> None:
             _add(digest, item)
     elif hasattr(value, "tobytes"):
         digest.update(value.tobytes())
+    elif isinstance(value, _FUNCTIONS):
+        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
     elif value is None or isinstance(value, bool | int | float | str | bytes | range):
         digest.update(repr(value).encode())
     else:

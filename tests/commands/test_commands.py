@@ -311,7 +311,9 @@ def test_a_runs_own_config_continues_it(trained, capsys):
         ("lr: on\n", "a fraction such as 8/255, got True"),
         ("1: 2\n", "run.yaml: Key must be a string"),
         ("objective: fgms\n", f"objective must be one of {', '.join(OBJECTIVES)}, got 'fgms'"),
-        ("- epochs\n", "Unexpected config"),
+        ("- epochs\n", "must hold flags and their values"),
+        ("", "must hold flags and their values"),
+        ("\n".join(f"k{i}: 1" for i in range(600)), "must have at most 500 values"),
         ("epochs: [1\n", "Problems parsing config"),
     ],
 )

@@ -160,6 +160,11 @@ def test_a_flag_without_effect_is_refused_and_so_is_a_key_of_a_config_file(name,
     assert not (tmp_path / "run").exists()
 
 
+def test_an_empty_path_is_not_the_present_folder(capsys):
+    assert main(["train", "--arch", "digits_cnn", "--out", ""]) == 2
+    assert "out must be a path, got ''" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_run_repeats_with_its_own_config_file(objective, reach, tmp_path):
     command = ["train", "--objective", objective, "--arch", "digits_cnn", "--out", str(tmp_path)]

@@ -143,6 +143,26 @@ def test_what_passes_through_a_network_change_is_no_part_of_what_it_is(tmp_path,
         run(tmp_path, model)
 
 
+def labels_swapped(samples):
+    images, labels = torch.utils.data.default_collate(samples)
+    return images, 1 - labels
+
+
+def test_labels_that_only_the_collation_changes_are_other_images(tmp_path):
+    run(tmp_path, images=loader(), stop_at=None)
+    with pytest.raises(ValueError, match="other training images"):
+        run(tmp_path, images=loader(collate_fn=labels_swapped))
+
+
+def test_another_function_in_a_module_is_another_network(tmp_path):
+    digests = []
+    for activation in (torch.relu, torch.tanh, torch.nn.functional.gelu, labels_swapped, torch.relu):
+        model = network()
+        model.activation = activation
+        digests.append(identity.network_digest(model))
+    assert len(set(digests)) == 4 and digests[0] == digests[-1]
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_more_epochs_extend_a_run(tmp_path, schedule):
     config = replace(CONFIG, schedule=schedule)
