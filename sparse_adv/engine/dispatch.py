@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.engine.model_state import detached_copy, state_of
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
@@ -109,6 +110,7 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
             yield Autograd(model)
 
 
+@checks_types
 def explain(model: nn.Module, x: Tensor) -> list[str]:
     """Say what each step of the engine computes for this model and input, or why the model is left to autograd.
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.channel_operations import Kind, kind_of
 from sparse_adv.masks.layers import computes_as_its_class, run_once
 from sparse_adv.tracer import Tracer
@@ -65,6 +66,7 @@ class DependencyGraph:
     groups: list[DependencyGroup] = field(default_factory=list)
 
 
+@checks_types
 def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[DependencyGroup]:
     """Find the dependency groups of a model by following its channels through the traced graph.
 

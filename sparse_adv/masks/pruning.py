@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.allocation import SCOPES, targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import dependency_groups
@@ -37,6 +38,7 @@ _SCORES: dict[str, Score] = {"magnitude": _magnitude, "relative_magnitude": _rel
 _STRUCTURES = ("filter", "channel")
 
 
+@checks_types
 def prune(
     model: nn.Module,
     density: float = 0.1,

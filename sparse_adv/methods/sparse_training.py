@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import MethodConfig
 from sparse_adv.masks.allocation import targets_of
 from sparse_adv.masks.blocks import block_sums, conv_shape, grid_shape
@@ -80,6 +81,7 @@ class SparseTraining(UpdateHook):
     config: MethodConfig
     schedule: Schedule
 
+    @checks_types
     def __init__(self, config: MethodConfig) -> None:
         if config.method == "none":
             raise ValueError("method must name a method, got 'none'")

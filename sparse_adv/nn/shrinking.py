@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.masks.channel_operations import NORMS
 from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
@@ -39,6 +40,7 @@ class ShrinkResult:
     read by a convolution with zero padding, the width is fixed from outside, or it is rounded up to a multiple."""
 
 
+@checks_types
 def shrink(
     model: nn.Module,
     masks: Mapping[str, Tensor] | None,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from sparse_adv import json_files, masks
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.runs import Cost, EpochRecord, TicketChecks
 
@@ -24,8 +27,8 @@ class SearchRecord:
     checks: TicketChecks
 
 
-def check_metadata(metadata: object) -> None:
-    """Raise TypeError or ValueError, before a search, unless its ticket can hold these metadata and its record.
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError, before a search, unless its ticket can hold these metadata and its record.
 
     Examples:
         >>> check_metadata({"epochs": 3})
@@ -33,8 +36,6 @@ def check_metadata(metadata: object) -> None:
         ...
         ValueError: metadata must not have the key 'epochs', under which the search records its own
     """
-    if not isinstance(metadata, dict):
-        raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
     for field in fields(SearchRecord):
         if field.name in metadata:
             raise ValueError(f"metadata must not have the key {field.name!r}, under which the search records its own")
@@ -44,6 +45,7 @@ def check_metadata(metadata: object) -> None:
         raise ValueError(f"metadata must be JSON data: {error}") from error
 
 
+@checks_types
 def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> SearchRecord:
     """Return what `search` recorded in the provenance of a ticket.
 
@@ -68,6 +70,7 @@ def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> Search
     return json_files.from_json(SearchRecord, content, f"the provenance of {source}")
 
 
+@checks_types
 def cost_of(ticket: masks.Ticket) -> Cost:
     """Return the cost of the search that found a ticket; zero if its provenance does not contain a cost.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import json_files, masks, runs
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.dependency_graph import dependency_groups
@@ -37,6 +38,7 @@ IDENTITY = "identity.pt"
 """File of the digests of network, weights and images, see `training.identity`."""
 
 
+@checks_types
 def search(
     model: nn.Module,
     batches: Batches,
@@ -69,9 +71,8 @@ def search(
         in another order of channels, in which the network computes the same function.
 
     Raises:
-        TypeError, ValueError: before any training, if `metadata` is not a JSON object or has a key of `SearchRecord`.
-        ValueError: if `prune_config` does not fit the model, before any training, or the folder holds another search:
-            of other settings, initial weights or images.
+        ValueError: before any training, if `prune_config` does not fit the model, `metadata` are no JSON data or have a
+            key of `SearchRecord`, or the folder holds another search: of other settings, initial weights or images.
         TicketInvariantError: if an invariant of `tickets.checks` does not hold.
 
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
@@ -107,6 +108,7 @@ def search(
         return run.run(metadata or {})
 
 
+@checks_types
 def check_fits(model: nn.Module, batches: Batches, config: PruneConfig) -> tuple[int, ...] | None:
     """Check that a search can prune a model, before anything is trained or written; `search` does so itself.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from sparse_adv import runs
+from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
 from sparse_adv.attacks.loop import bn_mode
@@ -283,6 +284,7 @@ class Training:
         )
 
 
+@checks_types
 def train(
     model: nn.Module,
     batches: Batches,

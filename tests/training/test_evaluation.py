@@ -213,11 +213,11 @@ def test_a_wrong_argument_of_robust_accuracy_is_named(wrong, said):
 @pytest.mark.parametrize(
     ("validation", "error", "said"),
     [
-        ([], ValueError, "must hold at least one image, got none"),
+        ([], ValueError, "hold at least one image, got none"),
         (VALIDATION._replace(images=VALIDATION.images[:0], labels=VALIDATION.labels[:0]), ValueError, "at least one"),
         (iter([(TRAIN.images, TRAIN.labels)]), TypeError, "iterated in each evaluation .*, got list_iterator"),
         ({"images": TRAIN.images}, TypeError, "iterated in each evaluation .*, got dict"),
-        (3, TypeError, "iterated in each evaluation .*, got int"),
+        (3, TypeError, "be of type Split or Iterable or None, got 3"),
     ],
 )
 def test_validation_images_that_could_not_be_evaluated_are_refused_before_training(validation, error, said):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.algebra import density as density_of
 from sparse_adv.masks.interchange.containers import is_npy, read_npy_list, read_tensors, safetensors_metadata
 from sparse_adv.masks.interchange.formats import (
@@ -38,6 +39,7 @@ _LISTED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 """The layers for which ticket_robust's list of masks has an entry."""
 
 
+@checks_types
 def from_state_dict(
     state_dict: Mapping[str, Any], format: str | None = None, density: Density = None, dense: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -68,6 +70,7 @@ def from_state_dict(
     return _apply_masks(_split(state, format, density, dense)[1])
 
 
+@checks_types
 def load_pruned(
     path: str | os.PathLike[str],
     mask_path: str | os.PathLike[str] | None = None,
