@@ -152,6 +152,13 @@ class EpochRecord:
     mask_distance: float | None = None
     """In a search with early stopping: fraction of positions in which the epoch's mask differs from earlier ones."""
 
+    def __post_init__(self) -> None:
+        if self.epoch < 1:
+            raise ValueError(f"epoch must be at least 1, got {self.epoch}")
+        for name, value in vars(self).items():
+            if name.endswith("_accuracy") and value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+
 
 @dataclass(frozen=True)
 class TicketChecks:

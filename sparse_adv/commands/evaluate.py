@@ -96,6 +96,9 @@ class Options:
             for name in names:
                 if getattr(self, name) is not None and self.attack != attack:
                     raise ValueError(f"--{name} is for --attack {attack}, got --attack {self.attack}")
+        for name in ("limit", "validation"):
+            if getattr(self, name) is not None and self.split == "test":
+                raise ValueError(f"--{name} divides the training images: choose some of them with --split")
 
 
 def run(options: Options) -> int:

@@ -34,8 +34,8 @@ POSITIONAL: dict[str, bool] = {"positional": True}
 """Metadata of a field that is given by position and not by a flag."""
 
 CONFIG = "config.yaml"
-_MAX_CONFIG, _MAX_DEPTH = 1 << 16, 20
-"""Bytes and levels of a config file."""
+_MAX_CONFIG, _MAX_DEPTH, _MAX_EVENTS = 1 << 16, 20, 1000
+"""Bytes, levels and events of a config file; jsonargparse takes seconds for some thousand keys."""
 NO_SETTING = frozenset({"config", "json"})
 """Options that are not settings of the run."""
 _NOT_IN_A_FILE = frozenset({"config", "print_config", "help"})
@@ -82,6 +82,13 @@ def text(name: str, value: object) -> str:
     """Text; a number is accepted too, because a folder may be called 3."""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ArgumentTypeError(f"{name} must be text, got {value!r}")
+    return str(value)
+
+
+def path(name: str, value: object) -> str:
+    """A path; an empty one would be the present folder."""
+    if not text(name, value).strip():
+        raise ArgumentTypeError(f"{name} must be a path, got {value!r}")
     return str(value)
 
 
@@ -202,9 +209,9 @@ _PARSERS: dict[object, tuple[Callable[..., object], str]] = {
     float | None: (number, "X"),
     tuple[int, ...]: (partial(comma_separated, integer), "N,N"),
     tuple[float, ...]: (partial(comma_separated, number), "X,X"),
-    Path: (text, "PATH"),
-    Path | None: (text, "PATH"),
-    tuple[Path, ...]: (text, "PATH"),
+    Path: (path, "PATH"),
+    Path | None: (path, "PATH"),
+    tuple[Path, ...]: (path, "PATH"),
 }
 
 
@@ -252,7 +259,9 @@ def _check_config(parser: ArgumentParser, file: Path) -> None:
         raise ValueError(f"{file} must have at most {_MAX_CONFIG >> 10} KiB")
     depth = 0
     try:
-        for event in yaml.parse(content, yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(content, yaml.SafeLoader)):
+            if number > _MAX_EVENTS:
+                raise ValueError(f"{file} must have at most {_MAX_EVENTS // 2} values")
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"{file} has the alias *{event.anchor!s:.20}, which is not supported: write the value")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

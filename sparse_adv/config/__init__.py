@@ -3,10 +3,11 @@
 The texts under `Args:` are also the help texts of the command line, which has a flag for every field.
 """
 
-from sparse_adv.config.checks import make_plain
+from sparse_adv.config.checks import make_plain, refuse_unused
 from sparse_adv.config.data import DataConfig, NetworkConfig
 from sparse_adv.config.pruning import METHODS, Growth, Method, MethodConfig, PruneConfig, Scope
 from sparse_adv.config.training import (
+    MULTI_STEP,
     NORMS,
     OBJECTIVES,
     PRECISIONS,
@@ -20,6 +21,7 @@ from sparse_adv.config.training import (
 
 __all__ = [
     "METHODS",
+    "MULTI_STEP",
     "NORMS",
     "OBJECTIVES",
     "PRECISIONS",
@@ -37,4 +39,5 @@ __all__ = [
     "Scope",
     "TrainConfig",
     "make_plain",
+    "refuse_unused",
 ]

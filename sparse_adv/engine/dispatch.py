@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss
 from sparse_adv.engine.model_state import state_of
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
@@ -109,6 +110,7 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
             yield Autograd(model)
 
 
+@checks_types
 def explain(model: nn.Module, x: Tensor) -> list[str]:
     """Say what each step of the engine computes for this model and input, or why the model is left to autograd.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.errors import first_line
 from sparse_adv.models.digits_cnn import digits_cnn
 from sparse_adv.models.resnet import preact_resnet18, resnet, wide_resnet
@@ -44,6 +45,7 @@ _COMMON_WIDE = ("wrn-28-10", "wrn-34-10", "wrn-70-16-silu")
 """Suggested in the error message if a misspelt name resembles them."""
 
 
+@checks_types
 def build(
     name: str,
     seed: int = 0,
@@ -110,6 +112,7 @@ def _listed(shape: object) -> str:
     return repr(list(shape) if isinstance(shape, Sequence) else shape)[:100]
 
 
+@checks_types
 def find(name: str) -> Architecture:
     """Return the architecture of a name.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import Layer, maskable
 from sparse_adv.nn.macs import LayerCall, calls_of, kept_weights
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, reason_of
@@ -75,6 +76,7 @@ class Explanation:
         return f"density of {' and '.join(sorted(kinds))} weights: {self.density:.4f}; of multiply-adds: {remains}"
 
 
+@checks_types
 def explain(model: nn.Module, shape: Sequence[int] | Tensor | None = None) -> Explanation:
     """Tell which kernel each pass of each convolution and linear layer takes, and why.
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -44,6 +45,7 @@ class LayerCall(NamedTuple):
     plan: Plan
 
 
+@checks_types
 def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
     """Count the MACs that the convolutions and linear layers of a model execute on one batch.
 
@@ -80,6 +82,7 @@ def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
     )
 
 
+@checks_types
 def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> float:
     """Return the fraction of a model's MACs that masks keep: (MACs of the weights kept) / (MACs of all weights).
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.masks.channel_operations import NORMS
 from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
@@ -40,6 +41,7 @@ class ShrinkResult:
     read by a convolution with zero padding, the width is fixed from outside, or it is rounded up to a multiple."""
 
 
+@checks_types
 def shrink(
     model: nn.Module,
     masks: Mapping[str, Tensor] | None,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import json_files, masks, runs
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.dependency_graph import dependency_groups
@@ -21,10 +22,10 @@ from sparse_adv.runs import NO_COST, Cost, EpochRecord, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
 from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
-from sparse_adv.tickets.provenance import SearchRecord, record_of
+from sparse_adv.tickets.provenance import SearchRecord, check_metadata, record_of
 from sparse_adv.training import distributed, identity, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
-from sparse_adv.training.evaluation import Images
+from sparse_adv.training.evaluation import Images, check_evaluable
 from sparse_adv.training.loop import Batches
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 
@@ -36,6 +37,7 @@ IDENTITY = "identity.pt"
 """File of the digests of network, weights and images, see `training.identity`."""
 
 
+@checks_types
 def search(
     model: nn.Module,
     batches: Batches,
@@ -68,8 +70,8 @@ def search(
         in another order of channels, in which the network computes the same function.
 
     Raises:
-        ValueError: if `prune_config` does not fit the model, before any training, or the folder holds another search:
-            of other settings, initial weights or images.
+        ValueError: before any training, if `prune_config` does not fit the model, `metadata` are no JSON data or have a
+            key of `SearchRecord`, or the folder holds another search: of other settings, initial weights or images.
         TicketInvariantError: if an invariant of `tickets.checks` does not hold.
 
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
@@ -86,6 +88,9 @@ def search(
         0.25
     """
     prune_config = prune_config or PruneConfig()
+    check_metadata(metadata or {})
+    if validation is not None:
+        check_evaluable("validation", validation)
     shape = check_fits(model, batches, prune_config)
     folder = None if folder is None else Path(folder)
     if folder is not None and distributed.rank() == 0:
@@ -102,6 +107,7 @@ def search(
         return run.run(metadata or {})
 
 
+@checks_types
 def check_fits(model: nn.Module, batches: Batches, config: PruneConfig) -> tuple[int, ...] | None:
     """Check that a search can prune a model, before anything is trained or written; `search` does so itself.
 

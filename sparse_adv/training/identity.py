@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
@@ -33,8 +34,12 @@ _SAMPLES = 64
 _ELEMENTS = 4096
 """Evenly spaced elements of a long attribute that are read for a digest."""
 
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+
 _in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 """Models in training, or whose training was interrupted, and the folder of the run."""
+_moved: WeakKeyDictionary[nn.Module, dict[tuple[str, str], bytes]] = WeakKeyDictionary()
+"""Attributes of modules that training in this process has changed, such as counters, and what they were before it."""
 
 
 class Identity(TypedDict):
@@ -136,7 +141,9 @@ def warn_of_changes(folder: Path, before: Environment, now: Environment) -> None
 def network_digest(model: nn.Module, with_masks: bool = True) -> str:
     """Return the digest of what a model is: its modules and their attributes, shapes and dtypes, and its masks.
 
-    Attributes are numbers, text, tensors, arrays and sequences of these, whose names do not begin with "_".
+    Attributes are numbers, text, functions (by name), tensors, arrays and sequences of these, whose names do not begin
+    with "_". Those that
+    training in this process has changed, such as a counter of forward passes, count with the value before it.
 
     Args:
         model: any module.
@@ -156,7 +163,8 @@ def network_digest(model: nn.Module, with_masks: bool = True) -> str:
             described = re.sub(r", density=[^,]*", "", described)
         frozen = [key for key, parameter in module.named_parameters(recurse=False) if not parameter.requires_grad]
         digest.update(repr((name, type(module).__qualname__, described, frozen)).encode())
-        _add_attributes(digest, module, str)
+    for names, attribute in sorted((_attributes(model) | _moved.get(model, {})).items()):
+        digest.update(repr(names).encode() + attribute)
     digest.update(repr(frozen_modules(model)).encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
@@ -183,9 +191,10 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
     """Return the digest of images and labels, or of batches of them.
 
     A `Split`, `data.Batches` and a list are read as a whole (about a second per gigabyte). Of a DataLoader with a
-    data set that has a length, 64 evenly spaced samples are read, with the number of all, under fixed random numbers,
-    and the attributes of its sampler. Of anything else the number of batches and the attributes count: numbers,
-    tensors, arrays, ranges and sequences of these, but `epoch` and those whose names begin with "_".
+    data set that has a length, 64 evenly spaced samples are read and collated, each alone, with the number of all,
+    under fixed random numbers, and the attributes of its sampler. Of anything else the number of batches and the
+    attributes count: numbers, tensors, arrays, ranges and sequences of these, but `epoch` and those whose names begin
+    with "_".
 
     Args:
         images: what is trained on, or validated with; None has the digest None.
@@ -212,7 +221,8 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
         step = max(1, count // _SAMPLES)
         with seeded(seed):
             for index in range(0, count, step):
-                _add(digest, dataset[index])
+                sample = dataset[index]
+                _add(digest, images.collate_fn([sample] if images.batch_sampler is not None else sample))
     elif isinstance(images, Sequence):  # a Split, too
         _add(digest, images)
     else:
@@ -227,7 +237,13 @@ def training_of(model: nn.Module, folder: Path | None) -> Iterator[None]:
     outer = _in_training.get(model)
     if folder is not None:
         _in_training[model] = folder.resolve()
-    yield
+    before = _attributes(model)
+    try:
+        yield
+    finally:
+        after = _attributes(model)
+        moved = {name: value for name, value in before.items() if after.get(name, value) != value}
+        _moved[model] = moved | _moved.get(model, {})
     _in_training.pop(model, None)
     if outer is not None:
         _in_training[model] = outer
@@ -246,8 +262,26 @@ def _length(images: Any) -> int:
     return len(images) if hasattr(images, "__len__") else 0
 
 
-def _add_attributes(digest: Any, owner: Any, *others: type) -> None:
-    """Add the plain attributes of an object, and those of other types."""
+def _attributes(model: nn.Module) -> dict[tuple[str, str], bytes]:
+    """The digest of each plain attribute and text of a model's modules, by the names of module and attribute."""
+    digests = {}
+    for name, module in model.named_modules():
+        for attribute, value in _plain_attributes(module, str, *_FUNCTIONS):
+            digest = hashlib.sha256()
+            _add(digest, value)
+            digests[name, attribute] = digest.digest()
+    return digests
+
+
+def _add_attributes(digest: Any, owner: Any) -> None:
+    """Add the plain attributes of an object."""
+    for name, value in _plain_attributes(owner):
+        digest.update(name.encode())
+        _add(digest, value)
+
+
+def _plain_attributes(owner: Any, *others: type) -> Iterator[tuple[str, Any]]:
+    """The plain attributes of an object, and those of other types; of long ones some of the elements."""
     plain = (bool, int, float, range, Tensor, np.ndarray, *others)
     for name, value in sorted(getattr(owner, "__dict__", {}).items()):
         if name[0] == "_" or name in ("training", "epoch"):
@@ -256,8 +290,7 @@ def _add_attributes(digest: Any, owner: Any, *others: type) -> None:
             value = value[:: max(1, len(value) // _ELEMENTS)]
         parts = value if isinstance(value, list | tuple) else [value]
         if all(isinstance(part, plain) for part in parts):
-            digest.update(name.encode())
-            _add(digest, value)
+            yield name, value
 
 
 def _add(digest: Any, value: Any) -> None:
@@ -273,6 +306,8 @@ def _add(digest: Any, value: Any) -> None:
             _add(digest, item)
     elif hasattr(value, "tobytes"):
         digest.update(value.tobytes())
+    elif isinstance(value, _FUNCTIONS):
+        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
     elif value is None or isinstance(value, bool | int | float | str | bytes | range):
         digest.update(repr(value).encode())
     else:

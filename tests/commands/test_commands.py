@@ -157,6 +157,7 @@ def test_evaluate_takes_from_the_run_what_it_is_not_told(trained, tmp_path, caps
     assert all(settings.items() >= {**ball, "seed": 7, "alpha": None}.items() for settings in pgd) and len(pgd) == 2
     seen.clear()
     flags = {"norm": "linf", "eps": 0.1, "seed": 5, "limit": 120, "validation": 30.0, "data": "digits"}
+    flags |= {"split": "train"}
     assert (
         main(["evaluate", str(folder), *[text for name, value in flags.items() for text in (f"--{name}", f"{value}")]])
         == 0
@@ -179,6 +180,8 @@ def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
     for flag in ("--alpha", "--steps", "--restarts"):
         message = refused(capsys, "evaluate", str(tmp_path / "a.pt"), "--attack", "autoattack", flag, "1")
         assert f"{flag} is for --attack bound, got --attack autoattack" in message
+    for flag in ("--limit", "--validation"):
+        assert f"{flag} divides the training images" in refused(capsys, "evaluate", str(tmp_path / "a.pt"), flag, "50")
 
 
 @pytest.mark.parametrize(("flag", "mean"), [("mnist", 0.1307), ("none", 0.0)])
@@ -315,6 +318,7 @@ def test_a_runs_own_config_continues_it(trained, capsys):
         ("objective: fgms\n", f"objective must be one of {', '.join(OBJECTIVES)}, got 'fgms'"),
         ("- epochs\n", "run.yaml must be a YAML mapping from options to values"),
         ("", "run.yaml must be a YAML mapping from options to values"),
+        ("\n".join(f"k{i}: 1" for i in range(600)), "must have at most 500 values"),
         ("epochs: [1\n", "run.yaml is not YAML"),
     ],
 )

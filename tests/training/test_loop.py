@@ -160,6 +160,29 @@ def test_a_loss_that_is_not_finite_ends_the_run():
         training.train(network(), batches(), replace(QUICK, lr=1e30))
 
 
+class Poisoned(torch.nn.Sequential):
+    """Its last backward pass of two epochs gives the weights before it NaN."""
+
+    passes = 0
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            self.passes += 1
+            if self.passes == 6:
+                x = x.detach().requires_grad_()
+                logits = super().forward(x)
+                logits.register_hook(lambda gradient: gradient * torch.nan)
+                return logits
+        return super().forward(x)
+
+
+def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path):
+    config = replace(QUICK, epochs=2, engine=False)
+    with pytest.raises(FloatingPointError, match="diverged in epoch 2: weights are not finite"):
+        training.train(Poisoned(*network()), batches(), config, folder=tmp_path)
+    assert all(tensor.isfinite().all() for tensor in checkpoint.read_weights(tmp_path / runs.LAST)[0].values())
+
+
 class Watched:
     """Batches that are yielded inside a context, except the first of the run: an epoch without its start and end."""
 

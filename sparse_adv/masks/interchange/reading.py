@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.algebra import density as density_of
 from sparse_adv.masks.interchange.containers import is_npy, read_npy_list, read_tensors, safetensors_metadata
 from sparse_adv.masks.interchange.formats import (
@@ -38,6 +39,7 @@ _LISTED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 """The layers for which ticket_robust's list of masks has an entry."""
 
 
+@checks_types
 def from_state_dict(
     state_dict: Mapping[str, Any], format: str | None = None, density: GivenDensity = None, dense: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -68,6 +70,7 @@ def from_state_dict(
     return _apply_masks(_split(state, format, density, dense)[1])
 
 
+@checks_types
 def load_pruned(
     path: str | os.PathLike[str],
     mask_path: str | os.PathLike[str] | None = None,
@@ -125,6 +128,9 @@ def load_pruned(
     """
     path = Path(path)
     if format == "ticket" or (format is None and safetensors_metadata(path).get("format") == TICKET_FORMAT):
+        for argument, value in (("mask_path", mask_path), ("density", density)):
+            if value is not None:
+                raise ValueError(f"{argument} is not for a ticket, which has its own masks: {str(path)!r}")
         ticket = load_ticket(path)
         source = {"format": "ticket", "file": str(path)}
         ticket = Ticket(ticket.masks, ticket.state_dict, source | ticket.provenance)
@@ -149,6 +155,8 @@ def _load(
             name, split = "mask_list", DividedState(_require_dense(state), {})
         else:
             name, split = "open_lth", DividedState(_require_dense(state), _open_lth_masks(mask_file))
+        if mask_file is not None:
+            _check_density(name, density)
         if model is not None:
             split = _restore_prefix(split, prefixes, model)
         if isinstance(mask_file, list):
@@ -161,14 +169,14 @@ def _load(
 
 def _find_state(checkpoint: object) -> StateDict:
     """Return the tensors of a state dict, which may be nested in a checkpoint."""
-    seen: list[object] = []
+    seen: set[int] = set()
     while isinstance(checkpoint, Mapping):
         key = next((key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
         if key is None:
             break
-        seen.append(checkpoint)
+        seen.add(id(checkpoint))
         checkpoint = checkpoint[key]
-        if any(checkpoint is outer for outer in seen):
+        if id(checkpoint) in seen:
             raise ValueError(f"{key!r} of the checkpoint contains itself")
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"there is no state dict, but a {type(checkpoint).__name__}")
@@ -185,7 +193,13 @@ def _check_plain(key: str, value: Tensor) -> None:
     if any("\ud800" <= character <= "\udfff" for character in key):
         raise ValueError(f"{key!a} is no text")
     kind = "sparse" if value.layout != torch.strided else "quantised" if value.is_quantized else None
+    kind = "nested" if value.is_nested else kind
     kind = "on the meta device" if value.is_meta else "complex" if value.is_complex() else kind
+    if kind is None:
+        try:
+            value.new_empty(1) != 0  # noqa: B015
+        except (RuntimeError, NotImplementedError):  # numbers of less than a byte
+            kind = f"of dtype {value.dtype}"
     if kind is not None:
         raise ValueError(f"{key!r} is {kind}: only dense tensors of real numbers can be read")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -217,6 +231,7 @@ def _split(
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     name = format or recognise(state)
+    _check_density(name, density)
     split = FORMATS[name].split(state, density)
     if format is None and name == "zeros" and split.masks:
         zeros = sum(int((mask == 0).sum()) for mask in split.masks.values())
@@ -233,6 +248,12 @@ def _split(
         missing = f"no masks of the format {format!r}" if format else "no masks, and no zeros that could be masks"
         raise ValueError(f"there are {missing} among {len(state)} tensors")
     return name, split
+
+
+def _check_density(format: str, density: GivenDensity) -> None:
+    """Raise ValueError if a density is given for a format that has masks and not scores."""
+    if density is not None and format != "popup_scores":
+        raise ValueError(f"density is for the format 'popup_scores', got the format {format!r}")
 
 
 def _require_dense(state: StateDict) -> StateDict:

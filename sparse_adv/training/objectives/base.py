@@ -52,8 +52,6 @@ class Natural:
     """Number of updates on each batch."""
     has_loss_of_one_batch: ClassVar[bool] = True
     """Whether the loss of a batch needs nothing of the batches before it."""
-    multi_step: ClassVar[bool] = False
-    """Whether its attack has several steps, as that of PGD training."""
 
     def __init__(self, config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
         self.config, self.check, self.graphs = config, check, graphs
