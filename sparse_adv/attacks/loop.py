@@ -163,13 +163,13 @@ class PGDLoop:
             adv, images, labels, ball = adv[index], images[index], labels[index], ball.of(index)
             alpha = alpha[index] if isinstance(alpha, Tensor) else alpha
         result = adv.clone() if options.early_stop else adv
-        standing = torch.arange(len(images), device=images.device)
+        robust = torch.arange(len(images), device=images.device)
         compacts = options.early_stop and self._compacts(images)
         for _ in range(options.steps):
             grad = gradients.gradient(adv, loss)
             if compacts and fooled is not None and fooled.any():
-                result[standing[fooled]] = adv[fooled]
-                standing, adv, grad, images, labels = (t[~fooled] for t in (standing, adv, grad, images, labels))
+                result[robust[fooled]] = adv[fooled]
+                robust, adv, grad, images, labels = (t[~fooled] for t in (robust, adv, grad, images, labels))
                 if not len(adv):
                     return result
                 ball, alpha = ball.of(~fooled), alpha[~fooled] if isinstance(alpha, Tensor) else alpha
@@ -178,7 +178,7 @@ class PGDLoop:
             adv = moved if fooled is None else adv.where(per_image(fooled, images), moved)
         if len(adv) == len(result):
             return adv
-        result[standing] = adv
+        result[robust] = adv
         return result
 
     def _compacts(self, images: Tensor) -> bool:

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv import ops
-from sparse_adv.engine.kernels import Convolution, Epilogue, Kernels, Place
+from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.winograd import sparse_is_faster, winograd_tile
+from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedConv2d
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step
 
 
-class CpuKernels(Kernels):
+class CpuKernels(DeviceKernels):
     """Kernels that write into planned memory, with one bit per element of a ReLU's output as its gate."""
 
     def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor:
@@ -113,7 +114,7 @@ class WinogradConvolution(Convolution):
     """A dense 3 x 3 convolution that multiplies 2.25 or 4 times less than oneDNN, see `ops.winograd_conv2d_out`."""
 
     def __init__(
-        self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: Kernels, tile: int
+        self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: DeviceKernels, tile: int
     ) -> None:
         self.tile = tile
         super().__init__(layer, norm, shape, kernels)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import threading
-import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from sparse_adv.engine.model_state import detached_copy, has_hooks, state_of
-from sparse_adv.engine.random_state import KeptGenerators
+from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss
+from sparse_adv.engine.model_state import has_hooks, state_of
+from sparse_adv.engine.state_cache import StateCache
 from sparse_adv.engine.steps import operation_of
 from sparse_adv.engine.tracing import NotTraceable, graph_of, is_relu, is_sum, module_of
 from sparse_adv.engine.winograd import TrainedConvolution, is_plain_convolution
@@ -23,16 +22,12 @@ from sparse_adv.ops.transforms import is_transformed
 
 log = logging.getLogger(__name__)
 
-CAPACITY = 4
-"""Graphs that are kept of each model, for different modes and dtypes."""
-
 _CHECKED_IMAGES = 4
 _TOLERANCE = 1e-6
 """Greatest relative error of the gradients in float64."""
 
-_made: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, TrainingGraph | str]] = weakref.WeakKeyDictionary()
-"""For each model and each of its states the graph, or the reason why there is none."""
-_lock = threading.Lock()
+_graphs: StateCache[TrainingGraph | str] = StateCache(capacity=4)
+"""For each model, in different modes and dtypes, the graph or the reason why there is none."""
 
 
 class RunningStatistics:
@@ -169,18 +164,14 @@ def graph_for_training(model: nn.Module, x: Tensor) -> TrainingGraph | str:
         return "the op is for floating point images on a CPU or on CUDA"
     if device == "cuda" and not has_triton():
         return "on CUDA the op needs Triton"
-    key = state_of(model, x)
-    with _lock:
-        graphs = _made.setdefault(model, {})
-        made = graphs.pop(key, None)
-        if made is None:
-            made = _make(model, x)
-            if isinstance(made, str):
-                log.info("training of this %s is not fused: %s", type(model).__name__, made)
-        graphs[key] = made  # now the last one
-        while len(graphs) > CAPACITY:
-            del graphs[next(iter(graphs))]
-    return made
+
+    def make() -> TrainingGraph | str:
+        made = _make(model, x)
+        if isinstance(made, str):
+            log.info("training of this %s is not fused: %s", type(model).__name__, made)
+        return made
+
+    return _graphs.find(model, state_of(model, x), make)
 
 
 def _make(model: nn.Module, x: Tensor) -> TrainingGraph | str:
@@ -255,33 +246,21 @@ def _is_fusible(norm: nn.BatchNorm2d) -> bool:
 
 
 def _check(model: nn.Module, x: Tensor) -> None:
-    """Raise NotTraceable if the fused graph of a copy in float64 does not do what the copy does.
-
-    This finds code that a trace does not show: gradients that are stopped, numbers that were drawn during the trace.
-    """
+    """Raise NotTraceable if the fused graph of a model does not give its results, gradients and buffers."""
 
     def results(copied: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
         images = x.double().requires_grad_()
         logits = run(images)
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         leaves = [images, *(parameter for parameter in copied.parameters() if parameter.requires_grad)]
-        gradients = torch.autograd.grad(
-            (logits * weights.to(x.device) + logits.square() / 2).sum(), leaves, allow_unused=True
-        )
+        gradients = torch.autograd.grad(quadratic_loss(logits), leaves, allow_unused=True)
         states = [buffer.double() for buffer in copied.buffers()]
         return [logits.detach(), *(g if g is not None else x.new_zeros(1) for g in gradients), *states]
 
-    # The random numbers drawn here must not change those that the model draws later.
-    with KeptGenerators(x.device) as generators, torch.autocast(x.device.type, enabled=False), torch.enable_grad():
-        try:
-            first, second = detached_copy(model).double(), detached_copy(model).double()
-            actual = results(first, TrainingGraph(first))
-            generators.rewind()
-            expected = results(second, second)
-        except NotTraceable:
-            raise
-        except Exception as error:  # of the model's own code
-            raise NotTraceable(f"it cannot be compared in float64: {str(error).partition(chr(10))[0]}") from error
+    with comparing(x.device) as generators, torch.enable_grad():
+        first, second = double_copy(model), double_copy(model)
+        actual = results(first, TrainingGraph(first))
+        generators.rewind()
+        expected = results(second, second)
     for a, b in zip(actual, expected, strict=True):
         scale = max(float(b.norm()), 1e-6 * float(expected[0].norm()))
         if a.shape != b.shape or not float((a - b).norm()) <= _TOLERANCE * max(scale, 1e-300):

@@ -44,6 +44,7 @@ def test_the_warm_up_is_linear_and_keeps_milestones():
         (TrainConfig, "epochs", 0),
         (TrainConfig, "epochs", True),
         (TrainConfig, "seed", 1 << 63),
+        (TrainConfig, "eps", 8),
         (TrainConfig, "weight_decay", 1e39),
         (TrainConfig, "steps", 0),
         (TrainConfig, "replays", 1.5),

@@ -33,7 +33,7 @@ class Passes(NamedTuple):
     """How many of them form the gradients of pruned weights too."""
 
 
-class AttackOptions(CommonOptions):
+class CraftingOptions(CommonOptions):
     """The options that all attacks of objectives have in common."""
 
     eps: float
@@ -55,8 +55,6 @@ class Natural:
     """Number of updates on each batch."""
     has_loss_of_one_batch: ClassVar[bool] = True
     """Whether the loss of a batch needs nothing of the batches before it."""
-    multi_step: ClassVar[bool] = False
-    """Whether its attack has several steps, as that of PGD training."""
 
     def __init__(self, config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
         self.config, self.check, self.graphs = config, check, graphs
@@ -108,7 +106,7 @@ class Natural:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from this state."""
 
-    def _options(self, noise: Noise) -> AttackOptions:
+    def _options(self, noise: Noise) -> CraftingOptions:
         return {
             "eps": self.config.eps,
             "alpha": self.config.step_size,

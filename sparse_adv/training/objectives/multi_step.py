@@ -17,8 +17,6 @@ class PGD(Natural):
     AutoAttack 50.49 %, 7,027 s.
     """
 
-    multi_step = True
-
     @property
     def passes(self) -> Passes:
         return Passes(self.config.steps, self.config.steps)
@@ -32,8 +30,6 @@ class PGD(Natural):
 
 class TRADES(Natural):
     """loss = CE(f(x), y) + beta KL(p(x) || p(adv)), adv maximising the divergence (Zhang et al. 2019, equation 5)."""
-
-    multi_step = True
 
     @property
     def passes(self) -> Passes:
