@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ Images = Split | Iterable[tuple[Tensor, Tensor]]
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-class Accuracy(NamedTuple):
+@dataclass(frozen=True)
+class Accuracy:
     """An accuracy, and the passes through the network that it took to measure it."""
 
     fraction: float
@@ -38,6 +39,8 @@ class Accuracy(NamedTuple):
     """Backward passes down to the image, counted per image."""
     loss: float | None = None
     """Mean cross-entropy under attack, where it was asked for."""
+    robust: Tensor | None = field(default=None, repr=False, compare=False)
+    """Whether each image of this process was classified correctly, clean and under all attacks; bool [N]."""
 
 
 def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> Accuracy:
@@ -80,6 +83,7 @@ def robust_accuracy(
     graphs: attacks.Graphs | None = None,
     engine: bool = True,
     every_image: bool = False,
+    among: Tensor | None = None,
 ) -> Accuracy:
     """Measure the fraction of images that the model classifies correctly clean and after each of several PGD attacks.
 
@@ -101,6 +105,8 @@ def robust_accuracy(
         engine: as in `attacks.pgd`. The predictions that count are those of the model itself.
         every_image: attack images that are misclassified already too, and measure the mean over all images of the
             cross-entropy under attack, for each image the largest of the restarts.
+        among: the images that other attacks left robust, `Accuracy.robust` of theirs: only these can count as robust,
+            so that the accuracy is that under all of the attacks together. None for all images.
 
     Returns:
         The accuracy over the images of all processes, and the passes that it took.
@@ -134,7 +140,7 @@ def robust_accuracy(
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return attacks.pgd(model, x, y, eps=eps, alpha=size, steps=steps, norm=norm, **options)
 
-    return _accuracy(model, images, batch_size, [attack] * restarts, steps, every_image)
+    return _accuracy(model, images, batch_size, [attack] * restarts, steps, every_image, among)
 
 
 def fgsm_accuracy(
@@ -194,12 +200,14 @@ def _accuracy(
     tries: Sequence[Attack],
     steps: int = 1,
     every_image: bool = False,
+    among: Tensor | None = None,
 ) -> Accuracy:
     device = model_device(model)
     at_once = reads_at_once(device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     count = forward = backward = 0
+    standing = [torch.ones(0, dtype=torch.bool, device=device)]
     validator = InputValidator(deferred=not at_once)
     with bn_mode(model, "eval"):
         for x, y in as_batches(images, batch_size):
@@ -207,6 +215,10 @@ def _accuracy(
             logits = _logits(model, x)
             classes = count_classes(logits, len(y))
             robust = is_correct(logits, y)  # robust under all attacks so far
+            if among is not None and len(rows := among[count : count + len(y)]) == len(y):
+                robust = robust & rows.to(device)
+            places = torch.arange(len(y), device=device)
+            standing.append(torch.zeros_like(robust))
             count += len(y)
             forward += len(y)
             if tries:
@@ -214,7 +226,7 @@ def _accuracy(
             losses = torch.zeros(len(y), device=device)
             for attack in tries:
                 if at_once and not every_image:
-                    x, y, robust = x[robust], y[robust], robust[robust]
+                    x, y, places, robust = x[robust], y[robust], places[robust], robust[robust]
                     if not len(y):
                         break
                 logits = _logits(model, attack(model, x, y))
@@ -225,7 +237,10 @@ def _accuracy(
                 backward += steps * len(y)
             loss_sum += losses.sum()
             correct += robust.sum()
+            standing[-1][places] = robust
     validator.raise_deferred()
+    if among is not None and len(among) != count:
+        raise ValueError(f"among must have one value for each of {count} images, got {len(among)}")
     totals = distributed.all_reduce_sum(
         [float(correct), float(count), float(forward), float(backward), float(loss_sum)], device
     )
@@ -233,7 +248,7 @@ def _accuracy(
         raise ValueError("images must hold at least one image to measure an accuracy, got none")
     loss = totals[4] / totals[1] if every_image else None
     forward, backward = int(totals[2]), int(totals[3])
-    return Accuracy(totals[0] / totals[1], int(totals[1]), forward, backward, loss)
+    return Accuracy(totals[0] / totals[1], int(totals[1]), forward, backward, loss, torch.cat(standing))
 
 
 @torch.no_grad()
