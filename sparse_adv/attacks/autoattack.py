@@ -26,7 +26,7 @@ from sparse_adv.attacks.checks import (
     int64_labels,
     is_correct,
 )
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.engine import input_gradients
@@ -327,7 +327,11 @@ class AutoAttack:
 
         All are on the CPU.
         """
-        with torch.no_grad(), bn_mode(self.module, "eval"), input_gradients(self.module, adv, self.engine) as searched:
+        with (
+            torch.no_grad(),
+            in_mode(self.module, "eval") as model,
+            input_gradients(model, adv, self.engine) as searched,
+        ):
             claimed = ~is_correct(searched.logits(adv), y)
         inside = into_ball(adv, x, ball)
         logits = self._logits(inside)
@@ -337,8 +341,8 @@ class AutoAttack:
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:
         """What the model itself returns, without the engine and without autocast."""
-        with bn_mode(self.module, "eval"), torch.autocast(x.device.type, enabled=False):
-            return self.module(x)
+        with in_mode(self.module, "eval") as model, torch.autocast(x.device.type, enabled=False):
+            return model(x)
 
     def _batches(self, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in zip(images.split(size), labels.split(size), strict=True):

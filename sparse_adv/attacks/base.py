@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_names
 from sparse_adv.files import check_writable, replacing
 from sparse_adv.ops.arguments import check_floating
@@ -237,8 +237,8 @@ class Attack(ABC):
     @torch.no_grad()
     def _logits(self, images: Tensor) -> Tensor:
         module, _ = as_module(self.model)
-        with bn_mode(module, "eval"):
-            return module(images)
+        with in_mode(module, "eval") as model:
+            return model(images)
 
     def _labels_or_predictions(self, images: Tensor, labels: Tensor | None) -> Tensor:
         return self._logits(images).argmax(1) if labels is None else int64_labels(labels)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import Ball, Values, ball_around
 from sparse_adv.attacks.checks import Model, as_module, count_classes, is_correct
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.modes import in_mode
 from sparse_adv.engine import Autograd
 
 _TOO_MANY = 0.1
@@ -65,8 +65,8 @@ def signs_of_masking(
     module, _ = as_module(model)
     ball = None if eps is None else ball_around(images, eps, norm, lo, hi)
     found = []
-    with torch.inference_mode(False), bn_mode(module, "eval"):
-        reference = Autograd(module)
+    with torch.inference_mode(False), in_mode(module, "eval") as model:
+        reference = Autograd(model)
         images, labels = images.detach().clone(), labels.detach().clone()
         logits, again = reference.logits(images), reference.logits(images)
         count_classes(logits, len(images))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_adv import attacks
 from sparse_adv.attacks.ball import check_radius
 from sparse_adv.attacks.checks import InputValidator, count_classes, is_correct
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
@@ -209,7 +209,7 @@ def _accuracy(
     count = forward = backward = 0
     standing = [torch.ones(0, dtype=torch.bool, device=device)]
     validator = InputValidator(deferred=not at_once)
-    with bn_mode(model, "eval"):
+    with in_mode(model, "eval") as model:
         for x, y in as_batches(images, batch_size):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)
