@@ -13,12 +13,14 @@ import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from sparse_adv.engine.model_state import HOOKS, has_hooks
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -26,9 +28,21 @@ from sparse_adv.nn.masked_layer import MaskedLayer
 Flags = dict[str, bool]
 """Values of flags of a module."""
 
+
+@dataclass(frozen=True)
+class TrainingMode:
+    """All modules in training mode, but BatchNorm and dropout only if asked for; running statistics stay."""
+
+    batch_norm: bool
+    dropout: bool
+
+
+Mode = str | TrainingMode
+"""A mode of `bn_mode`, or of training."""
+
 _FLAGS = frozenset(["training", "track_running_stats"])
 
-_twins: weakref.WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = weakref.WeakKeyDictionary()
+_twins: weakref.WeakKeyDictionary[nn.Module, dict[Mode, nn.Module]] = weakref.WeakKeyDictionary()
 """For each model and mode the twin; the engine keeps programs by model, so it must be the same one again."""
 _lock = threading.Lock()
 
@@ -42,14 +56,15 @@ _DEEPEST = 4
 
 
 @contextmanager
-def bn_mode(model: nn.Module, mode: str) -> Iterator[None]:
+def bn_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Put a model in eval mode, except for its BatchNorm layers, and restore all flags at the end.
 
     Args:
         model: any model.
         mode: mode of BatchNorm layers: "eval" uses the running statistics, "train" the statistics of the batch and
             updates the running ones, "batch" the statistics of the batch without updating the running ones. A layer in
-            eval mode in a model in training mode was frozen on purpose and uses its running statistics in each.
+            eval mode in a model in training mode was frozen on purpose and uses its running statistics in each. Or a
+            `TrainingMode`.
     """
     # Flags are set module by module: model.train() at the end would unfreeze layers frozen in eval mode. Those that
     # need no change are not written: another thread may change them meanwhile.
@@ -69,7 +84,7 @@ def bn_mode(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 @contextmanager
-def in_mode(model: nn.Module, mode: str) -> Iterator[nn.Module]:
+def in_mode(model: nn.Module, mode: Mode) -> Iterator[nn.Module]:
     """A context whose value computes what the model does in a mode of `bn_mode`: the model itself, or a twin.
 
     The model's flags are changed, as by `bn_mode`, only if a twin might compute something else: if modules have hooks,
@@ -95,18 +110,23 @@ def in_mode(model: nn.Module, mode: str) -> Iterator[nn.Module]:
                 _twins.pop(model, None)
 
 
-def _wanted(model: nn.Module, mode: str) -> list[tuple[nn.Module, Flags]]:
+def _wanted(model: nn.Module, mode: Mode) -> list[tuple[nn.Module, Flags]]:
     """The flags of each module in a mode."""
     was_training = model.training
     wanted = []
     for module in model.modules():
         is_norm, frozen = isinstance(module, _BatchNorm), was_training and not module.training
-        flags = {"training": mode != "eval" and is_norm and not frozen}
-        wanted.append((module, flags | {"track_running_stats": False} if is_norm and mode == "batch" else flags))
+        if isinstance(mode, TrainingMode):
+            is_dropout = isinstance(module, _DropoutNd)
+            flags = {"training": mode.batch_norm if is_norm else mode.dropout if is_dropout else True}
+        else:
+            flags = {"training": mode != "eval" and is_norm and not frozen}
+        keeps_statistics = mode == "batch" or (isinstance(mode, TrainingMode) and mode.batch_norm)
+        wanted.append((module, flags | {"track_running_stats": False} if is_norm and keeps_statistics else flags))
     return wanted
 
 
-def _twin(model: nn.Module, mode: str) -> nn.Module:
+def _twin(model: nn.Module, mode: Mode) -> nn.Module:
     """The model's twin for a mode, a new one if the model's modules were exchanged."""
     with _lock:
         twins = _twins.setdefault(model, {})

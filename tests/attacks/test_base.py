@@ -168,9 +168,6 @@ def test_what_the_objects_cannot_do_is_refused_in_one_sentence():
         torchattacks.PGD(model)(images.numpy(), labels)
     with pytest.raises(TypeError, match="unexpected keyword argument 'low'"):
         torchattacks.CW(model, low=0.0)
-    with pytest.raises(ValueError, match="in eval mode"):
-        torchattacks.PGD(model).set_model_training_mode(True, batchnorm_training=True)
-    torchattacks.PGD(model).set_model_training_mode(False, False, False)
 
 
 def test_searches_take_the_range_of_pixels():
