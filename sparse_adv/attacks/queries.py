@@ -20,6 +20,7 @@ from sparse_adv.attacks.checks import (
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.losses import Loss, loss_function, margin
 from sparse_adv.attacks.modes import in_mode
+from sparse_adv.engine.dispatch import image_gradient
 from sparse_adv.engine.program import LossOfLogits
 from sparse_adv.nn import frozen_weights
 from sparse_adv.ops.random_start import as_philox_state
@@ -61,10 +62,8 @@ class Queries:
         with torch.enable_grad(), frozen_weights(self._model):
             x = x.detach().requires_grad_()
             logits = self._checked(self._model(x))
-            gradients = [
-                torch.autograd.grad(logits[:, k].sum(), x, retain_graph=k + 1 < logits.shape[1])[0]
-                for k in range(logits.shape[1])
-            ]
+            classes = logits.shape[1]
+            gradients = [image_gradient(logits[:, k].sum(), x, retain_graph=k + 1 < classes) for k in range(classes)]
         return logits.detach(), torch.stack(gradients, 1)
 
     def _checked(self, logits: Tensor) -> Tensor:
