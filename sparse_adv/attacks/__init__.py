@@ -23,6 +23,7 @@ from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.mifgsm import MIFGSM, mifgsm
 from sparse_adv.attacks.multi_attack import MultiAttack
+from sparse_adv.attacks.noise import GN, VANILA
 from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, LossOptions
 from sparse_adv.attacks.rfgsm import RFGSM, rfgsm
 from sparse_adv.attacks.sanity import signs_of_masking
@@ -40,11 +41,13 @@ __all__ = [
     "FFGSM",
     "FGSM",
     "FMN",
+    "GN",
     "MIFGSM",
     "PGD",
     "PGDL2",
     "RFGSM",
     "TPGD",
+    "VANILA",
     "Attack",
     "AttackOptions",
     "AutoAttack",

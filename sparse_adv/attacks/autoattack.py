@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse_adv.attacks.autoattack_state import State, fingerprint, first_logits
-from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS
+from sparse_adv.attacks.autoattack_state import Result, State, fingerprint, first_logits
+from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned
 from sparse_adv.attacks.ball import Ball, Values, as_norm, check_values, into_ball
+from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
@@ -26,7 +27,7 @@ from sparse_adv.attacks.checks import (
     int64_labels,
     is_correct,
 )
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.engine import input_gradients
@@ -34,40 +35,15 @@ from sparse_adv.files import check_writable
 from sparse_adv.ops.random_start import as_philox_state
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run of `AutoAttack` found."""
-
-    name: str
-    """"AutoAttack", or what ran instead."""
-    budgets: str
-    """The attacks in their order, each with its budget."""
-    adversarial: Tensor
-    """For each image the example that was found, else the image itself."""
-    predictions: Tensor
-    """The model's class of each row of `adversarial`."""
-    standing: Tensor
-    """Whether each image is robust: classified correctly, and no adversarial example was found; bool [N]."""
-    accuracy: dict[str, float]
-    """Robust accuracy, "clean" and after each attack, in their order."""
-    undone: dict[str, int]
-    """For each attack the number of unconfirmed examples: it claimed them, and verification did not confirm them.
-
-    Their images are attacked again in float32 and without the engine.
-    """
-    signs: list[str]
-    """Signs that the number is not to be trusted, see `signs_of_masking`."""
-    seconds: float
-    """Time of the attacks; of a run that was interrupted, the sum over all processes that worked on it."""
-
-
-class AutoAttack:
+class AutoAttack(Versioned, Attack):
     """AutoAttack: APGD-CE, targeted APGD, targeted FAB and Square, each on the images that are still robust.
 
     Every example found is moved into the ball without slack, clamped to the range of pixel values and classified again
     by the model itself, without the engine and without autocast (in float32, if weights and images are); only those
     that are then misclassified count. An image with a NaN among its logits is
-    misclassified. What runs is printed with its budget. Only version "standard" is called AutoAttack.
+    misclassified. What runs is printed with its budget. Only version "standard" is called AutoAttack, and only with its
+    own settings: those of `apgd`, `apgd_targeted`, `fab` and `square` may be set, as in the authors' implementation,
+    for example `evaluator.apgd.n_restarts = 2`.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes]; a module, or a plain function.
@@ -77,8 +53,7 @@ class AutoAttack:
         version: "standard": apgd-ce (100 steps, 1 restart), apgd-t (100 steps, 9 targets), fab-t (100 steps, 9
             targets), square (5000 queries). "plus", slower and seldom stronger: apgd-ce, apgd-dlr and fab (100 steps, 5
             restarts), square, apgd-t, fab-t. "rand", for models that draw random numbers: apgd-ce and apgd-dlr, each
-            gradient averaged over 20. "custom": the attacks of `attacks_to_run`, with the budgets of "standard", and
-            one restart.
+            gradient averaged over 20. "custom": the attacks of `attacks_to_run`, with the budgets of "plus".
         n_classes: accepted for torchattacks' sake, and without effect.
         seed: of all random numbers; None to draw one from PyTorch's global generator.
         verbose: print what runs and what it found.
@@ -113,6 +88,8 @@ class AutoAttack:
         ['apgd-ce']
     """
 
+    supports_targets = False
+
     def __init__(
         self,
         model: Model,
@@ -130,38 +107,63 @@ class AutoAttack:
         device: str | torch.device | None = None,
         log_path: str | Path | None = None,
     ) -> None:
-        self.model, self.version, self.seed, self.verbose = model, version, seed, verbose
-        self.module, traceable = as_module(model)
+        super().__init__(model)
+        self.seed, self.verbose = seed, verbose
         self.ball = Ball(eps, as_norm(norm), lo, hi)
         check_values(*self.ball)
-        if version not in VERSIONS:
-            raise ValueError(f"version must be {', '.join(map(repr, VERSIONS))}, got {version!r}")
+        self.set_version(version)
         if attacks_to_run and version != "custom":
             raise ValueError(
                 f'attacks_to_run is for version "custom" only, got {list(attacks_to_run)} with {version!r}'
             )
-        self.attacks_to_run = tuple(attacks_to_run) or VERSIONS[version].attacks
-        self.engine = engine and traceable
-        self.device = torch.device(device) if device is not None else next(_tensors(self.module), torch.empty(0)).device
+        self.attacks_to_run = tuple(attacks_to_run) or VERSIONS[version]
+        self._engine = engine
+        self.device = torch.device(device) if device is not None else self.device or torch.device("cpu")
         self.log_path = None if log_path is None else Path(log_path)
         self.result: Result | None = None
         """The result of the last run; None before it."""
 
     @property
-    def attacks_to_run(self) -> tuple[str, ...]:
-        """Names of the attacks, in their order; with version "custom" they may be set after the constructor too."""
-        return self._attacks_to_run
+    def module(self) -> nn.Module:
+        """The model as a module."""
+        return as_module(self.model)[0]
 
-    @attacks_to_run.setter
-    def attacks_to_run(self, names: Sequence[str]) -> None:
-        for name in names:
-            if name not in MEMBERS:
-                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {name!r}")
-        self._attacks_to_run = tuple(names)
+    @property
+    def engine(self) -> bool:
+        """Whether the engine may form the gradients; it leaves plain functions to autograd."""
+        return self._engine and as_module(self.model)[1]
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    @property
+    def eps(self) -> Values:
+        """Radius of the ball; it may be set between two runs."""
+        return self.ball.eps
+
+    @eps.setter
+    def eps(self, eps: Values) -> None:
+        ball = self.ball._replace(eps=eps)
+        check_values(*ball)
+        self.ball = ball
+
+    def __repr__(self) -> str:
+        norm, eps, version, seed = self.ball.norm, _written(self.eps), self.version, self.seed
+        return f"AutoAttack({norm=}, eps={eps}, {version=}, attacks_to_run={self.attacks_to_run}, {seed=})"
+
+    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Attack one batch; return the examples, and the images themselves where there are none."""
-        return self.run_standard_evaluation(images, labels, bs=max(1, len(images)))
+        if not len(images):
+            return images
+        run = copy.copy(self)
+        run.model = model
+        adversarial = run.run_standard_evaluation(images, labels, bs=len(images))
+        self.result = run.result
+        return adversarial
+
+    def for_images(self, index: Tensor) -> Attack:
+        """This attack for some images of a batch, see `Attack.for_images`."""
+        attack = copy.copy(self)
+        eps = self.ball.eps
+        attack.ball = self.ball.of(index.to(eps.device) if isinstance(eps, Tensor) else index)
+        return attack
 
     def run_standard_evaluation(
         self,
@@ -192,7 +194,7 @@ class AutoAttack:
         self.result = self._run(
             self.attacks_to_run, x_orig, y_orig, bs, None if state_path is None else Path(state_path)
         )
-        return (self.result.adversarial, self.result.predictions) if return_labels else self.result.adversarial
+        return self._found(self.result, x_orig, return_labels)
 
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
@@ -209,13 +211,21 @@ class AutoAttack:
         found = {}
         for name in self.attacks_to_run:
             result = self._run((name,), x_orig, y_orig, bs, None)
-            found[name] = (result.adversarial, result.predictions) if return_labels else result.adversarial
+            self._log(f"robust accuracy by {name}: {result.accuracy[name]:.2%}")
+            self.result, found[name] = result, self._found(result, x_orig, return_labels)
         return found
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """The fraction of images that the model classifies correctly; NaN is never correct."""
-        right = [is_correct(self._logits(x), y.long()).sum() for x, y in self._batches(x_orig, y_orig, bs)]
-        return int(torch.stack(right).sum()) / len(x_orig)
+        right = [is_correct(self.get_logits(x), y.long()).sum() for x, y in self._batches(x_orig, y_orig, bs)]
+        accuracy = int(torch.stack(right).sum()) / len(x_orig)
+        self._log(f"clean accuracy {accuracy:.2%}")
+        return accuracy
+
+    def _found(self, result: Result, images: Tensor, return_labels: bool) -> Any:
+        """What a run returns, on the device of the images that it was given."""
+        adversarial, predictions = result.adversarial.to(images.device), result.predictions.to(images.device)
+        return (adversarial, predictions) if return_labels else adversarial
 
     def _run(self, names: Sequence[str], images: Tensor, labels: Tensor, batch: int, path: Path | None) -> Result:
         if not names:
@@ -228,19 +238,18 @@ class AutoAttack:
             raise ValueError("x_orig must hold at least one image, got none")
         if path is not None:
             check_writable(path)
-        version = VERSIONS[self.version]
-        full = self.version == "standard" and tuple(names) == version.attacks
+        full = self.version == "standard" and tuple(names) == VERSIONS["standard"] and self.settings == Settings()
         title = "AutoAttack" if full else f'version "{self.version}", which is not the whole AutoAttack'
         images, labels = images.detach().cpu(), labels.cpu()
         known = self._identity(names, images, labels)
         state = State.read(path, known) if path is not None and path.exists() else None
         seed = state.seed if state else int(as_philox_state(None)[0]) if self.seed is None else self.seed
-        budgets = "; ".join(map(version.budget, names))
+        budgets = "; ".join(f"{name} ({MEMBERS[name].budget(self.settings)})" for name in names)
         self._log(
             f"{title}: {budgets}; {self.ball.norm}, eps {_written(self.ball.eps)}, {len(images)} images, seed {seed}"
         )
         first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
-        logits = self._logits(first)
+        logits = self.get_logits(first)
         check_label_range(label_range, count_classes(logits, len(first)))
         ball = self.ball.of(torch.arange(len(first)))._asdict()
         signs = signs_of_masking(self.model, first, truth, **ball)
@@ -276,7 +285,7 @@ class AutoAttack:
         )
 
     def _initial(self, images: Tensor, labels: Tensor, batch: int, seed: int, known: str) -> State:
-        logits = torch.cat([self._logits(x).cpu() for x, _ in self._batches(images, labels, batch)])
+        logits = torch.cat([self.get_logits(x).cpu() for x, _ in self._batches(images, labels, batch)])
         standing = is_correct(logits, labels)
         accuracy = {"clean": standing.double().mean().item()}
         none = torch.zeros_like(standing)
@@ -294,7 +303,7 @@ class AutoAttack:
             # A generator for each batch and attack, so that an interrupted run draws the same numbers again.
             own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
             noise = torch.Generator().manual_seed(own_seed % 2**63)
-            attack = partial(MEMBERS[name].attack, self.model, generator=noise, **VERSIONS[self.version].options(name))
+            attack = partial(MEMBERS[name].attack, self.model, generator=noise, **MEMBERS[name].options(self.settings))
             left = index
             # An unconfirmed example has ended the search for its image. So the image is attacked again without autocast
             # and without the engine, which round differently.
@@ -327,18 +336,22 @@ class AutoAttack:
 
         All are on the CPU.
         """
-        with torch.no_grad(), bn_mode(self.module, "eval"), input_gradients(self.module, adv, self.engine) as searched:
+        with (
+            torch.no_grad(),
+            in_mode(self.module, "eval") as model,
+            input_gradients(model, adv, self.engine) as searched,
+        ):
             claimed = ~is_correct(searched.logits(adv), y)
         inside = into_ball(adv, x, ball)
-        logits = self._logits(inside)
+        logits = self.get_logits(inside)
         fallen = ~is_correct(logits, y)
         return inside.cpu(), fallen.cpu(), logits.argmax(1).cpu(), claimed.cpu()
 
     @torch.no_grad()
-    def _logits(self, x: Tensor) -> Tensor:
+    def get_logits(self, x: Tensor) -> Tensor:
         """What the model itself returns, without the engine and without autocast."""
-        with bn_mode(self.module, "eval"), torch.autocast(x.device.type, enabled=False):
-            return self.module(x)
+        with in_mode(self.module, "eval") as model, torch.autocast(x.device.type, enabled=False):
+            return model(x)
 
     def _batches(self, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in zip(images.split(size), labels.split(size), strict=True):
@@ -347,7 +360,8 @@ class AutoAttack:
     def _identity(self, names: Sequence[str], images: Tensor, labels: Tensor) -> str:
         ball = tuple("tensor" if isinstance(value, Tensor) else value for value in self.ball)
         own = [value for value in self.ball if isinstance(value, Tensor)]
-        options = repr((self.version, tuple(names), ball, self.seed))
+        budgets = [MEMBERS[name].options(self.settings) for name in names]
+        options = repr((self.version, tuple(names), budgets, ball, self.seed))
         return fingerprint(options, [images, labels, *own, *_tensors(self.module)])
 
     def _log(self, text: str) -> None:

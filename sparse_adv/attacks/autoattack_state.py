@@ -1,4 +1,4 @@
-"""The progress of a run of AutoAttack, as a safetensors file from which it can continue."""
+"""The progress of a run of AutoAttack, as a safetensors file from which it can continue, and its result."""
 
 from __future__ import annotations
 
@@ -70,6 +70,33 @@ class State:
         if known != fingerprint:
             raise ValueError(f"state_path {path} is of another model, other images or other options: name another file")
         return cls(known, seed, accuracy=accuracy, undone=undone, seconds=seconds, **tensors)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of `AutoAttack` found."""
+
+    name: str
+    """"AutoAttack", or what ran instead."""
+    budgets: str
+    """The attacks in their order, each with its budget."""
+    adversarial: Tensor
+    """For each image the example that was found, else the image itself."""
+    predictions: Tensor
+    """The model's class of each row of `adversarial`."""
+    standing: Tensor
+    """Whether each image is robust: classified correctly, and no adversarial example was found; bool [N]."""
+    accuracy: dict[str, float]
+    """Robust accuracy, "clean" and after each attack, in their order."""
+    undone: dict[str, int]
+    """For each attack the number of unconfirmed examples: it claimed them, and verification did not confirm them.
+
+    Their images are attacked again in float32 and without the engine.
+    """
+    signs: list[str]
+    """Signs that the number is not to be trusted, see `signs_of_masking`."""
+    seconds: float
+    """Time of the attacks; of a run that was interrupted, the sum over all processes that worked on it."""
 
 
 def first_logits(logits: Tensor) -> Tensor:

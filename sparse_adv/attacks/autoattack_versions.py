@@ -2,59 +2,196 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.fab import fab, fab_t
+from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.square import square
+from sparse_adv.ops.arguments import check_number
+
+_RANGES = {"rho": (0, 1), "alpha_max": (0, 1), "eta": (1, float("inf")), "beta": (0, 1), "p_init": (0, 1)}
+
+
+class _Checked:
+    """Settings that are checked when they are set; only those that exist can be set."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("n_") or name == "eot_iter":
+            check_count(name, value, least=1)
+        elif name in _RANGES:
+            check_number(name, value)
+            low, high = _RANGES[name]
+            if not low <= value <= high:
+                raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+        object.__setattr__(self, name, value)
+
+
+@dataclass(slots=True)
+class APGDSettings(_Checked):
+    """Settings of apgd-ce and apgd-dlr, by the reference's names; `attacks.apgd` documents them."""
+
+    n_restarts: int = 1
+    n_iter: int = 100
+    eot_iter: int = 1
+    rho: float = 0.75
+
+
+@dataclass(slots=True)
+class TargetedAPGDSettings(APGDSettings):
+    """Settings of apgd-t."""
+
+    n_target_classes: int = 9
+
+
+@dataclass(slots=True)
+class FABSettings(_Checked):
+    """Settings of fab and fab-t, which has one start whatever n_restarts; `attacks.fab` documents them."""
+
+    n_restarts: int = 1
+    n_iter: int = 100
+    n_target_classes: int = 9
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+
+
+@dataclass(slots=True)
+class SquareSettings(_Checked):
+    """Settings of square; `attacks.square` documents them."""
+
+    n_queries: int = 5000
+    n_restarts: int = 1
+    p_init: float = 0.8
+    resc_schedule: bool = False
+
+
+@dataclass(slots=True)
+class Settings:
+    """The settings of all attacks; the defaults are those of version "standard"."""
+
+    apgd: APGDSettings = field(default_factory=APGDSettings)
+    apgd_targeted: TargetedAPGDSettings = field(default_factory=TargetedAPGDSettings)
+    fab: FABSettings = field(default_factory=FABSettings)
+    square: SquareSettings = field(default_factory=SquareSettings)
+
+    @classmethod
+    def of(cls, version: str) -> Settings:
+        """The settings of a version; "custom" has the defaults of the authors' implementation."""
+        settings = cls()
+        if version in ("plus", "custom"):
+            settings.apgd.n_restarts = settings.fab.n_restarts = 5
+        elif version == "rand":
+            settings.apgd.eot_iter = 20
+        return settings
+
+
+_WORDS = {"n_iter": "{} steps", "n_queries": "{} queries", "n_target_classes": "{} targets"}
+_UNLESS_ONE = {"n_restarts": "{} restarts", "eot_iter": "gradients averaged over {}"}
+_STEPS = {"n_iter": "steps", "n_restarts": "restarts"}
+_ASCENT = {**_STEPS, "eot_iter": "eot_iter", "rho": "rho"}
+_BOUNDARY = {"alpha_max": "alpha_max", "eta": "eta", "beta": "beta"}
 
 
 @dataclass(frozen=True)
 class Member:
-    """One attack of the sequence, its budget in words, and whether that contains the restarts of the version."""
+    """One attack of the sequence: the name of its settings, the attack, and what that calls each of the settings."""
 
-    budget: str
+    settings: str
     attack: Callable[..., Tensor]
-    restarts: bool = False
+    arguments: Mapping[str, str]
+
+    def options(self, settings: Settings) -> dict[str, Any]:
+        """The arguments of the attack."""
+        own = getattr(settings, self.settings)
+        return {argument: getattr(own, name) for name, argument in self.arguments.items()}
+
+    def budget(self, settings: Settings) -> str:
+        """The settings in words; numbers of restarts that are no part of a version, and others, only if unusual."""
+        own, usual = getattr(settings, self.settings), getattr(Settings(), self.settings)
+        words = []
+        for name in self.arguments:
+            value = getattr(own, name)
+            if name in _WORDS:
+                words.append(_WORDS[name].format(value))
+            elif name == "n_restarts" and value == 1 and self.settings in ("apgd", "fab"):
+                words.append("1 restart")
+            elif value != getattr(usual, name):
+                words.append(_UNLESS_ONE.get(name, f"{name} {{}}").format(value))
+        return ", ".join(words)
 
 
 MEMBERS = {
-    "apgd-ce": Member("100 steps", partial(apgd, steps=100, loss="ce"), restarts=True),
-    "apgd-dlr": Member("100 steps", partial(apgd, steps=100, loss="dlr"), restarts=True),
-    "apgd-t": Member("100 steps, 9 targets", partial(apgd_t, steps=100, targets=9)),
-    "fab": Member("100 steps", partial(fab, steps=100), restarts=True),
-    "fab-t": Member("100 steps, 9 targets", partial(fab_t, steps=100, n_target_classes=9)),
-    "square": Member("5000 queries", partial(square, queries=5000)),
+    "apgd-ce": Member("apgd", partial(apgd, loss="ce"), _ASCENT),
+    "apgd-dlr": Member("apgd", partial(apgd, loss="dlr"), _ASCENT),
+    "apgd-t": Member("apgd_targeted", apgd_t, {"n_iter": "steps", "n_target_classes": "targets"} | _ASCENT),
+    "fab": Member("fab", fab, _STEPS | _BOUNDARY),
+    "fab-t": Member("fab", fab_t, {"n_iter": "steps", "n_target_classes": "n_target_classes"} | _BOUNDARY),
+    "square": Member(
+        "square",
+        square,
+        {"n_queries": "queries", "n_restarts": "restarts", "p_init": "p_init", "resc_schedule": "resc_schedule"},
+    ),
 }
 """The attacks by the reference's names."""
 
-
-@dataclass(frozen=True)
-class Version:
-    """Names of the attacks, how many gradients each step averages, and the restarts of attacks without targets."""
-
-    attacks: tuple[str, ...]
-    eot_iter: int = 1
-    restarts: int = 1
-
-    def budget(self, name: str) -> str:
-        member = MEMBERS[name]
-        restarts = f", {self.restarts} restart{'s' * (self.restarts > 1)}" if member.restarts else ""
-        averaged = f", gradients averaged over {self.eot_iter}" if self.eot_iter > 1 else ""
-        return f"{name} ({member.budget}{restarts}{averaged})"
-
-    def options(self, name: str) -> dict[str, int]:
-        averaged = {"eot_iter": self.eot_iter} if self.eot_iter > 1 else {}
-        return averaged | ({"restarts": self.restarts} if MEMBERS[name].restarts else {})
-
-
 VERSIONS = {
-    "standard": Version(("apgd-ce", "apgd-t", "fab-t", "square")),
-    "plus": Version(("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"), restarts=5),
-    "rand": Version(("apgd-ce", "apgd-dlr"), eot_iter=20),
-    "custom": Version(()),
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+    "custom": (),
 }
+"""Names of the attacks of each version, in their order."""
+
+
+class Versioned:
+    """An object with a version, its attacks and their settings."""
+
+    version: str
+    settings: Settings
+
+    def set_version(self, version: str = "standard") -> None:
+        """Choose the attacks and the budgets of a version; settings made before are lost."""
+        if version not in VERSIONS:
+            raise ValueError(f"version must be {', '.join(map(repr, VERSIONS))}, got {version!r}")
+        self.version, self.settings = version, Settings.of(version)
+        self.attacks_to_run = VERSIONS[version]
+
+    @property
+    def attacks_to_run(self) -> tuple[str, ...]:
+        """Names of the attacks, in their order; they may be set after the constructor too."""
+        return self._attacks_to_run
+
+    @attacks_to_run.setter
+    def attacks_to_run(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in MEMBERS:
+                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {name!r}")
+        self._attacks_to_run = tuple(names)
+
+    @property
+    def apgd(self) -> APGDSettings:
+        """Settings of apgd-ce and apgd-dlr: n_restarts, n_iter, eot_iter, rho; they may be set between two runs."""
+        return self.settings.apgd
+
+    @property
+    def apgd_targeted(self) -> TargetedAPGDSettings:
+        """Settings of apgd-t: those of `apgd`, and n_target_classes."""
+        return self.settings.apgd_targeted
+
+    @property
+    def fab(self) -> FABSettings:
+        """Settings of fab and fab-t: n_restarts (of fab alone), n_iter, n_target_classes, alpha_max, eta, beta."""
+        return self.settings.fab
+
+    @property
+    def square(self) -> SquareSettings:
+        """Settings of square: n_queries, n_restarts, p_init, resc_schedule."""
+        return self.settings.square

@@ -128,6 +128,8 @@ def check_shapes(images: Tensor, **values: Values) -> None:
 def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
     """The images that are nearest in a ball, with `distance(result, images, norm) <= eps` without slack for rounding.
 
+    That holds in the dtype of the images and in float64.
+
     Args:
         adv: float tensor [N, ...].
         images: the clean images, within the range of pixel values, with shape and dtype of adv.
@@ -153,6 +155,7 @@ def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
         scale = (eps * (1 - units * step)).clamp_min(0) / length
         inside = inside.where(~outside, (exact + offset * scale).to(images.dtype))
         outside = per_image(distance(inside, images, ball.norm), images) > eps
+        outside |= per_image((inside.double() - exact).flatten(1).norm(dim=1), images) > eps
         units *= 2
     return ball.clamp(inside)
 

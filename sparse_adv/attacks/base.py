@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks import saved
+from sparse_adv.attacks.checks import Model, as_module, int64_labels
+from sparse_adv.attacks.modes import TrainingMode, in_mode
 from sparse_adv.attacks.options import check_names
-from sparse_adv.files import check_writable, replacing
 from sparse_adv.ops.arguments import check_floating
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
@@ -66,6 +67,7 @@ class Attack(ABC):
         as_module(model)
         check_names(type(self).__name__, search, SearchOptions)
         self.model, self.search = model, search
+        self._training: TrainingMode | None = None
         self.device = _device_of(model)
         self.targeted = False
         self.attack_mode = "default"
@@ -86,12 +88,15 @@ class Attack(ABC):
             labels = labels.to(self.device) if isinstance(labels, Tensor) else labels
         if self._target_function is not None:
             labels = self._target_function(images, self._labels_or_predictions(images, labels))
-        if self._normalization is None:
-            return self.forward(self.model, images, labels, self.targeted)
-        normalized = self._normalization
-        # The engine leaves plain functions to autograd, normalised ones too.
-        model = normalized if normalized.traceable else normalized.forward
-        return normalized.apply_to(self.forward(model, normalized.undo(images), labels, self.targeted))
+        model, normalized = self.model, self._normalization
+        if normalized is not None:
+            # The engine leaves plain functions to autograd, normalised ones too.
+            model = normalized if normalized.traceable else normalized.forward
+            images = normalized.undo(images)
+        if self._training is not None:
+            model = partial(_in_training, model, self._training)
+        adv = self.forward(model, images, labels, self.targeted)
+        return adv if normalized is None else normalized.apply_to(adv)
 
     def set_mode_default(self) -> None:
         """Labels are the true classes, and the attack leads away from them."""
@@ -109,7 +114,7 @@ class Attack(ABC):
         """Labels are the true classes; the classes to reach are drawn from the others by PyTorch's global generator."""
 
         def random_targets(images: Tensor, labels: Tensor) -> Tensor:
-            classes = self._logits(images).shape[1]
+            classes = self.get_logits(images).shape[1]
             return (labels + torch.randint(1, classes, labels.shape).to(labels.device)) % classes
 
         self._set_targets("targeted(random)", random_targets, quiet)
@@ -120,7 +125,7 @@ class Attack(ABC):
             raise ValueError(f"kth_min must be an integer of at least 1, got {kth_min!r}")
 
         def least_likely(images: Tensor, labels: Tensor) -> Tensor:
-            logits = self._logits(images)
+            logits = self.get_logits(images)
             if kth_min >= logits.shape[1]:
                 raise ValueError(f"kth_min must be less than the number of classes, {logits.shape[1]}, got {kth_min}")
             return logits.scatter(1, labels[:, None], torch.inf).argsort(1)[:, kth_min - 1]
@@ -141,17 +146,21 @@ class Attack(ABC):
     def set_model_training_mode(
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
     ) -> None:
-        """Accepts False alone: the model is attacked in eval mode.
+        """Attack the model in training mode, for RNNs on CUDA, which have no gradients in eval mode.
 
-        Raises:
-            ValueError: if one is True; `bn_mode` of PGD, FGSM, FFGSM, BIM and TPGD chooses the statistics of BatchNorm.
+        Gradients are then left to autograd. Running statistics of BatchNorm stay as they are.
+
+        Args:
+            model_training: whether all modules are in training mode, but those of the next two arguments.
+            batchnorm_training: whether BatchNorm layers are too, and use the statistics of the batch.
+            dropout_training: whether dropout layers are too, and drop.
         """
-        if model_training or batchnorm_training or dropout_training:
-            raise ValueError(
-                "the model is attacked in eval mode: model_training, batchnorm_training and dropout_training must be "
-                f"False, got {model_training}, {batchnorm_training} and {dropout_training}; PGD, FGSM, FFGSM, BIM and "
-                "TPGD take bn_mode"
-            )
+        self._training = TrainingMode(batchnorm_training, dropout_training) if model_training else None
+
+    @staticmethod
+    def to_type(inputs: Tensor, type: str) -> Tensor:
+        """Images of bytes as float ("float"), or of float as bytes, rounded down ("int"); others as they are."""
+        return saved.to_type(inputs, type)
 
     def for_images(self, index: Tensor) -> Attack:
         """This attack for some images of a batch: an eps or alpha of one value for each image is reduced to them."""
@@ -160,6 +169,34 @@ class Attack(ABC):
         attack = copy.copy(self)
         vars(attack).update(own)
         return attack
+
+    def set_model(self, model: Model) -> None:
+        """Attack another model from now on."""
+        as_module(model)
+        self.model, self.device = model, _device_of(model)
+        if self._normalization is not None:
+            self._normalization = _Normalized(model, self._normalization.mean, self._normalization.std)
+
+    @property
+    def model_name(self) -> str:
+        """The class of the model."""
+        return type(self.model).__name__
+
+    @property
+    def attack(self) -> str:
+        """The class of the attack."""
+        return type(self).__name__
+
+    @property
+    def supported_mode(self) -> list[str]:
+        """ "default", and "targeted" if labels may be classes to reach."""
+        return ["default", "targeted"] if self.supports_targets else ["default"]
+
+    @property
+    def normalization_used(self) -> dict[str, Tensor] | None:
+        """Mean and std of the images that this attack takes; None for pixels."""
+        used = self._normalization
+        return None if used is None else {"mean": used.mean[None], "std": used.std[None]}
 
     def get_mode(self) -> str:
         """Return the name of the mode, as torchattacks calls it."""
@@ -174,8 +211,8 @@ class Attack(ABC):
         save_predictions: bool = False,
         save_clean_inputs: bool = False,
         save_type: str = "float",
-    ) -> tuple[float, float, float] | None:
-        """Attack all batches; write a dict of adv_inputs and labels with `torch.save` that `torch.load` reads.
+    ) -> Any:
+        """Attack all batches; write a dict of adv_inputs and labels with `torch.save`, for `load` and `torch.load`.
 
         Args:
             data_loader: batches (images, labels).
@@ -193,39 +230,43 @@ class Attack(ABC):
             ValueError: if save_type has another value or there is no image.
             OSError: if the file cannot be written, before any attack.
         """
-        if save_type not in ("float", "int"):
-            raise ValueError(f'save_type must be "float" or "int", got {save_type!r}')
-        if save_path is not None:
-            check_writable(Path(save_path))
-        kept: dict[str, list[Tensor]] = {"adv_inputs": [], "labels": [], "preds": [], "clean_inputs": []}
-        distances, standing, start = [], [], time.perf_counter()
-        for images, labels in data_loader:
-            adv = self(images, labels)
-            logits, labels = self._logits(adv), int64_labels(labels.to(adv.device))
-            right = is_correct(logits, labels)
-            offset = (self._pixels(adv) - self._pixels(images.to(adv.device))).flatten(1).norm(dim=1)
-            standing.append(right)
-            distances.append(offset[~right])
-            for name, values in (("adv_inputs", adv), ("clean_inputs", images)):
-                kept[name].append(self._pixels(values).cpu())
-            kept["labels"].append(labels.cpu())
-            kept["preds"].append(logits.argmax(1).cpu())
-        if not standing:
-            raise ValueError("data_loader must hold at least one batch, got none")
-        seconds = (time.perf_counter() - start) / len(standing)
-        accuracy = 100 * torch.cat(standing).float().mean().item()
-        fallen = torch.cat(distances)
-        distance = fallen.mean().item() if len(fallen) else 0.0
+        wanted = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
+        found = saved.attacked(self, data_loader, save_path, {name for name in wanted if wanted[name]}, save_type)
         if verbose:
-            print(f"robust accuracy {accuracy:.2f} %, l2 {distance:.5f}, {seconds:.3f} s a batch")
-        if save_path is not None:
-            wanted = {"adv_inputs": True, "labels": True, "preds": save_predictions, "clean_inputs": save_clean_inputs}
-            content: dict[str, Any] = {name: torch.cat(values) for name, values in kept.items() if wanted[name]}
-            for name in {"adv_inputs", "clean_inputs"} & content.keys() if save_type == "int" else ():
-                content[name] = (content[name] * 255).to(torch.uint8)
-            with replacing(Path(save_path)) as temporary:
-                torch.save({**content, "save_type": save_type}, temporary)
-        return (accuracy, distance, seconds) if return_verbose else None
+            print(f"robust accuracy {found.accuracy:.2f} %, l2 {found.distance:.5f}, {found.seconds:.3f} s a batch")
+        return tuple(found) if return_verbose else None
+
+    @staticmethod
+    def load(
+        load_path: str | Path,
+        batch_size: int = 128,
+        shuffle: bool = False,
+        normalize: dict[str, Sequence[float]] | None = None,
+        load_predictions: bool = False,
+        load_clean_inputs: bool = False,
+    ) -> DataLoader[tuple[Tensor, ...]]:
+        """Read a file of `save`, or of torchattacks, which cannot run code.
+
+        Args:
+            load_path: the file.
+            batch_size, shuffle: of the DataLoader.
+            normalize: dict of mean and std of each channel, to normalise the images; None for pixels in [0, 1].
+            load_predictions, load_clean_inputs: whether batches also hold preds and clean_inputs.
+
+        Returns:
+            A DataLoader of batches: adv_inputs, labels, and then preds and clean_inputs if they are asked for.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is no such file, or lacks what is asked for.
+        """
+        wanted = {"adv_inputs": True, "labels": True, "preds": load_predictions, "clean_inputs": load_clean_inputs}
+        return saved.load(Path(load_path), batch_size, shuffle, normalize, [name for name in wanted if wanted[name]])
+
+    def __repr__(self) -> str:
+        hidden = ("model", "search", "device", "targeted", "supports_targets")
+        shown = {name: value for name, value in vars(self).items() if name not in hidden and not name.startswith("_")}
+        return f"{self.attack}({', '.join(f'{name}={value}' for name, value in (shown | self.search).items())})"
 
     def _set_targets(self, mode: str, function: TargetFunction | None, quiet: bool) -> None:
         if not self.supports_targets:
@@ -235,15 +276,21 @@ class Attack(ABC):
             print(f"Attack mode is changed to '{mode}'.")
 
     @torch.no_grad()
-    def _logits(self, images: Tensor) -> Tensor:
+    def get_logits(self, images: Tensor) -> Tensor:
+        """The logits of images as this attack takes them, with the model in eval mode."""
         module, _ = as_module(self.model)
-        with bn_mode(module, "eval"):
-            return module(images)
+        with in_mode(module, "eval") as model:
+            return model(images)
 
     def _labels_or_predictions(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        return self._logits(images).argmax(1) if labels is None else int64_labels(labels)
+        return self.get_logits(images).argmax(1) if labels is None else int64_labels(labels)
 
-    def _pixels(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
+        """The pixels as this attack takes them."""
+        return images if self._normalization is None else self._normalization.apply_to(images)
+
+    def inverse_normalize(self, images: Tensor) -> Tensor:
+        """The pixels of images as this attack takes them."""
         return images if self._normalization is None else self._normalization.undo(images)
 
 
@@ -268,6 +315,11 @@ class _Normalized(nn.Module):
     def undo(self, images: Tensor) -> Tensor:
         """The pixels; rounding may not take them out of [0, 1]."""
         return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
+
+
+def _in_training(model: Model, mode: TrainingMode, images: Tensor) -> Tensor:
+    with in_mode(as_module(model)[0], mode) as running:
+        return running(images)
 
 
 def _device_of(model: object) -> torch.device | None:

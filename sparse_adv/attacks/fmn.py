@@ -12,7 +12,7 @@ from sparse_adv.attacks.ball import Ball, as_norm, ball_around
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
 from sparse_adv.attacks.geometry import distance, per_image
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, loss_to_raise, run_search
 from sparse_adv.ops.arguments import check_numbers
@@ -202,8 +202,8 @@ def distances(
     check_ball(0.0, norm, 0.0, 1.0)
     module, _ = as_module(model)
     labels = int64_labels(labels)
-    with bn_mode(module, "eval"):
-        before, after = (is_correct(module(x), labels) == targeted for x in (images, adversarial))
+    with in_mode(module, "eval") as model:
+        before, after = (is_correct(model(x), labels) == targeted for x in (images, adversarial))
     found = distance(adversarial, images, norm).where(after, math.inf)
     return found.where(~before, 0)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import check_shapes, into_ball, step_sizes
@@ -27,6 +24,7 @@ from sparse_adv.attacks.checks import (
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.losses import kl_divergence, loss_function, takes_classes
+from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import AttackOptions
 from sparse_adv.ops.random_start import as_philox_state
 
@@ -106,8 +104,8 @@ class PGDLoop:
         options = self.options
         with (
             torch.inference_mode(False),
-            bn_mode(self.model, options.bn_mode),
-            batch_gradients(self.model, images, options.engine) as gradients,
+            in_mode(self.model, options.bn_mode) as model,
+            batch_gradients(model, images, options.engine) as gradients,
         ):
             if options.loss is kl_divergence:
                 labels = F.log_softmax(gradients.logits(images), 1)
@@ -215,32 +213,3 @@ class PGDLoop:
         if loss.shape != logits.shape[:1]:
             loss = torch.cat([self._loss(logits[i : i + 1], labels[i : i + 1]).view(1) for i in range(len(logits))])
         return loss, self._is_fooled(logits, labels)
-
-
-@contextmanager
-def bn_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """Put a model in eval mode, except for its BatchNorm layers, and restore all flags at the end.
-
-    Args:
-        model: any model.
-        mode: mode of BatchNorm layers: "eval" uses the running statistics, "train" the statistics of the batch and
-            updates the running ones, "batch" the statistics of the batch without updating the running ones. A layer in
-            eval mode in a model in training mode was frozen on purpose and uses its running statistics in each.
-    """
-    was_training = model.training
-    wanted: list[tuple[nn.Module, str, bool]] = []
-    for module in model.modules():
-        is_norm, frozen = isinstance(module, _BatchNorm), was_training and not module.training
-        wanted.append((module, "training", mode != "eval" and is_norm and not frozen))
-        if is_norm and mode == "batch":
-            wanted.append((module, "track_running_stats", False))
-    # Flags are set module by module: model.train() at the end would unfreeze layers frozen in eval mode. Those that
-    # need no change are not written: another thread may change them meanwhile.
-    before = [(m, name, getattr(m, name)) for m, name, value in wanted if getattr(m, name) != value]
-    try:
-        for module, name, flag in before:
-            setattr(module, name, not flag)
-        yield
-    finally:
-        for module, name, flag in before:
-            setattr(module, name, flag)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ class MultiAttack(Attack):
 
     Args:
         attacks: at least two attack objects of one model.
-        verbose: accepted, and without effect.
+        verbose: print for each batch how many percent of its images are adversarial after each of the attacks.
 
     Raises:
         ValueError: if there are fewer than two attacks, or they have different models.
@@ -42,12 +44,33 @@ class MultiAttack(Attack):
         if any(attack.model is not attacks[0].model for attack in attacks):
             raise ValueError("attacks must all have the same model, got different ones")
         super().__init__(attacks[0].model)
-        self.attacks = list(attacks)
+        self.attacks, self.verbose = list(attacks), verbose
+        self._standing = [0] * (len(attacks) + 1)
+        """Sums over batches: images, and those that are still robust after each attack."""
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take and return normalised images from now on, in each of the attacks."""
         for attack in self.attacks:
             attack.set_normalization_used(mean, std)
+
+    def set_device(self, device: torch.device | str) -> None:
+        """Images and labels go to this device from now on, in each of the attacks."""
+        super().set_device(device)
+        for attack in self.attacks:
+            attack.set_device(device)
+
+    def set_model(self, model: Model) -> None:
+        """Attack another model from now on, in each of the attacks."""
+        super().set_model(model)
+        for attack in self.attacks:
+            attack.set_model(model)
+
+    def set_model_training_mode(
+        self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
+    ) -> None:
+        """Attack the model in training mode, in each of the attacks, see `Attack.set_model_training_mode`."""
+        for attack in self.attacks:
+            attack.set_model_training_mode(model_training, batchnorm_training, dropout_training)
 
     def for_images(self, index: Tensor) -> Attack:
         """These attacks for some images of a batch, see `Attack.for_images`."""
@@ -55,8 +78,8 @@ class MultiAttack(Attack):
         attack.attacks = [member.for_images(index) for member in self.attacks]
         return attack
 
-    def _pixels(self, images: Tensor) -> Tensor:
-        return self.attacks[0]._pixels(images)
+    def inverse_normalize(self, images: Tensor) -> Tensor:
+        return self.attacks[0].inverse_normalize(images)
 
     @torch.no_grad()
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
@@ -64,12 +87,39 @@ class MultiAttack(Attack):
         best, labels = images.clone(), int64_labels(labels)
         standing = torch.arange(len(images), device=images.device)
         if len(images):
-            standing = standing[is_correct(self._logits(images), labels)]
+            standing = standing[is_correct(self.get_logits(images), labels)]
+        counts = [len(images)]
         for attack in self.attacks:
             if not len(standing):
-                break
+                counts.append(0)
+                continue
             adv = attack.for_images(standing)(images[standing], labels[standing])
-            broken = ~is_correct(self._logits(adv), labels[standing])
+            broken = ~is_correct(self.get_logits(adv), labels[standing])
             best[standing[broken]] = adv[broken]
             standing = standing[~broken]
+            counts.append(len(standing))
+        if self.verbose and len(images):
+            print("adversarial after each attack: " + ", ".join(f"{rate:.2f} %" for rate in _rates(counts)))
+        self._standing = [sum(pair) for pair in zip(self._standing, counts, strict=True)]
         return best
+
+    def save(
+        self,
+        data_loader: Iterable[tuple[Tensor, Tensor]],
+        save_path: str | Path | None = None,
+        verbose: bool = True,
+        return_verbose: bool = False,
+        save_predictions: bool = False,
+        save_clean_inputs: bool = False,
+        save_type: str = "float",
+    ) -> Any:
+        """As `Attack.save`; with return_verbose, a list follows the robust accuracy: percent adversarial after each."""
+        attack = copy.copy(self)
+        attack._standing = [0] * (len(self.attacks) + 1)
+        options = save_path, verbose, True, save_predictions, save_clean_inputs, save_type
+        accuracy, *rest = super(MultiAttack, attack).save(data_loader, *options)
+        return (accuracy, _rates(attack._standing), *rest) if return_verbose else None
+
+
+def _rates(counts: Sequence[int]) -> list[float]:
+    return [100 * (1 - count / counts[0]) for count in counts[1:]]

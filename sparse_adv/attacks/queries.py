@@ -18,8 +18,9 @@ from sparse_adv.attacks.checks import (
     int64_labels,
 )
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
-from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.attacks.losses import Loss, loss_function, margin
+from sparse_adv.attacks.modes import in_mode
+from sparse_adv.engine.dispatch import image_gradient
 from sparse_adv.engine.program import LossOfLogits
 from sparse_adv.nn import frozen_weights
 from sparse_adv.ops.random_start import as_philox_state
@@ -61,10 +62,8 @@ class Queries:
         with torch.enable_grad(), frozen_weights(self._model):
             x = x.detach().requires_grad_()
             logits = self._checked(self._model(x))
-            gradients = [
-                torch.autograd.grad(logits[:, k].sum(), x, retain_graph=k + 1 < logits.shape[1])[0]
-                for k in range(logits.shape[1])
-            ]
+            classes = logits.shape[1]
+            gradients = [image_gradient(logits[:, k].sum(), x, retain_graph=k + 1 < classes) for k in range(classes)]
         return logits.detach(), torch.stack(gradients, 1)
 
     def _checked(self, logits: Tensor) -> Tensor:
@@ -102,12 +101,12 @@ def run_search(
     labels = int64_labels(labels)
     label_range = check_batch(images, labels, lo=lo, hi=hi) if check else None
     # Autograd cannot use tensors made in inference mode, so both are copied outside of it.
-    with torch.inference_mode(False), torch.no_grad(), bn_mode(module, "eval"):
+    with torch.inference_mode(False), torch.no_grad(), in_mode(module, "eval") as model:
         images, labels = images.clone(), labels.clone()
         if not len(images):
             return images
-        with batch_gradients(module, images, engine and traceable) as gradients, torch.no_grad():
-            return torch.empty_like(images).copy_(search(Queries(module, gradients, label_range), images, labels))
+        with batch_gradients(model, images, engine and traceable) as gradients, torch.no_grad():
+            return torch.empty_like(images).copy_(search(Queries(model, gradients, label_range), images, labels))
 
 
 def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import Ball, Values, ball_around
-from sparse_adv.attacks.checks import Model, as_module, count_classes, is_correct
-from sparse_adv.attacks.loop import bn_mode
-from sparse_adv.engine import Autograd
+from sparse_adv.attacks.checks import Model, as_module, check_label_range, count_classes, is_correct
+from sparse_adv.attacks.modes import in_mode
+from sparse_adv.engine import Autograd, NoGradientError
 
 _TOO_MANY = 0.1
 """If the gradient is zero at more than this fraction of the images, a warning is given."""
@@ -32,10 +32,11 @@ def signs_of_masking(
 ) -> list[str]:
     """Look for outputs and gradients on which gradient attacks, and AutoAttack, are known to fail.
 
-    Looked for are logits that differ between two equal calls, outputs that are probabilities (rows in [0, 1] that sum
-    to 1), outputs that are NaN, and images at which the gradient of the cross-entropy is zero. With eps, PGD of 10
-    steps of eps / 4 from the clean images is run in two balls: its loss must be higher after the last step than after
-    the first, and a ball of 2 eps must not leave more images robust.
+    Looked for are logits that differ between two equal calls, outputs that are probabilities (in [0, 1]), NaN or
+    infinite, outputs without a gradient, and images at which the gradient of the cross-entropy is zero. With eps, PGD
+    of 10 steps of eps / 4 from the clean images is run in two balls: its loss must be higher after the last step than
+    after the first, a ball of 2 eps must not leave more images robust, and 10 random directions of length eps must not
+    break what PGD leaves robust.
 
     Args:
         model: maps images to logits [N, classes]; a module or a plain function.
@@ -47,7 +48,8 @@ def signs_of_masking(
         One sentence for each sign; none does not prove that there is no masking.
 
     Raises:
-        TypeError, ValueError: if the model's output is not logits [N, classes], or the ball is invalid.
+        TypeError, ValueError: if the model's output is not logits [N, classes], a label is none of these classes, or
+            the ball is invalid.
 
     Source: Croce and Hein (ICML 2020), section 5; Carlini et al., "On evaluating adversarial robustness" (2019),
     section 3; Athalye et al., "Obfuscated gradients give a false sense of security" (ICML 2018), section 3.
@@ -65,23 +67,26 @@ def signs_of_masking(
     module, _ = as_module(model)
     ball = None if eps is None else ball_around(images, eps, norm, lo, hi)
     found = []
-    with torch.inference_mode(False), bn_mode(module, "eval"):
-        reference = Autograd(module)
+    with torch.inference_mode(False), in_mode(module, "eval") as model:
+        reference = Autograd(model)
         images, labels = images.detach().clone(), labels.detach().clone()
         logits, again = reference.logits(images), reference.logits(images)
-        count_classes(logits, len(images))
-        missing = logits.isnan().any(1)
-        if missing.any():
-            found.append(f"the outputs of {int(missing.sum())} of {len(images)} images are NaN: they count as wrong")
+        check_label_range((int(labels.min()), int(labels.max())), count_classes(logits, len(images)))
+        for which, words in ((logits.isnan(), "NaN: they count as wrong"), (logits.isinf(), "infinite")):
+            if which.any():
+                found.append(f"the outputs of {int(which.any(1).sum())} of {len(images)} images are {words}")
         random = not torch.equal(logits.nan_to_num(), again.nan_to_num())
         if random:
             found.append(
                 'the outputs differ between two calls: average gradients (eot_iter, AutoAttack\'s version "rand")'
             )
-        in_range = bool(((logits >= 0) & (logits <= 1)).all())
-        if in_range and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
-            found.append("the outputs are probabilities and not logits: attacks need the values before the softmax")
-        gradient = reference.gradient(images, lambda logits: F.cross_entropy(logits, labels, reduction="none"))
+        if bool(((logits >= 0) & (logits <= 1)).all()):
+            last = "softmax" if bool(((logits.sum(1) - 1).abs() < 1e-3).all()) else "sigmoid"
+            found.append(f"the outputs are probabilities and not logits: attacks need the values before the {last}")
+        try:
+            gradient = reference.gradient(images, lambda logits: F.cross_entropy(logits, labels, reduction="none"))
+        except NoGradientError:
+            return [*found, "the outputs have no gradient: only attacks without gradients, such as square, can be run"]
         zero = int((gradient.flatten(1).nan_to_num() == 0).all(1).sum())
         if zero > _TOO_MANY * len(images):
             found.append(f"the gradient is zero at {zero} of {len(images)} images: gradient attacks cannot move them")
@@ -92,13 +97,23 @@ def signs_of_masking(
 
 def _signs_of_attacks(reference: Autograd, images: Tensor, labels: Tensor, ball: Ball) -> Iterator[str]:
     """Compare the steps of an attack, and attacks in a ball and in one that is twice as large."""
-    first, last, robust = _attacked(reference, images, labels, ball)
+    first, last, stands = _attacked(reference, images, labels, ball)
+    robust = int(stands.sum())
     if last < first:
         yield (
             f"the loss of PGD does not rise with its steps: {first:.3g} after the first, {last:.3g} after {_STEPS}; "
             "attacks from random starts, or without gradients, may find more"
         )
-    _, _, robust_in_larger = _attacked(reference, images, labels, ball._replace(eps=2 * ball.eps))
+    random = torch.Generator().manual_seed(0)
+    by_chance = torch.zeros_like(stands)
+    for _ in range(_STEPS):
+        direction = torch.randn(images.shape, generator=random, dtype=images.dtype).to(images.device)
+        noisy = movement.step(images, direction, images, ball.eps, ball)
+        by_chance |= stands & ~is_correct(reference.logits(noisy), labels)
+    if by_chance.sum() > _CHANCE * len(images):
+        yield f"random noise breaks {int(by_chance.sum())} of {len(images)} images that PGD, with gradients, does not"
+    _, _, stands = _attacked(reference, images, labels, ball._replace(eps=2 * ball.eps))
+    robust_in_larger = int(stands.sum())
     if robust_in_larger > robust + _CHANCE * len(images):
         yield (
             f"robust accuracy rises with eps: PGD leaves {robust} of {len(images)} images robust, and "
@@ -106,12 +121,12 @@ def _signs_of_attacks(reference: Autograd, images: Tensor, labels: Tensor, ball:
         )
 
 
-def _attacked(reference: Autograd, images: Tensor, labels: Tensor, ball: Ball) -> tuple[float, float, int]:
-    """The mean cross-entropy after the first and the last step of PGD, and the number of images it leaves robust."""
+def _attacked(reference: Autograd, images: Tensor, labels: Tensor, ball: Ball) -> tuple[float, float, Tensor]:
+    """The mean cross-entropy after the first and the last step of PGD, and which images it leaves robust, bool [N]."""
     adv, losses = images, []
     for _ in range(_STEPS):
         gradient = reference.gradient(adv, lambda logits: F.cross_entropy(logits, labels, reduction="none"))
         adv = movement.step(adv, gradient, images, ball.eps / 4, ball)
         logits = reference.logits(adv)
         losses.append(F.cross_entropy(logits, labels).item())
-    return losses[0], losses[-1], int(is_correct(logits, labels).sum())
+    return losses[0], losses[-1], is_correct(logits, labels)

@@ -18,7 +18,8 @@ from sparse_adv.attacks.queries import Queries, advantage, private_generator, ru
 from sparse_adv.ops.arguments import check_number
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""The share of changed pixels is halved after these numbers of queries, of 10000."""
+"""The share of changed pixels is halved after these numbers of queries, of `_QUERIES`."""
+_QUERIES = 10000
 
 
 def square(
@@ -31,6 +32,8 @@ def square(
     queries: int = 5000,
     p_init: float = 0.8,
     restarts: int = 1,
+    resc_schedule: bool = True,
+    loss: str = "margin",
     targeted: bool = False,
     generator: torch.Generator | None = None,
     lo: float | Tensor = 0.0,
@@ -56,6 +59,8 @@ def square(
         queries: passes forward for each image and restart, with the one of the start.
         p_init: share of the pixels that the first squares change, in (0, 1].
         restarts: number of searches for each image; a restart attacks the images that are still robust.
+        resc_schedule: False to halve p after these numbers of queries as they are, as AutoAttack does.
+        loss: "margin" lowers z_y - max_{k!=y} z_k, "ce" raises the cross-entropy; an image of another class ends both.
         targeted: search for images of the classes `labels` instead of images of other classes.
         generator: one number is drawn of it; None for PyTorch's global generator.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
@@ -92,7 +97,10 @@ def square(
     check_number("p_init", p_init)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must lie in (0, 1], got {p_init}")
-    draw = private_generator(generator, images)
+    if loss not in ("margin", "ce"):
+        raise ValueError(f'loss must be "margin" or "ce", got {loss!r}')
+    by_margin = loss == "margin" and not targeted
+    draw, span = private_generator(generator, images), queries if resc_schedule else _QUERIES
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best, least = images.clone(), images.new_full(labels.shape, torch.inf)
@@ -100,8 +108,8 @@ def square(
         for _ in range(restarts):
             if not len(standing):
                 break
-            attacked = images[standing], labels[standing], targeted, ball.of(standing)
-            adv, loss, broken = _one_search(model, *attacked, queries, p_init, draw)
+            attacked = images[standing], labels[standing], targeted, by_margin, ball.of(standing)
+            adv, loss, broken = _one_search(model, *attacked, queries, p_init, draw, span)
             better = broken | (loss < least[standing])
             best[standing[better]], least[standing[better]] = adv[better], loss[better]
             standing = standing[~broken]
@@ -114,16 +122,14 @@ class Square(Attack):
     """`attacks.square` bound to a model, with the interface of torchattacks.Square.
 
     Args:
-        model, eps, p_init, search: as in `attacks.square`.
+        model, eps, p_init, loss, resc_schedule, search: as in `attacks.square`.
         norm: "Linf" or "L2".
         n_queries, n_restarts: `queries` and `restarts` of `attacks.square`.
-        loss: "margin"; the only one, kept for its place among the arguments.
-        resc_schedule: True; the schedule always fits `n_queries`.
         seed: of the search; each call draws the same numbers.
         verbose: accepted, and without effect.
 
     Raises:
-        ValueError: if loss or resc_schedule has another value; when called, as `attacks.square`.
+        ValueError: when called, as `attacks.square`.
 
     Examples:
         >>> import torch
@@ -148,10 +154,8 @@ class Square(Attack):
         **search: Unpack[SearchOptions],
     ) -> None:
         super().__init__(model, **search)
-        if loss != "margin" or not resc_schedule:
-            raise ValueError(f'loss must be "margin" and resc_schedule True, got {loss!r} and {resc_schedule}')
         self.norm, self.eps, self.p_init, self.seed = norm, eps, p_init, seed
-        self.n_queries, self.n_restarts = n_queries, n_restarts
+        self.n_queries, self.n_restarts, self.resc_schedule, self.loss = n_queries, n_restarts, resc_schedule, loss
 
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
@@ -164,6 +168,8 @@ class Square(Attack):
             queries=self.n_queries,
             p_init=self.p_init,
             restarts=self.n_restarts,
+            resc_schedule=self.resc_schedule,
+            loss=self.loss,
             targeted=targeted,
             generator=torch.Generator().manual_seed(self.seed),
             **self.search,
@@ -175,23 +181,25 @@ def _one_search(
     images: Tensor,
     labels: Tensor,
     targeted: bool,
+    by_margin: bool,
     ball: Ball,
     queries: int,
     p_init: float,
     draw: torch.Generator,
+    span: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Search once; return the images found, their losses [N], and whether they are adversarial [N]."""
+    """Search once, with the schedule of `span` queries; return images, losses [N], whether they are adversarial [N]."""
     start, propose = (_start_linf, _propose_linf) if ball.norm == "linf" else (_start_l2, _propose_l2)
     adv = start(images, ball, draw)
-    loss, broken = _score(model, adv, labels, targeted)
+    loss, broken = _score(model, adv, labels, targeted, by_margin)
     for query in range(1, queries):
         standing = _standing(broken)
         if not len(standing):
             break
-        share = p_init / 2 ** sum(query * 10000 // queries > halving for halving in _HALVINGS)
+        share = p_init / 2 ** sum(query * _QUERIES // span > halving for halving in _HALVINGS)
         current = adv[standing]
         new = propose(current, images[standing], share, ball.of(standing), draw)
-        new_loss, new_broken = _score(model, new, labels[standing], targeted)
+        new_loss, new_broken = _score(model, new, labels[standing], targeted, by_margin)
         better = new_broken | (new_loss < loss[standing])
         adv[standing] = new.where(per_image(better, new), current)
         loss[standing] = new_loss.where(better, loss[standing])
@@ -204,11 +212,12 @@ def _standing(broken: Tensor) -> Tensor:
     return (~broken).nonzero().squeeze(1)
 
 
-def _score(model: Queries, adv: Tensor, labels: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
+def _score(model: Queries, adv: Tensor, labels: Tensor, targeted: bool, by_margin: bool) -> tuple[Tensor, Tensor]:
     """The loss that the search lowers, and whether the images are adversarial."""
     logits = model.logits(adv)
     gain = advantage(logits, labels, targeted)
-    return cross_entropy(logits, labels) if targeted else -gain, gain > 0
+    entropy = cross_entropy(logits, labels)
+    return -gain if by_margin else entropy if targeted else -entropy, gain > 0
 
 
 def _start_linf(images: Tensor, ball: Ball, draw: torch.Generator) -> Tensor:

@@ -30,6 +30,20 @@ _TOLERANCE = 1e-4
 """Greatest relative error of a gradient; in float64 rounding hardly ever changes the sign of a ReLU's input."""
 
 
+class NoGradientError(ValueError):
+    """A function of the images through which no gradient leads back to them."""
+
+
+def image_gradient(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
+    """The gradient of a number with respect to the images; NoGradientError if it is not computed from them."""
+    found: tuple[Tensor | None, ...] = (None,)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, x, retain_graph=retain_graph, allow_unused=True)
+    if found[0] is None:
+        raise NoGradientError("the loss has no gradient of the images: model and loss must be differentiable")
+    return found[0]
+
+
 class Autograd:
     """The gradients that PyTorch forms."""
 
@@ -45,8 +59,7 @@ class Autograd:
         """The gradient of the sum of loss(logits) with respect to the input."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(self._model(x)).sum(), x)
-        return gradient
+            return image_gradient(loss(self._model(x)).sum(), x)
 
 
 InputGradients = Program | Autograd

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from sparse_adv import attacks
 from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks.ball import check_radius
 from sparse_adv.attacks.checks import InputValidator, count_classes, is_correct
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
@@ -27,7 +27,8 @@ Images = Split | Iterable[tuple[Tensor, Tensor]]
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-class Accuracy(NamedTuple):
+@dataclass(frozen=True)
+class Accuracy:
     """An accuracy, and the passes through the network that it took to measure it."""
 
     fraction: float
@@ -39,6 +40,8 @@ class Accuracy(NamedTuple):
     """Backward passes down to the image, counted per image."""
     loss: float | None = None
     """Mean cross-entropy under attack, where it was asked for."""
+    robust: Tensor | None = field(default=None, repr=False, compare=False)
+    """Whether each image of this process was classified correctly, clean and under all attacks; bool [N]."""
 
 
 @checks_types
@@ -83,6 +86,7 @@ def robust_accuracy(
     graphs: attacks.Graphs | None = None,
     engine: bool = True,
     every_image: bool = False,
+    among: Tensor | None = None,
 ) -> Accuracy:
     """Measure the fraction of images that the model classifies correctly clean and after each of several PGD attacks.
 
@@ -104,6 +108,8 @@ def robust_accuracy(
         engine: as in `attacks.pgd`. The predictions that count are those of the model itself.
         every_image: attack images that are misclassified already too, and measure the mean over all images of the
             cross-entropy under attack, for each image the largest of the restarts.
+        among: the images that other attacks left robust, `Accuracy.robust` of theirs: only these can count as robust,
+            so that the accuracy is that under all of the attacks together. None for all images.
 
     Returns:
         The accuracy over the images of all processes, and the passes that it took.
@@ -137,7 +143,7 @@ def robust_accuracy(
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return attacks.pgd(model, x, y, eps=eps, alpha=size, steps=steps, norm=norm, **options)
 
-    return _accuracy(model, images, batch_size, [attack] * restarts, steps, every_image)
+    return _accuracy(model, images, batch_size, [attack] * restarts, steps, every_image, among)
 
 
 @checks_types
@@ -218,19 +224,25 @@ def _accuracy(
     tries: Sequence[Attack],
     steps: int = 1,
     every_image: bool = False,
+    among: Tensor | None = None,
 ) -> Accuracy:
     device = model_device(model)
     at_once = reads_at_once(device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     count = forward = backward = 0
+    standing = [torch.ones(0, dtype=torch.bool, device=device)]
     validator = InputValidator(deferred=not at_once)
-    with bn_mode(model, "eval"):
+    with in_mode(model, "eval") as model:
         for x, y in as_batches(images, batch_size):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)
             classes = count_classes(logits, len(y))
             robust = is_correct(logits, y)  # robust under all attacks so far
+            if among is not None and len(rows := among[count : count + len(y)]) == len(y):
+                robust = robust & rows.to(device)
+            places = torch.arange(len(y), device=device)
+            standing.append(torch.zeros_like(robust))
             count += len(y)
             forward += len(y)
             if tries:
@@ -238,7 +250,7 @@ def _accuracy(
             losses = torch.zeros(len(y), device=device)
             for attack in tries:
                 if at_once and not every_image:
-                    x, y, robust = x[robust], y[robust], robust[robust]
+                    x, y, places, robust = x[robust], y[robust], places[robust], robust[robust]
                     if not len(y):
                         break
                 logits = _logits(model, attack(model, x, y))
@@ -249,7 +261,10 @@ def _accuracy(
                 backward += steps * len(y)
             loss_sum += losses.sum()
             correct += robust.sum()
+            standing[-1][places] = robust
     validator.raise_deferred()
+    if among is not None and len(among) != count:
+        raise ValueError(f"among must have one value for each of {count} images, got {len(among)}")
     totals = distributed.all_reduce_sum(
         [float(correct), float(count), float(forward), float(backward), float(loss_sum)], device
     )
@@ -257,7 +272,7 @@ def _accuracy(
         raise ValueError("images must hold at least one image to measure an accuracy, got none")
     loss = totals[4] / totals[1] if every_image else None
     forward, backward = int(totals[2]), int(totals[3])
-    return Accuracy(totals[0] / totals[1], int(totals[1]), forward, backward, loss)
+    return Accuracy(totals[0] / totals[1], int(totals[1]), forward, backward, loss, torch.cat(standing))
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from sparse_adv import runs
 from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord
 from sparse_adv.training import distributed, identity, objectives, random_numbers

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_adv import engine
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import is_correct
-from sparse_adv.attacks.loop import bn_mode
+from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
 from sparse_adv.ops.random_start import as_philox_state

@@ -7,10 +7,20 @@ import torch
 from helpers.attacked import batch, make_model, snapshot
 
 from sparse_adv.attacks import AutoAttack, autoattack, square
-from sparse_adv.attacks.autoattack_versions import Member
 
 EPS = 0.012
 CUSTOM = {"eps": EPS, "version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"], "seed": 3, "verbose": False}
+
+
+def one_start(model, **options) -> AutoAttack:
+    evaluator = AutoAttack(model, **options)
+    evaluator.apgd.n_restarts = 1
+    return evaluator
+
+
+def plant(monkeypatch, name, attack) -> None:
+    """Put another function in the place of one of the attacks."""
+    monkeypatch.setitem(autoattack.MEMBERS, name, replace(autoattack.MEMBERS[name], attack=attack))
 
 
 @pytest.fixture
@@ -24,7 +34,7 @@ def attacked():
 def test_examples_are_misclassified_and_lie_in_ball_and_box_without_slack(attacked):
     model, images, labels = attacked
     for norm, eps in (("Linf", EPS), ("L2", 0.15)):
-        evaluator = AutoAttack(model, **{**CUSTOM, "norm": norm, "eps": eps})
+        evaluator = one_start(model, **{**CUSTOM, "norm": norm, "eps": eps})
         adv, predictions = evaluator.run_standard_evaluation(images, labels, bs=5, return_labels=True)
         result = evaluator.result
         distance = (adv - images).flatten(1).norm(dim=1, p=2 if norm == "L2" else torch.inf)
@@ -39,14 +49,14 @@ def test_examples_are_misclassified_and_lie_in_ball_and_box_without_slack(attack
 def test_each_attack_sees_the_survivors_only(attacked, monkeypatch):
     model, images, labels = attacked
     seen = []
-    for name, member in autoattack.MEMBERS.items():
+    for name, member in list(autoattack.MEMBERS.items()):
 
         def attack(model, x, y, name=name, member=member, **options):
             seen.append((name, len(x)))
             return member.attack(model, x, y, **options)
 
-        monkeypatch.setitem(autoattack.MEMBERS, name, replace(member, attack=attack))
-    evaluator = AutoAttack(model, **CUSTOM)
+        plant(monkeypatch, name, attack)
+    evaluator = one_start(model, **CUSTOM)
     evaluator.run_standard_evaluation(images, labels)
     survivors = round(12 * evaluator.result.accuracy["apgd-ce"])
     assert seen == [("apgd-ce", 11), ("apgd-t", survivors)] and survivors < 11
@@ -57,7 +67,7 @@ def test_each_attack_sees_the_survivors_only(attacked, monkeypatch):
 
 def test_an_interrupted_run_ends_like_one_that_was_not(attacked, tmp_path, monkeypatch):
     model, images, labels = attacked
-    whole = AutoAttack(model, **CUSTOM)
+    whole = one_start(model, **CUSTOM)
     expected = whole.run_standard_evaluation(images, labels, bs=4)
     write, writes = autoattack.State.write, []
     path = tmp_path / "state.safetensors"
@@ -71,21 +81,21 @@ def test_an_interrupted_run_ends_like_one_that_was_not(attacked, tmp_path, monke
     monkeypatch.setattr(autoattack.State, "write", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            AutoAttack(model, **CUSTOM).run_standard_evaluation(images, labels, bs=4, state_path=path)
-    continued = AutoAttack(model, **CUSTOM)
+            one_start(model, **CUSTOM).run_standard_evaluation(images, labels, bs=4, state_path=path)
+    continued = one_start(model, **CUSTOM)
     adv = continued.run_standard_evaluation(images, labels, bs=4, state_path=path)
     assert torch.equal(adv, expected) and continued.result.accuracy == whole.result.accuracy
     with pytest.raises(ValueError, match="is of another model, other images or other options"):
-        AutoAttack(model, **{**CUSTOM, "eps": 0.1}).run_standard_evaluation(images, labels, state_path=path)
+        one_start(model, **{**CUSTOM, "eps": 0.1}).run_standard_evaluation(images, labels, state_path=path)
     path.write_bytes(b"no state")
     with pytest.raises(ValueError, match="is no state of AutoAttack"):
-        AutoAttack(model, **CUSTOM).run_standard_evaluation(images, labels, state_path=path)
+        one_start(model, **CUSTOM).run_standard_evaluation(images, labels, state_path=path)
 
 
 def test_what_runs_is_printed_with_its_budget_and_its_true_name(attacked, capsys, tmp_path):
     model, images, labels = attacked
     log = tmp_path / "log.txt"
-    AutoAttack(model, **{**CUSTOM, "verbose": True}, log_path=log).run_standard_evaluation(images, labels)
+    one_start(model, **{**CUSTOM, "verbose": True}, log_path=log).run_standard_evaluation(images, labels)
     printed = capsys.readouterr().out
     assert 'version "custom", which is not the whole AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t' in printed
     assert "after apgd-t: robust accuracy" in printed and "0 examples unconfirmed in float32" in printed
@@ -94,8 +104,8 @@ def test_what_runs_is_printed_with_its_budget_and_its_true_name(attacked, capsys
 
 def test_claims_that_verification_does_not_confirm_are_counted(attacked, monkeypatch):
     model, images, labels = attacked
-    monkeypatch.setitem(autoattack.MEMBERS, "apgd-ce", Member("", lambda model, x, y, **_: torch.rand_like(x)))
-    evaluator = AutoAttack(model, **{**CUSTOM, "eps": 1e-6, "attacks_to_run": ["apgd-ce"]})
+    plant(monkeypatch, "apgd-ce", lambda model, x, y, **_: torch.rand_like(x))
+    evaluator = one_start(model, **{**CUSTOM, "eps": 1e-6, "attacks_to_run": ["apgd-ce"]})
     evaluator.run_standard_evaluation(images, labels)
     assert evaluator.result.undone["apgd-ce"] > 0 and evaluator.result.accuracy["apgd-ce"] == pytest.approx(11 / 12)
 
@@ -108,8 +118,8 @@ def test_an_image_whose_example_holds_in_half_precision_only_is_attacked_again(a
         calls.append((len(x), torch.is_autocast_enabled("cpu"), options["engine"]))
         return torch.rand_like(x) if len(calls) == 1 else x + (y[:, None, None, None] + 1) * 0.01
 
-    monkeypatch.setitem(autoattack.MEMBERS, "apgd-ce", Member("", attack))
-    evaluator = AutoAttack(model, **{**CUSTOM, "eps": 1e-6, "attacks_to_run": ["apgd-ce"]})
+    plant(monkeypatch, "apgd-ce", attack)
+    evaluator = one_start(model, **{**CUSTOM, "eps": 1e-6, "attacks_to_run": ["apgd-ce"]})
     with torch.autocast("cpu", torch.bfloat16):
         evaluator.run_standard_evaluation(images, labels)
     undone = evaluator.result.undone["apgd-ce"]
@@ -118,7 +128,7 @@ def test_an_image_whose_example_holds_in_half_precision_only_is_attacked_again(a
 
 def test_attacks_may_be_chosen_after_the_constructor(attacked):
     model, images, labels = attacked
-    evaluator = AutoAttack(model, eps=EPS, version="custom", seed=3, verbose=False)
+    evaluator = one_start(model, eps=EPS, version="custom", seed=3, verbose=False)
     with pytest.raises(ValueError, match="must name at least one"):
         evaluator.run_standard_evaluation(images, labels)
     evaluator.attacks_to_run = ["apgd-ce"]
@@ -130,7 +140,7 @@ def test_attacks_may_be_chosen_after_the_constructor(attacked):
 
 def test_nan_is_never_robust(attacked):
     _, images, labels = attacked
-    evaluator = AutoAttack(lambda x: x.flatten(1)[:, :5] * torch.nan, **CUSTOM)
+    evaluator = one_start(lambda x: x.flatten(1)[:, :5] * torch.nan, **CUSTOM)
     evaluator.run_standard_evaluation(images, torch.zeros_like(labels))
     assert evaluator.result.accuracy == {"clean": 0, "apgd-ce": 0, "apgd-t": 0}
     assert evaluator.clean_accuracy(images, torch.zeros_like(labels)) == 0
@@ -147,13 +157,13 @@ def test_rand_averages_gradients(attacked, capsys):
 def test_plus_restarts_what_has_no_targets(attacked, monkeypatch, capsys):
     model, images, labels = attacked
     seen = {}
-    for name, member in autoattack.MEMBERS.items():
+    for name in list(autoattack.MEMBERS):
 
         def attack(model, x, y, name=name, **options):
             seen[name] = options.get("restarts", 1)
             return x
 
-        monkeypatch.setitem(autoattack.MEMBERS, name, replace(member, attack=attack))
+        plant(monkeypatch, name, attack)
     AutoAttack(model, eps=EPS, version="plus", seed=0).run_standard_evaluation(images, labels)
     assert list(seen.items()) == [
         ("apgd-ce", 5),
@@ -172,7 +182,7 @@ def test_model_and_random_state_are_as_found(attacked):
     model.train()
     before, random_state = snapshot(model), torch.get_rng_state()
     with torch.inference_mode():
-        AutoAttack(model, **CUSTOM)(images, labels)
+        one_start(model, **CUSTOM)(images, labels)
     assert snapshot(model) == before and torch.equal(torch.get_rng_state(), random_state)
 
 
@@ -180,9 +190,9 @@ def test_options_and_batches_that_do_not_fit_are_refused(attacked):
     model, images, labels = attacked
     for wrong, message in ((labels + 5, r"labels must lie in \[0, 4\]"), (labels[:3], "one label per image")):
         with pytest.raises(ValueError, match=message):
-            AutoAttack(model, **CUSTOM).run_standard_evaluation(images, wrong)
+            one_start(model, **CUSTOM).run_standard_evaluation(images, wrong)
     with pytest.raises(TypeError, match=r"model must return logits .* got a tuple"):
-        AutoAttack(lambda x: (x, x), **CUSTOM).run_standard_evaluation(images, labels)
+        one_start(lambda x: (x, x), **CUSTOM).run_standard_evaluation(images, labels)
     for options, message in (
         ({"version": "more"}, "version must be"),
         ({"attacks_to_run": ["square"]}, 'is for version "custom" only'),
@@ -190,9 +200,9 @@ def test_options_and_batches_that_do_not_fit_are_refused(attacked):
         ({"norm": "L1"}, "norm must be"),
     ):
         with pytest.raises(ValueError, match=message):
-            AutoAttack(model, **options)
+            one_start(model, **options)
     with pytest.raises(ValueError, match="at least one image"):
-        AutoAttack(model, **CUSTOM).run_standard_evaluation(images[:0], labels[:0])
+        one_start(model, **CUSTOM).run_standard_evaluation(images[:0], labels[:0])
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -200,7 +210,7 @@ def test_radii_of_each_image_go_with_the_images_that_stand(attacked, norm, capsy
     model, images, labels = attacked
     eps = torch.tensor([0.0, 0.01, 0.02, 0.4]).repeat(3) * (1 if norm == "linf" else 10)
     options = {**CUSTOM, "norm": norm, "lo": torch.tensor([0.0, -0.1, 0.0]), "hi": torch.ones(3)}
-    evaluator = AutoAttack(model, **{**options, "eps": eps, "verbose": True})
+    evaluator = one_start(model, **{**options, "eps": eps, "verbose": True})
     adv = evaluator.run_standard_evaluation(images, labels, bs=5)
     assert f"{norm}, eps 0 to {'0.4' if norm == 'linf' else '4'}, 12 images" in capsys.readouterr().out
     assert ((adv - images).flatten(1).norm(dim=1, p=torch.inf if norm == "linf" else 2) <= eps).all()
@@ -211,9 +221,9 @@ def test_radii_of_each_image_go_with_the_images_that_stand(attacked, norm, capsy
 
 def test_equal_radii_give_what_a_number_gives(attacked):
     model, images, labels = attacked
-    number = AutoAttack(model, **{**CUSTOM, "eps": 1 / 64}).run_standard_evaluation(images, labels, bs=5)
+    number = one_start(model, **{**CUSTOM, "eps": 1 / 64}).run_standard_evaluation(images, labels, bs=5)
     values = {"eps": torch.full((12,), 1 / 64), "lo": torch.zeros(3), "hi": torch.ones(3)}
-    adv = AutoAttack(model, **{**CUSTOM, **values}).run_standard_evaluation(images, labels, bs=5)
+    adv = one_start(model, **{**CUSTOM, **values}).run_standard_evaluation(images, labels, bs=5)
     torch.testing.assert_close(adv, number, rtol=0, atol=1e-6)
 
 
@@ -221,22 +231,18 @@ def test_a_state_is_that_of_the_same_radii(attacked, tmp_path):
     model, images, labels = attacked
     path, eps = tmp_path / "state.safetensors", torch.linspace(0, 0.02, 12)
     options = {**CUSTOM, "eps": eps, "attacks_to_run": ["apgd-ce"]}
-    adv = AutoAttack(model, **options).run_standard_evaluation(images, labels, state_path=path)
-    assert AutoAttack(model, **options).run_standard_evaluation(images, labels, state_path=path).equal(adv)
+    adv = one_start(model, **options).run_standard_evaluation(images, labels, state_path=path)
+    assert one_start(model, **options).run_standard_evaluation(images, labels, state_path=path).equal(adv)
     for other in ({"eps": eps.flip(0)}, {"eps": 0.02}, {"lo": torch.zeros(3)}):
         with pytest.raises(ValueError, match="other options"):
-            AutoAttack(model, **{**options, **other}).run_standard_evaluation(images, labels, state_path=path)
+            one_start(model, **{**options, **other}).run_standard_evaluation(images, labels, state_path=path)
     with pytest.raises(ValueError, match=r"eps must have one value for each image, shape \[11\], got \[12\]"):
-        AutoAttack(model, **options).run_standard_evaluation(images[1:], labels[1:])
+        one_start(model, **options).run_standard_evaluation(images[1:], labels[1:])
 
 
 def test_the_standard_sequence_alone_is_called_autoattack(attacked, capsys, monkeypatch):
     model, images, labels = attacked
-    monkeypatch.setitem(
-        autoattack.MEMBERS,
-        "square",
-        Member("5000 queries", lambda *args, **options: square(*args, queries=20, **options)),
-    )
+    plant(monkeypatch, "square", lambda *args, **options: square(*args, **options | {"queries": 20}))
     evaluator = AutoAttack(model, eps=EPS, seed=0)
     evaluator.run_standard_evaluation(images[:6], labels[:6])
     assert list(evaluator.result.accuracy) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
@@ -252,7 +258,7 @@ def test_a_state_is_of_one_function_whatever_its_parameters(attacked, tmp_path):
     options = CUSTOM | {"attacks_to_run": ["apgd-ce"]}
 
     def run(function, **more):
-        return AutoAttack(function, **options).run_standard_evaluation(images, labels, state_path=path, **more)
+        return one_start(function, **options).run_standard_evaluation(images, labels, state_path=path, **more)
 
     first = run(lambda x: model(x))
     for rounded in (lambda x: model(x), lambda x: model(x) * (1 + 1e-5)):  # as on another device

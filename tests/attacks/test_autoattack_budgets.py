@@ -8,7 +8,6 @@ from helpers.attacked import batch, make_model
 from torch import nn
 
 from sparse_adv.attacks import AutoAttack, autoattack
-from sparse_adv.attacks.autoattack_versions import Member
 
 SPENT = {
     # attack: (passes with a gradient, passes without) on an image that never falls, less the few of the clean image
@@ -81,7 +80,7 @@ def test_what_only_square_broke_is_a_sign_of_masked_gradients(names, breaks, war
         def attack(*args, name=name, **options):
             return found(*args, name=name, **options)
 
-        monkeypatch.setitem(autoattack.MEMBERS, name, Member("", attack))
+        monkeypatch.setitem(autoattack.MEMBERS, name, replace(autoattack.MEMBERS[name], attack=attack))
     evaluator = AutoAttack(model, eps=1.0, version="custom", attacks_to_run=names, verbose=False)
     evaluator.run_standard_evaluation(images, labels)
     assert evaluator.result.accuracy[names[-1]] == (0 if breaks else 1)
@@ -95,7 +94,9 @@ def test_two_seeds_differ_and_one_repeats(name):
     options = {"eps": 0.1, "version": "custom", "attacks_to_run": [name], "verbose": False}
 
     def run(seed):
-        return AutoAttack(model, seed=seed, **options).run_standard_evaluation(images, labels, bs=4)
+        evaluator = AutoAttack(model, seed=seed, **options)
+        evaluator.apgd.n_restarts, evaluator.square.n_queries = 1, 200
+        return evaluator.run_standard_evaluation(images, labels, bs=4)
 
     assert run(1).equal(run(1)) and not run(1).equal(run(2))
     found = []

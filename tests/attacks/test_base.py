@@ -111,10 +111,43 @@ def test_signs_of_masking_are_named():
         (lambda x: model((x * 8).round() / 8), "gradient is zero at 6 of 6 images"),
         (lambda x: model(x) * (torch.arange(6) > 1)[:, None], "gradient is zero at 2 of 6 images"),
         (lambda x: model(x) * torch.nan, "6 of 6 images are NaN"),
+        (lambda x: model(x) / (torch.arange(6) > 3)[:, None], "4 of 6 images are infinite"),
+        (lambda x: model(x).sigmoid(), "before the sigmoid"),
+        (lambda x: model(x.detach()), "outputs have no gradient"),
+        (lambda x: model((x > 0.5).float()), "outputs have no gradient"),
+        (lambda x: nn.functional.one_hot(model(x).argmax(1), 5).float(), "outputs have no gradient"),
     ):
         assert any(words in sign for sign in signs(masked, images, labels))
+    saturated = signs(lambda x: model(x) * 1e6, images, model(images).argmax(1))
+    assert any("gradient is zero at" in sign for sign in saturated)
     with pytest.raises(TypeError, match="got a tuple"):
         signs(lambda x: (model(x),), images, labels)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 0\]"):
+        signs(lambda x: model(x)[:, :1], images, labels)
+    for attack in (torchattacks.PGD, torchattacks.APGD, torchattacks.FAB, torchattacks.DeepFool):
+        with pytest.raises(ValueError, match="the loss has no gradient of the images"):
+            attack(lambda x: model(x.detach()))(images, model(images).argmax(1))
+
+
+def test_what_random_noise_breaks_and_gradients_do_not_is_named():
+    """Gradients lead to the wrong side: with a slope against them, the class changes 0.3 away in any direction."""
+    images, labels = torch.rand(20, 3, 4, 4) * 0.2 + 0.4, torch.zeros(20, dtype=torch.int64)
+
+    class Deceiving(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 1 - (x - images).flatten(1).abs().mean(1) * 50
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient[:, None, None, None] * (torch.arange(48).view(3, 4, 4) == 0)
+
+    def model(x):
+        margin = Deceiving.apply(x)
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+    signs = torchattacks.signs_of_masking(model, images, labels, eps=0.05)
+    assert any("random noise breaks 20 of 20 images" in sign for sign in signs)
 
 
 def test_the_loss_that_does_not_rise_and_robustness_that_rises_with_eps_are_named():
@@ -168,9 +201,6 @@ def test_what_the_objects_cannot_do_is_refused_in_one_sentence():
         torchattacks.PGD(model)(images.numpy(), labels)
     with pytest.raises(TypeError, match="unexpected keyword argument 'low'"):
         torchattacks.CW(model, low=0.0)
-    with pytest.raises(ValueError, match="in eval mode"):
-        torchattacks.PGD(model).set_model_training_mode(True, batchnorm_training=True)
-    torchattacks.PGD(model).set_model_training_mode(False, False, False)
 
 
 def test_searches_take_the_range_of_pixels():

@@ -172,5 +172,5 @@ def test_the_object_computes_what_the_function_computes():
     targets = (labels + 1) % 5
     expected = square(model, images, targets, norm="l2", eps=0.5, queries=20, targeted=True, generator=generator())
     assert torch.equal(attack(images, targets), expected)
-    with pytest.raises(ValueError, match=r"loss must be \"margin\" and resc_schedule True, got 'ce' and True"):
-        Square(model, loss="ce")
+    with pytest.raises(ValueError, match='loss must be "margin" or "ce", got \'dlr\''):
+        Square(model, loss="dlr")(images, labels)

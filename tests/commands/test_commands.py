@@ -92,7 +92,7 @@ def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
     (found,) = lines(capsys)
     test = runs.read(trained).result.test
     assert {name: found[name] for name in test} == test and found["eps"] == 0.1
-    assert found["pgd-50 margin x 5"] <= found["clean"] and "an upper bound" in found["meaning"]
+    assert found["robust"] <= min(test.values()) and "robust accuracy is at most" in found["meaning"]
     assert found["warnings"] == []
     assert json.loads((tmp_path / "found.json").read_text()) == found
     assert main([*arguments, "--steps", "5", "--restarts", "3", "--split", "validation", "--images", "15"]) == 0
@@ -113,7 +113,7 @@ def test_every_flag_of_evaluate_reaches_its_use(trained, tmp_path, capsys, monke
     def measure(model, images, **settings):
         assert all(value.equal(expected[key]) for key, value in model.state_dict().items())
         seen.append((len(images.labels), settings))
-        return training.Accuracy(0.5, 7, 7, 7)
+        return training.Accuracy(0.5, 7, 7, 7, robust=torch.ones(7, dtype=torch.bool))
 
     for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
         monkeypatch.setattr(evaluate, name, measure)
@@ -144,7 +144,7 @@ def test_evaluate_takes_from_the_run_what_it_is_not_told(trained, tmp_path, caps
 
     def measure(model, images, **settings):
         seen.append(settings)
-        return training.Accuracy(0.5, 7, 7, 7)
+        return training.Accuracy(0.5, 7, 7, 7, robust=torch.ones(7, dtype=torch.bool))
 
     monkeypatch.setattr(experiment, "load_data", load_data)
     for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
@@ -192,7 +192,7 @@ def test_a_checkpoint_without_mean_and_deviation_gets_those_that_are_named(tmp_p
 
     def measure(model, images, **settings):
         means.append(model.normalize.mean.item())
-        return training.Accuracy(0.5, 5, 5, 5)
+        return training.Accuracy(0.5, 5, 5, 5, robust=torch.ones(5, dtype=torch.bool))
 
     for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
         monkeypatch.setattr(evaluate, name, measure)

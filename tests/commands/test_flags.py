@@ -199,13 +199,25 @@ def test_an_evaluation_is_given_every_setting(reach, checkpoint):
     assert {name: made[name] for name in strong} == strong and not made["verbose"]
 
 
-def test_an_evaluation_bounds_robust_accuracy_by_its_strongest_attack(checkpoint, monkeypatch, capsys):
-    for name, fractions in (("clean_accuracy", [0.9]), ("fgsm_accuracy", [0.6]), ("robust_accuracy", [0.5, 0.25])):
-        rest = iter(fractions)
-        monkeypatch.setattr(evaluate, name, lambda *_, rest=rest, **__: training.Accuracy(next(rest), 8, 8, 8))
+def test_an_evaluation_bounds_robust_accuracy_by_what_withstands_all_attacks(checkpoint, monkeypatch, capsys):
+    """FGSM and PGD-20 break different images; the strongest attack gets those that withstood both."""
+    among = []
+
+    def measure(model, images, **settings):
+        among.append(settings.get("among"))
+        return next(rest)
+
+    robust = [torch.tensor([True, *row]) for row in ((True,) * 3, (True, True, False), (False, True, True))]
+    found = [
+        training.Accuracy(value, 4, 8, 8, robust=rows) for value, rows in zip((0.9, 0.6, 0.5), robust, strict=True)
+    ]
+    rest = iter([*found, training.Accuracy(0.25, 4, 8, 8)])
+    for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
+        monkeypatch.setattr(evaluate, name, measure)
     assert main(["evaluate", checkpoint, *flags(NETWORK), "--device", "cpu", "--no-json"]) == 0
     told = capsys.readouterr().out
-    assert "clean 90.0%, fgsm 60.0%, pgd-20 50.0%, pgd-50 margin x 5 25.0%" in told and "at most 25.0%" in told
+    assert "clean 90.0%, fgsm 60.0%, pgd-20 50.0% of " in told and "at most 25.0%: the images that withstood" in told
+    assert among[:3] == [None] * 3 and among[3].tolist() == [True, False, True, False]
 
 
 def test_a_benchmark_is_given_every_setting(reach, checkpoint, tmp_path, monkeypatch):

@@ -56,6 +56,26 @@ def test_restarts_lower_the_accuracy_and_count_their_passes():
     assert one.images == 40 and one.backward <= 3 * 40 and five.backward > one.backward
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_images_that_withstand_one_attack_are_given_to_the_next(model, monkeypatch, at_once):
+    monkeypatch.setattr(evaluation, "reads_at_once", lambda device: at_once)
+    options = {"eps": 0.12, "batch_size": 7}
+    first = training.fgsm_accuracy(model, VALIDATION, **options)
+    alone = training.robust_accuracy(model, VALIDATION, steps=3, **options)
+    both = training.robust_accuracy(model, VALIDATION, steps=3, **options, among=first.robust)
+    right = model(data.to_unit(VALIDATION.images)).argmax(1) == VALIDATION.labels
+    assert torch.equal(training.clean_accuracy(model, VALIDATION).robust, right)
+    for accuracy in (first, alone, both):
+        assert accuracy.fraction == accuracy.robust.double().mean().item() and not (accuracy.robust & ~right).any()
+    assert 0 < both.fraction <= min(first.fraction, alone.fraction) and not (both.robust & ~first.robust).any()
+    assert (both.backward < alone.backward) == at_once
+    none = training.robust_accuracy(model, VALIDATION, steps=1, among=torch.zeros(40, dtype=torch.bool))
+    assert none.fraction == 0
+    for count in (39, 41, 1):
+        with pytest.raises(ValueError, match=f"among must have one value for each of 40 images, got {count}"):
+            training.robust_accuracy(model, VALIDATION, steps=1, among=torch.ones(count, dtype=torch.bool))
+
+
 def test_an_accuracy_without_images_is_refused():
     with pytest.raises(ValueError, match="images must hold"):
         training.clean_accuracy(network(), data.Split(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.int64)))

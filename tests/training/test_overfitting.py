@@ -69,7 +69,7 @@ def overfit_at(monkeypatch):
 
     def measured(self, model):
         calls.append(measure(self, model))
-        return calls[-1]._replace(fraction=0.0) if len(calls) in faked else calls[-1]
+        return replace(calls[-1], fraction=0.0) if len(calls) in faked else calls[-1]
 
     def choose(*numbers):
         calls.clear()

@@ -1,0 +1,108 @@
+"""Files of adversarial images, as torchattacks writes them with `torch.save`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparse_adv import torch_files
+from sparse_adv.attacks.checks import int64_labels, is_correct
+from sparse_adv.files import check_writable, replacing
+
+if TYPE_CHECKING:
+    from sparse_adv.attacks.base import Attack
+
+_IMAGES = ("adv_inputs", "clean_inputs")
+
+
+class Found(NamedTuple):
+    """What an attack found."""
+
+    accuracy: float
+    """Robust accuracy in percent."""
+    distance: float
+    """Mean l2 distance of the adversarial images; 0 without one."""
+    seconds: float
+    """Time of a batch."""
+
+
+def attacked(
+    attack: Attack,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    path: str | Path | None,
+    more: set[str],
+    save_type: str,
+) -> Found:
+    """Attack all batches and write the file of `Attack.save`, with the entries `more` too."""
+    check_type("save_type", save_type)
+    if path is not None:
+        check_writable(Path(path))
+    kept: dict[str, list[Tensor]] = {"adv_inputs": [], "labels": [], "preds": [], "clean_inputs": []}
+    distances, standing, start = [], [], time.perf_counter()
+    for images, labels in batches:
+        adv = attack(images, labels)
+        logits, labels = attack.get_logits(adv), int64_labels(labels.to(adv.device))
+        right = is_correct(logits, labels)
+        moved, clean = map(attack.inverse_normalize, (adv, images.to(adv.device)))
+        offset = (moved - clean).flatten(1).norm(dim=1)
+        standing.append(right)
+        distances.append(offset[~right])
+        for name, values in (("adv_inputs", adv), ("clean_inputs", images)):
+            kept[name].append(attack.inverse_normalize(values).cpu())
+        kept["labels"].append(labels.cpu())
+        kept["preds"].append(logits.argmax(1).cpu())
+    if not standing:
+        raise ValueError("data_loader must hold at least one batch, got none")
+    seconds = (time.perf_counter() - start) / len(standing)
+    accuracy = 100 * torch.cat(standing).float().mean().item()
+    fallen = torch.cat(distances)
+    if path is not None:
+        wanted = {"adv_inputs", "labels", *more}
+        content: dict[str, Any] = {name: torch.cat(values) for name, values in kept.items() if name in wanted}
+        content |= {name: to_type(content[name], save_type) for name in _IMAGES if name in content}
+        with replacing(Path(path)) as temporary:
+            torch.save({**content, "save_type": save_type}, temporary)
+    return Found(accuracy, fallen.mean().item() if len(fallen) else 0.0, seconds)
+
+
+def load(
+    path: Path, batch_size: int, shuffle: bool, normalize: Mapping[str, Sequence[float]] | None, names: Sequence[str]
+) -> DataLoader[tuple[Tensor, ...]]:
+    """Read the file of `Attack.save`: batches of these entries."""
+    with path.open("rb") as file:
+        try:
+            content = torch_files.load(file)
+        except Exception as error:  # of many types
+            raise ValueError(f"{path} is no file of adversarial images: {str(error).partition(chr(10))[0]}") from error
+    for name in names:
+        if not isinstance(content, dict) or not isinstance(content.get(name), Tensor):
+            raise ValueError(f"{path} has no tensor {name!r}: it is no file of adversarial images, or saved without it")
+    tensors = {name: content[name] for name in names}
+    for name in tensors.keys() & set(_IMAGES):
+        tensors[name] = to_type(tensors[name], "float")
+        if normalize is not None:
+            mean, std = (torch.as_tensor(normalize[key]).view(-1, 1, 1) for key in ("mean", "std"))
+            tensors[name] = (tensors[name] - mean) / std
+    if len({len(tensor) for tensor in tensors.values()}) != 1:
+        raise ValueError(f"{path} has tensors of different lengths: {[len(tensor) for tensor in tensors.values()]}")
+    return DataLoader(TensorDataset(*tensors.values()), batch_size=batch_size, shuffle=shuffle)
+
+
+def check_type(name: str, kind: str) -> None:
+    """Raise ValueError unless this is "float" or "int"."""
+    if kind not in ("float", "int"):
+        raise ValueError(f'{name} must be "float" or "int", got {kind!r}')
+
+
+def to_type(images: Tensor, kind: str) -> Tensor:
+    """Images of bytes as float, or of float as bytes; others as they are."""
+    check_type("type", kind)
+    if kind == "int" and images.is_floating_point():
+        return (images * 255).to(torch.uint8)
+    return images.float() / 255 if kind == "float" and images.dtype == torch.uint8 else images
