@@ -75,6 +75,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(attacked, tmp_path, monke
     continued = AutoAttack(model, **CUSTOM)
     adv = continued.run_standard_evaluation(images, labels, bs=4, state_path=path)
     assert torch.equal(adv, expected) and continued.result.accuracy == whole.result.accuracy
+    assert whole.result.seconds > 0 and continued.result.seconds > 0
     with pytest.raises(ValueError, match="is of another model, other images or other options"):
         AutoAttack(model, **{**CUSTOM, "eps": 0.1}).run_standard_evaluation(images, labels, state_path=path)
     path.write_bytes(b"no state")

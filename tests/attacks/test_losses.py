@@ -35,6 +35,14 @@ def test_each_loss_is_its_formula(logits, labels):
         assert found.item() == pytest.approx((z[t] - z[y]) / scale)
 
 
+def test_the_divergence_of_trades_is_from_the_clean_images_to_the_adversarial_ones(logits):
+    clean, attacked = logits[:25], logits[25:]
+    q, p = clean.softmax(1), attacked.softmax(1)
+    expected, reverse = (q * (q / p).log()).sum(1), (p * (p / q).log()).sum(1)
+    assert not torch.allclose(expected, reverse, rtol=0.1)
+    torch.testing.assert_close(losses.kl_divergence(attacked, clean.log_softmax(1)), expected)
+
+
 def test_margin_and_dlr_are_positive_where_the_prediction_is_wrong(logits, labels):
     wrong = logits.argmax(1) != labels
     assert torch.equal(losses.margin(logits, labels) > 0, wrong)

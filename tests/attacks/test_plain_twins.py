@@ -90,6 +90,30 @@ def test_apgd_is_algorithm_1(norm, loss, rho):
         assert torch.allclose(found, expected, rtol=0, atol=1e-9)
 
 
+class Waves(nn.Module):
+    """Class 0 wins everywhere; the other logits rise and fall many times within a ball."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves = (9 * self.inner(x)).sin()
+        return torch.cat([torch.full_like(waves[:, :1], 9.0), waves], 1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_apgd_halves_its_steps_and_goes_back_to_its_best_points_like_algorithm_1(norm):
+    model, images, _ = problem()
+    model, labels = Waves(model), torch.zeros(5, dtype=torch.int64)
+    eps = {"linf": 0.3, "l2": 0.8}[norm]
+    adv = apgd(model, images, labels, norm=norm, eps=eps, steps=40, loss="margin", generator=generator())
+    starts = ops.random_start(images, eps, norm, generator())
+    for x, y, start, found in zip(images, labels, starts, adv, strict=True):
+        _, expected = ascend(lambda z, y=y: losses.margin(model(z[None]), y[None]).sum(), x, start, eps, norm, 40, 0.75)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def test_targeted_apgd_takes_the_nearest_classes_in_turn():
     model, images, labels = problem()
     adv = apgd_t(model, images, labels, eps=1e-3, steps=20, targets=2, restarts=2, generator=generator())

@@ -74,6 +74,23 @@ def test_weights_are_read_again_in_each_context():
                     tensor.mul_(1.1)
 
 
+def test_every_step_reads_its_weights_again():
+    """A masked and a dense convolution with BatchNorm, a BatchNorm of its own, and masked and dense linear layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)),
+        *(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5)),
+    )
+    model = sparsify(model.double(), {"1": torch.rand(8, 3, 3, 3) < 0.5, "7": torch.rand(16, 64) < 0.5}).eval()
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    for tensor in [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]:
+        with torch.no_grad():
+            tensor.add_(0.1 * torch.rand(tensor.shape)).mul_(1.1)
+        with engine.input_gradients(model, x) as gradients:
+            assert isinstance(gradients, engine.Program)
+            assert relative_error(gradients.logits(x), engine.Autograd(model).logits(x)) < 1e-9
+
+
 def test_steps_of_this_librarys_kernels_allocate_nothing():
     model, x, loss = example("resnet18", (4, 4))
     for layer in model.modules():

@@ -60,6 +60,8 @@ def test_the_faster_kernel_is_fixed(model, monkeypatch, winner):
     for name, choice in choices.items():
         assert {p: choice[p]["kernel"] for p in PASSES} == dict.fromkeys(PASSES, winner)
         assert kernels_of(model[int(name)]) == dict.fromkeys(PASSES, winner)
+        for measured in choice.values():
+            assert measured[f"{winner}_ms"] == 1.0 and {measured["sparse_ms"], measured["dense_ms"]} == {1.0, 2.0}
 
 
 def test_the_table_decides_between_kernels_of_equal_time(model, monkeypatch):

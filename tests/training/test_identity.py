@@ -19,6 +19,7 @@ from torch.utils.data import (
 
 from sparse_adv import data, masks, runs, sparsify, training
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig
+from sparse_adv.data import Batches
 from sparse_adv.runs import Cost
 from sparse_adv.training import identity
 
@@ -311,6 +312,14 @@ def test_what_chooses_the_images_is_part_of_them():
     sampler.set_epoch(3)
     assert of(sampler) == before
     assert identity.images_digest(Noise(0)) != identity.images_digest(Noise(1))
+
+
+def test_every_setting_of_batches_is_part_of_them():
+    plain = identity.images_digest(batches())
+    changes = {"batch_size": 16, "shuffle": False, "augment": True, "seed": 1, "world_size": 2}
+    for name, value in changes.items():
+        assert identity.images_digest(Batches(TRAIN, **({"batch_size": 32} | {name: value}))) != plain, name
+    assert identity.images_digest(batches()) == plain
 
 
 def test_a_tensor_that_is_expanded_is_not_written_out():
