@@ -83,6 +83,22 @@ def test_an_interrupted_run_ends_like_one_that_was_not(attacked, tmp_path, monke
         AutoAttack(model, **CUSTOM).run_standard_evaluation(images, labels, state_path=path)
 
 
+def test_every_attack_and_batch_draws_numbers_of_its_own_and_the_seed_decides_them(attacked, monkeypatch):
+    model, images, labels = attacked
+    seen = []
+
+    def attack(model, x, y, *, generator, **options):
+        seen.append(generator.initial_seed())
+        return x
+
+    for name in autoattack.MEMBERS:
+        monkeypatch.setitem(autoattack.MEMBERS, name, Member("", attack))
+    for seed in (3, 3, 4):
+        AutoAttack(model, **{**CUSTOM, "seed": seed}).run_standard_evaluation(images, labels, bs=4)
+    first, again, other = (seen[at : at + 6] for at in (0, 6, 12))  # two attacks on three batches
+    assert first == again and len(seen) == 18 and len({*first, *other}) == 12
+
+
 def test_what_runs_is_printed_with_its_budget_and_its_true_name(attacked, capsys, tmp_path):
     model, images, labels = attacked
     log = tmp_path / "log.txt"
