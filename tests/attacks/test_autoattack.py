@@ -1,6 +1,7 @@
 """AutoAttack: only survivors are attacked, examples are verified, interrupted runs end alike, names are honest."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_every_attack_and_batch_draws_numbers_of_its_own_and_the_seed_decides_th
         AutoAttack(model, **{**CUSTOM, "seed": seed}).run_standard_evaluation(images, labels, bs=4)
     first, again, other = (seen[at : at + 6] for at in (0, 6, 12))  # two attacks on three batches
     assert first == again and len(seen) == 18 and len({*first, *other}) == 12
+
+
+@pytest.mark.parametrize("gradients_find", [False, True])
+def test_square_that_finds_more_than_gradients_is_a_sign(attacked, monkeypatch, gradients_find):
+    model, images, labels = attacked
+    strong = partial(square, queries=50)
+    weak = Member("", lambda model, x, y, **_: x)
+    monkeypatch.setitem(autoattack.MEMBERS, "apgd-ce", Member("", strong) if gradients_find else weak)
+    monkeypatch.setitem(autoattack.MEMBERS, "square", weak if gradients_find else Member("", strong))
+    evaluator = AutoAttack(model, **{**CUSTOM, "eps": 0.1, "attacks_to_run": ["apgd-ce", "square"]})
+    evaluator.run_standard_evaluation(images, labels)
+    assert any("needs no gradients, found" in sign for sign in evaluator.result.signs) is not gradients_find
 
 
 def test_what_runs_is_printed_with_its_budget_and_its_true_name(attacked, capsys, tmp_path):

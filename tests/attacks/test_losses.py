@@ -67,6 +67,14 @@ def test_too_few_classes_are_refused():
             loss(torch.zeros(1, classes), labels)
 
 
+def test_labels_of_the_losses_of_this_library_are_classes_and_are_checked():
+    model, (images, labels) = make_model().eval(), batch()
+    for loss in (*losses.LOSSES, losses.SmoothedCrossEntropy(0.1)):
+        with pytest.raises(ValueError, match="labels must lie in"):
+            pgd(model, images, labels + 5, loss=loss, steps=1)
+    assert not losses.takes_classes(losses.cross_entropy)  # of a function nothing is known
+
+
 @pytest.mark.parametrize("name", losses.LOSSES)
 @pytest.mark.parametrize("targeted", [True, False])
 def test_an_attack_takes_a_loss_by_name(name, targeted):

@@ -156,7 +156,16 @@ def test_a_model_is_freed_although_its_steps_are_kept():
     assert reference() is None
 
 
-@pytest.mark.parametrize("held", [lambda f: f, lambda f: (f, 0.0), lambda f: [0.0, [f]], lambda f: {"of": {"this": f}}])
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda f: f,
+        lambda f: (f, 0.0),
+        lambda f: [0.0, [f]],
+        lambda f: {"of": {"this": f}},
+        lambda f: [*[0.0] * 50, f],
+    ],
+)
 def test_a_changed_attribute_of_a_module_is_noticed(held):
     def found(value):
         return (

@@ -135,6 +135,19 @@ def test_more_epochs_extend_a_run(tmp_path, schedule):
         assert records[-1].learning_rate == config.lr * (1 + np.cos(np.pi * 11 / 12)) / 2
     with pytest.raises(ValueError, match=r"train\.epochs 4, now 2"):
         run(tmp_path, config=config)
+    run(tmp_path, config=replace(config, epochs=5))
+    assert runs.read(tmp_path).info.extended == (2, 4)
+
+
+def test_a_run_that_has_not_ended_is_not_shortened(tmp_path):
+    def begin(epochs):
+        own = replace(CONFIG, epochs=epochs)
+        return training.Training(network(), batches(), own, validation=VALIDATION, folder=tmp_path)
+
+    next(begin(4).epochs())
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        begin(3)
+    assert len(begin(4).records) == len(begin(5).records) == 1
 
 
 def test_a_run_continued_with_other_threads_says_so(tmp_path, caplog):
