@@ -3,7 +3,8 @@
     python benchmarks/bench_attack.py [--device cuda] [--network resnet18] [--out FILE.csv]
     make bench
 
-All sides are public functions as users call them, on one network:
+All sides are public functions as users call them in loops of their own, on one network (bench_update.py has the
+updates of `training.train`):
 
 - "published": the loop of the published repositories in float32 and NCHW;
 - "careful": the same in bfloat16, channels_last and cuDNN's benchmark mode; only on a GPU;
@@ -41,7 +42,7 @@ MASKS: dict[str, Masks] = {
     "cuda": [((64, 64), 0.1), ((64, 64), 0.2), ((1, 1), 0.1)],
     "cpu": [((1, 1), 0.1), ((4, 4), 0.1)],
 }
-COMPILED_UPDATES = ("resnet18",)  # compiling the update of another network takes longer than all of its other cases
+COMPILED_STEPS = ("resnet18",)  # compiling the step of another network takes longer than all of its other cases
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Compiler = Callable[[nn.Module], nn.Module]
 
@@ -192,9 +193,6 @@ class Setup:
             rivals = {name: captured(side, calls=1) for name, side in rivals.items()}
         return self.case(f"PGD-{STEPS} attack", "dense", {"ours": self.ours.adversarial, **rivals})
 
-    def compiled_update(self) -> Case:
-        return self.case(f"PGD-{STEPS} update", "dense", {"ours": self.ours, "compile": self.compiled})
-
     def training_step(self) -> Case:
         """The case of forward, backward and SGD on clean images; on a GPU each side is a CUDA graph."""
         plain = {"careful": self.careful} if self.on_gpu else {"published": self.published}
@@ -210,11 +208,11 @@ def cases(names: Sequence[str], device: str, quick: bool = False) -> Iterator[Ca
     for name in names:
         setup = Setup(name, device, quick)
         yield setup.update()
-        for block, density in MASKS[device]:
-            yield setup.masked_update(block, density)
+        if device == "cpu" or name not in COMPILED_STEPS:  # the others are in bench_update.py
+            for block, density in MASKS[device]:
+                yield setup.masked_update(block, density)
         yield setup.attack()
-        if name in COMPILED_UPDATES:
-            yield setup.compiled_update()
+        if name in COMPILED_STEPS:
             yield setup.training_step()
 
 
@@ -250,10 +248,6 @@ def test_attack(timed, quick, side):
 @pytest.mark.parametrize("side", ["ours", "published", "compile"])
 def test_training_step(timed, quick, side):
     timed(setup_of("resnet18", quick=quick).training_step(), side)
-
-
-def test_compiled_update(timed, quick):
-    timed(setup_of("resnet18", quick=quick).compiled_update(), "compile")
 
 
 if __name__ == "__main__":

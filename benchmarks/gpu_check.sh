@@ -35,10 +35,10 @@ part() {  # part NAME SECONDS COMMAND...
 
 # The limits add up to 535 seconds at most.
 part machine 5 nvidia-smi
-part build 40 "$python" setup.py --quiet build_ext --inplace
+part build 36 "$python" setup.py --quiet build_ext --inplace
 part doctor 10 "$python" -m sparse_adv doctor
 # In these tests native ops throw. If that ends the process, only this part is lost.
-part native_errors 14 "${pytest[@]}" -k "refuse or crashes" \
+part native_errors 12 "${pytest[@]}" -k "refuse or crashes" \
   tests/ops/test_masked_conv2d_pattern.py tests/ops/test_pgd_step.py tests/ops/test_random_start.py tests/ops/test_devices.py
 if "$python" -c 'import xdist' 2>/dev/null; then
   # Some tests of training take half a minute. They come first and are handed out a few at a time, so that no worker is
@@ -55,7 +55,7 @@ fi
 part tests 138 env OMP_NUM_THREADS=1 "${pytest[@]}" "${tests[@]}"
 note=
 # Each tensor gets an allocation of its own: memcheck sees no access out of bounds within a block that PyTorch caches.
-part memcheck 28 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+part memcheck 26 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --target-processes application-only --error-exitcode 1 "${pytest[@]}" \
   -k "cuda and (step_takes_any or start_gives or normalised or (batch_norm_act and bfloat16 and channels_last) or (blocks_with and bfloat16))" tests/ops/test_devices.py
 measure() {  # measure NAME SECONDS BENCHMARK ARGUMENTS...
@@ -63,12 +63,15 @@ measure() {  # measure NAME SECONDS BENCHMARK ARGUMENTS...
   shift 3
   part "$name" "$limit" "$python" "benchmarks/bench_$benchmark.py" --device cuda --out "$out/$name.csv" "$@"
 }
-measure pgd_ops 43 pgd_ops
-measure batch_norm_act 25 batch_norm_act
-measure masked_conv2d 30 masked_conv2d
-measure attack 114 attack --network resnet18
+# Updates as CUDA graphs against the same updates without, bit for bit.
+part captured 14 "${pytest[@]}" -k cuda tests/training/test_captured.py
+measure pgd_ops 41 pgd_ops
+measure batch_norm_act 23 batch_norm_act
+measure masked_conv2d 28 masked_conv2d
+measure attack 64 attack --network resnet18
+measure update 52 update
 measure attack_wrn 70 attack --network wrn-34-10
-measure shrink 18 shrink
+measure shrink 16 shrink
 
 "$python" benchmarks/gpu_report.py "$out" || exit 1
 awk -F'\t' '$2 != 0 { failed = 1 } END { exit failed }' "$parts"

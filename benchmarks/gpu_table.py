@@ -82,8 +82,8 @@ def updates(rows: Sequence[Record]) -> list[str]:
     lines = []
     for row in rows:
         op = str(row["op"])
-        if op.startswith("PGD-"):
-            names = ALONE if "attack" in op else RIVALS
+        if op.startswith(("PGD-", "captured")):
+            names = RIVALS | ALONE if "attack" in op or op.startswith("captured") else RIVALS
             rivals = ", ".join(f"{names[rival]} {value:.2f}" for rival, value in ratios_of(row).items())
             case = title_of({name: row[name] for name in ("network", "batch", "mask", "removed") if name in row})
             lines.append([f"{op}: {case}", f"{float(row['ours_ms']):.1f}", rivals])

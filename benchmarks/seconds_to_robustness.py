@@ -106,7 +106,7 @@ class Setting:
     def run(self, folder: Path, row: Row, epochs: int, seed: int, ticket: Path | None = None) -> experiment.TrainRun:
         train = replace(self.train, epochs=epochs, evaluate_every=epochs, seed=seed)
         dataset = experiment.load_data(self.images, seed, CPU)
-        loaded = experiment.load_ticket(ticket, reinit=row.reinit, shuffle=row.shuffle) if ticket else None
+        loaded = experiment.ticket_to_train(ticket, reinit=row.reinit, shuffle=row.shuffle) if ticket else None
         return experiment.TrainRun(
             folder, train, self.images, self.network, dataset, CPU, ticket=loaded, method=row.method
         )

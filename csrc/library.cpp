@@ -24,6 +24,19 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "masked_conv2d_grad_input_out(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[2] stride, SymInt[2] "
       "padding, SymInt[2] dilation, SymInt groups, Tensor? residual, Tensor? gate, Tensor(a!) out) -> ()");
+  // conv2d(input, weight) with weights [K, C, 3, 3], stride 1 and padding 0 to 2 by Winograd's filtering with tiles of
+  // tile x tile pixels. transposed exchanges K and C and turns the taps by 180 degrees: the gradient of the input.
+  m.def(
+      "winograd_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] padding, int tile, bool transposed) -> "
+      "Tensor");
+  // The gradient of its weights, in the same way.
+  m.def("winograd_conv2d_grad_weight(Tensor grad, Tensor input, SymInt[2] padding, int tile) -> Tensor");
+  // Its parts: the weights as the tiles are multiplied with them, and the rest, into memory that the caller provides.
+  m.def("winograd_conv2d_weight(Tensor weight, int tile, bool transposed) -> Tensor");
+  // out = act(winograd_conv2d(input, weight) + bias + residual), act = relu, gate or nothing.
+  m.def(
+      "winograd_conv2d_out(Tensor input, Tensor weight, SymInt[2] padding, Tensor? bias, Tensor? residual, bool relu, "
+      "Tensor? gate, Tensor(a!) out, Tensor(b!)? gate_out) -> ()");
   // Their epilogue on its own: out = act(scale[c] * input + bias[c] + residual), act = relu, gate or nothing.
   m.def(
       "pointwise_out(Tensor input, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) "

@@ -60,8 +60,8 @@ def run(
 
     path = out / "search" / runs.TICKET
     controls = {
-        "ticket": ("ticket", experiment.load_ticket(path)),
-        "reinitialised": ("same mask, re-initialised", experiment.load_ticket(path, reinit=True)),
+        "ticket": ("ticket", experiment.ticket_to_train(path)),
+        "reinitialised": ("same mask, re-initialised", experiment.ticket_to_train(path, reinit=True)),
         "dense": ("dense", None),
     }
     trainings = {

@@ -132,6 +132,27 @@ def _max_pool2d() -> float:
     return _difference([out, grad_input], [expected.detach(), expected_grad])
 
 
+def _winograd_conv2d(tile: int) -> float:
+    """Forward and the gradients of input, weight and bias, and the op with residual, ReLU and gate."""
+    noise = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=noise) for size in ((2, 16, 7, 9), (16, 16, 3, 3), (16,)))
+
+    def results(convolution: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        out = convolution(*leaves, padding=(1, 1))
+        return [out.detach(), *torch.autograd.grad(out, leaves, x)]
+
+    expected = results(torch.nn.functional.conv2d)
+    images = x.to(memory_format=torch.channels_last)
+    y, grad, gate = torch.empty_like(images), torch.empty_like(images), ops.empty_gate(images)
+    transformed = (ops.winograd_conv2d_weight(weight, tile, transposed) for transposed in (False, True))
+    ops.winograd_conv2d_out(images, next(transformed), bias=bias, residual=images, relu=True, out=y, gate_out=gate)
+    ops.winograd_conv2d_out(images, next(transformed), gate=gate, out=grad)
+    rectified = (expected[0] + x).relu()
+    actual = [*results(partial(ops.winograd_conv2d, tile=tile)), y, grad]
+    return _difference(actual, [*expected, rectified, expected[1].where(rectified > 0, 0)])
+
+
 def _pgd_step(norm: str) -> float:
     noise = torch.Generator().manual_seed(0)
     clean, adv = torch.rand(2, 3, 2, 5, 7, generator=noise)
@@ -167,6 +188,9 @@ OPS = (
     "masked_conv2d_grad_weight",
     "masked_conv2d_out",
     "masked_conv2d_grad_input_out",
+    "winograd_conv2d",
+    "winograd_conv2d_weight",
+    "winograd_conv2d_out",
     "pointwise_out",
     "max_pool2d_out",
     "max_pool2d_grad_input_out",
@@ -184,6 +208,7 @@ CHECKS: dict[str, Callable[[], float]] = {
         for kernel in ("sparse", "dense")
     },
     **{f"masked_conv2d_out {kernel}": partial(_masked_conv2d_out, kernel) for kernel in ("sparse", "dense")},
+    **{f"winograd_conv2d tile {tile}": partial(_winograd_conv2d, tile) for tile in (2, 4)},
     "pointwise_out": _pointwise,
     "max_pool2d_out": _max_pool2d,
     "batch_norm_act": _batch_norm_act,

@@ -19,7 +19,12 @@ from sparse_adv.training import Training, distributed, final_test
 
 
 def load_data(config: DataConfig, seed: int, device: torch.device) -> data.Dataset:
-    """Read the images of a configuration onto a device; the seed chooses those for validation and for training."""
+    """Read the images of a configuration onto a device; the seed chooses those for validation and for training.
+
+    Examples:
+        >>> len(load_data(DataConfig("digits", limit=100, validation=20), 0, torch.device("cpu")).train.labels)
+        80
+    """
     return data.load(
         config.data,
         validation=config.validation,
@@ -31,7 +36,13 @@ def load_data(config: DataConfig, seed: int, device: torch.device) -> data.Datas
 
 
 def make_batches(config: DataConfig, dataset: data.Dataset, seed: int) -> data.Batches:
-    """Return the training batches of this process, which has its share of each batch."""
+    """Return the training batches of this process, which has its share of each batch.
+
+    Examples:
+        >>> config = DataConfig("digits", limit=100, validation=20, batch_size=32)
+        >>> len(make_batches(config, load_data(config, 0, torch.device("cpu")), seed=0))
+        3
+    """
     augment = dataset.input_shape == (3, 32, 32) if config.augment is None else config.augment
     return data.Batches(
         dataset.train,
@@ -44,7 +55,14 @@ def make_batches(config: DataConfig, dataset: data.Dataset, seed: int) -> data.B
 
 
 def build_network(config: NetworkConfig, dataset: data.Dataset, seed: int, device: torch.device) -> nn.Module:
-    """Return a dense network with fresh weights for the images of a data set."""
+    """Return a dense network with fresh weights for the images of a data set.
+
+    Examples:
+        >>> cpu = torch.device("cpu")
+        >>> dataset = load_data(DataConfig("digits", limit=100), 0, cpu)
+        >>> build_network(NetworkConfig("digits_cnn", width=4), dataset, 0, cpu).fc.out_features
+        10
+    """
     model = models.build(
         config.arch,
         seed,
@@ -70,7 +88,7 @@ def load_network(
     )
 
 
-def load_ticket(path: Path, *, reinit: bool = False, shuffle: bool = False) -> tuple[masks.Ticket, TicketSource]:
+def ticket_to_train(path: Path, *, reinit: bool = False, shuffle: bool = False) -> tuple[masks.Ticket, TicketSource]:
     """Read a ticket, or a pruned checkpoint of another tool, to be trained by a `TrainRun`.
 
     Args:
@@ -177,7 +195,7 @@ class TrainRun:
         train, images, network: the configurations.
         dataset: the images, from `load_data`.
         device: of the network.
-        ticket: a ticket and its description, from `load_ticket`; None to start from a dense network.
+        ticket: a ticket and its description, from `ticket_to_train`; None to start from a dense network.
         method: makes and changes masks in the course of training; None for none.
         name: what reports call the run; None for the folder's name.
 
@@ -267,7 +285,13 @@ class TrainRun:
 
 
 def updates_of(config: TrainConfig, batches: data.Batches) -> int:
-    """Return the number of updates of a training run."""
+    """Return the number of updates of a training run.
+
+    Examples:
+        >>> images = data.Split(torch.rand(64, 1, 4, 4), torch.arange(64) % 2)
+        >>> updates_of(TrainConfig("free", epochs=3, replays=4), data.Batches(images, 32))
+        24
+    """
     return config.epochs * len(batches) * (config.replays if config.objective == "free" else 1)
 
 

@@ -66,7 +66,12 @@ def machine() -> Machine:
 
 
 def cpu_name() -> str:
-    """Return name, family and model of the processor from /proc/cpuinfo; without that file its architecture."""
+    """Return name, family and model of the processor from /proc/cpuinfo; without that file its architecture.
+
+    Examples:
+        >>> cpu_name() == machine().cpu
+        True
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -82,6 +87,10 @@ def commit() -> str | None:
 
     The environment variable COMMIT wins over git: it names the commit of a copy without a repository. The
     repository around an installed package does not count.
+
+    Examples:
+        >>> commit() == software().commit
+        True
     """
     if known := os.environ.get("COMMIT"):
         return known

@@ -89,12 +89,30 @@ def read_lines(kind: type[Record], path: Path) -> list[Record]:
 
 
 def write(path: Path, record: DataclassInstance) -> None:
-    """Write a file that holds one dataclass, whole or not at all."""
+    """Write a file that holds one dataclass, whole or not at all.
+
+    Examples:
+        >>> import tempfile
+        >>> from sparse_adv.config import NetworkConfig
+        >>> path = Path(tempfile.mkdtemp()) / "network.json"
+        >>> write(path, NetworkConfig("vgg16"))
+        >>> read(NetworkConfig, path)
+        NetworkConfig(arch='vgg16', width=None)
+    """
     write_text(path, json.dumps(to_json(record), indent=2) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[DataclassInstance]) -> None:
-    """Write a file that holds a dataclass in each line, without fields that are None; whole or not at all."""
+    """Write a file that holds a dataclass in each line, without fields that are None; whole or not at all.
+
+    Examples:
+        >>> import tempfile
+        >>> from sparse_adv.config import NetworkConfig
+        >>> path = Path(tempfile.mkdtemp()) / "networks.jsonl"
+        >>> write_lines(path, [NetworkConfig("vgg16"), NetworkConfig("resnet18", 16)])
+        >>> [network.width for network in read_lines(NetworkConfig, path)]
+        [None, 16]
+    """
     write_text(path, "".join(json.dumps(to_json(record, with_none=False)) + "\n" for record in records))
 
 

@@ -24,8 +24,8 @@ def unpickle_arrays(file: IO[bytes]) -> Any:
     """Read a pickle that consists of NumPy arrays and Python's own containers, numbers and text.
 
     Nothing else is unpickled, so that a malicious file cannot run code, read memory or fill it: objects that are
-    contained several times count as often. Arrays are of bool,
-    integers or floats; an object array, as of a list of masks, is returned as a list.
+    contained several times count as often. Arrays are of bool, integers or floats; an object array, as of a list of
+    masks, is returned as a list.
 
     Args:
         file: open for reading bytes. Text that Python 2 pickled is returned as bytes.

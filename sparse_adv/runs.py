@@ -152,6 +152,13 @@ class EpochRecord:
     mask_distance: float | None = None
     """In a search with early stopping: fraction of positions in which the epoch's mask differs from earlier ones."""
 
+    def __post_init__(self) -> None:
+        if self.epoch < 1:
+            raise ValueError(f"epoch must be at least 1, got {self.epoch}")
+        for name, value in vars(self).items():
+            if name.endswith("_accuracy") and value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+
 
 @dataclass(frozen=True)
 class TicketChecks:
@@ -225,6 +232,14 @@ def begin(folder: Path, info: RunInfo) -> None:
         ValueError: if the folder holds a run of other settings, naming the first three that differ, or of another
             version of this library.
         NotADirectoryError: if `folder` is a file.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> begin(folder, RunInfo("train", TrainConfig(epochs=3)))
+        >>> begin(folder, RunInfo("train", TrainConfig(epochs=5)))  # more epochs: the run is extended
+        >>> read(folder).info.extended
+        (3,)
     """
     path = folder / INFO
     if not path.exists():
@@ -309,4 +324,6 @@ def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | N
 def _settings(info: RunInfo) -> dict[str, json_files.JSON]:
     """The fields that decide the result, by their path: "train.lr"."""
     fields = {key: value for key, value in json_files.to_json(info).items() if key not in DESCRIPTIVE}
-    return dict(json_files.flatten(fields))
+    flat = dict(json_files.flatten(fields))
+    flat.pop("train.graphs", None)  # graphs change no bit of a result
+    return flat

@@ -228,7 +228,7 @@ class _Attacker:
         logits = queries.logits(images)
         self.result = images.clone()
         self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=logits.dtype)
-        self._standing = self._stands(logits, labels).nonzero().squeeze(1)
+        self._robust = self._is_robust(logits, labels).nonzero().squeeze(1)
         true = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
         self.wrong_classes = logits.masked_fill(true, -math.inf).argsort(1, descending=True)[:, :-1]
 
@@ -239,7 +239,7 @@ class _Attacker:
             objective: the loss of each image, of logits and labels, and of the targets if there is a rank.
             rank: the targets are the wrong classes of this rank.
         """
-        if not len(self._standing):
+        if not len(self._robust):
             return
         state = self._start(objective, rank)
         since = 0
@@ -261,11 +261,11 @@ class _Attacker:
         better = state.best_loss > self._loss[state.index]
         self._loss[state.index[better]] = state.best_loss[better]
         self._put(state.index[better], state.best[better])
-        self._standing = state.index
+        self._robust = state.index
 
     def _start(self, objective: Callable[..., Tensor], rank: int | None) -> _State:
         """A random start for each robust image, with loss and gradient there."""
-        index = self._standing
+        index = self._robust
         ball = self._settings.ball.of(index)
         clean = self._images[index]
         arguments = (self._labels[index],) if rank is None else (self._labels[index], self.wrong_classes[index, rank])
@@ -303,13 +303,13 @@ class _Attacker:
     def _evaluated(self, state: _State, objective: Callable[..., Tensor], with_gradient: bool) -> tuple[_State, Tensor]:
         """Evaluate loss and gradient at x; return the state of the images still robust, and their loss before."""
         losses: list[Tensor] = []
-        stands = torch.ones_like(state.index, dtype=torch.bool)
+        robust = torch.ones_like(state.index, dtype=torch.bool)
 
         def loss(logits: Tensor) -> Tensor:
-            nonlocal stands
+            nonlocal robust
             value = objective(logits, *state.arguments)
             losses.append(value.detach())
-            stands = stands & self._stands(logits.detach(), state.arguments[0])
+            robust = robust & self._is_robust(logits.detach(), state.arguments[0])
             return value
 
         last_loss = state.loss
@@ -319,16 +319,16 @@ class _Attacker:
         else:
             loss(self._queries.logits(state.x))
         state.loss = torch.stack(losses).mean(0)
-        if bool(stands.all()):
+        if bool(robust.all()):
             return state, last_loss
-        fallen = state.kept(~stands)
-        self._put(fallen.index, fallen.x)
-        return state.kept(stands), last_loss[stands]
+        adversarial = state.kept(~robust)
+        self._put(adversarial.index, adversarial.x)
+        return state.kept(robust), last_loss[robust]
 
     def _put(self, index: Tensor, x: Tensor) -> None:
         self.result[index] = into_ball(x, self._images[index], self._settings.ball.of(index))
 
-    def _stands(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _is_robust(self, logits: Tensor, labels: Tensor) -> Tensor:
         correct = is_correct(logits, labels)
         return ~correct if self._settings.targeted else correct
 

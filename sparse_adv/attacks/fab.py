@@ -296,8 +296,8 @@ class _Fab:
         self._model, self._images, self._labels, self._settings, self._draw = model, images, labels, settings, draw
         self.logits = model.logits(images)
         self._best = images.clone()
-        broken = advantage(self.logits, labels, settings.targeted) > 0
-        self._least = images.new_full(labels.shape, torch.inf).where(~broken, 0)
+        is_adversarial = advantage(self.logits, labels, settings.targeted) > 0
+        self._least = images.new_full(labels.shape, torch.inf).where(~is_adversarial, 0)
         self._eps = torch.zeros_like(self._least, dtype=torch.float64) + settings.ball.radii
 
     def run(self, boundary: Boundary) -> None:
@@ -337,17 +337,17 @@ class _Fab:
         alpha = per_image(alpha, x)
         x = (1 - alpha) * (x + settings.eta * from_x) + alpha * (clean + settings.eta * from_clean)
         x = settings.ball.clamp(x)
-        broken = self._keep(x, index)
-        return (clean + settings.beta * (x - clean)).where(per_image(broken, x), x)
+        is_adversarial = self._keep(x, index)
+        return (clean + settings.beta * (x - clean)).where(per_image(is_adversarial, x), x)
 
     def _keep(self, x: Tensor, index: Tensor) -> Tensor:
         """Keep the images that are adversarial and nearer than those before; return which are adversarial."""
         norm = self._settings.ball.norm
-        broken = advantage(self._model.logits(x), self._labels[index], self._settings.targeted) > 0
+        is_adversarial = advantage(self._model.logits(x), self._labels[index], self._settings.targeted) > 0
         length = distance(x, self._images[index], norm)
-        better = broken & (length < self._least[index])
+        better = is_adversarial & (length < self._least[index])
         self._best[index[better]], self._least[index[better]] = x[better], length[better]
-        return broken
+        return is_adversarial
 
     def _random_start(self, index: Tensor) -> Tensor:
         """A point at half of the least distance, or half of eps, in a random direction."""
@@ -376,8 +376,8 @@ class _Fab:
             lead_near, lead_far = (self._lead(x, index) for x in (near, far))
             share = (lead_near / (lead_near - lead_far).clamp_min(1e-12)).clamp(0, 1)
             middle = near + per_image(share, near) * (far - near)
-            broken = per_image(self._keep(middle, index), near)
-            near, far = middle.where(~broken, near), middle.where(broken, far)
+            is_adversarial = per_image(self._keep(middle, index), near)
+            near, far = middle.where(~is_adversarial, near), middle.where(is_adversarial, far)
 
     def _lead(self, x: Tensor, index: Tensor) -> Tensor:
         return -advantage(self._model.logits(x), self._labels[index], self._settings.targeted)

@@ -130,13 +130,13 @@ def _nearest(
         size = alpha / _ALPHA_FALLS + (alpha - alpha / _ALPHA_FALLS) * cosine
         share = _GAMMA_LAST + (gamma - _GAMMA_LAST) * cosine
         value, slope = model.values_and_gradient(adv, rising)
-        length, broken = distance(adv, images, box.norm), value > 0
-        nearer = broken & (length < least)
+        length, is_adversarial = distance(adv, images, box.norm), value > 0
+        nearer = is_adversarial & (length < least)
         best, least = adv.where(per_image(nearer, adv), best), length.where(nearer, least)
         dual = torch.linalg.vector_norm(slope.flatten(1), 1 if box.norm == "linf" else 2, dim=1)
         ahead = length + value.abs() / dual.clamp_min(1e-12)
         grown = torch.where(least < math.inf, eps, ahead.maximum(eps)) * (1 + share)
-        eps = torch.where(broken, torch.minimum(eps * (1 - share), least), grown).minimum(widest)
+        eps = torch.where(is_adversarial, torch.minimum(eps * (1 - share), least), grown).minimum(widest)
         unit = slope / per_image(slope.flatten(1).norm(dim=1).clamp_min(1e-12), slope)
         adv = box.clamp(_into(adv + size * unit, images, eps, box.norm))
     return best

@@ -28,7 +28,7 @@ def pgd(
     targeted: bool = False,
     lo: float | Tensor = 0.0,
     hi: float | Tensor = 1.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Tensor | None = None,
     bn_mode: str = "eval",
     check: bool = True,
     graphs: Graphs | None = None,
@@ -60,7 +60,8 @@ def pgd(
             returns a scalar is evaluated image by image.
         targeted: minimise the loss instead of maximising it.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
-        generator: generator of the random starts, of which one number is drawn; None for PyTorch's global generator.
+        generator: generator of the random starts, of which one number is drawn; None for PyTorch's global generator; or
+            an int64 tensor [2] of Philox key and offset, as `ops.random_start` takes it.
         bn_mode: mode of BatchNorm layers during the attack: "eval" uses the running statistics; "train" uses the
             statistics of the batch and updates the running ones at each step; "batch" uses the statistics of the batch
             and leaves the running ones unchanged. All other layers (dropout) are in eval mode, and so are

@@ -56,9 +56,9 @@ def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tens
     # By how much the value has fallen at each breakpoint: coordinates that are at an end, and those still moving.
     met = (falls * ends).cumsum(1)
     moving = falls.sum(1, keepdim=True) - falls.cumsum(1)
-    fallen = met + moving.clamp_min(0) * ends
+    fall = met + moving.clamp_min(0) * ends
     goal = value.abs()[:, None]
-    piece = torch.searchsorted(fallen.contiguous(), goal).clamp(max=fallen.shape[1] - 1)
+    piece = torch.searchsorted(fall.contiguous(), goal).clamp(max=fall.shape[1] - 1)
     start = (met - falls * ends).gather(1, piece)
     speed = (moving + falls).gather(1, piece)
     t = ((goal - start) / speed.where(speed > 0, 1)).clamp_min(0).minimum(ends[:, -1:])

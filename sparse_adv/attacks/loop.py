@@ -28,7 +28,6 @@ from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.losses import kl_divergence, loss_function, takes_classes
 from sparse_adv.attacks.options import AttackOptions
-from sparse_adv.engine import InputGradients
 from sparse_adv.ops.random_start import as_philox_state
 
 
@@ -70,7 +69,8 @@ def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions
         if options.random_start:
             # With non_blocking=False the host would wait until the GPU has finished all earlier work.
             on_gpu = images.device.type == "cuda"
-            philox_state = as_philox_state(options.generator).to(images.device, non_blocking=on_gpu)
+            # A copy, because the loop advances the offset.
+            philox_state = as_philox_state(options.generator).to(images.device, non_blocking=on_gpu, copy=True)
         if not len(images):
             return images.detach().clone()
         loop = PGDLoop(module, options if traceable else replace(options, engine=False))
@@ -91,8 +91,6 @@ class PGDLoop:
     options: AttackOptions
     classes: int | None = None
     """Number of classes of the model; known after a run with a label range."""
-    gradients: InputGradients | None = None
-    """The program or autograd that formed the gradients of the last run; a CUDA graph of that run uses its memory."""
 
     def run(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange = None) -> Tensor:
         """Attack a batch; with restarts, return for each image a success, or else the result with the highest loss.
@@ -111,7 +109,6 @@ class PGDLoop:
             bn_mode(self.model, options.bn_mode),
             batch_gradients(self.model, images, options.engine) as gradients,
         ):
-            self.gradients = gradients.formed_by
             if options.loss is kl_divergence:
                 labels = F.log_softmax(gradients.logits(images), 1)
             elif isinstance(labels, Tensor) and labels.is_inference():
@@ -166,13 +163,13 @@ class PGDLoop:
             adv, images, labels, ball = adv[index], images[index], labels[index], ball.of(index)
             alpha = alpha[index] if isinstance(alpha, Tensor) else alpha
         result = adv.clone() if options.early_stop else adv
-        standing = torch.arange(len(images), device=images.device)
+        robust = torch.arange(len(images), device=images.device)
         compacts = options.early_stop and self._compacts(images)
         for _ in range(options.steps):
             grad = gradients.gradient(adv, loss)
             if compacts and fooled is not None and fooled.any():
-                result[standing[fooled]] = adv[fooled]
-                standing, adv, grad, images, labels = (t[~fooled] for t in (standing, adv, grad, images, labels))
+                result[robust[fooled]] = adv[fooled]
+                robust, adv, grad, images, labels = (t[~fooled] for t in (robust, adv, grad, images, labels))
                 if not len(adv):
                     return result
                 ball, alpha = ball.of(~fooled), alpha[~fooled] if isinstance(alpha, Tensor) else alpha
@@ -181,7 +178,7 @@ class PGDLoop:
             adv = moved if fooled is None else adv.where(per_image(fooled, images), moved)
         if len(adv) == len(result):
             return adv
-        result[standing] = adv
+        result[robust] = adv
         return result
 
     def _compacts(self, images: Tensor) -> bool:

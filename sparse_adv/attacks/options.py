@@ -25,7 +25,7 @@ class CommonOptions(TypedDict, total=False):
 
     lo: float | Tensor
     hi: float | Tensor
-    generator: torch.Generator | None
+    generator: torch.Generator | Tensor | None
     bn_mode: str
     check: bool
     graphs: Graphs | None
@@ -67,7 +67,7 @@ class AttackOptions:
     targeted: bool = False
     lo: float | Tensor = 0.0
     hi: float | Tensor = 1.0
-    generator: torch.Generator | None = None
+    generator: torch.Generator | Tensor | None = None
     bn_mode: str = "eval"
     check: bool = True
     graphs: Graphs | None = None

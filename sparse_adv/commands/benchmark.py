@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparse_adv import attacks, data, experiment, facts, runs
+from sparse_adv import attacks, data, experiment, facts, json_files, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
@@ -92,11 +90,70 @@ class Options:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
-class Sparsity(NamedTuple):
+@dataclass(frozen=True)
+class Sparsity:
     """Percent of the weights that are zero, and of the convolutions' filters whose weights are all zero."""
 
     weights: float
     filters: float
+
+
+@dataclass(frozen=True)
+class AutoAttackScore:
+    """What AutoAttack found at one radius."""
+
+    eps: float
+    name: str
+    budgets: str
+    accuracy: dict[str, float]
+    """Robust accuracy, "clean" and after each attack."""
+    robust: float
+    """The lowest of these."""
+    undone: dict[str, int]
+    """For each attack the number of unconfirmed examples."""
+    seconds: float
+    images_per_second: float
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class FMNScore:
+    """The least distances that FMN found."""
+
+    eps: float
+    robust: float
+    """Fraction of the images whose distance is greater than eps."""
+    distances: list[float | None]
+    """For each image; None if no adversarial example was found, 0 if the clean image is misclassified."""
+    first: int
+    """Number of the first image that was attacked, counted from 0."""
+    images: int
+    steps: int
+    loss: str
+    tuned: bool
+    """Whether the optimiser's settings were searched for this network."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """The content of row.json."""
+
+    what: str
+    protocol: str
+    data: str
+    images: int
+    structure: str
+    sparsity: int
+    """Percent pruned, as --sparsity says."""
+    measured_sparsity: Sparsity
+    clean: float
+    autoattack: list[AutoAttackScore]
+    fmn: FMNScore
+    peak_memory_bytes: int
+    seed: int
+    software: facts.Software
+    machine: facts.Machine
 
 
 def run(options: Options) -> int:
@@ -120,27 +177,26 @@ def run(options: Options) -> int:
             check_writable(options.out / name)
         x, y = data.to_unit(dataset.test.images[: options.images]), dataset.test.labels[: options.images]
         output = Output(options.json)
-        found = [_autoattack(options, eps, model, x, y, verbose=not output.as_json) for eps in options.eps]
-        fmn = _fmn(model, x, y, options.batch)
-        row = {
-            "what": str(options.what),
-            "protocol": "Adversarial Pruning Benchmark (Piras et al. 2024)",
-            "data": options.data,
-            "images": len(y),
-            "structure": options.structure,
-            "sparsity": options.sparsity,
-            "measured_sparsity": sparsity._asdict(),
-            "clean": found[0]["accuracy"]["clean"],
-            "autoattack": found,
-            "fmn": fmn,
-            "peak_memory_bytes": _peak_memory(device),
-            "seed": options.seed,
-            "software": asdict(facts.software()),
-            "machine": asdict(facts.machine()),
-        }
+        scores = [_autoattack(options, eps, model, x, y, verbose=not output.as_json) for eps in options.eps]
+        row = BenchmarkRow(
+            what=str(options.what),
+            protocol="Adversarial Pruning Benchmark (Piras et al. 2024)",
+            data=options.data,
+            images=len(y),
+            structure=options.structure,
+            sparsity=options.sparsity,
+            measured_sparsity=sparsity,
+            clean=scores[0].accuracy["clean"],
+            autoattack=scores,
+            fmn=_fmn(model, x, y, options.batch),
+            peak_memory_bytes=_peak_memory(device),
+            seed=options.seed,
+            software=facts.software(),
+            machine=facts.machine(),
+        )
         text = markdown(row)
-        output.print(text, row)  # first, so that a full disk does not lose it
-        write_text(options.out / ROW, json.dumps(row, indent=2) + "\n")
+        output.print(text, json_files.to_json(row))  # first, so that a full disk does not lose it
+        json_files.write(options.out / ROW, row)
         write_text(options.out / MARKDOWN, text)
     return 0
 
@@ -167,35 +223,32 @@ def measured_sparsity(model: nn.Module) -> Sparsity:
     return Sparsity(100 * pruned / max(1, weights), 100 * empty / max(1, filters))
 
 
-def markdown(row: Mapping[str, Any]) -> str:
-    """The row as a Markdown table of one row, and what ran with which budget.
-
-    Args:
-        row: as `run` writes it to row.json.
-    """
-    fmn, attacked = row["fmn"], row["autoattack"]
+def markdown(row: BenchmarkRow) -> str:
+    """The row as a Markdown table of one row, and what ran with which budget."""
+    fmn, scores = row.fmn, row.autoattack
+    measured = getattr(row.measured_sparsity, row.structure)
     cells = {
-        "network": row["what"],
-        "pruned": f"{row['sparsity']} % {row['structure']} ({row['measured_sparsity'][row['structure']]:.2f} measured)",
-        "clean": f"{row['clean']:.2%}",
+        "network": row.what,
+        "pruned": f"{row.sparsity} % {row.structure} ({measured:.2f} measured)",
+        "clean": f"{row.clean:.2%}",
     }
-    for found in attacked:
-        cells[f"AA {found['eps']:.5g}"] = f"{found['robust']:.2%}"
+    for score in scores:
+        cells[f"AA {score.eps:.5g}"] = f"{score.robust:.2%}"
     cells |= {
-        f"FMN {fmn['eps']:.5g}": f"{fmn['robust']:.2%}",
-        "seconds": f"{sum(found['seconds'] for found in attacked) + fmn['seconds']:.0f}",
-        "images/s": " / ".join(f"{found['images_per_second']:.3g}" for found in attacked),
-        "peak memory": f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
-        "evaluator": f"sparse_adv {row['software']['sparse_adv']}",
+        f"FMN {fmn.eps:.5g}": f"{fmn.robust:.2%}",
+        "seconds": f"{sum(score.seconds for score in scores) + fmn.seconds:.0f}",
+        "images/s": " / ".join(f"{score.images_per_second:.3g}" for score in scores),
+        "peak memory": f"{row.peak_memory_bytes / 2**30:.2f} GiB",
+        "evaluator": f"sparse_adv {row.software.sparse_adv}",
     }
-    ran = [f"{found['name']} at eps {found['eps']:g}: {found['budgets']}." for found in attacked]
-    ran += [f"Warning at eps {found['eps']:g}: {sign}." for found in attacked for sign in found["warnings"]]
+    ran = [f"{score.name} at eps {score.eps:g}: {score.budgets}." for score in scores]
+    ran += [f"Warning at eps {score.eps:g}: {sign}." for score in scores for sign in score.warnings]
     ran.append(
-        f"FMN: {fmn['steps']} steps, loss {fmn['loss']}, images {fmn['first']} to {fmn['first'] + fmn['images'] - 1}, "
+        f"FMN: {fmn.steps} steps, loss {fmn.loss}, images {fmn.first} to {fmn.first + fmn.images - 1}, "
         "not tuned (the benchmark's HO-FMN is)."
     )
     text = table(list(cells), [list(cells.values())])
-    return f"{text}\n{row['images']} test images of {row['data']}. " + " ".join(ran) + "\n"
+    return f"{text}\n{row.images} test images of {row.data}. " + " ".join(ran) + "\n"
 
 
 def _check_sparsity(options: Options, measured: Sparsity) -> None:
@@ -207,43 +260,44 @@ def _check_sparsity(options: Options, measured: Sparsity) -> None:
         )
 
 
-def _autoattack(options: Options, eps: float, model: nn.Module, x: Tensor, y: Tensor, verbose: bool) -> dict[str, Any]:
+def _autoattack(options: Options, eps: float, model: nn.Module, x: Tensor, y: Tensor, verbose: bool) -> AutoAttackScore:
     evaluator = attacks.AutoAttack(model, "linf", eps, seed=options.seed, verbose=verbose)
     state = options.out / f"autoattack_{eps:.8g}.safetensors"
     evaluator.run_standard_evaluation(x, y, bs=options.batch, state_path=state)
     result = evaluator.result
     assert result is not None
-    return {
-        "eps": eps,
-        "name": result.name,
-        "budgets": result.budgets,
-        "accuracy": result.accuracy,
-        "robust": min(result.accuracy.values()),
-        "undone": result.undone,
-        "seconds": result.seconds,
-        "images_per_second": len(y) / max(result.seconds, 1e-9),
-        "warnings": result.signs,
-    }
+    return AutoAttackScore(
+        eps=eps,
+        name=result.name,
+        budgets=result.budgets,
+        accuracy=result.accuracy,
+        robust=min(result.accuracy.values()),
+        undone=result.undone,
+        seconds=result.seconds,
+        images_per_second=len(y) / max(result.seconds, 1e-9),
+        warnings=result.signs,
+    )
 
 
-def _fmn(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[str, Any]:
+def _fmn(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> FMNScore:
     first = min(FMN_FIRST, max(0, len(y) - FMN_IMAGES))
     x, y = x[first : first + FMN_IMAGES], y[first : first + FMN_IMAGES]
-    start, found = time.perf_counter(), []
+    start = time.perf_counter()
+    distances: list[float] = []
     for images, labels in zip(x.split(batch), y.split(batch), strict=True):
         adv = attacks.fmn(model, images, labels, steps=FMN_STEPS, loss="dlr")
-        found += attacks.distances(model, adv, images, labels).tolist()
-    return {
-        "eps": FMN_EPS,
-        "robust": sum(distance > FMN_EPS for distance in found) / len(found),
-        "distances": [distance if math.isfinite(distance) else None for distance in found],
-        "first": first,
-        "images": len(found),
-        "steps": FMN_STEPS,
-        "loss": "dlr",
-        "tuned": False,
-        "seconds": time.perf_counter() - start,
-    }
+        distances += attacks.distances(model, adv, images, labels).tolist()
+    return FMNScore(
+        eps=FMN_EPS,
+        robust=sum(distance > FMN_EPS for distance in distances) / len(distances),
+        distances=[distance if math.isfinite(distance) else None for distance in distances],
+        first=first,
+        images=len(distances),
+        steps=FMN_STEPS,
+        loss="dlr",
+        tuned=False,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _peak_memory(device: torch.device) -> int:

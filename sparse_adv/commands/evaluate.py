@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from sparse_adv import attacks, data, experiment, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, TrainConfig
+from sparse_adv.config import DataConfig, Norm, TrainConfig
 from sparse_adv.files import check_writable, write_text
 from sparse_adv.training import clean_accuracy, deterministic, distributed, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.evaluation import model_device
@@ -74,7 +74,7 @@ class Options:
     alpha: float | None = None
     steps: int | None = None
     restarts: int | None = None
-    norm: str | None = None
+    norm: Norm | None = None
     data: str | None = None
     limit: int | None = None
     validation: float | None = None
@@ -96,6 +96,9 @@ class Options:
             for name in names:
                 if getattr(self, name) is not None and self.attack != attack:
                     raise ValueError(f"--{name} is for --attack {attack}, got --attack {self.attack}")
+        for name in ("limit", "validation"):
+            if getattr(self, name) is not None and self.split == "test":
+                raise ValueError(f"--{name} divides the training images: choose some of them with --split")
 
 
 def run(options: Options) -> int:
@@ -126,7 +129,7 @@ def run(options: Options) -> int:
         if options.images is not None:
             images = data.Split(images.images[: options.images], images.labels[: options.images])
         eps = train.eps if options.eps is None else options.eps
-        ball: dict[str, Any] = {"eps": eps, "norm": options.norm or train.norm}
+        ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
         output = Output(options.json)
         measure = _autoattack if options.attack == "autoattack" else _bound
         accuracies, meaning, signs, undone = measure(options, output, model, images, seed, ball)
@@ -147,6 +150,13 @@ def run(options: Options) -> int:
     return 0
 
 
+class BallArgs(TypedDict):
+    """Keyword arguments of attacks: radius and norm of the ball around each image."""
+
+    eps: float
+    norm: Norm
+
+
 class Measured(NamedTuple):
     """What was measured."""
 
@@ -160,7 +170,7 @@ class Measured(NamedTuple):
 
 
 def _bound(
-    options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: dict[str, Any]
+    options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: BallArgs
 ) -> Measured:
     """Accuracies under attacks that take seconds."""
     steps, restarts = options.steps or STEPS, options.restarts or RESTARTS
@@ -183,7 +193,7 @@ def _bound(
 
 
 def _autoattack(
-    options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: dict[str, Any]
+    options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: BallArgs
 ) -> Measured:
     """Accuracies after each attack of AutoAttack."""
     if distributed.world_size() > 1:

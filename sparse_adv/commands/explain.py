@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -48,11 +48,11 @@ class Options:
 
 def run(options: Options) -> int:
     ticket = masks.load_pruned(options.ticket)
-    about = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
-    shape = ticket.provenance.get("input_shape") or models.find(about.arch).input_shape
-    size: dict[str, Any] = {"width": about.width, "input_shape": shape, "classes": _classes(ticket)}
-    _check_size(options, ticket, models.build(about.arch, **size, device="meta"), shape)
-    model = sparsify(models.build(about.arch, **size), ticket.masks)
+    network = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
+    shape = ticket.provenance.get("input_shape") or models.find(network.arch).input_shape
+    build = partial(models.build, network.arch, width=network.width, input_shape=shape, classes=_classes(ticket))
+    _check_size(options, ticket, build(device="meta"), shape)
+    model = sparsify(build(), ticket.masks)
     explanation = explain(model, (options.batch, *shape))
     output = Output(options.json)
     if not output.as_json:

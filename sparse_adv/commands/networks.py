@@ -24,15 +24,14 @@ def agreed(arch: str | None, width: int | None, known: Mapping[str, Any], source
     Raises:
         ValueError: if the two contradict each other, or neither names an architecture.
     """
-    network: dict[str, Any] = {}
     for name, flag in (("arch", arch), ("width", width)):
         value = known.get(name)
         if flag is not None and value is not None and flag != value:
             raise ValueError(f"--{name} {flag} does not fit {source}, whose {name} is {value}")
-        network[name] = value if flag is None else flag
-    if network["arch"] is None:
+    arch = known.get("arch") if arch is None else arch
+    if arch is None:
         raise ValueError(f"{source} does not say which network it is for: name one with --arch")
-    return NetworkConfig(**network)
+    return NetworkConfig(arch, known.get("width") if width is None else width)
 
 
 def trained(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import yaml
@@ -25,24 +25,21 @@ from sparse_adv import recipes
 from sparse_adv.files import write_text
 from sparse_adv.training import distributed
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
 
-POSITIONAL: dict[str, Any] = {"positional": True}
+POSITIONAL: dict[str, bool] = {"positional": True}
 """Metadata of a field that is given by position and not by a flag."""
 
 CONFIG = "config.yaml"
-_ABOUT_THE_FILE = (
-    "Unexpected config",
-    "Value not boolean",
-    "Problems parsing config",
-    "Spaces not allowed",
-    "Key must",
-)
-"""Beginnings of messages of jsonargparse that name neither the file nor a key."""
-_MAX_CONFIG, _MAX_DEPTH = 1 << 16, 20
-"""Bytes and levels of a config file."""
+_MAX_CONFIG, _MAX_DEPTH, _MAX_EVENTS = 1 << 16, 20, 1000
+"""Bytes, levels and events of a config file; jsonargparse takes seconds for some thousand keys."""
 NO_SETTING = frozenset({"config", "json"})
 """Options that are not settings of the run."""
+_NOT_IN_A_FILE = frozenset({"config", "print_config", "help"})
+"""Options that a config file cannot have."""
 
 
 def number(name: str, value: str | float) -> float:
@@ -88,6 +85,13 @@ def text(name: str, value: object) -> str:
     return str(value)
 
 
+def path(name: str, value: object) -> str:
+    """A path; an empty one would be the present folder."""
+    if not text(name, value).strip():
+        raise ArgumentTypeError(f"{name} must be a path, got {value!r}")
+    return str(value)
+
+
 def parser_of(command: str, options: type, configurable: bool = False) -> ArgumentParser:
     """The parser of a command.
 
@@ -125,44 +129,48 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
         FileNotFoundError: if a config file does not exist.
     """
     arguments = list(_with_files(arguments))
+    known = _actions_by_flag(parser)
+    for word in takewhile(lambda word: word != "--", arguments):
+        if word.startswith("--") and word.partition("=")[0] not in known:
+            raise ValueError(_no_option(word.partition("=")[0], known))
     configs = list(_config_files(arguments))
     for file in configs:
-        _check_yaml(file)
+        _check_config(parser, file)
     try:
         namespace = parser.parse_args(arguments)
     except (ArgumentError, ArgumentTypeError) as error:
-        raise ValueError(_sentence(parser, str(error), configs)) from error
-    except ValueError as error:  # of Python, such as of a number of 5,000 digits
-        raise ValueError(_sentence(parser, f"Problems parsing config: {error}", configs)) from error
+        raise ValueError(_sentence(error)) from error
+    except ValueError as error:  # Python's own, of a whole number of more than 4300 digits
+        raise ValueError(f"{', '.join(map(str, configs))}: {error}") from error
     return _build(options, namespace)
 
 
-def flat(options: Any) -> dict[str, Any]:
+def flat(options: DataclassInstance) -> dict[str, object]:
     """The options as plain YAML and JSON data: what a config file holds."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             values |= flat(value)
         elif field.name not in NO_SETTING:
             values[field.name] = _plain(value)
     return values
 
 
-def write_config(folder: Path, options: Any) -> None:
+def write_config(folder: Path, options: DataclassInstance) -> None:
     """Write the options to config.yaml in a run's folder, for `--config`; only rank 0 writes."""
     if distributed.rank() == 0:
         given = {name: value for name, value in flat(options).items() if value is not None}
         write_text(folder / CONFIG, yaml.safe_dump(given, sort_keys=False))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
-def _add_fields(parser: ArgumentParser, group: Any, kind: Any, defaults: Any) -> None:
+def _add_fields(parser: ArgumentParser, group: Any, kind: Any, defaults: DataclassInstance | None) -> None:
     hints = get_type_hints(kind)
     texts = {each.arg_name: each.description for each in docstring_parser.parse(kind.__doc__ or "").params}
     for field in dataclasses.fields(kind):
@@ -175,14 +183,15 @@ def _add_fields(parser: ArgumentParser, group: Any, kind: Any, defaults: Any) ->
             _add_flag(group, field, hint, default, texts.get(field.name))
 
 
-def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any, help: str | None) -> None:
+def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: object, help: str | None) -> None:
     if hint in (bool, bool | None):
         yes_no = ActionYesNo(no_prefix="no-")
         group.add_argument(f"--{field.name.replace('_', '-')}", action=yes_no, help=help, default=default)
         return
     hint = next((each for each in get_args(hint) if get_origin(each) is Literal), hint)  # of Literal[...] | None
     if get_origin(hint) is Literal:
-        parse, metavar = partial(one_of, get_args(hint)), f"{{{','.join(get_args(hint))}}}"
+        parse: Callable[..., object] = partial(one_of, get_args(hint))
+        metavar = f"{{{','.join(get_args(hint))}}}"
     else:
         parse, metavar = _PARSERS.get(hint, (text, field.name.upper()))
     more: dict[str, Any] = {"type": partial(parse, field.name), "help": help, "metavar": metavar}
@@ -193,16 +202,16 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any
     group.add_argument(f"--{field.name.replace('_', '-')}", **more)
 
 
-_PARSERS: dict[Any, tuple[Any, str]] = {
+_PARSERS: dict[object, tuple[Callable[..., object], str]] = {
     int: (integer, "N"),
     int | None: (integer, "N"),
     float: (number, "X"),
     float | None: (number, "X"),
     tuple[int, ...]: (partial(comma_separated, integer), "N,N"),
     tuple[float, ...]: (partial(comma_separated, number), "X,X"),
-    Path: (text, "PATH"),
-    Path | None: (text, "PATH"),
-    tuple[Path, ...]: (text, "PATH"),
+    Path: (path, "PATH"),
+    Path | None: (path, "PATH"),
+    tuple[Path, ...]: (path, "PATH"),
 }
 
 
@@ -238,58 +247,89 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(word.removeprefix("--config="))
 
 
-def _check_yaml(file: Path) -> None:
-    """Raise ValueError for YAML that would grow when it is read, by aliases or nesting, or that has a key twice."""
+def _check_config(parser: ArgumentParser, file: Path) -> None:
+    """Raise ValueError unless a file is a YAML mapping from options to values.
+
+    What grows when it is read, by aliases or nesting, is refused, and so is a key that is there twice, of which YAML
+    drops the first.
+    """
     with file.open("rb") as opened:  # FileNotFoundError names the file
         content = opened.read(_MAX_CONFIG + 1)
     if len(content) > _MAX_CONFIG:
         raise ValueError(f"{file} must have at most {_MAX_CONFIG >> 10} KiB")
     depth = 0
     try:
-        for event in yaml.parse(content, yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(content, yaml.SafeLoader)):
+            if number > _MAX_EVENTS:
+                raise ValueError(f"{file} must have at most {_MAX_EVENTS // 2} values")
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"{file} has the alias *{event.anchor!s:.20}, which is not supported: write the value")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 raise ValueError(f"{file} is nested more than {_MAX_DEPTH} levels deep")
-        _check_keys(file, yaml.compose(content, yaml.SafeLoader))
+        root = yaml.compose(content, yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError(f"{file} must be a YAML mapping from options to values, such as 'epochs: 20'")
+        _check_keys(parser, file, root)
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: Problems parsing config: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _check_keys(file: Path, node: yaml.Node | None) -> None:
-    """Raise ValueError if a mapping has a key twice, of which YAML drops the first."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value).replace("-", "_")
-            if name in seen:
-                raise ValueError(f"{file} has the key {name[:40]!r} twice: keep one")
-            seen.add(name)
-    if isinstance(node, yaml.CollectionNode):
-        for child in node.value:
-            for part in child if isinstance(child, tuple) else [child]:
-                _check_keys(file, part)
+def _check_keys(parser: ArgumentParser, file: Path, root: yaml.MappingNode) -> None:
+    """Raise ValueError unless each key is an option, once, and the values of switches are true or false."""
+    known = _actions_by_flag(parser)
+    positional = {action.dest for action in parser._actions if not action.option_strings}
+    seen: set[str] = set()
+    for key, value in root.value:
+        name = _text_of(key).replace("-", "_")
+        action = known.get(f"--{name.replace('_', '-')}")
+        if name in seen:
+            raise ValueError(f"{file} has the key {name[:40]!r} twice: keep one")
+        if name in _NOT_IN_A_FILE:
+            raise ValueError(f"{file} has the key {name!r}, which is for the command line only")
+        if action is None and name not in positional:
+            raise ValueError(f"{file}: {_no_option(name, known)}")
+        if isinstance(action, ActionYesNo) and not _is_true_or_false(value):
+            raise ValueError(f"{file}: {name} must be true or false, got {_text_of(value)[:40]!r}")
+        seen.add(name)
 
 
-def _sentence(parser: ArgumentParser, message: str, configs: Sequence[Path]) -> str:
-    """The error message of jsonargparse in one line, with the flag that may have been meant."""
-    message = " ".join(message.split())
-    place = f"{', '.join(map(str, configs))}: " if configs else ""
-    if message.startswith(_ABOUT_THE_FILE):
-        return f"{place}{message[:200]}"
-    if prefix := re.match(r'(?:argument (?:--)?([^:]*)|Parser key "([^"]*)"): ', message):
-        name = (prefix[1] or prefix[2]).split("/")[0].replace("-", "_")
-        rest = message[prefix.end() :]
-        message = rest if rest.startswith(f"{name} ") else f"{name}: {rest}"
-    unknown = message.removeprefix("unrecognized arguments: ").removeprefix("Option '")
-    if unknown == message:
-        return message
-    word = unknown.split()[0].partition("=")[0].rstrip("'")
-    names = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
-    near = get_close_matches(word.removeprefix("--").replace("_", "-"), names, n=1)
-    place = place if message.startswith("Option '") else ""
-    return f"{place}there is no option {word!r}" + (f"; did you mean '--{near[0]}'?" if near else "")
+def _text_of(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def _is_true_or_false(value: yaml.Node) -> bool:
+    """Whether a value may be that of a switch; null stands for the default."""
+    tag = value.tag.rpartition(":")[2]
+    return tag in ("bool", "null") or (tag == "str" and value.value.lower() in ("true", "false", "yes", "no"))
+
+
+def _actions_by_flag(parser: ArgumentParser) -> dict[str, argparse.Action]:
+    return {flag: action for action in parser._actions for flag in action.option_strings}
+
+
+def _no_option(given: str, flags: Iterable[str]) -> str:
+    """Say that there is no such flag, or key of a config file, and which one may have been meant."""
+    names = [flag.removeprefix("--") for flag in flags if flag.startswith("--")]
+    near = get_close_matches(given.removeprefix("--").replace("_", "-"), names, n=1)
+    meant = [f"--{name}" if given.startswith("--") else name.replace("-", "_") for name in near]
+    return f"there is no option {given[:40]!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
+
+
+def _sentence(error: Exception) -> str:
+    """What was wrong: jsonargparse wraps the errors of argparse and of the functions above in errors of its own."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and isinstance(cause, Exception):
+        causes.append(cause)
+    for cause in causes:
+        if isinstance(cause, ArgumentTypeError):
+            return str(cause)
+    for cause in causes:
+        if isinstance(cause, ArgumentError) and cause.argument_name:
+            return f"{cause.argument_name.partition('/')[0]}: {cause.message}"
+    return " ".join(str(error).split())
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -6,14 +6,17 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sparse_adv.json_files import to_json
 from sparse_adv.runs import EpochRecord
 from sparse_adv.training import distributed
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class Output:
@@ -25,9 +28,9 @@ class Output:
 
     def __init__(self, as_json: bool | None) -> None:
         self.as_json = not sys.stdout.isatty() if as_json is None else as_json
-        self._bar: Any = None
+        self._bar: tqdm | None = None
 
-    def print(self, text: str, content: Mapping[str, Any]) -> None:
+    def print(self, text: str, content: Mapping[str, object]) -> None:
         """Print the text, or the content as a line of JSON."""
         if distributed.rank():
             return
@@ -51,24 +54,17 @@ class Output:
         )
 
     @contextmanager
-    def progress(self, updates: int) -> Iterator[Any]:
+    def progress(self, updates: int) -> Iterator[Callable[[int], None] | None]:
         """Show a progress bar over all updates of a run, on a terminal; yield a function to call after each update."""
         try:
             from tqdm import tqdm
         except ModuleNotFoundError:
             yield None
             return
-        with tqdm(
-            total=updates,
-            unit="update",
-            disable=None if distributed.rank() == 0 else True,
-            leave=False,
-        ) as self._bar:
-
-            def step(count: int) -> None:
-                self._bar.update(count - self._bar.n if count > self._bar.n else 1)
-
-            yield step
+        hidden = None if distributed.rank() == 0 else True  # None: unless standard error is a terminal
+        with tqdm(total=updates, unit="update", disable=hidden, leave=False) as bar:
+            self._bar = bar
+            yield lambda count: bar.update(count - bar.n if count > bar.n else 1)
         self._bar = None
 
 

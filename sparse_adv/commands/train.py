@@ -9,7 +9,7 @@ from sparse_adv import experiment
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import write_config
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, MethodConfig, TrainConfig
+from sparse_adv.config import DataConfig, MethodConfig, TrainConfig, refuse_unused
 from sparse_adv.experiment import TrainRun
 from sparse_adv.json_files import to_json
 from sparse_adv.memory import keep_freed_memory
@@ -64,6 +64,8 @@ class Options:
             raise ValueError(f"--{given[0].replace('_', '-')} is a setting of a method: name one with --method")
         if self.ticket is not None and self.method.method != "none":
             raise ValueError(f"--method {self.method.method} makes its own masks: leave out --ticket")
+        refuse_unused(self.train, Options.train, self.train.without_effect())
+        refuse_unused(self.method, Options.method, self.method.without_effect())
 
 
 def run(options: Options) -> int:
@@ -74,7 +76,7 @@ def run(options: Options) -> int:
         dataset = experiment.load_data(options.data, options.train.seed, device)
         ticket = None
         if options.ticket:
-            ticket = experiment.load_ticket(options.ticket, reinit=options.reinit, shuffle=options.shuffle)
+            ticket = experiment.ticket_to_train(options.ticket, reinit=options.reinit, shuffle=options.shuffle)
         known = ticket[0].provenance if ticket is not None else {}
         network = networks.agreed(options.arch, options.width, known, str(options.ticket or "a dense run"))
         run = TrainRun(

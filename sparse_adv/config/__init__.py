@@ -3,29 +3,32 @@
 The texts under `Args:` are also the help texts of the command line, which has a flag for every field.
 """
 
-from sparse_adv.config.checks import make_plain
+from sparse_adv.config.checks import make_plain, refuse_unused
 from sparse_adv.config.data import DataConfig, NetworkConfig
 from sparse_adv.config.pruning import METHODS, Growth, Method, MethodConfig, PruneConfig, Scope
 from sparse_adv.config.training import (
+    MULTI_STEP,
     NORMS,
     OBJECTIVES,
     PRECISIONS,
     SCHEDULES,
+    LearningRateSchedule,
     Norm,
     Objective,
     Precision,
-    Schedule,
     TrainConfig,
 )
 
 __all__ = [
     "METHODS",
+    "MULTI_STEP",
     "NORMS",
     "OBJECTIVES",
     "PRECISIONS",
     "SCHEDULES",
     "DataConfig",
     "Growth",
+    "LearningRateSchedule",
     "Method",
     "MethodConfig",
     "NetworkConfig",
@@ -33,8 +36,8 @@ __all__ = [
     "Objective",
     "Precision",
     "PruneConfig",
-    "Schedule",
     "Scope",
     "TrainConfig",
     "make_plain",
+    "refuse_unused",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -62,6 +63,28 @@ def require_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
     if value > _LARGEST:
         raise ValueError(f"{name} must be at most {_LARGEST:g}, got {value!r}")
+
+
+def refuse_unused(config: object, default: object, without_effect: Mapping[str, str]) -> None:
+    """Raise ValueError if a field that has no effect has another value than by default, naming its flag.
+
+    Args:
+        config: a configuration.
+        default: the one of which the fields that were not given are.
+        without_effect: of `config`: the names of fields, and why they have no effect.
+
+    Examples:
+        >>> from sparse_adv.config import TrainConfig
+        >>> config = TrainConfig("pgd", replays=4)
+        >>> refuse_unused(config, TrainConfig(), config.without_effect())
+        Traceback (most recent call last):
+        ...
+        ValueError: --replays has no effect with objective 'pgd': leave it out, got 4
+    """
+    for name, because in without_effect.items():
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {because}: leave it out, got {value!r}")
 
 
 def is_number(value: object) -> TypeGuard[float]:

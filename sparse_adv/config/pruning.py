@@ -96,6 +96,9 @@ class PruneConfig:
 class MethodConfig:
     """Hyperparameters of training that is sparse from the first step, or becomes sparse in its course.
 
+    A field that the method does not use is ignored. The command line refuses a flag that has no effect;
+    `without_effect` names them.
+
     `density`, `block`, `scope` and `linear` are arguments of `masks.prune`, which validates them.
 
     Args:
@@ -175,6 +178,18 @@ class MethodConfig:
         if self.growth is not None:
             require_one_of("growth", self.growth, get_args(Growth))
 
+    def without_effect(self) -> dict[str, str]:
+        """Return the fields that the others leave without effect, with the reason.
+
+        Examples:
+            >>> sorted(MethodConfig("gmp").without_effect())
+            ['drop_fraction', 'growth', 'rescale_init']
+        """
+        unused = dict.fromkeys(_WITHOUT_EFFECT.get(self.method, ()), f"with method {self.method!r}")
+        if self.dense_epochs:
+            unused["rescale_init"] = "with dense_epochs, which train the initial weights without masks"
+        return unused
+
     def resolved(self) -> MethodConfig:
         """Return a copy in which the method's own values replace None."""
         own: dict[str, Any] = {"scope": "erk", "drop_fraction": 0.3, "change_until": 1.0, "growth": "gradient"}
@@ -190,3 +205,8 @@ _OF_METHOD: dict[str, dict[str, Any]] = {
     "gmp": {"scope": "uniform", "change_until": 0.75},
 }
 """Values of the methods, from their papers and code, that differ from those of `MethodConfig.resolved`."""
+_WITHOUT_EFFECT = {
+    "static": ("interval", "drop_fraction", "change_until", "growth"),
+    "gmp": ("drop_fraction", "growth", "rescale_init"),
+}
+"""Fields that a method does not use: static masks never change, gmp only drops blocks, and begins with all weights."""

@@ -11,12 +11,12 @@ from sparse_adv.config.checks import is_number, make_plain, require_integer, req
 Objective = Literal[
     "natural", "fgsm", "fgsm-rs", "n-fgsm", "fgsm-rs-cs", "fgsm-uap", "nu-at", "pgd", "free", "trades", "mart"
 ]
-Schedule = Literal["piecewise", "cosine", "cyclic", "onecycle", "constant"]
+LearningRateSchedule = Literal["piecewise", "cosine", "cyclic", "onecycle", "constant"]
 Norm = Literal["linf", "l2"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
+SCHEDULES: tuple[str, ...] = get_args(LearningRateSchedule)
 NORMS: tuple[str, ...] = get_args(Norm)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
@@ -24,11 +24,16 @@ _ALPHA_OVER_EPS = {"fgsm-rs": 1.25, "pgd": 0.25, "trades": 0.25, "mart": 0.25}
 """Default step size as a multiple of eps, from the paper of each objective; 1 for those that are not here."""
 _BETA = {"fgsm-rs-cs": 1.0, "fgsm-uap": 10.0, "nu-at": 4.0, "trades": 6.0, "mart": 5.0}
 """Default weight of the second term of a loss, from the paper of each objective or the FastAT Benchmark."""
+MULTI_STEP = ("pgd", "trades", "mart")
+"""Objectives whose attack has several steps."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Hyperparameters of adversarial training with SGD, of its evaluations and of its overfitting monitor.
+
+    One configuration can serve several objectives, by `dataclasses.replace`: a field that the objective does not use is
+    ignored. The command line refuses a flag that has no effect; `without_effect` names them.
 
     Args:
         objective: training loss; `training.objectives` has the formula and the paper of each.
@@ -50,7 +55,8 @@ class TrainConfig:
         norm: norm of the perturbation ball.
         alpha: step size of the attack in image units; null for the default of the objective, which is 1.25 eps for
             fgsm-rs, eps / 4 for pgd, trades and mart, and eps for the others.
-        steps: attack steps of the objectives pgd, trades and mart, at least 1.
+        steps: attack steps of the objectives pgd, trades and mart, at least 1; with the other attacks, those of the PGD
+            training that repeats an epoch which the overfitting monitor undid.
         beta: weight of the second term of the loss, at least 0; null for the default of the objective, which is 1 for
             fgsm-rs-cs, 10 for fgsm-uap, 4 for nu-at, 6 for trades and 5 for mart. The others have one term only.
         label_smoothing: part of the label's probability, in [0, 1), that cross-entropy losses give to all classes
@@ -71,6 +77,8 @@ class TrainConfig:
         overfitting_monitor: detect catastrophic overfitting with a PGD-5 attack on 256 validation images after each
             epoch, undo that epoch and repeat it with PGD training.
         engine: let `sparse_adv.engine` form the gradients of attacks where it can; false leaves all to autograd.
+        graphs: replay whole updates as CUDA graphs where they can be captured; false replays only their attacks. On a
+            CPU it changes nothing.
         seed: seed of the random starts of attacks, of the order of images and of the network's own random numbers
             (dropout), at least 0.
 
@@ -90,7 +98,7 @@ class TrainConfig:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Schedule = "piecewise"
+    schedule: LearningRateSchedule = "piecewise"
     milestones: tuple[float, ...] = (0.5, 0.75)
     warmup_epochs: float = 0.0
     warmup_start_lr: float = 0.0
@@ -109,6 +117,7 @@ class TrainConfig:
     evaluation_steps: int = 10
     overfitting_monitor: bool = True
     engine: bool = True
+    graphs: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +131,8 @@ class TrainConfig:
         require_integer("seed", self.seed, least=0)
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps"):
             require_number(name, getattr(self, name))
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps must be at most 1 for norm 'linf', as 8/255 for images in [0, 1], got {self.eps!r}")
         for name in ("max_grad_norm", "awp_gamma"):
             require_number(name, getattr(self, name))
         for name in ("alpha", "beta"):
@@ -137,6 +148,29 @@ class TrainConfig:
             raise ValueError(f"momentum must be in [0.05, 0.95) for schedule 'onecycle', got {self.momentum!r}")
         if self.awp_gamma and self.objective == "natural":
             raise ValueError(f"awp_gamma must be 0 for objective 'natural', which has no attack, got {self.awp_gamma}")
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the fields that the others leave without effect, with the reason.
+
+        Examples:
+            >>> TrainConfig("natural", schedule="constant").without_effect()["milestones"]
+            "with schedule 'constant'"
+        """
+        objective = f"with objective {self.objective!r}"
+        unused: dict[str, str] = {}
+        if self.objective == "natural":
+            unused |= dict.fromkeys(("alpha", "steps"), objective)
+        elif self.objective not in MULTI_STEP and not self.overfitting_monitor:
+            unused["steps"] = f"{objective} and no overfitting monitor"
+        if self.objective not in _BETA:
+            unused["beta"] = objective
+        if self.objective != "free":
+            unused["replays"] = objective
+        if self.schedule != "piecewise":
+            unused["milestones"] = f"with schedule {self.schedule!r}"
+        if not self.warmup_epochs:
+            unused["warmup_start_lr"] = "without warm-up"
+        return unused
 
     @property
     def step_size(self) -> float:

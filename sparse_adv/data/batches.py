@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.data.dataset import Split
 
 _PADDING = 4
@@ -51,6 +52,7 @@ class Batches:
         1.0
     """
 
+    @checks_types
     def __init__(
         self,
         split: Split,

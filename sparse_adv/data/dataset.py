@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import checks_types
+
 
 class Split(NamedTuple):
     """Labelled images.
@@ -80,6 +82,7 @@ class RawDataset(NamedTuple):
     validation: Split | None = None
 
 
+@checks_types
 def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
     """Divide labelled images at random into two parts.
 
@@ -113,6 +116,7 @@ def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
     )
 
 
+@checks_types
 def stratified(split: Split, share: float, seed: int = 0) -> Split:
     """Choose a share of labelled images at random, the same fraction of each class.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 
 import torch
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.data.cifar import read_cifar
 from sparse_adv.data.dataset import Dataset, RawDataset, Split, hold_out, stratified
 from sparse_adv.data.digits import read_digits
@@ -22,6 +23,7 @@ _FORMATS = (
 )
 
 
+@checks_types
 def load(
     source: str | Path,
     *,
@@ -64,7 +66,7 @@ def load(
     raw = _read(source)
     train, held_out = raw.train, raw.validation
     if limit is not None:
-        if not isinstance(limit, Integral) or not 2 <= limit <= len(train.labels):
+        if not 2 <= limit <= len(train.labels):
             raise ValueError(
                 f"limit must be from 2 to the {len(train.labels)} training images of {source}, got {limit!r}"
             )

@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from sparse_adv.engine.kernels import Kernels, Place
+from sparse_adv.engine.kernels import DeviceKernels, Place
 from sparse_adv.engine.steps import Step
 from sparse_adv.engine.values import Value
 
@@ -22,7 +22,7 @@ class Buffer:
     elements: int
     memory: Tensor | None = None
 
-    def tensor(self, shape: torch.Size, kernels: Kernels, device: torch.device) -> Tensor:
+    def tensor(self, shape: torch.Size, kernels: DeviceKernels, device: torch.device) -> Tensor:
         """A tensor of this shape in the buffer, in the memory format of the kernels."""
         if self.memory is None:
             self.memory = torch.empty(self.elements, dtype=kernels.dtype, device=device)
@@ -38,12 +38,12 @@ class _Lifetime:
     end: int
 
 
-def plan(
+def plan_memory(
     steps: Sequence[Step],
     input: Value,
     output: Value,
     gates: Collection[Value],
-    kernels: Kernels,
+    kernels: DeviceKernels,
     device: torch.device,
 ) -> tuple[Mapping[Value, Place], Mapping[Value, Place]]:
     """Return where each value and each gradient is written, if the kernel can choose.
@@ -75,7 +75,7 @@ def plan(
 
 
 def _places(
-    lifetimes: Iterable[_Lifetime], buffers: Mapping[_Lifetime, Buffer], kernels: Kernels, device: torch.device
+    lifetimes: Iterable[_Lifetime], buffers: Mapping[_Lifetime, Buffer], kernels: DeviceKernels, device: torch.device
 ) -> Mapping[Value, Place]:
     return {
         # A view takes longer to make than the call of a kernel.
@@ -84,7 +84,7 @@ def _places(
     }
 
 
-def gates(steps: Sequence[Step], kernels: Kernels, device: torch.device) -> dict[Value, Tensor]:
+def gates(steps: Sequence[Step], kernels: DeviceKernels, device: torch.device) -> dict[Value, Tensor]:
     """Return memory for the gates of outputs of a ReLU, but for those that are their own gates."""
     rectified = {value: step for step in steps for value in step.outputs if value.rectified}
     made = {value: kernels.new_gate(step, value.shape, device) for value, step in rectified.items()}

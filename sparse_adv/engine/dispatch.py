@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.engine.model_state import detached_copy, state_of
+from sparse_adv.argument_types import checks_types
+from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss
+from sparse_adv.engine.model_state import state_of
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
+from sparse_adv.engine.state_cache import StateCache
 from sparse_adv.engine.tracing import NotTraceable
 from sparse_adv.engine.training import graph_for_training
+from sparse_adv.errors import first_line
 from sparse_adv.nn import frozen_weights
+from sparse_adv.ops import cuda_graph
 
 log = logging.getLogger(__name__)
-
-CAPACITY = 4
-"""Programs that are kept of each model, for different shapes of input."""
 
 _CHECKED_IMAGES = 2
 _TOLERANCE = 1e-4
@@ -62,7 +63,8 @@ class _Entry:
     """Held while the program's buffers are in use."""
 
 
-_entries: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = weakref.WeakKeyDictionary()
+_entries: StateCache[_Entry] = StateCache(capacity=4)
+"""Programs of each model, for different shapes of input."""
 
 
 @contextmanager
@@ -100,6 +102,7 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
     # A second thread that attacks the same model at the same time does without the buffers.
     if entry.program is not None and entry.lock.acquire(blocking=False):
         try:
+            cuda_graph.keep(entry.program)  # a graph of what follows uses the program's memory
             entry.program.fold()
             yield entry.program
         finally:
@@ -109,6 +112,7 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
             yield Autograd(model)
 
 
+@checks_types
 def explain(model: nn.Module, x: Tensor) -> list[str]:
     """Say what each step of the engine computes for this model and input, or why the model is left to autograd.
 
@@ -148,17 +152,13 @@ def _explain_training(model: nn.Module, x: Tensor) -> list[str]:
 
 
 def _entry_of(model: nn.Module, x: Tensor) -> _Entry:
-    entries = _entries.setdefault(model, {})
-    key = (padded_batch(len(x)), *x.shape[1:]), state_of(model, x)
-    entry = entries.pop(key, None)
-    if entry is None:
+    def make() -> _Entry:
         entry = _make(model, x)
         if entry.reason:
             log.info("the engine leaves this %s to autograd: %s", type(model).__name__, entry.reason)
-    entries[key] = entry  # now the last one
-    while len(entries) > CAPACITY:
-        del entries[next(iter(entries))]
-    return entry
+        return entry
+
+    return _entries.find(model, ((padded_batch(len(x)), *x.shape[1:]), state_of(model, x)), make)
 
 
 def _make(model: nn.Module, x: Tensor) -> _Entry:
@@ -180,27 +180,12 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
 
 
 def _check(model: nn.Module, x: Tensor) -> None:
-    """Raise NotTraceable if the steps of a model do not give autograd's gradient of a function of the logits.
-
-    This finds code that a trace does not show: gradients that are stopped or replaced, numbers drawn at random, images
-    that depend on each other. A copy of the model in float64 is compared on a few images.
-    """
-
-    def loss(logits: Tensor) -> Tensor:
-        # Its gradient depends on the logits, so wrong logits show as well.
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        return (logits * weights + logits.square() / 2).sum()
-
-    with torch.autocast(x.device.type, enabled=False):
-        try:
-            copied, x = detached_copy(model).double(), x.double()
-            program = Program(copied, x, len(x) + 1)  # padded, so that images which depend on each other show
-            program.fold()
-            actual, expected = program.gradient(x, loss), Autograd(copied).gradient(x, loss)
-        except NotTraceable:
-            raise
-        except Exception as error:  # of the model's own code
-            raise NotTraceable(f"it cannot be compared in float64: {str(error).partition(chr(10))[0]}") from error
+    """Raise NotTraceable if the steps of a model do not give autograd's gradient of a function of the logits."""
+    with comparing(x.device):
+        copied, x = double_copy(model), x.double()
+        program = Program(copied, x, len(x) + 1)  # padded, so that images which depend on each other show
+        program.fold()
+        actual, expected = program.gradient(x, quadratic_loss), Autograd(copied).gradient(x, quadratic_loss)
         difference = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
     if not difference <= _TOLERANCE:
         raise NotTraceable(f"its gradient would differ from autograd's by {difference:.2g}")
@@ -212,4 +197,4 @@ def _try(program: Program, x: Tensor) -> None:
         program.fold()
         program.gradient(x, torch.sum)
     except Exception as error:
-        raise NotTraceable(f"a step of it fails: {str(error).partition(chr(10))[0]}") from error
+        raise NotTraceable(f"a step of it fails: {first_line(error)}") from error

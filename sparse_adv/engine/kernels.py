@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedConv2d
 
 if TYPE_CHECKING:
@@ -17,23 +18,6 @@ if TYPE_CHECKING:
 
 Place = Callable[[], Tensor]
 """Returns the memory that is planned for a result; a kernel may use it or allocate its own."""
-
-
-class Epilogue(NamedTuple):
-    """The last part of a kernel, before it writes a result y: scale[c] * y + bias[c] + residual, then ReLU or gate."""
-
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    relu: bool = False
-    gate_out: Tensor | None = None
-    """Memory for the gate of the ReLU."""
-    gate: Tensor | None = None
-    """The gate of a ReLU, in the backward pass: the result is 0 where that ReLU's output was 0."""
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.relu and all(operand is None for operand in self[:3]) and self.gate is None
 
 
 def fold_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -62,7 +46,7 @@ class Convolution:
         kernels: of the device.
     """
 
-    def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: Kernels) -> None:
+    def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: DeviceKernels) -> None:
         self.layer, self.norm, self.shape, self.kernels = layer, norm, shape, kernels
         self.geometry = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
         self.weight: Tensor
@@ -108,7 +92,7 @@ class Convolution:
         return self.kernels.finish(self.kernels.plain(result), epilogue)
 
 
-class Kernels:
+class DeviceKernels:
     """The functions that a device supplies, with a memory format for images and for gates.
 
     Args:

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv import ops
-from sparse_adv.engine.kernels import Convolution, Epilogue, Kernels, Place, pair
+from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place, pair
 from sparse_adv.engine.steps import ConvolutionStep, PointwiseStep, Step
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import max_pool2d
+from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
 from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
 
 
-class CudaKernels(Kernels):
+class CudaKernels(DeviceKernels):
     """Kernels for images in channels_last. Memory comes from PyTorch's allocator, whose blocks are used again."""
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from sparse_adv.engine import buffers
 from sparse_adv.engine.fusing import Fusion
-from sparse_adv.engine.kernels import Kernels
+from sparse_adv.engine.kernels import DeviceKernels
 from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
 from sparse_adv.engine.steps import ConvolutionStep, Step
 from sparse_adv.engine.tracing import NotTraceable, trace
-from sparse_adv.engine.values import Pass, Value
+from sparse_adv.engine.values import PassTensors, Value
 from sparse_adv.ops.masked_conv2d_plan import has_triton
 
 LossOfLogits = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class Program:
         self._kernels = kernels = choose_kernels(self.steps, x)
         self._input, self._output = fusion.input, fusion.output
         self._gates = gates = buffers.gates(self.steps, kernels, x.device)
-        places = buffers.plan(self.steps, self._input, self._output, gates, kernels, x.device)
+        places = buffers.plan_memory(self.steps, self._input, self._output, gates, kernels, x.device)
         self._places, self._gradient_places = places
         self._read_last = buffers.read_last(self.steps, self._output, gates)
 
@@ -83,9 +83,9 @@ class Program:
     def _is_own_gate(self, value: Value) -> bool:
         return value.rectified and value not in self._gates
 
-    def _forward(self, x: Tensor, differentiable: bool) -> Pass:
+    def _forward(self, x: Tensor, differentiable: bool) -> PassTensors:
         gates = self._gates if differentiable else {}
-        tensors = Pass(self._kernels, differentiable, gates, self._places, self._gradient_places)
+        tensors = PassTensors(self._kernels, differentiable, gates, self._places, self._gradient_places)
         tensors[self._input] = _padded(x.detach(), self._input.shape[0])
         for step, unread in zip(self.steps, self._read_last, strict=True):
             step.forward(tensors)
@@ -94,7 +94,7 @@ class Program:
         return tensors
 
 
-def choose_kernels(steps: Sequence[Step], x: Tensor) -> Kernels:
+def choose_kernels(steps: Sequence[Step], x: Tensor) -> DeviceKernels:
     """The kernels of the input's device, in the dtype and memory format in which these steps are to run.
 
     Raises:

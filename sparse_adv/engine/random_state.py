@@ -15,7 +15,8 @@ class KeptGenerators(TorchDispatchMode):
 
     A generator that was not used is not written, because other threads may draw from it meanwhile. Draws from PyTorch's
     generators are seen in this thread alone. For those of Python and NumPy the states before and after are compared, so
-    a draw by another thread counts too.
+    a draw by another thread counts too. Where the code itself draws, numbers that another thread drew in the meantime
+    come again: the generators belong to the whole process. Threads whose numbers matter need generators of their own.
 
     Args:
         device: whose generator is kept beside that of the CPU.

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_adv.engine.kernels import Epilogue, Kernels, Place, fold_norm
-from sparse_adv.engine.values import Pass, Value
+from sparse_adv.engine.kernels import DeviceKernels, Place, fold_norm
+from sparse_adv.engine.values import PassTensors, Value
+from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedLinear
 
 
@@ -24,15 +25,15 @@ class Step(ABC):
     def __init__(self, name: str, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
         self.name, self.inputs, self.outputs = name, tuple(inputs), tuple(outputs)
 
-    def fold(self, kernels: Kernels) -> None:  # noqa: B027 - most steps have weights, but not all
+    def fold(self, kernels: DeviceKernels) -> None:  # noqa: B027 - most steps have weights, but not all
         """Read the weights, which may have changed since the last time."""
 
     @abstractmethod
-    def forward(self, tensors: Pass) -> None:
+    def forward(self, tensors: PassTensors) -> None:
         """Compute the outputs."""
 
     @abstractmethod
-    def backward(self, tensors: Pass) -> None:
+    def backward(self, tensors: PassTensors) -> None:
         """Contribute to the gradients of the inputs."""
 
     @abstractmethod
@@ -64,13 +65,13 @@ class FusedStep(Step):
         self.residual = residual
         self.inputs = (self.input, residual)
 
-    def forward(self, tensors: Pass) -> None:
+    def forward(self, tensors: PassTensors) -> None:
         x = tensors.kernels.plain(tensors[self.input])
         residual = None if self.residual is None else tensors.kernels.plain(tensors[self.residual])
         epilogue = Epilogue(residual=residual, relu=self.output.rectified, gate_out=tensors.gate(self.output))
         tensors[self.output] = self._forward(tensors, x, epilogue)
 
-    def backward(self, tensors: Pass) -> None:
+    def backward(self, tensors: PassTensors) -> None:
         gradient = tensors.take_gradient(self.output)
         if gradient is None:
             for value in self.inputs:
@@ -97,10 +98,10 @@ class FusedStep(Step):
         """Names of the operations of f."""
 
     @abstractmethod
-    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor: ...
+    def _forward(self, tensors: PassTensors, x: Tensor, epilogue: Epilogue) -> Tensor: ...
 
     @abstractmethod
-    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor: ...
+    def _backward(self, tensors: PassTensors, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor: ...
 
 
 class ConvolutionStep(FusedStep):
@@ -111,16 +112,16 @@ class ConvolutionStep(FusedStep):
         self.layer = layer
         self.norm: _BatchNorm | None = None
 
-    def fold(self, kernels: Kernels) -> None:
+    def fold(self, kernels: DeviceKernels) -> None:
         self._convolution = kernels.convolution(self.layer, self.norm, self.input.shape)
 
     def _parts(self) -> list[str]:
         return ["convolution"] + ([] if self.norm is None else ["BatchNorm"])
 
-    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor:
+    def _forward(self, tensors: PassTensors, x: Tensor, epilogue: Epilogue) -> Tensor:
         return self._convolution.forward(x, epilogue, tensors.place(self.output))
 
-    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+    def _backward(self, tensors: PassTensors, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         return self._convolution.grad_input(gradient, epilogue, place)
 
 
@@ -131,7 +132,7 @@ class LinearStep(FusedStep):
         super().__init__(name, input, output)
         self.layer = layer
 
-    def fold(self, kernels: Kernels) -> None:
+    def fold(self, kernels: DeviceKernels) -> None:
         if isinstance(self.layer, MaskedLinear):
             self.layer.refresh()
         weight, bias = self.layer.weight.detach(), self.layer.bias
@@ -143,10 +144,10 @@ class LinearStep(FusedStep):
     def _parts(self) -> list[str]:
         return ["linear"]
 
-    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor:
+    def _forward(self, tensors: PassTensors, x: Tensor, epilogue: Epilogue) -> Tensor:
         return tensors.kernels.finish(F.linear(x, self._weight, self._bias), epilogue)
 
-    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+    def _backward(self, tensors: PassTensors, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         return tensors.kernels.finish(gradient @ self._weight, epilogue)
 
 
@@ -159,7 +160,7 @@ class PointwiseStep(FusedStep):
         self._scale: Tensor | None = None
         self._bias: Tensor | None = None
 
-    def fold(self, kernels: Kernels) -> None:
+    def fold(self, kernels: DeviceKernels) -> None:
         if self.norm is not None:
             self._scale, self._bias = fold_norm(self.norm)
 
@@ -169,11 +170,11 @@ class PointwiseStep(FusedStep):
     def _parts(self) -> list[str]:
         return [] if self.norm is None else ["BatchNorm"]
 
-    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor:
+    def _forward(self, tensors: PassTensors, x: Tensor, epilogue: Epilogue) -> Tensor:
         epilogue = epilogue._replace(scale=self._scale, bias=self._bias)
         return tensors.kernels.pointwise(x, epilogue, tensors.place(self.output))
 
-    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+    def _backward(self, tensors: PassTensors, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         epilogue = epilogue._replace(scale=self._scale)
         return gradient if epilogue.is_empty else tensors.kernels.pointwise(gradient, epilogue, place)
 
@@ -190,11 +191,11 @@ class MaxPoolStep(FusedStep):
     def _parts(self) -> list[str]:
         return ["max pooling"]
 
-    def _forward(self, tensors: Pass, x: Tensor, epilogue: Epilogue) -> Tensor:
+    def _forward(self, tensors: PassTensors, x: Tensor, epilogue: Epilogue) -> Tensor:
         y, self._index = tensors.kernels.max_pool(x, self.size, self._index, tensors.place(self.output))
         return y
 
-    def _backward(self, tensors: Pass, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+    def _backward(self, tensors: PassTensors, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         assert self._index is not None
         return tensors.kernels.max_pool_grad(gradient, self._index, self.size, self.input.shape, epilogue, place)
 
@@ -230,7 +231,7 @@ class AutogradStep(Step):
     def describe(self) -> str:
         return f"PyTorch and autograd: {', '.join(node.name for node in self._operations)}"
 
-    def forward(self, tensors: Pass) -> None:
+    def forward(self, tensors: PassTensors) -> None:
         leaves = [tensors[value].detach() for value in self.inputs]
         if tensors.differentiable:
             leaves = [leaf.requires_grad_(leaf.is_floating_point()) for leaf in leaves]
@@ -242,7 +243,7 @@ class AutogradStep(Step):
         for value, result in zip(self.outputs, results, strict=True):
             tensors[value] = result.detach()
 
-    def backward(self, tensors: Pass) -> None:
+    def backward(self, tensors: PassTensors) -> None:
         results, gradients = [], []
         for value, result in zip(self.outputs, self._results, strict=True):
             gradient = tensors.take_gradient(value)

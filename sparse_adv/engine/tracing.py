@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from sparse_adv.engine.model_state import HOOKS, has_hooks, structure_of
 from sparse_adv.engine.random_state import KeptGenerators
+from sparse_adv.errors import first_line
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 from sparse_adv.tracer import Tracer
 
@@ -94,7 +95,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     try:
         interpreter.run(x, enable_io_processing=False)
     except Exception as error:  # of the model's own code
-        raise NotTraceable(f"its operations fail: {_first_line(error)}") from error
+        raise NotTraceable(f"its operations fail: {first_line(error)}") from error
     placeholders = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     (end,) = (node for node in graph.nodes if node.op == "output")
     returned = end.args[0]
@@ -130,7 +131,7 @@ def graph_of(model: nn.Module) -> fx.Graph:
     except NotTraceable:
         raise
     except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
-        raise NotTraceable(f"torch.fx cannot trace {tracer.place}: {_first_line(error)}") from error
+        raise NotTraceable(f"torch.fx cannot trace {tracer.place}: {first_line(error)}") from error
 
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -147,10 +148,6 @@ def is_relu(model: nn.Module, node: fx.Node) -> bool:
 def is_sum(node: fx.Node) -> bool:
     """Whether a node adds two operands."""
     return node.target in _ADD and len(node.args) == 2 and not node.kwargs
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _Tracer(Tracer):

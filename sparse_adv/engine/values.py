@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_adv.engine.kernels import Epilogue, Kernels, Place
+from sparse_adv.engine.kernels import DeviceKernels, Place
+from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step
@@ -30,7 +31,7 @@ class Value:
     """The steps that read it, in the order of the forward pass; a step that reads it twice is there twice."""
 
 
-class Pass:
+class PassTensors:
     """The tensors of one forward pass, and of the backward pass that may follow.
 
     For the output of a ReLU the gradient of the ReLU's *input* is stored: the last step that contributes to it also
@@ -43,7 +44,7 @@ class Pass:
 
     def __init__(
         self,
-        kernels: Kernels,
+        kernels: DeviceKernels,
         differentiable: bool,
         gates: Mapping[Value, Tensor],
         places: Mapping[Value, Place],

@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.batch_norm_act_tiles import (
+from sparse_adv.kernels.gate_tiles import (
     gate_places,
     gated_gradient,
     packed,
     places,
     tile_of_program,
 )
-from sparse_adv.kernels.layout import layout_of
+from sparse_adv.kernels.layout import WIDE_FROM, layout_of
 
 _TILE = 4096  # elements: with 8 warps each thread loads 16 bytes of each 16-bit tensor twice
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
@@ -78,7 +78,7 @@ def _tiles_of(images: Tensor, gate: Tensor | None) -> _Tiles:
             rows, cols = 1, rows * cols
         padded = cols if gate is None else triton.cdiv(cols, 8) * 8
         positions, block_c = batch * rows * padded, 1
-    wide = (positions + _TILE) * (channels + block_c) >= 2**31  # the last tile may reach beyond the images
+    wide = (positions + _TILE) * (channels + block_c) >= WIDE_FROM  # the last tile may reach beyond the images
     shape = positions, channels, rows, cols, padded
     return _Tiles(*shape, triton.cdiv(channels, block_c), channels_last, wide, _TILE // block_c, block_c)
 

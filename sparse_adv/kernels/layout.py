@@ -1,4 +1,4 @@
-"""Size and memory layout of the ops' outputs; csrc/common/layout.h has the same layout rule."""
+"""Sizes and memory layout of the ops' outputs; csrc/common/layout.h has the same layout rule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+MAX_PIXELS = 2**30
+"""The Triton kernels of masked convolutions number the pixels of a batch with 32 bits, and take fewer than this."""
+WIDE_FROM = 2**31
+"""Tensors of this many elements or more need 64-bit offsets; smaller ones take 32 bits, in half the registers."""
 
 
 def layout_of(tensor: Tensor) -> torch.memory_format:

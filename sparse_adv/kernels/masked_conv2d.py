@@ -22,18 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.batch_norm_act_tiles import packed, unpacked
-from sparse_adv.kernels.layout import in_layout_of, layout_of, output_size
+from sparse_adv.kernels.gate_tiles import packed, unpacked
+from sparse_adv.kernels.layout import WIDE_FROM, in_layout_of, layout_of, output_size
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue, Lists
 from sparse_adv.kernels.masked_conv2d_phases import select_phases
-from sparse_adv.kernels.masked_conv2d_tiles import check_size, convolution_tile, divider, kind_of, quotient
+from sparse_adv.kernels.masked_conv2d_tiles import check_pixels, convolution_tile, divider, kind_of, quotient
 from sparse_adv.kernels.tensor_checks import check_bits
 
 # Programs that run at about the same time form a group; what a group reads fits into the L2 cache, of 40 MB or more.
 _GROUP_BYTES = 2**24
-
-# Tensors of this many elements or more need 64-bit offsets. Smaller ones take 32-bit offsets, in half the registers.
-_WIDE_FROM = 2**31
 
 
 def forward(
@@ -145,7 +142,7 @@ def _launch(
     stride, padding, dilation = geometry
     phases = stride if gradient else (1, 1)
     tile_rows, tile_cols = (triton.cdiv(length, step) for length, step in zip(size, phases, strict=True))
-    pixels = check_size(images * tile_rows * tile_cols)
+    pixels = check_pixels(images * tile_rows * tile_cols)
     tiles_of_channels = lists.rows.shape[-2]
     block_out, block_in = lists.values.shape[1:]
     channels_read, channels_written = (block_out, block_in) if gradient else (block_in, block_out)
@@ -206,7 +203,7 @@ def _launch(
             PIXELS=tile.pixels,
             PIXELS_FIRST=channels_written < 64,
             PRECISION=precision,
-            WIDE=source.numel() >= _WIDE_FROM,
+            WIDE=source.numel() >= WIDE_FROM,
             **tile.options,
         )
 

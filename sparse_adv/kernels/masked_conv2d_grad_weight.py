@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_adv.kernels.masked_conv2d_tiles import (
-    check_size,
+    check_pixels,
     divider,
     gradient_shares,
     gradient_tile,
@@ -54,7 +54,7 @@ def grad_weight(
     """
     grad = input.new_zeros(tuple(weight_size))
     images, out_channels, out_rows, out_cols = grad_output.shape
-    pixels = check_size(images * out_rows * out_cols)
+    pixels = check_pixels(images * out_rows * out_cols)
     live = blocks.shape[0]
     if live == 0 or pixels == 0:
         return grad

@@ -21,13 +21,19 @@ class Lists(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What is done to a result: act(result * scale + bias + residual), where act is a ReLU or a gate or nothing."""
+    """What is done to a result y before it is written: act(scale[c] * y + bias[c] + residual), act a ReLU or a gate."""
 
     scale: Tensor | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = False
-    gate: Tensor | None = None
-    """As the output: the result becomes 0 where this is not positive. Or bytes: it becomes 0 where its bit is 0."""
     gate_out: Tensor | None = None
-    """Receives the gate of the ReLU in bits."""
+    """Memory for the gate of the ReLU."""
+    gate: Tensor | None = None
+    """The gate of a ReLU, in the backward pass: the result is 0 where that ReLU's output was 0. Either bytes, with a
+    bit for each element, or a tensor like the result, which passes where it is positive: that output itself."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the result is written as it is."""
+        return not self.relu and all(operand is None for operand in self[:3]) and self.gate is None

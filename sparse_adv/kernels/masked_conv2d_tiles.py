@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_adv.kernels.layout import MAX_PIXELS
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -66,10 +68,12 @@ def gradient_shares(pixels: int, live: int, tile: Tile) -> int:
     return max(min(triton.cdiv(2 * _PROGRAMS, live), pixels // (8 * tile.pixels)), 1)
 
 
-def check_size(pixels: int) -> int:
+def check_pixels(pixels: int) -> int:
     """Return the number of pixels; raises ValueError if the kernels cannot number so many."""
-    if pixels >= 2**30:
-        raise ValueError(f"block kernels take fewer than 2**30 pixels in all images of a batch together, got {pixels}")
+    if pixels >= MAX_PIXELS:
+        raise ValueError(
+            f"block kernels take fewer than {MAX_PIXELS} pixels in all images of a batch together, got {pixels}"
+        )
     return pixels
 
 

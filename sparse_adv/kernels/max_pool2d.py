@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.layout import layout_of
+from sparse_adv.kernels.layout import WIDE_FROM, layout_of
 from sparse_adv.kernels.tensor_checks import check_layout
 
 _BLOCK = 1024  # windows of a program: each of 4 warps' threads loads 16 bytes of 16-bit channels_last images at a time
@@ -32,7 +32,7 @@ def forward(input: Tensor, size: tuple[int, int], out: Tensor, index: Tensor | N
             *(input, out, index, windows, step, rows, cols, *pooled),
             ROWS=size[0],
             COLS=size[1],
-            WIDE=input.numel() >= 2**31,
+            WIDE=input.numel() >= WIDE_FROM,
             BLOCK=_BLOCK,
             **_OPTIONS,
         )
@@ -69,7 +69,7 @@ def backward(
             ROWS=size[0],
             COLS=size[1],
             CHANNELS_LAST=channels_last,
-            WIDE=windows * size[0] * size[1] >= 2**31,
+            WIDE=windows * size[0] * size[1] >= WIDE_FROM,
             BLOCK=_BLOCK,
             **_OPTIONS,
         )

@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.batch_norm_act_tiles import packed, unpacked
-from sparse_adv.kernels.layout import layout_of
+from sparse_adv.kernels.gate_tiles import packed, unpacked
+from sparse_adv.kernels.layout import WIDE_FROM, layout_of
 from sparse_adv.kernels.tensor_checks import check_bits
 
 _BLOCK = 2048
-_WIDE_FROM = 2**31 - _BLOCK  # elements that are numbered with 64 bits
 
 
 def pointwise(
@@ -58,7 +57,7 @@ def pointwise(
         pointwise_kernel[(triton.cdiv(input.numel(), _BLOCK),)](
             *(input, scale, bias, residual, gate, gate_out, output, input.numel(), input.shape[1], inner),
             RELU=relu,
-            WIDE=input.numel() >= _WIDE_FROM,
+            WIDE=input.numel() + _BLOCK >= WIDE_FROM,
             BLOCK=_BLOCK,
         )
     return output

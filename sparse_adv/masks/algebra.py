@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sparse_adv.argument_types import checks_types
 
+
+@checks_types
 def density(masks: Mapping[str, Tensor]) -> float:
     """Return the fraction of weights that masks keep: (number of true elements) / (number of elements) of all masks.
 
@@ -31,6 +34,7 @@ def density(masks: Mapping[str, Tensor]) -> float:
     return sum(int(mask.count_nonzero()) for mask in masks.values()) / total
 
 
+@checks_types
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Return the normalised Hamming distance of two sets of masks: the fraction of elements that differ.
 

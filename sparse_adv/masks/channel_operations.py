@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ Kind = Literal[
 """Kind of an operation; "elementwise" and "spatial" (mixes pixels) keep channels apart, "unknown" may mix them."""
 
 
-def _functions(names: str) -> set[Any]:
+def _functions(names: str) -> set[object]:
     """Functions and methods with one of these names, in torch, Tensor, torch.nn.functional and operator."""
     places = (torch, Tensor, F, operator)
     return {getattr(place, name) for place in places for name in names.split() if hasattr(place, name)}
@@ -63,7 +63,7 @@ _FLATTEN = _functions("flatten view reshape")
 _SHAPE_QUERIES = {*_functions("size dim"), getattr}
 
 
-def kind_of(node: fx.Node, module: nn.Module | None, value: Any, shapes: Mapping[fx.Node, torch.Size]) -> Kind:
+def kind_of(node: fx.Node, module: nn.Module | None, value: object, shapes: Mapping[fx.Node, torch.Size]) -> Kind:
     """Classify a node of a traced graph.
 
     Args:
@@ -98,7 +98,7 @@ def kind_of(node: fx.Node, module: nn.Module | None, value: Any, shapes: Mapping
     return "spatial" if _slices_pixels_only(node) else "unknown"
 
 
-def _kind_of_module(module: nn.Module, value: Any) -> Kind:
+def _kind_of_module(module: nn.Module, value: object) -> Kind:
     if not isinstance(value, Tensor) or value.dim() < 2:
         return "unknown"
     if isinstance(module, NORMS):

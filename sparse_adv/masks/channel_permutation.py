@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import DependencyGroup, dependency_groups
 from sparse_adv.masks.pruning import Candidates, Score, select_blocks
@@ -96,6 +97,7 @@ class ChannelPermutation:
         return ChannelPermutation(channels, (self.retained[1], self.retained[0]))
 
 
+@checks_types
 def permute_channels(
     model: nn.Module,
     density: float,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.channel_operations import Kind, kind_of
 from sparse_adv.masks.layers import computes_as_its_class, run_once
 from sparse_adv.tracer import Tracer
@@ -65,6 +66,7 @@ class DependencyGraph:
     groups: list[DependencyGroup] = field(default_factory=list)
 
 
+@checks_types
 def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[DependencyGroup]:
     """Find the dependency groups of a model by following its channels through the traced graph.
 
@@ -95,6 +97,11 @@ def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[D
     return build_dependency_graph(model, shape).groups
 
 
+def check_traceable(model: nn.Module) -> None:
+    """Raise ValueError if torch.fx cannot trace a model, as `dependency_groups` does; no image is needed for that."""
+    run_once(_TracedOnCall(model, follows=False), torch.empty(0))
+
+
 def build_dependency_graph(model: nn.Module, shape: Sequence[int] | Tensor) -> DependencyGraph:
     """Trace a model; arguments and errors are those of `dependency_groups`."""
     tracing = _TracedOnCall(model)
@@ -106,10 +113,11 @@ def build_dependency_graph(model: nn.Module, shape: Sequence[int] | Tensor) -> D
 class _TracedOnCall(nn.Module):
     """A model that is traced when it is called: `run_once` then restores its modes and forms no gradients."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, follows: bool = True) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.follows = model, follows
         self.result: DependencyGraph | None = None
+        """The graph; None if its channels are not followed."""
 
     def forward(self, input: Tensor) -> None:
         tracer = _Tracer()
@@ -117,6 +125,8 @@ class _TracedOnCall(nn.Module):
             graph = tracer.trace(self.model)
         except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
             raise ValueError(f"torch.fx cannot trace {tracer.place}: {error}") from error
+        if not self.follows:
+            return
         interpreter = _Interpreter(self.model, graph)
         interpreter.run(input)
         self.result = interpreter.result

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Layer = nn.Conv2d | nn.Linear
@@ -23,6 +24,12 @@ def maskable(model: nn.Module, linear: bool = True) -> dict[str, Layer]:
     classes = (nn.Conv2d, nn.Linear) if linear else nn.Conv2d
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, classes))
     return {name: module for name, module in layers if not isinstance(module, NonDynamicallyQuantizableLinear)}
+
+
+def check_initialized(name: str, module: nn.Module) -> None:
+    """Raise ValueError if the module is lazy and has no weight yet."""
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(f"module {name!r} has no weight yet: run a forward pass first, got {type(module).__name__}")
 
 
 def computes_as_its_class(module: nn.Module) -> bool:

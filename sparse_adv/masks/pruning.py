@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.allocation import SCOPES, targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import dependency_groups
-from sparse_adv.masks.layers import computes_as_its_class, maskable, unknown_module
+from sparse_adv.masks.layers import check_initialized, computes_as_its_class, maskable, unknown_module
 from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ _SCORES: dict[str, Score] = {"magnitude": _magnitude, "relative_magnitude": _rel
 _STRUCTURES = ("filter", "channel")
 
 
+@checks_types
 def prune(
     model: nn.Module,
     density: float = 0.1,
@@ -160,6 +162,8 @@ class Candidates:
         others = [name for name, layer in candidates.items() if not computes_as_its_class(layer)]
         if others:
             log.warning("not pruned, as their classes have a forward of their own: %s", ", ".join(others))
+        for name, layer in candidates.items():
+            check_initialized(name, layer)
         weights = {name: layer.weight.detach() for name, layer in candidates.items() if name not in others}
         first: dict[int, str] = {}
         owner = {name: first.setdefault(id(layers[name].weight), name) for name in weights}
@@ -178,6 +182,8 @@ class Candidates:
             raise ValueError(
                 f"score of {name!r} must be a tensor of the weight's shape {tuple(weight.shape)}, got {actual}"
             )
+        if scores.is_complex():
+            raise ValueError(f"score of {name!r} must be real, got {scores.dtype}")
         scores = scores.detach().double().cpu()
         if scores.isnan().any():
             raise ValueError(f"score of {name!r} must not be NaN, got {int(scores.isnan().sum())} NaN values")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ _REASONS = (
 )
 
 
-def _outputs(model: nn.Module, x: Tensor) -> list[Any]:
+def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [value for value in tree_leaves(run_once(model, x.clone())) if isinstance(value, Tensor)]
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.facts import software
 from sparse_adv.files import write_bytes
 from sparse_adv.masks.algebra import density
@@ -56,6 +57,7 @@ class Ticket:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+@checks_types
 def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
     """Write a ticket to a file; an existing file is replaced completely or, after an error, not at all.
 
@@ -98,6 +100,7 @@ def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
     write_bytes(Path(path), save(tensors, metadata))
 
 
+@checks_types
 def load_ticket(path: str | os.PathLike[str]) -> Ticket:
     """Read a ticket from a file that `save_ticket` wrote; see there for an example.
 
@@ -126,6 +129,8 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if metadata.get("format") != TICKET_FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, not {TICKET_FORMAT!r}")
+        if missing := {"sha256", "mask_shapes", "provenance"} - metadata.keys():
+            raise ValueError(f"it lacks {min(missing)!r}")
         if metadata["sha256"] != _checksum(tensors):
             raise ValueError("its contents do not match its checksum")
         shapes, provenance = json.loads(metadata["mask_shapes"]), json.loads(metadata["provenance"])
@@ -169,7 +174,7 @@ def _default_provenance(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _unpack(packed: Tensor, shape: Any) -> Tensor:
+def _unpack(packed: Tensor, shape: object) -> Tensor:
     # The shapes are not part of the checksum: a size that the bits do not have would be allocated.
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"a mask's shape must be a list of sizes, got {shape!r:.80}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 from sparse_adv.runs import EpochRecord
 
@@ -59,11 +58,11 @@ class Adaptation:
         """Number of blocks to grow in addition, as a fraction of those that Flying Bird grows."""
         return MORE_GROWN if _rises(self.losses) else 0.0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, list[float]]:
         """Return the state that a continued run needs."""
         return {"gaps": self.gaps, "losses": self.losses}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
         """Continue from this state."""
         self.gaps, self.losses = list(state["gaps"]), list(state["losses"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import MethodConfig
 
 
@@ -28,6 +29,7 @@ class Schedule:
         0.25
     """
 
+    @checks_types
     def __init__(self, config: MethodConfig, epochs: int, steps_per_epoch: int) -> None:
         self.config = config.resolved()
         assert self.config.change_until is not None and self.config.drop_fraction is not None

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import MethodConfig
 from sparse_adv.masks.allocation import targets_of
 from sparse_adv.masks.blocks import block_sums, conv_shape, grid_shape
-from sparse_adv.masks.dependency_graph import dependency_groups
+from sparse_adv.masks.dependency_graph import check_traceable, dependency_groups
 from sparse_adv.methods import selection
 from sparse_adv.methods.adaptation import Adaptation
 from sparse_adv.methods.permutation import permute_before_pruning
@@ -77,9 +78,11 @@ class SparseTraining(UpdateHook):
         (0.25, 2)
     """
 
+    reads_gradients = False
     config: MethodConfig
     schedule: Schedule
 
+    @checks_types
     def __init__(self, config: MethodConfig) -> None:
         if config.method == "none":
             raise ValueError("method must name a method, got 'none'")
@@ -101,6 +104,8 @@ class SparseTraining(UpdateHook):
     def begin(self, updater: Updater) -> None:
         self.check_objective(updater.config.objective)
         self.updater, self.model = updater, updater.model
+        if self.config.permute_channels:
+            check_traceable(self.model)
         if not _masked_layers(self.model):
             start(self.model, self.config, updater.config.seed)
         self.layers = _masked_layers(self.model)
@@ -122,7 +127,7 @@ class SparseTraining(UpdateHook):
 
     def after_update(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
         before, self.step = self.step, step
-        if before == 0 and self.config.permute_channels:  # refuse at once, and not epochs later
+        if before == 0 and self.config.permute_channels:  # refuse now, and not epochs later
             assert self.updater.image_shape is not None
             if not all(bool(mask.all()) for mask in self.masks().values()):
                 raise ValueError("permute_channels needs a model without masks, got one that has masks")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import masks
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import MethodConfig
 from sparse_adv.nn import sparsify
 
@@ -25,6 +26,7 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
+@checks_types
 def random_masks(model: nn.Module, config: MethodConfig, seed: int) -> dict[str, Tensor]:
     """Return masks of random blocks at the density of a configuration.
 
@@ -57,6 +59,7 @@ def random_masks(model: nn.Module, config: MethodConfig, seed: int) -> dict[str,
     )
 
 
+@checks_types
 def start(model: nn.Module, config: MethodConfig, seed: int) -> nn.Module:
     """Give a dense model, in place, the masks that a method starts from.
 

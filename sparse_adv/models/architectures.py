@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sparse_adv.argument_types import checks_types
+from sparse_adv.errors import first_line
 from sparse_adv.models.digits_cnn import digits_cnn
 from sparse_adv.models.resnet import preact_resnet18, resnet, wide_resnet
 from sparse_adv.models.vgg import vgg16, vgg16_hydra, vgg16_kuangliu
@@ -43,6 +45,7 @@ _COMMON_WIDE = ("wrn-28-10", "wrn-34-10", "wrn-70-16-silu")
 """Suggested in the error message if a misspelt name resembles them."""
 
 
+@checks_types
 def build(
     name: str,
     seed: int = 0,
@@ -101,7 +104,7 @@ def build(
         try:
             model = architecture.make(width, classes, (shape[0], shape[1], shape[2]), data or architecture.data)
         except RuntimeError as error:  # of the allocator, or of sizes beyond 64 bits
-            raise ValueError(f"{name} of width {width} cannot be built: {str(error).partition(chr(10))[0]}") from error
+            raise ValueError(f"{name} of width {width} cannot be built: {first_line(error)}") from error
     return model.to(device)
 
 
@@ -109,6 +112,7 @@ def _listed(shape: object) -> str:
     return repr(list(shape) if isinstance(shape, Sequence) else shape)[:100]
 
 
+@checks_types
 def find(name: str) -> Architecture:
     """Return the architecture of a name.
 

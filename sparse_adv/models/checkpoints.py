@@ -6,13 +6,14 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks import Ticket, from_state_dict, load_pruned
-from sparse_adv.masks.interchange.formats import WRAPPERS, Density
+from sparse_adv.masks.interchange.formats import WRAPPERS, GivenDensity
 from sparse_adv.models.architectures import build
 from sparse_adv.models.normalize import STATISTICS, Normalize
 from sparse_adv.nn import sparsify
@@ -58,7 +59,7 @@ def load_checkpoint(
     name: str,
     *,
     normalize: str | Normalize | None = None,
-    density: Density = None,
+    density: GivenDensity = None,
     width: int | None = None,
     classes: int = 10,
     input_shape: Sequence[int] | None = None,
@@ -97,24 +98,24 @@ def load_checkpoint(
         True
     """
     if isinstance(source, Ticket):
-        about = str(source.provenance.get("file", "the ticket"))
+        origin = str(source.provenance.get("file", "the ticket"))
         kept, state = source.masks, source.state_dict
     elif isinstance(source, Mapping):
-        about = "the state dict"
+        origin = "the state dict"
         kept, state = from_state_dict(source, density=density, dense=True)
     else:
-        about = repr(os.fspath(source))
+        origin = repr(os.fspath(source))
         ticket = load_pruned(source, density=density, dense=True)
         kept, state = ticket.masks, ticket.state_dict
-    size: dict[str, Any] = {"width": width, "classes": classes, "input_shape": input_shape}
-    shapes = build(name, **size, device="meta")  # takes no memory: the size may come from a file
-    named = _renamed(state, name, about)
-    mask_of = _renamed({f"{module}.weight": mask for module, mask in kept.items()}, name, about)
+    sized = partial(build, name, width=width, classes=classes, input_shape=input_shape)
+    shapes = sized(device="meta")  # takes no memory: the size may come from a file
+    named = _renamed(state, name, origin)
+    mask_of = _renamed({f"{module}.weight": mask for module, mask in kept.items()}, name, origin)
     if len(named) < len(state):
-        log.info("%s: left out %d tensors of a block that %s never runs", about, len(state) - len(named), name)
-    _set_normalization(named, normalize, shapes, about)
-    _check_fit(shapes.state_dict(), named, name, about)
-    model = build(name, **size)
+        log.info("%s: left out %d tensors of a block that %s never runs", origin, len(state) - len(named), name)
+    _set_normalization(named, normalize, shapes, origin)
+    _check_fit(shapes.state_dict(), named, name, origin)
+    model = sized()
     with torch.no_grad():
         model.load_state_dict({key: value for key, (_, value) in named.items()}, strict=False)
     return sparsify(model, {key.removesuffix(".weight"): mask for key, (_, mask) in mask_of.items()}).eval()
@@ -124,7 +125,7 @@ Named = dict[str, tuple[str, Tensor]]
 """Maps the name here to the name in the checkpoint and the tensor."""
 
 
-def _renamed(state: Mapping[str, Tensor], network: str, about: str) -> Named:
+def _renamed(state: Mapping[str, Tensor], network: str, origin: str) -> Named:
     family = next((family for family in _NAMES if network.startswith(family)), "")
     named: Named = {}
     for theirs, value in state.items():
@@ -135,13 +136,13 @@ def _renamed(state: Mapping[str, Tensor], network: str, about: str) -> Named:
             key = re.sub(pattern, replacement, key)
         if key in named:
             raise ValueError(
-                f"{about} has both {named[key][0]!r} and {theirs!r}, which are the same tensor of {network}"
+                f"{origin} has both {named[key][0]!r} and {theirs!r}, which are the same tensor of {network}"
             )
         named[key] = theirs, value
     return named
 
 
-def _set_normalization(named: Named, normalize: str | Normalize | None, model: nn.Module, about: str) -> None:
+def _set_normalization(named: Named, normalize: str | Normalize | None, model: nn.Module, origin: str) -> None:
     """Put mean and standard deviation among the tensors, in the shape that the network has them in."""
     layer = model.get_submodule("normalize")
     assert isinstance(layer, Normalize)
@@ -149,12 +150,12 @@ def _set_normalization(named: Named, normalize: str | Normalize | None, model: n
     present = [key for key in keys if key in named]
     if normalize is None and not present:
         raise ValueError(
-            f"{about} does not say how its images were normalised: pass normalize, the name of a data set, a layer "
+            f"{origin} does not say how its images were normalised: pass normalize, the name of a data set, a layer "
             'models.Normalize(mean, std), or "none" for images in [0, 1] as they are'
         )
     if normalize is not None:
         if present:
-            raise ValueError(f"{about} has the normalisation {named[present[0]][0]!r} itself: leave normalize out")
+            raise ValueError(f"{origin} has the normalisation {named[present[0]][0]!r} itself: leave normalize out")
         layer = _normalization(normalize, len(layer.mean))
         named |= {f"normalize.{part}": (f"normalize.{part}", getattr(layer, part)) for part in ("mean", "std")}
     for key in keys:
@@ -174,17 +175,17 @@ def _normalization(normalize: str | Normalize, channels: int) -> Normalize:
     return Normalize.of(normalize, channels)
 
 
-def _check_fit(wanted: Mapping[str, Tensor], named: Named, name: str, about: str) -> None:
+def _check_fit(wanted: Mapping[str, Tensor], named: Named, name: str, origin: str) -> None:
     """Raise ValueError for the first tensor that does not fit the network, whose state dict is `wanted`."""
     for key, (theirs, value) in named.items():
         if key not in wanted:
-            raise ValueError(f"{about} does not fit {name}: it has {theirs!r}, for which {name} has no place")
+            raise ValueError(f"{origin} does not fit {name}: it has {theirs!r}, for which {name} has no place")
         if value.shape != wanted[key].shape:
             shapes = f"{tuple(value.shape)}, in {name} {tuple(wanted[key].shape)}"
-            raise ValueError(f"{about} does not fit {name}: {theirs!r} has shape {shapes}")
+            raise ValueError(f"{origin} does not fit {name}: {theirs!r} has shape {shapes}")
     for key, own in wanted.items():
         # PyTorch before 0.4.1 did not count batches; nothing here reads the count.
         if key not in named and not key.endswith("num_batches_tracked"):
-            raise ValueError(f"{about} does not fit {name}: it lacks {key!r}, under this name and under other code's")
+            raise ValueError(f"{origin} does not fit {name}: it lacks {key!r}, under this name and under other code's")
         if key in named and not named[key][1].is_floating_point() and own.is_floating_point():
-            raise ValueError(f"{about} does not fit {name}: {named[key][0]!r} is {named[key][1].dtype}")
+            raise ValueError(f"{origin} does not fit {name}: {named[key][0]!r} is {named[key][1].dtype}")

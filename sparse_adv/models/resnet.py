@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_adv.models.normalize import Normalize
 
-Block = Callable[[int, int, int], nn.Module]
+BlockMaker = Callable[[int, int, int], nn.Module]
 """Makes a residual block from its input channels, output channels and stride."""
 
 
@@ -206,7 +206,7 @@ def wide_resnet(
 
 
 def _preact_network(
-    block: Block,
+    block: BlockMaker,
     stem: int,
     widths: Sequence[int],
     depth: int,
@@ -230,7 +230,7 @@ def _preact_network(
     return _initialise(nn.Sequential(layers))
 
 
-def _stages(block: Block, stem: int, widths: Sequence[int], depths: Sequence[int]) -> dict[str, nn.Module]:
+def _stages(block: BlockMaker, stem: int, widths: Sequence[int], depths: Sequence[int]) -> dict[str, nn.Module]:
     """Stages "layer1", "layer2", ... with their numbers of blocks; every stage but the first halves the resolution."""
     layers: dict[str, nn.Module] = {}
     channels = stem

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from sparse_adv.masks.layers import Layer, unknown_module
+from sparse_adv.argument_types import checks_types
+from sparse_adv.masks.layers import Layer, check_initialized, unknown_module
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_conv_mask, check_convertible, compile_mask
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -28,6 +29,7 @@ class _Conversion(NamedTuple):
     convert: Callable[[], MaskedLayer]
 
 
+@checks_types
 def sparsify(
     model: nn.Module,
     masks: Mapping[str, Tensor],
@@ -65,6 +67,7 @@ def sparsify(
         if name not in modules:
             raise ValueError(unknown_module(name, modules))
         module = modules[name]
+        check_initialized(name, module)
         if module in conversions:  # it has several names
             if not torch.equal(mask, conversions[module].mask):
                 raise ValueError(f"module {name!r} has another name with another mask")
@@ -82,6 +85,7 @@ def sparsify(
     return model
 
 
+@checks_types
 def densify(model: nn.Module) -> nn.Module:
     """Replace every masked layer by a plain `nn.Conv2d` or `nn.Linear` with the same Parameters, zeros where pruned.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.ops.masked_conv2d_mask import check_mask
@@ -15,6 +16,7 @@ from sparse_adv.ops.masked_conv2d_mask import check_mask
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
+@checks_types
 def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> dict[str, Tensor]:
     """Find the BatchNorm channels whose input is always 0: it is the output of a filter without any kept weight.
 
@@ -72,6 +74,7 @@ def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence
     return {names[norm]: dead for norm, dead in dead_of.items() if norm not in fed_otherwise}
 
 
+@checks_types
 def zero_dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> dict[str, int]:
     """Set gamma and beta of the dead channels to 0, and keep them there under training.
 

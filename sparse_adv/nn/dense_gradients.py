@@ -14,8 +14,10 @@ from sparse_adv.nn.masked_layer import MaskedLayer
 
 GradWeight = Callable[[Tensor, Tensor], Tensor]
 """(input, gradient of the output) -> gradient of the weight, with and without kept weights."""
+Receiver = Callable[[Tensor], None]
+"""Called with the gradient of a whole weight in each backward pass."""
 
-_collecting: WeakKeyDictionary[nn.Module, Callable[[Tensor], None]] = WeakKeyDictionary()
+_collecting: WeakKeyDictionary[nn.Module, Receiver] = WeakKeyDictionary()
 """Maps each layer in a `dense_gradients` block to the function that receives its gradients. It is no attribute of the
 layer, because the engine traces a model anew when attributes of its modules change."""
 
@@ -46,7 +48,7 @@ def dense_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     gradients: dict[str, Tensor] = {}
 
-    def receiver(name: str) -> Callable[[Tensor], None]:
+    def receiver(name: str) -> Receiver:
         def receive(gradient: Tensor) -> None:
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
 
@@ -86,7 +88,12 @@ class _DenseGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, input: Tensor, weight: Tensor, grad_weight: GradWeight, receive: Any
+        ctx: Any,
+        output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        grad_weight: GradWeight,
+        receive: Receiver,
     ) -> Tensor:
         ctx.save_for_backward(input)
         ctx.dtype, ctx.grad_weight, ctx.receive = weight.dtype, grad_weight, receive

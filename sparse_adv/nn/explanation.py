@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import Layer, maskable
-from sparse_adv.nn.macs import Call, calls_of, kept_weights
+from sparse_adv.nn.macs import LayerCall, calls_of, kept_weights
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, reason_of
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops import PASSES
@@ -75,6 +76,7 @@ class Explanation:
         return f"density of {' and '.join(sorted(kinds))} weights: {self.density:.4f}; of multiply-adds: {remains}"
 
 
+@checks_types
 def explain(model: nn.Module, shape: Sequence[int] | Tensor | None = None) -> Explanation:
     """Tell which kernel each pass of each convolution and linear layer takes, and why.
 
@@ -95,13 +97,13 @@ def explain(model: nn.Module, shape: Sequence[int] | Tensor | None = None) -> Ex
         >>> explain(model, (1, 3, 8, 8)).rows[0].kernels["forward"]
         'dense (table)'
     """
-    calls: dict[Layer, list[Call]] = {}
+    calls: dict[Layer, list[LayerCall]] = {}
     for call in () if shape is None else calls_of(model, shape):
         calls.setdefault(call.layer, []).append(call)
     return Explanation([_row(name, layer, calls.get(layer, [])) for name, layer in maskable(model).items()])
 
 
-def _row(name: str, layer: Layer, calls: Sequence[Call]) -> Row:
+def _row(name: str, layer: Layer, calls: Sequence[LayerCall]) -> Row:
     """The kernels are those of the last call."""
     weights, count = layer.weight.numel(), sum(call.uses for call in calls)
     kept = kept_weights(layer)

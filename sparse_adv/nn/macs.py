@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -35,7 +36,7 @@ class Macs(NamedTuple):
         return Macs(*(count // max(1, self.images) for count in self))
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """One call of a convolution or linear layer in a forward pass."""
 
     layer: Layer
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     plan: Plan
 
 
+@checks_types
 def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
     """Count the MACs that the convolutions and linear layers of a model execute on one batch.
 
@@ -80,6 +82,7 @@ def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
     )
 
 
+@checks_types
 def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> float:
     """Return the fraction of a model's MACs that masks keep: (MACs of the weights kept) / (MACs of all weights).
 
@@ -116,9 +119,9 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[i
     return sum(call.uses * weights_kept.get(call.layer, call.layer.weight.numel()) for call in calls) / dense
 
 
-def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[Call]:
+def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[LayerCall]:
     """The calls of convolutions and linear layers in one forward pass, in their order, each with its plan."""
-    calls: list[Call] = []
+    calls: list[LayerCall] = []
 
     def visit(layer: Layer, input: Tensor, output: Tensor) -> None:
         count = uses(layer, output)
@@ -127,7 +130,7 @@ def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[Call]:
         else:
             reason = "linear" if isinstance(layer, MaskedLinear) else "no mask"
             plan = Plan(*[PassPlan("dense", reason, count * layer.weight.numel())] * 3)
-        calls.append(Call(layer, count, plan))
+        calls.append(LayerCall(layer, count, plan))
 
     run_once(model, shape, visit, linear=True)
     return calls

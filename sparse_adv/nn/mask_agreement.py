@@ -18,7 +18,8 @@ def compare_in_first_pass() -> None:
     """Compare the masks of all processes if this is the first forward pass of a DistributedDataParallel.
 
     Equal weights under different masks give each process another network. The masks that count are those under which
-    the layers' weights were zeroed: the wrapper may have replaced the content of the buffers just now.
+    the layers' weights were zeroed: the wrapper may have replaced the content of the buffers just now. A process whose
+    model is dense takes no part, and gloo then ends those that wait for it: "distributed collective mismatch".
 
     Raises:
         ValueError: if the processes' masks differ.

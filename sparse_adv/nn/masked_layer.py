@@ -106,11 +106,18 @@ class MaskedLayer(nn.Module):
         raise TypeError("torch.jit.script cannot compile masked layers: script `densify(copy.deepcopy(model))`")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight_orig":  # the first thing that prune does
-            raise TypeError("torch.nn.utils.prune cannot prune a masked layer: give it another mask by set_mask")
+        if name == "weight_orig":  # the first thing that they do
+            raise TypeError(
+                "torch.nn.utils.prune and spectral_norm cannot change a masked layer: give it another mask by set_mask"
+            )
         if type(param).__module__.startswith("torchao."):  # a quantized weight, whose operators know no mask
             raise TypeError("torchao cannot quantize masked layers: `densify` the model first")
+        has_mask = name == "weight" and "weight_mask" in self._buffers
+        if has_mask and type(param) is nn.Parameter:
+            check_shape(self.weight_mask, param)
         super().register_parameter(name, param)
+        if has_mask and type(param) is nn.Parameter:
+            self._derive()
 
     @property
     def qconfig(self) -> None:

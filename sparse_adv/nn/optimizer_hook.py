@@ -71,6 +71,11 @@ def unwatch(weight: Tensor) -> None:
         settled.pop(weight, None)
 
 
+def own_hooks(weight: Tensor) -> int:
+    """The number of hooks on the gradient of this weight that `watch` made."""
+    return int(weight in _hooks)
+
+
 def settle(optimizer: Optimizer) -> None:
     """Zero weight, gradient and optimiser state outside the masks of this optimiser; skip masks applied before."""
     state, settled = _settled.get(optimizer, (None, None))

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.masks.channel_operations import NORMS
 from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
-from sparse_adv.masks.layers import unknown_module
+from sparse_adv.masks.layers import Layer, unknown_module
 from sparse_adv.masks.same_function import check_same_function
 from sparse_adv.nn.conversion import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -39,6 +41,7 @@ class ShrinkResult:
     read by a convolution with zero padding, the width is fixed from outside, or it is rounded up to a multiple."""
 
 
+@checks_types
 def shrink(
     model: nn.Module,
     masks: Mapping[str, Tensor] | None,
@@ -179,7 +182,7 @@ class _Constants(fx.Interpreter):
         # More values than channels: an operand of another shape was broadcast over pixels.
         return values.view(1, -1, 1, 1) if values.numel() == width else self._unknown(width)
 
-    def _of(self, node: Any) -> Tensor:
+    def _of(self, node: object) -> Tensor:
         value = self.env.get(node) if isinstance(node, fx.Node) else None
         return value if isinstance(value, Tensor) else self._unknown(1)
 
@@ -203,7 +206,7 @@ class _Constants(fx.Interpreter):
         self.outputs[name] = bias.detach().where(~varies, _NOT_CONSTANT)
         return self.outputs[name].view(1, -1, 1, 1)
 
-    def _norm(self, norm: Any, source: Tensor) -> Tensor:
+    def _norm(self, norm: _BatchNorm, source: Tensor) -> Tensor:
         if norm.running_mean is None or norm.running_var is None:
             return self._unknown(source.numel())
         values = source.flatten()
@@ -234,7 +237,7 @@ def _module(model: nn.Module, name: str) -> Any:
     return model.get_submodule(name)
 
 
-def _mask_of(layer: Any, name: str, masks: Mapping[str, Tensor]) -> Tensor:
+def _mask_of(layer: Layer, name: str, masks: Mapping[str, Tensor]) -> Tensor:
     """The layer's mask; without one all weights count, also those that are 0, because training may change them."""
     return masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
@@ -244,7 +247,7 @@ def _by_taps(weight: Tensor) -> Tensor:
     return weight.reshape(*weight.shape[:2], -1)
 
 
-def _padding(layer: Any) -> tuple[int, ...]:
+def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
     """The padding of a convolution; "same" counts as padding wherever the filter has more than one tap."""
     if isinstance(layer.padding, str):
         return tuple(int(layer.padding == "same" and size > 1) for size in layer.kernel_size)
@@ -289,7 +292,7 @@ def _cut(
         norm.num_features = int(entries.sum())
 
 
-def _fold(layer: Any, values: Tensor, columns: Tensor) -> None:
+def _fold(layer: Layer, values: Tensor, columns: Tensor) -> None:
     """Add to the bias the constant that the removed columns contribute to every output."""
     lost = ~columns & (values != 0) & values.isfinite()
     weight = _by_taps(layer.weight).sum(2)
@@ -299,8 +302,8 @@ def _fold(layer: Any, values: Tensor, columns: Tensor) -> None:
     _replace(layer, "bias", added if layer.bias is None else layer.bias + added)
 
 
-def _replace(module: Any, name: str, value: Tensor) -> None:
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a Parameter by a new one in its memory layout."""
     old = getattr(module, name)
-    trained = module.weight.requires_grad if old is None else old.requires_grad
+    trained = (module.get_parameter("weight") if old is None else old).requires_grad
     setattr(module, name, nn.Parameter(value if old is None else in_layout_of(old, value), trained))

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import Choice, LayerChoices, MaskedConv2d
 from sparse_adv.ops import PASSES, Pattern, masked_conv2d, pack_pattern, plan, set_kernels
@@ -24,6 +25,7 @@ _HYSTERESIS = 0.95
 within 5 % are mostly noise."""
 
 
+@checks_types
 def tune(
     model: nn.Module,
     shape: Sequence[int] | Tensor,

@@ -25,6 +25,7 @@ from sparse_adv.ops.pgd_step import pgd_step, pgd_step_
 from sparse_adv.ops.pgd_step_normalized import pgd_step_normalized
 from sparse_adv.ops.pointwise import pointwise_out
 from sparse_adv.ops.random_start import random_start
+from sparse_adv.ops.winograd_conv2d import winograd_conv2d, winograd_conv2d_out, winograd_conv2d_weight
 
 __all__ = [
     "PASSES",
@@ -51,4 +52,7 @@ __all__ = [
     "pointwise_out",
     "random_start",
     "set_kernels",
+    "winograd_conv2d",
+    "winograd_conv2d_out",
+    "winograd_conv2d_weight",
 ]

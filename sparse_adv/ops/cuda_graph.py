@@ -1,15 +1,61 @@
-"""Warm-up and capture of CUDA graphs."""
+"""Calls as CUDA graphs: they are warmed up, captured and replayed, or refused with one sentence.
+
+Attacks (`attacks.Graphs`) and whole updates of training (`training.captured`) have their graphs from here.
+"""
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+Stages = Mapping[str, Callable[..., Any]]
+"""The parts of a call in order, by name; each takes the inputs of the call, and the last one returns its result."""
+
+_kept: ContextVar[list[object] | None] = ContextVar("kept", default=None)
+"""What the graph of the call in progress needs; None outside of calls that are to be captured."""
+
+_ATTEMPTS = 2
+"""Warm-ups in which the host may wait. In the first one the engine may check a model in a state that is new to it."""
+
+
+def inside_a_call() -> bool:
+    """Whether a call is in progress that is captured as a whole, so that no part of it may be captured on its own."""
+    return _kept.get() is not None
+
+
+def keep(value: object) -> None:
+    """Keep an object, such as memory that is used again, as long as the graph that is being captured, if one is."""
+    kept = _kept.get()
+    if kept is not None:
+        kept.append(value)
+
+
+@contextmanager
+def part_of_a_call() -> Iterator[list[object]]:
+    """A context whose code is captured as a whole, or runs as it would if it were; yields what `keep` was given."""
+    kept: list[object] = []
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
+
+
+def warn_of_refusal(what: str, reason: str) -> None:
+    """Warn that these calls are not captured."""
+    warnings.warn(f"{what} run step by step and not as a CUDA graph: {reason}", stacklevel=6)
 
 
 class Capturer:
@@ -25,6 +71,7 @@ class Capturer:
         self.stream = torch.cuda.Stream(device)
         # All graphs share one memory pool: between replays only a graph's result must stay in memory.
         self.pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def run(self, call: Callable[[], T]) -> T:
         """Run a call on the stream of later captures, after the work queued on the current stream so far."""
@@ -63,9 +110,13 @@ class Capturer:
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[self.stream.device.index]
         state = generator.clone_state()
+        if not self._graphs:
+            # PyTorch refuses to capture into a pool whose graphs are all gone while a tensor in it is alive.
+            self.pool = torch.cuda.graph_pool_handle()
         try:
             # The outer context restores the current stream even if the capture cannot be ended. "thread_local" lets
-            # other threads, such as those of a DataLoader, allocate memory during the capture.
+            # other threads, such as those of a DataLoader, allocate memory during the capture. Autograd's thread runs
+            # the backward pass on the stream of the forward pass, so it is captured too.
             with (
                 torch.cuda.stream(self.stream),
                 torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
@@ -76,9 +127,186 @@ class Capturer:
             generator.graphsafe_set_state(state)
             self.pool = torch.cuda.graph_pool_handle()
             raise
+        self._graphs.add(graph)
 
         def replay() -> T:
             graph.replay()
             return result
 
         return replay
+
+
+@dataclass(eq=False)
+class Call:
+    """A call that has run before."""
+
+    keep_alive: object
+    """Objects whose id or address is part of the key, so that no other object can get the same one."""
+    facts: Any = None
+    """What the caller wants to know again when the call is replayed."""
+    inputs: Sequence[Tensor | None] = ()
+    """Memory of the inputs that a replay reads."""
+    replays: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    """What replays each stage; empty before the capture."""
+    has_run: bool = False
+    attempts: int = 0
+    """Warm-ups in which the host waited for the GPU."""
+    reason: str = ""
+    """Why it cannot be captured."""
+
+
+class CallCache:
+    """The calls that were made last, each captured when it is made for the second time, and replayed from then on.
+
+    The results are those of the call itself, bit for bit, and always new tensors. A replay runs no Python code, and
+    reads and writes the same memory as the capture. So the key of a call must hold whatever its code depends on, but
+    the values of its inputs, which are copied; and whatever the host has to do at each call must be outside of it.
+
+    Args:
+        capacity: maximum number of calls; beyond it the one that was used least recently is forgotten.
+        capturer: makes the graphs.
+    """
+
+    def __init__(self, capacity: int, capturer: type[Capturer] = Capturer) -> None:
+        self.capacity, self._capturer = capacity, capturer
+        self.calls: dict[Hashable, Call] = {}
+        """The most recently used call is last."""
+        self.capturers: dict[torch.device, Capturer] = {}
+
+    def captures_on(self, device: torch.device) -> bool:
+        """Whether calls on this device can be captured."""
+        return device.type == self._capturer.device
+
+    def find(self, key: Hashable, keep_alive: object) -> Call:
+        """Return the call with this key, or make it."""
+        call = self.calls.pop(key, None) or Call(keep_alive)
+        self.calls[key] = call  # now the last one
+        if len(self.calls) > self.capacity:
+            del self.calls[next(iter(self.calls))]
+        return call
+
+    def clear(self) -> None:
+        """Forget all calls and delete their graphs."""
+        self.calls.clear()
+
+    def run(
+        self,
+        call: Call,
+        what: str,
+        stages: Stages,
+        inputs: Sequence[Tensor | None],
+        device: torch.device,
+        phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    ) -> Any:
+        """Make a call, by replaying it if possible; the first two times its stages run as they are.
+
+        Args:
+            call: from `find`.
+            what: the calls that a warning speaks of if this one cannot be captured.
+            stages: its parts, which are captured one by one. A stage may read what those before it have made.
+            inputs: of each stage. Those on the CPU are copied to the device, and the host does not wait for that.
+            device: of the call.
+            phase: entered around each stage with its name.
+        """
+        if call.replays:
+            for memory, value in zip(call.inputs, inputs, strict=True):
+                if memory is not None and value is not None:
+                    memory.copy_(value.detach(), non_blocking=True)
+            result = None
+            for name, replay in call.replays.items():
+                with phase(name):
+                    result = replay()
+            return _copied(result)
+        inputs = [None if value is None else value.to(device, non_blocking=True) for value in inputs]
+        if call.reason:
+            return _run_each(stages, inputs, phase, lambda stage: stage())
+        capturer = self.capturers.get(device)
+        if capturer is None:
+            capturer = self.capturers[device] = self._capturer(device)
+        if not call.has_run:
+            with part_of_a_call():
+                result = _run_each(stages, inputs, phase, capturer.run)
+            call.has_run = True
+            return result
+        result = self._warm_up(capturer, call, stages, inputs, phase)
+        if not call.reason and not call.attempts:
+            self._capture(capturer, call, stages, inputs)
+        if call.reason:
+            warn_of_refusal(what, call.reason)
+        return result
+
+    @staticmethod
+    def _warm_up(
+        capturer: Capturer,
+        call: Call,
+        stages: Stages,
+        inputs: Sequence[Tensor | None],
+        phase: Callable[[str], AbstractContextManager[None]],
+    ) -> Any:
+        """Run the stages; note in the call whether the host waited, or what else cannot be captured."""
+        waited = False
+
+        def watched(stage: Callable[[], Any]) -> Any:
+            nonlocal waited
+            result, waits = capturer.warm_up(stage)
+            waited |= waits
+            return result
+
+        before = _host_generators(capturer.device)
+        with part_of_a_call():
+            result = _run_each(stages, inputs, phase, watched)
+        call.attempts = call.attempts + 1 if waited else 0
+        if call.attempts == _ATTEMPTS:
+            call.reason = "it synchronises with the GPU"
+        if _host_generators(capturer.device) != before:
+            call.reason = "it draws random numbers on the CPU, which a replay would not draw again"
+        return result
+
+    @staticmethod
+    def _capture(capturer: Capturer, call: Call, stages: Stages, inputs: Sequence[Tensor | None]) -> None:
+        memory = [None if value is None else value.detach().clone() for value in inputs]
+        # Autocast caches casts of weights. The graph must not read casts made before it, which no replay would
+        # update, and no later code may read casts made in the capture, which have no values before a replay.
+        torch.clear_autocast_cache()
+        try:
+            with part_of_a_call() as kept:
+                replays = {name: capturer.capture(partial(stage, *memory)) for name, stage in stages.items()}
+            call.inputs, call.replays, call.keep_alive = memory, replays, (call.keep_alive, kept)
+        except Exception as error:  # of any kind: the same call has just run without one
+            call.reason = _first_cause(error)
+        finally:
+            torch.clear_autocast_cache()
+
+
+def _run_each(
+    stages: Stages,
+    inputs: Sequence[Tensor | None],
+    phase: Callable[[str], AbstractContextManager[None]],
+    run: Callable[[Callable[[], Any]], Any],
+) -> Any:
+    result = None
+    for name, stage in stages.items():
+        with phase(name):
+            result = run(partial(stage, *inputs))
+    return result
+
+
+def _copied(result: Any) -> Any:
+    """A result in new memory: the next replay writes to its own again."""
+    if isinstance(result, Tensor):
+        return result.clone()
+    return tuple(map(_copied, result)) if isinstance(result, tuple) else result
+
+
+def _host_generators(device: str) -> tuple[object, ...]:
+    """The states of the random generators that are on the host: of Python, NumPy and, beside a GPU, PyTorch."""
+    _, words, position, *_ = np.random.get_state()
+    states = random.getstate(), np.asarray(words).tobytes(), position
+    return states if device == "cpu" else (*states, torch.get_rng_state().numpy().tobytes())
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return the first line of the original error: ending a failed capture raises further errors."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]

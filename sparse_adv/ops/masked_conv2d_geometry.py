@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -91,7 +91,7 @@ def _padding(
     raise ValueError(f'padding must be numbers, "same" or "valid", got {shortened(padding)}')
 
 
-def _two(name: str, value: Any) -> tuple[int, int]:
+def _two(name: str, value: object) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2 or not all(map(is_integer, pair)):
         raise ValueError(f"{name} must be one or two integers, got {shortened(value)}")

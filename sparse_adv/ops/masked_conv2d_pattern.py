@@ -25,6 +25,9 @@ _BLOCK_FORMAT = 2
 KERNELS = ("auto", "sparse", "dense")
 """The kernels that may be requested for a pass; the header holds the index."""
 
+CPU_DTYPE = torch.float32
+"""The dtype of the sparse kernels on a CPU, and so of packed weights there."""
+
 
 class Kernels(NamedTuple):
     """The kernel requested for each pass: "sparse", "dense" or "auto"."""
@@ -254,7 +257,7 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
     if weight.device != pattern.mask.device:
         raise ValueError(f"weight is on {weight.device}, pattern on {pattern.mask.device}")
     plain = pattern.without_values()
-    packable = isinstance(plain, BlockPattern) or (weight.device.type == "cpu" and weight.dtype == torch.float32)
+    packable = isinstance(plain, BlockPattern) or (weight.device.type == "cpu" and weight.dtype == CPU_DTYPE)
     values = torch.ops.sparse_adv.pack_values(weight.detach(), plain.flatten()) if packable else []
     return unflatten([*plain._with_header("weight_is_masked", 1).flatten(), *values])
 

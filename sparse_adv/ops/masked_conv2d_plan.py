@@ -14,16 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_adv.kernels.layout import output_size
+from sparse_adv.kernels.layout import MAX_PIXELS, output_size
 from sparse_adv.ops import masked_conv2d_roofline
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_geometry import Geometry, Pair, check_input, read_geometry
-from sparse_adv.ops.masked_conv2d_pattern import KERNELS, BlockPattern, Pattern, check_pattern
+from sparse_adv.ops.masked_conv2d_pattern import CPU_DTYPE, KERNELS, BlockPattern, Pattern, check_pattern
 
 log = logging.getLogger(__name__)
 
 _BLOCK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_PIXELS = 2**30  # of a batch: the Triton kernels number them with 32 bits
 
 REQUESTED, TABLE, ROOFLINE = "requested", "table", "roofline"
 
@@ -103,7 +102,7 @@ def missing_kernel(pattern: Pattern, dtype: torch.dtype, device: str) -> str:
     """Why no sparse kernel can run this pattern in this dtype on this type of device; "" if one can."""
     kind = str(dtype).removeprefix("torch.")
     if device == "cpu":
-        return "" if dtype == torch.float32 else f"no sparse kernel for {kind} on cpu"
+        return "" if dtype == CPU_DTYPE else f"no sparse kernel for {kind} on cpu"
     if device != "cuda":
         return f"no sparse kernel on {device}"
     if not isinstance(pattern, BlockPattern):
@@ -154,11 +153,11 @@ def _kernel_on_cuda(
         return "dense", REQUESTED
     images, channels, *pixels = input_size
     in_pixels, out_pixels = pixels[0] * pixels[1], output_pixels[0] * output_pixels[1]
-    if images * max(in_pixels, out_pixels) >= _MAX_PIXELS:
+    if images * max(in_pixels, out_pixels) >= MAX_PIXELS:
         return "dense", "no sparse kernel for images of this size"
     if request == "sparse":
         return "sparse", REQUESTED
-    cost = masked_conv2d_roofline.Pass(
+    cost = masked_conv2d_roofline.PassSizes(
         images=images,
         in_elements=channels * in_pixels,
         out_elements=pattern.mask.shape[0] * out_pixels,

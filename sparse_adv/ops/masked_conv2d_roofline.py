@@ -36,7 +36,7 @@ _SHARE_PIXELS = 512  # least number of pixels of one program
 _SHARE = 0.22
 
 
-class Pass(NamedTuple):
+class PassSizes(NamedTuple):
     """The sizes of one pass of a convolution that decide how much it moves and multiplies."""
 
     images: int
@@ -56,13 +56,13 @@ class Pass(NamedTuple):
     """Output and input channels of a block of the mask."""
 
 
-def blocks_are_faster(cost: Pass, gradient_of_weight: bool = False) -> bool:
+def blocks_are_faster(cost: PassSizes, gradient_of_weight: bool = False) -> bool:
     """Whether the pass over live blocks is expected to take less than 0.9 of the dense convolution's time.
 
     Examples:
         >>> def conv3x3(channels, pixels, density):
         ...     weights, elements, pair = 9 * channels**2, channels * pixels, (channels, channels)
-        ...     return Pass(512, elements, elements, pixels, weights, int(density * weights), 2, pair, (64, 64))
+        ...     return PassSizes(512, elements, elements, pixels, weights, int(density * weights), 2, pair, (64, 64))
         >>> blocks_are_faster(conv3x3(512, 16, 0.1)), blocks_are_faster(conv3x3(512, 16, 0.9))
         (True, False)
     """
@@ -73,12 +73,12 @@ def blocks_are_faster(cost: Pass, gradient_of_weight: bool = False) -> bool:
     return blocks < _MARGIN * dense
 
 
-def _moved(cost: Pass) -> int:
+def _moved(cost: PassSizes) -> int:
     """Bytes of the input and output images, and of all weights of the dense convolution."""
     return cost.element_bytes * (cost.images * (cost.in_elements + cost.out_elements) + cost.weights)
 
 
-def _time(cost: Pass, weights: int, efficiency: float) -> float:
+def _time(cost: PassSizes, weights: int, efficiency: float) -> float:
     """The time of a pass that multiplies so many weights, in bytes that the memory moves meanwhile."""
     moved = _moved(cost) - cost.element_bytes * (cost.weights - weights)
     # float32 operands are multiplied as tf32, at half the rate.
@@ -86,7 +86,7 @@ def _time(cost: Pass, weights: int, efficiency: float) -> float:
     return max(_LATENCY_BYTES, moved / _MEMORY_EFFICIENCY, multiplied / efficiency)
 
 
-def _dense_gradient(cost: Pass) -> float:
+def _dense_gradient(cost: PassSizes) -> float:
     padding = 1.0
     for channels in cost.channels:
         if channels > _DENSE_TILE:
@@ -95,7 +95,7 @@ def _dense_gradient(cost: Pass) -> float:
     return _GRADIENT_LATENCY + macs / _DENSE_MACS
 
 
-def _gradient_of_blocks(cost: Pass) -> float:
+def _gradient_of_blocks(cost: PassSizes) -> float:
     out, into = cost.block
     live, pixels = max(1.0, cost.nonzeros / (out * into)), cost.images * cost.out_pixels
     read = live * pixels * (out + into) * cost.element_bytes / _BYTES_READ[max(out, into)]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import PruneConfig
 
 
@@ -32,6 +33,7 @@ def check_reset(model: nn.Module, start: Mapping[str, Tensor]) -> None:
     _require(not moved, f"the reset missed {moved[:3]}")
 
 
+@checks_types
 def check_pruned_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Check that the weights outside the masks are zero.
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import masks
+from sparse_adv.argument_types import checks_types
 from sparse_adv.nn import sparsify, zero_dead_channels
 from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 
+@checks_types
 def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], *, weights: bool = True) -> nn.Module:
     """Turn a dense model, in place, into the sparse network of a ticket, before its training.
 
@@ -58,6 +60,7 @@ def _check_architecture(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
         raise ValueError(f"the ticket is for another architecture: {difference}")
 
 
+@checks_types
 def shuffle(ticket_masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Permute the blocks of each layer's mask at random: the control "shuffled mask".
 

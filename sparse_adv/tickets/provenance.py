@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from sparse_adv import json_files, masks
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.runs import Cost, EpochRecord, TicketChecks
 
@@ -23,6 +27,25 @@ class SearchRecord:
     checks: TicketChecks
 
 
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError, before a search, unless its ticket can hold these metadata and its record.
+
+    Examples:
+        >>> check_metadata({"epochs": 3})
+        Traceback (most recent call last):
+        ...
+        ValueError: metadata must not have the key 'epochs', under which the search records its own
+    """
+    for field in fields(SearchRecord):
+        if field.name in metadata:
+            raise ValueError(f"metadata must not have the key {field.name!r}, under which the search records its own")
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"metadata must be JSON data: {error}") from error
+
+
+@checks_types
 def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> SearchRecord:
     """Return what `search` recorded in the provenance of a ticket.
 
@@ -47,6 +70,7 @@ def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> Search
     return json_files.from_json(SearchRecord, content, f"the provenance of {source}")
 
 
+@checks_types
 def cost_of(ticket: masks.Ticket) -> Cost:
     """Return the cost of the search that found a ticket; zero if its provenance does not contain a cost.
 

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_adv import json_files, masks, runs
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.dependency_graph import dependency_groups
@@ -22,10 +22,10 @@ from sparse_adv.runs import NO_COST, Cost, EpochRecord, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
 from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
-from sparse_adv.tickets.provenance import SearchRecord, record_of
+from sparse_adv.tickets.provenance import SearchRecord, check_metadata, record_of
 from sparse_adv.training import distributed, identity, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
-from sparse_adv.training.evaluation import Images
+from sparse_adv.training.evaluation import Images, check_evaluable
 from sparse_adv.training.loop import Batches
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 
@@ -37,6 +37,7 @@ IDENTITY = "identity.pt"
 """File of the digests of network, weights and images, see `training.identity`."""
 
 
+@checks_types
 def search(
     model: nn.Module,
     batches: Batches,
@@ -69,8 +70,8 @@ def search(
         in another order of channels, in which the network computes the same function.
 
     Raises:
-        ValueError: if `prune_config` does not fit the model, before any training, or the folder holds another search:
-            of other settings, initial weights or images.
+        ValueError: before any training, if `prune_config` does not fit the model, `metadata` are no JSON data or have a
+            key of `SearchRecord`, or the folder holds another search: of other settings, initial weights or images.
         TicketInvariantError: if an invariant of `tickets.checks` does not hold.
 
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
@@ -87,6 +88,9 @@ def search(
         0.25
     """
     prune_config = prune_config or PruneConfig()
+    check_metadata(metadata or {})
+    if validation is not None:
+        check_evaluable("validation", validation)
     shape = check_fits(model, batches, prune_config)
     folder = None if folder is None else Path(folder)
     if folder is not None and distributed.rank() == 0:
@@ -103,6 +107,7 @@ def search(
         return run.run(metadata or {})
 
 
+@checks_types
 def check_fits(model: nn.Module, batches: Batches, config: PruneConfig) -> tuple[int, ...] | None:
     """Check that a search can prune a model, before anything is trained or written; `search` does so itself.
 
@@ -312,7 +317,7 @@ def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[
     )
 
 
-def _check_same(folder: Path, model: nn.Module, own: dict[str, Any]) -> None:
+def _check_same(folder: Path, model: nn.Module, own: identity.Identity) -> None:
     """Raises ValueError if the folder holds a search of another network or other images; a new one is described."""
     path = folder / IDENTITY
     if not path.exists():
@@ -322,7 +327,7 @@ def _check_same(folder: Path, model: nn.Module, own: dict[str, Any]) -> None:
         distributed.barrier()
         return
     of_ranks = read_state(path, torch.device("cpu"), ["identity"])["identity"]
-    begun = of_ranks[distributed.rank()]
+    begun: identity.Identity = of_ranks[distributed.rank()]
     if identity.was_interrupted(model, folder):  # in the middle of a round, in which the network has masks
         own = own | {"network": begun["network"]}
     identity.check_same(folder, own, begun, model)

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sparse_adv import torch_files
+from sparse_adv.argument_types import checks_types
 from sparse_adv.files import write_bytes
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.ticket import independent_copies
@@ -39,6 +40,7 @@ def write_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: JSONOb
     write_bytes(path, save(independent_copies(state_dict), {"format": _FORMAT, "metadata": json.dumps(metadata)}))
 
 
+@checks_types
 def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
     """Read a state dict and the metadata that training stored with it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 class EMA(AveragedModel):
@@ -43,9 +43,26 @@ class EMA(AveragedModel):
     @torch.no_grad()
     def follow(self, model: nn.Module, updates: int) -> None:
         """Average the present weights and floating buffers in; `updates` is the number of updates before this one."""
-        move = get_ema_multi_avg_fn(min(self.decay, updates / (updates + 9)))
-        move(_averaged(self.module), _averaged(model), None)
+        self.move(model, self.share(updates))
         self.n_averaged += 1
+
+    def share(self, updates: int) -> float:
+        """The share of the present weights, 1 - d, after so many updates and one more."""
+        return 1 - min(self.decay, updates / (updates + 9))
+
+    @torch.no_grad()
+    def move(self, model: nn.Module, share: float | Tensor) -> None:
+        """Move the average towards the present weights and floating buffers by this share of the way.
+
+        A share that is a tensor [] gives the same bits, and may be another one in each replay of a CUDA graph. On CUDA
+        it takes a kernel for each tensor, a number one for many of them.
+        """
+        own, present = _averaged(self.module), _averaged(model)
+        if isinstance(share, Tensor):
+            shares = {dtype: share.to(dtype) for dtype in {tensor.dtype for tensor in own}}
+            torch._foreach_lerp_(own, present, [shares[tensor.dtype] for tensor in own])
+        else:
+            torch._foreach_lerp_(own, present, share)
 
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:

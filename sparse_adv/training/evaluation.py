@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_adv import attacks
+from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks.ball import check_radius
 from sparse_adv.attacks.checks import InputValidator, count_classes, is_correct
 from sparse_adv.attacks.loop import bn_mode
@@ -40,6 +41,7 @@ class Accuracy(NamedTuple):
     """Mean cross-entropy under attack, where it was asked for."""
 
 
+@checks_types
 def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> Accuracy:
     """Measure the fraction of images that the model classifies correctly; one with a NaN among its logits never is.
 
@@ -64,6 +66,7 @@ def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> A
     return _accuracy(model, images, batch_size, [])
 
 
+@checks_types
 def robust_accuracy(
     model: nn.Module,
     images: Images,
@@ -137,6 +140,7 @@ def robust_accuracy(
     return _accuracy(model, images, batch_size, [attack] * restarts, steps, every_image)
 
 
+@checks_types
 def fgsm_accuracy(
     model: nn.Module, images: Images, *, eps: float = 8 / 255, norm: Norm = "linf", batch_size: int = 256
 ) -> Accuracy:
@@ -185,6 +189,26 @@ def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
+
+
+def check_evaluable(name: str, images: Images) -> None:
+    """Raise TypeError or ValueError, before any training, if no accuracy on these images could be measured after it.
+
+    Args:
+        name: of the argument.
+        images: a Split, or batches that are iterated in each evaluation.
+    """
+    if isinstance(images, Iterator | Mapping):
+        raise TypeError(
+            f"{name} must be a Split or batches that can be iterated in each evaluation (a list, a DataLoader), got "
+            f"{type(images).__name__}"
+        )
+    try:
+        count = len(images.labels if isinstance(images, Split) else images)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader of a data set without a length
+        return
+    if not count and distributed.world_size() == 1:
+        raise ValueError(f"{name} must hold at least one image, got none")
 
 
 def _accuracy(

@@ -18,12 +18,15 @@ class UpdateHook:
     """Called at each update of a training run; this class does nothing.
 
     Attributes:
+        reads_gradients: whether `after_update` reads the gradients in `.grad`. If it may, updates are not captured as
+            CUDA graphs, which leave none.
         config: the settings that decide the method's result; they are written to `run.json`, and a run with other
             settings is not continued.
     """
 
     wants_robust_loss: bool = False
     """Whether `after_epoch` needs `EpochRecord.robust_loss`, for which evaluations attack every validation image."""
+    reads_gradients: bool = True
     config: MethodConfig | None = None
 
     def begin(self, updater: Updater) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,8 +34,30 @@ _SAMPLES = 64
 _ELEMENTS = 4096
 """Evenly spaced elements of a long attribute that are read for a digest."""
 
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+
 _in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 """Models in training, or whose training was interrupted, and the folder of the run."""
+_moved: WeakKeyDictionary[nn.Module, dict[tuple[str, str], bytes]] = WeakKeyDictionary()
+"""Attributes of modules that training in this process has changed, such as counters, and what they were before it."""
+
+
+class Identity(TypedDict):
+    """Digests of what must be the same when a run is continued, beside its configuration; a dict in `state.pt`."""
+
+    network: str
+    weights: str
+    """Of the weights that the run began with."""
+    batches: str | None
+    validation: str | None
+
+
+class Environment(TypedDict):
+    """What changes only the last bits of a run's result; a dict in `state.pt`."""
+
+    threads: int
+    torch: str
+    device: str
 
 
 def of_run(
@@ -43,8 +66,8 @@ def of_run(
     validation: Split | Iterable[Any] | None,
     seed: int,
     masks_change: bool = False,
-) -> dict[str, Any]:
-    """Return what must be the same when a run is continued, beside its configuration.
+) -> Identity:
+    """Return the identity of a run that begins.
 
     Masks that change in the course of training belong to the weights, others to the network.
     """
@@ -57,8 +80,8 @@ def of_run(
 
 
 def check_continues(
-    folder: Path, state: dict[str, Any], config: TrainConfig, own: dict[str, Any], model: nn.Module
-) -> dict[str, Any]:
+    folder: Path, state: Mapping[str, Any], config: TrainConfig, own: Identity, model: nn.Module
+) -> Identity:
     """Return the identity of the run in a folder; raise ValueError unless a call continues that run.
 
     More epochs than before may be asked for.
@@ -69,21 +92,23 @@ def check_continues(
     """
     known, wanted = state["config"], asdict(config)
     fewer = config.epochs < max(len(state["records"]), known["epochs"])
-    if fewer or known | {"epochs": 0} != wanted | {"epochs": 0}:
+    free = {"epochs": 0, "graphs": True}  # more epochs continue a run, and graphs change no bit of it
+    if fewer or known | free != wanted | free:
         raise ValueError(f"{folder} holds a run of another configuration: take another folder, or delete it")
     processes = len(state["identity"])
     if processes != distributed.world_size():
         raise ValueError(
             f"{folder} holds a run of {processes} processes, got {distributed.world_size()}: start as many"
         )
-    begun = state["identity"][distributed.rank()]
+    begun: Identity = state["identity"][distributed.rank()]
     # The weights may be those that the folder was begun with, or those that it ended with.
-    same_weights = own["weights"] in (begun["weights"], weights_digest(state["model"]))
-    check_same(folder, own if not same_weights else own | {"weights": begun["weights"]}, begun, model)
+    if own["weights"] == weights_digest(state["model"]):
+        own = own | {"weights": begun["weights"]}
+    check_same(folder, own, begun, model)
     return begun
 
 
-def check_same(folder: Path, own: dict[str, Any], begun: dict[str, Any], model: nn.Module) -> None:
+def check_same(folder: Path, own: Identity, begun: Identity, model: nn.Module) -> None:
     """Raises ValueError if the run in a folder was begun with another network or other images; both are `of_run`."""
     parts = {
         "network": own["network"] == begun["network"],
@@ -96,12 +121,12 @@ def check_same(folder: Path, own: dict[str, Any], begun: dict[str, Any], model: 
             raise ValueError(f"{folder} holds a run with other {part}: take another folder, or delete it")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return what changes only the last bits of a run's result."""
+def environment(device: torch.device) -> Environment:
+    """Return the environment of this process."""
     return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
 
 
-def warn_of_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def warn_of_changes(folder: Path, before: Environment, now: Environment) -> None:
     """Warn of each difference between two environments of one run."""
     for name, value in now.items():
         if before.get(name) != value:
@@ -117,7 +142,9 @@ def warn_of_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
 def network_digest(model: nn.Module, with_masks: bool = True) -> str:
     """Return the digest of what a model is: its modules and their attributes, shapes and dtypes, and its masks.
 
-    Attributes are numbers, text, tensors, arrays and sequences of these, whose names do not begin with "_".
+    Attributes are numbers, text, functions (by name), tensors, arrays and sequences of these, whose names do not begin
+    with "_". Those that
+    training in this process has changed, such as a counter of forward passes, count with the value before it.
 
     Args:
         model: any module.
@@ -137,7 +164,8 @@ def network_digest(model: nn.Module, with_masks: bool = True) -> str:
             described = re.sub(r", density=[^,]*", "", described)
         frozen = [key for key, parameter in module.named_parameters(recurse=False) if not parameter.requires_grad]
         digest.update(repr((name, type(module).__qualname__, described, frozen)).encode())
-        _add_attributes(digest, module, str)
+    for names, attribute in sorted((_attributes(model) | _moved.get(model, {})).items()):
+        digest.update(repr(names).encode() + attribute)
     digest.update(repr(frozen_modules(model)).encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
@@ -146,7 +174,7 @@ def network_digest(model: nn.Module, with_masks: bool = True) -> str:
     return digest.hexdigest()
 
 
-def weights_digest(state_dict: dict[str, Any]) -> str:
+def weights_digest(state_dict: Mapping[str, object]) -> str:
     """Return the digest of all values of a state dict.
 
     Examples:
@@ -164,9 +192,10 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
     """Return the digest of images and labels, or of batches of them.
 
     A `Split`, `data.Batches` and a list are read as a whole (about a second per gigabyte). Of a DataLoader with a
-    data set that has a length, 64 evenly spaced samples are read, with the number of all, under fixed random numbers,
-    and the attributes of its sampler. Of anything else the number of batches and the attributes count: numbers,
-    tensors, arrays, ranges and sequences of these, but `epoch` and those whose names begin with "_".
+    data set that has a length, 64 evenly spaced samples are read and collated, each alone, with the number of all,
+    under fixed random numbers, and the attributes of its sampler. Of anything else the number of batches and the
+    attributes count: numbers, tensors, arrays, ranges and sequences of these, but `epoch` and those whose names begin
+    with "_".
 
     Args:
         images: what is trained on, or validated with; None has the digest None.
@@ -193,7 +222,8 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
         step = max(1, count // _SAMPLES)
         with seeded(seed):
             for index in range(0, count, step):
-                _add(digest, dataset[index])
+                sample = dataset[index]
+                _add(digest, images.collate_fn([sample] if images.batch_sampler is not None else sample))
     elif isinstance(images, Sequence):  # a Split, too
         _add(digest, images)
     else:
@@ -208,7 +238,13 @@ def training_of(model: nn.Module, folder: Path | None) -> Iterator[None]:
     outer = _in_training.get(model)
     if folder is not None:
         _in_training[model] = folder.resolve()
-    yield
+    before = _attributes(model)
+    try:
+        yield
+    finally:
+        after = _attributes(model)
+        moved = {name: value for name, value in before.items() if after.get(name, value) != value}
+        _moved[model] = moved | _moved.get(model, {})
     _in_training.pop(model, None)
     if outer is not None:
         _in_training[model] = outer
@@ -227,8 +263,26 @@ def _length(images: Any) -> int:
     return len(images) if hasattr(images, "__len__") else 0
 
 
-def _add_attributes(digest: Any, owner: Any, *others: type) -> None:
-    """Add the plain attributes of an object, and those of other types."""
+def _attributes(model: nn.Module) -> dict[tuple[str, str], bytes]:
+    """The digest of each plain attribute and text of a model's modules, by the names of module and attribute."""
+    digests = {}
+    for name, module in model.named_modules():
+        for attribute, value in _plain_attributes(module, str, *_FUNCTIONS):
+            digest = hashlib.sha256()
+            _add(digest, value)
+            digests[name, attribute] = digest.digest()
+    return digests
+
+
+def _add_attributes(digest: Any, owner: Any) -> None:
+    """Add the plain attributes of an object."""
+    for name, value in _plain_attributes(owner):
+        digest.update(name.encode())
+        _add(digest, value)
+
+
+def _plain_attributes(owner: Any, *others: type) -> Iterator[tuple[str, Any]]:
+    """The plain attributes of an object, and those of other types; of long ones some of the elements."""
     plain = (bool, int, float, range, Tensor, np.ndarray, *others)
     for name, value in sorted(getattr(owner, "__dict__", {}).items()):
         if name[0] == "_" or name in ("training", "epoch"):
@@ -237,8 +291,7 @@ def _add_attributes(digest: Any, owner: Any, *others: type) -> None:
             value = value[:: max(1, len(value) // _ELEMENTS)]
         parts = value if isinstance(value, list | tuple) else [value]
         if all(isinstance(part, plain) for part in parts):
-            digest.update(name.encode())
-            _add(digest, value)
+            yield name, value
 
 
 def _add(digest: Any, value: Any) -> None:
@@ -254,6 +307,8 @@ def _add(digest: Any, value: Any) -> None:
             _add(digest, item)
     elif hasattr(value, "tobytes"):
         digest.update(value.tobytes())
+    elif isinstance(value, _FUNCTIONS):
+        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
     elif value is None or isinstance(value, bool | int | float | str | bytes | range):
         digest.update(repr(value).encode())
     else:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from sparse_adv import runs
+from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
 from sparse_adv.attacks.loop import bn_mode
@@ -28,7 +29,14 @@ from sparse_adv.runs import NO_COST, Cost, EpochRecord
 from sparse_adv.training import distributed, identity, objectives, random_numbers
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
 from sparse_adv.training.devices import fastest_convolutions, reads_at_once
-from sparse_adv.training.evaluation import Accuracy, Images, clean_accuracy, model_device, robust_accuracy
+from sparse_adv.training.evaluation import (
+    Accuracy,
+    Images,
+    check_evaluable,
+    clean_accuracy,
+    model_device,
+    robust_accuracy,
+)
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
@@ -99,6 +107,8 @@ class Training:
         hook: UpdateHook | None = None,
     ) -> None:
         self.batches, self.config, self.validation, self.folder = batches, config, validation, folder
+        if validation is not None:
+            check_evaluable("validation", validation)
         self.device = model_device(model)
         self.frozen = frozen_modules(model)
         self.graphs = Graphs()
@@ -205,6 +215,11 @@ class Training:
             raise FloatingPointError(
                 f"training diverged in epoch {epoch + 1}: loss {loss} at lr {updater.learning_rate:g}"
             )
+        trained = [parameter.isfinite().all() for parameter in updater.model.parameters() if parameter.requires_grad]
+        if not all(torch.stack(trained).tolist() if trained else ()):
+            raise FloatingPointError(
+                f"training diverged in epoch {epoch + 1}: weights are not finite at lr {updater.learning_rate:g}"
+            )
         attack = Cost(watch.seconds("attack"), tally.attack())
         update = Cost(watch.seconds("update"), tally.update())
         return _Trained(loss, int(total_correct), images, attack, update)
@@ -269,6 +284,7 @@ class Training:
         )
 
 
+@checks_types
 def train(
     model: nn.Module,
     batches: Batches,
@@ -290,7 +306,8 @@ def train(
 
     What draws from the global generators of PyTorch, NumPy and Python gets numbers that depend on `config.seed` and the
     epoch only; workers of a DataLoader too, unless they are persistent. Generators given to a DataLoader or its sampler
-    are saved with the run. A log message says where a loader or data set has others, which are not.
+    are saved with the run, and torch generators of modules. A log message says where a loader, data set, transform or
+    module has others, which are not.
 
     Args:
         model: any classifier of images [N, C, H, W] in [0, 1]; after training it is in eval mode. Modules in eval mode
@@ -306,15 +323,16 @@ def train(
         hook: a method that changes the network in the course of training; see `methods.SparseTraining`.
         on_epoch: called with the record of each epoch after it is saved; if it returns True, training ends. Epochs of
             an earlier call come first.
-        on_step: called after each update with the number of updates so far.
+        on_step: called after each update with the number of updates so far. Gradients are None after an update that
+            was replayed as a CUDA graph.
 
     Returns:
         A record per epoch.
 
     Raises:
-        FloatingPointError: if the loss is not finite; the folder keeps the epochs before.
+        FloatingPointError: if the loss or a weight is not finite; the folder keeps the epochs before.
         CatastrophicOverfittingError: if robustness is lost and PGD training cannot bring it back.
-        TypeError: if the batches have no length, or a batch has the wrong dtypes.
+        TypeError: if the batches have no length or wrong dtypes, or the validation images can be iterated only once.
         ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it, or the
             folder holds another run: of another configuration, network, initial weights or images.
 

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 log = logging.getLogger(__name__)
 
 _UNSAVED = (np.random.Generator, np.random.RandomState, random.Random)
-_PART_NAMES = ("sampler", "batch_sampler", "dataset", "datasets")
-"""Attributes by which a DataLoader, samplers, and data sets such as Subset and ConcatDataset hold others."""
+_PART_NAMES = (
+    *("sampler", "batch_sampler", "collate_fn", "dataset", "datasets"),
+    *("transform", "target_transform", "transforms"),
+)
+"""Attributes by which a DataLoader, samplers, data sets such as Subset and transforms such as Compose hold others."""
 
 
 @contextmanager
@@ -47,54 +50,60 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def states_of(batches: Iterable[Any]) -> list[Tensor]:
-    """Return the states of the generators that a DataLoader, or its sampler, was given: a continued run needs them.
+def states_of(batches: Iterable[Any], model: nn.Module | None = None) -> list[Tensor]:
+    """Return the states of generators of one's own, which a continued run needs.
+
+    Args:
+        batches: whose samplers, data sets and transforms may have an attribute `generator`.
+        model: whose modules may have generators, under any name.
 
     Examples:
         >>> from torch.utils.data import DataLoader
         >>> len(states_of(DataLoader([1, 2], shuffle=True, generator=Generator())))
         1
     """
-    return [generator.get_state() for generator in _generators(batches)]
+    return [generator.get_state() for generator in _generators(batches, model)]
 
 
-def load_states(batches: Iterable[Any], states: Sequence[Tensor]) -> None:
+def load_states(batches: Iterable[Any], states: Sequence[Tensor], model: nn.Module | None = None) -> None:
     """Set the generators to the states that `states_of` returned.
 
     Raises:
         ValueError: if there were more or fewer of them.
     """
-    generators = _generators(batches)
+    generators = _generators(batches, model)
     if len(generators) != len(states):
         raise ValueError(
-            f"batches have {len(generators)} generators of their own, had {len(states)} when the run was begun: make "
-            "them as before, or take another folder"
+            f"batches and model have {len(generators)} generators of their own, had {len(states)} when the run was "
+            "begun: make them as before, or take another folder"
         )
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state.cpu())
 
 
-def _generators(batches: Iterable[Any]) -> list[Generator]:
-    found: dict[int, Generator] = {}
-    for owner in _parts(batches):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, Generator):
-            found[id(generator)] = generator
-    return list(found.values())
+def _generators(batches: Iterable[Any], model: nn.Module | None) -> list[Generator]:
+    owned = [getattr(owner, "generator", None) for owner in _parts(batches)]
+    owned += [value for module in _modules(model) for value in vars(module).values()]
+    return list({id(each): each for each in owned if isinstance(each, Generator)}.values())
 
 
-def warn_of_unsaved(batches: Iterable[Any]) -> None:
+def _modules(model: nn.Module | None) -> Iterable[nn.Module]:
+    return () if model is None else model.modules()
+
+
+def warn_of_unsaved(batches: Iterable[Any], model: nn.Module | None = None) -> None:
     """Warn of workers and generators whose numbers neither seed and epoch nor `states_of` determine.
 
     Examples:
         >>> warn_of_unsaved([])
     """
     told = "a run that is continued draws other numbers than one that was not interrupted"
-    for part in _parts(batches):
+    for part in [*_parts(batches), *_modules(model)]:
         if getattr(part, "persistent_workers", False):
             log.warning("the workers of the %s are persistent: %s", type(part).__name__, told)
         for name, value in getattr(part, "__dict__", {}).items():
-            if isinstance(value, _UNSAVED) or (isinstance(value, Generator) and name != "generator"):
+            saved = name == "generator" or isinstance(part, nn.Module)
+            if isinstance(value, _UNSAVED) or (isinstance(value, Generator) and not saved):
                 log.warning("%s.%s is a generator that is not saved: %s", type(part).__name__, name, told)
 
 

@@ -39,11 +39,11 @@ class RunFiles:
         batches: Iterable[tuple[Tensor, Tensor]],
         updater: Updater,
         monitor: OverfittingMonitor | None,
-        own: dict[str, Any],
+        own: identity.Identity,
     ) -> None:
         self.folder, self.config, self.batches, self.updater, self.monitor = folder, config, batches, updater, monitor
         self.identity = own
-        random_numbers.warn_of_unsaved(batches)
+        random_numbers.warn_of_unsaved(batches, updater.model)
 
     def save(self, records: list[EpochRecord]) -> None:
         """Write all files. A run continues after the epoch of `state.pt`; the other files can be made again from it."""
@@ -51,7 +51,7 @@ class RunFiles:
             {
                 "objective": {key: tensor.cpu() for key, tensor in self.updater.objective.state_dict().items()},
                 "identity": self.identity,
-                "generators": random_numbers.states_of(self.batches),
+                "generators": random_numbers.states_of(self.batches, self.updater.model),
             }
         )
         if distributed.rank() == 0:
@@ -105,7 +105,7 @@ class RunFiles:
         if not records:
             raise KeyError("records")
         self.updater.load_state_dict(state | {"objective": state["objective"][own]})
-        random_numbers.load_states(self.batches, state["generators"][own])
+        random_numbers.load_states(self.batches, state["generators"][own], self.updater.model)
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
         return records

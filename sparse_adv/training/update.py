@@ -17,8 +17,10 @@ from sparse_adv.attacks.checks import is_correct
 from sparse_adv.attacks.loop import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
+from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training import distributed, objectives
 from sparse_adv.training.awp import perturbed_weights
+from sparse_adv.training.captured import CapturedUpdates, Numbers
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
@@ -58,7 +60,7 @@ class Updater:
         config: of the training.
         batches: number of batches of an epoch.
         device: of the model.
-        graphs: CUDA graphs of the attack to use again.
+        graphs: CUDA graphs of attacks to use again; those of updates are added.
         hook: called at each update.
 
     Attributes:
@@ -95,9 +97,10 @@ class Updater:
         )
         if config.momentum:
             _begin_momentum(self.optimizer)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self.scaler = self._new_scaler()
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.evaluated = model if self.ema is None else self.ema.module
+        self.captured = CapturedUpdates(self, graphs.cache, config.graphs)
         self.trained: nn.Module = _Fused(model) if config.engine else model
         self.image_shape: tuple[int, ...] | None = None
         self.comm_stats: CommStats | None = None
@@ -131,33 +134,87 @@ class Updater:
             noise: generator of the attack's random start.
             watch: gets the seconds of the phases "attack" and "update".
         """
-        config, hook = self.config, self.hook
-        with watch.phase("attack"), self.autocast():
-            adv = objective.craft(self.model, x, y, noise)
+        hook, numbers = self.hook, self._numbers()
+        for group in self.optimizer.param_groups:
+            group["lr"], group["momentum"] = numbers.learning_rate, numbers.momentum
+        start = as_philox_state(noise) if objective.draws(x) else None
+        collect = hook.wants_dense_gradients(self.step)
+        gradients: dict[str, Tensor] = {}
+        done = None if collect else self.captured.run(objective, x, y, start, numbers, watch)
+        if done is None:
+            with watch.phase("attack"):
+                adv = self.craft(objective, x, y, start)
+            with watch.phase("update"):
+                collected = gradients if collect else None
+                done = self.learn(objective, x, adv, y, self.captured.numbers(numbers), collected)
+        loss, correct = done
+        passes = self._passes(objective, collect)
+        objective.count_update()
+        if self.ema is not None:
+            self.ema.n_averaged += 1
+        self.step += 1
         with watch.phase("update"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate(self.step, self.steps_per_epoch)
-                group["momentum"] = config.momentum_of(self.step, self.steps_per_epoch)
-            self.optimizer.zero_grad()
-            collect = hook.wants_dense_gradients(self.step)
-            collecting: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
-            if collect:
-                collecting = dense_gradients(self.model)
-            with self._perturbed(objective, x, adv, y), collecting as gradients:
-                with self.autocast(), _counting_correct(self.trained, adv, y) as correct:
-                    loss = objective.loss(self.trained, x, adv, y)
-                self.scaler.scale(loss).backward()
-            if config.max_grad_norm:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            objective.after_update()
-            if self.ema is not None:
-                self.ema.follow(self.model, self.step)
-            self.step += 1
             new_costs = hook.after_update(self.step, gradients)
-        return Updated(loss.detach(), correct[-1], self._passes(objective, collect), new_costs)
+        if new_costs:
+            self.captured.forget()
+        return Updated(loss, correct, passes, new_costs)
+
+    def _numbers(self) -> Numbers:
+        step, length = self.step, self.steps_per_epoch
+        share = 0.0 if self.ema is None else self.ema.share(step)
+        return Numbers(self.config.learning_rate(step, length), self.config.momentum_of(step, length), share)
+
+    def craft(self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Tensor | None) -> Tensor:
+        """The images of an update; noise is the Philox state of its random start."""
+        with self.autocast():
+            return objective.craft(self.model, x, y, noise)
+
+    def learn(
+        self,
+        objective: objectives.Natural,
+        x: Tensor,
+        adv: Tensor,
+        y: Tensor,
+        numbers: Numbers,
+        collected: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The training step of an update: return its loss, and the number of images classified correctly.
+
+        If it is given, `collected` gets the gradients of all weights of masked layers.
+
+        A replay of its CUDA graph runs none of this code. So whatever is to be the same after each update, but for the
+        tensors that change in place, is done in `update`.
+        """
+        self.optimizer.zero_grad()
+        collecting: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
+        if collected is not None:
+            collecting = dense_gradients(self.model)
+        with self._perturbed(objective, x, adv, y), collecting as gradients:
+            with self.autocast(), _counting_correct(self.trained, adv, y) as correct:
+                loss = objective.loss(self.trained, x, adv, y)
+            self.scaler.scale(loss).backward()
+        if collected is not None:
+            collected.update(gradients)
+        if self.config.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        with _set_for_step(self.optimizer, numbers):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        objective.after_update()
+        if self.ema is not None:
+            self.ema.move(self.model, numbers.share)
+        return loss.detach(), correct[-1]
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
+
+    def restart_scaler(self) -> None:
+        """Let an update begin anew after one that ended in the middle, with the present scale of the loss."""
+        state, self.scaler = self.scaler.state_dict(), self._new_scaler()
+        self.scaler.load_state_dict(state)
+        for name in ("grad_scale", "found_inf"):  # the scaler sets them for the time of a step
+            vars(self.optimizer).pop(name, None)
 
     def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
         """The passes of an update with this objective; AWP forms the gradients of kept weights once more."""
@@ -214,6 +271,7 @@ class Updater:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from this state."""
+        self.captured.forget()  # the optimiser's state gets other memory
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -223,6 +281,28 @@ class Updater:
         self.objective.load_state_dict(state["objective"])
         if self.hook.config is not None:
             self.hook.load_state_dict(state["hook"])
+
+
+@contextmanager
+def _set_for_step(optimizer: torch.optim.SGD, numbers: Numbers) -> Iterator[None]:
+    """Let a step read the numbers that are tensors; the optimiser has those that are not."""
+    groups = optimizer.param_groups
+    before = [(group["lr"], group["momentum"]) for group in groups]
+    momentum = numbers.momentum
+    if isinstance(momentum, Tensor):
+        # The fused step takes no tensor as momentum. It adds the gradients to the buffers, which are scaled before.
+        states = [optimizer.state[p] for group in groups for p in group["params"] if p.grad is not None]
+        buffers = [state["momentum_buffer"] for state in states if "momentum_buffer" in state]
+        if buffers:
+            torch._foreach_mul_(buffers, momentum)
+        momentum = 1.0
+    try:
+        for group in groups:
+            group["lr"], group["momentum"] = numbers.learning_rate, momentum
+        yield
+    finally:
+        for group, (learning_rate, own) in zip(groups, before, strict=True):
+            group["lr"], group["momentum"] = learning_rate, own
 
 
 def _takes_fused_steps(parameter: Tensor) -> bool:

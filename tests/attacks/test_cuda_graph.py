@@ -143,7 +143,7 @@ def test_the_least_recently_used_graph_is_deleted_beyond_the_capacity(model):
     graphs = CpuGraphs(capacity=2)
     for size in (1, 2, 3):
         assert_graphs_change_nothing(model, graphs, size=size)
-    assert len(graphs._cache) == 2 and graphs.counts == (3, 9)
+    assert len(graphs.cache.calls) == 2 and graphs.counts == (3, 9)
     assert_graphs_change_nothing(model, graphs, size=3)
     assert graphs.counts == (3, 14)
     assert_graphs_change_nothing(model, graphs, size=1)  # captured again; the least recently used graph is deleted
@@ -157,11 +157,21 @@ def test_two_replays_draw_different_numbers_and_a_reset_generator_repeats_them(m
     graphs, (images, labels) = CpuGraphs(), batch(0)
     attack = PGD(model, generator=torch.Generator().manual_seed(4), graphs=graphs)
     first = [attack(images, labels) for _ in range(3)]
-    (cached,) = graphs._cache.values()
-    replays = [cached.replay().clone() for _ in range(2)]
+    (call,) = graphs.cache.calls.values()
+    replays = [call.replays["attack"]().clone() for _ in range(2)]
     assert not replays[0].equal(replays[1]) and not replays[0].equal(first[2])
     attack.options.generator.manual_seed(4)
     assert all(attack(images, labels).equal(adv) for adv in first)
+
+
+@pytest.mark.parametrize("graphs", [None, CpuGraphs()])
+def test_key_and_offset_may_be_given_in_place_of_a_generator_and_are_not_changed(model, graphs):
+    state, other = torch.tensor([4, 0]), torch.tensor([5, 0])
+    images, labels = batch(0)
+    first = pgd(model, images, labels, generator=state, graphs=graphs)
+    assert not first.equal(pgd(model, images, labels, generator=other, graphs=graphs))
+    assert all(first.equal(pgd(model, images, labels, generator=state, graphs=graphs)) for _ in range(3))
+    assert state.tolist() == [4, 0]
 
 
 def test_a_result_is_not_overwritten_by_later_replays(model):
@@ -232,6 +242,15 @@ def test_a_model_that_synchronises_in_the_warm_up_is_not_captured(model, monkeyp
     assert graphs.counts == (0, 0)
 
 
+def test_a_model_that_synchronises_in_its_first_warm_up_alone_is_captured_in_the_second(model, monkeypatch):
+    """The engine may check a model whose state is new to it."""
+    waits = iter([True, False])
+    monkeypatch.setattr(CpuCapturer, "warm_up", lambda capturer, call: (call(), next(waits)))
+    graphs = CpuGraphs()
+    assert_graphs_change_nothing(model, graphs)
+    assert graphs.counts == (1, 2)
+
+
 def test_an_error_in_the_model_is_raised_unchanged(model):
     graphs, failing = CpuGraphs(), nn.Sequential(make_model(), nn.Linear(7, 7))
     for _ in range(3):
@@ -244,20 +263,20 @@ def test_attacks_within_frozen_weights_are_not_captured(model):
     graphs = CpuGraphs()
     with frozen_weights(model):
         assert_graphs_change_nothing(model, graphs)
-    assert not graphs._cache
+    assert not graphs.cache.calls
 
 
 def test_on_a_cpu_nothing_is_captured(model):
     graphs = Graphs()
     assert_graphs_change_nothing(model, graphs)
-    assert not graphs._cache
+    assert not graphs.cache.calls
 
 
 def test_a_copied_or_pickled_cache_is_empty(model):
     graphs = CpuGraphs(capacity=3)
     assert_graphs_change_nothing(model, graphs)
     for copied in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
-        assert copied.capacity == 3 and not copied._cache
+        assert copied.cache.capacity == 3 and not copied.cache.calls
 
 
 def test_a_cache_is_freed_with_its_last_reference(model):
@@ -297,7 +316,7 @@ def test_on_a_gpu_a_replay_computes_what_the_loop_computes(model, attack, sparse
                 assert_graphs_change_nothing(model, graphs, ATTACKS[attack], range(2), device="cuda")
             with torch.no_grad():
                 model[0].weight.mul_(1.1)
-    assert all(cached.replay is not None for cached in graphs._cache.values())
+    assert all(call.replays for call in graphs.cache.calls.values())
 
 
 @cuda
@@ -313,12 +332,25 @@ def test_on_a_gpu_two_replays_draw_different_numbers(model):
     graphs, (images, labels) = Graphs(), batch(0, device="cuda")
     attack = PGD(model.cuda(), generator=torch.Generator().manual_seed(4), graphs=graphs)
     first = [attack(images, labels) for _ in range(3)]
-    (cached,) = graphs._cache.values()
-    replays = [cached.replay().clone() for _ in range(2)]
+    (call,) = graphs.cache.calls.values()
+    replays = [call.replays["attack"]().clone() for _ in range(2)]
     assert not replays[0].equal(replays[1]) and not replays[0].equal(first[2])
     attack.options.generator.manual_seed(4)
     attack(images, labels), attack(images, labels)
     assert attack(images, labels).equal(first[2])
+
+
+@cuda
+def test_on_a_gpu_graphs_are_captured_again_after_all_were_deleted(model):
+    graphs = Graphs()
+    assert_graphs_change_nothing(model.cuda(), graphs, device="cuda")
+    (call,) = graphs.cache.calls.values()
+    in_the_pool = call.replays["attack"]()
+    del call
+    graphs.cache.clear()
+    assert_graphs_change_nothing(model, graphs, device="cuda")
+    (call,) = graphs.cache.calls.values()
+    assert call.replays and not call.reason and in_the_pool.isfinite().all()
 
 
 @cuda
@@ -335,4 +367,4 @@ def test_on_a_gpu_a_model_that_cannot_be_captured_is_attacked_step_by_step_and_t
     assert torch.rand(3, device="cuda").std() > 0  # the generator has left the capture state
     if detected_in_warm_up:
         assert_graphs_change_nothing(model.cuda(), graphs, device="cuda")
-        assert [cached.replay is not None for cached in graphs._cache.values()] == [False, True]
+        assert [bool(call.replays) for call in graphs.cache.calls.values()] == [False, True]

@@ -157,6 +157,7 @@ def test_evaluate_takes_from_the_run_what_it_is_not_told(trained, tmp_path, caps
     assert all(settings.items() >= {**ball, "seed": 7, "alpha": None}.items() for settings in pgd) and len(pgd) == 2
     seen.clear()
     flags = {"norm": "linf", "eps": 0.1, "seed": 5, "limit": 120, "validation": 30.0, "data": "digits"}
+    flags |= {"split": "train"}
     assert (
         main(["evaluate", str(folder), *[text for name, value in flags.items() for text in (f"--{name}", f"{value}")]])
         == 0
@@ -179,6 +180,8 @@ def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
     for flag in ("--alpha", "--steps", "--restarts"):
         message = refused(capsys, "evaluate", str(tmp_path / "a.pt"), "--attack", "autoattack", flag, "1")
         assert f"{flag} is for --attack bound, got --attack autoattack" in message
+    for flag in ("--limit", "--validation"):
+        assert f"{flag} divides the training images" in refused(capsys, "evaluate", str(tmp_path / "a.pt"), flag, "50")
 
 
 @pytest.mark.parametrize(("flag", "mean"), [("mnist", 0.1307), ("none", 0.0)])
@@ -300,16 +303,23 @@ def test_a_runs_own_config_continues_it(trained, capsys):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("epoch: 3\n", "there is no option 'epoch'; did you mean '--epochs'?"),
+        ("epoch: 3\n", "run.yaml: there is no option 'epoch'; did you mean 'epochs'?"),
         ("epochs: many\n", "whole number, got 'many'"),
         ("epochs: yes\n", "whole number, got True"),
         ("epochs: .inf\n", "whole number, got inf"),
         ("lr: 1" + "0" * 400 + "\n", "a fraction such as 8/255, got 1000"),
         ("lr: on\n", "a fraction such as 8/255, got True"),
-        ("1: 2\n", "run.yaml: Key must be a string"),
+        ("1: 2\n", "run.yaml: there is no option '1'"),
+        ("train:\n  lr: 0.1\n", "run.yaml: there is no option 'train'"),
+        ("? [lr]\n: 2\n", "run.yaml: there is no option 'a list'"),
+        ("config: other.yaml\n", "run.yaml has the key 'config', which is for the command line only"),
+        ("augment: maybe\n", "run.yaml: augment must be true or false, got 'maybe'"),
+        ("milestones: {a: 1}\n", "milestones must be numbers separated by commas, got {'a': 1}"),
         ("objective: fgms\n", f"objective must be one of {', '.join(OBJECTIVES)}, got 'fgms'"),
-        ("- epochs\n", "Unexpected config"),
-        ("epochs: [1\n", "Problems parsing config"),
+        ("- epochs\n", "run.yaml must be a YAML mapping from options to values"),
+        ("", "run.yaml must be a YAML mapping from options to values"),
+        ("\n".join(f"k{i}: 1" for i in range(600)), "must have at most 500 values"),
+        ("epochs: [1\n", "run.yaml is not YAML"),
     ],
 )
 def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
@@ -321,6 +331,11 @@ def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
     ("arguments", "said"),
     [
         (["--epoch", "3"], "there is no option '--epoch'; did you mean '--epochs'?"),
+        (["--max_grad_norm=1"], "there is no option '--max_grad_norm'; did you mean '--max-grad-norm'?"),
+        (["--epochs", "many"], "error: epochs must be a whole number, got 'many'"),
+        (["--epochs"], "error: --epochs: expected one argument"),
+        (["--augment=maybe"], "error: --augment: ignored explicit argument 'maybe'"),
+        (["stray"], "nrecognized arguments: stray"),
         (["--data", "nowhere"], "no data set at nowhere"),
         (["--arch", "resnet"], "resnet18"),
         (["--arch", "digits_cnn", "--eps", "1/0"], "1/0"),

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from sparse_adv import attacks, data, demo, experiment, masks, models, training
 from sparse_adv.__main__ import main
 from sparse_adv.commands import benchmark, evaluate, explain, networks, options, output, report, search, train
-from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.config import OBJECTIVES, DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.runs import TicketSource
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -54,21 +56,23 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def changed(default: Any, **values: Any) -> tuple[Any, dict[str, Any]]:
-    """A configuration of which every field has another value than by default, and these values."""
-    config = replace(default, **values)
-    same = [field.name for field in fields(config) if getattr(config, field.name) == getattr(default, field.name)]
+def changed(default: Any, *settings: dict[str, Any]) -> list[Any]:
+    """Configurations with these settings, of which every field has another value than by default in one of them."""
+    configs = [replace(default, **values) for values in settings]
+    names = [field.name for field in fields(default)]
+    same = [name for name in names if all(getattr(each, name) == getattr(default, name) for each in configs)]
     assert not same, "a field of the configuration is not tested"
-    return config, values
+    return configs
 
 
 TRAIN = {
-    **{"objective": "free", "epochs": 7, "lr": 0.25, "momentum": 0.5, "schedule": "cosine", "milestones": (0.3, 0.6)},
+    **{"objective": "trades", "epochs": 7, "lr": 0.25, "momentum": 0.5, "schedule": "cosine"},
     **{"weight_decay": 0.125, "warmup_epochs": 2.0, "warmup_start_lr": 0.03, "eps": 0.1, "alpha": 0.05, "steps": 3},
-    **{"norm": "l2", "beta": 2.0, "replays": 3, "label_smoothing": 0.2, "ema_decay": 0.75, "awp_gamma": 0.01},
+    **{"norm": "l2", "beta": 2.0, "label_smoothing": 0.2, "ema_decay": 0.75, "awp_gamma": 0.01},
     **{"max_grad_norm": 1.5, "precision": "bfloat16", "engine": False, "evaluate_every": 2, "evaluation_steps": 4},
-    **{"overfitting_monitor": False, "seed": 11},
+    **{"overfitting_monitor": False, "graphs": False, "seed": 11},
 }
+FREE = {"objective": "free", "replays": 3, "schedule": "piecewise", "milestones": (0.3, 0.6)}
 DATA = {"data": "digits", "limit": 90, "validation": 30.0, "share": 0.5, "batch_size": 20, "augment": True}
 PRUNE = {
     **{"density": 0.3, "block": (2, 1), "scope": "uniform", "score": "magnitude", "linear": False, "rounds": 2},
@@ -77,14 +81,15 @@ PRUNE = {
 METHOD = {
     **{"method": "flying-bird-plus", "density": 0.3, "block": (2, 1), "scope": "uniform", "linear": False},
     **{"interval": 7, "drop_fraction": 0.25, "change_until": 0.5, "adapt_from": 0.25, "growth": "random"},
-    **{"dense_epochs": 1.0, "permute_channels": True, "rescale_init": True},
+    **{"dense_epochs": 1.0, "permute_channels": True},
 }
+RESCALED = {"method": "set", "rescale_init": True}
 
 
 def test_a_search_is_given_every_setting(reach, tmp_path):
-    wanted, train_flags = changed(search.Options.train, **TRAIN)
-    images, data_flags = changed(DataConfig(), **DATA | {"data": "elsewhere"})
-    settings = train_flags | data_flags | PRUNE | {"arch": "digits_cnn", "width": 4, "out": tmp_path}
+    wanted, free = changed(search.Options.train, TRAIN, FREE)
+    (images,) = changed(DataConfig(), DATA | {"data": "elsewhere"})
+    settings = TRAIN | DATA | {"data": "elsewhere"} | PRUNE | {"arch": "digits_cnn", "width": 4, "out": tmp_path}
     command = "search", *flags(settings), "--device", "cpu", "--deterministic"
     loaded = reach(experiment, "load_data", *command)
     assert (loaded["config"], loaded["seed"]) == (images, 11) and loaded["is_deterministic"]
@@ -92,8 +97,8 @@ def test_a_search_is_given_every_setting(reach, tmp_path):
     assert made["train"] == wanted and made["prune"] == PruneConfig(**PRUNE) and made["folder"] == tmp_path
     assert made["images"] == replace(images, data="digits") and made["network"] == NetworkConfig("digits_cnn", 4)
     assert made["device"] == torch.device("cpu") and not made["is_deterministic"]
-    kept = reach(search, "SearchRun", "search", "--keep-weights", "--out", str(tmp_path), "--data", "digits")
-    assert kept["prune"] == PruneConfig(keep_weights=True)
+    kept = reach(search, "SearchRun", "search", *flags(FREE | {"out": tmp_path}), "--keep-weights")
+    assert kept["prune"] == PruneConfig(keep_weights=True) and kept["train"] == free
 
 
 @pytest.fixture
@@ -110,14 +115,16 @@ NETWORK = {"arch": "digits_cnn", "width": 4}
 
 
 def test_training_is_given_every_setting(reach, tmp_path, checkpoint):
-    wanted, train_flags = changed(TrainConfig(), **TRAIN)
-    images, data_flags = changed(DataConfig(), **DATA | {"data": "elsewhere"})
-    settings = train_flags | data_flags | NETWORK | {"out": tmp_path, "device": "cpu"}
+    wanted, free = changed(TrainConfig(), TRAIN, FREE)
+    (images,) = changed(DataConfig(), DATA | {"data": "elsewhere"})
+    settings = TRAIN | DATA | {"data": "elsewhere"} | NETWORK | {"out": tmp_path, "device": "cpu"}
     loaded = reach(experiment, "load_data", "train", *flags(settings), "--deterministic")
     assert (loaded["config"], loaded["seed"]) == (images, 11) and loaded["is_deterministic"]
     settings |= {"data": "digits"}
-    method, method_flags = changed(MethodConfig(), **METHOD)
-    made = reach(train, "TrainRun", "train", *flags(settings | method_flags | {"name": "mine"}))
+    method, rescaled = changed(MethodConfig(), METHOD, RESCALED)
+    made = reach(train, "TrainRun", "train", *flags(FREE | RESCALED | NETWORK | {"out": tmp_path}))
+    assert made["train"] == free and made["method"] == rescaled
+    made = reach(train, "TrainRun", "train", *flags(settings | METHOD | {"name": "mine"}))
     assert made["train"] == wanted and made["method"] == method and made["name"] == "mine" and made["ticket"] is None
     assert made["images"] == replace(images, data="digits") and made["network"] == NetworkConfig("digits_cnn", 4)
     assert made["folder"] == tmp_path and not made["is_deterministic"]
@@ -125,6 +132,47 @@ def test_training_is_given_every_setting(reach, tmp_path, checkpoint):
         made = reach(train, "TrainRun", "train", *flags(settings | {"ticket": checkpoint} | controls))
         source = made["ticket"][1]
         assert source == TicketSource(source.sha256, **controls) and made["method"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("alpha", {"objective": "natural", "alpha": 0.1}),
+        ("steps", {"objective": "natural", "steps": 3}),
+        ("steps", {"objective": "n-fgsm", "overfitting_monitor": False, "steps": 3}),
+        ("beta", {"objective": "pgd", "beta": 2.0}),
+        ("replays", {"objective": "pgd", "replays": 3}),
+        ("milestones", {"schedule": "cosine", "milestones": (0.3,)}),
+        ("warmup_start_lr", {"warmup_start_lr": 0.1}),
+        ("interval", {"method": "static", "interval": 3}),
+        ("growth", {"method": "gmp", "growth": "random"}),
+        ("rescale_init", {"method": "rigl", "dense_epochs": 1.0, "rescale_init": True}),
+    ],
+)
+def test_a_flag_without_effect_is_refused_and_so_is_a_key_of_a_config_file(name, settings, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
+    for command in ("train",) if "method" in settings else ("train", "search"):
+        for given in (flags(settings), ["--config", str(file)]):
+            assert main([command, "--arch", "digits_cnn", "--out", str(tmp_path / "run"), *given]) == 2
+            told = capsys.readouterr().err
+            assert f"--{name.replace('_', '-')} " in told and told.count("\n") == 1, told
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_path_is_not_the_present_folder(capsys):
+    assert main(["train", "--arch", "digits_cnn", "--out", ""]) == 2
+    assert "out must be a path, got ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_repeats_with_its_own_config_file(objective, reach, tmp_path):
+    command = ["train", "--objective", objective, "--arch", "digits_cnn", "--out", str(tmp_path)]
+    asked = reach(train, "write_config", *command)
+    options.write_config(tmp_path, asked["options"])
+    assert (
+        reach(train, "write_config", "train", "--config", str(tmp_path / options.CONFIG))["options"] == asked["options"]
+    )
 
 
 @pytest.mark.parametrize("command", ["search", "train"])
@@ -136,7 +184,7 @@ def test_freed_memory_is_kept_unless_it_is_refused(reach, command, tmp_path):
 
 
 def test_an_evaluation_is_given_every_setting(reach, checkpoint):
-    images = {"data": "elsewhere", "limit": 90, "validation": 30.0, "seed": 11}
+    images = {"data": "elsewhere", "limit": 90, "validation": 30.0, "seed": 11, "split": "validation"}
     loaded = reach(experiment, "load_data", "evaluate", checkpoint, *flags(images), "--deterministic")
     assert loaded["config"] == DataConfig("elsewhere", 90, 30.0) and loaded["seed"] == 11 and loaded["is_deterministic"]
     network = NETWORK | {"normalize": "digits", "density": 0.5}
@@ -177,8 +225,8 @@ def test_a_benchmark_is_given_every_setting(reach, checkpoint, tmp_path, monkeyp
     assert torch.equal(ran["x_orig"], data.to_unit(test.images[:140])) and ran["bs"] == 30
     assert ran["state_path"] == tmp_path / "row" / "autoattack_0.1.safetensors"
 
-    found = {"accuracy": {"clean": 1.0}, "eps": 0.1}
-    monkeypatch.setattr(benchmark, "_autoattack", lambda *_, **__: found)
+    score = benchmark.AutoAttackScore(0.1, "AutoAttack", "few", {"clean": 1.0}, 1.0, {}, 1.0, 140.0, [])
+    monkeypatch.setattr(benchmark, "_autoattack", lambda *_, **__: score)
     attacked = reach(attacks, "fmn", *command, "--batch", "128")
     assert torch.equal(attacked["images"], data.to_unit(test.images[12:140]))  # the last 128
     assert (attacked["norm"], attacked["steps"], attacked["loss"]) == ("linf", 200, "dlr")
@@ -194,8 +242,8 @@ def test_the_benchmarks_minimum_distances_are_linf(monkeypatch):
         return torch.stack([0.015 - x.flatten(1).amax(1), torch.zeros(len(x))], 1)
 
     measured = benchmark._fmn(model, x, y, 8)
-    assert measured["distances"] == pytest.approx([0.9, 0.02, 0.2])
-    assert measured["robust"] == pytest.approx(2 / 3) and measured["first"] == 0
+    assert measured.distances == pytest.approx([0.9, 0.02, 0.2])
+    assert measured.robust == pytest.approx(2 / 3) and measured.first == 0
 
 
 def test_a_demo_is_given_every_setting(reach, tmp_path):

@@ -44,6 +44,7 @@ def test_the_warm_up_is_linear_and_keeps_milestones():
         (TrainConfig, "epochs", 0),
         (TrainConfig, "epochs", True),
         (TrainConfig, "seed", 1 << 63),
+        (TrainConfig, "eps", 8),
         (TrainConfig, "weight_decay", 1e39),
         (TrainConfig, "steps", 0),
         (TrainConfig, "replays", 1.5),
@@ -166,7 +167,13 @@ def test_a_method_has_the_defaults_of_its_paper_and_only_where_nothing_else_is_a
 
 @pytest.mark.parametrize(
     ("config", "name"),
-    [(DataConfig, "augment"), (TrainConfig, "overfitting_monitor"), (TrainConfig, "engine"), (PruneConfig, "linear")],
+    [
+        (DataConfig, "augment"),
+        (TrainConfig, "overfitting_monitor"),
+        (TrainConfig, "engine"),
+        (TrainConfig, "graphs"),
+        (PruneConfig, "linear"),
+    ],
 )
 def test_a_text_is_neither_true_nor_false(config, name):
     for value in ("no", 0, None if config is not DataConfig else "null"):

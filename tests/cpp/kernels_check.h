@@ -19,6 +19,8 @@
 #include "cpu/pgd_step_kernel.h"
 #include "cpu/pointwise_kernel.h"
 #include "cpu/random_start_kernel.h"
+#include "cpu/winograd_conv2d/grad_weight_kernel.h"
+#include "cpu/winograd_conv2d/conv_kernel.h"
 
 namespace sparse_adv {
 
@@ -47,6 +49,11 @@ struct Kernels {
   decltype(&portable::col_indices_inside) col_indices_inside;
   decltype(&portable::col_indices_in_triples) col_indices_in_triples;
   decltype(&portable::col_indices_to_offsets) col_indices_to_offsets;
+  decltype(&portable::winograd_weight) winograd_weight;
+  decltype(&portable::winograd_tiles) winograd_tiles;
+  decltype(&portable::winograd_grad_tile) winograd_grad_tile;
+  decltype(&portable::winograd_grad_multiply) winograd_grad_multiply;
+  decltype(&portable::winograd_grad_taps) winograd_grad_taps;
   ElementKernels<float> of_float;
   ElementKernels<double> of_double;
 };
@@ -124,7 +131,8 @@ class Gates {
 // The epilogue applied to a sum: `at` is its element in the output.
 template <class T>
 double with_epilogue(const Epilogue<T>& epilogue, double sum, int64_t channel, int64_t at) {
-  if (epilogue.scale) sum = sum * epilogue.scale[channel] + epilogue.bias[channel];
+  if (epilogue.scale) sum *= epilogue.scale[channel];
+  if (epilogue.bias) sum += epilogue.bias[channel];
   if (epilogue.residual) sum += epilogue.residual[at];
   if (epilogue.gate) {
     const auto& [row_size, row_bytes, image_bytes] = epilogue.gate_layout;
@@ -140,6 +148,8 @@ bool check_fill_width_tile(const Kernels& kernels);
 bool check_conv_tile(const Kernels& kernels);
 bool check_grad_weight_tile(const Kernels& kernels);
 bool check_col_indices(const Kernels& kernels);
+bool check_winograd(const Kernels& kernels);
+bool check_winograd_grad_weight(const Kernels& kernels);
 template <class T>
 bool check_batch_norm_act(const ElementKernels<T>& kernels);
 template <class T>

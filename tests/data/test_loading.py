@@ -52,9 +52,15 @@ def test_a_validation_that_leaves_a_split_empty_raises(validation):
         data.load("digits", validation=validation)
 
 
-@pytest.mark.parametrize("limit", [-5, 0, 1, 1498, "a", 2.5])
+@pytest.mark.parametrize("limit", [-5, 0, 1, 1498])
 def test_a_limit_beyond_the_number_of_images_raises(limit):
     with pytest.raises(ValueError, match=f"limit must be from 2 to the 1497 training images of digits, got {limit!r}"):
+        data.load("digits", limit=limit)
+
+
+@pytest.mark.parametrize("limit", ["a", 2.5])
+def test_a_limit_that_is_no_whole_number_raises(limit):
+    with pytest.raises(TypeError, match=f"limit must be of type int or None, got {limit!r}"):
         data.load("digits", limit=limit)
 
 

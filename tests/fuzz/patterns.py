@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fuzz.case import REFUSALS, Wrong, check_refusal
-from fuzz.op_makers import convolution
+from fuzz.convolution_makers import convolution
 from fuzz.wrong_values import spoil
 from sparse_adv.ops import pack_pattern
 

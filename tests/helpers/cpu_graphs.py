@@ -64,10 +64,12 @@ class CapturedOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         refuse_synchronising_op(func, args)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        for number, argument in enumerate(func._schema.arguments):
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            if (writes or argument.name.startswith("running_")) and isinstance(value, Tensor):
-                self.written.setdefault(id(value), (value, value.clone()))
+            if writes or argument.name.startswith("running_"):
+                for tensor in tensors(value):  # one, or a list of them
+                    self.written.setdefault(id(tensor), (tensor, tensor.clone()))
         result = func(*args, **kwargs)
         inputs = [tensor.untyped_storage().data_ptr() for tensor in tensors([*args, *kwargs.values()])]
         self.created += [tensor for tensor in tensors(result) if tensor.untyped_storage().data_ptr() not in inputs]
@@ -76,7 +78,7 @@ class CapturedOps(TorchDispatchMode):
 
     @torch.no_grad()
     def undo(self) -> None:
-        for tensor, before in self.written.values():
+        for tensor, before in reversed(self.written.values()):  # of views of the same memory, the first has the oldest
             tensor.copy_(before)
         for tensor in self.created:
             tensor.fill_(math.nan if tensor.is_floating_point() else 0)
@@ -113,12 +115,13 @@ class CpuCapturer:
 
     def capture(self, call):
         self.captures += 1
-        captured = CapturedOps()
+        captured, generator = CapturedOps(), torch.get_rng_state()
         try:
             with captured, _RefuseSynchronisingMethods():
                 result = call()
         finally:
             captured.undo()
+            torch.set_rng_state(generator)  # a capture draws nothing
 
         def replay():
             self.replays += 1
@@ -136,5 +139,5 @@ class CpuGraphs(Graphs):
     @property
     def counts(self) -> tuple[int, int]:
         """Numbers of captures and of replays."""
-        (capturer,) = self._capturers.values()
+        (capturer,) = self.cache.capturers.values()
         return capturer.captures, capturer.replays

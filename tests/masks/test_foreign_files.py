@@ -1,6 +1,8 @@
 """Checkpoints of others that are not what they seem: read, or refused in one sentence that says what to do."""
 
 import argparse
+import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_adv.masks import load_pruned, prune
+from sparse_adv.masks import load_pruned, prune, save_ticket
 
 
 @pytest.fixture
@@ -68,6 +70,7 @@ def test_a_list_of_masks_without_elements_is_refused_at_once(model, tmp_path):
         (lambda weight: weight.to_sparse(), "'2.weight' is sparse"),
         (lambda weight: weight.to("meta"), "'2.weight' is on the meta device"),
         (lambda weight: weight.to(torch.complex64), "'2.weight' is complex"),
+        (lambda weight: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "'2.weight' is nested"),
         (lambda weight: torch.zeros(1).expand(2**20, 2**20), "'2.weight' repeats its elements"),
     ],
 )
@@ -86,6 +89,36 @@ def test_a_checkpoint_that_contains_itself_is_refused(tmp_path):
     checkpoint["state_dict"] = {"model": checkpoint}
     with pytest.raises(ValueError, match="contains itself"):
         load_pruned(written(tmp_path, checkpoint))
+
+
+def test_a_checkpoint_of_many_levels_takes_no_longer_than_it_is_long(tmp_path):
+    levels = b"".join(b"}X\x05\x00\x00\x00model" for _ in range(50_000))
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + levels + b"}" + b"s" * 50_000 + b".")
+        archive.writestr("archive/version", "3")
+        archive.writestr("archive/byteorder", "little")
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="there is no state dict, only an empty one"):
+        load_pruned(tmp_path / "a.pt")
+    assert time.process_time() - begin < 10
+
+
+def test_numbers_of_half_a_byte_are_refused(tmp_path):
+    header = b'{"a.weight":{"dtype":"F4","shape":[2,2],"data_offsets":[0,2]}}'
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
+        load_pruned(tmp_path / "a.safetensors")
+
+
+def test_what_a_file_does_not_need_is_refused(model, pruned, tmp_path):
+    path = written(tmp_path, pruned)
+    with pytest.raises(ValueError, match="density is for the format 'popup_scores', got the format 'zeros'"):
+        load_pruned(path, density=0.5)
+    ticket = load_pruned(path)
+    save_ticket(tmp_path / "a.safetensors", ticket)
+    for argument, value in (("mask_path", path), ("density", 0.5)):
+        with pytest.raises(ValueError, match=f"{argument} is not for a ticket, which has its own masks"):
+            load_pruned(tmp_path / "a.safetensors", **{argument: value})
 
 
 def test_a_compressed_archive_is_refused(pruned, tmp_path):

@@ -217,6 +217,7 @@ def test_a_warning_names_a_layer_of_which_no_weight_is_kept(caplog):
             "score of '0' must not be NaN, got 324 NaN values",
         ),
         ({"score": lambda name, w: -w.abs() - 1}, "score of '0' must not be negative, got -1"),
+        ({"score": lambda name, w: w.to(torch.complex64)}, "score of '0' must be real, got torch.complex64"),
         ({"score": lambda name, w: w.sum()}, r"score of '0' must be a tensor of the weight's shape .*got shape \(\)"),
         ({"score": lambda name, w: 3}, "score of '0' must be a tensor .* got int"),
     ],
@@ -319,3 +320,13 @@ def test_layers_that_sparsify_refuses_get_no_mask(caplog, structure):
 def test_a_model_without_values_is_refused():
     with pytest.raises(ValueError, match="weight of '0' is on the meta device and has no values to rank"):
         prune(network().to("meta"), 0.5)
+
+
+def test_a_lazy_layer_without_weight_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="module '1' has no weight yet: run a forward pass first, got LazyLinear"):
+        prune(model, 0.5, linear=True)
+    with pytest.raises(ValueError, match="module '1' has no weight yet"):
+        sparsify(model, {"1": torch.ones(3, 2, dtype=torch.bool)})
+    model(torch.zeros(1, 2))
+    assert sparsify(model, prune(model, 0.5, linear=True))[1].density < 1

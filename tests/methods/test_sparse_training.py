@@ -110,6 +110,18 @@ def test_every_change_keeps_exact_numbers_of_blocks_and_leaves_zeros(method, blo
             assert live == new
 
 
+@pytest.mark.parametrize("method", ["static", *CHANGING])
+def test_settings_without_effect_are_those_that_a_method_does_not_use(method):
+    config = MethodConfig(method, density=0.4, interval=2)
+    trained = run(SparseTraining(config))[0].state_dict()
+    others = {"interval": 3, "drop_fraction": 0.9, "change_until": 0.3, "rescale_init": True}
+    others["growth"] = "gradient" if method == "set" else "random"
+    for name, value in others.items():
+        other = run(SparseTraining(replace(config, **{name: value})))[0].state_dict()
+        assert equal_states(trained, other) == (name in config.without_effect()), name
+    assert "rescale_init" in replace(config, dense_epochs=1.0).without_effect()
+
+
 def test_gmp_ends_with_the_density_of_the_configuration():
     hook = Observed(MethodConfig("gmp", density=0.25, interval=4, change_until=0.75))
     _, records = run(hook)

@@ -340,3 +340,17 @@ def test_a_step_leaves_exact_zeros_in_every_dtype_and_layout_whatever_was_writte
         pruned = layer.weight.detach()[~mask]
         assert (pruned == 0).all() and not torch.signbit(pruned).any()
         torch.testing.assert_close(layer.weight.detach()[mask], kept - 0.5)
+
+
+def test_a_weight_that_replaces_another_is_kept_under_the_mask_too(model, make_optimizer):
+    sparsify(model, prune(model, 0.5))
+    old = model[0].weight.detach().clone()
+    model[0].weight = nn.Parameter(torch.ones_like(old))
+    assert torch.equal(model[0].weight, model[0].weight_mask.float())
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer)
+    assert_nothing_outside_the_masks(model, optimizer)
+    weight = model[0].weight
+    with pytest.raises(ValueError, match=r"mask has shape \(4, 2, 3, 3\), weight has shape \(4, 2, 5, 5\)"):
+        model[0].weight = nn.Parameter(torch.ones(4, 2, 5, 5))
+    assert model[0].weight is weight

@@ -20,6 +20,8 @@ def sweep() -> None:
     from helpers.tolerances import assert_close, assert_equal
     from helpers.written_passes import check_forward, check_grad_input
 
+    from sparse_adv.ops import winograd_conv2d
+
     torch.set_num_threads(1)
     layouts = sorted(LAYOUTS)
     for i, filter in enumerate(FILTERS):
@@ -41,6 +43,10 @@ def sweep() -> None:
             actual, expected = case.results(case.pattern("sparse")), case.expected()
             for name, value in expected.items():
                 assert_equal(actual[name], value)
+    for tile in (2, 4):
+        for channels in (3, 16, 37):
+            x, weight = torch.randn(2, channels, 7, 9), torch.randn(channels + 1, channels, 3, 3)
+            assert_close(winograd_conv2d(x, weight, tile=tile), torch.conv2d(x.double(), weight.double(), padding=1))
     for width in (3, 4, 7, 8, 14, 15, 24, 33):
         for layout in ("contiguous", "channels_last"):
             case = Case(18, 1, 5, 9, (5, width), layout=layout)

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from sparse_adv.ops.masked_conv2d_roofline import Pass, blocks_are_faster
+from sparse_adv.ops.masked_conv2d_roofline import PassSizes, blocks_are_faster
 
 ROWS = json.loads((Path(__file__).parents[2] / "benchmarks/results/gpu_h100.json").read_text())["rows"]
 
 
-def conv3x3(channels: int, size: int, density: float, batch: int = 512, block: int = 64) -> Pass:
+def conv3x3(channels: int, size: int, density: float, batch: int = 512, block: int = 64) -> PassSizes:
     """Stride 1, bfloat16."""
     elements, weights = channels * size**2, 9 * channels**2
     sides = (channels, channels), (block, block)
-    return Pass(batch, elements, elements, size**2, weights, round(density * weights), 2, *sides)
+    return PassSizes(batch, elements, elements, size**2, weights, round(density * weights), 2, *sides)
 
 
 @pytest.mark.parametrize("layer", [(256, 8), (512, 4), (320, 16), (640, 8)])
@@ -24,7 +24,7 @@ def test_wide_layers_take_the_block_kernels(layer):
 
 def test_a_layer_bound_by_memory_takes_cudnn_for_every_mask():
     """1x1 convolutions of images with few channels: only fewer channels would reduce their cost."""
-    few = Pass(512, 64 * 1024, 64 * 1024, 1024, 64 * 64, 64, 2, (64, 64), (64, 64))
+    few = PassSizes(512, 64 * 1024, 64 * 1024, 1024, 64 * 64, 64, 2, (64, 64), (64, 64))
     assert not blocks_are_faster(few)
 
 

@@ -99,7 +99,7 @@ def test_a_source_distribution_holds_what_git_tracks_and_no_more(sdist):
     with tarfile.open(sdist) as archive:
         packed = {member.name.partition("/")[2] for member in archive if member.isfile()}
     made = {name for name in packed if name in ("PKG-INFO", "setup.cfg") or name.startswith("sparse_adv.egg-info/")}
-    left_out = re.compile(r"\.gitignore|\.pre-commit-config\.yaml")
+    left_out = re.compile(r"\.gitignore|\.pre-commit-config\.yaml|\.github/")
     assert packed - made == {name for name in tracked() if not left_out.match(name)}
 
 

@@ -302,6 +302,22 @@ def test_a_pruning_configuration_that_does_not_fit_is_refused_before_training():
     assert not epochs
 
 
+@pytest.mark.parametrize(
+    ("metadata", "error", "said"),
+    [
+        ({"note": {1, 2}}, ValueError, "metadata must be JSON data: Object of type set"),
+        ({"note": float("nan")}, ValueError, "metadata must be JSON data"),
+        ({"epochs": 3}, ValueError, "metadata must not have the key 'epochs'"),
+        ("note", TypeError, "metadata must be of type dict or None, got 'note'"),
+    ],
+)
+def test_metadata_that_a_ticket_cannot_hold_are_refused_before_training(metadata, error, said):
+    steps = []
+    with pytest.raises(error, match=said):
+        tickets.search(network(), batches(), CONFIG, metadata=metadata, on_step=steps.append)
+    assert not steps
+
+
 def test_checks_detect_broken_invariants():
     model = network()
     half = masks.prune(model, 0.5)

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.cpu_graphs import CpuGraphs, no_synchronisation
-from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, batches, equal_states, network
 from torch import nn
 
-from sparse_adv import attacks, data, training
+from sparse_adv import attacks, data, tickets, training
 from sparse_adv.training import evaluation
 
 
@@ -213,3 +213,29 @@ def test_every_image_is_attacked_where_the_loss_is_measured(model, at_once, monk
 def test_a_wrong_argument_of_robust_accuracy_is_named(wrong, said):
     with pytest.raises((TypeError, ValueError), match=said):
         training.robust_accuracy(torch.nn.Flatten(), [], **wrong)
+
+
+@pytest.mark.parametrize(
+    ("validation", "error", "said"),
+    [
+        ([], ValueError, "hold at least one image, got none"),
+        (VALIDATION._replace(images=VALIDATION.images[:0], labels=VALIDATION.labels[:0]), ValueError, "at least one"),
+        (iter([(TRAIN.images, TRAIN.labels)]), TypeError, "iterated in each evaluation .*, got list_iterator"),
+        ({"images": TRAIN.images}, TypeError, "iterated in each evaluation .*, got dict"),
+        (3, TypeError, "be of type Split or Iterable or None, got 3"),
+    ],
+)
+def test_validation_images_that_could_not_be_evaluated_are_refused_before_training(validation, error, said):
+    for begin in (training.train, tickets.search):
+        with pytest.raises(error, match=f"validation must .*{said}"):
+            begin(network(), Untouched(), QUICK, validation=validation)
+
+
+class Untouched:
+    """Batches that fail if they are read."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        raise AssertionError("training began")

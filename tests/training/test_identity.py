@@ -118,6 +118,52 @@ def test_the_model_that_was_trained_or_interrupted_continues_its_own_run(tmp_pat
     assert equal_states(model.state_dict(), expected.state_dict())
 
 
+class Counting(torch.nn.Sequential):
+    """Counts its passes, and has a setting beside the count."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.passes, self.slope = 0, 1.0
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_what_passes_through_a_network_change_is_no_part_of_what_it_is(tmp_path, interrupted):
+    model = Counting(*network())
+    with pytest.raises(Stop) if interrupted else pytest.MonkeyPatch.context():
+        run(tmp_path, model, stop_at=1 if interrupted else None)
+    model(VALIDATION.images / 255)
+    assert [record.epoch for record in run(tmp_path, model)] == [1, 2]
+    run(tmp_path, Counting(*network()))  # as a new process would
+    run(tmp_path / "another", model)
+    model.slope = 2.0
+    with pytest.raises(ValueError, match="other network"):
+        run(tmp_path, model)
+
+
+def labels_swapped(samples):
+    images, labels = torch.utils.data.default_collate(samples)
+    return images, 1 - labels
+
+
+def test_labels_that_only_the_collation_changes_are_other_images(tmp_path):
+    run(tmp_path, images=loader(), stop_at=None)
+    with pytest.raises(ValueError, match="other training images"):
+        run(tmp_path, images=loader(collate_fn=labels_swapped))
+
+
+def test_another_function_in_a_module_is_another_network(tmp_path):
+    digests = []
+    for activation in (torch.relu, torch.tanh, torch.nn.functional.gelu, labels_swapped, torch.relu):
+        model = network()
+        model.activation = activation
+        digests.append(identity.network_digest(model))
+    assert len(set(digests)) == 4 and digests[0] == digests[-1]
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_more_epochs_extend_a_run(tmp_path, schedule):
     config = replace(CONFIG, schedule=schedule)

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, network
+from helpers.small_runs import QUICK, TRAIN, equal_states, network
 from torch import Generator
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, DistributedSampler, RandomSampler, Subset
 
@@ -69,7 +69,7 @@ def test_a_run_that_is_continued_with_other_generators_is_refused(tmp_path):
         training.train(network(), loader, config, folder=tmp_path / "run")
 
     train(1, None)
-    with pytest.raises(ValueError, match="batches have 1 generators of their own, had 0 when the run was begun"):
+    with pytest.raises(ValueError, match="batches and model have 1 generators of their own, had 0 when"):
         train(2, Generator())
 
 
@@ -83,6 +83,52 @@ def test_a_generator_that_is_not_saved_is_told(own, tmp_path, caplog):
     images.rng = own
     training.train(network(), loader, config, folder=tmp_path / "b")
     assert "Images.rng is a generator that is not saved: a run that is continued draws other numbers" in caplog.text
+
+
+class Augmented(Images):
+    """A data set whose transform draws, as those of torchvision do."""
+
+    def __init__(self, own) -> None:
+        super().__init__()
+        self.transform = Identity()
+        self.transform.own = own
+
+
+class Identity:
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return image
+
+
+class Noisy(torch.nn.Sequential):
+    """Draws noise from a generator of its own."""
+
+    def __init__(self, *layers) -> None:
+        super().__init__(*layers)
+        self.own = Generator().manual_seed(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 0.1 * torch.rand(x.shape, generator=self.own) if self.training else x)
+
+
+def test_a_generator_of_a_transform_or_a_module_is_told_if_it_is_not_saved(caplog):
+    random_numbers.warn_of_unsaved(DataLoader(Augmented(np.random.default_rng(0))), torch.nn.Identity())
+    assert "Identity.own is a generator that is not saved" in caplog.text
+    caplog.clear()
+    model = torch.nn.Sequential(Noisy())
+    random_numbers.warn_of_unsaved([], model)
+    assert not caplog.text
+    model[0].numpy = np.random.default_rng(0)
+    random_numbers.warn_of_unsaved([], model)
+    assert "Noisy.numpy is a generator that is not saved" in caplog.text
+
+
+def test_a_generator_of_a_module_goes_on_in_a_run_that_is_continued(tmp_path):
+    models = [Noisy(*network()) for _ in range(3)]
+    config = replace(QUICK, epochs=2, engine=False)
+    training.train(models[0], DataLoader(Images(), 32), config, folder=tmp_path / "whole")
+    training.train(models[1], DataLoader(Images(), 32), replace(config, epochs=1), folder=tmp_path / "cut")
+    training.train(models[2], DataLoader(Images(), 32), config, folder=tmp_path / "cut")
+    assert equal_states(models[0].state_dict(), models[2].state_dict())
 
 
 def test_persistent_workers_are_told(caplog):

@@ -8,6 +8,7 @@ import torch
 from helpers.small_runs import QUICK, TEST, VALIDATION, batches, equal_states, network
 
 from sparse_adv import attacks, data, engine, json_files, runs, tickets, training
+from sparse_adv.config import OBJECTIVES
 from sparse_adv.training import TrainConfig, checkpoint, loop, overfitting, result
 
 BASE = replace(QUICK, objective="pgd", epochs=2, engine=False)
@@ -26,7 +27,7 @@ CHANGES = {
 """Other settings that one needs to take effect, and another value; for other numbers see `change_of`."""
 OF_RECORDS = ("evaluate_every", "evaluation_steps", "overfitting_monitor")
 """These do not change what is trained."""
-OF_NO_RESULT = ("engine",)
+OF_NO_RESULT = ("engine", "graphs")
 
 
 def change_of(name):
@@ -54,6 +55,20 @@ def test_every_setting_changes_what_it_is_for(name):
     other_weights, other_records = outcome(replace(config, **{name: value}))
     assert equal_states(weights, other_weights) == (name in OF_RECORDS)
     assert records != other_records or name not in OF_RECORDS
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_settings_without_effect_are_those_that_an_objective_does_not_use(objective):
+    epochs = 8 if objective == "fgsm-rs-cs" else 2  # its second term needs an epoch before which the loss fell steadily
+    config = replace(BASE, objective=objective, epochs=epochs, lr=0.01, overfitting_monitor=False, schedule="piecewise")
+    weights, _ = outcome(config)
+    for name, value in (("alpha", 0.01), ("steps", 1), ("beta", 0.5), ("replays", 2), ("milestones", (0.2,))):
+        other_weights, _ = outcome(replace(config, **{name: value}))
+        assert equal_states(weights, other_weights) == (name in config.without_effect()), name
+    assert "steps" in replace(config, objective="fgsm").without_effect()
+    assert "steps" not in replace(config, objective="fgsm", overfitting_monitor=True).without_effect()
+    assert {"milestones", "warmup_start_lr"} <= set(BASE.without_effect())
+    assert "warmup_start_lr" not in replace(BASE, warmup_epochs=1.0).without_effect()
 
 
 @pytest.mark.parametrize("wanted", [True, False])

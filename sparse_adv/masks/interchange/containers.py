@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparse_adv import torch_files
+from sparse_adv.errors import first_line
 from sparse_adv.plain_pickles import PlainDtype, plain_scalar, unpickle_arrays
 
 _NUMPY = b"\x93NUMPY"
@@ -123,5 +124,5 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     elif text.startswith("Weights only load failed"):
         reason = f"torch.load(weights_only=True) refuses it; {_REMEDY}"
     else:
-        reason = text.partition("\n")[0][:300] or type(error).__name__
+        reason = first_line(error)[:300]
     return ValueError(f"{str(path)!r} is not a readable file of tensors: {reason}")

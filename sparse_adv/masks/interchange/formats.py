@@ -11,33 +11,33 @@ from torch import Tensor
 
 from sparse_adv.masks.layers import parameter_of
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 WRAPPERS = ("module", "_orig_mod", "model")
 """First parts of all names, which DataParallel, torch.compile and wrapper modules add."""
 
-Density = float | Mapping[str, float] | None
+GivenDensity = float | Mapping[str, float] | None
 
 _HARP_MIN_SHARE = 0.1
 """The lowest density of a layer of HARP, as a fraction of the global density."""
 
 
-class Split(NamedTuple):
+class DividedState(NamedTuple):
     """A state dict divided into parameters and masks."""
 
-    parameters: State
+    parameters: StateDict
     """Parameters and buffers, with the names of the dense model; pruned weights may have any value."""
-    masks: State
+    masks: StateDict
     """Masks by the name of their parameter: 0 = pruned, 1 = kept, in any dtype."""
 
 
 class Format(NamedTuple):
     """A way to store masks in a state dict."""
 
-    recognise: Callable[[State], bool]
-    split: Callable[[State, Density], Split]
+    recognise: Callable[[StateDict], bool]
+    split: Callable[[StateDict, GivenDensity], DividedState]
 
 
-def recognise(state: State) -> str:
+def recognise(state: StateDict) -> str:
     """Return the name of the first format that recognises the state dict; "zeros" recognises all."""
     return next(name for name, format in FORMATS.items() if format.recognise(state))
 
@@ -61,7 +61,7 @@ def _last_part(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _divide(state: State, masks: Mapping[str, str], renamed: Mapping[str, str] | None = None) -> Split:
+def _divide(state: StateDict, masks: Mapping[str, str], renamed: Mapping[str, str] | None = None) -> DividedState:
     """Divide a state dict.
 
     Args:
@@ -71,10 +71,10 @@ def _divide(state: State, masks: Mapping[str, str], renamed: Mapping[str, str] |
     """
     new_names = renamed or {}
     parameters = {new_names.get(key, key): value for key, value in state.items() if key not in masks}
-    return Split(parameters, {parameter: state[key] for key, parameter in masks.items()})
+    return DividedState(parameters, {parameter: state[key] for key, parameter in masks.items()})
 
 
-def _split_suffixed(state: State, density: Density) -> Split:
+def _split_suffixed(state: StateDict, density: GivenDensity) -> DividedState:
     """`X_mask` beside `X_orig` (torch.nn.utils.prune, for any parameter X) or beside `X` (this library)."""
     masks = {key: key.removesuffix("_mask") for key in state if key.endswith("_mask")}
     masks = {
@@ -86,10 +86,10 @@ def _split_suffixed(state: State, density: Density) -> Split:
 _PARAMETRIZED = re.compile(r"(?:(?P<module>.*)\.)?parametrizations\.(?P<leaf>[^.]+)\.(?:original|(?P<at>\d+)\.mask)")
 
 
-def _split_parametrized(state: State, density: Density) -> Split:
+def _split_parametrized(state: StateDict, density: GivenDensity) -> DividedState:
     """`X.parametrizations.weight.original` and `.0.mask`, for any parameter; several masks in a chain are combined."""
-    parameters: State = {}
-    masks: State = {}
+    parameters: StateDict = {}
+    masks: StateDict = {}
     for key, value in state.items():
         if "parametrizations." not in key:
             parameters[key] = value
@@ -108,21 +108,21 @@ def _split_parametrized(state: State, density: Density) -> Split:
             f"the parametrization of {without_mask[0]!r} has no mask: make it permanent first (torch.ao.pruning: "
             "squash_mask)"
         )
-    return Split(parameters, masks)
+    return DividedState(parameters, masks)
 
 
-def _split_turboprune(state: State, density: Density) -> Split:
+def _split_turboprune(state: StateDict, density: GivenDensity) -> DividedState:
     """TurboPrune: `X.mask` beside `X.weight`."""
     return _divide(state, {key: parameter_of(module_of(key)) for key in state if _last_part(key) == "mask"})
 
 
-def _split_open_lth(state: State, density: Density) -> Split:
+def _split_open_lth(state: StateDict, density: GivenDensity) -> DividedState:
     """OpenLTH: `mask_X___weight` beside the model, which is a child with the name "model"."""
     masks = {key: open_lth_parameter(key) for key in state if key.startswith("mask_")}
     return _divide(state, masks, {key: key.removeprefix("model.") for key in state})
 
 
-def _split_scores(state: State, density: Density) -> Split:
+def _split_scores(state: StateDict, density: GivenDensity) -> DividedState:
     """`X.popup_scores` beside `X.weight` (HYDRA; HARP, with `X.k_score`): each layer keeps the highest |scores|."""
     parameters = {key: value for key, value in state.items() if _last_part(key) not in ("popup_scores", "k_score")}
     masks = {}
@@ -135,10 +135,10 @@ def _split_scores(state: State, density: Density) -> Split:
             mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
             mask[order[:pruned]] = False
             masks[parameter_of(module_of(key))] = mask.reshape(scores.shape)
-    return Split(parameters, masks)
+    return DividedState(parameters, masks)
 
 
-def _layer_density(module: str, state: State, density: Density) -> float | Tensor:
+def _layer_density(module: str, state: StateDict, density: GivenDensity) -> float | Tensor:
     """The density of a layer: given, or for HARP lowest + sigmoid(k_score) (1 - lowest), with lowest = 0.1 density."""
     k_score = state.get(parameter_of(module, "k_score"))
     given = density
@@ -152,13 +152,13 @@ def _layer_density(module: str, state: State, density: Density) -> float | Tenso
     return k_score.detach().sigmoid() * (1 - lowest) + lowest
 
 
-def _split_zeros(state: State, density: Density) -> Split:
+def _split_zeros(state: StateDict, density: GivenDensity) -> DividedState:
     """A dense state dict: the zeros in a weight of two or four dimensions are its mask; without zeros it has none."""
     weights = {key: value for key, value in state.items() if is_maskable_weight(key, value) and not value.all()}
-    return Split(state, {key: value != 0 for key, value in weights.items()})
+    return DividedState(state, {key: value != 0 for key, value in weights.items()})
 
 
-def _has_key(test: Callable[[str, State], bool]) -> Callable[[State], bool]:
+def _has_key(test: Callable[[str, StateDict], bool]) -> Callable[[StateDict], bool]:
     return lambda state: any(test(key, state) for key in state)
 
 

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.algebra import density as density_of
 from sparse_adv.masks.interchange.containers import is_npy, read_npy_list, read_tensors, safetensors_metadata
 from sparse_adv.masks.interchange.formats import (
     FORMATS,
     WRAPPERS,
-    Density,
-    Split,
-    State,
+    DividedState,
+    GivenDensity,
+    StateDict,
     is_maskable_weight,
     module_of,
     open_lth_parameter,
@@ -38,8 +39,9 @@ _LISTED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 """The layers for which ticket_robust's list of masks has an entry."""
 
 
+@checks_types
 def from_state_dict(
-    state_dict: Mapping[str, Any], format: str | None = None, density: Density = None, dense: bool = False
+    state_dict: Mapping[str, Any], format: str | None = None, density: GivenDensity = None, dense: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Divide a pruned model's state dict, or a checkpoint that contains it, into masks and a dense state dict.
 
@@ -68,12 +70,13 @@ def from_state_dict(
     return _apply_masks(_split(state, format, density, dense)[1])
 
 
+@checks_types
 def load_pruned(
     path: str | os.PathLike[str],
     mask_path: str | os.PathLike[str] | None = None,
     *,
     model: nn.Module | None = None,
-    density: Density = None,
+    density: GivenDensity = None,
     format: str | None = None,
     dense: bool = False,
 ) -> Ticket:
@@ -125,6 +128,9 @@ def load_pruned(
     """
     path = Path(path)
     if format == "ticket" or (format is None and safetensors_metadata(path).get("format") == TICKET_FORMAT):
+        for argument, value in (("mask_path", mask_path), ("density", density)):
+            if value is not None:
+                raise ValueError(f"{argument} is not for a ticket, which has its own masks: {str(path)!r}")
         ticket = load_ticket(path)
         source = {"format": "ticket", "file": str(path)}
         ticket = Ticket(ticket.masks, ticket.state_dict, source | ticket.provenance)
@@ -136,7 +142,7 @@ def load_pruned(
 
 
 def _load(
-    path: Path, mask_path: Path | None, model: nn.Module | None, density: Density, format: str | None, dense: bool
+    path: Path, mask_path: Path | None, model: nn.Module | None, density: GivenDensity, format: str | None, dense: bool
 ) -> Ticket:
     checkpoint = read_tensors(path)
     mask_file = None if mask_path is None else (read_npy_list if is_npy(mask_path) else read_tensors)(mask_path)
@@ -146,9 +152,11 @@ def _load(
         if mask_file is None:
             name, split = _split(state, format, density, dense)
         elif isinstance(mask_file, list):
-            name, split = "mask_list", Split(_require_dense(state), {})
+            name, split = "mask_list", DividedState(_require_dense(state), {})
         else:
-            name, split = "open_lth", Split(_require_dense(state), _open_lth_masks(mask_file))
+            name, split = "open_lth", DividedState(_require_dense(state), _open_lth_masks(mask_file))
+        if mask_file is not None:
+            _check_density(name, density)
         if model is not None:
             split = _restore_prefix(split, prefixes, model)
         if isinstance(mask_file, list):
@@ -159,16 +167,16 @@ def _load(
     return Ticket(masks, weights, {"format": name, **source, "density": density_of(masks) if masks else None})
 
 
-def _find_state(checkpoint: Any) -> State:
+def _find_state(checkpoint: object) -> StateDict:
     """Return the tensors of a state dict, which may be nested in a checkpoint."""
-    seen: list[Any] = []
+    seen: set[int] = set()
     while isinstance(checkpoint, Mapping):
         key = next((key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
         if key is None:
             break
-        seen.append(checkpoint)
+        seen.add(id(checkpoint))
         checkpoint = checkpoint[key]
-        if any(checkpoint is outer for outer in seen):
+        if id(checkpoint) in seen:
             raise ValueError(f"{key!r} of the checkpoint contains itself")
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"there is no state dict, but a {type(checkpoint).__name__}")
@@ -185,14 +193,20 @@ def _check_plain(key: str, value: Tensor) -> None:
     if any("\ud800" <= character <= "\udfff" for character in key):
         raise ValueError(f"{key!a} is no text")
     kind = "sparse" if value.layout != torch.strided else "quantised" if value.is_quantized else None
+    kind = "nested" if value.is_nested else kind
     kind = "on the meta device" if value.is_meta else "complex" if value.is_complex() else kind
+    if kind is None:
+        try:
+            value.new_empty(1) != 0  # noqa: B015
+        except (RuntimeError, NotImplementedError):  # numbers of less than a byte
+            kind = f"of dtype {value.dtype}"
     if kind is not None:
         raise ValueError(f"{key!r} is {kind}: only dense tensors of real numbers can be read")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(f"{key!r} repeats its elements: save a contiguous copy of it")
 
 
-def _without_prefixes(state: State) -> tuple[State, list[str]]:
+def _without_prefixes(state: StateDict) -> tuple[StateDict, list[str]]:
     """Remove the prefixes that all names have; return the state dict and the prefixes removed."""
     removed: list[str] = []
     prefixes = [f"{name}." for name in WRAPPERS]
@@ -202,19 +216,22 @@ def _without_prefixes(state: State) -> tuple[State, list[str]]:
     return state, removed
 
 
-def _restore_prefix(split: Split, prefixes: list[str], model: nn.Module) -> Split:
+def _restore_prefix(split: DividedState, prefixes: list[str], model: nn.Module) -> DividedState:
     """Add as many of the removed prefixes again as give the most names that the model has."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     # From no prefix to all; max returns the first, that is the shortest, of equals.
     candidates = accumulate(reversed(prefixes), lambda inner, outer: outer + inner, initial="")
     prefix = max(candidates, key=lambda p: sum(module_of(p + name) in modules for name in split.parameters))
-    return Split(*({prefix + name: value for name, value in part.items()} for part in split))
+    return DividedState(*({prefix + name: value for name, value in part.items()} for part in split))
 
 
-def _split(state: State, format: str | None, density: Density, dense: bool = False) -> tuple[str, Split]:
+def _split(
+    state: StateDict, format: str | None, density: GivenDensity, dense: bool = False
+) -> tuple[str, DividedState]:
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     name = format or recognise(state)
+    _check_density(name, density)
     split = FORMATS[name].split(state, density)
     if format is None and name == "zeros" and split.masks:
         zeros = sum(int((mask == 0).sum()) for mask in split.masks.values())
@@ -224,7 +241,7 @@ def _split(state: State, format: str | None, density: Density, dense: bool = Fal
                 f"only {zeros} of {weights} weights are zero, as may happen in a dense model: pass the format "
                 "'zeros' to take them for masks"
             )
-        split = split if zeros >= _LEAST_ZEROS * weights else Split(state, {})
+        split = split if zeros >= _LEAST_ZEROS * weights else DividedState(state, {})
     if not split.masks and dense and format is None:
         return "dense", split
     if not split.masks:
@@ -233,7 +250,13 @@ def _split(state: State, format: str | None, density: Density, dense: bool = Fal
     return name, split
 
 
-def _require_dense(state: State) -> State:
+def _check_density(format: str, density: GivenDensity) -> None:
+    """Raise ValueError if a density is given for a format that has masks and not scores."""
+    if density is not None and format != "popup_scores":
+        raise ValueError(f"density is for the format 'popup_scores', got the format {format!r}")
+
+
+def _require_dense(state: StateDict) -> StateDict:
     """Return a state dict whose masks are in another file; raise ValueError if it contains masks itself."""
     name = recognise(state)
     if name != "zeros":
@@ -241,7 +264,7 @@ def _require_dense(state: State) -> State:
     return state
 
 
-def _apply_masks(split: Split) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _apply_masks(split: DividedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the masks by module name, and the masked weights."""
     masks, weights = {}, dict(split.parameters)
     for name, mask in split.masks.items():
@@ -263,12 +286,12 @@ def _apply_masks(split: Split) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return masks, weights
 
 
-def _open_lth_masks(mask_file: Any) -> State:
+def _open_lth_masks(mask_file: object) -> StateDict:
     state, _ = _without_prefixes(_find_state(mask_file))
     return {open_lth_parameter(key): value for key, value in state.items()}
 
 
-def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> State:
+def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> StateDict:
     """Return a list of masks, one for each layer in the order of `model.modules()`, by parameter name."""
     if model is None:
         raise ValueError("the masks have no names, so that model must be given")
@@ -277,7 +300,7 @@ def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> State:
         raise ValueError(
             f"there are {len(masks)} masks, but the model has {len(layers)} Conv2d, Linear and BatchNorm layers"
         )
-    named: State = {}
+    named: StateDict = {}
     for (name, layer), mask in zip(layers.items(), masks, strict=True):
         masked = ("weight",) if isinstance(layer, nn.Conv2d | nn.Linear) else ("weight", "bias")
         named |= {parameter_of(name, parameter): mask for parameter in masked}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.files import write_bytes
 from sparse_adv.masks.layers import parameter_of
 from sparse_adv.masks.ticket import check_masks_fit, independent_copies
@@ -19,6 +20,7 @@ _FORMATS = ("dense", "prune")
 _TORCH_SUFFIXES = (".pt", ".pth")
 
 
+@checks_types
 def save_pruned(
     path: str | os.PathLike[str],
     masks: Mapping[str, Tensor],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Generator, Tensor, nn
 
 from sparse_adv import attacks
-from sparse_adv.config import Norm, Objective, TrainConfig
+from sparse_adv.config import MULTI_STEP, Norm, Objective, TrainConfig
 from sparse_adv.training.objectives.base import Natural, Passes
 from sparse_adv.training.objectives.free import Free
 from sparse_adv.training.objectives.multi_step import MART, PGD, TRADES
@@ -44,7 +44,7 @@ def is_multi_step(objective: Objective) -> bool:
         >>> is_multi_step("mart"), is_multi_step("fgsm-rs")
         (True, False)
     """
-    return _BY_NAME[objective].multi_step
+    return objective in MULTI_STEP
 
 
 def adversarial_loss(
@@ -73,7 +73,8 @@ def adversarial_loss(
         objective: as in `TrainConfig`, except "free", "fgsm-rs-cs" and "fgsm-uap", whose loss of a batch depends on the
             batches before it. The second term of "nu-at" has its full weight, beta.
         generator: CPU generator of the random start; None for PyTorch's global generator.
-        eps, norm, alpha, steps, beta, label_smoothing: as in `TrainConfig`.
+        eps, norm, alpha, steps, beta, label_smoothing: as in `TrainConfig`; those that the objective does not use are
+            ignored.
 
     Returns:
         The mean loss, a scalar with a gradient.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from sparse_adv.attacks import CommonOptions
 from sparse_adv.attacks.checks import check_batch
 from sparse_adv.attacks.losses import Loss, SmoothedCrossEntropy
 from sparse_adv.config import TrainConfig
+
+Noise = Generator | Tensor | None
+"""What a random start is drawn from: a generator, or Philox key and offset, as `ops.random_start` takes them."""
 
 
 class Passes(NamedTuple):
@@ -30,7 +33,7 @@ class Passes(NamedTuple):
     """How many of them form the gradients of pruned weights too."""
 
 
-class AttackOptions(CommonOptions):
+class CraftingOptions(CommonOptions):
     """The options that all attacks of objectives have in common."""
 
     eps: float
@@ -52,8 +55,6 @@ class Natural:
     """Number of updates on each batch."""
     has_loss_of_one_batch: ClassVar[bool] = True
     """Whether the loss of a batch needs nothing of the batches before it."""
-    multi_step: ClassVar[bool] = False
-    """Whether its attack has several steps, as that of PGD training."""
 
     def __init__(self, config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
         self.config, self.check, self.graphs = config, check, graphs
@@ -66,10 +67,19 @@ class Natural:
         """Passes of the update that was made last, or of every update if all are alike."""
         return Passes()
 
+    @property
+    def variant(self) -> Hashable:
+        """What, beside `state_dict`, `craft`, `loss` and `after_update` depend on: a CUDA graph holds one variant."""
+        return None
+
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for the updates of an epoch, counted from 0."""
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
+    def draws(self, x: Tensor) -> bool:
+        """Whether `craft` draws a number for these images; it draws one or none."""
+        return False
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         """Return the images of the update: float [N, C, H, W] in [0, 1]."""
         if self.check:
             check_batch(x, y)
@@ -84,16 +94,19 @@ class Natural:
         return F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
     def after_update(self) -> None:
-        """Use the gradients of the update, if the objective needs them."""
+        """Use the gradients of the update, if the objective needs them; what it changes are tensors, in place."""
+
+    def count_update(self) -> None:
+        """Called after each update, one that was replayed too, in which no other method was called."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state of earlier updates that the next one needs."""
+        """Return the state of earlier updates that the next one needs: the tensors themselves."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from this state."""
 
-    def _options(self, noise: Generator | None) -> AttackOptions:
+    def _options(self, noise: Noise) -> CraftingOptions:
         return {
             "eps": self.config.eps,
             "alpha": self.config.step_size,

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sparse_adv import attacks, ops
 from sparse_adv.config import TrainConfig
-from sparse_adv.training.objectives.base import Natural, Passes
+from sparse_adv.training.objectives.base import Natural, Noise, Passes
 
 
 class Free(Natural):
@@ -35,7 +35,7 @@ class Free(Natural):
     def passes(self) -> Passes:
         return Passes(to_image=1)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         x = super().craft(model, x, y, noise)
         if self.delta is None or self.delta.shape[1:] != x.shape[1:] or len(self.delta) < len(x):
             self.delta = torch.zeros_like(x)

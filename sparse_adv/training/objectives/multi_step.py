@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sparse_adv import attacks
-from sparse_adv.training.objectives.base import Natural, Passes
+from sparse_adv.training.objectives.base import Natural, Noise, Passes
 
 
 class PGD(Natural):
@@ -17,26 +17,28 @@ class PGD(Natural):
     AutoAttack 50.49 %, 7,027 s.
     """
 
-    multi_step = True
-
     @property
     def passes(self) -> Passes:
         return Passes(self.config.steps, self.config.steps)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
+    def draws(self, x: Tensor) -> bool:
+        return True
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         return attacks.pgd(model, x, y, steps=self.config.steps, norm=self.config.norm, **self._options(noise))
 
 
 class TRADES(Natural):
     """loss = CE(f(x), y) + beta KL(p(x) || p(adv)), adv maximising the divergence (Zhang et al. 2019, equation 5)."""
 
-    multi_step = True
-
     @property
     def passes(self) -> Passes:
         return Passes(self.config.steps + 1, self.config.steps, update=2)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
+    def draws(self, x: Tensor) -> bool:
+        return True
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         return attacks.tpgd(model, x, steps=self.config.steps, norm=self.config.norm, **self._options(noise))
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:

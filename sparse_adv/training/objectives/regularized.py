@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sparse_adv import attacks, ops
 from sparse_adv.attacks.losses import loss_function
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.config import TrainConfig
 from sparse_adv.ops.random_start import as_philox_state
-from sparse_adv.training.objectives.base import Natural, Passes
+from sparse_adv.training.objectives.base import Natural, Noise, Passes
 from sparse_adv.training.objectives.nuclear_norm import nuclear_norm
 
 
@@ -39,18 +39,30 @@ class NuAT(Natural):
         super().__init__(config, check, graphs)
         self.weight = config.second_weight
         self.count = 0
-        """Updates of this epoch."""
+        """Updates of this epoch before the present one."""
 
     @property
     def passes(self) -> Passes:
-        return Passes(1 if self.count % 2 else 2, 1, update=2)
+        return Passes(2 if self.compares else 1, 1, update=2)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the attack of this update compares two outputs."""
+        return self.count % 2 == 1
+
+    @property
+    def variant(self) -> tuple[bool, float]:
+        return self.compares, self.weight
 
     def begin_epoch(self, epoch: int) -> None:
         self.weight = self.config.second_weight * epoch / self.config.epochs
         self.count = 0
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
-        config, compares = self.config, self.count % 2 == 1
+    def draws(self, x: Tensor) -> bool:
+        return True
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        config = self.config
         signs = ops.random_start(torch.zeros_like(x), 1.0, "linf", as_philox_state(noise), -1.0, 1.0).sign()
         length = config.eps / 2
         if config.norm == "l2":
@@ -58,7 +70,7 @@ class NuAT(Natural):
         start = (x + length * signs).clamp(0, 1)
 
         def search(queries: Queries, x: Tensor, y: Tensor) -> Tensor:
-            clean = queries.logits(x) if compares else None
+            clean = queries.logits(x) if self.compares else None
 
             def raised(logits: Tensor) -> Tensor:
                 value = loss_function(self.attack_loss)(logits, y).sum()
@@ -67,12 +79,14 @@ class NuAT(Natural):
             gradient = queries.gradient(start, raised)
             return ops.pgd_step(start, gradient, x, config.step_size, config.eps, config.norm)
 
-        self.count += 1
         return run_search(search, model, x, y, 0.0, 1.0, self.check, config.engine)
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         attacked, clean = model(adv), model(x)
         return self.cross_entropy(clean, y) + self.weight * nuclear_norm(clean - attacked) / len(x)
+
+    def count_update(self) -> None:
+        self.count += 1
 
 
 class FGSMUAP(Natural):
@@ -106,9 +120,12 @@ class FGSMUAP(Natural):
     def passes(self) -> Passes:
         return Passes(1, 1, update=2)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
+    def draws(self, x: Tensor) -> bool:
+        return self.prior is None or self.prior.shape[1:] != x.shape[1:]
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         config, radius = self.config, self._RADIUS * self.config.eps
-        if self.prior is None or self.momentum is None or self.prior.shape[1:] != x.shape[1:]:
+        if self.prior is None or self.momentum is None or self.draws(x):
             self.momentum = torch.zeros_like(x[:1])
             signs = ops.random_start(self.momentum, 1.0, "linf", as_philox_state(noise), -1.0, 1.0).sign()
             self.prior = self._moved(self.momentum, signs, radius)
@@ -122,8 +139,8 @@ class FGSMUAP(Natural):
         adv = run_search(search, model, x, y, 0.0, 1.0, self.check, config.engine)
         for gradient in gradients:  # none for an empty batch
             scale = gradient.abs().sum().clamp_min(torch.finfo(gradient.dtype).tiny)
-            self.momentum = (gradient / scale).mean(0, keepdim=True) + self._MOMENTUM * self.momentum
-            self.prior = self._moved(self.prior, self.momentum, radius)
+            self.momentum.copy_((gradient / scale).mean(0, keepdim=True) + self._MOMENTUM * self.momentum)
+            self.prior.copy_(self._moved(self.prior, self.momentum, radius))
         self.start = start
         return adv
 

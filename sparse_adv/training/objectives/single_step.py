@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sparse_adv import attacks, ops
 from sparse_adv.config import TrainConfig
 from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training import distributed
-from sparse_adv.training.objectives.base import Natural, Passes
+from sparse_adv.training.objectives.base import Natural, Noise, Passes
 
 
 class FGSM(Natural):
@@ -23,7 +23,7 @@ class FGSM(Natural):
     def passes(self) -> Passes:
         return Passes(1, 1)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         config, options = self.config, self._options(noise)
         return attacks.pgd(model, x, y, steps=1, random_start=False, norm=config.norm, loss=self.attack_loss, **options)
 
@@ -34,7 +34,10 @@ class FGSMRS(FGSM):
     FastAT Benchmark (Pan and Yao 2026, arXiv 2604.22853), ResNet-18: clean 77.66 %, AutoAttack 43.09 %, 1,902 s.
     """
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
+    def draws(self, x: Tensor) -> bool:
+        return True
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         return attacks.fgsm_rs(model, x, y, norm=self.config.norm, loss=self.attack_loss, **self._options(noise))
 
 
@@ -46,7 +49,10 @@ class NFGSM(FGSM):
     FastAT Benchmark, ResNet-18: clean 78.59 %, AutoAttack 47.77 %, 1,941 s.
     """
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
+    def draws(self, x: Tensor) -> bool:
+        return True
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         return attacks.n_fgsm(model, x, y, norm=self.config.norm, loss=self.attack_loss, **self._options(noise))
 
 
@@ -86,11 +92,17 @@ class FGSMRSCS(Natural):
     def passes(self) -> Passes:
         return Passes(2, 1) if self.level is None else Passes(1, 1, update=2)
 
+    @property
+    def variant(self) -> float | None:
+        return self.level
+
     def begin_epoch(self, epoch: int) -> None:
-        total, self.total, self.level = self.total, None, None
-        if total is not None and self._is_smooth(epoch):
-            loss, images = distributed.all_reduce_sum(total.tolist(), total.device)
-            self.level = loss / images
+        self.level = None
+        if self.total is not None:
+            if self._is_smooth(epoch):
+                loss, images = distributed.all_reduce_sum(self.total.tolist(), self.total.device)
+                self.level = loss / images
+            self.total.zero_()
 
     def _is_smooth(self, epoch: int) -> bool:
         config = self.config
@@ -98,7 +110,10 @@ class FGSMRSCS(Natural):
         borders = sorted({0, *(round(drop * config.epochs) for drop in drops), config.epochs})
         return any(begin + 1 < epoch < end - 1 for begin, end in itertools.pairwise(borders))
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator | None) -> Tensor:
+    def draws(self, x: Tensor) -> bool:
+        return True
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         config, options = self.config, self._options(noise)
         self.start = ops.random_start(x, config.eps, config.norm, as_philox_state(noise))
         options["eps"] = config.step_size  # the ball is the one around the start
@@ -128,7 +143,7 @@ class FGSMRSCS(Natural):
         images = len(self.start)
         loss = self.start_loss.double() * images
         new = torch.stack([loss, torch.full_like(loss, images)])
-        self.total = new if self.total is None else self.total + new
+        self.total = new if self.total is None else self.total.add_(new)
         self.start = self.start_loss = None
 
     def state_dict(self) -> dict[str, Tensor]:

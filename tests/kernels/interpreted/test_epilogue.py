@@ -61,8 +61,8 @@ def test_numbers_of_64_bits(monkeypatch):
     x, residual = (random(3, 16, 30, 6, layout=torch.channels_last, seed=seed) for seed in range(2))
     operands = {"scale": random(16, seed=2), "bias": random(16, seed=3), "residual": residual}
     results = []
-    for wide_from in (x.numel() + 1, x.numel()):
-        monkeypatch.setattr(kernels, "_WIDE_FROM", wide_from)
+    for wide_from in (x.numel() + kernels._BLOCK + 1, x.numel() + kernels._BLOCK):
+        monkeypatch.setattr(kernels, "WIDE_FROM", wide_from)
         gate = empty_gate(x)
         results.append((pointwise(x, **operands, relu=True, gate_out=gate), gate))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -1,0 +1,95 @@
+"""`winograd_conv2d` against the direct convolution of PyTorch, in all passes, float32 and channels_last on a CPU.
+
+    python benchmarks/bench_winograd_conv2d.py [--out FILE.csv]
+    make bench
+
+The layers are those of a CIFAR ResNet-18 at batch 64, 3x3 with stride 1. Ours, forward, is `winograd_conv2d` with the
+transformation of its weights, and without it ("engine": the weights are transformed once for all steps of an attack);
+grad_input likewise. Tiles are those that the engine chooses. The bound is the time of the multiplications that are
+left, 36 for each pair of channels and 16 pixels, or 16 for 4 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import harness
+import pytest
+import torch
+from harness import Case, label_of
+from torch import nn
+
+from sparse_adv import ops
+from sparse_adv.engine.winograd import winograd_tile
+
+SHAPES = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8), (64, 512, 4, 4)]
+TOY = (64, 16, 8, 8)
+PASSES = ("forward", "grad_input", "grad_weight")
+SIDES = {
+    "forward": ("ours", "engine", "dense"),
+    "grad_input": ("ours", "engine", "dense"),
+    "grad_weight": ("ours", "dense"),
+}
+
+
+@lru_cache(maxsize=1)
+def case(shape: tuple[int, int, int, int], pass_: str) -> Case:
+    """The case of one pass, after a check that our result is right."""
+    torch.manual_seed(0)
+    batch, channels, height, width = shape
+    x, grad = torch.randn(2, *shape)
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x)
+    tile = winograd_tile(nn.Conv2d(channels, channels, 3, padding=1, device="meta"), shape)
+    assert tile is not None
+    operators, geometry = torch.ops.sparse_adv, ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    convolution_backward = torch.ops.aten.convolution_backward
+    if pass_ == "grad_weight":
+        sides = {
+            "ours": lambda: operators.winograd_conv2d_grad_weight(grad, x, (1, 1), tile),
+            "dense": lambda: convolution_backward(grad, x, weight, None, *geometry, (False, True, False))[1],
+        }
+    else:
+        transposed = pass_ == "grad_input"
+        images, transformed = grad if transposed else x, ops.winograd_conv2d_weight(weight, tile, transposed)
+
+        def engine() -> torch.Tensor:
+            ops.winograd_conv2d_out(images, transformed, out=out)
+            return out
+
+        sides = {
+            "ours": lambda: operators.winograd_conv2d(images, weight, None, (1, 1), tile, transposed),
+            "engine": engine,
+            "dense": lambda: torch.conv2d(x, weight, padding=1),
+        }
+        if transposed:
+            sides["dense"] = lambda: convolution_backward(grad, x, weight, None, *geometry, (True, False, False))[0]
+    expected = sides["dense"]()
+    for side in sides.values():
+        assert (side() - expected).norm() < 1e-4 * expected.norm()
+    labels = {"op": "winograd_conv2d", "pass": pass_, "shape": label_of(shape), "tile": tile}
+    products = (tile + 2) ** 2 * -(-height // tile) * -(-width // tile)
+    return Case(labels, sides, ["dense"], macs=batch * channels * channels * products)
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    for shape in [TOY] if quick else SHAPES:
+        for pass_ in PASSES:
+            yield case(shape, pass_)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = harness.start(harness.argument_parser(__doc__), arguments)
+    harness.measure(cases(options.quick), options)
+
+
+@pytest.mark.parametrize("pass_, side", [(pass_, side) for pass_ in PASSES for side in SIDES[pass_]])
+@pytest.mark.parametrize("shape", SHAPES, ids=label_of)
+def test_winograd_conv2d(timed, quick, shape, pass_, side):
+    timed(case(TOY if quick else shape, pass_), side)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Comparison of what the engine made of a model with the model itself: of copies in float64, on a few images.
+
+It finds code that a trace does not show: gradients that are stopped or replaced, numbers drawn at random, images that
+depend on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.engine.model_state import detached_copy
+from sparse_adv.engine.random_state import KeptGenerators
+from sparse_adv.engine.tracing import NotTraceable
+from sparse_adv.errors import first_line
+
+
+@contextmanager
+def comparing(device: torch.device) -> Iterator[KeptGenerators]:
+    """A context for a comparison: without autocast, and later code draws the random numbers that it would have drawn.
+
+    Raises:
+        NotTraceable: for every error, since the model's own code may raise any.
+    """
+    with KeptGenerators(device) as generators, torch.autocast(device.type, enabled=False):
+        try:
+            yield generators
+        except NotTraceable:
+            raise
+        except Exception as error:
+            raise NotTraceable(f"it cannot be compared in float64: {first_line(error)}") from error
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model in float64."""
+    return detached_copy(model).double()
+
+
+def quadratic_loss(logits: Tensor) -> Tensor:
+    """sum(w * logits + logits^2 / 2) with fixed random w; its gradient depends on the logits, so wrong ones show."""
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(logits)
+    return (logits * weights + logits.square() / 2).sum()

@@ -1,0 +1,15 @@
+"""What messages quote of an error that code of others has raised."""
+
+from __future__ import annotations
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has no message.
+
+    PyTorch's messages often have more lines, with advice or with the stack of C++.
+
+    Examples:
+        >>> first_line(RuntimeError("out of memory\\nException raised from malloc")), first_line(KeyError())
+        ('out of memory', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

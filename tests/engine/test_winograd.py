@@ -1,0 +1,148 @@
+"""Dense 3 x 3 layers by Winograd's filtering: which, and that gradients stay those of autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_adv import engine, masks, models
+from sparse_adv.engine.kernels_cpu import WinogradConvolution
+from sparse_adv.engine.steps import ConvolutionStep
+from sparse_adv.engine.winograd import winograd_tile
+from sparse_adv.nn import sparsify
+
+
+def program_of(model, x):
+    program = engine.Program(model, x)
+    program.fold()
+    filtered = [
+        step._convolution.tile
+        for step in program.steps
+        if isinstance(step, ConvolutionStep) and isinstance(step._convolution, WinogradConvolution)
+    ]
+    return program, filtered
+
+
+def trained_statistics(name, **options):
+    """A network whose BatchNorms have statistics of noise."""
+    torch.manual_seed(0)
+    model = models.build(name, **options)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.rand(16, 3, 32, 32))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name, density", [("resnet18", 0.9), ("vgg16", 1.0), ("preact_resnet18", 1.0)])
+def test_gradients_are_those_of_autograd(name, density):
+    model = trained_statistics(name, width=16)
+    if density < 1:
+        sparsify(model, masks.prune(model, density=density, block=(1, 1)))
+    x, y = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    program, filtered = program_of(model, x)
+    assert set(filtered) == {2, 4} and len(filtered) >= 6
+
+    def loss(logits):
+        return F.cross_entropy(logits, y.to(logits.device), reduction="none")
+
+    exact = engine.Autograd(model.double())
+    expected, logits = exact.gradient(x.double(), loss), exact.logits(x.double())
+    assert (program.logits(x) - logits).norm() <= 1e-5 * logits.norm()
+    # A ReLU whose input is nearly 0 may open in one of the two alone.
+    assert (program.gradient(x, loss) - expected).norm() <= 1e-2 * expected.norm()
+    assert (program.gradient(x, loss).sign() == expected.sign()).double().mean() > 0.998
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    {
+        "1 x 1": (nn.Conv2d(64, 64, 1), (64, 64, 8, 8)),
+        "5 x 5": (nn.Conv2d(64, 64, 5, padding=2), (64, 64, 8, 8)),
+        "stride": (nn.Conv2d(64, 64, 3, 2, 1), (64, 64, 8, 8)),
+        "dilation": (nn.Conv2d(64, 64, 3, padding=2, dilation=2), (64, 64, 8, 8)),
+        "groups": (nn.Conv2d(64, 64, 3, padding=1, groups=2), (64, 64, 8, 8)),
+        "circular": (nn.Conv2d(64, 64, 3, padding=1, padding_mode="circular"), (64, 64, 8, 8)),
+        "same": (nn.Conv2d(64, 64, 3, padding="same"), (64, 64, 8, 8)),
+        "wide padding": (nn.Conv2d(64, 64, 3, padding=3), (64, 64, 8, 8)),
+        "few channels": (nn.Conv2d(3, 64, 3, padding=1), (64, 3, 32, 32)),
+        "few images": (nn.Conv2d(64, 64, 3, padding=1), (1, 64, 8, 8)),
+        "one pixel": (nn.Conv2d(64, 64, 3, padding=1), (256, 64, 1, 1)),
+    }.values(),
+)
+def test_other_layers_are_left_to_onednn(layer, shape):
+    assert winograd_tile(layer, shape) is None
+
+
+@pytest.mark.parametrize("size, tile", [(2, 2), (3, 4), (4, 4), (5, 2), (6, 2), (7, 4), (8, 4), (9, 4), (32, 4)])
+def test_tiles_that_multiply_least_are_chosen(size, tile):
+    assert winograd_tile(nn.Conv2d(16, 16, 3, padding=1), (1024, 16, size, size)) == tile
+
+
+def test_float64_and_nchw_are_left_to_onednn():
+    model = trained_statistics("resnet18", width=16)
+    x = torch.rand(16, 3, 32, 32)
+    assert not program_of(model.double(), x.double())[1]
+    model = model.float()
+    sparsify(model, masks.prune(model, density=0.1, block=(4, 4), scope="uniform"))
+    assert not program_of(model, x)[1]
+
+
+@pytest.mark.parametrize("block, low, high", [((1, 1), 0.2, 0.3), ((2, 2), 0.3, 0.4), ((4, 4), 0.3, 0.5)])
+def test_masked_layers_are_filtered_where_that_is_faster(block, low, high):
+    x = torch.rand(16, 3, 32, 32)
+    for density, is_sparse in ((low, True), (high, False)):
+        model = trained_statistics("resnet18", width=16)
+        sparsify(model, masks.prune(model, density=density, block=block, scope="uniform"))
+        assert (not program_of(model, x)[1]) == is_sparse
+
+
+class CountedOps(TorchDispatchMode):
+    """Counts the calls of this library's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name.startswith("sparse_adv::winograd"):
+            name = name.removeprefix("sparse_adv::winograd_conv2d")
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_takes_it_in_all_passes():
+    torch.manual_seed(0)
+    model, exact = models.build("resnet18", width=16), models.build("resnet18", width=16).double()
+    exact.load_state_dict(model.state_dict())
+    x, y = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    with CountedOps() as counted:
+        loss = F.cross_entropy(engine.fuse_for_training(model, x)(x), y)
+        loss.backward()
+    assert counted.counts == {"": 2 * 13, "_grad_weight": 13}  # forward and gradient of the input
+    expected = F.cross_entropy(exact(x.double()), y)
+    expected.backward()
+    assert abs(loss.item() - expected.item()) <= 1e-5 * expected.item()
+    for own, other in zip(model.parameters(), exact.parameters(), strict=True):
+        assert (own.grad - other.grad).norm() <= 1e-2 * other.grad.norm().clamp_min(1e-3)
+
+
+@pytest.mark.parametrize("change", ["hook", "float64", "subclass", "autocast"])
+def test_convolutions_that_do_more_are_left_as_they_are(change):
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    convolution = (Doubled if change == "subclass" else nn.Conv2d)(16, 16, 3, padding=1)
+    model, x = nn.Sequential(convolution, nn.BatchNorm2d(16), nn.ReLU()), torch.rand(16, 16, 8, 8)
+    called = []
+    if change == "hook":
+        convolution.register_forward_hook(lambda *_: called.append(True))
+    if change == "float64":
+        model, x = model.double(), x.double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"), CountedOps() as counted:
+        out = engine.fuse_for_training(model, x)(x)
+        expected = model(x)
+    assert not counted.counts and (change != "hook" or called)
+    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
