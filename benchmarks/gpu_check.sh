@@ -64,7 +64,7 @@ measure() {  # measure NAME SECONDS BENCHMARK ARGUMENTS...
   part "$name" "$limit" "$python" "benchmarks/bench_$benchmark.py" --device cuda --out "$out/$name.csv" "$@"
 }
 # Updates as CUDA graphs against the same updates without, bit for bit.
-part captured 14 "${pytest[@]}" -k cuda tests/training/test_captured.py
+part captured 14 "${pytest[@]}" tests/training/test_captured_cuda.py
 measure pgd_ops 41 pgd_ops
 measure batch_norm_act 23 batch_norm_act
 measure masked_conv2d 28 masked_conv2d

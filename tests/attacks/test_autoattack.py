@@ -85,11 +85,45 @@ def test_an_interrupted_run_ends_like_one_that_was_not(attacked, tmp_path, monke
     continued = one_start(model, **CUSTOM)
     adv = continued.run_standard_evaluation(images, labels, bs=4, state_path=path)
     assert torch.equal(adv, expected) and continued.result.accuracy == whole.result.accuracy
+    assert whole.result.seconds > 0 and continued.result.seconds > 0
     with pytest.raises(ValueError, match="is of another model, other images or other options"):
         one_start(model, **{**CUSTOM, "eps": 0.1}).run_standard_evaluation(images, labels, state_path=path)
     path.write_bytes(b"no state")
     with pytest.raises(ValueError, match="is no state of AutoAttack"):
         one_start(model, **CUSTOM).run_standard_evaluation(images, labels, state_path=path)
+
+
+def test_every_attack_and_batch_draws_numbers_of_its_own_and_the_seed_decides_them(attacked, monkeypatch):
+    model, images, labels = attacked
+    seen = []
+
+    def attack(model, x, y, *, generator, **options):
+        seen.append(generator.initial_seed())
+        return x
+
+    for name in list(autoattack.MEMBERS):
+        plant(monkeypatch, name, attack)
+    for seed in (3, 3, 4):
+        AutoAttack(model, **{**CUSTOM, "seed": seed}).run_standard_evaluation(images, labels, bs=4)
+    first, again, other = (seen[at : at + 6] for at in (0, 6, 12))  # two attacks on three batches
+    assert first == again and len(seen) == 18 and len({*first, *other}) == 12
+
+
+@pytest.mark.parametrize("gradients_find", [False, True])
+def test_square_that_finds_more_than_gradients_is_a_sign(attacked, monkeypatch, gradients_find):
+    model, images, labels = attacked
+
+    def strong(model, x, y, *, generator, eps, norm, lo, hi, **_):
+        return square(model, x, y, queries=50, generator=generator, eps=eps, norm=norm, lo=lo, hi=hi)
+
+    def weak(model, x, y, **_):
+        return x
+
+    plant(monkeypatch, "apgd-ce", strong if gradients_find else weak)
+    plant(monkeypatch, "square", weak if gradients_find else strong)
+    evaluator = AutoAttack(model, **{**CUSTOM, "eps": 0.1, "attacks_to_run": ["apgd-ce", "square"]})
+    evaluator.run_standard_evaluation(images, labels)
+    assert any("needs no gradients, found" in sign for sign in evaluator.result.signs) is not gradients_find
 
 
 def test_what_runs_is_printed_with_its_budget_and_its_true_name(attacked, capsys, tmp_path):

@@ -151,8 +151,9 @@ def test_a_frozen_batch_norm_stays_frozen_in_every_mode(model, images, labels, m
     assert (model[3][1].num_batches_tracked > 3) == (mode == "train")
 
 
-def test_restarts_return_a_success_or_else_the_result_of_highest_loss_for_each_image(model, images):
-    model.eval()
+@pytest.mark.parametrize("mode", ["eval", "batch"])  # with "batch" images that are finished stay in the batch
+def test_restarts_return_a_success_or_else_the_result_of_highest_loss_for_each_image(images, mode):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 5), nn.Tanh(), nn.Linear(5, 5)).eval()
     labels = model(images).argmax(1)
     options = {"eps": EPS / 4, "alpha": EPS / 4}
     blocks = torch.tensor([0, (images.numel() + 3) // 4])
@@ -164,7 +165,7 @@ def test_restarts_return_a_success_or_else_the_result_of_highest_loss_for_each_i
     # The first success, else the highest loss: a success outranks any loss.
     rank = torch.stack([losses(model, end, labels) for end in ends]).where(~wrong, 100 - torch.arange(4.0)[:, None])
     assert 0 < wrong.any(0).sum() < len(images) and len(rank.argmax(0).unique()) > 1
-    adv = pgd(model, images, labels, steps=1, restarts=4, generator=generator(), check=False, **options)
+    adv = pgd(model, images, labels, steps=1, restarts=4, generator=generator(), check=False, bn_mode=mode, **options)
     assert torch.equal(adv, torch.stack(ends)[rank.argmax(0), torch.arange(len(images))])
 
 

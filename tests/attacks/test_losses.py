@@ -35,6 +35,14 @@ def test_each_loss_is_its_formula(logits, labels):
         assert found.item() == pytest.approx((z[t] - z[y]) / scale)
 
 
+def test_the_divergence_of_trades_is_from_the_clean_images_to_the_adversarial_ones(logits):
+    clean, attacked = logits[:25], logits[25:]
+    q, p = clean.softmax(1), attacked.softmax(1)
+    expected, reverse = (q * (q / p).log()).sum(1), (p * (p / q).log()).sum(1)
+    assert not torch.allclose(expected, reverse, rtol=0.1)
+    torch.testing.assert_close(losses.kl_divergence(attacked, clean.log_softmax(1)), expected)
+
+
 def test_margin_and_dlr_are_positive_where_the_prediction_is_wrong(logits, labels):
     wrong = logits.argmax(1) != labels
     assert torch.equal(losses.margin(logits, labels) > 0, wrong)
@@ -57,6 +65,14 @@ def test_too_few_classes_are_refused():
     for classes, loss in ((1, losses.margin), (2, losses.dlr), (3, lambda z, y: losses.targeted_dlr(z, y, y))):
         with pytest.raises(ValueError, match=f"needs logits of at least {classes + 1} classes, got {classes}"):
             loss(torch.zeros(1, classes), labels)
+
+
+def test_labels_of_the_losses_of_this_library_are_classes_and_are_checked():
+    model, (images, labels) = make_model().eval(), batch()
+    for loss in (*losses.LOSSES, losses.SmoothedCrossEntropy(0.1)):
+        with pytest.raises(ValueError, match="labels must lie in"):
+            pgd(model, images, labels + 5, loss=loss, steps=1)
+    assert not losses.takes_classes(losses.cross_entropy)  # of a function nothing is known
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)

@@ -5,7 +5,7 @@ import torch
 from helpers.attacked import snapshot
 from helpers.searched import broken, classified
 
-from sparse_adv.attacks import FGSM, PGD, MultiAttack, Square
+from sparse_adv.attacks import BIM, EOTPGD, FFGSM, FGSM, MIFGSM, PGD, RFGSM, MultiAttack, Square
 
 
 def test_each_attack_gets_what_still_stands():
@@ -69,6 +69,17 @@ def test_each_image_keeps_its_own_radius_when_the_batch_gets_smaller():
         strongest = PGD(model, eps=eps, alpha=eps / 4, random_start=False)(images, labels)
         assert 0 < broken(model, FGSM(model, eps=eps / 3)(images, labels), labels).sum() < 16
         assert (broken(model, adv, labels) >= broken(model, strongest, labels)).all()
+
+
+@pytest.mark.parametrize("kind", [PGD, BIM, FFGSM, MIFGSM, RFGSM, EOTPGD])
+def test_every_attack_takes_the_radii_and_steps_of_the_images_that_stand(kind):
+    model, images, labels = classified(16)
+    eps = torch.linspace(0.01, 0.1, 16)
+    attack = MultiAttack([FGSM(model, eps=eps / 2), kind(model, eps=eps, alpha=eps / 4)])
+    adv = attack(images, labels)
+    fallen = broken(model, FGSM(model, eps=eps / 2)(images, labels), labels)
+    assert 0 < fallen.sum() < 16 and (broken(model, adv, labels) >= fallen).all()
+    assert ((adv - images).flatten(1).abs().amax(1) <= eps).all()
 
 
 def test_saved_images_are_pixels_where_images_are_normalised(tmp_path):

@@ -77,3 +77,20 @@ def test_the_other_attacks_of_the_family_take_them_too():
 def test_other_tensors_are_refused_in_a_sentence(options, error, message):
     with pytest.raises(error, match=message):
         pgd(make_model(), *batch(), **options)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_radii_that_the_dtype_of_the_images_cannot_hold_are_not_exceeded(norm):
+    images = 0.05 * torch.rand(64, 1, 1, 1).bfloat16()
+    eps = 0.05 + 0.05 * torch.rand(64)
+    adv = pgd(
+        lambda x: x.flatten(1) * torch.tensor([1.0, -1.0]).bfloat16(),
+        images,
+        torch.ones(64).long(),
+        eps=eps,
+        alpha=0.2,
+        steps=1,
+        random_start=False,
+        norm=norm,
+    )
+    assert ((adv.double() - images.double()).flatten() <= eps).all() and (adv > images).all()

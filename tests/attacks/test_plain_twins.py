@@ -90,6 +90,43 @@ def test_apgd_is_algorithm_1(norm, loss, rho):
         assert torch.allclose(found, expected, rtol=0, atol=1e-9)
 
 
+class Waves(nn.Module):
+    """Class 0 wins everywhere; the other logits rise and fall many times within a ball."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves = (9 * self.inner(x)).sin()
+        return torch.cat([torch.full_like(waves[:, :1], 9.0), waves], 1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_apgd_halves_its_steps_and_goes_back_to_its_best_points_from_every_start(norm):
+    """The path of `test_apgd_is_algorithm_1` leads to a corner of the ball at once, wherever it starts."""
+    model, images, _ = problem(4)
+    model, labels = Waves(model), torch.zeros(4, dtype=torch.int64)
+    eps = {"linf": 0.3, "l2": 0.8}[norm]
+    options = {"norm": norm, "eps": eps, "steps": 25, "restarts": 3, "loss": "margin"}
+    adv = apgd(model, images, labels, generator=generator(), **options)
+    starts = [
+        ops.random_start(images, eps, norm, philox_state() + torch.tensor([0, n * -(-images.numel() // 4)]))
+        for n in range(3)
+    ]
+    chosen = set()
+    for i, (x, y) in enumerate(zip(images, labels, strict=True)):
+
+        def loss(z, y=y):
+            return losses.margin(model(z[None]), y[None]).sum()
+
+        found = [ascend(loss, x, start[i], eps, norm, 25, 0.75) for start in starts]
+        best = max(range(3), key=lambda n, found=found: found[n][0])
+        assert torch.allclose(adv[i], found[best][1], rtol=0, atol=1e-6)
+        chosen.add(best)
+    assert len(chosen) > 1
+
+
 def test_targeted_apgd_takes_the_nearest_classes_in_turn():
     model, images, labels = problem()
     adv = apgd_t(model, images, labels, eps=1e-3, steps=20, targets=2, restarts=2, generator=generator())
@@ -124,6 +161,23 @@ def test_apgd_follows_the_mean_of_its_gradients():
     adv = apgd(Alternating(), x, y, eps=0.1, steps=2, eot_iter=2, loss="margin", generator=generator(), engine=False)
     start = ops.random_start(x, 0.1, "linf", generator())
     assert (adv < start).all()
+
+
+class Blinking(nn.Module):
+    """Misclassifies all images in every second call, beginning with the second one."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        lead = 1.0 if self.calls % 2 else -1.0
+        return torch.stack([lead + 1e-3 * x.flatten(1).sum(1), torch.zeros(len(x)).to(x)], 1)
+
+
+def test_an_image_falls_in_apgd_if_any_of_the_averaged_passes_misclassifies_it():
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
+    adv = apgd(Blinking(), x, y, eps=0.1, steps=3, eot_iter=2, generator=generator(), engine=False)
+    assert adv.equal(ops.random_start(x, 0.1, "linf", generator()))
 
 
 def boundary_of(model: nn.Module, x: Tensor, y: Tensor, norm: str, target: int | None = None) -> tuple[float, Tensor]:

@@ -1,5 +1,7 @@
 """The Square attack: inside the ball, no image queried in vain, stronger with more radius, one seed one result."""
 
+import importlib
+
 import pytest
 import torch
 from helpers.attacked import generator
@@ -14,8 +16,9 @@ from helpers.searched import (
 )
 from torch import nn
 
-from sparse_adv.attacks import Square, square
-from sparse_adv.attacks.square import _bumps
+from sparse_adv.attacks import Square, losses, square
+from sparse_adv.attacks.ball import Ball
+from sparse_adv.attacks.square import _bumps, _propose_l2, _unit, _window
 
 NORMS = ("linf", "l2")
 
@@ -174,3 +177,46 @@ def test_the_object_computes_what_the_function_computes():
     assert torch.equal(attack(images, targets), expected)
     with pytest.raises(ValueError, match='loss must be "margin" or "ce", got \'dlr\''):
         Square(model, loss="dlr")(images, labels)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_result_is_the_queried_image_of_the_lowest_loss(norm, targeted):
+    model, images, right = linear_problem(6)
+    eps = 0.3 * least_distance(model, images, right, norm)
+    with torch.no_grad():
+        model.fc.weight.mul_(0.01)  # with logits so near to each other the two losses choose different images
+    targets = (right + 1) % 4 if targeted else right
+    chosen = []
+    for x, y, radius in zip(images.split(1), targets.split(1), eps.tolist(), strict=True):
+        asked = []
+        result = square(
+            lambda z, asked=asked: asked.append(z.clone()) or model(z),
+            *(x, y),
+            norm=norm,
+            eps=radius,
+            queries=40,
+            restarts=2,
+            targeted=targeted,
+            generator=generator(),
+        )
+        queried = torch.cat(asked[1:])  # without the clean image
+        assert len(queried) == 80
+        margin, entropy = (loss(model(queried), y.expand(80)) for loss in (losses.margin, losses.cross_entropy))
+        best, other = (entropy.argmin(), margin.argmin()) if targeted else (margin.argmax(), entropy.argmax())
+        assert result.equal(queried[best][None]) and best > 0
+        chosen.append(best != other)
+    assert any(chosen) or not targeted
+
+
+def test_a_proposal_for_l2_uses_the_whole_radius_and_moves_its_two_squares_alone(monkeypatch):
+    images = torch.full((2, 3, 9, 9), 0.5, dtype=torch.float64)
+    ball, draw = Ball(0.4, "l2", -9.0, 9.0), generator()
+    adv = images + 0.1 * _unit(torch.randn(images.shape, generator=draw).double(), (1, 2, 3))
+    corners = [torch.tensor([[0, 0], [0, 0]]), torch.tensor([[5, 5], [4, 5]])]
+    rest = iter(corners)
+    monkeypatch.setattr(importlib.import_module("sparse_adv.attacks.square"), "_corners", lambda *_: next(rest))
+    new = _propose_l2(adv, images, 0.11, ball, draw)
+    either = _window(corners[0], images, 3) | _window(corners[1], images, 3)
+    torch.testing.assert_close(new.where(~either, 0), adv.where(~either, 0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(distances(new, images, "l2"), torch.full((2,), 0.4).double())

@@ -190,6 +190,8 @@ def test_an_evaluation_is_given_every_setting(reach, checkpoint):
     network = NETWORK | {"normalize": "digits", "density": 0.5}
     asked = reach(networks, "trained", "evaluate", checkpoint, *flags(network))
     assert {name: asked[name] for name in network} == network
+    read = reach(masks, "load_pruned", "evaluate", checkpoint, *flags(network))
+    assert read["density"] == 0.5 and read["dense"]
     command = "evaluate", checkpoint, *flags(NETWORK), "--images", "20", "--split", "train", "--device", "cpu"
     measured = reach(evaluate, "clean_accuracy", *command, "--limit", "90", "--validation", "30", "--seed", "11")
     whole = data.load("digits", limit=90, validation=30, seed=11).train

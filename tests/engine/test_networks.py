@@ -9,6 +9,7 @@ from helpers.networks import NETWORKS, network
 from torch import nn
 
 from sparse_adv import engine, masks, models
+from sparse_adv.engine import dispatch, training
 from sparse_adv.nn import MaskedConv2d, sparsify
 from sparse_adv.ops import PASSES
 
@@ -74,6 +75,41 @@ def test_weights_are_read_again_in_each_context():
                     tensor.mul_(1.1)
 
 
+def test_every_step_reads_its_weights_again():
+    """A masked and a dense convolution with BatchNorm, a BatchNorm of its own, and masked and dense linear layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)),
+        *(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5)),
+    )
+    model = sparsify(model.double(), {"1": torch.rand(8, 3, 3, 3) < 0.5, "7": torch.rand(16, 64) < 0.5}).eval()
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    for tensor in [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]:
+        with torch.no_grad():
+            tensor.add_(0.1 * torch.rand(tensor.shape)).mul_(1.1)
+        with engine.input_gradients(model, x) as gradients:
+            assert isinstance(gradients, engine.Program)
+            assert relative_error(gradients.logits(x), engine.Autograd(model).logits(x)) < 1e-9
+
+
+@pytest.mark.parametrize("module", [dispatch, training])
+def test_what_was_used_last_is_kept(module, monkeypatch):
+    """Of each model CAPACITY programs, or graphs for training, are kept; those that are in use are not made again."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten()).train(module is training)
+    made, make = [], module._make
+    monkeypatch.setattr(module, "_make", lambda model, x: made.append(len(x)) or make(model, x))
+
+    for count in (1, 2, 3, 4, 1, 5, 1, 3, 4, 5):
+        x = torch.rand(count, 1, 8, 8)
+        model[2].count = count  # a state of the model for each
+        if module is training:
+            engine.fuse_for_training(model, x)
+        else:
+            with engine.input_gradients(model, x):
+                pass
+    assert module.CAPACITY == 4 and made == [1, 2, 3, 4, 5]
+
+
 def test_steps_of_this_librarys_kernels_allocate_nothing():
     model, x, loss = example("resnet18", (4, 4))
     for layer in model.modules():
@@ -120,7 +156,16 @@ def test_a_model_is_freed_although_its_steps_are_kept():
     assert reference() is None
 
 
-@pytest.mark.parametrize("held", [lambda f: f, lambda f: (f, 0.0), lambda f: [0.0, [f]], lambda f: {"of": {"this": f}}])
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda f: f,
+        lambda f: (f, 0.0),
+        lambda f: [0.0, [f]],
+        lambda f: {"of": {"this": f}},
+        lambda f: [*[0.0] * 50, f],
+    ],
+)
 def test_a_changed_attribute_of_a_module_is_noticed(held):
     def found(value):
         return (

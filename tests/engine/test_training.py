@@ -255,6 +255,14 @@ def test_random_layers_draw_what_they_would():
     torch.testing.assert_close(*results)
 
 
+def test_one_value_of_each_channel_is_refused_as_by_pytorch():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    assert isinstance(engine.fuse_for_training(model, torch.rand(2, 3, 1, 1)), TrainingGraph)
+    for run in (model, engine.fuse_for_training(model, torch.rand(2, 3, 1, 1))):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            run(torch.rand(1, 3, 1, 1))
+
+
 def test_shapes_that_only_broadcast_are_added_by_pytorch():
     class Scaled(nn.Module):
         def __init__(self):

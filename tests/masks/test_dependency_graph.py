@@ -88,6 +88,35 @@ def test_channels_of_grouped_convolutions_are_fixed_but_not_of_depthwise_ones():
     assert group_of(dependency_groups(grouped, SHAPE), "0").fixed == "1 is a grouped convolution"
 
 
+class Residual(nn.Module):
+    """A sum with what has fixed channels, on either side."""
+
+    def __init__(self, fixed, swapped: bool) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = (nn.Conv2d(*sizes, 3, padding=1) for sizes in ((3, 3), (3, 3), (3, 5)))
+        self.fixed, self.swapped = fixed, swapped
+
+    def forward(self, x):
+        kept, free = self.fixed(self, x), self.inner(self.first(x))
+        return self.last(free + kept if self.swapped else kept + free)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    ("fixed", "shares"),
+    [
+        (lambda m, x: x, False),
+        (lambda m, x: m.first(x).flip(1), True),
+        (lambda m, x: F.conv2d(x, m.first.weight, padding=1), True),
+    ],
+    ids=["input", "mixed", "weight read by a function"],
+)
+def test_a_sum_with_fixed_channels_fixes_its_other_operand(fixed, shares, swapped):
+    groups = dependency_groups(Residual(fixed, swapped), SHAPE)
+    assert group_of(groups, "inner").fixed
+    assert bool(group_of(groups, "first").fixed) is shares
+
+
 def test_a_model_that_cannot_be_traced_raises_an_error_that_names_the_module():
     def branch(x):
         return x if x.sum() > 0 else -x

@@ -259,6 +259,30 @@ def test_with_dependency_input_filters_joined_by_a_residual_sum_are_pruned_toget
     assert abs(kept - 0.5) < 0.02
 
 
+def test_filters_of_a_group_are_ranked_by_the_mean_square_of_all_their_weights():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow, self.last = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(3, 24, 1), nn.Conv2d(24, 2, 1)
+
+        def forward(self, x):
+            return self.last((self.wide(x) + self.narrow(x)).relu())
+
+    torch.manual_seed(0)
+    model = Sum()
+    with torch.no_grad():
+        model.wide.weight.mul_(0.5 + torch.rand(24, 1, 1, 1))
+        model.narrow.weight.mul_(torch.rand(24, 1, 1, 1))
+    masks = prune(model, 0.5, "filter", exclude=["last"], dependency_input=(1, 3, 6, 6))
+    weights = torch.cat([model.wide.weight.detach().flatten(1), model.narrow.weight.detach().flatten(1)], 1)
+    for name in ("wide", "narrow"):
+        kept = masks[name].flatten(1).any(1).nonzero().squeeze(1)
+        assert kept.equal(weights.square().mean(1).topk(12).indices.sort().values)
+    squares = [layer.weight.square().mean((1, 2, 3)) for layer in (model.wide, model.narrow)]
+    fourth = 27 * squares[0] ** 2 + 3 * squares[1] ** 2  # another ranking
+    assert not kept.equal(fourth.topk(12).indices.sort().values)
+
+
 def test_dependency_input_changes_nothing_in_a_model_without_residual_sums():
     model = network()
     alone, joint = prune(model, 0.5, "filter"), prune(model, 0.5, "filter", dependency_input=(1, 3, 8, 8))

@@ -52,10 +52,12 @@ def test_a_jump_over_several_updates_is_due_if_one_of_them_is(method, interval, 
 
 def test_the_dropped_fraction_follows_half_a_cosine():
     """Evci et al. 2020, section 3: f(t) = alpha / 2 (1 + cos(pi t / T_end))."""
-    schedule = Schedule(MethodConfig("rigl", drop_fraction=0.4), epochs=100, steps_per_epoch=10)
-    for step in (0, 100, 375, 749, 750, 900):
-        expected = 0.2 * (1 + math.cos(min(step, 750) * math.pi / 750))
-        assert schedule.drop_fraction(step) == pytest.approx(expected, abs=1e-12)
+    for dense_epochs in (0.0, 20.0):  # t is counted from the first update of the run
+        config = MethodConfig("rigl", drop_fraction=0.4, dense_epochs=dense_epochs)
+        schedule = Schedule(config, epochs=100, steps_per_epoch=10)
+        for step in (0, 100, 375, 749, 750, 900):
+            expected = 0.2 * (1 + math.cos(min(step, 750) * math.pi / 750))
+            assert schedule.drop_fraction(step) == pytest.approx(expected, abs=1e-12)
 
 
 def test_gmp_follows_the_cubic_schedule():

@@ -132,6 +132,19 @@ def test_channels_with_kept_weights_of_zero_are_not_removed():
     assert shrink(model, {}, (1, 3, 9, 9)).widths["0"] == (8, 8)
 
 
+def test_parameters_keep_dtype_layout_and_whether_they_are_trained():
+    model, shape = network("resnet18")
+    model = model.double().to(memory_format=torch.channels_last)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 3 != 0)
+    small = dict(shrink(model, prune(model, 0.5, "filter", dependency_input=shape), shape).model.named_parameters())
+    assert small.keys() == dict(model.named_parameters()).keys()
+    assert sum(map(Tensor.numel, small.values())) < 0.6 * parameters(model)
+    for name, parameter in model.named_parameters():
+        assert (small[name].requires_grad, small[name].dtype) == (parameter.requires_grad, torch.float64), name
+        assert small[name].dim() != 4 or small[name].is_contiguous(memory_format=torch.channels_last), name
+
+
 def test_the_small_model_can_be_trained_copied_loaded_and_compiled():
     model, shape = network("resnet18")
     masks = prune(model, 0.5, "filter", dependency_input=shape)

@@ -60,6 +60,8 @@ def test_the_faster_kernel_is_fixed(model, monkeypatch, winner):
     for name, choice in choices.items():
         assert {p: choice[p]["kernel"] for p in PASSES} == dict.fromkeys(PASSES, winner)
         assert kernels_of(model[int(name)]) == dict.fromkeys(PASSES, winner)
+        for measured in choice.values():
+            assert measured[f"{winner}_ms"] == 1.0 and {measured["sparse_ms"], measured["dense_ms"]} == {1.0, 2.0}
 
 
 def test_the_table_decides_between_kernels_of_equal_time(model, monkeypatch):
@@ -74,6 +76,14 @@ def test_real_measurements_choose_the_shorter_time(model):
         for measured in choice.values():
             other = "dense" if measured["kernel"] == "sparse" else "sparse"
             assert 0 < measured[f"{measured['kernel']}_ms"] <= measured[f"{other}_ms"] / 0.95 + 1e-3
+
+
+@pytest.mark.parametrize(("trials", "seconds", "expected"), [(5, 60.0, 5), (1, 60.0, 2), (5, 0.0, 2)])
+def test_each_kernel_is_timed_as_often_as_asked_for_within_the_time(model, monkeypatch, trials, seconds, expected):
+    timed = []
+    monkeypatch.setattr(tuning, "_clock", lambda run, device: lambda: timed.append(1) or 1.0)
+    tune(model, SHAPE, trials=trials, seconds=seconds)
+    assert len(timed) == 2 * 3 * 2 * expected  # layers, passes, kernels
 
 
 def test_tuning_leaves_values_statistics_and_modes_alone(model):

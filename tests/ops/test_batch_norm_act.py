@@ -70,6 +70,18 @@ def test_a_mean_far_from_zero_costs_no_precision(format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_sums_over_a_million_elements_are_as_precise_as_short_ones(format):
+    """Only the result is rounded to float32; a sum in float32 throughout would be wrong by 1e-6."""
+    input = torch.rand(4096, 2, 16, 16).contiguous(memory_format=format).requires_grad_()
+    weight, bias, var = torch.ones(2).requires_grad_(), torch.zeros(2).requires_grad_(), torch.zeros(2)
+    out = batch_norm_act(input, weight, bias, torch.zeros(2), var, relu=False, momentum=1.0)
+    grad = torch.rand(out.shape).contiguous(memory_format=format)
+    out.backward(grad)
+    assert torch.allclose(var.double(), input.detach().double().var((0, 2, 3)), rtol=1.2e-7, atol=0)
+    assert torch.allclose(bias.grad.double(), grad.double().sum((0, 2, 3)), rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("size", [(4, 4), (32, 32)])
 def test_results_do_not_depend_on_the_number_of_threads(format, size):
     operands = operands_of((9, 37, *size), set(OPERANDS), {"dtype": torch.float32, "format": format})

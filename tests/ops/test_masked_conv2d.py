@@ -12,7 +12,7 @@ from helpers.tolerances import assert_close, assert_equal
 from hypothesis import given, settings
 from torch import Tensor
 
-from sparse_adv.ops import Pattern, compile_pattern, masked_conv2d, pack_pattern, reference
+from sparse_adv.ops import Pattern, compile_pattern, masked_conv2d, pack_pattern, reference, set_kernels
 
 KERNELS = ("sparse", "auto", "dense")
 
@@ -128,6 +128,20 @@ def test_a_pixel_that_is_not_finite_reaches_the_gradients_of_the_weights_that_mu
     case.input[place] = math.nan
     spoiled = case.results(case.pattern(kernel))["grad_weight"].isnan()
     assert_equal(spoiled, case.expected()["grad_weight"].isnan())
+
+
+@pytest.mark.parametrize("images", [1, 16])
+@pytest.mark.parametrize("width", [5, 16, 17, 19, 33, 34])
+def test_the_first_pixel_of_a_row_reaches_no_output_of_the_row_before(width, images):
+    """Without padding, a vector that begins in the last pixels of a row must not end in the next row."""
+    x = torch.rand(images, 2, 6, width)
+    x[:, :, 2, 0] = math.inf
+    pattern = set_kernels(compile_pattern(torch.ones(4, 2, 3, 3, dtype=torch.bool), (1, 1)), *["sparse"] * 3)
+    weight = torch.rand(4, 2, 3, 3).requires_grad_()
+    out = masked_conv2d(x, weight, pattern)
+    assert not out[..., :3, 0].isfinite().any() and out[..., 1:].isfinite().all()
+    (gradient,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+    assert not gradient[..., 0].isfinite().any() and gradient[..., 1:].isfinite().all()
 
 
 @pytest.mark.parametrize("width", [14, 20])

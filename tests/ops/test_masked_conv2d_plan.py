@@ -238,6 +238,8 @@ def test_what_has_no_triton_kernel_is_dense_on_cuda():
     assert reasons(requested, on_cuda(torch.float64)) == {"no sparse kernel for float64 on cuda"}
     assert reasons(lists, on_cuda()) == {"no sparse kernel for block (64, 64, 1, 1) on cuda"}
     assert reasons(requested, on_cuda(images=2**20, pixels=32)) == {too_large}
+    by_stride = plan(requested, on_cuda(images=2**20, pixels=32), stride=2, padding=1)  # the output alone would fit
+    assert {planned.reason for planned in by_stride} == {too_large}
 
 
 def test_autocast_on_cuda_changes_the_dtype_of_the_plan(monkeypatch):

@@ -131,6 +131,8 @@ def test_the_summary_has_a_run_s_costs_and_accuracies(tmp_path):
     }
     assert (second["kind"], second["best robust"], second["test pgd-20"]) == ("search, fgsm", "", "")
     assert (second["total s"], second["status"]) == ("20.0", "epoch 2 of 4")
+    (none,) = cells(report.summary(read(make(tmp_path / "not robust", (0.0, 0.0), test={"pgd-20": 0.0}))))
+    assert (none["best robust"], none["last robust"], none["test pgd-20"]) == ("0.0%",) * 3  # 0 is a result
 
 
 def test_one_slow_epoch_changes_no_median_and_of_equal_epochs_the_first_is_the_best(tmp_path):

@@ -1,6 +1,7 @@
 """Ticket search: it returns to the initial weights, its masks are those configured, its checks detect defects."""
 
 import copy
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -62,9 +63,18 @@ def test_the_ticket_records_configurations_epochs_cost_and_checks():
     assert tickets.cost_of(ticket) == record.cost
 
 
+def test_the_time_of_pruning_is_a_cost(monkeypatch):
+    prune = masks.prune
+    monkeypatch.setattr(masks, "prune", lambda *args, **options: time.sleep(0.05) or prune(*args, **options))
+    record = tickets.record_of(search(density=0.3)[0])
+    assert record.cost.seconds >= record.epochs[-1].total.seconds + 0.05
+
+
 def test_a_ticket_from_elsewhere_has_no_record_and_no_cost():
     ticket = masks.Ticket({}, {}, {"arch": "vgg16"})
     assert tickets.cost_of(ticket) == Cost()
+    before_records = masks.Ticket({}, {}, {"seconds": 2.5, "multiply_adds": 1000})
+    assert tickets.cost_of(before_records) == Cost(2.5, 1000)
     with pytest.raises(ValueError, match="the provenance of the ticket lacks the key 'train'"):
         tickets.record_of(ticket)
 
@@ -392,6 +402,8 @@ def test_a_shuffled_mask_has_the_same_density_and_blocks(shape, block, density, 
 
 def test_a_shuffled_mask_differs():
     pruned = {"layer": torch.rand(16, 16, 3, 3) < 0.3, "linear": torch.rand(16, 8) < 0.5}
+    pruned["its twin"] = pruned["layer"].clone()
     shuffled = tickets.shuffle(pruned, 0)
+    assert not shuffled["layer"].equal(shuffled["its twin"])  # each layer has a permutation of its own
     assert all(not shuffled[name].equal(pruned[name]) for name in pruned)
     assert masks.density(shuffled) == masks.density(pruned)

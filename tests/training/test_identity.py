@@ -19,6 +19,7 @@ from torch.utils.data import (
 
 from sparse_adv import data, masks, runs, sparsify, training
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig
+from sparse_adv.data import Batches
 from sparse_adv.runs import Cost
 from sparse_adv.training import identity
 
@@ -180,6 +181,19 @@ def test_more_epochs_extend_a_run(tmp_path, schedule):
         assert records[-1].learning_rate == config.lr * (1 + np.cos(np.pi * 11 / 12)) / 2
     with pytest.raises(ValueError, match=r"train\.epochs 4, now 2"):
         run(tmp_path, config=config)
+    run(tmp_path, config=replace(config, epochs=5))
+    assert runs.read(tmp_path).info.extended == (2, 4)
+
+
+def test_a_run_that_has_not_ended_is_not_shortened(tmp_path):
+    def begin(epochs):
+        own = replace(CONFIG, epochs=epochs)
+        return training.Training(network(), batches(), own, validation=VALIDATION, folder=tmp_path)
+
+    next(begin(4).epochs())
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        begin(3)
+    assert len(begin(4).records) == len(begin(5).records) == 1
 
 
 def test_a_run_continued_with_other_threads_says_so(tmp_path, caplog):
@@ -357,6 +371,14 @@ def test_what_chooses_the_images_is_part_of_them():
     sampler.set_epoch(3)
     assert of(sampler) == before
     assert identity.images_digest(Noise(0)) != identity.images_digest(Noise(1))
+
+
+def test_every_setting_of_batches_is_part_of_them():
+    plain = identity.images_digest(batches())
+    changes = {"batch_size": 16, "shuffle": False, "augment": True, "seed": 1, "world_size": 2}
+    for name, value in changes.items():
+        assert identity.images_digest(Batches(TRAIN, **({"batch_size": 32} | {name: value}))) != plain, name
+    assert identity.images_digest(batches()) == plain
 
 
 def test_a_tensor_that_is_expanded_is_not_written_out():

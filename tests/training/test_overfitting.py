@@ -9,7 +9,7 @@ from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
 
 from sparse_adv import training
 from sparse_adv.runs import Cost
-from sparse_adv.training import CatastrophicOverfittingError, TrainConfig
+from sparse_adv.training import CatastrophicOverfittingError, TrainConfig, objectives
 from sparse_adv.training.overfitting import OverfittingMonitor
 
 CONFIG = replace(QUICK, objective="fgsm-rs", epochs=4)
@@ -97,6 +97,14 @@ def test_an_overfitted_epoch_is_undone_and_repeated_with_pgd(overfit_at, caplog)
     last_attempts = sum((record.attack + record.update for record in records), Cost())
     assert records[-1].total.macs > last_attempts.macs  # the undone attempt is counted
     assert records[1].attack.macs == 2 * records[0].attack.macs  # PGD-2 instead of one step
+
+
+def test_the_epochs_trained_with_pgd_have_the_step_size_of_pgd(overfit_at, monkeypatch):
+    build, built = objectives.build, []
+    monkeypatch.setattr(objectives, "build", lambda config, **more: built.append(config) or build(config, **more))
+    overfit_at(2)
+    training.train(network(), batches(), replace(CONFIG, alpha=0.04, epochs=2), validation=VALIDATION)
+    assert [(config.objective, config.step_size) for config in built] == [("fgsm-rs", 0.04), ("pgd", CONFIG.eps / 4)]
 
 
 @pytest.mark.parametrize("objective", ["fgsm-rs", "fgsm-rs-cs", "fgsm-uap", "nu-at", "free"])

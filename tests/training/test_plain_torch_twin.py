@@ -1,11 +1,13 @@
 """`train` does what a plain loop of PyTorch does, bit for bit; every setting that a run is given reaches its use."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.small_runs import QUICK, TEST, VALIDATION, batches, equal_states, network
+from helpers.small_runs import QUICK, TEST, TRAIN, VALIDATION, batches, equal_states, network
+from torch.utils._pytree import tree_flatten
 
 from sparse_adv import runs, training
 from sparse_adv.training import checkpoint, loop
@@ -29,24 +31,28 @@ PLAIN = replace(QUICK, engine=False, momentum=0.8, weight_decay=0.01)
 def test_training_is_a_plain_loop_bit_for_bit(change):
     config = replace(PLAIN, **change)
     trained, plain = network(), network()
-    training.train(trained, batches(), config)
+    records = training.train(trained, batches(40), config)  # a last batch of 16
     optimizer = torch.optim.SGD(plain.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay, fused=True)
-    images, step = batches(), 0
-    for _ in range(config.epochs):
+    images, step = batches(40), 0
+    for record in records:
         plain.train()
+        loss_sum = 0.0
         for x, y in images:
             optimizer.param_groups[0]["lr"] = config.learning_rate(step, len(images))
             optimizer.zero_grad()
-            F.cross_entropy(plain(x), y).backward()
+            loss = F.cross_entropy(plain(x), y)
+            loss.backward()
+            loss_sum += loss.item() * len(y)
             if config.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(plain.parameters(), config.max_grad_norm)
             optimizer.step()
             step += 1
+        assert record.loss == pytest.approx(loss_sum / len(TRAIN.labels))
         plain.eval()
     assert equal_states(trained.state_dict(), plain.state_dict())
     if change:
         other = network()
-        training.train(other, batches(), PLAIN)
+        training.train(other, batches(40), PLAIN)
         assert not equal_states(trained.state_dict(), other.state_dict())
 
 
@@ -59,6 +65,21 @@ def test_the_scale_of_the_loss_in_float16_does_not_count_where_gradients_are_cli
         assert run.updater.scaler.get_scale() > 1000
         states.append(model.state_dict())
     assert equal_states(*states)
+
+
+def test_a_state_holds_every_part_of_an_update():
+    """What is loaded is what was saved, whatever another run had in its place."""
+    config = replace(PLAIN, objective="free", replays=2, epochs=1, precision="float16", ema_decay=0.9)
+    first, second = (training.Training(network(seed), batches(), config) for seed in (0, 1))
+    list(first.epochs())
+    first.updater.scaler.update(512.0)
+    state = copy.deepcopy(first.updater.state_dict())
+    assert state["scaler"]["scale"] == 512 and state["step"] == 6 and state["objective"]
+    second.updater.load_state_dict(state)
+    (saved, kind), (loaded, same) = (tree_flatten(updater) for updater in (state, second.updater.state_dict()))
+    assert kind == same
+    for a, b in zip(saved, loaded, strict=True):
+        assert a.equal(b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_the_model_is_in_training_mode_in_every_epoch():
