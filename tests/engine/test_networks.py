@@ -9,7 +9,6 @@ from helpers.networks import NETWORKS, network
 from torch import nn
 
 from sparse_adv import engine, masks, models
-from sparse_adv.engine import dispatch, training
 from sparse_adv.nn import MaskedConv2d, sparsify
 from sparse_adv.ops import PASSES
 
@@ -90,24 +89,6 @@ def test_every_step_reads_its_weights_again():
         with engine.input_gradients(model, x) as gradients:
             assert isinstance(gradients, engine.Program)
             assert relative_error(gradients.logits(x), engine.Autograd(model).logits(x)) < 1e-9
-
-
-@pytest.mark.parametrize("module", [dispatch, training])
-def test_what_was_used_last_is_kept(module, monkeypatch):
-    """Of each model CAPACITY programs, or graphs for training, are kept; those that are in use are not made again."""
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten()).train(module is training)
-    made, make = [], module._make
-    monkeypatch.setattr(module, "_make", lambda model, x: made.append(len(x)) or make(model, x))
-
-    for count in (1, 2, 3, 4, 1, 5, 1, 3, 4, 5):
-        x = torch.rand(count, 1, 8, 8)
-        model[2].count = count  # a state of the model for each
-        if module is training:
-            engine.fuse_for_training(model, x)
-        else:
-            with engine.input_gradients(model, x):
-                pass
-    assert module.CAPACITY == 4 and made == [1, 2, 3, 4, 5]
 
 
 def test_steps_of_this_librarys_kernels_allocate_nothing():
