@@ -29,7 +29,8 @@ static inline __attribute__((always_inline)) auto gated(const BatchNormSums<T>& 
 static inline double only_first(double v, int) { return v; }
 static inline Vec only_first(Vec v, int count) { return count == kLanes ? v : zero_unless(first_bits(count), v); }
 
-template <class T, class Bits>
+// LONG: whether a run has more vectors than a lane may add up in T.
+template <bool LONG, class T, class Bits>
 static void channel_sums(const BatchNormSums<T>& shared, int64_t images, int64_t begin, int64_t end, double* first,
                          double* second) {
   using Values = decltype(broadcast(T(0)));
@@ -45,14 +46,23 @@ static void channel_sums(const BatchNormSums<T>& shared, int64_t images, int64_t
     const int64_t stop = start + stride < images ? start + stride : images;
     for (int64_t image = start; image < stop; ++image) {
       Values shift = zero, a = zero, b = zero;
+      int64_t current = begin, added = 0;
       visit_runs<T, Bits>(
           operands.runs, {.read = operands.gate}, image * operands.runs.channels + begin,
           image * operands.runs.channels + end,
           [&](int64_t channel) __attribute__((always_inline)) {
             shift = broadcast(operands.minus_shift[channel]);
             a = b = zero;
+            current = channel;
+            added = 0;
           },
           [&](int64_t at, int64_t, int count, Bits& bits) __attribute__((always_inline)) {
+            if (LONG && ++added > kAddends) {
+              first[current] += sum_of(a);
+              second[current] += sum_of(b);
+              a = b = zero;
+              added = 1;
+            }
             __builtin_prefetch(operands.input + at + next);
             if (operands.grad) __builtin_prefetch(operands.grad + at + next);
             const Values d = only_first(add(load_up_to(operands.input + at, count), shift), count);
@@ -75,7 +85,10 @@ static void channel_sums(const BatchNormSums<T>& shared, int64_t images, int64_t
 template <class T>
 void batch_norm_channel_sums(const BatchNormSums<T>& operands, int64_t images, int64_t begin, int64_t end,
                              double* first, double* second) {
-  const auto sums = has_narrow_rows(operands.runs) ? &channel_sums<T, NarrowRows<T>> : &channel_sums<T, WideRows<T>>;
+  const bool is_long = operands.runs.size() > kAddends * Lanes<T>::count;
+  auto sums = is_long ? &channel_sums<true, T, WideRows<T>> : &channel_sums<false, T, WideRows<T>>;
+  if (has_narrow_rows(operands.runs))
+    sums = is_long ? &channel_sums<true, T, NarrowRows<T>> : &channel_sums<false, T, NarrowRows<T>>;
   sums(operands, images, begin, end, first, second);
 }
 

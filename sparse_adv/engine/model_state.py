@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Hashable, Iterator
 from itertools import islice
 
@@ -19,11 +20,11 @@ HOOKS = (
 )
 """The tables of a module in which PyTorch keeps the hooks of its forward and backward pass."""
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None), type, types.FunctionType, types.BuiltinFunctionType)
 _CONTAINERS = (tuple, list, dict)
 _NOT_WATCHED = frozenset([*vars(nn.Module()), *MaskedLayer.DERIVED])
 """Attributes that PyTorch gives to every module, and those that masked layers derive from their tensors."""
-_LONGEST, _DEEPEST = 64, 4
+_LONGEST, _DEEPEST = 1024, 8
 """Elements and levels of a container that are compared. A call takes 0.5 ms for a ResNet-18, with or without them."""
 
 

@@ -144,7 +144,8 @@ def test_a_model_is_freed_although_its_steps_are_kept():
         lambda f: (f, 0.0),
         lambda f: [0.0, [f]],
         lambda f: {"of": {"this": f}},
-        lambda f: [*[0.0] * 50, f],
+        lambda f: [*[0.0] * 500, f],
+        lambda f: [{"a": [{"b": [f]}]}],
     ],
 )
 def test_a_changed_attribute_of_a_module_is_noticed(held):
@@ -172,6 +173,22 @@ def test_a_changed_attribute_of_a_module_is_noticed(held):
             torch.testing.assert_close(gradients.logits(x), model(x).detach())
         fused = engine.fuse_for_training(model, x)
         torch.testing.assert_close(fused(x), model(x))
+
+
+def test_a_changed_function_of_a_module_is_noticed():
+    class Activated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.activation = nn.Conv2d(3, 4, 3), F.relu
+
+        def forward(self, x):
+            return self.activation(self.conv(x)).mean((2, 3))
+
+    model, x = Activated().eval(), torch.rand(2, 3, 8, 8)
+    for activation in (F.relu, torch.tanh, F.softplus):
+        model.activation = activation
+        with engine.input_gradients(model, x) as gradients:
+            torch.testing.assert_close(gradients.logits(x), model(x).detach())
 
 
 def test_steps_are_those_of_the_present_autocast_and_dtype():

@@ -195,3 +195,11 @@ def test_bad_input_is_reported_by_name_and_value(name):
     change, error, message = BAD[name]
     with pytest.raises(error, match=message):
         batch_norm_act(**{"input": like, **change})
+
+
+def test_statistics_of_large_images_are_summed_in_float64():
+    x = torch.randn(1, 2, 1023, 1025) + 0.3
+    _, mean, var, _ = torch.ops.sparse_adv.batch_norm_act(x, None, None, None, 1e-5, True)
+    wide = x.double()
+    torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=0, atol=1e-7)
+    torch.testing.assert_close(var.double(), wide.var((0, 2, 3), unbiased=False), rtol=2e-7, atol=0)
