@@ -24,8 +24,9 @@ def checks_types(function: Callable[P, R]) -> Callable[P, R]:
     Text is no sequence. A call takes some microseconds more, so this is not for functions of single steps.
 
     Examples:
+        >>> from collections.abc import Sequence
         >>> @checks_types
-        ... def area(shape: collections.abc.Sequence[int]) -> int:
+        ... def area(shape: Sequence[int]) -> int:
         ...     return shape[0] * shape[1]
         >>> area((2, 3))
         6

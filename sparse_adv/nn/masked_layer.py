@@ -223,7 +223,11 @@ class MaskedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         _to_own_keys(state_dict, prefix)
-        state_dict.setdefault(f"{prefix}weight_mask", self.weight_mask)
+        mask = state_dict.setdefault(f"{prefix}weight_mask", self.weight_mask)
+        if mask.shape == self.weight_mask.shape:
+            # Before the weight: assign=True replaces that, which applies the mask to the new one.
+            with mode_of(self.weight), torch.no_grad():
+                self.weight_mask.copy_(mask)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._derive()
 

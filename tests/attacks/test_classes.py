@@ -36,7 +36,7 @@ DEFAULTS = {
     **{"cw": {"c": 1.0, "kappa": 0.0, "steps": 50, "lr": 0.01}, "deepfool": {"steps": 50, "overshoot": 0.02}},
     "fab": (fab := {"eps": None, "steps": 100, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9}),
     "fab_t": fab | {"n_target_classes": 9},
-    "square": {"queries": 5000, "p_init": 0.8},
+    "square": {"queries": 5000, "p_init": 0.8, "loss": "margin", "resc_schedule": True},
     "fmn": {"steps": 100, "alpha": 1.0, "gamma": 0.05, "loss": "margin"},
     **{"mifgsm": {"steps": 10, "decay": 1.0}, "rfgsm": {"alpha": 4 / 255, "steps": 1}, "bim": {"steps": 10}},
     **{"eotpgd": {"steps": 10, "eot_iter": 2}, "tpgd": {"steps": 10}, "fgsm": {}},

@@ -93,7 +93,7 @@ def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, ca
     [
         ({"width": 200_000}, "mask has shape"),
         ({"width": 10**9}, "cannot be built"),
-        ({"input_shape": 5}, "input_shape must be [C, H, W], each at least 1, got 5"),
+        ({"input_shape": 5}, "input_shape must be of type Sequence or None, got 5"),
         ({"input_shape": [1, 4000, 4000]}, "take a smaller one"),
     ],
 )

@@ -107,7 +107,8 @@ class Observed(SparseTraining):
         assert record.train_accuracy is not None
         if self.trend is not None:
             gap, loss = (sign * record.epoch for sign in self.trend)
-            record = replace(record, train_accuracy=0.1 * gap, robust_accuracy=0.0, robust_loss=10.0 + loss)
+            values = {"train_accuracy": 0.5 + 0.05 * gap, "robust_accuracy": 0.1, "robust_loss": 10.0 + loss}
+            record = replace(record, **values)
         super().after_epoch(record)
 
 

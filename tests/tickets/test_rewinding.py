@@ -16,7 +16,7 @@ def test_the_weights_are_those_of_the_last_attempt_at_the_epoch(tmp_path, monkey
 
     def measured(self, model):
         calls.append(measure(self, model))
-        return calls[-1]._replace(fraction=0.0) if len(calls) == 2 else calls[-1]
+        return replace(calls[-1], fraction=0.0) if len(calls) == 2 else calls[-1]
 
     monkeypatch.setattr(OverfittingMonitor, "measure", measured)
     model, seen = network(), []
