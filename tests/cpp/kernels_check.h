@@ -19,8 +19,8 @@
 #include "cpu/pgd_step_kernel.h"
 #include "cpu/pointwise_kernel.h"
 #include "cpu/random_start_kernel.h"
-#include "cpu/winograd_conv2d/grad_weight_kernel.h"
 #include "cpu/winograd_conv2d/conv_kernel.h"
+#include "cpu/winograd_conv2d/grad_weight_kernel.h"
 
 namespace sparse_adv {
 

@@ -11,8 +11,8 @@
 #include "common/tensor_checks.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/epilogue_tensors.h"
-#include "cpu/winograd_conv2d/grad_weight_kernel.h"
 #include "cpu/winograd_conv2d/conv_kernel.h"
+#include "cpu/winograd_conv2d/grad_weight_kernel.h"
 
 namespace sparse_adv {
 
