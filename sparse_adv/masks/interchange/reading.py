@@ -198,7 +198,7 @@ def _check_plain(key: str, value: Tensor) -> None:
     if kind is None:
         try:
             value.new_empty(1) != 0  # noqa: B015
-        except (RuntimeError, NotImplementedError):  # numbers of less than a byte
+        except RuntimeError:  # numbers of less than a byte
             kind = f"of dtype {value.dtype}"
     if kind is not None:
         raise ValueError(f"{key!r} is {kind}: only dense tensors of real numbers can be read")

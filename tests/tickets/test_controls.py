@@ -1,0 +1,34 @@
+"""The shuffled mask of a control: random, with the density and the blocks of the ticket's in each layer."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sparse_adv import masks, tickets
+from sparse_adv.nn import sparsify
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 2, *[st.integers(1, 3)] * 2),
+    block=st.sampled_from([(1, 1), (2, 1), (4, 4), (1, 1, 3, 3)]),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 100),
+)
+def test_a_shuffled_mask_has_the_same_density_and_blocks(shape, block, density, seed):
+    layer = nn.Conv2d(shape[1], shape[0], shape[2:])
+    pruned = masks.prune(nn.Sequential(layer), density, block)
+    shuffled = tickets.shuffle(pruned, seed)
+    assert shuffled["0"].count_nonzero() == pruned["0"].count_nonzero() and shuffled["0"].shape == pruned["0"].shape
+    assert torch.equal(shuffled["0"], tickets.shuffle(pruned, seed)["0"])
+    # `sparsify` refuses a mask that is not made of such blocks.
+    sparsify(nn.Sequential(layer), shuffled, block=masks.largest_block(pruned["0"]))
+
+
+def test_a_shuffled_mask_differs():
+    pruned = {"layer": torch.rand(16, 16, 3, 3) < 0.3, "linear": torch.rand(16, 8) < 0.5}
+    pruned["its twin"] = pruned["layer"].clone()
+    shuffled = tickets.shuffle(pruned, 0)
+    assert not shuffled["layer"].equal(shuffled["its twin"])  # each layer has a permutation of its own
+    assert all(not shuffled[name].equal(pruned[name]) for name in pruned)
+    assert masks.density(shuffled) == masks.density(pruned)
