@@ -22,11 +22,8 @@ from sparse_adv.runs import EpochRecord, Run, TrainResult
 
 log = logging.getLogger(__name__)
 
-# No monitor: it is for single-step attacks, and would end a run of PGD for one weak epoch at the highest learning rate.
-TRAINING = TrainConfig("pgd", epochs=12, lr=0.2, warmup_epochs=3, eps=0.2, overfitting_monitor=False)
-SEARCH = replace(
-    TRAINING, objective="fgsm-rs", epochs=6, lr=0.05, warmup_epochs=0, schedule="constant", overfitting_monitor=True
-)
+TRAINING = TrainConfig("pgd", epochs=12, lr=0.2, warmup_epochs=3, eps=0.2)
+SEARCH = replace(TRAINING, objective="fgsm-rs", epochs=6, lr=0.05, warmup_epochs=0, schedule="constant")
 IMAGES = DataConfig("digits", validation=300, batch_size=64)
 NETWORK = NetworkConfig("digits_cnn")
 

@@ -7,11 +7,11 @@ from sparse_adv.config.checks import make_plain, refuse_unused
 from sparse_adv.config.data import DataConfig, NetworkConfig
 from sparse_adv.config.pruning import METHODS, Growth, Method, MethodConfig, PruneConfig, Scope
 from sparse_adv.config.training import (
-    MULTI_STEP,
     NORMS,
     OBJECTIVES,
     PRECISIONS,
     SCHEDULES,
+    SINGLE_STEP,
     LearningRateSchedule,
     Norm,
     Objective,
@@ -21,11 +21,11 @@ from sparse_adv.config.training import (
 
 __all__ = [
     "METHODS",
-    "MULTI_STEP",
     "NORMS",
     "OBJECTIVES",
     "PRECISIONS",
     "SCHEDULES",
+    "SINGLE_STEP",
     "DataConfig",
     "Growth",
     "LearningRateSchedule",

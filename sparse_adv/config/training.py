@@ -26,6 +26,8 @@ _BETA = {"fgsm-rs-cs": 1.0, "fgsm-uap": 10.0, "nu-at": 4.0, "trades": 6.0, "mart
 """Default weight of the second term of a loss, from the paper of each objective or the FastAT Benchmark."""
 MULTI_STEP = ("pgd", "trades", "mart")
 """Objectives whose attack has several steps."""
+SINGLE_STEP = tuple(each for each in OBJECTIVES if each not in ("natural", *MULTI_STEP))
+"""Objectives whose attack has one step, which catastrophic overfitting may befall."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class TrainConfig:
         evaluate_every: epochs from one evaluation on the validation images to the next, at least 1; the last epoch is
             always evaluated.
         evaluation_steps: steps of the PGD attack in evaluations, at least 1; their size is eps / 4.
-        overfitting_monitor: detect catastrophic overfitting with a PGD-5 attack on 256 validation images after each
-            epoch, undo that epoch and repeat it with PGD training.
+        overfitting_monitor: detect catastrophic overfitting of single-step attacks with PGD-5 on 256 validation images
+            after each epoch, undo that epoch and repeat it with PGD training.
         engine: let `sparse_adv.engine` form the gradients of attacks where it can; false leaves all to autograd.
         graphs: replay whole updates as CUDA graphs where they can be captured; false replays only their attacks. On a
             CPU it changes nothing.
@@ -160,7 +162,7 @@ class TrainConfig:
         unused: dict[str, str] = {}
         if self.objective == "natural":
             unused |= dict.fromkeys(("alpha", "steps"), objective)
-        elif self.objective not in MULTI_STEP and not self.overfitting_monitor:
+        elif self.objective in SINGLE_STEP and not self.overfitting_monitor:
             unused["steps"] = f"{objective} and no overfitting monitor"
         if self.objective not in _BETA:
             unused["beta"] = objective

@@ -6,7 +6,6 @@ from sparse_adv.training.devices import deterministic
 from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.loop import Training, train
 from sparse_adv.training.objectives import adversarial_loss
-from sparse_adv.training.overfitting import CatastrophicOverfittingError
 from sparse_adv.training.result import final_test
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "PRECISIONS",
     "SCHEDULES",
     "Accuracy",
-    "CatastrophicOverfittingError",
     "TrainConfig",
     "Training",
     "adversarial_loss",

@@ -24,7 +24,7 @@ from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
 from sparse_adv.attacks.modes import bn_mode
-from sparse_adv.config import TrainConfig
+from sparse_adv.config import SINGLE_STEP, TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord
 from sparse_adv.training import distributed, identity, objectives, random_numbers
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
@@ -79,7 +79,8 @@ class Training:
     Attributes:
         records: of the epochs so far.
         evaluated: the model that is evaluated and saved: the moving average of the weights if `config` asks for one.
-        monitor: the overfitting monitor; None if it is turned off, for natural training, or without validation images.
+        monitor: the overfitting monitor; None if it is turned off, without validation images, and for objectives that
+            are not single-step.
 
     Raises:
         TypeError: if the batches have no length.
@@ -118,7 +119,7 @@ class Training:
         self.updater = Updater(model, config, _count(batches), self.device, self.graphs, self.hook)
         self.evaluated = self.updater.evaluated
         self.monitor: OverfittingMonitor | None = None
-        if config.overfitting_monitor and config.objective != "natural" and validation is not None:
+        if config.overfitting_monitor and config.objective in SINGLE_STEP and validation is not None:
             self.monitor = OverfittingMonitor(validation, config, self.graphs)
         self.validator: InputValidator | None = InputValidator(deferred=not reads_at_once(self.device))
         self.costs: NetworkCosts | None = None
@@ -331,7 +332,6 @@ def train(
 
     Raises:
         FloatingPointError: if the loss or a weight is not finite; the folder keeps the epochs before.
-        CatastrophicOverfittingError: if robustness is lost and PGD training cannot bring it back.
         TypeError: if the batches have no length or wrong dtypes, or the validation images can be iterated only once.
         ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it, or the
             folder holds another run: of another configuration, network, initial weights or images.

@@ -23,6 +23,7 @@ CHANGES = {
     "replays": ({"objective": "free"}, 2),
     "precision": ({}, "bfloat16"),
     "max_grad_norm": ({}, 0.05),
+    "overfitting_monitor": ({"objective": "fgsm"}, False),
 }
 """Other settings that one needs to take effect, and another value; for other numbers see `change_of`."""
 OF_RECORDS = ("evaluate_every", "evaluation_steps", "overfitting_monitor")
@@ -137,9 +138,8 @@ def test_settings_of_a_run_reach_its_evaluations_and_its_monitor(engine, norm, m
             return training.Accuracy(0.5, 40, 40, 40)
 
         monkeypatch.setattr(module, "robust_accuracy", measure)
-    run = training.Training(
-        network(), batches(), replace(BASE, epochs=1, evaluation_steps=7, **own), validation=VALIDATION
-    )
+    config = replace(BASE, objective="n-fgsm", epochs=1, evaluation_steps=7, **own)
+    run = training.Training(network(), batches(), config, validation=VALIDATION)
     list(run.epochs())
     assert seen[loop] == {**own, "steps": 7, "graphs": run.graphs, "every_image": False}
     assert seen[overfitting] == {**own, "steps": 5, "graphs": run.graphs}

@@ -8,14 +8,14 @@ from __future__ import annotations
 from torch import Generator, Tensor, nn
 
 from sparse_adv import attacks
-from sparse_adv.config import MULTI_STEP, Norm, Objective, TrainConfig
+from sparse_adv.config import Norm, Objective, TrainConfig
 from sparse_adv.training.objectives.base import Natural, Passes
 from sparse_adv.training.objectives.free import Free
 from sparse_adv.training.objectives.multi_step import MART, PGD, TRADES
 from sparse_adv.training.objectives.regularized import FGSMUAP, NuAT
 from sparse_adv.training.objectives.single_step import FGSM, FGSMRS, FGSMRSCS, NFGSM
 
-__all__ = ["Natural", "Passes", "adversarial_loss", "build", "is_multi_step"]
+__all__ = ["Natural", "Passes", "adversarial_loss", "build"]
 
 _BY_NAME: dict[str, type[Natural]] = {
     "natural": Natural,
@@ -35,16 +35,6 @@ _BY_NAME: dict[str, type[Natural]] = {
 def build(config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> Natural:
     """Return the objective of a configuration; the arguments are those of `Natural`."""
     return _BY_NAME[config.objective](config, check, graphs)
-
-
-def is_multi_step(objective: Objective) -> bool:
-    """Return whether the attack of an objective has several steps.
-
-    Examples:
-        >>> is_multi_step("mart"), is_multi_step("fgsm-rs")
-        (True, False)
-    """
-    return objective in MULTI_STEP
 
 
 def adversarial_loss(
