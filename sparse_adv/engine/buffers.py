@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_adv.engine.kernels import DeviceKernels, Place
 from sparse_adv.engine.steps import Step
-from sparse_adv.engine.values import Value
+from sparse_adv.engine.values import PassMemory, Value
 
 
 @dataclass(eq=False)
@@ -38,18 +38,48 @@ class _Lifetime:
     end: int
 
 
-def plan_memory(
-    steps: Sequence[Step],
-    input: Value,
-    output: Value,
-    gates: Collection[Value],
-    kernels: DeviceKernels,
-    device: torch.device,
-) -> tuple[Mapping[Value, Place], Mapping[Value, Place]]:
-    """Return where each value and each gradient is written, if the kernel can choose.
+class Memory:
+    """The memory of a program; results that are never needed at the same time share it.
 
-    Outputs of a ReLU that are not in `gates` are their own gates, and last as long.
+    Args:
+        steps, input, output: of the program.
+        kernels, device: that compute them.
     """
+
+    def __init__(
+        self, steps: Sequence[Step], input: Value, output: Value, kernels: DeviceKernels, device: torch.device
+    ) -> None:
+        self._kernels, self._device = kernels, device
+        self.gates = gates(steps, kernels, device)
+        """Of outputs of a ReLU, for a whole batch; those that are not here are their own gates, and last as long."""
+        self._values, self._gradients = _lifetimes(steps, input, output, self.gates)
+        self._buffers = _share([*self._values, *self._gradients])
+        self._last: PassMemory | None = None
+
+    def for_images(self, images: int) -> PassMemory:
+        """The memory of a pass over a number of images, at most those of a batch."""
+        if self._last is None or self._last.images != images:
+            gates = {value: gate[: value.shape_for(images)[0]] for value, gate in self.gates.items()}
+            self._last = PassMemory(
+                images, gates, self._places(self._values, images), self._places(self._gradients, images)
+            )
+        return self._last
+
+    def _places(self, lifetimes: Iterable[_Lifetime], images: int) -> Mapping[Value, Place]:
+        return {
+            # A view takes longer to make than the call of a kernel.
+            lifetime.value: cache(partial(self._tensor, lifetime, images))
+            for lifetime in lifetimes
+        }
+
+    def _tensor(self, lifetime: _Lifetime, images: int) -> Tensor:
+        return self._buffers[lifetime].tensor(lifetime.value.shape_for(images), self._kernels, self._device)
+
+
+def _lifetimes(
+    steps: Sequence[Step], input: Value, output: Value, gates: Collection[Value]
+) -> tuple[list[_Lifetime], list[_Lifetime]]:
+    """Return when the values and their gradients are needed."""
     forward = {step: moment for moment, step in enumerate(steps)}
     backward = {step: 2 * len(steps) - moment for step, moment in forward.items()}
     values: list[_Lifetime] = []
@@ -69,19 +99,7 @@ def plan_memory(
         passed_on = max((gradients[value].end for value in step.passes_on()), default=0)
         for value in step.outputs:
             gradients[value].end = max(gradients[value].end, passed_on)
-    places = partial(_places, kernels=kernels, device=device)
-    buffers = _share([*values, *gradients.values()])
-    return places(values, buffers), places(gradients.values(), buffers)
-
-
-def _places(
-    lifetimes: Iterable[_Lifetime], buffers: Mapping[_Lifetime, Buffer], kernels: DeviceKernels, device: torch.device
-) -> Mapping[Value, Place]:
-    return {
-        # A view takes longer to make than the call of a kernel.
-        lifetime.value: cache(partial(buffers[lifetime].tensor, lifetime.value.shape, kernels, device))
-        for lifetime in lifetimes
-    }
+    return values, list(gradients.values())
 
 
 def gates(steps: Sequence[Step], kernels: DeviceKernels, device: torch.device) -> dict[Value, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,13 +55,20 @@ class Fusion:
             for value in step.inputs:
                 value.readers.append(step)
                 value.kept |= isinstance(step, AutogradStep)
+        self.any_batch = trace.of_one is not None and all(map(self._has_images_first, self._values.values()))
+        """Whether the steps compute any number of images, and not whole batches only."""
+
+    @staticmethod
+    def _has_images_first(value: Value) -> bool:
+        """Whether fewer images are the first part of a value's memory, so that they are of its gate's too."""
+        return not value.rectified or value.shape_for(1)[1:] == value.shape[1:]
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "output":
             return
         result = self._trace.results[node]
         if node is self._trace.input:
-            self._values[node] = Value(node.name, result.shape, result.dtype)
+            self._new(node)
             return
         source = self._values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
         if source is None or not isinstance(result, Tensor) or len(node.all_input_nodes) > 2:
@@ -88,7 +96,10 @@ class Fusion:
 
     def _new(self, node: fx.Node) -> Value:
         result = self._trace.results[node]
-        value = self._values[node] = Value(node.name, result.shape, result.dtype)
+        tensor_for = self._trace.for_images(node)
+        value = self._values[node] = Value(
+            node.name, result.shape, result.dtype, lambda images: torch.Size(tensor_for(images).shape)
+        )
         return value
 
     def _begin(self, node: fx.Node, step: FusedStep) -> None:
@@ -146,7 +157,7 @@ class Fusion:
     def _leave(self, node: fx.Node, result: Any) -> None:
         """Leave an operation to autograd; consecutive ones become one step."""
         if not isinstance(result, Tensor | tuple | list) or not _holds_tensors(result):
-            return  # a constant for this shape of input
+            return  # a constant for images of this size
         last = self._runs[-1] if self._runs else None
         if isinstance(last, list):
             last.append(node)
@@ -158,7 +169,7 @@ class Fusion:
     def _autograd_step(self, nodes: list[fx.Node]) -> AutogradStep:
         inside = set(nodes)
         reads: dict[fx.Node, Value] = {}
-        constants: dict[fx.Node, object] = {}
+        constants: dict[fx.Node, Callable[[int], object]] = {}
         for source in (source for node in nodes for source in node.all_input_nodes if source not in inside):
             if source in self._values:
                 reads[source] = self._values[source]
@@ -167,7 +178,7 @@ class Fusion:
                     f"{source.name} gives a {type(self._trace.results[source]).__name__} to another step"
                 )
             else:
-                constants[source] = self._trace.results[source]
+                constants[source] = self._trace.for_images(source)
         output = self._trace.output
         makes = {
             node: self._values[node]

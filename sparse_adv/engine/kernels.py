@@ -42,7 +42,7 @@ class Convolution:
 
     Args:
         layer, norm: the two layers; the second may be absent.
-        shape: of the input.
+        shape: of the input, for a whole batch; CPU kernels also compute fewer images.
         kernels: of the device.
     """
 
@@ -71,6 +71,10 @@ class Convolution:
         """The weight with zeros where it is pruned; kernels that read only kept weights may skip this."""
         return torch.where(self.layer.weight_mask, weight, 0) if isinstance(self.layer, MaskedConv2d) else weight
 
+    def input_shape(self, images: Tensor) -> torch.Size:
+        """The shape of the input for as many images."""
+        return torch.Size((len(images), *self.shape[1:]))
+
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         """conv(x) + bias, with an epilogue."""
         y = self.kernels.plain(F.conv2d(x, self.weight, self.bias, *self.geometry, self.layer.groups))
@@ -80,7 +84,7 @@ class Convolution:
         """The gradient of the input, with an epilogue."""
         result = torch.ops.aten.convolution_backward(
             grad,
-            self.kernels.empty(self.shape, grad.device),  # only its shape and memory format are read
+            self.kernels.empty(self.input_shape(grad), grad.device),  # only its shape and memory format are read
             self.weight,
             None,
             *self.geometry,
@@ -95,10 +99,15 @@ class Convolution:
 class DeviceKernels:
     """The functions that a device supplies, with a memory format for images and for gates.
 
+    Attributes:
+        any_batch: whether the kernels compute any number of images, and not whole batches only.
+
     Args:
         dtype: of the arithmetic.
         memory_format: of the images.
     """
+
+    any_batch = False
 
     def __init__(self, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         self.dtype, self.memory_format = dtype, memory_format

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class CpuKernels(DeviceKernels):
     """Kernels that write into planned memory, with one bit per element of a ReLU's output as its gate."""
 
+    any_batch = True
+
     def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor:
         return ops.empty_gate(_as_images(self.empty(shape, device)))
 
@@ -42,7 +44,8 @@ class CpuKernels(DeviceKernels):
         if x.dtype not in (torch.float32, torch.float64):
             return super().max_pool(x, size, index, place)
         out = place()
-        index = torch.empty_like(out, dtype=torch.uint8) if index is None else index
+        if index is None or index.shape != out.shape:
+            index = torch.empty_like(out, dtype=torch.uint8)
         torch.ops.sparse_adv.max_pool2d_out(x, size, out, index)
         return out, index
 
@@ -72,10 +75,24 @@ class MaskedConvolution(Convolution):
     layer: MaskedConv2d
 
     def masked(self, weight: Tensor) -> Tensor:
-        plan = self.layer.plan(self.kernels.empty(self.shape, weight.device))
-        if plan.forward.kernel == plan.grad_input.kernel == "sparse":
-            return weight  # writing the zeros would take most of the time of folding
-        return super().masked(weight)
+        self._images = self.shape[0]
+        self._is_masked = not self._is_sparse()
+        return super().masked(weight) if self._is_masked else weight
+
+    def _is_sparse(self) -> bool:
+        """Whether no kernel reads pruned weights: writing their zeros would take most of the time of folding."""
+        plan = self.layer.plan(
+            self.kernels.empty(torch.Size((self._images, *self.shape[1:])), self.layer.weight.device)
+        )
+        return plan.forward.kernel == plan.grad_input.kernel == "sparse"
+
+    def _weight_for(self, images: int) -> Tensor:
+        """The weight that kernels read for a number of images: fewer may take the dense one."""
+        if images != self._images:
+            self._images = images
+            if not self._is_masked and not self._is_sparse():
+                self.weight, self._is_masked = super().masked(self.weight), True
+        return self.weight
 
     def fold(self) -> None:
         super().fold()
@@ -83,13 +100,13 @@ class MaskedConvolution(Convolution):
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out = place()
-        operands = x, self.weight, self._pattern, self.bias, *self.geometry, self.layer.groups
+        operands = x, self._weight_for(len(x)), self._pattern, self.bias, *self.geometry, self.layer.groups
         torch.ops.sparse_adv.masked_conv2d_out(*operands, epilogue.residual, epilogue.relu, out, epilogue.gate_out)
         return out
 
     def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out = place()
-        operands = grad, self.weight, self._pattern, *self.geometry, self.layer.groups
+        operands = grad, self._weight_for(len(grad)), self._pattern, *self.geometry, self.layer.groups
         torch.ops.sparse_adv.masked_conv2d_grad_input_out(*operands, epilogue.residual, epilogue.gate, out)
         return out
 

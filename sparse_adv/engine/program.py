@@ -21,7 +21,9 @@ LossOfLogits = Callable[[Tensor], Tensor]
 
 
 class Program:
-    """The fused steps of a model in eval mode, for batches of one size; smaller ones are padded with zeros.
+    """The fused steps of a model in eval mode, for batches of at most one size.
+
+    Where kernels or operations are right for whole batches only, smaller ones are padded with zeros.
 
     Args:
         model: in eval mode.
@@ -38,10 +40,9 @@ class Program:
         self.steps = fusion.steps
         self._kernels = kernels = choose_kernels(self.steps, x)
         self._input, self._output = fusion.input, fusion.output
-        self._gates = gates = buffers.gates(self.steps, kernels, x.device)
-        places = buffers.plan_memory(self.steps, self._input, self._output, gates, kernels, x.device)
-        self._places, self._gradient_places = places
-        self._read_last = buffers.read_last(self.steps, self._output, gates)
+        self._any_batch = kernels.any_batch and fusion.any_batch
+        self._memory = buffers.Memory(self.steps, self._input, self._output, kernels, x.device)
+        self._read_last = buffers.read_last(self.steps, self._output, self._memory.gates)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,7 +54,7 @@ class Program:
         """Bytes of the results and gates kept for the backward pass, without what autograd keeps for its operations."""
         kept = {value for step in self.steps for value in step.outputs if value.kept or self._is_own_gate(value)}
         values = sum(math.prod(value.shape) * value.dtype.itemsize for value in kept)
-        return values + sum(gate.nbytes for gate in self._gates.values())
+        return values + sum(gate.nbytes for gate in self._memory.gates.values())
 
     def fold(self) -> None:
         """Read the weights and the statistics of BatchNorm again, which may have changed."""
@@ -72,7 +73,7 @@ class Program:
         with torch.enable_grad():
             logits = tensors[self._output][: len(x)].detach().requires_grad_()
             (gradient,) = torch.autograd.grad(loss(logits).sum(), logits)
-        gradient = _padded(gradient, self._output.shape[0])
+        gradient = _padded(gradient, len(tensors[self._output]))
         tensors.start_gradient(self._output, self._kernels.plain(gradient))
         for step in reversed(self.steps):
             step.backward(tensors)
@@ -81,12 +82,12 @@ class Program:
         return torch.zeros_like(x) if of_input is None else torch.empty_like(x).copy_(of_input[: len(x)])
 
     def _is_own_gate(self, value: Value) -> bool:
-        return value.rectified and value not in self._gates
+        return value.rectified and value not in self._memory.gates
 
     def _forward(self, x: Tensor, differentiable: bool) -> PassTensors:
-        gates = self._gates if differentiable else {}
-        tensors = PassTensors(self._kernels, differentiable, gates, self._places, self._gradient_places)
-        tensors[self._input] = _padded(x.detach(), self._input.shape[0])
+        images = len(x) if self._any_batch else self._input.shape[0]
+        tensors = PassTensors(self._kernels, self._memory.for_images(images), differentiable)
+        tensors[self._input] = _padded(x.detach(), images)
         for step, unread in zip(self.steps, self._read_last, strict=True):
             step.forward(tensors)
             for value in unread:

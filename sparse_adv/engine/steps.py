@@ -197,7 +197,8 @@ class MaxPoolStep(FusedStep):
 
     def _backward(self, tensors: PassTensors, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         assert self._index is not None
-        return tensors.kernels.max_pool_grad(gradient, self._index, self.size, self.input.shape, epilogue, place)
+        shape = self.input.shape_for(tensors.images)
+        return tensors.kernels.max_pool_grad(gradient, self._index, self.size, shape, epilogue, place)
 
 
 class AutogradStep(Step):
@@ -208,7 +209,8 @@ class AutogradStep(Step):
         nodes: the operations, in their order.
         reads: the nodes outside of the step whose results it reads, with their values.
         makes: those of its nodes whose results other steps read, with their values.
-        constants: the nodes outside of the step whose results it reads and that are no tensors, with the results.
+        constants: the nodes outside of the step whose results it reads and that are no tensors, with functions that
+            return the result for a number of images.
     """
 
     def __init__(
@@ -217,7 +219,7 @@ class AutogradStep(Step):
         nodes: Sequence[fx.Node],
         reads: dict[fx.Node, Value],
         makes: dict[fx.Node, Value],
-        constants: dict[fx.Node, object],
+        constants: dict[fx.Node, Callable[[int], object]],
     ) -> None:
         super().__init__(nodes[0].name, list(reads.values()), list(makes.values()))
         self._operations = {node: operation_of(model, node) for node in nodes}
@@ -236,10 +238,10 @@ class AutogradStep(Step):
         if tensors.differentiable:
             leaves = [leaf.requires_grad_(leaf.is_floating_point()) for leaf in leaves]
             with torch.enable_grad():
-                self._leaves, self._results = leaves, self._run(leaves)
+                self._leaves, self._results = leaves, self._run(leaves, tensors.images)
             results = self._results
         else:
-            results = self._run(leaves)
+            results = self._run(leaves, tensors.images)
         for value, result in zip(self.outputs, results, strict=True):
             tensors[value] = result.detach()
 
@@ -259,8 +261,9 @@ class AutogradStep(Step):
             tensors.pass_on(value, by_leaf.get(id(leaf)))
         self._leaves, self._results = [], []
 
-    def _run(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        results: dict[fx.Node, Any] = self._constants | dict(zip(self._reads, leaves, strict=True))
+    def _run(self, leaves: Sequence[Tensor], images: int) -> list[Tensor]:
+        results: dict[fx.Node, Any] = {node: constant(images) for node, constant in self._constants.items()}
+        results |= zip(self._reads, leaves, strict=True)
         for node, operation in self._operations.items():
             args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
             results[node] = operation(*args, **kwargs)

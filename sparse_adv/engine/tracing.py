@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
+from sparse_adv.engine.batch_size import scaled
 from sparse_adv.engine.model_state import HOOKS, has_hooks, structure_of
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.errors import first_line
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 from sparse_adv.tracer import Tracer
+
+log = logging.getLogger(__name__)
 
 _IN_PLACE = {
     operator.iadd: operator.add,
@@ -67,7 +73,7 @@ class NotTraceable(Exception):
 
 @dataclass(frozen=True)
 class Trace:
-    """A model's operations for one shape of input."""
+    """A model's operations for one shape of images, and often for any number of them."""
 
     model: nn.Module
     graph: fx.Graph
@@ -77,6 +83,16 @@ class Trace:
     """The node whose result the model returns."""
     results: dict[fx.Node, Any]
     """The result of each node; of a tensor only shape and dtype, as a tensor on the meta device."""
+    of_one: dict[fx.Node, Any] | None
+    """The results for the first image alone; None if the operations are not right for any number of images."""
+
+    def for_images(self, node: fx.Node) -> Callable[[int], Any]:
+        """A function that returns the result of a node for a number of images, and does not refer to the model."""
+        result = self.results[node]
+        if self.of_one is None:
+            return lambda images: result
+        batch = len(self.results[self.input])
+        return partial(scaled, result, self.of_one[node], batch)
 
 
 def trace(model: nn.Module, x: Tensor) -> Trace:
@@ -84,16 +100,15 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
 
     Args:
         model: takes one tensor; further arguments keep their defaults. Its modes are those of the trace.
-        x: a batch of its input. The trace is valid for this shape alone.
+        x: a batch of its input.
 
     Raises:
         NotTraceable: if the model depends on values of its input, overwrites a tensor that has other views, has hooks
             itself, or returns anything but one tensor.
     """
     graph = graph_of(model)
-    interpreter = _Recorder(model, graph)
     try:
-        interpreter.run(x, enable_io_processing=False)
+        results = _results(model, graph, x)
     except Exception as error:  # of the model's own code
         raise NotTraceable(f"its operations fail: {first_line(error)}") from error
     placeholders = [node for node in graph.nodes if node.op == "placeholder" and node.users]
@@ -101,9 +116,9 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     returned = end.args[0]
     if len(placeholders) != 1 or not isinstance(returned, fx.Node):
         raise NotTraceable("the model does not map one tensor to one tensor")
-    if not isinstance(interpreter.results[returned], Tensor):
-        raise NotTraceable(f"the model returns a {type(interpreter.results[returned]).__name__}")
-    return Trace(model, graph, placeholders[0], returned, interpreter.results)
+    if not isinstance(results[returned], Tensor):
+        raise NotTraceable(f"the model returns a {type(results[returned]).__name__}")
+    return Trace(model, graph, placeholders[0], returned, results, _results_of_one(model, graph, x, results))
 
 
 def graph_of(model: nn.Module) -> fx.Graph:
@@ -174,6 +189,29 @@ class _Recorder(fx.Interpreter):
         is_tensor = isinstance(result, Tensor)
         self.results[n] = torch.empty_like(result, device="meta") if is_tensor else result
         return result
+
+
+def _results(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, Any]:
+    """Run a graph and return the result of each node."""
+    recorder = _Recorder(model, graph)
+    recorder.run(x, enable_io_processing=False)
+    return recorder.results
+
+
+def _results_of_one(
+    model: nn.Module, graph: fx.Graph, x: Tensor, results: dict[fx.Node, Any]
+) -> dict[fx.Node, Any] | None:
+    """The results for the first image; None if they do not say what the operations return for any number of images."""
+    if len(x) < 2:
+        return None
+    try:
+        of_one = _results(model, graph, x[:1])
+        for node, result in results.items():
+            scaled(result, of_one[node], len(x), images=1)
+        return of_one
+    except Exception as error:  # of the model's own code, or of `scaled`
+        log.debug("the engine computes whole batches of this %s: %s", type(model).__name__, first_line(error))
+        return None
 
 
 def _default_arguments(model: nn.Module) -> dict[str, Any]:

@@ -22,13 +22,29 @@ class Value:
 
     name: str
     shape: torch.Size
+    """Of a whole batch."""
     dtype: torch.dtype
+    shape_for: Callable[[int], torch.Size]
+    """The shape for a number of images."""
     rectified: bool = False
     """Whether it is the output of a ReLU."""
     kept: bool = False
     """Whether it must last until the backward pass of the steps that read it."""
     readers: list[Step] = field(default_factory=list)
     """The steps that read it, in the order of the forward pass; a step that reads it twice is there twice."""
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """Memory for the results of a forward and a backward pass over a number of images."""
+
+    images: int
+    gates: Mapping[Value, Tensor]
+    """Of outputs of a ReLU, but for those that are their own gates."""
+    places: Mapping[Value, Place]
+    """Where each value is written, if the kernel can choose."""
+    gradient_places: Mapping[Value, Place]
+    """Where the gradient of each value is written, if the kernel can choose."""
 
 
 class PassTensors:
@@ -39,21 +55,15 @@ class PassTensors:
     gradients.
     """
 
+    images: int
+    """The number of images."""
     differentiable: bool
     """Whether a backward pass may follow."""
 
-    def __init__(
-        self,
-        kernels: DeviceKernels,
-        differentiable: bool,
-        gates: Mapping[Value, Tensor],
-        places: Mapping[Value, Place],
-        gradient_places: Mapping[Value, Place],
-    ) -> None:
-        self.kernels, self.differentiable = kernels, differentiable
-        self._gates = gates
-        self._places = places
-        self._gradient_places = gradient_places
+    def __init__(self, kernels: DeviceKernels, memory: PassMemory, differentiable: bool) -> None:
+        self.kernels, self.images, self.differentiable = kernels, memory.images, differentiable
+        self._memory = memory
+        self._gates = memory.gates if differentiable else {}
         self._values: dict[Value, Tensor] = {}
         self._gradients: dict[Value, Tensor] = {}
         self._unread: dict[Value, int] = {}
@@ -69,7 +79,7 @@ class PassTensors:
         self._values.pop(value, None)
 
     def place(self, value: Value) -> Place:
-        return self._places[value]
+        return self._memory.places[value]
 
     def gate(self, value: Value) -> Tensor | None:
         """The memory for the gate of a value; None if no gradient is wanted, or the value itself is the gate."""
@@ -95,7 +105,7 @@ class PassTensors:
         self._unread[value] = unread = self._unread.get(value, len(value.readers)) - 1
         gate = self._gate_of(value) if value.rectified and not unread else None
         epilogue = Epilogue(residual=self._gradients.pop(value, None), gate=gate)
-        gradient = compute(epilogue, self._gradient_places[value])
+        gradient = compute(epilogue, self._memory.gradient_places[value])
         if gradient is not None:
             self._gradients[value] = gradient
 

@@ -121,7 +121,7 @@ class StraightThrough(torch.autograd.Function):
     ("function", "expected"),
     [
         (F.gelu, PARTLY),
-        (batch_coupled, LEFT),
+        (batch_coupled, PARTLY),
         (depends_on_data, LEFT),
         (without_gradient, LEFT),
         (detached, PARTLY),

@@ -145,4 +145,5 @@ def test_convolutions_that_do_more_are_left_as_they_are(change):
         out = engine.fuse_for_training(model, x)(x)
         expected = model(x)
     assert not counted.counts and (change != "hook" or called)
-    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+    rounding = torch.finfo(expected.dtype).eps if change == "autocast" else 1e-5  # bfloat16 is rounded at other places
+    assert (out - expected).abs().max() <= rounding * expected.abs().max()

@@ -172,4 +172,4 @@ def test_gates_of_steps_without_a_convolution(calls, channels):
     model(leaf).square().sum().backward()
     with engine.input_gradients(model, x) as gradients:
         assert_close(gradients.gradient(x, lambda logits: logits.square().sum(1)), leaf.grad)
-        assert len(gradients._gates) == (channels == 16)
+        assert len(gradients._memory.gates) == (channels == 16)
