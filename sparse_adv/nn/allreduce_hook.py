@@ -31,8 +31,8 @@ def register_masked_allreduce_hook(model: DistributedDataParallel) -> CommStats:
     Of a weight under a mask (a layer with a Parameter `weight` and a bool buffer `weight_mask`), the kept entries are
     packed, averaged and unpacked, and the others become 0; of all other parameters, all entries are averaged. The
     averages equal those of plain DistributedDataParallel. Masks may change between steps, in the same way on all
-    processes. Each step begins by comparing the processes' masks, because with different masks packed gradients would
-    be added at the wrong places, or all-reduce would wait without end.
+    processes. This call and each step begin by comparing the processes' masks, because with different masks packed
+    gradients would be added at the wrong places, or all-reduce would wait without end; so all processes must call it.
 
     Args:
         model: a model without a communication hook, on any backend; it may be sparse now, later or never.
@@ -42,7 +42,7 @@ def register_masked_allreduce_hook(model: DistributedDataParallel) -> CommStats:
 
     Raises:
         TypeError: if the model is not wrapped in DistributedDataParallel.
-        ValueError: if it has a communication hook already. In a backward pass: if the processes' masks differ.
+        ValueError: if it has a communication hook already, or the processes' masks differ, now or in a backward pass.
 
     Examples:
         >>> register_masked_allreduce_hook(nn.Linear(2, 2))
@@ -51,6 +51,7 @@ def register_masked_allreduce_hook(model: DistributedDataParallel) -> CommStats:
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be wrapped in DistributedDataParallel, got {type(model).__name__}")
+    mask_agreement.compare(model.module, model.process_group)
     state = _HookState(model.module, model.process_group)
     try:
         # A lambda, because DistributedDataParallel compares a hook's annotations with types, and ours are strings.

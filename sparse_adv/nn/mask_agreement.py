@@ -19,7 +19,8 @@ def compare_in_first_pass() -> None:
 
     Equal weights under different masks give each process another network. The masks that count are those under which
     the layers' weights were zeroed: the wrapper may have replaced the content of the buffers just now. A process whose
-    model is dense takes no part, and gloo then ends those that wait for it: "distributed collective mismatch".
+    model is dense takes no part, and gloo then ends those that wait for it: "distributed collective mismatch". Where
+    all processes call `compare`, such as in `training.train` or with the hook of this package, that is found before.
 
     Raises:
         ValueError: if the processes' masks differ.
@@ -27,15 +28,24 @@ def compare_in_first_pass() -> None:
     wrapped = DistributedDataParallel._get_active_ddp_module()
     if wrapped is None or wrapped in _compared:
         return
-    masks = masks_of(wrapped.module)
-    for module in wrapped.module.modules():
-        compiled = getattr(module, "_compiled", None)
-        if module._parameters.get("weight") in masks and compiled is not None:
-            masks[module.weight] = compiled.mask
-    if masks:  # none: a masked layer that is called in the pass is not the wrapped model's
-        device = next(iter(masks)).device
-        check_equal(wrapped.module, {w: checksum(m) for w, m in masks.items()}, device, wrapped.process_group)
+    if masks_of(wrapped.module):  # none: a masked layer that is called in the pass is not the wrapped model's
+        compare(wrapped.module, wrapped.process_group)
     _compared.add(wrapped)
+
+
+def compare(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Compare the masks of all processes of a group, of which some may have none; all must call this.
+
+    Raises:
+        ValueError: if the processes' masks differ.
+    """
+    masks = masks_of(model)
+    for module in model.modules():
+        weight, compiled = module._parameters.get("weight"), getattr(module, "_compiled", None)
+        if weight in masks and compiled is not None:
+            masks[weight] = compiled.mask
+    device = next(model.parameters()).device
+    check_equal(model, {weight: checksum(mask) for weight, mask in masks.items()}, device, group)
 
 
 def masks_of(module: nn.Module) -> dict[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import is_correct
 from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.config import TrainConfig
-from sparse_adv.nn import CommStats, dense_gradients, register_masked_allreduce_hook
+from sparse_adv.nn import CommStats, dense_gradients, mask_agreement, register_masked_allreduce_hook
 from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training import distributed, objectives
 from sparse_adv.training.awp import perturbed_weights
@@ -114,7 +114,7 @@ class Updater:
         self.image_shape = (1, *x.shape[1:])
         if distributed.world_size() > 1 and self.comm_stats is None:
             with self.autocast():
-                self.trained, self.comm_stats = _average_gradients(self.trained, x)
+                self.trained, self.comm_stats = _average_gradients(self.model, self.trained, x)
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a batch on the model's device, in its memory layout; the host does not wait for the copy."""
@@ -326,8 +326,8 @@ def _begin_momentum(optimizer: torch.optim.SGD) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:
-    """The model in DistributedDataParallel that sends only gradients of kept weights, and the counts of bytes sent.
+def _average_gradients(model: nn.Module, trained: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:
+    """The model as it is trained, in DistributedDataParallel that sends only gradients of kept weights, and its counts.
 
     After its first backward pass, DistributedDataParallel assigns gradients to its buffers anew, in the order in which
     they came. The buffers determine in which order the gradients of three or more processes are added, and so the last
@@ -337,7 +337,10 @@ def _average_gradients(model: nn.Module, x: Tensor) -> tuple[DistributedDataPara
     with warnings.catch_warnings():
         # Newer versions of torch have another argument for this, which torch 2.10 does not know.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(trained, broadcast_buffers=False)
+    mask_agreement.compare(
+        model, wrapped.process_group
+    )  # before the first pass, in which only masked layers would compare them
     with bn_mode(model, "eval"):
         wrapped(torch.zeros_like(x)).sum().backward()
     model.zero_grad()

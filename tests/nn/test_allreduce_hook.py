@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv.masks import prune
 from sparse_adv.nn import MaskedConv2d, register_masked_allreduce_hook, sparsify
+from sparse_adv.training import TrainConfig, train
 
 BATCH = 4
 PROBLEM = "the processes have different masks for '2.weight'; give all of them the same"
@@ -122,6 +123,23 @@ def plain_with_masks_that_differ(rank, wrapped_first):
         return str(error)
 
 
+def a_mask_on_one_process_only(rank):
+    ours = DistributedDataParallel(network(0.1 if rank else 1))
+    try:
+        register_masked_allreduce_hook(ours)
+    except ValueError as error:
+        return str(error)
+
+
+def training_with_a_mask_on_one_process_only(rank):
+    images, labels = batch(0)
+    own = [(images[rank::PROCESSES], labels[rank::PROCESSES])]
+    try:
+        train(network(1 if rank else 0.1), own, TrainConfig("natural", epochs=1, lr=0.01))
+    except ValueError as error:
+        return str(error)
+
+
 def a_second_hook(rank):
     ours = DistributedDataParallel(network())
     register_masked_allreduce_hook(ours)
@@ -162,6 +180,8 @@ SCENARIOS = {
     "differing, rank 1": partial(masks_that_differ, changed_on=1),
     "differing without the hook": partial(plain_with_masks_that_differ, wrapped_first=False),
     "differing without the hook, wrapped first": partial(plain_with_masks_that_differ, wrapped_first=True),
+    "mask on one process": a_mask_on_one_process_only,
+    "training, mask on one process": training_with_a_mask_on_one_process_only,
     "second hook": a_second_hook,
     "accumulated": accumulated,
 }
@@ -269,6 +289,11 @@ def test_masks_that_differ_are_refused_in_the_first_pass_without_the_hook(result
     assert (
         of(results, f"differing without the hook{wrapped}") == [PROBLEM.replace("'2.weight'", "'0.weight'")] * PROCESSES
     )
+
+
+@pytest.mark.parametrize("scenario", ["mask on one process", "training, mask on one process"])
+def test_a_process_whose_model_is_dense_is_told_like_the_others(results, scenario):
+    assert of(results, scenario) == [PROBLEM.replace("'2.weight'", "'0.weight'")] * PROCESSES
 
 
 def test_a_second_hook_is_refused(results):
