@@ -245,9 +245,10 @@ def test_a_folder_holds_one_search(tmp_path, finished):
             begin(**settings)
     assert files == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     if finished:
-        (tmp_path / runs.INFO).unlink()
-        with pytest.raises(ValueError, match="a ticket of another pruning configuration"):
-            begin(density=0.5)
+        for settings, name in (({"density": 0.5}, "pruning"), ({"config": replace(CONFIG, lr=0.5)}, "training")):
+            (tmp_path / runs.INFO).unlink()
+            with pytest.raises(ValueError, match=f"a ticket of another {name} configuration"):
+                begin(**settings)
 
 
 @pytest.mark.parametrize("stop_at", [1, 3])
@@ -356,10 +357,11 @@ def test_restore_turns_a_dense_model_into_the_sparse_network():
     assert fresh[3].weight.equal(network(seed=3)[3].weight * ticket.masks["3"])
 
 
-def test_channels_of_fully_pruned_filters_stay_zero_in_training():
+@pytest.mark.parametrize("weights", [True, False])
+def test_channels_of_fully_pruned_filters_stay_zero_in_training(weights):
     ticket, _ = search(density=0.3)
     ticket.masks["3"][1] = False
-    model = tickets.restore(network(), ticket, SHAPE)
+    model = tickets.restore(network(), ticket, SHAPE, weights=weights)
     training.train(model, batches(), CONFIG)
     assert model[4].weight[1] == 0 and model[4].bias[1] == 0 and model[4].bias[0] != 0
     tickets.check_pruned_weights(model, ticket.masks)
