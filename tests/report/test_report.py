@@ -135,6 +135,14 @@ def test_the_summary_has_a_run_s_costs_and_accuracies(tmp_path):
     assert (none["best robust"], none["last robust"], none["test pgd-20"]) == ("0.0%",) * 3  # 0 is a result
 
 
+def test_epochs_that_were_not_evaluated_count_for_costs_only(tmp_path):
+    (row,) = cells(report.summary(read(folder := make(tmp_path / "run", (None, 0.5, 0.4, None), epochs=6))))
+    assert (row["total s"], row["best robust"], row["its clean"], row["its epoch"]) == ("40.0", "50.0%", "75.0%", "2")
+    assert (row["last robust"], row["status"]) == ("40.0%", "epoch 4 of 6")
+    (reached,) = cells(report.time_to(read(folder)))
+    assert (reached["s"], reached["epochs"]) == ("20.0", "2")
+
+
 def test_one_slow_epoch_changes_no_median_and_of_equal_epochs_the_first_is_the_best(tmp_path):
     seconds, robust = (2.0, 2.0, 9.0), (0.25, 0.5, 0.5)
     records = [

@@ -6,6 +6,10 @@ import pytest
 from helpers.small_runs import QUICK, VALIDATION, batches, network
 
 from sparse_adv import nn, training
+from sparse_adv.methods import MethodConfig, SparseTraining
+from sparse_adv.training.costs import NetworkCosts
+from sparse_adv.training.overfitting import OverfittingMonitor
+from sparse_adv.training.update import Updater
 
 
 @pytest.mark.parametrize(
@@ -49,3 +53,31 @@ def test_adversarial_weights_cost_the_gradients_of_an_update_once_more():
         (record,) = training.train(network(), batches(), config)
         costs.append((record.attack.macs, record.update.macs))
     assert costs[1] == (costs[0][0], 2 * costs[0][1])
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_an_update_costs_what_the_network_costs_then(monkeypatch, undone):
+    """Masks change within the second epoch; where it is undone, the network has its earlier masks again."""
+    update, measure, counted, measured = Updater.update, OverfittingMonitor.measure, [], []
+
+    def counting(self, objective, x, y, noise, watch):
+        costs = NetworkCosts(self.model, x)
+        done = update(self, objective, x, y, noise, watch)
+        counted.append((len(x) * costs.attack(done.passes), len(x) * costs.update(done.passes)))
+        return done
+
+    def overfitting_once(self, model):
+        measured.append(measure(self, model))
+        return replace(measured[-1], fraction=0.0) if undone and len(measured) == 2 else measured[-1]
+
+    monkeypatch.setattr(Updater, "update", counting)
+    monkeypatch.setattr(OverfittingMonitor, "measure", overfitting_once)
+    method = SparseTraining(MethodConfig("gmp", density=0.05, interval=2))
+    config = replace(QUICK, objective="fgsm-rs", epochs=4)
+    records = training.train(network(channels=32), batches(), config, validation=VALIDATION, hook=method)
+    attempts = [counted[begin : begin + 3] for begin in range(0, len(counted), 3)]
+    assert len(attempts) == 4 + undone and len({cost for cost, _ in attempts[1]}) > 1
+    kept = [attempt for number, attempt in enumerate(attempts) if not (undone and number == 1)]
+    for record, attempt in zip(records, kept, strict=True):
+        assert (record.attack.macs, record.update.macs) == tuple(map(sum, zip(*attempt, strict=True)))
+    assert records[-1].total.macs == sum(map(sum, counted))
