@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedConv2d
+from sparse_adv.ops.cuda_graph import Capturer
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step
@@ -101,6 +102,7 @@ class DeviceKernels:
 
     Attributes:
         any_batch: whether the kernels compute any number of images, and not whole batches only.
+        capturer: captures passes that are made often as graphs; None if calling the kernels takes no time.
 
     Args:
         dtype: of the arithmetic.
@@ -108,6 +110,7 @@ class DeviceKernels:
     """
 
     any_batch = False
+    capturer: ClassVar[type[Capturer] | None] = None
 
     def __init__(self, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         self.dtype, self.memory_format = dtype, memory_format

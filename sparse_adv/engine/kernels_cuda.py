@@ -20,12 +20,15 @@ from sparse_adv.kernels import max_pool2d
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.nn import MaskedConv2d
+from sparse_adv.ops.cuda_graph import Capturer
 from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
 from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
 
 
 class CudaKernels(DeviceKernels):
     """Kernels for images in channels_last. Memory comes from PyTorch's allocator, whose blocks are used again."""
+
+    capturer = Capturer
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype, torch.channels_last)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.engine import buffers
+from sparse_adv.engine.captured import Backward, CapturedPasses
 from sparse_adv.engine.fusing import Fusion
 from sparse_adv.engine.kernels import DeviceKernels
 from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
@@ -43,6 +44,8 @@ class Program:
         self._any_batch = kernels.any_batch and fusion.any_batch
         self._memory = buffers.Memory(self.steps, self._input, self._output, kernels, x.device)
         self._read_last = buffers.read_last(self.steps, self._output, self._memory.gates)
+        capturer = kernels.capturer
+        self._captured = {} if capturer is None else {way: CapturedPasses(capturer) for way in (False, True)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,34 +63,55 @@ class Program:
         """Read the weights and the statistics of BatchNorm again, which may have changed."""
         for step in self.steps:
             step.fold(self._kernels)
+        for passes in self._captured.values():
+            passes.forget()
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """What the model returns."""
-        return self._forward(x, differentiable=False)[self._output][: len(x)].clone()  # the memory is used again
+        logits, _ = self._passes(x, differentiable=False)
+        return logits[: len(x)].clone()  # the memory is used again
 
     @torch.no_grad()
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
         """The gradient of the sum of loss(logits) with respect to the input."""
-        tensors = self._forward(x, differentiable=True)
+        output, backward = self._passes(x, differentiable=True)
         with torch.enable_grad():
-            logits = tensors[self._output][: len(x)].detach().requires_grad_()
+            logits = output[: len(x)].detach().requires_grad_()
             (gradient,) = torch.autograd.grad(loss(logits).sum(), logits)
-        gradient = _padded(gradient, len(tensors[self._output]))
-        tensors.start_gradient(self._output, self._kernels.plain(gradient))
-        for step in reversed(self.steps):
-            step.backward(tensors)
-        of_input = tensors.take_gradient(self._input)
+        assert backward is not None
+        of_input = backward(_padded(gradient, len(output)))
         # A copy, as the memory is used again.
         return torch.zeros_like(x) if of_input is None else torch.empty_like(x).copy_(of_input[: len(x)])
 
     def _is_own_gate(self, value: Value) -> bool:
         return value.rectified and value not in self._memory.gates
 
-    def _forward(self, x: Tensor, differentiable: bool) -> PassTensors:
-        images = len(x) if self._any_batch else self._input.shape[0]
-        tensors = PassTensors(self._kernels, self._memory.for_images(images), differentiable)
-        tensors[self._input] = _padded(x.detach(), images)
+    def _passes(self, x: Tensor, differentiable: bool) -> tuple[Tensor, Backward | None]:
+        """The logits, and the backward pass if one may follow."""
+        forward = self._differentiable if differentiable else self._forward
+        images = x.detach() if self._any_batch else _padded(x.detach(), self._input.shape[0])
+        captured = self._captured.get(differentiable)
+        return forward(images) if captured is None else captured.run(forward, images)
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, None]:
+        return self._tensors(images, differentiable=False)[self._output], None
+
+    def _differentiable(self, images: Tensor) -> tuple[Tensor, Backward]:
+        tensors = self._tensors(images, differentiable=True)
+
+        def backward(gradient: Tensor) -> Tensor | None:
+            tensors.start_gradient(self._output, self._kernels.plain(gradient))
+            for step in reversed(self.steps):
+                step.backward(tensors)
+            return tensors.take_gradient(self._input)
+
+        return tensors[self._output], backward
+
+    def _tensors(self, images: Tensor, differentiable: bool) -> PassTensors:
+        """The tensors after a forward pass."""
+        tensors = PassTensors(self._kernels, self._memory.for_images(len(images)), differentiable)
+        tensors[self._input] = images
         for step, unread in zip(self.steps, self._read_last, strict=True):
             step.forward(tensors)
             for value in unread:

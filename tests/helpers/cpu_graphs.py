@@ -79,9 +79,9 @@ class CapturedOps(TorchDispatchMode):
     @torch.no_grad()
     def undo(self) -> None:
         for tensor, before in reversed(self.written.values()):  # of views of the same memory, the first has the oldest
-            tensor.copy_(before)
+            tensor.data.copy_(before)  # as on CUDA, where autograd sees no new version of the tensor
         for tensor in self.created:
-            tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+            tensor.data.fill_(math.nan if tensor.is_floating_point() else 0)
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -89,7 +89,7 @@ class CapturedOps(TorchDispatchMode):
             new_result = func(*args, **kwargs)
             for old, new in zip(tensors(result), tensors(new_result), strict=True):
                 if old.data_ptr() != new.data_ptr():  # equal for a view, or an op in place
-                    old.copy_(new)
+                    old.data.copy_(new)
 
 
 def tensors(value: object) -> list[Tensor]:
