@@ -162,6 +162,7 @@ def _arrays(batch: object, variant: _Variant) -> tuple[np.ndarray, np.ndarray]:
     # The published files were pickled by Python 2: their keys are bytes. Files pickled again have str keys.
     images = batch.get(b"data", batch.get("data"))
     labels = batch.get(variant.labels.encode(), batch.get(variant.labels))
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
         raise ValueError("must hold 'data', a uint8 array with 3072 bytes per image")
     if not isinstance(labels, list) or len(labels) != len(images) or not all(isinstance(x, int) for x in labels):

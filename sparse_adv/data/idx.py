@@ -45,7 +45,8 @@ def _images_name(part: str) -> str:
 
 
 def _files(folder: Path, name: str) -> list[Path]:
-    return [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+    names = (name, name.replace("-idx", ".idx"))  # the second one as Kaggle has it
+    return [path for each in names for path in (folder / each, folder / f"{each}.gz") if path.is_file()]
 
 
 def _read(folder: Path) -> RawDataset:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparse_adv.data import Split, to_unit
 from sparse_adv.masks.layers import run_once
+from sparse_adv.training.checks import pairs_of
 from sparse_adv.training.evaluation import Images
 
 
@@ -35,7 +36,7 @@ class Halved:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((half(images), labels) for images, labels in self.batches)
+        return ((half(images), labels) for images, labels in pairs_of(self.batches))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.batches, name)

@@ -18,6 +18,7 @@ from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.nn import densify, sparsify
+from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.runs import NO_COST, Cost, EpochRecord, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
@@ -25,6 +26,7 @@ from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
 from sparse_adv.tickets.provenance import SearchRecord, check_metadata, record_of
 from sparse_adv.training import distributed, identity, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
+from sparse_adv.training.checks import pairs_of
 from sparse_adv.training.evaluation import Images, check_evaluable
 from sparse_adv.training.loop import Batches
 from sparse_adv.training.modes import frozen_modules, set_training_mode
@@ -70,8 +72,9 @@ def search(
         in another order of channels, in which the network computes the same function.
 
     Raises:
-        ValueError: before any training, if `prune_config` does not fit the model, `metadata` are no JSON data or have a
-            key of `SearchRecord`, or the folder holds another search: of other settings, initial weights or images.
+        ValueError: before any training, if the model has masks, `prune_config` does not fit it, `metadata` are no JSON
+            data or have a key of `SearchRecord`, or the folder holds another search: of other settings, initial weights
+            or images.
         TicketInvariantError: if an invariant of `tickets.checks` does not hold.
 
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
@@ -93,6 +96,8 @@ def search(
         check_evaluable("validation", validation)
     shape = check_fits(model, batches, prune_config)
     folder = None if folder is None else Path(folder)
+    if folder is None or not (folder / IDENTITY).exists():  # one that was begun here may have left its masks
+        _check_dense(model)
     if folder is not None and distributed.rank() == 0:
         runs.begin_search(folder, train_config, prune_config, distributed.world_size())
     distributed.barrier()
@@ -132,7 +137,7 @@ def check_fits(model: nn.Module, batches: Batches, config: PruneConfig) -> tuple
     if not config.permute_channels and not config.half_resolution:
         return None
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
-        batch = next(iter(batches), None)
+        batch = next(pairs_of(batches), None)
     if batch is None:
         return None
     shape: tuple[int, ...] = (1, *batch[0].shape[1:])
@@ -315,6 +320,12 @@ def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[
     return masks.permute_channels(
         model, config.density, config.block, shape, scope=config.scope, score=config.score, linear=config.linear
     )
+
+
+def _check_dense(model: nn.Module) -> None:
+    masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]
+    if masked:
+        raise ValueError(f"model must be dense, got a mask in {masked[0]!r}: call densify(model) first")
 
 
 def _check_same(folder: Path, model: nn.Module, own: identity.Identity) -> None:

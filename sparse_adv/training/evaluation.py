@@ -19,6 +19,7 @@ from sparse_adv.attacks.options import check_count
 from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
 from sparse_adv.training import distributed
+from sparse_adv.training.checks import pairs_of
 from sparse_adv.training.devices import reads_at_once
 
 Images = Split | Iterable[tuple[Tensor, Tensor]]
@@ -185,9 +186,13 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Return the batches of a Split, of which each process gets its part; batches are returned as they are."""
+    """Return the batches of a Split, of which each process gets its part; batches are returned as they are.
+
+    Raises:
+        TypeError: when a batch is not two tensors.
+    """
     if not isinstance(images, Split):
-        return images
+        return pairs_of(images)
     return Batches(
         images,
         batch_size * distributed.world_size(),

@@ -27,6 +27,7 @@ from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.config import SINGLE_STEP, TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord
 from sparse_adv.training import distributed, identity, objectives, random_numbers
+from sparse_adv.training.checks import check_trainable, first_pass, pairs_of
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
 from sparse_adv.training.devices import fastest_convolutions, reads_at_once
 from sparse_adv.training.evaluation import (
@@ -110,6 +111,7 @@ class Training:
         self.batches, self.config, self.validation, self.folder = batches, config, validation, folder
         if validation is not None:
             check_evaluable("validation", validation)
+        check_trainable(model)
         self.device = model_device(model)
         self.frozen = frozen_modules(model)
         self.graphs = Graphs()
@@ -188,7 +190,9 @@ class Training:
         set_training_mode(updater.model, self.frozen)
         # Batches and layers that draw from the global generators get numbers that depend on seed and epoch only.
         with random_numbers.seeded(distributed.own_seed(config.seed, ORDER_SEED, epoch), self.device):
-            for x, y in self.batches:
+            for x, y in pairs_of(self.batches):
+                if not len(y):
+                    raise ValueError("batches must have images in each batch, got one without any")
                 x, y = updater.to_device(x, y)
                 costs = self._costs_for(x)
                 if self.validator is not None:
@@ -228,7 +232,7 @@ class Training:
     def _costs_for(self, x: Tensor) -> NetworkCosts:
         """The costs of the network, measured on the first batch, and when they change; the host waits for a GPU."""
         if self.costs is None:
-            with self.updater.autocast():
+            with self.updater.autocast(), first_pass(x):
                 self.costs = NetworkCosts(self.updater.model, x)
         return self.costs
 

@@ -100,3 +100,5 @@ def test_sparsity_counts_masks_zeros_and_whole_filters():
     model[3].weight.data.zero_()
     sparsify(model, {"0": torch.tensor([1, 1, 1, 0], dtype=torch.bool).view(4, 1, 1, 1)})
     assert measured_sparsity(model) == Sparsity(100 * 5 / 8, 25)
+    model[0].weight.data[2] = 0.0  # kept by the mask, and zero
+    assert measured_sparsity(model) == Sparsity(100 * 6 / 8, 50)

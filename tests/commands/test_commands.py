@@ -306,6 +306,7 @@ def test_a_runs_own_config_continues_it(trained, capsys):
         ("epoch: 3\n", "run.yaml: there is no option 'epoch'; did you mean 'epochs'?"),
         ("epochs: many\n", "whole number, got 'many'"),
         ("epochs: yes\n", "whole number, got True"),
+        ("epochs: 2.5\n", "epochs must be a whole number, got 2.5"),
         ("epochs: .inf\n", "whole number, got inf"),
         ("lr: 1" + "0" * 400 + "\n", "a fraction such as 8/255, got 1000"),
         ("lr: on\n", "a fraction such as 8/255, got True"),

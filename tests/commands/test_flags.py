@@ -165,6 +165,32 @@ def test_an_empty_path_is_not_the_present_folder(capsys):
     assert "out must be a path, got ''" in capsys.readouterr().err
 
 
+NOTHING = {
+    **{"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0, "schedule": "piecewise", "milestones": (), "eps": 0.0},
+    "keep_freed_memory": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        *[("train", each) for each in (TRAIN | METHOD, FREE | RESCALED, NOTHING | {"deterministic": True})],
+        *[("search", each) for each in (TRAIN | PRUNE, {"keep_weights": True}, NOTHING | {"density": 0.0})],
+    ],
+)
+def test_a_run_repeats_with_every_setting_in_its_own_config_file(command, settings, tmp_path):
+    module = importlib.import_module(f"sparse_adv.commands.{command}")
+    parser = options.parser_of(command, module.Options, True)
+    words = flags(settings | DATA | NETWORK | {"out": tmp_path, "device": "cpu"})
+    asked = options.parse(parser, module.Options, words)
+    options.write_config(tmp_path, asked)
+    assert options.parse(parser, module.Options, ["--config", str(tmp_path / options.CONFIG)]) == asked
+    written = options.flat(asked)
+    assert all(
+        written[name] == (list(value) if isinstance(value, tuple) else value) for name, value in settings.items()
+    )
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_run_repeats_with_its_own_config_file(objective, reach, tmp_path):
     command = ["train", "--objective", objective, "--arch", "digits_cnn", "--out", str(tmp_path)]

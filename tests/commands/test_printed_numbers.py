@@ -246,3 +246,11 @@ def test_a_conversion_and_an_explanation_count_masks_and_weights(tmp_path, capsy
     assert [row["macs"] for row in rows] == macs
     kept, dense = map(sum, zip(*macs, strict=True))
     assert total["mac_density"] == pytest.approx(kept / dense) != pytest.approx(total["density"])
+
+
+def test_an_explanation_is_of_the_classes_of_the_ticket(tmp_path, capsys):
+    model = models.build("vgg16", width=2, classes=7)
+    about = {"arch": "vgg16", "width": 2}
+    masks.save_ticket(tmp_path / "a.safetensors", masks.Ticket(masks.prune(model, 0.5), model.state_dict(), about))
+    (*rows, _), _ = said(capsys, "explain", tmp_path / "a.safetensors", "--batch", 1)
+    assert [row["weight_shape"] for row in rows[-2:]] == [[16, 16], [7, 16]]

@@ -86,6 +86,14 @@ def test_cifar100_gives_fine_labels_and_accepts_str_keys(tmp_path):
         data.load(tmp_path)
 
 
+def test_labels_that_were_pickled_again_as_an_array_are_read(cifar10):
+    expected = data.load(cifar10).test.labels
+    content = batch(5)
+    content[b"labels"] = np.array(content[b"labels"])
+    (cifar10 / "test_batch").write_bytes(pickle.dumps(content))
+    assert data.load(cifar10).test.labels.equal(expected)
+
+
 def test_error_names_a_missing_batch(cifar10, tmp_path):
     (cifar10 / "data_batch_3").unlink()
     archive = pack(cifar10, tmp_path / "cifar-10-python.tar.gz")

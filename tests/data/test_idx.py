@@ -52,6 +52,12 @@ def test_folders_of_torchvision_are_recognised_and_give_the_name(tmp_path, monke
     assert data.load(".").name == name
 
 
+def test_the_names_that_kaggle_gives_the_files_are_known(tmp_path):
+    for file in list(write(tmp_path).iterdir()):
+        file.rename(file.with_name(file.name.replace("-idx", ".idx")))
+    assert data.load(tmp_path).test.labels.tolist() == LABELS.tolist()
+
+
 def test_a_folder_further_up_does_not_give_the_name(tmp_path):
     write(tmp_path / "fashion" / "numbers" / "raw")
     assert data.load(tmp_path / "fashion" / "numbers").name == "mnist"

@@ -157,3 +157,29 @@ def test_a_state_dict_with_other_keys_or_shapes_than_the_model_is_refused(model,
     change(pruned)
     with pytest.raises(ValueError, match=said):
         load_pruned(written(tmp_path, pruned), model=model)
+
+
+@pytest.mark.parametrize("key", ["network", "weights", "state_dict_ema"])
+def test_the_only_dict_of_tensors_is_the_state_dict_whatever_its_name(model, pruned, tmp_path, key):
+    """Beside it are the counters and the nested state of an optimiser, which are none."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.rand(1, 1, 8, 8)).sum().backward()
+    optimizer.step()
+    others = {"epoch": 3, "optimizer": optimizer.state_dict(), "scaler": {"scale": 65536.0}}
+    assert others["optimizer"]["state"][0]["momentum_buffer"].any()
+    ticket = load_pruned(written(tmp_path, {**others, key: pruned}), model=model)
+    assert all(ticket.state_dict[name].equal(value) for name, value in pruned.items())
+
+
+def test_of_several_dicts_of_tensors_none_is_guessed(pruned, tmp_path):
+    path = written(tmp_path, {"generator": pruned, "network": pruned})
+    with pytest.raises(ValueError, match="several state dicts, generator, network: save the one that is meant alone"):
+        load_pruned(path)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+@pytest.mark.parametrize("content", ["<!DOCTYPE html>", "version https://git-lfs.github.com/spec/v1\n"])
+def test_text_in_place_of_a_file_of_tensors_is_told_as_such(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}' is not a readable .*: it is text that begins with '{content[:5]}"):
+        load_pruned(tmp_path / name)

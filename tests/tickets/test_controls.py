@@ -32,3 +32,13 @@ def test_a_shuffled_mask_differs():
     assert not shuffled["layer"].equal(shuffled["its twin"])  # each layer has a permutation of its own
     assert all(not shuffled[name].equal(pruned[name]) for name in pruned)
     assert masks.density(shuffled) == masks.density(pruned)
+
+
+def test_every_block_can_move_also_at_the_edges():
+    """Blocks of 4 x 4 in a weight of 10 x 7: in each of the four regions of blocks of one size some are kept."""
+    grid = torch.tensor([[True, False], [False, True], [True, False]])
+    pruned = grid.repeat_interleave(4, 0).repeat_interleave(4, 1)[:10, :7]
+    assert masks.largest_block(pruned)[:2] == (4, 4)
+    moved = torch.stack([tickets.shuffle({"layer": pruned}, seed)["layer"] != pruned for seed in range(20)]).any(0)
+    assert moved[:8].all()  # the last row of blocks has one block of each size, which cannot move
+    assert not moved[8:].any()

@@ -17,10 +17,10 @@ BLOCKS = {"density": 0.2, "block": (2, 2), "scope": "uniform", "score": "magnitu
 
 
 def twin(pruning: PruneConfig):
-    """Masks and weights of the ticket, and for each epoch its record and the distances of its mask."""
+    """Masks and weights of the ticket, for each epoch its record and the distance of its mask, and scores retained."""
     model = network(channels=8)
     initial = begin = copy.deepcopy(model.state_dict())
-    kept, epochs = {}, []
+    kept, epochs, retained = {}, [], None
     how = {"scope": pruning.scope, "score": pruning.score, "linear": pruning.linear}
     for number in range(1, pruning.rounds + 1):
         density = pruning.density ** (number / pruning.rounds)
@@ -44,10 +44,11 @@ def twin(pruning: PruneConfig):
         if number == 1 and pruning.permute_channels:
             order = masks.permute_channels(model, pruning.density, pruning.block, SHAPE, **how)
             order.apply(model)
+            retained = order.retained
             begin = order.permute_state_dict(begin)
         kept = masks.prune(model, density, pruning.block, **how)
         densify(model)
-    return kept, begin, epochs
+    return kept, begin, epochs, retained
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def twin(pruning: PruneConfig):
 )
 def test_a_search_in_rounds_is_a_plain_loop(tmp_path, pruning):
     pruning = PruneConfig(**pruning)
-    kept, begin, epochs = twin(pruning)
+    kept, begin, epochs, retained = twin(pruning)
     ticket = tickets.search(
         network(channels=8), batches(), CONFIG, pruning, validation=VALIDATION, folder=tmp_path, metadata={"arch": "a"}
     )
@@ -89,5 +90,7 @@ def test_a_search_in_rounds_is_a_plain_loop(tmp_path, pruning):
         before = found.total
     assert record.cost.macs == before.macs and record.cost.seconds > before.seconds
     assert record.checks.reset and record.checks.nested and record.checks.pruned_weights_zero
+    assert record.checks.retained == retained and (retained is None or retained[0] < retained[1])
+    assert record.checks.weights_requested == round(pruning.density * record.checks.weights)
     assert record.checks.weights == sum(mask.numel() for mask in kept.values())
     assert record.checks.weights_kept == sum(int(mask.count_nonzero()) for mask in kept.values())

@@ -47,8 +47,8 @@ def from_state_dict(
 
     Args:
         state_dict: tensors by name, or a checkpoint that has them under "state_dict", "model_state_dict", "net" or
-            "model". The prefixes "module.", "model." and "_orig_mod." are removed if all names have them; values that
-            are not tensors are ignored.
+            "model", or as its only dict of tensors. The prefixes "module.", "model." and "_orig_mod." are removed if
+            all names have them; values that are not tensors are ignored.
         format, density, dense: as in `load_pruned`.
 
     Returns:
@@ -172,6 +172,7 @@ def _find_state(checkpoint: object) -> StateDict:
     seen: set[int] = set()
     while isinstance(checkpoint, Mapping):
         key = next((key for key in _STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), None)
+        key = _only_state(checkpoint) if key is None else key
         if key is None:
             break
         seen.add(id(checkpoint))
@@ -186,6 +187,19 @@ def _find_state(checkpoint: object) -> StateDict:
     for key, value in tensors.items():
         _check_plain(key, value)
     return tensors
+
+
+def _only_state(checkpoint: Mapping[Any, Any]) -> Any:
+    """The key of the only dict of tensors in a checkpoint; None if it holds tensors itself, or no such dict."""
+    if any(isinstance(value, Tensor) for value in checkpoint.values()):
+        return None
+    inner = {key: value.values() for key, value in checkpoint.items() if isinstance(value, Mapping)}
+    keys = [key for key, values in inner.items() if any(isinstance(value, Tensor) for value in values)]
+    if len(keys) > 1:
+        raise ValueError(
+            f"there are several state dicts, {', '.join(map(str, keys))}: save the one that is meant alone"
+        )
+    return keys[0] if keys else None
 
 
 def _check_plain(key: str, value: Tensor) -> None:

@@ -1,0 +1,75 @@
+"""What training refuses in one sentence: models without anything to train, and batches that they cannot take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.errors import first_line
+from sparse_adv.masks.layers import check_initialized
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ValueError unless a model has weights, and a gradient of some of them is wanted.
+
+    Examples:
+        >>> check_trainable(nn.Linear(2, 2).requires_grad_(False))
+        Traceback (most recent call last):
+        ...
+        ValueError: model must have a parameter that requires a gradient, got none
+    """
+    for name, module in model.named_modules():
+        check_initialized(name, module)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model must have its weights in memory, got {name!r} on the meta device")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model must have a parameter that requires a gradient, got none")
+
+
+def pairs_of(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches as (images, labels).
+
+    Raises:
+        TypeError: if one is not two tensors, such as a dict, or images and labels with a number of each image.
+        ValueError: if one is a single image.
+
+    Examples:
+        >>> next(pairs_of([{"image": torch.zeros(1), "label": torch.zeros(1)}]))
+        Traceback (most recent call last):
+        ...
+        TypeError: a batch must be two tensors (images, labels), got a dict
+    """
+    for batch in batches:
+        listed = isinstance(batch, list | tuple)
+        if not listed or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+            kinds = [type(part).__name__ for part in batch] if listed else []
+            what = f"({', '.join(kinds)})" if listed else f"a {type(batch).__name__}"
+            raise TypeError(f"a batch must be two tensors (images, labels), got {what[:100]}")
+        if not batch[1].dim():
+            raise ValueError("a batch must have labels [N], got a single one: give the DataLoader a batch_size")
+        yield batch[0], batch[1]
+
+
+@contextmanager
+def first_pass(images: Tensor) -> Iterator[None]:
+    """Name the images in an error of a model's first pass: their shape or dtype may not be the model's.
+
+    Examples:
+        >>> with first_pass(images := torch.zeros(1, 2, dtype=torch.float64)):
+        ...     nn.Linear(2, 1)(images)
+        Traceback (most recent call last):
+        ...
+        ValueError: model does not take images of shape (1, 2) and dtype torch.float64: mat1 and mat2 must have the ...
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        about = f"shape {tuple(images.shape)} and dtype {images.dtype}"
+        raise ValueError(f"model does not take images of {about}: {first_line(error)}") from error

@@ -1,0 +1,79 @@
+"""What cannot be trained is refused in one sentence."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, batches, network
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparse_adv import data, masks, tickets, training
+from sparse_adv.nn import sparsify
+
+CONFIG = replace(QUICK, epochs=1)
+IMAGES, LABELS = data.to_unit(TRAIN.images), TRAIN.labels
+PAIR = IMAGES[:8], LABELS[:8]
+TWO = r"a batch must be two tensors \(images, labels\), got "
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ((*PAIR, torch.arange(8)), TWO + r"\(Tensor, Tensor, Tensor\)"),
+        ({"image": PAIR[0], "label": PAIR[1]}, TWO + "a dict"),
+        ((PAIR[0].numpy(), PAIR[1].numpy()), TWO + r"\(ndarray, ndarray\)"),
+        ([PAIR[0], PAIR[1].tolist()], TWO + r"\(Tensor, list\)"),
+        (PAIR[0], TWO + "a Tensor"),
+        ((PAIR[0][0], PAIR[1][0]), r"labels \[N\], got a single one: give the DataLoader a batch_size"),
+    ],
+)
+def test_a_batch_that_is_no_pair_of_images_and_labels_is_refused_wherever_batches_are_read(batch, said):
+    for use in (
+        lambda: training.train(network(), [batch], CONFIG),
+        lambda: training.train(network(), [PAIR], CONFIG, validation=[batch]),
+        lambda: training.clean_accuracy(network(), [batch]),
+        lambda: tickets.search(network(), [batch], CONFIG, tickets.PruneConfig(permute_channels=True)),
+    ):
+        with pytest.raises((TypeError, ValueError), match=said):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (IMAGES.double(), r"shape \(8, 1, 6, 6\) and dtype torch.float64: "),
+        (IMAGES.permute(0, 2, 3, 1), r"shape \(8, 6, 6, 1\) and dtype torch.float32: "),
+        (IMAGES[:, :, 1:], r"shape \(8, 1, 5, 6\) and dtype torch.float32: "),
+    ],
+)
+def test_images_that_the_model_does_not_take_are_named_with_shape_and_dtype(images, said):
+    loader = DataLoader(TensorDataset(images, LABELS), 8)
+    with pytest.raises(ValueError, match="model does not take images of " + said):
+        training.train(network(), loader, CONFIG)
+
+
+def test_a_batch_without_images_is_refused_and_not_taken_for_a_loss_that_diverged():
+    with pytest.raises(ValueError, match="batches must have images in each batch, got one without any"):
+        training.train(network(), [PAIR, (IMAGES[:0], LABELS[:0])], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: network().requires_grad_(False), "a parameter that requires a gradient, got none"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3, device="meta")), "weights in memory, got '0.weight' on the meta"),
+        (lambda: nn.Sequential(nn.LazyConv2d(2, 3)), "module '0' has no weight yet: run a forward pass first"),
+    ],
+)
+def test_a_model_without_anything_to_train_is_refused(model, said):
+    with pytest.raises(ValueError, match=said):
+        training.train(model(), batches(), CONFIG)
+
+
+def test_a_search_of_a_model_with_masks_is_refused_before_anything_is_written(tmp_path):
+    model = sparsify(network(), masks.prune(network(), 0.5))
+    for folder in (None, tmp_path / "search"):
+        with pytest.raises(ValueError, match=r"model must be dense, got a mask in '0': call densify\(model\) first"):
+            tickets.search(model, batches(), CONFIG, validation=VALIDATION, folder=folder)
+    assert not (tmp_path / "search").exists()
