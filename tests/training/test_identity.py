@@ -52,6 +52,12 @@ def activation_changed():
     return model
 
 
+def first_layer_frozen():
+    model = network()
+    model[0].requires_grad_(False)
+    return model
+
+
 def other_labels(split):
     return split._replace(labels=1 - split.labels)
 
@@ -62,7 +68,7 @@ def other_labels(split):
     [
         ({"model": lambda: sparse()}, "network"),
         ({"model": activation_changed}, "network"),
-        ({"model": lambda: network().requires_grad_(False).train()}, "network"),
+        ({"model": first_layer_frozen}, "network"),
         ({"model": lambda: network(seed=1)}, "initial weights"),
         ({"images": lambda: data.Batches(TRAIN._replace(images=TRAIN.images * 0), 32)}, "training images"),
         ({"images": lambda: data.Batches(other_labels(TRAIN), 32)}, "training images"),
