@@ -254,3 +254,32 @@ def test_an_explanation_is_of_the_classes_of_the_ticket(tmp_path, capsys):
     masks.save_ticket(tmp_path / "a.safetensors", masks.Ticket(masks.prune(model, 0.5), model.state_dict(), about))
     (*rows, _), _ = said(capsys, "explain", tmp_path / "a.safetensors", "--batch", 1)
     assert [row["weight_shape"] for row in rows[-2:]] == [[16, 16], [7, 16]]
+
+
+def test_the_row_of_a_network_has_what_its_attacks_found(tmp_path, capsys, monkeypatch):
+    model = models.build("digits_cnn", width=4)
+    for name, mask in masks.prune(model, 0.1, scope="uniform", linear=True).items():
+        model.get_submodule(name).weight.data.mul_(mask)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    monkeypatch.setattr(
+        attacks, "AutoAttack", lambda model, norm, eps, **options: Evaluator(model, norm, eps, **options)
+    )
+    monkeypatch.setattr(attacks, "fmn", lambda model, images, labels, **options: images)
+    monkeypatch.setattr(attacks, "distances", lambda *_: torch.tensor([0.0, 0.01, 0.02, float("inf")] * 10))
+    about = {"structure": "weights", "sparsity": 90, "data": "digits", "images": 40, "seed": 7}
+    command = [text for name, value in about.items() for text in (f"--{name}", value)]
+    (row,), text = said(
+        capsys, "benchmark", tmp_path / "a.pt", "--out", tmp_path, *NETWORK, *command, "--eps", "0.1,0.2"
+    )
+    assert row.items() >= (about | {"what": str(tmp_path / "a.pt"), "clean": 0.9}).items()
+    assert [(score["eps"], score["robust"], score["accuracy"]) for score in row["autoattack"]] == [
+        (0.1, 0.4, FOUND.accuracy),
+        (0.2, 0.4, FOUND.accuracy),
+    ]
+    fmn = row["fmn"]
+    assert (fmn["images"], fmn["robust"], fmn["first"], fmn["steps"]) == (40, 0.25, 0, 200)
+    assert fmn["distances"] == [pytest.approx(0.0), pytest.approx(0.01), pytest.approx(0.02), None] * 10
+    assert row["measured_sparsity"]["weights"] == pytest.approx(90, abs=0.5)
+    written = json.loads((tmp_path / benchmark.ROW).read_text())
+    assert written["autoattack"] == row["autoattack"] and written["clean"] == 0.9
+    assert text.strip() == (tmp_path / benchmark.MARKDOWN).read_text().strip() and "| 90.00%" in text

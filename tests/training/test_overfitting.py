@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
+from helpers.small_runs import QUICK, VALIDATION, bars, batches, equal_states, network
 
-from sparse_adv import training
+from sparse_adv import data, training
 from sparse_adv.config import OBJECTIVES
 from sparse_adv.runs import Cost
 from sparse_adv.training import objectives
@@ -169,3 +169,12 @@ def test_the_monitor_distinguishes_a_robust_network_from_one_that_is_not():
         for parameter in model.parameters():
             parameter.mul_(-1)
     assert watch.must_undo(watch.measure(model).fraction)
+
+
+def test_the_monitor_looks_at_the_first_256_images_or_at_whole_batches():
+    images = bars(300, 3)
+    ((x, y),) = OverfittingMonitor(images, CONFIG).images
+    assert x.equal(data.to_unit(images.images[:256])) and y.equal(images.labels[:256])
+    whole = list(data.Batches(images, 100, shuffle=False))
+    assert [len(y) for _, y in OverfittingMonitor(whole, CONFIG).images] == [100] * 3
+    assert OverfittingMonitor(images, CONFIG).measure(network()).images == 256
