@@ -162,6 +162,21 @@ def test_wrong_arguments_are_named():
         fab_t(model, images, labels, n_target_classes=0)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_without_eps_further_starts_lie_at_half_of_the_distance_found(norm):
+    model, images, labels = linear_problem()
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().clone()) if args[0].requires_grad else None
+    )
+    fab_t(model, images, labels, norm=norm, steps=1, restarts=2, n_target_classes=1, eta=1.2, engine=False)
+    clean, start = seen
+    target = model(images).argsort(1, descending=True)[:, 1]
+    found = 1.2 * least_distance(model, images, labels, norm, target)
+    assert clean.equal(images)
+    torch.testing.assert_close(distances(start, images, norm), found / 2, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_further_starts_lie_at_half_of_the_radius_each_in_another_place(norm):
     model, images, labels = linear_problem()

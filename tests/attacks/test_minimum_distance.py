@@ -13,8 +13,9 @@ from helpers.searched import (
     least_distance,
     linear_problem,
 )
+from torch import Tensor, nn
 
-from sparse_adv.attacks import CW, DeepFool, cw, deepfool
+from sparse_adv.attacks import CW, DeepFool, cw, deepfool, fab, fmn
 
 
 def test_deepfool_ends_just_over_the_nearest_linear_boundary():
@@ -22,6 +23,48 @@ def test_deepfool_ends_just_over_the_nearest_linear_boundary():
     adv = deepfool(model, images, labels, overshoot=0.03)
     assert broken(model, adv, labels).all()
     assert torch.allclose(distances(adv, images, "l2"), 1.03 * least_distance(model, images, labels, "l2"), rtol=1e-3)
+
+
+def plain_deepfool(model: nn.Module, x: Tensor, y: Tensor, steps: int, overshoot: float) -> Tensor:
+    """Algorithm 2 of Moosavi-Dezfooli et al. 2016, each point clamped to [0, 1]."""
+    way, z = torch.zeros_like(x), x
+    for _ in range(steps):
+        point = z.detach().requires_grad_()
+        logits = model(point[None])[0]
+        if logits.argmax() != y:
+            break
+        found = []
+        for k in range(len(logits)):
+            if k != y:
+                (slope,) = torch.autograd.grad(logits[y] - logits[k], point, retain_graph=True)
+                lead = (logits[y] - logits[k]).item()
+                found.append((lead / slope.norm().item(), lead, slope))
+        _, lead, slope = min(found, key=lambda each: each[0])
+        way = way - lead / slope.square().sum() * slope
+        z = (x + (1 + overshoot) * way).clamp(0, 1)
+    return z
+
+
+@pytest.mark.parametrize("overshoot", [0.0, 0.02, 0.5])
+def test_deepfool_is_its_algorithm(overshoot):
+    model, images, labels = classified(12)
+    model, images = model.double(), images.double()
+    for steps in (1, 2, 5):
+        adv = deepfool(model, images, labels, steps=steps, overshoot=overshoot)
+        for x, y, found in zip(images, labels, adv, strict=True):
+            assert torch.allclose(found, plain_deepfool(model, x, y, steps, overshoot), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("attack", [partial(cw, lr=0.1, c=10.0, binary_search_steps=2), fmn, fab])
+def test_a_tie_of_the_logits_is_no_example(attack):
+    """Where the first logit has fallen to the second, it stays there: the class is never another one."""
+    images, labels = torch.rand(3, 1, 2, 2) * 0.4 + 0.4, torch.zeros(3, dtype=torch.int64)
+
+    def model(x):
+        lead = (x.flatten(1).mean(1) - 0.3).clamp_min(0)
+        return torch.stack([lead, 0 * lead], 1)
+
+    assert attack(model, images, labels, steps=40).equal(images)
 
 
 def test_cw_reaches_the_least_distance_to_a_linear_boundary():
@@ -53,7 +96,8 @@ def test_a_binary_search_finds_a_weight_where_the_first_fails():
 
 @pytest.mark.parametrize("attack", [partial(cw, c=10.0, lr=0.05), deepfool])
 def test_more_steps_break_no_fewer_images_and_all_stay_in_the_box(attack):
-    model, images, labels = classified(24)
+    model, images, _ = classified(24)
+    images[4:] = 0.25 + images[4:] / 2  # far from the ends, where DeepFool, which cuts its steps off there, can fail
     images[:4] = images[:4].round()  # hard for both: no pixel of theirs may go on over an end
     labels = model(images).argmax(1)
     found = []
@@ -61,7 +105,7 @@ def test_more_steps_break_no_fewer_images_and_all_stay_in_the_box(attack):
         adv = attack(model, images, labels, steps=steps)
         assert adv.min() >= 0 and adv.max() <= 1
         found.append(broken(model, adv, labels))
-    assert (found[1] | ~found[0]).all() and (found[2] | ~found[1]).all() and found[2][4:].float().mean() > 0.9
+    assert (found[1] | ~found[0]).all() and (found[2] | ~found[1]).all() and found[2][4:].all()
     wide = images * 4 - 2
     adv = attack(model, wide, model(wide).argmax(1), steps=5, lo=-2.0, hi=2.0)
     assert adv.min() >= -2 and adv.max() <= 2

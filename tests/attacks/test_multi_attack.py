@@ -5,7 +5,7 @@ import torch
 from helpers.attacked import snapshot
 from helpers.searched import broken, classified
 
-from sparse_adv.attacks import BIM, EOTPGD, FFGSM, FGSM, MIFGSM, PGD, RFGSM, MultiAttack, Square
+from sparse_adv.attacks import BIM, EOTPGD, FFGSM, FGSM, MIFGSM, PGD, RFGSM, TPGD, MultiAttack, Square
 
 
 def test_each_attack_gets_what_still_stands():
@@ -71,7 +71,7 @@ def test_each_image_keeps_its_own_radius_when_the_batch_gets_smaller():
         assert (broken(model, adv, labels) >= broken(model, strongest, labels)).all()
 
 
-@pytest.mark.parametrize("kind", [PGD, BIM, FFGSM, MIFGSM, RFGSM, EOTPGD])
+@pytest.mark.parametrize("kind", [PGD, BIM, FFGSM, MIFGSM, RFGSM, EOTPGD, TPGD])
 def test_every_attack_takes_the_radii_and_steps_of_the_images_that_stand(kind):
     model, images, labels = classified(16)
     eps = torch.linspace(0.01, 0.1, 16)

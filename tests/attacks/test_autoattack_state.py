@@ -1,0 +1,94 @@
+"""What AutoAttack keeps of a run: its time, the clean logits that identify a function, settings within their ranges."""
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.attacked import batch, make_model
+from torch import nn
+
+from sparse_adv.attacks import AutoAttack, autoattack
+from sparse_adv.attacks.autoattack_state import State, first_logits
+
+CUSTOM = {"eps": 0.01, "version": "custom", "attacks_to_run": ["apgd-ce", "square"], "seed": 3, "verbose": False}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every look at the clock takes one second, and the attacks find nothing."""
+    ticks = itertools.count()
+    monkeypatch.setattr(autoattack, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    for name, member in list(autoattack.MEMBERS.items()):
+        changed = replace(member, attack=lambda model, x, y, **_: x)
+        monkeypatch.setitem(autoattack.MEMBERS, name, changed)
+
+
+def test_the_seconds_are_those_of_all_batches_of_all_processes(clock, monkeypatch, tmp_path):
+    model, (images, _) = make_model().eval(), batch(size=10)
+    labels, path = model(images).argmax(1), tmp_path / "state.safetensors"
+    whole = AutoAttack(model, **CUSTOM)
+    whole.run_standard_evaluation(images, labels, bs=4)
+    assert whole.result.seconds == 6  # two attacks on three batches
+    write = State.write
+
+    def interrupted(state, path):
+        write(state, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            AutoAttack(model, **CUSTOM).run_standard_evaluation(images, labels, bs=4, state_path=path)
+    continued = AutoAttack(model, **CUSTOM)
+    continued.run_standard_evaluation(images, labels, bs=4, state_path=path)
+    assert continued.result.seconds == 6
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_logits_are_compared_relative_to_the_largest_one(scale, tmp_path):
+    logits = scale * torch.randn(12, 5)
+    images = torch.zeros(12, 1, 2, 2)
+    none = torch.zeros(12, dtype=torch.bool)
+    state = State("", 0, images, logits.argmax(1), ~none, none, first_logits(logits), {}, {})
+    for same in (logits, logits * (1 + 1e-5), logits[:3]):
+        state.check_logits(same, tmp_path)
+    for other in (logits.roll(1, 1), logits * 1.01, 1 - logits):
+        with pytest.raises(ValueError, match="is of another model, with other clean logits"):
+            state.check_logits(other, tmp_path)
+
+
+RANGES = [
+    *[("apgd", "rho", value, 0 <= value <= 1) for value in (-0.01, 0.0, 1.0, 1.01)],
+    *[("fab", name, value, 0 <= value <= 1) for name in ("alpha_max", "beta") for value in (-0.01, 0.0, 1.0, 1.01)],
+    *[("fab", "eta", value, value >= 1) for value in (0.99, 1.0, 3.0)],
+    *[("square", "p_init", value, 0 <= value <= 1) for value in (-0.01, 1.0, 1.01)],
+    *[("square", "n_queries", value, value > 0) for value in (-1, 0, 1)],
+    *[("apgd", name, value, value > 0) for name in ("n_restarts", "n_iter", "eot_iter") for value in (0, 1)],
+    *[("apgd_targeted", "n_target_classes", value, value > 0) for value in (0, 1)],
+]
+
+
+@pytest.mark.parametrize(("group", "name", "value", "legal"), RANGES)
+def test_settings_have_the_ranges_of_the_attacks_arguments(group, name, value, legal):
+    settings = getattr(AutoAttack(nn.Flatten()), group)
+    if legal:
+        setattr(settings, name, value)
+        assert getattr(settings, name) == value
+    else:
+        before = getattr(settings, name)
+        with pytest.raises(ValueError, match=f"{name} must"):
+            setattr(settings, name, value)
+        assert getattr(settings, name) == before
+
+
+def test_rand_expects_random_outputs_and_no_other_sign_of_masking(clock):
+    model, (images, _) = make_model().eval(), batch(size=4)
+    labels = model(images).argmax(1)
+    for version, expected in (("rand", 1), ("standard", 2)):
+        noisy = AutoAttack(lambda x: model(x + 1e-3 * torch.rand_like(x)).softmax(1), version=version, verbose=False)
+        noisy.run_standard_evaluation(images, labels)
+        signs = noisy.result.signs
+        assert len(signs) == expected and any("are probabilities" in sign for sign in signs)
+        assert any("between two calls" in sign for sign in signs) == (version == "standard")
