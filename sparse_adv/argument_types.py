@@ -7,14 +7,29 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from numbers import Integral
-from reprlib import repr as shortened
+from reprlib import repr as _short
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
+
+import numpy as np
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_NOT_CHECKED = {bool, float, object, inspect.Parameter.empty}
+_NOT_CHECKED = {float, object, inspect.Parameter.empty}
 """Annotations of arguments that the functions check themselves, with their values, and what stands for none."""
+
+
+def shortened(value: object) -> str:
+    """A value in one line of an error message: of a tensor or an array the shape, of others the ends of the repr.
+
+    Examples:
+        >>> shortened(10**60), shortened(["a", "b"])
+        ('100000000000000000...0000000000000000000', "['a', 'b']")
+    """
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"a {type(value).__name__.lower()} of shape {tuple(shape)}"
+    return " ".join(_short(value).split())
 
 
 def checks_types(function: Callable[P, R]) -> Callable[P, R]:
@@ -67,6 +82,8 @@ def _classes(hint: Any) -> Iterator[type]:
 def _is_one_of(value: object, wanted: tuple[type, ...]) -> bool:
     if isinstance(value, str | bytes) and str not in wanted:
         return False
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int in wanted  # also those of NumPy
-    return isinstance(value, wanted) and not isinstance(value, bool)
+    if isinstance(value, bool | np.bool_):
+        return bool in wanted
+    if isinstance(value, Integral):  # also those of NumPy
+        return int in wanted
+    return isinstance(value, wanted)

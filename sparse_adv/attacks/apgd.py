@@ -13,10 +13,10 @@ from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import Ball, ball_around, into_ball
 from sparse_adv.attacks.checks import Model, is_correct
 from sparse_adv.attacks.geometry import per_image
-from sparse_adv.attacks.losses import Loss, loss_function, targeted_dlr
+from sparse_adv.attacks.losses import Loss, loss_function, loss_values, targeted_dlr
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, run_search
-from sparse_adv.ops.arguments import check_number
+from sparse_adv.ops.arguments import check_flag, check_number
 from sparse_adv.ops.random_start import as_philox_state
 
 MOMENTUM = 0.75
@@ -92,14 +92,22 @@ def apgd(
         >>> bool((adv - images).abs().max() <= 0.1)
         True
     """
-    objective, sign = loss_function(loss), -1 if targeted else 1
+    check_flag("targeted", targeted)
+    loss_function(loss)
+    sign = -1 if targeted else 1
     settings = Settings(ball_around(images, eps, norm, lo, hi), steps, rho, eot_iter, targeted)
     check_count("restarts", restarts, least=1)
+
+    def objective(logits: Tensor, labels: Tensor) -> Tensor:
+        values = loss_values(loss, logits, labels)
+        if values.shape != labels.shape:
+            raise ValueError(f"loss must return one number for each image, [{len(labels)}], got {list(values.shape)}")
+        return sign * values
 
     def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
         attacker = _Attacker(queries, images, labels, settings, generator)
         for _ in range(restarts):
-            attacker.ascend(lambda logits, labels: sign * objective(logits, labels))
+            attacker.ascend(objective)
         return attacker.result
 
     return run_search(search, model, images, labels, lo, hi, check, engine)
@@ -224,7 +232,7 @@ class _Attacker:
         generator: torch.Generator | None,
     ) -> None:
         self._queries, self._images, self._labels = queries, images, labels
-        self._settings, self._philox_state = settings, as_philox_state(generator).to(images.device)
+        self._settings, self._philox_state = settings, as_philox_state(generator, "generator").to(images.device)
         logits = queries.logits(images)
         self.result = images.clone()
         self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=logits.dtype)

@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.attacks.autoattack_state import Result, State, fingerprint, first_logits
 from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned
 from sparse_adv.attacks.ball import Ball, Values, as_norm, check_values, into_ball
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, as_device
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
     check_batch,
+    check_images,
     check_label_range,
+    check_labels,
     count_classes,
     int64_labels,
     is_correct,
@@ -32,6 +35,7 @@ from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
+from sparse_adv.ops.arguments import check_flags, check_integer
 from sparse_adv.ops.random_start import as_philox_state
 
 
@@ -108,6 +112,9 @@ class AutoAttack(Versioned, Attack):
         log_path: str | Path | None = None,
     ) -> None:
         super().__init__(model)
+        check_flags(verbose=verbose, engine=engine)
+        if log_path is not None and not isinstance(log_path, str | Path):
+            raise TypeError(f"log_path must be a path, got {shortened(log_path)}")
         self.seed, self.verbose = seed, verbose
         self.ball = Ball(eps, as_norm(norm), lo, hi)
         check_values(*self.ball)
@@ -118,7 +125,7 @@ class AutoAttack(Versioned, Attack):
             )
         self.attacks_to_run = tuple(attacks_to_run) or VERSIONS[version]
         self._engine = engine
-        self.device = torch.device(device) if device is not None else self.device or torch.device("cpu")
+        self.device = as_device(device) if device is not None else self.device or torch.device("cpu")
         self.log_path = None if log_path is None else Path(log_path)
         self.result: Result | None = None
         """The result of the last run; None before it."""
@@ -165,6 +172,7 @@ class AutoAttack(Versioned, Attack):
         attack.ball = self.ball.of(index.to(eps.device) if isinstance(eps, Tensor) else index)
         return attack
 
+    @checks_types
     def run_standard_evaluation(
         self,
         x_orig: Tensor,
@@ -196,6 +204,7 @@ class AutoAttack(Versioned, Attack):
         )
         return self._found(self.result, x_orig, return_labels)
 
+    @checks_types
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
@@ -215,8 +224,15 @@ class AutoAttack(Versioned, Attack):
             self.result, found[name] = result, self._found(result, x_orig, return_labels)
         return found
 
+    @checks_types
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """The fraction of images that the model classifies correctly; NaN is never correct."""
+        check_count("bs", bs, least=1)
+        check_images(x_orig)
+        if not len(x_orig):
+            raise ValueError("x_orig must hold at least one image, got none")
+        y_orig = int64_labels(y_orig)
+        check_labels(x_orig, y_orig)
         right = [is_correct(self.get_logits(x), y.long()).sum() for x, y in self._batches(x_orig, y_orig, bs)]
         accuracy = int(torch.stack(right).sum()) / len(x_orig)
         self._log(f"clean accuracy {accuracy:.2%}")
@@ -230,6 +246,8 @@ class AutoAttack(Versioned, Attack):
     def _run(self, names: Sequence[str], images: Tensor, labels: Tensor, batch: int, path: Path | None) -> Result:
         if not names:
             raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
+        if self.seed is not None:
+            check_integer("seed", self.seed)
         labels = int64_labels(labels)
         self.ball.on(images)  # raises where a tensor is of another length
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
@@ -354,7 +372,7 @@ class AutoAttack(Versioned, Attack):
             return model(x)
 
     def _batches(self, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in zip(images.split(size), labels.split(size), strict=True):
+        for x, y in zip(images.split(int(size)), labels.split(int(size)), strict=True):
             yield x.to(self.device), y.to(self.device)
 
     def _identity(self, names: Sequence[str], images: Tensor, labels: Tensor) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.fab import fab, fab_t
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.square import square
-from sparse_adv.ops.arguments import check_number
+from sparse_adv.ops.arguments import check_flag, check_number
 
 _RANGES = {"rho": (0, 1), "alpha_max": (0, 1), "eta": (1, float("inf")), "beta": (0, 1), "p_init": (0, 1)}
 
@@ -26,6 +27,8 @@ class _Checked:
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("n_") or name == "eot_iter":
             check_count(name, value, least=1)
+        elif name == "resc_schedule":
+            check_flag(name, value)
         elif name in _RANGES:
             check_number(name, value)
             low, high = _RANGES[name]
@@ -159,8 +162,8 @@ class Versioned:
 
     def set_version(self, version: str = "standard") -> None:
         """Choose the attacks and the budgets of a version; settings made before are lost."""
-        if version not in VERSIONS:
-            raise ValueError(f"version must be {', '.join(map(repr, VERSIONS))}, got {version!r}")
+        if not isinstance(version, str) or version not in VERSIONS:
+            raise ValueError(f"version must be {', '.join(map(repr, VERSIONS))}, got {shortened(version)}")
         self.version, self.settings = version, Settings.of(version)
         self.attacks_to_run = VERSIONS[version]
 
@@ -171,9 +174,11 @@ class Versioned:
 
     @attacks_to_run.setter
     def attacks_to_run(self, names: Sequence[str]) -> None:
+        if isinstance(names, str | bytes) or not isinstance(names, Sequence):
+            raise TypeError(f"attacks_to_run must be a sequence of names, got {shortened(names)}")
         for name in names:
-            if name not in MEMBERS:
-                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {name!r}")
+            if not isinstance(name, str) or name not in MEMBERS:
+                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {shortened(name)}")
         self._attacks_to_run = tuple(names)
 
     @property

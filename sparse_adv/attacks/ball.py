@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.checks import check_has_values
 from sparse_adv.attacks.geometry import distance, per_image
-from sparse_adv.ops.arguments import check_number
+from sparse_adv.ops.arguments import check_number, check_tensors
 from sparse_adv.ops.pgd_step import check_alpha, check_ball
 
 Values = float | Tensor
@@ -175,6 +176,8 @@ def _extremes(name: str, value: Any) -> tuple[Any, Any]:
     """The least and the greatest value, NaN if there is one; a number twice."""
     if not isinstance(value, Tensor):
         return value, value
+    check_tensors(**{name: value})
+    check_has_values(name, value)
     if not value.is_floating_point() or value.dim() != 1:
         raise TypeError(
             f"{name} must be a number or a float tensor of one dimension, got {value.dtype} {[*value.shape]}"

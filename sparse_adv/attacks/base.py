@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.attacks import saved
-from sparse_adv.attacks.checks import Model, as_module, int64_labels
+from sparse_adv.attacks.checks import Model, as_module, check_has_values, check_images, int64_labels
 from sparse_adv.attacks.modes import TrainingMode, in_mode
-from sparse_adv.attacks.options import check_names
-from sparse_adv.ops.arguments import check_floating
+from sparse_adv.attacks.options import check_count, check_names
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
@@ -80,7 +80,9 @@ class Attack(ABC):
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return adversarial images for a batch: images float [N, ...], labels integer [N], on any device."""
-        check_floating("images", images)
+        check_images(images)
+        if isinstance(labels, Tensor):
+            check_has_values("labels", labels)
         if labels is None and self.needs_labels and self._target_function is None:
             raise TypeError(f"labels must be an integer tensor, {type(self).__name__} needs them, got None")
         if self.device is not None:
@@ -102,14 +104,17 @@ class Attack(ABC):
         """Labels are the true classes, and the attack leads away from them."""
         self.targeted, self.attack_mode, self._target_function = False, "default", None
 
+    @checks_types
     def set_mode_targeted_by_function(self, target_map_function: TargetFunction, quiet: bool = False) -> None:
         """Labels are the true classes, and target_map_function(images, labels) gives the classes to reach."""
         self._set_targets("targeted(custom)", target_map_function, quiet)
 
+    @checks_types
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
         """Labels are the classes to reach."""
         self._set_targets("targeted(label)", None, quiet)
 
+    @checks_types
     def set_mode_targeted_random(self, quiet: bool = False) -> None:
         """Labels are the true classes; the classes to reach are drawn from the others by PyTorch's global generator."""
 
@@ -119,10 +124,10 @@ class Attack(ABC):
 
         self._set_targets("targeted(random)", random_targets, quiet)
 
+    @checks_types
     def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
         """Labels are the true classes; the class to reach is the wrong one with the kth lowest logit."""
-        if not isinstance(kth_min, int) or kth_min < 1:
-            raise ValueError(f"kth_min must be an integer of at least 1, got {kth_min!r}")
+        check_count("kth_min", kth_min, least=1)
 
         def least_likely(images: Tensor, labels: Tensor) -> Tensor:
             logits = self.get_logits(images)
@@ -134,15 +139,13 @@ class Attack(ABC):
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take and return normalised images from now on, as the model does: (pixels - mean) / std of each channel."""
-        deviation = torch.as_tensor(std)
-        if not bool(((deviation > 0) & deviation.isfinite()).all()):
-            raise ValueError(f"std must be positive and finite, got {deviation.tolist()}")
-        self._normalization = _Normalized(self.model, torch.as_tensor(mean), deviation)
+        self._normalization = _Normalized(self.model, *saved.channel_statistics(mean, std))
 
     def set_device(self, device: torch.device | str) -> None:
         """Images and labels go to this device from now on; the model must be there."""
-        self.device = torch.device(device)
+        self.device = as_device(device)
 
+    @checks_types
     def set_model_training_mode(
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
     ) -> None:
@@ -202,6 +205,7 @@ class Attack(ABC):
         """Return the name of the mode, as torchattacks calls it."""
         return self.attack_mode
 
+    @checks_types
     def save(
         self,
         data_loader: Iterable[tuple[Tensor, Tensor]],
@@ -237,6 +241,7 @@ class Attack(ABC):
         return tuple(found) if return_verbose else None
 
     @staticmethod
+    @checks_types
     def load(
         load_path: str | Path,
         batch_size: int = 128,
@@ -278,6 +283,7 @@ class Attack(ABC):
     @torch.no_grad()
     def get_logits(self, images: Tensor) -> Tensor:
         """The logits of images as this attack takes them, with the model in eval mode."""
+        check_images(images)
         module, _ = as_module(self.model)
         with in_mode(module, "eval") as model:
             return model(images)
@@ -287,10 +293,12 @@ class Attack(ABC):
 
     def normalize(self, images: Tensor) -> Tensor:
         """The pixels as this attack takes them."""
+        check_images(images)
         return images if self._normalization is None else self._normalization.apply_to(images)
 
     def inverse_normalize(self, images: Tensor) -> Tensor:
         """The pixels of images as this attack takes them."""
+        check_images(images)
         return images if self._normalization is None else self._normalization.undo(images)
 
 
@@ -310,11 +318,29 @@ class _Normalized(nn.Module):
         return self.module(self.apply_to(pixels))
 
     def apply_to(self, pixels: Tensor) -> Tensor:
+        self._check_channels(pixels)
         return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
 
     def undo(self, images: Tensor) -> Tensor:
         """The pixels; rounding may not take them out of [0, 1]."""
+        self._check_channels(images)
         return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
+
+    def _check_channels(self, images: Tensor) -> None:
+        count = max(len(self.mean), len(self.std))
+        if count > 1 and (images.dim() < 3 or images.shape[-3] != count):
+            raise ValueError(
+                f"images must have {count} channels, as mean and std of set_normalization_used have, got shape "
+                f"{tuple(images.shape)}"
+            )
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """The device of a name; TypeError for what names none."""
+    try:
+        return torch.device(device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"device must be a torch.device or the name of one, got {shortened(device)}") from None
 
 
 def _in_training(model: Model, mode: TrainingMode, images: Tensor) -> Tensor:

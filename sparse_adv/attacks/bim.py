@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Unpack
 
 from torch import Tensor
 
+from sparse_adv.attacks.ball import check_values
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.classes import PGD
 from sparse_adv.attacks.functional import pgd
-from sparse_adv.attacks.options import LossOptions
+from sparse_adv.attacks.options import LossOptions, check_count
 
 
 def bim(
@@ -57,7 +59,7 @@ class BIM(PGD):
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:
-        ValueError: if an option is out of range, or steps is 0 and eps a tensor.
+        ValueError: if an option is out of range, or steps is 0 and eps a tensor or infinite.
 
     Examples:
         >>> import torch
@@ -76,8 +78,11 @@ class BIM(PGD):
         graph: bool = False,
         **options: Unpack[LossOptions],
     ) -> None:
+        check_count("steps", steps, least=0)
         if steps == 0:
-            if isinstance(eps, Tensor):
-                raise ValueError("steps must be at least 1 where eps is a tensor, got 0 for the paper's number")
+            check_values(eps, "linf", 0.0, 1.0)
+            if isinstance(eps, Tensor) or eps == math.inf:
+                what = "a tensor" if isinstance(eps, Tensor) else "infinite"
+                raise ValueError(f"steps must be at least 1 where eps is {what}, got 0 for the paper's number")
             steps = int(min(255 * eps + 4, 1.25 * 255 * eps))
         super().__init__(model, eps, alpha, steps, random_start=False, graph=graph, **options)

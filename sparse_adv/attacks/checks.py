@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_adv.ops.arguments import check_floating
+from sparse_adv.argument_types import shortened
+from sparse_adv.ops.arguments import check_floating, check_tensors
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 """The model of an attack: a module, or a plain function that maps images to logits."""
@@ -45,7 +46,7 @@ def check_batch(
         TypeError: if images are not floating point or labels not int64.
         ValueError: if images are outside of [lo, hi] by more than 1e-6, or not finite, or a shape is wrong.
     """
-    _check_images(images)
+    check_images(images)
     valid = _valid_labels(images, labels) if with_labels else None
     label_range = None
     if images.numel():
@@ -58,6 +59,26 @@ def check_batch(
     if with_labels and valid is None:
         raise _labels_error(images, labels)
     return label_range
+
+
+def check_images(images: Tensor) -> None:
+    """Raise TypeError or ValueError unless these are a batch of images, whatever their values."""
+    check_floating("images", images)
+    if images.dim() < 2:
+        raise ValueError(f"images must be a batch [N, ...], got shape {tuple(images.shape)}")
+    check_has_values("images", images)
+
+
+def check_labels(images: Tensor, labels: object) -> None:
+    """Raise TypeError or ValueError unless these are int64 labels of the images, whatever their values."""
+    if _valid_labels(images, labels) is None:
+        raise _labels_error(images, labels)
+
+
+def check_has_values(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if the tensor is on the device meta, where there are shapes alone."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on the device meta")
 
 
 def check_label_range(label_range: LabelRange, classes: int) -> None:
@@ -155,9 +176,8 @@ class InputValidator:
         if not self.deferred:
             check_label_range(check_batch(images, labels), classes)
             return labels
-        _check_images(images)
-        if _valid_labels(images, labels) is None:
-            raise _labels_error(images, labels)
+        check_images(images)
+        check_labels(images, labels)
         if not images.numel():
             return labels
         self._classes = classes
@@ -174,12 +194,6 @@ class InputValidator:
             smallest, largest = seen.tolist()
             _check_pixel_range(smallest[0], largest[0], 0.0, 1.0)
             check_label_range((int(smallest[1]), int(largest[1])), self._classes)
-
-
-def _check_images(images: Tensor) -> None:
-    check_floating("images", images)
-    if images.dim() < 2:
-        raise ValueError(f"images must be a batch [N, ...], got shape {tuple(images.shape)}")
 
 
 def _check_pixel_range(smallest: float, largest: float, lo: float, hi: float) -> None:
@@ -216,14 +230,17 @@ def _tell_rounding(lo: float, hi: float) -> None:
 
 def _valid_labels(images: Tensor, labels: object) -> Tensor | None:
     """Return the labels if type, dtype and shape are right, else None."""
-    if isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]:
-        return labels
+    if isinstance(labels, Tensor):
+        check_tensors(labels=labels)
+        check_has_values("labels", labels)
+        if labels.dtype == torch.int64 and labels.shape == images.shape[:1]:
+            return labels
     return None
 
 
 def _labels_error(images: Tensor, labels: object) -> TypeError | ValueError:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        actual = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        actual = labels.dtype if isinstance(labels, Tensor) else shortened(labels)
         return TypeError(f"labels must be an int64 tensor, got {actual}")
     return ValueError(f"labels must have one label per image, shape [{len(images)}], got {tuple(labels.shape)}")
 

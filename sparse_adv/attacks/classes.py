@@ -6,7 +6,6 @@ import copy
 from dataclasses import fields, replace
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
@@ -16,7 +15,9 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
-from sparse_adv.attacks.options import AttackOptions, CommonOptions, LossOptions, tpgd_start
+from sparse_adv.attacks.options import AttackOptions, CommonOptions, LossOptions, check_count, tpgd_start
+from sparse_adv.attacks.queries import seeded
+from sparse_adv.ops.arguments import check_flag
 
 
 def _option(name: str) -> property:
@@ -43,6 +44,7 @@ class _GradientAttack(Attack):
 
     def __init__(self, model: Model, options: AttackOptions, graph: bool) -> None:
         super().__init__(model)
+        check_flag("graph", graph)
         self.targeted = options.targeted
         self.options = replace(options, graphs=Graphs()) if graph and options.graphs is None else options
 
@@ -317,7 +319,7 @@ class APGD(Attack):
             targeted=targeted,
             eot_iter=self.eot_iter,
             rho=self.rho,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=seeded(self.seed),
             **self.search,
         )
 
@@ -355,6 +357,7 @@ class APGDT(Attack):
         **search: Unpack[SearchOptions],
     ) -> None:
         super().__init__(model, **search)
+        check_count("n_classes", n_classes, least=2)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.eot_iter, self.rho, self.n_classes = eot_iter, rho, n_classes
 
@@ -371,6 +374,6 @@ class APGDT(Attack):
             targets=self.n_classes - 1,
             eot_iter=self.eot_iter,
             rho=self.rho,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=seeded(self.seed),
             **self.search,
         )

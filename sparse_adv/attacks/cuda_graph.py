@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparse_adv.attacks.checks import LabelRange, check_label_range
 from sparse_adv.attacks.loop import PGDLoop
+from sparse_adv.attacks.options import check_count
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.cuda_graph import CallCache, Capturer, inside_a_call
@@ -51,8 +52,7 @@ class Graphs:
     capturer: ClassVar[type[Capturer]] = Capturer
 
     def __init__(self, capacity: int = 8) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        check_count("capacity", capacity, least=1)
         self.cache = CallCache(capacity, self.capturer)
         """The attacks, and with `training.train` its updates: they share stream and memory."""
 

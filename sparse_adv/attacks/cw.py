@@ -14,7 +14,7 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, run_search
-from sparse_adv.ops.arguments import check_numbers
+from sparse_adv.ops.arguments import check_flag, check_numbers
 
 _INSIDE = 1 - 1e-6
 """Largest |tanh(w)| of the start: at the ends of the range, where it is 1, the gradient of w would vanish."""
@@ -75,6 +75,7 @@ def cw(
         >>> attacks.cw(model, images, labels, c=10.0, steps=5).shape
         torch.Size([4, 1, 8, 8])
     """
+    check_flag("targeted", targeted)
     box = ball_around(images, math.inf, "l2", lo, hi)
     check_count("steps", steps, least=1)
     check_count("binary_search_steps", binary_search_steps, least=1)

@@ -12,8 +12,9 @@ from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.losses import Loss, loss_function
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.options import check_count, check_generator
 from sparse_adv.attacks.queries import Queries, loss_to_raise, run_search
+from sparse_adv.ops.arguments import check_flags
 from sparse_adv.ops.random_start import as_philox_state
 
 
@@ -79,6 +80,8 @@ def eotpgd(
         >>> bool((adv - images).abs().max() <= 0.2)
         True
     """
+    check_flags(random_start=random_start, targeted=targeted)
+    check_generator(generator)
     ball, size = ball_around(images, eps, norm, lo, hi), step_sizes(images, alpha)
     check_count("steps", steps, least=0)
     check_count("eot_iter", eot_iter, least=1)

@@ -15,8 +15,8 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import check_count
-from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
-from sparse_adv.ops.arguments import check_numbers
+from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search, seeded
+from sparse_adv.ops.arguments import check_flag, check_numbers
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """boundary(x, index) -> the lead z_y - z_k [n] and its gradient, k the class whose boundary each image is moved to."""
@@ -210,6 +210,8 @@ class FAB(Attack):
         **search: Unpack[SearchOptions],
     ) -> None:
         super().__init__(model, **search)
+        check_flag("multi_targeted", multi_targeted)
+        check_count("n_classes", n_classes, least=2)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
         self.supports_targets = not multi_targeted
@@ -229,7 +231,7 @@ class FAB(Attack):
             alpha_max=self.alpha_max,
             eta=self.eta,
             beta=self.beta,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=seeded(self.seed),
             **self.search,
         )
         return attack(n_target_classes=self.n_classes - 1) if self.multi_targeted else attack(targeted=targeted)
@@ -273,6 +275,7 @@ class _Settings:
         lo: float | Tensor,
         hi: float | Tensor,
     ) -> None:
+        check_flag("targeted", targeted)
         self.ball = ball_around(images, torch.inf if eps is None else eps, norm, lo, hi)
         check_count("steps", steps, least=1)
         check_count("restarts", restarts, least=1)

@@ -8,14 +8,23 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.ball import Ball, as_norm, ball_around
 from sparse_adv.attacks.base import Attack, SearchOptions
-from sparse_adv.attacks.checks import Model, as_module, int64_labels, is_correct
+from sparse_adv.attacks.checks import (
+    Model,
+    as_module,
+    check_images,
+    check_labels,
+    count_classes,
+    int64_labels,
+    is_correct,
+)
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, loss_to_raise, run_search
-from sparse_adv.ops.arguments import check_numbers
+from sparse_adv.ops.arguments import check_flag, check_floating, check_numbers
 from sparse_adv.ops.pgd_step import check_ball
 
 LOSSES = ("margin", "dlr")
@@ -88,6 +97,7 @@ def fmn(
         >>> attacks.distances(model, adv, images, labels, norm="l2").shape
         torch.Size([4])
     """
+    check_flag("targeted", targeted)
     box = ball_around(images, math.inf, norm, lo, hi)
     check_count("steps", steps, least=1)
     check_numbers(alpha=alpha, gamma=gamma)
@@ -95,8 +105,8 @@ def fmn(
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
     if not 0 < gamma < 1:
         raise ValueError(f"gamma must lie between 0 and 1, got {gamma}")
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be {' or '.join(map(repr, LOSSES))}, got {loss!r}")
+    if not isinstance(loss, str) or loss not in LOSSES:
+        raise ValueError(f"loss must be {' or '.join(map(repr, LOSSES))}, got {shortened(loss)}")
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best = images.clone()
@@ -188,8 +198,8 @@ def distances(
         float tensor [N], in units of the images; the share of distances above eps is the robust accuracy at eps.
 
     Raises:
-        TypeError: if model cannot be called.
-        ValueError: if norm is not "linf" or "l2".
+        TypeError: if model cannot be called, images are not floating point or labels not integers.
+        ValueError: if norm is not "linf" or "l2", or a shape is wrong.
 
     Examples:
         >>> import torch
@@ -200,10 +210,21 @@ def distances(
         tensor([0.7500, 0.0000,    inf])
     """
     check_ball(0.0, norm, 0.0, 1.0)
+    check_flag("targeted", targeted)
     module, _ = as_module(model)
     labels = int64_labels(labels)
+    check_images(images)
+    check_labels(images, labels)
+    check_floating("adversarial", adversarial)
+    if adversarial.shape != images.shape:
+        raise ValueError(
+            f"adversarial must have the shape of images, {list(images.shape)}, got {list(adversarial.shape)}"
+        )
     with in_mode(module, "eval") as model:
-        before, after = (is_correct(model(x), labels) == targeted for x in (images, adversarial))
+        logits = [model(x) for x in (images, adversarial)]
+    for each in logits:
+        count_classes(each, len(images))
+    before, after = (is_correct(each, labels) == targeted for each in logits)
     found = distance(adversarial, images, norm).where(after, math.inf)
     return found.where(~before, 0)
 

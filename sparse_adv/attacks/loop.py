@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import check_shapes, into_ball, step_sizes
 from sparse_adv.attacks.checks import (
@@ -16,14 +17,16 @@ from sparse_adv.attacks.checks import (
     Model,
     as_module,
     check_batch,
+    check_images,
     check_label_range,
+    check_labels,
     count_classes,
     int64_labels,
     is_correct,
 )
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
-from sparse_adv.attacks.losses import kl_divergence, loss_function, takes_classes
+from sparse_adv.attacks.losses import kl_divergence, loss_values, takes_classes
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import AttackOptions
 from sparse_adv.ops.random_start import as_philox_state
@@ -53,14 +56,17 @@ def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions
         >>> adv.shape
         torch.Size([2, 1, 8, 8])
     """
+    if not isinstance(options, AttackOptions):
+        raise TypeError(f"options must be attacks.AttackOptions, got {shortened(options)}")
     module, traceable = as_module(model)
     labels = int64_labels(labels)
-    label_range = None
-    if isinstance(images, Tensor):
-        check_shapes(images, eps=options.eps, alpha=options.alpha, lo=options.lo, hi=options.hi)
+    label_range, with_labels = None, takes_classes(options.loss)
+    check_images(images)
+    check_shapes(images, eps=options.eps, alpha=options.alpha, lo=options.lo, hi=options.hi)
     if options.check:
-        with_labels = takes_classes(options.loss)
         label_range = check_batch(images, labels, with_labels, options.lo, options.hi)
+    elif with_labels:
+        check_labels(images, labels)
     # Tensors made in inference mode could not be written to later; a CUDA graph does that in every replay.
     with torch.inference_mode(False):
         philox_state = None
@@ -68,7 +74,9 @@ def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions
             # With non_blocking=False the host would wait until the GPU has finished all earlier work.
             on_gpu = images.device.type == "cuda"
             # A copy, because the loop advances the offset.
-            philox_state = as_philox_state(options.generator).to(images.device, non_blocking=on_gpu, copy=True)
+            philox_state = as_philox_state(options.generator, "generator").to(
+                images.device, non_blocking=on_gpu, copy=True
+            )
         if not len(images):
             return images.detach().clone()
         loop = PGDLoop(module, options if traceable else replace(options, engine=False))
@@ -108,7 +116,9 @@ class PGDLoop:
             batch_gradients(model, images, options.engine) as gradients,
         ):
             if options.loss is kl_divergence:
-                labels = F.log_softmax(gradients.logits(images), 1)
+                logits = gradients.logits(images)
+                count_classes(logits, len(images))
+                labels = F.log_softmax(logits, 1)
             elif isinstance(labels, Tensor) and labels.is_inference():
                 labels = labels.clone()
             best = self._attack(gradients, images, labels, philox_state, label_range)
@@ -195,7 +205,7 @@ class PGDLoop:
 
     def _loss(self, logits: Tensor, labels: Any) -> Tensor:
         """The loss to maximise, a scalar or one number per image: the negative loss if targeted."""
-        value = loss_function(self.options.loss)(logits, labels)
+        value = loss_values(self.options.loss, logits, labels)
         return -value if self.options.targeted else value
 
     def _is_fooled(self, logits: Tensor, labels: Any) -> Tensor:

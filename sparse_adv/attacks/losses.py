@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sparse_adv.argument_types import shortened
+from sparse_adv.ops.arguments import check_floating, check_number, check_tensors
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """loss(logits, labels) -> the loss of the batch (a scalar) or of each image [N]."""
@@ -30,6 +35,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         >>> losses.cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
         tensor([1.3863])
     """
+    _check_logits("cross_entropy", logits, 1, labels=labels)
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -50,6 +56,11 @@ class SmoothedCrossEntropy:
     """
 
     label_smoothing: float
+
+    def __post_init__(self) -> None:
+        check_number("label_smoothing", self.label_smoothing)
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
@@ -76,7 +87,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
         >>> losses.margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
         tensor([-1.])
     """
-    _check_classes("margin", logits, 2)
+    _check_logits("margin", logits, 2, labels=labels)
     return _highest_wrong(logits, labels) - _of_class(logits, labels)
 
 
@@ -105,7 +116,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
         >>> losses.dlr(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
         tensor([-0.5000])
     """
-    _check_classes("dlr", logits, 3)
+    _check_logits("dlr", logits, 3, labels=labels)
     highest = logits.topk(3, dim=1).values
     return margin(logits, labels) / (highest[:, 0] - highest[:, 2]).clamp_min(1e-12)
 
@@ -134,7 +145,7 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         >>> losses.targeted_dlr(torch.tensor([[4.0, 2.0, 1.0, 1.0]]), torch.tensor([0]), torch.tensor([1]))
         tensor([-0.6667])
     """
-    _check_classes("targeted_dlr", logits, 4)
+    _check_logits("targeted_dlr", logits, 4, labels=labels, targets=targets)
     highest = logits.topk(4, dim=1).values
     scale = highest[:, 0] - (highest[:, 2] + highest[:, 3]) / 2
     return (_of_class(logits, targets) - _of_class(logits, labels)) / scale.clamp_min(1e-12)
@@ -160,6 +171,11 @@ def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
         >>> losses.kl_divergence(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]).log())
         tensor([0.])
     """
+    _check_logits("kl_divergence", logits, 1)
+    check_floating("log_probabilities", log_probabilities)
+    if log_probabilities.shape != logits.shape:
+        shapes = f"{list(logits.shape)}, got {list(log_probabilities.shape)}"
+        raise ValueError(f"log_probabilities must have the shape of the logits, {shapes}")
     return F.kl_div(F.log_softmax(logits, 1), log_probabilities, reduction="none", log_target=True).sum(1)
 
 
@@ -197,10 +213,22 @@ def loss_function(loss: str | Loss) -> Loss:
     """
     if callable(loss):
         return loss
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:
         names = ", ".join(f'"{name}"' for name in LOSSES)
-        raise ValueError(f"loss must be {names} or a callable, got {loss!r}")
+        raise ValueError(f"loss must be {names} or a callable, got {shortened(loss)}")
     return LOSSES[loss]
+
+
+def loss_values(loss: str | Loss, logits: Tensor, labels: Any) -> Tensor:
+    """Return what a loss gives, a scalar or one number for each image.
+
+    Raises:
+        TypeError: if that is not a tensor.
+    """
+    values = loss_function(loss)(logits, labels)
+    if not isinstance(values, Tensor):
+        raise TypeError(f"loss must return a tensor, got {shortened(values)}")
+    return values
 
 
 def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
@@ -211,6 +239,16 @@ def _highest_wrong(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.scatter(1, labels[:, None], -float("inf")).amax(1)
 
 
-def _check_classes(name: str, logits: Tensor, least: int) -> None:
+def _check_logits(name: str, logits: Tensor, least: int, **classes: Tensor) -> None:
+    """Raise TypeError or ValueError unless these are logits of enough classes, and one class for each image."""
+    check_floating("logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [N, classes], got shape {tuple(logits.shape)}")
+    for which, of_images in classes.items():
+        check_tensors(**{which: of_images})
+        if of_images.dtype != torch.int64 or of_images.shape != logits.shape[:1]:
+            raise ValueError(
+                f"{which} must be an int64 tensor [{len(logits)}], got {of_images.dtype} {list(of_images.shape)}"
+            )
     if logits.shape[1] < least:
         raise ValueError(f"the loss {name} needs logits of at least {least} classes, got {logits.shape[1]}")

@@ -15,7 +15,7 @@ from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import Loss, loss_function
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, loss_to_raise, run_search
-from sparse_adv.ops.arguments import check_number
+from sparse_adv.ops.arguments import check_flag, check_number
 
 
 def mifgsm(
@@ -74,6 +74,7 @@ def mifgsm(
         >>> bool((adv - images).abs().max() <= 0.2)
         True
     """
+    check_flag("targeted", targeted)
     ball, size = ball_around(images, eps, norm, lo, hi), step_sizes(images, alpha)
     check_count("steps", steps, least=0)
     check_number("decay", decay)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.attacks.base import Attack
-from sparse_adv.attacks.checks import Model, int64_labels, is_correct
+from sparse_adv.attacks.checks import Model, check_labels, int64_labels, is_correct
 
 
 class MultiAttack(Attack):
@@ -38,9 +39,13 @@ class MultiAttack(Attack):
 
     supports_targets = False
 
+    @checks_types
     def __init__(self, attacks: Sequence[Attack], verbose: bool = False) -> None:
         if len(attacks) < 2:
             raise ValueError(f"attacks must be at least two, got {len(attacks)}")
+        for attack in attacks:
+            if not isinstance(attack, Attack):
+                raise TypeError(f"attacks must be attack objects, got {shortened(attack)}")
         if any(attack.model is not attacks[0].model for attack in attacks):
             raise ValueError("attacks must all have the same model, got different ones")
         super().__init__(attacks[0].model)
@@ -65,6 +70,7 @@ class MultiAttack(Attack):
         for attack in self.attacks:
             attack.set_model(model)
 
+    @checks_types
     def set_model_training_mode(
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
     ) -> None:
@@ -85,6 +91,7 @@ class MultiAttack(Attack):
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
         best, labels = images.clone(), int64_labels(labels)
+        check_labels(images, labels)
         standing = torch.arange(len(images), device=images.device)
         if len(images):
             standing = standing[is_correct(self.get_logits(images), labels)]
@@ -103,6 +110,7 @@ class MultiAttack(Attack):
         self._standing = [sum(pair) for pair in zip(self._standing, counts, strict=True)]
         return best
 
+    @checks_types
     def save(
         self,
         data_loader: Iterable[tuple[Tensor, Tensor]],

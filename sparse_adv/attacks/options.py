@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.ball import Ball, check_alphas, check_radius, check_values
 from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
-from sparse_adv.ops.arguments import is_integer
+from sparse_adv.ops.arguments import check_flags, is_integer
+from sparse_adv.ops.random_start import as_philox_state
 
 if TYPE_CHECKING:
     from sparse_adv.attacks.cuda_graph import Graphs
@@ -79,6 +81,11 @@ class AttackOptions:
     """Whether the start is clamped to [lo, hi] and each step projected onto the ball; False only for N-FGSM."""
 
     def __post_init__(self) -> None:
+        check_flags(random_start=self.random_start, targeted=self.targeted, early_stop=self.early_stop)
+        check_flags(check=self.check, engine=self.engine, project=self.project)
+        check_generator(self.generator)
+        if self.graphs is not None and not callable(getattr(type(self.graphs), "run", None)):
+            raise TypeError(f"graphs must be attacks.Graphs or None, got {shortened(self.graphs)}")
         check_values(self.eps, self.norm, self.lo, self.hi)
         check_alphas(self.alpha)
         check_count("steps", self.steps, least=0)
@@ -86,8 +93,8 @@ class AttackOptions:
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts must be 1 without a random start, got {self.restarts}")
         loss_function(self.loss)
-        if self.bn_mode not in BN_MODES:
-            raise ValueError(f'bn_mode must be "eval", "train" or "batch", got {self.bn_mode!r}')
+        if not isinstance(self.bn_mode, str) or self.bn_mode not in BN_MODES:
+            raise ValueError(f'bn_mode must be "eval", "train" or "batch", got {shortened(self.bn_mode)}')
 
     @property
     def varies(self) -> bool:
@@ -151,13 +158,13 @@ class AttackOptions:
     ) -> AttackOptions:
         """The attack of TRADES: maximises KL(p(clean) || p(adversarial)) from little noise, see `attacks.tpgd`."""
         check_names("tpgd", options, CommonOptions)
-        check_radius(eps)
         start_eps = tpgd_start(eps, norm)
         return cls(eps=eps, alpha=alpha, steps=steps, norm=norm, start_eps=start_eps, loss=kl_divergence, **options)
 
 
 def tpgd_start(eps: float | Tensor, norm: str) -> float | Tensor:
     """Radius of the ball in which the attack of TRADES starts: little noise, and at most eps."""
+    check_values(eps, norm, 0.0, 1.0)
     noise = 0.05 if norm == "l2" else 0.001
     return eps.clamp(max=noise) if isinstance(eps, Tensor) else min(eps, noise)
 
@@ -165,7 +172,13 @@ def tpgd_start(eps: float | Tensor, norm: str) -> float | Tensor:
 def check_count(name: str, count: object, least: int) -> None:
     """Raise ValueError unless this is an integer of at least `least`."""
     if not is_integer(count) or count < least:  # type: ignore[operator]
-        raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
+        raise ValueError(f"{name} must be an integer of at least {least}, got {shortened(count)}")
+
+
+def check_generator(generator: object) -> None:
+    """Raise TypeError or ValueError unless random numbers can be drawn of it, or None."""
+    if not isinstance(generator, torch.Generator | None):
+        as_philox_state(generator, "generator")  # type: ignore[arg-type]
 
 
 def check_names(attack: str, options: Mapping[str, object], allowed: type) -> None:

@@ -13,16 +13,19 @@ from sparse_adv.attacks.checks import (
     Model,
     as_module,
     check_batch,
+    check_images,
     check_label_range,
+    check_labels,
     count_classes,
     int64_labels,
 )
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
-from sparse_adv.attacks.losses import Loss, loss_function, margin
+from sparse_adv.attacks.losses import Loss, loss_values, margin
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.engine.dispatch import image_gradient
 from sparse_adv.engine.program import LossOfLogits
 from sparse_adv.nn import frozen_weights
+from sparse_adv.ops.arguments import check_flags, check_integer
 from sparse_adv.ops.random_start import as_philox_state
 
 
@@ -34,23 +37,23 @@ class Queries:
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits [N, classes] of images [N, ...]."""
-        return self._checked(self._gradients.logits(x))
+        return self._checked(self._gradients.logits(x), len(x))
 
     def own_logits(self, x: Tensor) -> Tensor:
         """The logits that the model itself returns, without the engine."""
         with torch.no_grad():
-            return self._checked(self._model(x))
+            return self._checked(self._model(x), len(x))
 
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
         """The gradient of loss(logits), summed over the images, with respect to the images."""
-        return self._gradients.gradient(x, lambda logits: loss(self._checked(logits)))
+        return self._gradients.gradient(x, lambda logits: loss(self._checked(logits, len(x))))
 
     def values_and_gradient(self, x: Tensor, function: LossOfLogits) -> tuple[Tensor, Tensor]:
         """The values function(logits) [N], and the gradient of their sum with respect to the images."""
         values: list[Tensor] = []
 
         def recorded(logits: Tensor) -> Tensor:
-            value = function(self._checked(logits))
+            value = function(self._checked(logits, len(x)))
             values.append(value.detach())
             return value
 
@@ -61,14 +64,14 @@ class Queries:
         """The logits [N, classes] and the gradient [N, classes, ...] of each: one pass forward and `classes` back."""
         with torch.enable_grad(), frozen_weights(self._model):
             x = x.detach().requires_grad_()
-            logits = self._checked(self._model(x))
+            logits = self._checked(self._model(x), len(x))
             classes = logits.shape[1]
             gradients = [image_gradient(logits[:, k].sum(), x, retain_graph=k + 1 < classes) for k in range(classes)]
         return logits.detach(), torch.stack(gradients, 1)
 
-    def _checked(self, logits: Tensor) -> Tensor:
+    def _checked(self, logits: Tensor, images: int) -> Tensor:
         if self._label_range is not None:
-            check_label_range(self._label_range, count_classes(logits, len(logits)))
+            check_label_range(self._label_range, count_classes(logits, images))
             self._label_range = None
         return logits
 
@@ -97,8 +100,11 @@ def run_search(
     Raises:
         TypeError, ValueError: as in `attacks.pgd`.
     """
+    check_flags(check=check, engine=engine)
     module, traceable = as_module(model)
     labels = int64_labels(labels)
+    check_images(images)
+    check_labels(images, labels)
     label_range = check_batch(images, labels, lo=lo, hi=hi) if check else None
     # Autograd cannot use tensors made in inference mode, so both are copied outside of it.
     with torch.inference_mode(False), torch.no_grad(), in_mode(module, "eval") as model:
@@ -116,11 +122,19 @@ def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
 
 def private_generator(generator: torch.Generator | None, images: Tensor) -> torch.Generator:
     """A generator on the device of the images, seeded with one number of a generator; None for PyTorch's global one."""
-    device = images.device if isinstance(images, Tensor) else "cpu"  # `run_search` refuses images of a wrong type
-    return torch.Generator(device).manual_seed(int(as_philox_state(generator)[0]) & (2**63 - 1))
+    seed = int(as_philox_state(generator, "generator")[0]) & (2**63 - 1)
+    # `run_search` refuses images of a wrong type, and those on the device meta.
+    device = images.device if isinstance(images, Tensor) and not images.is_meta else "cpu"
+    return torch.Generator(device).manual_seed(seed)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of the seed that somebody gave."""
+    check_integer("seed", seed)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def loss_to_raise(loss: str | Loss, labels: Tensor, targeted: bool) -> LossOfLogits:
     """The function of the logits that an attack raises: the loss, or its negative if targeted."""
-    function, sign = loss_function(loss), -1 if targeted else 1
-    return lambda logits: sign * function(logits, labels)
+    sign = -1 if targeted else 1
+    return lambda logits: sign * loss_values(loss, logits, labels)

@@ -14,6 +14,7 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.losses import Loss, loss_function
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, loss_to_raise, private_generator, run_search
+from sparse_adv.ops.arguments import check_flag
 
 
 def rfgsm(
@@ -70,6 +71,7 @@ def rfgsm(
         >>> bool((adv - images).abs().max() <= 0.2)
         True
     """
+    check_flag("targeted", targeted)
     ball = ball_around(images, eps, "linf", lo, hi)
     whole, first = step_sizes(images, eps), step_sizes(images, alpha)
     if not bool(torch.as_tensor((first >= 0) & (first <= whole)).all()):

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import Ball, Values, ball_around
-from sparse_adv.attacks.checks import Model, as_module, check_label_range, count_classes, is_correct
+from sparse_adv.attacks.checks import (
+    Model,
+    as_module,
+    check_images,
+    check_label_range,
+    check_labels,
+    count_classes,
+    int64_labels,
+    is_correct,
+)
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.engine import Autograd, NoGradientError
 
@@ -41,7 +50,7 @@ def signs_of_masking(
     Args:
         model: maps images to logits [N, classes]; a module or a plain function.
         images: float tensor [N, ...], N at least 1.
-        labels: int64 tensor [N].
+        labels: integer tensor [N].
         eps, norm, lo, hi: ball of the attacks, as in `attacks.pgd`; eps None for no attack.
 
     Returns:
@@ -65,6 +74,11 @@ def signs_of_masking(
         ['the outputs are probabilities and not logits: attacks need the values before the softmax']
     """
     module, _ = as_module(model)
+    labels = int64_labels(labels)
+    check_images(images)
+    check_labels(images, labels)
+    if not len(images):
+        raise ValueError("images must hold at least one image, got none")
     ball = None if eps is None else ball_around(images, eps, norm, lo, hi)
     found = []
     with torch.inference_mode(False), in_mode(module, "eval") as model:

@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_adv import torch_files
-from sparse_adv.attacks.checks import int64_labels, is_correct
+from sparse_adv.argument_types import shortened
+from sparse_adv.attacks.checks import check_has_values, int64_labels, is_correct
+from sparse_adv.attacks.options import check_count
 from sparse_adv.files import check_writable, replacing
+from sparse_adv.ops.arguments import check_tensors
 
 if TYPE_CHECKING:
     from sparse_adv.attacks.base import Attack
@@ -45,7 +48,8 @@ def attacked(
         check_writable(Path(path))
     kept: dict[str, list[Tensor]] = {"adv_inputs": [], "labels": [], "preds": [], "clean_inputs": []}
     distances, standing, start = [], [], time.perf_counter()
-    for images, labels in batches:
+    for batch in batches:
+        images, labels = _pair(batch)
         adv = attack(images, labels)
         logits, labels = attack.get_logits(adv), int64_labels(labels.to(adv.device))
         right = is_correct(logits, labels)
@@ -71,10 +75,20 @@ def attacked(
     return Found(accuracy, fallen.mean().item() if len(fallen) else 0.0, seconds)
 
 
+def _pair(batch: object) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch of a data loader."""
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(each, Tensor) for each in batch):
+        return batch[0], batch[1]
+    raise TypeError(f"data_loader must hold batches (images, labels) of tensors, got {shortened(batch)}")
+
+
 def load(
     path: Path, batch_size: int, shuffle: bool, normalize: Mapping[str, Sequence[float]] | None, names: Sequence[str]
 ) -> DataLoader[tuple[Tensor, ...]]:
     """Read the file of `Attack.save`: batches of these entries."""
+    check_count("batch_size", batch_size, least=1)
+    if normalize is not None and not {"mean", "std"} <= normalize.keys():
+        raise ValueError(f"normalize must have mean and std, got {shortened(normalize)}")
     with path.open("rb") as file:
         try:
             content = torch_files.load(file)
@@ -87,22 +101,44 @@ def load(
     for name in tensors.keys() & set(_IMAGES):
         tensors[name] = to_type(tensors[name], "float")
         if normalize is not None:
-            mean, std = (torch.as_tensor(normalize[key]).view(-1, 1, 1) for key in ("mean", "std"))
+            mean, std = (value.view(-1, 1, 1) for value in channel_statistics(normalize["mean"], normalize["std"]))
             tensors[name] = (tensors[name] - mean) / std
     if len({len(tensor) for tensor in tensors.values()}) != 1:
         raise ValueError(f"{path} has tensors of different lengths: {[len(tensor) for tensor in tensors.values()]}")
     return DataLoader(TensorDataset(*tensors.values()), batch_size=batch_size, shuffle=shuffle)
 
 
-def check_type(name: str, kind: str) -> None:
+def channel_statistics(mean: object, std: object) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, float [C]; TypeError or ValueError for other values."""
+    values = []
+    for name, given in (("mean", mean), ("std", std)):
+        if isinstance(given, Tensor):
+            check_tensors(**{name: given})
+        try:
+            values.append(torch.as_tensor(given, dtype=torch.float32).detach().flatten())
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise TypeError(f"{name} must be numbers, one for each channel, got {shortened(given)}") from None
+        check_has_values(name, values[-1])
+        if not len(values[-1]) or not bool(values[-1].isfinite().all()) or (name == "std" and values[-1].min() <= 0):
+            least = "positive and " if name == "std" else ""
+            raise ValueError(f"{name} must be {least}finite, got {shortened(values[-1].tolist())}")
+    if len({len(each) for each in values} - {1}) > 1:
+        raise ValueError(
+            f"mean and std must have one value for each channel, got {len(values[0])} and {len(values[1])}"
+        )
+    return values[0], values[1]
+
+
+def check_type(name: str, kind: object) -> None:
     """Raise ValueError unless this is "float" or "int"."""
-    if kind not in ("float", "int"):
-        raise ValueError(f'{name} must be "float" or "int", got {kind!r}')
+    if not isinstance(kind, str) or kind not in ("float", "int"):
+        raise ValueError(f'{name} must be "float" or "int", got {shortened(kind)}')
 
 
 def to_type(images: Tensor, kind: str) -> Tensor:
     """Images of bytes as float, or of float as bytes; others as they are."""
     check_type("type", kind)
+    check_tensors(inputs=images)
     if kind == "int" and images.is_floating_point():
         return (images * 255).to(torch.uint8)
     return images.float() / 255 if kind == "float" and images.dtype == torch.uint8 else images

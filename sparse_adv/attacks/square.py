@@ -8,14 +8,15 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.ball import Ball, as_norm, ball_around, into_ball
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import cross_entropy
 from sparse_adv.attacks.options import check_count
-from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search
-from sparse_adv.ops.arguments import check_number
+from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search, seeded
+from sparse_adv.ops.arguments import check_flags, check_number
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """The share of changed pixels is halved after these numbers of queries, of `_QUERIES`."""
@@ -89,6 +90,7 @@ def square(
         >>> adv.shape, bool((adv - images).abs().max() <= 0.2)
         (torch.Size([4, 1, 8, 8]), True)
     """
+    check_flags(targeted=targeted, resc_schedule=resc_schedule)
     ball = ball_around(images, eps, norm, lo, hi)
     if isinstance(images, Tensor) and images.dim() != 4:
         raise ValueError(f"images must be [N, channels, height, width], got shape {tuple(images.shape)}")
@@ -97,8 +99,8 @@ def square(
     check_number("p_init", p_init)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must lie in (0, 1], got {p_init}")
-    if loss not in ("margin", "ce"):
-        raise ValueError(f'loss must be "margin" or "ce", got {loss!r}')
+    if not isinstance(loss, str) or loss not in ("margin", "ce"):
+        raise ValueError(f'loss must be "margin" or "ce", got {shortened(loss)}')
     by_margin = loss == "margin" and not targeted
     draw, span = private_generator(generator, images), queries if resc_schedule else _QUERIES
 
@@ -171,7 +173,7 @@ class Square(Attack):
             resc_schedule=self.resc_schedule,
             loss=self.loss,
             targeted=targeted,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=seeded(self.seed),
             **self.search,
         )
 

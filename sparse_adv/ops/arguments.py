@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.kernels.tensor_checks import FLOATING
 
 
@@ -33,7 +33,7 @@ def check_floating(name: str, tensor: object) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises TypeError unless this is a real number, and ValueError if it is an integer beyond the range of floats.
+    """Raises TypeError unless this is a real number, and ValueError if it is an integer that no float or kernel holds.
 
     Examples:
         >>> check_number("alpha", "0.1")
@@ -48,6 +48,8 @@ def check_number(name: str, value: object) -> None:
             float(value)
         except OverflowError:
             raise ValueError(f"{name} must be finite, got {shortened(value)}, which no float holds") from None
+        if not is_integer(value):
+            raise ValueError(f"{name} must be a float or an integer of 64 bits, got {shortened(value)}")
 
 
 def check_numbers(**numbers: object) -> None:
@@ -58,8 +60,14 @@ def check_numbers(**numbers: object) -> None:
 
 def check_flag(name: str, value: object) -> None:
     """Raises TypeError unless this is True or False."""
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {shortened(value)}")
+
+
+def check_flags(**flags: object) -> None:
+    """Raises TypeError unless all of them are True or False."""
+    for name, value in flags.items():
+        check_flag(name, value)
 
 
 def is_integer(value: object) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import check_capability, cuda_stand_in
-from sparse_adv.ops.arguments import check_floating, check_tensors
+from sparse_adv.ops.arguments import check_floating, check_tensors, shortened
 from sparse_adv.ops.pgd_step import check_ball
 
 _SEEDS = range(-(2**63), 2**63)
@@ -69,31 +70,31 @@ def random_start(
     return torch.ops.sparse_adv.random_start(clean.detach(), state, eps, norm, lo, hi)
 
 
-def as_philox_state(seed: int | Tensor | torch.Generator | None) -> Tensor:
+def as_philox_state(seed: int | Tensor | torch.Generator | None, name: str = "seed") -> Tensor:
     """Convert a seed to the Philox state, an int64 tensor [2] of key and offset.
 
-    None draws the key from PyTorch's global CPU generator.
+    None draws the key from PyTorch's global CPU generator. Errors call the seed by `name`.
 
     Examples:
         >>> as_philox_state(5)
         tensor([5, 0])
     """
     if isinstance(seed, Tensor):
-        check_tensors(seed=seed)
+        check_tensors(**{name: seed})
         if seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}")
+            raise TypeError(f"{name} must be an int64 tensor, got {seed.dtype}")
         if seed.shape != (2,):
-            raise ValueError(f"seed must have shape [2] (key and offset), got {tuple(seed.shape)}")
+            raise ValueError(f"{name} must have shape [2] (key and offset), got {tuple(seed.shape)}")
         return seed
     if seed is None or isinstance(seed, torch.Generator):
         device = seed.device if seed is not None else "cpu"
         key = torch.randint(_SEEDS[0], _SEEDS[-1], (1,), generator=seed, device=device)
         return torch.cat([key, torch.zeros_like(key)])
-    if not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, an int64 tensor [2] or a torch.Generator, got {type(seed).__name__}")
-    if seed not in _SEEDS:
-        raise ValueError(f"seed must fit in a signed 64-bit integer, got {seed}")
-    return torch.tensor([seed, 0])
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"{name} must be an int, an int64 tensor [2] or a torch.Generator, got {shortened(seed)}")
+    if int(seed) not in _SEEDS:
+        raise ValueError(f"{name} must fit in a signed 64-bit integer, got {shortened(seed)}")
+    return torch.tensor([int(seed), 0])
 
 
 @torch.library.register_fake("sparse_adv::random_start")

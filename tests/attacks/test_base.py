@@ -236,6 +236,22 @@ def test_a_normalised_function_is_called_and_not_traced():
     assert len(calls) == 3
 
 
+def test_rounding_takes_no_pixel_out_of_its_range():
+    images = torch.tensor([0.0, 1.0]).repeat(12).view(2, 3, 2, 2)
+    model, left = nn.Flatten(), 0
+    for _ in range(50):
+        mean, std = torch.rand(3), torch.rand(3) + 0.1
+        atk = torchattacks.VANILA(model)
+        atk.set_normalization_used(mean.tolist(), std.tolist())
+        normal = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        assert atk.normalize(images).equal(normal)
+        pixels = atk.inverse_normalize(normal)
+        assert pixels.min() >= 0 and pixels.max() <= 1
+        unclamped = normal * std.view(3, 1, 1) + mean.view(3, 1, 1)
+        left += bool(unclamped.min() < 0 or unclamped.max() > 1)
+    assert left  # without a clamp some do
+
+
 def test_random_targets_are_all_the_wrong_classes_and_the_kth_least_likely_is_the_kth():
     model, (images, labels) = make_model().eval(), batch(size=200)
     reached = []
@@ -292,6 +308,17 @@ def test_save_as_bytes_rounds_the_pixels_down(tmp_path):
     for name in ("adv_inputs", "clean_inputs"):
         assert saved[name].equal((images * 255).floor().to(torch.uint8))
     assert saved["save_type"] == "int"
+
+
+def test_mean_and_std_of_other_channels_are_refused():
+    atk = torchattacks.PGD(make_model(), steps=1)
+    with pytest.raises(ValueError, match="mean and std must have one value for each channel, got 3 and 2"):
+        atk.set_normalization_used([0.5] * 3, [0.5] * 2)
+    with pytest.raises(TypeError, match="mean must be numbers, one for each channel, got 'x'"):
+        atk.set_normalization_used("x", [1.0])
+    atk.set_normalization_used([0.5] * 4, [0.5])
+    with pytest.raises(ValueError, match=r"images must have 4 channels, as mean and std .* have, got shape \(6, 3"):
+        atk(*batch())
 
 
 @pytest.mark.parametrize("std", [[0.5, 0.0, 0.5], [0.5, 0.5, float("nan")], [-1.0]])

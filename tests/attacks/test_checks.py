@@ -30,7 +30,7 @@ IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
         ({"labels": torch.tensor([-100, 1])}, ValueError, r"labels must lie in \[0, 4\], .*, got -100 to 1"),
         ({"labels": torch.tensor([0])}, ValueError, r"labels must have one label per image, shape \[2\], got \(1,\)"),
         ({"labels": torch.tensor([0.0, 1.0])}, TypeError, "labels must be an int64 tensor, got torch.float32"),
-        ({"labels": [0, 1]}, TypeError, "labels must be an int64 tensor, got list"),
+        ({"labels": [0, 1]}, TypeError, r"labels must be an int64 tensor, got \[0, 1\]"),
         (
             {"model": nn.Conv2d(3, 5, 8)},
             ValueError,

@@ -149,7 +149,7 @@ def test_the_least_recently_used_graph_is_deleted_beyond_the_capacity(model):
     assert_graphs_change_nothing(model, graphs, size=1)  # captured again; the least recently used graph is deleted
     assert_graphs_change_nothing(model, graphs, size=3)
     assert graphs.counts == (4, 22)
-    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="capacity must be an integer of at least 1, got 0"):
         Graphs(0)
 
 

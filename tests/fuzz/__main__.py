@@ -1,4 +1,4 @@
-"""A campaign of random op calls, tampered patterns and damaged files.
+"""A campaign of random calls of ops and attacks, tampered patterns and damaged files.
 
 Every case must end in a right value or in one clear sentence. A crash, another type of exception, more than 10 s or
 more than 1 GiB is a failure, and is printed with the command that repeats it.

@@ -17,7 +17,12 @@ import torch
 
 from fuzz.case import Case, Wrong
 
-KINDS = {"ops": "fuzz.op_calls", "patterns": "fuzz.patterns", "files": "fuzz.files"}
+KINDS = {
+    "ops": "fuzz.op_calls",
+    "attacks": "fuzz.attack_calls",
+    "patterns": "fuzz.patterns",
+    "files": "fuzz.files",
+}
 """Modules with a function `case`."""
 MAX_BYTES = 1 << 30
 """Of memory that a case may use."""

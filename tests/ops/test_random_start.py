@@ -182,7 +182,7 @@ def test_compiles_as_one_graph():
         ({"norm": "inf"}, ValueError, 'norm must be "linf" or "l2", got \'inf\''),
         ({"lo": 2.0}, ValueError, "lo must not exceed hi, got lo=2.0 and hi=1.0"),
         ({"seed": 2**64}, ValueError, "seed must fit in a signed 64-bit integer, got 18446744073709551616"),
-        ({"seed": 0.5}, TypeError, "seed must be an int, an int64 tensor .* got float"),
+        ({"seed": 0.5}, TypeError, "seed must be an int, an int64 tensor .* got 0.5"),
         ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed must have shape \[2\] .* got \(3,\)"),
         ({"seed": torch.zeros(2)}, TypeError, "seed must be an int64 tensor, got torch.float32"),
     ],
