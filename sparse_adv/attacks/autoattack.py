@@ -295,7 +295,7 @@ class AutoAttack(Versioned, Attack):
             budgets,
             state.adversarial,
             state.predictions,
-            state.standing,
+            state.robust,
             state.accuracy,
             state.undone,
             signs,
@@ -304,16 +304,16 @@ class AutoAttack(Versioned, Attack):
 
     def _initial(self, images: Tensor, labels: Tensor, batch: int, seed: int, known: str) -> State:
         logits = torch.cat([self.get_logits(x).cpu() for x, _ in self._batches(images, labels, batch)])
-        standing = is_correct(logits, labels)
-        accuracy = {"clean": standing.double().mean().item()}
-        none = torch.zeros_like(standing)
-        return State(known, seed, images.clone(), logits.argmax(1), standing, none, first_logits(logits), accuracy, {})
+        robust = is_correct(logits, labels)
+        accuracy = {"clean": robust.double().mean().item()}
+        none = torch.zeros_like(robust)
+        return State(known, seed, images.clone(), logits.argmax(1), robust, none, first_logits(logits), accuracy, {})
 
     def _attack(self, name: str, state: State, images: Tensor, labels: Tensor, batch: int, path: Path | None) -> None:
         """Run one attack on the images that stand, batch by batch, and save the state after each."""
-        start, before = time.perf_counter(), int(state.standing.sum())
+        start, before = time.perf_counter(), int(state.robust.sum())
         if not state.pending.any():
-            state.pending = state.standing.clone()
+            state.pending = state.robust.clone()
             state.undone[name] = 0
         while state.pending.any():
             began = time.perf_counter()
@@ -334,18 +334,18 @@ class AutoAttack(Versioned, Attack):
                 found, fallen, predictions, claimed = self._verified(adv, x, y, ball.on(x))
                 state.adversarial[left[fallen]] = found[fallen]
                 state.predictions[left[fallen]] = predictions[fallen]
-                state.standing[left[fallen]] = False
+                state.robust[left[fallen]] = False
                 left = left[claimed & ~fallen]
                 state.undone[name] += len(left) if not exact else 0
             state.pending[index] = False
             state.seconds += time.perf_counter() - began
             if path is not None and state.pending.any():
                 state.write(path)
-        state.accuracy[name] = state.standing.double().mean().item()
+        state.accuracy[name] = state.robust.double().mean().item()
         if path is not None:
             state.write(path)
         self._log(
-            f"after {name}: robust accuracy {state.accuracy[name]:.2%} ({int(state.standing.sum())} of {before} still "
+            f"after {name}: robust accuracy {state.accuracy[name]:.2%} ({int(state.robust.sum())} of {before} still "
             f"robust; {state.undone[name]} examples unconfirmed in float32; {time.perf_counter() - start:.1f} s)"
         )
 

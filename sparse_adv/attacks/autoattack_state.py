@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_adv.files import write_bytes
 
-_TENSORS = ("adversarial", "predictions", "standing", "pending", "logits")
+_TENSORS = ("adversarial", "predictions", "robust", "pending", "logits")
 _COMPARED = 8
 """Number of images whose clean logits are compared, to refuse a run that is continued with another function."""
 _TOLERANCE = 1e-3
@@ -31,7 +31,7 @@ class State:
     seed: int
     adversarial: Tensor
     predictions: Tensor
-    standing: Tensor
+    robust: Tensor
     pending: Tensor
     """Images that the present attack has not reached yet, bool [N]."""
     logits: Tensor
@@ -80,11 +80,11 @@ class Result:
     """"AutoAttack", or what ran instead."""
     budgets: str
     """The attacks in their order, each with its budget."""
-    adversarial: Tensor
+    adversarial: Tensor = field(repr=False)
     """For each image the example that was found, else the image itself."""
-    predictions: Tensor
+    predictions: Tensor = field(repr=False)
     """The model's class of each row of `adversarial`."""
-    standing: Tensor
+    robust: Tensor = field(repr=False)
     """Whether each image is robust: classified correctly, and no adversarial example was found; bool [N]."""
     accuracy: dict[str, float]
     """Robust accuracy, "clean" and after each attack, in their order."""

@@ -50,7 +50,7 @@ class MultiAttack(Attack):
             raise ValueError("attacks must all have the same model, got different ones")
         super().__init__(attacks[0].model)
         self.attacks, self.verbose = list(attacks), verbose
-        self._standing = [0] * (len(attacks) + 1)
+        self._robust_counts = [0] * (len(attacks) + 1)
         """Sums over batches: images, and those that are still robust after each attack."""
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -92,22 +92,22 @@ class MultiAttack(Attack):
         """Return adversarial images for a batch."""
         best, labels = images.clone(), int64_labels(labels)
         check_labels(images, labels)
-        standing = torch.arange(len(images), device=images.device)
+        left = torch.arange(len(images), device=images.device)
         if len(images):
-            standing = standing[is_correct(self.get_logits(images), labels)]
+            left = left[is_correct(self.get_logits(images), labels)]
         counts = [len(images)]
         for attack in self.attacks:
-            if not len(standing):
+            if not len(left):
                 counts.append(0)
                 continue
-            adv = attack.for_images(standing)(images[standing], labels[standing])
-            broken = ~is_correct(self.get_logits(adv), labels[standing])
-            best[standing[broken]] = adv[broken]
-            standing = standing[~broken]
-            counts.append(len(standing))
+            adv = attack.for_images(left)(images[left], labels[left])
+            broken = ~is_correct(self.get_logits(adv), labels[left])
+            best[left[broken]] = adv[broken]
+            left = left[~broken]
+            counts.append(len(left))
         if self.verbose and len(images):
             print("adversarial after each attack: " + ", ".join(f"{rate:.2f} %" for rate in _rates(counts)))
-        self._standing = [sum(pair) for pair in zip(self._standing, counts, strict=True)]
+        self._robust_counts = [sum(pair) for pair in zip(self._robust_counts, counts, strict=True)]
         return best
 
     @checks_types
@@ -123,10 +123,10 @@ class MultiAttack(Attack):
     ) -> Any:
         """As `Attack.save`; with return_verbose, a list follows the robust accuracy: percent adversarial after each."""
         attack = copy.copy(self)
-        attack._standing = [0] * (len(self.attacks) + 1)
+        attack._robust_counts = [0] * (len(self.attacks) + 1)
         options = save_path, verbose, True, save_predictions, save_clean_inputs, save_type
         accuracy, *rest = super(MultiAttack, attack).save(data_loader, *options)
-        return (accuracy, _rates(attack._standing), *rest) if return_verbose else None
+        return (accuracy, _rates(attack._robust_counts), *rest) if return_verbose else None
 
 
 def _rates(counts: Sequence[int]) -> list[float]:

@@ -47,7 +47,7 @@ def attacked(
     if path is not None:
         check_writable(Path(path))
     kept: dict[str, list[Tensor]] = {"adv_inputs": [], "labels": [], "preds": [], "clean_inputs": []}
-    distances, standing, start = [], [], time.perf_counter()
+    distances, robust, start = [], [], time.perf_counter()
     for batch in batches:
         images, labels = _pair(batch)
         adv = attack(images, labels)
@@ -55,16 +55,16 @@ def attacked(
         right = is_correct(logits, labels)
         moved, clean = map(attack.inverse_normalize, (adv, images.to(adv.device)))
         offset = (moved - clean).flatten(1).norm(dim=1)
-        standing.append(right)
+        robust.append(right)
         distances.append(offset[~right])
         for name, values in (("adv_inputs", adv), ("clean_inputs", images)):
             kept[name].append(attack.inverse_normalize(values).cpu())
         kept["labels"].append(labels.cpu())
         kept["preds"].append(logits.argmax(1).cpu())
-    if not standing:
+    if not robust:
         raise ValueError("data_loader must hold at least one batch, got none")
-    seconds = (time.perf_counter() - start) / len(standing)
-    accuracy = 100 * torch.cat(standing).float().mean().item()
+    seconds = (time.perf_counter() - start) / len(robust)
+    accuracy = 100 * torch.cat(robust).float().mean().item()
     fallen = torch.cat(distances)
     if path is not None:
         wanted = {"adv_inputs", "labels", *more}

@@ -106,15 +106,15 @@ def square(
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best, least = images.clone(), images.new_full(labels.shape, torch.inf)
-        standing = _standing(advantage(model.logits(images), labels, targeted) > 0)
+        left = _robust(advantage(model.logits(images), labels, targeted) > 0)
         for _ in range(restarts):
-            if not len(standing):
+            if not len(left):
                 break
-            attacked = images[standing], labels[standing], targeted, by_margin, ball.of(standing)
+            attacked = images[left], labels[left], targeted, by_margin, ball.of(left)
             adv, loss, broken = _one_search(model, *attacked, queries, p_init, draw, span)
-            better = broken | (loss < least[standing])
-            best[standing[better]], least[standing[better]] = adv[better], loss[better]
-            standing = standing[~broken]
+            better = broken | (loss < least[left])
+            best[left[better]], least[left[better]] = adv[better], loss[better]
+            left = left[~broken]
         return best
 
     return run_search(search, model, images, labels, lo, hi, check, engine)
@@ -195,21 +195,21 @@ def _one_search(
     adv = start(images, ball, draw)
     loss, broken = _score(model, adv, labels, targeted, by_margin)
     for query in range(1, queries):
-        standing = _standing(broken)
-        if not len(standing):
+        left = _robust(broken)
+        if not len(left):
             break
         share = p_init / 2 ** sum(query * _QUERIES // span > halving for halving in _HALVINGS)
-        current = adv[standing]
-        new = propose(current, images[standing], share, ball.of(standing), draw)
-        new_loss, new_broken = _score(model, new, labels[standing], targeted, by_margin)
-        better = new_broken | (new_loss < loss[standing])
-        adv[standing] = new.where(per_image(better, new), current)
-        loss[standing] = new_loss.where(better, loss[standing])
-        broken[standing] = new_broken
+        current = adv[left]
+        new = propose(current, images[left], share, ball.of(left), draw)
+        new_loss, new_broken = _score(model, new, labels[left], targeted, by_margin)
+        better = new_broken | (new_loss < loss[left])
+        adv[left] = new.where(per_image(better, new), current)
+        loss[left] = new_loss.where(better, loss[left])
+        broken[left] = new_broken
     return adv, loss, broken
 
 
-def _standing(broken: Tensor) -> Tensor:
+def _robust(broken: Tensor) -> Tensor:
     """The indices of the images that are not adversarial."""
     return (~broken).nonzero().squeeze(1)
 

@@ -236,7 +236,7 @@ def _accuracy(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     count = forward = backward = 0
-    standing = [torch.ones(0, dtype=torch.bool, device=device)]
+    withstood = [torch.ones(0, dtype=torch.bool, device=device)]
     validator = InputValidator(deferred=not at_once)
     with in_mode(model, "eval") as model:
         for x, y in as_batches(images, batch_size):
@@ -247,7 +247,7 @@ def _accuracy(
             if among is not None and len(rows := among[count : count + len(y)]) == len(y):
                 robust = robust & rows.to(device)
             places = torch.arange(len(y), device=device)
-            standing.append(torch.zeros_like(robust))
+            withstood.append(torch.zeros_like(robust))
             count += len(y)
             forward += len(y)
             if tries:
@@ -266,7 +266,7 @@ def _accuracy(
                 backward += steps * len(y)
             loss_sum += losses.sum()
             correct += robust.sum()
-            standing[-1][places] = robust
+            withstood[-1][places] = robust
     validator.raise_deferred()
     if among is not None and len(among) != count:
         raise ValueError(f"among must have one value for each of {count} images, got {len(among)}")
@@ -277,7 +277,7 @@ def _accuracy(
         raise ValueError("images must hold at least one image to measure an accuracy, got none")
     loss = totals[4] / totals[1] if every_image else None
     forward, backward = int(totals[2]), int(totals[3])
-    return Accuracy(totals[0] / totals[1], int(totals[1]), forward, backward, loss, torch.cat(standing))
+    return Accuracy(totals[0] / totals[1], int(totals[1]), forward, backward, loss, torch.cat(withstood))
 
 
 @torch.no_grad()

@@ -40,10 +40,11 @@ def test_examples_are_misclassified_and_lie_in_ball_and_box_without_slack(attack
         distance = (adv - images).flatten(1).norm(dim=1, p=2 if norm == "L2" else torch.inf)
         assert distance.max() <= torch.tensor(eps) and adv.min() >= 0 and adv.max() <= 1
         assert torch.equal(model(adv).argmax(1), predictions)
-        assert torch.equal(result.standing, predictions == labels) and torch.equal(adv[0], images[0])
+        assert torch.equal(result.robust, predictions == labels) and torch.equal(adv[0], images[0])
         values = list(result.accuracy.values())
         assert values == sorted(values, reverse=True) and values[0] == pytest.approx(11 / 12)
-        assert 0 < values[-1] < values[0] and values[-1] == pytest.approx(result.standing.double().mean().item())
+        assert 0 < values[-1] < values[0] and values[-1] == pytest.approx(result.robust.double().mean().item())
+        assert len(repr(result)) < 1000  # without the tensors
 
 
 def test_each_attack_sees_the_survivors_only(attacked, monkeypatch):
@@ -249,8 +250,8 @@ def test_radii_of_each_image_go_with_the_images_that_stand(attacked, norm, capsy
     assert f"{norm}, eps 0 to {'0.4' if norm == 'linf' else '4'}, 12 images" in capsys.readouterr().out
     assert ((adv - images).flatten(1).norm(dim=1, p=torch.inf if norm == "linf" else 2) <= eps).all()
     assert (adv.amin((0, 2, 3)) >= options["lo"]).all() and adv.max() <= 1
-    standing = evaluator.result.standing
-    assert adv[::4].equal(images[::4]) and standing[4] and standing[8] and not standing[3::4].any()
+    robust = evaluator.result.robust
+    assert adv[::4].equal(images[::4]) and robust[4] and robust[8] and not robust[3::4].any()
 
 
 def test_equal_radii_give_what_a_number_gives(attacked):

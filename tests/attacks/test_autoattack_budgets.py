@@ -49,7 +49,7 @@ def test_each_attack_spends_its_whole_budget_on_an_image_that_stands(version, mo
         monkeypatch.setitem(autoattack.MEMBERS, name, replace(member, attack=attack))
     evaluator = AutoAttack(model, eps=0.01, version=version, seed=0, verbose=False, engine=False)
     evaluator.run_standard_evaluation(torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]))
-    assert evaluator.result.standing.all() and spent.keys() == SPENT[version].keys()
+    assert evaluator.result.robust.all() and spent.keys() == SPENT[version].keys()
     for name, (with_gradient, without) in SPENT[version].items():
         starts = max(with_gradient // 100, 1)  # each start may look at its end, and FAB thrice on its way back
         assert spent[name][0] == with_gradient and 0 <= spent[name][1] - without <= 1 + 3 * starts, name

@@ -121,13 +121,13 @@ def _save_state(path: Path) -> None:
 
 
 def _save_autoattack(path: Path) -> None:
-    standing, pending = torch.ones(2, 2, dtype=torch.bool).unbind()
+    robust, pending = torch.ones(2, 2, dtype=torch.bool).unbind()
     State(
         "x",
         0,
         torch.zeros(2, 1, 4, 4),
         torch.zeros(2),
-        standing.clone(),
+        robust.clone(),
         pending.clone(),
         torch.zeros(2, 5),
         {"clean": 1.0},

@@ -55,10 +55,10 @@ def test_restarts_lower_the_accuracy_and_count_their_passes():
     assert 0 < five.fraction <= one.fraction < 1
     assert one.images == 40 and five.backward > one.backward
     # The first attack is made on the images that are right, the second on those that stand; each ends with a check.
-    right, standing = (round(40 * each.fraction) for each in (training.clean_accuracy(model, VALIDATION), one))
+    right, robust = (round(40 * each.fraction) for each in (training.clean_accuracy(model, VALIDATION), one))
     two = training.robust_accuracy(model, VALIDATION, **attack, restarts=2)
     assert (one.forward, one.backward) == (40 + 4 * right, 3 * right)
-    assert (two.forward, two.backward) == (one.forward + 4 * standing, one.backward + 3 * standing)
+    assert (two.forward, two.backward) == (one.forward + 4 * robust, one.backward + 3 * robust)
 
 
 @pytest.mark.parametrize("at_once", [True, False])
