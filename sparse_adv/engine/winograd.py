@@ -65,11 +65,21 @@ class TrainedConvolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, tile = self.layer, None
+        if _onednn_writes_out_of_bounds(layer) and not x.is_contiguous():
+            return layer(x.contiguous()).to(memory_format=torch.channels_last)
         if x.dtype == layer.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
             tile = winograd_tile(layer, x.shape)
         if tile is None or is_transformed() or torch.is_autocast_enabled("cpu"):
             return layer(x)
         return ops.winograd_conv2d(x, layer.weight, layer.bias, _pair(layer.padding), tile=tile)
+
+
+def _onednn_writes_out_of_bounds(layer: nn.Conv2d) -> bool:
+    """Whether the gradient of the weight may end the process on channels_last images.
+
+    oneDNN's AVX2 kernel of strided 1 x 1 convolutions does that with fewer than 8 input channels (torch 2.13).
+    """
+    return layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.in_channels < 8
 
 
 def is_plain_convolution(module: nn.Module | None) -> bool:

@@ -1,5 +1,7 @@
 """Dense 3 x 3 layers by Winograd's filtering: which, and that gradients stay those of autograd."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,3 +149,27 @@ def test_convolutions_that_do_more_are_left_as_they_are(change):
     assert not counted.counts and (change != "hook" or called)
     rounding = torch.finfo(expected.dtype).eps if change == "autocast" else 1e-5  # bfloat16 is rounded at other places
     assert (out - expected).abs().max() <= rounding * expected.abs().max()
+
+
+def test_strided_convolutions_of_few_channels_get_images_in_nchw():
+    """On channels_last images oneDNN's AVX2 kernel of their weights' gradient overwrites other memory."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1, stride=2), nn.BatchNorm2d(8)
+    )
+    layouts = []
+    conv2d, twin, x = F.conv2d, copy.deepcopy(model), torch.rand(20, 3, 32, 32)
+
+    def watched(input, weight, *args):
+        layouts.append((weight.shape[2], input.is_contiguous()))
+        return conv2d(input, weight, *args)
+
+    fused = engine.fuse_for_training(model, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "conv2d", watched)
+        for _ in range(20):
+            out = fused(x)
+            out.square().sum().backward()
+    assert {is_nchw for size, is_nchw in layouts if size == 1} == {True}
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, twin(x), rtol=1e-3, atol=1e-4)
