@@ -310,7 +310,7 @@ class AutoAttack(Versioned, Attack):
         return State(known, seed, images.clone(), logits.argmax(1), robust, none, first_logits(logits), accuracy, {})
 
     def _attack(self, name: str, state: State, images: Tensor, labels: Tensor, batch: int, path: Path | None) -> None:
-        """Run one attack on the images that stand, batch by batch, and save the state after each."""
+        """Run one attack on the images that are still robust, batch by batch, and save the state after each."""
         start, before = time.perf_counter(), int(state.robust.sum())
         if not state.pending.any():
             state.pending = state.robust.clone()

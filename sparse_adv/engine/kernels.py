@@ -72,9 +72,9 @@ class Convolution:
         """The weight with zeros where it is pruned; kernels that read only kept weights may skip this."""
         return torch.where(self.layer.weight_mask, weight, 0) if isinstance(self.layer, MaskedConv2d) else weight
 
-    def input_shape(self, images: Tensor) -> torch.Size:
-        """The shape of the input for as many images."""
-        return torch.Size((len(images), *self.shape[1:]))
+    def input_shape(self, images: int) -> torch.Size:
+        """The shape of the input for a number of images."""
+        return torch.Size((images, *self.shape[1:]))
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         """conv(x) + bias, with an epilogue."""
@@ -85,7 +85,7 @@ class Convolution:
         """The gradient of the input, with an epilogue."""
         result = torch.ops.aten.convolution_backward(
             grad,
-            self.kernels.empty(self.input_shape(grad), grad.device),  # only its shape and memory format are read
+            self.kernels.empty(self.input_shape(len(grad)), grad.device),  # only its shape and memory format are read
             self.weight,
             None,
             *self.geometry,

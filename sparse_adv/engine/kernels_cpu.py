@@ -81,9 +81,7 @@ class MaskedConvolution(Convolution):
 
     def _is_sparse(self) -> bool:
         """Whether no kernel reads pruned weights: writing their zeros would take most of the time of folding."""
-        plan = self.layer.plan(
-            self.kernels.empty(torch.Size((self._images, *self.shape[1:])), self.layer.weight.device)
-        )
+        plan = self.layer.plan(self.kernels.empty(self.input_shape(self._images), self.layer.weight.device))
         return plan.forward.kernel == plan.grad_input.kernel == "sparse"
 
     def _weight_for(self, images: int) -> Tensor:

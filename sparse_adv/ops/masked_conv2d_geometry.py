@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.kernels.layout import output_size
-from sparse_adv.ops.arguments import as_integer, check_floating, is_integer, shortened
+from sparse_adv.ops.arguments import as_integer, check_floating, is_integer
 from sparse_adv.ops.masked_conv2d_pattern import Pattern
 
 Pair = int | tuple[int, int]

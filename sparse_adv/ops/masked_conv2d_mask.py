@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.arguments import as_integer, check_tensors, is_integer, shortened
+from sparse_adv.argument_types import shortened
+from sparse_adv.ops.arguments import as_integer, check_tensors, is_integer
 
 Block = tuple[int, int, int, int]
 """(bo, bi, br, bs): output channels x input channels x filter rows x filter columns."""

@@ -15,8 +15,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.ops._library import host
-from sparse_adv.ops.arguments import check_floating, check_integer, is_integer, shortened
+from sparse_adv.ops.arguments import check_floating, check_integer, is_integer
 from sparse_adv.ops.masked_conv2d_live_blocks import blocks_fit, live_blocks
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys
 

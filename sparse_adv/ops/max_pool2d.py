@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv.ops.arguments import check_integer, check_tensors, shortened
+from sparse_adv.argument_types import shortened
+from sparse_adv.ops.arguments import check_integer, check_tensors
 from sparse_adv.ops.written import check_written, mark_written
 
 

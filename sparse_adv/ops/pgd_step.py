@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.ops._library import check_capability, cuda_stand_in
-from sparse_adv.ops.arguments import check_floating, check_number, overlap_partly, overlaps_itself, shortened
+from sparse_adv.ops.arguments import check_floating, check_number, overlap_partly, overlaps_itself
 from sparse_adv.ops.written import mark_written
 
 NORMS = ("linf", "l2")

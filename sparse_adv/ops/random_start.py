@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.ops._library import check_capability, cuda_stand_in
-from sparse_adv.ops.arguments import check_floating, check_tensors, shortened
+from sparse_adv.ops.arguments import check_floating, check_tensors
 from sparse_adv.ops.pgd_step import check_ball
 
 _SEEDS = range(-(2**63), 2**63)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sparse_adv.argument_types import shortened
 from sparse_adv.kernels.layout import layout_of
-from sparse_adv.ops.arguments import check_flag, check_integer, check_tensors, shortened
+from sparse_adv.ops.arguments import check_flag, check_integer, check_tensors
 from sparse_adv.ops.transforms import is_transformed
 from sparse_adv.ops.written import check_written, mark_written
 

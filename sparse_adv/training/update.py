@@ -338,9 +338,8 @@ def _average_gradients(model: nn.Module, trained: nn.Module, x: Tensor) -> tuple
         # Newer versions of torch have another argument for this, which torch 2.10 does not know.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped = DistributedDataParallel(trained, broadcast_buffers=False)
-    mask_agreement.compare(
-        model, wrapped.process_group
-    )  # before the first pass, in which only masked layers would compare them
+    # Before the first pass, in which only masked layers would compare them.
+    mask_agreement.compare(model, wrapped.process_group)
     with bn_mode(model, "eval"):
         wrapped(torch.zeros_like(x)).sum().backward()
     model.zero_grad()
