@@ -49,7 +49,7 @@ class Setting(NamedTuple):
     compiles: bool = False
 
 
-USUAL, TOY = Setting(), Setting(width=4, batch=2)
+USUAL, TOY = Setting(), Setting(width=8, batch=2)
 
 ROWS = (
     Row("PGD-10", (4, 4), 0.1),

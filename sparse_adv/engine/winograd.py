@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
@@ -65,8 +66,9 @@ class TrainedConvolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, tile = self.layer, None
-        if _onednn_writes_out_of_bounds(layer) and not x.is_contiguous():
-            return layer(x.contiguous()).to(memory_format=torch.channels_last)
+        if _onednn_writes_out_of_bounds(layer):
+            rows, cols = layer.stride  # on the pixels that are read, the convolution has stride 1
+            return F.conv2d(x[:, :, ::rows, ::cols], layer.weight, layer.bias)
         if x.dtype == layer.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
             tile = winograd_tile(layer, x.shape)
         if tile is None or is_transformed() or torch.is_autocast_enabled("cpu"):
@@ -75,11 +77,13 @@ class TrainedConvolution:
 
 
 def _onednn_writes_out_of_bounds(layer: nn.Conv2d) -> bool:
-    """Whether the gradient of the weight may end the process on channels_last images.
+    """Whether the gradient of the weight may end the process where images or weight are channels_last.
 
     oneDNN's AVX2 kernel of strided 1 x 1 convolutions does that with fewer than 8 input channels (torch 2.13).
     """
-    return layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.in_channels < 8
+    pads = layer.padding not in ((0, 0), "valid")
+    few = layer.in_channels < 8 and layer.groups == 1
+    return layer.kernel_size == (1, 1) and layer.stride != (1, 1) and few and not pads
 
 
 def is_plain_convolution(module: nn.Module | None) -> bool:

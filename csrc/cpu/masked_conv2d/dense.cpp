@@ -64,6 +64,23 @@ Tensor forward(const ConvParams& conv, const Tensor& input, const Tensor& weight
   return torch::stable::to(output, input.scalar_type());
 }
 
+// Whether oneDNN may end the process: its AVX2 kernel of the weight's gradient (of torch 2.13) writes out of bounds in
+// strided 1 x 1 convolutions of fewer than 8 channels, where the images or the weight are channels_last.
+bool grad_weight_writes_out_of_bounds(const ConvParams& conv) {
+  return conv.C < 8 && conv.groups == 1 && conv.R == 1 && conv.S == 1 && conv.stride[0] * conv.stride[1] > 1 &&
+         conv.padding[0] == 0 && conv.padding[1] == 0;
+}
+
+// The pixels that a 1 x 1 convolution without padding reads: on them alone it has stride 1.
+Tensor pixels_read(const ConvParams& conv, const Tensor& input) {
+  Tensor pixels = input;
+  for (int64_t axis : {0, 1}) {
+    const std::optional<int64_t> start, end;
+    pixels = call_tensor("aten::slice", "Tensor", pixels, axis + 2, start, end, conv.stride[axis]);
+  }
+  return pixels;
+}
+
 // convolution_backward; `which` is 0 for the input's gradient and 1 for the weight's.
 Tensor backward(const ConvParams& conv, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                 int which) {
@@ -115,6 +132,11 @@ Tensor dense_conv2d_grad_input(const ConvParams& conv, const Pattern& pattern, c
 
 Tensor dense_conv2d_grad_weight(const ConvParams& conv, const Pattern& pattern, const Tensor& grad_output,
                                 const Tensor& input) {
+  if (grad_weight_writes_out_of_bounds(conv)) {
+    ConvParams unstrided = conv;
+    unstrided.stride = {1, 1};
+    return dense_conv2d_grad_weight(unstrided, pattern, grad_output, pixels_read(conv, input));
+  }
   const std::array<int64_t, 4> size{conv.K, pattern.group_in_channels, conv.R, conv.S};
   const Tensor weight = torch::stable::new_empty(input, {size.data(), size.size()});
   return torch::stable::contiguous(zero_pruned(pattern, backward(conv, grad_output, input, weight, 1)));
