@@ -81,9 +81,8 @@ def _onednn_writes_out_of_bounds(layer: nn.Conv2d) -> bool:
 
     oneDNN's AVX2 kernel of strided 1 x 1 convolutions does that with fewer than 8 input channels (torch 2.13).
     """
-    pads = layer.padding not in ((0, 0), "valid")
-    few = layer.in_channels < 8 and layer.groups == 1
-    return layer.kernel_size == (1, 1) and layer.stride != (1, 1) and few and not pads
+    is_strided_1x1 = layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.padding in ((0, 0), "valid")
+    return is_strided_1x1 and layer.groups == 1 and layer.in_channels < 8
 
 
 def is_plain_convolution(module: nn.Module | None) -> bool:

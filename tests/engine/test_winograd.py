@@ -159,6 +159,7 @@ def test_strided_convolutions_of_few_channels_get_the_pixels_they_read():
     ).to(memory_format=torch.channels_last)
     strides = []
     conv2d, twin, x = F.conv2d, copy.deepcopy(model).double(), torch.rand(20, 3, 32, 32)
+    factors = torch.rand(20, 8, 16, 16)  # the sum of squares behind a BatchNorm would have no gradient
 
     def watched(input, weight, *args):
         strides.append((weight.shape[2], args[1:2]))
@@ -170,11 +171,11 @@ def test_strided_convolutions_of_few_channels_get_the_pixels_they_read():
         for _ in range(20):
             model.zero_grad()
             out = fused(x)
-            out.square().sum().backward()
+            (out * factors).sum().backward()
     assert {stride for size, stride in strides if size == 1} == {()}
     assert out.is_contiguous(memory_format=torch.channels_last)
     expected = twin(x.double())
-    expected.square().sum().backward()
+    (expected * factors).sum().backward()
     torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-4)
     ours, exact = model[2].weight.grad.double(), twin[2].weight.grad
-    assert (ours - exact).norm() <= 1e-3 * exact.norm() + 1e-3
+    assert (ours - exact).norm() <= 1e-3 * exact.norm()
