@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.process_group import results_by_rank
 from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states
-from helpers.two_processes import results_by_rank
 from torch import nn
 
 from sparse_adv import training

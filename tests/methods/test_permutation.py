@@ -87,23 +87,30 @@ class Stop(Exception):
     pass
 
 
+@pytest.fixture(scope="module", params=PERMUTED)
+def whole(request, tmp_path_factory):
+    """Method, weights and folder of a run that was not stopped."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    return request.param, run(SparseTraining(PERMUTED[request.param]), folder=folder)[0].state_dict(), folder
+
+
 @pytest.mark.parametrize("again", ["new model", "same model"])
 @pytest.mark.parametrize("stop_at", [4, 5, 8, 11])
-@pytest.mark.parametrize("method", PERMUTED)
-def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, method, stop_at, again):
+def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop_at, again):
+    method, expected, folder = whole
+
     def stop(step):
         if step == stop_at:
             raise Stop
 
-    expected, _ = run(SparseTraining(PERMUTED[method]), folder=tmp_path / "whole")
     model = network(channels=8)
     with pytest.raises(Stop):
-        run(SparseTraining(PERMUTED[method]), model, folder=tmp_path / "cut", on_step=stop)
+        run(SparseTraining(PERMUTED[method]), model, folder=tmp_path, on_step=stop)
     hook = SparseTraining(PERMUTED[method])
-    model, _ = run(hook, model if again == "same model" else None, folder=tmp_path / "cut")
-    assert equal_states(model.state_dict(), expected.state_dict()) and hook.retained is not None
+    model, _ = run(hook, model if again == "same model" else None, folder=tmp_path)
+    assert equal_states(model.state_dict(), expected) and hook.retained is not None
     for name in (runs.LAST, runs.BEST):
-        assert equal_states(*(checkpoint.read_weights(tmp_path / folder / name)[0] for folder in ("whole", "cut")))
+        assert equal_states(*(checkpoint.read_weights(run / name)[0] for run in (folder, tmp_path)))
 
 
 class Untraceable(nn.Sequential):

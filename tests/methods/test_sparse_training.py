@@ -265,27 +265,34 @@ def stop_after(stop_at, in_batch):
     return {"on_epoch": on_epoch, "on_step": on_step}
 
 
+STOPPED = {"config": replace(CONFIG, ema_decay=0.9, schedule="cosine"), "validation": VALIDATION}
+
+
+@pytest.fixture(scope="module", params=["static", *CHANGING])
+def whole(request, tmp_path_factory):
+    """A run that was not stopped: its method, hook, weights, records and folder."""
+    method, folder = MethodConfig(request.param, density=0.3, block=(2, 2), interval=2), tmp_path_factory.mktemp("run")
+    hook = SparseTraining(method)
+    model, records = run(hook, folder=folder / "whole", **STOPPED)
+    return method, hook, model.state_dict(), records, folder / "whole"
+
+
 @pytest.mark.parametrize(("stop_at", "in_batch"), [(1, False), (1, True), (3, True)])
-@pytest.mark.parametrize("method", ["static", *CHANGING])
 @pytest.mark.parametrize("again", ["new model", "same model"])
-def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, method, stop_at, in_batch, again):
-    config = replace(CONFIG, ema_decay=0.9, schedule="cosine")
-    method_config = MethodConfig(method, density=0.3, block=(2, 2), interval=2)
-    options = {"config": config, "validation": VALIDATION}
-    hooks = [SparseTraining(method_config) for _ in ("whole", "cut", "continued")]
-    expected, whole = run(hooks[0], folder=tmp_path / "whole", **options)
+def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop_at, in_batch, again):
+    method, hook, expected, records, folder = whole
     model = odd_network()
     with pytest.raises(Stop):
-        run(hooks[1], model, folder=tmp_path / "cut", **options, **stop_after(stop_at, in_batch))
+        run(SparseTraining(method), model, folder=tmp_path, **STOPPED, **stop_after(stop_at, in_batch))
     if again == "new model":
         model = odd_network()
-    _, continued = run(hooks[2], model, folder=tmp_path / "cut", **options)
-    assert (hooks[2].step, hooks[2].changes) == (hooks[0].step, hooks[0].changes)
-    assert equal_states(model.state_dict(), expected.state_dict())
+    again = SparseTraining(method)
+    _, continued = run(again, model, folder=tmp_path, **STOPPED)
+    assert (again.step, again.changes) == (hook.step, hook.changes)
+    assert equal_states(model.state_dict(), expected)
     for name in (runs.LAST, runs.BEST):
-        ends = [checkpoint.read_weights(tmp_path / folder / name)[0] for folder in ("whole", "cut")]
-        assert equal_states(*ends)
-    for first, second in zip(whole, continued, strict=True):
+        assert equal_states(*(checkpoint.read_weights(run / name)[0] for run in (folder, tmp_path)))
+    for first, second in zip(records, continued, strict=True):
         assert (first.loss, first.density, first.total.macs) == (second.loss, second.density, second.total.macs)
 
 

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.process_group import PROCESSES, results_by_rank
 from helpers.tolerances import assert_close, assert_equal
-from helpers.two_processes import PROCESSES, results_by_rank
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel

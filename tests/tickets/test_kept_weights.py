@@ -77,19 +77,28 @@ class Stop(Exception):
     pass
 
 
+@pytest.fixture(
+    scope="module", params=[{}, {"permute_channels": True, "block": (2, 2)}], ids=["as they are", "permuted"]
+)
+def whole(request, tmp_path_factory):
+    """Pruning, ticket and folder of a search that was not stopped."""
+    pruning, folder = {"rounds": 3, **request.param}, tmp_path_factory.mktemp("search") / "whole"
+    return pruning, search(folder, **pruning)[0], folder
+
+
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("pruning", [{"rounds": 3}, {"rounds": 3, "permute_channels": True, "block": (2, 2)}], ids=str)
-def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, pruning):
+def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, whole):
+    pruning, expected, folder = whole
+
     def stop(record):
         if record.epoch == stop_at:
             raise Stop
 
-    expected, _ = search(tmp_path / "whole", **pruning)
     with pytest.raises(Stop):
-        search(tmp_path / "stopped", on_epoch=stop, **pruning)
-    ticket, _ = search(tmp_path / "stopped", **pruning)
+        search(tmp_path, on_epoch=stop, **pruning)
+    ticket, _ = search(tmp_path, **pruning)
     assert equal_states(ticket.masks, expected.masks) and equal_states(ticket.state_dict, expected.state_dict)
-    losses = [[record.loss for record in runs.read(tmp_path / run).records] for run in ("whole", "stopped")]
+    losses = [[record.loss for record in runs.read(run).records] for run in (folder, tmp_path)]
     assert losses[0] == losses[1]
 
 

@@ -136,18 +136,26 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", range(1, 7))
-@pytest.mark.parametrize(
-    "pruning",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         {"rounds": 3, "rewind_step": 2},
         {"rounds": 2, "early_stop_distance": 0.9},
         {"rounds": 3, "rewind_step": 2, "permute_channels": True, "block": (2, 2)},
     ],
+    ids=lambda pruning: "-".join(pruning),
 )
-def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, pruning):
-    config = replace(CONFIG, epochs=2 if "rewind_step" in pruning else 7)
-    expected, _ = search(tmp_path / "whole", config, density=0.3, **pruning)
+def whole(request, tmp_path_factory):
+    """Pruning, recipe, ticket and folder of a search that was not stopped."""
+    config = replace(CONFIG, epochs=2 if "rewind_step" in request.param else 7)
+    folder = tmp_path_factory.mktemp("search") / "whole"
+    ticket, _ = search(folder, config, density=0.3, **request.param)
+    return request.param, config, ticket, folder
+
+
+@pytest.mark.parametrize("stop_at", range(1, 7))
+def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, whole):
+    pruning, config, expected, folder = whole
 
     def on_epoch(record):
         if record.epoch == stop_at:
@@ -160,12 +168,12 @@ def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, pruning):
             config,
             PruneConfig(density=0.3, **pruning),
             validation=VALIDATION,
-            folder=tmp_path / "stopped",
+            folder=tmp_path,
             on_epoch=on_epoch,
         )
-    ticket, _ = search(tmp_path / "stopped", config, density=0.3, **pruning)
+    ticket, _ = search(tmp_path, config, density=0.3, **pruning)
     assert equal_states(ticket.masks, expected.masks) and equal_states(ticket.state_dict, expected.state_dict)
-    records = [runs.read(tmp_path / run).records for run in ("whole", "stopped")]
+    records = [runs.read(run).records for run in (folder, tmp_path)]
     assert [record.loss for record in records[0]] == [record.loss for record in records[1]]
     assert [record.mask_distance for record in records[0]] == [record.mask_distance for record in records[1]]
     totals = [[record.total.macs for record in each] for each in records]

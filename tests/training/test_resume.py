@@ -46,11 +46,9 @@ def train(folder, stop_at=None, config=CONFIG, in_batch=False, device="cpu"):
     return model
 
 
-@pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("stop_at", [1, 2, 3])
-@pytest.mark.parametrize(
-    "more",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         {},
         {"objective": "pgd", "precision": "bfloat16", "epochs": 8},
         {"objective": "fgsm-uap", "awp_gamma": 0.01, "schedule": "onecycle", "epochs": 8},
@@ -59,17 +57,24 @@ def train(folder, stop_at=None, config=CONFIG, in_batch=False, device="cpu"):
     ],
     ids=lambda more: more.get("objective", "free"),
 )
-def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, stop_at, in_batch, more, device):
-    run = {"config": replace(CONFIG, **more), "device": device}
-    expected = train(tmp_path / "whole", **run)
+def whole(request, device, tmp_path_factory):
+    """A run that was not stopped: what it was given, its weights and its folder."""
+    run, folder = {"config": replace(CONFIG, **request.param), "device": device}, tmp_path_factory.mktemp("run")
+    return run, train(folder / "whole", **run).state_dict(), folder / "whole"
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, stop_at, in_batch, whole):
+    run, expected, folder = whole
     with pytest.raises(Stop):
-        train(tmp_path / "stopped", stop_at, in_batch=in_batch, **run)
-    model = train(tmp_path / "stopped", **run)
-    assert equal_states(model.state_dict(), expected.state_dict())
+        train(tmp_path, stop_at, in_batch=in_batch, **run)
+    model = train(tmp_path, **run)
+    assert equal_states(model.state_dict(), expected)
     for name in (runs.LAST, runs.BEST):
-        whole, stopped = (checkpoint.read_weights(tmp_path / run / name) for run in ("whole", "stopped"))
-        assert equal_states(whole[0], stopped[0]) and whole[1]["epoch"] == stopped[1]["epoch"]
-    records = [runs.read(tmp_path / run).records for run in ("whole", "stopped")]
+        ends = [checkpoint.read_weights(run / name) for run in (folder, tmp_path)]
+        assert equal_states(ends[0][0], ends[1][0]) and ends[0][1]["epoch"] == ends[1][1]["epoch"]
+    records = [runs.read(run).records for run in (folder, tmp_path)]
     assert [record.loss for record in records[0]] == [record.loss for record in records[1]]
     assert [record.total.macs for record in records[0]] == [record.total.macs for record in records[1]]
     assert [record.density for record in records[0]] == [record.density for record in records[1]]
@@ -177,7 +182,8 @@ def test_a_killed_run_ends_with_the_same_bits_of_a_deterministic_run(tmp_path, d
     ticket = masks.Ticket(kept, model.state_dict(), {"arch": "digits_cnn", "width": 32})
     masks.save_ticket(tmp_path / "ticket", ticket)
     flags = ("--device", device.type, "--deterministic", "--ticket", str(tmp_path / "ticket"), "--augment")
-    kill_9(*flags, "--objective", "pgd", "--precision", "bfloat16", folder=tmp_path)
+    precision = "bfloat16" if device.type == "cuda" else "float32"
+    kill_9(*flags, "--objective", "pgd", "--precision", precision, folder=tmp_path)
     killed = runs.read(tmp_path / "killed")
     assert killed.info.deterministic
     assert all(torch.device(record.device).type == device.type for record in killed.records)

@@ -11,7 +11,7 @@ from sparse_adv.ops import masked_conv2d_cuda as cuda
 from sparse_adv.ops.masked_conv2d_pattern import block_pattern, unflatten
 
 CASES = {
-    "3x3": Case(3, 1, 70, 40, (5, 6), block=(32, 32)),
+    "3x3": Case(3, 1, 40, 36, (5, 6), block=(32, 32)),
     "strided, with an epilogue": Case(2, 1, 64, 64, (7, 6), stride=(2, 2), block=(64, 64), density=0.5, seed=15),
     "dilated groups": Case(2, 2, 32, 64, (6, 7), dilation=(2, 1), block=(64, 32), layout="channels_last"),
     "1x1": Case(3, 1, 100, 40, (3, 4), (1, 1), padding=(0, 0), block=(32, 64), density=0.7, weight_layout="sliced"),
@@ -72,5 +72,5 @@ def test_shares_of_the_weight_gradient_are_added(monkeypatch, shares):
     from sparse_adv.kernels import masked_conv2d_grad_weight as kernels
 
     monkeypatch.setattr(kernels, "gradient_shares", lambda *_: shares)
-    case = Case(4, 1, 40, 70, (9, 8), block=(32, 32), density=0.5)
+    case = Case(4, 1, 32, 40, (9, 8), block=(32, 32), density=0.3)
     assert_equal(passes(case, pattern_of(case), torch.float32)["grad_weight"], case.expected()["grad_weight"])

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from helpers.tolerances import assert_close, assert_equal
 from helpers.written_passes import random_gate
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_adv.kernels import max_pool2d as kernels
 from sparse_adv.ops import empty_gate, gate_to_bool
@@ -19,11 +21,16 @@ def images(*shape, dtype=torch.float32, format=FORMATS[0]):
     return (torch.randint(-4, 5, shape) / 4).to(dtype).contiguous(memory_format=format)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-@pytest.mark.parametrize("format", FORMATS, ids=["NCHW", "channels_last"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 13, 7, 9), (3, 16, 8, 8), (1, 1, 5, 34)], ids=str)
-def test_both_passes_equal_torch(shape, size, format, dtype):
+@settings(max_examples=60)
+@given(
+    st.sampled_from([(2, 13, 7, 9), (3, 16, 8, 8), (1, 1, 5, 34)]),
+    st.sampled_from(SIZES),
+    st.sampled_from(FORMATS),
+    st.sampled_from([torch.float32, torch.float64, torch.float16]),
+    st.sampled_from(["none", "bits", "values"]),
+    st.sampled_from(["nothing", "another tensor", "out"]),
+)
+def test_both_passes_equal_torch(shape, size, format, dtype, gate, added):
     torch.manual_seed(0)
     x = images(*shape, dtype=dtype, format=format)
     x[0, 0, 0, 0] = torch.nan
@@ -39,19 +46,13 @@ def test_both_passes_equal_torch(shape, size, format, dtype):
     grad_input = torch.ops.aten.max_pool2d_with_indices_backward(
         grad.float(), x.float(), size, size, (0, 0), (1, 1), False, indices
     )
-    values = images(*shape, dtype=dtype, format=format)
+    values, other, actual = (images(*shape, dtype=dtype, format=format) for _ in range(3))
     bits = random_gate(x)
-    gates = {
-        "none": (None, True),
-        "bits": (bits, gate_to_bool(bits, x)),
-        "values": (values, values > 0),
-    }
-    actual = images(*shape, dtype=dtype, format=format)
-    for gate, passes in gates.values():
-        for added in (None, images(*shape, dtype=dtype, format=format), actual):
-            wanted = (grad_input if added is None else grad_input + added) * passes
-            kernels.backward(grad, index, size, added, gate, actual)
-            assert_close(actual, wanted, "elementwise")
+    gate, passes = {"none": (None, True), "bits": (bits, gate_to_bool(bits, x)), "values": (values, values > 0)}[gate]
+    added = {"nothing": None, "another tensor": other, "out": actual}[added]
+    wanted = (grad_input if added is None else grad_input + added) * passes
+    kernels.backward(grad, index, size, added, gate, actual)
+    assert_close(actual, wanted, "elementwise")
 
 
 def test_nan_is_the_largest_and_of_equal_elements_the_first_is_taken():

@@ -1,4 +1,4 @@
-"""A process group of two processes, whose results the tests of a module share."""
+"""A process group, of two processes unless more are asked for, whose results the tests of a module share."""
 
 import time
 from collections.abc import Callable
@@ -12,17 +12,18 @@ import torch.multiprocessing as mp
 
 PROCESSES = 2
 SECONDS = 300
-"""Of both processes together; then they are killed."""
+"""Of all processes together; then they are killed."""
 
 
-def results_by_rank(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
+def results_by_rank(work: Callable[[int, Path], Any], folder: Path, count: int = PROCESSES) -> list[Any]:
     """Call work(rank, folder) in each process of a gloo group, with one thread each.
 
     Args:
         work: a function of a module; its result is a value that `torch.save` writes and `torch.load` reads.
-        folder: a folder of their own, which both processes may write to.
+        folder: a folder of their own, which all processes may write to.
+        count: the number of processes.
     """
-    processes = mp.spawn(_join_and_work, (work, folder), PROCESSES, join=False)
+    processes = mp.spawn(_join_and_work, (work, folder, count), count, join=False)
     end = time.monotonic() + SECONDS
     try:
         while not processes.join(timeout=1):
@@ -30,12 +31,12 @@ def results_by_rank(work: Callable[[int, Path], Any], folder: Path) -> list[Any]
     finally:
         for process in processes.processes:
             process.kill()
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(PROCESSES)]
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(count)]
 
 
-def _join_and_work(rank: int, work: Callable[[int, Path], Any], folder: Path) -> None:
+def _join_and_work(rank: int, work: Callable[[int, Path], Any], folder: Path, count: int) -> None:
     torch.set_num_threads(1)
     store, timeout = f"file://{folder}/store", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES, timeout=timeout)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=timeout)
     torch.save(work(rank, folder), folder / f"rank_{rank}.pt")
     dist.destroy_process_group()
