@@ -81,6 +81,15 @@ def test_explain_lists_every_masked_layer(ticket_file, capsys):
     assert [row["layer"] for row in rows] == ["conv1", "conv2", "conv3", "fc"] and 0 < total["density"] < 1
 
 
+def test_explain_counts_for_the_images_that_a_ticket_is_for(ticket_file, capsys):
+    ticket, macs = masks.load_ticket(ticket_file), []
+    for provenance in (ticket.provenance, ticket.provenance | {"input_shape": [1, 16, 16]}):
+        masks.save_ticket(ticket_file, masks.Ticket(ticket.masks, ticket.state_dict, provenance))
+        assert main(["explain", str(ticket_file)]) == 0
+        macs.append(json.loads(capsys.readouterr().out.splitlines()[0])["macs"])
+    assert macs[1] == [4 * count for count in macs[0]]  # without one, images of 8 x 8, the architecture's
+
+
 def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, capsys):
     assert "nowhere" in refused(capsys, "explain", str(tmp_path / "nowhere"))
     assert "does not fit" in refused(capsys, "explain", str(ticket_file), "--arch", "resnet18")

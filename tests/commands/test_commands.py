@@ -100,6 +100,14 @@ def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
     assert found["images"] == 15 and found["pgd-5 x 3"] <= found["clean"]
 
 
+def test_evaluate_names_the_ticket_of_a_search_and_the_weights_that_a_run_lacks(searched, trained, tmp_path, capsys):
+    assert f"{searched} is a search: evaluate its ticket.safetensors" in refused(capsys, "evaluate", str(searched))
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / runs.BEST).unlink()
+    said = refused(capsys, "evaluate", str(run))
+    assert str(run / runs.BEST) in said and "search" not in said
+
+
 @pytest.mark.parametrize("weights", ["best", "last"])
 def test_every_flag_of_evaluate_reaches_its_use(trained, tmp_path, capsys, monkeypatch, weights):
     folder = shutil.copytree(trained, tmp_path / "run")

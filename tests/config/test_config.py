@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.config import OBJECTIVES, DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 
 
 def rates(config: TrainConfig, steps: range, steps_per_epoch: int = 1) -> list[float]:
@@ -110,7 +110,8 @@ def test_beta_and_alpha_have_defaults_of_their_objective():
     assert TrainConfig("fgsm-uap").second_weight == 10 and TrainConfig("nu-at").second_weight == 4
     assert TrainConfig("fgsm-rs-cs").second_weight == 1
     assert TrainConfig("trades", beta=0).second_weight == 0
-    assert [round(255 * TrainConfig(name).step_size, 6) for name in ("mart", "fgsm-rs", "nu-at")] == [2, 10, 8]
+    steps = {name: round(255 * TrainConfig(name).step_size, 6) for name in OBJECTIVES}  # eps is 8 / 255
+    assert steps == dict.fromkeys(OBJECTIVES, 8) | {"fgsm-rs": 10, "pgd": 2, "trades": 2, "mart": 2}
 
 
 @pytest.mark.parametrize("distance", [0, 1])

@@ -194,12 +194,12 @@ def test_a_run_trained_without_attacks_does_not_lower_the_level(tmp_path):
 def test_phases_add_up_to_the_total_cost(tmp_path):
     folder = make(tmp_path / "run", (0.2, 0.3), before=Cost(6.0, 900_000), undone_epoch=2)
     rows = cells(report.phases(read(folder)))
-    assert [(row["phase"], row["s"], row["share of s"], row["MACs"]) for row in rows] == [
-        ("search", "6.0", "15.8%", "900 k"),
-        ("attack", "16.0", "42.1%", "800 k"),
-        ("update", "4.0", "10.5%", "200 k"),
-        ("undone", "10.0", "26.3%", "500 k"),
-        ("evaluation", "2.0", "5.3%", "100 k"),
+    assert [list(row.values())[1:6] for row in rows] == [  # phase, s, share of s, MACs, share of MACs
+        ["search", "6.0", "15.8%", "900 k", "36.0%"],
+        ["attack", "16.0", "42.1%", "800 k", "32.0%"],
+        ["update", "4.0", "10.5%", "200 k", "8.0%"],
+        ["undone", "10.0", "26.3%", "500 k", "20.0%"],
+        ["evaluation", "2.0", "5.3%", "100 k", "4.0%"],
     ]
     assert rows[1]["MACs/s"] == "50.0 k"
     assert "1 undone" in report.summary(read(folder))

@@ -115,7 +115,7 @@ def peaks(monkeypatch):
 
 @pytest.mark.parametrize(("objective", "epoch"), [("natural", 1), ("pgd", 2)])
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_the_best_weights_are_those_of_the_right_epoch_and_model(tmp_path, peaks, objective, epoch, decay):
+def test_best_and_last_weights_are_those_of_the_right_epoch_and_model(tmp_path, peaks, objective, epoch, decay):
     config = replace(PLAIN, objective=objective, ema_decay=decay, overfitting_monitor=False)
     run = training.Training(network(), batches(), config, validation=VALIDATION, folder=tmp_path)
     states = []
@@ -125,6 +125,9 @@ def test_the_best_weights_are_those_of_the_right_epoch_and_model(tmp_path, peaks
     assert metadata["epoch"] == epoch and equal_states(best, states[epoch - 1])
     assert not equal_states(best, states[-1])
     assert equal_states(best, run.updater.model.state_dict()) is False
+    last, metadata = checkpoint.read_weights(tmp_path / runs.LAST)
+    assert metadata["epoch"] == 3 and equal_states(last, states[-1])
+    assert equal_states(last, run.updater.model.state_dict()) == (decay == 0)
 
 
 @pytest.mark.parametrize("objective", [name for name in training.OBJECTIVES if name != "natural"])
