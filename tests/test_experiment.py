@@ -136,6 +136,22 @@ def test_a_run_is_tested_on_the_test_images_once_after_its_last_epoch(tmp_path, 
     assert run.finish() == result == runs.read(tmp_path).result and runs.read(tmp_path).name == "mine"
 
 
+def test_searches_and_runs_train_and_validate_on_the_images_meant_for_it(tmp_path, dataset, monkeypatch):
+    run = experiment.TrainRun(tmp_path / "run", TRAIN, IMAGES, NETWORK, dataset, CPU)
+    assert run.training.validation is dataset.validation and run.batches.split is dataset.train
+    search = experiment.SearchRun(tmp_path / "search", TRAIN, PruneConfig(), IMAGES, NETWORK, dataset, CPU)
+    given = []
+
+    def found(model, batches, train, prune, *, validation, **_):
+        given.append((model, batches.split, train, prune, validation))
+        raise InterruptedError
+
+    monkeypatch.setattr(tickets, "search", found)
+    with pytest.raises(InterruptedError):
+        search.run()
+    assert given == [(search.model, dataset.train, TRAIN, PruneConfig(), dataset.validation)]
+
+
 def test_a_run_whose_pruned_weights_are_not_zero_has_no_result(tmp_path, dataset, ticket):
     run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU, ticket=ticket)
     with torch.no_grad():
