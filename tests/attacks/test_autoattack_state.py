@@ -11,6 +11,7 @@ from torch import nn
 
 from sparse_adv.attacks import AutoAttack, autoattack
 from sparse_adv.attacks.autoattack_state import State, first_logits
+from sparse_adv.attacks.autoattack_versions import APGDSettings, FABSettings, Settings
 
 CUSTOM = {"eps": 0.01, "version": "custom", "attacks_to_run": ["apgd-ce", "square"], "seed": 3, "verbose": False}
 
@@ -92,3 +93,52 @@ def test_rand_expects_random_outputs_and_no_other_sign_of_masking(clock):
         signs = noisy.result.signs
         assert len(signs) == expected and any("are probabilities" in sign for sign in signs)
         assert any("between two calls" in sign for sign in signs) == (version == "standard")
+
+
+def test_every_setting_reaches_its_attacks(monkeypatch):
+    """Run with an unusual value of each setting, attacks get these and no usual one."""
+    unusual = {"n_restarts": 7, "n_iter": 11, "eot_iter": 3, "rho": 0.5, "n_target_classes": 2, "alpha_max": 0.2}
+    unusual |= {"eta": 1.5, "beta": 0.7, "n_queries": 13, "p_init": 0.4, "resc_schedule": True}
+    ascent = {"steps": 11, "restarts": 7, "eot_iter": 3, "rho": 0.5}
+    boundary = {"steps": 11, "alpha_max": 0.2, "eta": 1.5, "beta": 0.7}
+    expected = {
+        "apgd-ce": ascent,
+        "apgd-dlr": ascent,
+        "apgd-t": ascent | {"targets": 2},
+        "fab": boundary | {"restarts": 7},
+        "fab-t": boundary | {"n_target_classes": 2},
+        "square": {"queries": 13, "restarts": 7, "p_init": 0.4, "resc_schedule": True},
+    }
+    names, given = {name for arguments in expected.values() for name in arguments}, {}
+    for member, settings in list(autoattack.MEMBERS.items()):
+
+        def attack(model, x, y, member=member, **arguments):
+            given[member] = {name: value for name, value in arguments.items() if name in names}
+            return x
+
+        monkeypatch.setitem(autoattack.MEMBERS, member, replace(settings, attack=attack))
+    model, (images, _) = make_model().eval(), batch(size=4)
+    evaluator = AutoAttack(model, **CUSTOM | {"attacks_to_run": list(expected)})
+    for group in (evaluator.apgd, evaluator.apgd_targeted, evaluator.fab, evaluator.square):
+        for name in unusual.keys() & set(dir(group)):
+            setattr(group, name, unusual[name])
+    evaluator.run_standard_evaluation(images, model(images).argmax(1))
+    assert given == expected
+
+
+def test_versions_have_the_budgets_of_the_authors_implementation():
+    standard = Settings()
+    assert (standard.apgd.n_iter, standard.apgd.n_restarts, standard.apgd.eot_iter, standard.apgd.rho) == (
+        100,
+        1,
+        1,
+        0.75,
+    )
+    assert (standard.apgd_targeted.n_iter, standard.apgd_targeted.n_target_classes) == (100, 9)
+    assert (standard.fab.n_iter, standard.fab.n_restarts, standard.fab.n_target_classes) == (100, 1, 9)
+    assert (standard.fab.alpha_max, standard.fab.eta, standard.fab.beta) == (0.1, 1.05, 0.9)
+    assert (standard.square.n_queries, standard.square.n_restarts, standard.square.p_init) == (5000, 1, 0.8)
+    assert Settings.of("standard") == standard
+    assert Settings.of("rand") == replace(standard, apgd=APGDSettings(eot_iter=20))
+    more = replace(standard, apgd=APGDSettings(n_restarts=5), fab=FABSettings(n_restarts=5))
+    assert Settings.of("plus") == Settings.of("custom") == more
