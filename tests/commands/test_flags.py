@@ -202,10 +202,11 @@ def test_a_run_repeats_with_its_own_config_file(objective, reach, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["search", "train"])
-def test_freed_memory_is_kept_unless_it_is_refused(reach, command, tmp_path):
+def test_freed_memory_is_kept_unless_it_is_refused(reach, command, tmp_path, monkeypatch):
     module = importlib.import_module(f"sparse_adv.commands.{command}")
     arguments = command, "--arch", "digits_cnn", "--out", str(tmp_path)
     reach(module, "keep_freed_memory", *arguments)
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: pytest.fail("kept"))
     reach(experiment, "load_data", *arguments, "--no-keep-freed-memory")
 
 
