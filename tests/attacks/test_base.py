@@ -154,14 +154,16 @@ def test_the_loss_that_does_not_rise_and_robustness_that_rises_with_eps_are_name
     labels = torch.zeros(40, dtype=torch.int64)
     images = torch.rand(40, 3, 4, 4) * 0.2 + 0.4
 
-    def walled(x):
-        """Misclassified where the mean pixel has risen by 0.03 to 0.06, and robust beyond."""
-        rise = (x - images).flatten(1).mean(1)
-        margin = (1 - 33 * rise).where(rise < 0.06, 2 - rise)
-        return torch.stack([margin, torch.zeros_like(margin)], 1)
+    for count in (40, 3, 2):  # a rise of 2 in 40 may be chance
 
-    signs = torchattacks.signs_of_masking(walled, images, labels, eps=0.05)
-    assert any("robust accuracy rises with eps" in sign for sign in signs)
+        def walled(x, count=count):
+            """Misclassified where the mean pixel has risen by 0.03 to 0.06, and `count` of the images robust beyond."""
+            rise = (x - images).flatten(1).mean(1)
+            margin = (1 - 33 * rise).where((rise < 0.06) | (torch.arange(40) >= count), 2 - rise)
+            return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+        signs = torchattacks.signs_of_masking(walled, images, labels, eps=0.05)
+        assert any(f"leaves 0 of 40 images robust, and {count} where" in sign for sign in signs) == (count > 2)
 
     def hollow(x):
         """A loss that falls again where steps go on."""

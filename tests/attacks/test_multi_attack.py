@@ -46,6 +46,14 @@ def test_normalised_images_go_through_all_attacks():
     assert torch.allclose(adv * 0.5 + 0.25, plain, atol=1e-5)
 
 
+def test_device_and_model_are_those_of_every_attack():
+    members = [FGSM(model := classified()[0]), PGD(model), Square(model)]
+    attack, other = MultiAttack(members), classified()[0]
+    attack.set_model(other)  # and to its device
+    attack.set_device("meta")
+    assert all(each.device == torch.device("meta") and each.model is other for each in (attack, *members))
+
+
 def test_an_empty_batch_and_wrong_attacks():
     model, images, labels = classified()
     attack = MultiAttack([FGSM(model), Square(model, n_queries=3)])
