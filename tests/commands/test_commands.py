@@ -164,14 +164,14 @@ def test_evaluate_takes_from_the_run_what_it_is_not_told(trained, tmp_path, caps
     assert clean == {} and fgsm == ball and lines(capsys)[0].items() >= ball.items()
     assert all(settings.items() >= {**ball, "seed": 7, "alpha": None}.items() for settings in pgd) and len(pgd) == 2
     seen.clear()
-    flags = {"norm": "linf", "eps": 0.1, "seed": 5, "limit": 120, "validation": 30.0, "data": "digits"}
+    flags = {"norm": "linf", "eps": 0.0, "seed": 0, "limit": 120, "validation": 30.0, "data": "digits"}
     flags |= {"split": "train"}
     assert (
         main(["evaluate", str(folder), *[text for name, value in flags.items() for text in (f"--{name}", f"{value}")]])
         == 0
     )
     (loaded, seed), _, fgsm, *_ = seen
-    assert (loaded.limit, loaded.validation, seed, fgsm) == (120, 30.0, 5, {"eps": 0.1, "norm": "linf"})
+    assert (loaded.limit, loaded.validation, seed, fgsm) == (120, 30.0, 0, {"eps": 0.0, "norm": "linf"})
 
 
 def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):

@@ -229,8 +229,15 @@ def test_an_evaluation_is_given_every_setting(reach, checkpoint):
 
 
 def test_an_evaluation_bounds_robust_accuracy_by_what_withstands_all_attacks(checkpoint, monkeypatch, capsys):
-    """FGSM and PGD-20 break different images; the strongest attack gets those that withstood both."""
-    among = []
+    """FGSM and PGD-20 break different images; the strongest attack gets those that withstood both.
+
+    The first images are looked at for signs of masked gradients.
+    """
+    among, looked_at = [], []
+
+    def signs_of_masking(model, images, labels, **ball):
+        looked_at.append((images, labels, ball))
+        return ["a sign"]
 
     def measure(model, images, **settings):
         among.append(settings.get("among"))
@@ -243,8 +250,12 @@ def test_an_evaluation_bounds_robust_accuracy_by_what_withstands_all_attacks(che
     rest = iter([*found, training.Accuracy(0.25, 4, 8, 8)])
     for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
         monkeypatch.setattr(evaluate, name, measure)
+    monkeypatch.setattr(attacks, "signs_of_masking", signs_of_masking)
     assert main(["evaluate", checkpoint, *flags(NETWORK), "--device", "cpu", "--no-json"]) == 0
-    told = capsys.readouterr().out
+    told, test = capsys.readouterr().out, data.load("digits").test
+    ((images, labels, ball),) = looked_at
+    assert torch.equal(images, data.to_unit(test.images[:64])) and torch.equal(labels, test.labels[:64])
+    assert ball == {"eps": TrainConfig().eps, "norm": "linf"} and "warning: a sign" in told
     assert "clean 90.0%, fgsm 60.0%, pgd-20 50.0% of " in told and "at most 25.0%: the images that withstood" in told
     assert among[:3] == [None] * 3 and among[3].tolist() == [True, False, True, False]
 
