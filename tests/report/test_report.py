@@ -135,6 +135,11 @@ def test_the_summary_has_a_run_s_costs_and_accuracies(tmp_path):
     assert (none["best robust"], none["last robust"], none["test pgd-20"]) == ("0.0%",) * 3  # 0 is a result
 
 
+def test_a_run_that_has_just_begun_has_cost_its_search(tmp_path):
+    (row,) = cells(report.summary(read(make(tmp_path / "run", (), before=Cost(7.0, 2_000_000)))))
+    assert (row["total s"], row["total MACs"], row["s/epoch"], row["status"]) == ("7.0", "2.00 M", "", "epoch 0 of 3")
+
+
 def test_epochs_that_were_not_evaluated_count_for_costs_only(tmp_path):
     (row,) = cells(report.summary(read(folder := make(tmp_path / "run", (None, 0.5, 0.4, None), epochs=6))))
     assert (row["total s"], row["best robust"], row["its clean"], row["its epoch"]) == ("40.0", "50.0%", "75.0%", "2")
@@ -172,6 +177,8 @@ def test_time_to_a_level_includes_the_search_and_ratios_are_to_the_dense_run(tmp
         ["dense", "20.0", "1.00", "2", "1.00", "1.00 M", "1.00"],
     ]
     assert [row["s"] for row in cells(report.time_to(read(ticket, dense), 0.25))] == ["10.0", "20.0"]
+    other = make(tmp_path / "other", (0.1, 0.5), weights=0.2)
+    assert "Ratios are to ticket." in report.time_to(read(ticket, other))  # without a dense run the first
 
 
 def test_a_level_that_a_run_never_reached_is_shown_as_such(tmp_path):

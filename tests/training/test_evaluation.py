@@ -42,9 +42,11 @@ def test_accuracies_are_those_of_the_images_and_of_the_attacked_images():
     images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels
     right = model(images).argmax(1) == labels
     assert training.clean_accuracy(model, VALIDATION, batch_size=7).fraction == right.float().mean().item()
-    fgsm = attacks.fgsm(model, images, labels, eps=0.2)
-    expected = (right & (model(fgsm).argmax(1) == labels)).float().mean().item()
-    assert training.fgsm_accuracy(model, VALIDATION, eps=0.2).fraction == pytest.approx(expected)
+    for norm, eps in (("linf", 0.2), ("l2", 0.9)):
+        fgsm = attacks.fgsm(model, images, labels, eps=eps, norm=norm)
+        expected = (right & (model(fgsm).argmax(1) == labels)).float().mean().item()
+        assert 0 < expected < right.float().mean()
+        assert training.fgsm_accuracy(model, VALIDATION, eps=eps, norm=norm).fraction == pytest.approx(expected)
 
 
 def test_restarts_lower_the_accuracy_and_count_their_passes():
