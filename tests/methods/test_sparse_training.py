@@ -286,14 +286,14 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop_at, in
         run(SparseTraining(method), model, folder=tmp_path, **STOPPED, **stop_after(stop_at, in_batch))
     if again == "new model":
         model = odd_network()
-    again = SparseTraining(method)
-    _, continued = run(again, model, folder=tmp_path, **STOPPED)
-    assert (again.step, again.changes) == (hook.step, hook.changes)
+    second = SparseTraining(method)
+    _, continued = run(second, model, folder=tmp_path, **STOPPED)
+    assert (second.step, second.changes) == (hook.step, hook.changes)
     assert equal_states(model.state_dict(), expected)
     for name in (runs.LAST, runs.BEST):
         assert equal_states(*(checkpoint.read_weights(run / name)[0] for run in (folder, tmp_path)))
-    for first, second in zip(records, continued, strict=True):
-        assert (first.loss, first.density, first.total.macs) == (second.loss, second.density, second.total.macs)
+    for one, other in zip(records, continued, strict=True):
+        assert (one.loss, one.density, one.total.macs) == (other.loss, other.density, other.total.macs)
 
 
 def test_a_finished_run_can_be_extended(tmp_path):
