@@ -30,6 +30,11 @@ def test_the_sentences_have_the_cost_of_an_epoch_and_the_uncertainty_of_the_accu
     assert "300 test images, differences under 5 points" in noise  # 8 points by the accuracy of dense
 
 
+def test_images_and_network_are_those_of_the_published_table():
+    images, network = demo.IMAGES, demo.NETWORK
+    assert images == DataConfig("digits", validation=300, batch_size=64) and network == NetworkConfig("digits_cnn")
+
+
 def test_the_demo_trains_the_ticket_and_its_controls_with_its_settings(tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     monkeypatch.setattr(demo, "IMAGES", IMAGES)
