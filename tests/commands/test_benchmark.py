@@ -3,6 +3,7 @@
 import importlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from sparse_adv import attacks, masks, models
 from sparse_adv.__main__ import main
+from sparse_adv.commands import benchmark
 from sparse_adv.commands.benchmark import Sparsity, measured_sparsity
 from sparse_adv.nn import sparsify
 
@@ -65,6 +67,16 @@ def test_a_row_says_what_was_measured_how_and_with_what(checkpoint, small_budget
     assert row["peak_memory_bytes"] > 2**20 and row["software"]["sparse_adv"]
     text = (checkpoint.parent / "row" / "row.md").read_text()
     assert "| AA 0.1 " in text and "not tuned" in text and "square (5000 queries)" in text and "30 test images" in text
+
+
+def test_robust_is_what_all_attacks_leave(tmp_path, monkeypatch):
+    accuracy = {"clean": 0.9, "apgd-ce": 0.6, "square": 0.4}
+    found = SimpleNamespace(name="AutoAttack", budgets="few", accuracy=accuracy, undone={}, seconds=2.0, signs=[])
+    made = SimpleNamespace(run_standard_evaluation=lambda *_, **__: None, result=found)
+    monkeypatch.setattr(attacks, "AutoAttack", lambda *_, **__: made)
+    options = SimpleNamespace(out=tmp_path, seed=0, batch=5)
+    score = benchmark._autoattack(options, 0.1, None, torch.zeros(5), torch.zeros(5), verbose=False)
+    assert (score.robust, score.accuracy, score.images_per_second) == (0.4, accuracy, 2.5)
 
 
 def test_the_same_command_goes_on_from_its_states(checkpoint, small_budgets, capsys, monkeypatch):
