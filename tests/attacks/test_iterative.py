@@ -42,6 +42,15 @@ def test_without_momentum_and_without_randomness_both_are_pgd():
         assert torch.allclose(adv, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("attack", [bim, mifgsm])
+def test_images_may_be_made_in_inference_mode(attack, engine):
+    model, images, labels = classified()
+    expected = attack(model, images, labels, engine=engine, **SETTINGS)
+    with torch.inference_mode():
+        assert torch.equal(attack(model, images.clone(), labels.clone(), engine=engine, **SETTINGS), expected)
+
+
 def test_a_mean_of_gradients_beats_one_gradient_on_a_noisy_model():
     class Noisy(nn.Module):
         def __init__(self, model):
