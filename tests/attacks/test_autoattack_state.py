@@ -96,7 +96,7 @@ def test_rand_expects_random_outputs_and_no_other_sign_of_masking(clock):
 
 
 def test_every_setting_reaches_its_attacks(monkeypatch):
-    """Run with an unusual value of each setting, attacks get these and no usual one."""
+    """Every setting has an unusual value, and each attack gets those of its own."""
     unusual = {"n_restarts": 7, "n_iter": 11, "eot_iter": 3, "rho": 0.5, "n_target_classes": 2, "alpha_max": 0.2}
     unusual |= {"eta": 1.5, "beta": 0.7, "n_queries": 13, "p_init": 0.4, "resc_schedule": True}
     ascent = {"steps": 11, "restarts": 7, "eot_iter": 3, "rho": 0.5}
@@ -128,12 +128,7 @@ def test_every_setting_reaches_its_attacks(monkeypatch):
 
 def test_versions_have_the_budgets_of_the_authors_implementation():
     standard = Settings()
-    assert (standard.apgd.n_iter, standard.apgd.n_restarts, standard.apgd.eot_iter, standard.apgd.rho) == (
-        100,
-        1,
-        1,
-        0.75,
-    )
+    assert standard.apgd == APGDSettings(n_restarts=1, n_iter=100, eot_iter=1, rho=0.75)
     assert (standard.apgd_targeted.n_iter, standard.apgd_targeted.n_target_classes) == (100, 9)
     assert (standard.fab.n_iter, standard.fab.n_restarts, standard.fab.n_target_classes) == (100, 1, 9)
     assert (standard.fab.alpha_max, standard.fab.eta, standard.fab.beta) == (0.1, 1.05, 0.9)

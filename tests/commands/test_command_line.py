@@ -87,7 +87,7 @@ def test_explain_counts_for_the_images_that_a_ticket_is_for(ticket_file, capsys)
         masks.save_ticket(ticket_file, masks.Ticket(ticket.masks, ticket.state_dict, provenance))
         assert main(["explain", str(ticket_file)]) == 0
         macs.append(json.loads(capsys.readouterr().out.splitlines()[0])["macs"])
-    assert macs[1] == [4 * count for count in macs[0]]  # without one, images of 8 x 8, the architecture's
+    assert macs[1] == [4 * count for count in macs[0]]  # the architecture's own images are 8 x 8
 
 
 def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, capsys):
