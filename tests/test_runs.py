@@ -126,6 +126,15 @@ def test_what_a_training_run_begins_with_is_read_back(tmp_path):
     assert (info.before, info.method) == (before, method)
 
 
+def test_an_extended_run_keeps_all_that_describes_its_beginning(tmp_path):
+    begun = RunInfo("train", TrainConfig(epochs=2), name="ticket", density=Density(0.1, 0.2), before=Cost(1.5, 7))
+    begun = replace(begun, software=replace(begun.software, torch="2.10.0"))
+    runs.begin(tmp_path, begun)
+    runs.begin(tmp_path, RunInfo("train", TrainConfig(epochs=5)))
+    runs.begin(tmp_path, RunInfo("train", TrainConfig(epochs=7), name="another"))
+    assert runs.read(tmp_path).info == replace(begun, train=TrainConfig(epochs=7), extended=(2, 5))
+
+
 def test_a_run_is_of_one_process_unless_said_otherwise():
     info = RunInfo("train", TrainConfig())
     assert (info.world_size, info.density, info.before, info.extended) == (1, DENSE, Cost(), ())

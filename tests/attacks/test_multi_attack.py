@@ -90,6 +90,18 @@ def test_every_attack_takes_the_radii_and_steps_of_the_images_that_stand(kind):
     assert ((adv - images).flatten(1).abs().amax(1) <= eps).all()
 
 
+def test_the_rates_of_a_saved_evaluation_are_those_of_its_images_alone():
+    model, images, labels = classified(32)
+    attack = MultiAttack([FGSM(model, eps=0.01), FGSM(model, eps=0.1)])
+
+    def rates(count):
+        return attack.save([(images[:count], labels[:count])], verbose=False, return_verbose=True)[1]
+
+    expected = rates(8), rates(32)
+    attack(images, labels)  # an attack that nobody saves does not count
+    assert (rates(8), rates(32)) == expected and expected[0] != expected[1]
+
+
 def test_saved_images_are_pixels_where_images_are_normalised(tmp_path):
     model, images, labels = classified(16)
 

@@ -25,6 +25,8 @@ INVALID = [
     ({"loss": "cw"}, 'loss must be "ce", "margin", "dlr" or a callable, got \'cw\''),
     ({"bn_mode": "bn"}, 'bn_mode must be "eval", "train" or "batch", got \'bn\''),
     ({"lo": 1.0, "hi": 0.0}, "lo must not exceed hi, got lo=1.0 and hi=0.0"),
+    ({"lo": torch.tensor([0.0, 0.9, 0.0]), "hi": 0.5}, r"lo must not exceed hi, got lo=tensor\(.*\) and hi=0.5"),
+    ({"lo": 0.5, "hi": torch.tensor([0.4, 0.9, 1.0])}, r"lo must not exceed hi, got lo=0.5 and hi=tensor\(.*\)"),
 ]
 
 

@@ -92,6 +92,17 @@ def test_operations_that_follow_it_in_another_way_are_for_whole_batches(images_o
     assert images_of_steps[-6:] == [BATCH] * 6
 
 
+def test_whole_batches_of_images_that_depend_on_each_other_are_left_to_autograd():
+    """Zeros that fill up a batch would change the other images; the trial sees it."""
+    torch.manual_seed(0)
+    model = Changed(lambda x: torch.cat(less_the_mean(x).chunk(2)), 256).eval()
+    x = torch.rand(9, 3, 8, 8)  # its program has ten images
+    autograd = engine.Autograd(model).gradient(x, loss)
+    with engine.input_gradients(model, x) as gradients:
+        assert isinstance(gradients, engine.Autograd), "the images must not be padded"
+        assert torch.equal(gradients.gradient(x, loss), autograd)
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_network_with_residuals_and_pooling(dense, images_of_steps):
     torch.manual_seed(0)

@@ -215,8 +215,78 @@ def test_a_reason_is_logged_once(caplog):
     assert len(caplog.records) == 1 and "leaves this Branches to autograd" in caplog.text
 
 
+def test_a_changed_tensor_of_a_module_is_read_again():
+    """One that is neither a parameter nor a buffer, assigned anew and written in place."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(3, 4, 3), torch.tensor(1.0)
+
+        def forward(self, x):
+            return (self.conv(x).relu() * self.scale).mean((2, 3))
+
+    model, x = Scaled().eval(), torch.rand(2, 3, 8, 8)
+    for change in (lambda: None, lambda: setattr(model, "scale", torch.tensor(3.0)), lambda: model.scale.mul_(2)):
+        change()
+        with engine.input_gradients(model, x) as gradients:
+            assert isinstance(gradients, engine.Program)
+            torch.testing.assert_close(gradients.logits(x), model(x).detach())
+
+
+def test_a_mask_that_is_written_in_place_is_read_again():
+    def network_with(weight):
+        first = nn.Conv2d(3, 8, 3)
+        first.weight.data, first.bias.data = weight.detach().clone(), layer.bias.detach()
+        return nn.Sequential(first, *layers[1:]).eval()
+
+    torch.manual_seed(0)
+    layers = [layer := nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)]
+    model, x, loss = nn.Sequential(*layers).eval(), torch.rand(2, 3, 8, 8), lambda logits: logits[:, 0]
+    sparsify(model, {"0": torch.rand(8, 3, 3, 3) < 0.5})
+    layer = model[0]
+    layer.choose_kernels({name: {"kernel": "sparse"} for name in PASSES})
+    for _ in range(2):
+        with engine.input_gradients(model, x) as gradients:
+            assert isinstance(gradients, engine.Program)
+            actual = gradients.gradient(x, loss)
+        expected = engine.Autograd(network_with(layer.weight * layer.weight_mask)).gradient(x, loss)
+        assert relative_error(actual, expected) < 1e-3
+        layer.weight_mask.copy_(layer.weight_mask.flip(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sums_of_several_branches(dtype):
+    """The gradient of such a sum goes to its branches uncopied: its memory must not be used again meanwhile."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branches = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+                for _ in range(4)
+            )
+
+        def forward(self, x):
+            first, second, third, fourth = (branch(x) for branch in self.branches)
+            return first + second + third + fourth
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), Branches(), Branches(), nn.Flatten(), nn.Linear(576, 5))
+    sparsify(model, masks.prune(model, density=0.5, block=(1, 1), exclude=("0",)))
+    for layer in model.modules():
+        if isinstance(layer, MaskedConv2d):  # kernels that write into the planned memory
+            layer.choose_kernels({name: {"kernel": "sparse"} for name in PASSES})
+    model, x = model.eval().to(dtype), torch.rand(2, 3, 8, 8, dtype=dtype)
+    program = engine.Program(model, x)
+    program.fold()
+    actual, expected = (each.gradient(x, lambda logits: logits[:, 0]) for each in (program, engine.Autograd(model)))
+    assert relative_error(actual, expected) < (1e-12 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["chosen", "dense grad_input"])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_pruned_weights_written_by_hand_count_nowhere(channels_last):
+def test_pruned_weights_written_by_hand_count_nowhere(channels_last, kernels):
     """A layer of one channel, whose layout is ambiguous, beside layers whose dense kernels decide the layout."""
     dense = [nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), *(dense if channels_last else []))
@@ -224,6 +294,9 @@ def test_pruned_weights_written_by_hand_count_nowhere(channels_last):
     for layer in (model[0], model[-3]):
         mask = torch.rand(layer.weight.shape) < 0.3
         model[0 if layer is model[0] else len(model) - 3] = MaskedConv2d.from_dense(layer, mask, (1, 1))
+    if kernels != "chosen":  # as tuning may find them
+        for layer in (model[0], model[-3]):
+            layer.choose_kernels({name: {"kernel": "dense" if name == "grad_input" else "sparse"} for name in PASSES})
     x, loss = torch.rand(16, 1, 8, 8), lambda logits: logits.square().sum(1)
     expected = engine.Autograd(model).gradient(x, loss)
     for layer in (model[0], model[-3]):

@@ -188,18 +188,20 @@ def test_a_model_with_two_inputs_is_left():
     assert "second input" in engine.explain(Second().eval(), images())[0]
 
 
-def test_hooks_of_inner_modules_are_called_and_honoured():
+@pytest.mark.parametrize("path", ["layer1.conv1", "layer1"])
+def test_hooks_of_inner_modules_are_called_and_honoured(path):
     x, y = images(), torch.tensor([0, 1, 2])
     calls = []
-    hooks = {
-        "register_forward_hook": lambda module, args, output: calls.append("forward") or output * 2,
-        "register_forward_pre_hook": lambda module, args: calls.append("pre") or (args[0] + 1,),
-        "register_full_backward_hook": lambda module, grad, _: calls.append("backward") or (grad[0] * 2,),
-        "register_full_backward_pre_hook": lambda module, grad: calls.append("backward pre") or (grad[0] * 3,),
-    }
-    for register, hook in hooks.items():
+    hooks = [
+        ("forward_hook", lambda module, args, output: calls.append("reads")),
+        ("forward_hook", lambda module, args, output: calls.append("forward") or output * 2),
+        ("forward_pre_hook", lambda module, args: calls.append("pre") or (args[0] + 1,)),
+        ("full_backward_hook", lambda module, grad, _: calls.append("backward") or (grad[0] * 2,)),
+        ("full_backward_pre_hook", lambda module, grad: calls.append("backward pre") or (grad[0] * 3,)),
+    ]
+    for kind, hook in hooks:
         model = with_statistics(ResNet())
-        getattr(model.layer1.conv1, register)(hook)
+        getattr(model.get_submodule(path), f"register_{kind}")(hook)
         check(model, x, PARTLY)
         calls.clear()
         engine_used = attacks.pgd(model, x, y, steps=2, random_start=False, engine=True)

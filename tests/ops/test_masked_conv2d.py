@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import re
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -264,6 +266,17 @@ def test_the_function_takes_the_paddings_of_torch(kernel, padding):
     bias = integers(6)
     actual = masked_conv2d(case.input, case.weight, case.pattern(kernel), bias, 1, padding, relu=True)
     assert_equal(actual, reference.masked_conv2d(case.input, case.weight, case.mask, bias, 1, padding, relu=True))
+
+
+@pytest.mark.parametrize(("filter", "dilation"), [((2, 3), 1), ((3, 2), 1), ((2, 2), 1), ((2, 3), 2), ((4, 2), 2)])
+def test_same_keeps_the_size_or_is_refused(filter, dilation):
+    case = Case(filter=filter)
+    call = partial(masked_conv2d, case.input, case.weight, case.pattern(), None, 1, "same", dilation)
+    if dilation == 2:
+        assert call().shape[2:] == case.input.shape[2:]
+    else:
+        with pytest.raises(ValueError, match=re.escape(f'padding="same" with filter {filter} and dilation (1, 1)')):
+            call()
 
 
 BAD = {

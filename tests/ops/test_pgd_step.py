@@ -280,6 +280,11 @@ def test_the_op_in_place_refuses_operands_that_it_would_change(norm):
     for name, tensors in {"clean": (other, memory[1:]), "grad": (memory[1:], other)}.items():
         with pytest.raises(ValueError, match=f"adv and {name} share a part of their memory: clone one"):
             pgd_step_(memory[:2], *tensors, ALPHA, EPS, norm)
+    elements = torch.rand(31)
+    ends = elements[:16].view(2, 8), elements[15:].view(2, 8)  # one element is shared
+    for adv, clean in (ends, ends[::-1]):
+        with pytest.raises(ValueError, match="adv and clean share a part"):
+            pgd_step_(adv, other, clean, ALPHA, EPS, norm)
     with pytest.raises(ValueError, match="adv and grad share a part"):
         pgd_step_(memory[:2], memory.flatten()[:16].view(8, 2).T, other, ALPHA, EPS, norm)
 

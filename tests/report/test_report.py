@@ -107,6 +107,10 @@ def test_the_density_is_that_of_the_last_epoch_where_a_method_changes_it(tmp_pat
     json_files.write_lines(tmp_path / runs.EPOCHS, [epoch_record(1), epoch_record(2, density=Density(0.2, 0.1))])
     (row,) = cells(report.summary(read(tmp_path)))
     assert (row["density"], row["MAC density"]) == ("0.200", "0.100")
+    # Without a method it is that of the masks, whatever other layers the records count.
+    json_files.write(tmp_path / runs.INFO, replace(runs.read(tmp_path).info, method=None))
+    (row,) = cells(report.summary(read(tmp_path)))
+    assert (row["density"], row["MAC density"]) == ("0.400", "0.300")
 
 
 def test_the_summary_has_a_run_s_costs_and_accuracies(tmp_path):

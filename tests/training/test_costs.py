@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers.small_runs import QUICK, VALIDATION, batches, network
 
 from sparse_adv import nn, training
 from sparse_adv.methods import MethodConfig, SparseTraining
+from sparse_adv.ops import PASSES
 from sparse_adv.training.costs import NetworkCosts
+from sparse_adv.training.objectives.base import Passes
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.update import Updater
 
@@ -53,6 +56,15 @@ def test_adversarial_weights_cost_the_gradients_of_an_update_once_more():
         (record,) = training.train(network(), batches(), config)
         costs.append((record.attack.macs, record.update.macs))
     assert costs[1] == (costs[0][0], 2 * costs[0][1])
+
+
+def test_a_dense_weight_gradient_is_counted_in_place_of_the_sparse_one():
+    model = nn.sparsify(network(channels=32), {"3": torch.rand(32, 32, 3, 3) < 0.1})
+    model[3].choose_kernels({name: {"kernel": "sparse"} for name in PASSES})
+    costs, work = NetworkCosts(model, torch.rand(4, 1, 6, 6)), nn.count_macs(model, (4, 1, 6, 6)).per_image()
+    assert work.grad_weight < work.dense
+    sparse, dense = Passes(1, 1, 2), Passes(1, 1, 2, dense_gradients=1)
+    assert costs.update(dense) - costs.update(sparse) == work.dense - work.grad_weight
 
 
 @pytest.mark.parametrize("undone", [False, True])

@@ -17,6 +17,7 @@ from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, 
 
 from sparse_adv import masks, models, runs, training
 from sparse_adv.training import checkpoint
+from sparse_adv.training.update import Updater
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -121,8 +122,17 @@ THREE = {
 
 
 def train_in_three(rank, folder):
-    """The weights of each objective's whole run, and of one that was stopped after an epoch and continued."""
-    results = {}
+    """For each objective the weights of a whole run, and of one that was stopped after an epoch and continued.
+
+    "evaluated" are the networks that this process evaluated.
+    """
+    results, end_epoch = {"evaluated": []}, Updater.end_epoch
+
+    def end_and_keep(self, epoch):
+        end_epoch(self, epoch)
+        results["evaluated"].append({name: tensor.clone() for name, tensor in self.evaluated.state_dict().items()})
+
+    Updater.end_epoch = end_and_keep
     for name, config in THREE.items():
         whole = train(config, rank, folder / name)
         train(config, rank, folder / f"{name}_stopped", stop_at=1)
@@ -132,6 +142,8 @@ def train_in_three(rank, folder):
 
 def train(config, rank, folder, stop_at=None):
     model, batches = network(), Batches(TRAIN, 24, rank=rank, world_size=3)
+    if config.objective == "free":  # a list of its own in each process, which has its own identity
+        batches = list(batches)
     watch = {"validation": VALIDATION, "on_epoch": lambda record: record.epoch == stop_at}
     training.train(model, batches, config, folder=folder, **watch)
     return model.state_dict()
@@ -140,6 +152,14 @@ def train(config, rank, folder, stop_at=None):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     return results_by_rank(train_in_three, tmp_path_factory.mktemp("three"), 3)
+
+
+def test_all_processes_evaluate_the_same_network(three):
+    """Weights, statistics of BatchNorm and their moving averages."""
+    first, *others = (rank["evaluated"] for rank in three)
+    assert len(first) > 2 * len(THREE)
+    for evaluated in others:
+        assert all(equal_states(*pair) for pair in zip(first, evaluated, strict=True))
 
 
 @pytest.mark.parametrize("name", THREE)

@@ -80,6 +80,30 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, stop_at, in_batch,
     assert [record.density for record in records[0]] == [record.density for record in records[1]]
 
 
+def test_a_run_that_ends_between_any_two_files_continues_to_the_same_files(tmp_path, monkeypatch):
+    config, rename = replace(QUICK, epochs=2, ema_decay=0.9), os.replace
+    renamed = []
+    monkeypatch.setattr(os, "replace", lambda *paths: renamed.append(rename(*paths)))
+    expected = train(tmp_path / "whole", config=config).state_dict()
+    assert len(renamed) >= 3 * config.epochs
+    for moment in range(len(renamed)):
+        folder, left = tmp_path / str(moment), iter(range(moment))
+
+        def rename_some(*paths, left=left):
+            if next(left, None) is None:
+                raise Stop
+            rename(*paths)
+
+        monkeypatch.setattr(os, "replace", rename_some)
+        with pytest.raises(Stop):
+            train(folder, config=config)
+        monkeypatch.setattr(os, "replace", rename)
+        assert equal_states(train(folder, config=config).state_dict(), expected)
+        for name in (runs.LAST, runs.BEST):
+            ends = [checkpoint.read_weights(run / name) for run in (tmp_path / "whole", folder)]
+            assert equal_states(ends[0][0], ends[1][0]) and ends[0][1]["epoch"] == ends[1][1]["epoch"]
+
+
 def test_a_finished_run_returns_without_training(tmp_path):
     expected = train(tmp_path)
     seen = []
