@@ -88,6 +88,17 @@ def test_calls_add_up_and_frozen_and_gradless_ones_add_nothing():
     assert once.keys() == twice.keys() == {"0", "3"}
 
 
+def test_the_calls_of_one_layer_in_a_pass_add_up():
+    torch.manual_seed(0)
+    layer = MaskedConv2d.from_dense(nn.Conv2d(3, 3, 3, padding=1), random_mask((3, 3, 3, 3)), (1, 1))
+    model, x = nn.Sequential(layer, nn.ReLU(), layer), torch.randn(2, 3, 6, 6)
+    dense = densify(copy.deepcopy(model))
+    gradients = gradients_of(model, x)["0"]
+    (dense(x) ** 2).sum().backward()
+    assert_close(gradients, dense[0].weight.grad)
+    assert_close(layer.weight.grad, torch.where(layer.weight_mask, dense[0].weight.grad, 0))
+
+
 def test_after_the_block_gradients_are_sparse_again_also_after_an_error():
     model, x = network(), torch.randn(2, 2, 6, 6)
     with pytest.raises(ZeroDivisionError), dense_gradients(model) as gradients:
