@@ -35,7 +35,7 @@ from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
-from sparse_adv.ops.arguments import check_flags, check_integer
+from sparse_adv.ops.arguments import check_flags
 from sparse_adv.ops.random_start import as_philox_state
 
 
@@ -118,12 +118,7 @@ class AutoAttack(Versioned, Attack):
         self.seed, self.verbose = seed, verbose
         self.ball = Ball(eps, as_norm(norm), lo, hi)
         check_values(*self.ball)
-        self.set_version(version)
-        if attacks_to_run and version != "custom":
-            raise ValueError(
-                f'attacks_to_run is for version "custom" only, got {list(attacks_to_run)} with {version!r}'
-            )
-        self.attacks_to_run = tuple(attacks_to_run) or VERSIONS[version]
+        self.set_version(version, attacks_to_run)
         self._engine = engine
         self.device = as_device(device) if device is not None else self.device or torch.device("cpu")
         self.log_path = None if log_path is None else Path(log_path)
@@ -246,8 +241,6 @@ class AutoAttack(Versioned, Attack):
     def _run(self, names: Sequence[str], images: Tensor, labels: Tensor, batch: int, path: Path | None) -> Result:
         if not names:
             raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
-        if self.seed is not None:
-            check_integer("seed", self.seed)
         labels = int64_labels(labels)
         self.ball.on(images)  # raises where a tensor is of another length
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)

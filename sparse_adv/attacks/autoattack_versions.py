@@ -14,7 +14,7 @@ from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.fab import fab, fab_t
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.square import square
-from sparse_adv.ops.arguments import check_flag, check_number
+from sparse_adv.ops.arguments import check_flag, check_integer, check_number
 
 _RANGES = {"rho": (0, 1), "alpha_max": (0, 1), "eta": (1, float("inf")), "beta": (0, 1), "p_init": (0, 1)}
 
@@ -160,12 +160,25 @@ class Versioned:
     version: str
     settings: Settings
 
-    def set_version(self, version: str = "standard") -> None:
-        """Choose the attacks and the budgets of a version; settings made before are lost."""
+    @property
+    def seed(self) -> int | None:
+        """Seed of all random numbers; None to draw one for each run."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        if seed is not None:
+            check_integer("seed", seed)
+        self._seed = None if seed is None else int(seed)  # arithmetic with NumPy's integers overflows
+
+    def set_version(self, version: str = "standard", attacks_to_run: Sequence[str] = ()) -> None:
+        """Choose the budgets of a version and its attacks, for "custom" those given; settings made before are lost."""
         if not isinstance(version, str) or version not in VERSIONS:
             raise ValueError(f"version must be {', '.join(map(repr, VERSIONS))}, got {shortened(version)}")
-        self.version, self.settings = version, Settings.of(version)
-        self.attacks_to_run = VERSIONS[version]
+        names = _names(attacks_to_run)
+        if names and version != "custom":
+            raise ValueError(f'attacks_to_run is for version "custom" only, got {list(names)} with {version!r}')
+        self.version, self.settings, self.attacks_to_run = version, Settings.of(version), names or VERSIONS[version]
 
     @property
     def attacks_to_run(self) -> tuple[str, ...]:
@@ -174,12 +187,7 @@ class Versioned:
 
     @attacks_to_run.setter
     def attacks_to_run(self, names: Sequence[str]) -> None:
-        if isinstance(names, str | bytes) or not isinstance(names, Sequence):
-            raise TypeError(f"attacks_to_run must be a sequence of names, got {shortened(names)}")
-        for name in names:
-            if not isinstance(name, str) or name not in MEMBERS:
-                raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {shortened(name)}")
-        self._attacks_to_run = tuple(names)
+        self._attacks_to_run = _names(names)
 
     @property
     def apgd(self) -> APGDSettings:
@@ -200,3 +208,13 @@ class Versioned:
     def square(self) -> SquareSettings:
         """Settings of square: n_queries, n_restarts, p_init, resc_schedule."""
         return self.settings.square
+
+
+def _names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of attacks; TypeError or ValueError if they are anything else."""
+    if isinstance(names, str | bytes) or not isinstance(names, Sequence):
+        raise TypeError(f"attacks_to_run must be a sequence of names, got {shortened(names)}")
+    for name in names:
+        if not isinstance(name, str) or name not in MEMBERS:
+            raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {shortened(name)}")
+    return tuple(names)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.attacked import batch, make_model, snapshot
@@ -171,6 +172,33 @@ def test_attacks_may_be_chosen_after_the_constructor(attacked):
     assert list(evaluator.result.accuracy) == ["clean", "apgd-ce"]
     with pytest.raises(ValueError, match="got 'apgd'"):
         evaluator.attacks_to_run = ["apgd"]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "square", b"square", np.zeros(2), torch.zeros(2), {"square"}, np.bool_(1)])
+def test_names_of_attacks_of_another_type_are_refused_and_nothing_changes(attacked, wrong):
+    evaluator = AutoAttack(attacked[0], **CUSTOM)
+    before = evaluator.version, evaluator.settings, evaluator.attacks_to_run
+    for give in (
+        lambda: AutoAttack(attacked[0], **{**CUSTOM, "attacks_to_run": wrong}),
+        lambda: evaluator.set_version("custom", wrong),
+        lambda: setattr(evaluator, "attacks_to_run", wrong),
+    ):
+        with pytest.raises(TypeError, match="attacks_to_run must be a sequence of names, got"):
+            give()
+    with pytest.raises(ValueError, match=r"custom\" only, got \['square'\] with 'standard'"):
+        evaluator.set_version("standard", ["square"])
+    assert (evaluator.version, evaluator.settings, evaluator.attacks_to_run) == before
+
+
+def test_a_seed_of_numpy_is_the_same_seed(attacked, tmp_path):
+    model, images, labels = attacked
+    path, options = tmp_path / "state.safetensors", {**CUSTOM, "attacks_to_run": ["apgd-ce"]}
+    expected = one_start(model, **options).run_standard_evaluation(images, labels, state_path=path)
+    evaluator = one_start(model, **{**options, "seed": np.int64(3)})
+    assert evaluator.run_standard_evaluation(images, labels).equal(expected)
+    assert evaluator.run_standard_evaluation(images, labels, state_path=path).equal(expected)
+    with pytest.raises(TypeError, match=r"seed must be an integer, got 1\.5"):
+        evaluator.seed = 1.5
 
 
 def test_nan_is_never_robust(attacked):
