@@ -55,6 +55,21 @@ def test_every_block_and_image_equals_the_reference(block, image, layout):
         check_grad_input(case, pattern, residual, gated=True)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("image", [(7, 7), (19, 19), (12, 8), (6, 20), (1, 33), (33, 1), (28, 28), (40, 56)], ids=str)
+def test_single_pixels_in_rows_of_any_length_equal_the_reference(image, gated, layout):
+    """Filters of 1 x 1, for which neighbouring rows count as one; those of gates are padded to bytes."""
+    for seed, block in enumerate(BLOCKS[:-1]):
+        case = Case(3, 1, 20, 13, image, (1, 1), padding=(0, 0), block=block, density=0.4, layout=layout, seed=seed)
+        residual = ("none", "out", "another tensor")[seed % 3]
+        check_forward(case, case.pattern("sparse"), residual, relu=gated)
+        check_grad_input(case, case.pattern("sparse"), residual, gated=gated)
+        grad_weight = torch.ops.sparse_adv.masked_conv2d_grad_weight
+        actual = grad_weight(case.grad_output, case.input, case.pattern("sparse").flatten(), *case.shape)
+        assert_equal(actual, case.expected()["grad_weight"])
+
+
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
 @pytest.mark.parametrize("residual", ["none", "out", "another tensor"])
 @pytest.mark.parametrize("activation", [False, True])

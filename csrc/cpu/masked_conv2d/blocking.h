@@ -7,6 +7,8 @@
 //   its padding and halo included, for the channels of a panel.
 // - Positions of a band: computed in tiles of kTileVectors vectors, tile_rows x tile_cols, without those parts that lie
 //   beyond the end of the images.
+// - Rows of an image: with 1x1 filters at unit stride and without padding, which do not see where a row ends, several
+//   rows count as one row of so many times the pixels, which fills more lanes.
 // - Channels that the pass writes: threads share a work item by them where the work items do not divide evenly.
 #pragma once
 
@@ -27,6 +29,7 @@ struct PassSizes {
   int64_t ic_block;    // panels are multiples of it; 0: one panel, for grouped convolutions (ic_blocks are per group)
   bool channels_last;  // the layout of the images
   bool whole_tiles;    // all vectors of a tile are computed, also those beyond the end of the images
+  bool may_join_rows;  // gates have rows of their own, padded to bytes
 };
 
 // The lanes of a vector are either
@@ -34,6 +37,7 @@ struct PassSizes {
 // - width-vectorised: neighbouring pixels of one image (width_layout_kernel.h); for NCHW images at unit stride only.
 struct Blocking {
   ConvAxis rows, cols;
+  int64_t joined_rows = 1;  // rows of the images that count as one of `rows`
   int64_t source_channels;
   int64_t ic_panel;  // channels of a panel: a power of 2, unless one panel has all
   int lanes;
@@ -80,14 +84,16 @@ struct Blocking {
   int64_t batch_;
   int64_t batch_blocks() const { return (batch_ + batch_block - 1) / batch_block; }
   void choose_tile(bool width_vectors_allowed, const PassSizes& sizes);
+  bool reads_single_pixels() const;
+  void join_rows(int64_t count);
   void cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row);
   void lay_out_batch(const PassSizes& sizes);
   void lay_out_width(const PassSizes& sizes);
 };
 
 // The blocking of the passes, for the instruction set in use.
-Blocking forward_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last);
+Blocking forward_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last, bool may_join_rows);
 Blocking grad_weight_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last);
-Blocking grad_input_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last);
+Blocking grad_input_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last, bool may_join_rows);
 
 }  // namespace sparse_adv

@@ -58,17 +58,22 @@ bool sparse_is_possible(const ConvParams& conv, torch::headeronly::ScalarType dt
 }  // namespace
 
 Plan make_plan(const Pattern& pattern, const ConvParams& conv, Pass pass, torch::headeronly::ScalarType dtype,
-               bool channels_last) {
+               bool channels_last, bool gated) {
   const int64_t positions = conv.N * conv.P * conv.Q;
   const Plan dense{.kernel = Kernel::dense, .macs = positions * conv.weights(), .blocking = std::nullopt};
   const auto requested = static_cast<Kernel>(pattern.requested_kernel[static_cast<int>(pass)]);
   if (requested == Kernel::dense || !sparse_is_possible(conv, dtype)) return dense;
-  Blocking blocking = pass == Pass::forward      ? forward_blocking(conv, pattern, channels_last)
-                      : pass == Pass::grad_input ? grad_input_blocking(conv, pattern, channels_last)
-                                                 : grad_weight_blocking(conv, pattern, channels_last);
+  const auto blocking_with = [&](bool may_join_rows) {
+    return pass == Pass::forward      ? forward_blocking(conv, pattern, channels_last, may_join_rows)
+           : pass == Pass::grad_input ? grad_input_blocking(conv, pattern, channels_last, may_join_rows)
+                                      : grad_weight_blocking(conv, pattern, channels_last);
+  };
+  Blocking blocking = blocking_with(true);
   if (!blocking.fits_int32()) return dense;
   const int64_t oc_block = pass == Pass::grad_input ? pattern.grad_input_oc_block : pattern.forward_oc_block;
   if (requested != Kernel::sparse && !sparse_is_faster(pattern, conv, pass, oc_block, blocking)) return dense;
+  const int64_t gate_row = pass == Pass::forward ? conv.Q : conv.W;
+  if (gated && gate_row % 8 != 0 && blocking.joined_rows > 1) blocking = blocking_with(false);
   return {.kernel = Kernel::sparse, .macs = positions * pattern.kept_weights, .blocking = std::move(blocking)};
 }
 

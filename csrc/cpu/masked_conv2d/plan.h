@@ -19,9 +19,11 @@ struct Plan {
   std::optional<Blocking> blocking;  // of the sparse kernel; empty for dense
 };
 
-// `channels_last`: the layout of the images that the pass reads. The kernel is the one that the pattern's header
-// requests, or the one that a cost model expects to be faster; dense wherever the sparse kernel cannot run.
+// `channels_last`: the layout of the images that the pass reads. `gated`: whether the epilogue reads or writes a gate,
+// on which the blocking depends, but not the kernel: what holds for the plan without a gate holds with one. The kernel
+// is the one that the pattern's header requests, or the one that a cost model expects to be faster; dense wherever the
+// sparse kernel cannot run.
 Plan make_plan(const Pattern& pattern, const ConvParams& conv, Pass pass, torch::headeronly::ScalarType dtype,
-               bool channels_last);
+               bool channels_last, bool gated = false);
 
 }  // namespace sparse_adv

@@ -220,8 +220,9 @@ class BandComputer {
   }
 
   // Width-vectorised: the last panel writes to the output.
-  void add_panel_by_width(int64_t band, int64_t first_channel, const Epilogue<float>& epilogue, const Images& output,
+  void add_panel_by_width(int64_t band, int64_t first_channel, Epilogue<float> epilogue, const Images& output,
                           float* data) const {
+    epilogue.gate_layout.row_bytes *= blocking_.joined_rows;
     const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
     const int64_t width = blocking_.cols.output_size;
     for_each_tile(band, [&](int64_t row, int64_t col, ConvTile tile) {
