@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.attacked import batch, generator, make_model
+from helpers.searched import linear_problem
 from torch import nn
 
 import sparse_adv.attacks as torchattacks
@@ -150,6 +151,13 @@ def test_what_random_noise_breaks_and_gradients_do_not_is_named():
     assert any("random noise breaks 20 of 20 images" in sign for sign in signs)
 
 
+def test_what_random_noise_breaks_and_gradients_break_too_is_no_sign():
+    model, images, labels = linear_problem(20)
+    assert not any("random noise" in sign for sign in torchattacks.signs_of_masking(model, images, labels, eps=0.4))
+    noisy = images + 0.4 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).sign()
+    assert (model(noisy).argmax(1) != labels).any()
+
+
 def test_the_loss_that_does_not_rise_and_robustness_that_rises_with_eps_are_named():
     labels = torch.zeros(40, dtype=torch.int64)
     images = torch.rand(40, 3, 4, 4) * 0.2 + 0.4
@@ -238,6 +246,22 @@ def test_a_normalised_function_is_called_and_not_traced():
     assert len(calls) == 3
 
 
+def test_searches_call_a_function_in_each_step():
+    """This one could be traced, and what else it does would be done once."""
+    (images, _), calls = batch(), []
+
+    def function(x):
+        calls.append("called")
+        return 3 * x.flatten(1)[:, :5]
+
+    labels, counts = function(images).argmax(1), []
+    for engine in (True, False):
+        calls.clear()
+        apgd(function, images, labels, eps=1e-4, steps=3, engine=engine)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 3
+
+
 def test_rounding_takes_no_pixel_out_of_its_range():
     images = torch.tensor([0.0, 1.0]).repeat(12).view(2, 3, 2, 2)
     model, left = nn.Flatten(), 0
@@ -300,6 +324,16 @@ def test_save_says_how_far_the_images_that_fell_were_moved(capsys):
     assert accuracy == 50 and distance == pytest.approx(0.25 * 192**0.5) and seconds > 0
     assert capsys.readouterr().out.startswith("robust accuracy 50.00 %, l2 3.46410, ")
     assert atk.save(loader, verbose=False) is None and not capsys.readouterr().out
+
+
+def test_saved_distances_of_normalised_images_are_those_of_their_pixels():
+    model, (images, _) = make_model().eval(), batch()
+    loader, options = [(images, model(images).argmax(1))], {"verbose": False, "return_verbose": True}
+    plain = torchattacks.FGSM(model, eps=EPS).save(loader, **options)
+    atk = torchattacks.FGSM(lambda x: model(x * 0.5 + 0.25), eps=EPS)
+    atk.set_normalization_used([0.25] * 3, [0.5] * 3)
+    found = atk.save([((images - 0.25) / 0.5, labels) for images, labels in loader], **options)
+    assert found[:2] == pytest.approx(plain[:2], rel=1e-3) and plain[1] > 0
 
 
 def test_save_as_bytes_rounds_the_pixels_down(tmp_path):

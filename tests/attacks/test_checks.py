@@ -55,6 +55,11 @@ def test_with_check_false_values_are_not_checked():
     assert pgd(make_model(), IMAGES * 2 - 1, LABELS, steps=1, check=False).min() >= 0
 
 
+def test_a_random_start_needs_finite_radii_for_every_image():
+    with pytest.raises(ValueError, match="eps must be finite, got inf"):
+        pgd(make_model().eval(), IMAGES, LABELS, eps=torch.tensor([0.1, torch.inf]), alpha=0.01, steps=1)
+
+
 def test_deferred_validation_clamps_labels_and_raises_later():
     validator = InputValidator(deferred=True)
     assert validator.check(IMAGES, LABELS, 5).tolist() == [0, 4]

@@ -54,6 +54,15 @@ def test_device_and_model_are_those_of_every_attack():
     assert all(each.device == torch.device("meta") and each.model is other for each in (attack, *members))
 
 
+def test_training_modes_are_those_of_every_attack():
+    members = [FGSM(model := classified()[0]), PGD(model)]
+    for modes in ((True, True, False), (True, False, True), (True, False, False), (False, False, False)):
+        alone = FGSM(model)
+        alone.set_model_training_mode(*modes)
+        MultiAttack(members).set_model_training_mode(*modes)
+        assert all(member._training == alone._training for member in members)
+
+
 def test_an_empty_batch_and_wrong_attacks():
     model, images, labels = classified()
     attack = MultiAttack([FGSM(model), Square(model, n_queries=3)])

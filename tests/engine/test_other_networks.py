@@ -221,6 +221,21 @@ def test_a_hook_that_is_registered_after_the_first_attack():
     check(model, x, PARTLY)
 
 
+def test_a_model_that_counts_its_calls_goes_on_counting():
+    class Counting(Changed):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model, x, y = Counting(torch.relu).eval(), images(), torch.tensor([0, 1, 2])
+    check(model, x, LEFT)
+    before = model.calls
+    attacks.pgd(model, x, y, steps=3)
+    assert model.calls == before + 3
+
+
 def test_hooks_of_the_model_itself_leave_it():
     model = with_statistics(ResNet())
     model.register_forward_hook(lambda module, args, output: output * 2)

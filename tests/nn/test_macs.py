@@ -103,6 +103,13 @@ def test_a_layer_that_runs_twice_counts_twice():
     assert count_macs(nn.Sequential(layer, layer), SHAPE) == Macs(*[2 * once] * 3, once, *[2 * once] * 2, 3)
 
 
+def test_a_mask_of_a_layer_counts_under_each_of_its_names():
+    layer, mask = nn.Conv2d(4, 4, 3, padding=1), torch.rand(4, 4, 3, 3) < 0.5
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    first, second = (mac_density(model, {name: mask}, SHAPE) for name in ("0", "2"))
+    assert first == second == mask.float().mean()
+
+
 def test_linear_layers_count_every_row():
     assert count_macs(nn.Linear(7, 5), SHAPE).forward == 3 * 4 * 9 * (7 * 5)
 

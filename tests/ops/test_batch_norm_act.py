@@ -203,3 +203,14 @@ def test_statistics_of_large_images_are_summed_in_float64():
     wide = x.double()
     torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=0, atol=1e-7)
     torch.testing.assert_close(var.double(), wide.var((0, 2, 3), unbiased=False), rtol=2e-7, atol=0)
+
+
+def test_running_statistics_are_updated_under_torch_func_too():
+    x = torch.randn(4, 3, 5, 5)
+    updated = []
+    for call in (lambda f: f(x), lambda f: torch.func.grad(f)(x)):
+        statistics = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+        call(lambda images, statistics=statistics: batch_norm_act(images, **statistics).square().sum())
+        updated.append(torch.stack(list(statistics.values())))
+    assert_close(updated[1], updated[0])
+    assert (updated[0][0] != 0).all()

@@ -31,6 +31,13 @@ def test_bad_input_is_reported_by_name_and_value(change, error, message):
         pgd_step_normalized(**{**arguments, "alpha": 0.1, "eps": 0.2, **change})
 
 
+def test_the_input_of_the_network_is_channels_last_whatever_the_images_are():
+    for format in (torch.contiguous_format, torch.channels_last):
+        images = IMAGES.contiguous(memory_format=format)
+        _, normalized = pgd_step_normalized(images, images, images, *STATISTICS, 0.1, 0.2)
+        assert normalized.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_it_compiles_as_one_graph():
     step = (IMAGES, IMAGES - 0.5, IMAGES, *STATISTICS, 0.1, 0.2)
     compiled = torch.compile(pgd_step_normalized, fullgraph=True, backend="aot_eager")
