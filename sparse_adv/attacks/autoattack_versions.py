@@ -155,7 +155,7 @@ VERSIONS = {
 
 
 class Versioned:
-    """An object with a version, its attacks and their settings."""
+    """An object with a version, its attacks and their settings, and a seed; all may be set between two runs."""
 
     version: str
     settings: Settings

@@ -247,7 +247,7 @@ def test_a_normalised_function_is_called_and_not_traced():
 
 
 def test_searches_call_a_function_in_each_step():
-    """This one could be traced, and what else it does would be done once."""
+    """The engine could trace this one; what else it does would then happen only once."""
     (images, _), calls = batch(), []
 
     def function(x):

@@ -46,6 +46,12 @@ def train(folder, stop_at=None, config=CONFIG, in_batch=False, device="cpu"):
     return model
 
 
+def assert_same_weights_files(first, second):
+    for name in (runs.LAST, runs.BEST):
+        ends = [checkpoint.read_weights(run / name) for run in (first, second)]
+        assert equal_states(ends[0][0], ends[1][0]) and ends[0][1]["epoch"] == ends[1][1]["epoch"]
+
+
 @pytest.fixture(
     scope="module",
     params=[
@@ -71,9 +77,7 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, stop_at, in_batch,
         train(tmp_path, stop_at, in_batch=in_batch, **run)
     model = train(tmp_path, **run)
     assert equal_states(model.state_dict(), expected)
-    for name in (runs.LAST, runs.BEST):
-        ends = [checkpoint.read_weights(run / name) for run in (folder, tmp_path)]
-        assert equal_states(ends[0][0], ends[1][0]) and ends[0][1]["epoch"] == ends[1][1]["epoch"]
+    assert_same_weights_files(folder, tmp_path)
     records = [runs.read(run).records for run in (folder, tmp_path)]
     assert [record.loss for record in records[0]] == [record.loss for record in records[1]]
     assert [record.total.macs for record in records[0]] == [record.total.macs for record in records[1]]
@@ -99,9 +103,7 @@ def test_a_run_that_ends_between_any_two_files_continues_to_the_same_files(tmp_p
             train(folder, config=config)
         monkeypatch.setattr(os, "replace", rename)
         assert equal_states(train(folder, config=config).state_dict(), expected)
-        for name in (runs.LAST, runs.BEST):
-            ends = [checkpoint.read_weights(run / name) for run in (tmp_path / "whole", folder)]
-            assert equal_states(ends[0][0], ends[1][0]) and ends[0][1]["epoch"] == ends[1][1]["epoch"]
+        assert_same_weights_files(tmp_path / "whole", folder)
 
 
 def test_a_finished_run_returns_without_training(tmp_path):

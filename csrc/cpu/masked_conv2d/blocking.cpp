@@ -46,12 +46,12 @@ Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
 // for 3x3 taps, one of 1 x 16 reads 3 x 18); of the batch-vectorised tiles those with the longest rows, which are
 // contiguous.
 //
-// 1x1 filters: with rows that end within a vector, 15 layers of random shapes took 1.4 times as long as with rows that
+// 1x1 filters: with rows that end within a vector, 15 layers of random shapes took 1.5 times as long as with rows that
 // are joined until few do (AVX2, density 0.1): fewer vectors, and whole ones are stored without counting lanes.
 void Blocking::choose_tile(bool width_vectors_allowed, const PassSizes& sizes) {
   constexpr double kMovedByWidth = 3, kMovedByBatch = 14, kLoad = 1.6, kCrossingLoad = 2.1;
   constexpr int64_t kRaggedRow = 3;  // more vectors that a row costs which ends within one
-  const bool may_join = sizes.may_join_rows && reads_single_pixels();
+  const bool single_pixels = reads_single_pixels(), may_join = sizes.may_join_rows && single_pixels;
   double least = -1;
   int64_t joined = 1;
   const auto offer = [&](bool width, int cols_of_tile, int64_t images, int64_t count, double moved) {
@@ -62,7 +62,7 @@ void Blocking::choose_tile(bool width_vectors_allowed, const PassSizes& sizes) {
     const int64_t vectors = round_up(vectors_of_row, part.cols) * round_up(row_count, part.rows);
     const int64_t in_tile = round_up(vectors_of_row, whole.cols) * round_up(row_count, whole.rows);
     // Whole rows are shifted in registers; single pixels are read at aligned addresses.
-    const bool crossing = width && cols_of_tile < vectors_of_row && !reads_single_pixels();
+    const bool crossing = width && cols_of_tile < vectors_of_row && !single_pixels;
     const int64_t ragged = may_join && width && pixels % lanes != 0 ? kRaggedRow : 0;
     const double multiply_add = sizes.oc_block > 1 ? 1 : crossing ? kCrossingLoad : kLoad;
     const double cost = static_cast<double>((batch_ + images - 1) / images) *
