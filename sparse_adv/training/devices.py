@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+_COMPILER = "TORCHINDUCTOR_DETERMINISTIC"
 
 
 def reads_at_once(device: torch.device) -> bool:
@@ -94,13 +96,30 @@ def deterministic(enabled: bool = True) -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     memory: Any = torch.utils.deterministic
     before = cudnn.benchmark, memory.fill_uninitialized_memory
-    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    mode, compiler = torch.get_deterministic_debug_mode(), os.environ.get(_COMPILER)
+    os.environ[_COMPILER] = "1"
+    _set_deterministic_mode(2)
     # cuDNN's search for the fastest algorithm can choose another one in each run. Filling new memory would cost a pass
     # over each tensor, and this library reads no uninitialised memory.
     cudnn.benchmark = memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        _set_deterministic_mode(mode)
         cudnn.benchmark, memory.fill_uninitialized_memory = before
+        if compiler is None:
+            os.environ.pop(_COMPILER, None)
+        else:
+            os.environ[_COMPILER] = compiler
+
+
+def _set_deterministic_mode(mode: int) -> None:
+    """Set the mode of PyTorch's ops: 0 any algorithm, 1 warnings, 2 deterministic ones; and that of torch.compile.
+
+    `use_deterministic_algorithms` does both, but imports the compiler, which took 3 of the 14 s of a short run. Where
+    that is imported later, it reads its mode from the environment.
+    """
+    if "torch._inductor.config" in sys.modules:
+        torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
+    else:
+        torch.set_deterministic_debug_mode(mode)

@@ -1,6 +1,7 @@
 """With deterministic algorithms, training repeats bit for bit on every device."""
 
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from sparse_adv.__main__ import main
 from sparse_adv.training import deterministic, loop
 from sparse_adv.training.devices import fastest_convolutions
 
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+WORKSPACE, COMPILER = "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"
 
 
 def settings() -> tuple:
@@ -50,6 +51,24 @@ def test_what_the_caller_had_set_is_restored(monkeypatch, mode, flags):
         assert settings() == (*mode, *flags)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_compiler_is_deterministic_too_whether_it_is_imported_or_will_be(monkeypatch, before):
+    from torch._inductor import config
+
+    monkeypatch.delenv(COMPILER, raising=False)
+    if before:
+        monkeypatch.setenv(COMPILER, before)
+    with deterministic():
+        assert config.deterministic and os.environ[COMPILER] == "1"
+    assert not config.deterministic and os.environ.get(COMPILER) == before
+    with monkeypatch.context() as without:
+        without.delitem(sys.modules, "torch._inductor.config")
+        with deterministic():
+            assert settings()[:2] == (True, False) and os.environ[COMPILER] == "1"
+            assert not config.deterministic  # it was not imported
+        assert settings()[:2] == (False, False)
 
 
 def test_a_cublas_workspace_that_is_not_deterministic_is_refused(monkeypatch):
