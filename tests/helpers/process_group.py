@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from helpers.forked import CONTEXT
+
 PROCESSES = 2
 SECONDS = 300
 """Of all processes together; then they are killed."""
@@ -23,7 +25,8 @@ def results_by_rank(work: Callable[[int, Path], Any], folder: Path, count: int =
         folder: a folder of their own, which all processes may write to.
         count: the number of processes.
     """
-    processes = mp.spawn(_join_and_work, (work, folder, count), count, join=False)
+    start = CONTEXT.get_start_method()
+    processes = mp.start_processes(_join_and_work, (work, folder, count), count, join=False, start_method=start)
     end = time.monotonic() + SECONDS
     try:
         while not processes.join(timeout=1):

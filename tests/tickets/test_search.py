@@ -19,9 +19,9 @@ CONFIG = replace(QUICK, objective="fgsm-rs", epochs=2)
 SHAPE = (1, 1, 6, 6)
 
 
-def search(folder=None, config=CONFIG, model=None, **pruning):
-    model = network() if model is None else model
-    return tickets.search(model, batches(), config, PruneConfig(**pruning), validation=VALIDATION, folder=folder), model
+def search(folder=None, config=CONFIG, model=None, on_epoch=None, **pruning):
+    model, watch = network() if model is None else model, {"validation": VALIDATION, "on_epoch": on_epoch}
+    return tickets.search(model, batches(), config, PruneConfig(**pruning), folder=folder, **watch), model
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
@@ -153,24 +153,16 @@ def whole(request, tmp_path_factory):
     return request.param, config, ticket, folder
 
 
-@pytest.mark.parametrize("stop_at", range(1, 7))
-def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, whole):
+def test_a_search_that_is_stopped_after_each_epoch_finds_the_same_ticket(tmp_path, whole):
     pruning, config, expected, folder = whole
+    for stop_at in range(1, 7):
 
-    def on_epoch(record):
-        if record.epoch == stop_at:
-            raise Stop
+        def on_epoch(record, stop_at=stop_at):
+            if record.epoch == stop_at:
+                raise Stop
 
-    with pytest.raises(Stop):
-        tickets.search(
-            network(),
-            batches(),
-            config,
-            PruneConfig(density=0.3, **pruning),
-            validation=VALIDATION,
-            folder=tmp_path,
-            on_epoch=on_epoch,
-        )
+        with pytest.raises(Stop):
+            search(tmp_path, config, on_epoch=on_epoch, density=0.3, **pruning)
     ticket, _ = search(tmp_path, config, density=0.3, **pruning)
     assert equal_states(ticket.masks, expected.masks) and equal_states(ticket.state_dict, expected.state_dict)
     records = [runs.read(run).records for run in (folder, tmp_path)]

@@ -37,7 +37,7 @@ dtypes = st.sampled_from(DTYPES)
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # NumPy's, of planted NaN and zeros
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.sampled_from(SHAPES), dtypes, dtypes, norms, st.integers(0, 99))
 def test_the_step(shape, dtype, grad_dtype, norm, seed):
     adv, grad, clean = images(shape, dtype, seed)
@@ -68,7 +68,7 @@ def test_the_step_takes_any_layout(layout, other, norm):
     compare(adv, expected, norm)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.sampled_from(SHAPES), dtypes, norms, st.integers(-(2**63), 2**62))
 def test_the_start(shape, dtype, norm, key):
     _, _, clean = images(shape, dtype, key % 100)
