@@ -107,10 +107,11 @@ def test_another_sparsity_than_said_is_refused_before_any_attack(checkpoint, cap
 
 
 def test_sparsity_counts_masks_zeros_and_whole_filters():
-    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 1))
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 1))
     assert measured_sparsity(model) == Sparsity(0, 0)
     model[3].weight.data.zero_()
-    sparsify(model, {"0": torch.tensor([1, 1, 1, 0], dtype=torch.bool).view(4, 1, 1, 1)})
-    assert measured_sparsity(model) == Sparsity(100 * 5 / 8, 25)
+    kept = torch.tensor([[1, 0], [1, 1], [1, 1], [0, 0]], dtype=torch.bool)  # half a filter, and a whole one
+    sparsify(model, {"0": kept.view(4, 2, 1, 1)})
+    assert measured_sparsity(model) == Sparsity(100 * 7 / 12, 25)
     model[0].weight.data[2] = 0.0  # kept by the mask, and zero
-    assert measured_sparsity(model) == Sparsity(100 * 6 / 8, 50)
+    assert measured_sparsity(model) == Sparsity(100 * 9 / 12, 50)

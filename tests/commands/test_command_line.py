@@ -90,6 +90,14 @@ def test_explain_counts_for_the_images_that_a_ticket_is_for(ticket_file, capsys)
     assert macs[1] == [4 * count for count in macs[0]]  # the architecture's own images are 8 x 8
 
 
+def test_explain_finds_the_classes_in_the_last_of_several_linear_layers(ticket_file, capsys):
+    model = models.build("vgg16", width=4, classes=7)
+    masks.save_ticket(ticket_file, masks.Ticket({}, model.state_dict(), {"arch": "vgg16", "width": 4}))
+    assert main(["explain", str(ticket_file)]) == 0
+    *_, last, _ = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (last["layer"], last["weight_shape"]) == ("classifier.3", [7, 32])
+
+
 def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, capsys):
     assert "nowhere" in refused(capsys, "explain", str(tmp_path / "nowhere"))
     assert "does not fit" in refused(capsys, "explain", str(ticket_file), "--arch", "resnet18")

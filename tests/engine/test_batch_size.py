@@ -103,6 +103,13 @@ def test_whole_batches_of_images_that_depend_on_each_other_are_left_to_autograd(
         assert torch.equal(gradients.gradient(x, loss), autograd)
 
 
+def test_each_size_of_a_batch_has_a_program_for_it():
+    torch.manual_seed(0)
+    model = Changed(viewed, 256).eval()
+    for batch in (BATCH, 4 * BATCH, BATCH - 1):
+        check(model, batch, [batch, 2])
+
+
 @pytest.mark.parametrize("dense", [True, False])
 def test_a_network_with_residuals_and_pooling(dense, images_of_steps):
     torch.manual_seed(0)

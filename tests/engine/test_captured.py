@@ -75,16 +75,21 @@ def test_searches_find_the_same_with_graphs(search, masked, capturers):
     assert replays > 5 and torch.equal(search(twin, IMAGES, labels), actual)
 
 
-def test_the_weights_are_read_again_in_each_attack(capturers):
-    model = network()
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_weights_are_read_again_in_each_attack(capturers, in_place, masked):
+    model = network(masked)
+    SEARCHES["apgd"](model, IMAGES, labels_of(model))
+    for parameter in model.parameters():
+        if in_place:
+            parameter.data.mul_(-0.7)
+        else:
+            parameter.data = -0.7 * parameter.data
     labels = labels_of(model)
-    SEARCHES["apgd"](model, IMAGES, labels)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(-0.7)
     actual = SEARCHES["apgd"](model, IMAGES, labels)
+    assert not torch.equal(actual, IMAGES)
     CpuKernels.capturer = None
-    twin = network()
+    twin = network(masked)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(SEARCHES["apgd"](twin, IMAGES, labels), actual)
 

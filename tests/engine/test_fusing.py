@@ -1,5 +1,7 @@
 """What becomes one step, and what is left to autograd while the engine still computes the rest."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from helpers.other_networks import OfLayers
 from torch import Tensor, nn
 
 from sparse_adv import engine
+from sparse_adv.engine.kernels import fold_norm
 from sparse_adv.nn import sparsify
 
 CONV, NORM, BOTH = "convolution", "BatchNorm + ReLU", "convolution + BatchNorm"
@@ -49,6 +52,20 @@ STEPS = {
     "broadcast": (OfLayers(lambda m, x: m.a(x) + m.b(x).mean((2, 3), keepdim=True)), [CONV, CONV, "autograd"]),
     "scaled sum": (OfLayers(lambda m, x: torch.add(m.a(x), m.b(x), alpha=2)), [CONV, CONV, "autograd"]),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_norm_is_folded_in_float32_at_least(dtype):
+    """In float16 this eps and this variance are zero, and the reciprocal of their root infinite."""
+    norm = nn.BatchNorm2d(8, eps=1e-9).to(dtype)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_().data[0] = 0
+    norm.weight.data.uniform_(0.5, 1.5)
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    folded = torch.stack(fold_norm(norm))
+    expected = torch.stack(fold_norm(copy.deepcopy(norm).double()))
+    assert folded.dtype == wanted
+    torch.testing.assert_close(folded.double(), expected, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -46,6 +46,13 @@ def test_the_provenance_has_the_given_entries_and_those_of_the_library(path):
     assert {"sparse_adv", "date"} <= provenance.keys()
 
 
+def test_what_the_provenance_says_of_the_ticket_stays_when_it_is_written_again(path, tmp_path):
+    ticket = load_ticket(path)
+    said = ticket.provenance | {"date": "2024-05-06T07:08:09+00:00", "torch": "2.10.0", "blocks": {"0": [2, 1, 1, 1]}}
+    save_ticket(tmp_path / "again", Ticket(ticket.masks, ticket.state_dict, said))
+    assert load_ticket(tmp_path / "again").provenance == said
+
+
 def test_masks_of_linear_layers_are_saved_too(model, tmp_path):
     expected = prune(model, 0.3) | {"3": torch.tensor([[True, False, True, False]] * 2)}
     save_ticket(tmp_path / "t", Ticket(expected, model.state_dict()))

@@ -145,6 +145,8 @@ def test_what_passes_through_a_network_change_is_no_part_of_what_it_is(tmp_path,
     assert [record.epoch for record in run(tmp_path, model)] == [1, 2]
     run(tmp_path, Counting(*network()))  # as a new process would
     run(tmp_path / "another", model)
+    model.load_state_dict(network().state_dict())
+    run(tmp_path, model)  # it was trained twice since
     model.slope = 2.0
     with pytest.raises(ValueError, match="other network"):
         run(tmp_path, model)
