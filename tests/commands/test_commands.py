@@ -100,6 +100,28 @@ def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
     assert found["images"] == 15 and found["pgd-5 x 3"] <= found["clean"]
 
 
+def test_the_bound_of_evaluate_is_what_withstood_every_attack(trained, capsys, monkeypatch):
+    """Each attack alone breaks another of six images."""
+    seen = {}
+
+    def measured(name, broken):
+        def accuracy(model, images, among=None, **settings):
+            robust = torch.arange(6) != broken if broken else torch.ones(6, dtype=torch.bool)
+            if among is not None:
+                seen["among"], robust = among, robust & among
+            return training.Accuracy(float(robust.float().mean()), 6, 6, 6, robust=robust)
+
+        return accuracy
+
+    monkeypatch.setattr(evaluate, "clean_accuracy", measured("clean", None))
+    monkeypatch.setattr(evaluate, "fgsm_accuracy", measured("fgsm", 1))
+    attacks_of = iter((measured("pgd", 2), measured("margin", 3)))
+    monkeypatch.setattr(evaluate, "robust_accuracy", lambda *args, **settings: next(attacks_of)(*args, **settings))
+    assert main(["evaluate", str(trained), "--images", "6"]) == 0
+    assert seen["among"].tolist() == [True, False, False, True, True, True]
+    assert lines(capsys)[0]["robust"] == 0.5
+
+
 def test_evaluate_names_the_ticket_of_a_search_and_the_weights_that_a_run_lacks(searched, trained, tmp_path, capsys):
     assert f"{searched} is a search: evaluate its ticket.safetensors" in refused(capsys, "evaluate", str(searched))
     run = shutil.copytree(trained, tmp_path / "run")

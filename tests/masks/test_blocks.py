@@ -22,6 +22,12 @@ def test_kernel_and_row_blocks_have_the_size_of_the_filter():
     assert largest_block(prune(nn.Conv2d(16, 16, 3), 0.5)[""], candidates=[(4, 4)]) == (1, 1, 1, 1)
 
 
+def test_the_largest_block_has_the_most_elements_whatever_its_sides():
+    kernels = torch.eye(2, dtype=torch.bool).repeat_interleave(2, 0)[:, :, None, None]  # pairs of filters are equal
+    assert largest_block(kernels.expand(4, 2, 3, 3), [(2, 1), (1, 1, "R", "S")]) == (1, 1, 3, 3)
+    assert largest_block(kernels, [(2, 1), (1, 1, "R", "S")]) == (2, 1, 1, 1)
+
+
 @pytest.mark.parametrize("block", [(1, 1), (4, 1), (8, 8)])
 def test_largest_block_accepts_masks_of_linear_layers(block):
     assert largest_block(prune(nn.Linear(40, 48), 0.5, block, linear=True)[""]) == (*block, 1, 1)
