@@ -59,7 +59,8 @@ class Ball(NamedTuple):
         """x [n, ...] with its values clamped to [lo, hi]; the ball must be one `on` a batch."""
         lo, hi = self.lo, self.hi
         if isinstance(lo, Tensor) or isinstance(hi, Tensor):
-            return x.clamp(torch.as_tensor(lo).to(x), torch.as_tensor(hi).to(x))
+            like_x: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
+            return x.clamp(torch.as_tensor(lo, **like_x), torch.as_tensor(hi, **like_x))
         return x.clamp(lo, hi)
 
 

@@ -290,13 +290,14 @@ def test_equal_radii_give_what_a_number_gives(attacked):
     torch.testing.assert_close(adv, number, rtol=0, atol=1e-6)
 
 
-def test_a_state_is_that_of_the_same_radii(attacked, tmp_path):
+def test_a_state_is_that_of_the_same_radii_and_options(attacked, tmp_path):
     model, images, labels = attacked
     path, eps = tmp_path / "state.safetensors", torch.linspace(0, 0.02, 12)
     options = {**CUSTOM, "eps": eps, "attacks_to_run": ["apgd-ce"]}
     adv = one_start(model, **options).run_standard_evaluation(images, labels, state_path=path)
     assert one_start(model, **options).run_standard_evaluation(images, labels, state_path=path).equal(adv)
-    for other in ({"eps": eps.flip(0)}, {"eps": 0.02}, {"lo": torch.zeros(3)}):
+    more = ({"seed": 8}, {"seed": None}, {"norm": "l2"}, {"attacks_to_run": ["square"]})
+    for other in ({"eps": eps.flip(0)}, {"eps": 0.02}, {"lo": torch.zeros(3)}, *more):
         with pytest.raises(ValueError, match="other options"):
             one_start(model, **{**options, **other}).run_standard_evaluation(images, labels, state_path=path)
     with pytest.raises(ValueError, match=r"eps must have one value for each image, shape \[11\], got \[12\]"):

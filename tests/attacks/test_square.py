@@ -18,7 +18,7 @@ from torch import nn
 
 from sparse_adv.attacks import Square, losses, square
 from sparse_adv.attacks.ball import Ball
-from sparse_adv.attacks.square import _bumps, _propose_l2, _unit, _window
+from sparse_adv.attacks.square import _bumps, _propose_l2, _propose_linf, _unit, _window
 
 NORMS = ("linf", "l2")
 
@@ -188,6 +188,15 @@ def test_the_result_is_the_queried_image_of_the_lowest_loss(norm, targeted):
         assert result.equal(queried[best][None]) and best > 0
         chosen.append(best != other)
     assert any(chosen) or not targeted
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("share", "side"), [(0.8, 9), (0.25, 5), (0.05, 2), (1e-6, 1)])
+def test_a_proposal_for_linf_moves_one_square_with_that_share_of_the_pixels(channels, share, side):
+    images = torch.full((2, channels, 10, 10), 0.5)
+    moved = _propose_linf(images, images, share, Ball(0.1, "linf", 0.0, 1.0), generator()) - images
+    assert moved.abs().ne(0).flatten(2).sum(2).eq(side * side).all()
+    assert moved.ne(0).any(3).sum(2).eq(side).all() and moved.ne(0).any(2).sum(2).eq(side).all()
 
 
 def test_a_proposal_for_l2_uses_the_whole_radius_and_moves_its_two_squares_alone(monkeypatch):
