@@ -201,6 +201,17 @@ def test_a_model_that_is_a_convolution_is_replaced():
     assert type(densify(layer)) is nn.Conv2d
 
 
+@pytest.mark.parametrize("written", ["weight", "weight_mask"])
+def test_densify_has_zeros_where_weight_or_mask_were_written_by_hand(model, x, written):
+    sparsify(model, prune(model, 0.4, linear=True))
+    for layer in (model[2], model[4]):
+        getattr(layer, written).data.fill_(1)
+        layer.weight_mask[1] = False
+    expected = copy.deepcopy(model)(x)
+    assert_close(densify(model)(x), expected)
+    assert not model[2].weight[1].any() and not model[4].weight[1].any()
+
+
 def test_densify_returns_plain_layers_and_a_plain_state_dict(model, x):
     keys = list(model.state_dict())
     sparsify(model, prune(model, 0.4))
