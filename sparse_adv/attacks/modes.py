@@ -18,11 +18,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from sparse_adv.engine.model_state import HOOKS, has_hooks
+from sparse_adv.engine.model_state import has_global_hooks, has_hooks
 from sparse_adv.nn.masked_layer import MaskedLayer
 
 Flags = dict[str, bool]
@@ -96,7 +95,7 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[nn.Module]:
     if fits and mode not in _twins.get(model, ()):
         yield model
         return
-    if not all(_can_have_twin(module) for module, _ in wanted) or _has_global_hooks():
+    if not all(_can_have_twin(module) for module, _ in wanted) or has_global_hooks():
         with bn_mode(model, mode):
             yield model
         return
@@ -174,10 +173,6 @@ class _Lent:
         }
         self._module._modules.update(assigned)
         return bool(assigned)
-
-
-def _has_global_hooks() -> bool:
-    return any(getattr(torch_module, f"_global{table}") for table in HOOKS)
 
 
 def _can_have_twin(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from sparse_adv.nn.masked_layer import MaskedLayer
 
@@ -39,6 +40,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, table) for table in HOOKS)
 
 
+def has_global_hooks() -> bool:
+    """Whether anything is registered to run in the passes of all modules."""
+    return any(getattr(torch_module, f"_global{table}") for table in HOOKS)
+
+
 def state_of(model: nn.Module, x: Tensor) -> Hashable:
     """All that decides what a model becomes, but the shape of x."""
     device = x.device.type
@@ -47,7 +53,7 @@ def state_of(model: nn.Module, x: Tensor) -> Hashable:
 
 
 def structure_of(model: nn.Module) -> Hashable:
-    """A model's modules, their modes and attributes, and their tensors."""
+    """A model's modules, their hooks, modes and attributes, and their tensors."""
     modules = tuple(
         (
             id(module),
@@ -58,7 +64,8 @@ def structure_of(model: nn.Module) -> Hashable:
         )
         for module in model.modules()
     )
-    return modules, tuple((id(t), t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
+    tensors = tuple((id(t), t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
+    return modules, has_global_hooks(), tensors
 
 
 def _watched(module: nn.Module) -> Iterator[tuple[str, Hashable]]:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as torch_module
 
 from sparse_adv.engine.batch_size import scaled
-from sparse_adv.engine.model_state import HOOKS, has_hooks, structure_of
+from sparse_adv.engine.model_state import has_global_hooks, has_hooks, structure_of
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.errors import first_line
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
@@ -129,7 +128,7 @@ def graph_of(model: nn.Module) -> fx.Graph:
             itself, or if its Python code draws random numbers or changes attributes of modules: the graph would repeat
             what happened this once.
     """
-    if has_hooks(model) or any(getattr(torch_module, f"_global{table}") for table in HOOKS):
+    if has_hooks(model) or has_global_hooks():
         raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
     tracer = _Tracer()
     structure = structure_of(model)

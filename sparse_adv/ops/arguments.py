@@ -108,6 +108,8 @@ def overlap_partly(written: Tensor, read: Tensor) -> bool:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of the tensor share memory."""
+    if tensor.numel() == 0:
+        return False
     inner = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= inner:  # not nested: elements may be interleaved without sharing memory

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.attacks.cuda_graph import is_frozen, key_of_batch, key_of_model
-from sparse_adv.engine.model_state import has_hooks, structure_of
+from sparse_adv.engine.model_state import has_global_hooks, has_hooks, structure_of
 from sparse_adv.nn.optimizer_hook import own_hooks
 from sparse_adv.ops.cuda_graph import CallCache, warn_of_refusal
 from sparse_adv.training import distributed
@@ -171,6 +171,8 @@ def _reason_against(updater: Updater, misses: int) -> str | None:
         return (
             f"each of {misses} updates differs from all before, in the shape of its batch or in what the modules hold"
         )
+    if has_global_hooks():
+        return "there are hooks for all modules, whose Python code a replay does not run"
     for name, module in model.named_modules():
         if has_hooks(module):
             return f"module {name!r} has hooks, whose Python code a replay does not run"

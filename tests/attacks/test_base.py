@@ -46,6 +46,21 @@ def test_normalised_images_are_attacked_like_the_model_with_a_normalising_layer(
         torch.testing.assert_close(found * 0.25 + 0.5, expected)
 
 
+def test_targets_are_chosen_by_the_normalised_images_that_the_model_gets():
+    model, (images, labels) = make_model().eval(), batch()
+    normalised, seen = (images - 0.5) / 0.25, []
+    atk = torchattacks.PGD(model, eps=EPS, steps=3, random_start=False)
+    atk.set_normalization_used([0.5] * 3, [0.25] * 3)
+    atk.set_mode_targeted_by_function(lambda x, y: seen.append((x, y)) or (y + 1) % 5)
+    atk(normalised, labels)
+    assert seen[0][0].equal(normalised) and seen[0][1].equal(labels)
+    atk.set_mode_targeted_least_likely(quiet=True)
+    least_likely = atk(normalised, labels)
+    atk.set_mode_targeted_by_label(quiet=True)
+    targets = model(normalised).scatter(1, labels[:, None], torch.inf).argmin(1)
+    torch.testing.assert_close(least_likely, atk(normalised, targets))
+
+
 def test_targeted_modes():
     model, (images, labels) = make_model().eval(), batch()
     options = {"steps": 5, "random_start": False}

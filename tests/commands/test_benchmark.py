@@ -106,6 +106,18 @@ def test_another_sparsity_than_said_is_refused_before_any_attack(checkpoint, cap
     assert not (checkpoint.parent / "row").exists()
 
 
+@pytest.mark.parametrize(
+    ("images", "first", "count"), [(2500, 2048, 128), (2100, 1972, 128), (300, 172, 128), (50, 0, 50)]
+)
+def test_distances_are_those_of_images_that_the_attack_was_not_tuned_on_or_the_last(monkeypatch, images, first, count):
+    seen = []
+    monkeypatch.setattr(attacks, "fmn", lambda model, x, y, **_: seen.append(y) or x)
+    monkeypatch.setattr(attacks, "distances", lambda model, adv, x, y: torch.zeros(len(y)))
+    score = benchmark._fmn(None, torch.zeros(images, 1), torch.arange(images), 100)
+    assert torch.cat(seen).tolist() == list(range(first, first + count))
+    assert (score.first, score.images) == (first, count)
+
+
 def test_sparsity_counts_masks_zeros_and_whole_filters():
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 1))
     assert measured_sparsity(model) == Sparsity(0, 0)

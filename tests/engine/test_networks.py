@@ -75,6 +75,20 @@ def test_weights_are_read_again_in_each_context():
                     tensor.mul_(1.1)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_results_stay_when_the_memory_is_used_again(memory_format):
+    model, x, loss = example("resnet18", (4, 4))
+    x = x.contiguous(memory_format=memory_format)
+    with engine.input_gradients(model, x) as program:
+        assert isinstance(program, engine.Program)
+        results = program.logits(x), program.gradient(x, loss)
+        copies = [result.clone() for result in results]
+        program.gradient(0.5 * x, loss)
+        program.logits(0.5 * x)
+    assert all(result.equal(copy) for result, copy in zip(results, copies, strict=True))
+    assert results[1].shape == x.shape and results[1].stride() == x.stride()
+
+
 def test_every_step_reads_its_weights_again():
     """A masked and a dense convolution with BatchNorm, a BatchNorm of its own, and masked and dense linear layers."""
     torch.manual_seed(0)

@@ -242,6 +242,19 @@ def test_hooks_of_the_model_itself_leave_it():
     check(model, images(), LEFT)
 
 
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook"])
+def test_hooks_of_all_modules_leave_it_while_they_are_registered(kind):
+    model, called = with_statistics(ResNet()), []
+    check(model, images(), PARTLY)
+    handle = getattr(torch.nn.modules.module, f"register_module_{kind}")(lambda *args: called.append(args[0]))
+    try:
+        check(model, images(), LEFT)
+    finally:
+        handle.remove()
+    assert model.layer1.conv1 in called
+    check(model, images(), PARTLY)
+
+
 @pytest.mark.parametrize(
     "reparametrize",
     [

@@ -1,5 +1,6 @@
 """The shuffled mask of a control: random, with the density and the blocks of the ticket's in each layer."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,3 +43,11 @@ def test_every_block_can_move_also_at_the_edges():
     moved = torch.stack([tickets.shuffle({"layer": pruned}, seed)["layer"] != pruned for seed in range(20)]).any(0)
     assert moved[:8].all()  # the last row of blocks has one block of each size, which cannot move
     assert not moved[8:].any()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_channels_of_empty_filters_are_zero_whatever_the_weights(weights):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    ticket = masks.Ticket({"0": torch.arange(4)[:, None, None, None].expand(4, 1, 3, 3) > 1}, model.state_dict(), {})
+    tickets.restore(model, ticket, (1, 1, 4, 4), weights=weights)
+    assert model[1].weight.tolist() == [0, 0, 1, 1] and not model[1].bias.any()

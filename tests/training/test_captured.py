@@ -325,6 +325,17 @@ def test_what_cannot_be_captured_runs_as_before_and_one_warning_says_why(name, u
     assert_equal_runs(result, trained(replace(config, graphs=False), make(), validation=None))
 
 
+def test_hooks_of_all_modules_run_in_every_update(updates):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        with pytest.warns(UserWarning, match="there are hooks for all modules"):
+            trained(replace(CONFIG, objective="natural", engine=False), model := network(), validation=None)
+    finally:
+        handle.remove()
+    assert "replayed" not in updates and seen.count(model[0]) >= len(updates)
+
+
 def test_a_hook_that_may_read_gradients_finds_them(updates):
     hook = Reading()
     with pytest.warns(
