@@ -39,6 +39,18 @@ def double_copy(model: nn.Module) -> nn.Module:
     return detached_copy(model).double()
 
 
+def without_ties(x: Tensor) -> Tensor:
+    """Images in float64, moved by 1 % towards random ones between their bounds.
+
+    In an even area, such as the padding of a crop, several pixels of a max-pool's window are the largest. Which of them
+    gets the gradient is up to rounding, and says nothing about a model.
+    """
+    x = x.double()
+    low, high = x.min().clamp_max(0), x.max().clamp_min(1)
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
+    return x.lerp(low + (high - low) * noise, 0.01)
+
+
 def quadratic_loss(logits: Tensor) -> Tensor:
     """sum(w * logits + logits^2 / 2) with fixed random w; its gradient depends on the logits, so wrong ones show."""
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(logits)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss
+from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
 from sparse_adv.engine.model_state import state_of
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
@@ -195,7 +195,7 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
 def _check(model: nn.Module, x: Tensor) -> None:
     """Raise NotTraceable if the steps of a model do not give autograd's gradient of a function of the logits."""
     with comparing(x.device):
-        copied, x = double_copy(model), x.double()
+        copied, x = double_copy(model), without_ties(x)
         program = Program(copied, x, len(x) + 1)  # padded, so that images which depend on each other show
         program.fold()
         actual, expected = program.gradient(x, quadratic_loss), Autograd(copied).gradient(x, quadratic_loss)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss
+from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
 from sparse_adv.engine.model_state import has_hooks, state_of
 from sparse_adv.engine.state_cache import StateCache
 from sparse_adv.engine.steps import operation_of
@@ -249,7 +249,7 @@ def _check(model: nn.Module, x: Tensor) -> None:
     """Raise NotTraceable if the fused graph of a model does not give its results, gradients and buffers."""
 
     def results(copied: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        images = x.double().requires_grad_()
+        images = without_ties(x).requires_grad_()
         logits = run(images)
         leaves = [images, *(parameter for parameter in copied.parameters() if parameter.requires_grad)]
         gradients = torch.autograd.grad(quadratic_loss(logits), leaves, allow_unused=True)

@@ -62,6 +62,15 @@ def test_no_layer_of_the_librarys_networks_is_left_to_autograd(name):
     assert all("pool" in line or "normalize" in line or "features" in line for line in left)
 
 
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_kuangliu"])
+def test_even_areas_of_images_leave_no_network_to_autograd(name):
+    # The largest pixels of a pooling window are equal there, and rounding decides which of them gets the gradient.
+    model, x = models.build(name, width=4).eval(), torch.rand(2, 3, 32, 32)
+    x[..., :16] = 0
+    assert any(line.endswith("convolution + BatchNorm + ReLU") for line in engine.explain(model, x))
+    assert "features_1: BatchNorm + ReLU" in engine.explain(model.train(), x)
+
+
 def test_weights_are_read_again_in_each_context():
     model, x, loss = example("resnet18", (4, 4))
     for _ in range(2):
