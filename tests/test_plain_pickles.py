@@ -101,6 +101,19 @@ def test_scalars_orders_and_lists_of_arrays_are_read_back():
     assert read[:2] == [0.5, 3] and read[2].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "dtype", ["?", *(f"{order}{kind}{size}" for order in "<>" for kind in "fiu" for size in (2, 4, 8))]
+)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["array", "object"])
+def test_numbers_of_every_size_are_read_back(dtype, wrapped):
+    array = np.array([0, 1, 100], dtype)
+    content = np.empty(1, object) if wrapped else array
+    if wrapped:
+        content[0] = array
+    read = unpickle_arrays(io.BytesIO(pickle.dumps(content)))
+    assert np.array_equal(read[0] if wrapped else read, array)
+
+
 def bomb_of_references(innermost, depth):
     for _ in range(depth):
         innermost = [innermost, innermost]

@@ -56,6 +56,16 @@ def test_a_compressed_archive_is_refused():
         torch_files.load(file)
 
 
+def test_a_compressed_archive_of_small_tensors_is_refused():
+    plain, packed = io.BytesIO(saved({str(i): torch.zeros(1000) for i in range(64)})), io.BytesIO()
+    with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for entry in archive.infolist():
+            compressed.writestr(entry.filename, archive.read(entry))
+    assert max(entry.file_size for entry in archive.infolist()) < len(packed.getvalue())
+    with pytest.raises(ValueError, match="compressed"):
+        torch_files.load(packed)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80", b"\x80\x02", b"PK\x03\x04", b"text"])
 def test_anything_else_is_refused(content):
     with pytest.raises((EOFError, IndexError, pickle.UnpicklingError, RuntimeError)):

@@ -48,3 +48,14 @@ def test_every_key_of_a_config_is_a_flag_and_flags_win(tmp_path, capsys):
 def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
     (tmp_path / "run.yaml").write_text(content)
     assert said in refused(capsys, "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["augment", "width", "limit", "validation"])
+@pytest.mark.parametrize("null", ["null", "~"])
+def test_null_stands_for_the_default_of_an_optional_setting(tmp_path, capsys, key, null):
+    (tmp_path / "run.yaml").write_text(f"{key}: {null}\n")
+    with pytest.raises(SystemExit) as end:
+        main(["search", "--config", str(tmp_path / "run.yaml"), "--print_config"])
+    assert end.value.code == 0
+    told = yaml.safe_load(capsys.readouterr().out)
+    assert key in told and told[key] is None

@@ -15,7 +15,8 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow reads the images")
 def draw(file: Path, value: int, size: tuple[int, int] = (3, 2), mode: str = "RGB") -> None:
     """Write an image of one colour with red = `value`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, (value, 7, 9) if mode == "RGB" else value).save(file)
+    colours = {"RGB": (value, 7, 9), "LA": (value, 255)}
+    Image.new(mode, size, colours.get(mode, value)).save(file)
 
 
 @pytest.fixture
@@ -71,12 +72,14 @@ def test_without_a_test_folder_every_tenth_image_of_each_class_is_a_test_image(t
         data.load(flat)
 
 
-def test_grey_images_have_one_channel_unless_one_image_has_colour(tmp_path):
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_grey_images_have_one_channel_unless_one_image_has_colour(tmp_path, mode):
     for i in range(20):
-        draw(tmp_path / "a" / f"{i:02}.png", i, mode="L")
-        draw(tmp_path / "b" / f"{i:02}.png", i, mode="L")
+        draw(tmp_path / "a" / f"{i:02}.png", i % 10, mode=mode)
+        draw(tmp_path / "b" / f"{i:02}.png", i % 10, mode=mode)
     dataset = data.load(tmp_path)
-    assert dataset.input_shape == (1, 2, 3) and dataset.test.images.flatten(1).unique().tolist() == [9, 19]
+    assert dataset.input_shape == (1, 2, 3)
+    assert dataset.test.images.flatten(1).unique().tolist() == [255 if mode == "1" else 9]
     draw(tmp_path / "a" / "00.png", 1)
     assert data.load(tmp_path).input_shape == (3, 2, 3)
 

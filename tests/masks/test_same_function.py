@@ -207,3 +207,18 @@ def test_a_result_that_is_not_finite_is_not_the_same_as_a_finite_one():
     with pytest.raises(ValueError, match="changes what"):
         same_function.check_same_function(nn.Identity(), nan, SHAPE, "nothing")
     same_function.check_same_function(nan, copy.deepcopy(nan), SHAPE, "nothing")
+
+
+class RuledOut(Blind):
+    """With a logit that no image gets."""
+
+    def forward(self, x):
+        return F.pad(super().forward(x).mean((2, 3)), (0, 1), value=-torch.inf)
+
+
+def test_an_infinite_output_hides_no_change_of_the_others():
+    model, other = RuledOut(), RuledOut()
+    same_function.check_same_function(model, copy.deepcopy(model), SHAPE, "nothing")
+    with pytest.raises(ValueError, match="changes what"):
+        same_function.check_same_function(model, other, SHAPE, "nothing")
+    assert shrink(model, half_of_the_filters(model), SHAPE).widths["first"] == (8, 4)

@@ -102,6 +102,9 @@ def test_a_linear_layer_reads_the_last_dimension_whatever_the_others_are():
         def forward(self, x):
             return self.layer(x.movedim(1, -1)).mean((1, 2))
 
-    check_takes(ByPixel(), (1, 3, 4, 4))
+    model = ByPixel()
+    check_takes(model, (1, 3, 4, 4))
     with pytest.raises(ValueError, match="'layer' takes 3 inputs, but gets 4"):
-        check_takes(ByPixel(), (1, 4, 3, 3))
+        check_takes(model, (1, 4, 3, 3))
+    with pytest.raises(RuntimeError):  # PyTorch's own error: the check has left nothing behind
+        model(torch.rand(1, 4, 3, 3))
