@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 from torch import nn
 
@@ -46,3 +47,18 @@ def test_other_threads_run_and_trace_models_meanwhile():
     runner.join()
     assert not failures and runs and all(runs)
     assert nn.Module.__call__ is call and nn.Module.__getattr__ is lookup
+
+
+class Counts(nn.Module):
+    def forward(self, x):
+        return x * len(x)
+
+
+def test_the_place_of_an_error_is_the_innermost_module():
+    tracer = Tracer()
+    with pytest.raises(RuntimeError):
+        tracer.trace(nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), Counts()), nn.ReLU()))
+    assert tracer.place == "module '1.1' (Counts)"
+    tracer = Tracer()
+    tracer.trace(network())
+    assert tracer.place == "the model"

@@ -60,6 +60,16 @@ def test_logits_are_compared_relative_to_the_largest_one(scale, tmp_path):
             state.check_logits(other, tmp_path)
 
 
+def test_logits_that_are_nan_are_compared_too(tmp_path):
+    logits, none = torch.randn(12, 5), torch.zeros(12, dtype=torch.bool)
+    logits[1], logits[2, 3] = torch.nan, torch.inf
+    state = State("", 0, torch.zeros(12, 1, 2, 2), logits.argmax(1), ~none, none, first_logits(logits), {}, {})
+    state.check_logits(logits.clone(), tmp_path)
+    for other in (logits.nan_to_num(), logits.roll(1, 0), logits + 1):
+        with pytest.raises(ValueError, match="is of another model, with other clean logits"):
+            state.check_logits(other, tmp_path)
+
+
 RANGES = [
     *[("apgd", "rho", value, 0 <= value <= 1) for value in (-0.01, 0.0, 1.0, 1.01)],
     *[("fab", name, value, 0 <= value <= 1) for name in ("alpha_max", "beta") for value in (-0.01, 0.0, 1.0, 1.01)],

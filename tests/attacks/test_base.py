@@ -128,12 +128,16 @@ def test_signs_of_masking_are_named():
         (lambda x: model(x) * (torch.arange(6) > 1)[:, None], "gradient is zero at 2 of 6 images"),
         (lambda x: model(x) * torch.nan, "6 of 6 images are NaN"),
         (lambda x: model(x) / (torch.arange(6) > 3)[:, None], "4 of 6 images are infinite"),
+        (lambda x: model(x) + torch.zeros(6, 5).index_fill(0, torch.tensor(2), torch.nan), "1 of 6 images are NaN"),
         (lambda x: model(x).sigmoid(), "before the sigmoid"),
         (lambda x: model(x.detach()), "outputs have no gradient"),
         (lambda x: model((x > 0.5).float()), "outputs have no gradient"),
         (lambda x: nn.functional.one_hot(model(x).argmax(1), 5).float(), "outputs have no gradient"),
     ):
         assert any(words in sign for sign in signs(masked, images, labels))
+    for not_finite in (torch.nan, torch.inf):  # which differ from themselves, or not: it is one sign
+        named = signs(lambda x, value=not_finite: model(x) + value, images, labels)
+        assert not any("differ between two calls" in sign for sign in named)
     saturated = signs(lambda x: model(x) * 1e6, images, model(images).argmax(1))
     assert any("gradient is zero at" in sign for sign in saturated)
     with pytest.raises(TypeError, match="got a tuple"):

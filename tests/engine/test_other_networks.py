@@ -327,3 +327,16 @@ def test_parameters_get_no_gradients():
     model = with_statistics(ResNet())
     check(model, images(), PARTLY)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, KeyError])
+def test_a_hook_that_takes_no_float64_leaves_the_model(error):
+    def hook(module, args, output):
+        if output.dtype == torch.float64:
+            raise error("no float64")
+
+    model = with_statistics(ResNet())
+    model.layer1.register_forward_hook(hook)
+    check(model, images(), LEFT)
+    assert "no float64" in engine.explain(model, images())[0]
+    assert engine.fuse_for_training(model.train(), images()) is model

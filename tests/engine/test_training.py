@@ -205,6 +205,22 @@ def test_hooks_run_and_see_what_they_would():
     assert seen == [(4, 4, 5, 5)] * 2
 
 
+def test_a_forward_that_was_replaced_is_called():
+    model, x = block_of().train(), torch.rand(4, 3, 5, 5)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    seen = []
+
+    def recording(images, forward=norm.forward):
+        seen.append(images.shape)
+        return forward(images)
+
+    norm.forward = recording
+    engine.fuse_for_training(model, x)
+    seen.clear()
+    engine.fuse_for_training(model, x)(x)
+    assert len(seen) == 1
+
+
 class Drawn(nn.Module):
     """Python code that a trace does not show."""
 

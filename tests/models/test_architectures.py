@@ -169,6 +169,8 @@ def test_the_statistics_of_the_digits_are_those_of_their_images():
         ("resnet18", {"width": 0}, "width must be an integer of at least 1, got 0"),
         ("resnet18", {"classes": 0}, "classes must be an integer of at least 1, got 0"),
         ("vgg16", {"input_shape": (1, 8, 8)}, "at least 16 x 16 pixels, got 8 x 8"),
+        ("vgg16", {"input_shape": (3, 32, 8)}, "at least 16 x 16 pixels, got 32 x 8"),
+        ("vgg16", {"input_shape": (3, 8, 32)}, "at least 16 x 16 pixels, got 8 x 32"),
         ("vgg16_kuangliu", {"input_shape": (3, 28, 28)}, "halves images five times: .* at least 32 x 32 pixels"),
         ("resnet18", {"input_shape": (32, 32)}, r"input_shape must be \[C, H, W\], each at least 1, got \[32, 32\]"),
     ],

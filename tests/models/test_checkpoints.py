@@ -152,3 +152,10 @@ def test_a_width_beyond_that_of_the_file_takes_no_memory():
     for width, said in ((200_000, "does not fit digits_cnn"), (10**9, "cannot be built")):
         with pytest.raises(ValueError, match=said):
             models.load_checkpoint(state, "digits_cnn", width=width)
+
+
+def test_the_images_of_a_checkpoint_may_have_another_shape_than_those_of_cifar():
+    net = models.build("resnet18", width=4, classes=7, input_shape=(1, 28, 28))
+    state = {name: value for name, value in net.state_dict().items() if "normalize" not in name}
+    ours = load(state, "resnet18", classes=7, input_shape=(1, 28, 28), normalize="mnist")
+    assert ours(torch.rand(2, 1, 28, 28)).shape == (2, 7) and ours.normalize.mean.item() == pytest.approx(0.1307)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.tolerances import assert_close
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv.masks import SUPPORTED_BLOCKS, prune
@@ -271,3 +272,12 @@ def test_pruned_entries_written_by_hand_do_not_count_while_weights_are_frozen(mo
     assert_close(layer(x), expected)
     with frozen_weights(model):
         assert_close(layer(x), expected)
+
+
+def test_names_that_a_user_excluded_from_ddp_stay_excluded(model, x):
+    ignore = "_ddp_params_and_buffers_to_ignore"
+    layer = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [f"{layer}.bias", "other"])
+    sparse = sparsify(model, prune(model, 0.5))
+    assert set(getattr(sparse, ignore)) >= {f"{layer}.bias", "other", f"{layer}.weight_mask"}
+    assert set(getattr(densify(sparse), ignore)) == {f"{layer}.bias", "other"}

@@ -47,6 +47,13 @@ def test_without_a_shape_kernels_that_depend_on_the_input_are_unknown(model):
     assert "unknown without an input shape" in str(explain(model))
     tune(model, SHAPE, given("sparse"))
     assert "sparse (given)" in str(explain(model))
+    torch.use_deterministic_algorithms(True)  # which ignores what was tuned
+    try:
+        assert "given" not in str(explain(model)) and "unknown without an input shape" in str(explain(model))
+        assert "given" not in str(explain(model, SHAPE))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "sparse (given)" in str(explain(model))
     assert str(explain(nn.ReLU())).endswith("no convolutions")
 
 

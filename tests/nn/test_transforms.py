@@ -144,3 +144,21 @@ def test_an_op_that_writes_into_its_output_is_refused():
     x = images()
     with pytest.raises(ValueError, match=r"pointwise_out writes into out: it cannot run under torch\.func or forward"):
         jvp(lambda x: ops.pointwise_out(x, out=torch.empty_like(x)), (x,), (x,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pruned_weights_that_are_not_finite_count_nowhere(value):
+    mask = torch.rand(4, 2, 3, 3) < 0.5
+    pattern, x, v = ops.compile_pattern(mask), images(), images()
+    weight = torch.rand(4, 2, 3, 3, dtype=torch.float64)
+    spoilt, zeroed = weight.where(mask, value), weight.where(mask, 0)
+
+    def f(weight):
+        return lambda x: ops.masked_conv2d(x, weight, pattern)
+
+    for actual, expected in zip(jvp(f(spoilt), (x,), (v,)), jvp(f(zeroed), (x,), (v,)), strict=True):
+        assert_close(actual, expected)
+    assert_close(vmap(f(spoilt))(x[:, None]), vmap(f(zeroed))(x[:, None]))
+    for gradient in (grad, jacrev):
+        wanted = gradient(lambda w: f(w)(x).square().sum())(zeroed)
+        assert_close(gradient(lambda w: f(w)(x).square().sum())(spoilt), wanted)

@@ -1,9 +1,11 @@
 """Which views share memory, with themselves or with another tensor, as a look at every element says."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_adv import ops
 from sparse_adv.ops.arguments import overlap_partly, overlaps_itself
 
 BASE = torch.arange(400.0)
@@ -35,3 +37,50 @@ def test_sums_of_several_strides_may_meet():
     assert overlaps_itself(BASE.as_strided((2, 2, 2), (1, 2, 3)))
     assert not overlaps_itself(BASE.as_strided((2, 2, 2), (1, 2, 4)))
     assert not overlaps_itself(BASE.as_strided((2, 2), (3, 2)))  # interleaved: elements 0, 2, 3 and 5
+
+
+def written_ops():
+    """Calls of each op that writes into memory of the caller, with operands by name."""
+    images, weight = torch.rand(1, 2, 4, 4), torch.rand(2, 2, 3, 3)
+    pattern = ops.compile_pattern(torch.ones(2, 2, 3, 3, dtype=torch.bool))
+    pooled, index = torch.rand(1, 2, 2, 2), torch.zeros(1, 2, 2, 2, dtype=torch.uint8)
+    new, pixels = torch.zeros_like, images.contiguous(memory_format=torch.channels_last)
+    return {
+        "pointwise_out": (
+            ops.pointwise_out,
+            {"input": images, "scale": torch.rand(2), "bias": torch.rand(2), "residual": images, "out": new(images)},
+        ),
+        "masked_conv2d_out": (
+            lambda **operands: ops.masked_conv2d_out(pattern=pattern, padding=1, **operands),
+            {"input": images, "weight": weight, "bias": torch.rand(2), "residual": images, "out": new(images)},
+        ),
+        "masked_conv2d_grad_input_out": (
+            lambda **operands: ops.masked_conv2d_grad_input_out(pattern=pattern, padding=1, **operands),
+            {"grad_output": images, "weight": weight, "residual": images, "out": new(images)},
+        ),
+        "winograd_conv2d_out": (
+            ops.winograd_conv2d_out,
+            {"input": pixels, "weight": ops.winograd_conv2d_weight(weight), "residual": pixels, "out": new(pixels)},
+        ),
+        "max_pool2d_grad_input_out": (
+            lambda **operands: ops.max_pool2d_grad_input_out(index=index, size=(2, 2), **operands),
+            {"grad": pooled, "residual": images, "out": new(images)},
+        ),
+        "max_pool2d_out": (
+            lambda **operands: ops.max_pool2d_out(index=new(index), size=(2, 2), **operands),
+            {"input": images, "out": new(pooled)},
+        ),
+    }
+
+
+@pytest.mark.parametrize("op", written_ops())
+def test_no_operand_may_be_a_negated_view_or_require_a_gradient(op):
+    call, operands = written_ops()[op]
+    call(**operands)
+    for name, tensor in operands.items():
+        negated = torch.complex(torch.zeros_like(tensor), tensor).conj().imag
+        assert negated.is_neg()
+        with pytest.raises(ValueError, match=f"{name} is a negated view"):
+            call(**operands | {name: negated})
+        with pytest.raises(ValueError, match=f"{name} requires grad: {op} is not differentiable"):
+            call(**operands | {name: tensor.clone().requires_grad_()})
