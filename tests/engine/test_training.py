@@ -3,6 +3,7 @@
 import copy
 import logging
 import random
+import types
 
 import pytest
 import torch
@@ -210,11 +211,11 @@ def test_a_forward_that_was_replaced_is_called():
     norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     seen = []
 
-    def recording(images, forward=norm.forward):
+    def recording(self, images):
         seen.append(images.shape)
-        return forward(images)
+        return nn.BatchNorm2d.forward(self, images)
 
-    norm.forward = recording
+    norm.forward = types.MethodType(recording, norm)
     engine.fuse_for_training(model, x)
     seen.clear()
     engine.fuse_for_training(model, x)(x)
