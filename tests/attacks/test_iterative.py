@@ -67,8 +67,8 @@ def test_a_mean_of_gradients_beats_one_gradient_on_a_noisy_model():
         adv = eotpgd(Noisy(model), images, labels, eps=0.1, alpha=0.05, steps=5, eot_iter=eot_iter)
         return F.cross_entropy(model(adv), labels).item()
 
-    losses = [mean_loss(eot_iter) for eot_iter in (1, 8, 32)]
-    assert losses == sorted(losses)
+    one, some, many = (mean_loss(eot_iter) for eot_iter in (1, 8, 32))
+    assert one < some < many
 
 
 def test_the_random_step_is_of_size_alpha_and_the_others_of_the_rest():

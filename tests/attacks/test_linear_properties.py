@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 from helpers.searched import distances
 from hypothesis import given, settings
@@ -187,3 +188,27 @@ def test_a_budget_that_contains_another_breaks_the_same_images_and_perhaps_more(
     attack, budgets = STRONGER[name]
     weak, strong = (broken(problem, run(name, attack, problem, norm, **budget)) for budget in budgets)
     assert (strong >= weak).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", [*REACHING, *INSIDE, *FREE])
+def test_a_gradient_that_is_not_finite_in_one_pixel_leaves_images_finite(name, value):
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            gradient = gradient.clone()
+            gradient[0].view(-1)[0] = value
+            return gradient
+
+    torch.manual_seed(0)
+    layer = nn.Linear(CHANNELS * SIDE * SIDE, 5)
+    images = torch.rand(3, *SHAPE)
+    labels = layer(images.flatten(1)).argmax(1)
+    attack = (REACHING | INSIDE | FREE)[name]
+    options = {} if name in ("cw", "deepfool", "fmn") else {"eps": 0.1}
+    adv = attack(lambda x: layer(Broken.apply(x).flatten(1)), images, labels, **options)
+    assert adv.isfinite().all() and adv.min() >= 0 and adv.max() <= 1

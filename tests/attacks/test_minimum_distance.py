@@ -153,7 +153,9 @@ def test_wrong_arguments_are_named():
         deepfool(model, images, labels, steps=-1)
 
 
-def test_deepfool_keeps_the_last_image_before_a_gradient_is_nan():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pixels", [1, 10**6], ids=["one pixel", "all pixels"])
+def test_deepfool_keeps_the_last_image_before_a_gradient_is_not_finite(value, pixels):
     class Broken(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -161,9 +163,9 @@ def test_deepfool_keeps_the_last_image_before_a_gradient_is_nan():
 
         @staticmethod
         def backward(ctx, gradient):
-            return torch.where(
-                torch.arange(len(gradient)).view(-1, *[1] * (gradient.dim() - 1)) == 0, torch.nan, gradient
-            )
+            gradient = gradient.clone()
+            gradient[0].view(-1)[:pixels] = value
+            return gradient
 
     model, images, labels = linear_problem()
     adv = deepfool(lambda x: model(Broken.apply(x)), images, labels, steps=3)
