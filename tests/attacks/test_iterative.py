@@ -71,6 +71,11 @@ def test_a_mean_of_gradients_beats_one_gradient_on_a_noisy_model():
     assert one < some < many
 
 
+@pytest.mark.parametrize(("eps", "steps"), [(1, 1), (2, 2), (3, 3), (4, 5), (8, 10), (15, 18), (16, 20), (24, 28)])
+def test_the_number_of_steps_of_the_paper_is_rounded_down(eps, steps):
+    assert BIM(nn.Flatten(), eps=eps / 255, steps=0).options.steps == steps
+
+
 def test_the_random_step_is_of_size_alpha_and_the_others_of_the_rest():
     model, images, labels = classified()
     images = images * 0.5 + 0.25
