@@ -54,6 +54,22 @@ def test_in_a_corner_of_the_box_the_least_distance_within_it_is_found(norm):
     assert (lengths(adv, images, norm) <= 1.05 * exact).all()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_logits_of_other_images_do_not_count(norm):
+    model, images, labels = linear_problem(12)
+    model, images = model.double(), images.double()
+    scale = torch.ones(12, 1, dtype=torch.float64)
+    expected = fmn(lambda x: model(x) * scale[: len(x)], images, labels, norm=norm, steps=10)
+    spread = torch.where(torch.arange(12) < 2, 1e12, 1.0).double()[:, None]
+
+    def far_apart(x):  # logits of the first two images are huge; their boundaries stay
+        nearest = torch.cdist(x.flatten(1), images.flatten(1)).argmin(1)
+        return model(x) * spread[nearest]
+
+    adv = fmn(far_apart, images, labels, norm=norm, steps=10)
+    assert torch.allclose(adv[2:], expected[2:], rtol=0, atol=1e-12)
+
+
 def test_two_pixels_by_hand():
     model = Linear(2, (1, 1, 2))
     with torch.no_grad():

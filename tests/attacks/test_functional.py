@@ -347,3 +347,16 @@ def test_each_restart_reads_random_numbers_of_its_own(monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(5, 3))
     pgd(model, torch.rand(3, 1, 1, 5), torch.tensor([0, 1, 2]), steps=1, restarts=3, generator=generator())
     assert states == [[int(philox_state()[0]), offset] for offset in (0, 4, 8)]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("eps", [1e-4, 5e-4, 0.02, 0.5])
+def test_the_noise_of_tpgd_stays_within_eps(norm, eps):
+    model, (images, _) = make_model().eval(), batch()
+    images = images * 0.5 + 0.25
+    start = tpgd(model, images, eps=eps, steps=0, norm=norm, generator=generator())
+    length = (start.double() - images.double()).flatten(1).norm(dim=1, p=torch.inf if norm == "linf" else 2)
+    noise = 0.001 if norm == "linf" else 0.05
+    assert length.max() <= min(eps, noise) + 1e-7 and length.max() >= 0.3 * min(eps, noise)
+    of_each = tpgd(model, images, eps=torch.full((6,), eps), steps=0, norm=norm, generator=generator())
+    assert torch.allclose(start, of_each, rtol=0, atol=1e-7)

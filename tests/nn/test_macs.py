@@ -114,6 +114,13 @@ def test_linear_layers_count_every_row():
     assert count_macs(nn.Linear(7, 5), SHAPE).forward == 3 * 4 * 9 * (7 * 5)
 
 
+def test_masked_linear_layers_multiply_zeros_too():
+    mask = torch.arange(35).view(5, 7) % 5 == 0
+    counted = count_macs(sparsify(nn.Sequential(nn.Linear(7, 5)), {"0": mask}), SHAPE)
+    assert counted.forward == counted.grad_input == counted.grad_weight == counted.dense == 3 * 4 * 9 * 35
+    assert counted.kept == 3 * 4 * 9 * 7
+
+
 def test_a_model_with_neither_layer_executes_nothing():
     assert count_macs(nn.ReLU(), SHAPE) == Macs(0, 0, 0, 0, 0, 0, 3)
 

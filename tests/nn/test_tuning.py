@@ -142,6 +142,10 @@ def test_deterministic_algorithms_ignore_measurements(model, deterministic):
 def test_wrong_choices_are_refused(model):
     with pytest.raises(ValueError, match=r"choices: model has no module '22'; did you mean '2'?"):
         tune(model, SHAPE, {"22": given("sparse")["0"]})
+    with pytest.raises(ValueError, match="choices: model has no module '22'"):
+        tune(model, SHAPE, {"0": given("sparse")["0"], "22": given("sparse")["0"]})
+    with pytest.raises(ValueError, match=r"choices of .2.: kernel"):
+        tune(model, SHAPE, {"0": given("sparse")["0"], "2": given("fast")["2"]})
     with pytest.raises(ValueError, match=r'choices of .0.: kernel of forward must be "sparse" or "dense", got .fast.'):
         tune(model, SHAPE, given("fast"))
     assert model[0].choices is None

@@ -111,3 +111,14 @@ def test_every_argument_of_an_adversarial_loss_reaches_its_objective(change):
     assert found.item() == pytest.approx(expected.item(), rel=1e-6) and found.requires_grad
     default = adversarial_loss(model, X, Y, "mart", generator=generator(), eps=0.1, label_smoothing=0.25)
     assert found.item() != pytest.approx(default.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 1.5])
+def test_the_step_of_smooth_convergence_leaves_the_ball_around_the_clean_images(share):
+    built = objectives.build(TrainConfig(objective="fgsm-rs-cs", eps=0.1, alpha=share * 0.1))
+    model, x = network(), torch.rand(8, 1, 6, 6) * 0.4 + 0.3
+    adv = built.craft(model, x, torch.arange(8) % 2, torch.Generator().manual_seed(0))
+    moved = (adv - built.start).abs()
+    assert (built.start - x).abs().max() <= 0.1 + 1e-6
+    assert torch.allclose(moved[moved > 1e-6], torch.tensor(share * 0.1), atol=1e-6)
+    assert (moved > 1e-6).float().mean() > 0.5 and (adv - x).abs().max() > share * 0.1

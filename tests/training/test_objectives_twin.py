@@ -272,9 +272,15 @@ def test_pruned_weights_stay_zero_under_adversarial_weights_and_averaging(object
             assert layer.weight[layer.weight_mask].count_nonzero() > 0
 
 
+def vector_network() -> nn.Module:
+    size = TRAIN.images[0].numel()
+    return nn.Sequential(nn.Flatten(), nn.Linear(size, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_adversarial_weights_are_restored_bit_for_bit_and_move_neither_gradients_nor_statistics(fails):
-    model = network().train()
+@pytest.mark.parametrize("make", [network, vector_network])
+def test_adversarial_weights_are_restored_bit_for_bit_and_move_neither_gradients_nor_statistics(fails, make):
+    model = make().train()
     before = copy.deepcopy(model.state_dict())
     x, y = data.to_unit(TRAIN.images[:16]), TRAIN.labels[:16]
     perturbed = training.awp.perturbed_weights(model, lambda model: F.cross_entropy(model(x), y), 0.1)
