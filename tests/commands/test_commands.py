@@ -281,6 +281,22 @@ def test_convert_goes_there_and_back(searched, tmp_path, capsys):
     assert main(["explain", str(tmp_path / "back.safetensors")]) == 0
 
 
+@pytest.mark.parametrize("density", [None, 0.25])
+def test_the_density_of_an_evaluated_checkpoint_reaches_its_reader(tmp_path, monkeypatch, density):
+    class Read(Exception):
+        pass
+
+    def load_pruned(source, *, dense, density):
+        raise Read(source, dense, density)
+
+    monkeypatch.setattr(masks, "load_pruned", load_pruned)
+    (tmp_path / "a.pt").write_bytes(b"scores")
+    flags = [] if density is None else ["--density", str(density)]
+    with pytest.raises(Read) as read:
+        main(["evaluate", str(tmp_path / "a.pt"), "--data", "digits", "--arch", "digits_cnn", *flags])
+    assert read.value.args == (tmp_path / "a.pt", True, density)
+
+
 def test_every_flag_of_convert_reaches_its_use(searched, tmp_path, monkeypatch, capsys):
     ticket, seen = masks.load_ticket(searched / runs.TICKET), []
 

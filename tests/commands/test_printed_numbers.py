@@ -145,6 +145,14 @@ def test_a_score_of_the_benchmark_is_what_autoattack_found(tmp_path, monkeypatch
     assert (Evaluator.asked["seed"], Evaluator.asked["norm"], Evaluator.asked["verbose"]) == (7, "linf", False)
 
 
+def test_an_accuracy_of_zero_is_printed_and_one_that_was_not_measured_is_not(capsys):
+    printed = output.Output(as_json=False)
+    printed.epoch(epoch_record(1, clean_accuracy=0.25, robust_accuracy=0.0))
+    printed.epoch(epoch_record(2, clean_accuracy=None, robust_accuracy=None))
+    first, second = capsys.readouterr().out.splitlines()
+    assert ", clean 25.0%, robust 0.0%, " in first and "clean" not in second and "robust" not in second
+
+
 TRAINED = TrainResult(
     Cost(90.0, 4_000),
     TicketChecks(pruned_weights_zero=True),

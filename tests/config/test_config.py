@@ -181,3 +181,10 @@ def test_a_text_is_neither_true_nor_false(config, name):
         with pytest.raises(ValueError, match=f"{name} must be true or false, got {value!r}"):
             config(**{name: value})
     assert getattr(config(**{name: np.bool_(True)}), name) is True
+
+
+def test_a_radius_above_one_is_for_l2_alone():
+    assert TrainConfig(norm="l2", eps=2.0).eps == 2.0
+    assert TrainConfig(norm="linf", eps=1.0).eps == 1.0
+    with pytest.raises(ValueError, match=r"eps must be at most 1 for norm .linf., .* got 1.5"):
+        TrainConfig(norm="linf", eps=1.5)

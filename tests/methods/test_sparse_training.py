@@ -248,6 +248,15 @@ def test_rescaled_weights_give_each_output_channel_its_variance():
     assert torch.allclose(layer.weight, expected)
 
 
+def test_a_weight_that_two_layers_share_is_rescaled_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    dense = model[0].weight.detach().clone()
+    first = methods.start(model, MethodConfig("static", density=0.5, rescale_init=True), seed=0)[0]
+    kept = first.weight_mask.sum(1, keepdim=True)
+    assert torch.allclose(first.weight, torch.where(first.weight_mask, dense * (8 / kept).sqrt(), 0))
+
+
 def test_none_is_no_method():
     with pytest.raises(ValueError, match="method must name a method, got 'none'"):
         SparseTraining(MethodConfig())

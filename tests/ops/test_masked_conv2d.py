@@ -301,6 +301,8 @@ BAD = {
     "padding is missing": ({"padding": None}, "padding must be one or two integers, got None"),
     "same with a stride": ({"padding": "same", "stride": 2}, r'padding="same" needs stride 1, got stride \(2, 2\)'),
     "filter too large": ({"dilation": 6}, r"input of 9 x 11 pixels .* smaller than the filter \(3, 3\)"),
+    "filter too high": ({"dilation": (6, 1)}, r"input of 9 x 11 pixels .* smaller than the filter \(3, 3\)"),
+    "filter too wide": ({"dilation": (1, 6)}, r"input of 9 x 11 pixels .* smaller than the filter \(3, 3\)"),
     "8 bits": ({"input": torch.zeros(2, 5, 9, 11).to(torch.float8_e5m2)}, "16 bits or more, got torch.float8_e5m2"),
     "dtypes": ({"weight": torch.zeros(6, 5, 3, 3).double()}, "weight is torch.float64, input is torch.float32"),
     "devices": ({"weight": torch.zeros(6, 5, 3, 3, device="meta")}, "weight is on meta, input on cpu"),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers.tolerances import assert_close
@@ -103,6 +104,8 @@ def test_an_offset_skips_blocks_of_the_stream():
 def test_equal_seeds_give_equal_starts_and_others_do_not():
     clean = clean_images(2, 3, 8, 8)
     assert torch.equal(random_start(clean, EPS, seed=7), random_start(clean, EPS, seed=torch.tensor([7, 0])))
+    for seed in (np.int64(7), np.uint8(7)):
+        assert torch.equal(random_start(clean, EPS, seed=seed), random_start(clean, EPS, seed=7))
     for norm in NORMS:
         assert not torch.equal(random_start(clean, EPS, norm, 7), random_start(clean, EPS, norm, 8))
 

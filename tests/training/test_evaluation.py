@@ -225,6 +225,13 @@ def test_every_image_is_attacked_where_the_loss_is_measured(model, at_once, monk
     losses = torch.stack([nn.functional.cross_entropy(model(adv), y, reduction="none") for adv in tries]).detach()
     thrice = training.robust_accuracy(model, VALIDATION, **options, restarts=3, every_image=True)
     assert thrice.loss == pytest.approx(float(losses.amax(0).mean()), rel=1e-5) and losses[-1].lt(losses[0]).any()
+    right = model(x).argmax(1) == y
+    for adv in tries:
+        right &= model(adv).argmax(1) == y
+    assert thrice.fraction == pytest.approx(float(right.float().mean()))
+    few = torch.arange(len(y)) < 3
+    among = training.robust_accuracy(model, VALIDATION, **options, restarts=3, every_image=True, among=few)
+    assert among.fraction == pytest.approx(float((right & few).float().mean()))
     assert training.robust_accuracy(model, VALIDATION, **options).loss is None
 
 
