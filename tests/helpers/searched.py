@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,23 @@ def distances(adv: Tensor, images: Tensor, norm: str) -> Tensor:
 def broken(model: nn.Module, adv: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         return model(adv).argmax(1) != labels
+
+
+def spoil_gradient(x: Tensor, value: float, pixels: int) -> Tensor:
+    """x itself, but the gradient of the first `pixels` pixels of the first image is `value`."""
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            gradient[0].view(-1)[:pixels] = value
+            return gradient
+
+    return Spoilt.apply(x)
 
 
 def assert_leaves_all_as_found(attack: Attack) -> None:
