@@ -48,7 +48,8 @@ class State:
         """
         count = min(len(logits), len(self.logits))
         now, then = first_logits(logits[:count]), self.logits[:count]
-        tolerance = max(_TOLERANCE, 8 * torch.finfo(now.dtype).eps) * float(then.nan_to_num(0, 0, 0).abs().max())
+        largest = float(then.nan_to_num(nan=0, posinf=0, neginf=0).abs().max())
+        tolerance = max(_TOLERANCE, 8 * torch.finfo(now.dtype).eps) * largest
         if now.shape != then.shape or not now.allclose(then.to(now.dtype), rtol=0, atol=tolerance, equal_nan=True):
             raise ValueError(f"state_path {path} is of another model, with other clean logits: name another file")
 
