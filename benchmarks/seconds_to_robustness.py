@@ -215,11 +215,11 @@ def table(out: Path, rows: Path | None, picture: Path | None) -> None:
         means = [statistics.mean(100 * float(answer[key]) for answer in own) for key in list(own[0])[-3:]]
         search, epochs, seconds = (own[0][key] for key in ("search_epochs", "epochs", "seconds"))
         length = f"{search} + {epochs}" if search else str(epochs)
-        robust = " ".join(f"{100 * float(answer['test_pgd50_margin']):.1f}" for answer in own)
-        listed = f" ({robust})" if len(own) > 1 else ""
+        robust = [100 * float(answer["test_pgd50_margin"]) for answer in own]
+        listed = f" ({' '.join(f'{value:.1f}' for value in robust)})" if len(own) > 1 else ""
         validation, clean, pgd = (f"{mean:.1f}" for mean in means)
         print(f"| {name} | {length} | {seconds:.0f} | {len(own)} | {validation} | {clean} | {pgd}{listed} |")
-        points.append((name, float(seconds), means[-1]))
+        points.append((name, float(seconds), robust))
     if rows is not None:
         text = StringIO()
         writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
@@ -230,16 +230,19 @@ def table(out: Path, rows: Path | None, picture: Path | None) -> None:
         draw(points, picture)
 
 
-def draw(points: Sequence[tuple[str, float, float]], path: Path) -> None:
-    """A line per recipe through its points of different lengths."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for name, x, y in points:
-        lines.setdefault(name.rpartition(",")[0], []).append((x, y))
+def draw(points: Sequence[tuple[str, float, list[float]]], path: Path) -> None:
+    """A line per recipe through the means of its points of different lengths, and a dot for each seed."""
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for name, seconds, robust in points:
+        lines.setdefault(name.rpartition(",")[0], []).append((seconds, robust))
     for (recipe, line), marker in zip(lines.items(), "osv^<>DPXdph*8H" * 2, strict=False):
-        axes.plot(*zip(*sorted(line), strict=True), marker=marker, label=recipe)
+        means = sorted((seconds, statistics.mean(robust)) for seconds, robust in line)
+        (drawn,) = axes.plot(*zip(*means, strict=True), marker=marker, label=recipe)
+        seeds = [(seconds, value) for seconds, robust in line for value in robust]
+        axes.plot(*zip(*seeds, strict=True), ".", color=drawn.get_color(), alpha=0.5)
     axes.set(xlabel="seconds of training, search included", ylabel="test accuracy under PGD-50 (margin), %")
-    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.set_xlim(left=0)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     with plt.rc_context({"svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
