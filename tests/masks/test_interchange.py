@@ -130,19 +130,22 @@ def test_masks_of_open_lth_may_be_in_another_file(model, masks, weights, path, t
         load_pruned(path, tmp_path / "mask.pth")
 
 
-@pytest.mark.parametrize("kind", ["one density", "by layer", "harp"])
+@pytest.mark.parametrize("kind", ["one density", "by layer", "harp", "harp by layer"])
 def test_the_highest_scores_of_each_layer_are_kept(model, path, kind):
+    """Densities that are given by layer win over those that HARP learned."""
     state, rates = model.state_dict(), dict(zip(MASKED, (0.1, 0.37, 0.5), strict=True))
     expected = {}
     for name in MASKED:
         scores = state[f"{name}.popup_scores"] = torch.randn_like(state[f"{name}.weight"])
-        k = rates[name] if kind == "by layer" else 0.37
-        if kind == "harp":
+        k = 0.37
+        if kind.startswith("harp"):
             rate = state[f"{name}.k_score"] = torch.randn(())
             k = torch.sigmoid(rate) * (1 - 0.037) + 0.037
+        if kind.endswith("by layer"):
+            k = rates[name]
         expected[name] = edge_popup_mask(scores, k)
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "best": 1.5}, path)
-    loaded = load_pruned(path, model=model, density=rates if kind == "by layer" else 0.37)
+    loaded = load_pruned(path, model=model, density=rates if kind.endswith("by layer") else 0.37)
     assert_same(loaded.masks, expected)
     assert loaded.state_dict.keys() == model.state_dict().keys()
     assert torch.equal(loaded.state_dict["fc.weight"], state["fc.weight"] * expected["fc"])
