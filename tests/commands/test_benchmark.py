@@ -88,6 +88,13 @@ def test_the_same_command_goes_on_from_its_states(checkpoint, small_budgets, cap
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["autoattack"] == first["autoattack"]
 
 
+def test_radii_that_differ_little_have_states_of_their_own(checkpoint, small_budgets, capsys):
+    assert main(command(checkpoint, *US, "--images", "20", "--eps", f"0.031,{8 / 255}")) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [entry["eps"] for entry in row["autoattack"]] == [0.031, 8 / 255]
+    assert len(list((checkpoint.parent / "row").glob("autoattack_*.safetensors"))) == 2
+
+
 def test_the_radius_and_images_of_the_benchmark_are_the_default():
     from sparse_adv.commands.benchmark import FMN_FIRST, FMN_IMAGES, Options
 

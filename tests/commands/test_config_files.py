@@ -50,6 +50,15 @@ def test_wrong_configs_are_told_in_a_sentence(tmp_path, capsys, content, said):
     assert said in refused(capsys, "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["lr: 0.1\nlr: 0.2\n", "- epochs\n"])
+def test_a_config_is_checked_in_both_spellings_of_its_flag(tmp_path, capsys, content):
+    config = tmp_path / "run.yaml"
+    config.write_text(content)
+    out = ("--out", str(tmp_path / "run"))
+    said = refused(capsys, "train", "--config", str(config), *out)
+    assert said == refused(capsys, "train", f"--config={config}", *out) and str(config) in said
+
+
 @pytest.mark.parametrize("key", ["augment", "width", "limit", "validation"])
 @pytest.mark.parametrize("null", ["null", "~"])
 def test_null_stands_for_the_default_of_an_optional_setting(tmp_path, capsys, key, null):

@@ -228,6 +228,14 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     ]
 
 
+def test_a_folder_in_several_spellings_is_one_run(tmp_path, monkeypatch):
+    folder = make(tmp_path / "dense", (0.25,))
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    text = report.report([folder, "dense", Path("link"), "./dense/"], tmp_path / "out")
+    assert text.splitlines()[0] == "# Report of 1 run"
+
+
 def test_a_report_has_all_numbers_in_its_csv_and_all_figures_it_links(tmp_path):
     ticket = make(tmp_path / "ticket", (None, 0.1 + 0.2), name="tick|et, new", before=Cost(5.0, 7), weights=0.1)
     dense = make(tmp_path / "dense", (0.25,), test={"clean": 0.5})
