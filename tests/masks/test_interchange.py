@@ -137,12 +137,11 @@ def test_the_highest_scores_of_each_layer_are_kept(model, path, kind):
     expected = {}
     for name in MASKED:
         scores = state[f"{name}.popup_scores"] = torch.randn_like(state[f"{name}.weight"])
-        k = 0.37
+        rate = torch.randn(())
         if kind.startswith("harp"):
-            rate = state[f"{name}.k_score"] = torch.randn(())
-            k = torch.sigmoid(rate) * (1 - 0.037) + 0.037
-        if kind.endswith("by layer"):
-            k = rates[name]
+            state[f"{name}.k_score"] = rate
+        learned = torch.sigmoid(rate) * (1 - 0.037) + 0.037
+        k = {"one density": 0.37, "harp": learned}.get(kind, rates[name])
         expected[name] = edge_popup_mask(scores, k)
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "best": 1.5}, path)
     loaded = load_pruned(path, model=model, density=rates if kind.endswith("by layer") else 0.37)
