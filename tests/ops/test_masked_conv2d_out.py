@@ -57,11 +57,20 @@ def test_every_block_and_image_equals_the_reference(block, image, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("image", [(7, 7), (19, 19), (12, 8), (6, 20), (1, 33), (33, 1), (28, 28), (40, 56)], ids=str)
-def test_single_pixels_in_rows_of_any_length_equal_the_reference(image, gated, layout):
-    """Filters of 1 x 1, for which neighbouring rows count as one; those of gates are padded to bytes."""
+@pytest.mark.parametrize(
+    ("image", "channels"),
+    [
+        *((image, (20, 13)) for image in [(7, 7), (19, 19), (12, 8), (6, 20), (1, 33), (33, 1), (28, 28), (40, 56)]),
+        ((132, 128), (17, 21)),  # more pixels than the accumulators in the cache
+        ((24, 25), (150, 140)),  # more channels than the input tile in the cache
+        ((24, 24), (150, 140)),
+    ],
+    ids=str,
+)
+def test_single_pixels_in_rows_of_any_length_equal_the_reference(image, channels, gated, layout):
+    """Filters of 1 x 1, for which all rows count as one; those of gates are padded to bytes."""
     for seed, block in enumerate(BLOCKS[:-1]):
-        case = Case(3, 1, 20, 13, image, (1, 1), padding=(0, 0), block=block, density=0.4, layout=layout, seed=seed)
+        case = Case(3, 1, *channels, image, (1, 1), padding=(0, 0), block=block, density=0.4, layout=layout, seed=seed)
         residual = ("none", "out", "another tensor")[seed % 3]
         check_forward(case, case.pattern("sparse"), residual, relu=gated)
         check_grad_input(case, case.pattern("sparse"), residual, gated=gated)

@@ -7,8 +7,8 @@
 //   its padding and halo included, for the channels of a panel.
 // - Positions of a band: computed in tiles of kTileVectors vectors, tile_rows x tile_cols, without those parts that lie
 //   beyond the end of the images.
-// - Rows of an image: with 1x1 filters at unit stride and without padding, which do not see where a row ends, several
-//   rows count as one row of so many times the pixels, which fills more lanes.
+// - Images: with 1x1 filters at unit stride and without padding, which do not see where a row ends, an image counts as
+//   one row, which fills more lanes, and is cut into pieces of a tile.
 // - Channels that the pass writes: threads share a work item by them where the work items do not divide evenly.
 #pragma once
 
@@ -29,7 +29,7 @@ struct PassSizes {
   int64_t ic_block;    // panels are multiples of it; 0: one panel, for grouped convolutions (ic_blocks are per group)
   bool channels_last;  // the layout of the images
   bool whole_tiles;    // all vectors of a tile are computed, also those beyond the end of the images
-  bool may_join_rows;  // gates have rows of their own, padded to bytes
+  bool gated;          // the epilogue reads or writes a gate, whose rows are padded to bytes
 };
 
 // The lanes of a vector are either
@@ -37,7 +37,10 @@ struct PassSizes {
 // - width-vectorised: neighbouring pixels of one image (width_layout_kernel.h); for NCHW images at unit stride only.
 struct Blocking {
   ConvAxis rows, cols;
-  int64_t joined_rows = 1;  // rows of the images that count as one of `rows`
+  // Whether an image counts as one row of all its pixels that is cut into pieces of at most a tile: `rows` are then the
+  // pieces and `cols` the pixels of one. The last piece may be shorter.
+  bool in_pieces = false;
+  int64_t last_piece = 0;
   int64_t source_channels;
   int64_t ic_panel;  // channels of a panel: a power of 2, unless one panel has all
   int lanes;
@@ -63,12 +66,22 @@ struct Blocking {
   // The number of positions that are computed, including those outside of the images.
   int64_t computed_positions() const { return batch_blocks() * lanes * plane_vectors; }
   int64_t rows_in_band(int64_t band) const { return std::min(band_rows, rows.positions - band * band_rows); }
+  // Of `size` pixels of a row, those that this one has.
+  int64_t cols_in_row(int64_t row, int64_t size) const {
+    return in_pieces && row + 1 == rows.positions ? last_piece : size;
+  }
+  // Vectors of a row that have positions of the images.
+  int64_t vectors_in_row(int64_t row) const {
+    return in_pieces && row + 1 == rows.positions ? (last_piece + lanes - 1) / lanes : row_vectors_inside;
+  }
   // Where the accumulators of the tile at (row, col) start, in vectors.
   int64_t acc_offset(int64_t row, int64_t col, int64_t channels) const;
   // Vectors that the accumulators of a band take.
   int64_t acc_size(int64_t channels) const;
   // Floats that the input tile takes.
-  int64_t input_tile_size() const { return ic_panel * channel_pitch * lanes + row_lead; }
+  int64_t input_tile_size() const {
+    return (in_pieces ? band_rows * row_pitch : ic_panel * channel_pitch) * lanes + row_lead;
+  }
   int64_t panel_channels(int64_t first_channel) const { return std::min(ic_panel, source_channels - first_channel); }
   // The offset, in floats, from a position to what a tap reads; -1 if the tap belongs to another output phase.
   int64_t tap_offset(int64_t tap, int64_t output_phase) const;
@@ -84,16 +97,16 @@ struct Blocking {
   int64_t batch_;
   int64_t batch_blocks() const { return (batch_ + batch_block - 1) / batch_block; }
   void choose_tile(bool width_vectors_allowed, const PassSizes& sizes);
-  bool reads_single_pixels() const;
-  void join_rows(int64_t count);
+  int64_t piece_size(bool gated) const;
+  void cut_into_pieces(int64_t piece);
   void cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row);
   void lay_out_batch(const PassSizes& sizes);
   void lay_out_width(const PassSizes& sizes);
 };
 
 // The blocking of the passes, for the instruction set in use.
-Blocking forward_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last, bool may_join_rows);
+Blocking forward_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last, bool gated);
 Blocking grad_weight_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last);
-Blocking grad_input_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last, bool may_join_rows);
+Blocking grad_input_blocking(const ConvParams& conv, const Pattern& pattern, bool channels_last, bool gated);
 
 }  // namespace sparse_adv

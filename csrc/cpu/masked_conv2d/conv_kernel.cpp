@@ -1,5 +1,7 @@
 #include "cpu/masked_conv2d/conv_kernel.h"
 
+#include <type_traits>
+
 #include "cpu/simd_epilogue.h"
 
 namespace sparse_adv {
@@ -201,15 +203,20 @@ static inline __attribute__((always_inline)) void accumulate(const ConvTile& til
 // end of the images, it is half of the tile, so that the other half can be left out.
 static constexpr TilePart part_of(int tile_cols, int oc_block, bool whole) {
   const int vectors = kAccumulators / oc_block, cols = vectors < tile_cols ? vectors : tile_cols, rows = vectors / cols;
-  return {.rows = !whole && vectors == kTileVectors && rows > 1 ? rows / 2 : rows, .cols = cols};
+  if (whole || vectors < kTileVectors) return {.rows = rows, .cols = cols};
+  return rows > 1 ? TilePart{.rows = rows / 2, .cols = cols} : TilePart{.rows = rows, .cols = cols / 2};
 }
 
 TilePart part_of_tile(int tile_cols, int64_t oc_block) { return part_of(tile_cols, static_cast<int>(oc_block), false); }
 
+// ByColumn needs whole rows, also where a row is the whole tile.
+template <class Order, int TILE_COLS>
+constexpr bool keeps_whole = std::is_same_v<Order, ByColumn> && TILE_COLS == kTileVectors;
+
 // If the WHOLE tile is inside of the band, the numbers of rows and columns are constants, which is 4 % faster.
 template <class Order, int TILE_COLS, bool WHOLE>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
-  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, WHOLE);
+  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, WHOLE || keeps_whole<Order, TILE_COLS>);
   const int rows = WHOLE ? kTileVectors / TILE_COLS : static_cast<int>(tile.rows_inside);
   const int cols = WHOLE ? TILE_COLS : static_cast<int>(tile.cols_inside);
   for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
@@ -234,7 +241,7 @@ static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_
 
 template <class Order, int TILE_COLS>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
-  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, false);
+  constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, keeps_whole<Order, TILE_COLS>);
   const bool whole =
       tile.rows_inside > kTileVectors / TILE_COLS - kPart.rows && tile.cols_inside > TILE_COLS - kPart.cols;
   if (whole) return tile_of<Order, TILE_COLS, true>(weights, first_ic_block, last_ic_block, tile);

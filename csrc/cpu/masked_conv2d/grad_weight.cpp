@@ -40,9 +40,9 @@ class PartComputer {
         input_(input),
         grad_output_(grad_output),
         input_loader_(blocking),
-        grad_loader_(blocking),
-        input_tile_(thread_buffer().at_least(blocking.input_tile_size() +
-                                             grad_output.size(1) * grad_loader_.channel_pitch * blocking.lanes)),
+        grad_loader_(blocking, grad_output.size(1)),
+        input_tile_(thread_buffer().at_least(blocking.input_tile_size() + grad_output.size(1) * blocking.band_rows *
+                                                                              blocking.row_vectors * blocking.lanes)),
         grad_tile_(input_tile_ + blocking.input_tile_size()) {
     if (blocking.width_vectorised) std::fill_n(input_tile_, blocking.input_tile_size(), 0.0f);
   }
@@ -60,9 +60,9 @@ class PartComputer {
           SPARSE_ADV_CHOOSE(masked_conv2d_grad_weight_tile)(
               weights_, ic_blocks.first, ic_blocks.last,
               {.input = input_tile_ + (row * blocking_.row_pitch + col) * lanes,
-               .grad = grad_tile_ + (row * blocking_.row_vectors + col) * lanes,
+               .grad = grad_tile_ + (row * grad_loader_.row_pitch + col) * lanes,
                .input_row_pitch = blocking_.row_pitch * lanes,
-               .grad_row_pitch = blocking_.row_vectors * lanes,
+               .grad_row_pitch = grad_loader_.row_pitch * lanes,
                .grad_channel_pitch = grad_loader_.channel_pitch * lanes,
                .cols = blocking_.tile_cols,
                .channel_of = channel_of_.data()},

@@ -87,14 +87,16 @@ void InputTileLoader::map_rows(int64_t band) {
   const int64_t first = std::clamp<int64_t>(start, 0, axis.source_size);
   const int64_t last = std::clamp<int64_t>(start + tile_rows, first, axis.source_size);
   const int64_t lanes = blocking_.lanes;
-  row_map_ = {.row_size = blocking_.cols.source_size,
-              .first_row = first,
-              .row_count = last - first,
-              .tile_row = first - start,
-              .tile_rows = tile_rows,
-              .tile_row_size = blocking_.row_pitch * lanes - blocking_.row_lead,
-              .row_pitch = blocking_.row_pitch * lanes,
-              .channel_pitch = blocking_.channel_pitch * lanes};
+  row_map_ = {
+      .row_size = blocking_.cols.source_size,
+      .last_row_size = blocking_.cols_in_row(last - 1, blocking_.cols.source_size),
+      .first_pixel = first * blocking_.cols.source_size,
+      .row_count = last - first,
+      .tile_row = first - start,
+      .tile_rows = tile_rows,
+      .tile_row_size = blocking_.in_pieces ? kTileVectors * lanes : blocking_.row_pitch * lanes - blocking_.row_lead,
+      .row_pitch = blocking_.row_pitch * lanes,
+      .channel_pitch = blocking_.channel_pitch * lanes};
 }
 
 void GradTileLoader::fill(const Images& grads, int64_t band, float* tile) {
@@ -105,14 +107,15 @@ void GradTileLoader::fill(const Images& grads, int64_t band, float* tile) {
 }
 
 RowMap GradTileLoader::map_rows(int64_t band) const {
-  const int64_t row_pitch = blocking_.row_vectors * blocking_.lanes;
+  const int64_t last = band * blocking_.band_rows + blocking_.rows_in_band(band) - 1;
   return {.row_size = blocking_.cols.output_size,
-          .first_row = band * blocking_.band_rows,
+          .last_row_size = blocking_.cols_in_row(last, blocking_.cols.output_size),
+          .first_pixel = band * blocking_.band_rows * blocking_.cols.output_size,
           .row_count = blocking_.rows_in_band(band),
           .tile_row = 0,
           .tile_rows = blocking_.band_rows,
-          .tile_row_size = row_pitch,
-          .row_pitch = row_pitch,
+          .tile_row_size = blocking_.row_vectors * blocking_.lanes,
+          .row_pitch = row_pitch * blocking_.lanes,
           .channel_pitch = channel_pitch * blocking_.lanes};
 }
 

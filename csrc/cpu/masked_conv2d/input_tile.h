@@ -38,12 +38,14 @@ class InputTileLoader {
 
 class GradTileLoader {
  public:
-  explicit GradTileLoader(const Blocking& blocking)
-      : channel_pitch(blocking.band_rows * blocking.row_vectors), blocking_(blocking) {}
+  GradTileLoader(const Blocking& blocking, int64_t channels)
+      : row_pitch(blocking.in_pieces ? channels * blocking.row_vectors : blocking.row_vectors),
+        channel_pitch(blocking.in_pieces ? blocking.row_vectors : blocking.band_rows * blocking.row_vectors),
+        blocking_(blocking) {}
 
   void fill(const Images& grads, int64_t band, float* tile);
 
-  const int64_t channel_pitch;  // vectors from one channel to the next
+  const int64_t row_pitch, channel_pitch;  // vectors from one row, one channel to the next
 
  private:
   PixelMap map_pixels(int64_t band);

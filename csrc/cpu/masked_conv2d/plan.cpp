@@ -63,17 +63,16 @@ Plan make_plan(const Pattern& pattern, const ConvParams& conv, Pass pass, torch:
   const Plan dense{.kernel = Kernel::dense, .macs = positions * conv.weights(), .blocking = std::nullopt};
   const auto requested = static_cast<Kernel>(pattern.requested_kernel[static_cast<int>(pass)]);
   if (requested == Kernel::dense || !sparse_is_possible(conv, dtype)) return dense;
-  const auto blocking_with = [&](bool may_join_rows) {
-    return pass == Pass::forward      ? forward_blocking(conv, pattern, channels_last, may_join_rows)
-           : pass == Pass::grad_input ? grad_input_blocking(conv, pattern, channels_last, may_join_rows)
+  const auto blocking_with = [&](bool with_gate) {
+    return pass == Pass::forward      ? forward_blocking(conv, pattern, channels_last, with_gate)
+           : pass == Pass::grad_input ? grad_input_blocking(conv, pattern, channels_last, with_gate)
                                       : grad_weight_blocking(conv, pattern, channels_last);
   };
-  Blocking blocking = blocking_with(true);
+  Blocking blocking = blocking_with(false);
   if (!blocking.fits_int32()) return dense;
   const int64_t oc_block = pass == Pass::grad_input ? pattern.grad_input_oc_block : pattern.forward_oc_block;
   if (requested != Kernel::sparse && !sparse_is_faster(pattern, conv, pass, oc_block, blocking)) return dense;
-  const int64_t gate_row = pass == Pass::forward ? conv.Q : conv.W;
-  if (gated && gate_row % 8 != 0 && blocking.joined_rows > 1) blocking = blocking_with(false);
+  if (gated && blocking.in_pieces) blocking = blocking_with(true);
   return {.kernel = Kernel::sparse, .macs = positions * pattern.kept_weights, .blocking = std::move(blocking)};
 }
 

@@ -197,7 +197,8 @@ class BandComputer {
         visit(row, col,
               ConvTile{.cols = blocking_.tile_cols,
                        .rows_inside = std::min<int64_t>(band_rows - row, blocking_.tile_rows),
-                       .cols_inside = std::min<int64_t>(blocking_.row_vectors_inside - col, blocking_.tile_cols),
+                       .cols_inside = std::min<int64_t>(
+                           blocking_.vectors_in_row(band * blocking_.band_rows + row) - col, blocking_.tile_cols),
                        .input = input_tile_ + (row * blocking_.row_pitch + col) * lanes,
                        .input_row_pitch = blocking_.row_pitch * lanes,
                        .accumulators = accumulators_ + blocking_.acc_offset(row, col, planes_) * lanes,
@@ -222,9 +223,10 @@ class BandComputer {
   // Width-vectorised: the last panel writes to the output.
   void add_panel_by_width(int64_t band, int64_t first_channel, Epilogue<float> epilogue, const Images& output,
                           float* data) const {
-    epilogue.gate_layout.row_bytes *= blocking_.joined_rows;
     const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
     const int64_t width = blocking_.cols.output_size;
+    const GateLayout& gates = epilogue.gate_layout;
+    const int64_t gate_row_bytes = blocking_.in_pieces ? width / 8 : gates.row_bytes;
     for_each_tile(band, [&](int64_t row, int64_t col, ConvTile tile) {
       const int64_t first_row = band * blocking_.band_rows + row, first_col = col * blocking_.lanes;
       const int64_t at = first_row * width + first_col;
@@ -232,11 +234,11 @@ class BandComputer {
                                 .row_pitch = width,
                                 .channel_pitch = output.pixels,
                                 .rows = blocking_.rows_in_band(band) - row,
-                                .cols = width - first_col,
+                                .cols = blocking_.cols_in_row(first_row, width) - first_col,
                                 .first_col = first_col,
-                                .gate_channel_pitch = blocking_.rows.output_size * epilogue.gate_layout.row_bytes,
+                                .gate_channel_pitch = gates.image_bytes / output.channels,
                                 .channel_of = channel_of_.data(),
-                                .epilogue = starting_at(epilogue, at, first_row * epilogue.gate_layout.row_bytes)};
+                                .epilogue = starting_at(epilogue, at, first_row * gate_row_bytes)};
       tile.output = &region;
       SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0].packed, ic_blocks.first, ic_blocks.last, tile);
     });

@@ -12,15 +12,17 @@ static inline void clear_rows(float* from, int64_t count, const RowMap& map) {
 
 void fill_width_tile(const float* image, int64_t pixels, const RowMap& map, int64_t first_channel, int64_t last_channel,
                      float* tile) {
-  const int64_t whole = map.row_size / kLanes * kLanes, below = map.tile_row + map.row_count;
-  const int rest = static_cast<int>(map.row_size - whole);
+  const int64_t below = map.tile_row + map.row_count;
   for (int64_t c = first_channel; c < last_channel; ++c) {
-    const float* from = image + c * pixels + map.first_row * map.row_size;
+    const float* from = image + c * pixels + map.first_pixel;
     float* const plane = tile + (c - first_channel) * map.channel_pitch;
     clear_rows(plane, map.tile_row, map);
     clear_rows(plane + below * map.row_pitch, map.tile_rows - below, map);
     float* to = plane + map.tile_row * map.row_pitch;
     for (int64_t r = 0; r < map.row_count; ++r, from += map.row_size, to += map.row_pitch) {
+      const int64_t size = r + 1 < map.row_count ? map.row_size : map.last_row_size;
+      const int64_t whole = size / kLanes * kLanes;
+      const int rest = static_cast<int>(size - whole);
       int64_t i = 0;
       for (; i < whole; i += kLanes) store(to + i, load(from + i));
       if (rest > 0) {

@@ -8,11 +8,11 @@
 
 namespace sparse_adv {
 
-// Rows first_row .. first_row + row_count - 1 of each channel become rows tile_row, tile_row + 1 ... of the tile. Sizes
-// and pitches in floats.
+// `row_count` rows of each channel, from pixel `first_pixel` on, become rows tile_row, tile_row + 1 ... of the tile.
+// Sizes and pitches in floats.
 struct RowMap {
-  int64_t row_size;  // of the images
-  int64_t first_row, row_count, tile_row;
+  int64_t row_size, last_row_size;  // of the images
+  int64_t first_pixel, row_count, tile_row;
   int64_t tile_rows;                 // those that have no row of the image become 0
   int64_t tile_row_size;             // written of each row, 0 beyond row_size: a multiple of kLanes
   int64_t row_pitch, channel_pitch;  // from one row, one channel of the tile to the next
