@@ -271,6 +271,8 @@ def _check_config(parser: ArgumentParser, file: Path) -> None:
         if not isinstance(root, yaml.MappingNode):
             raise ValueError(f"{file} must be a YAML mapping from options to values, such as 'epochs: 20'")
         _check_keys(parser, file, root)
+        if len(root.value) == 1 and content.rstrip().endswith(b":"):  # jsonargparse takes it for a text, not a mapping
+            raise ValueError(f"{file}: {_text_of(root.value[0][0])} has no value: write null for none")
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
 

@@ -41,6 +41,7 @@ def test_every_key_of_a_config_is_a_flag_and_flags_win(tmp_path, capsys):
         ("objective: fgms\n", f"objective must be one of {', '.join(OBJECTIVES)}, got 'fgms'"),
         ("- epochs\n", "run.yaml must be a YAML mapping from options to values"),
         ("", "run.yaml must be a YAML mapping from options to values"),
+        ("limit: \n", "run.yaml: limit has no value: write null for none"),
         ("\n".join(f"k{i}: 1" for i in range(600)), "must have at most 500 values"),
         ("epochs: [1\n", "run.yaml is not YAML"),
     ],
