@@ -61,6 +61,7 @@ def test_every_block_and_image_equals_the_reference(block, image, layout):
     ("image", "channels"),
     [
         *((image, (20, 13)) for image in [(7, 7), (19, 19), (12, 8), (6, 20), (1, 33), (33, 1), (28, 28), (40, 56)]),
+        *((image, (20, 13)) for image in [(9, 37), (5, 70), (2, 131), (1, 300)]),
         ((132, 128), (17, 21)),  # more pixels than the accumulators in the cache
         ((24, 25), (150, 140)),  # more channels than the input tile in the cache
         ((24, 24), (150, 140)),

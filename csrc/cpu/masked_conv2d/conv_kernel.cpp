@@ -13,24 +13,26 @@ template <int ROWS, int COLS>
 static inline __attribute__((always_inline)) void write(const OutputRegion& output, int32_t channel, int first_row,
                                                         int first_col, const Vec* acc) {
   if (channel < 0) return;
-  const Epilogue<float>& epilogue = output.epilogue;
+  const Epilogue<float> epilogue = output.epilogue;  // a copy can stay in registers, whatever is stored
+  float* const data = output.data;
+  const int64_t cols = output.cols, row_pitch = output.row_pitch;
   const Vec scale = broadcast(epilogue.scale ? epilogue.scale[channel] : 1.0f);
   const Vec bias = broadcast(epilogue.bias ? epilogue.bias[channel] : 0.0f);
   const bool affine = epilogue.scale || epilogue.bias;
-  int64_t at = channel * output.channel_pitch + first_row * output.row_pitch + first_col * kLanes;
-  if (is_identity(epilogue) && first_row + ROWS <= output.rows && (first_col + COLS) * kLanes <= output.cols) {
+  int64_t at = channel * output.channel_pitch + first_row * row_pitch + first_col * kLanes;
+  if (is_identity(epilogue) && first_row + ROWS <= output.rows && (first_col + COLS) * kLanes <= cols) {
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r, at += output.row_pitch)
+    for (int r = 0; r < ROWS; ++r, at += row_pitch)
 #pragma GCC unroll 16
-      for (int c = 0; c < COLS; ++c) store(output.data + at + c * kLanes, acc[r * COLS + c]);
+      for (int c = 0; c < COLS; ++c) store(data + at + c * kLanes, acc[r * COLS + c]);
     return;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r, at += output.row_pitch) {
+  for (int r = 0; r < ROWS; ++r, at += row_pitch) {
     if (first_row + r >= output.rows) return;
 #pragma GCC unroll 16
     for (int c = 0; c < COLS; ++c) {
-      const int64_t left = output.cols - (first_col + c) * kLanes;
+      const int64_t left = cols - (first_col + c) * kLanes;
       const int count = left < kLanes ? static_cast<int>(left) : kLanes;
       if (count <= 0) break;
       Vec v = acc[r * COLS + c];
@@ -38,7 +40,7 @@ static inline __attribute__((always_inline)) void write(const OutputRegion& outp
       BitsInRow<kLanes> bits{
           .row_start = channel * output.gate_channel_pitch + (first_row + r) * epilogue.gate_layout.row_bytes,
           .column = output.first_col + (first_col + c) * kLanes};
-      store_up_to(output.data + at + c * kLanes, finish(v, epilogue, at + c * kLanes, count, bits), count);
+      store_up_to(data + at + c * kLanes, finish(v, epilogue, at + c * kLanes, count, bits), count);
     }
   }
 }

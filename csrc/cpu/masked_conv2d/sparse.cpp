@@ -8,6 +8,7 @@
 #include "common/layout.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/masked_conv2d/conv_kernel.h"
+#include "cpu/masked_conv2d/gate_rows.h"
 #include "cpu/masked_conv2d/input_tile.h"
 
 namespace sparse_adv {
@@ -221,27 +222,62 @@ class BandComputer {
   }
 
   // Width-vectorised: the last panel writes to the output.
-  void add_panel_by_width(int64_t band, int64_t first_channel, Epilogue<float> epilogue, const Images& output,
-                          float* data) const {
+  void add_panel_by_width(int64_t band, int64_t first_channel, const Epilogue<float>& epilogue, const Images& output,
+                          float* data) {
     const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
     const int64_t width = blocking_.cols.output_size;
     const GateLayout& gates = epilogue.gate_layout;
-    const int64_t gate_row_bytes = blocking_.in_pieces ? width / 8 : gates.row_bytes;
+    const bool is_gated = epilogue.relu_gate || epilogue.gate, is_padded = gates.row_size % 8 != 0;
     for_each_tile(band, [&](int64_t row, int64_t col, ConvTile tile) {
       const int64_t first_row = band * blocking_.band_rows + row, first_col = col * blocking_.lanes;
       const int64_t at = first_row * width + first_col;
-      const OutputRegion region{.data = data + at,
-                                .row_pitch = width,
-                                .channel_pitch = output.pixels,
-                                .rows = blocking_.rows_in_band(band) - row,
-                                .cols = blocking_.cols_in_row(first_row, width) - first_col,
-                                .first_col = first_col,
-                                .gate_channel_pitch = gates.image_bytes / output.channels,
-                                .channel_of = channel_of_.data(),
-                                .epilogue = starting_at(epilogue, at, first_row * gate_row_bytes)};
+      OutputRegion region{.data = data + at,
+                          .row_pitch = width,
+                          .channel_pitch = output.pixels,
+                          .rows = blocking_.rows_in_band(band) - row,
+                          .cols = blocking_.cols_in_row(first_row, width) - first_col,
+                          .first_col = first_col,
+                          .gate_channel_pitch = gates.image_bytes / output.channels,
+                          .channel_of = channel_of_.data(),
+                          .epilogue = starting_at(
+                              epilogue, at, is_padded ? at / gates.row_size * gates.row_bytes : (at - first_col) / 8)};
       tile.output = &region;
-      SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0].packed, ic_blocks.first, ic_blocks.last, tile);
+      const auto compute = [&] {
+        SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0].packed, ic_blocks.first, ic_blocks.last, tile);
+      };
+      if (blocking_.in_pieces && is_gated && is_padded && ic_blocks.last == conv_.csr.ic_blocks)
+        with_gates_of_piece(region, compute);
+      else
+        compute();
     });
+  }
+
+  // Calls compute() with gates whose rows have no padding: a piece continues from one row to the next.
+  template <class Compute>
+  void with_gates_of_piece(OutputRegion& region, const Compute& compute) {
+    const Epilogue<float> padded = region.epilogue;
+    const int64_t padded_pitch = region.gate_channel_pitch;
+    const int64_t row_size = padded.gate_layout.row_size, rows = region.cols / row_size;
+    const ChannelRange channels = channels_to_write();
+    const int64_t pitch = blocking_.lanes * kTileVectors / 8;
+    piece_gates_.resize(channels.last * pitch);
+    region.gate_channel_pitch = pitch;
+    region.epilogue.gate = padded.gate ? piece_gates_.data() : nullptr;
+    region.epilogue.relu_gate = padded.relu_gate ? piece_gates_.data() : nullptr;
+    for (int64_t k = channels.first; padded.gate && k < channels.last; ++k)
+      remove_padding(padded.gate + k * padded_pitch, row_size, rows, piece_gates_.data() + k * pitch);
+    compute();
+    for (int64_t k = channels.first; padded.relu_gate && k < channels.last; ++k)
+      add_padding(piece_gates_.data() + k * pitch, row_size, rows, padded.relu_gate + k * padded_pitch);
+  }
+
+  struct ChannelRange {
+    int64_t first, last;
+  };
+  ChannelRange channels_to_write() const {
+    const BlockCsr& csr = conv_.csr;
+    return {.first = oc_blocks_.first * csr.oc_block,
+            .last = std::min(oc_blocks_.last * csr.oc_block, csr.groups * csr.group_out_channels)};
   }
 
   // Batch-vectorised: the pixels of the output that a band computes, and the position of each in a plane.
@@ -264,9 +300,8 @@ class BandComputer {
             .first_pixel = top * cols.output_size,
             .pixel_count = std::ssize(positions_),
             .positions = positions_.data(),
-            .first_channel = oc_blocks_.first * conv_.csr.oc_block,
-            .last_channel =
-                std::min(oc_blocks_.last * conv_.csr.oc_block, conv_.csr.groups * conv_.csr.group_out_channels)};
+            .first_channel = channels_to_write().first,
+            .last_channel = channels_to_write().last};
   }
 
   const SparseConv& conv_;
@@ -281,6 +316,7 @@ class BandComputer {
   InputTileLoader loader_;
   OcBlockRange oc_blocks_{};
   std::vector<int32_t> positions_;
+  std::vector<uint8_t> piece_gates_;
 };
 
 // How many nearly equal parts the output channels have, so that threads can share a work item: 1 if the work items
