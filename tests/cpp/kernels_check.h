@@ -142,6 +142,7 @@ double with_epilogue(const Epilogue<T>& epilogue, double sum, int64_t channel, i
   return epilogue.relu ? std::max(sum, 0.0) : sum;
 }
 
+bool check_gate_rows();
 bool check_fill_batch_tile(const Kernels& kernels);
 bool check_store_accumulators(const Kernels& kernels);
 bool check_fill_width_tile(const Kernels& kernels);

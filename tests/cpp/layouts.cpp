@@ -58,11 +58,13 @@ bool check_fill_batch_tile(const Kernels& kernels) {
   return good;
 }
 
-static bool check_fill_width_tile(const Kernels& kernels, int64_t row_size, int64_t tile_row, int64_t row_count) {
+static bool check_fill_width_tile(const Kernels& kernels, int64_t row_size, int64_t last_row_size, int64_t tile_row,
+                                  int64_t row_count) {
   const int64_t lanes = kernels.lanes, channels = 4, first = 1, image_rows = 5, first_row = 1, tile_rows = 6;
   const int64_t whole = (row_size + lanes - 1) / lanes * lanes, lead = lanes, pitch = lead + whole + lanes;
   const RowMap map{.row_size = row_size,
-                   .first_row = first_row,
+                   .last_row_size = last_row_size,
+                   .first_pixel = first_row * row_size,
                    .row_count = row_count,
                    .tile_row = tile_row,
                    .tile_rows = tile_rows,
@@ -77,7 +79,8 @@ static bool check_fill_width_tile(const Kernels& kernels, int64_t row_size, int6
   for (int64_t c = first; c < channels; ++c)
     for (int64_t r = 0; r < tile_rows; ++r)
       for (int64_t x = 0; x < map.tile_row_size; ++x) {
-        const bool inside = r >= tile_row && r < tile_row + row_count && x < row_size;
+        const int64_t size = r + 1 < tile_row + row_count ? row_size : last_row_size;
+        const bool inside = r >= tile_row && r < tile_row + row_count && x < size;
         expected[(c - first) * map.channel_pitch + r * pitch + lead + x] =
             inside ? image[(c * image_rows + first_row + r - tile_row) * row_size + x] : 0.0;
       }
@@ -88,7 +91,9 @@ bool check_fill_width_tile(const Kernels& kernels) {
   bool good = true;
   for (int64_t row_size : {1, kernels.lanes, kernels.lanes + 3})
     for (int64_t tile_row : {0, 2})
-      for (int64_t row_count : {0, 1, 4}) good &= check_fill_width_tile(kernels, row_size, tile_row, row_count);
+      for (int64_t row_count : {0, 1, 4})
+        for (int64_t last_row_size : {row_size, (row_size + 1) / 2})
+          good &= check_fill_width_tile(kernels, row_size, last_row_size, tile_row, row_count);
   return good;
 }
 

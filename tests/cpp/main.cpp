@@ -54,7 +54,9 @@ bool check_all(const Kernels& kernels) {
 }  // namespace
 
 int main() {
-  bool good = check_all(KERNELS(portable));
+  bool good = check_gate_rows();
+  if (!good) std::puts("gate_rows WRONG");
+  good &= check_all(KERNELS(portable));
 #if defined(SPARSE_ADV_X86)
   if (cpu_capability() >= Capability::avx2) good &= check_all(KERNELS(avx2));
   if (cpu_capability() >= Capability::avx512) good &= check_all(KERNELS(avx512));
