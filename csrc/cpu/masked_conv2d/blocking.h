@@ -66,13 +66,12 @@ struct Blocking {
   // The number of positions that are computed, including those outside of the images.
   int64_t computed_positions() const { return batch_blocks() * lanes * plane_vectors; }
   int64_t rows_in_band(int64_t band) const { return std::min(band_rows, rows.positions - band * band_rows); }
+  bool is_last_piece(int64_t row) const { return in_pieces && row + 1 == rows.positions; }
   // Of `size` pixels of a row, those that this one has.
-  int64_t cols_in_row(int64_t row, int64_t size) const {
-    return in_pieces && row + 1 == rows.positions ? last_piece : size;
-  }
+  int64_t cols_in_row(int64_t row, int64_t size) const { return is_last_piece(row) ? last_piece : size; }
   // Vectors of a row that have positions of the images.
   int64_t vectors_in_row(int64_t row) const {
-    return in_pieces && row + 1 == rows.positions ? (last_piece + lanes - 1) / lanes : row_vectors_inside;
+    return is_last_piece(row) ? (last_piece + lanes - 1) / lanes : row_vectors_inside;
   }
   // Where the accumulators of the tile at (row, col) start, in vectors.
   int64_t acc_offset(int64_t row, int64_t col, int64_t channels) const;
