@@ -44,6 +44,7 @@ struct Kernels {
   decltype(&portable::fill_batch_tile) fill_batch_tile;
   decltype(&portable::store_accumulators) store_accumulators;
   decltype(&portable::fill_width_tile) fill_width_tile;
+  decltype(&portable::store_joined_rows) store_joined_rows;
   decltype(&portable::masked_conv2d_tile) conv_tile;
   decltype(&portable::masked_conv2d_grad_weight_tile) grad_weight_tile;
   decltype(&portable::col_indices_inside) col_indices_inside;
@@ -146,6 +147,7 @@ bool check_gate_rows();
 bool check_fill_batch_tile(const Kernels& kernels);
 bool check_store_accumulators(const Kernels& kernels);
 bool check_fill_width_tile(const Kernels& kernels);
+bool check_store_joined_rows(const Kernels& kernels);
 bool check_conv_tile(const Kernels& kernels);
 bool check_grad_weight_tile(const Kernels& kernels);
 bool check_col_indices(const Kernels& kernels);

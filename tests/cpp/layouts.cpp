@@ -58,10 +58,12 @@ bool check_fill_batch_tile(const Kernels& kernels) {
   return good;
 }
 
+// Joined rows overlap: the zeros behind a row are written before the next row.
 static bool check_fill_width_tile(const Kernels& kernels, int64_t row_size, int64_t last_row_size, int64_t tile_row,
-                                  int64_t row_count) {
+                                  int64_t row_count, bool joined) {
   const int64_t lanes = kernels.lanes, channels = 4, first = 1, image_rows = 5, first_row = 1, tile_rows = 6;
-  const int64_t whole = (row_size + lanes - 1) / lanes * lanes, lead = lanes, pitch = lead + whole + lanes;
+  const int64_t whole = (row_size + lanes - 1) / lanes * lanes, lead = lanes,
+                pitch = joined ? row_size + 1 : lead + whole + lanes;
   const RowMap map{.row_size = row_size,
                    .last_row_size = last_row_size,
                    .first_pixel = first_row * row_size,
@@ -70,7 +72,7 @@ static bool check_fill_width_tile(const Kernels& kernels, int64_t row_size, int6
                    .tile_rows = tile_rows,
                    .tile_row_size = whole + lanes,
                    .row_pitch = pitch,
-                   .channel_pitch = tile_rows * pitch};
+                   .channel_pitch = tile_rows * pitch + 3 * lanes};
   const std::vector<float> image = numbers(channels * image_rows * row_size);
   std::vector<float> tile((channels - first) * map.channel_pitch, kUntouched);
   kernels.fill_width_tile(image.data(), image_rows * row_size, map, first, channels, tile.data() + lead);
@@ -93,7 +95,8 @@ bool check_fill_width_tile(const Kernels& kernels) {
     for (int64_t tile_row : {0, 2})
       for (int64_t row_count : {0, 1, 4})
         for (int64_t last_row_size : {row_size, (row_size + 1) / 2})
-          good &= check_fill_width_tile(kernels, row_size, last_row_size, tile_row, row_count);
+          for (bool joined : {false, true})
+            good &= check_fill_width_tile(kernels, row_size, last_row_size, tile_row, row_count, joined);
   return good;
 }
 
@@ -134,6 +137,53 @@ static bool check_store_accumulators(const Kernels& kernels, const Images& shape
             with_epilogue(epilogue, data[(plane_of[k] * channel_pitch + positions[p]) * kernels.lanes + i], k, at);
       }
   return equal(output, expected) && gates.fit(output);
+}
+
+// Two rows from the second one on, in planes with a gap between them and behind each row.
+static bool check_store_joined_rows(const Kernels& kernels, int64_t row_size, bool affine, bool residual,
+                                    Activation activation) {
+  const int64_t channels = 3, image_rows = 4, pixels = image_rows * row_size, size = channels * pixels;
+  const std::vector<int32_t> plane_of{0, 3, 4};
+  const int64_t channel_pitch = 2 * row_size + 5;
+  const std::vector<float> data = numbers(5 * channel_pitch + kernels.lanes);
+  const std::vector<float> scale = numbers(channels), bias = numbers(channels), added = numbers(size);
+  JoinedRows rows{.data = data.data(),
+                  .plane_of = plane_of.data(),
+                  .channel_pitch = channel_pitch,
+                  .row_pitch = row_size + 2,
+                  .first_row = 1,
+                  .row_count = 2,
+                  .row_size = row_size,
+                  .first_channel = 0,
+                  .last_channel = channels};
+  Epilogue<float> epilogue{.scale = affine ? scale.data() : nullptr,
+                           .bias = affine ? bias.data() : nullptr,
+                           .residual = residual ? added.data() : nullptr};
+  Gates gates(activation, size, row_size, size);
+  gates.activate(epilogue);
+  std::vector<float> output(size, kUntouched);
+  std::vector<double> expected(size, kUntouched);
+  for (const auto& [first, last] : {std::pair{1, 3}, std::pair{0, 1}}) {
+    rows.first_channel = first;
+    rows.last_channel = last;
+    kernels.store_joined_rows(rows, epilogue, channels, pixels, output.data());
+  }
+  for (int64_t k = 0; k < channels; ++k)
+    for (int64_t r = 0; r < rows.row_count; ++r)
+      for (int64_t x = 0; x < row_size; ++x) {
+        const int64_t at = k * pixels + (rows.first_row + r) * row_size + x;
+        expected[at] = with_epilogue(epilogue, data[plane_of[k] * channel_pitch + r * rows.row_pitch + x], k, at);
+      }
+  return equal(output, expected) && gates.fit(output);
+}
+
+bool check_store_joined_rows(const Kernels& kernels) {
+  bool good = true;
+  for (bool affine : {false, true})
+    for (Activation activation : kActivations)
+      for (int64_t row_size : {1, 5, 8, 14, 19, 24, 33})
+        good &= check_store_joined_rows(kernels, row_size, affine, activation != Activation::none, activation);
+  return good;
 }
 
 bool check_store_accumulators(const Kernels& kernels) {

@@ -28,8 +28,11 @@ Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
       lanes(SPARSE_ADV_CHOOSE(lane_count)()),
       batch_(sizes.batch) {
   choose_tile(!sizes.channels_last && rows.is_unit_stride() && cols.is_unit_stride(), sizes);
-  if (width_vectorised) lay_out_width(sizes);
-  if (width_vectorised && fits_int32()) return;
+  if (joins_rows())
+    lay_out_joined_rows(sizes);
+  else if (width_vectorised())
+    lay_out_width(sizes);
+  if (width_vectorised() && fits_int32()) return;
   choose_tile(false, sizes);
   lay_out_batch(sizes);
 }
@@ -51,41 +54,50 @@ Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
 void Blocking::choose_tile(bool width_vectors_allowed, const PassSizes& sizes) {
   constexpr double kMovedByWidth = 3, kMovedByBatch = 14, kLoad = 1.6, kCrossingLoad = 2.1;
   const int64_t piece = width_vectors_allowed ? piece_size(sizes.gated) : 0, pixels = rows.positions * cols.positions;
+  const int64_t pitch = width_vectors_allowed && !sizes.whole_tiles ? pitch_of_joined_rows() : 0;
   double least = -1;
-  const auto offer = [&](bool width, int cols_of_tile, int64_t images, double moved) {
-    const bool one_row = width && piece > 0;
-    const int64_t row_count = one_row ? pixels / piece : rows.positions, row_size = one_row ? piece : cols.positions;
+  const auto offer = [&](Layout offered, int cols_of_tile) {
+    const bool by_batch = offered == Layout::batch, in_rows = offered == Layout::rows;
+    struct {
+      int64_t count, size, last;  // rows of this size, and one of the pixels that are left over
+    } row{.count = rows.positions, .size = cols.positions, .last = 0};
+    if (offered == Layout::pieces) row = {.count = pixels / piece, .size = piece, .last = pixels % piece};
+    if (offered == Layout::joined_rows) row = {.count = 1, .size = rows.positions * pitch, .last = 0};
     const TilePart whole{.rows = kTileVectors / cols_of_tile, .cols = cols_of_tile};
     const TilePart part = sizes.whole_tiles ? whole : SPARSE_ADV_CHOOSE(part_of_tile)(cols_of_tile, sizes.oc_block);
-    const auto vectors_of = [&](int64_t size) { return width ? (size + lanes - 1) / lanes : size; };
-    // Those of all rows in multiples of `by`; pixels that are left over are the last piece.
+    const auto vectors_of = [&](int64_t size) { return by_batch ? size : (size + lanes - 1) / lanes; };
+    // Those of all rows in multiples of `by`.
     const auto vectors_by = [&](TilePart by) {
-      return round_up(vectors_of(row_size), by.cols) * round_up(row_count, by.rows) +
-             round_up(vectors_of(pixels - row_count * row_size), by.cols);
+      return round_up(vectors_of(row.size), by.cols) * round_up(row.count, by.rows) +
+             round_up(vectors_of(row.last), by.cols);
     };
-    const int64_t vectors = vectors_by(part);
-    // Whole rows are shifted in registers; single pixels are read at aligned addresses.
-    const bool crossing = width && cols_of_tile < vectors_of(row_size) && !one_row;
+    const int64_t vectors = vectors_by(part), images = by_batch ? lanes : 1;
+    // Whole rows are shifted in registers; single pixels, and those of pieces, are read at aligned addresses.
+    const bool crossing = offered == Layout::joined_rows || (in_rows && cols_of_tile < vectors_of(row.size));
     const double multiply_add = sizes.oc_block > 1 ? 1 : crossing ? kCrossingLoad : kLoad;
+    const double moved = by_batch ? kMovedByBatch : kMovedByWidth;
+    const double stored = offered == Layout::joined_rows ? 2 * moved : moved;  // in a pass of its own
     const double cost = static_cast<double>((batch_ + images - 1) / images) *
-                        (multiply_add * static_cast<double>(vectors) * static_cast<double>(sizes.kept_weights) +
-                         moved * static_cast<double>(source_channels * vectors_by(whole) +
-                                                     sizes.output_channels * vectors_by({.rows = 1, .cols = 1})));
+                        (multiply_add * static_cast<double>(vectors * sizes.kept_weights) +
+                         moved * static_cast<double>(source_channels * vectors_by(whole)) +
+                         stored * static_cast<double>(sizes.output_channels * vectors_by({.rows = 1, .cols = 1})));
     if (least >= 0 && cost >= least) return;
     least = cost;
-    width_vectorised = width;
+    layout = offered;
     tile_cols = cols_of_tile;
     tile_rows = kTileVectors / cols_of_tile;
-    row_vectors_inside = vectors_of(row_size);
+    row_vectors_inside = vectors_of(row.size);
     plane_vectors = vectors;
   };
   if (piece > 0) {
-    offer(true, kTileVectors, 1, kMovedByWidth);
+    offer(Layout::pieces, kTileVectors);
   } else if (width_vectors_allowed) {
-    for (int tile : {2, 4, 1, 8, 16}) offer(true, tile, 1, kMovedByWidth);
+    for (int tile : {2, 4, 1, 8, 16}) offer(Layout::rows, tile);
+    if (pitch > 0) offer(Layout::joined_rows, kTileVectors);
   }
-  for (int tile : {16, 8, 4, 2}) offer(false, tile, lanes, kMovedByBatch);
-  if (width_vectorised && piece > 0) cut_into_pieces(piece);
+  for (int tile : {16, 8, 4, 2}) offer(Layout::batch, tile);
+  if (in_pieces()) cut_into_pieces(piece);
+  if (joins_rows()) joined_pitch = pitch;
 }
 
 // The pixels of a piece: as many as a tile has lanes; 0 if images cannot be cut into pieces. The rows of a gate are
@@ -99,9 +111,14 @@ int64_t Blocking::piece_size(bool gated) const {
   return gated && cols.positions % 8 != 0 ? size / cols.positions * cols.positions : size;
 }
 
+// The pitch at which a tap that reaches beyond either end of a row reads zeros; 0 if rows cannot be joined.
+int64_t Blocking::pitch_of_joined_rows() const {
+  if (cols.pad < 0) return 0;
+  return std::max(cols.source_size + cols.pad, cols.positions + cols.max_shift - cols.pad);
+}
+
 void Blocking::cut_into_pieces(int64_t piece) {
   const int64_t pixels = rows.positions * cols.positions, pieces = (pixels + piece - 1) / piece;
-  in_pieces = true;
   last_piece = pixels - (pieces - 1) * piece;
   rows.source_size = rows.output_size = rows.positions = pieces;
   cols.source_size = cols.output_size = cols.positions = piece;
@@ -128,7 +145,7 @@ void Blocking::cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_
   }
   // Tile after tile, each with all channels of the panel. With all pixels of a channel together, the channels of a tile
   // can lie 4 KB apart, in a few sets of the L1 cache: 64 channels at 32x32 took 1.1 times as long.
-  if (in_pieces) {
+  if (in_pieces()) {
     channel_pitch = row_pitch;
     row_pitch *= ic_panel;
   }
@@ -160,13 +177,32 @@ void Blocking::lay_out_width(const PassSizes& sizes) {
   cut_bands_and_panels(sizes, row_vectors);
 }
 
+// A vector of room behind the tile and behind each plane of accumulators: the kernels read whole vectors.
+void Blocking::lay_out_joined_rows(const PassSizes& sizes) {
+  batch_block = 1;
+  row_lead = round_up(std::max(cols.pad, cols.max_shift - cols.pad), lanes);
+  row_pitch = (joined_pitch + lanes - 1) / lanes;
+  cut_bands_and_panels(sizes, row_pitch);
+  row_vectors = round_up((band_rows * joined_pitch + lanes - 1) / lanes, tile_cols);
+  row_vectors_inside = row_vectors;
+  channel_pitch = (row_lead + rows.max_shift * joined_pitch + cols.max_shift + lanes - 1) / lanes + row_vectors + 1;
+  acc_row_pitch = row_vectors;
+  acc_channel_pitch = row_vectors + 1;
+}
+
+int64_t Blocking::vectors_in_row(int64_t band, int64_t row) const {
+  const auto vectors_of = [&](int64_t size) { return (size + lanes - 1) / lanes; };
+  if (joins_rows()) return vectors_of((rows_in_band(band) - 1) * joined_pitch + cols.positions);
+  return is_last_piece(band * band_rows + row) ? vectors_of(last_piece) : row_vectors_inside;
+}
+
 int64_t Blocking::acc_offset(int64_t row, int64_t col, int64_t channels) const {
-  if (!width_vectorised) return row * acc_row_pitch + col;
+  if (!width_vectorised() || joins_rows()) return row * acc_row_pitch + col;
   return (row / tile_rows * (row_vectors / tile_cols) + col / tile_cols) * channels * kTileVectors;
 }
 
 int64_t Blocking::acc_size(int64_t channels) const {
-  return channels * (width_vectorised ? band_rows * row_vectors : acc_channel_pitch);
+  return channels * (width_vectorised() && !joins_rows() ? band_rows * row_vectors : acc_channel_pitch);
 }
 
 int64_t Blocking::tap_offset(int64_t tap, int64_t output_phase) const {
@@ -175,7 +211,7 @@ int64_t Blocking::tap_offset(int64_t tap, int64_t output_phase) const {
   const ConvAxis::Tap& col = cols.taps[tap % filter_cols];
   if (row.output_phase != output_phase / cols.output_phases || col.output_phase != output_phase % cols.output_phases)
     return -1;
-  if (width_vectorised) return row.shift * row_pitch * lanes + row_lead - cols.pad + col.shift;
+  if (width_vectorised()) return row.shift * row_stride() + row_lead - cols.pad + col.shift;
   return ((row.source_phase * (band_rows + rows.max_shift) + row.shift) * row_pitch + col.source_phase * phase_cols +
           col.shift) *
          lanes;
@@ -184,8 +220,8 @@ int64_t Blocking::tap_offset(int64_t tap, int64_t output_phase) const {
 IndexOrder Blocking::triple_order() const {
   const bool are_neighbours =
       cols.is_unit_stride() && rows.is_unit_stride() && cols.taps.size() == 3 && cols.max_shift == 2;
-  if (!are_neighbours || (width_vectorised && cols.pad != 1)) return IndexOrder::any;
-  return width_vectorised ? IndexOrder::width_triples : IndexOrder::batch_triples;
+  if (!are_neighbours || (width_vectorised() && cols.pad != 1)) return IndexOrder::any;
+  return width_vectorised() ? IndexOrder::width_triples : IndexOrder::batch_triples;
 }
 
 // Sorting replaces loads that cross a cache line by shifts in registers. It is faster where every load of a column
@@ -193,7 +229,8 @@ IndexOrder Blocking::triple_order() const {
 // load serves one output channel only: 17.5 -> 14.5 ms for 64 channels at 32x32 and density 0.2. Tiles must have whole
 // rows, because 0 is shifted in at both ends of a row.
 bool Blocking::can_sort_by_column(int64_t oc_block) const {
-  return oc_block == 1 && lanes == 16 && row_vectors == tile_cols && triple_order() == IndexOrder::width_triples;
+  return layout == Layout::rows && oc_block == 1 && lanes == 16 && row_vectors == tile_cols &&
+         triple_order() == IndexOrder::width_triples;
 }
 
 namespace {

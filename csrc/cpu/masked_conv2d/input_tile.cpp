@@ -21,7 +21,7 @@ Images images_of(const Tensor& tensor, const Blocking& blocking, int64_t work_it
 
 void InputTileLoader::start_band(int64_t band, const Images& images) {
   images_ = images;
-  if (blocking_.width_vectorised)
+  if (blocking_.width_vectorised())
     map_rows(band);
   else
     map_pixels(band);
@@ -29,7 +29,7 @@ void InputTileLoader::start_band(int64_t band, const Images& images) {
 
 void InputTileLoader::fill(int64_t first_channel, float* tile) const {
   const int64_t end = first_channel + blocking_.panel_channels(first_channel);
-  if (blocking_.width_vectorised)
+  if (blocking_.width_vectorised())
     SPARSE_ADV_CHOOSE(fill_width_tile)(images_.data, images_.pixels, row_map_, first_channel, end,
                                        tile + blocking_.row_lead);
   else
@@ -87,20 +87,21 @@ void InputTileLoader::map_rows(int64_t band) {
   const int64_t first = std::clamp<int64_t>(start, 0, axis.source_size);
   const int64_t last = std::clamp<int64_t>(start + tile_rows, first, axis.source_size);
   const int64_t lanes = blocking_.lanes;
-  row_map_ = {
-      .row_size = blocking_.cols.source_size,
-      .last_row_size = blocking_.cols_in_row(last - 1, blocking_.cols.source_size),
-      .first_pixel = first * blocking_.cols.source_size,
-      .row_count = last - first,
-      .tile_row = first - start,
-      .tile_rows = tile_rows,
-      .tile_row_size = blocking_.in_pieces ? kTileVectors * lanes : blocking_.row_pitch * lanes - blocking_.row_lead,
-      .row_pitch = blocking_.row_pitch * lanes,
-      .channel_pitch = blocking_.channel_pitch * lanes};
+  row_map_ = {.row_size = blocking_.cols.source_size,
+              .last_row_size = blocking_.cols_in_row(last - 1, blocking_.cols.source_size),
+              .first_pixel = first * blocking_.cols.source_size,
+              .row_count = last - first,
+              .tile_row = first - start,
+              .tile_rows = tile_rows,
+              .tile_row_size = blocking_.in_pieces()    ? kTileVectors * lanes
+                               : blocking_.joins_rows() ? blocking_.row_pitch * lanes
+                                                        : blocking_.row_pitch * lanes - blocking_.row_lead,
+              .row_pitch = blocking_.row_stride(),
+              .channel_pitch = blocking_.channel_pitch * lanes};
 }
 
 void GradTileLoader::fill(const Images& grads, int64_t band, float* tile) {
-  if (blocking_.width_vectorised)
+  if (blocking_.width_vectorised())
     SPARSE_ADV_CHOOSE(fill_width_tile)(grads.data, grads.pixels, map_rows(band), 0, grads.channels, tile);
   else
     SPARSE_ADV_CHOOSE(fill_batch_tile)(grads, map_pixels(band), 0, grads.channels, tile);

@@ -39,8 +39,8 @@ class InputTileLoader {
 class GradTileLoader {
  public:
   GradTileLoader(const Blocking& blocking, int64_t channels)
-      : row_pitch(blocking.in_pieces ? channels * blocking.row_vectors : blocking.row_vectors),
-        channel_pitch(blocking.in_pieces ? blocking.row_vectors : blocking.band_rows * blocking.row_vectors),
+      : row_pitch(blocking.in_pieces() ? channels * blocking.row_vectors : blocking.row_vectors),
+        channel_pitch(blocking.in_pieces() ? blocking.row_vectors : blocking.band_rows * blocking.row_vectors),
         blocking_(blocking) {}
 
   void fill(const Images& grads, int64_t band, float* tile);

@@ -161,7 +161,7 @@ class BandComputer {
             thread_buffer().at_least(blocking_.input_tile_size() + blocking_.acc_size(planes_) * blocking_.lanes)),
         accumulators_(input_tile_ + blocking_.input_tile_size()),
         loader_(blocking_) {
-    if (blocking_.width_vectorised) std::fill_n(input_tile_, blocking_.input_tile_size(), 0.0f);
+    if (blocking_.width_vectorised()) std::fill_n(input_tile_, blocking_.input_tile_size(), 0.0f);
   }
 
   void run(int64_t work_item, OcBlockRange oc_blocks) {
@@ -175,12 +175,14 @@ class BandComputer {
     loader_.start_band(band, images_of(conv_.source, blocking_, work_item));
     for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_panel) {
       loader_.fill(channel, input_tile_);
-      if (blocking_.width_vectorised)
-        add_panel_by_width(band, channel, epilogue, output, data);
+      if (blocking_.width_vectorised() && !blocking_.joins_rows())
+        add_panel_and_write(band, channel, epilogue, output, data);
       else
-        add_panel_by_batch(band, channel);
+        add_panel(band, channel);
     }
-    if (!blocking_.width_vectorised)
+    if (blocking_.joins_rows())
+      SPARSE_ADV_CHOOSE(store_joined_rows)(joined_rows_of_band(band), epilogue, output.channels, output.pixels, data);
+    else if (!blocking_.width_vectorised())
       SPARSE_ADV_CHOOSE(store_accumulators)(accumulators_of_band(band), epilogue, output, data);
   }
 
@@ -192,14 +194,14 @@ class BandComputer {
 
   template <class Visit>
   void for_each_tile(int64_t band, const Visit& visit) const {
-    const int64_t lanes = blocking_.lanes, band_rows = blocking_.rows_in_band(band);
-    for (int64_t row = 0; row < band_rows; row += blocking_.tile_rows)
-      for (int64_t col = 0; col < blocking_.row_vectors; col += blocking_.tile_cols)
+    const int64_t lanes = blocking_.lanes, rows = blocking_.computed_rows(band);
+    for (int64_t row = 0; row < rows; row += blocking_.tile_rows) {
+      const int64_t vectors = blocking_.vectors_in_row(band, row);
+      for (int64_t col = 0; col < vectors; col += blocking_.tile_cols)
         visit(row, col,
               ConvTile{.cols = blocking_.tile_cols,
-                       .rows_inside = std::min<int64_t>(band_rows - row, blocking_.tile_rows),
-                       .cols_inside = std::min<int64_t>(
-                           blocking_.vectors_in_row(band * blocking_.band_rows + row) - col, blocking_.tile_cols),
+                       .rows_inside = std::min<int64_t>(rows - row, blocking_.tile_rows),
+                       .cols_inside = std::min<int64_t>(vectors - col, blocking_.tile_cols),
                        .input = input_tile_ + (row * blocking_.row_pitch + col) * lanes,
                        .input_row_pitch = blocking_.row_pitch * lanes,
                        .accumulators = accumulators_ + blocking_.acc_offset(row, col, planes_) * lanes,
@@ -208,10 +210,11 @@ class BandComputer {
                        .output = nullptr,
                        .first_oc_block = oc_blocks_.first,
                        .last_oc_block = oc_blocks_.last});
+    }
   }
 
-  // Batch-vectorised: the accumulators of all output phases stay in the scratch memory until store_accumulators.
-  void add_panel_by_batch(int64_t band, int64_t first_channel) const {
+  // The accumulators, of all output phases, stay in the scratch memory until the band is stored.
+  void add_panel(int64_t band, int64_t first_channel) const {
     const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
     const int64_t phase_size = blocking_.band_rows * blocking_.acc_row_pitch * blocking_.lanes;
     for (int64_t phase = 0; phase < blocking_.output_phases(); ++phase)
@@ -221,9 +224,9 @@ class BandComputer {
       });
   }
 
-  // Width-vectorised: the last panel writes to the output.
-  void add_panel_by_width(int64_t band, int64_t first_channel, const Epilogue<float>& epilogue, const Images& output,
-                          float* data) {
+  // Rows that are not joined, and pieces: the last panel writes to the output.
+  void add_panel_and_write(int64_t band, int64_t first_channel, const Epilogue<float>& epilogue, const Images& output,
+                           float* data) {
     const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
     const int64_t width = blocking_.cols.output_size;
     const GateLayout& gates = epilogue.gate_layout;
@@ -245,7 +248,7 @@ class BandComputer {
       const auto compute = [&] {
         SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0].packed, ic_blocks.first, ic_blocks.last, tile);
       };
-      if (blocking_.in_pieces && is_gated && is_padded && ic_blocks.last == conv_.csr.ic_blocks)
+      if (blocking_.in_pieces() && is_gated && is_padded && ic_blocks.last == conv_.csr.ic_blocks)
         with_gates_of_piece(region, compute);
       else
         compute();
@@ -278,6 +281,18 @@ class BandComputer {
     const BlockCsr& csr = conv_.csr;
     return {.first = oc_blocks_.first * csr.oc_block,
             .last = std::min(oc_blocks_.last * csr.oc_block, csr.groups * csr.group_out_channels)};
+  }
+
+  JoinedRows joined_rows_of_band(int64_t band) const {
+    return {.data = accumulators_,
+            .plane_of = plane_of_.data(),
+            .channel_pitch = blocking_.acc_channel_pitch * blocking_.lanes,
+            .row_pitch = blocking_.joined_pitch,
+            .first_row = band * blocking_.band_rows,
+            .row_count = blocking_.rows_in_band(band),
+            .row_size = blocking_.cols.positions,
+            .first_channel = channels_to_write().first,
+            .last_channel = channels_to_write().last};
   }
 
   // Batch-vectorised: the pixels of the output that a band computes, and the position of each in a plane.
