@@ -117,10 +117,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         configure = [
-            "cmake",
-            f"-S{ROOT}",
-            f"-B{CMAKE_FOLDER}",
-            "-GNinja",
+            *("cmake", f"-S{ROOT}", f"-B{CMAKE_FOLDER}", "-GNinja"),
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={CMAKE_FOLDER}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -130,6 +127,7 @@ class CMakeBuild(build_ext):
             f"-DSPARSE_ADV_VERSION={self.distribution.get_version()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
+        forget_other_settings([*configure, *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CUDAHOSTCXX"))])
         ran = subprocess.run(configure, env=self.tools, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if ran.returncode:
             sentence = next((LACKING[said] for said in LACKING if re.search(said, ran.stdout)), None)
@@ -142,6 +140,15 @@ class CMakeBuild(build_ext):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(CMAKE_FOLDER / target.name, target)
+
+
+def forget_other_settings(settings: list[str]) -> None:
+    """Delete CMake's folder if it was made with other settings, of which CMake would keep some without a word."""
+    made_with, text = CMAKE_FOLDER / "settings.txt", "\n".join(settings)
+    if not made_with.exists() or made_with.read_text() != text:
+        shutil.rmtree(CMAKE_FOLDER, ignore_errors=True)
+        CMAKE_FOLDER.mkdir(parents=True)
+        made_with.write_text(text)
 
 
 def failure(command: list[str]) -> str:

@@ -223,7 +223,7 @@ static inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 static inline Vec add(Vec a, Vec b) { return a + b; }
 static inline Vec relu(Vec v) {
-  for (int i = 0; i < kLanes; ++i) v[i] = v[i] <= 0.0f ? 0.0f : v[i];
+  for (int i = 0; i < kLanes; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];  // -0 stays -0, as in PyTorch
   return v;
 }
 static inline uint32_t passing_bits(Vec v) {

@@ -13,7 +13,7 @@ static inline void store_up_to(double* p, double v, int) { *p = v; }
 static inline double broadcast(double x) { return x; }
 static inline double fma(double a, double b, double c) { return a * b + c; }
 static inline double add(double a, double b) { return a + b; }
-static inline double relu(double v) { return v <= 0 ? 0 : v; }
+static inline double relu(double v) { return v < 0 ? 0 : v; }
 static inline uint32_t passing_bits(double v) { return v <= 0 ? 0 : 1; }
 static inline double zero_unless(uint32_t bits, double v) { return bits & 1 ? v : 0; }
 

@@ -217,6 +217,12 @@ int64_t Blocking::tap_offset(int64_t tap, int64_t output_phase) const {
          lanes;
 }
 
+bool Blocking::fits_int32() const {
+  const double pitches = static_cast<double>(in_pieces() ? row_pitch : channel_pitch);
+  return pitches * static_cast<double>((in_pieces() ? band_rows : ic_panel) * lanes) + static_cast<double>(row_lead) <
+         static_cast<double>(int64_t{1} << 31);
+}
+
 IndexOrder Blocking::triple_order() const {
   const bool are_neighbours =
       cols.is_unit_stride() && rows.is_unit_stride() && cols.taps.size() == 3 && cols.max_shift == 2;

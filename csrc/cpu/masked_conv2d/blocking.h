@@ -86,7 +86,7 @@ struct Blocking {
   int64_t acc_offset(int64_t row, int64_t col, int64_t channels) const;
   // Vectors that the accumulators of a band take.
   int64_t acc_size(int64_t channels) const;
-  // Floats that the input tile takes.
+  // Floats that the input tile takes, where fits_int32().
   int64_t input_tile_size() const {
     return (in_pieces() ? band_rows * row_pitch : ic_panel * channel_pitch) * lanes + row_lead;
   }
@@ -99,7 +99,9 @@ struct Blocking {
   IndexOrder triple_order() const;
   // Whether the kernel may take column indices sorted by their column offset.
   bool can_sort_by_column(int64_t oc_block) const;
-  bool fits_int32() const { return input_tile_size() < (int64_t{1} << 31); }
+  // Whether offsets into the input tile fit. In double, since padding and dilation may be so large that int64
+  // overflows.
+  bool fits_int32() const;
 
  private:
   int64_t batch_;

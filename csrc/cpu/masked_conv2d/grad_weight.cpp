@@ -44,7 +44,7 @@ class PartComputer {
         input_tile_(thread_buffer().at_least(blocking.input_tile_size() + grad_output.size(1) * blocking.band_rows *
                                                                               blocking.row_vectors * blocking.lanes)),
         grad_tile_(input_tile_ + blocking.input_tile_size()) {
-    if (blocking.width_vectorised()) std::fill_n(input_tile_, blocking.input_tile_size(), 0.0f);
+    if (blocking.row_lead > 0) std::fill_n(input_tile_, blocking.input_tile_size(), 0.0f);
   }
 
   void run(int64_t work_item, float* partial_sums) {

@@ -21,6 +21,10 @@ constexpr double kPerCall = 4e6;
 // the median, which nn.tune finds.
 constexpr double kMargin = 1.15;
 
+// A strided grad_input goes through all weights, and keeps accumulators, for each output phase, also for those that no
+// tap reaches: a 1x1 filter of stride 512 took 9.9 s and 2.5 GB.
+constexpr int64_t kMaxPhasesPerTap = 16;
+
 // One multiply-add of a kept weight: 1.87 (grad_weight 1.7) for an oc_block of 1; for 2 and 4, which share each load of
 // the input, 1.13 to 1.4 and 1.04 to 1.2. Rounded to values that suit all three passes.
 double cost_per_kept_mac(Pass pass, int64_t oc_block) {
@@ -69,7 +73,7 @@ Plan make_plan(const Pattern& pattern, const ConvParams& conv, Pass pass, torch:
                                       : grad_weight_blocking(conv, pattern, channels_last);
   };
   Blocking blocking = blocking_with(false);
-  if (!blocking.fits_int32()) return dense;
+  if (!blocking.fits_int32() || blocking.output_phases() > kMaxPhasesPerTap * conv.R * conv.S) return dense;
   const int64_t oc_block = pass == Pass::grad_input ? pattern.grad_input_oc_block : pattern.forward_oc_block;
   if (requested != Kernel::sparse && !sparse_is_faster(pattern, conv, pass, oc_block, blocking)) return dense;
   if (gated && blocking.in_pieces()) blocking = blocking_with(true);

@@ -1,0 +1,45 @@
+"""The memory in which CPU kernels keep intermediate results: none to be had is an error, and no end of the process."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparse_adv import ops
+
+OUT_OF_MEMORY = """
+import resource, torch
+from sparse_adv import ops
+torch.set_num_threads(1)
+def in_use():
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1])
+weight = torch.randn(64, 64, 3, 3)
+pattern = ops.set_kernels(ops.compile_pattern(torch.rand(64, 64, 3, 3) < 0.1), forward="sparse")
+small, large = torch.randn(1, 64, 8, 8), torch.randn(1, 64, 8, 20000)
+expected = ops.masked_conv2d(small, weight, pattern, padding=1)
+resource.setrlimit(resource.RLIMIT_AS, (in_use() + (45 << 20),) * 2)
+try:
+    ops.masked_conv2d(large, weight, pattern, padding=1)
+except RuntimeError as error:
+    print(error)
+assert torch.equal(ops.masked_conv2d(small, weight, pattern, padding=1), expected)
+"""
+
+
+def test_after_a_lack_of_memory_a_smaller_batch_is_computed():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "bytes of memory for a thread's intermediate results" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("groups", "pixels", "taps", "options"),
+    [(1, 64, 1, {"stride": 512}), (2**18, 1, 3, {"padding": 2**20 - 1, "dilation": 2**20 - 1})],
+    ids=["many output phases", "an input tile beyond int64"],
+)
+def test_what_would_take_memory_without_end_is_left_to_the_dense_kernel(groups, pixels, taps, options):
+    mask = torch.ones(max(groups, 16), 1 if groups > 1 else 16, taps, taps, dtype=torch.bool)
+    pattern = ops.set_kernels(ops.compile_pattern(mask, groups=groups), grad_input="sparse")
+    images = torch.empty(1, max(groups, 16), pixels, pixels)
+    assert ops.plan(pattern, images, **options).grad_input.kernel == "dense"
