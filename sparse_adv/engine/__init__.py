@@ -5,7 +5,8 @@ it, and the convolution's kernel also adds the residual and applies the ReLU; in
 of a ReLU and adds another branch's gradient. Operations that cannot be fused are left to autograd.
 """
 
-from sparse_adv.engine.dispatch import Autograd, InputGradients, NoGradientError, explain, input_gradients
+from sparse_adv.engine.dispatch import Autograd, InputGradients, explain, input_gradients
+from sparse_adv.engine.gradients import NoGradientError
 from sparse_adv.engine.program import Program
 from sparse_adv.engine.training import fuse_for_training
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_adv.engine.model_state import detached_copy
 from sparse_adv.engine.random_state import KeptGenerators
-from sparse_adv.engine.tracing import NotTraceable
+from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.errors import first_line
 
 
@@ -34,9 +34,19 @@ def comparing(device: torch.device) -> Iterator[KeptGenerators]:
             raise NotTraceable(f"it cannot be compared in float64: {first_line(error)}") from error
 
 
+@torch.no_grad()
 def double_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of a model in float64."""
-    return detached_copy(model).double()
+    """A deep copy of a model in float64, its parameters moved a little at random, the same for each copy.
+
+    Weights of the moment may put a ReLU's inputs on 0 exactly: new biases of BatchNorm do it behind a layer whose mask
+    keeps nothing. Which way the ReLU goes is then up to rounding, and says nothing about a model.
+    """
+    copied = detached_copy(model).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in copied.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+        parameter.add_(0.01 * noise * torch.where(parameter == 0, 0.1, parameter))  # others keep their signs
+    return copied
 
 
 def without_ties(x: Tensor) -> Tensor:

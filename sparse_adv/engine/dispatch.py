@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
 from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
+from sparse_adv.engine.gradients import image_gradient
 from sparse_adv.engine.model_state import state_of
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.state_cache import StateCache
-from sparse_adv.engine.tracing import NotTraceable
+from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.training import graph_for_training
 from sparse_adv.errors import first_line
 from sparse_adv.nn import frozen_weights
@@ -28,20 +29,6 @@ log = logging.getLogger(__name__)
 _CHECKED_IMAGES = 2
 _TOLERANCE = 1e-4
 """Greatest relative error of a gradient; in float64 rounding hardly ever changes the sign of a ReLU's input."""
-
-
-class NoGradientError(ValueError):
-    """A function of the images through which no gradient leads back to them."""
-
-
-def image_gradient(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
-    """The gradient of a number with respect to the images; NoGradientError if it is not computed from them."""
-    found: tuple[Tensor | None, ...] = (None,)
-    if value.requires_grad:
-        found = torch.autograd.grad(value, x, retain_graph=retain_graph, allow_unused=True)
-    if found[0] is None:
-        raise NoGradientError("the loss has no gradient of the images: model and loss must be differentiable")
-    return found[0]
 
 
 class Autograd:
@@ -186,7 +173,7 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
         try:
             _check(model, x[:_CHECKED_IMAGES])
             program = Program(model, x)
-            _try(program, x)
+            _try(program, model, x)
             return _Entry(program)
         except NotTraceable as error:
             return _Entry(reason=str(error))
@@ -198,16 +185,23 @@ def _check(model: nn.Module, x: Tensor) -> None:
         copied, x = double_copy(model), without_ties(x)
         program = Program(copied, x, len(x) + 1)  # padded, so that images which depend on each other show
         program.fold()
-        actual, expected = program.gradient(x, quadratic_loss), Autograd(copied).gradient(x, quadratic_loss)
-        difference = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
-    if not difference <= _TOLERANCE:
-        raise NotTraceable(f"its gradient would differ from autograd's by {difference:.2g}")
+        for images in {len(x), 1}:  # operations may compute one image in another way
+            actual, expected = (form.gradient(x[:images], quadratic_loss) for form in (program, Autograd(copied)))
+            difference = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
+            if not difference <= _TOLERANCE:
+                raise NotTraceable(f"its gradient would differ from autograd's by {difference:.2g}")
 
 
-def _try(program: Program, x: Tensor) -> None:
-    """Raise NotTraceable if a kernel refuses its operands: those of the dtype of `x` may be others than in float64."""
+def _try(program: Program, model: nn.Module, x: Tensor) -> None:
+    """Raise NotTraceable if a kernel refuses its operands, or the logits are of another dtype than the model's.
+
+    In float64, in which the gradients are compared, neither shows.
+    """
     try:
         program.fold()
         program.gradient(x, torch.sum)
+        dtypes = [form.logits(x[:1]).dtype for form in (program, Autograd(model))]
     except Exception as error:
         raise NotTraceable(f"a step of it fails: {first_line(error)}") from error
+    if dtypes[0] != dtypes[1]:
+        raise NotTraceable(f"its logits are {dtypes[1]}, those of the steps {dtypes[0]}")

@@ -21,7 +21,8 @@ from sparse_adv.engine.steps import (
     PointwiseStep,
     Step,
 )
-from sparse_adv.engine.tracing import NotTraceable, Trace, is_relu, is_sum, module_of
+from sparse_adv.engine.traced_code import NotTraceable
+from sparse_adv.engine.tracing import Trace, holds_tensors, is_relu, is_sum, module_of
 from sparse_adv.engine.values import Value
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 
@@ -156,7 +157,7 @@ class Fusion:
 
     def _leave(self, node: fx.Node, result: Any) -> None:
         """Leave an operation to autograd; consecutive ones become one step."""
-        if not isinstance(result, Tensor | tuple | list) or not _holds_tensors(result):
+        if not isinstance(result, Tensor | tuple | list) or not holds_tensors(result):
             return  # a constant for images of this size
         last = self._runs[-1] if self._runs else None
         if isinstance(last, list):
@@ -173,7 +174,7 @@ class Fusion:
         for source in (source for node in nodes for source in node.all_input_nodes if source not in inside):
             if source in self._values:
                 reads[source] = self._values[source]
-            elif _holds_tensors(self._trace.results[source]):
+            elif holds_tensors(self._trace.results[source]):
                 raise NotTraceable(
                     f"{source.name} gives a {type(self._trace.results[source]).__name__} to another step"
                 )
@@ -186,10 +187,6 @@ class Fusion:
             if node in self._values and (node is output or any(user not in inside for user in node.users))
         }
         return AutogradStep(self._trace.model, nodes, reads, makes, constants)
-
-
-def _holds_tensors(result: object) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(result))
 
 
 def _is_plain(module: nn.Module, dense: type[nn.Module], masked: type[nn.Module]) -> bool:

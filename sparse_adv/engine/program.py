@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from sparse_adv.engine import buffers
 from sparse_adv.engine.captured import Backward, CapturedPasses
 from sparse_adv.engine.fusing import Fusion
+from sparse_adv.engine.gradients import image_gradient
 from sparse_adv.engine.kernels import DeviceKernels
 from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
 from sparse_adv.engine.steps import ConvolutionStep, Step
-from sparse_adv.engine.tracing import NotTraceable, trace
+from sparse_adv.engine.traced_code import NotTraceable
+from sparse_adv.engine.tracing import trace
 from sparse_adv.engine.values import PassTensors, Value
 from sparse_adv.ops.masked_conv2d_plan import has_triton
 
@@ -78,7 +80,8 @@ class Program:
         output, backward = self._passes(x, differentiable=True)
         with torch.enable_grad():
             logits = output[: len(x)].detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(logits).sum(), logits)
+            # A copy, as the loss may keep its argument or write to it.
+            gradient = image_gradient(loss(logits.clone()).sum(), logits)
         assert backward is not None
         of_input = backward(_padded(gradient, len(output)))
         # A copy, as the memory is used again.

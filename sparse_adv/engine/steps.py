@@ -250,6 +250,8 @@ class AutogradStep(Step):
         for value, result in zip(self.outputs, self._results, strict=True):
             gradient = tensors.take_gradient(value)
             if gradient is not None and result.requires_grad:
+                # PyTorch's backward pass of an InstanceNorm is wrong for one image in channels_last (torch 2.13).
+                gradient = gradient.contiguous() if tensors.images == 1 else gradient
                 results.append(result)
                 gradients.append(gradient.to(result.dtype))
         leaves = [leaf for leaf in self._leaves if leaf.requires_grad]

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from sparse_adv.engine.batch_size import scaled
-from sparse_adv.engine.model_state import has_global_hooks, has_hooks, structure_of
+from sparse_adv.engine.model_state import copy_of_code, has_global_hooks, has_hooks, structure_of
 from sparse_adv.engine.random_state import KeptGenerators
+from sparse_adv.engine.traced_code import Constant, EagerFunctions, NotTraceable, reads_elements
 from sparse_adv.errors import first_line
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 from sparse_adv.tracer import Tracer
@@ -66,10 +68,6 @@ _NEW_RESULT_FUNCTIONS = (torch.add, torch.mul, torch.cat, F.relu, F.conv2d, F.li
 """Functions whose result shares no memory with another tensor."""
 
 
-class NotTraceable(Exception):
-    """A model that the engine leaves to PyTorch; the text says why."""
-
-
 @dataclass(frozen=True)
 class Trace:
     """A model's operations for one shape of images, and often for any number of them."""
@@ -115,29 +113,35 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     returned = end.args[0]
     if len(placeholders) != 1 or not isinstance(returned, fx.Node):
         raise NotTraceable("the model does not map one tensor to one tensor")
+    for node in graph.nodes:
+        numbers = not holds_tensors(results.get(node)) and any(holds_tensors(results[x]) for x in node.all_input_nodes)
+        if numbers and node is not end and reads_elements(node):
+            raise NotTraceable(f"{node.name} reads the elements of a tensor")
     if not isinstance(results[returned], Tensor):
         raise NotTraceable(f"the model returns a {type(results[returned]).__name__}")
     return Trace(model, graph, placeholders[0], returned, results, _results_of_one(model, graph, x, results))
 
 
 def graph_of(model: nn.Module) -> fx.Graph:
-    """The operations of a model, without in-place operations. It is not run.
+    """The operations of a model, without in-place operations. Its Python code runs once, on a copy of the modules.
 
     Raises:
-        NotTraceable: if the model depends on values of its input, overwrites a tensor that has other views, has hooks
-            itself, or if its Python code draws random numbers or changes attributes of modules: the graph would repeat
-            what happened this once.
+        NotTraceable: if the model depends on values of its input or of its buffers, overwrites a tensor that has other
+            views, has hooks itself, or if its Python code draws random numbers, changes attributes of modules, or
+            computes with other tensors: the graph would repeat what happened this once.
     """
     if has_hooks(model) or has_global_hooks():
         raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
     tracer = _Tracer()
-    structure = structure_of(model)
     try:
-        with KeptGenerators(torch.device("cpu")) as generators:
-            graph = tracer.trace(model, _default_arguments(model))
+        copied = copy_of_code(model)
+        structure = structure_of(copied)
+        with KeptGenerators(torch.device("cpu")) as generators, EagerFunctions():
+            graph = tracer.trace(copied, _default_arguments(copied))
             if generators.drawn:
                 raise NotTraceable("its Python code draws random numbers")
-        if structure != structure_of(model):
+        _take_constants(copied, graph)
+        if structure != structure_of(copied):
             raise NotTraceable("its Python code changes attributes of modules")
         _drop_defaults(graph)
         _make_functional(model, graph)
@@ -167,6 +171,8 @@ def is_sum(node: fx.Node) -> bool:
 class _Tracer(Tracer):
     """Records masked layers and modules with hooks as one call each, without looking inside."""
 
+    proxy_buffer_attributes = True  # what is computed from a buffer belongs to the graph, as with parameters
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             has_hooks(m)
@@ -190,6 +196,11 @@ class _Recorder(fx.Interpreter):
         return result
 
 
+def holds_tensors(result: object) -> bool:
+    """Whether a result is a tensor or has one in it."""
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+
+
 def _results(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, Any]:
     """Run a graph and return the result of each node."""
     recorder = _Recorder(model, graph)
@@ -211,6 +222,16 @@ def _results_of_one(
     except Exception as error:  # of the model's own code, or of `scaled`
         log.debug("the engine computes whole batches of this %s: %s", type(model).__name__, first_line(error))
         return None
+
+
+def _take_constants(copied: nn.Module, graph: fx.Graph) -> None:
+    """Move the tensors that torch.fx has made attributes of the traced copy into the graph."""
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr" and name.startswith("_tensor_constant"):
+            node.op, node.target = "call_function", Constant(getattr(copied, name))
+    for name in [name for name in vars(copied) if name.startswith("_tensor_constant")]:
+        delattr(copied, name)
 
 
 def _default_arguments(model: nn.Module) -> dict[str, Any]:

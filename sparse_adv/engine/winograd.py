@@ -66,7 +66,7 @@ class TrainedConvolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, tile = self.layer, None
-        if _onednn_writes_out_of_bounds(layer):
+        if onednn_writes_out_of_bounds(layer):
             rows, cols = layer.stride  # on the pixels that are read, the convolution has stride 1
             return F.conv2d(x[:, :, ::rows, ::cols], layer.weight, layer.bias)
         if x.dtype == layer.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
@@ -76,7 +76,7 @@ class TrainedConvolution:
         return ops.winograd_conv2d(x, layer.weight, layer.bias, _pair(layer.padding), tile=tile)
 
 
-def _onednn_writes_out_of_bounds(layer: nn.Conv2d) -> bool:
+def onednn_writes_out_of_bounds(layer: nn.Conv2d) -> bool:
     """Whether the gradient of the weight may end the process where images or weight are channels_last.
 
     oneDNN's AVX2 kernel of strided 1 x 1 convolutions does that with fewer than 8 input channels (torch 2.13).

@@ -1,0 +1,68 @@
+"""What the Python code of a model may do while it is traced: all that depends on tensors must be in the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+
+class NotTraceable(Exception):
+    """A model that the engine leaves to PyTorch; the text says why."""
+
+
+class Constant:
+    """The operation that returns a tensor which the graph reads."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __call__(self) -> Tensor:
+        return self.tensor
+
+
+class EagerFunctions(TorchFunctionMode):
+    """A context for tracing that refuses computations with tensors which the graph would not repeat.
+
+    torch.fx records functions of the images, parameters and buffers. Others run at once, and the graph keeps their
+    result. That is right where they read numbers alone, as `torch.tensor(self.mean)` and `torch.arange(n)` do, and
+    wrong for a tensor that code outside of the graph may change.
+
+    Raises:
+        NotTraceable: before such a function runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, Tensor] = {}
+        """The tensors made of numbers, kept so that no other gets their identity."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+            return func(*args, **kwargs)
+        if not all(id(leaf) in self._made for leaf in leaves if isinstance(leaf, Tensor)):
+            raise NotTraceable("its Python code computes with tensors that are no parameters or buffers of a module")
+        result = func(*args, **kwargs)
+        self._made |= {id(leaf): leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        return result
+
+
+_METADATA = {
+    *("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "is_contiguous"),
+    *("dtype", "device", "layout", "is_cuda", "is_floating_point", "is_complex", "element_size", "itemsize"),
+}
+"""What a tensor says without its elements."""
+
+
+def reads_elements(node: fx.Node) -> bool:
+    """Whether an operation that returns no tensor may read the elements of one."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] not in _METADATA
+    if node.op == "call_method":
+        return node.target not in _METADATA
+    return node.target not in (len, torch.numel, torch.is_floating_point, torch.is_complex)
