@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_BY_VALUE = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, torch.layout)
+_USUAL = {bool, int, float, str, type(None)}
+_BY_VALUE = (*_USUAL, complex, bytes, enum.Enum, torch.dtype, torch.device, torch.layout)
 _BY_IDENTITY = (
     Tensor,
     nn.Module,
@@ -22,7 +23,7 @@ _BY_IDENTITY = (
     logging.Logger,
 )
 _LONGEST = 1024
-"""Values of an attribute that are compared. A call takes 0.5 ms for the modules of a ResNet-18."""
+"""Values of an attribute that are compared. A call takes 0.8 ms for the modules of a ResNet-18."""
 
 
 def content(attributes: Mapping[str, object], seen: set[int]) -> Hashable:
@@ -46,11 +47,11 @@ def content(attributes: Mapping[str, object], seen: set[int]) -> Hashable:
         >>> before == content({"options": options}, set())
         False
     """
-    found: list[Hashable] = []
-    waiting: list[object] = [*attributes.values(), *attributes.keys()]
+    found: list[Hashable] = list(attributes)
+    waiting = list(attributes.values())
     while waiting and len(found) < _LONGEST:
         value = waiting.pop()
-        if isinstance(value, _BY_VALUE):
+        if type(value) in _USUAL or isinstance(value, _BY_VALUE):
             found.append(value)
         elif isinstance(value, (np.ndarray, np.generic)) and value.size <= _LONGEST:
             found.append((value.dtype.str, value.shape, value.tobytes()))
