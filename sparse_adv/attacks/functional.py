@@ -57,7 +57,8 @@ def pgd(
             scalar or one number per image [N].
         restarts: number of random starts. An image that one of them misclassifies (or that reaches its target) is
             returned, whatever its loss; of the others the one with the highest loss. To compare them, a loss that
-            returns a scalar is evaluated image by image.
+            returns a scalar is evaluated image by image: with one row of labels that are a tensor [N, ...], and with
+            all of any others.
         targeted: minimise the loss instead of maximising it.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         generator: generator of the random starts, of which one number is drawn; None for PyTorch's global generator; or

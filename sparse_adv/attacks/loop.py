@@ -221,5 +221,7 @@ class PGDLoop:
         logits = gradients.logits(adv)
         loss = self._loss(logits, labels)
         if loss.shape != logits.shape[:1]:
-            loss = torch.cat([self._loss(logits[i : i + 1], labels[i : i + 1]).view(1) for i in range(len(logits))])
+            of_images = isinstance(labels, Tensor) and labels.shape[:1] == logits.shape[:1]
+            rows = labels.split(1) if of_images else [labels] * len(logits)
+            loss = torch.cat([self._loss(z, row).view(1) for z, row in zip(logits.split(1), rows, strict=True)])
         return loss, self._is_fooled(logits, labels)

@@ -35,3 +35,23 @@ def test_what_is_no_tensor_is_named(loss):
     wrong = "model must return logits" if loss == "ce" else "loss must return a tensor, got None"
     with pytest.raises(TypeError, match=wrong):
         pgd((lambda x: None) if loss == "ce" else model, images, labels, steps=1, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("labels", "values"),
+    [
+        (None, lambda logits, labels: logits[:, 0]),
+        ({"class": 2}, lambda logits, labels: logits[:, labels["class"]]),
+        (torch.tensor(0.5), lambda logits, labels: logits[:, 0] * labels),
+        (torch.arange(30.0).view(6, 5).cos(), lambda logits, labels: (logits * labels).sum(1)),
+    ],
+    ids=["none", "dict", "one number", "rows"],
+)
+def test_restarts_are_compared_image_by_image_whatever_the_labels_of_a_scalar_loss_are(labels, values):
+    model, (images, _) = make_model().eval(), batch()
+
+    def attacked(loss):
+        draw = torch.Generator().manual_seed(0)
+        return pgd(model, images, labels, eps=0.1, alpha=0.02, steps=2, restarts=3, loss=loss, generator=draw)
+
+    assert attacked(lambda *given: values(*given).sum()).equal(attacked(values))
