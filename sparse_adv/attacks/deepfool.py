@@ -14,7 +14,7 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary
 from sparse_adv.attacks.options import check_count
-from sparse_adv.attacks.queries import Queries, advantage, run_search
+from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
 from sparse_adv.ops.arguments import check_number
 
 
@@ -30,10 +30,12 @@ def deepfool(
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
-    """DeepFool: r = r - (z_y - z_k) / |w|^2 * w at x + (1 + overshoot) r, until the label is not predicted there.
+    """DeepFool: r = r - (z_y - z_k) / |w|^2 * w at x + r, until the label is not predicted at x + (1 + overshoot) r.
 
-    w is the gradient of z_y - z_k, k the class with the least |z_y - z_k| / |w|_2, and x + (1 + overshoot) r is clamped
-    to [lo, hi].
+    w is the gradient of z_y - z_k, k the class with the least |z_y - z_k| / |w|_2, and both points are clamped to
+    [lo, hi]. Where that cuts steps off, x + r creeps up to the boundary and never crosses it; the overshoot does, as it
+    is a share of all of r and not of the last step alone. An example so near to the boundary that rounding decides is
+    moved on by up to 1 % of its distance.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
@@ -47,8 +49,8 @@ def deepfool(
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi], at any distance;
-        without an example after `steps` steps, or where a gradient is NaN, the last finite image; the clean image where
-        it is adversarial itself.
+        where none was found, and where the clean image is adversarial, the clean image. An image stays as it is from
+        the step on whose gradient is not finite.
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.
@@ -79,14 +81,15 @@ def deepfool(
             index = index[~(advantage(model.logits(adv[index]), labels[index], False) > 0)]
             if not len(index):
                 break
-            lead, slope = nearest_boundary(model, adv[index], labels[index], "l2")
+            x = box.clamp(images[index] + way[index])
+            lead, slope = nearest_boundary(model, x, labels[index], "l2")
             square = slope.flatten(1).square().sum(1)
             way[index] -= per_image(lead / square.where(square > 0, 1), slope) * slope
             moved = box.clamp(images[index] + (1 + overshoot) * way[index])
             finite = moved.isfinite().flatten(1).all(1)
             index = index[finite]
             adv[index] = moved[finite]
-        return adv
+        return confirmed(model, adv, images, labels, box, False)
 
     return run_search(search, model, images, labels, lo, hi, check, engine)
 

@@ -15,7 +15,7 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import check_count
-from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search, seeded
+from sparse_adv.attacks.queries import Queries, advantage, confirmed, private_generator, run_search, seeded
 from sparse_adv.ops.arguments import check_flag, check_numbers
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -48,7 +48,8 @@ def fab(
     The boundary is that of the class k with the least |z_y - z_k| / |gradient of z_y - z_k|_dual at x; d is the least
     change, in the norm and within [lo, hi], that reaches its hyperplane, and a = min(alpha_max, |d(x)| / (|d(x)| +
     |d(x_0)|)). Where x is adversarial, the nearest such x is kept and x is pulled back to x_0 + beta (x - x_0). Three
-    steps of a search between the nearest x and x_0 end the attack.
+    steps of a search between the nearest x and x_0 end the attack. An example so near to the boundary that rounding
+    decides is moved on by up to 1 % of its distance.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
@@ -319,8 +320,9 @@ class _Fab:
 
     def result(self) -> Tensor:
         """The nearest adversarial images inside of the ball, else the clean ones."""
-        inside = self._least.double() <= self._eps
-        return self._best.where(per_image(inside, self._best), self._images)
+        inside, settings = self._least.double() <= self._eps, self._settings
+        found = self._best.where(per_image(inside, self._best), self._images)
+        return confirmed(self._model, found, self._images, self._labels, settings.ball, settings.targeted)
 
     def _unfinished(self, index: Tensor) -> Tensor:
         """Return the images of `index` to attack further: with eps, those without an example in the ball; else all."""

@@ -23,7 +23,7 @@ from sparse_adv.attacks.checks import (
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
-from sparse_adv.attacks.queries import Queries, advantage, loss_to_raise, run_search
+from sparse_adv.attacks.queries import Queries, advantage, confirmed, loss_to_raise, run_search
 from sparse_adv.ops.arguments import check_flag, check_floating, check_numbers
 from sparse_adv.ops.pgd_step import check_ball
 
@@ -32,9 +32,6 @@ LOSSES = ("margin", "dlr")
 
 _GAMMA_LAST = 0.001
 _ALPHA_FALLS = 100
-_PUSHES = (0.0, 1e-4, 1e-3, 1e-2)
-_ROUNDING = 1e-5
-"""An example counts as adversarial only if its margin is at least this fraction of the largest absolute logit."""
 
 
 def fmn(
@@ -112,10 +109,8 @@ def fmn(
         best = images.clone()
         index = (~(advantage(model.logits(images), labels, targeted) > 0)).nonzero().squeeze(1)
         if len(index):
-            clean, labels = images[index], labels[index]
-            found = _nearest(model, clean, labels, box, steps, alpha, gamma, loss, targeted)
-            best[index] = _confirmed(model, found, clean, labels, box, targeted)
-        return best
+            best[index] = _nearest(model, images[index], labels[index], box, steps, alpha, gamma, loss, targeted)
+        return confirmed(model, best, images, labels, box, targeted)
 
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
@@ -150,26 +145,6 @@ def _nearest(
         unit = slope / per_image(slope.flatten(1).norm(dim=1).clamp_min(1e-12), slope)
         adv = box.clamp(_into(adv + size * unit, images, eps, box.norm))
     return best
-
-
-def _confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, box: Ball, targeted: bool) -> Tensor:
-    """The examples that the model itself, without the engine, misclassifies by more than rounding; else clean images.
-
-    The search ends so near to the boundary that rounding decides the class. So the perturbation is made up to 1 %
-    longer, by the factors of `_PUSHES` in turn, until the margin exceeds rounding.
-    """
-    result, left = images.clone(), torch.arange(len(images), device=images.device)
-    for share in _PUSHES:
-        clean = images[left]
-        x = box.clamp(clean + (1 + share) * (found[left] - clean))
-        logits = model.own_logits(x)
-        least = _ROUNDING * logits.abs().amax(1) if share < _PUSHES[-1] else 0
-        over = advantage(logits, labels[left], targeted) > least
-        result[left[over]] = x[over]
-        left = left[~over]
-        if not len(left):
-            break
-    return result
 
 
 def _into(x: Tensor, images: Tensor, eps: Tensor, norm: str) -> Tensor:

@@ -12,6 +12,7 @@ from helpers.searched import (
     distances,
     least_distance,
     linear_problem,
+    moved_over,
     spoil_gradient,
 )
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ def plain_deepfool(model: nn.Module, x: Tensor, y: Tensor, steps: int, overshoot
     """Algorithm 2 of Moosavi-Dezfooli et al. 2016, each point clamped to [0, 1]."""
     way, z = torch.zeros_like(x), x
     for _ in range(steps):
-        point = z.detach().requires_grad_()
-        logits = model(point[None])[0]
-        if logits.argmax() != y:
+        if model(z[None]).argmax() != y:
             break
+        point = (x + way).clamp(0, 1).requires_grad_()
+        logits = model(point[None])[0]
         found = []
         for k in range(len(logits)):
             if k != y:
@@ -43,7 +44,7 @@ def plain_deepfool(model: nn.Module, x: Tensor, y: Tensor, steps: int, overshoot
         _, lead, slope = min(found, key=lambda each: each[0])
         way = way - lead / slope.square().sum() * slope
         z = (x + (1 + overshoot) * way).clamp(0, 1)
-    return z
+    return moved_over(model, x, y, z)
 
 
 @pytest.mark.parametrize("overshoot", [0.0, 0.02, 0.5])

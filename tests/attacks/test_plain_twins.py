@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers.attacked import generator, philox_state
+from helpers.searched import moved_over
 from torch import Tensor, nn
 
 from sparse_adv import ops
@@ -225,7 +226,7 @@ def plain_fab(model: nn.Module, x: Tensor, y: Tensor, norm: str, steps: int, tar
             share = min(max(lead(near) / max(lead(near) - lead(far), 1e-12), 0.0), 1.0)
             middle = near + share * (far - near)
             near, far = (near, middle) if keep(middle) else (middle, far)
-    return best
+    return moved_over(model, x, y, best)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -261,13 +262,7 @@ def plain_fmn(model: nn.Module, x: Tensor, y: Tensor, norm: str, steps: int, alp
             eps = (max(ahead, eps) if least == math.inf else eps) * (1 + share)
         eps = min(eps, widest)
         z = project(z + (alpha / 100 + (alpha - alpha / 100) * cosine) * unit(slope), x, eps, norm)
-    # Clearly over the boundary, not by rounding.
-    for share in (0.0, 1e-4, 1e-3, 1e-2):
-        z = (x + (1 + share) * (best - x)).clamp(0, 1)
-        logits = model(z[None]).detach()
-        if losses.margin(logits, y[None]) > (1e-5 * logits.abs().max() if share < 1e-2 else 0):
-            return z
-    return x
+    return moved_over(model, x, y, best)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.attacked import batch, make_model, snapshot
+from sparse_adv.attacks import losses
 
 Attack = Callable[..., Tensor]
 
@@ -58,6 +59,17 @@ def distances(adv: Tensor, images: Tensor, norm: str) -> Tensor:
 def broken(model: nn.Module, adv: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         return model(adv).argmax(1) != labels
+
+
+def moved_over(model: nn.Module, x: Tensor, y: Tensor, found: Tensor) -> Tensor:
+    """What a search returns for what it has found: an example over the boundary by more than rounding, else x."""
+    for share in (0.0, 1e-4, 1e-3, 1e-2):
+        z = (x + (1 + share) * (found - x)).clamp(0, 1)
+        logits = model(z[None]).detach()
+        rounding = 100 * torch.finfo(z.dtype).eps * logits.abs().max()
+        if losses.margin(logits, y[None]) > (rounding if share < 1e-2 else 0):
+            return z
+    return x
 
 
 def spoil_gradient(x: Tensor, value: float, pixels: int) -> Tensor:
