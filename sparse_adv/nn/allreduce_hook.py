@@ -11,6 +11,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv.nn import mask_agreement
+from sparse_adv.nn.optimizer_hook import version_of
 
 
 @dataclass
@@ -69,7 +70,7 @@ class _HookState:
         self.stats = CommStats()
         self.masks: dict[Tensor, Tensor] = {}
         """The mask of each masked weight."""
-        self.mask_versions: list[tuple[int, int, int]] | None = None
+        self.mask_versions: list[tuple[int, int, object]] | None = None
         self.checksums: dict[Tensor, int] = {}
         self.kept_indices: dict[int, tuple[list[int], Tensor | None]] = {}
         """Maps the index of a bucket to the identities of its parameters and the result of `_indices`. The parameters
@@ -98,7 +99,7 @@ class _HookState:
     def _read_masks(self) -> None:
         masks = mask_agreement.masks_of(self.module)
         # `self.masks` still refers to the masks of the last step, so no new mask can have the identity of an old one.
-        versions = [(id(w), id(m), -1 if m.is_inference() else m._version) for w, m in masks.items()]
+        versions = [(id(w), id(m), version_of(m)) for w, m in masks.items()]
         if versions != self.mask_versions:
             self.masks, self.mask_versions = masks, versions
             self.checksums = {weight: mask_agreement.checksum(mask) for weight, mask in masks.items()}

@@ -25,7 +25,7 @@ class CompiledMask:
 
     mask: Tensor
     """A copy of the buffer, so that a write to the buffer shows as a difference."""
-    _source: tuple[Tensor, int] | None = field(default=None, init=False)
+    _source: tuple[Tensor, object] | None = field(default=None, init=False)
     """The buffer whose content is known to equal `mask`, and the version of that content."""
 
     def attach(self, buffer: Tensor) -> None:

@@ -97,9 +97,9 @@ def settle(optimizer: Optimizer) -> None:
             settled[weight] = mask, version_of(weight)
 
 
-def version_of(tensor: Tensor) -> int:
-    """The number of writes to a tensor; -1 for an inference tensor, which does not count them."""
-    return -1 if tensor.is_inference() else tensor._version
+def version_of(tensor: Tensor) -> object:
+    """What is equal until the tensor is written to; never for an inference tensor, which does not count its writes."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 def _mask_gradients_of(weight: Tensor) -> RemovableHandle:

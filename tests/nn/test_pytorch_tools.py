@@ -86,6 +86,25 @@ def test_a_model_that_is_made_in_inference_mode_runs_there_and_outside(x):
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mask_that_is_loaded_in_inference_mode_takes_effect(model, x, compiled):
+    """Tensors made there count no writes, by which a changed mask is noticed otherwise."""
+    expected, state = model(x), model.state_dict()
+    with torch.inference_mode():
+        loaded = dense_network()
+        sparsify(loaded, prune(loaded, 0.2, linear=True))
+        run = torch.compile(loaded, backend="aot_eager") if compiled else loaded
+        run(x)
+        loaded.load_state_dict(state)
+        assert_close(run(x), expected)
+        loaded[0].weight_mask.zero_()
+        if compiled:
+            with pytest.raises(RuntimeError, match="weight_mask was written in place"):
+                run(x)
+        else:
+            assert_close(loaded[0](x), loaded[0].bias[None, :, None, None].expand(2, 4, 4, 4))
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_pytorch_counts_the_operations_of_kept_weights(model, x, backward):
     convolutions = nn.Sequential(*list(model)[:3])
