@@ -19,7 +19,6 @@ from sparse_adv.nn.compiled_mask_check import header_of_mask, is_exporting
 from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape, mode_of
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
-from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
 from sparse_adv.ops.masked_conv2d_pattern import compile_checked
 from sparse_adv.ops.masked_conv2d_plan import REQUESTED, ROOFLINE, TABLE
@@ -272,9 +271,6 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return compile_mask(self, mask, self.block)
 
     def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Pattern]:
-        # Cast once here, so that autocast casts nothing in each pass.
-        weight = weight.to(dtype_under_autocast(weight))
-        bias = None if bias is None else bias.to(dtype_under_autocast(bias))
         return weight, bias, pack_pattern(self.pattern, weight)
 
 

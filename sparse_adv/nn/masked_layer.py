@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.mask_agreement import compare_in_first_pass
 from sparse_adv.nn.optimizer_hook import version_of
+from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.transforms import is_transformed
 
 
@@ -42,6 +43,30 @@ class CompiledMask:
         return True
 
 
+class _FrozenOperands:
+    """What a layer's forward pass takes in place of weight and bias while these do not change.
+
+    Each dtype has its own: a region without autocast takes other ones than the layers around it.
+    """
+
+    def __init__(self, layer: MaskedLayer) -> None:
+        # Pruned entries may have been written by hand. They are zeroed in a copy: the weight may be part of a graph.
+        self._weight = torch.where(layer.weight_mask, layer.weight.detach(), 0)
+        self._bias = None if layer.bias is None else layer.bias.detach()
+        self._make = layer._frozen_operands
+        self._made: dict[torch.dtype, Any] = {}
+        self.in_current_dtype()  # now, because the first pass may run in a transform
+
+    def in_current_dtype(self) -> Any:
+        """The operands in the dtype that autocast asks for here; they are cast once, not in each pass."""
+        dtype = dtype_under_autocast(self._weight)
+        if dtype not in self._made:
+            with mode_of(self._weight):
+                bias = None if self._bias is None else self._bias.to(dtype_under_autocast(self._bias))
+                self._made[dtype] = self._make(self._weight.to(dtype), bias)
+        return self._made[dtype]
+
+
 class MaskedLayer(nn.Module):
     """A layer whose weight is 0 wherever its bool buffer `weight_mask` is false.
 
@@ -64,8 +89,8 @@ class MaskedLayer(nn.Module):
 
     _compiled: CompiledMask | None
     """None on the meta device, where the layer computes what the dense one does."""
-    _frozen: dict[int, Any]
-    """The operands that the forward pass takes in place of weight and bias inside of `nn.frozen_weights`.
+    _frozen: dict[int, _FrozenOperands]
+    """The operands inside of `nn.frozen_weights`.
 
     The key is the number of the thread: another thread may train the same model, and needs the gradients of weights.
     """
@@ -152,17 +177,15 @@ class MaskedLayer(nn.Module):
         """
         if torch.compiler.is_compiling() or not self._frozen:
             return None
-        return self._frozen.get(get_ident())
+        frozen = self._frozen.get(get_ident())
+        return None if frozen is None else frozen.in_current_dtype()
 
     def freeze(self) -> bool:
         """Start `nn.frozen_weights` for this layer and this thread; return False if that is in force already."""
         if self.frozen_operands is not None:
             return False
         self.refresh()
-        # Pruned entries may have been written by hand. They are zeroed in a copy: the weight may be part of a graph.
-        weight = torch.where(self.weight_mask, self.weight.detach(), 0)
-        bias = None if self.bias is None else self.bias.detach()
-        self._frozen[get_ident()] = self._frozen_operands(weight, bias)
+        self._frozen[get_ident()] = _FrozenOperands(self)
         return True
 
     def unfreeze(self) -> None:

@@ -249,6 +249,25 @@ def test_input_gradients_are_the_same_while_weights_are_frozen(model, x):
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("index", [2, 4])
+@pytest.mark.parametrize("inner", [None, torch.float16, torch.bfloat16])
+def test_frozen_weights_have_the_dtype_of_each_region_of_autocast(model, index, inner):
+    """None stands for a region without autocast."""
+    layer = sparsify(model, prune(model, 0.4, linear=True))[index]
+    x = torch.rand((2, 8, 5, 5) if index == 2 else (2, 36))
+    for outer in (torch.bfloat16, None):
+        with torch.autocast("cpu", outer, enabled=outer is not None):
+            with torch.autocast("cpu", inner, enabled=inner is not None):
+                expected = layer(x)
+            with frozen_weights(model), torch.autocast("cpu", inner, enabled=inner is not None):
+                with torch.inference_mode():
+                    layer(x)
+                actual = layer(x.clone().requires_grad_())
+        assert actual.dtype == (inner or torch.float32)
+        assert torch.equal(actual, expected)
+        actual.sum().backward()
+
+
 def test_weights_are_frozen_until_the_outermost_context_ends_even_by_an_exception(model, x):
     sparsify(model, prune(model, 0.4))
     with pytest.raises(RuntimeError, match="stop"), frozen_weights(model):
