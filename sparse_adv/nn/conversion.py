@@ -16,7 +16,7 @@ from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import Layer, check_initialized, unknown_module
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_conv_mask, check_convertible, compile_mask
-from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.nn.masked_layer import MaskedLayer, check_replaceable
 from sparse_adv.nn.masked_linear import MaskedLinear, check_linear, check_linear_mask
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys
 
@@ -39,7 +39,8 @@ def sparsify(
     """Replace convolutions of the model by `MaskedConv2d` and linear layers by `MaskedLinear`, in place.
 
     Layers that are masked already get the new masks. Parameter objects stay the same, so an optimiser made before still
-    works. If anything is wrong, nothing changes.
+    works; a layer that was compiled by itself, `layer.compile()`, must be compiled again. If anything is wrong, nothing
+    changes.
 
     Args:
         model: any module.
@@ -72,10 +73,8 @@ def sparsify(
             if not torch.equal(mask, conversions[module].mask):
                 raise ValueError(f"module {name!r} has another name with another mask")
             continue
-        try:
+        with _naming(name):
             conversions[module] = _conversion(module, mask, block)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"module {name!r}: {error}") from error
     _check_shared_weights(modules, conversions)
 
     layers = {module: conversion.convert() for module, conversion in conversions.items()}
@@ -85,12 +84,22 @@ def sparsify(
     return model
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put a module's name before the message of an error."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"module {name!r}: {error}") from error
+
+
 @checks_types
 def densify(model: nn.Module) -> nn.Module:
     """Replace every masked layer by a plain `nn.Conv2d` or `nn.Linear` with the same Parameters, zeros where pruned.
 
     The model is changed in place. Its `state_dict` then has the dense model's keys, and training may change the weights
-    that were pruned.
+    that were pruned. A layer that was compiled by itself, `layer.compile()`, must be compiled again. If anything is
+    wrong, nothing changes.
 
     Args:
         model: any module, sparse or dense.
@@ -98,13 +107,20 @@ def densify(model: nn.Module) -> nn.Module:
     Returns:
         The model; if that is itself a masked layer, the layer that replaces it.
 
+    Raises:
+        TypeError: if a `forward` was set on a masked layer.
+
     Examples:
         >>> layer = sparsify(nn.Linear(2, 1), {"": torch.tensor([[True, False]])})
         >>> type(densify(layer)) is nn.Linear
         True
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    return _replace(model, modules, {m: m.to_dense() for m in model.modules() if isinstance(m, MaskedLayer)})
+    masked = {name: module for name, module in modules.items() if isinstance(module, MaskedLayer)}
+    for name, layer in masked.items():
+        with _naming(name):
+            check_replaceable(layer)
+    return _replace(model, modules, {layer: layer.to_dense() for layer in set(masked.values())})
 
 
 @contextmanager

@@ -17,7 +17,14 @@ from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.compiled_mask_check import header_of_mask, is_exporting
 from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
-from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape, mode_of
+from sparse_adv.nn.masked_layer import (
+    CompiledMask,
+    MaskedLayer,
+    check_own_weight,
+    check_replaceable,
+    check_shape,
+    mode_of,
+)
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
 from sparse_adv.ops.masked_conv2d_pattern import compile_checked
@@ -313,9 +320,11 @@ def check_convertible(conv: nn.Module) -> None:
     """Raises TypeError if a masked layer cannot replace this module."""
     if not isinstance(conv, nn.Conv2d):
         raise TypeError(f"only a Conv2d can become a MaskedConv2d, got {type(conv).__name__}")
-    kind = type(conv)
-    if not isinstance(conv, MaskedConv2d) and (
-        kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
-    ):
-        raise TypeError(f"{kind.__name__} computes its output in its own way, only plain Conv2d layers can be masked")
+    if not isinstance(conv, MaskedConv2d):
+        kind = type(conv)
+        if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
+            raise TypeError(
+                f"{kind.__name__} computes its output in its own way, only plain Conv2d layers can be masked"
+            )
+        check_replaceable(conv)
     check_own_weight(conv)

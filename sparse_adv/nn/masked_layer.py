@@ -116,7 +116,12 @@ class MaskedLayer(nn.Module):
         return layer
 
     def to_dense(self) -> nn.Module:
-        """Make a plain layer of this one, with the same Parameter objects, zeros where pruned."""
+        """Make a plain layer of this one, with the same Parameter objects, zeros where pruned.
+
+        Raises:
+            TypeError: if `check_replaceable` does.
+        """
+        check_replaceable(self)
         self._derive()
         dense = self._dense.__new__(self._dense)
         dense.__dict__ = _shared_state(self)
@@ -255,7 +260,7 @@ class MaskedLayer(nn.Module):
         self._derive()
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name not in self.DERIVED}
+        return {name: value for name, value in super().__getstate__().items() if name not in self.DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -279,6 +284,12 @@ def check_own_weight(layer: nn.Module) -> None:
         raise TypeError("weight is computed from something else (nn.utils.prune or parametrize): make that permanent")
 
 
+def check_replaceable(layer: nn.Module) -> None:
+    """Raises TypeError if a `forward` was set on the layer itself: one that takes its place would still call it."""
+    if "forward" in vars(layer):
+        raise TypeError(f"a forward that was set on this {type(layer).__name__} computes its output: remove that first")
+
+
 def check_shape(mask: Tensor, weight: Tensor) -> None:
     """Raises ValueError if the mask is for a weight of another shape."""
     if mask.shape != weight.shape:
@@ -289,9 +300,12 @@ def _shared_state(module: nn.Module) -> dict[str, object]:
     """A module's attributes for the layer that replaces it.
 
     Parameters are the same objects, and so are the tables of hooks, so that a hook can be removed by its old handle.
+    What `module.compile()` stored is left out: it calls that module.
     """
     own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    return {name: copy.copy(value) if name in own else value for name, value in module.__dict__.items()}
+    state = {name: copy.copy(value) if name in own else value for name, value in module.__dict__.items()}
+    state.pop("_compiled_call_impl", None)
+    return state
 
 
 def _to_own_keys(state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -12,7 +12,14 @@ from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
-from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, check_own_weight, check_shape, mode_of
+from sparse_adv.nn.masked_layer import (
+    CompiledMask,
+    MaskedLayer,
+    check_own_weight,
+    check_replaceable,
+    check_shape,
+    mode_of,
+)
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 
@@ -130,8 +137,10 @@ def check_linear(linear: nn.Module) -> None:
         raise TypeError(f"only a Linear can become a MaskedLinear, got {type(linear).__name__}")
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         raise TypeError("MultiheadAttention reads this layer's weight and never calls it, so its gradient has no mask")
-    if not isinstance(linear, MaskedLinear) and type(linear).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"{type(linear).__name__} computes its output in its own way, only plain Linear layers can be masked"
-        )
+    if not isinstance(linear, MaskedLinear):
+        if type(linear).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"{type(linear).__name__} computes its output in its own way, only plain Linear layers can be masked"
+            )
+        check_replaceable(linear)
     check_own_weight(linear)

@@ -293,6 +293,35 @@ def test_pruned_entries_written_by_hand_do_not_count_while_weights_are_frozen(mo
         assert_close(layer(x), expected)
 
 
+def test_a_layer_that_was_compiled_calls_the_one_that_replaces_it(model):
+    """`layer.compile()` stores what calls the layer on which it was called."""
+    x, masks = torch.rand(1, 8, 5, 5), prune(model, 0.4)
+    for replace in (lambda: sparsify(model, masks)[2], lambda: copy.deepcopy(model[2]), lambda: densify(model)[2]):
+        model[2].compile(backend="eager")
+        new = replace()
+        new.weight = nn.Parameter(torch.zeros_like(new.weight))
+        assert_close(new(x), new.bias[None, :, None, None].expand(1, 4, 3, 3))
+
+
+@pytest.mark.parametrize("index", [2, 4])
+def test_a_forward_set_on_a_layer_is_refused_and_nothing_changes(model, x, index):
+    """As accelerate sets it: it calls the layer on which it was set, whichever has taken its place."""
+    masks, expected, old = prune(model, 0.4, linear=True), model(x), model[index]
+    sentence = rf"module '{index}': a forward that was set on this .* computes its output: remove that first"
+    old.forward = old.forward
+    with pytest.raises(TypeError, match=sentence):
+        sparsify(model, masks)
+    assert torch.equal(model(x), expected)
+    del old.forward
+    layer, expected = sparsify(model, masks)[index], model(x)
+    layer.forward = layer.forward
+    assert sparsify(model, masks)[index] is layer
+    for refused in (densify, lambda model: model[index].to_dense()):
+        with pytest.raises(TypeError, match="a forward that was set on this Masked"):
+            refused(model)
+    assert isinstance(model[2], MaskedConv2d) and torch.equal(model(x), expected)
+
+
 def test_names_that_a_user_excluded_from_ddp_stay_excluded(model, x):
     ignore = "_ddp_params_and_buffers_to_ignore"
     layer = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
