@@ -108,7 +108,7 @@ def densify(model: nn.Module) -> nn.Module:
         The model; if that is itself a masked layer, the layer that replaces it.
 
     Raises:
-        TypeError: if a `forward` was set on a masked layer.
+        TypeError: if weight or bias of a masked layer is parametrized, or a `forward` was set on it.
 
     Examples:
         >>> layer = sparsify(nn.Linear(2, 1), {"": torch.tensor([[True, False]])})

@@ -20,7 +20,7 @@ from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
 from sparse_adv.nn.masked_layer import (
     CompiledMask,
     MaskedLayer,
-    check_own_weight,
+    check_own_parameters,
     check_replaceable,
     check_shape,
     mode_of,
@@ -327,4 +327,4 @@ def check_convertible(conv: nn.Module) -> None:
                 f"{kind.__name__} computes its output in its own way, only plain Conv2d layers can be masked"
             )
         check_replaceable(conv)
-    check_own_weight(conv)
+    check_own_parameters(conv)

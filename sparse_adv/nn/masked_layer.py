@@ -278,15 +278,19 @@ def mode_of(weight: Tensor) -> Iterator[None]:
         yield
 
 
-def check_own_weight(layer: nn.Module) -> None:
-    """Raises TypeError if the weight is not a Parameter of this layer."""
-    if "weight" not in layer._parameters:
-        raise TypeError("weight is computed from something else (nn.utils.prune or parametrize): make that permanent")
+def check_own_parameters(layer: nn.Module) -> None:
+    """Raises TypeError if weight or bias is not a Parameter of this layer."""
+    for name in ("weight", "bias"):
+        if name not in layer._parameters:
+            raise TypeError(
+                f"{name} is computed from something else (nn.utils.prune or parametrize): make that permanent"
+            )
 
 
 def check_replaceable(layer: nn.Module) -> None:
-    """Raises TypeError if a `forward` was set on the layer itself: one that takes its place would still call it."""
-    if "forward" in vars(layer):
+    """Raises TypeError if another layer cannot take over the state of this one."""
+    check_own_parameters(layer)
+    if "forward" in vars(layer):  # it would still call this layer
         raise TypeError(f"a forward that was set on this {type(layer).__name__} computes its output: remove that first")
 
 

@@ -15,7 +15,7 @@ from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
 from sparse_adv.nn.masked_layer import (
     CompiledMask,
     MaskedLayer,
-    check_own_weight,
+    check_own_parameters,
     check_replaceable,
     check_shape,
     mode_of,
@@ -143,4 +143,4 @@ def check_linear(linear: nn.Module) -> None:
                 f"{type(linear).__name__} computes its output in its own way, only plain Linear layers can be masked"
             )
         check_replaceable(linear)
-    check_own_weight(linear)
+    check_own_parameters(linear)

@@ -8,10 +8,11 @@ import torch
 from helpers.tolerances import assert_close
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv.masks import SUPPORTED_BLOCKS, prune
-from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, explain, frozen_weights, sparsify
+from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, explain, frozen_weights, shrink, sparsify
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
 
 aten = torch.ops.aten
@@ -320,6 +321,26 @@ def test_a_forward_set_on_a_layer_is_refused_and_nothing_changes(model, x, index
         with pytest.raises(TypeError, match="a forward that was set on this Masked"):
             refused(model)
     assert isinstance(model[2], MaskedConv2d) and torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("index", [2, 4])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parametrized_layer_is_refused_and_nothing_changes(model, x, index, name):
+    masks = prune(model, 0.4, linear=True)
+    parametrize.register_parametrization(model[index], name, nn.Softplus())
+    keys, expected = list(model.state_dict()), model(x)
+    sentence = rf"module '{index}': {name} is computed from something else .*: make that permanent"
+    with pytest.raises(TypeError, match=sentence):
+        sparsify(model, masks)
+    assert list(model.state_dict()) == keys and torch.equal(model(x), expected)
+    parametrize.remove_parametrizations(model[index], name)
+    sparsify(model, masks)
+    parametrize.register_parametrization(model[index], name, nn.Softplus())
+    keys, expected = list(model.state_dict()), model(x)
+    for refuse in (densify, lambda model: shrink(model, None, x.shape)):
+        with pytest.raises(TypeError, match=sentence):
+            refuse(model)
+    assert list(model.state_dict()) == keys and torch.equal(model(x), expected)
 
 
 def test_names_that_a_user_excluded_from_ddp_stay_excluded(model, x):
