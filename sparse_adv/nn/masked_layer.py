@@ -202,8 +202,11 @@ class MaskedLayer(nn.Module):
         return torch.where(self.weight_mask, self.weight, 0)
 
     def _write_mask(self, mask: Tensor) -> None:
+        """Write the buffer, only if its content is another: a write would invalidate a backward pass in progress."""
         if "weight_mask" in self._buffers:
-            self.weight_mask.copy_(mask)
+            mask = mask.to(self.weight_mask.device)
+            if mask.is_meta or not torch.equal(self.weight_mask, mask):
+                self.weight_mask.copy_(mask)
         else:
             with mode_of(self.weight):
                 self.register_buffer("weight_mask", mask.to(self.weight.device, copy=True))
@@ -213,9 +216,14 @@ class MaskedLayer(nn.Module):
         self._compiled, self._frozen = compiled, {}
         if compiled is not None:
             compiled.attach(self.weight_mask)
-            with torch.no_grad():
-                self.weight.masked_fill_(~self.weight_mask, 0)
+            self._zero_pruned()
             optimizer_hook.watch(self.weight, compiled.mask)
+
+    @torch.no_grad()
+    def _zero_pruned(self) -> None:
+        """Zero the weight where the mask is false, only if needed, as in `_write_mask`."""
+        if torch.where(self.weight_mask, 0, self.weight).any():
+            self.weight.masked_fill_(~self.weight_mask, 0)
 
     def _derive(self) -> None:
         """Compile the buffer if its content has changed, and install the result in any case."""
@@ -239,14 +247,10 @@ class MaskedLayer(nn.Module):
         self._derive()
         return self
 
-    @torch.no_grad()
     def _save_to_state_dict(self, *args: Any) -> None:
-        # Averaging and copying write the weight without a call of this layer, so it is zeroed here. It is written only
-        # if needed, since a write would invalidate a backward pass in progress.
-        weight, mask = self.weight, self.weight_mask
-        whole = type(weight) is nn.Parameter and not weight.is_meta  # a shard has another type
-        if whole and torch.where(mask, 0, weight).any():
-            weight.masked_fill_(~mask, 0)
+        # Averaging and copying write the weight without a call of this layer, so it is zeroed here.
+        if type(self.weight) is nn.Parameter and not self.weight.is_meta:  # a shard has another type
+            self._zero_pruned()
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

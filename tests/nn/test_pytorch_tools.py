@@ -86,6 +86,23 @@ def test_a_model_that_is_made_in_inference_mode_runs_there_and_outside(x):
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda model: model.cpu(),
+        lambda model: model.share_memory(),
+        lambda model: densify(model),
+        lambda model: [copy.copy(layer) for layer in (model[0], model[4])],
+        lambda model: sparsify(model, {name: model.get_submodule(name).weight_mask for name in ("0", "2", "4")}),
+    ],
+)
+def test_what_leaves_weights_and_masks_alone_does_not_disturb_a_backward_pass(model, x, touch):
+    loss = model(x).square().sum()
+    touch(model)
+    loss.backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_mask_that_is_loaded_in_inference_mode_takes_effect(model, x, compiled):
     """Tensors made there count no writes, by which a changed mask is noticed otherwise."""
