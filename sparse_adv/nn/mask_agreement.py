@@ -15,8 +15,9 @@ _compared: WeakSet[DistributedDataParallel] = WeakSet()
 
 
 def compare_in_first_pass() -> None:
-    """Compare the masks of all processes if this is the first forward pass of a DistributedDataParallel.
+    """Compare the masks of all processes if this is the first forward pass of a DistributedDataParallel to train.
 
+    Other passes, under `no_grad` or `no_sync`, may be one process's own, which no other one answers.
     Equal weights under different masks give each process another network. The masks that count are those under which
     the layers' weights were zeroed: the wrapper may have replaced the content of the buffers just now. A process whose
     model is dense takes no part, and gloo then ends those that wait for it: "distributed collective mismatch". Where
@@ -27,6 +28,8 @@ def compare_in_first_pass() -> None:
     """
     wrapped = DistributedDataParallel._get_active_ddp_module()
     if wrapped is None or wrapped in _compared:
+        return
+    if not (torch.is_grad_enabled() and wrapped.require_backward_grad_sync):
         return
     if masks_of(wrapped.module):  # none: a masked layer that is called in the pass is not the wrapped model's
         compare(wrapped.module, wrapped.process_group)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.process_group import PROCESSES, results_by_rank
 from helpers.tolerances import assert_close, assert_equal
 from torch import nn
@@ -123,6 +124,18 @@ def plain_with_masks_that_differ(rank, wrapped_first):
         return str(error)
 
 
+def passes_of_one_process(rank):
+    """Whether rank 0 alone can run the model without gradients, and without exchanging them, before the first step."""
+    ours = DistributedDataParallel(network())
+    if rank == 0:
+        with torch.no_grad():
+            ours(batch(0)[0])
+        with ours.no_sync():
+            ours(batch(0)[0])
+    dist.barrier()
+    return [gradients(ours, 0), gradients(network(), 0)]
+
+
 def a_mask_on_one_process_only(rank):
     ours = DistributedDataParallel(network(0.1 if rank else 1))
     try:
@@ -180,6 +193,7 @@ SCENARIOS = {
     "differing, rank 1": partial(masks_that_differ, changed_on=1),
     "differing without the hook": partial(plain_with_masks_that_differ, wrapped_first=False),
     "differing without the hook, wrapped first": partial(plain_with_masks_that_differ, wrapped_first=True),
+    "passes of one process": passes_of_one_process,
     "mask on one process": a_mask_on_one_process_only,
     "training, mask on one process": training_with_a_mask_on_one_process_only,
     "second hook": a_second_hook,
@@ -289,6 +303,12 @@ def test_masks_that_differ_are_refused_in_the_first_pass_without_the_hook(result
     assert (
         of(results, f"differing without the hook{wrapped}") == [PROBLEM.replace("'2.weight'", "'0.weight'")] * PROCESSES
     )
+
+
+def test_a_process_may_run_a_wrapped_model_alone_before_training(results):
+    for ours, expected in of(results, "passes of one process"):
+        for actual, value in zip(ours, expected, strict=True):
+            assert_close(actual, value)
 
 
 @pytest.mark.parametrize("scenario", ["mask on one process", "training, mask on one process"])
