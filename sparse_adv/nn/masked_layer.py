@@ -33,6 +33,10 @@ class CompiledMask:
         """Note that the buffer's present content equals `mask`."""
         self._source = buffer, version_of(buffer)
 
+    def detach(self) -> None:
+        """Have the elements compared again: the buffer may get the content of another tensor, and its version."""
+        self._source = None
+
     def matches(self, buffer: Tensor) -> bool:
         """Whether the buffer's content equals `mask`; elements are compared only after a write."""
         if self._source is not None and buffer is self._source[0] and version_of(buffer) == self._source[1]:
@@ -240,9 +244,15 @@ class MaskedLayer(nn.Module):
         if self._compiled is None or not self._compiled.matches(self.weight_mask):
             self._derive()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _prepare_swap(self) -> None:
+        """Before torch gives tensors the content of others, if it is told to: `_derive` must follow."""
         if torch.__future__.get_swap_module_params_on_conversion():
             optimizer_hook.unwatch(self.weight)  # torch cannot swap a tensor to which there are weak references
+            if self._compiled is not None:
+                self._compiled.detach()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._prepare_swap()
         super()._apply(fn, recurse)
         self._derive()
         return self
@@ -260,6 +270,7 @@ class MaskedLayer(nn.Module):
             # Before the weight: assign=True replaces that, which applies the mask to the new one.
             with mode_of(self.weight), torch.no_grad():
                 self.weight_mask.copy_(mask)
+        self._prepare_swap()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._derive()
 

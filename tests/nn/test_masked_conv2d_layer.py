@@ -253,17 +253,20 @@ def test_reading_the_state_does_not_disturb_a_backward_pass(x):
     assert not model.state_dict()["0.weight"][~model[0].weight_mask].any()
 
 
-def test_conversion_that_swaps_tensors(x):
-    model = network()
+@pytest.mark.parametrize("assign", [False, True])
+def test_conversion_and_loading_that_swap_tensors(x, assign):
+    model, other = network(), network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(x).sum().backward()
     optimizer.step()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model.double()
+        optimizer.zero_grad()
+        model.load_state_dict(other.double().state_dict(), assign=assign)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
-    optimizer.zero_grad()
+    assert_close(model(x.double()), other(x.double()))
     (model(x.double()).sum() + (model[0].weight - 1).square().sum()).backward()
     optimizer.step()
     assert model[0].weight.dtype == torch.float64 and is_zero_where_pruned(model[0])
