@@ -130,7 +130,9 @@ def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
     Each layer reads the weights kept by its mask once, in the kernels' order (float32 convolutions on the CPU, blocks
     on CUDA), casts them once under autocast, and computes no gradient of weight or bias, whatever `requires_grad` says.
     That is what an attack needs. The context may be nested; it ends with the outermost one. It holds for the thread
-    that entered it, so that another one can train the same model; compiled code takes no notice of it.
+    that entered it, so that another one can train the same model; compiled code takes no notice of it. What is under
+    `torch.utils.checkpoint` is computed again by the thread that runs the backward pass, which on CUDA is one of
+    autograd's own: the weights are not frozen there, and `use_reentrant=False` raises a CheckpointError.
 
     Args:
         model: any module.

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from sparse_adv.masks import SUPPORTED_BLOCKS, prune
 from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, explain, frozen_weights, shrink, sparsify
@@ -281,6 +283,17 @@ def test_weights_are_frozen_until_the_outermost_context_ends_even_by_an_exceptio
     y = model[2](torch.rand(1, 8, 3, 3))
     assert y.requires_grad
     assert_close(y.flatten(), model[2].bias)
+
+
+def test_checkpointed_layers_are_frozen_only_where_their_thread_runs_the_backward_pass(model, x):
+    sparsify(model, prune(model, 0.4))
+    with frozen_weights(model):
+        model.eval()
+        checkpoint(model, x.requires_grad_(), use_reentrant=False).sum().backward()
+        assert x.grad.any() and model[2].weight.grad is None
+        y = checkpoint(model, x, use_reentrant=False).sum()
+        with ThreadPoolExecutor() as pool, pytest.raises(CheckpointError):
+            pool.submit(y.backward).result()
 
 
 def test_pruned_entries_written_by_hand_do_not_count_while_weights_are_frozen(model):
