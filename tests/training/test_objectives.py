@@ -122,3 +122,11 @@ def test_the_step_of_smooth_convergence_leaves_the_ball_around_the_clean_images(
     assert (built.start - x).abs().max() <= 0.1 + 1e-6
     assert torch.allclose(moved[moved > 1e-6], torch.tensor(share * 0.1), atol=1e-6)
     assert (moved > 1e-6).float().mean() > 0.5 and (adv - x).abs().max() > share * 0.1
+
+
+def test_smooth_convergence_smooths_its_labels_twice_as_the_benchmark_does():
+    built = objectives.build(TrainConfig(objective="fgsm-rs-cs", label_smoothing=0.4))
+    logits, y = torch.randn(8, 10, dtype=torch.float64), torch.arange(8)
+    wanted = torch.full_like(logits, 0.2 / 3).scatter_(1, y[:, None], 0.4)
+    expected = -(wanted * logits.log_softmax(1)).sum(1).mean()
+    assert built.cross_entropy(logits, y).item() == pytest.approx(expected.item())

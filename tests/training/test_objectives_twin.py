@@ -88,6 +88,7 @@ class FGSMRSCS(Twin):
     def soft_ce(self, logits: Tensor, y: Tensor) -> Tensor:
         eye, classes = torch.eye(2, dtype=logits.dtype)[y], 2
         wanted = eye * (1 - self.smoothing) + (1 - eye) * self.smoothing / (classes - 1)
+        wanted = (1 - self.smoothing) * wanted + self.smoothing / classes  # by PyTorch
         return -(wanted * logits.log_softmax(1)).sum(1).mean()
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
