@@ -96,8 +96,13 @@ class FGSMUAP(Natural):
 
         loss = CE(f(adv), y) + beta mean((f(adv) - f(start))^2)
 
-    With g the gradient of the attack, m <- 0.3 m + mean over the images of g / ||g||_1, and u moves by 1.25 eps along
-    sign(m) in the ball of radius 1.25 eps. In a run of several processes each has a u of its own.
+    With g the gradient of the attack for the whole batch, m <- 0.3 m + mean over the images of g / ||g||_1, where the
+    norm is one number, the sum over all images; and u moves by 1.25 eps along sign(m) in the ball of radius 1.25 eps.
+    In a run of several processes each has a u of its own.
+
+    This is the authors' variant with one perturbation (`fat/fgsm_one_uap.py` of github.com/fzjcdt/fgsm_uap), which the
+    benchmark calls FGSM-UAP. In the FGSM-UAP of the paper a classifier of the network's features chooses one of
+    50 perturbations for each image.
 
     FastAT Benchmark (Pan and Yao 2026, arXiv 2604.22853), ResNet-18: clean 80.61 %, AutoAttack 49.44 %, 2,552 s.
 
