@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
@@ -41,8 +40,8 @@ def final_test(
         The result that was written.
 
     Raises:
-        FileNotFoundError: if the folder holds no weights.
-        ValueError: if there is no test image.
+        FileNotFoundError: if the folder lacks the weights.
+        ValueError: if they are those of another epoch, or there is no test image.
 
     Examples:
         >>> import tempfile
@@ -56,10 +55,14 @@ def final_test(
         >>> result.tested, sorted(result.test)
         ('last', ['clean', 'fgsm', 'pgd-20'])
     """
-    tested: Literal["best", "last"] = "best" if (folder / runs.BEST).exists() else "last"
-    path = folder / (runs.BEST if tested == "best" else runs.LAST)
+    best = runs.best(records, config)
+    epoch, path = (records[-1], folder / runs.LAST) if best is None else (best, folder / runs.BEST)
     weights, metadata = read_weights(path)
-    epoch = json_files.from_json(EpochRecord, metadata, f"the metadata of {path}")
+    if metadata.get("epoch") != epoch.epoch:
+        raise ValueError(
+            f"{str(path)!r} must hold the weights of epoch {epoch.epoch} to test them, got those of epoch "
+            f"{metadata.get('epoch')}"
+        )
     model.load_state_dict(weights)
     accuracies = {
         "clean": clean_accuracy(model, test),
@@ -71,7 +74,7 @@ def final_test(
     result = TrainResult(
         total=records[-1].total,
         checks=checks or TicketChecks(),
-        tested=tested,
+        tested="last" if best is None else "best",
         tested_epoch=epoch.epoch,
         validation_robust_accuracy=epoch.robust_accuracy,
         test={attack: accuracy.fraction for attack, accuracy in accuracies.items()},

@@ -46,7 +46,7 @@ class RunFiles:
         random_numbers.warn_of_unsaved(batches, updater.model)
 
     def save(self, records: list[EpochRecord]) -> None:
-        """Write all files. A run continues after the epoch of `state.pt`; the other files can be made again from it."""
+        """Write all files, first the state: a run continues after its epoch, and `restore` writes the others again."""
         of_ranks = distributed.collect(
             {
                 "objective": {key: tensor.cpu() for key, tensor in self.updater.objective.state_dict().items()},
@@ -55,10 +55,6 @@ class RunFiles:
             }
         )
         if distributed.rank() == 0:
-            record = records[-1]
-            if record is best(records, self.config):
-                weights = self.updater.evaluated.state_dict()
-                write_weights(self.folder / runs.BEST, weights, json_files.to_json(record))
             write_state(
                 self.folder / runs.STATE,
                 {
@@ -96,6 +92,7 @@ class RunFiles:
             raise damaged(path) from error
         if distributed.rank() == 0:
             self._write_records_and_weights(records)
+        distributed.barrier()
         log.info("%s: %d of %d epochs are done", self.folder, len(records), self.config.epochs)
         return records
 
@@ -112,5 +109,6 @@ class RunFiles:
 
     def _write_records_and_weights(self, records: list[EpochRecord]) -> None:
         json_files.write_lines(self.folder / runs.EPOCHS, records)
-        weights = self.updater.evaluated.state_dict()
-        write_weights(self.folder / runs.LAST, weights, json_files.to_json(records[-1]))
+        record, weights = records[-1], self.updater.evaluated.state_dict()
+        for name in (runs.LAST, runs.BEST) if record is best(records, self.config) else (runs.LAST,):
+            write_weights(self.folder / name, weights, json_files.to_json(record))

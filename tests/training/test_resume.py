@@ -14,7 +14,7 @@ import torch
 from helpers.forked import run_command, start_command
 from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
 
-from sparse_adv import masks, models, runs, training
+from sparse_adv import json_files, masks, models, runs, training
 from sparse_adv.nn import sparsify
 from sparse_adv.training import checkpoint, deterministic
 
@@ -52,6 +52,11 @@ def assert_same_weights_files(first, second):
         assert equal_states(ends[0][0], ends[1][0]) and ends[0][1]["epoch"] == ends[1][1]["epoch"]
 
 
+def assert_best_weights_are_those_of_the_best_epoch(folder):
+    run = runs.read(folder)
+    assert checkpoint.read_weights(folder / runs.BEST)[1] == json_files.to_json(runs.best(run.records, run.info.train))
+
+
 @pytest.fixture(
     scope="module",
     params=[
@@ -85,7 +90,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_an_uninterrupted_one(tmp_
 
 
 def test_a_run_that_ends_between_any_two_files_continues_to_the_same_files(tmp_path, monkeypatch):
-    config, rename = replace(QUICK, epochs=2, ema_decay=0.9), os.replace
+    config, rename = replace(QUICK, epochs=2, ema_decay=0.9, lr=0.005), os.replace  # so slow that epoch 2 is the best
     renamed = []
     monkeypatch.setattr(os, "replace", lambda *paths: renamed.append(rename(*paths)))
     expected = train(tmp_path / "whole", config=config).state_dict()
@@ -102,6 +107,9 @@ def test_a_run_that_ends_between_any_two_files_continues_to_the_same_files(tmp_p
         with pytest.raises(Stop):
             train(folder, config=config)
         monkeypatch.setattr(os, "replace", rename)
+        with pytest.raises(Stop):
+            train(folder, 1, config=config)
+        assert_best_weights_are_those_of_the_best_epoch(folder)
         assert equal_states(train(folder, config=config).state_dict(), expected)
         assert_same_weights_files(tmp_path / "whole", folder)
 

@@ -99,8 +99,8 @@ def test_the_final_test_is_of_the_best_weights_with_the_settings_of_the_run(tmp_
     records = training.train(model, batches(), config, validation=VALIDATION if best else None, folder=tmp_path)
     weights = network(seed=9).state_dict()
     if best:
-        metadata = json_files.to_json(replace(records[0], robust_accuracy=0.125))
-        checkpoint.write_weights(tmp_path / runs.BEST, weights, metadata)
+        records[0] = replace(records[0], clean_accuracy=1.0, robust_accuracy=1.0)
+        checkpoint.write_weights(tmp_path / runs.BEST, weights, json_files.to_json(records[0]))
     expected = weights if best else checkpoint.read_weights(tmp_path / runs.LAST)[0]
     seen = {}
 
@@ -122,8 +122,22 @@ def test_the_final_test_is_of_the_best_weights_with_the_settings_of_the_run(tmp_
     }
     assert tested.test == {"clean": 0.75, "fgsm": 0.5, "pgd-20": 0.25}
     assert (tested.tested, tested.tested_epoch) == (("best", 1) if best else ("last", 2))
-    assert tested.validation_robust_accuracy == (0.125 if best else None)
+    assert tested.validation_robust_accuracy == (1.0 if best else None)
     assert tested.total == records[-1].total and runs.read(tmp_path).result == tested
+
+
+def test_a_final_test_of_other_weights_than_those_of_the_best_epoch_is_refused(tmp_path):
+    model = network()
+    records = training.train(model, batches(), BASE, validation=VALIDATION, folder=tmp_path)
+    best, path = runs.best(records, BASE).epoch, tmp_path / runs.BEST
+    other = next(record for record in records if record.epoch != best)
+    checkpoint.write_weights(path, model.state_dict(), json_files.to_json(other))
+    with pytest.raises(ValueError, match=rf"best\.safetensors' .* epoch {best} .*, got .* epoch {other.epoch}$"):
+        training.final_test(model, tmp_path, records, BASE, TEST)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file of weights '.*best\.safetensors'"):
+        training.final_test(model, tmp_path, records, BASE, TEST)
+    assert not (tmp_path / runs.RESULT).exists()
 
 
 @pytest.mark.parametrize("engine", [True, False])
