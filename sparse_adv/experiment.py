@@ -16,6 +16,7 @@ from sparse_adv.json_files import JSONObject
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Density, EpochRecord, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
+from sparse_adv.training.update import updates_of
 
 
 def load_data(config: DataConfig, seed: int, device: torch.device) -> data.Dataset:
@@ -145,7 +146,7 @@ class SearchRun:
         self.images, self.network, self.dataset = images, network, dataset
         self.model = build_network(network, dataset, train.seed, device)
         self.batches = make_batches(images, dataset, train.seed)
-        tickets.check_fits(self.model, self.batches, prune)
+        tickets.check_fits(self.model, self.batches, train, prune)
         _begin(folder, RunInfo("search", train, prune.named(), images, network, world_size=distributed.world_size()))
 
     @property
@@ -282,17 +283,6 @@ class TrainRun:
         tickets.check_pruned_weights(self.model, self.masks)
         checks = TicketChecks(pruned_weights_zero=True)
         return final_test(self.model, self.folder, self.training.records, self.train, self.dataset.test, checks)
-
-
-def updates_of(config: TrainConfig, batches: data.Batches) -> int:
-    """Return the number of updates of a training run.
-
-    Examples:
-        >>> images = data.Split(torch.rand(64, 1, 4, 4), torch.arange(64) % 2)
-        >>> updates_of(TrainConfig("free", epochs=3, replays=4), data.Batches(images, 32))
-        24
-    """
-    return config.epochs * len(batches) * (config.replays if config.objective == "free" else 1)
 
 
 def density_of(model: nn.Module, ticket_masks: dict[str, torch.Tensor], dataset: data.Dataset) -> Density:

@@ -9,6 +9,7 @@ from sparse_adv import data, experiment, masks, models, runs, tickets
 from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Cost, TicketSource
+from sparse_adv.training.update import updates_of
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -90,8 +91,8 @@ def test_a_search_counts_its_updates_and_describes_its_ticket(tmp_path, dataset)
 
 def test_free_training_counts_each_replay(dataset):
     made = experiment.make_batches(IMAGES, dataset, 0)
-    assert experiment.updates_of(replace(TRAIN, objective="free", replays=3), made) == 3 * 2 * len(made)
-    assert experiment.updates_of(replace(TRAIN, replays=3), made) == 2 * len(made)
+    assert updates_of(replace(TRAIN, objective="free", replays=3), made) == 3 * 2 * len(made)
+    assert updates_of(replace(TRAIN, replays=3), made) == 2 * len(made)
 
 
 @pytest.mark.parametrize("control", ["none", "reinit", "shuffle"])

@@ -30,6 +30,7 @@ from sparse_adv.training.checks import pairs_of
 from sparse_adv.training.evaluation import Images, check_evaluable
 from sparse_adv.training.loop import Batches
 from sparse_adv.training.modes import frozen_modules, set_training_mode
+from sparse_adv.training.update import updates_of
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def search(
     check_metadata(metadata or {})
     if validation is not None:
         check_evaluable("validation", validation)
-    shape = check_fits(model, batches, prune_config)
+    shape = check_fits(model, batches, train_config, prune_config)
     folder = None if folder is None else Path(folder)
     if folder is None or not (folder / IDENTITY).exists():  # one that was begun here may have left its masks
         _check_dense(model)
@@ -113,38 +114,43 @@ def search(
 
 
 @checks_types
-def check_fits(model: nn.Module, batches: Batches, config: PruneConfig) -> tuple[int, ...] | None:
-    """Check that a search can prune a model, before anything is trained or written; `search` does so itself.
+def check_fits(
+    model: nn.Module, batches: Batches, train_config: TrainConfig, prune_config: PruneConfig
+) -> tuple[int, ...] | None:
+    """Check that a search can prune and rewind a model, before anything is trained or written; `search` does so itself.
 
     Args:
-        model, batches: as in `search`.
-        config: of the pruning.
+        model, batches, train_config, prune_config: as in `search`.
 
     Returns:
         Shape [1, C, H, W] of the images that the search trains on; None if there is no batch, or no need to know.
 
     Raises:
-        ValueError: if the configuration does not fit the model.
+        TypeError: if the batches have no length, where the number of updates matters.
+        ValueError: if the configuration of the pruning does not fit the model or the training.
 
     Examples:
-        >>> check_fits(nn.Linear(4, 2), [], PruneConfig(density=2))
+        >>> check_fits(nn.Linear(4, 2), [], TrainConfig(), PruneConfig(density=2))
         Traceback (most recent call last):
         ...
         ValueError: density must be a number in [0, 1], got 2.0
     """
     # A score function may need results of the training, so it is not called here.
-    _prune(model, replace(config, score="magnitude") if callable(config.score) else config, 1)
-    if not config.permute_channels and not config.half_resolution:
+    _prune(model, replace(prune_config, score="magnitude") if callable(prune_config.score) else prune_config, 1)
+    step = prune_config.rewind_step
+    if step and step > (updates := updates_of(train_config, batches)):
+        raise ValueError(f"rewind_step must be an update of the first round, which has {updates}, got {step}")
+    if not prune_config.permute_channels and not prune_config.half_resolution:
         return None
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
         batch = next(pairs_of(batches), None)
     if batch is None:
         return None
     shape: tuple[int, ...] = (1, *batch[0].shape[1:])
-    if config.half_resolution:
+    if prune_config.half_resolution:
         shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
         check_takes(model, shape)
-    if config.permute_channels:
+    if prune_config.permute_channels:
         dependency_groups(model, shape)  # raises ValueError if the model cannot be traced
     return shape
 
@@ -259,11 +265,9 @@ class _Search:
 
     def _start(self) -> dict[str, Tensor]:
         """The weights with which each round after the first, and the training of the ticket, begin."""
-        if self._begin is None:
-            raise ValueError(
-                f"rewind_step must come before the first round ends, got {self.prune_config.rewind_step}: it made "
-                f"{self.records[-1].step} updates"
-            )
+        if self._begin is None:  # an early stop, or fewer updates where an epoch of `free` was undone
+            step = self.prune_config.rewind_step
+            raise ValueError(f"rewind_step must be an update of the first round, which did not make it, got {step}")
         return self._begin
 
     def _first_version(self, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,29 @@ def check_trainable(model: nn.Module) -> None:
             raise ValueError(f"model must have its weights in memory, got {name!r} on the meta device")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model must have a parameter that requires a gradient, got none")
+
+
+def count_batches(batches: Iterable[Any]) -> int:
+    """Return the number of batches of an epoch.
+
+    Raises:
+        TypeError: if the batches have no length.
+        ValueError: if there is none.
+
+    Examples:
+        >>> count_batches([])
+        Traceback (most recent call last):
+        ...
+        ValueError: batches must hold at least one batch, got none
+    """
+    if not isinstance(batches, Sized):
+        raise TypeError(
+            f"batches must have a length and be iterable once an epoch (a list, a DataLoader, data.Batches), got "
+            f"{type(batches).__name__}"
+        )
+    if not len(batches):
+        raise ValueError("batches must hold at least one batch, got none")
+    return len(batches)
 
 
 def pairs_of(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -27,7 +27,7 @@ from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.config import SINGLE_STEP, TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord
 from sparse_adv.training import distributed, identity, objectives, random_numbers
-from sparse_adv.training.checks import check_trainable, first_pass, pairs_of
+from sparse_adv.training.checks import check_trainable, count_batches, first_pass, pairs_of
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
 from sparse_adv.training.devices import fastest_convolutions, reads_at_once
 from sparse_adv.training.evaluation import (
@@ -118,7 +118,7 @@ class Training:
         self.hook = hook or UpdateHook()
         if self.hook.wants_robust_loss and validation is None:
             raise ValueError("validation must have images, because the method follows the loss on them, got None")
-        self.updater = Updater(model, config, _count(batches), self.device, self.graphs, self.hook)
+        self.updater = Updater(model, config, count_batches(batches), self.device, self.graphs, self.hook)
         self.evaluated = self.updater.evaluated
         self.monitor: OverfittingMonitor | None = None
         if config.overfitting_monitor and config.objective in SINGLE_STEP and validation is not None:
@@ -385,15 +385,3 @@ def _last_size(batches: Batches) -> int | None:
     if type(sampler) is not BatchSampler or sampler.drop_last or not isinstance(sampler.sampler, Sized):
         return None
     return (len(sampler.sampler) - 1) % sampler.batch_size + 1
-
-
-def _count(batches: Batches) -> int:
-    """The number of batches of an epoch."""
-    if not isinstance(batches, Sized):
-        raise TypeError(
-            f"batches must have a length and be iterable once an epoch (a list, a DataLoader, data.Batches), got "
-            f"{type(batches).__name__}"
-        )
-    if not len(batches):
-        raise ValueError("batches must hold at least one batch, got none")
-    return len(batches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -21,11 +21,26 @@ from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training import distributed, objectives
 from sparse_adv.training.awp import perturbed_weights
 from sparse_adv.training.captured import CapturedUpdates, Numbers
+from sparse_adv.training.checks import count_batches
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.objectives import Passes
+
+
+def updates_of(config: TrainConfig, batches: Iterable[Any]) -> int:
+    """Return the number of updates of a training run.
+
+    Raises:
+        TypeError: if the batches have no length.
+        ValueError: if there is no batch.
+
+    Examples:
+        >>> updates_of(TrainConfig("free", epochs=3, replays=4), [(torch.rand(2, 1, 4, 4), torch.arange(2))])
+        12
+    """
+    return config.epochs * count_batches(batches) * objectives.build(config).updates
 
 
 class Updated(NamedTuple):
