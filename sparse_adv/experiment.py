@@ -201,6 +201,7 @@ class TrainRun:
         name: what reports call the run; None for the folder's name.
 
     Raises:
+        FileNotFoundError: if the folder has epochs of an unfinished run, but not the state to continue from.
         ValueError: if the folder holds another run, or the ticket does not fit the network.
 
     Examples:
@@ -260,6 +261,10 @@ class TrainRun:
             before=before,
         )
         _begin(folder, info)
+        self.training: Training | None = None
+        """None for a finished run that has lost its state: its result is returned, its weights are not restored."""
+        if (folder / runs.RESULT).exists() and not (folder / runs.STATE).exists():
+            return
         self.training = Training(
             self.model, self.batches, train, validation=dataset.validation, folder=folder, before=before, hook=hook
         )
@@ -273,13 +278,14 @@ class TrainRun:
 
     def epochs(self, on_step: Callable[[int], None] | None = None) -> Iterator[EpochRecord]:
         """Train; yield the record of each epoch when it has been written, at first those of an earlier call."""
-        return self.training.epochs(on_step)
+        return iter(runs.read(self.folder).records) if self.training is None else self.training.epochs(on_step)
 
     def finish(self) -> TrainResult:
         """Test the best weights on the test images and write `result.json`; if the run is finished, only read it."""
         path = self.folder / runs.RESULT
         if path.exists():
             return json_files.read(TrainResult, path)
+        assert self.training is not None
         tickets.check_pruned_weights(self.model, self.masks)
         checks = TicketChecks(pruned_weights_zero=True)
         return final_test(self.model, self.folder, self.training.records, self.train, self.dataset.test, checks)

@@ -232,6 +232,7 @@ def begin(folder: Path, info: RunInfo) -> None:
         ValueError: if the folder holds a run of other settings, naming the first three that differ, or of another
             version of this library.
         NotADirectoryError: if `folder` is a file.
+        FileNotFoundError: if the run is to be extended and has lost its state, see `check_state`.
 
     Examples:
         >>> import tempfile
@@ -250,12 +251,31 @@ def begin(folder: Path, info: RunInfo) -> None:
     differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
     epochs = begun.train.epochs
     if differing == ["train.epochs"] and info.kind == "train" and info.train.epochs > epochs:
+        check_state(folder)
         if (folder / RESULT).exists():
             (folder / RESULT).rename(folder / f"result_{epochs}.json")
         json_files.write(path, replace(begun, train=info.train, extended=(*begun.extended, epochs)))
     elif differing:
         changes = ", ".join(f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in differing[:3])
         raise ValueError(f"{folder} holds a run with other settings ({changes}): take another folder, or delete it")
+
+
+def check_state(folder: Path) -> None:
+    """Check that a training run whose epochs are in a folder has the state there that it continues from.
+
+    Raises:
+        FileNotFoundError: if it has not. Begun anew it would mix its files with those of the earlier epochs.
+
+    Examples:
+        >>> import tempfile
+        >>> check_state(Path(tempfile.mkdtemp()))  # no epochs
+    """
+    written = [name for name in (EPOCHS, RESULT, LAST, BEST) if (folder / name).exists()]
+    if written and not (folder / STATE).exists():
+        raise FileNotFoundError(
+            f"{folder} has {written[0]}, but not the {STATE} that its run continues from: put that file back, or take "
+            "another folder"
+        )
 
 
 def begin_training(

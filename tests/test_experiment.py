@@ -137,6 +137,17 @@ def test_a_run_is_tested_on_the_test_images_once_after_its_last_epoch(tmp_path, 
     assert run.finish() == result == runs.read(tmp_path).result and runs.read(tmp_path).name == "mine"
 
 
+def test_a_finished_run_without_its_state_returns_its_records_and_result(tmp_path, dataset, monkeypatch):
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU)
+    records, result = list(run.epochs()), run.finish()
+    (tmp_path / runs.STATE).unlink()
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU)
+    assert list(run.epochs()) == records and run.finish() == result
+    with pytest.raises(FileNotFoundError, match=r"not the state\.pt"):
+        experiment.TrainRun(tmp_path, replace(TRAIN, epochs=TRAIN.epochs + 1), IMAGES, NETWORK, dataset, CPU)
+    assert runs.read(tmp_path).result == result and runs.read(tmp_path).info.train == TRAIN
+
+
 def test_searches_and_runs_train_and_validate_on_the_images_meant_for_it(tmp_path, dataset, monkeypatch):
     run = experiment.TrainRun(tmp_path / "run", TRAIN, IMAGES, NETWORK, dataset, CPU)
     assert run.training.validation is dataset.validation and run.batches.split is dataset.train

@@ -73,6 +73,7 @@ def search(
         in another order of channels, in which the network computes the same function.
 
     Raises:
+        FileNotFoundError: if an unfinished round in the folder has epochs, but not the state to continue from.
         ValueError: before any training, if the model has masks, `prune_config` does not fit it, `metadata` are no JSON
             data or have a key of `SearchRecord`, or the folder holds another search: of other settings, initial weights
             or images.

@@ -84,6 +84,7 @@ class Training:
             are not single-step.
 
     Raises:
+        FileNotFoundError: if the folder has epochs of a run, but not the state to continue from.
         TypeError: if the batches have no length.
         ValueError: if there is no batch, the hook needs validation images and there are none, or the folder holds
             another run: of another configuration (but for more epochs), network or other images.
@@ -335,6 +336,7 @@ def train(
         A record per epoch.
 
     Raises:
+        FileNotFoundError: if the folder has epochs of a run, but not the state to continue from.
         FloatingPointError: if the loss or a weight is not finite; the folder keeps the epochs before.
         TypeError: if the batches have no length or wrong dtypes, or the validation images can be iterated only once.
         ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it, or the

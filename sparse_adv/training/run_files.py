@@ -75,9 +75,11 @@ class RunFiles:
         """Load the state in the folder, and return the records of the epochs before it; none if there is no state.
 
         Raises:
+            FileNotFoundError: if there are epochs without a state.
             ValueError: if the state is damaged, or of another run: of another configuration (but for more epochs),
                 network or other images.
         """
+        runs.check_state(self.folder)
         path = self.folder / runs.STATE
         if not path.exists():
             return []

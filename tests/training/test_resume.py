@@ -3,6 +3,7 @@
 On a GPU that is promised of deterministic algorithms only.
 """
 
+import contextlib
 import io
 import os
 import random
@@ -142,6 +143,18 @@ def test_a_folder_with_a_run_of_another_configuration_is_refused(tmp_path):
     (tmp_path / runs.INFO).unlink()
     with pytest.raises(ValueError, match="another configuration"):
         train(tmp_path, config=replace(CONFIG, lr=0.2))
+
+
+@pytest.mark.parametrize("stop_at", [2, None])
+@pytest.mark.parametrize("epochs", [4, 6])
+def test_a_run_that_has_lost_its_state_is_not_begun_anew(tmp_path, stop_at, epochs):
+    with contextlib.suppress(Stop):
+        train(tmp_path, stop_at, config=replace(QUICK, epochs=4))
+    (tmp_path / runs.STATE).unlink()
+    written = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path} has epochs\.jsonl, but not the state\.pt "):
+        train(tmp_path, config=replace(QUICK, epochs=epochs))
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == written
 
 
 def with_states(*changes: dict):
