@@ -67,7 +67,8 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         "## Summary",
         tables.summary(runs)
         + "\nTotal seconds and multiply-adds (MACs) are of ticket search, attacks and updates; evaluations are not "
-        'counted. Accuracies without "test" are on validation images.',
+        'counted. Accuracies without "test" are on validation images. The densities of a finished search are those of '
+        "its ticket.",
         "## Time to the same robustness",
         time_to,
         "## Phases",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Literal
 
-from sparse_adv.runs import Cost, Density, EpochRecord, Run
+from sparse_adv.runs import Cost, Density, EpochRecord, Run, SearchResult
 from sparse_adv.runs import best as best_epoch
 
 Unit = Literal["seconds", "macs"]
@@ -52,7 +52,12 @@ def reference(runs: Sequence[Run]) -> Run:
 
 
 def density(run: Run) -> Density:
-    """Return the densities of a run: those of its last epoch where a method changes them, else those it began with."""
+    """Return the densities of a run: those of the ticket of a finished search, or of the last epoch of a method.
+
+    Of any other run they are those it began with.
+    """
+    if isinstance(run.result, SearchResult):
+        return run.result.density
     last = run.records[-1].density if run.records and run.info.method is not None else None
     return last or run.info.density
 

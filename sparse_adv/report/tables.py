@@ -62,7 +62,8 @@ def count(number: float) -> str:
 def summary(runs: Sequence[Run]) -> str:
     """Return a table with a row per run: how it was made, its densities, costs and accuracies.
 
-    Total seconds and MACs are of ticket search, attacks and updates; evaluations are not counted.
+    Total seconds and MACs are of ticket search, attacks and updates; evaluations are not counted. The densities of a
+    finished search are those of its ticket.
 
     Args:
         runs: run folders that `runs.read` has read, finished or not.

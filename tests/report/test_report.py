@@ -13,7 +13,7 @@ from sparse_adv import json_files, report, runs
 from sparse_adv.config import MethodConfig, TrainConfig
 from sparse_adv.report.measures import labels
 from sparse_adv.report.tables import count
-from sparse_adv.runs import NO_COST, Cost, Density, Run, RunInfo, TicketChecks, TrainResult
+from sparse_adv.runs import NO_COST, Cost, Density, Run, RunInfo, SearchResult, TicketChecks, TrainResult
 
 ATTACK, UPDATE, EVALUATION = Cost(8.0, 400_000), Cost(2.0, 100_000), Cost(1.0, 50_000)
 
@@ -111,6 +111,15 @@ def test_the_density_is_that_of_the_last_epoch_where_a_method_changes_it(tmp_pat
     json_files.write(tmp_path / runs.INFO, replace(runs.read(tmp_path).info, method=None))
     (row,) = cells(report.summary(read(tmp_path)))
     assert (row["density"], row["MAC density"]) == ("0.400", "0.300")
+
+
+def test_the_density_of_a_finished_search_is_that_of_its_ticket(tmp_path):
+    make(tmp_path, kind="search")
+    (row,) = cells(report.summary(read(tmp_path)))
+    assert (row["density"], row["MAC density"]) == ("1.000", "1.000")
+    json_files.write(tmp_path / runs.RESULT, SearchResult(Cost(), TicketChecks(), Density(0.2, 0.3)))
+    (row,) = cells(report.summary(read(tmp_path)))
+    assert (row["density"], row["MAC density"]) == ("0.200", "0.300")
 
 
 def test_the_summary_has_a_run_s_costs_and_accuracies(tmp_path):
