@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_adv.attacks.ball import Ball
@@ -48,18 +49,16 @@ def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tens
     weight = slope.flatten(1) * value.sign()[:, None]
     room = torch.where(weight > 0, (x - ball.lo).flatten(1), (ball.hi - x).flatten(1)).clamp_min(0)
     rate = torch.ones_like(weight) if ball.norm == "linf" else weight.abs()
-    rate, room = rate.where(weight != 0, 0), room.where(weight != 0, 0)
-    meets = room / rate.where(rate > 0, 1)
     falls = weight.abs() * rate
-    ends, order = meets.sort(dim=1)
+    rate, room = rate.where(falls != 0, 0), room.where(falls != 0, 0)
+    ends, order = (room / rate.where(rate > 0, 1)).sort(dim=1)
     falls = falls.gather(1, order)
-    # By how much the value has fallen at each breakpoint: coordinates that are at an end, and those still moving.
-    met = (falls * ends).cumsum(1)
-    moving = falls.sum(1, keepdim=True) - falls.cumsum(1)
-    fall = met + moving.clamp_min(0) * ends
+    # By how much the value has fallen at each breakpoint: by the coordinates that were at an end before, which are
+    # finite where [lo, hi] is not, and by those that moved until then.
+    met = F.pad((falls * ends).cumsum(1)[:, :-1], (1, 0))
+    speed = falls.flip(1).cumsum(1).flip(1)
     goal = value.abs()[:, None]
-    piece = torch.searchsorted(fall.contiguous(), goal).clamp(max=fall.shape[1] - 1)
-    start = (met - falls * ends).gather(1, piece)
-    speed = (moving + falls).gather(1, piece)
+    piece = torch.searchsorted(met + speed * ends, goal).clamp(max=falls.shape[1] - 1)
+    start, speed = met.gather(1, piece), speed.gather(1, piece)
     t = ((goal - start) / speed.where(speed > 0, 1)).clamp_min(0).minimum(ends[:, -1:])
     return (-weight.sign() * (rate * t).minimum(room)).view_as(x)

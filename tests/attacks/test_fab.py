@@ -51,6 +51,22 @@ def test_a_target_is_reached_at_its_least_distance(norm):
     assert (distances(adv, images, norm)[single == nearest] <= 1.02 * nearest[single == nearest]).all()
 
 
+@pytest.mark.parametrize("end", [torch.inf, 0.5])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_projection_where_the_range_has_no_end(norm, end):
+    draw = torch.Generator().manual_seed(0)
+    x, slope = torch.randn(2, 8, 1, 3, 4, generator=draw, dtype=torch.float64)
+    value = torch.randn(8, generator=draw, dtype=torch.float64)
+    x = x.clamp(max=end)
+    change = onto_hyperplane(x, value, slope, Ball(0.0, norm, -torch.inf, end))
+    assert torch.allclose((change * slope).flatten(1).sum(1), -value)
+    assert (x + change <= end + 1e-12).all()
+    if end == torch.inf:
+        direction = slope.sign() if norm == "linf" else slope
+        expected = -direction * (value / (slope * direction).flatten(1).sum(1)).view(-1, 1, 1, 1)
+        torch.testing.assert_close(change, expected)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_projection_is_the_nearest_point_of_the_hyperplane_in_the_box(norm):
     draw = torch.Generator().manual_seed(0)
