@@ -13,7 +13,7 @@ from sparse_adv.kernels.layout import output_like
 from sparse_adv.kernels.tensor_checks import FLOATING
 from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import check_flag, check_number, check_tensors, overlaps_itself
-from sparse_adv.ops.gate import empty_gate
+from sparse_adv.ops.gate import empty_gate, gate_to_bool
 from sparse_adv.ops.transforms import is_transformed
 
 
@@ -40,8 +40,8 @@ def batch_norm_act(
     at most a few hundred elements (on CUDA of 256 at most, then pairwise), from which about the mean is subtracted, in
     the same order for any number of threads.
     Instead of the ReLU's output, one bit per element is kept for the backward pass; on a CPU with NCHW images forward
-    and backward read each tensor from memory once. It is implemented on the CPU and, with Triton, on CUDA, and
-    differentiable once.
+    and backward read each tensor from memory once. It is implemented on the CPU and, with Triton, on CUDA.
+    It is differentiable any number of times; second derivatives are computed in plain PyTorch.
     Under `torch.func` and forward-mode AD it is computed by this formula in plain PyTorch.
 
     Args:
@@ -207,4 +207,47 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     )
 
 
+def _setup_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, input, weight, mean, _, gate, ctx.eps, ctx.needs_residual = inputs
+    ctx.dtype = mean.dtype
+    ctx.save_for_backward(grad, input, weight, gate)
+
+
+def _backward_grad(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad, input, weight, gate = ctx.saved_tensors
+    passes = None if gate is None else gate_to_bool(gate, input)
+    factor = input.new_ones(input.shape[1]) if weight is None else weight
+    outputs = 4 if ctx.needs_residual else 3
+
+    def gradients(grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return _gradients(grad, input, weight, passes, ctx.eps)[:outputs]
+
+    _, pull_back, *_ = torch.func.vjp(gradients, *(tensor.to(ctx.dtype) for tensor in (grad, input, factor)))
+    of_grad, of_input, of_weight = pull_back(tuple(tensor.to(ctx.dtype) for tensor in grads[:outputs]))
+    of_weight = None if weight is None else of_weight.to(weight.dtype)
+    return of_grad.to(grad.dtype), of_input.to(input.dtype), of_weight, None, None, None, None, None
+
+
+def _gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, passes: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `batch_norm_act_grad` computes, as a formula of the operands alone.
+
+    The statistics are computed again: those that the op got are functions of the input that autograd knows nothing of.
+
+    Source: Ioffe and Szegedy 2015, "Batch Normalization", the gradients in section 3, simplified.
+    """
+    var, mean = torch.var_mean(input, (0, 2, 3), correction=0, keepdim=True)
+    scale = (var + eps).rsqrt()
+    normalized = (input - mean) * scale
+    if passes is not None:
+        grad = torch.where(passes, grad, 0)
+    of_bias = grad.sum((0, 2, 3), keepdim=True)
+    of_weight = (grad * normalized).sum((0, 2, 3), keepdim=True)
+    count = input.numel() // input.shape[1]
+    of_input = weight[:, None, None] * scale * (grad - (of_bias + normalized * of_weight) / count)
+    return of_input, of_weight.flatten(), of_bias.flatten(), grad
+
+
 torch.library.register_autograd("sparse_adv::batch_norm_act", _backward, setup_context=_setup)
+torch.library.register_autograd("sparse_adv::batch_norm_act_grad", _backward_grad, setup_context=_setup_grad)

@@ -117,6 +117,25 @@ def test_gradcheck(format):
         return batch_norm_act(input, weight, bias, residual=residual)
 
     assert torch.autograd.gradcheck(function, operands)
+    assert torch.autograd.gradgradcheck(function, operands)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("names", [{"weight"}, {"residual"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_penalty_of_the_gradient_has_the_gradients_of_the_reference(relu, names, dtype):
+    operands = operands_of((3, 2, 5, 9), names, {"dtype": dtype, "format": FORMATS[1]})
+
+    def gradients_of_penalty(function, operands):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in operands.items()}
+        loss = function(**leaves, relu=relu).double().pow(3).sum()  # that of squares is constant
+        gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        return torch.autograd.grad(sum(gradient.double().square().sum() for gradient in gradients), leaves.values())
+
+    wide = {name: tensor.double() + 0 for name, tensor in operands.items()}
+    expected = gradients_of_penalty(reference.batch_norm_act, wide)
+    for actual, value in zip(gradients_of_penalty(batch_norm_act, operands), expected, strict=True):
+        assert (actual - value).norm() < 20 * torch.finfo(dtype).eps * value.norm()
 
 
 @pytest.mark.parametrize("format", FORMATS)
