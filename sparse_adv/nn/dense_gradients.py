@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.ops import Pattern, masked_conv2d
+from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
+from sparse_adv.ops.transforms import is_transformed
 
-GradWeight = Callable[[Tensor, Tensor], Tensor]
-"""(input, gradient of the output) -> gradient of the weight, with and without kept weights."""
 Receiver = Callable[[Tensor], None]
 """Called with the gradient of a whole weight in each backward pass."""
+Convolution = tuple[Any, ...]
+"""Stride, padding, dilation, groups."""
 
-_collecting: WeakKeyDictionary[nn.Module, Receiver] = WeakKeyDictionary()
-"""Maps each layer in a `dense_gradients` block to the function that receives its gradients. It is no attribute of the
-layer, because the engine traces a model anew when attributes of its modules change."""
+_receivers: WeakKeyDictionary[nn.Module, list[Receiver]] = WeakKeyDictionary()
+"""Maps each layer to the functions that receive its gradients, one of each `dense_gradients` block that it is in. It is
+no attribute of the layer, because the engine traces a model anew when attributes of its modules change."""
+_uncompiled = ExitStack()
+"""Closed when the last block ends: while there is one, compiled models run uncompiled, as traced code sees no block."""
+_lock = Lock()
+"""For the two above and for adding gradients up: blocks and backward passes may be in several threads."""
 
 
 @contextmanager
@@ -28,15 +37,17 @@ def dense_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     It is for methods that let a mask grow where the gradient is large. In the block, masked layers compute
     their weight gradient with the dense kernel; the other passes stay as they are. `weight.grad` stays 0 where the mask
-    is false.
+    is false. With `create_graph=True` the gradient of the input is computed with the dense kernel too, so that second
+    derivatives by pruned weights are formed. Forward passes of compiled models run uncompiled.
 
     Args:
         model: any module.
 
     Returns:
-        A context manager that yields a dict, which fills in backward passes of forward passes in the block: module name
-        of a masked layer -> gradient of its whole weight, added up over all its calls. Passes under
-        `nn.frozen_weights` and `torch.no_grad` add nothing.
+        A context manager that yields a dict, which fills in backward passes of forward passes in the block, of any
+        thread and of inner blocks too: module name of a masked layer -> gradient of its whole weight, added up over all
+        its calls. Passes under `nn.frozen_weights`, `torch.no_grad` and `torch.func` add nothing, nor do layers whose
+        weight requires no gradient.
 
     Examples:
         >>> from sparse_adv.nn import MaskedLinear
@@ -50,58 +61,77 @@ def dense_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def receiver(name: str) -> Receiver:
         def receive(gradient: Tensor) -> None:
-            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+            with _lock:
+                gradients[name] = gradients[name] + gradient if name in gradients else gradient
 
         return receive
 
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)}
-    for name, layer in layers.items():
-        _collecting[layer] = receiver(name)
+    layers = {layer: receiver(name) for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)}
+    with _lock:
+        if not any(_receivers.values()):
+            _uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+        for layer, receive in layers.items():
+            _receivers.setdefault(layer, []).append(receive)
     try:
         yield gradients
     finally:
-        for layer in layers.values():
-            _collecting.pop(layer, None)
+        with _lock:
+            for layer, receive in layers.items():
+                _receivers[layer].remove(receive)
+            if not any(_receivers.values()):
+                _uncompiled.close()
 
 
-def is_collecting(layer: nn.Module) -> bool:
-    """Whether a forward pass of the layer now has to end with `with_dense_gradient`."""
-    if torch.compiler.is_compiling() or not _collecting or not torch.is_grad_enabled():
+def is_collecting(layer: MaskedLayer) -> bool:
+    """Whether a forward pass of the layer now has to take the weight from `with_dense_gradient`."""
+    if torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled():
         return False
-    return layer in _collecting
+    return layer.weight.requires_grad and bool(_receivers.get(layer))
 
 
-def with_dense_gradient(layer: MaskedLayer, input: Tensor, output: Tensor, grad_weight: GradWeight) -> Tensor:
-    """Return the output of a layer, computed with `weight.detach()`, with a backward pass to all of the weight.
+def with_dense_gradient(layer: MaskedLayer, weight: Tensor) -> Tensor:
+    """Return the layer's masked weight, a function of its Parameter, whose gradients the receivers will get.
 
     Args:
         layer: for which `is_collecting` holds.
-        input, output: of its call.
-        grad_weight: computes the gradient of the whole weight.
+        weight: 0 where the mask is false. Its consumers must form the gradient of all its elements.
     """
-    result: Tensor = _DenseGradient.apply(output, input, layer.weight, grad_weight, _collecting[layer])
+    receivers = tuple(_receivers[layer])
+
+    def observe(gradient: Tensor) -> None:
+        for receive in receivers:
+            receive(gradient.detach())
+
+    weight.register_hook(observe)
+    return weight
+
+
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern, convolution: Convolution) -> Tensor:
+    """`masked_conv2d` of a weight that is 0 where the mask is false, with the gradient of all its elements."""
+    operands = (None if tensor is None else tensor.to(dtype_under_autocast(tensor)) for tensor in (input, weight, bias))
+    result: Tensor = _Convolution.apply(*operands, pattern, convolution)
     return result
 
 
-class _DenseGradient(torch.autograd.Function):
-    """The identity of the output, whose gradient also flows to the weight."""
-
+class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        output: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        grad_weight: GradWeight,
-        receive: Receiver,
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern, convolution: Convolution
     ) -> Tensor:
-        ctx.save_for_backward(input)
-        ctx.dtype, ctx.grad_weight, ctx.receive = weight.dtype, grad_weight, receive
-        return output.view_as(output)
+        ctx.save_for_backward(input, weight)
+        ctx.pattern, ctx.convolution = pattern, convolution
+        return masked_conv2d(input, weight, pattern, bias, *convolution)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (input,) = ctx.saved_tensors
-        gradient = ctx.grad_weight(input.to(grad_output.dtype), grad_output).to(ctx.dtype)
-        ctx.receive(gradient.detach())
-        return grad_output, None, gradient, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        of_input = of_weight = None
+        if needs_input and torch.is_grad_enabled():  # the op's derivative by the weight would leave out what is pruned
+            of_input = conv2d_input(input.shape, weight, grad, *ctx.convolution)
+        elif needs_input:
+            grad_input = torch.ops.sparse_adv.masked_conv2d_grad_input
+            of_input = grad_input(grad, weight, ctx.pattern.flatten(), input.shape, *ctx.convolution)
+        if needs_weight:
+            of_weight = conv2d_weight(input, weight.shape, grad, *ctx.convolution)
+        return of_input, of_weight, grad.sum((0, 2, 3)) if needs_bias else None, None, None

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.common_types import _size_2_t
-from torch.nn.grad import conv2d_weight
 from torch.optim import Optimizer
 
 from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.compiled_mask_check import header_of_mask, is_exporting
-from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
+from sparse_adv.nn.dense_gradients import convolve, is_collecting, with_dense_gradient
 from sparse_adv.nn.masked_layer import (
     CompiledMask,
     MaskedLayer,
@@ -219,9 +218,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         convolution = self.stride, padding, self.dilation, self.groups
         if frozen or not is_collecting(self):
             return masked_conv2d(input, weight, pattern, bias, *convolution)
-        output = masked_conv2d(input, weight.detach(), pattern, bias, *convolution)
-        shape = weight.shape
-        return with_dense_gradient(self, input, output, lambda x, g: conv2d_weight(x, shape, g, *convolution))
+        return convolve(input, with_dense_gradient(self, self._masked_weight()), bias, pattern, convolution)
 
     def plan(self, input: Tensor) -> Plan:
         """Which kernel each pass takes for an input, why, and the MACs that it executes: `ops.plan` of this layer.

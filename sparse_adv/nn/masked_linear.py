@@ -99,10 +99,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         self.refresh()
         frozen = self.frozen_operands
         weight, bias = frozen or (self._masked_weight(), self.bias)
-        if frozen or not is_collecting(self):
-            return F.linear(input, weight, bias)
-        output = F.linear(input, weight.detach(), bias)
-        return with_dense_gradient(self, input, output, _grad_weight)
+        if not frozen and is_collecting(self):
+            weight = with_dense_gradient(self, weight)
+        return F.linear(input, weight, bias)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.weight_mask.is_meta else f", density={self.density:.4g}")
@@ -119,10 +118,6 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, bias
-
-
-def _grad_weight(input: Tensor, grad_output: Tensor) -> Tensor:
-    return grad_output.reshape(-1, grad_output.shape[-1]).T @ input.reshape(-1, input.shape[-1])
 
 
 def check_linear_mask(linear: nn.Linear, mask: Tensor) -> None:

@@ -1,13 +1,15 @@
 """Gradients of pruned weights equal those of a dense layer with the same weights; nothing else changes."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers.tolerances import assert_close
+from helpers.tolerances import assert_close, assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from sparse_adv import engine
@@ -135,3 +137,85 @@ def test_under_autocast_they_have_the_dtype_of_the_weight():
         half = gradients_of(model, x)["0"]
     assert half.dtype == torch.float32
     assert (half - expected).norm() < 0.05 * expected.norm()
+
+
+def gradients_of_parameters(model):
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_second_derivatives_are_those_of_a_dense_layer():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)]
+    model = nn.Sequential(*layers).double()
+    sparsify(model, {name: random_mask(model[int(name)].weight.shape) for name in ("0", "2", "5")}, (1, 1))
+    dense = densify(copy.deepcopy(model))
+
+    def penalise(network):
+        x = torch.ones(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+
+    with dense_gradients(model) as gradients:
+        penalise(model)
+    penalise(dense)
+    for name, gradient in gradients.items():
+        layer, expected = model[int(name)], dense[int(name)].weight.grad
+        assert_close(gradient, expected)
+        assert_close(layer.weight.grad, torch.where(layer.weight_mask, expected, 0))
+        assert expected[~layer.weight_mask].any()
+    assert gradients.keys() == {"0", "2", "5"}
+
+
+def test_an_inner_block_takes_nothing_from_the_outer_one():
+    model, x = network(), torch.randn(2, 2, 6, 6)
+    with dense_gradients(model) as outer:
+        inner = gradients_of(model, x)
+        (model(x) ** 2).sum().backward()
+    assert_close(outer["3"], 2 * inner["3"])
+
+
+def test_blocks_of_two_threads_end_independently():
+    model, x = network(), torch.randn(2, 2, 6, 6)
+    once = gradients_of(model, x)
+    with ThreadPoolExecutor(1) as other, dense_gradients(model) as gradients:
+        block = dense_gradients(model)
+        of_other = other.submit(block.__enter__).result()
+        (model(x) ** 2).sum().backward()
+        other.submit(block.__exit__, None, None, None).result()
+        (model(x) ** 2).sum().backward()
+    assert_close(of_other["3"], once["3"])
+    assert_close(gradients["3"], 2 * once["3"])
+
+
+def test_torch_func_computes_the_masked_gradients_and_adds_nothing():
+    torch.manual_seed(0)
+    layer = MaskedLinear(5, 4, mask=random_mask((4, 5)))
+    with dense_gradients(layer) as gradients:
+        weight = layer.weight.detach()
+        gradient = torch.func.grad(lambda w: torch.func.functional_call(layer, {"weight": w}, torch.ones(5)).sum())
+        assert_equal(gradient(weight), layer.weight_mask.float())
+    assert gradients == {}
+
+
+def test_a_layer_whose_weight_is_fixed_adds_nothing():
+    model, x = network(), torch.randn(2, 2, 6, 6)
+    model[3].weight.requires_grad_(False)
+    assert gradients_of(model, x).keys() == {"0"}
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_models_form_them_too_and_stay_compiled(fullgraph):
+    model, x = network(), torch.randn(2, 2, 6, 6)
+    expected, kept = gradients_of(model, x), gradients_of_parameters(model)
+    backend = CompileCounter()
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    compiled(x)
+    model.zero_grad()
+    with dense_gradients(model) as gradients:
+        (compiled(x) ** 2).sum().backward()
+    compiled(x)
+    assert backend.frame_count == 1 and gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name])
+    for gradient, value in zip(gradients_of_parameters(model), kept, strict=True):
+        assert_close(gradient, value)
