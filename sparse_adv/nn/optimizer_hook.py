@@ -46,7 +46,7 @@ _bits = WeakTensorKeyDictionary()
 """For each mask, integers as wide as its weights: all bits set where the mask is true, none where it is false."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integers of each number of bytes."""
+"""The integers of each number of bytes; there are none of the 16 bytes of complex128."""
 
 _settled: WeakKeyDictionary[Optimizer, tuple[object, WeakTensorKeyDictionary]] = WeakKeyDictionary()
 """Maps an optimiser to its state dictionary (loading makes a new one), and to the mask last applied to each weight with
@@ -131,9 +131,9 @@ def _zero_outside(mask: Tensor, values: Iterable[object]) -> None:
 @torch.no_grad()
 def _zero_after_step(mask: Tensor, weight: Tensor) -> None:
     """Zero a weight outside its mask as integers, `weight & bits`: a fifth of the time of `masked_fill_` on a CPU."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.shape != mask.shape:
+    integer, bits = _INTEGERS.get(weight.element_size()), _bits.get(mask)
+    if integer is None or type(weight) not in (Tensor, nn.Parameter) or weight.shape != mask.shape:
         return _zero_outside(mask, [weight])
-    integer, bits = _INTEGERS[weight.element_size()], _bits.get(mask)
     if bits is None or bits.dtype != integer or bits.device != weight.device:
         _bits[mask] = bits = torch.empty_like(weight, dtype=integer, requires_grad=False).copy_(mask).neg_()
     weight.detach().view(integer).bitwise_and_(bits)

@@ -296,3 +296,13 @@ def test_a_layer_with_its_own_forward_is_refused():
 
 def test_the_representation_shows_the_density():
     assert repr(masked_layer(0.25)) == "MaskedLinear(in_features=10, out_features=6, bias=True, density=0.25)"
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_steps_keep_pruned_complex_weights_at_zero(dtype):
+    layer = masked_layer(dtype=dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.rand(3, 10, dtype=dtype)).abs().sum().backward()
+    layer.weight.data += 1  # counts in no version, so that only the hook after the step zeroes it
+    optimizer.step()
+    assert is_zero_where_pruned(layer)
