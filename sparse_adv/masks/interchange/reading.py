@@ -221,8 +221,14 @@ def _check_plain(key: str, value: Tensor) -> None:
 
 
 def _without_prefixes(state: StateDict) -> tuple[StateDict, list[str]]:
-    """Remove the prefixes that all names have; return the state dict and the prefixes removed."""
+    """Remove the prefixes that all names have; return the state dict and the prefixes removed.
+
+    The counter that `AveragedModel` has beside the prefix "module." is removed too.
+    """
     removed: list[str] = []
+    of_model = {key: value for key, value in state.items() if key != "n_averaged"}
+    if of_model and all(key.startswith("module.") for key in of_model):
+        state = of_model
     prefixes = [f"{name}." for name in WRAPPERS]
     while prefix := next((prefix for prefix in prefixes if all(key.startswith(prefix) for key in state)), None):
         removed.append(prefix)
