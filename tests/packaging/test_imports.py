@@ -19,20 +19,30 @@ def test_only_one_module_touches_the_native_files():
     assert touching == {"ops/_library.py"}
 
 
+def in_a_new_process(code: str) -> tuple[int, str, str]:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return run.returncode, run.stdout, run.stderr
+
+
 def test_importing_the_package_loads_nothing_heavy_and_prints_nothing():
     code = (
         "import sys, torch; before = set(sys.modules); import sparse_adv\n"
         "heavy = {'matplotlib', 'sklearn', 'tqdm', 'rich', 'scipy', 'pandas', 'torch._inductor', 'torch._dynamo'}\n"
+        "heavy |= {'sparse_adv.training', 'sparse_adv.models', 'sparse_adv.config'}\n"
         "found = heavy & (set(sys.modules) - before)\n"
         "sys.exit(f'imported {found}' if found else 0)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert in_a_new_process(code) == (0, "", "")
 
 
-def test_the_public_names_are_reachable_from_the_package():
-    assert sparse_adv.nn.MaskedConv2d and sparse_adv.ops.pgd_step and sparse_adv.attacks.pgd and sparse_adv.masks.prune
-    assert sparse_adv.sparsify is sparse_adv.nn.sparsify
+def test_every_public_name_is_reachable_from_the_package_alone():
+    code = (
+        "import sparse_adv\n"
+        "for name in sparse_adv.__all__: assert name in dir(sparse_adv) and getattr(sparse_adv, name)\n"
+        "assert sparse_adv.training.train and sparse_adv.sparsify is sparse_adv.nn.sparsify\n"
+        "assert not hasattr(sparse_adv, 'no_such_name')"
+    )
+    assert in_a_new_process(code) == (0, "", "")
 
 
 def test_the_version_is_the_one_that_pyproject_names():
