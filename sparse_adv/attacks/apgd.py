@@ -58,7 +58,7 @@ def apgd(
             differentiates.
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
             each image.
         steps: number of steps; each is one forward and one backward pass of the images that are still robust.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.attacks.autoattack_state import Result, State, fingerprint, first_logits
 from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned
-from sparse_adv.attacks.ball import Ball, Values, as_norm, check_values, into_ball
+from sparse_adv.attacks.ball import Ball, Values, checked_ball, into_ball
 from sparse_adv.attacks.base import Attack, as_device
 from sparse_adv.attacks.checks import (
     Model,
@@ -116,8 +116,7 @@ class AutoAttack(Versioned, Attack):
         if log_path is not None and not isinstance(log_path, str | Path):
             raise TypeError(f"log_path must be a path, got {shortened(log_path)}")
         self.seed, self.verbose = seed, verbose
-        self.ball = Ball(eps, as_norm(norm), lo, hi)
-        check_values(*self.ball)
+        self.ball = checked_ball(eps, norm, lo, hi)
         self.set_version(version, attacks_to_run)
         self._engine = engine
         self.device = as_device(device) if device is not None else self.device or torch.device("cpu")
@@ -142,9 +141,7 @@ class AutoAttack(Versioned, Attack):
 
     @eps.setter
     def eps(self, eps: Values) -> None:
-        ball = self.ball._replace(eps=eps)
-        check_values(*ball)
-        self.ball = ball
+        self.ball = checked_ball(*self.ball._replace(eps=eps))
 
     def __repr__(self) -> str:
         norm, eps, version, seed = self.ball.norm, _written(self.eps), self.version, self.seed

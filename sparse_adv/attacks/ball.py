@@ -71,12 +71,16 @@ def ball_around(images: Tensor, eps: Values, norm: str, lo: Values, hi: Values) 
         TypeError: if eps, lo or hi is neither a number nor a float tensor of one dimension.
         ValueError: if a value is out of range, or a tensor does not have one value for each image or channel.
     """
-    check_values(eps, norm, lo, hi)
-    return Ball(eps, norm, lo, hi).on(images)
+    return checked_ball(eps, norm, lo, hi).on(images)
 
 
-def check_values(eps: Values, norm: str, lo: Values, hi: Values) -> None:
-    """Raise TypeError or ValueError unless eps, norm and pixel range describe a ball, or one for each image."""
+def checked_ball(eps: Values, norm: str, lo: Values, hi: Values) -> Ball:
+    """The ball that a user describes, or one for each image.
+
+    Raises:
+        TypeError, ValueError: as `ball_around`, but for the length of tensors.
+    """
+    norm = as_norm(norm)
     radii, lows, highs = _extremes("eps", eps), _extremes("lo", lo), _extremes("hi", hi)
     check_ball(radii[0], norm, lows[0], highs[1])
     if not isinstance(lo, Tensor) or not isinstance(hi, Tensor):
@@ -87,6 +91,7 @@ def check_values(eps: Values, norm: str, lo: Values, hi: Values) -> None:
         crossed = bool((lo.cpu() > hi.cpu()).any())
     if crossed:
         raise ValueError(f"lo must not exceed hi, got lo={lo} and hi={hi}")
+    return Ball(eps, norm, lo, hi)
 
 
 def check_radius(eps: Values) -> None:

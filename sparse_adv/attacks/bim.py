@@ -7,7 +7,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from sparse_adv.attacks.ball import check_values
+from sparse_adv.attacks.ball import checked_ball
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.classes import PGD
 from sparse_adv.attacks.functional import pgd
@@ -22,12 +22,13 @@ def bim(
     eps: float | Tensor = 8 / 255,
     alpha: float | Tensor = 2 / 255,
     steps: int = 10,
+    norm: str = "linf",
     **options: Unpack[LossOptions],
 ) -> Tensor:
-    """Basic iterative method: adv = clip(adv + alpha * sign(gradient)) from the clean image, in the linf ball.
+    """Basic iterative method: adv = project(adv + alpha * direction(gradient)) from the clean image, see `pgd`.
 
     Args:
-        model, images, labels, eps, alpha, steps, options: as in `pgd`.
+        model, images, labels, eps, alpha, steps, norm, options: as in `pgd`.
 
     Returns:
         The adversarial images, detached, as in `pgd`.
@@ -46,14 +47,14 @@ def bim(
         >>> bool((adv - images).abs().max() <= 0.2 + 1e-6)
         True
     """
-    return pgd(model, images, labels, eps=eps, alpha=alpha, steps=steps, random_start=False, **options)
+    return pgd(model, images, labels, eps=eps, alpha=alpha, steps=steps, norm=norm, random_start=False, **options)
 
 
 class BIM(PGD):
     """`attacks.bim` bound to a model, with the interface of torchattacks.BIM.
 
     Args:
-        model, eps, alpha, options: as in `attacks.bim`.
+        model, eps, alpha, norm, options: as in `attacks.bim`.
         steps: number of steps; 0 for that of the paper, the integer part of min(255 eps + 4, 1.25 * 255 eps), if eps is
             a number.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
@@ -75,14 +76,15 @@ class BIM(PGD):
         alpha: float = 2 / 255,
         steps: int = 10,
         *,
+        norm: str = "linf",
         graph: bool = False,
         **options: Unpack[LossOptions],
     ) -> None:
         check_count("steps", steps, least=0)
         if steps == 0:
-            check_values(eps, "linf", 0.0, 1.0)
+            checked_ball(eps, norm, 0.0, 1.0)
             if isinstance(eps, Tensor) or eps == math.inf:
                 what = "a tensor" if isinstance(eps, Tensor) else "infinite"
                 raise ValueError(f"steps must be at least 1 where eps is {what}, got 0 for the paper's number")
             steps = int(min(255 * eps + 4, 1.25 * 255 * eps))
-        super().__init__(model, eps, alpha, steps, random_start=False, graph=graph, **options)
+        super().__init__(model, eps, alpha, steps, random_start=False, norm=norm, graph=graph, **options)

@@ -9,7 +9,6 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
-from sparse_adv.attacks.ball import as_norm
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
@@ -175,7 +174,7 @@ class FGSM(_GradientAttack):
     """`attacks.fgsm` bound to a model, with the interface of torchattacks.FGSM.
 
     Args:
-        model, eps, options: as in `attacks.fgsm`.
+        model, eps, norm, options: as in `attacks.fgsm`.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:
@@ -190,9 +189,15 @@ class FGSM(_GradientAttack):
     """
 
     def __init__(
-        self, model: Model, eps: float | Tensor = 8 / 255, *, graph: bool = False, **options: Unpack[LossOptions]
+        self,
+        model: Model,
+        eps: float | Tensor = 8 / 255,
+        *,
+        norm: str = "linf",
+        graph: bool = False,
+        **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(model, AttackOptions.fgsm(eps, **options), graph)
+        super().__init__(model, AttackOptions.fgsm(eps, norm, **options), graph)
 
     def _with_eps(self, eps: float | Tensor) -> AttackOptions:
         return replace(self.options, eps=eps, alpha=eps)
@@ -202,7 +207,7 @@ class FFGSM(_GradientAttack):
     """`attacks.fgsm_rs` bound to a model, with the interface of torchattacks.FFGSM.
 
     Args:
-        model, eps, alpha, options: as in `attacks.fgsm_rs`.
+        model, eps, alpha, norm, options: as in `attacks.fgsm_rs`.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:
@@ -222,17 +227,18 @@ class FFGSM(_GradientAttack):
         eps: float | Tensor = 8 / 255,
         alpha: float | Tensor = 10 / 255,
         *,
+        norm: str = "linf",
         graph: bool = False,
         **options: Unpack[LossOptions],
     ) -> None:
-        super().__init__(model, AttackOptions.fgsm_rs(eps, alpha, **options), graph)
+        super().__init__(model, AttackOptions.fgsm_rs(eps, alpha, norm, **options), graph)
 
 
 class TPGD(_GradientAttack):
     """`attacks.tpgd` bound to a model, with the interface of torchattacks.TPGD; labels are accepted and not used.
 
     Args:
-        model, eps, alpha, steps, options: as in `attacks.tpgd`.
+        model, eps, alpha, steps, norm, options: as in `attacks.tpgd`.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:
@@ -256,10 +262,11 @@ class TPGD(_GradientAttack):
         alpha: float | Tensor = 2 / 255,
         steps: int = 10,
         *,
+        norm: str = "linf",
         graph: bool = False,
         **options: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(model, AttackOptions.tpgd(eps, alpha, steps, **options), graph)
+        super().__init__(model, AttackOptions.tpgd(eps, alpha, steps, norm, **options), graph)
 
     def _with_eps(self, eps: float | Tensor) -> AttackOptions:
         return replace(self.options, eps=eps, start_eps=tpgd_start(eps, self.options.norm))
@@ -273,8 +280,7 @@ class APGD(Attack):
     """`attacks.apgd` bound to a model, with the interface of torchattacks.APGD.
 
     Args:
-        model, eps, steps, loss, eot_iter, rho: as in `attacks.apgd`.
-        norm: "Linf" or "L2".
+        model, norm, eps, steps, loss, eot_iter, rho: as in `attacks.apgd`.
         n_restarts: number of random starts.
         seed: of the random starts; each call draws the same ones.
         verbose: accepted, and without effect.
@@ -311,7 +317,7 @@ class APGD(Attack):
             model,
             images,
             labels,
-            norm=as_norm(self.norm),
+            norm=self.norm,
             eps=self.eps,
             steps=self.steps,
             restarts=self.n_restarts,
@@ -328,8 +334,8 @@ class APGDT(Attack):
     """`attacks.apgd_t` bound to a model, with the interface of torchattacks.APGDT.
 
     Args:
-        model, eps, steps, eot_iter, rho: as in `attacks.apgd`.
-        norm, n_restarts, seed, verbose: as in `APGD`.
+        model, norm, eps, steps, eot_iter, rho: as in `attacks.apgd`.
+        n_restarts, seed, verbose: as in `APGD`.
         n_classes: number of classes; all wrong ones are targets.
 
     Examples:
@@ -367,7 +373,7 @@ class APGDT(Attack):
             model,
             images,
             labels,
-            norm=as_norm(self.norm),
+            norm=self.norm,
             eps=self.eps,
             steps=self.steps,
             restarts=self.n_restarts,

@@ -52,7 +52,7 @@ def eotpgd(
         steps: number of steps; each is eot_iter forward and backward passes.
         eot_iter: number of gradients in each mean.
         random_start: start at a random point of the ball instead of the clean image.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         loss: as in `attacks.pgd`.
         targeted: minimise the loss instead of maximising it.
         generator: one number is drawn of it for the random start; None for PyTorch's global generator.
@@ -102,7 +102,7 @@ class EOTPGD(Attack):
     """`attacks.eotpgd` bound to a model, with the interface of torchattacks.EOTPGD.
 
     Args:
-        model, eps, alpha, steps, eot_iter, random_start, search: as in `attacks.eotpgd`.
+        model, eps, alpha, steps, eot_iter, random_start, norm, loss, targeted, search: as in `attacks.eotpgd`.
 
     Examples:
         >>> import torch
@@ -120,11 +120,15 @@ class EOTPGD(Attack):
         steps: int = 10,
         eot_iter: int = 2,
         random_start: bool = True,
+        *,
+        norm: str = "linf",
+        loss: str | Loss = "ce",
+        targeted: bool = False,
         **search: Unpack[SearchOptions],
     ) -> None:
         super().__init__(model, **search)
         self.eps, self.alpha, self.steps, self.eot_iter = eps, alpha, steps, eot_iter
-        self.random_start = random_start
+        self.random_start, self.norm, self.loss, self.targeted = random_start, norm, loss, targeted
 
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
@@ -137,6 +141,8 @@ class EOTPGD(Attack):
             steps=self.steps,
             eot_iter=self.eot_iter,
             random_start=self.random_start,
+            norm=self.norm,
+            loss=self.loss,
             targeted=targeted,
             **self.search,
         )

@@ -52,7 +52,7 @@ def pgd(
         alpha: step size, in units of the images: a number, or a float tensor [N].
         steps: number of steps; each is one forward and one backward pass.
         random_start: start at a random point of the ball instead of the clean image.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         loss: "ce" (cross-entropy), "margin" or "dlr", see `attacks.losses`, or a function (logits, labels) -> loss, a
             scalar or one number per image [N].
         restarts: number of random starts. An image that one of them misclassifies (or that reaches its target) is

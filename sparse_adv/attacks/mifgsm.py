@@ -48,7 +48,7 @@ def mifgsm(
         alpha: step size, in units of the images: a number, or a float tensor [N].
         steps: number of steps; each is one forward and one backward pass.
         decay: how much of the momentum g a step keeps, mu in the paper.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         loss: as in `attacks.pgd`.
         targeted: minimise the loss instead of maximising it.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
@@ -99,7 +99,7 @@ class MIFGSM(Attack):
     """`attacks.mifgsm` bound to a model, with the interface of torchattacks.MIFGSM.
 
     Args:
-        model, eps, alpha, steps, decay, search: as in `attacks.mifgsm`.
+        model, eps, alpha, steps, decay, norm, loss, targeted, search: as in `attacks.mifgsm`.
 
     Examples:
         >>> import torch
@@ -116,10 +116,15 @@ class MIFGSM(Attack):
         alpha: float | Tensor = 2 / 255,
         steps: int = 10,
         decay: float = 1.0,
+        *,
+        norm: str = "linf",
+        loss: str | Loss = "ce",
+        targeted: bool = False,
         **search: Unpack[SearchOptions],
     ) -> None:
         super().__init__(model, **search)
         self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay
+        self.norm, self.loss, self.targeted = norm, loss, targeted
 
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
@@ -131,6 +136,8 @@ class MIFGSM(Attack):
             alpha=self.alpha,
             steps=self.steps,
             decay=self.decay,
+            norm=self.norm,
+            loss=self.loss,
             targeted=targeted,
             **self.search,
         )

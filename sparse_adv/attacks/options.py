@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import shortened
-from sparse_adv.attacks.ball import Ball, check_alphas, check_radius, check_values
+from sparse_adv.attacks.ball import Ball, check_alphas, check_radius, checked_ball
 from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
 from sparse_adv.ops.arguments import check_flags, is_integer
 from sparse_adv.ops.random_start import as_philox_state
@@ -86,7 +86,8 @@ class AttackOptions:
         check_generator(self.generator)
         if self.graphs is not None and not callable(getattr(type(self.graphs), "run", None)):
             raise TypeError(f"graphs must be attacks.Graphs or None, got {shortened(self.graphs)}")
-        check_values(self.eps, self.norm, self.lo, self.hi)
+        ball = checked_ball(self.eps, self.norm, self.lo, self.hi)
+        object.__setattr__(self, "norm", ball.norm)
         check_alphas(self.alpha)
         check_count("steps", self.steps, least=0)
         check_count("restarts", self.restarts, least=1)
@@ -164,8 +165,7 @@ class AttackOptions:
 
 def tpgd_start(eps: float | Tensor, norm: str) -> float | Tensor:
     """Radius of the ball in which the attack of TRADES starts: little noise, and at most eps."""
-    check_values(eps, norm, 0.0, 1.0)
-    noise = 0.05 if norm == "l2" else 0.001
+    noise = 0.05 if checked_ball(eps, norm, 0.0, 1.0).norm == "l2" else 0.001
     return eps.clamp(max=noise) if isinstance(eps, Tensor) else min(eps, noise)
 
 

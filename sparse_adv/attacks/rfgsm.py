@@ -95,7 +95,7 @@ class RFGSM(Attack):
     """`attacks.rfgsm` bound to a model, with the interface of torchattacks.RFGSM.
 
     Args:
-        model, eps, alpha, steps, search: as in `attacks.rfgsm`; the defaults are those of torchattacks.
+        model, eps, alpha, steps, loss, targeted, search: as in `attacks.rfgsm`; the defaults are those of torchattacks.
 
     Examples:
         >>> import torch
@@ -111,10 +111,14 @@ class RFGSM(Attack):
         eps: float | Tensor = 8 / 255,
         alpha: float | Tensor = 2 / 255,
         steps: int = 10,
+        *,
+        loss: str | Loss = "ce",
+        targeted: bool = False,
         **search: Unpack[SearchOptions],
     ) -> None:
         super().__init__(model, **search)
         self.eps, self.alpha, self.steps = eps, alpha, steps
+        self.loss, self.targeted = loss, targeted
 
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
@@ -125,6 +129,7 @@ class RFGSM(Attack):
             eps=self.eps,
             alpha=self.alpha,
             steps=self.steps,
+            loss=self.loss,
             targeted=targeted,
             **self.search,
         )

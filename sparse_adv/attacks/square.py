@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import shortened
-from sparse_adv.attacks.ball import Ball, as_norm, ball_around, into_ball
+from sparse_adv.attacks.ball import Ball, ball_around, into_ball
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
@@ -54,7 +54,7 @@ def square(
         model: maps images in [lo, hi] to logits [N, classes]; no gradient of it is needed.
         images: float tensor [N, channels, height, width], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
             each image.
         queries: passes forward for each image and restart, with the one of the start.
@@ -124,8 +124,7 @@ class Square(Attack):
     """`attacks.square` bound to a model, with the interface of torchattacks.Square.
 
     Args:
-        model, eps, p_init, loss, resc_schedule, search: as in `attacks.square`.
-        norm: "Linf" or "L2".
+        model, norm, eps, p_init, loss, resc_schedule, search: as in `attacks.square`.
         n_queries, n_restarts: `queries` and `restarts` of `attacks.square`.
         seed: of the search; each call draws the same numbers.
         verbose: accepted, and without effect.
@@ -165,7 +164,7 @@ class Square(Attack):
             model,
             images,
             labels,
-            norm=as_norm(self.norm),
+            norm=self.norm,
             eps=self.eps,
             queries=self.n_queries,
             p_init=self.p_init,
