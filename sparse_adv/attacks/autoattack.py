@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types, shortened
-from sparse_adv.attacks.autoattack_state import Result, State, fingerprint, first_logits
+from sparse_adv.attacks.autoattack_state import Result, State, fingerprint
 from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned
 from sparse_adv.attacks.ball import Ball, Values, checked_ball, into_ball
 from sparse_adv.attacks.base import Attack, as_device
@@ -164,6 +164,27 @@ class AutoAttack(Versioned, Attack):
         attack.ball = self.ball.of(index.to(eps.device) if isinstance(eps, Tensor) else index)
         return attack
 
+    @overload
+    def run_standard_evaluation(
+        self,
+        x_orig: Tensor,
+        y_orig: Tensor,
+        bs: int = 250,
+        return_labels: Literal[False] = False,
+        state_path: str | Path | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def run_standard_evaluation(
+        self,
+        x_orig: Tensor,
+        y_orig: Tensor,
+        bs: int = 250,
+        *,
+        return_labels: Literal[True],
+        state_path: str | Path | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
     @checks_types
     def run_standard_evaluation(
         self,
@@ -195,6 +216,16 @@ class AutoAttack(Versioned, Attack):
             self.attacks_to_run, x_orig, y_orig, bs, None if state_path is None else Path(state_path)
         )
         return self._found(self.result, x_orig, return_labels)
+
+    @overload
+    def run_standard_evaluation_individual(
+        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: Literal[False] = False
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def run_standard_evaluation_individual(
+        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, *, return_labels: Literal[True]
+    ) -> dict[str, tuple[Tensor, Tensor]]: ...
 
     @checks_types
     def run_standard_evaluation_individual(
@@ -268,7 +299,8 @@ class AutoAttack(Versioned, Attack):
         for sign in signs:
             self._log(f"warning: {sign}")
         if state is None:
-            state = self._initial(images, labels, batch, seed, known)
+            logits = torch.cat([self.get_logits(x).cpu() for x, _ in self._batches(images, labels, batch)])
+            state = State.initial(known, seed, images, labels, logits)
         else:
             done = ", ".join(name for name in state.accuracy if name != "clean") or "no attack"
             self._log(f"continued from {path}: {done} finished")
@@ -280,24 +312,7 @@ class AutoAttack(Versioned, Attack):
         if names[-1] == "square" and before != "clean" and state.accuracy["square"] < state.accuracy[before]:
             signs.append("square, which needs no gradients, found examples where the gradient attacks found none")
             self._log(f"warning: {signs[-1]}")
-        return Result(
-            title,
-            budgets,
-            state.adversarial,
-            state.predictions,
-            state.robust,
-            state.accuracy,
-            state.undone,
-            signs,
-            state.seconds,
-        )
-
-    def _initial(self, images: Tensor, labels: Tensor, batch: int, seed: int, known: str) -> State:
-        logits = torch.cat([self.get_logits(x).cpu() for x, _ in self._batches(images, labels, batch)])
-        robust = is_correct(logits, labels)
-        accuracy = {"clean": robust.double().mean().item()}
-        none = torch.zeros_like(robust)
-        return State(known, seed, images.clone(), logits.argmax(1), robust, none, first_logits(logits), accuracy, {})
+        return state.result(title, budgets, signs)
 
     def _attack(self, name: str, state: State, images: Tensor, labels: Tensor, batch: int, path: Path | None) -> None:
         """Run one attack on the images that are still robust, batch by batch, and save the state after each."""
@@ -370,7 +385,7 @@ class AutoAttack(Versioned, Attack):
         own = [value for value in self.ball if isinstance(value, Tensor)]
         budgets = [MEMBERS[name].options(self.settings) for name in names]
         options = repr((self.version, tuple(names), budgets, ball, self.seed))
-        return fingerprint(options, [images, labels, *own, *_tensors(self.module)])
+        return fingerprint(options, [images, labels, *own, *self.module.parameters(), *self.module.buffers()])
 
     def _log(self, text: str) -> None:
         if self.verbose:
@@ -383,8 +398,3 @@ class AutoAttack(Versioned, Attack):
 def _written(eps: Values) -> str:
     """The radius, or the range of those of all images."""
     return f"{eps.min():g} to {eps.max():g}" if isinstance(eps, Tensor) else f"{eps:g}"
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

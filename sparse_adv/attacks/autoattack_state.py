@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sparse_adv.attacks.checks import is_correct
 from sparse_adv.files import write_bytes
 
 _TENSORS = ("adversarial", "predictions", "robust", "pending", "logits")
@@ -41,6 +42,14 @@ class State:
     seconds: float = 0.0
     """Time of all processes that worked on the run, up to the last file that each wrote."""
 
+    @classmethod
+    def initial(cls, fingerprint: str, seed: int, images: Tensor, labels: Tensor, logits: Tensor) -> State:
+        """The state before the first attack, with the clean logits of all images."""
+        robust = is_correct(logits, labels)
+        accuracy, pending = {"clean": robust.double().mean().item()}, torch.zeros_like(robust)
+        first = first_logits(logits)
+        return cls(fingerprint, seed, images.clone(), logits.argmax(1), robust, pending, first, accuracy, {})
+
     def check_logits(self, logits: Tensor, path: Path) -> None:
         """Raise ValueError unless the model returned these clean logits when the run was begun.
 
@@ -58,6 +67,11 @@ class State:
         facts = [self.fingerprint, self.seed, self.accuracy, self.undone, self.seconds]
         metadata = {"sparse_adv_autoattack": json.dumps(facts)}
         write_bytes(path, save({name: getattr(self, name).contiguous() for name in _TENSORS}, metadata))
+
+    def result(self, name: str, budgets: str, signs: list[str]) -> Result:
+        """What a run has found that ends in this state."""
+        of_images = self.adversarial, self.predictions, self.robust
+        return Result(name, budgets, *of_images, self.accuracy, self.undone, signs, self.seconds)
 
     @classmethod
     def read(cls, path: Path, fingerprint: str) -> State:
