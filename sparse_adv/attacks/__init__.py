@@ -9,7 +9,7 @@ attacks can be captured as CUDA graphs, see `Graphs`.
 from sparse_adv.attacks import losses
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.autoattack import AutoAttack
-from sparse_adv.attacks.base import Attack
+from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.bim import BIM, bim
 from sparse_adv.attacks.classes import APGD, APGDT, FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
@@ -57,6 +57,7 @@ __all__ = [
     "Loss",
     "LossOptions",
     "MultiAttack",
+    "SearchOptions",
     "Square",
     "apgd",
     "apgd_t",

@@ -8,19 +8,23 @@ from sparse_adv.nn.allreduce_hook import CommStats, register_masked_allreduce_ho
 from sparse_adv.nn.conversion import densify, frozen_weights, sparsify
 from sparse_adv.nn.dead_channels import dead_channels, zero_dead_channels
 from sparse_adv.nn.dense_gradients import dense_gradients
-from sparse_adv.nn.explanation import Explanation, explain
+from sparse_adv.nn.explanation import Explanation, Row, explain
 from sparse_adv.nn.macs import Macs, count_macs, mac_density
-from sparse_adv.nn.masked_conv2d import MaskedConv2d
+from sparse_adv.nn.masked_conv2d import Choice, LayerChoices, MaskedConv2d
 from sparse_adv.nn.masked_linear import MaskedLinear
 from sparse_adv.nn.shrinking import ShrinkResult, shrink
-from sparse_adv.nn.tuning import tune
+from sparse_adv.nn.tuning import Choices, tune
 
 __all__ = [
+    "Choice",
+    "Choices",
     "CommStats",
     "Explanation",
+    "LayerChoices",
     "Macs",
     "MaskedConv2d",
     "MaskedLinear",
+    "Row",
     "ShrinkResult",
     "count_macs",
     "dead_channels",

@@ -19,12 +19,13 @@ from sparse_adv.ops.masked_conv2d_plan import missing_kernel
 
 @dataclass(frozen=True)
 class Row:
-    """One convolution or linear layer."""
+    """One convolution or linear layer in the result of `explain`."""
 
     layer: str
     weight_shape: tuple[int, ...]
-    block: tuple[int, int, int, int] | None
-    """None: the layer is dense, or linear, for which the block does not matter."""
+    block: tuple[int, ...] | None
+    """The mask's block, as much of it as there is in the weight; None if the layer is dense, or linear, for which the
+    block does not matter."""
     kept_weights: int
     """The number of weights that the mask keeps."""
     macs: tuple[int, int] | None
@@ -111,7 +112,7 @@ def _row(name: str, layer: Layer, calls: Sequence[LayerCall]) -> Row:
         kernels = {name: f"{planned.kernel} ({planned.reason})" for name, planned in calls[-1].plan._asdict().items()}
     else:
         kernels = _kernels_without_input(layer)
-    block = layer.block if isinstance(layer, MaskedConv2d) else None
+    block = tuple(map(min, layer.block, layer.weight.shape)) if isinstance(layer, MaskedConv2d) else None
     macs = (count * kept, count * weights) if calls else None
     return Row(name, tuple(layer.weight.shape), block, kept, macs, kernels)
 

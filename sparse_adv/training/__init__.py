@@ -4,6 +4,7 @@ from sparse_adv.config import OBJECTIVES, PRECISIONS, SCHEDULES, TrainConfig
 from sparse_adv.training.checkpoint import read_weights
 from sparse_adv.training.devices import deterministic
 from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, robust_accuracy
+from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.loop import Training, train
 from sparse_adv.training.objectives import adversarial_loss
 from sparse_adv.training.result import final_test
@@ -15,6 +16,7 @@ __all__ = [
     "Accuracy",
     "TrainConfig",
     "Training",
+    "UpdateHook",
     "adversarial_loss",
     "clean_accuracy",
     "deterministic",

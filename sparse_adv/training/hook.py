@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class UpdateHook:
-    """Called at each update of a training run; this class does nothing.
+    """Called in the course of a training run; this class does nothing. Pass a subclass to `train`.
 
     Attributes:
         reads_gradients: whether `after_update` reads the gradients in `.grad`. If it may, updates are not captured as
@@ -30,7 +30,12 @@ class UpdateHook:
     config: MethodConfig | None = None
 
     def begin(self, updater: Updater) -> None:
-        """Called once, before the optimiser and the moving average of the weights are made."""
+        """Called once, before the optimiser and the moving average of the weights are made.
+
+        Args:
+            updater: of the run. It has `model`, `config` and `device`, and at later calls `optimizer` and `ema` (None
+                without a moving average).
+        """
 
     def wants_dense_gradients(self, step: int) -> bool:
         """Return whether the update after `step` others is to form the gradients of pruned weights too."""

@@ -42,6 +42,12 @@ def test_every_convolution_and_both_densities_are_shown(model):
     assert "16x3x3x3" in text and "(table)" in text and "dense (no mask)" in text
 
 
+def test_a_block_is_shown_as_far_as_the_weight_reaches():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 1))
+    row, inner = explain(sparsify(model, prune(model, 0.5, block=(4, 4)))).rows
+    assert row.block == (4, 1, 1, 1) and inner.block == (4, 4, 1, 1)
+
+
 def test_without_a_shape_kernels_that_depend_on_the_input_are_unknown(model):
     assert explain(model).mac_density is None
     assert "unknown without an input shape" in str(explain(model))
