@@ -1,11 +1,16 @@
 """What README.md and docs/ show runs as typed, and what they name exists."""
 
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.convolution_cases import block_mask
+
+from sparse_adv import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +26,22 @@ def test_the_readme_fits_a_screen_and_its_example_fifteen_lines():
     assert len(README.splitlines()) <= 120
     (example,) = python_blocks(ROOT / "README.md")
     assert len(example.splitlines()) <= 15
+
+
+@pytest.mark.skipif(ops.cpu_capability() == "portable", reason="the limits are those of the kernels for AVX")
+@pytest.mark.parametrize(
+    ("block", "sentence"), [((1, 1), r"above about ([\d.]+)"), ((4, 4), r"\(([\d.]+) with blocks \(4, 4\)")]
+)
+def test_the_density_from_which_on_the_dense_kernel_is_taken_is_that_of_the_plan(block, sentence):
+    """The layers of a CIFAR ResNet-18 at batch 64, all passes: the median of the lowest densities that run dense."""
+    densities = [percent / 100 for percent in range(30, 94, 2)]
+    limits = []
+    for channels, size in ((64, 32), (128, 16), (256, 8), (512, 4)):
+        images = torch.empty(64, channels, size, size, memory_format=torch.channels_last)
+        masks = [block_mask((channels, channels, 3, 3), block, density) for density in densities]
+        plans = [ops.plan(ops.compile_pattern(mask, block), images, padding=1) for mask in masks]
+        limits += [densities[[each.kernel for each in passes].index("dense")] for passes in zip(*plans, strict=True)]
+    assert abs(statistics.median(limits) - float(re.search(sentence, README)[1])) < 0.05
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
