@@ -1,4 +1,4 @@
-"""`convert`: masks and weights of other tools, in and out."""
+"""`convert`: masks and weights of other tools, into a ticket or a file for PyTorch."""
 
 from __future__ import annotations
 

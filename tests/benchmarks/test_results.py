@@ -12,6 +12,8 @@ from harness import Record, read_records
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = re.sub(r"\s+", " ", (ROOT / "docs" / "results" / "cpu_kernels.md").read_text(encoding="utf-8"))
+TRAINING = (ROOT / "docs" / "results" / "training.md").read_text(encoding="utf-8").splitlines()
+ATTACKS = (ROOT / "docs" / "guide" / "attacks.md").read_text(encoding="utf-8").splitlines()
 
 
 def rows(conditions: str = "avx512_1_thread_batch_64") -> list[Record]:
@@ -83,3 +85,43 @@ def test_what_removing_channels_saves_follows_from_the_rows():
     every, inner = read_records(RESULTS / "shrink_zen4.csv")[1]
     assert f"{every['ratio']:.1f} times as fast at {every['macs_kept']:.2f} of the MACs" in PAGE
     assert f"inner channels alone {inner['ratio']:.1f} times at {inner['macs_kept']:.2f}" in PAGE
+
+
+def table_row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def mask_of(record: Record) -> str:
+    """The mask in the words of a table: "(4, 4) at 0.1" or "dense"."""
+    return str(record["mask"]).removeprefix("block ").replace(", density", " at")
+
+
+def three_digits(milliseconds: float) -> str:
+    number, unit = (milliseconds, "ms") if milliseconds < 999.5 else (milliseconds / 1e3, "s")
+    return f"{number:#.3g}".rstrip(".") + f" {unit}"
+
+
+@pytest.mark.parametrize("machine", ["xeon", "epyc"])
+def test_every_line_of_the_tables_of_updates_follows_from_the_rows(machine):
+    records = read_records(RESULTS / f"training_{machine}.csv")[1]
+    for r in records:
+        ours, without, dense = (float(r[f"{side}_ms"]) for side in ("ours", "without_engine", "careful"))
+        line = table_row(
+            f"{r['network']}, {r['batch']}",
+            f"{str(r['op']).removesuffix(' update')}, {mask_of(r)}",
+            *map(three_digits, (ours, without, dense)),
+            f"**{dense / ours:.1f}**",
+            f"{float(r['compile_ms']) / ours:.1f}" if "compile_ms" in r else "-",
+            f"{dense / without:.1f}",
+        )
+        assert line in TRAINING
+
+
+@pytest.mark.parametrize("machine", ["Xeon, AVX-512", "EPYC, AVX2"])
+def test_every_run_of_autoattack_that_was_timed_is_in_the_guide(machine):
+    records = read_records(RESULTS / f"autoattack_{machine[:4].lower()}.csv")[1]
+    for r in records:
+        network = f"{str(r['network']).split()[-1]}, {mask_of(r).removesuffix(' at 0.1')}"
+        seconds = (f"{float(r[side]) / 1e3:.0f}" for side in ("ours_ms", "torchattacks_ms"))
+        counts = r["images"], r["images robust"]
+        assert table_row(machine, network, *counts, *seconds, f"{r['ratio']:.1f}") in ATTACKS
