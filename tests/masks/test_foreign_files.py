@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.masks import load_pruned, prune, save_ticket
 
@@ -34,6 +35,13 @@ def test_settings_and_numbers_beside_the_weights_are_read(pruned, tmp_path):
     extra = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "epoch": np.int64(3), "data": Path("a/b")}
     ticket = load_pruned(written(tmp_path, {"state_dict": pruned, **extra}))
     assert ticket.state_dict.keys() == pruned.keys()
+
+
+def test_averaged_weights_are_read_for_the_model(model, pruned, tmp_path):
+    model.load_state_dict(pruned)
+    ticket = load_pruned(written(tmp_path, AveragedModel(model).state_dict()), model=model)
+    assert ticket.state_dict.keys() == pruned.keys()
+    assert all(torch.equal(ticket.masks[name], pruned[f"{name}.weight"] != 0) for name in ticket.masks)
 
 
 @pytest.mark.parametrize("of", [lambda model: model, lambda model: {**model.state_dict(), "name": np.str_("a")}])

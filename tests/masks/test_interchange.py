@@ -23,7 +23,6 @@ from torch import nn
 from torch.ao.pruning import WeightNormSparsifier
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
-from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.masks import Ticket, density, from_state_dict, load_pruned, prune, save_pruned, save_ticket
 
@@ -296,14 +295,6 @@ def test_a_prefix_that_the_model_has_itself_is_not_removed(model, masks, path):
     torch.save({f"module.{key}": value for key, value in as_masked(wrapped, with_prefix(masks)).items()}, path)
     assert list(load_pruned(path, model=wrapped).masks) == [f"model.{name}" for name in masks]
     assert list(load_pruned(path).masks) == list(masks)
-
-
-def test_averaged_weights_are_read_for_the_model(model, masks, weights, path):
-    model.load_state_dict(weights)
-    torch.save(AveragedModel(model).state_dict(), path)
-    loaded = load_pruned(path, model=model)
-    assert_same(loaded.masks, masks)
-    assert_same(loaded.state_dict, weights)
 
 
 def with_prefix(masks):
