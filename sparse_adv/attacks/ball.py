@@ -80,7 +80,7 @@ def checked_ball(eps: Values, norm: str, lo: Values, hi: Values) -> Ball:
     Raises:
         TypeError, ValueError: as `ball_around`, but for the length of tensors.
     """
-    norm = as_norm(norm)
+    norm = norm.lower() if isinstance(norm, str) else norm  # torchattacks writes "Linf" and "L2"
     radii, lows, highs = _extremes("eps", eps), _extremes("lo", lo), _extremes("hi", hi)
     check_ball(radii[0], norm, lows[0], highs[1])
     if not isinstance(lo, Tensor) or not isinstance(hi, Tensor):
@@ -97,11 +97,6 @@ def checked_ball(eps: Values, norm: str, lo: Values, hi: Values) -> Ball:
 def check_radius(eps: Values) -> None:
     """Raise TypeError or ValueError unless this is a number, or a tensor of one for each image."""
     check_number("eps", _extremes("eps", eps)[0])
-
-
-def as_norm(norm: Any) -> Any:
-    """The name of a norm in small letters, as torchattacks takes "Linf" and "L2"; anything else as it is."""
-    return norm.lower() if isinstance(norm, str) else norm
 
 
 def step_sizes(images: Tensor, alpha: Values) -> Values:

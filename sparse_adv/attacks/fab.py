@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.ball import as_norm, ball_around
+from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
@@ -55,7 +55,7 @@ def fab(
         model: maps images in [lo, hi] to logits [N, classes].
         images: float tensor [N, ...], the clean images x_0.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         eps: None: return the example at the least distance found, however far. A number, or a float tensor [N] of one
             for each image: only examples inside of this ball count, and an image is attacked no further when it has
             one.
@@ -96,7 +96,7 @@ def fab(
         attack = _Fab(model, images, labels, settings, draw)
 
         def nearest(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            return nearest_boundary(model, x, labels[index], norm)
+            return nearest_boundary(model, x, labels[index], settings.ball.norm)
 
         def to_target(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             return model.values_and_gradient(x, lambda logits: -advantage(logits, labels[index], True))
@@ -179,7 +179,7 @@ class FAB(Attack):
 
     Args:
         model, eps, steps, alpha_max, eta, beta, search: as in `attacks.fab`.
-        norm: "Linf" or "L2".
+        norm: as in `attacks.fab`.
         n_restarts: `restarts` of `attacks.fab`.
         verbose: accepted, and without effect.
         seed: of the random starts; each call draws the same numbers.
@@ -225,7 +225,7 @@ class FAB(Attack):
             model,
             images,
             labels,
-            norm=as_norm(self.norm),
+            norm=self.norm,
             eps=self.eps,
             steps=self.steps,
             restarts=self.n_restarts,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import shortened
-from sparse_adv.attacks.ball import Ball, as_norm, ball_around
+from sparse_adv.attacks.ball import Ball, ball_around, checked_ball
 from sparse_adv.attacks.base import Attack, SearchOptions
 from sparse_adv.attacks.checks import (
     Model,
@@ -25,7 +25,6 @@ from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, loss_to_raise, run_search
 from sparse_adv.ops.arguments import check_flag, check_floating, check_numbers
-from sparse_adv.ops.pgd_step import check_ball
 
 LOSSES = ("margin", "dlr")
 """The losses that are 0 on the boundary, so that their linearisation says how far it is."""
@@ -63,7 +62,7 @@ def fmn(
         model: maps images in [lo, hi] to logits [N, classes].
         images: float tensor [N, ...], the clean images x_0.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         steps: number of steps; each is one forward and one backward pass.
         alpha: first step size, of the l2 norm in units of the images.
         gamma: by which share the radius first changes, in (0, 1).
@@ -166,7 +165,7 @@ def distances(
         adversarial: float tensor [N, ...], from `fmn`, `fab`, `cw` or another attack.
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         targeted: an image is adversarial where it is classified as `labels`.
 
     Returns:
@@ -184,7 +183,7 @@ def distances(
         >>> attacks.distances(lambda x: x, adversarial, images, labels)
         tensor([0.7500, 0.0000,    inf])
     """
-    check_ball(0.0, norm, 0.0, 1.0)
+    norm = checked_ball(0.0, norm, 0.0, 1.0).norm
     check_flag("targeted", targeted)
     module, _ = as_module(model)
     labels = int64_labels(labels)
@@ -209,7 +208,7 @@ class FMN(Attack):
 
     Args:
         model, steps, alpha, gamma, loss, search: as in `attacks.fmn`.
-        norm: "Linf" or "L2".
+        norm: as in `attacks.fmn`.
 
     Examples:
         >>> import torch
@@ -238,7 +237,7 @@ class FMN(Attack):
             model,
             images,
             labels,
-            norm=as_norm(self.norm),
+            norm=self.norm,
             steps=self.steps,
             alpha=self.alpha,
             gamma=self.gamma,

@@ -47,6 +47,13 @@ def test_every_norm_of_the_guide_is_taken_in_both_spellings(name):
         assert torch.equal(examples(name, norm=norm.capitalize()), found)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_distances_take_both_spellings(norm):
+    model, (images, labels), adversarial = make_model().eval(), batch(), batch(seed=2)[0]
+    found = attacks.distances(model, adversarial, images, labels, norm=norm)
+    assert torch.equal(attacks.distances(model, adversarial, images, labels, norm=norm.capitalize()), found)
+
+
 @pytest.mark.parametrize("name", [name for name, norms in NORMS.items() if len(norms) == 1])
 def test_an_attack_of_one_norm_has_no_argument_for_it(name):
     with pytest.raises(TypeError, match="norm"):
