@@ -23,7 +23,7 @@ _BY_IDENTITY = (
     logging.Logger,
 )
 _LONGEST = 1024
-"""Values of an attribute that are compared. A call takes 0.8 ms for the modules of a ResNet-18."""
+"""Values of an attribute that are compared. All modules of a ResNet-18 take 0.9 ms."""
 
 
 def content(attributes: Mapping[str, object], seen: set[int]) -> Hashable:

@@ -114,8 +114,8 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     if len(placeholders) != 1 or not isinstance(returned, fx.Node):
         raise NotTraceable("the model does not map one tensor to one tensor")
     for node in graph.nodes:
-        numbers = not holds_tensors(results.get(node)) and any(holds_tensors(results[x]) for x in node.all_input_nodes)
-        if numbers and node is not end and reads_elements(node):
+        from_tensors = any(holds_tensors(results[source]) for source in node.all_input_nodes)
+        if node is not end and from_tensors and not holds_tensors(results[node]) and reads_elements(node):
             raise NotTraceable(f"{node.name} reads the elements of a tensor")
     if not isinstance(results[returned], Tensor):
         raise NotTraceable(f"the model returns a {type(results[returned]).__name__}")

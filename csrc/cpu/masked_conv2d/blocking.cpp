@@ -65,7 +65,7 @@ void Blocking::choose_tile(bool width_vectors_allowed, const PassSizes& sizes) {
     if (offered == Layout::joined_rows) row = {.count = 1, .size = rows.positions * pitch, .last = 0};
     const TilePart whole{.rows = kTileVectors / cols_of_tile, .cols = cols_of_tile};
     const TilePart part = sizes.whole_tiles ? whole : SPARSE_ADV_CHOOSE(part_of_tile)(cols_of_tile, sizes.oc_block);
-    const auto vectors_of = [&](int64_t size) { return by_batch ? size : (size + lanes - 1) / lanes; };
+    const auto vectors_of = [&](int64_t size) { return by_batch ? size : this->vectors_of(size); };
     // Those of all rows in multiples of `by`.
     const auto vectors_by = [&](TilePart by) {
       return round_up(vectors_of(row.size), by.cols) * round_up(row.count, by.rows) +
@@ -170,7 +170,7 @@ void Blocking::lay_out_width(const PassSizes& sizes) {
   row_vectors = round_up(row_vectors_inside, tile_cols);
   // A vector that starts in the last columns of a row ends in the zeros in front of the next row, never in its pixels.
   row_lead = round_up(std::max(cols.pad, cols.max_shift - cols.pad), lanes);
-  row_pitch = row_lead / lanes + std::max(row_vectors, (cols.source_size + lanes - 1) / lanes);
+  row_pitch = row_lead / lanes + std::max(row_vectors, vectors_of(cols.source_size));
   // The accumulators are stored tile after tile, so that the kernel reads them in memory order.
   acc_row_pitch = tile_cols;
   acc_channel_pitch = kTileVectors;
@@ -181,17 +181,16 @@ void Blocking::lay_out_width(const PassSizes& sizes) {
 void Blocking::lay_out_joined_rows(const PassSizes& sizes) {
   batch_block = 1;
   row_lead = round_up(std::max(cols.pad, cols.max_shift - cols.pad), lanes);
-  row_pitch = (joined_pitch + lanes - 1) / lanes;
+  row_pitch = vectors_of(joined_pitch);
   cut_bands_and_panels(sizes, row_pitch);
-  row_vectors = round_up((band_rows * joined_pitch + lanes - 1) / lanes, tile_cols);
+  row_vectors = round_up(vectors_of(band_rows * joined_pitch), tile_cols);
   row_vectors_inside = row_vectors;
-  channel_pitch = (row_lead + rows.max_shift * joined_pitch + cols.max_shift + lanes - 1) / lanes + row_vectors + 1;
+  channel_pitch = vectors_of(row_lead + rows.max_shift * joined_pitch + cols.max_shift) + row_vectors + 1;
   acc_row_pitch = row_vectors;
   acc_channel_pitch = row_vectors + 1;
 }
 
 int64_t Blocking::vectors_in_row(int64_t band, int64_t row) const {
-  const auto vectors_of = [&](int64_t size) { return (size + lanes - 1) / lanes; };
   if (joins_rows()) return vectors_of((rows_in_band(band) - 1) * joined_pitch + cols.positions);
   return is_last_piece(band * band_rows + row) ? vectors_of(last_piece) : row_vectors_inside;
 }
@@ -215,12 +214,6 @@ int64_t Blocking::tap_offset(int64_t tap, int64_t output_phase) const {
   return ((row.source_phase * (band_rows + rows.max_shift) + row.shift) * row_pitch + col.source_phase * phase_cols +
           col.shift) *
          lanes;
-}
-
-bool Blocking::fits_int32() const {
-  const double pitches = static_cast<double>(in_pieces() ? row_pitch : channel_pitch);
-  return pitches * static_cast<double>((in_pieces() ? band_rows : ic_panel) * lanes) + static_cast<double>(row_lead) <
-         static_cast<double>(int64_t{1} << 31);
 }
 
 IndexOrder Blocking::triple_order() const {

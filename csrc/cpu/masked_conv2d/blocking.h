@@ -87,9 +87,7 @@ struct Blocking {
   // Vectors that the accumulators of a band take.
   int64_t acc_size(int64_t channels) const;
   // Floats that the input tile takes, where fits_int32().
-  int64_t input_tile_size() const {
-    return (in_pieces() ? band_rows * row_pitch : ic_panel * channel_pitch) * lanes + row_lead;
-  }
+  int64_t input_tile_size() const { return tile_floats<int64_t>(); }
   int64_t panel_channels(int64_t first_channel) const { return std::min(ic_panel, source_channels - first_channel); }
   // The offset, in floats, from a position to what a tap reads; -1 if the tap belongs to another output phase.
   int64_t tap_offset(int64_t tap, int64_t output_phase) const;
@@ -99,11 +97,18 @@ struct Blocking {
   IndexOrder triple_order() const;
   // Whether the kernel may take column indices sorted by their column offset.
   bool can_sort_by_column(int64_t oc_block) const;
-  // Whether offsets into the input tile fit. In double, since padding and dilation may be so large that int64
-  // overflows.
-  bool fits_int32() const;
+  // Whether offsets into the input tile fit. In double: with large padding and dilation the size overflows int64.
+  bool fits_int32() const { return tile_floats<double>() < static_cast<double>(int64_t{1} << 31); }
 
  private:
+  template <class Number>
+  Number tile_floats() const {
+    const int64_t pitch = in_pieces() ? row_pitch : channel_pitch, count = in_pieces() ? band_rows : ic_panel;
+    return static_cast<Number>(pitch) * static_cast<Number>(count * lanes) + static_cast<Number>(row_lead);
+  }
+  // Vectors that so many neighbouring floats take.
+  int64_t vectors_of(int64_t floats) const { return (floats + lanes - 1) / lanes; }
+
   int64_t batch_;
   int64_t batch_blocks() const { return (batch_ + batch_block - 1) / batch_block; }
   void choose_tile(bool width_vectors_allowed, const PassSizes& sizes);
