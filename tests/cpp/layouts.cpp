@@ -58,45 +58,63 @@ bool check_fill_batch_tile(const Kernels& kernels) {
   return good;
 }
 
-// Joined rows overlap: the zeros behind a row are written before the next row.
+// Where rows overlap, the zeros behind a row are written before the next row. With `split` the pixels of odd number go
+// to rows of their own, behind all others and a float further on.
 static bool check_fill_width_tile(const Kernels& kernels, int64_t row_size, int64_t last_row_size, int64_t tile_row,
-                                  int64_t row_count, bool joined) {
+                                  int64_t row_count, bool overlap, bool split) {
   const int64_t lanes = kernels.lanes, channels = 4, first = 1, image_rows = 5, first_row = 1, tile_rows = 6;
-  const int64_t whole = (row_size + lanes - 1) / lanes * lanes, lead = lanes,
-                pitch = joined ? row_size + 1 : lead + whole + lanes;
+  const int64_t whole = (row_size + lanes - 1) / lanes * lanes, lead = lanes, left_out = 1,
+                pitch = overlap ? row_size + 1 : lead + whole + lanes, phase = tile_rows * pitch + 3 * lanes;
+  std::vector<int32_t> offsets, zero_offsets;
+  for (int64_t r = 0; r < tile_rows; ++r) {
+    const auto offset = static_cast<int32_t>(r * pitch);
+    if (r >= tile_row && r < tile_row + row_count)
+      offsets.push_back(r == left_out ? -1 : offset);
+    else
+      zero_offsets.push_back(offset);
+  }
   const RowMap map{.row_size = row_size,
                    .last_row_size = last_row_size,
                    .first_pixel = first_row * row_size,
                    .row_count = row_count,
-                   .tile_row = tile_row,
-                   .tile_rows = tile_rows,
+                   .offsets = offsets.data(),
+                   .zero_offsets = zero_offsets.data(),
+                   .zero_count = std::ssize(zero_offsets),
                    .tile_row_size = whole + lanes,
-                   .row_pitch = pitch,
-                   .channel_pitch = tile_rows * pitch + 3 * lanes};
+                   .channel_pitch = (split ? 2 : 1) * phase,
+                   .odd_offset = split ? phase + 1 : 0};
   const std::vector<float> image = numbers(channels * image_rows * row_size);
   std::vector<float> tile((channels - first) * map.channel_pitch, kUntouched);
   kernels.fill_width_tile(image.data(), image_rows * row_size, map, first, channels, tile.data() + lead);
 
   std::vector<double> expected(tile.size(), kUntouched);
-  for (int64_t c = first; c < channels; ++c)
-    for (int64_t r = 0; r < tile_rows; ++r)
-      for (int64_t x = 0; x < map.tile_row_size; ++x) {
-        const int64_t size = r + 1 < tile_row + row_count ? row_size : last_row_size;
-        const bool inside = r >= tile_row && r < tile_row + row_count && x < size;
-        expected[(c - first) * map.channel_pitch + r * pitch + lead + x] =
-            inside ? image[(c * image_rows + first_row + r - tile_row) * row_size + x] : 0.0;
-      }
+  for (int64_t c = first; c < channels; ++c) {
+    double* const plane = expected.data() + (c - first) * map.channel_pitch + lead;
+    for (const int32_t offset : zero_offsets) std::fill_n(plane + offset, map.tile_row_size, 0.0);
+    for (int64_t r = 0; r < row_count; ++r) {
+      if (offsets[r] < 0) continue;
+      const int64_t size = r + 1 < row_count ? row_size : last_row_size;
+      for (int64_t odd = 0; odd < (split ? 2 : 1); ++odd)
+        for (int64_t i = 0; i < map.tile_row_size; ++i) {
+          const int64_t x = split ? 2 * i + odd : i;
+          plane[offsets[r] + odd * map.odd_offset + i] =
+              x < size ? image[(c * image_rows + first_row + r) * row_size + x] : 0.0;
+        }
+    }
+  }
   return equal(tile, expected);
 }
 
 bool check_fill_width_tile(const Kernels& kernels) {
   bool good = true;
-  for (int64_t row_size : {1, kernels.lanes, kernels.lanes + 3})
+  for (int64_t row_size :
+       {int64_t{1}, int64_t{kernels.lanes}, kernels.lanes + int64_t{3}, 2 * kernels.lanes + int64_t{5}})
     for (int64_t tile_row : {0, 2})
       for (int64_t row_count : {0, 1, 4})
         for (int64_t last_row_size : {row_size, (row_size + 1) / 2})
-          for (bool joined : {false, true})
-            good &= check_fill_width_tile(kernels, row_size, last_row_size, tile_row, row_count, joined);
+          for (bool overlap : {false, true})
+            for (bool split : {false, true})
+              good &= check_fill_width_tile(kernels, row_size, last_row_size, tile_row, row_count, overlap, split);
   return good;
 }
 
@@ -139,40 +157,52 @@ static bool check_store_accumulators(const Kernels& kernels, const Images& shape
   return equal(output, expected) && gates.fit(output);
 }
 
-// Two rows from the second one on, in planes with a gap between them and behind each row.
-static bool check_store_joined_rows(const Kernels& kernels, int64_t row_size, bool affine, bool residual,
-                                    Activation activation) {
-  const int64_t channels = 3, image_rows = 4, pixels = image_rows * row_size, size = channels * pixels;
+enum class Residual { none, output, another };
+
+// Three rows, all of the image or from the third one on, in planes with a gap between them and behind each row.
+static bool check_store_joined_rows(const Kernels& kernels, int64_t row_size, int64_t row_phases, int64_t col_phases,
+                                    bool all_rows, bool affine, Residual residual, Activation activation) {
+  const int64_t channels = 3, first_row = all_rows ? 0 : 2, row_count = 3, image_rows = all_rows ? 3 : 6;
+  const int64_t pixels = image_rows * row_size, size = channels * pixels;
   const std::vector<int32_t> plane_of{0, 3, 4};
-  const int64_t channel_pitch = 2 * row_size + 5;
+  const int64_t positions = (row_size + col_phases - 1) / col_phases, row_pitch = positions + 2,
+                phase_pitch = 3 * row_pitch + 1, channel_pitch = row_phases * col_phases * phase_pitch + 5;
   const std::vector<float> data = numbers(5 * channel_pitch + kernels.lanes);
   const std::vector<float> scale = numbers(channels), bias = numbers(channels), added = numbers(size);
   JoinedRows rows{.data = data.data(),
                   .plane_of = plane_of.data(),
                   .channel_pitch = channel_pitch,
-                  .row_pitch = row_size + 2,
-                  .first_row = 1,
-                  .row_count = 2,
+                  .phase_pitch = phase_pitch,
+                  .row_pitch = row_pitch,
+                  .row_phases = row_phases,
+                  .col_phases = col_phases,
+                  .first_row = first_row,
+                  .row_count = row_count,
                   .row_size = row_size,
                   .first_channel = 0,
                   .last_channel = channels};
+  std::vector<float> output = residual == Residual::output ? added : std::vector<float>(size, kUntouched);
   Epilogue<float> epilogue{.scale = affine ? scale.data() : nullptr,
                            .bias = affine ? bias.data() : nullptr,
-                           .residual = residual ? added.data() : nullptr};
+                           .residual = residual == Residual::none     ? nullptr
+                                       : residual == Residual::output ? output.data()
+                                                                      : added.data()};
   Gates gates(activation, size, row_size, size);
   gates.activate(epilogue);
-  std::vector<float> output(size, kUntouched);
-  std::vector<double> expected(size, kUntouched);
+  std::vector<double> expected(output.begin(), output.end());
   for (const auto& [first, last] : {std::pair{1, 3}, std::pair{0, 1}}) {
     rows.first_channel = first;
     rows.last_channel = last;
     kernels.store_joined_rows(rows, epilogue, channels, pixels, output.data());
   }
+  if (epilogue.residual) epilogue.residual = added.data();
   for (int64_t k = 0; k < channels; ++k)
-    for (int64_t r = 0; r < rows.row_count; ++r)
+    for (int64_t r = 0; r < row_count; ++r)
       for (int64_t x = 0; x < row_size; ++x) {
-        const int64_t at = k * pixels + (rows.first_row + r) * row_size + x;
-        expected[at] = with_epilogue(epilogue, data[plane_of[k] * channel_pitch + r * rows.row_pitch + x], k, at);
+        const int64_t at = k * pixels + (first_row + r) * row_size + x;
+        const int64_t phase = r % row_phases * col_phases + x % col_phases;
+        const int64_t from = plane_of[k] * channel_pitch + phase * phase_pitch + r / row_phases * row_pitch;
+        expected[at] = with_epilogue(epilogue, data[from + x / col_phases], k, at);
       }
   return equal(output, expected) && gates.fit(output);
 }
@@ -182,7 +212,12 @@ bool check_store_joined_rows(const Kernels& kernels) {
   for (bool affine : {false, true})
     for (Activation activation : kActivations)
       for (int64_t row_size : {1, 5, 8, 14, 19, 24, 33})
-        good &= check_store_joined_rows(kernels, row_size, affine, activation != Activation::none, activation);
+        for (int64_t row_phases : {1, 2})
+          for (int64_t col_phases : {1, 2})
+            for (bool all_rows : {false, true})
+              for (Residual residual : {Residual::none, Residual::output, Residual::another})
+                good &= check_store_joined_rows(kernels, row_size, row_phases, col_phases, all_rows, affine, residual,
+                                                activation);
   return good;
 }
 

@@ -156,6 +156,14 @@ def test_blocks_of_whole_filter_rows_equal_the_reference(width, stride, padding,
         assert_passes_equal(case.results(case.pattern("sparse")), case.expected())
 
 
+@pytest.mark.parametrize("height", [4, 12])
+@pytest.mark.parametrize("filter", [(1, 1), (3, 1)])
+def test_rows_with_more_positions_than_pixels_equal_the_reference(filter, height):
+    """Filters of one column on padded rows: four rows of 33 positions, 32 floats apart, end behind 16 vectors of 8."""
+    case = Case(2, group_in=16, group_out=16, image=(height, 31), filter=filter, padding=(filter[0] // 2, 1), seed=2)
+    assert_passes_equal(case.results(case.pattern("sparse")), case.expected())
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("filter", [(1, 1), (3, 3)])

@@ -80,6 +80,21 @@ def test_single_pixels_in_rows_of_any_length_equal_the_reference(image, channels
         assert_equal(actual, case.expected()["grad_weight"])
 
 
+@pytest.mark.parametrize("residual", ["none", "out", "another tensor"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("filter", [(3, 3), (1, 1), (5, 4)], ids=str)
+@pytest.mark.parametrize("width", [25, 40, 57])
+def test_strides_of_wide_rows_equal_the_reference(width, filter, gated, residual):
+    """Of NCHW images, columns of even and of odd number are rows of their own then."""
+    for stride, block in (((2, 2), (4, 4)), ((1, 2), (1, 1)), ((3, 2), (2, 2))):
+        for padding in ((0, 0), (1, 1), (2, 3)):
+            case = Case(5, 1, 6, 10, (11, width), filter, stride, padding, block=block)
+            check_forward(case, case.pattern("sparse"), residual, relu=gated)
+            check_grad_input(case, case.pattern("sparse"), residual, gated=gated)
+            actual = case.results(case.pattern("sparse"))["grad_weight"]
+            assert_equal(actual, case.expected()["grad_weight"])
+
+
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
 @pytest.mark.parametrize("residual", ["none", "out", "another tensor"])
 @pytest.mark.parametrize("activation", [False, True])

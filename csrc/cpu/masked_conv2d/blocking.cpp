@@ -27,94 +27,24 @@ Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
       source_channels(sizes.source_channels),
       lanes(SPARSE_ADV_CHOOSE(lane_count)()),
       batch_(sizes.batch) {
-  choose_tile(!sizes.channels_last && rows.is_unit_stride() && cols.is_unit_stride(), sizes);
+  take(choose_layout(rows, cols, sizes, lanes, !sizes.channels_last));
   if (joins_rows())
     lay_out_joined_rows(sizes);
   else if (width_vectorised())
     lay_out_width(sizes);
   if (width_vectorised() && fits_int32()) return;
-  choose_tile(false, sizes);
+  take(choose_layout(rows, cols, sizes, lanes, false));
   lay_out_batch(sizes);
 }
 
-// Chooses the layout and the tile shape of the least cost, in multiply-adds of an oc_block of 4: one for each computed
-// vector and kept weight, and the cost of each vector that is moved from the images to the input tile or from the
-// accumulators to the output. The batch-vectorised layout transposes it: 1.4 of the 6.0 ms of 64 channels at 32x32 and
-// density 0.02. Of 40 layers of random shapes, a cost of 14 was as good as 10 in the mean and better where they differ
-// (160 and 28 channels at 22x22: 2.4 -> 1.9 ms). With an oc_block of 1 each multiply-add waits for a load, which is
-// slower where it crosses a cache line: width-vectorised, 64 channels at 56x56 took 10.0 ms, batch-vectorised 8.3.
-//
-// The order in which the shapes are tried decides between equal ones: of the width-vectorised tiles the nearly square
-// ones come first, because they read the smallest halo (a tile of 2 x 8 or 4 x 4 vectors reads 4 x 10 or 6 x 6 of them
-// for 3x3 taps, one of 1 x 16 reads 3 x 18); of the batch-vectorised tiles those with the longest rows, which are
-// contiguous.
-//
-// 1x1 filters: with rows that end within a vector, 15 layers of random shapes took 1.5 times as long as without (AVX2,
-// density 0.1), since they take more vectors, and their lanes are counted when the last one is stored.
-void Blocking::choose_tile(bool width_vectors_allowed, const PassSizes& sizes) {
-  constexpr double kMovedByWidth = 3, kMovedByBatch = 14, kLoad = 1.6, kCrossingLoad = 2.1;
-  const int64_t piece = width_vectors_allowed ? piece_size(sizes.gated) : 0, pixels = rows.positions * cols.positions;
-  const int64_t pitch = width_vectors_allowed && !sizes.whole_tiles ? pitch_of_joined_rows() : 0;
-  double least = -1;
-  const auto offer = [&](Layout offered, int cols_of_tile) {
-    const bool by_batch = offered == Layout::batch, in_rows = offered == Layout::rows;
-    struct {
-      int64_t count, size, last;  // rows of this size, and one of the pixels that are left over
-    } row{.count = rows.positions, .size = cols.positions, .last = 0};
-    if (offered == Layout::pieces) row = {.count = pixels / piece, .size = piece, .last = pixels % piece};
-    if (offered == Layout::joined_rows) row = {.count = 1, .size = rows.positions * pitch, .last = 0};
-    const TilePart whole{.rows = kTileVectors / cols_of_tile, .cols = cols_of_tile};
-    const TilePart part = sizes.whole_tiles ? whole : SPARSE_ADV_CHOOSE(part_of_tile)(cols_of_tile, sizes.oc_block);
-    const auto vectors_of = [&](int64_t size) { return by_batch ? size : this->vectors_of(size); };
-    // Those of all rows in multiples of `by`.
-    const auto vectors_by = [&](TilePart by) {
-      return round_up(vectors_of(row.size), by.cols) * round_up(row.count, by.rows) +
-             round_up(vectors_of(row.last), by.cols);
-    };
-    const int64_t vectors = vectors_by(part), images = by_batch ? lanes : 1;
-    // Whole rows are shifted in registers; single pixels, and those of pieces, are read at aligned addresses.
-    const bool crossing = offered == Layout::joined_rows || (in_rows && cols_of_tile < vectors_of(row.size));
-    const double multiply_add = sizes.oc_block > 1 ? 1 : crossing ? kCrossingLoad : kLoad;
-    const double moved = by_batch ? kMovedByBatch : kMovedByWidth;
-    const double stored = offered == Layout::joined_rows ? 2 * moved : moved;  // in a pass of its own
-    const double cost = static_cast<double>((batch_ + images - 1) / images) *
-                        (multiply_add * static_cast<double>(vectors * sizes.kept_weights) +
-                         moved * static_cast<double>(source_channels * vectors_by(whole)) +
-                         stored * static_cast<double>(sizes.output_channels * vectors_by({.rows = 1, .cols = 1})));
-    if (least >= 0 && cost >= least) return;
-    least = cost;
-    layout = offered;
-    tile_cols = cols_of_tile;
-    tile_rows = kTileVectors / cols_of_tile;
-    row_vectors_inside = vectors_of(row.size);
-    plane_vectors = vectors;
-  };
-  if (piece > 0) {
-    offer(Layout::pieces, kTileVectors);
-  } else if (width_vectors_allowed) {
-    for (int tile : {2, 4, 1, 8, 16}) offer(Layout::rows, tile);
-    if (pitch > 0) offer(Layout::joined_rows, kTileVectors);
-  }
-  for (int tile : {16, 8, 4, 2}) offer(Layout::batch, tile);
-  if (in_pieces()) cut_into_pieces(piece);
-  if (joins_rows()) joined_pitch = pitch;
-}
-
-// The pixels of a piece: as many as a tile has lanes; 0 if images cannot be cut into pieces. The rows of a gate are
-// padded to bytes. Where they are, pieces are whole rows, so that no two of them write bits of one byte.
-int64_t Blocking::piece_size(bool gated) const {
-  const auto reads_its_own_pixel = [](const ConvAxis& axis) {
-    return axis.is_unit_stride() && axis.taps.size() == 1 && axis.pad == 0 && axis.source_size == axis.output_size;
-  };
-  if (!reads_its_own_pixel(rows) || !reads_its_own_pixel(cols)) return 0;
-  const int64_t size = std::min<int64_t>(rows.positions * cols.positions, kTileVectors * lanes);
-  return gated && cols.positions % 8 != 0 ? size / cols.positions * cols.positions : size;
-}
-
-// The pitch at which a tap that reaches beyond either end of a row reads zeros; 0 if rows cannot be joined.
-int64_t Blocking::pitch_of_joined_rows() const {
-  if (cols.pad < 0) return 0;
-  return std::max(cols.source_size + cols.pad, cols.positions + cols.max_shift - cols.pad);
+void Blocking::take(const LayoutChoice& choice) {
+  layout = choice.layout;
+  tile_cols = choice.tile_cols;
+  tile_rows = kTileVectors / tile_cols;
+  row_vectors_inside = choice.row_vectors_inside;
+  plane_vectors = choice.plane_vectors;
+  joined_pitch = choice.joined_pitch;
+  if (in_pieces()) cut_into_pieces(choice.piece);
 }
 
 void Blocking::cut_into_pieces(int64_t piece) {
@@ -161,7 +91,8 @@ void Blocking::lay_out_batch(const PassSizes& sizes) {
   cut_bands_and_panels(sizes, output_phases() * row_vectors);
   // The L1 cache has 64 sets. With a pitch of a multiple of 32 lines, the accumulators of all channels of a tile fall
   // into the same few sets and evict the input tile from them, which cost 4 % of the time.
-  acc_channel_pitch = output_phases() * band_rows * acc_row_pitch;
+  acc_phase_pitch = band_rows * acc_row_pitch;
+  acc_channel_pitch = output_phases() * acc_phase_pitch;
   if (acc_channel_pitch % 32 == 0) acc_channel_pitch += 16;
 }
 
@@ -177,17 +108,20 @@ void Blocking::lay_out_width(const PassSizes& sizes) {
   cut_bands_and_panels(sizes, row_vectors);
 }
 
-// A vector of room behind the tile and behind each plane of accumulators: the kernels read whole vectors.
+// A vector of room behind each source phase of a channel and behind each of accumulators: whole vectors are read, and
+// written behind the end of a row.
 void Blocking::lay_out_joined_rows(const PassSizes& sizes) {
   batch_block = 1;
-  row_lead = round_up(std::max(cols.pad, cols.max_shift - cols.pad), lanes);
-  row_pitch = vectors_of(joined_pitch);
-  cut_bands_and_panels(sizes, row_pitch);
+  row_lead = round_up(cols.pad / cols.source_phases, lanes);
+  row_pitch = cols.source_phases * vectors_of(joined_pitch);
+  cut_bands_and_panels(sizes, output_phases() * vectors_of(joined_pitch));
   row_vectors = round_up(vectors_of(band_rows * joined_pitch), tile_cols);
   row_vectors_inside = row_vectors;
-  channel_pitch = vectors_of(row_lead + rows.max_shift * joined_pitch + cols.max_shift) + row_vectors + 1;
+  phase_pitch = vectors_of(row_lead + rows.max_shift * joined_pitch + cols.max_shift) + row_vectors + 1;
+  channel_pitch = source_phases() * phase_pitch;
   acc_row_pitch = row_vectors;
-  acc_channel_pitch = row_vectors + 1;
+  acc_phase_pitch = row_vectors + 1;
+  acc_channel_pitch = output_phases() * acc_phase_pitch;
 }
 
 int64_t Blocking::vectors_in_row(int64_t band, int64_t row) const {
@@ -210,7 +144,11 @@ int64_t Blocking::tap_offset(int64_t tap, int64_t output_phase) const {
   const ConvAxis::Tap& col = cols.taps[tap % filter_cols];
   if (row.output_phase != output_phase / cols.output_phases || col.output_phase != output_phase % cols.output_phases)
     return -1;
-  if (width_vectorised()) return row.shift * row_stride() + row_lead - cols.pad + col.shift;
+  if (width_vectorised()) {
+    const int64_t phase = row.source_phase * cols.source_phases + col.source_phase;
+    return phase * phase_pitch * lanes + row.shift * row_stride() + row_lead - cols.pad / cols.source_phases +
+           col.shift;
+  }
   return ((row.source_phase * (band_rows + rows.max_shift) + row.shift) * row_pitch + col.source_phase * phase_cols +
           col.shift) *
          lanes;

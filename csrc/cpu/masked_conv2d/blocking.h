@@ -7,7 +7,7 @@
 //   its padding and halo included, for the channels of a panel.
 // - Positions of a band: computed in tiles of kTileVectors vectors, tile_rows x tile_cols, without those parts that lie
 //   beyond the end of the images.
-// - Rows: may count as one, which fills more lanes (Layout).
+// - Rows: may count as one, which fills more lanes (Layout, in layout_choice.h).
 // - Channels that the pass writes: threads share a work item by them where the work items do not divide evenly.
 #pragma once
 
@@ -17,30 +17,9 @@
 #include "cpu/masked_conv2d/conv_geometry.h"
 #include "cpu/masked_conv2d/conv_kernel.h"
 #include "cpu/masked_conv2d/conv_params.h"
+#include "cpu/masked_conv2d/layout_choice.h"
 
 namespace sparse_adv {
-
-// What the blocking of a pass depends on, in addition to the geometry of the two axes.
-struct PassSizes {
-  int64_t batch, source_channels, output_channels;
-  int64_t kept_weights;
-  int64_t oc_block;
-  int64_t ic_block;    // panels are multiples of it; 0: one panel, for grouped convolutions (ic_blocks are per group)
-  bool channels_last;  // the layout of the images
-  bool whole_tiles;    // all vectors of a tile are computed, also those beyond the end of the images
-  bool gated;          // the epilogue reads or writes a gate, whose rows are padded to bytes
-};
-
-// The lanes of a vector are either batch-vectorised, one pixel of as many images as there are lanes
-// (batch_layout_kernel.h), or width-vectorised, neighbouring pixels of one image (width_layout_kernel.h), for NCHW
-// images at unit stride only. Width-vectorised are
-// - rows: each row of the image begins with a vector of its own.
-// - joined_rows: the rows of a band follow each other, with as many zeros in between as the taps reach across the ends
-//   of two rows, and count as one row. Its accumulators stay in the scratch memory until the band is computed.
-// - pieces: for 1x1 filters without padding, which do not see where a row ends. An image counts as one row of all its
-//   pixels that is cut into pieces of at most a tile: `rows` are then the pieces and `cols` the pixels of one. The last
-//   piece may be shorter.
-enum class Layout { batch, rows, joined_rows, pieces };
 
 struct Blocking {
   ConvAxis rows, cols;
@@ -57,16 +36,19 @@ struct Blocking {
   int64_t row_vectors;                       // the same, rounded up to whole tiles
   int64_t plane_vectors;                     // vectors that are computed of a channel, of one batch block
   int64_t row_lead;                          // width-vectorised: zeros in front of a row's first pixel, in floats
-  int64_t joined_pitch = 0;                  // joined_rows: from one row of the images to the next, in floats
+  int64_t joined_pitch = 0;                  // joined_rows: from one row of a phase to the next, in floats
   int64_t phase_cols;                        // batch-vectorised: vectors per source phase of a row
+  int64_t phase_pitch = 0;                   // joined_rows: vectors from one source phase of a channel to the next
   int64_t row_pitch, channel_pitch;          // input tile: vectors from one row, one channel to the next
-  int64_t acc_row_pitch, acc_channel_pitch;  // the same of the accumulators, within a tile where width-vectorised
+  int64_t acc_row_pitch, acc_channel_pitch;  // the same of the accumulators, within a tile of rows or pieces
+  int64_t acc_phase_pitch = 0;               // vectors from one output phase of a channel to the next
 
   Blocking(ConvAxis rows, ConvAxis cols, const PassSizes& sizes);
 
   bool width_vectorised() const { return layout != Layout::batch; }
   bool in_pieces() const { return layout == Layout::pieces; }
   bool joins_rows() const { return layout == Layout::joined_rows; }
+  int64_t source_phases() const { return rows.source_phases * cols.source_phases; }
   int64_t output_phases() const { return rows.output_phases * cols.output_phases; }
   int64_t work_items() const { return batch_blocks() * bands; }
   // The batch, rounded up to whole batch blocks.
@@ -74,14 +56,17 @@ struct Blocking {
   // The number of positions that are computed, including those outside of the images.
   int64_t computed_positions() const { return batch_blocks() * lanes * plane_vectors; }
   int64_t rows_in_band(int64_t band) const { return std::min(band_rows, rows.positions - band * band_rows); }
-  // Rows that the kernel computes for a band, and vectors of one that have positions of the images.
+  // Rows that the kernel computes for a band and each output phase, and vectors of one that have positions of the
+  // images.
   int64_t computed_rows(int64_t band) const { return joins_rows() ? 1 : rows_in_band(band); }
   int64_t vectors_in_row(int64_t band, int64_t row) const;
   bool is_last_piece(int64_t row) const { return in_pieces() && row + 1 == rows.positions; }
   // Of `size` pixels of a row, those that this one has.
   int64_t cols_in_row(int64_t row, int64_t size) const { return is_last_piece(row) ? last_piece : size; }
-  // Width-vectorised: from one row of the images to the next in the input tile, in floats.
+  // Width-vectorised: from one row of a source phase to the next in the input tile, in floats.
   int64_t row_stride() const { return joins_rows() ? joined_pitch : row_pitch * lanes; }
+  // The same of joined rows, rounded up to whole vectors.
+  int64_t padded_joined_pitch() const { return vectors_of(joined_pitch) * lanes; }
   // Where the accumulators of the tile at (row, col) start, in vectors.
   int64_t acc_offset(int64_t row, int64_t col, int64_t channels) const;
   // Vectors that the accumulators of a band take.
@@ -91,7 +76,7 @@ struct Blocking {
   int64_t panel_channels(int64_t first_channel) const { return std::min(ic_panel, source_channels - first_channel); }
   // The offset, in floats, from a position to what a tap reads; -1 if the tap belongs to another output phase.
   int64_t tap_offset(int64_t tap, int64_t output_phase) const;
-  // Width-vectorised: the column that a tap reads, relative to the position.
+  // At unit stride, width-vectorised: the column that a tap reads, relative to the position.
   int64_t column_offset(int64_t tap) const { return cols.taps[tap % std::ssize(cols.taps)].shift - cols.pad; }
   // The order in which the kernel may take the three taps of a filter row together; `any` if it may not.
   IndexOrder triple_order() const;
@@ -111,9 +96,7 @@ struct Blocking {
 
   int64_t batch_;
   int64_t batch_blocks() const { return (batch_ + batch_block - 1) / batch_block; }
-  void choose_tile(bool width_vectors_allowed, const PassSizes& sizes);
-  int64_t piece_size(bool gated) const;
-  int64_t pitch_of_joined_rows() const;
+  void take(const LayoutChoice& choice);
   void cut_into_pieces(int64_t piece);
   void cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row);
   void lay_out_batch(const PassSizes& sizes);

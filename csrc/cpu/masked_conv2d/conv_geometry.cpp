@@ -50,4 +50,9 @@ std::vector<bool> ConvAxis::phases_read() const {
   return read;
 }
 
+int64_t ConvAxis::phases_read_count() const {
+  const std::vector<bool> read = phases_read();
+  return std::count(read.begin(), read.end(), true);
+}
+
 }  // namespace sparse_adv

@@ -33,6 +33,7 @@ struct ConvAxis {
   bool is_unit_stride() const { return source_phases == 1 && output_phases == 1; }
   // For each source phase, whether some tap reads it.
   std::vector<bool> phases_read() const;
+  int64_t phases_read_count() const;
 };
 
 }  // namespace sparse_adv

@@ -41,21 +41,20 @@ class PartComputer {
         grad_output_(grad_output),
         input_loader_(blocking),
         grad_loader_(blocking, grad_output.size(1)),
-        input_tile_(thread_buffer().at_least(blocking.input_tile_size() + grad_output.size(1) * blocking.band_rows *
-                                                                              blocking.row_vectors * blocking.lanes)),
+        input_tile_(thread_buffer().at_least(blocking.input_tile_size() + grad_loader_.size)),
         grad_tile_(input_tile_ + blocking.input_tile_size()) {
-    if (blocking.row_lead > 0) std::fill_n(input_tile_, blocking.input_tile_size(), 0.0f);
+    if (blocking.width_vectorised() && !blocking.in_pieces())
+      std::fill_n(input_tile_, blocking.input_tile_size() + grad_loader_.size, 0.0f);
   }
 
   void run(int64_t work_item, float* partial_sums) {
-    const int64_t band = work_item % blocking_.bands, band_rows = blocking_.rows_in_band(band);
-    const int64_t lanes = blocking_.lanes;
+    const int64_t band = work_item % blocking_.bands, rows = blocking_.computed_rows(band), lanes = blocking_.lanes;
     input_loader_.start_band(band, images_of(input_, blocking_, work_item));
     grad_loader_.fill(images_of(grad_output_, blocking_, work_item), band, grad_tile_);
     for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_panel) {
       input_loader_.fill(channel, input_tile_);
       const IcBlockRange ic_blocks = ic_blocks_of_panel(csr_, blocking_, channel);
-      for (int64_t row = 0; row < band_rows; row += blocking_.tile_rows)
+      for (int64_t row = 0; row < rows; row += blocking_.tile_rows)
         for (int64_t col = 0; col < blocking_.row_vectors; col += blocking_.tile_cols)
           SPARSE_ADV_CHOOSE(masked_conv2d_grad_weight_tile)(
               weights_, ic_blocks.first, ic_blocks.last,

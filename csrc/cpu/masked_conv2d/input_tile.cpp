@@ -81,23 +81,43 @@ void InputTileLoader::map_pixels(int64_t band) {
 }
 
 void InputTileLoader::map_rows(int64_t band) {
-  const ConvAxis& axis = blocking_.rows;
-  const int64_t start = band * blocking_.band_rows - axis.pad;  // source row of the tile's first row
-  const int64_t tile_rows = blocking_.band_rows + axis.max_shift;
-  const int64_t first = std::clamp<int64_t>(start, 0, axis.source_size);
-  const int64_t last = std::clamp<int64_t>(start + tile_rows, first, axis.source_size);
-  const int64_t lanes = blocking_.lanes;
-  row_map_ = {.row_size = blocking_.cols.source_size,
-              .last_row_size = blocking_.cols_in_row(last - 1, blocking_.cols.source_size),
-              .first_pixel = first * blocking_.cols.source_size,
+  const ConvAxis& rows = blocking_.rows;
+  const ConvAxis& cols = blocking_.cols;
+  const int64_t lanes = blocking_.lanes, phase_rows = blocking_.band_rows + rows.max_shift;
+  const int64_t start =
+      band * blocking_.band_rows * rows.source_phases - rows.pad;  // source row of the tile's first row
+  const int64_t first = std::clamp<int64_t>(start, 0, rows.source_size);
+  const int64_t last = std::clamp<int64_t>(start + phase_rows * rows.source_phases, first, rows.source_size);
+  const std::vector<bool> row_phase_is_read = rows.phases_read();
+  const auto offset_of = [&](int64_t row, int64_t col_phase) {
+    const int64_t phase = row % rows.source_phases * cols.source_phases + col_phase;
+    return static_cast<int32_t>(phase * blocking_.phase_pitch * lanes +
+                                row / rows.source_phases * blocking_.row_stride());
+  };
+  const int64_t phase_of_first_pixel = cols.pad % cols.source_phases;
+  offsets_.clear();
+  zero_offsets_.clear();
+  for (int64_t row = 0; row < phase_rows * rows.source_phases; ++row) {
+    const bool inside = start + row >= first && start + row < last,
+               is_read = row_phase_is_read[row % rows.source_phases];
+    if (inside) offsets_.push_back(is_read ? offset_of(row, phase_of_first_pixel) : -1);
+    for (int64_t phase = 0; !inside && is_read && phase < cols.source_phases; ++phase)
+      zero_offsets_.push_back(offset_of(row, phase));
+  }
+  row_map_ = {.row_size = cols.source_size,
+              .last_row_size = blocking_.cols_in_row(last - 1, cols.source_size),
+              .first_pixel = first * cols.source_size,
               .row_count = last - first,
-              .tile_row = first - start,
-              .tile_rows = tile_rows,
+              .offsets = offsets_.data(),
+              .zero_offsets = zero_offsets_.data(),
+              .zero_count = std::ssize(zero_offsets_),
               .tile_row_size = blocking_.in_pieces()    ? kTileVectors * lanes
-                               : blocking_.joins_rows() ? blocking_.row_pitch * lanes
+                               : blocking_.joins_rows() ? blocking_.padded_joined_pitch()
                                                         : blocking_.row_pitch * lanes - blocking_.row_lead,
-              .row_pitch = blocking_.row_stride(),
               .channel_pitch = blocking_.channel_pitch * lanes};
+  // The second pixel belongs to the other phase: to the next position of it if that is the first phase.
+  if (cols.source_phases == 2)
+    row_map_.odd_offset = offset_of(0, 1) * (phase_of_first_pixel ? -1 : 1) + phase_of_first_pixel;
 }
 
 void GradTileLoader::fill(const Images& grads, int64_t band, float* tile) {
@@ -107,17 +127,22 @@ void GradTileLoader::fill(const Images& grads, int64_t band, float* tile) {
     SPARSE_ADV_CHOOSE(fill_batch_tile)(grads, map_pixels(band), 0, grads.channels, tile);
 }
 
-RowMap GradTileLoader::map_rows(int64_t band) const {
-  const int64_t last = band * blocking_.band_rows + blocking_.rows_in_band(band) - 1;
+RowMap GradTileLoader::map_rows(int64_t band) {
+  const int64_t last = band * blocking_.band_rows + blocking_.rows_in_band(band) - 1, lanes = blocking_.lanes;
+  const int64_t stride = blocking_.joins_rows() ? blocking_.joined_pitch : row_pitch * lanes;
+  positions_.clear();
+  zero_positions_.clear();
+  for (int64_t row = 0; row < blocking_.band_rows; ++row)
+    (row < blocking_.rows_in_band(band) ? positions_ : zero_positions_).push_back(static_cast<int32_t>(row * stride));
   return {.row_size = blocking_.cols.output_size,
           .last_row_size = blocking_.cols_in_row(last, blocking_.cols.output_size),
           .first_pixel = band * blocking_.band_rows * blocking_.cols.output_size,
           .row_count = blocking_.rows_in_band(band),
-          .tile_row = 0,
-          .tile_rows = blocking_.band_rows,
-          .tile_row_size = blocking_.row_vectors * blocking_.lanes,
-          .row_pitch = row_pitch * blocking_.lanes,
-          .channel_pitch = channel_pitch * blocking_.lanes};
+          .offsets = positions_.data(),
+          .zero_offsets = zero_positions_.data(),
+          .zero_count = std::ssize(zero_positions_),
+          .tile_row_size = blocking_.joins_rows() ? blocking_.padded_joined_pitch() : blocking_.row_vectors * lanes,
+          .channel_pitch = channel_pitch * lanes};
 }
 
 PixelMap GradTileLoader::map_pixels(int64_t band) {

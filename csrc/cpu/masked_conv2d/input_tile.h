@@ -21,8 +21,8 @@ class InputTileLoader {
   explicit InputTileLoader(const Blocking& blocking) : blocking_(blocking) {}
 
   void start_band(int64_t band, const Images& images);
-  // The panel of channels that starts at `first_channel`. Width-vectorised, the `row_lead` floats in front of each row
-  // are left as they are: the tile must be 0 at first.
+  // The panel of channels that starts at `first_channel`. Width-vectorised, what lies between the rows and between the
+  // channels is left as it is: the tile must be 0 at first, unless it is in pieces.
   void fill(int64_t first_channel, float* tile) const;
 
  private:
@@ -33,26 +33,32 @@ class InputTileLoader {
   Images images_{};
   PixelMap pixel_map_{};  // batch-vectorised; points into the two vectors
   std::vector<int32_t> positions_, zero_positions_;
-  RowMap row_map_{};  // width-vectorised
+  RowMap row_map_{};  // width-vectorised; points into the next two vectors
+  std::vector<int32_t> offsets_, zero_offsets_;
 };
 
 class GradTileLoader {
  public:
   GradTileLoader(const Blocking& blocking, int64_t channels)
       : row_pitch(blocking.in_pieces() ? channels * blocking.row_vectors : blocking.row_vectors),
-        channel_pitch(blocking.in_pieces() ? blocking.row_vectors : blocking.band_rows * blocking.row_vectors),
+        channel_pitch(blocking.in_pieces() || blocking.joins_rows() ? blocking.row_vectors
+                                                                    : blocking.band_rows * blocking.row_vectors),
+        // Joined rows: a vector of room, since whole vectors are written behind the end of a row.
+        size((blocking.in_pieces() ? blocking.band_rows * row_pitch : channels * channel_pitch + 1) * blocking.lanes),
         blocking_(blocking) {}
 
+  // With joined rows, what lies behind the last one is left as it is: the tile must be 0 at first.
   void fill(const Images& grads, int64_t band, float* tile);
 
   const int64_t row_pitch, channel_pitch;  // vectors from one row, one channel to the next
+  const int64_t size;                      // of the tile, in floats
 
  private:
   PixelMap map_pixels(int64_t band);
-  RowMap map_rows(int64_t band) const;
+  RowMap map_rows(int64_t band);
 
   const Blocking& blocking_;
-  std::vector<int32_t> positions_, zero_positions_;
+  std::vector<int32_t> positions_, zero_positions_;  // of pixels, or of rows
 };
 
 }  // namespace sparse_adv

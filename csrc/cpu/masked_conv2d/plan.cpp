@@ -76,7 +76,7 @@ Plan make_plan(const Pattern& pattern, const ConvParams& conv, Pass pass, torch:
   if (!blocking.fits_int32() || blocking.output_phases() > kMaxPhasesPerTap * conv.R * conv.S) return dense;
   const int64_t oc_block = pass == Pass::grad_input ? pattern.grad_input_oc_block : pattern.forward_oc_block;
   if (requested != Kernel::sparse && !sparse_is_faster(pattern, conv, pass, oc_block, blocking)) return dense;
-  if (gated && blocking.in_pieces()) blocking = blocking_with(true);
+  if (gated) blocking = blocking_with(true);
   return {.kernel = Kernel::sparse, .macs = positions * pattern.kept_weights, .blocking = std::move(blocking)};
 }
 

@@ -161,7 +161,8 @@ class BandComputer {
             thread_buffer().at_least(blocking_.input_tile_size() + blocking_.acc_size(planes_) * blocking_.lanes)),
         accumulators_(input_tile_ + blocking_.input_tile_size()),
         loader_(blocking_) {
-    if (blocking_.row_lead > 0) std::fill_n(input_tile_, blocking_.input_tile_size(), 0.0f);
+    if (blocking_.width_vectorised() && !blocking_.in_pieces())
+      std::fill_n(input_tile_, blocking_.input_tile_size(), 0.0f);
   }
 
   void run(int64_t work_item, OcBlockRange oc_blocks) {
@@ -216,10 +217,9 @@ class BandComputer {
   // The accumulators, of all output phases, stay in the scratch memory until the band is stored.
   void add_panel(int64_t band, int64_t first_channel) const {
     const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
-    const int64_t phase_size = blocking_.band_rows * blocking_.acc_row_pitch * blocking_.lanes;
     for (int64_t phase = 0; phase < blocking_.output_phases(); ++phase)
       for_each_tile(band, [&](int64_t, int64_t, ConvTile tile) {
-        tile.accumulators += phase * phase_size;
+        tile.accumulators += phase * blocking_.acc_phase_pitch * blocking_.lanes;
         SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[phase].packed, ic_blocks.first, ic_blocks.last, tile);
       });
   }
@@ -283,14 +283,28 @@ class BandComputer {
             .last = std::min(oc_blocks_.last * csr.oc_block, csr.groups * csr.group_out_channels)};
   }
 
+  // The rows of the images that a band computes, from the first to the one before the last.
+  struct ImageRows {
+    int64_t first, last;
+  };
+  ImageRows image_rows_of_band(int64_t band) const {
+    const ConvAxis& rows = blocking_.rows;
+    const int64_t height = blocking_.band_rows * rows.output_phases;
+    return {.first = band * height, .last = std::min((band + 1) * height, rows.output_size)};
+  }
+
   JoinedRows joined_rows_of_band(int64_t band) const {
+    const ImageRows rows = image_rows_of_band(band);
     return {.data = accumulators_,
             .plane_of = plane_of_.data(),
             .channel_pitch = blocking_.acc_channel_pitch * blocking_.lanes,
+            .phase_pitch = blocking_.acc_phase_pitch * blocking_.lanes,
             .row_pitch = blocking_.joined_pitch,
-            .first_row = band * blocking_.band_rows,
-            .row_count = blocking_.rows_in_band(band),
-            .row_size = blocking_.cols.positions,
+            .row_phases = blocking_.rows.output_phases,
+            .col_phases = blocking_.cols.output_phases,
+            .first_row = rows.first,
+            .row_count = rows.last - rows.first,
+            .row_size = blocking_.cols.output_size,
             .first_channel = channels_to_write().first,
             .last_channel = channels_to_write().last};
   }
@@ -299,15 +313,14 @@ class BandComputer {
   Accumulators accumulators_of_band(int64_t band) {
     const ConvAxis& rows = blocking_.rows;
     const ConvAxis& cols = blocking_.cols;
-    const int64_t top = band * blocking_.band_rows * rows.output_phases;
-    const int64_t bottom = std::min(top + blocking_.band_rows * rows.output_phases, rows.output_size);
-    const int64_t phase_size = blocking_.band_rows * blocking_.acc_row_pitch;
+    const auto [top, bottom] = image_rows_of_band(band);
     positions_.clear();
     for (int64_t y = top; y < bottom; ++y)
       for (int64_t x = 0; x < cols.output_size; ++x) {
         const int64_t phase = y % rows.output_phases * cols.output_phases + x % cols.output_phases;
         const int64_t row = (y - top) / rows.output_phases, col = x / cols.output_phases;
-        positions_.push_back(static_cast<int32_t>(phase * phase_size + row * blocking_.acc_row_pitch + col));
+        positions_.push_back(
+            static_cast<int32_t>(phase * blocking_.acc_phase_pitch + row * blocking_.acc_row_pitch + col));
       }
     return {.data = accumulators_,
             .plane_of = plane_of_.data(),
