@@ -66,7 +66,9 @@ def apgd(
         loss: "ce", "dlr", "margin", see `attacks.losses`, or a function (logits, labels) -> loss of each image [N].
         targeted: minimise the loss instead of maximising it.
         rho: fraction of the steps that must raise the loss, in [0, 1].
-        eot_iter: number of gradients that are averaged for each step, for models that draw random numbers.
+        eot_iter: number of gradients that are averaged for each step, for models that draw random numbers. One
+            misclassification may then be chance, so with more than one, every image is attacked in all steps and
+            restarts.
         generator: one number is drawn of it; None for PyTorch's global generator.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels; on a GPU this synchronises once.
@@ -74,8 +76,9 @@ def apgd(
 
     Returns:
         For each image the first adversarial example found, else the point of highest loss; images that are
-        misclassified without an attack are returned as they are. Detached, with shape, dtype and memory format of
-        `images`, in the ball and in [lo, hi] without slack.
+        misclassified without an attack are returned as they are. With eot_iter > 1, of the points that the most of
+        their eot_iter passes misclassify, the latest. Detached, with shape, dtype and memory format of `images`, in the
+        ball and in [lo, hi] without slack.
 
     Raises:
         TypeError, ValueError: as in `attacks.pgd`, and if steps, restarts, rho or eot_iter is out of range.
@@ -236,12 +239,16 @@ class _Attacker:
         logits = queries.logits(images)
         self.result = images.clone()
         self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=logits.dtype)
-        self._robust = self._is_robust(logits, labels).nonzero().squeeze(1)
+        self._errors = self._is_adversarial(logits, labels).long()
+        """Number of the eot_iter passes that misclassified each result, or reached its target."""
+        self._robust = torch.arange(len(images), device=images.device)
+        if settings.eot_iter == 1:
+            self._robust = self._robust[self._errors == 0]
         true = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
         self.wrong_classes = logits.masked_fill(true, -math.inf).argsort(1, descending=True)[:, :-1]
 
     def ascend(self, objective: Callable[..., Tensor], rank: int | None = None) -> None:
-        """One start and all steps for the images that are still robust; each leaves as soon as it is adversarial.
+        """One start and all steps for the images that are still robust; with eot_iter 1 each leaves when it falls.
 
         Args:
             objective: the loss of each image, of logits and labels, and of the targets if there is a rank.
@@ -266,7 +273,7 @@ class _Attacker:
             if k in checkpoints:
                 self._halve_steps(state, since)
                 since = 0
-        better = state.best_loss > self._loss[state.index]
+        better = (state.best_loss > self._loss[state.index]) & (self._errors[state.index] == 0)
         self._loss[state.index[better]] = state.best_loss[better]
         self._put(state.index[better], state.best[better])
         self._robust = state.index
@@ -311,34 +318,37 @@ class _Attacker:
     def _evaluated(self, state: _State, objective: Callable[..., Tensor], with_gradient: bool) -> tuple[_State, Tensor]:
         """Evaluate loss and gradient at x; return the state of the images still robust, and their loss before."""
         losses: list[Tensor] = []
-        robust = torch.ones_like(state.index, dtype=torch.bool)
+        errors = torch.zeros_like(state.index)
 
         def loss(logits: Tensor) -> Tensor:
-            nonlocal robust
+            nonlocal errors
             value = objective(logits, *state.arguments)
             losses.append(value.detach())
-            robust = robust & self._is_robust(logits.detach(), state.arguments[0])
+            errors = errors + self._is_adversarial(logits.detach(), state.arguments[0])
             return value
 
-        last_loss = state.loss
+        last_loss, passes = state.loss, range(self._settings.eot_iter)
         if with_gradient:
-            passes = [self._queries.gradient(state.x, loss) for _ in range(self._settings.eot_iter)]
-            state.gradient = torch.stack(passes).mean(0)
+            state.gradient = torch.stack([self._queries.gradient(state.x, loss) for _ in passes]).mean(0)
         else:
-            loss(self._queries.logits(state.x))
+            for _ in passes:
+                loss(self._queries.logits(state.x))
         state.loss = torch.stack(losses).mean(0)
-        if bool(robust.all()):
+        fallen = (errors > 0) & (errors >= self._errors[state.index])
+        if not bool(fallen.any()):
             return state, last_loss
-        adversarial = state.kept(~robust)
-        self._put(adversarial.index, adversarial.x)
-        return state.kept(robust), last_loss[robust]
+        self._errors[state.index[fallen]] = errors[fallen]
+        self._put(state.index[fallen], state.x[fallen])
+        if self._settings.eot_iter > 1:
+            return state, last_loss
+        return state.kept(~fallen), last_loss[~fallen]
 
     def _put(self, index: Tensor, x: Tensor) -> None:
         self.result[index] = into_ball(x, self._images[index], self._settings.ball.of(index))
 
-    def _is_robust(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _is_adversarial(self, logits: Tensor, labels: Tensor) -> Tensor:
         correct = is_correct(logits, labels)
-        return ~correct if self._settings.targeted else correct
+        return correct if self._settings.targeted else ~correct
 
     def _halve_steps(self, state: _State, since: int) -> None:
         """At a checkpoint: halve the steps that brought no progress and return to the best points."""

@@ -44,10 +44,10 @@ class AutoAttack(Versioned, Attack):
 
     Every example found is moved into the ball without slack, clamped to the range of pixel values and classified again
     by the model itself, without the engine and without autocast (in float32, if weights and images are); only those
-    that are then misclassified count. An image with a NaN among its logits is
-    misclassified. What runs is printed with its budget. Only version "standard" is called AutoAttack, and only with its
-    own settings: those of `apgd`, `apgd_targeted`, `fab` and `square` may be set, as in the authors' implementation,
-    for example `evaluator.apgd.n_restarts = 2`.
+    that are then misclassified count. An image with a NaN among its logits is misclassified. What runs is printed with
+    its budget. Only version "standard" is called AutoAttack, and only with its own settings: those of `apgd`,
+    `apgd_targeted`, `fab` and `square` may be set, as in the authors' implementation, for example
+    `evaluator.apgd.n_restarts = 2`.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes]; a module, or a plain function.
@@ -326,10 +326,10 @@ class AutoAttack(Versioned, Attack):
             # A generator for each batch and attack, so that an interrupted run draws the same numbers again.
             own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
             noise = torch.Generator().manual_seed(own_seed % 2**63)
-            attack = partial(MEMBERS[name].attack, self.model, generator=noise, **MEMBERS[name].options(self.settings))
-            left = index
+            options = MEMBERS[name].options(self.settings)
+            attack, left = partial(MEMBERS[name].attack, self.model, generator=noise, **options), index
             # An unconfirmed example has ended the search for its image. So the image is attacked again without autocast
-            # and without the engine, which round differently.
+            # and without the engine, which round differently. With averaged gradients no example ends a search.
             for exact in (False, True):
                 if not len(left):
                     break
@@ -340,7 +340,7 @@ class AutoAttack(Versioned, Attack):
                 state.adversarial[left[fallen]] = found[fallen]
                 state.predictions[left[fallen]] = predictions[fallen]
                 state.robust[left[fallen]] = False
-                left = left[claimed & ~fallen]
+                left = left[claimed & ~fallen] if options.get("eot_iter", 1) == 1 else left[:0]
                 state.undone[name] += len(left) if not exact else 0
             state.pending[index] = False
             state.seconds += time.perf_counter() - began

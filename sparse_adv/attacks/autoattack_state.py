@@ -106,7 +106,8 @@ class Result:
     undone: dict[str, int]
     """For each attack the number of unconfirmed examples: it claimed them, and verification did not confirm them.
 
-    Their images are attacked again in float32 and without the engine.
+    Their images are attacked again in float32 and without the engine. Attacks that average gradients (eot_iter > 1)
+    count none: of a model that draws random numbers, one pass decides, as in the authors' implementation.
     """
     signs: list[str]
     """Signs that the number is not to be trusted, see `signs_of_masking`."""

@@ -7,7 +7,7 @@ import torch
 from helpers.attacked import batch, generator, make_model, snapshot
 from torch import nn
 
-from sparse_adv.attacks import apgd, apgd_t, losses
+from sparse_adv.attacks import apgd, apgd_t, eotpgd, losses
 from sparse_adv.attacks.apgd import _checkpoints
 
 RADII = {"linf": 0.03, "l2": 0.4}
@@ -109,6 +109,49 @@ def test_averaged_gradients_attack_a_model_that_draws_random_numbers():
     model, images, labels = attacked("linf")
     adv = apgd(lambda x: model(x + 0.01 * torch.randn_like(x)), images, labels, eps=0.1, steps=10, eot_iter=4)
     assert (model(adv).argmax(1) != labels).float().mean() > 0.5
+
+
+class Noisy(nn.Module):
+    """A linear model of two classes under noise, which misclassifies a clean image in 5 % of its passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.linspace(-1, 1, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        score = (x - 0.5).flatten(1) @ self.weight + 1.65 * 0.5
+        noise = torch.randn(len(x), 1, device=x.device).mul(0.5)
+        return torch.cat([score[:, None] + noise, torch.zeros_like(noise)], 1)
+
+    def accuracy(self, x: torch.Tensor) -> float:
+        """How often the images are classified as 0, over many passes."""
+        with torch.no_grad():
+            return torch.stack([self(x).argmax(1) == 0 for _ in range(500)]).double().mean().item()
+
+
+@pytest.mark.parametrize(("eot_iter", "loss"), [(20, "ce"), (20, "margin"), (2, "ce")])
+def test_misclassification_by_chance_does_not_end_the_ascent(eot_iter, loss):
+    """At its optimum, the corner of the ball, the model errs in most passes; `eotpgd` goes there in any case."""
+    model, images, labels = Noisy(), torch.full((32, 3, 2, 2), 0.5), torch.zeros(32, dtype=torch.int64)
+    torch.manual_seed(0)
+    options = {"eps": 0.15, "steps": 10, "eot_iter": eot_iter, "loss": loss}
+    ours, plain = (
+        model.accuracy(attack(model, images, labels, **options, **more))
+        for attack, more in ((apgd, {}), (eotpgd, {"alpha": 0.05}))
+    )
+    assert model.accuracy(images) > 0.9 and plain < 0.45 and ours < plain + 0.02
+
+
+def test_a_deterministic_model_falls_with_averaged_gradients_where_it_does_with_one():
+    model, images, labels = attacked("linf")
+    wrong = labels.clone()
+    wrong[0] = (wrong[0] + 1) % 5
+    fallen = [
+        model(apgd(model, images, wrong, eps=0.012, steps=10, eot_iter=eot_iter, generator=generator())).argmax(1)
+        != wrong
+        for eot_iter in (1, 3)
+    ]
+    assert fallen[0].equal(fallen[1]) and fallen[0][0] and 1 < fallen[0].sum() < len(images)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,23 @@ def test_rand_averages_gradients(attacked, capsys):
     assert "averaged over 20" in capsys.readouterr().out and not noisy.result.signs
 
 
+def test_rand_attacks_each_image_once_and_one_pass_decides(attacked, monkeypatch):
+    """A misclassification that another pass does not confirm is chance, not rounding."""
+    _, images, _ = attacked
+    calls = []
+
+    def guess(x):
+        return torch.randn(len(x), 5)
+
+    for name in ("apgd-ce", "apgd-dlr"):
+        plant(monkeypatch, name, lambda model, x, y, **options: calls.append(len(x)) or x)
+    evaluator = AutoAttack(guess, eps=EPS, version="rand", seed=0, verbose=False)
+    evaluator.run_standard_evaluation(images.repeat(20, 1, 1, 1), torch.zeros(240, dtype=torch.int64))
+    left = [round(240 * accuracy) for accuracy in evaluator.result.accuracy.values()]
+    assert calls == left[:2] and left[0] > left[1] > left[2]
+    assert evaluator.result.undone == {"apgd-ce": 0, "apgd-dlr": 0}
+
+
 def test_plus_restarts_what_has_no_targets(attacked, monkeypatch, capsys):
     model, images, labels = attacked
     seen = {}
