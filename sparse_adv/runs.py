@@ -140,7 +140,8 @@ class EpochRecord:
     train_accuracy: float | None = None
     """Accuracy on the adversarial images of the epoch's updates, each before its update and in training mode."""
     monitor_accuracy: float | None = None
-    """Accuracy under the attack of the overfitting monitor; None without monitor."""
+    """Accuracy of the weights in training, not of their average, under the attack of the overfitting monitor; None
+    without monitor."""
     undone_accuracy: float | None = None
     """`monitor_accuracy` of the last attempt at this epoch that was undone; None if none was."""
     bytes_sent: int | None = None

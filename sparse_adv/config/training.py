@@ -77,7 +77,8 @@ class TrainConfig:
             always evaluated.
         evaluation_steps: steps of the PGD attack in evaluations, at least 1; their size is eps / 4.
         overfitting_monitor: detect catastrophic overfitting of single-step attacks with PGD-5 on 256 validation images
-            after each epoch, undo that epoch and repeat it with PGD training.
+            after each epoch, undo that epoch and repeat it with PGD training; it attacks the weights themselves, also
+            with ema_decay.
         engine: let `sparse_adv.engine` form the gradients of attacks where it can; false leaves all to autograd.
         graphs: replay whole updates as CUDA graphs where they can be captured; false replays only their attacks. On a
             CPU it changes nothing.

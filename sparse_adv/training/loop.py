@@ -243,7 +243,7 @@ class Training:
         watch = Stopwatch(self.device)
         with watch.phase("evaluation"):
             if self.monitor is not None:
-                monitor = self.monitor.measure(model)
+                monitor = self.monitor.measure(self.updater.model)
             due = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == config.epochs
             if self.validation is not None and due:
                 clean = clean_accuracy(model, self.validation)

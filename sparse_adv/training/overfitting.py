@@ -2,9 +2,11 @@
 
 The model then stays accurate under the single-step attack that it is trained with, and loses its accuracy under
 stronger attacks (Wong et al. 2020, section 5.4). After each epoch a cheap PGD attack on validation images measures the
-robustness. An epoch that lost it is undone and repeated with PGD (the remedy of Li et al. 2020, "Towards understanding
-fast adversarial training"); after that the cheap objective continues. Each further event doubles the number of epochs
-that are trained with PGD. Training with PGD is not watched: a weak epoch of it passes by itself.
+robustness of the weights in training, also where their moving average is evaluated: the average loses it epochs later,
+when undoing one epoch repairs nothing. An epoch that lost it is undone and repeated with PGD (the remedy of Li et al.
+2020, "Towards understanding fast adversarial training"); after that the cheap objective continues. Each further event
+doubles the number of epochs that are trained with PGD. Training with PGD is not watched: a weak epoch of it passes by
+itself.
 """
 
 from __future__ import annotations

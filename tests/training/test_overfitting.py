@@ -94,6 +94,23 @@ def test_an_overfitted_epoch_is_undone_and_repeated_with_pgd(overfit_at, caplog)
     assert records[1].attack.macs == 2 * records[0].attack.macs  # PGD-2 instead of one step
 
 
+def test_the_monitor_sees_a_collapse_of_the_weights_under_their_average():
+    """The average would hide it for epochs, until the weights cannot be repaired by undoing the last of these."""
+    config, model, calls = replace(CONFIG, ema_decay=0.99, epochs=3), network(), []
+
+    def collapse(step):
+        calls.append(step)
+        if len(calls) == 6:  # the last update of epoch 2
+            with torch.no_grad():
+                model[-1].weight.mul_(-1)
+
+    run = training.Training(model, batches(), config, validation=VALIDATION)
+    records = list(run.epochs(collapse))
+    assert calls[:9] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
+    assert [record.undone_accuracy is None for record in records] == [True, False, True]
+    assert run.monitor.measure(model).fraction == records[-1].monitor_accuracy > 0.5 > records[1].undone_accuracy
+
+
 def test_the_epochs_trained_with_pgd_have_the_step_size_of_pgd(overfit_at, monkeypatch):
     build, built = objectives.build, []
     monkeypatch.setattr(objectives, "build", lambda config, **more: built.append(config) or build(config, **more))
