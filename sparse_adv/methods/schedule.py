@@ -56,7 +56,8 @@ class Schedule:
 
         It is drop_fraction (1 + cos(pi t)) / 2, where t goes from 0 at the first update to 1 at `last`.
 
-        Source: Evci et al., "Rigging the lottery" (ICML 2020), section 3 (2).
+        Source: Evci et al., "Rigging the lottery" (ICML 2020), section 3 (2). In the code of Chen et al. (Flying Bird)
+        it ends at 0.005 instead of 0.
         """
         assert self.config.drop_fraction is not None
         progress = min(1.0, step / self.last) if self.last else 1.0

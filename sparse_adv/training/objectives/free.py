@@ -18,8 +18,6 @@ class Free(Natural):
 
     delta <- project(delta + alpha direction(g)), the step of `ops.pgd_step` in the ball of radius eps around 0, where g
     is the gradient of the images in the update's own backward pass. The next batch starts with the delta of this one.
-
-    FastAT Benchmark (Pan and Yao 2026, arXiv 2604.22853), ResNet-18: clean 75.20 %, AutoAttack 44.34 %, 1,979 s.
     """
 
     has_loss_of_one_batch = False
