@@ -64,7 +64,8 @@ class TrainConfig:
         label_smoothing: part of the label's probability, in [0, 1), that cross-entropy losses give to all classes
             evenly (twice in fgsm-rs-cs); single-step attacks raise the loss with these labels too.
         awp_gamma: size of the adversarial perturbation of the weights that the gradient is formed at, relative to the
-            norm of each weight tensor, at least 0; 0 for none. 0.01 is usual for pgd, 0.005 for trades and mart.
+            norm of each weight tensor, at least 0; 0 for none. 0.01 is usual for pgd, 0.005 for trades.
+        awp_warmup_epochs: number of first epochs without that perturbation, fractions allowed; 9 is usual for trades.
         replays: updates that the objective free makes on each batch, at least 1; it is usual to divide the epochs by
             this number.
         max_grad_norm: gradients of an update are scaled down to this L2 norm; 0 for no clipping.
@@ -112,6 +113,7 @@ class TrainConfig:
     beta: float | None = None
     label_smoothing: float = 0.0
     awp_gamma: float = 0.0
+    awp_warmup_epochs: float = 0.0
     replays: int = 8
     max_grad_norm: float = 0.0
     ema_decay: float = 0.0
@@ -136,7 +138,7 @@ class TrainConfig:
             require_number(name, getattr(self, name))
         if self.norm == "linf" and self.eps > 1:
             raise ValueError(f"eps must be at most 1 for norm 'linf', as 8/255 for images in [0, 1], got {self.eps!r}")
-        for name in ("max_grad_norm", "awp_gamma"):
+        for name in ("max_grad_norm", "awp_gamma", "awp_warmup_epochs"):
             require_number(name, getattr(self, name))
         for name in ("alpha", "beta"):
             if getattr(self, name) is not None:
@@ -167,6 +169,8 @@ class TrainConfig:
             unused["steps"] = f"{objective} and no overfitting monitor"
         if self.objective not in _BETA:
             unused["beta"] = objective
+        if not self.awp_gamma:
+            unused["awp_warmup_epochs"] = "without awp_gamma"
         if self.objective != "free":
             unused["replays"] = objective
         if self.schedule != "piecewise":

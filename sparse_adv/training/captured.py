@@ -135,6 +135,7 @@ class CapturedUpdates:
             tuple((tensor.data_ptr(), tensor.shape) for tensor in others),
             None if self._device_momentum else numbers.momentum,
             tuple(group["weight_decay"] for group in updater.optimizer.param_groups),
+            updater.awp_gamma,
         )
         return key, (objective, keep_alive, parameters, others)
 

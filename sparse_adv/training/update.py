@@ -235,7 +235,7 @@ class Updater:
         """The passes of an update with this objective; AWP forms the gradients of kept weights once more."""
         passes = objective.passes
         return passes._replace(
-            update=passes.update * (2 if self.config.awp_gamma else 1),
+            update=passes.update * (2 if self.awp_gamma else 1),
             dense_gradients=passes.update if dense_gradients else 0,
         )
 
@@ -243,14 +243,14 @@ class Updater:
         self, objective: objectives.Natural, x: Tensor, adv: Tensor, y: Tensor
     ) -> AbstractContextManager[None]:
         """The weights at which the gradient of an update is formed: those of the model without AWP."""
-        if not self.config.awp_gamma:
+        if not self.awp_gamma:
             return nullcontext()
 
         def loss(model: nn.Module) -> Tensor:
             with self.autocast():
                 return self.scaler.scale(objective.loss(model, x, adv, y))
 
-        return perturbed_weights(self.model, loss, self.config.awp_gamma)
+        return perturbed_weights(self.model, loss, self.awp_gamma)
 
     def end_epoch(self, epoch: int) -> None:
         """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes."""
@@ -266,6 +266,12 @@ class Updater:
         """Return the context of mixed precision; float32 has none."""
         dtype = getattr(torch, self.config.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    @property
+    def awp_gamma(self) -> float:
+        """Size of the perturbation of the weights in the next update: 0 in the warm-up."""
+        config = self.config
+        return 0.0 if self.step < config.awp_warmup_epochs * self.steps_per_epoch else config.awp_gamma
 
     @property
     def learning_rate(self) -> float:

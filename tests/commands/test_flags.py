@@ -69,6 +69,7 @@ TRAIN = {
     **{"objective": "trades", "epochs": 7, "lr": 0.25, "momentum": 0.5, "schedule": "cosine"},
     **{"weight_decay": 0.125, "warmup_epochs": 2.0, "warmup_start_lr": 0.03, "eps": 0.1, "alpha": 0.05, "steps": 3},
     **{"norm": "l2", "beta": 2.0, "label_smoothing": 0.2, "ema_decay": 0.75, "awp_gamma": 0.01},
+    **{"awp_warmup_epochs": 1.5},
     **{"max_grad_norm": 1.5, "precision": "bfloat16", "engine": False, "evaluate_every": 2, "evaluation_steps": 4},
     **{"overfitting_monitor": False, "graphs": False, "seed": 11},
 }
@@ -144,6 +145,7 @@ def test_training_is_given_every_setting(reach, tmp_path, checkpoint):
         ("replays", {"objective": "pgd", "replays": 3}),
         ("milestones", {"schedule": "cosine", "milestones": (0.3,)}),
         ("warmup_start_lr", {"warmup_start_lr": 0.1}),
+        ("awp_warmup_epochs", {"awp_warmup_epochs": 5.0}),
         ("interval", {"method": "static", "interval": 3}),
         ("growth", {"method": "gmp", "growth": "random"}),
         ("rescale_init", {"method": "rigl", "dense_epochs": 1.0, "rescale_init": True}),

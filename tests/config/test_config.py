@@ -56,6 +56,7 @@ def test_the_warm_up_is_linear_and_keeps_milestones():
         (TrainConfig, "ema_decay", 1.0),
         (TrainConfig, "label_smoothing", 1.0),
         (TrainConfig, "awp_gamma", -0.1),
+        (TrainConfig, "awp_warmup_epochs", -1),
         (TrainConfig, "beta", math.nan),
         (TrainConfig, "milestones", (0.5, 2)),
         (PruneConfig, "rounds", 0),

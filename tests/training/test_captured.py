@@ -97,6 +97,7 @@ CONFIGS = {
     "bfloat16": {"precision": "bfloat16", "ema_decay": 0.9},
     "without engine": {"engine": False},
     "perturbed weights": {"awp_gamma": 0.01, "objective": "pgd"},
+    "perturbed weights after a warm-up": {"awp_gamma": 0.1, "awp_warmup_epochs": 1.5, "objective": "pgd"},
     "l2": {"norm": "l2", "eps": 0.5},
     "label smoothing": {"label_smoothing": 0.1},
     "smooth convergence": {"objective": "fgsm-rs-cs", "epochs": 7},

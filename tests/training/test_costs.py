@@ -56,6 +56,9 @@ def test_adversarial_weights_cost_the_gradients_of_an_update_once_more():
         (record,) = training.train(network(), batches(), config)
         costs.append((record.attack.macs, record.update.macs))
     assert costs[1] == (costs[0][0], 2 * costs[0][1])
+    config = replace(config, epochs=2, awp_warmup_epochs=1)
+    records = training.train(network(), batches(), config)
+    assert [record.update.macs for record in records] == [costs[0][1], costs[1][1]]
 
 
 def test_a_dense_weight_gradient_is_counted_in_place_of_the_sparse_one():

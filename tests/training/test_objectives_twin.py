@@ -188,10 +188,10 @@ def add(model: nn.Module, change: dict[str, Tensor], scale: float) -> None:
                 parameter.add_(change[name], alpha=scale)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.05])
+@pytest.mark.parametrize(("awp_gamma", "warmup"), [(0.0, 0.0), (0.05, 0.0), (0.05, 1.5)])
 @pytest.mark.parametrize("objective", TWINS)
-def test_training_is_a_plain_loop_with_onecycle_label_smoothing_and_average(objective, gamma):
-    config = replace(CONFIG, objective=objective, awp_gamma=gamma)
+def test_training_is_a_plain_loop_with_onecycle_label_smoothing_and_average(objective, awp_gamma, warmup):
+    config = replace(CONFIG, objective=objective, awp_gamma=awp_gamma, awp_warmup_epochs=warmup)
     trained = network().double()
     run = training.Training(trained, BATCHES, config)
     list(run.epochs())
@@ -206,6 +206,7 @@ def test_training_is_a_plain_loop_with_onecycle_label_smoothing_and_average(obje
         for x, y in BATCHES:
             adv = twin.craft(plain.train(), x, y, noise)
             plain.train()
+            gamma = awp_gamma if updates >= warmup * len(BATCHES) else 0.0
 
             def loss(model, x=x, adv=adv, y=y):
                 return twin.loss(model, x, adv, y)

@@ -18,6 +18,7 @@ CHANGES = {
     "milestones": ({"schedule": "piecewise"}, (0.2,)),
     "warmup_epochs": ({}, 2.0),
     "warmup_start_lr": ({"warmup_epochs": 1.0}, 0.05),
+    "awp_warmup_epochs": ({"objective": "pgd", "awp_gamma": 0.1}, 1.0),
     "norm": ({"eps": 0.2, "alpha": 0.1, "overfitting_monitor": False}, "l2"),
     "beta": ({"objective": "trades"}, 1.0),
     "replays": ({"objective": "free"}, 2),
@@ -70,6 +71,8 @@ def test_settings_without_effect_are_those_that_an_objective_does_not_use(object
     assert "steps" not in replace(config, objective="fgsm", overfitting_monitor=True).without_effect()
     assert {"milestones", "warmup_start_lr"} <= set(BASE.without_effect())
     assert "warmup_start_lr" not in replace(BASE, warmup_epochs=1.0).without_effect()
+    assert "awp_warmup_epochs" in TrainConfig("pgd").without_effect()
+    assert "awp_warmup_epochs" not in TrainConfig("pgd", awp_gamma=0.01).without_effect()
 
 
 @pytest.mark.parametrize("wanted", [True, False])
