@@ -140,7 +140,7 @@ def _masked(weight: Tensor, pattern: Pattern) -> Tensor:
 
 def precision() -> str:
     """How float32 blocks are multiplied: as PyTorch's convolutions are, but never without tensor cores."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"  # type: ignore[attr-defined]
 
 
 for _function in (masked_conv2d, masked_conv2d_grad_input, masked_conv2d_grad_weight, pack_values):

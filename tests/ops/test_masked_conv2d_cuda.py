@@ -53,3 +53,29 @@ def test_pruned_entries_count_as_zero_even_if_they_are_not_finite(bad):
     assert_equal(actual["grad_input"], case.expected()["grad_input"])
     vars(case)["input"] = torch.full_like(case.input, bad)
     assert (passes(case, case.weight, case.pattern())["grad_weight"][~case.mask] == 0).all()
+
+
+@pytest.fixture
+def tf32_flags():
+    """The levels of PyTorch's newer API for TF32; a level that is "none" is as the one before it."""
+    backends = torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv
+    before = [backend.fp32_precision for backend in backends]
+    yield backends
+    for backend, precision in zip(backends, before, strict=True):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("level", range(3), ids=["torch.backends", "cudnn", "cudnn.conv"])
+def test_float32_is_multiplied_as_pytorch_is_told_by_either_api(tf32_flags, level):
+    assert cuda.precision() == "tf32"
+    tf32_flags[2].fp32_precision = "none"
+    tf32_flags[level].fp32_precision = "ieee"
+    assert cuda.precision() == "tf32x3"
+    tf32_flags[level].fp32_precision = "tf32"
+    assert cuda.precision() == "tf32"
+
+
+def test_float32_is_multiplied_as_the_older_flag_says(tf32_flags):
+    for allowed, precision in ((False, "tf32x3"), (True, "tf32")):
+        torch.backends.cudnn.allow_tf32 = allowed
+        assert cuda.precision() == precision
