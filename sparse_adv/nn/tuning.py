@@ -171,9 +171,10 @@ def _graph_clock(run: Callable[[], Tensor], device: torch.device, calls: int = 1
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def clock() -> float:
-        begin.record()
+        stream = torch.cuda.current_stream(device)  # which may not be the current device
+        begin.record(stream)
         replay()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / calls
 

@@ -30,18 +30,18 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time until the end of the block to this phase."""
-        if self._cuda:
+        if self._device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+            begin.record(torch.cuda.current_stream(self._device))  # which may not be the current device
             yield
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._events.append((name, begin, end))
         else:
             start = time.perf_counter()
@@ -51,7 +51,7 @@ class Stopwatch:
     def seconds(self, name: str) -> float:
         """Return the seconds of a phase so far, 0 if it never ran; waits for the GPU."""
         if self._events:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         for phase, begin, end in self._events:
             self._add(phase, begin.elapsed_time(end) / 1e3)
         self._events.clear()

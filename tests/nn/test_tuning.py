@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from helpers.cpu_graphs import CpuCapturer
+from helpers.gpu_clocks import GpuClocks
 from helpers.tolerances import assert_close
 from torch import nn
 
@@ -180,3 +182,21 @@ def weights_after_training(threads: int) -> list[torch.Tensor]:
 def test_training_gives_the_same_bits_with_any_number_of_threads(deterministic):
     one, two = weights_after_training(1), weights_after_training(2)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_the_time_of_a_graph_is_that_of_the_models_gpu(monkeypatch):
+    """Another GPU may be the current one."""
+    clocks, device, x = GpuClocks(monkeypatch), torch.device("cuda", 1), torch.zeros(1)
+
+    class Timed(CpuCapturer):
+        def capture(self, call):
+            replay = super().capture(call)
+
+            def timed():
+                replay()
+                clocks[device] += 20
+
+            return timed
+
+    monkeypatch.setattr(tuning, "Capturer", Timed)
+    assert tuning._graph_clock(lambda: x.add_(1), device, calls=10)() == 0.002 and x == 11

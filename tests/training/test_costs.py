@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.gpu_clocks import GpuClocks
 from helpers.small_runs import QUICK, VALIDATION, batches, network
 
 from sparse_adv import nn, training
 from sparse_adv.methods import MethodConfig, SparseTraining
 from sparse_adv.ops import PASSES
-from sparse_adv.training.costs import NetworkCosts
+from sparse_adv.training.costs import NetworkCosts, Stopwatch
 from sparse_adv.training.objectives.base import Passes
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.update import Updater
@@ -96,3 +97,13 @@ def test_an_update_costs_what_the_network_costs_then(monkeypatch, undone):
     for record, attempt in zip(records, kept, strict=True):
         assert (record.attack.macs, record.update.macs) == tuple(map(sum, zip(*attempt, strict=True)))
     assert records[-1].total.macs == sum(map(sum, counted))
+
+
+def test_seconds_are_those_of_the_models_gpu(monkeypatch):
+    """Another GPU may be the current one."""
+    clocks, device = GpuClocks(monkeypatch), torch.device("cuda", 1)
+    watch = Stopwatch(device)
+    for _ in range(2):
+        with watch.phase("attack"):
+            clocks[device] += 250
+    assert watch.seconds("attack") == 0.5 and clocks.waited_for == [device]
