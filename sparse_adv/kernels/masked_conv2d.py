@@ -152,6 +152,11 @@ def _launch(
     tiles = triton.cdiv(pixels, tile.pixels)
     group = min(max(_GROUP_BYTES // (tile.pixels * source.shape[1] * source.element_size()), 1), tiles)
     source = source.contiguous(memory_format=torch.channels_last)
+    # The last pixel of which an offset is formed, before a tap's shift: it may lie outside of the image that is read.
+    last_row, last_col = tile_rows - 1, tile_cols - 1
+    if not gradient:
+        last_row, last_col = last_row * stride[0], last_col * stride[1]
+    reached = (((images - 1) * source.shape[2] + last_row) * source.shape[3] + last_col + 1) * source.shape[1]
     image_step, channel_step, row_step, col_step = output.stride()
     row_factor, row_shift = divider(tile_rows)
     col_factor, col_shift = divider(tile_cols)
@@ -203,7 +208,7 @@ def _launch(
             PIXELS=tile.pixels,
             PIXELS_FIRST=channels_written < 64,
             PRECISION=precision,
-            WIDE=source.numel() >= WIDE_FROM,
+            WIDE=reached >= WIDE_FROM,
             **tile.options,
         )
 

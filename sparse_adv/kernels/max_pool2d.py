@@ -32,7 +32,7 @@ def forward(input: Tensor, size: tuple[int, int], out: Tensor, index: Tensor | N
             *(input, out, index, windows, step, rows, cols, *pooled),
             ROWS=size[0],
             COLS=size[1],
-            WIDE=input.numel() >= WIDE_FROM,
+            WIDE=input.numel() + _BLOCK >= WIDE_FROM,
             BLOCK=_BLOCK,
             **_OPTIONS,
         )
@@ -69,7 +69,7 @@ def backward(
             ROWS=size[0],
             COLS=size[1],
             CHANNELS_LAST=channels_last,
-            WIDE=windows * size[0] * size[1] >= WIDE_FROM,
+            WIDE=windows * size[0] * size[1] + _BLOCK >= WIDE_FROM,
             BLOCK=_BLOCK,
             **_OPTIONS,
         )
@@ -88,7 +88,7 @@ def forward_kernel(
     pooled_cols,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr,  # whether 64 bits number elements, and windows up to the end of the last block
     BLOCK: tl.constexpr,
 ):
     """Windows whose maxima lie beside each other in memory. A plane is an image, or a channel of it if it is NCHW."""

@@ -72,6 +72,15 @@ def compiled(capability: int, launch: Callable[[], object]) -> list[Kernel]:
     return kernels
 
 
+def arguments(launch: Callable[[], object]) -> list[dict[str, object]]:
+    """The arguments that have a name, of the kernels that `launch()` launches on a GPU; compiles none of them."""
+    launched: list[dict[str, object]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", lambda self, *args, **named: launched.append(named))
+        launch()
+    return launched
+
+
 class _AbsentGpu:
     """The part of a driver that Triton calls before a launch."""
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton, whose compiler is needed, is not installed")
 
-from helpers.compiled_kernels import CAPABILITIES, Kernel, compiled
+from helpers.compiled_kernels import CAPABILITIES, Kernel, arguments, compiled
 
 from sparse_adv.kernels.masked_conv2d import forward, grad_input
 from sparse_adv.kernels.masked_conv2d_grad_weight import grad_weight
@@ -114,3 +114,33 @@ def test_a_strided_gradient_selects_its_phases_on_the_gpu():
     lists = (empty(LIVE, 64, 64, dtype=B16), empty(LIVE, 4), empty(4, 3), empty(LIVE))
     run = compiled(90, lambda: grad_input(x, *lists, (512, 256, 8, 8), (2, 2), (1, 1), (1, 1), precision="tf32"))
     assert len(run) == 2 and all(kernel.stack == 0 for kernel in run)
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "dilation", "wide"),
+    [
+        (5790, 1, 1, (False, False)),  # 2**31 elements are 64 channels of a little more than 5792 x 5792 pixels
+        (5792, 1, 1, (False, False)),
+        (5793, 1, 1, (True, True)),
+        (5792, 0, 1, (False, True)),  # the gradient that is read has fewer rows than that which is written
+        (5790, 0, 1, (False, False)),
+        (5790, 4, 1, (True, False)),  # the images that are read have fewer rows than the output
+        (5788, 4, 4, (False, False)),
+    ],
+)
+def test_offsets_have_64_bits_where_32_are_too_few(size, padding, dilation, wide):
+    """The offset of an element is that of its pixel without a tap's shift, which may lie outside of what is read.
+
+    In both passes `size` is the side of the images that are read.
+    """
+    weight, block, grown = (64, 64, 3, 3), (64, 64), 2 * dilation - 2 * padding
+    x = empty(1, 64, size, size, dtype=B16).to(memory_format=torch.channels_last)
+    values, blocks, rows = empty(LIVE, *block, dtype=B16), empty(LIVE, 4), empty(1, 3)
+    geometry = (1, 1), (padding, padding), (dilation, dilation)
+    launches = (
+        lambda: forward(x, values, blocks, rows, weight, None, *geometry),
+        lambda: grad_input(x, values, blocks, rows, empty(LIVE), (1, 64, size + grown, size + grown), *geometry),
+    )
+    for launch, expected in zip(launches, wide, strict=True):
+        (convolution,) = arguments(launch)
+        assert convolution["WIDE"] == expected

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton, whose compiler is needed, is not installed")
 
-from helpers.compiled_kernels import CAPABILITIES, Kernel, compiled
+from helpers.compiled_kernels import CAPABILITIES, Kernel, arguments, compiled
 
 from sparse_adv.kernels import max_pool2d
 from sparse_adv.ops import empty_gate
@@ -45,3 +45,18 @@ def test_images_move_16_bytes_at_a_time():
 
 def test_sizes_beyond_32_bits_compile():
     assert all(kernel.stack == 0 for kernel in kernels(90, B16, shape=(2**17, 64, 32, 32)))
+
+
+@pytest.mark.parametrize(("elements", "wide"), [(2**31 - 2048, False), (2**31 - 1000, True), (2**31, True)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1)])
+def test_the_windows_of_the_last_program_have_numbers_of_enough_bits(elements, wide, size):
+    """Those that do not exist, too: a number beyond 32 bits would be negative and seem to exist."""
+    x = torch.empty(1, 1, elements, 1, dtype=B16, device="meta")
+    out = torch.empty(1, 1, elements // size[0], 1, dtype=B16, device="meta")
+    index = torch.empty_like(out, dtype=torch.uint8)
+
+    def launch() -> None:
+        max_pool2d.forward(x, size, out, index)
+        max_pool2d.backward(out, index, size, None, None, x)
+
+    assert [named["WIDE"] for named in arguments(launch)] == [wide, wide]
