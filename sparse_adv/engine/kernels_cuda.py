@@ -80,13 +80,18 @@ class CudnnConvolution(Convolution):
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         geometry = (*self.geometry, self.layer.groups)
-        if not epilogue.relu or epilogue.gate_out is not None or x.dtype == torch.float64:
+        fused = epilogue.relu and epilogue.gate_out is None and x.dtype != torch.float64
+        if not fused or _must_be_deterministic():  # PyTorch lets the fused calls take any of cuDNN's algorithms
             # The epilogue in one pass; PyTorch would add the bias in a pass of its own.
             y = self.kernels.plain(torch.conv2d(x, self.weight, None, *geometry))
             return self.kernels.finish(y, epilogue._replace(bias=self.bias))
         if epilogue.residual is None:
             return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
         return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, epilogue.residual, 1.0, self.bias, *geometry)
+
+
+def _must_be_deterministic() -> bool:
+    return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 class BlockConvolution(CudnnConvolution):

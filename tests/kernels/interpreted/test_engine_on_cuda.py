@@ -173,3 +173,21 @@ def test_gates_of_steps_without_a_convolution(calls, channels):
     with engine.input_gradients(model, x) as gradients:
         assert_close(gradients.gradient(x, lambda logits: logits.square().sum(1)), leaf.grad)
         assert len(gradients._memory.gates) == (channels == 16)
+
+
+@pytest.mark.parametrize("flag", ["algorithms", "cudnn"])
+def test_deterministic_algorithms_are_not_left_to_the_fused_calls_of_cudnn(calls, monkeypatch, flag):
+    """PyTorch passes `deterministic=False` to cuDNN in these, whatever its flags say."""
+    torch.manual_seed(0)
+    model, x = network(pool=False), torch.rand(3, 3, 8, 8)
+    if flag == "cudnn":
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    else:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    leaf = x.clone().requires_grad_()
+    expected = model(leaf)
+    expected.square().sum().backward()
+    with engine.input_gradients(model, x) as gradients:
+        assert_close(gradients.logits(x), expected.detach())
+        assert_close(gradients.gradient(x, lambda logits: logits.square().sum(1)), leaf.grad)
+    assert isinstance(gradients, program.Program) and not calls
