@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.errors import first_line
-from sparse_adv.ops.cuda_graph import Capturer, inside_a_call
+from sparse_adv.ops.cuda_graph import Capturer, holders, inside_a_call
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,10 @@ class CapturedPasses:
         self._replays: _Replays | None = None
         self.reason = ""
         """Why the pass cannot be captured."""
+        holders.add(self)
 
     def forget(self) -> None:
-        """Delete the graphs: the weights have changed."""
+        """Delete the graphs, because the weights have changed or the graphs cannot be replayed any more."""
         self._made, self._replays = 0, None
 
     def run(self, forward: Forward, images: Tensor) -> tuple[Tensor, Backward | None]:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -25,6 +25,17 @@ Stages = Mapping[str, Callable[..., Any]]
 
 _kept: ContextVar[list[object] | None] = ContextVar("kept", default=None)
 """What the graph of the call in progress needs; None outside of calls that are to be captured."""
+
+
+class HoldsGraphs(Protocol):
+    """What holds graphs that it can capture again."""
+
+    def forget(self) -> None:
+        """Delete the graphs."""
+
+
+holders: WeakSet[HoldsGraphs] = WeakSet()
+"""All of the process: a capture that fails makes their graphs useless."""
 
 _ATTEMPTS = 2
 """Warm-ups in which the host may wait. In the first one the engine may check a model in a state that is new to it."""
@@ -123,9 +134,12 @@ class Capturer:
             ):
                 result = call()
         except BaseException:
-            # After a failed capture the generator and the memory pool stay in capture state: replace both.
+            # After a failed capture the generator and the memory pool stay in capture state: replace both. Earlier
+            # graphs keep the generator's old state, from which torch 2.10 to 2.12 cannot draw in a replay.
             generator.graphsafe_set_state(state)
             self.pool = torch.cuda.graph_pool_handle()
+            for holder in list(holders):
+                holder.forget()
             raise
         self._graphs.add(graph)
 
@@ -172,6 +186,7 @@ class CallCache:
         self.calls: dict[Hashable, Call] = {}
         """The most recently used call is last."""
         self.capturers: dict[torch.device, Capturer] = {}
+        holders.add(self)
 
     def captures_on(self, device: torch.device) -> bool:
         """Whether calls on this device can be captured."""
@@ -188,6 +203,10 @@ class CallCache:
     def clear(self) -> None:
         """Forget all calls and delete their graphs."""
         self.calls.clear()
+
+    def forget(self) -> None:
+        """Delete all graphs, but remember which calls cannot be captured."""
+        self.calls = {key: call for key, call in self.calls.items() if not call.replays}
 
     def run(
         self,

@@ -8,6 +8,9 @@ import gc
 import pickle
 import warnings
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -249,6 +252,27 @@ def test_a_model_that_synchronises_in_its_first_warm_up_alone_is_captured_in_the
     graphs = CpuGraphs()
     assert_graphs_change_nothing(model, graphs)
     assert graphs.counts == (1, 2)
+
+
+def test_a_capture_that_fails_makes_all_graphs_be_captured_again(model, monkeypatch):
+    """It leaves them a state of the generator from which no replay can draw."""
+    graphs, failing = CpuGraphs(), nn.Sequential(nn.BatchNorm2d(3), Synchronising())
+    assert_graphs_change_nothing(model, graphs)
+    with pytest.warns(UserWarning, match="run step by step"):
+        assert_graphs_change_nothing(failing, graphs)
+    assert graphs.counts == (2, 3)
+    gpu = SimpleNamespace(device=SimpleNamespace(index=0))
+    mocks = {"Stream": lambda device: gpu, "stream": nullcontext, "graph": lambda *args, **options: nullcontext()}
+    mocks |= {"CUDAGraph": MagicMock, "graph_pool_handle": object, "default_generators": [MagicMock()]}
+    for name, mock in mocks.items():
+        monkeypatch.setattr(torch.cuda, name, mock)
+    with pytest.raises(ZeroDivisionError):
+        Capturer().capture(lambda: 1 // 0)
+    (call,) = graphs.cache.calls.values()
+    assert call.reason
+    assert_graphs_change_nothing(failing, graphs)
+    assert_graphs_change_nothing(model, graphs)
+    assert graphs.counts == (3, 6)
 
 
 def test_an_error_in_the_model_is_raised_unchanged(model):

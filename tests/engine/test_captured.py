@@ -13,6 +13,7 @@ from torch import nn
 from sparse_adv import attacks, engine, masks, sparsify
 from sparse_adv.engine import captured
 from sparse_adv.engine.kernels_cpu import CpuKernels
+from sparse_adv.ops import cuda_graph
 
 
 @pytest.fixture
@@ -127,6 +128,22 @@ def test_a_capture_that_fails_is_left(capturers, caplog, monkeypatch):
 
     monkeypatch.setattr(CpuCapturer, "capture", fail)
     check_left(network(), capturers, caplog, "operation not permitted when stream is capturing")
+
+
+def test_passes_are_captured_again_after_another_capture_has_failed(capturers):
+    """It may leave their graphs a state of the generator from which no replay can draw."""
+    model = network()
+    with engine.input_gradients(model, IMAGES) as gradients:
+        for again in (False, True):
+            if again:
+                for holder in list(cuda_graph.holders):
+                    holder.forget()
+            for _ in range(captured.PASSES_BEFORE + 3):
+                actual = gradients.gradient(IMAGES, lambda logits: logits.square().sum(1))
+            (capturer,) = capturers
+            assert capturer.captures == 2 * (1 + again)
+    expected = engine.Autograd(model).gradient(IMAGES, lambda logits: logits.square().sum(1))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_attacks_that_are_captured_as_a_whole_capture_no_passes(capturers):
