@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sparse_adv.engine.kernels import DeviceKernels, Place, fold_norm
 from sparse_adv.engine.values import PassTensors, Value
@@ -226,6 +227,8 @@ class AutogradStep(Step):
         self._reads, self._makes, self._constants = list(reads), list(makes), constants
         self._leaves: list[Tensor] = []
         self._results: list[Tensor] = []
+        # PyTorch's backward pass of an InstanceNorm is wrong for one image in channels_last (torch 2.13).
+        self._normalizes_images = any(map(_normalizes_images, self._operations.values()))
 
     def passes_on(self) -> Sequence[Value]:
         return self.inputs  # autograd returns views, such as those of a concatenation's gradient
@@ -250,8 +253,7 @@ class AutogradStep(Step):
         for value, result in zip(self.outputs, self._results, strict=True):
             gradient = tensors.take_gradient(value)
             if gradient is not None and result.requires_grad:
-                # PyTorch's backward pass of an InstanceNorm is wrong for one image in channels_last (torch 2.13).
-                gradient = gradient.contiguous() if tensors.images == 1 else gradient
+                gradient = gradient.contiguous() if self._normalizes_images and tensors.images == 1 else gradient
                 results.append(result)
                 gradients.append(gradient.to(result.dtype))
         leaves = [leaf for leaf in self._leaves if leaf.requires_grad]
@@ -270,6 +272,13 @@ class AutogradStep(Step):
             args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
             results[node] = operation(*args, **kwargs)
         return [results[node] for node in self._makes]
+
+
+def _normalizes_images(operation: Callable[..., Any]) -> bool:
+    """Whether an operation is an InstanceNorm, or a module that has one."""
+    if isinstance(operation, nn.Module):
+        return any(isinstance(module, _InstanceNorm) for module in operation.modules())
+    return operation in (F.instance_norm, torch.instance_norm)
 
 
 def operation_of(model: nn.Module, node: fx.Node) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv import attacks, engine
 
@@ -216,15 +217,51 @@ def test_a_part_of_another_dtype_leaves_the_model():
         assert gradients.logits(X).dtype == torch.float64
 
 
+class InstanceNormFunction(nn.Module):
+    def forward(self, x):
+        return F.instance_norm(x)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, args, output: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.InstanceNorm2d(8), InstanceNormFunction(), hooked(nn.Sequential(nn.InstanceNorm2d(8)))],
+    ids=["module", "function", "inside of a module with hooks"],
+)
 @pytest.mark.parametrize("images", [6, 2, 1])
-def test_one_image_of_a_network_with_instance_norm(images):
-    layers = nn.Conv2d(3, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()
+def test_one_image_of_a_network_with_instance_norm(images, norm):
+    layers = nn.Conv2d(3, 8, 3, padding=1), norm, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()
     model = nn.Sequential(*layers).eval()
     engine.explain(model, X)  # a program for all images
     with engine.input_gradients(model, X) as gradients:
         assert isinstance(gradients, engine.Program)
         actual = gradients.gradient(X[:images], lambda logits: logits.square().sum(1))
     torch.testing.assert_close(actual, passes(model, False, X[:images])[1], rtol=1e-3, atol=1e-5)
+
+
+class GradientFormats(TorchDispatchMode):
+    """Whether the gradients that reach a SiLU are in channels_last."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels_last = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.silu_backward.default:
+            self.channels_last.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("images", [6, 1])
+def test_gradients_of_other_operations_keep_the_memory_format(images):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Flatten()).eval()
+    with engine.input_gradients(model, X[:images]) as gradients, GradientFormats() as seen:
+        gradients.gradient(X[:images], torch.sum)
+    assert seen.channels_last == [True]
 
 
 @pytest.mark.parametrize("changed", ["hook", "subclass"])
