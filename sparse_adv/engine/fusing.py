@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class Fusion:
         self._makers: dict[Value, FusedStep] = {}
         self._runs: list[Step | list[fx.Node]] = []
         """Steps, and lists of consecutive operations that are left to autograd."""
-        for node in trace.graph.nodes:
+        self._of_parameters = _of_parameters(trace.graph)
+        for node in _parameters_late(trace.graph, self._of_parameters):
             self._visit(node)
         self.input = self._values[trace.input]
         if trace.output not in self._values:
@@ -72,7 +73,9 @@ class Fusion:
             self._new(node)
             return
         source = self._values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-        if source is None or not isinstance(result, Tensor) or len(node.all_input_nodes) > 2:
+        if source is None or node in self._of_parameters or not isinstance(result, Tensor):
+            return self._leave(node, result)
+        if len(node.all_input_nodes) > 2:
             return self._leave(node, result)
         module = module_of(self._trace.model, node)
         if module is not None and has_hooks(module):
@@ -187,6 +190,34 @@ class Fusion:
             if node in self._values and (node is output or any(user not in inside for user in node.users))
         }
         return AutogradStep(self._trace.model, nodes, reads, makes, constants)
+
+
+def _parameters_late(graph: fx.Graph, of_parameters: set[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes of a graph, those of parameters alone right before the first node that needs them and images.
+
+    Both are then parts of one step, in which autograd forms no gradient of a parameter.
+    """
+    waiting: list[fx.Node] = []
+    for node in graph.nodes:
+        if node in of_parameters:
+            waiting.append(node)
+            continue
+        needed = {node}
+        for source in reversed(waiting):
+            if not needed.isdisjoint(source.users):
+                needed.add(source)
+        yield from (source for source in waiting if source in needed)
+        waiting = [source for source in waiting if source not in needed]
+        yield node
+
+
+def _of_parameters(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that read parameters and buffers, or compute from them alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_function", "call_method") and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _is_plain(module: nn.Module, dense: type[nn.Module], masked: type[nn.Module]) -> bool:

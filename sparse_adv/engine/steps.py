@@ -258,7 +258,7 @@ class AutogradStep(Step):
                 gradients.append(gradient.to(result.dtype))
         leaves = [leaf for leaf in self._leaves if leaf.requires_grad]
         of_leaves: Sequence[Tensor | None] = [None] * len(leaves)
-        if results:
+        if results and leaves:  # there are none if it only reads parameters
             of_leaves = torch.autograd.grad(results, leaves, gradients, allow_unused=True)
         by_leaf = dict(zip(map(id, leaves), of_leaves, strict=True))
         for value, leaf in zip(self.inputs, self._leaves, strict=True):

@@ -50,6 +50,10 @@ STEPS = {
         [CONV, "autograd", "BatchNorm + residual"],
     ),
     "broadcast": (OfLayers(lambda m, x: m.a(x) + m.b(x).mean((2, 3), keepdim=True)), [CONV, CONV, "autograd"]),
+    "times a parameter": (
+        OfLayers(lambda m, x: m.norm.weight.relu()[:, None, None] * m.a(x) + m.b(x)),
+        [CONV, "autograd", CONV + " + residual"],
+    ),
     "scaled sum": (OfLayers(lambda m, x: torch.add(m.a(x), m.b(x), alpha=2)), [CONV, CONV, "autograd"]),
 }
 
@@ -92,6 +96,17 @@ def test_steps_are_the_longest_that_compute_the_same(name):
         torch.testing.assert_close(gradients.gradient(x, loss), autograd.gradient(x, loss))
         torch.testing.assert_close(gradients.logits(x / 2), autograd.logits(x / 2))
         torch.testing.assert_close(first, autograd.logits(x))  # a later pass does not change what was returned
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_parameter_of_the_size_of_all_images_is_added(count):
+    model, x = OfLayers(lambda m, x: m.a(x) + m.positions).eval(), torch.rand(count, 3, 7, 7)
+    model.positions = nn.Parameter(torch.rand(1, 4, 5, 5))
+    with engine.input_gradients(model, x) as gradients:
+        assert isinstance(gradients, engine.Program)
+        actual = gradients.gradient(x, lambda logits: logits.square().flatten(1).sum(1))
+    expected = engine.Autograd(model).gradient(x, lambda logits: logits.square().flatten(1).sum(1))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_pruned_weight_of_a_linear_layer_counts_as_zero_whatever_was_written_to_it():
