@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from sparse_adv.engine.attributes import content
+from sparse_adv.engine.state_cache import ATTRIBUTE
 from sparse_adv.nn.masked_layer import MaskedLayer
 
 HOOKS = (
@@ -22,8 +23,8 @@ HOOKS = (
 )
 """The tables of a module in which PyTorch keeps the hooks of its forward and backward pass."""
 
-_NOT_WATCHED = frozenset([*vars(nn.Module()), *MaskedLayer.DERIVED])
-"""Attributes that PyTorch gives to every module, and those that masked layers derive from their tensors."""
+_NOT_WATCHED = frozenset([*vars(nn.Module()), *MaskedLayer.DERIVED, ATTRIBUTE])
+"""Attributes that PyTorch or the engine gives to modules, and those that masked layers derive from their tensors."""
 
 
 class _SharedTensors(TorchFunctionMode):

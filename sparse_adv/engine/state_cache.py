@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 T = TypeVar("T")
+
+ATTRIBUTE = "_made_by_engine"
+"""The attribute of a model that holds what was made of it."""
+
+
+class _Made:
+    """What caches hold of one model.
+
+    It is an attribute of the model: so both are freed together, although values refer to modules, and the hooks of
+    these may refer to the model. Copies and pickles of the model have an empty dictionary in its place.
+    """
+
+    __slots__ = ("model", "values")
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self.values: dict[StateCache[Any], dict[Hashable, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[dict[Any, Any]], tuple[()]]:
+        return dict, ()
 
 
 class StateCache(Generic[T]):
@@ -26,15 +46,20 @@ class StateCache(Generic[T]):
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._values: WeakKeyDictionary[nn.Module, dict[Hashable, T]] = WeakKeyDictionary()
         self._lock = threading.RLock()  # of one thread's own: a model's code may run another model
 
     def find(self, model: nn.Module, state: Hashable, make: Callable[[], T]) -> T:
         """Return the value for this state of the model, made now if there is none; other threads wait for it."""
         with self._lock:
-            values = self._values.setdefault(model, {})
+            values = self._values_of(model)
             value = values.pop(state) if state in values else make()
             values[state] = value  # now the last one
             while len(values) > self.capacity:
                 del values[next(iter(values))]
         return value
+
+    def _values_of(self, model: nn.Module) -> dict[Hashable, T]:
+        made = vars(model).get(ATTRIBUTE)
+        if not isinstance(made, _Made) or made.model() is not model:  # a shallow copy shares that of its original
+            made = vars(model)[ATTRIBUTE] = _Made(model)
+        return made.values.setdefault(self, {})

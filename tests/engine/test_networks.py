@@ -148,12 +148,26 @@ def test_two_threads_may_attack_one_model():
             assert relative_error(gradients.gradient(x, loss), expected) < 1e-4
 
 
-def test_a_model_is_freed_although_its_steps_are_kept():
+def hook_with_model(model):
+    def hook(module, args, output, of=model):
+        return None
+
+    model.conv1.register_forward_hook(hook)
+
+
+def child_with_parent(model):
+    model.conv1.parent = [model]
+
+
+@pytest.mark.parametrize("refer", [lambda model: None, hook_with_model, child_with_parent])
+def test_a_model_is_freed_although_its_steps_are_kept(refer):
     import gc
     import weakref
 
     model, x, loss = example("resnet18", (1, 1))
+    refer(model)
     with engine.input_gradients(model, x) as gradients:
+        assert isinstance(gradients, engine.Program)
         gradients.gradient(x, loss)
     reference = weakref.ref(model)
     del model, gradients

@@ -1,6 +1,8 @@
 """What the engine has made of models is made once, kept for the last states and freed with the model."""
 
+import copy
 import gc
+import pickle
 import threading
 import time
 import weakref
@@ -32,6 +34,24 @@ def test_models_do_not_share_values_and_a_freed_one_leaves_none():
     del first
     gc.collect()
     assert kept() is None and other() is not None
+
+
+def test_a_value_that_refers_to_its_model_is_freed_with_it():
+    cache, model = StateCache(capacity=1), nn.ReLU()
+    reference = weakref.ref(model)
+    cache.find(model, "eval", reference)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles_have_none_of_the_values(copied):
+    cache, model = StateCache(capacity=2), nn.Linear(2, 2)
+    cache.find(model, "eval", lambda: lambda: model)  # no pickle could hold it
+    assert [cache.find(each, "eval", lambda: 2) for each in (copied(model), copied(copied(model)))] == [2, 2]
+    assert callable(cache.find(model, "eval", lambda: 3))
+    assert model.state_dict().keys() == nn.Linear(2, 2).state_dict().keys()
 
 
 def test_a_value_of_none_counts_and_an_error_leaves_nothing():
