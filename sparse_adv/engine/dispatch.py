@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
 from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
-from sparse_adv.engine.gradients import image_gradient
+from sparse_adv.engine.gradients import image_gradient, outside_inference
 from sparse_adv.engine.model_state import state_of
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
@@ -37,15 +37,17 @@ class Autograd:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """What the model returns."""
         return self._model(x)
 
+    @torch.inference_mode(False)
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
         """The gradient of the sum of loss(logits) with respect to the input."""
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
+            x = outside_inference(x).detach().requires_grad_()
             return image_gradient(loss(self._model(x)).sum(), x)
 
 
@@ -68,6 +70,7 @@ _entries: StateCache[_Entry] = StateCache(capacity=4)
 
 
 @contextmanager
+@torch.inference_mode(False)  # but for the code in the context
 def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Iterator[InputGradients]:
     """A context that gives logits and input gradients of a model, whose weights must not change meanwhile.
 
@@ -113,6 +116,7 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
 
 
 @checks_types
+@torch.inference_mode(False)
 def explain(model: nn.Module, x: Tensor) -> list[str]:
     """Say what each step of the engine computes for this model and input, or why the model is left to autograd.
 
@@ -166,8 +170,7 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
         return _Entry(reason="its input is empty or not floating point")
     if any(module.training for module in model.modules()):
         return _Entry(reason="a part of it is in training mode")
-    if x.is_inference():
-        x = x.clone()  # autograd cannot use it otherwise
+    x = outside_inference(x)
     # A model may draw random numbers: the draws of this trial must not change later ones.
     with KeptGenerators(x.device):
         try:

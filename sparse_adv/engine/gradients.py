@@ -18,3 +18,8 @@ def image_gradient(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tens
     if found[0] is None:
         raise NoGradientError("the loss has no gradient of the images: model and loss must be differentiable")
     return found[0]
+
+
+def outside_inference(x: Tensor) -> Tensor:
+    """A tensor that autograd can use: a copy of one made in inference mode. To be called with that mode off."""
+    return x.clone() if x.is_inference() else x

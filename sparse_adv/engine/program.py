@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_adv.engine import buffers
 from sparse_adv.engine.captured import Backward, CapturedPasses
 from sparse_adv.engine.fusing import Fusion
-from sparse_adv.engine.gradients import image_gradient
+from sparse_adv.engine.gradients import image_gradient, outside_inference
 from sparse_adv.engine.kernels import DeviceKernels
 from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
 from sparse_adv.engine.steps import ConvolutionStep, Step
@@ -68,12 +68,14 @@ class Program:
         for passes in self._captured.values():
             passes.forget()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """What the model returns."""
         logits, _ = self._passes(x, differentiable=False)
         return logits[: len(x)].clone()  # the memory is used again
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
         """The gradient of the sum of loss(logits) with respect to the input."""
@@ -93,7 +95,8 @@ class Program:
     def _passes(self, x: Tensor, differentiable: bool) -> tuple[Tensor, Backward | None]:
         """The logits, and the backward pass if one may follow."""
         forward = self._differentiable if differentiable else self._forward
-        images = x.detach() if self._any_batch else _padded(x.detach(), self._input.shape[0])
+        x = outside_inference(x).detach()
+        images = x if self._any_batch else _padded(x, self._input.shape[0])
         captured = self._captured.get(differentiable)
         return forward(images) if captured is None else captured.run(forward, images)
 

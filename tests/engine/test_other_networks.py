@@ -313,6 +313,26 @@ def test_data_parallel_on_the_cpu_is_left():
     check(model, images(), LEFT)
 
 
+@pytest.mark.parametrize("use_engine", [True, False])
+@pytest.mark.parametrize("inside", [True, False], ids=["whole", "part"])
+def test_gradients_in_inference_mode(use_engine, inside):
+    model, x = with_statistics(ResNet()), images()
+    expected = engine.Autograd(model).gradient(x, loss)
+    with torch.inference_mode(inside), engine.input_gradients(model, images(), use_engine) as gradients:
+        assert isinstance(gradients, engine.Program) == use_engine
+        assert torch.is_inference_mode_enabled() == inside
+        with torch.inference_mode():
+            x = images()
+            actual, logits = gradients.gradient(x, loss), gradients.logits(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits, model(images()).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_steps_are_explained_in_inference_mode():
+    with torch.inference_mode():
+        assert outcome(with_statistics(ResNet()), images()) == PARTLY
+
+
 def test_a_scripted_model_is_left():
     model = torch.jit.trace(with_statistics(ResNet()), images())
     check(model, images(), LEFT)
