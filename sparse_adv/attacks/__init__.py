@@ -2,8 +2,9 @@
 
 An attack leaves the model as it was: training flags, buffers (except with bn_mode "train"), `requires_grad` and
 `.grad`; no attack computes weight gradients. Images are in [lo, hi], normally [0, 1]; a model that needs normalised
-images must normalise inside. A model in DistributedDataParallel is attacked through its `.module`. On CUDA, repeated
-attacks can be captured as CUDA graphs, see `Graphs`.
+images must normalise inside. A model in DistributedDataParallel is attacked through its `.module`, also one without
+hooks in AveragedModel or, on one device, in DataParallel. On CUDA, repeated attacks can be captured as CUDA graphs, see
+`Graphs`.
 """
 
 from sparse_adv.attacks import losses

@@ -6,11 +6,17 @@ import pytest
 import torch
 from helpers.attacked import make_model, snapshot
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.attacks import checks, n_fgsm, pgd
-from sparse_adv.attacks.checks import InputValidator
+from sparse_adv.attacks.checks import InputValidator, as_module
 from sparse_adv.training import robust_accuracy
 
+WRAPPERS = {
+    "AveragedModel": AveragedModel,
+    "DataParallel": lambda model: nn.DataParallel(model, device_ids=[]),
+    "both": lambda model: nn.DataParallel(AveragedModel(model), device_ids=[]),
+}
 IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
 
 
@@ -49,6 +55,28 @@ def test_an_invalid_batch_raises_an_error_that_names_it_and_leaves_the_model_as_
     with pytest.raises(error, match=message):
         attack(**{"model": model, "images": IMAGES, "labels": LABELS, **change})
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapper_that_only_calls_its_module_is_attacked_like_it(wrap):
+    model = wrap(make_model())
+    module = next(inner for inner in model.modules() if isinstance(inner, nn.Sequential))
+    assert as_module(model) == (module, True)
+    adv = pgd(model, IMAGES, LABELS, steps=2, random_start=False)
+    assert torch.equal(adv, pgd(module, IMAGES, LABELS, steps=2, random_start=False))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapper_that_does_more_is_attacked_itself(wrap):
+    class Doubled(type(wrap(make_model()))):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked = wrap(make_model())
+    hooked.register_forward_hook(lambda module, args, output: 2 * output)
+    assert as_module(hooked) == (hooked, True)
+    doubled = Doubled(make_model())
+    assert as_module(doubled) == (doubled, True)
 
 
 def test_with_check_false_values_are_not_checked():
