@@ -78,7 +78,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as in `nn.Conv2d`.
-        block: the mask's block shape `(bo, bi)` or `(bo, bi, br, bs)`: see `sparse_adv.ops.compile_pattern`.
+        block: the mask's block shape `(bo, bi)` or `(bo, bi, br, bs)`, see `sparse_adv.ops.compile_pattern`; None takes
+            the largest supported one that the mask obeys.
         mask: bool tensor [K, C/groups, R, S]; None keeps everything.
 
     Raises:
@@ -118,7 +119,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        block: Sequence[int] = (1, 1),
+        block: Sequence[int] | None = None,
         mask: Tensor | None = None,
     ) -> None:
         super().__init__(
@@ -140,8 +141,13 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         self._set_mask(mask, block4, compile_mask(self, mask, block4))
 
     @classmethod
-    def from_dense(cls, conv: nn.Conv2d, mask: Tensor, block: Sequence[int] = (4, 4)) -> Self:
+    def from_dense(cls, conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None = None) -> Self:
         """Make a masked layer of a dense one, with the same Parameter objects; pruned weights become 0 in place.
+
+        Args:
+            conv: the dense layer, or a masked one, which gets the new mask.
+            mask: bool tensor of the weight's shape.
+            block: the mask's block; None takes the largest supported one that the mask obeys.
 
         Raises:
             TypeError: if `conv` is not a plain Conv2d with its own weight.
@@ -299,6 +305,8 @@ def check_conv_mask(conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None, 
         if not mask.is_meta:
             check_obeys(mask, block4)
         return block4
+    if mask.is_meta:  # its values are not known yet: once they are, `_compile` looks for a block again
+        return default or largest_obeyed_block(torch.ones(mask.shape, dtype=torch.bool))
     if default is not None and obeys(mask, default):
         return default
     return largest_obeyed_block(mask)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.masks import prune
 from sparse_adv.nn import MaskedConv2d, frozen_weights, sparsify
+from sparse_adv.ops.masked_conv2d_mask import check_block
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_a_masked_layer_computes_what_a_dense_one_with_zeros_does(
     size, padding, stride, dilation, groups, padding_mode, bias
 ):
     conv = nn.Conv2d(8, 12, size, stride, padding, dilation, groups, bias, padding_mode)
-    layer = MaskedConv2d.from_dense(copy.deepcopy(conv), prune(conv, 0.4)[""], block=(1, 1))
+    layer = MaskedConv2d.from_dense(copy.deepcopy(conv), prune(conv, 0.4)[""])
     with torch.no_grad():
         conv.weight.masked_fill_(~layer.weight_mask, 0)
     for x in (torch.rand(2, 8, 9, 11), torch.rand(8, 9, 11), torch.rand(0, 8, 9, 11)):
@@ -78,6 +79,17 @@ def test_the_constructor_is_that_of_conv2d():
         MaskedConv2d(8, 12, 3, mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (2, 1), (1, 1, 3, 3)])
+def test_without_a_block_every_way_to_make_a_layer_finds_that_of_the_mask(block):
+    conv = nn.Conv2d(8, 12, 3)
+    mask = prune(conv, 0.4, block)[""]
+    made = [MaskedConv2d(8, 12, 3, mask=mask), MaskedConv2d.from_dense(conv, mask)]
+    made += [MaskedConv2d(8, 12, 3), MaskedConv2d(8, 12, 3, device="meta")]
+    made[2].set_mask(mask)
+    made[3].load_state_dict(made[0].state_dict(), assign=True)
+    assert {layer.block for layer in made} == {check_block(block)}
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_nothing_kept_and_everything_kept(share, x):
     layer = masked_layer(share, block=(4, 4))
@@ -91,7 +103,7 @@ def test_from_dense_keeps_parameters_mode_dtype_and_hooks():
     calls = []
     handle = conv.register_forward_hook(lambda *_: calls.append(1))
     weight, bias = conv.weight, conv.bias
-    layer = MaskedConv2d.from_dense(conv, prune(conv, 0.5)[""], block=(1, 1))
+    layer = MaskedConv2d.from_dense(conv, prune(conv, 0.5)[""])
     assert layer.weight is weight and layer.bias is bias and not layer.training
     layer(torch.rand(1, 8, 5, 5, dtype=torch.float64))
     handle.remove()
@@ -103,7 +115,7 @@ def test_from_dense_keeps_parameters_mode_dtype_and_hooks():
 def test_a_later_change_of_the_callers_mask_has_no_effect():
     conv = nn.Conv2d(8, 12, 3)
     mask = prune(conv, 0.5)[""]
-    layer = MaskedConv2d.from_dense(conv, mask, block=(1, 1))
+    layer = MaskedConv2d.from_dense(conv, mask)
     mask.fill_(True)
     assert layer.density == 0.5
 
