@@ -11,6 +11,9 @@ from torch import Tensor
 from sparse_adv.argument_types import shortened
 from sparse_adv.kernels.tensor_checks import FLOATING
 
+Pair = int | tuple[int, int]
+"""One integer for rows and columns, or one for each."""
+
 
 def check_tensors(**tensors: object) -> None:
     """Raises TypeError unless all of them are dense tensors."""
@@ -86,6 +89,19 @@ def check_integer(name: str, value: object) -> None:
     """Raises TypeError unless this is an integer of 64 bits."""
     if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {shortened(value)}")
+
+
+def read_pair(name: str, value: object) -> tuple[int, int]:
+    """Complete an integer to (rows, columns); raises ValueError unless the value is one or two integers.
+
+    Examples:
+        >>> read_pair("stride", 2), read_pair("stride", [2, 1])
+        ((2, 2), (2, 1))
+    """
+    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(pair) != 2 or not all(map(is_integer, pair)):
+        raise ValueError(f"{name} must be one or two integers, got {shortened(value)}")
+    return as_integer(pair[0]), as_integer(pair[1])
 
 
 def overlap_partly(written: Tensor, read: Tensor) -> bool:

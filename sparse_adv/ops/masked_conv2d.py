@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, output_size
 from sparse_adv.ops import reference
-from sparse_adv.ops.arguments import check_flag, check_tensors
+from sparse_adv.ops.arguments import Pair, check_flag, check_tensors
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
-from sparse_adv.ops.masked_conv2d_geometry import Pair, check_input, read_geometry
+from sparse_adv.ops.masked_conv2d_geometry import check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_groups, check_pattern, unflatten
 from sparse_adv.ops.transforms import is_transformed
 

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from sparse_adv.argument_types import shortened
 from sparse_adv.kernels.layout import output_size
-from sparse_adv.ops.arguments import as_integer, check_floating, is_integer
+from sparse_adv.ops.arguments import Pair, check_floating, read_pair
 from sparse_adv.ops.masked_conv2d_pattern import Pattern
-
-Pair = int | tuple[int, int]
 
 
 class Geometry(NamedTuple):
@@ -34,8 +32,8 @@ def read_geometry(filter: Sequence[int], stride: Pair, padding: Pair | str, dila
         TypeError: if one is of another type.
         ValueError: if one is not one or two integers, is too small, or "same" padding would differ between two sides.
     """
-    strides, dilations = _two("stride", stride), _two("dilation", dilation)
-    geometry = Geometry(strides, _padding(padding, filter, strides, dilations), dilations)
+    strides, dilations = read_pair("stride", stride), read_pair("dilation", dilation)
+    geometry = Geometry(strides, read_padding(padding, filter, strides, dilations), dilations)
     if min(strides) < 1 or min(dilations) < 1 or min(geometry.padding) < 0:
         raise ValueError(
             f"stride and dilation must be positive and padding not negative, got {strides}, {dilations}, "
@@ -72,11 +70,12 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
     return input.shape[0], weight[0], rows, cols
 
 
-def _padding(
-    padding: Pair | str, filter: Sequence[int], stride: tuple[int, int], dilation: tuple[int, int]
+def read_padding(
+    padding: Pair | str, filter: Sequence[int], stride: tuple[int, int] = (1, 1), dilation: tuple[int, int] = (1, 1)
 ) -> tuple[int, int]:
+    """Complete the padding to a pair, and "same" and "valid" to numbers; raises ValueError where that cannot be."""
     if not isinstance(padding, str):
-        return _two("padding", padding)
+        return read_pair("padding", padding)
     if padding == "valid":
         return (0, 0)
     if padding == "same":
@@ -89,11 +88,4 @@ def _padding(
                 "sides: pad the input with torch.nn.functional.pad first"
             )
         return (total[0] // 2, total[1] // 2)
-    raise ValueError(f'padding must be numbers, "same" or "valid", got {shortened(padding)}')
-
-
-def _two(name: str, value: object) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(pair) != 2 or not all(map(is_integer, pair)):
-        raise ValueError(f"{name} must be one or two integers, got {shortened(value)}")
-    return as_integer(pair[0]), as_integer(pair[1])
+    raise ValueError(f'padding must be one or two integers, "same" or "valid", got {shortened(padding)}')

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sparse_adv.kernels.layout import MAX_PIXELS, output_size
 from sparse_adv.ops import masked_conv2d_roofline
+from sparse_adv.ops.arguments import Pair
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
-from sparse_adv.ops.masked_conv2d_geometry import Geometry, Pair, check_input, read_geometry
+from sparse_adv.ops.masked_conv2d_geometry import Geometry, check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import CPU_DTYPE, KERNELS, BlockPattern, Pattern, check_pattern
 
 log = logging.getLogger(__name__)

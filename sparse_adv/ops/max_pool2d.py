@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_adv.argument_types import shortened
-from sparse_adv.ops.arguments import check_integer, check_tensors
+from sparse_adv.ops.arguments import Pair, check_tensors, read_pair
 from sparse_adv.ops.written import check_written, mark_written
 
 
-def max_pool2d_out(input: Tensor, size: tuple[int, int], *, out: Tensor, index: Tensor | None = None) -> None:
+def max_pool2d_out(input: Tensor, size: Pair, *, out: Tensor, index: Tensor | None = None) -> None:
     """Take the maximum of each window, where the stride is the size of a window, into memory that the caller provides.
 
     Equivalent to::
@@ -22,13 +21,15 @@ def max_pool2d_out(input: Tensor, size: tuple[int, int], *, out: Tensor, index: 
 
     Args:
         input: float32 or float64 tensor [N, C, H, W], on CUDA any float tensor, NCHW or channels_last without gaps.
-        size: rows and columns of a window, at most 255 elements. Rows and columns that fill no window are left out.
+        size: rows and columns of a window, as one or two integers, at most 255 elements. Rows and columns
+            that fill no window are left out.
         out: tensor [N, C, H // rows, W // columns] in the dtype and layout of the input, that is written.
         index: uint8 tensor like out, or None: receives the number of each window's largest element, row by row.
 
     Raises:
-        TypeError: if size is not two integers, or an operand is not a dense tensor.
-        ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
+        TypeError: if an operand is not a dense tensor.
+        ValueError: if size is not one or two integers, devices differ, or a tensor requires grad and gradients are
+            enabled.
         RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
 
     Source: this library's design page "The engine", the section on the backward pass.
@@ -36,21 +37,21 @@ def max_pool2d_out(input: Tensor, size: tuple[int, int], *, out: Tensor, index: 
     Examples:
         >>> x, y = torch.tensor([[1.0, 5.0, 2.0], [4.0, 3.0, 9.0]]).view(1, 1, 2, 3), torch.empty(1, 1, 1, 1)
         >>> index = torch.empty(1, 1, 1, 1, dtype=torch.uint8)
-        >>> max_pool2d_out(x, (2, 2), out=y, index=index)
+        >>> max_pool2d_out(x, 2, out=y, index=index)
         >>> y.item(), index.item()
         (5.0, 1)
     """
-    _check_size(size)
+    window = read_pair("size", size)
     check_tensors(input=input)
     check_written("max_pool2d_out", out, input=input, index=index)
-    torch.ops.sparse_adv.max_pool2d_out(input, size, out, index)
+    torch.ops.sparse_adv.max_pool2d_out(input, window, out, index)
     mark_written(out, index)
 
 
 def max_pool2d_grad_input_out(
     grad: Tensor,
     index: Tensor,
-    size: tuple[int, int],
+    size: Pair,
     *,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
@@ -69,14 +70,15 @@ def max_pool2d_grad_input_out(
     Args:
         grad: gradient of the output, [N, C, H // rows, W // columns] in the layout and dtype of out.
         index: uint8 tensor like grad, as `max_pool2d_out` wrote it.
-        size: rows and columns of a window.
+        size: rows and columns of a window, as one or two integers.
         residual: tensor like out, or None; it may be out.
         gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0.
         out: tensor [N, C, H, W] of the dtypes and layouts that `max_pool2d_out` takes, that is written.
 
     Raises:
-        TypeError: if size is not two integers, or an operand is not a dense tensor.
-        ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
+        TypeError: if an operand is not a dense tensor.
+        ValueError: if size is not one or two integers, devices differ, or a tensor requires grad and gradients are
+            enabled.
         RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
 
     Source: this library's design page "The engine", the section on the backward pass.
@@ -88,18 +90,11 @@ def max_pool2d_grad_input_out(
         >>> out.flatten().tolist()
         [0.0, 7.0, 0.0, 0.0]
     """
-    _check_size(size)
+    window = read_pair("size", size)
     check_tensors(grad=grad, index=index)
     check_written("max_pool2d_grad_input_out", out, grad=grad, index=index, residual=residual, gate=gate)
-    torch.ops.sparse_adv.max_pool2d_grad_input_out(grad, index, size, residual, gate, out)
+    torch.ops.sparse_adv.max_pool2d_grad_input_out(grad, index, window, residual, gate, out)
     mark_written(out)
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if not isinstance(size, list | tuple) or len(size) != 2:
-        raise TypeError(f"size must be two integers, got {shortened(size)}")
-    for length in size:
-        check_integer("size", length)
 
 
 @torch.library.register_fake("sparse_adv::max_pool2d_out")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-IntPair = int | tuple[int, int]
+from sparse_adv.ops.arguments import Pair
 
 
 def masked_conv2d(
@@ -20,9 +20,9 @@ def masked_conv2d(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None = None,
-    stride: IntPair = 1,
-    padding: IntPair | str = 0,
-    dilation: IntPair = 1,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
     groups: int = 1,
     *,
     scale: Tensor | None = None,
@@ -78,9 +78,9 @@ def masked_conv2d_grad_input(
     weight: Tensor,
     mask: Tensor,
     input_size: tuple[int, ...],
-    stride: IntPair = 1,
-    padding: IntPair = 0,
-    dilation: IntPair = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     groups: int = 1,
     *,
     residual: Tensor | None = None,
@@ -95,9 +95,9 @@ def masked_conv2d_grad_weight(
     grad_output: Tensor,
     input: Tensor,
     mask: Tensor,
-    stride: IntPair = 1,
-    padding: IntPair = 0,
-    dilation: IntPair = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     groups: int = 1,
 ) -> Tensor:
     """The gradient of the convolution with respect to its weight, 0 where the mask is false."""

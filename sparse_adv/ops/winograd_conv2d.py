@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparse_adv.argument_types import shortened
 from sparse_adv.kernels.layout import layout_of
-from sparse_adv.ops.arguments import check_flag, check_integer, check_tensors
+from sparse_adv.ops.arguments import Pair, check_flag, check_integer, check_tensors
+from sparse_adv.ops.masked_conv2d_geometry import read_padding
 from sparse_adv.ops.transforms import is_transformed
 from sparse_adv.ops.written import check_written, mark_written
 
@@ -20,7 +20,7 @@ PANEL = 32
 
 
 def winograd_conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, padding: tuple[int, int] = (1, 1), *, tile: int = 4
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, padding: Pair | str = 1, *, tile: int = 4
 ) -> Tensor:
     """Convolve with 3 x 3 weights and stride 1 by Winograd's filtering, on a CPU.
 
@@ -38,7 +38,7 @@ def winograd_conv2d(
         input: float32 tensor [N, C, H, W] on the CPU.
         weight: float32 tensor [K, C, 3, 3].
         bias: float32 tensor [K], or None.
-        padding: rows and columns of zeros on each side, 0 to 2.
+        padding: rows and columns of zeros on each side, as one or two integers from 0 to 2, "same" or "valid".
         tile: rows and columns of output pixels that are computed together, 2 or 4.
 
     Returns:
@@ -46,7 +46,8 @@ def winograd_conv2d(
         differentiable any number of times.
 
     Raises:
-        TypeError: if padding is not two integers, tile is not an integer, or an operand is not a dense tensor.
+        TypeError: if tile is not an integer, or an operand is not a dense tensor.
+        ValueError: if padding is neither one or two integers nor "same" or "valid".
         RuntimeError: if a shape, dtype, padding or tile does not fit.
         NotImplementedError: on other devices than a CPU.
 
@@ -57,12 +58,12 @@ def winograd_conv2d(
         >>> torch.allclose(winograd_conv2d(x, w), torch.conv2d(x, w, padding=1), atol=1e-4)
         True
     """
-    _check_padding(padding)
+    zeros = read_padding(padding, (3, 3))
     check_integer("tile", tile)
     check_tensors(input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     if is_transformed():
-        return F.conv2d(input, weight, bias, padding=padding)
-    return torch.ops.sparse_adv.winograd_conv2d(input, weight, bias, padding, tile, False)
+        return F.conv2d(input, weight, bias, padding=zeros)
+    return torch.ops.sparse_adv.winograd_conv2d(input, weight, bias, zeros, tile, False)
 
 
 def winograd_conv2d_weight(weight: Tensor, tile: int = 4, transposed: bool = False) -> Tensor:
@@ -103,9 +104,9 @@ def winograd_conv2d_weight(weight: Tensor, tile: int = 4, transposed: bool = Fal
 def winograd_conv2d_out(
     input: Tensor,
     weight: Tensor,
-    padding: tuple[int, int] = (1, 1),
-    *,
     bias: Tensor | None = None,
+    padding: Pair | str = 1,
+    *,
     residual: Tensor | None = None,
     relu: bool = False,
     gate: Tensor | None = None,
@@ -125,8 +126,8 @@ def winograd_conv2d_out(
     Args:
         input: float32 tensor [N, C, H, W] on the CPU, channels_last without gaps.
         weight: result of `winograd_conv2d_weight`.
-        padding: rows and columns of zeros on each side, 0 to 2.
         bias: float32 tensor [K], or None.
+        padding: as for `winograd_conv2d`.
         residual: tensor like out, or None; it may be out.
         relu: whether a ReLU follows.
         gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0. Not with
@@ -136,8 +137,9 @@ def winograd_conv2d_out(
             element of out, which says whether the ReLU passes the gradient.
 
     Raises:
-        TypeError: if padding is not two integers, or an operand is not a dense tensor.
-        ValueError: if devices differ, or a tensor requires grad and gradients are enabled.
+        TypeError: if an operand is not a dense tensor.
+        ValueError: if padding is neither one or two integers nor "same" or "valid", devices differ, or a tensor
+            requires grad and gradients are enabled.
         RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
         NotImplementedError: on other devices than a CPU.
 
@@ -150,20 +152,13 @@ def winograd_conv2d_out(
         >>> torch.allclose(y, torch.conv2d(x, w, padding=1), atol=1e-4)
         True
     """
-    _check_padding(padding)
+    zeros = read_padding(padding, (3, 3))
     check_flag("relu", relu)
     check_tensors(input=input, weight=weight)
     operands = {"input": input, "weight": weight, "bias": bias, "residual": residual, "gate": gate}
     check_written("winograd_conv2d_out", out, **operands, gate_out=gate_out)
-    torch.ops.sparse_adv.winograd_conv2d_out(input, weight, padding, bias, residual, relu, gate, out, gate_out)
+    torch.ops.sparse_adv.winograd_conv2d_out(input, weight, zeros, bias, residual, relu, gate, out, gate_out)
     mark_written(out, gate_out)
-
-
-def _check_padding(padding: tuple[int, int]) -> None:
-    if not isinstance(padding, list | tuple) or len(padding) != 2:
-        raise TypeError(f"padding must be two integers, got {shortened(padding)}")
-    for zeros in padding:
-        check_integer("padding", zeros)
 
 
 @torch.library.register_fake("sparse_adv::winograd_conv2d")

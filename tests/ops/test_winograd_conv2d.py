@@ -90,19 +90,29 @@ def test_epilogues_equal_the_reference(batch, channels, size, padding, tile, ope
         sums, residual=None if residual is None else residual.double(), relu=relu, gate=passes
     )
     winograd_conv2d_out(
-        *(x, winograd_conv2d_weight(weight, tile), padding),
-        **{"bias": bias, "residual": residual, "relu": relu, "gate": gate, "out": out, "gate_out": gate_out},
+        *(x, winograd_conv2d_weight(weight, tile), bias, padding),
+        **{"residual": residual, "relu": relu, "gate": gate, "out": out, "gate_out": gate_out},
     )
     assert_close(out, expected)
     if gate_out is not None:
         assert_equal(gate_to_bool(gate_out, out), ~(out <= 0))
 
 
+@pytest.mark.parametrize("padding", [0, 1, 2, [2, 1], "same", "valid"])
+def test_padding_is_told_as_to_conv2d(padding):
+    x, weight, bias = channels_last(2, 5, 6, 7), torch.randn(9, 5, 3, 3), torch.randn(9)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+    out = channels_last(*expected.shape)
+    winograd_conv2d_out(x, winograd_conv2d_weight(weight), bias, padding, out=out)
+    assert_close(out, expected)
+    assert_equal(winograd_conv2d(x, weight, bias, padding), out)
+
+
 @pytest.mark.parametrize("tile", TILES)
 def test_the_transposed_weights_give_the_gradient_of_the_input(tile):
     x, weight = channels_last(2, 5, 6, 7), torch.randn(9, 5, 3, 3)
     grad, out = channels_last(2, 9, 8, 5), torch.empty_like(x)
-    winograd_conv2d_out(grad, winograd_conv2d_weight(weight, tile, transposed=True), (0, 2), out=out)
+    winograd_conv2d_out(grad, winograd_conv2d_weight(weight, tile, transposed=True), padding=(0, 2), out=out)
     assert_close(out, reference.masked_conv2d_grad_input(grad, weight, weight == weight, x.shape, 1, (2, 0)))
 
 
@@ -207,7 +217,8 @@ BAD = {
     "channels": ({"weight": WEIGHT[:, :3]}, RuntimeError, r"input must be \[N, 3, H, W\], got \[2, 4, 6, 7\]"),
     "bias": ({"bias": torch.randn(4)}, RuntimeError, r"bias must have size \[5\], got \[4\]"),
     "padding": ({"padding": (1, 3)}, RuntimeError, "padding must be 0, 1 or 2, got 3"),
-    "padding's type": ({"padding": 1}, TypeError, "padding must be two integers, got 1"),
+    "padding's type": ({"padding": 1.5}, ValueError, "padding must be one or two integers, got 1.5"),
+    "padding's name": ({"padding": "full"}, ValueError, '"same" or "valid", got .full.'),
     "tile": ({"tile": 3}, RuntimeError, "tile must be 2 or 4, got 3"),
     "tile's type": ({"tile": 2.0}, TypeError, "tile must be an integer, got 2.0"),
     "window": (
