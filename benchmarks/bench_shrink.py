@@ -37,7 +37,7 @@ def case(removed: str, device: str = "cpu", quick: bool = False) -> Case:
     torch.manual_seed(0)
     network = build("resnet18", width=width)
     x, y = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,), device=device)
-    pruned = masks.prune(network, 0.5, "filter", "uniform", dependency_input=x[:1])
+    pruned = masks.prune(network, 0.5, "filter", "uniform", example_input=x[:1])
     if removed == REMOVED[1]:
         pruned = {name: mask for name, mask in pruned.items() if name.endswith("conv1") and "." in name}
     small = shrink(network, pruned, x[:1]).model

@@ -16,7 +16,7 @@ strong = training.TrainConfig(objective="pgd", epochs=2, eps=0.2, lr=0.1)
 ticket = tickets.search(model, data.Batches(digits.train, 128), cheap, tickets.PruneConfig(density=0.1))
 print(f"the ticket keeps {masks.density(ticket.masks):.3f} of the weights")
 
-sparse = tickets.restore(models.build("digits_cnn"), ticket, input_shape=(1, 1, 8, 8))
+sparse = tickets.restore(models.build("digits_cnn"), ticket, example_input=(1, 1, 8, 8))
 records = training.train(sparse, data.Batches(digits.train, 128), strong, validation=digits.validation)
 for record in records:
     print(f"epoch {record.epoch}: robust accuracy {record.robust_accuracy:.3f}")

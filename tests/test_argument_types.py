@@ -60,6 +60,19 @@ def test_the_functions_that_take_a_model_or_masks_are_checked():
     assert wanted <= {name.rpartition(".")[2] for name in DECORATED}
 
 
+def test_what_a_model_is_run_on_once_has_one_name_and_type():
+    annotations = {name: inspect.get_annotations(function.__wrapped__) for name, function in DECORATED.items()}
+    taken = {
+        (argument, hint.removesuffix(" | None"))
+        for hints in annotations.values()
+        for argument, hint in hints.items()
+        if argument == "example_input" or "Sequence[int] | Tensor" in hint
+    }
+    assert taken == {("example_input", "Sequence[int] | Tensor")}
+    takers = {name.rpartition(".")[2] for name, hints in annotations.items() if "example_input" in hints}
+    assert takers >= {"explain", "tune", "shrink", "count_macs", "prune", "restore", "permute_channels"}
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -67,7 +80,7 @@ def test_the_functions_that_take_a_model_or_masks_are_checked():
         (lambda: masks.density([1]), r"masks must be of type Mapping, got \[1\]"),
         (
             lambda: masks.dependency_groups(nn.Identity(), "abcd"),
-            "shape must be of type Sequence or Tensor, got",
+            "example_input must be of type Sequence or Tensor, got",
         ),
         (lambda: training.train(nn.Identity(), [], {}), "config must be of type TrainConfig, got {}"),
         (lambda: methods.SparseTraining("rigl"), "config must be of type MethodConfig, got 'rigl'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from sparse_adv.engine.state_cache import StateCache
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.training import graph_for_training
 from sparse_adv.errors import first_line
+from sparse_adv.masks.layers import noise
 from sparse_adv.nn import frozen_weights
 from sparse_adv.ops import cuda_graph
 
@@ -117,31 +118,33 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
 
 @checks_types
 @torch.inference_mode(False)
-def explain(model: nn.Module, x: Tensor) -> list[str]:
+def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str]:
     """Say what each step of the engine computes for this model and input, or why the model is left to autograd.
 
     For a model in training mode, also say what `fuse_for_training` fuses.
 
     Args:
         model: any module, in the modes in which it is to run.
-        x: float tensor [N, ...], a batch of its input.
+        example_input: a batch of its input, or the shape [N, C, H, W] of one.
 
     Returns:
         One line for each step, or a line with the reason why autograd forms the gradients.
 
     Raises:
-        Nothing for a model that the engine cannot run: the reason is returned.
+        ValueError: if `example_input` is neither a tensor nor 4 positive integers. Nothing for a model that the engine
+            cannot run: the reason is returned.
 
     Examples:
         >>> import torch
         >>> from torch import nn
         >>> from sparse_adv import engine
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()).eval()
-        >>> for line in engine.explain(model, torch.rand(1, 3, 8, 8)):
+        >>> for line in engine.explain(model, (1, 3, 8, 8)):
         ...     print(line)
         _0: convolution + BatchNorm + ReLU
         _3: PyTorch and autograd: _3
     """
+    x = example_input if isinstance(example_input, Tensor) else noise(model, example_input)
     entry = _entry_of(model, x)
     if entry.program is None:
         return [f"autograd: {entry.reason}", *_explain_training(model, x)]

@@ -41,7 +41,7 @@ class ChannelPermutation:
     Examples:
         >>> from sparse_adv import masks
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
-        >>> permutation = masks.permute_channels(model, density=0.5, block=(2, 1), shape=(1, 3, 4, 4))
+        >>> permutation = masks.permute_channels(model, density=0.5, block=(2, 1), example_input=(1, 3, 4, 4))
         >>> x = torch.rand(1, 3, 4, 4)
         >>> before = model(x)
         >>> permutation.apply(model)
@@ -102,7 +102,7 @@ def permute_channels(
     model: nn.Module,
     density: float,
     block: Sequence[int],
-    shape: Sequence[int] | Tensor,
+    example_input: Sequence[int] | Tensor,
     scope: str = "global",
     score: str | Score = "magnitude",
     exclude: Collection[str] = (),
@@ -125,7 +125,7 @@ def permute_channels(
         density, scope, score, exclude, linear: as they will be given to `prune`. A score function must depend only on
             the weight's values, so that scores are permuted with the weight.
         block: `(bo, bi)` or `(bo, bi, br, bs)`, as it will be given to `prune`.
-        shape: shape [N, C, H, W] of the model's input, or a sample of it.
+        example_input: a batch of the model's input, or the shape [N, C, H, W] of one.
 
     Returns:
         The permutation, and the fraction of squared scores retained before and after. Channels that must not change
@@ -133,7 +133,7 @@ def permute_channels(
 
     Raises:
         ValueError: if an argument is out of range, a score is NaN, negative or infinite or has a wrong shape, torch.fx
-            cannot trace the model, or the permuted model computes something else, on the sample.
+            cannot trace the model, or the permuted model computes something else, on the example input.
 
     Source: Pool and Yu, "Channel permutations for N:M sparsity" (NeurIPS 2021; NVIDIA ASP), for permutations absorbed
     by the neighbouring layers; Huang et al., "Shfl-BW" (DAC 2022, arXiv 2203.05016), for shuffled block-wise pruning.
@@ -146,7 +146,7 @@ def permute_channels(
         >>> for layer in model:
         ...     _ = nn.init.constant_(layer.weight, 0.1)
         >>> model[0].weight.data[[0, 2]] = 1.0  # two large filters, in different blocks of two filters
-        >>> permutation = masks.permute_channels(model, density=0.5, block=(2, 1), shape=(1, 3, 4, 4))
+        >>> permutation = masks.permute_channels(model, density=0.5, block=(2, 1), example_input=(1, 3, 4, 4))
         >>> next(iter(permutation.channels.values()))
         tensor([0, 2, 1, 3])
         >>> x = torch.rand(1, 3, 4, 4)
@@ -157,14 +157,14 @@ def permute_channels(
     """
     block4 = check_block(block)
     candidates = Candidates.of(model, density, scope, score, exclude, linear)
-    groups = [group for group in dependency_groups(model, shape) if not group.fixed]
+    groups = [group for group in dependency_groups(model, example_input) if not group.fixed]
     permutation = _Search(candidates, block4, groups).run()
     if any(not order.equal(torch.arange(len(order))) for order in permutation.channels.values()):
-        _check(permutation, model, shape)
+        _check(permutation, model, example_input)
     return permutation
 
 
-def _check(permutation: ChannelPermutation, model: nn.Module, shape: Sequence[int] | Tensor) -> None:
+def _check(permutation: ChannelPermutation, model: nn.Module, example_input: Sequence[int] | Tensor) -> None:
     """Raises ValueError if the permutation changes the model's function."""
     before = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ def _check(permutation: ChannelPermutation, model: nn.Module, shape: Sequence[in
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     after = copy.deepcopy(before)
     permutation.apply(after)
-    check_same_function(before, after, shape, "permuting channels")
+    check_same_function(before, after, example_input, "permuting channels")
 
 
 def _members(group: DependencyGroup) -> Iterator[tuple[str, int, int]]:

@@ -67,7 +67,7 @@ class DependencyGraph:
 
 
 @checks_types
-def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[DependencyGroup]:
+def dependency_groups(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[DependencyGroup]:
     """Find the dependency groups of a model by following its channels through the traced graph.
 
     Supported are 2-D convolutions, linear layers on inputs [N, C], BatchNorm, element-wise functions and sums, pooling
@@ -76,7 +76,7 @@ def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[D
 
     Args:
         model: any module that torch.fx can trace, dense or sparse; it runs one forward pass in eval mode.
-        shape: shape [N, C, H, W] of its input, or a sample of it.
+        example_input: a batch of its input, or the shape [N, C, H, W] of one.
 
     Returns:
         The groups, in the order in which the model runs through them.
@@ -94,7 +94,7 @@ def dependency_groups(model: nn.Module, shape: Sequence[int] | Tensor) -> list[D
         >>> [group.fixed for group in groups]
         ["the model's input", '', "the model's output"]
     """
-    return build_dependency_graph(model, shape).groups
+    return build_dependency_graph(model, example_input).groups
 
 
 def check_traceable(model: nn.Module) -> None:
@@ -102,10 +102,10 @@ def check_traceable(model: nn.Module) -> None:
     run_once(_TracedOnCall(model, follows=False), torch.empty(0))
 
 
-def build_dependency_graph(model: nn.Module, shape: Sequence[int] | Tensor) -> DependencyGraph:
+def build_dependency_graph(model: nn.Module, example_input: Sequence[int] | Tensor) -> DependencyGraph:
     """Trace a model; arguments and errors are those of `dependency_groups`."""
     tracing = _TracedOnCall(model)
-    run_once(tracing, shape)
+    run_once(tracing, example_input)
     assert tracing.result is not None
     return tracing.result
 

@@ -54,14 +54,16 @@ def parameter_of(module: str, parameter: str = "weight") -> str:
     return f"{module}.{parameter}" if module else parameter
 
 
-def run_once(model: nn.Module, sample: Sequence[int] | Tensor, visit: Visit | None = None, linear: bool = False) -> Any:
+def run_once(
+    model: nn.Module, example_input: Sequence[int] | Tensor, visit: Visit | None = None, linear: bool = False
+) -> Any:
     """Run one forward pass, call `visit(layer, input, output)` at each layer, and restore the model's modes.
 
     The pass is in eval mode, so that BatchNorm statistics do not change, and computes no gradients.
 
     Args:
         model: any module.
-        sample: its input, or the shape [N, C, H, W] of an input to fill with uniform noise.
+        example_input: a batch of its input, or the shape [N, C, H, W] of one to fill with uniform noise.
         visit: called each time a Conv2d runs.
         linear: whether it is also called each time a Linear runs.
 
@@ -69,7 +71,7 @@ def run_once(model: nn.Module, sample: Sequence[int] | Tensor, visit: Visit | No
         The model's output.
 
     Raises:
-        ValueError: if `sample` is neither a tensor nor a shape of 4 positive integers.
+        ValueError: if `example_input` is neither a tensor nor a shape of 4 positive integers.
     """
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -82,7 +84,7 @@ def run_once(model: nn.Module, sample: Sequence[int] | Tensor, visit: Visit | No
     try:
         model.eval()
         with torch.no_grad():
-            return model(sample if isinstance(sample, Tensor) else noise(model, sample))
+            return model(example_input if isinstance(example_input, Tensor) else noise(model, example_input))
     finally:
         for handle in handles:
             handle.remove()
@@ -98,7 +100,7 @@ def uses(layer: Layer, output: Tensor) -> int:
 def noise(model: nn.Module, shape: Sequence[int]) -> Tensor:
     """Return uniform noise of a shape [N, C, H, W], always the same, with the dtype and device of the parameters."""
     if len(shape) != 4 or not all(isinstance(size, int) and size >= 1 for size in shape):
-        raise ValueError(f"shape must be 4 positive integers [N, C, H, W], got {tuple(shape)}")
+        raise ValueError(f"example_input must be a tensor or 4 positive integers [N, C, H, W], got {tuple(shape)}")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     # A separate generator: the global random state must not change.
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(like)

@@ -47,7 +47,7 @@ def prune(
     score: str | Score = "magnitude",
     exclude: Collection[str] = (),
     linear: bool = False,
-    dependency_input: Sequence[int] | Tensor | None = None,
+    example_input: Sequence[int] | Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return masks that keep the weights with the highest scores, a fraction `density` of all.
 
@@ -71,7 +71,7 @@ def prune(
             weight) that returns a tensor of the weight's shape without negative values.
         exclude: names of layers that are not candidates and get no mask.
         linear: whether Linear weights are candidates too, ranked together with the convolutions'.
-        dependency_input: only with block="filter": shape [N, C, H, W] of the model's input, or a sample of it. Filters
+        example_input: only with block="filter": a batch of the model's input, or the shape [N, C, H, W] of one. Filters
             whose outputs are added in a residual sum are then kept or pruned together (see `dependency_groups`), so
             that the sum gets fewer channels too. None ranks each filter by itself.
 
@@ -101,15 +101,15 @@ def prune(
             raise ValueError(f"block must be a block shape or one of {', '.join(_STRUCTURES)}, got {block!r}")
     else:
         block = check_block(block)
-    if dependency_input is not None and block != "filter":
-        raise ValueError(f'dependency_input needs block="filter", got block={block!r}')
+    if example_input is not None and block != "filter":
+        raise ValueError(f'example_input needs block="filter", got block={block!r}')
     candidates = Candidates.of(model, density, scope, score, exclude, linear)
     blocks = {name: _block_of(block, conv_shape(shape)) for name, shape in candidates.shapes.items()}
     scores = {name: _block_scores(candidates.scores(name), blocks[name]) for name in candidates.shapes}
     sizes = {name: block_sizes(conv_shape(shape), blocks[name]) for name, shape in candidates.shapes.items()}
     targets = candidates.targets
-    first_of_group = _first_of_group(model, dependency_input, candidates.shapes)
-    if dependency_input is not None:
+    first_of_group = _first_of_group(model, example_input, candidates.shapes)
+    if example_input is not None:
         scores, sizes = _joint_scores(scores, sizes, first_of_group)
         targets = _joint_targets(targets, first_of_group)
     kept_blocks = select_blocks(scores, sizes, targets)
@@ -241,12 +241,12 @@ def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def _first_of_group(
-    model: nn.Module, dependency_input: Sequence[int] | Tensor | None, names: Collection[str]
+    model: nn.Module, example_input: Sequence[int] | Tensor | None, names: Collection[str]
 ) -> dict[str, str]:
-    """The first layer of each layer's dependency group; without `dependency_input` the layer itself."""
+    """The first layer of each layer's dependency group; without `example_input` the layer itself."""
     first = {name: name for name in names}
-    if dependency_input is not None:
-        for group in dependency_groups(model, dependency_input):
+    if example_input is not None:
+        for group in dependency_groups(model, example_input):
             members = [name for name in group.producers if name in first]
             if members:
                 first |= dict.fromkeys(members, members[0])

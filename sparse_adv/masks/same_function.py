@@ -1,4 +1,4 @@
-"""Check that a change of a model's channels left its function unchanged, by comparing outputs on a sample."""
+"""Check that a change of a model's channels left its function unchanged, by comparing outputs on an example input."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from torch.utils._pytree import tree_leaves
 from sparse_adv.masks.layers import noise, run_once
 
 
-def check_same_function(before: nn.Module, after: nn.Module, sample: Sequence[int] | Tensor, change: str) -> None:
-    """Compare two models on a sample, in eval mode, up to rounding.
+def check_same_function(
+    before: nn.Module, after: nn.Module, example_input: Sequence[int] | Tensor, change: str
+) -> None:
+    """Compare two models on an example input, in eval mode, up to rounding.
 
     A traced graph shows neither what hooks compute, nor numbers that Python code takes from sizes and attributes
     (`layer.out_channels`). Two forward passes show whether the function depends on them.
 
     Args:
         before, after: the models; they stay as they are.
-        sample: their input, or its shape [N, C, H, W].
+        example_input: a batch of their input, or the shape [N, C, H, W] of one.
         change: what was done, for the message, such as "removing channels".
 
     Raises:
         ValueError: if the second model fails or computes something else.
     """
-    x = sample if isinstance(sample, Tensor) else noise(before, sample)
+    x = example_input if isinstance(example_input, Tensor) else noise(before, example_input)
     expected = _outputs(before, x)
     try:
         actual = _outputs(after, x)

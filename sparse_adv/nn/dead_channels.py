@@ -17,7 +17,9 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 @checks_types
-def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> dict[str, Tensor]:
+def dead_channels(
+    model: nn.Module, masks: Mapping[str, Tensor], example_input: Sequence[int] | Tensor
+) -> dict[str, Tensor]:
     """Find the BatchNorm channels whose input is always 0: it is the output of a filter without any kept weight.
 
     A BatchNorm2d (or SyncBatchNorm) with gamma and beta counts only if, whenever it runs, its input is the very tensor
@@ -27,7 +29,7 @@ def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence
     Args:
         model: any model, dense or sparse; it runs one forward pass, in eval mode.
         masks: bool masks keyed by module name, as `masks.prune` returns them; masks of linear layers are ignored.
-        shape: shape [N, C, H, W] of the model's input, or a sample of it.
+        example_input: a batch of the model's input, or the shape [N, C, H, W] of one.
 
     Returns:
         For each BatchNorm that counts, by module name, a bool tensor [C]: true = dead.
@@ -67,7 +69,7 @@ def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence
 
     handles = [norm.register_forward_pre_hook(visit_norm) for norm in names]
     try:
-        run_once(model, shape, visit_convolution)
+        run_once(model, example_input, visit_convolution)
     finally:
         for handle in handles:
             handle.remove()
@@ -75,7 +77,9 @@ def dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence
 
 
 @checks_types
-def zero_dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> dict[str, int]:
+def zero_dead_channels(
+    model: nn.Module, masks: Mapping[str, Tensor], example_input: Sequence[int] | Tensor
+) -> dict[str, int]:
     """Set gamma and beta of the dead channels to 0, and keep them there under training.
 
     A dead channel outputs the constant beta. After this call it outputs 0, and neither gradient, momentum nor weight
@@ -84,7 +88,7 @@ def zero_dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Seq
     The hooks that keep the zeros are not copied by `deepcopy` and `pickle`: call it on a copy that is to be trained.
 
     Args:
-        model, masks, shape: as for `dead_channels`.
+        model, masks, example_input: as for `dead_channels`.
 
     Returns:
         For each BatchNorm that only a masked convolution feeds, by module name, the number of its dead channels.
@@ -101,7 +105,7 @@ def zero_dead_channels(model: nn.Module, masks: Mapping[str, Tensor], shape: Seq
         >>> model[1].weight.tolist()
         [1.0, 0.0]
     """
-    dead = dead_channels(model, masks, shape)
+    dead = dead_channels(model, masks, example_input)
     for name, module in model.named_modules():
         if isinstance(module, _NORMS):
             for parameter in module.parameters(recurse=False):

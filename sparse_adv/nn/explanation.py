@@ -29,7 +29,7 @@ class Row:
     kept_weights: int
     """The number of weights that the mask keeps."""
     macs: tuple[int, int] | None
-    """MACs of the kept weights and of all weights, for the given input; None if no input shape was given."""
+    """MACs of the kept weights and of all weights, for the given input; None if no example input was given."""
     kernels: dict[str, str]
     """The kernel of each pass and the reason: "sparse (table)", "dense (tuned: 1.9 ms, sparse 4.8 ms)"."""
 
@@ -52,7 +52,7 @@ class Explanation:
 
     @property
     def mac_density(self) -> float | None:
-        """The fraction of these layers' MACs that belongs to kept weights; None without an input shape."""
+        """The fraction of these layers' MACs that belongs to kept weights; None without an example input."""
         counts = [row.macs for row in self.rows if row.macs is not None]
         total = sum(dense for _, dense in counts)
         return sum(kept for kept, _ in counts) / total if total else None
@@ -72,25 +72,25 @@ class Explanation:
         if self.density is None:
             return "the model has no linear layers and no convolutions"
         macs = self.mac_density
-        remains = "unknown without an input shape" if macs is None else f"{macs:.4f}"
+        remains = "unknown without an example input" if macs is None else f"{macs:.4f}"
         kinds = {"linear" if len(row.weight_shape) == 2 else "convolution" for row in self.rows}
         return f"density of {' and '.join(sorted(kinds))} weights: {self.density:.4f}; of multiply-adds: {remains}"
 
 
 @checks_types
-def explain(model: nn.Module, shape: Sequence[int] | Tensor | None = None) -> Explanation:
+def explain(model: nn.Module, example_input: Sequence[int] | Tensor | None = None) -> Explanation:
     """Tell which kernel each pass of each convolution and linear layer takes, and why.
 
     Args:
-        model: any model; it runs one forward pass, in eval mode, if a shape is given.
-        shape: shape [N, C, H, W] of its input, or a sample of it. Without it, kernels that depend on the input are not
-            known, and MACs are not counted.
+        model: any model; it runs one forward pass, in eval mode, if an input is given.
+        example_input: a batch of its input, or the shape [N, C, H, W] of one. Without it, kernels that depend on the
+            input are not known, and MACs are not counted.
 
     Returns:
         A row per layer, and the densities of weights and MACs; `str()` makes a table of it.
 
     Raises:
-        ValueError: if `shape` is neither a tensor nor 4 positive integers.
+        ValueError: if `example_input` is neither a tensor nor 4 positive integers.
 
     Examples:
         >>> from sparse_adv.nn import sparsify
@@ -99,7 +99,7 @@ def explain(model: nn.Module, shape: Sequence[int] | Tensor | None = None) -> Ex
         'dense (table)'
     """
     calls: dict[Layer, list[LayerCall]] = {}
-    for call in () if shape is None else calls_of(model, shape):
+    for call in () if example_input is None else calls_of(model, example_input):
         calls.setdefault(call.layer, []).append(call)
     return Explanation([_row(name, layer, calls.get(layer, [])) for name, layer in maskable(model).items()])
 

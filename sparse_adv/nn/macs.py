@@ -46,7 +46,7 @@ class LayerCall(NamedTuple):
 
 
 @checks_types
-def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
+def count_macs(model: nn.Module, example_input: Sequence[int] | Tensor) -> Macs:
     """Count the MACs that the convolutions and linear layers of a model execute on one batch.
 
     A pass executes `weights * positions`: positions are the layer's output pixels (for a linear layer, output rows)
@@ -55,20 +55,20 @@ def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
 
     Args:
         model: any model, dense or sparse; it runs one forward pass, in eval mode, and stays as it was.
-        shape: shape [N, C, H, W] of its input, or a sample of it.
+        example_input: a batch of its input, or the shape [N, C, H, W] of one.
 
     Returns:
         The MACs of each pass over the whole batch.
 
     Raises:
-        ValueError: if `shape` is neither a tensor nor 4 positive integers.
+        ValueError: if `example_input` is neither a tensor nor 4 positive integers.
 
     Examples:
         >>> count_macs(nn.Conv2d(3, 8, 3), (1, 3, 6, 6)).forward == 4 * 4 * 8 * 3 * 3 * 3
         True
     """
-    calls = calls_of(model, shape)
-    images = shape.shape[0] if isinstance(shape, Tensor) else shape[0]
+    calls = calls_of(model, example_input)
+    images = example_input.shape[0] if isinstance(example_input, Tensor) else example_input[0]
     if not calls:
         return Macs(0, 0, 0, 0, 0, 0, images)
     return Macs(
@@ -83,7 +83,7 @@ def count_macs(model: nn.Module, shape: Sequence[int] | Tensor) -> Macs:
 
 
 @checks_types
-def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int] | Tensor) -> float:
+def mac_density(model: nn.Module, masks: Mapping[str, Tensor], example_input: Sequence[int] | Tensor) -> float:
     """Return the fraction of a model's MACs that masks keep: (MACs of the weights kept) / (MACs of all weights).
 
     It differs from the density of the weights, because a convolution uses each weight once per output pixel and a
@@ -92,7 +92,7 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[i
     Args:
         model: the model that the masks belong to, dense or sparse; it runs one forward pass, in eval mode.
         masks: bool masks keyed by module name.
-        shape: shape [N, C, H, W] of the model's input, or a sample of it; the result does not depend on N.
+        example_input: a batch of the model's input, or the shape [N, C, H, W] of one; the result does not depend on N.
 
     Returns:
         The density, in [0, 1].
@@ -112,14 +112,14 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[i
         if name not in modules:
             raise ValueError(unknown_module(name, modules))
     weights_kept = {modules[name]: int(mask.count_nonzero()) for name, mask in masks.items()}
-    calls = calls_of(model, shape)
+    calls = calls_of(model, example_input)
     dense = sum(call.uses * call.layer.weight.numel() for call in calls)
     if dense == 0:
         raise ValueError("model must run a convolution or a linear layer, but it has no MACs")
     return sum(call.uses * weights_kept.get(call.layer, call.layer.weight.numel()) for call in calls) / dense
 
 
-def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[LayerCall]:
+def calls_of(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[LayerCall]:
     """The calls of convolutions and linear layers in one forward pass, in their order, each with its plan."""
     calls: list[LayerCall] = []
 
@@ -132,7 +132,7 @@ def calls_of(model: nn.Module, shape: Sequence[int] | Tensor) -> list[LayerCall]
             plan = Plan(*[PassPlan("dense", reason, count * layer.weight.numel())] * 3)
         calls.append(LayerCall(layer, count, plan))
 
-    run_once(model, shape, visit, linear=True)
+    run_once(model, example_input, visit, linear=True)
     return calls
 
 

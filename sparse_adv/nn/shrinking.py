@@ -45,7 +45,7 @@ class ShrinkResult:
 def shrink(
     model: nn.Module,
     masks: Mapping[str, Tensor] | None,
-    shape: Sequence[int] | Tensor,
+    example_input: Sequence[int] | Tensor,
     multiple: int = 1,
 ) -> ShrinkResult:
     """Remove the channels that are constant or that no layer reads, with all parameters that belong to them.
@@ -56,13 +56,13 @@ def shrink(
     make others constant or unread, so this is repeated until nothing changes. In eval mode the function is unchanged up
     to rounding; in training mode, too, if BatchNorm outputs 0 for the removed channels (`nn.zero_dead_channels`).
 
-    Masks of whole filters come from `masks.prune(..., block="filter", dependency_input=shape)`. The result is an
+    Masks of whole filters come from `masks.prune(..., block="filter", example_input=images)`. The result is an
     ordinary model with Parameters of its own: make a new optimiser for it.
 
     Args:
         model: dense or sparse; it is not changed.
         masks: bool masks keyed by module name; None takes those of a sparse model.
-        shape: shape [N, C, H, W] of the model's input, or a sample of it.
+        example_input: a batch of the model's input, or the shape [N, C, H, W] of one.
         multiple: widths are rounded up to multiples of this, as far as there are channels; 8 or more on a GPU.
 
     Returns:
@@ -71,7 +71,7 @@ def shrink(
 
     Raises:
         ValueError: if torch.fx cannot trace the model, a mask fits no layer, multiple is not positive, or the small
-            model computes something else: each is compared with the whole one on the sample.
+            model computes something else: each is compared with the whole one on the example input.
 
     Source: Lym et al., "PruneTrain" (SC 2019), section 3, for removal with a union at residual sums.
 
@@ -92,9 +92,9 @@ def shrink(
         for name, mask in own_masks.items():
             _module(small, name).weight.masked_fill_(~mask, 0)
     whole = copy.deepcopy(small)
-    before = _widths(build_dependency_graph(small, shape).groups, small)
+    before = _widths(build_dependency_graph(small, example_input).groups, small)
     while True:
-        traced = build_dependency_graph(small, shape)
+        traced = build_dependency_graph(small, example_input)
         constants = _Constants(small, traced, own_masks)
         plans = {group: _channels_to_keep(small, group, own_masks, constants, multiple) for group in _free(traced)}
         changing = {group: channels for group, channels in plans.items() if not channels.all()}
@@ -102,7 +102,7 @@ def shrink(
             break
         for group, channels in changing.items():
             _cut(small, group, channels, own_masks, constants)
-        check_same_function(whole, small, shape, "removing channels")
+        check_same_function(whole, small, example_input, "removing channels")
     partly_pruned = {name: mask for name, mask in own_masks.items() if not mask.all()}
     after = _widths(traced.groups, small)
     retained = {name: count for name, count in constants.counts().items() if count}

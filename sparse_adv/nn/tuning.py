@@ -28,7 +28,7 @@ within 5 % are mostly noise."""
 @checks_types
 def tune(
     model: nn.Module,
-    shape: Sequence[int] | Tensor,
+    example_input: Sequence[int] | Tensor,
     choices: Mapping[str, LayerChoices] | None = None,
     *,
     trials: int = 5,
@@ -44,7 +44,7 @@ def tune(
 
     Args:
         model: a model with masked layers; it runs one forward pass, in eval mode.
-        shape: shape [N, C, H, W] of its input, or a sample of it.
+        example_input: a batch of its input, or the shape [N, C, H, W] of one.
         choices: what an earlier call returned; it is applied and nothing is measured.
         trials: how often each kernel is timed at most; the shortest time counts.
         seconds: time limit for one pass of one layer, which is checked after two trials.
@@ -73,7 +73,7 @@ def tune(
             if isinstance(layer, MaskedConv2d) and _has_choice(layer, input) and names[layer] not in applied:
                 applied[names[layer]] = _measure(layer, input, output, trials, seconds)
 
-        run_once(model, shape, visit)
+        run_once(model, example_input, visit)
     else:
         applied = {name: dict(choice) for name, choice in choices.items()}
         for name, choice in applied.items():

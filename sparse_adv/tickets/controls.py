@@ -14,7 +14,9 @@ from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 
 @checks_types
-def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], *, weights: bool = True) -> nn.Module:
+def restore(
+    model: nn.Module, ticket: masks.Ticket, example_input: Sequence[int] | Tensor, *, weights: bool = True
+) -> nn.Module:
     """Turn a dense model, in place, into the sparse network of a ticket, before its training.
 
     BatchNorm channels whose only input is a filter without any kept weight get weight and bias 0, and keep them in
@@ -23,7 +25,7 @@ def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], 
     Args:
         model: dense, of the architecture that the ticket was found in.
         ticket: from `tickets.search` or `masks.load_ticket`.
-        input_shape: shape [N, C, H, W] of the input; N = 1 is enough.
+        example_input: a batch of the model's input, or the shape [N, C, H, W] of one; N = 1 is enough.
         weights: whether to load the ticket's weights; False keeps the model's own, which is the control "same mask,
             re-initialised".
 
@@ -36,14 +38,14 @@ def restore(model: nn.Module, ticket: masks.Ticket, input_shape: Sequence[int], 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> ticket = masks.Ticket(masks.prune(model, density=0.5), model.state_dict(), {})
-        >>> restore(model, ticket, input_shape=(1, 1, 4, 4))[0].density
+        >>> restore(model, ticket, example_input=(1, 1, 4, 4))[0].density
         0.5
     """
     _check_architecture(model.state_dict(), ticket.state_dict)
     if weights:
         model.load_state_dict(ticket.state_dict)
     sparsify(model, ticket.masks)
-    zero_dead_channels(model, ticket.masks, input_shape)
+    zero_dead_channels(model, ticket.masks, example_input)
     return model
 
 

@@ -67,7 +67,7 @@ def search(
         on_epoch: as in `training.train`, with epochs counted through all rounds.
 
     Returns:
-        The ticket; `tickets.restore(model, ticket, shape)` makes the sparse network. Its weights are those before the
+        The ticket; `tickets.restore(model, ticket, images)` makes the sparse network. Its weights are those before the
         first update, or after update `rewind_step`, or with `keep_weights` those at the end of the last round, with
         the statistics of BatchNorm: not the moving average that `ema_decay` asks for. With `permute_channels` they are
         in another order of channels, in which the network computes the same function.

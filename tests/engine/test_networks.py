@@ -62,6 +62,13 @@ def test_no_layer_of_the_librarys_networks_is_left_to_autograd(name):
     assert all("pool" in line or "normalize" in line or "features" in line for line in left)
 
 
+def test_a_shape_explains_as_much_as_images():
+    model, x, _ = example("resnet18", (4, 4))
+    assert engine.explain(model, x.shape) == engine.explain(model, x)
+    with pytest.raises(ValueError, match=r"example_input must be a tensor or 4 positive integers .*, got \(3, 32\)"):
+        engine.explain(model, (3, 32))
+
+
 @pytest.mark.parametrize("name", ["vgg16", "vgg16_kuangliu"])
 def test_even_areas_of_images_leave_no_network_to_autograd(name):
     # The largest pixels of a pooling window are equal there, and rounding decides which of them gets the gradient.

@@ -110,7 +110,7 @@ def test_pruning_retains_more_score_and_as_much_as_reported(name, block, scope, 
     x = torch.rand(shape)
     expected = model(x)
     options = {"density": 0.3, "block": block, "scope": scope, "score": score, "linear": True}
-    permutation = permute_channels(model, shape=shape, **options)
+    permutation = permute_channels(model, example_input=shape, **options)
     assert permutation.retained[0] == pytest.approx(retained(model, prune(model, **options), score))
     permutation.apply(model)
     assert permutation.retained[1] == pytest.approx(retained(model, prune(model, **options), score))
@@ -129,7 +129,7 @@ def test_block_structure_hidden_by_a_random_permutation_is_recovered(name, block
     original = retained(model, prune(model, **options))
     random_permutation(model, shape).apply(model)
     shuffled = retained(model, prune(model, **options))
-    permutation = permute_channels(model, shape=shape, **options)
+    permutation = permute_channels(model, example_input=shape, **options)
     assert permutation.retained[0] == pytest.approx(shuffled)
     assert permutation.retained[1] - shuffled > 0.85 * (original - shuffled) > 0.3
 
@@ -247,7 +247,7 @@ def test_a_model_of_another_architecture_raises_and_is_unchanged(other, message)
         ({"density": 1.5}, r"density must be a number in \[0, 1\], got 1.5"),
         ({"block": (4,)}, r"block must be 2 or 4 positive integers .*got \(4,\)"),
         ({"block": "filter"}, "block must be of type Sequence, got 'filter'"),
-        ({"shape": (3, 8)}, r"shape must be 4 positive integers \[N, C, H, W\], got \(3, 8\)"),
+        ({"example_input": (3, 8)}, r"example_input must be a tensor or 4 positive integers .*got \(3, 8\)"),
         ({"scope": "all"}, "scope must be one of global, uniform, erk, igq, got 'all'"),
         ({"score": "size"}, "score must be a function or one of .*got 'size'"),
         ({"score": lambda name, weight: weight.abs() / 0}, "score of '0' must have finite squares, got one of inf"),
@@ -256,4 +256,4 @@ def test_a_model_of_another_architecture_raises_and_is_unchanged(other, message)
 )
 def test_invalid_arguments_raise_an_error_that_names_them(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        permute_channels(mixed(), **{"density": 0.5, "block": (4, 4), "shape": SHAPE} | options)
+        permute_channels(mixed(), **{"density": 0.5, "block": (4, 4), "example_input": SHAPE} | options)

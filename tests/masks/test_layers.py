@@ -40,7 +40,7 @@ def test_visit_is_called_for_convolutions_and_on_request_for_linear_layers():
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 3, 0, 8), (1, 3, 8.0, 8)])
 def test_an_invalid_shape_raises(shape):
-    with pytest.raises(ValueError, match=r"shape must be 4 positive integers \[N, C, H, W\], got \("):
+    with pytest.raises(ValueError, match=r"input must be a tensor or 4 positive integers \[N, C, H, W\], got \("):
         run_once(make_model(), shape, lambda layer, input, output: None)
 
 

@@ -248,9 +248,9 @@ def residual_network() -> nn.Module:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_with_dependency_input_filters_joined_by_a_residual_sum_are_pruned_together(scope):
+def test_with_example_input_filters_joined_by_a_residual_sum_are_pruned_together(scope):
     model, shape = residual_network(), (1, 3, 32, 32)
-    masks = prune(model, 0.5, "filter", scope, dependency_input=shape)
+    masks = prune(model, 0.5, "filter", scope, example_input=shape)
     rows = {name: mask.flatten(1).any(1) for name, mask in masks.items()}
     assert rows["conv1"].equal(rows["layer1.0.conv2"]) and rows["conv1"].equal(rows["layer1.1.conv2"])
     alone = prune(model, 0.5, "filter", scope)
@@ -273,7 +273,7 @@ def test_filters_of_a_group_are_ranked_by_the_mean_square_of_all_their_weights()
     with torch.no_grad():
         model.wide.weight.mul_(0.5 + torch.rand(24, 1, 1, 1))
         model.narrow.weight.mul_(torch.rand(24, 1, 1, 1))
-    masks = prune(model, 0.5, "filter", exclude=["last"], dependency_input=(1, 3, 6, 6))
+    masks = prune(model, 0.5, "filter", exclude=["last"], example_input=(1, 3, 6, 6))
     weights = torch.cat([model.wide.weight.detach().flatten(1), model.narrow.weight.detach().flatten(1)], 1)
     for name in ("wide", "narrow"):
         kept = masks[name].flatten(1).any(1).nonzero().squeeze(1)
@@ -283,17 +283,17 @@ def test_filters_of_a_group_are_ranked_by_the_mean_square_of_all_their_weights()
     assert not kept.equal(fourth.topk(12).indices.sort().values)
 
 
-def test_dependency_input_changes_nothing_in_a_model_without_residual_sums():
+def test_example_input_changes_nothing_in_a_model_without_residual_sums():
     model = network()
-    alone, joint = prune(model, 0.5, "filter"), prune(model, 0.5, "filter", dependency_input=(1, 3, 8, 8))
+    alone, joint = prune(model, 0.5, "filter"), prune(model, 0.5, "filter", example_input=(1, 3, 8, 8))
     assert all(alone[name].equal(joint[name]) for name in alone)
 
 
-def test_an_unknown_structure_or_dependency_input_without_filters_raises():
+def test_an_unknown_structure_or_example_input_without_filters_raises():
     with pytest.raises(ValueError, match="block must be a block shape or one of filter, channel, got 'row'"):
         prune(network(), 0.5, "row")
-    with pytest.raises(ValueError, match=r'dependency_input needs block="filter", got block=\(1, 1, 1, 1\)'):
-        prune(network(), 0.5, dependency_input=(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r'example_input needs block="filter", got block=\(1, 1, 1, 1\)'):
+        prune(network(), 0.5, example_input=(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("structure", [(1, 1), "filter"])

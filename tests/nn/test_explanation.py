@@ -50,12 +50,12 @@ def test_a_block_is_shown_as_far_as_the_weight_reaches():
 
 def test_without_a_shape_kernels_that_depend_on_the_input_are_unknown(model):
     assert explain(model).mac_density is None
-    assert "unknown without an input shape" in str(explain(model))
+    assert "unknown without an example input" in str(explain(model))
     tune(model, SHAPE, given("sparse"))
     assert "sparse (given)" in str(explain(model))
     torch.use_deterministic_algorithms(True)  # which ignores what was tuned
     try:
-        assert "given" not in str(explain(model)) and "unknown without an input shape" in str(explain(model))
+        assert "given" not in str(explain(model)) and "unknown without an example input" in str(explain(model))
         assert "given" not in str(explain(model, SHAPE))
     finally:
         torch.use_deterministic_algorithms(False)

@@ -162,5 +162,5 @@ def test_mac_density_of_a_linear_layer_counts_rows_of_the_input():
 def test_mac_density_raises_for_an_unknown_layer_or_an_invalid_shape():
     with pytest.raises(ValueError, match="model has no module '9'"):
         mac_density(nn.Conv2d(3, 4, 3), {"9": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, (1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"shape must be 4 positive integers .*got \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"example_input must be a tensor or 4 positive integers .*got \(3, 8\)"):
         mac_density(nn.Conv2d(3, 4, 3), {}, (3, 8))

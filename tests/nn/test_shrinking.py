@@ -46,7 +46,7 @@ def test_the_function_is_unchanged(name, zeroed, multiple):
 
 def test_half_of_every_width_is_removed_if_residual_branches_prune_the_same_channels():
     model, shape = network("resnet18")
-    masks = prune(model, 0.5, "filter", "uniform", dependency_input=shape)
+    masks = prune(model, 0.5, "filter", "uniform", example_input=shape)
     zero_dead_channels(model, masks, shape)
     shrunk = shrink(model, masks, shape)
     assert {after / before for name, (before, after) in shrunk.widths.items() if name in masks} == {0.5}
@@ -137,7 +137,7 @@ def test_parameters_keep_dtype_layout_and_whether_they_are_trained():
     model = model.double().to(memory_format=torch.channels_last)
     for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(number % 3 != 0)
-    small = dict(shrink(model, prune(model, 0.5, "filter", dependency_input=shape), shape).model.named_parameters())
+    small = dict(shrink(model, prune(model, 0.5, "filter", example_input=shape), shape).model.named_parameters())
     assert small.keys() == dict(model.named_parameters()).keys()
     assert sum(map(Tensor.numel, small.values())) < 0.6 * parameters(model)
     for name, parameter in model.named_parameters():
@@ -147,7 +147,7 @@ def test_parameters_keep_dtype_layout_and_whether_they_are_trained():
 
 def test_the_small_model_can_be_trained_copied_loaded_and_compiled():
     model, shape = network("resnet18")
-    masks = prune(model, 0.5, "filter", dependency_input=shape)
+    masks = prune(model, 0.5, "filter", example_input=shape)
     zero_dead_channels(model, masks, shape)
     small = shrink(model, masks, shape, multiple=2).model.train()
     optimizer = torch.optim.SGD(small.parameters(), 0.1)

@@ -45,9 +45,10 @@ def test_every_block_can_move_also_at_the_edges():
     assert not moved[8:].any()
 
 
+@pytest.mark.parametrize("example_input", [(1, 1, 4, 4), torch.zeros(3, 1, 4, 4)], ids=["shape", "images"])
 @pytest.mark.parametrize("weights", [True, False])
-def test_channels_of_empty_filters_are_zero_whatever_the_weights(weights):
+def test_channels_of_empty_filters_are_zero_whatever_the_weights(weights, example_input):
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     ticket = masks.Ticket({"0": torch.arange(4)[:, None, None, None].expand(4, 1, 3, 3) > 1}, model.state_dict(), {})
-    tickets.restore(model, ticket, (1, 1, 4, 4), weights=weights)
+    tickets.restore(model, ticket, example_input, weights=weights)
     assert model[1].weight.tolist() == [0, 0, 1, 1] and not model[1].bias.any()

@@ -118,7 +118,7 @@ def test_a_channel_permutation_applies_to_masks_and_initial_weights(rounds):
     if rounds == 1:  # the masks are those of the trained network, with its channels in the same order
         model = network(channels=8)
         training.train(model, batches(), CONFIG, validation=VALIDATION)
-        order = masks.permute_channels(model, shape=SHAPE, score="relative_magnitude", linear=True, **pruning)
+        order = masks.permute_channels(model, example_input=SHAPE, score="relative_magnitude", linear=True, **pruning)
         order.apply(model)
         assert equal_states(ticket.masks, masks.prune(model, score="relative_magnitude", linear=True, **pruning))
         assert equal_states(ticket.state_dict, order.permute_state_dict(start.state_dict()))
