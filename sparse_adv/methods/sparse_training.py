@@ -87,22 +87,26 @@ class SparseTraining(UpdateHook):
         if config.method == "none":
             raise ValueError("method must name a method, got 'none'")
         self.config, self.block = config, check_block(config.block)
+        self.wants_robust_loss = config.method == "flying-bird-plus"
+        self._reset()
+
+    def _reset(self) -> None:
         self.step = 0
         """Updates so far."""
         self.changes = 0
         """Changes of the masks so far."""
-        self.adaptation = Adaptation() if config.method == "flying-bird-plus" else None
-        self.wants_robust_loss = self.adaptation is not None
+        self.adaptation = Adaptation() if self.wants_robust_loss else None
         self.retained: tuple[float, float] | None = None
         """Fraction of the squared weights in the blocks kept, before and after channels were permuted; None if not."""
 
     def check_objective(self, objective: str) -> None:
         """Raise ValueError if the method needs an objective with an attack and this one has none."""
-        if self.adaptation is not None and objective == "natural":
+        if self.wants_robust_loss and objective == "natural":
             raise ValueError("objective must have an attack for method 'flying-bird-plus', got 'natural'")
 
     def begin(self, updater: Updater) -> None:
         self.check_objective(updater.config.objective)
+        self._reset()
         self.updater, self.model = updater, updater.model
         if self.config.permute_channels:
             check_traceable(self.model)

@@ -64,7 +64,7 @@ def search(
         prune_config: of the pruning; None for the paper's, one-shot to density 0.2.
         folder: as in `training.train`; it gets a folder for each round.
         metadata: JSON object for the ticket's provenance, such as network and data, to which a `SearchRecord` is added.
-        on_epoch: as in `training.train`, with epochs counted through all rounds.
+        on_epoch: called with the record of each epoch after it is saved; epochs are counted through all rounds.
 
     Returns:
         The ticket; `tickets.restore(model, ticket, images)` makes the sparse network. Its weights are those before the

@@ -30,7 +30,9 @@ class UpdateHook:
     config: MethodConfig | None = None
 
     def begin(self, updater: Updater) -> None:
-        """Called once, before the optimiser and the moving average of the weights are made.
+        """Called at the start of a run, before the optimiser and the moving average of the weights are made.
+
+        A hook that is used again for another run sets its own state anew here.
 
         Args:
             updater: of the run. It has `model`, `config` and `device`, and at later calls `optimizer` and `ema` (None
@@ -62,7 +64,11 @@ class UpdateHook:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that updates change beside that of model, optimiser and moving average."""
+        """Return the state that updates change beside that of model, optimiser and moving average.
+
+        It is saved after each epoch and loaded when the run continues, or when an epoch is undone: tensors, numbers,
+        text, and dicts, lists and tuples of these. Of a run of several processes that of rank 0 is saved.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

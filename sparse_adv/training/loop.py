@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
@@ -116,7 +117,7 @@ class Training:
         self.device = model_device(model)
         self.frozen = frozen_modules(model)
         self.graphs = Graphs()
-        self.hook = hook or UpdateHook()
+        self.hook = UpdateHook() if hook is None else hook
         if self.hook.wants_robust_loss and validation is None:
             raise ValueError("validation must have images, because the method follows the loss on them, got None")
         self.updater = Updater(model, config, count_batches(batches), self.device, self.graphs, self.hook)
@@ -130,7 +131,7 @@ class Training:
         self.records: list[EpochRecord] = []
         self.files: RunFiles | None = None
         if folder is not None:
-            own = identity.of_run(model, batches, validation, config.seed, bool(hook))
+            own = identity.of_run(model, batches, validation, config.seed, hook is not None)
             self.files = RunFiles(folder, config, batches, self.updater, self.monitor, own)
             self.records = self.files.restore()
         if self.records:
@@ -352,12 +353,13 @@ def train(
     """
     folder = None if folder is None else Path(folder)
     if folder is not None and distributed.rank() == 0:
-        runs.begin_training(folder, config, distributed.world_size(), before, hook.config if hook else None)
+        runs.begin_training(folder, config, distributed.world_size(), before, None if hook is None else hook.config)
     training = Training(model, batches, config, validation=validation, folder=folder, before=before, hook=hook)
     records = []
     for record in training.epochs(on_step):
         records.append(record)
-        if on_epoch and on_epoch(record) is True:
+        ends = None if on_epoch is None else on_epoch(record)
+        if isinstance(ends, bool | np.bool_) and ends:
             break
     return records
 

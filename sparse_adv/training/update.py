@@ -280,15 +280,15 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that updates change; its tensors are those in use, not copies."""
-        own = {
+        return {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "objective": self.objective.state_dict(),
+            "hook": (type(self.hook).__qualname__, self.hook.state_dict()),
         }
-        return own if self.hook.config is None else own | {"hook": self.hook.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from this state."""
@@ -300,8 +300,11 @@ class Updater:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.objective.load_state_dict(state["objective"])
-        if self.hook.config is not None:
-            self.hook.load_state_dict(state["hook"])
+        name, of_hook = state["hook"]
+        own = type(self.hook).__qualname__
+        if name != own and (of_hook or self.hook.state_dict()):
+            raise ValueError(f"hook must be of class {name}, as before, got {own}: take another folder, or delete it")
+        self.hook.load_state_dict(of_hook)
 
 
 @contextmanager

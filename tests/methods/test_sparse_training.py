@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
 from torch import nn
 
 from sparse_adv import engine, masks, methods, runs, training
@@ -353,3 +353,12 @@ def test_the_engine_and_attacks_see_changed_masks():
     hook = Compared(MethodConfig("rigl", density=0.3, interval=2))
     run(hook, config=replace(CONFIG, engine=True))
     assert hook.changes == 4
+
+
+@pytest.mark.parametrize("method", [*CHANGING, "flying-bird-plus"])
+def test_a_second_run_of_one_object_is_that_of_a_new_object(method):
+    hook = SparseTraining(MethodConfig(method, density=0.3, interval=2, permute_channels=method == "gmp"))
+    first = run(hook, network(), validation=VALIDATION)[0].state_dict()
+    changes, retained = hook.changes, hook.retained
+    assert equal_states(run(hook, network(), validation=VALIDATION)[0].state_dict(), first)
+    assert (hook.changes, hook.retained) == (changes, retained)
