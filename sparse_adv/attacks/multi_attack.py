@@ -84,6 +84,14 @@ class MultiAttack(Attack):
         attack.attacks = [member.for_images(index) for member in self.attacks]
         return attack
 
+    @property
+    def normalization_used(self) -> dict[str, Tensor] | None:
+        """Mean and std of the images that the attacks take; None for pixels."""
+        return self.attacks[0].normalization_used
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return self.attacks[0].normalize(images)
+
     def inverse_normalize(self, images: Tensor) -> Tensor:
         return self.attacks[0].inverse_normalize(images)
 

@@ -46,6 +46,15 @@ def test_normalised_images_go_through_all_attacks():
     assert torch.allclose(adv * 0.5 + 0.25, plain, atol=1e-5)
 
 
+def test_images_are_normalised_as_by_every_attack():
+    attack, images = MultiAttack([FGSM(model := classified()[0]), PGD(model)]), torch.rand(2, 3, 4, 4)
+    assert attack.normalization_used is None and attack.normalize(images).equal(images)
+    attack.set_normalization_used([0.25] * 3, [0.5] * 3)
+    assert attack.normalization_used["mean"].unique() == 0.25 and attack.normalization_used["std"].unique() == 0.5
+    torch.testing.assert_close(attack.normalize(images), (images - 0.25) / 0.5)
+    torch.testing.assert_close(attack.inverse_normalize(attack.normalize(images)), images)
+
+
 def test_device_and_model_are_those_of_every_attack():
     members = [FGSM(model := classified()[0]), PGD(model), Square(model)]
     attack, other = MultiAttack(members), classified()[0]
