@@ -18,25 +18,6 @@ def smallest_in_numpy(scores: np.ndarray, among: np.ndarray, count: int) -> np.n
     return chosen
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    scores=st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0, math.inf]), min_size=1, max_size=40),
-    data=st.data(),
-)
-def test_the_smallest_scores_are_selected_and_of_equal_ones_the_first(scores, data):
-    among = np.array(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
-    count = data.draw(st.integers(0, int(among.sum())))
-    found = selection.smallest(torch.tensor(scores), torch.from_numpy(among), count)
-    assert found.tolist() == smallest_in_numpy(np.array(scores), among, count).tolist()
-
-
-def test_nan_counts_as_zero_and_infinity_as_the_largest_number():
-    scores = torch.tensor([1.0, math.nan, math.inf, -1.0])
-    everything = torch.ones(4, dtype=torch.bool)
-    assert selection.smallest(scores, everything, 2).tolist() == [False, True, False, True]
-    assert selection.smallest(scores, everything, 4).all()
-
-
 shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
 
 
