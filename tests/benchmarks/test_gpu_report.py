@@ -126,7 +126,7 @@ def test_a_failing_part_fails_the_check_and_the_next_ones_still_run(checked):
     parts = json.loads((out / "gpu_check.json").read_text())["parts"]
     assert {part["part"] for part in parts} >= {"build", "native_errors", "tests", "memcheck", "attack_wrn", "shrink"}
     assert {part["status"] for part in parts} == {3}
-    assert sum(part["limit"] for part in parts) <= 535
+    assert sum(part["limit"] for part in parts) <= 539
     assert "## shrink failed with status 3" in run.stdout and "without pytest-xdist" in run.stdout
 
 
@@ -156,6 +156,9 @@ UNDER_MEMCHECK = (
     "test_the_start_gives_the_numbers_of_the_cpu[cuda-every other-dtype0-l2]",
     "test_blocks_with_triton_kernels[cuda-torch.bfloat16-strided, with an epilogue]",
     "test_batch_norm_act_equals_the_reference[cuda-odd-torch.bfloat16-channels_last]",
+    "test_batch_norm_act_equals_the_reference[cuda-odd-torch.bfloat16-contiguous]",
+    "test_max_pooling[cuda-shape1-channels_last]",
+    "test_blocks_give_the_gradients_of_autograd[cuda]",
 )
 
 
@@ -166,4 +169,4 @@ def test_the_parts_that_choose_tests_choose_those_they_are_for(checked, part, na
     chosen = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
     found = {name for line in chosen.splitlines() for name in re.findall(r"::(.+)$", line)}
     assert found >= set(names)
-    assert part == "native_errors" or all("[cuda-" in name for name in found)
+    assert part == "native_errors" or all("[cuda" in name for name in found)

@@ -55,6 +55,27 @@ def test_gradients_in_float32_differ_by_rounding(name, block):
     assert relative_error(program.gradient(x, loss), expected) < 1e-4
 
 
+def test_blocks_give_the_gradients_of_autograd(device):
+    """On a GPU in Triton kernels, which leave a bit for each output of a ReLU."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, 2, 1)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(64, 32, 3, padding=1), nn.Flatten(), nn.Linear(192, 10)).eval()
+    twin = copy.deepcopy(model).double()
+    for name, mask in (chosen := masks.prune(model, 0.5, block=(32, 32), scope="uniform", linear=False)).items():
+        twin.get_submodule(name).weight.data.masked_fill_(~mask, 0)
+    sparsify(model, chosen)
+    for layer in model.modules():
+        if isinstance(layer, MaskedConv2d):
+            layer.choose_kernels({name: {"kernel": "sparse"} for name in PASSES})
+    x, weights = torch.rand(4, 3, 14, 11), torch.randn(10)
+    expected = engine.Autograd(twin).gradient(x.double(), lambda logits: logits @ weights.double())
+    model, weights = model.to(device), weights.to(device)
+    with engine.input_gradients(model, x.to(device)) as gradients:
+        actual = gradients.gradient(x.to(device), lambda logits: logits @ weights)
+    assert isinstance(gradients, engine.Program)
+    assert relative_error(actual.cpu(), expected) < (1e-2 if device.type == "cuda" else 1e-4)  # TF32 on a GPU
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_layer_of_the_librarys_networks_is_left_to_autograd(name):
     model, x, _ = example(name, (4, 4))
