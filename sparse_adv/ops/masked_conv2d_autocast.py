@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops._library import IMPLEMENTATIONS
+from sparse_adv.ops.masked_conv2d_gradients import keep_known_through
 
 _DEVICES = ("cpu", "cuda")
 
@@ -31,6 +32,8 @@ def _register(device: str) -> None:
 
     def autocast(input: Tensor, weight: Tensor, pattern: list[Tensor], *rest: Any) -> Tensor:
         operands = cast(input), cast(weight), pattern, *map(cast, rest)
+        if operands[1] is not weight and not torch.compiler.is_compiling():
+            keep_known_through(operands[1])
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return torch.ops.sparse_adv.masked_conv2d(*operands)
 

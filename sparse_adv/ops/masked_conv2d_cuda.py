@@ -43,10 +43,10 @@ def masked_conv2d(
         return kernels.forward(
             input, values, pattern.blocks, pattern.rows, weight.shape, bias, *strides, *fused, precision()
         )
-    masked = _masked(weight, pattern)
+    masked = _masked(weight, pattern, layout_of(input))
     if scale is not None:
         masked = masked * scale[:, None, None, None]  # a pass over the weight instead of one over the output
-    output = torch.conv2d(input, in_layout_of(input, masked), bias, stride, padding, dilation, groups)
+    output = torch.conv2d(input, masked, bias, stride, padding, dilation, groups)
     if residual is not None:
         output += residual
     return in_layout_of(input, output.relu_() if relu else output)
@@ -69,7 +69,7 @@ def masked_conv2d_grad_input(
         values, lists = _block_values(pattern, weight), (pattern.blocks, pattern.grad_rows, pattern.grad_order)
         strides = (stride, padding, dilation)
         return kernels.grad_input(grad_output, values, *lists, input_size, *strides, precision=precision())
-    masked = in_layout_of(grad_output, _masked(weight, pattern))
+    masked = _masked(weight, pattern, layout_of(grad_output))
     # cuDNN reads only size and layout of the input, to which grad_output is copied if it has another one.
     input = torch.empty(
         tuple(input_size),
@@ -134,8 +134,12 @@ def _block_values(pattern: BlockPattern, weight: Tensor) -> Tensor:
     return kernels.pack(weight, pattern.blocks, pattern.block[:2], pattern.groups, weight.dtype)
 
 
-def _masked(weight: Tensor, pattern: Pattern) -> Tensor:
-    return weight if pattern.weight_is_masked else weight.where(pattern.mask, 0)
+def _masked(weight: Tensor, pattern: Pattern, layout: torch.memory_format) -> Tensor:
+    """The masked weight in this layout. It is written in it: a copy would take a second pass over the weight."""
+    if pattern.weight_is_masked:
+        return weight.contiguous(memory_format=layout)
+    out = torch.empty_like(weight, memory_format=layout)
+    return torch.where(pattern.mask, weight, weight.new_zeros(()), out=out)
 
 
 def precision() -> str:

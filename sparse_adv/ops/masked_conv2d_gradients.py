@@ -30,6 +30,19 @@ def is_masked(gradient: Tensor, mask: Tensor) -> bool:
     return known is mask and version == gradient._version
 
 
+def keep_known_through(cast: Tensor) -> None:
+    """Let the gradient of a weight be known to be masked, if that of its cast to another dtype is."""
+
+    def carry(of_weight: tuple[Tensor | None, ...], of_cast: tuple[Tensor | None, ...]) -> None:
+        if of_weight[0] is not None and of_cast[0] is not None:
+            mask, version = _masked.get(of_cast[0], (None, None))
+            if mask is not None and version == of_cast[0]._version:
+                _masked[of_weight[0]] = mask, of_weight[0]._version
+
+    if cast.grad_fn is not None:
+        cast.grad_fn.register_hook(carry)
+
+
 # The arguments of each op, in the order of its schema.
 _FORWARD = (
     "input",

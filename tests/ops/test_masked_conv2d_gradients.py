@@ -219,14 +219,20 @@ def test_only_the_required_gradients_are_computed():
         assert frozen[name].grad is not None
 
 
-def test_a_gradient_that_an_op_alone_has_formed_is_known_to_be_masked():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_gradient_that_an_op_alone_has_formed_is_known_to_be_masked(autocast):
     mask = torch.rand(4, 2, 3, 3) < 0.5
     pattern = compile_pattern(mask)
     weight = (torch.rand(4, 2, 3, 3) * mask).requires_grad_()
     x, known = torch.rand(2, 2, 5, 5), []
     weight.register_hook(lambda gradient: known.append(is_masked(gradient, pattern.mask)))
     weight.register_hook(lambda gradient: known.append(is_masked(gradient, mask.clone())))
-    for others, expected in ((0, True), (weight.sum(), False), (masked_conv2d(x, weight, pattern).sum(), False)):
-        (masked_conv2d(x, weight, pattern).sum() + others).backward()
+
+    def total():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return masked_conv2d(x, weight, pattern).sum()
+
+    for others, expected in ((0, True), (weight.sum(), False), (total(), False)):
+        (total() + others).backward()
         assert known == [expected, False]
         known.clear()
