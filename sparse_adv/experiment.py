@@ -294,7 +294,7 @@ class TrainRun:
 def density_of(model: nn.Module, ticket_masks: dict[str, torch.Tensor], dataset: data.Dataset) -> Density:
     """Return the densities of weights and MACs of a model under masks."""
     macs = mac_density(model, ticket_masks, (1, *dataset.input_shape))
-    return Density(masks.density(ticket_masks), macs)
+    return Density(masks.density(ticket_masks, model), macs)
 
 
 def _begin(folder: Path, info: RunInfo) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
+from sparse_adv.masks.layers import owners
 
 
 @checks_types
-def density(masks: Mapping[str, Tensor]) -> float:
+def density(masks: Mapping[str, Tensor], model: nn.Module | None = None) -> float:
     """Return the fraction of weights that masks keep: (number of true elements) / (number of elements) of all masks.
 
     Args:
         masks: bool masks keyed by module name.
+        model: the model that they are for, in which a weight that layers share counts once; None to count all masks.
 
     Returns:
         The density, in [0, 1].
 
     Raises:
         ValueError: if the masks have no element.
+        AttributeError: if the model lacks a module.
 
     Examples:
         >>> import torch
@@ -28,10 +31,18 @@ def density(masks: Mapping[str, Tensor]) -> float:
         >>> masks.density({"conv": torch.tensor([[True, False], [False, False]])})
         0.25
     """
+    if model is not None:
+        masks = of_distinct_weights(masks, model)
     total = sum(mask.numel() for mask in masks.values())
     if total == 0:
         raise ValueError(f"masks must have at least one element, got {len(masks)} masks without any")
     return sum(int(mask.count_nonzero()) for mask in masks.values()) / total
+
+
+def of_distinct_weights(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the masks without those of layers whose weight is also that of an earlier layer."""
+    owner = owners({name: model.get_submodule(name) for name in masks})
+    return {name: mask for name, mask in masks.items() if owner[name] == name}
 
 
 @checks_types

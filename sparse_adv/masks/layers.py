@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,6 +24,13 @@ def maskable(model: nn.Module, linear: bool = True) -> dict[str, Layer]:
     classes = (nn.Conv2d, nn.Linear) if linear else nn.Conv2d
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, classes))
     return {name: module for name, module in layers if not isinstance(module, NonDynamicallyQuantizableLinear)}
+
+
+def owners(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return, for each layer, the first one that has the same weight: a weight that layers share counts once."""
+    weights = {name: layer.weight for name, layer in layers.items()}
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
 
 
 def check_initialized(name: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.allocation import SCOPES, targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import dependency_groups
-from sparse_adv.masks.layers import check_initialized, computes_as_its_class, maskable, unknown_module
+from sparse_adv.masks.layers import check_initialized, computes_as_its_class, maskable, owners, unknown_module
 from sparse_adv.masks.selection import smallest
 from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
 
@@ -166,9 +166,8 @@ class Candidates:
         for name, layer in candidates.items():
             check_initialized(name, layer)
         weights = {name: layer.weight.detach() for name, layer in candidates.items() if name not in others}
-        first: dict[int, str] = {}
-        owner = {name: first.setdefault(id(layers[name].weight), name) for name in weights}
-        shapes = {name: weights[name].shape for name in first.values()}
+        owner = owners({name: layers[name] for name in weights})
+        shapes = {name: weights[name].shape for name in dict.fromkeys(owner.values())}
         function = score if callable(score) else _SCORES[score]
         return cls(weights, owner, shapes, targets_of(shapes, float(density), scope), function)
 

@@ -76,7 +76,7 @@ def check_density(masks: Mapping[str, Tensor], config: PruneConfig, number: int)
     """Check that the masks of a round keep as many weights as configured, within one block for each ranking.
 
     Args:
-        masks: bool masks by module name.
+        masks: bool masks by module name, one for each weight, see `of_distinct_weights`.
         config: of the pruning.
         number: of the round, counted from 1.
 

@@ -16,6 +16,7 @@ from sparse_adv import json_files, masks, runs
 from sparse_adv.argument_types import checks_types
 from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
+from sparse_adv.masks.algebra import of_distinct_weights
 from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.nn import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -194,8 +195,9 @@ class _Search:
             checks.check_reset(self.model, start)
             self.checks = replace(self.checks, reset=True)
         self.model.load_state_dict(self.initial)
-        log.info("found a ticket of density %.3f in %.1f s", masks.density(self.masks), self.cost.seconds)
-        ticket = masks.Ticket(self.masks, start, metadata | json_files.to_json(self._record()))
+        provenance = self._provenance()
+        log.info("found a ticket of density %.3f in %.1f s", provenance["density"], self.cost.seconds)
+        ticket = masks.Ticket(self.masks, start, provenance | metadata)
         return self._saved(ticket, self.folder)
 
     def _round(self, number: int) -> None:
@@ -221,7 +223,7 @@ class _Search:
         self.cost = self.records[-1].total + Cost(seconds=time.perf_counter() - begin)
         checks.check_pruned_weights(self.model, self.masks)
         checks.check_nested(new, self.masks)
-        weights, kept, requested = checks.check_density(new, self.prune_config, number)
+        weights, kept, requested = checks.check_density(of_distinct_weights(new, self.model), self.prune_config, number)
         self.checks = replace(
             self.checks,
             pruned_weights_zero=True,
@@ -231,7 +233,7 @@ class _Search:
             weights_requested=requested,
         )
         self.masks = new
-        self._saved(masks.Ticket(new, start, json_files.to_json(self._record())), folder)
+        self._saved(masks.Ticket(new, start, self._provenance()), folder)
 
     def _train(self, number: int, folder: Path | None) -> None:
         """Train for a round, and keep the records of its epochs."""
@@ -288,8 +290,9 @@ class _Search:
         if self.on_epoch:
             self.on_epoch(record)
 
-    def _record(self) -> SearchRecord:
-        return SearchRecord(self.train_config, self.prune_config.named(), self.records, self.cost, self.checks)
+    def _provenance(self) -> JSONObject:
+        record = SearchRecord(self.train_config, self.prune_config.named(), self.records, self.cost, self.checks)
+        return {"density": masks.density(self.masks, self.model), **json_files.to_json(record)}
 
     def _restore(self, path: Path) -> None:
         """Continue after the round that wrote this ticket."""
