@@ -95,9 +95,10 @@ def search(
     """
     prune_config = prune_config or PruneConfig()
     check_metadata(metadata or {})
-    if validation is not None:
-        check_evaluable("validation", validation)
     shape = check_fits(model, batches, train_config, prune_config)
+    seen = halved(validation) if prune_config.half_resolution else validation
+    if seen is not None:
+        check_evaluable("validation", seen, model)
     folder = None if folder is None else Path(folder)
     if folder is None or not (folder / IDENTITY).exists():  # one that was begun here may have left its masks
         _check_dense(model)
@@ -109,8 +110,8 @@ def search(
     if folder is not None and (folder / runs.TICKET).exists():
         return _finished(folder, train_config, prune_config)
     if prune_config.half_resolution:
-        batches, validation = Halved(batches), halved(validation)
-    run = _Search(model, batches, train_config, prune_config, validation, shape, folder, on_epoch, on_step)
+        batches = Halved(batches)
+    run = _Search(model, batches, train_config, prune_config, seen, shape, folder, on_epoch, on_step)
     with identity.training_of(model, folder):
         return run.run(metadata or {})
 

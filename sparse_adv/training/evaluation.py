@@ -13,17 +13,21 @@ from torch import Tensor, nn
 from sparse_adv import attacks
 from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks.ball import check_radius
-from sparse_adv.attacks.checks import InputValidator, count_classes, is_correct
+from sparse_adv.attacks.checks import InputValidator, check_label_range, count_classes, is_correct
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
 from sparse_adv.training import distributed
-from sparse_adv.training.checks import pairs_of
+from sparse_adv.training.checks import first_pass, pairs_of
 from sparse_adv.training.devices import reads_at_once
+from sparse_adv.training.random_numbers import seeded
 
 Images = Split | Iterable[tuple[Tensor, Tensor]]
 """Labelled images: a Split, or batches (images in [0, 1], labels) that can be iterated more than once."""
+
+BATCH_SIZE = 256
+"""Images of a batch of a Split."""
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -46,7 +50,7 @@ class Accuracy:
 
 
 @checks_types
-def clean_accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> Accuracy:
+def clean_accuracy(model: nn.Module, images: Images, batch_size: int = BATCH_SIZE) -> Accuracy:
     """Measure the fraction of images that the model classifies correctly; one with a NaN among its logits never is.
 
     Args:
@@ -83,7 +87,7 @@ def robust_accuracy(
     loss: str | attacks.Loss = "ce",
     early_stop: bool = False,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     graphs: attacks.Graphs | None = None,
     engine: bool = True,
     every_image: bool = False,
@@ -149,7 +153,7 @@ def robust_accuracy(
 
 @checks_types
 def fgsm_accuracy(
-    model: nn.Module, images: Images, *, eps: float = 8 / 255, norm: Norm = "linf", batch_size: int = 256
+    model: nn.Module, images: Images, *, eps: float = 8 / 255, norm: Norm = "linf", batch_size: int = BATCH_SIZE
 ) -> Accuracy:
     """Measure the fraction of images classified correctly clean and after one gradient step of size eps (FGSM).
 
@@ -202,23 +206,37 @@ def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor
     )
 
 
-def check_evaluable(name: str, images: Images) -> None:
+def check_evaluable(name: str, images: Images, model: nn.Module) -> None:
     """Raise TypeError or ValueError, before any training, if no accuracy on these images could be measured after it.
+
+    The model takes the first batch, in eval mode; of a Split the labels of all images are checked.
 
     Args:
         name: of the argument.
         images: a Split, or batches that are iterated in each evaluation.
+        model: whose accuracy is measured.
     """
     if isinstance(images, Iterator | Mapping):
         raise TypeError(
             f"{name} must be a Split or batches that can be iterated in each evaluation (a list, a DataLoader), got "
             f"{type(images).__name__}"
         )
+    device = model_device(model)
     try:
-        count = len(images.labels if isinstance(images, Split) else images)  # type: ignore[arg-type]
-    except TypeError:  # a DataLoader of a data set without a length
-        return
-    if not count and distributed.world_size() == 1:
+        with seeded(0, device), in_mode(model, "eval") as evaluated:  # a DataLoader draws a random number
+            first = next(iter(as_batches(images, BATCH_SIZE)), None)
+            if first is not None:
+                x, y = (tensor.to(device) for tensor in first)
+                with first_pass(x):
+                    classes = count_classes(_logits(evaluated, x), len(y))
+                InputValidator(deferred=False).check(x, y, classes)
+                if isinstance(images, Split):
+                    smallest, largest = images.labels.aminmax()
+                    check_label_range((int(smallest), int(largest)), classes)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error
+    if first is None and distributed.world_size() == 1:  # else another process may have images
         raise ValueError(f"{name} must hold at least one image, got none")
 
 

@@ -111,9 +111,9 @@ class Training:
         hook: UpdateHook | None = None,
     ) -> None:
         self.batches, self.config, self.validation, self.folder = batches, config, validation, folder
-        if validation is not None:
-            check_evaluable("validation", validation)
         check_trainable(model)
+        if validation is not None:
+            check_evaluable("validation", validation, model)
         self.device = model_device(model)
         self.frozen = frozen_modules(model)
         self.graphs = Graphs()

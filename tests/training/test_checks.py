@@ -77,3 +77,49 @@ def test_a_search_of_a_model_with_masks_is_refused_before_anything_is_written(tm
         with pytest.raises(ValueError, match=r"model must be dense, got a mask in '0': call densify\(model\) first"):
             tickets.search(model, batches(), CONFIG, validation=VALIDATION, folder=folder)
     assert not (tmp_path / "search").exists()
+
+
+UNFIT = {
+    "channels": data.Split(VALIDATION.images.expand(-1, 3, -1, -1), VALIDATION.labels),
+    "labels beyond the first batch": data.Split(torch.rand(300, 1, 6, 6), (torch.arange(300) == 299) * 2),
+    "range": data.Split(VALIDATION.images.float(), VALIDATION.labels),
+    "NaN": data.Split(torch.full((8, 1, 6, 6), torch.nan), LABELS[:8]),
+    "dtype of labels": data.Split(VALIDATION.images, VALIDATION.labels.int()),
+    "batches": [(VALIDATION.images.float(), VALIDATION.labels)],
+}
+
+
+@pytest.mark.parametrize("validation", UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize("half", [False, True])
+def test_validation_images_are_checked_as_training_images_are_before_the_first_update(validation, half, tmp_path):
+    steps = []
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    watch = {"folder": tmp_path, "on_step": steps.append}
+    given = tickets.PruneConfig(half_resolution=half)
+    for use in (
+        lambda **images: training.train(model, batches(), replace(CONFIG, evaluate_every=5), **images, **watch),
+        lambda **images: tickets.search(model, batches(), CONFIG, given, **images, **watch),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"^validation: (images|labels|model)"):
+            use(validation=validation)
+        assert not steps
+        use(validation=VALIDATION)  # in the same folder
+        steps.clear()
+        watch["folder"] = tmp_path / "search"
+
+
+def test_checking_validation_images_leaves_the_model_and_the_random_numbers_as_they_are():
+    modes = []
+
+    class Counted(nn.Sequential):
+        def forward(self, x):
+            modes.append(self.training)
+            return super().forward(x)
+
+    model = Counted(*network())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), 8, shuffle=True)
+    before = torch.get_rng_state()
+    training.Training(model, batches(), CONFIG, validation=loader)
+    assert modes == [False] and model.training and torch.get_rng_state().equal(before)
+    assert all(value.equal(model.state_dict()[name]) for name, value in state.items())
