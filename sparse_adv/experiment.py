@@ -16,6 +16,7 @@ from sparse_adv.json_files import JSONObject
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Density, EpochRecord, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
+from sparse_adv.training.folder_lock import FolderLock, hold
 from sparse_adv.training.update import updates_of
 
 
@@ -117,6 +118,7 @@ class SearchRun:
         device: of the network.
 
     Raises:
+        BlockingIOError: if another process writes to the folder.
         ValueError: if the folder holds another run, or a configuration does not fit the images.
 
     Examples:
@@ -147,7 +149,8 @@ class SearchRun:
         self.model = build_network(network, dataset, train.seed, device)
         self.batches = make_batches(images, dataset, train.seed)
         tickets.check_fits(self.model, self.batches, train, prune)
-        _begin(folder, RunInfo("search", train, prune.named(), images, network, world_size=distributed.world_size()))
+        processes = distributed.world_size()
+        self.lock = _begin(folder, RunInfo("search", train, prune.named(), images, network, world_size=processes))
 
     @property
     def updates(self) -> int:
@@ -175,6 +178,7 @@ class SearchRun:
         density = density_of(self.model, ticket.masks, self.dataset)
         result = SearchResult(record.cost, record.checks, density)
         if distributed.rank() == 0:
+            self.lock.check()
             json_files.write(self.folder / runs.RESULT, result)
         return result
 
@@ -201,6 +205,7 @@ class TrainRun:
         name: what reports call the run; None for the folder's name.
 
     Raises:
+        BlockingIOError: if another process writes to the folder.
         FileNotFoundError: if the folder has epochs of an unfinished run, but not the state to continue from.
         ValueError: if the folder holds another run, or the ticket does not fit the network.
 
@@ -260,10 +265,13 @@ class TrainRun:
             density=density,
             before=before,
         )
-        _begin(folder, info)
+        self.lock = _begin(folder, info)
+        path = folder / runs.RESULT
+        self.result = json_files.read(TrainResult, path) if path.exists() else None
+        """None for an unfinished run. A file that appears in its folder later is not its own."""
         self.training: Training | None = None
         """None for a finished run that has lost its state: its result is returned, its weights are not restored."""
-        if (folder / runs.RESULT).exists() and not (folder / runs.STATE).exists():
+        if self.result is not None and not (folder / runs.STATE).exists():
             return
         self.training = Training(
             self.model, self.batches, train, validation=dataset.validation, folder=folder, before=before, hook=hook
@@ -281,14 +289,16 @@ class TrainRun:
         return iter(runs.read(self.folder).records) if self.training is None else self.training.epochs(on_step)
 
     def finish(self) -> TrainResult:
-        """Test the best weights on the test images and write `result.json`; if the run is finished, only read it."""
-        path = self.folder / runs.RESULT
-        if path.exists():
-            return json_files.read(TrainResult, path)
+        """Test the best weights on the test images and write `result.json`; a finished run has it already."""
+        self.lock.check()
+        if self.result is not None:
+            return self.result
         assert self.training is not None
         tickets.check_pruned_weights(self.model, self.masks)
         checks = TicketChecks(pruned_weights_zero=True)
-        return final_test(self.model, self.folder, self.training.records, self.train, self.dataset.test, checks)
+        records = self.training.records
+        self.result = final_test(self.model, self.folder, records, self.train, self.dataset.test, checks)
+        return self.result
 
 
 def density_of(model: nn.Module, ticket_masks: dict[str, torch.Tensor], dataset: data.Dataset) -> Density:
@@ -297,8 +307,10 @@ def density_of(model: nn.Module, ticket_masks: dict[str, torch.Tensor], dataset:
     return Density(masks.density(ticket_masks, model), macs)
 
 
-def _begin(folder: Path, info: RunInfo) -> None:
-    """On rank 0, write `run.json`, or check that the run in the folder has the same settings."""
+def _begin(folder: Path, info: RunInfo) -> FolderLock:
+    """Lock the folder; on rank 0, write `run.json`, or check that the run in the folder has the same settings."""
+    lock = hold(folder)
     if distributed.rank() == 0:
         runs.begin(folder, info)
     distributed.barrier()
+    return lock

@@ -7,6 +7,7 @@ result.json          a SearchResult or TrainResult, once the run is finished; re
 last.safetensors     state dict after the last epoch; best.safetensors: after the epoch of the best validation accuracy
 state.pt             what a stopped run continues from, readable with torch.load(..., weights_only=True)
 ticket.safetensors   the ticket that a search found
+run.lock             locked by the process that writes to the folder, whose number it holds
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ LAST = "last.safetensors"
 BEST = "best.safetensors"
 STATE = "state.pt"
 TICKET = "ticket.safetensors"
+LOCK = "run.lock"
 
 
 @dataclass(frozen=True)

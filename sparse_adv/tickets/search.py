@@ -29,6 +29,7 @@ from sparse_adv.training import distributed, identity, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
 from sparse_adv.training.checks import pairs_of
 from sparse_adv.training.evaluation import Images, check_evaluable
+from sparse_adv.training.folder_lock import FolderLock, hold
 from sparse_adv.training.loop import Batches
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.update import updates_of
@@ -74,7 +75,9 @@ def search(
         in another order of channels, in which the network computes the same function.
 
     Raises:
-        FileNotFoundError: if an unfinished round in the folder has epochs, but not the state to continue from.
+        BlockingIOError: if another process writes to the folder.
+        FileNotFoundError: if an unfinished round in the folder has epochs, but not the state to continue from, or if
+            the folder was deleted or replaced while the search went on.
         ValueError: before any training, if the model has masks, `prune_config` does not fit it, `metadata` are no JSON
             data or have a key of `SearchRecord`, or the folder holds another search: of other settings, initial weights
             or images.
@@ -102,6 +105,7 @@ def search(
     folder = None if folder is None else Path(folder)
     if folder is None or not (folder / IDENTITY).exists():  # one that was begun here may have left its masks
         _check_dense(model)
+    lock = hold(folder)
     if folder is not None and distributed.rank() == 0:
         runs.begin_search(folder, train_config, prune_config, distributed.world_size())
     distributed.barrier()
@@ -111,7 +115,7 @@ def search(
         return _finished(folder, train_config, prune_config)
     if prune_config.half_resolution:
         batches = Halved(batches)
-    run = _Search(model, batches, train_config, prune_config, seen, shape, folder, on_epoch, on_step)
+    run = _Search(model, batches, train_config, prune_config, seen, shape, folder, lock, on_epoch, on_step)
     with identity.training_of(model, folder):
         return run.run(metadata or {})
 
@@ -170,12 +174,13 @@ class _Search:
         validation: Images | None,
         shape: tuple[int, ...] | None,
         folder: Path | None,
+        lock: FolderLock,
         on_epoch: Callable[[EpochRecord], object] | None,
         on_step: Callable[[int], None] | None,
     ) -> None:
         self.model, self.batches, self.train_config, self.prune_config = model, batches, train_config, prune_config
         self.validation, self.folder, self.on_epoch, self.on_step = validation, folder, on_epoch, on_step
-        self.shape = shape
+        self.shape, self.lock = shape, lock
         self.frozen = frozen_modules(model)
         self.initial = self._first_version(INITIAL, model.state_dict())
         self._begin: dict[str, Tensor] | None = None if prune_config.rewind_step else self.initial
@@ -262,6 +267,7 @@ class _Search:
     def _at_step(self, step: int) -> None:
         if step == self.prune_config.rewind_step:
             if self.folder is not None and distributed.rank() == 0:
+                self.lock.check()
                 (self.folder / REWIND).unlink(missing_ok=True)  # written in an epoch that was undone or not finished
             self._begin = self._first_version(REWIND, self.model.state_dict())
         if self.on_step:
@@ -280,6 +286,7 @@ class _Search:
             return copy.deepcopy(dict(state_dict))
         path = self.folder / name
         if distributed.rank() == 0 and not path.exists():
+            self.lock.check()
             write_weights(path, state_dict, {})
         distributed.barrier()
         return read_weights(path)[0]
@@ -287,6 +294,7 @@ class _Search:
     def _remember(self, record: EpochRecord) -> None:
         self.records = [*self.records[: record.epoch - 1], record]
         if self.folder is not None and distributed.rank() == 0:
+            self.lock.check()
             json_files.write_lines(self.folder / runs.EPOCHS, self.records)
         if self.on_epoch:
             self.on_epoch(record)
@@ -307,6 +315,7 @@ class _Search:
         if folder is None:
             return ticket
         if distributed.rank() == 0:
+            self.lock.check()
             masks.save_ticket(folder / runs.TICKET, ticket)
         distributed.barrier()
         return masks.load_ticket(folder / runs.TICKET)

@@ -39,6 +39,7 @@ from sparse_adv.training.evaluation import (
     model_device,
     robust_accuracy,
 )
+from sparse_adv.training.folder_lock import hold
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
@@ -337,7 +338,9 @@ def train(
         A record per epoch.
 
     Raises:
-        FileNotFoundError: if the folder has epochs of a run, but not the state to continue from.
+        BlockingIOError: if another process writes to the folder.
+        FileNotFoundError: if the folder has epochs of a run, but not the state to continue from, or if it was deleted
+            or replaced while the run went on.
         FloatingPointError: if the loss or a weight is not finite; the folder keeps the epochs before.
         TypeError: if the batches have no length or wrong dtypes, or the validation images can be iterated only once.
         ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it, or the
@@ -352,9 +355,11 @@ def train(
         ([1, 2, 3], True)
     """
     folder = None if folder is None else Path(folder)
+    lock = hold(folder)
     if folder is not None and distributed.rank() == 0:
         runs.begin_training(folder, config, distributed.world_size(), before, None if hook is None else hook.config)
     training = Training(model, batches, config, validation=validation, folder=folder, before=before, hook=hook)
+    del lock  # `training` holds it
     records = []
     for record in training.epochs(on_step):
         records.append(record)

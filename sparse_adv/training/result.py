@@ -13,6 +13,7 @@ from sparse_adv.runs import EpochRecord, TicketChecks, TrainResult
 from sparse_adv.training import distributed
 from sparse_adv.training.checkpoint import read_weights
 from sparse_adv.training.evaluation import Images, clean_accuracy, fgsm_accuracy, robust_accuracy
+from sparse_adv.training.folder_lock import hold
 
 TEST_STEPS = 20
 
@@ -40,7 +41,8 @@ def final_test(
         The result that was written.
 
     Raises:
-        FileNotFoundError: if the folder lacks the weights.
+        BlockingIOError: if another process writes to the folder.
+        FileNotFoundError: if the folder lacks the weights, or was deleted or replaced during the test.
         ValueError: if they are those of another epoch, or there is no test image.
 
     Examples:
@@ -55,6 +57,7 @@ def final_test(
         >>> result.tested, sorted(result.test)
         ('last', ['clean', 'fgsm', 'pgd-20'])
     """
+    lock = hold(folder)
     best = runs.best(records, config)
     epoch, path = (records[-1], folder / runs.LAST) if best is None else (best, folder / runs.BEST)
     weights, metadata = read_weights(path)
@@ -80,6 +83,7 @@ def final_test(
         test={attack: accuracy.fraction for attack, accuracy in accuracies.items()},
     )
     if distributed.rank() == 0:
+        lock.check()
         json_files.write(folder / runs.RESULT, result)
     distributed.barrier()
     return result

@@ -15,6 +15,7 @@ from sparse_adv.config import TrainConfig
 from sparse_adv.runs import EpochRecord, best
 from sparse_adv.training import distributed, identity, random_numbers
 from sparse_adv.training.checkpoint import damaged, read_state, write_state, write_weights
+from sparse_adv.training.folder_lock import hold
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.update import Updater
 
@@ -30,6 +31,9 @@ class RunFiles:
         batches: of this process; the states of their generators are saved.
         updater, monitor: of the run; their states are saved.
         own: what `identity.of_run` returned on this process.
+
+    Raises:
+        BlockingIOError: if another process writes to the folder.
     """
 
     def __init__(
@@ -43,10 +47,15 @@ class RunFiles:
     ) -> None:
         self.folder, self.config, self.batches, self.updater, self.monitor = folder, config, batches, updater, monitor
         self.identity = own
+        self.lock = hold(folder)
         random_numbers.warn_of_unsaved(batches, updater.model)
 
     def save(self, records: list[EpochRecord]) -> None:
-        """Write all files, first the state: a run continues after its epoch, and `restore` writes the others again."""
+        """Write all files, first the state: a run continues after its epoch, and `restore` writes the others again.
+
+        Raises:
+            FileNotFoundError: if the folder was deleted or replaced, see `folder_lock`.
+        """
         of_ranks = distributed.collect(
             {
                 "objective": {key: tensor.cpu() for key, tensor in self.updater.objective.state_dict().items()},
@@ -55,6 +64,7 @@ class RunFiles:
             }
         )
         if distributed.rank() == 0:
+            self.lock.check()
             write_state(
                 self.folder / runs.STATE,
                 {
