@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.attacks.autoattack_state import Result, State, fingerprint
-from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned
+from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned, with_enough_classes
 from sparse_adv.attacks.ball import Ball, Values, checked_ball, into_ball
 from sparse_adv.attacks.base import Attack, as_device
 from sparse_adv.attacks.checks import (
@@ -289,7 +289,7 @@ class AutoAttack(Versioned, Attack):
         )
         first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
         logits = self.get_logits(first)
-        check_label_range(label_range, count_classes(logits, len(first)))
+        check_label_range(label_range, with_enough_classes(names, count_classes(logits, len(first))))
         ball = self.ball.of(torch.arange(len(first)))._asdict()
         signs = signs_of_masking(self.model, first, truth, **ball)
         if path is not None and state is not None and not any("between two calls" in sign for sign in signs):

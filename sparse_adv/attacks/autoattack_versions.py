@@ -154,6 +154,29 @@ VERSIONS = {
 """Names of the attacks of each version, in their order."""
 
 
+_LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+"""Number of classes that the loss of an attack is defined for."""
+
+
+def with_enough_classes(names: Sequence[str], classes: int) -> int:
+    """Return the number of classes; raise ValueError if one of the attacks needs more.
+
+    Examples:
+        >>> with_enough_classes(["apgd-ce", "apgd-t"], 3)
+        Traceback (most recent call last):
+        ...
+        ValueError: apgd-t needs at least 4 classes, the model has 3: take version "custom" with ...
+    """
+    for name in names:
+        if classes < (least := _LEAST_CLASSES.get(name, 2)):
+            others = sorted(set(MEMBERS) - set(_LEAST_CLASSES))
+            raise ValueError(
+                f'{name} needs at least {least} classes, the model has {classes}: take version "custom" with '
+                f"attacks_to_run of {', '.join(others[:-1])} and {others[-1]}, or, for evaluate, --attack bound"
+            )
+    return classes
+
+
 class Versioned:
     """An object with a version, its attacks and their settings, and a seed; all may be set between two runs."""
 

@@ -347,3 +347,13 @@ def test_a_state_is_of_one_function_whatever_its_parameters(attacked, tmp_path):
     for other in (lambda x: model(1 - x), lambda x: model(x).roll(1, 1)):
         with pytest.raises(ValueError, match=r"state\.safetensors is of another model"):
             run(other)
+
+
+@pytest.mark.parametrize(("version", "classes", "name"), [("standard", 3, "apgd-t"), ("rand", 2, "apgd-dlr")])
+def test_too_few_classes_for_one_attack_are_refused_before_the_first(version, classes, name):
+    model, calls = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, classes)), []
+    model.register_forward_hook(lambda *call: calls.append(call))
+    evaluator = AutoAttack(model, eps=EPS, version=version, seed=0, verbose=False)
+    with pytest.raises(ValueError, match=f"{name} needs at least . classes, the model has {classes}: take version"):
+        evaluator.run_standard_evaluation(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))
+    assert len(calls) == 1
