@@ -31,6 +31,7 @@ BEST = "best.safetensors"
 STATE = "state.pt"
 TICKET = "ticket.safetensors"
 LOCK = "run.lock"
+FILES = frozenset([INFO, EPOCHS, RESULT, LAST, BEST, STATE, TICKET, LOCK])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from sparse_adv import attacks, data, experiment, facts, json_files, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig
+from sparse_adv.config import DataConfig, require_radius
 from sparse_adv.files import check_writable, write_text
 from sparse_adv.report.tables import table
 from sparse_adv.training import distributed
@@ -84,6 +84,8 @@ class Options:
             raise ValueError(f"--sparsity must be one of {allowed} for {self.structure}, got {self.sparsity}")
         if not self.eps or not all(0 < eps < math.inf for eps in self.eps):
             raise ValueError(f"--eps must be positive numbers, got {list(self.eps)}")
+        for eps in self.eps:
+            require_radius(eps, "linf")
         for name in ("images", "batch"):
             value = getattr(self, name)
             if value is not None and value < 1:

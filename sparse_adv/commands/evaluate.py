@@ -13,7 +13,7 @@ from sparse_adv import attacks, data, experiment, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, Norm, TrainConfig
+from sparse_adv.config import DataConfig, Norm, TrainConfig, require_radius
 from sparse_adv.files import check_writable, write_text
 from sparse_adv.training import clean_accuracy, deterministic, distributed, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.evaluation import model_device
@@ -99,6 +99,8 @@ class Options:
         for name in ("limit", "validation"):
             if getattr(self, name) is not None and self.split == "test":
                 raise ValueError(f"--{name} divides the training images: choose some of them with --split")
+        if self.out is not None:
+            _check_new(self.out, self.what, self.state)
 
 
 def run(options: Options) -> int:
@@ -114,6 +116,9 @@ def run(options: Options) -> int:
         given = {name: getattr(options, name) for name in ("data", "limit", "validation")}
         wanted = replace(wanted, **{name: value for name, value in given.items() if value is not None})
         seed = train.seed if options.seed is None else options.seed
+        eps = train.eps if options.eps is None else options.eps
+        ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
+        require_radius(**ball)
         dataset = experiment.load_data(wanted, seed, device)
         model = networks.trained(
             options.what,
@@ -128,8 +133,6 @@ def run(options: Options) -> int:
         images = getattr(dataset, options.split)
         if options.images is not None:
             images = data.Split(images.images[: options.images], images.labels[: options.images])
-        eps = train.eps if options.eps is None else options.eps
-        ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
         output = Output(options.json)
         measure = _autoattack if options.attack == "autoattack" else _bound
         accuracies, robust, meaning, signs, undone = measure(options, output, model, images, seed, ball)
@@ -149,6 +152,15 @@ def run(options: Options) -> int:
         if options.out and distributed.rank() == 0:
             write_text(options.out, json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _check_new(out: Path, what: Path, state: Path | None) -> None:
+    """Raise ValueError if the result would replace a file that is read: the progress, the weights, or one of a run."""
+    path = out.resolve()
+    if state is not None and path == state.resolve():
+        raise ValueError(f"--out and --state must be two files, got {out} for both")
+    if path == what.resolve() or ((path.parent / runs.INFO).is_file() and path.name in runs.FILES):
+        raise ValueError(f"--out must not replace a file of a run or the weights, got {out}")
 
 
 class BallArgs(TypedDict):

@@ -65,6 +65,19 @@ def require_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at most {_LARGEST:g}, got {value!r}")
 
 
+def require_radius(eps: float, norm: str) -> None:
+    """Raise ValueError for a radius beyond all images, such as 8 for 8/255.
+
+    Examples:
+        >>> require_radius(8, "linf")
+        Traceback (most recent call last):
+        ...
+        ValueError: eps must be at most 1 for norm 'linf', as 8/255 for images in [0, 1], got 8
+    """
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"eps must be at most 1 for norm 'linf', as 8/255 for images in [0, 1], got {eps!r}")
+
+
 def refuse_unused(config: object, default: object, without_effect: Mapping[str, str]) -> None:
     """Raise ValueError if a field that has no effect has another value than by default, naming its flag.
 

@@ -6,7 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sparse_adv.config.checks import is_number, make_plain, require_integer, require_number, require_one_of
+from sparse_adv.config.checks import (
+    is_number,
+    make_plain,
+    require_integer,
+    require_number,
+    require_one_of,
+    require_radius,
+)
 
 Objective = Literal[
     "natural", "fgsm", "fgsm-rs", "n-fgsm", "fgsm-rs-cs", "fgsm-uap", "nu-at", "pgd", "free", "trades", "mart"
@@ -136,8 +143,7 @@ class TrainConfig:
         require_integer("seed", self.seed, least=0)
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps"):
             require_number(name, getattr(self, name))
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps must be at most 1 for norm 'linf', as 8/255 for images in [0, 1], got {self.eps!r}")
+        require_radius(self.eps, self.norm)
         for name in ("max_grad_norm", "awp_gamma", "awp_warmup_epochs"):
             require_number(name, getattr(self, name))
         for name in ("alpha", "beta"):

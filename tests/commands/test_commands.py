@@ -196,6 +196,24 @@ def test_evaluate_takes_from_the_run_what_it_is_not_told(trained, tmp_path, caps
     assert (loaded.limit, loaded.validation, seed, fgsm) == (120, 30.0, 0, {"eps": 0.0, "norm": "linf"})
 
 
+def test_evaluate_refuses_a_radius_beyond_all_images(trained, capsys):
+    for flags in (["--eps", "8"], ["--eps", "8", "--attack", "autoattack"]):
+        assert "eps must be at most 1 for norm 'linf', as 8/255" in refused(capsys, "evaluate", str(trained), *flags)
+
+
+def test_evaluate_never_writes_its_result_over_what_it_reads(trained, tmp_path, capsys):
+    before = {file: file.read_bytes() for file in trained.iterdir()}
+    for name in (runs.RESULT, runs.INFO, runs.BEST):
+        said = refused(capsys, "evaluate", str(trained), "--out", str(trained / name))
+        assert f"--out must not replace a file of a run or the weights, got {trained / name}" in said
+    own = str(tmp_path / "weights.safetensors")
+    assert "--out must not replace" in refused(capsys, "evaluate", own, "--out", own)
+    same = str(tmp_path / "same.json")
+    said = refused(capsys, "evaluate", str(trained), "--attack", "autoattack", "--state", same, "--out", same)
+    assert f"--out and --state must be two files, got {same} for both" in said
+    assert before == {file: file.read_bytes() for file in trained.iterdir()} and not list(tmp_path.iterdir())
+
+
 def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
     model = models.build("digits_cnn", width=8)
     torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "a.pt")
