@@ -92,18 +92,18 @@ void batch_norm_channel_sums(const BatchNormSums<T>& operands, int64_t images, i
   sums(operands, images, begin, end, first, second);
 }
 
-template <class T>
-void batch_norm_pixel_sums(const BatchNormSums<T>& shared, int64_t begin, int64_t end, T* scratch, double* first,
-                           double* second) {
+template <class Bits, class T>
+static void pixel_sums(const BatchNormSums<T>& shared, int64_t begin, int64_t end, T* scratch, double* first,
+                       double* second) {
   const BatchNormSums<T> operands = shared;
   const int64_t channels = operands.runs.channels;
   T *const firsts = scratch, *const seconds = scratch + channels;
   for (int64_t c = 0; c < channels; ++c) first[c] = second[c] = 0;
   for (int64_t start = begin; start < end; start += kAddends) {
     for (int64_t i = 0; i < 2 * channels; ++i) scratch[i] = 0;
-    visit_runs<T, WideRows<T>>(
+    visit_runs<T, Bits>(
         operands.runs, {.read = operands.gate}, start, start + kAddends < end ? start + kAddends : end, [](int64_t) {},
-        [&](int64_t at, int64_t column, int count, WideRows<T>& bits) __attribute__((always_inline)) {
+        [&](int64_t at, int64_t column, int count, Bits& bits) __attribute__((always_inline)) {
           const auto d = add(load_up_to(operands.input + at, count), load_up_to(operands.minus_shift + column, count));
           const auto g = operands.grad ? gated(operands, at, count, bits) : d;
           store_up_to(firsts + column, add(load_up_to(firsts + column, count), g), count);
@@ -115,6 +115,14 @@ void batch_norm_pixel_sums(const BatchNormSums<T>& shared, int64_t begin, int64_
       second[c] += seconds[c];
     }
   }
+}
+
+template <class T>
+void batch_norm_pixel_sums(const BatchNormSums<T>& operands, int64_t begin, int64_t end, T* scratch, double* first,
+                           double* second) {
+  const bool is_narrow = has_narrow_rows(operands.runs);
+  const auto sums = is_narrow ? &pixel_sums<NarrowRows<T>, T> : &pixel_sums<WideRows<T>, T>;
+  sums(operands, begin, end, scratch, first, second);
 }
 
 template <bool CHANNELS_LAST, class Bits, class T>
@@ -155,9 +163,10 @@ static void grad_input(const BatchNormGradInput<T>& shared, int64_t begin, int64
 template <class T>
 void batch_norm_grad_input(const BatchNormGradInput<T>& operands, int64_t begin, int64_t end) {
   const Runs& runs = operands.operands.runs;
-  if (runs.channels_last) return grad_input<true, WideRows<T>>(operands, begin, end);
-  if (has_narrow_rows(runs)) return grad_input<false, NarrowRows<T>>(operands, begin, end);
-  return grad_input<false, WideRows<T>>(operands, begin, end);
+  const bool is_narrow = has_narrow_rows(runs);
+  if (runs.channels_last)
+    return (is_narrow ? &grad_input<true, NarrowRows<T>, T> : &grad_input<true, WideRows<T>, T>)(operands, begin, end);
+  (is_narrow ? &grad_input<false, NarrowRows<T>, T> : &grad_input<false, WideRows<T>, T>)(operands, begin, end);
 }
 
 #define SPARSE_ADV_INSTANTIATE(T)                                                                              \

@@ -30,6 +30,8 @@ std::array<int64_t, 4> gate_size(const Tensor& like) {
 Runs runs_of(const Tensor& tensor, bool has_gate) {
   const int64_t C = tensor.size(1), H = tensor.size(2), W = tensor.size(3);
   if (is_channels_last(tensor)) return {.channels = C, .channels_last = true, .rows = 1, .row_size = C};
+  // In memory an image of one pixel is one of channels_last; as it counts as NCHW, its gate has a row for each channel.
+  if (H * W == 1) return {.channels = C, .channels_last = true, .rows = has_gate ? C : 1, .row_size = has_gate ? 1 : C};
   const int64_t rows = has_gate && W % 8 != 0 ? H : 1;
   return {.channels = C, .channels_last = false, .rows = rows, .row_size = H * W / rows};
 }

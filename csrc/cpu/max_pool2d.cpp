@@ -23,9 +23,9 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // elements per thread at least
 
-// `image` and `pooled` are in one layout. Lines of the image are rows of one channel (NCHW) or of all (channels_last).
+// `image` and `pooled` are in one layout. Lines of the image are rows of one channel (NCHW) or of all (channels_last,
+// and images of one pixel).
 struct Geometry {
-  bool channels_last;
   int64_t planes;  // images, times channels if NCHW
   int64_t image_rows, pooled_rows;
   int64_t image_line, pooled_line;  // elements
@@ -45,17 +45,16 @@ Geometry check_geometry(const Tensor& image, const Tensor& pooled, const std::ve
   const std::vector<int64_t> pooled_size{N, C, H / size[0], W / size[1]};
   check_size("the pooled images", pooled, pooled_size);
   check_dtype("the pooled images", pooled, "the images", image);
-  const bool channels_last = is_channels_last(image);
-  const bool fits = channels_last ? layouts_agree(pooled, image) : pooled.is_contiguous();
+  const bool fits = is_channels_last(image) ? layouts_agree(pooled, image) : pooled.is_contiguous();
   check(fits, "the pooled images must have the layout of the images, got strides ", text_of(pooled.strides()));
   check_size("index", index, pooled_size);
   if (index)
     check(index->scalar_type() == ScalarType::Byte && have_same_layout(*index, pooled),
           "index must be uint8 and have the layout of the pooled images, got ", index->scalar_type(), " with strides ",
           text_of(index->strides()));
+  const bool channels_last = runs_of(image, false).channels_last;
   const int64_t step = channels_last ? C : 1;
-  return {.channels_last = channels_last,
-          .planes = channels_last ? N : N * C,
+  return {.planes = channels_last ? N : N * C,
           .image_rows = H,
           .pooled_rows = H / size[0],
           .image_line = W * step,

@@ -30,9 +30,10 @@ static void runs(const Pointwise<T>& operands, int64_t begin, int64_t end) {
 
 template <class T>
 void pointwise(const Pointwise<T>& operands, int64_t begin, int64_t end) {
-  if (operands.runs.channels_last) return runs<true, WideRows<T>>(operands, begin, end);
-  if (has_narrow_rows(operands.runs)) return runs<false, NarrowRows<T>>(operands, begin, end);
-  return runs<false, WideRows<T>>(operands, begin, end);
+  const bool is_narrow = has_narrow_rows(operands.runs);
+  if (operands.runs.channels_last)
+    return (is_narrow ? &runs<true, NarrowRows<T>, T> : &runs<true, WideRows<T>, T>)(operands, begin, end);
+  (is_narrow ? &runs<false, NarrowRows<T>, T> : &runs<false, WideRows<T>, T>)(operands, begin, end);
 }
 
 template void pointwise(const Pointwise<float>&, int64_t, int64_t);

@@ -5,7 +5,8 @@
 
 namespace sparse_adv {
 
-// NCHW, a run has the pixels of one channel of an image, and channels_last the channels of one pixel.
+// NCHW, a run has the pixels of one channel of an image, and channels_last, or if an image is one pixel, the channels
+// of one pixel.
 struct Runs {
   int64_t channels;
   bool channels_last;

@@ -1,6 +1,8 @@
 // Visits runs (runs.h) vector by vector, along with the bits of their gates.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/runs.h"
 #include "cpu/simd_epilogue.h"
 
@@ -41,6 +43,19 @@ struct WideRows : BitsInRow<Lanes<T>::count> {
   void end_strip(const GatePointers&, int64_t) { this->row_start += row_bytes; }
 };
 
+// The bits of 8 rows of one element, which are a byte each: a product moves all of them at once.
+static inline uint64_t gather_8_single(const uint8_t* p) {
+  uint64_t bytes;
+  std::memcpy(&bytes, p, 8);
+  return (bytes & 0x0101010101010101) * 0x0102040810204080 >> 56;
+}
+
+static inline void scatter_8_single(uint8_t* p, uint64_t bits) {
+  const uint64_t each = ((bits & 0xff) * 0x0101010101010101) & 0x8040201008040201;
+  const uint64_t bytes = (each + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101;
+  std::memcpy(p, &bytes, 8);
+}
+
 // Strips of as many rows as fit 64 bits, which stay in a register: a row of 4, 7 or 14 pixels does not fill a vector.
 template <class T>
 struct NarrowRows {
@@ -55,15 +70,27 @@ struct NarrowRows {
         row_start(first_run * runs.rows * row_bytes) {}
 
   void start_strip(const GatePointers& gates, int64_t rows) {
-    bits = gates.read ? gather_rows(gates.read + row_start, rows, row_size, row_bytes) : 0;
+    bits = gates.read ? gather(gates.read + row_start, rows) : 0;
   }
   void end_strip(const GatePointers& gates, int64_t rows) {
-    if (gates.write) scatter_rows(gates.write + row_start, rows, row_size, row_bytes, bits);
+    if (gates.write) scatter(gates.write + row_start, rows);
     row_start += rows * row_bytes;
   }
   uint32_t load(const uint8_t*, int) const { return static_cast<uint32_t>(bits >> column); }
   void store(uint8_t*, uint32_t passing, int count) {
     bits |= static_cast<uint64_t>(passing & first_bits(count)) << column;
+  }
+
+ private:
+  uint64_t gather(const uint8_t* p, int64_t rows) const {
+    if (row_size > 1 || rows < 64) return gather_rows(p, rows, row_size, row_bytes);
+    uint64_t all = 0;
+    for (int i = 0; i < 64; i += 8) all |= gather_8_single(p + i) << i;
+    return all;
+  }
+  void scatter(uint8_t* p, int64_t rows) const {
+    if (row_size > 1 || rows < 64) return scatter_rows(p, rows, row_size, row_bytes, bits);
+    for (int i = 0; i < 64; i += 8) scatter_8_single(p + i, bits >> i);
   }
 };
 
@@ -78,12 +105,14 @@ static inline __attribute__((always_inline)) void visit_runs(const Runs& shape, 
   const Runs runs = shape;  // a copy can stay in registers, whatever is stored
   int64_t channel = runs.channels_last ? 0 : begin % runs.channels, at = begin * runs.rows * runs.row_size;
   Bits bits(runs, begin);
+  int64_t run_start = at;
   const auto vector = [&](int64_t column, int count) __attribute__((always_inline)) {
     bits.column = column;
-    visit(at + column, column, count, bits);
+    visit(at + column, at + column - run_start, count, bits);
   };
   for (int64_t run = begin; run < end; ++run) {
     start_run(channel);
+    run_start = at;
     for (int64_t row = 0; row < runs.rows; row += bits.strip_rows) {
       const int64_t strip_rows = runs.rows - row < bits.strip_rows ? runs.rows - row : bits.strip_rows;
       const int64_t size = strip_rows * runs.row_size;
@@ -99,7 +128,7 @@ static inline __attribute__((always_inline)) void visit_runs(const Runs& shape, 
   }
 }
 
-// Whether the gate of NCHW runs is read in strips of several rows.
+// Whether the gate of runs is read in strips of several rows.
 static inline bool has_narrow_rows(const Runs& runs) { return runs.rows > 1 && runs.row_size < 64; }
 
 }  // namespace SPARSE_ADV_ISA

@@ -23,8 +23,8 @@ def images(*shape, dtype=torch.float32, format=FORMATS[0]):
 
 @given(
     batch=st.sampled_from((0, 1, 3)),
-    channels=st.sampled_from((1, 2, 13, 64)),
-    pixels=st.sampled_from(((2, 2), (4, 4), (8, 8), (32, 32), (7, 9), (5, 67), (15, 34))),
+    channels=st.sampled_from((1, 2, 13, 64, 150)),
+    pixels=st.sampled_from(((1, 1), (2, 2), (4, 4), (8, 8), (32, 32), (7, 9), (5, 67), (15, 34))),
     size=st.sampled_from((2, (2, 2), (1, 2), (3, 2), [3, 3], 1)),
     format=st.sampled_from(FORMATS),
     dtype=st.sampled_from((torch.float32, torch.float64)),
@@ -33,8 +33,8 @@ def images(*shape, dtype=torch.float32, format=FORMATS[0]):
     gated=st.booleans(),
 )
 def test_both_passes_equal_torch(batch, channels, pixels, size, format, dtype, indexed, residual, gated):
-    if pixels == (2, 2):
-        size = 2
+    if max(pixels) <= 2:
+        size = pixels[0]
     x = images(batch, channels, *pixels, dtype=dtype, format=format)
     if x.numel():
         x[0, 0, 0, 0] = torch.nan
