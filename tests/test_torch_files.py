@@ -1,9 +1,9 @@
-"""A file of torch.save cannot run code, and is read or refused in bounded time."""
+"""A file of torch.save cannot run code, and is read or refused in bounded work."""
 
 import io
 import pickle
-import time
 import zipfile
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,15 +37,23 @@ def in_archive(content):
     return file.getvalue()
 
 
+def after_headers(content):
+    """In the place of the object of a file from before torch 1.6, which three pickles precede."""
+    file = io.BytesIO(saved(0, _use_new_zipfile_serialization=False))
+    for _ in range(3):
+        pickle.load(file)
+    return file.getvalue()[: file.tell()] + content
+
+
 @pytest.mark.parametrize("length", [10, 1000, 10_000, 4_000_000])
-@pytest.mark.parametrize(
-    "place", [bytes, in_archive, lambda content: saved(0, _use_new_zipfile_serialization=False)[:-2] + content]
-)
-def test_a_class_of_any_length_is_refused_at_once(length, place):
-    started = time.perf_counter()
+@pytest.mark.parametrize("place", [bytes, in_archive, after_headers])
+def test_a_class_with_a_long_name_never_reaches_pytorch(length, place, monkeypatch):
+    """Whose message about it takes time quadratic in its length."""
+    load = Mock(wraps=torch.load)
+    monkeypatch.setattr(torch, "load", load)
     with pytest.raises(Exception, match=r"names a class|Weights only load failed|invalid|magic|corrupt"):
         torch_files.load(io.BytesIO(place(named(length))))
-    assert time.perf_counter() - started < 5
+    assert load.called == (length < 1000)
 
 
 def test_a_compressed_archive_is_refused():

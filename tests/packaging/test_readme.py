@@ -22,10 +22,8 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_readme_fits_a_screen_and_its_example_fifteen_lines():
+def test_the_readme_stays_short():
     assert len(README.splitlines()) <= 120
-    (example,) = python_blocks(ROOT / "README.md")
-    assert len(example.splitlines()) <= 15
 
 
 @pytest.mark.skipif(ops.cpu_capability() == "portable", reason="the limits are those of the kernels for AVX")
@@ -54,10 +52,6 @@ def test_python_in_a_page_runs_as_typed(page):
 def test_an_example_runs(example):
     run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0 and run.stdout, run.stderr
-
-
-def test_there_are_three_examples():
-    assert len(EXAMPLES) == 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -72,11 +72,12 @@ def test_an_index_out_of_range_writes_nothing_outside_of_its_window():
     assert not out.any()
 
 
-def test_empty_batches_are_left():
-    x, out = torch.empty(0, 3, 4, 4), torch.empty(0, 3, 2, 2)
-    index = out.byte()
+def test_an_empty_batch_writes_nothing():
+    memory = torch.ones(1, 3, 4, 4), torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2, dtype=torch.uint8)
+    x, out, index = (images[:0] for images in memory)
     max_pool2d_out(x, (2, 2), out, index)
     max_pool2d_grad_input_out(out, index, (2, 2), None, None, x)
+    assert all(images.eq(1).all() for images in memory)
 
 
 like, pooled = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 2, 4)
