@@ -83,8 +83,8 @@ def pgd_step_(
 
     Args:
         adv: as for `pgd_step`, and written to. No two of its elements may share memory, nor an element with another
-            one of grad or clean (it may be clean itself); and if it requires grad, the
-            call must be under `torch.no_grad()`, as everywhere in PyTorch.
+            one of grad or clean (it may be clean itself); and if it requires grad, the call must be under
+            `torch.no_grad()`, as everywhere in PyTorch.
         grad, clean, alpha, eps, norm, lo, hi: as for `pgd_step`.
 
     Returns:
