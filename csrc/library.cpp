@@ -15,10 +15,11 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "masked_conv2d_grad_input(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[4] input_size, SymInt[2] "
       "stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   // The same passes into memory that the caller provides. out = relu?(conv2d(input, weight * mask) + bias + residual);
-  // gate, only with relu, receives a bit per element of out: whether the ReLU passes the gradient (cpu/epilogue.h).
+  // gate_out, only with relu, receives a bit per element of out: whether the ReLU passes the gradient (cpu/epilogue.h).
   m.def(
       "masked_conv2d_out(Tensor input, Tensor weight, Tensor[] pattern, Tensor? bias, SymInt[2] stride, SymInt[2] "
-      "padding, SymInt[2] dilation, SymInt groups, Tensor? residual, bool relu, Tensor(a!) out, Tensor(b!)? gate) -> "
+      "padding, SymInt[2] dilation, SymInt groups, Tensor? residual, bool relu, Tensor(a!) out, Tensor(b!)? gate_out) "
+      "-> "
       "()");
   // out = gate o (grad_input + residual); the input has the size of out.
   m.def(

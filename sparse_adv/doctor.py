@@ -85,7 +85,7 @@ def _masked_conv2d_out(kernel: str) -> float:
     pattern = ops.set_kernels(ops.compile_pattern(mask), kernel, kernel, kernel)
     y, grad_input = torch.empty_like(x), torch.empty_like(x)
     gate = ops.empty_gate(y)
-    ops.masked_conv2d_out(x, weight, pattern, None, 1, 1, residual=residual, relu=True, out=y, gate=gate)
+    ops.masked_conv2d_out(x, weight, pattern, None, 1, 1, residual=residual, relu=True, out=y, gate_out=gate)
     ops.masked_conv2d_grad_input_out(y, weight, pattern, 1, 1, residual=x, gate=gate, out=grad_input)
     expected = reference.masked_conv2d(x, weight, mask, None, 1, 1, residual=residual, relu=True)
     gated = reference.masked_conv2d_grad_input(y, weight, mask, x.shape, 1, 1, residual=x, gate=y > 0)

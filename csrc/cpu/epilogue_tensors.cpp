@@ -65,9 +65,9 @@ void check_out(const Tensor& out, const std::array<int64_t, 4>& size, const char
   check_memory("out", out, "bias", epilogue.bias);
   check_residual(epilogue.residual, out);
   check_gate("gate", epilogue.gate, out);
-  check_gate("gate", epilogue.relu_gate, out);
-  check_memory("gate", epilogue.relu_gate, like_name, like);
-  check_memory("gate", epilogue.relu_gate, "residual", epilogue.residual);
+  check_gate("gate_out", epilogue.relu_gate, out);
+  check_memory("gate_out", epilogue.relu_gate, like_name, like);
+  check_memory("gate_out", epilogue.relu_gate, "residual", epilogue.residual);
 }
 
 EpilogueTensors EpilogueTensors::laid_out_like(const Tensor& out) const {

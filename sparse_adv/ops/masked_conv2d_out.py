@@ -30,7 +30,7 @@ def masked_conv2d_out(
     residual: Tensor | None = None,
     relu: bool = False,
     out: Tensor,
-    gate: Tensor | None = None,
+    gate_out: Tensor | None = None,
 ) -> None:
     """Convolve as `masked_conv2d` does, into memory that the caller provides.
 
@@ -49,7 +49,7 @@ def masked_conv2d_out(
         residual: float tensor [N, K, P, Q] in the layout of out, or None: added before the ReLU; it may be out.
         relu: whether to end with a ReLU.
         out: float tensor [N, K, P, Q] in the layout of the input, without gaps, that is written.
-        gate: uint8 tensor of the shape of `empty_gate(out)`, or None: receives the gate of the ReLU, whose bit is 1
+        gate_out: uint8 tensor of the shape of `empty_gate(out)`, or None: receives the gate of the ReLU, whose bit is 1
             where `torch.ops.aten.threshold_backward` passes the gradient: where the output is above 0 or NaN.
 
     Raises:
@@ -58,7 +58,7 @@ def masked_conv2d_out(
         ValueError: if stride, padding or dilation is invalid, devices differ, or a tensor requires grad and gradients
             are enabled.
         RuntimeError: if shapes, dtypes or layouts do not fit together, the pattern belongs to another weight,
-            tensors overlap, or there is a gate without ReLU.
+            tensors overlap, or there is a gate_out without ReLU.
 
     Source: this library's design page "masked_conv2d" has the algorithm, "Epilogues and gates" the epilogue.
 
@@ -68,7 +68,7 @@ def masked_conv2d_out(
         >>> pattern, out = ops.compile_pattern(weight != 0), torch.empty(1, 1, 1, 3)
         >>> gate = ops.empty_gate(out)
         >>> input = torch.tensor([-1.0, 0.5, 1.0]).expand(1, 2, 1, 3).contiguous()
-        >>> masked_conv2d_out(input, weight, pattern, relu=True, out=out, gate=gate)
+        >>> masked_conv2d_out(input, weight, pattern, relu=True, out=out, gate_out=gate)
         >>> out.flatten().tolist(), ops.gate_to_bool(gate, out).flatten().tolist()
         ([0.0, 1.0, 2.0], [False, True, True])
     """
@@ -77,11 +77,12 @@ def masked_conv2d_out(
     check_tensors(input=input, weight=weight)
     check_flag("relu", relu)
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
-    operands = {"input": input, "weight": weight, "bias": bias, "residual": residual, "gate": gate}
-    check_written("masked_conv2d_out", out, **operands)
-    tensors = pattern.flatten()
-    torch.ops.sparse_adv.masked_conv2d_out(input, weight, tensors, bias, *geometry, groups, residual, relu, out, gate)
-    mark_written(out, gate)
+    operands = {"input": input, "weight": weight, "bias": bias, "residual": residual}
+    check_written("masked_conv2d_out", out, **operands, gate_out=gate_out)
+    torch.ops.sparse_adv.masked_conv2d_out(
+        input, weight, pattern.flatten(), bias, *geometry, groups, residual, relu, out, gate_out
+    )
+    mark_written(out, gate_out)
 
 
 def masked_conv2d_grad_input_out(

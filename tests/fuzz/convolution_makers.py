@@ -75,16 +75,17 @@ def masked_conv2d_out(rng: random.Random) -> Call:
         **{"input": input, "weight": to(case.weight), "pattern": pattern, **_geometry(case)},
         "bias": some(rng, lambda: to(torch.randint(-4, 5, case.output_size[1:2]))),
         "residual": rng.choice((None, out, in_layout_of(input, to(torch.randint(-4, 5, case.output_size))))),
-        **{"relu": relu, "out": out, "gate": random_gate(out) if relu and rng.random() < 0.5 else None},
+        **{"relu": relu, "out": out, "gate_out": random_gate(out) if relu and rng.random() < 0.5 else None},
     }
 
     def results(before: Arguments, after: Arguments, _: Any) -> Results:
         if not comparable(before):
             return {}
-        expected = reference.masked_conv2d(**all_wide(before, "pattern", "out", "gate"), mask=before["pattern"].mask)
+        operands = all_wide(before, "pattern", "out", "gate_out")
+        expected = reference.masked_conv2d(**operands, mask=before["pattern"].mask)
         compared = {"out": (after["out"], expected)}
-        if after["gate"] is not None:
-            compared["gate"] = (ops.gate_to_bool(after["gate"], after["out"]), after["out"] > 0)
+        if after["gate_out"] is not None:
+            compared["gate_out"] = (ops.gate_to_bool(after["gate_out"], after["out"]), after["out"] > 0)
         return compared
 
     return Call(ops.masked_conv2d_out, arguments, results, "reduction")

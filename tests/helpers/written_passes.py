@@ -30,7 +30,7 @@ def check_forward(case: Case, pattern: Pattern, residual: str, relu: bool, dtype
     expected = reference.masked_conv2d(*wide, residual=None if added is None else added.double(), relu=relu)
     out = added if added is not None and residual == "out" else in_layout_of(images, images.new_empty(case.output_size))
     gate = random_gate(out) if relu else None
-    masked_conv2d_out(images, weight, pattern, bias, *case.shape, residual=added, relu=relu, out=out, gate=gate)
+    masked_conv2d_out(images, weight, pattern, bias, *case.shape, residual=added, relu=relu, out=out, gate_out=gate)
     compare(out, expected)
     if gate is not None:
         assert_equal(gate_to_bool(gate, out), expected > 0)

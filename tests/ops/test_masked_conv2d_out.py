@@ -141,7 +141,7 @@ def test_images_of_one_pixel_take_either_layout(kernel, format):
     assert case.output_size[2:] == (1, 1)
     input = case.input.contiguous(memory_format=format)
     out, gate = torch.empty(case.output_size), torch.empty(3, 6, 1, 1, dtype=torch.uint8)
-    masked_conv2d_out(input, case.weight, case.pattern(kernel), relu=True, out=out, gate=gate)
+    masked_conv2d_out(input, case.weight, case.pattern(kernel), relu=True, out=out, gate_out=gate)
     expected = reference.masked_conv2d(case.input, case.weight, case.mask, relu=True)
     assert_equal(out, expected)
     assert_equal(gate.bool(), expected > 0)
@@ -180,9 +180,10 @@ def test_a_network_of_two_layers_gets_the_gradients_of_autograd(kernel, stride, 
     images, hidden, output, grad_input = first.input.contiguous(memory_format=format), buffer(h), buffer(y), buffer(x)
     gates = [empty_gate(hidden), empty_gate(output)]
     layers = [(case.weight, case.pattern(kernel)) for case in (first, second)]
-    masked_conv2d_out(images, *layers[0], None, *first.shape, relu=True, out=hidden, gate=gates[0])
+    masked_conv2d_out(images, *layers[0], None, *first.shape, relu=True, out=hidden, gate_out=gates[0])
     strided = hidden[:, :, ::stride, ::stride].contiguous(memory_format=format)
-    masked_conv2d_out(hidden, *layers[1], None, *second.shape, residual=strided, relu=True, out=output, gate=gates[1])
+    epilogue = {"residual": strided, "relu": True, "out": output, "gate_out": gates[1]}
+    masked_conv2d_out(hidden, *layers[1], None, *second.shape, **epilogue)
     grad_output = grad_y.where(gate_to_bool(gates[1], output), 0).contiguous(memory_format=format)
     grad_hidden = torch.zeros_like(hidden)
     grad_hidden[:, :, ::stride, ::stride] = grad_output
@@ -198,7 +199,8 @@ def test_nan_passes_the_gate_as_in_torch():
     case.input[0, 1, 2, 3] = torch.nan
     out = torch.empty(case.output_size)
     gate = empty_gate(out)
-    masked_conv2d_out(case.input, case.weight, case.pattern("sparse"), None, *case.shape, relu=True, out=out, gate=gate)
+    pattern = case.pattern("sparse")
+    masked_conv2d_out(case.input, case.weight, pattern, None, *case.shape, relu=True, out=out, gate_out=gate)
     assert out.isnan().any()
     passed = torch.ops.aten.threshold_backward(torch.ones_like(out), out, 0)
     assert_equal(gate_to_bool(gate, out), passed.bool())
@@ -211,7 +213,7 @@ def forward_in_threads(count: int, case: Case, images: Tensor) -> tuple[Tensor, 
     try:
         out = in_layout_of(images, torch.empty(case.output_size))
         gate, pattern = random_gate(out), case.pattern("sparse")
-        masked_conv2d_out(images, case.weight, pattern, None, *case.shape, relu=True, out=out, gate=gate)
+        masked_conv2d_out(images, case.weight, pattern, None, *case.shape, relu=True, out=out, gate_out=gate)
     finally:
         torch.set_num_threads(before)
     return out, gate
@@ -271,11 +273,11 @@ BAD = {
         r"residual must have the layout of out, strides \[594, 99, 11, 1\], got \[594, 1, 66, 6\]",
     ),
     "gate's size": (
-        {"gate": torch.zeros(2, 6, 9, 1, dtype=torch.uint8), "relu": True},
-        r"gate must have size \[2, 6, 9, 2\], got \[2, 6, 9, 1\]",
+        {"gate_out": torch.zeros(2, 6, 9, 1, dtype=torch.uint8), "relu": True},
+        r"gate_out must have size \[2, 6, 9, 2\], got \[2, 6, 9, 1\]",
     ),
-    "gate's dtype": ({"gate": empty_gate(OUT).bool(), "relu": True}, "gate must be uint8 and contiguous, got Bool"),
-    "gate without relu": ({"gate": empty_gate(OUT)}, "gate receives the bits of the ReLU, but relu is False"),
+    "gate's dtype": ({"gate_out": empty_gate(OUT).bool(), "relu": True}, "gate_out must be uint8 .*, got Bool"),
+    "gate without relu": ({"gate_out": empty_gate(OUT)}, "gate_out receives the bits of the ReLU, but relu is False"),
 }
 
 
@@ -318,8 +320,8 @@ def test_devices_gradients_and_patterns_are_checked_in_python():
         "padding": 1,
         "out": OUT.clone(),
     }
-    with pytest.raises(ValueError, match="gate is on meta, out on cpu"):
-        masked_conv2d_out(**arguments, relu=True, gate=empty_gate(OUT).to("meta"))
+    with pytest.raises(ValueError, match="gate_out is on meta, out on cpu"):
+        masked_conv2d_out(**arguments, relu=True, gate_out=empty_gate(OUT).to("meta"))
     with pytest.raises(ValueError, match=r"weight requires grad: .* torch.no_grad\(\)"):
         masked_conv2d_out(**{**arguments, "weight": CASE.weight.clone().requires_grad_()})
     with pytest.raises(TypeError, match="pattern must be what compile_pattern returned, got list"):
@@ -334,7 +336,7 @@ def test_compiled_functions_write_their_buffers():
     input = torch.randn(2, 4, 6, 9)
 
     def run(out: Tensor, gate: Tensor) -> None:
-        masked_conv2d_out(input, weight, pattern, None, 1, 1, relu=True, out=out, gate=gate)
+        masked_conv2d_out(input, weight, pattern, None, 1, 1, relu=True, out=out, gate_out=gate)
 
     results = []
     for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):

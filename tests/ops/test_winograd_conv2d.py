@@ -248,6 +248,7 @@ BAD_OUT = {
     "both": ({"relu": True, "gate": empty_gate(OUT)}, "relu and gate exclude each other"),
     "gate of no ReLU": ({"gate_out": empty_gate(OUT)}, "gate_out receives the bits of the ReLU"),
     "gate's size": ({"gate": empty_gate(OUT)[:1]}, r"gate must have size \[2, 6, 7, 1\]"),
+    "gate_out's size": ({"relu": True, "gate_out": empty_gate(OUT)[:1]}, r"gate_out must have size \[2, 6, 7, 1\]"),
     "out is input": ({"input": OUT, "weight": winograd_conv2d_weight(torch.randn(5, 5, 3, 3))}, "shares? memory"),
 }
 

@@ -63,10 +63,10 @@ Tensor masked_conv2d_cpu(Tensor input, Tensor weight, std::vector<Tensor> patter
 void masked_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<Tensor> pattern, std::optional<Tensor> bias,
                            std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                            int64_t groups, std::optional<Tensor> residual, bool relu, Tensor out,
-                           std::optional<Tensor> gate) {
-  check(relu || !gate, "gate receives the bits of the ReLU, but relu is False");
+                           std::optional<Tensor> gate_out) {
+  check(relu || !gate_out, "gate_out receives the bits of the ReLU, but relu is False");
   convolve(input, weight, pattern, stride, padding, dilation, groups,
-           {.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate}, out);
+           {.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out}, out);
 }
 
 std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_tensors) {
