@@ -10,7 +10,7 @@ hooks in AveragedModel or, on one device, in DataParallel. On CUDA, repeated att
 from sparse_adv.attacks import losses
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.autoattack import AutoAttack
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.bim import BIM, bim
 from sparse_adv.attacks.classes import APGD, APGDT, FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
@@ -25,7 +25,7 @@ from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.mifgsm import MIFGSM, mifgsm
 from sparse_adv.attacks.multi_attack import MultiAttack
 from sparse_adv.attacks.noise import GN, VANILA
-from sparse_adv.attacks.options import BN_MODES, AttackOptions, CommonOptions, LossOptions
+from sparse_adv.attacks.options import BN_MODES, AttackOptions, BasicOptions, CommonOptions, LossOptions
 from sparse_adv.attacks.rfgsm import RFGSM, rfgsm
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.attacks.square import Square, square
@@ -52,13 +52,13 @@ __all__ = [
     "Attack",
     "AttackOptions",
     "AutoAttack",
+    "BasicOptions",
     "CommonOptions",
     "DeepFool",
     "Graphs",
     "Loss",
     "LossOptions",
     "MultiAttack",
-    "SearchOptions",
     "Square",
     "apgd",
     "apgd_t",

@@ -93,6 +93,8 @@ class AutoAttack(Versioned, Attack):
     """
 
     supports_targets = False
+    n_classes: int | None = None
+    """Accepted, and without effect."""
 
     def __init__(
         self,
@@ -112,13 +114,13 @@ class AutoAttack(Versioned, Attack):
         log_path: str | Path | None = None,
     ) -> None:
         super().__init__(model)
-        check_flags(verbose=verbose, engine=engine)
+        check_flags(verbose=verbose)
         if log_path is not None and not isinstance(log_path, str | Path):
             raise TypeError(f"log_path must be a path, got {shortened(log_path)}")
         self.seed, self.verbose = seed, verbose
         self.ball = checked_ball(eps, norm, lo, hi)
         self.set_version(version, attacks_to_run)
-        self._engine = engine
+        self.engine = engine
         self.device = as_device(device) if device is not None else self.device or torch.device("cpu")
         self.log_path = None if log_path is None else Path(log_path)
         self.result: Result | None = None
@@ -134,14 +136,10 @@ class AutoAttack(Versioned, Attack):
         """Whether the engine may form the gradients; it leaves plain functions to autograd."""
         return self._engine and as_module(self.model)[1]
 
-    @property
-    def eps(self) -> Values:
-        """Radius of the ball; it may be set between two runs."""
-        return self.ball.eps
-
-    @eps.setter
-    def eps(self, eps: Values) -> None:
-        self.ball = checked_ball(*self.ball._replace(eps=eps))
+    @engine.setter
+    def engine(self, engine: bool) -> None:
+        check_flags(engine=engine)
+        self._engine = engine
 
     def __repr__(self) -> str:
         norm, eps, version, seed = self.ball.norm, _written(self.eps), self.version, self.seed

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.apgd import apgd, apgd_t
+from sparse_adv.attacks.ball import Ball, checked_ball
 from sparse_adv.attacks.fab import fab, fab_t
 from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.square import square
@@ -177,11 +178,28 @@ def with_enough_classes(names: Sequence[str], classes: int) -> int:
     return classes
 
 
+def _of_ball(name: str) -> property:
+    """A property that reads and replaces one of the values of the ball, which are then all checked again."""
+
+    def read(attack: Versioned) -> Any:
+        return getattr(attack.ball, name)
+
+    def write(attack: Versioned, value: Any) -> None:
+        attack.ball = checked_ball(*attack.ball._replace(**{name: value}))
+
+    return property(read, write, doc=f"`{name}` of `attacks.AutoAttack`; it may be set between two runs.")
+
+
 class Versioned:
-    """An object with a version, its attacks and their settings, and a seed; all may be set between two runs."""
+    """An object with a version, its attacks, their settings and ball, and a seed; all may be set between two runs."""
 
     version: str
     settings: Settings
+    ball: Ball
+    norm = _of_ball("norm")
+    eps = _of_ball("eps")
+    lo = _of_ball("lo")
+    hi = _of_ball("hi")
 
     @property
     def seed(self) -> int | None:

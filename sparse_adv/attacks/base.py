@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +18,24 @@ from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.attacks import saved
 from sparse_adv.attacks.checks import Model, as_module, check_has_values, check_images, int64_labels
 from sparse_adv.attacks.modes import TrainingMode, in_mode
-from sparse_adv.attacks.options import check_count, check_names
+from sparse_adv.attacks.options import BasicOptions, check_count, check_names
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
-
-
-class SearchOptions(TypedDict, total=False):
-    """Keyword arguments of the attacks that search on the host; `attacks.pgd` documents them."""
-
-    lo: float | Tensor
-    hi: float | Tensor
-    check: bool
-    engine: bool
 
 
 class Attack(ABC):
     """An attack bound to a model: `adv = attack(images, labels)`.
 
     A subclass computes the examples in `forward`, and sets `supports_targets` to False if labels cannot be classes to
-    reach, and `needs_labels` if it takes none.
+    reach, and `needs_labels` if it takes none. Its constructor sets its options, which may be set again between two
+    calls. Setting a public attribute that it has not set raises AttributeError.
 
     Args:
         model: maps images to logits [N, classes]; a module, or a plain function.
-        search: lo, hi, check and engine of the function that the attack calls.
 
     Raises:
-        TypeError: if the model cannot be called, or a keyword is another one.
+        TypeError: if the model cannot be called.
 
     Source: the interface is that of torchattacks (Kim, "Torchattacks: a PyTorch repository for adversarial attacks",
     2020).
@@ -63,16 +55,36 @@ class Attack(ABC):
     supports_targets = True
     needs_labels = True
 
-    def __init__(self, model: Model, **search: Unpack[SearchOptions]) -> None:
+    def __init__(self, model: Model) -> None:
         as_module(model)
-        check_names(type(self).__name__, search, SearchOptions)
-        self.model, self.search = model, search
+        self.model = model
         self._training: TrainingMode | None = None
         self.device = _device_of(model)
         self.targeted = False
         self.attack_mode = "default"
         self._target_function: TargetFunction | None = None
         self._normalization: _Normalized | None = None
+        self._complete = type(self).__init__ is Attack.__init__
+
+    def __init_subclass__(cls) -> None:
+        """Let the constructor end with the mark that `__setattr__` reads."""
+        super().__init_subclass__()
+        if "__init__" not in vars(cls):
+            return
+        construct = cls.__init__
+
+        @functools.wraps(construct)
+        def constructed(self: Attack, *args: Any, **options: Any) -> None:
+            construct(self, *args, **options)
+            if type(self).__init__ is constructed:  # and not that of a subclass, which goes on
+                self._complete = True
+
+        cls.__init__ = constructed  # type: ignore[method-assign]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if vars(self).get("_complete") and not name.startswith("_") and not hasattr(self, name):
+            raise AttributeError(f"{self.attack} has no option {shortened(name)}")
+        super().__setattr__(name, value)
 
     @abstractmethod
     def forward(self, model: Model, images: Tensor, labels: Any, targeted: bool) -> Tensor:
@@ -269,9 +281,9 @@ class Attack(ABC):
         return saved.load(Path(load_path), batch_size, shuffle, normalize, [name for name in wanted if wanted[name]])
 
     def __repr__(self) -> str:
-        hidden = ("model", "search", "device", "targeted", "supports_targets")
+        hidden = ("model", "device", "supports_targets", *(() if self.targeted else ("targeted",)))
         shown = {name: value for name, value in vars(self).items() if name not in hidden and not name.startswith("_")}
-        return f"{self.attack}({', '.join(f'{name}={value}' for name, value in (shown | self.search).items())})"
+        return f"{self.attack}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def _set_targets(self, mode: str, function: TargetFunction | None, quiet: bool) -> None:
         if not self.supports_targets:
@@ -292,14 +304,36 @@ class Attack(ABC):
         return self.get_logits(images).argmax(1) if labels is None else int64_labels(labels)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """The pixels as this attack takes them."""
+        """(pixels - mean) / std of each channel, if `set_normalization_used` gave them; else the pixels."""
         check_images(images)
         return images if self._normalization is None else self._normalization.apply_to(images)
 
     def inverse_normalize(self, images: Tensor) -> Tensor:
-        """The pixels of images as this attack takes them."""
+        """The inverse of `normalize`, images * std + mean, clamped to [0, 1]."""
         check_images(images)
         return images if self._normalization is None else self._normalization.undo(images)
+
+
+class HostAttack(Attack):
+    """An attack whose loop runs on the host, with the options lo, hi, check and engine; `attacks.pgd` documents them.
+
+    Raises:
+        TypeError: if a keyword is another one.
+    """
+
+    lo: float | Tensor = 0.0
+    hi: float | Tensor = 1.0
+    check = True
+    engine = True
+
+    def __init__(self, model: Model, **options: Unpack[BasicOptions]) -> None:
+        super().__init__(model)
+        check_names(type(self).__name__, options, BasicOptions)
+        vars(self).update(options)
+
+    @property
+    def _options(self) -> BasicOptions:
+        return {"lo": self.lo, "hi": self.hi, "check": self.check, "engine": self.engine}
 
 
 class _Normalized(nn.Module):

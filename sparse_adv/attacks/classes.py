@@ -9,18 +9,18 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from sparse_adv.attacks.apgd import apgd, apgd_t
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import Attack, HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
-from sparse_adv.attacks.options import AttackOptions, CommonOptions, LossOptions, check_count, tpgd_start
+from sparse_adv.attacks.options import AttackOptions, BasicOptions, CommonOptions, LossOptions, check_count, tpgd_start
 from sparse_adv.attacks.queries import seeded
 from sparse_adv.ops.arguments import check_flag
 
 
 def _option(name: str) -> property:
-    """A property that reads and replaces one of the attack's options, which are checked again."""
+    """A property that reads and replaces one of the attack's options, which are then all checked again."""
 
     def read(attack: _GradientAttack) -> Any:
         return getattr(attack.options, name)
@@ -53,7 +53,7 @@ class _GradientAttack(Attack):
 
     @property
     def eps(self) -> float | Tensor:
-        """Radius of the ball; like the other options below, it may be set between two calls."""
+        """Radius of the ball; like the options below, it may be set between two calls."""
         return self.options.eps
 
     @eps.setter
@@ -64,8 +64,16 @@ class _GradientAttack(Attack):
     steps = _option("steps")
     random_start = _option("random_start")
     norm = _option("norm")
-    restarts = _option("restarts")
     loss = _option("loss")
+    restarts = _option("restarts")
+    lo = _option("lo")
+    hi = _option("hi")
+    generator = _option("generator")
+    bn_mode = _option("bn_mode")
+    check = _option("check")
+    graphs = _option("graphs")
+    engine = _option("engine")
+    early_stop = _option("early_stop")
 
     def _with_eps(self, eps: float | Tensor) -> AttackOptions:
         return replace(self.options, eps=eps)
@@ -82,10 +90,11 @@ class _GradientAttack(Attack):
         return attack
 
     def __repr__(self) -> str:
+        options = replace(self.options, targeted=self.targeted)
         values = [
-            f"{field.name}={getattr(self.options, field.name)}"
-            for field in fields(self.options)
-            if field.name in ("eps", "alpha", "steps") or _differs(getattr(self.options, field.name), field.default)
+            f"{field.name}={getattr(options, field.name)}"
+            for field in fields(options)
+            if field.name in ("eps", "alpha", "steps") or _differs(getattr(options, field.name), field.default)
         ]
         return f"{type(self).__name__}({', '.join(values)})"
 
@@ -153,6 +162,9 @@ class PGDL2(PGD):
         >>> bool(((adv - images).flatten(1).norm(dim=1) <= 0.5 + 1e-5).all())
         True
     """
+
+    eps_for_division = 1e-10
+    """Accepted, and without effect."""
 
     def __init__(
         self,
@@ -276,7 +288,7 @@ class TPGD(_GradientAttack):
         return run_attack(model, images, None, self.options)
 
 
-class APGD(Attack):
+class APGD(HostAttack):
     """`attacks.apgd` bound to a model, with the interface of torchattacks.APGD.
 
     Args:
@@ -293,6 +305,9 @@ class APGD(Attack):
         torch.Size([2, 1, 8, 8])
     """
 
+    verbose = False
+    """Accepted, and without effect."""
+
     def __init__(
         self,
         model: Model,
@@ -305,9 +320,9 @@ class APGD(Attack):
         eot_iter: int = 1,
         rho: float = 0.75,
         verbose: bool = False,
-        **search: Unpack[SearchOptions],
+        **options: Unpack[BasicOptions],
     ) -> None:
-        super().__init__(model, **search)
+        super().__init__(model, **options)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.loss, self.eot_iter, self.rho = loss, eot_iter, rho
 
@@ -326,11 +341,11 @@ class APGD(Attack):
             eot_iter=self.eot_iter,
             rho=self.rho,
             generator=seeded(self.seed),
-            **self.search,
+            **self._options,
         )
 
 
-class APGDT(Attack):
+class APGDT(HostAttack):
     """`attacks.apgd_t` bound to a model, with the interface of torchattacks.APGDT.
 
     Args:
@@ -347,6 +362,8 @@ class APGDT(Attack):
     """
 
     supports_targets = False
+    verbose = False
+    """Accepted, and without effect."""
 
     def __init__(
         self,
@@ -360,9 +377,9 @@ class APGDT(Attack):
         rho: float = 0.75,
         verbose: bool = False,
         n_classes: int = 10,
-        **search: Unpack[SearchOptions],
+        **options: Unpack[BasicOptions],
     ) -> None:
-        super().__init__(model, **search)
+        super().__init__(model, **options)
         check_count("n_classes", n_classes, least=2)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.eot_iter, self.rho, self.n_classes = eot_iter, rho, n_classes
@@ -381,5 +398,5 @@ class APGDT(Attack):
             eot_iter=self.eot_iter,
             rho=self.rho,
             generator=seeded(self.seed),
-            **self.search,
+            **self._options,
         )

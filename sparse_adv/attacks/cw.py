@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import Ball, ball_around
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.options import BasicOptions, check_count
 from sparse_adv.attacks.queries import Queries, advantage, run_search
 from sparse_adv.ops.arguments import check_flag, check_numbers
 
@@ -140,11 +140,11 @@ def _minimise(
     return best, least
 
 
-class CW(Attack):
+class CW(HostAttack):
     """`attacks.cw` bound to a model, with the interface of torchattacks.CW.
 
     Args:
-        model, c, kappa, steps, lr, binary_search_steps, search: as in `attacks.cw`.
+        model, c, kappa, steps, lr, binary_search_steps, options: as in `attacks.cw`.
 
     Examples:
         >>> import torch
@@ -163,9 +163,9 @@ class CW(Attack):
         lr: float = 0.01,
         *,
         binary_search_steps: int = 1,
-        **search: Unpack[SearchOptions],
+        **options: Unpack[BasicOptions],
     ) -> None:
-        super().__init__(model, **search)
+        super().__init__(model, **options)
         self.c, self.kappa, self.steps, self.lr = c, kappa, steps, lr
         self.binary_search_steps = binary_search_steps
 
@@ -181,5 +181,5 @@ class CW(Attack):
             lr=self.lr,
             binary_search_steps=self.binary_search_steps,
             targeted=targeted,
-            **self.search,
+            **self._options,
         )

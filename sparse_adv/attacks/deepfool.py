@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.options import BasicOptions, check_count
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
 from sparse_adv.ops.arguments import check_number
 
@@ -94,11 +94,11 @@ def deepfool(
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
-class DeepFool(Attack):
+class DeepFool(HostAttack):
     """`attacks.deepfool` bound to a model, with the interface of torchattacks.DeepFool; it has no targeted mode.
 
     Args:
-        model, steps, overshoot, search: as in `attacks.deepfool`.
+        model, steps, overshoot, options: as in `attacks.deepfool`.
 
     Examples:
         >>> import torch
@@ -110,10 +110,10 @@ class DeepFool(Attack):
 
     supports_targets = False
 
-    def __init__(self, model: Model, steps: int = 50, overshoot: float = 0.02, **search: Unpack[SearchOptions]) -> None:
-        super().__init__(model, **search)
+    def __init__(self, model: Model, steps: int = 50, overshoot: float = 0.02, **options: Unpack[BasicOptions]) -> None:
+        super().__init__(model, **options)
         self.steps, self.overshoot = steps, overshoot
 
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        return deepfool(model, images, labels, steps=self.steps, overshoot=self.overshoot, **self.search)
+        return deepfool(model, images, labels, steps=self.steps, overshoot=self.overshoot, **self._options)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.losses import Loss, loss_function
-from sparse_adv.attacks.options import check_count, check_generator
+from sparse_adv.attacks.options import BasicOptions, check_count, check_generator
 from sparse_adv.attacks.queries import Queries, loss_to_raise, run_search
 from sparse_adv.ops.arguments import check_flags
 from sparse_adv.ops.random_start import as_philox_state
@@ -98,11 +98,11 @@ def eotpgd(
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
-class EOTPGD(Attack):
+class EOTPGD(HostAttack):
     """`attacks.eotpgd` bound to a model, with the interface of torchattacks.EOTPGD.
 
     Args:
-        model, eps, alpha, steps, eot_iter, random_start, norm, loss, targeted, search: as in `attacks.eotpgd`.
+        model, eps, alpha, steps, eot_iter, random_start, norm, loss, targeted, options: as in `attacks.eotpgd`.
 
     Examples:
         >>> import torch
@@ -124,9 +124,9 @@ class EOTPGD(Attack):
         norm: str = "linf",
         loss: str | Loss = "ce",
         targeted: bool = False,
-        **search: Unpack[SearchOptions],
+        **options: Unpack[BasicOptions],
     ) -> None:
-        super().__init__(model, **search)
+        super().__init__(model, **options)
         self.eps, self.alpha, self.steps, self.eot_iter = eps, alpha, steps, eot_iter
         self.random_start, self.norm, self.loss, self.targeted = random_start, norm, loss, targeted
 
@@ -144,5 +144,5 @@ class EOTPGD(Attack):
             norm=self.norm,
             loss=self.loss,
             targeted=targeted,
-            **self.search,
+            **self._options,
         )

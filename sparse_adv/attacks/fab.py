@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.options import BasicOptions, check_count
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, private_generator, run_search, seeded
 from sparse_adv.ops.arguments import check_flag, check_numbers
 
@@ -174,11 +174,11 @@ def fab_t(
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
-class FAB(Attack):
+class FAB(HostAttack):
     """`attacks.fab` or `attacks.fab_t` bound to a model, with the interface of torchattacks.FAB.
 
     Args:
-        model, eps, steps, alpha_max, eta, beta, search: as in `attacks.fab`.
+        model, eps, steps, alpha_max, eta, beta, options: as in `attacks.fab`.
         norm: as in `attacks.fab`.
         n_restarts: `restarts` of `attacks.fab`.
         verbose: accepted, and without effect.
@@ -194,6 +194,9 @@ class FAB(Attack):
         torch.Size([2, 1, 8, 8])
     """
 
+    verbose = False
+    """Accepted, and without effect."""
+
     def __init__(
         self,
         model: Model,
@@ -208,9 +211,9 @@ class FAB(Attack):
         seed: int = 0,
         multi_targeted: bool = False,
         n_classes: int = 10,
-        **search: Unpack[SearchOptions],
+        **options: Unpack[BasicOptions],
     ) -> None:
-        super().__init__(model, **search)
+        super().__init__(model, **options)
         check_flag("multi_targeted", multi_targeted)
         check_count("n_classes", n_classes, least=2)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
@@ -233,7 +236,7 @@ class FAB(Attack):
             eta=self.eta,
             beta=self.beta,
             generator=seeded(self.seed),
-            **self.search,
+            **self._options,
         )
         return attack(n_target_classes=self.n_classes - 1) if self.multi_targeted else attack(targeted=targeted)
 

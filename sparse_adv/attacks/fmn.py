@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.ball import Ball, ball_around, checked_ball
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
@@ -22,7 +22,7 @@ from sparse_adv.attacks.checks import (
 )
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.modes import in_mode
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.options import BasicOptions, check_count
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, loss_to_raise, run_search
 from sparse_adv.ops.arguments import check_flag, check_floating, check_numbers
 
@@ -203,11 +203,11 @@ def distances(
     return found.where(~before, 0)
 
 
-class FMN(Attack):
+class FMN(HostAttack):
     """`attacks.fmn` bound to a model.
 
     Args:
-        model, steps, alpha, gamma, loss, search: as in `attacks.fmn`.
+        model, steps, alpha, gamma, loss, options: as in `attacks.fmn`.
         norm: as in `attacks.fmn`.
 
     Examples:
@@ -226,9 +226,9 @@ class FMN(Attack):
         alpha: float = 1.0,
         gamma: float = 0.05,
         loss: str = "margin",
-        **search: Unpack[SearchOptions],
+        **options: Unpack[BasicOptions],
     ) -> None:
-        super().__init__(model, **search)
+        super().__init__(model, **options)
         self.norm, self.steps, self.alpha, self.gamma, self.loss = norm, steps, alpha, gamma, loss
 
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
@@ -243,5 +243,5 @@ class FMN(Attack):
             gamma=self.gamma,
             loss=self.loss,
             targeted=targeted,
-            **self.search,
+            **self._options,
         )

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import Loss, loss_function
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.options import BasicOptions, check_count
 from sparse_adv.attacks.queries import Queries, loss_to_raise, run_search
 from sparse_adv.ops.arguments import check_flag, check_number
 
@@ -95,11 +95,11 @@ def mifgsm(
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
-class MIFGSM(Attack):
+class MIFGSM(HostAttack):
     """`attacks.mifgsm` bound to a model, with the interface of torchattacks.MIFGSM.
 
     Args:
-        model, eps, alpha, steps, decay, norm, loss, targeted, search: as in `attacks.mifgsm`.
+        model, eps, alpha, steps, decay, norm, loss, targeted, options: as in `attacks.mifgsm`.
 
     Examples:
         >>> import torch
@@ -120,9 +120,9 @@ class MIFGSM(Attack):
         norm: str = "linf",
         loss: str | Loss = "ce",
         targeted: bool = False,
-        **search: Unpack[SearchOptions],
+        **options: Unpack[BasicOptions],
     ) -> None:
-        super().__init__(model, **search)
+        super().__init__(model, **options)
         self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay
         self.norm, self.loss, self.targeted = norm, loss, targeted
 
@@ -139,5 +139,5 @@ class MIFGSM(Attack):
             norm=self.norm,
             loss=self.loss,
             targeted=targeted,
-            **self.search,
+            **self._options,
         )

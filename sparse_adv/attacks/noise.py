@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import Attack, HostAttack
 from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.ops.arguments import check_number
 
 
@@ -38,12 +39,13 @@ class VANILA(Attack):
         return images.detach().clone()
 
 
-class GN(Attack):
+class GN(HostAttack):
     """Gaussian noise of standard deviation std, clamped to the range of pixels, as torchattacks.GN adds it.
 
     Args:
-        model, search: as in `Attack`.
+        model: as in `Attack`.
         std: standard deviation, in units of the images; at least 0. PyTorch's global generator draws the noise.
+        options: lo, hi, check and engine, as in `attacks.pgd`; lo and hi have an effect.
 
     Raises:
         ValueError: if std is negative or not finite.
@@ -58,8 +60,8 @@ class GN(Attack):
     supports_targets = False
     needs_labels = False
 
-    def __init__(self, model: Model, std: float = 0.1, **search: Unpack[SearchOptions]) -> None:
-        super().__init__(model, **search)
+    def __init__(self, model: Model, std: float = 0.1, **options: Unpack[BasicOptions]) -> None:
+        super().__init__(model, **options)
         check_number("std", std)
         if not 0 <= std < float("inf"):
             raise ValueError(f"std must be at least 0 and finite, got {std}")
@@ -67,6 +69,6 @@ class GN(Attack):
 
     def forward(self, model: Model, images: Tensor, labels: Any, targeted: bool) -> Tensor:
         """Return noisy images of a batch."""
-        ball = ball_around(images, float("inf"), "linf", self.search.get("lo", 0.0), self.search.get("hi", 1.0))
+        ball = ball_around(images, float("inf"), "linf", self.lo, self.hi)
         noise = torch.randn_like(images) * self.std
         return ball.clamp(images.detach() + noise)

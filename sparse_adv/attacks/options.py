@@ -22,20 +22,25 @@ if TYPE_CHECKING:
 BN_MODES = ("eval", "train", "batch")
 
 
-class CommonOptions(TypedDict, total=False):
+class BasicOptions(TypedDict, total=False):
     """Keyword arguments of all attacks; `pgd` documents them."""
 
     lo: float | Tensor
     hi: float | Tensor
-    generator: torch.Generator | Tensor | None
-    bn_mode: str
     check: bool
-    graphs: Graphs | None
     engine: bool
 
 
+class CommonOptions(BasicOptions, total=False):
+    """Keyword arguments of PGD, and of the attacks that are PGD with other settings; `pgd` documents them."""
+
+    generator: torch.Generator | Tensor | None
+    bn_mode: str
+    graphs: Graphs | None
+
+
 class LossOptions(CommonOptions, total=False):
-    """Keyword arguments of all attacks that use labels; `pgd` documents them."""
+    """Keyword arguments of those of them that use labels; `pgd` documents them."""
 
     loss: str | Loss
     targeted: bool

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.losses import Loss, loss_function
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.options import BasicOptions, check_count
 from sparse_adv.attacks.queries import Queries, loss_to_raise, private_generator, run_search
 from sparse_adv.ops.arguments import check_flag
 
@@ -91,11 +91,11 @@ def rfgsm(
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
-class RFGSM(Attack):
+class RFGSM(HostAttack):
     """`attacks.rfgsm` bound to a model, with the interface of torchattacks.RFGSM.
 
     Args:
-        model, eps, alpha, steps, loss, targeted, search: as in `attacks.rfgsm`; the defaults are those of torchattacks.
+        model, eps, alpha, steps, loss, targeted, options: as in `attacks.rfgsm`, with the defaults of torchattacks.
 
     Examples:
         >>> import torch
@@ -114,9 +114,9 @@ class RFGSM(Attack):
         *,
         loss: str | Loss = "ce",
         targeted: bool = False,
-        **search: Unpack[SearchOptions],
+        **options: Unpack[BasicOptions],
     ) -> None:
-        super().__init__(model, **search)
+        super().__init__(model, **options)
         self.eps, self.alpha, self.steps = eps, alpha, steps
         self.loss, self.targeted = loss, targeted
 
@@ -131,5 +131,5 @@ class RFGSM(Attack):
             steps=self.steps,
             loss=self.loss,
             targeted=targeted,
-            **self.search,
+            **self._options,
         )

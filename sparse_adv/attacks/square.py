@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.ball import Ball, ball_around, into_ball
-from sparse_adv.attacks.base import Attack, SearchOptions
+from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import cross_entropy
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.options import BasicOptions, check_count
 from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search, seeded
 from sparse_adv.ops.arguments import check_flags, check_number
 
@@ -120,11 +120,11 @@ def square(
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
-class Square(Attack):
+class Square(HostAttack):
     """`attacks.square` bound to a model, with the interface of torchattacks.Square.
 
     Args:
-        model, norm, eps, p_init, loss, resc_schedule, search: as in `attacks.square`.
+        model, norm, eps, p_init, loss, resc_schedule, options: as in `attacks.square`.
         n_queries, n_restarts: `queries` and `restarts` of `attacks.square`.
         seed: of the search; each call draws the same numbers.
         verbose: accepted, and without effect.
@@ -140,6 +140,9 @@ class Square(Attack):
         torch.Size([2, 1, 8, 8])
     """
 
+    verbose = False
+    """Accepted, and without effect."""
+
     def __init__(
         self,
         model: Model,
@@ -152,9 +155,9 @@ class Square(Attack):
         resc_schedule: bool = True,
         seed: int = 0,
         verbose: bool = False,
-        **search: Unpack[SearchOptions],
+        **options: Unpack[BasicOptions],
     ) -> None:
-        super().__init__(model, **search)
+        super().__init__(model, **options)
         self.norm, self.eps, self.p_init, self.seed = norm, eps, p_init, seed
         self.n_queries, self.n_restarts, self.resc_schedule, self.loss = n_queries, n_restarts, resc_schedule, loss
 
@@ -173,7 +176,7 @@ class Square(Attack):
             loss=self.loss,
             targeted=targeted,
             generator=seeded(self.seed),
-            **self.search,
+            **self._options,
         )
 
 

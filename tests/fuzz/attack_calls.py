@@ -15,8 +15,7 @@ from fuzz.case import Wrong, check_refusal
 from fuzz.op_calls import shown_value
 from fuzz.wrong_values import spoil
 from sparse_adv import attacks
-from sparse_adv.attacks.base import SearchOptions
-from sparse_adv.attacks.options import CommonOptions, LossOptions
+from sparse_adv.attacks.options import BasicOptions, CommonOptions, LossOptions
 
 _SMALL = {
     **{"steps": 2, "queries": 3, "n_queries": 3, "restarts": 1, "n_restarts": 1, "binary_search_steps": 1},
@@ -70,8 +69,8 @@ def _arguments(made: Callable[..., Any], images: Tensor, labels: Tensor) -> dict
     given |= {name: value for name, value in _SMALL.items() if name in given}
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         options = LossOptions if "LossOptions" in str(inspect.signature(made)) else CommonOptions
-        if "SearchOptions" in str(inspect.signature(made)):
-            options = SearchOptions
+        if "BasicOptions" in str(inspect.signature(made)):
+            options = BasicOptions
         defaults = attacks.AttackOptions()
         if made is not attacks.FABT:
             given |= {name: getattr(defaults, name) for name in options.__annotations__}

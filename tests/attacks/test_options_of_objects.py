@@ -1,0 +1,135 @@
+"""Options of attack objects: each may be set between two calls, and nothing else."""
+
+import copy
+import inspect
+import pickle
+from dataclasses import fields
+
+import pytest
+import torch
+from helpers.attacked import batch, make_model
+
+from sparse_adv import attacks
+from sparse_adv.attacks import APGD, FGSM, MIFGSM, PGD, AttackOptions, AutoAttack, MultiAttack
+
+SMALL = {"eps": 0.1, "steps": 3}
+HOST = ("APGD", "APGDT", "CW", "DeepFool", "EOTPGD", "FAB", "FABT", "FMN", "GN", "MIFGSM", "RFGSM", "Square")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"lo": 0.4},
+        {"hi": 0.5},
+        {"norm": "l2"},
+        {"loss": "margin"},
+        {"bn_mode": "batch"},
+        {"early_stop": True},
+        {"targeted": True},
+        {"alpha": 0.01},
+        {"steps": 1},
+        {"eps": 0.01},
+    ],
+    ids=str,
+)
+def test_an_option_of_pgd_that_is_set_is_the_same_as_one_that_is_given(option):
+    model, (images, labels) = make_model(), batch()
+    images = images.clamp(0.4, 0.5)
+    attack = PGD(model, random_start=False, **SMALL)
+    before = attack(images, labels)
+    for name, value in option.items():
+        setattr(attack, name, value)
+    expected = PGD(model, random_start=False, **SMALL | option)
+    assert attack(images, labels).equal(expected(images, labels)) and repr(attack) == repr(expected)
+    assert not attack(images, labels).equal(before)
+
+
+def test_every_option_of_attack_options_is_one_of_pgd():
+    attack = PGD(make_model())
+    for field in fields(AttackOptions):
+        if field.name not in ("start_eps", "project"):
+            assert getattr(attack, field.name) == field.default
+            setattr(attack, field.name, field.default)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("bn_mode", "nonsense"), ("engine", 2), ("generator", "x"), ("hi", -1.0), ("check", None)]
+)
+def test_a_wrong_value_is_refused_when_it_is_set(name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        setattr(PGD(make_model()), name, value)
+
+
+@pytest.mark.parametrize("name", HOST)
+def test_the_range_of_pixels_may_be_set_between_two_calls(name):
+    torch.manual_seed(0)
+    model, (images, labels) = make_model(), batch()
+    attack = getattr(attacks, name)(model)
+    attack.lo, attack.hi, attack.check, attack.engine = 0.4, 0.5, False, False
+    adv = attack(images.clamp(0.4, 0.5), labels)
+    assert adv.min() >= 0.4 and adv.max() <= 0.5
+    assert "lo=0.4" in repr(attack) and "hi=0.5" in repr(attack)
+    with pytest.raises(TypeError, match=f"{name}.* got an unexpected keyword argument 'step'"):
+        getattr(attacks, name)(model, step=3)
+
+
+@pytest.mark.parametrize("name", ["PGD", "FGSM", "TPGD", "BIM", "VANILA", *HOST, "AutoAttack"])
+def test_an_attribute_that_does_not_exist_cannot_be_set(name):
+    attack = getattr(attacks, name)(make_model())
+    for each in (attack, copy.copy(attack), copy.deepcopy(attack)):
+        with pytest.raises(AttributeError, match=f"{name} has no option 'step'"):
+            each.step = 50
+    assert not hasattr(attack, "step")
+
+
+def test_a_multi_attack_has_no_options_of_its_members():
+    model = make_model()
+    with pytest.raises(AttributeError, match="MultiAttack has no option 'eps'"):
+        MultiAttack([FGSM(model), PGD(model)]).eps = 0.1
+
+
+def test_a_subclass_sets_its_own_options_in_its_constructor():
+    class Twice(PGD):
+        def __init__(self, model):
+            super().__init__(model)
+            self.times = 2
+
+    attack = pickle.loads(pickle.dumps(copy.copy(PGD(make_model(), 0.1))))
+    assert attack.eps == 0.1
+    attack = Twice(make_model())
+    attack.times, attack._private = 3, 4
+    assert list(inspect.signature(Twice).parameters) == ["model"] and "eps" in inspect.signature(PGD).parameters
+    with pytest.raises(AttributeError, match="Twice has no option 'time'"):
+        attack.time = 3
+
+    class Clean(attacks.Attack):
+        def forward(self, model, images, labels, targeted):
+            return images
+
+    with pytest.raises(AttributeError, match="Clean has no option 'eps'"):
+        Clean(make_model()).eps = 3
+
+
+@pytest.mark.parametrize("name", ["norm", "eps", "lo", "hi"])
+def test_the_ball_of_autoattack_may_be_set_between_two_runs(name):
+    value = {"norm": "L2", "eps": 0.5, "lo": -1.0, "hi": 2.0}[name]
+    evaluator = AutoAttack(make_model(), verbose=False)
+    setattr(evaluator, name, value)
+    assert evaluator.ball == AutoAttack(make_model(), **{name: value}).ball
+    with pytest.raises((TypeError, ValueError), match=name):
+        setattr(evaluator, name, "nonsense")
+
+
+def test_what_torchattacks_sets_may_be_set():
+    model = make_model()
+    APGD(model).verbose = attacks.PGDL2(model).eps_for_division = AutoAttack(model).n_classes = 1
+    attack = FGSM(model)
+    attack.model, attack.device, attack.targeted, attack.attack_mode = model, torch.device("cpu"), False, "default"
+
+
+def test_a_targeted_attack_is_described_as_one():
+    model = make_model()
+    assert "targeted=True" in repr(MIFGSM(model, targeted=True)) and "targeted" not in repr(MIFGSM(model))
+    attack = PGD(model)
+    attack.set_mode_targeted_by_label(quiet=True)
+    assert "targeted=True" in repr(attack) and "targeted" not in repr(PGD(model))
