@@ -317,7 +317,7 @@ class AutoAttack(Versioned, Attack):
         start, before = time.perf_counter(), int(state.robust.sum())
         if not state.pending.any():
             state.pending = state.robust.clone()
-            state.undone[name] = 0
+            state.unconfirmed[name] = 0
         while state.pending.any():
             began = time.perf_counter()
             index = state.pending.nonzero().squeeze(1)[:batch]
@@ -339,7 +339,7 @@ class AutoAttack(Versioned, Attack):
                 state.predictions[left[fallen]] = predictions[fallen]
                 state.robust[left[fallen]] = False
                 left = left[claimed & ~fallen] if options.get("eot_iter", 1) == 1 else left[:0]
-                state.undone[name] += len(left) if not exact else 0
+                state.unconfirmed[name] += len(left) if not exact else 0
             state.pending[index] = False
             state.seconds += time.perf_counter() - began
             if path is not None and state.pending.any():
@@ -349,7 +349,7 @@ class AutoAttack(Versioned, Attack):
             state.write(path)
         self._log(
             f"after {name}: robust accuracy {state.accuracy[name]:.2%} ({int(state.robust.sum())} of {before} still "
-            f"robust; {state.undone[name]} examples unconfirmed in float32; {time.perf_counter() - start:.1f} s)"
+            f"robust; {state.unconfirmed[name]} examples unconfirmed in float32; {time.perf_counter() - start:.1f} s)"
         )
 
     def _verified(self, adv: Tensor, x: Tensor, y: Tensor, ball: Ball) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -38,7 +38,7 @@ class State:
     logits: Tensor
     """Clean logits of the first images."""
     accuracy: dict[str, float]
-    undone: dict[str, int]
+    unconfirmed: dict[str, int]
     seconds: float = 0.0
     """Time of all processes that worked on the run, up to the last file that each wrote."""
 
@@ -64,27 +64,29 @@ class State:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        facts = [self.fingerprint, self.seed, self.accuracy, self.undone, self.seconds]
+        facts = [self.fingerprint, self.seed, self.accuracy, self.unconfirmed, self.seconds]
         metadata = {"sparse_adv_autoattack": json.dumps(facts)}
         write_bytes(path, save({name: getattr(self, name).contiguous() for name in _TENSORS}, metadata))
 
     def result(self, name: str, budgets: str, signs: list[str]) -> Result:
         """What a run has found that ends in this state."""
         of_images = self.adversarial, self.predictions, self.robust
-        return Result(name, budgets, *of_images, self.accuracy, self.undone, signs, self.seconds)
+        return Result(name, budgets, *of_images, self.accuracy, self.unconfirmed, signs, self.seconds)
 
     @classmethod
     def read(cls, path: Path, fingerprint: str) -> State:
         """Read the file; raise ValueError if it is no such file, or of another run."""
         try:
             with safe_open(path, "pt") as file:
-                known, seed, accuracy, undone, seconds = json.loads((file.metadata() or {})["sparse_adv_autoattack"])
+                known, seed, accuracy, unconfirmed, seconds = json.loads(
+                    (file.metadata() or {})["sparse_adv_autoattack"]
+                )
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"state_path {path} is no state of AutoAttack: {error}") from error
         if known != fingerprint:
             raise ValueError(f"state_path {path} is of another model, other images or other options: name another file")
-        return cls(known, seed, accuracy=accuracy, undone=undone, seconds=seconds, **tensors)
+        return cls(known, seed, accuracy=accuracy, unconfirmed=unconfirmed, seconds=seconds, **tensors)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Result:
     """Whether each image is robust: classified correctly, and no adversarial example was found; bool [N]."""
     accuracy: dict[str, float]
     """Robust accuracy, "clean" and after each attack, in their order."""
-    undone: dict[str, int]
+    unconfirmed: dict[str, int]
     """For each attack the number of unconfirmed examples: it claimed them, and verification did not confirm them.
 
     Their images are attacked again in float32 and without the engine. Attacks that average gradients (eot_iter > 1)

@@ -111,7 +111,7 @@ class AutoAttackScore:
     """Robust accuracy, "clean" and after each attack."""
     robust: float
     """The lowest of these."""
-    undone: dict[str, int]
+    unconfirmed: dict[str, int]
     """For each attack the number of unconfirmed examples."""
     seconds: float
     images_per_second: float
@@ -274,7 +274,7 @@ def _autoattack(options: Options, eps: float, model: nn.Module, x: Tensor, y: Te
         budgets=result.budgets,
         accuracy=result.accuracy,
         robust=min(result.accuracy.values()),
-        undone=result.undone,
+        unconfirmed=result.unconfirmed,
         seconds=result.seconds,
         images_per_second=len(y) / max(result.seconds, 1e-9),
         warnings=result.signs,

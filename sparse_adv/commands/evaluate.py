@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -134,8 +135,8 @@ def run(options: Options) -> int:
         if options.images is not None:
             images = data.Split(images.images[: options.images], images.labels[: options.images])
         output = Output(options.json)
-        measure = _autoattack if options.attack == "autoattack" else _bound
-        accuracies, robust, meaning, signs, undone = measure(options, output, model, images, seed, ball)
+        measure = partial(_autoattack, verbose=not options.json) if options.attack == "autoattack" else _bound
+        accuracies, robust, meaning, signs, unconfirmed = measure(options, model, images, seed, ball)
         result = {
             "what": str(options.what),
             "split": options.split,
@@ -145,7 +146,7 @@ def run(options: Options) -> int:
             "robust": robust,
             "meaning": meaning,
             "warnings": signs,
-        } | ({} if undone is None else {"undone": undone})
+        } | ({} if unconfirmed is None else {"unconfirmed": unconfirmed})
         listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
         text = f"{options.what}: {listed} of {len(images.labels)} {options.split} images, eps {eps:g}\n{meaning}"
         output.print("\n".join([text, *(f"warning: {sign}" for sign in signs)]), result)
@@ -180,13 +181,11 @@ class Measured(NamedTuple):
     """What the accuracies mean."""
     signs: list[str]
     """Signs that they are not to be trusted."""
-    undone: dict[str, int] | None = None
+    unconfirmed: dict[str, int] | None = None
     """For each attack of AutoAttack the examples that float32 did not confirm."""
 
 
-def _bound(
-    options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: BallArgs
-) -> Measured:
+def _bound(options: Options, model: nn.Module, images: data.Split, seed: int, ball: BallArgs) -> Measured:
     """Accuracies under attacks that take seconds."""
     steps, restarts = options.steps or STEPS, options.restarts or RESTARTS
     name = f"pgd-{steps}" + (f" x {restarts}" if restarts > 1 else "")
@@ -208,15 +207,15 @@ def _bound(
 
 
 def _autoattack(
-    options: Options, output: Output, model: nn.Module, images: data.Split, seed: int, ball: BallArgs
+    options: Options, model: nn.Module, images: data.Split, seed: int, ball: BallArgs, verbose: bool
 ) -> Measured:
     """Accuracies after each attack of AutoAttack."""
     if distributed.world_size() > 1:
         raise ValueError(f"--attack autoattack runs in one process, got {distributed.world_size()}")
-    evaluator = attacks.AutoAttack(model, **ball, seed=seed, verbose=not output.as_json)
+    evaluator = attacks.AutoAttack(model, **ball, seed=seed, verbose=verbose)
     evaluator.run_standard_evaluation(data.to_unit(images.images), images.labels, state_path=options.state)
     result = evaluator.result
     assert result is not None
     robust = list(result.accuracy.values())[-1]
     meaning = f"robust accuracy {robust:.1%} under {result.name}: {result.budgets}"
-    return Measured(result.accuracy, robust, meaning, result.signs, result.undone)
+    return Measured(result.accuracy, robust, meaning, result.signs, result.unconfirmed)

@@ -143,7 +143,9 @@ def test_claims_that_verification_does_not_confirm_are_counted(attacked, monkeyp
     plant(monkeypatch, "apgd-ce", lambda model, x, y, **_: torch.rand_like(x))
     evaluator = one_start(model, **{**CUSTOM, "eps": 1e-6, "attacks_to_run": ["apgd-ce"]})
     evaluator.run_standard_evaluation(images, labels)
-    assert evaluator.result.undone["apgd-ce"] > 0 and evaluator.result.accuracy["apgd-ce"] == pytest.approx(11 / 12)
+    assert evaluator.result.unconfirmed["apgd-ce"] > 0 and evaluator.result.accuracy["apgd-ce"] == pytest.approx(
+        11 / 12
+    )
 
 
 def test_an_image_whose_example_holds_in_half_precision_only_is_attacked_again(attacked, monkeypatch):
@@ -158,8 +160,8 @@ def test_an_image_whose_example_holds_in_half_precision_only_is_attacked_again(a
     evaluator = one_start(model, **{**CUSTOM, "eps": 1e-6, "attacks_to_run": ["apgd-ce"]})
     with torch.autocast("cpu", torch.bfloat16):
         evaluator.run_standard_evaluation(images, labels)
-    undone = evaluator.result.undone["apgd-ce"]
-    assert undone > 0 and calls == [(11, True, True), (undone, False, False)]
+    unconfirmed = evaluator.result.unconfirmed["apgd-ce"]
+    assert unconfirmed > 0 and calls == [(11, True, True), (unconfirmed, False, False)]
 
 
 def test_attacks_may_be_chosen_after_the_constructor(attacked):

@@ -71,7 +71,7 @@ def test_a_row_says_what_was_measured_how_and_with_what(checkpoint, small_budget
 
 def test_robust_is_what_all_attacks_leave(tmp_path, monkeypatch):
     accuracy = {"clean": 0.9, "apgd-ce": 0.6, "square": 0.4}
-    found = SimpleNamespace(name="AutoAttack", budgets="few", accuracy=accuracy, undone={}, seconds=2.0, signs=[])
+    found = SimpleNamespace(name="AutoAttack", budgets="few", accuracy=accuracy, unconfirmed={}, seconds=2.0, signs=[])
     made = SimpleNamespace(run_standard_evaluation=lambda *_, **__: None, result=found)
     monkeypatch.setattr(attacks, "AutoAttack", lambda *_, **__: made)
     options = SimpleNamespace(out=tmp_path, seed=0, batch=5)

@@ -258,7 +258,7 @@ def test_evaluate_runs_autoattack_and_goes_on_from_its_state(tmp_path, capsys):
         assert main(arguments) == 0
         found += lines(capsys)
     assert found[0] == found[1] and (tmp_path / "state.safetensors").exists()
-    assert set(found[0]["undone"]) == {"apgd-ce", "apgd-t", "fab-t", "square"}
+    assert set(found[0]["unconfirmed"]) == {"apgd-ce", "apgd-t", "fab-t", "square"}
     assert list(found[0])[5:10] == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert "under AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 9 targets)" in found[0]["meaning"]
 

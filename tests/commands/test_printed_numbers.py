@@ -22,7 +22,7 @@ FOUND = SimpleNamespace(
     name="AutoAttack",
     budgets="made up",
     accuracy={"clean": 0.9, "apgd-ce": 0.7, "apgd-t": 0.6, "fab-t": 0.5, "square": 0.4},
-    undone={"apgd-ce": 1, "apgd-t": 2, "fab-t": 3, "square": 4},
+    unconfirmed={"apgd-ce": 1, "apgd-t": 2, "fab-t": 3, "square": 4},
     seconds=40.0,
     signs=["looks masked"],
 )
@@ -66,7 +66,7 @@ def test_an_evaluation_says_what_autoattack_found(checkpoint, tmp_path, capsys, 
     (line,), text = said(capsys, "evaluate", checkpoint, *NETWORK, *strong, "--state", state, "--out", file)
     meaning = "robust accuracy 40.0% under AutoAttack: made up"
     about = {"what": checkpoint, "split": "test", "images": 30, "eps": 0.25, "norm": "l2"}
-    found = {"robust": 0.4, "meaning": meaning, "warnings": ["looks masked"], "undone": FOUND.undone}
+    found = {"robust": 0.4, "meaning": meaning, "warnings": ["looks masked"], "unconfirmed": FOUND.unconfirmed}
     assert line == about | FOUND.accuracy | found == json.loads(file.read_text())
     listed = "clean 90.0%, apgd-ce 70.0%, apgd-t 60.0%, fab-t 50.0%, square 40.0% of 30 test images, eps 0.25"
     assert text == f"{checkpoint}: {listed}\n{meaning}\nwarning: looks masked\n"
@@ -139,7 +139,7 @@ def test_a_score_of_the_benchmark_is_what_autoattack_found(tmp_path, monkeypatch
     model = models.build("digits_cnn", width=4).eval()
     score = benchmark._autoattack(options, 0.1, model, torch.rand(80, 1, 8, 8), torch.zeros(80).long(), verbose=False)
     assert score == AutoAttackScore(
-        0.1, "AutoAttack", "made up", FOUND.accuracy, 0.4, FOUND.undone, 40.0, 2.0, ["looks masked"]
+        0.1, "AutoAttack", "made up", FOUND.accuracy, 0.4, FOUND.unconfirmed, 40.0, 2.0, ["looks masked"]
     )
     assert Evaluator.asked["state"] == tmp_path / "autoattack_0.1.safetensors" and Evaluator.asked["bs"] == 30
     assert (Evaluator.asked["seed"], Evaluator.asked["norm"], Evaluator.asked["verbose"]) == (7, "linf", False)
