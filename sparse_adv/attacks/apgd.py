@@ -125,7 +125,7 @@ def apgd_t(
     eps: float | Tensor = 8 / 255,
     steps: int = 100,
     restarts: int = 1,
-    targets: int = 9,
+    n_target_classes: int = 9,
     rho: float = 0.75,
     eot_iter: int = 1,
     generator: torch.Generator | None = None,
@@ -140,15 +140,16 @@ def apgd_t(
 
     Args:
         labels: integer tensor [N], the true classes.
-        targets: number of wrong classes, in the order of their logits at the clean image; at most classes - 1 are
-            tried.
+        n_target_classes: number of wrong classes to try, in the order of their logits at the clean image; all of them
+            if there are fewer.
         model, images, norm, eps, steps, restarts, rho, eot_iter, generator, lo, hi, check, engine: as in `apgd`.
 
     Returns:
         As in `apgd`.
 
     Raises:
-        TypeError, ValueError: as in `apgd`, and if targets is less than 1 or the model has fewer than 4 classes.
+        TypeError, ValueError: as in `apgd`, and if n_target_classes is less than 1 or the model has fewer than 4
+            classes.
 
     Source: Croce and Hein (ICML 2020), as for `apgd`, section 4.2 and equation 7.
 
@@ -157,17 +158,17 @@ def apgd_t(
         >>> from sparse_adv import attacks, models
         >>> model = models.build("digits_cnn", width=8)
         >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
-        >>> attacks.apgd_t(model, images, labels, eps=0.1, steps=5, targets=3).shape
+        >>> attacks.apgd_t(model, images, labels, eps=0.1, steps=5, n_target_classes=3).shape
         torch.Size([4, 1, 8, 8])
     """
     settings = Settings(ball_around(images, eps, norm, lo, hi), steps, rho, eot_iter, False)
     check_count("restarts", restarts, least=1)
-    check_count("targets", targets, least=1)
+    check_count("n_target_classes", n_target_classes, least=1)
 
     def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
         attacker = _Attacker(queries, images, labels, settings, generator)
         for _ in range(restarts):
-            for rank in range(min(targets, attacker.wrong_classes.shape[1])):
+            for rank in range(min(n_target_classes, attacker.wrong_classes.shape[1])):
                 attacker.ascend(targeted_dlr, rank)
         return attacker.result
 

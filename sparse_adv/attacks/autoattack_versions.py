@@ -135,7 +135,7 @@ class Member:
 MEMBERS = {
     "apgd-ce": Member("apgd", partial(apgd, loss="ce"), _ASCENT),
     "apgd-dlr": Member("apgd", partial(apgd, loss="dlr"), _ASCENT),
-    "apgd-t": Member("apgd_targeted", apgd_t, {"n_iter": "steps", "n_target_classes": "targets"} | _ASCENT),
+    "apgd-t": Member("apgd_targeted", apgd_t, {"n_iter": "steps", "n_target_classes": "n_target_classes"} | _ASCENT),
     "fab": Member("fab", fab, _STEPS | _BOUNDARY),
     "fab-t": Member("fab", fab_t, {"n_iter": "steps", "n_target_classes": "n_target_classes"} | _BOUNDARY),
     "square": Member(

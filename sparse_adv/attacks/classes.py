@@ -394,7 +394,7 @@ class APGDT(HostAttack):
             eps=self.eps,
             steps=self.steps,
             restarts=self.n_restarts,
-            targets=self.n_classes - 1,
+            n_target_classes=self.n_classes - 1,
             eot_iter=self.eot_iter,
             rho=self.rho,
             generator=seeded(self.seed),

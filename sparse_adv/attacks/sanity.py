@@ -34,6 +34,7 @@ def signs_of_masking(
     model: Model,
     images: Tensor,
     labels: Tensor,
+    *,
     eps: Values | None = None,
     norm: str = "linf",
     lo: Values = 0.0,

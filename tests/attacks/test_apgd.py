@@ -59,7 +59,7 @@ def test_more_budget_never_gives_a_higher_robust_accuracy():
 
     for attack, budgets in (
         (apgd, [{"restarts": n, "steps": 5} for n in (1, 2, 4)]),
-        (apgd_t, [{"targets": n, "steps": 5} for n in (1, 2, 4)]),
+        (apgd_t, [{"n_target_classes": n, "steps": 5} for n in (1, 2, 4)]),
     ):
         counts = [stands(attack, **budget).sum().item() for budget in budgets]
         assert counts == sorted(counts, reverse=True) and 0 < counts[0] < len(images)

@@ -114,7 +114,7 @@ def test_every_setting_reaches_its_attacks(monkeypatch):
     expected = {
         "apgd-ce": ascent,
         "apgd-dlr": ascent,
-        "apgd-t": ascent | {"targets": 2},
+        "apgd-t": ascent | {"n_target_classes": 2},
         "fab": boundary | {"restarts": 7},
         "fab-t": boundary | {"n_target_classes": 2},
         "square": {"queries": 13, "restarts": 7, "p_init": 0.4, "resc_schedule": True},

@@ -95,7 +95,7 @@ def test_apgd_objects_compute_what_the_functions_compute():
     )
     assert torch.equal(
         torchattacks.APGDT(model, seed=3, n_classes=5, **options)(images, labels),
-        apgd_t(model, images, labels, targets=4, generator=noise[1], **options),
+        apgd_t(model, images, labels, n_target_classes=4, generator=noise[1], **options),
     )
 
 

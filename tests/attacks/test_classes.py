@@ -32,7 +32,7 @@ def test_objects_compute_what_the_functions_compute():
 
 
 DEFAULTS = {
-    **{"apgd": {"steps": 100, "rho": 0.75}, "apgd_t": {"steps": 100, "targets": 9, "rho": 0.75}},
+    **{"apgd": {"steps": 100, "rho": 0.75}, "apgd_t": {"steps": 100, "n_target_classes": 9, "rho": 0.75}},
     **{"cw": {"c": 1.0, "kappa": 0.0, "steps": 50, "lr": 0.01}, "deepfool": {"steps": 50, "overshoot": 0.02}},
     "fab": (fab := {"eps": None, "steps": 100, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9}),
     "fab_t": fab | {"n_target_classes": 9},

@@ -174,7 +174,7 @@ def test_results_lie_in_ball_and_box_without_slack(problem, norm, data):
 STRONGER = {
     "pgd": (steps_of(pgd, 0.25, steps=4), ({}, {"restarts": 3})),
     "apgd": (apgd, ({"steps": 5}, {"steps": 5, "restarts": 3})),
-    "apgd_t": (apgd_t, ({"steps": 5, "targets": 1}, {"steps": 5, "targets": 3})),
+    "apgd_t": (apgd_t, ({"steps": 5, "n_target_classes": 1}, {"steps": 5, "n_target_classes": 3})),
     "fab": (fab, ({"steps": 3}, {"steps": 3, "restarts": 3})),
     "fab_t": (fab_t, ({"steps": 3, "n_target_classes": 1}, {"steps": 3, "n_target_classes": 3})),
     "square": (square, ({"queries": 10}, {"queries": 10, "restarts": 3})),

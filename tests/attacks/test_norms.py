@@ -17,7 +17,7 @@ NORMS = {
     for row in re.findall(r"^\| `.*", TABLE, flags=re.MULTILINE)
     for name in re.findall(r"`(\w+)`", row.split("|")[1])
 }
-CHEAP = {"steps": 2, "queries": 5, "n_queries": 5, "n_classes": 5, "targets": 4, "n_target_classes": 4, "seed": 0}
+CHEAP = {"steps": 2, "queries": 5, "n_queries": 5, "n_classes": 5, "n_target_classes": 4, "seed": 0}
 
 
 def examples(name: str, **options: object) -> torch.Tensor:

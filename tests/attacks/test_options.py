@@ -92,7 +92,7 @@ DEFAULTS = {
     "mifgsm": EPS | ALPHA | {"decay": 1.0},
     "eotpgd": EPS | ALPHA | {"eot_iter": 2},
     "apgd": EPS | ASCENT | {"steps": 100, "restarts": 1, "loss": "ce"},
-    "apgd_t": EPS | ASCENT | {"steps": 100, "restarts": 1, "targets": 9},
+    "apgd_t": EPS | ASCENT | {"steps": 100, "restarts": 1, "n_target_classes": 9},
     "fab": BOUNDARY | {"eps": None, "steps": 100, "restarts": 1},
     "fab_t": BOUNDARY | {"eps": None, "steps": 100, "restarts": 1, "n_target_classes": 9},
     "square": EPS | SQUARE | {"queries": 5000, "restarts": 1},

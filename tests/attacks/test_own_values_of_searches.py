@@ -23,7 +23,7 @@ DRAWING = {
     "eotpgd": lambda *batch, eps, **o: eotpgd(*batch, eps=eps, alpha=eps / 2, steps=3, **o),
     "rfgsm": lambda *batch, eps, **o: rfgsm(*batch, eps=eps, alpha=eps / 2, steps=2, **o),
     "apgd": partial(apgd, steps=6, restarts=2),
-    "apgd_t": partial(apgd_t, steps=4, targets=2),
+    "apgd_t": partial(apgd_t, steps=4, n_target_classes=2),
     "square": partial(square, queries=30),
     "fab": partial(fab, steps=4, restarts=2),
     "fab_t": partial(fab_t, steps=4, n_target_classes=3),

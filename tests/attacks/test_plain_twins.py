@@ -130,7 +130,7 @@ def test_apgd_halves_its_steps_and_goes_back_to_its_best_points_from_every_start
 
 def test_targeted_apgd_takes_the_nearest_classes_in_turn():
     model, images, labels = problem()
-    adv = apgd_t(model, images, labels, eps=1e-3, steps=20, targets=2, restarts=2, generator=generator())
+    adv = apgd_t(model, images, labels, eps=1e-3, steps=20, n_target_classes=2, restarts=2, generator=generator())
     ranked = model(images).argsort(1, descending=True)[:, 1:3]
     key = philox_state()
     for i, (x, y) in enumerate(zip(images, labels, strict=True)):

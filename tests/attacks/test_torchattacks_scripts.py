@@ -178,7 +178,7 @@ def test_settings_of_the_authors_implementation_are_used_and_printed(spent, caps
         "square (1000 queries, p_init 0.3); linf, eps 0.02, 3 images, seed 0\n"
     )
     assert spent["apgd-ce"].items() >= {"steps": 40, "restarts": 2, "rho": 0.5, "eot_iter": 1}.items()
-    assert spent["apgd-t"].items() >= {"steps": 100, "restarts": 2, "targets": 3}.items()
+    assert spent["apgd-t"].items() >= {"steps": 100, "restarts": 2, "n_target_classes": 3}.items()
     assert spent["fab"].items() >= {"restarts": 2, "eta": 1.1}.items() and spent["fab-t"]["n_target_classes"] == 4
     assert "restarts" not in spent["fab-t"] and spent["square"]["queries"] == 1000
     assert spent["square"]["p_init"] == 0.3 and not spent["square"]["resc_schedule"]

@@ -19,7 +19,7 @@ from sparse_adv.attacks.options import BasicOptions, CommonOptions, LossOptions
 
 _SMALL = {
     **{"steps": 2, "queries": 3, "n_queries": 3, "restarts": 1, "n_restarts": 1, "binary_search_steps": 1},
-    **{"eot_iter": 1, "targets": 2, "n_target_classes": 2, "n_classes": 5},
+    **{"eot_iter": 1, "n_target_classes": 2, "n_classes": 5},
 }
 _OTHERS = {"losses", "run_attack", "distances", "signs_of_masking"}
 FUNCTIONS = sorted(name for name in attacks.__all__ if name[0].islower() and name not in _OTHERS)
