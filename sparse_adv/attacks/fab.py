@@ -319,7 +319,7 @@ class _Fab:
                 x = self._step(x, index, boundary)
                 left = self._unfinished(index)
                 x, index = x[torch.isin(index, left)], left
-        self._search_back(boundary)
+        self._search_back()
 
     def result(self) -> Tensor:
         """The nearest adversarial images inside of the ball, else the clean ones."""
@@ -369,7 +369,7 @@ class _Fab:
         scale = (radius / length).where(radius.isfinite(), 0)
         return ball.clamp(clean + direction * per_image(scale, clean))
 
-    def _search_back(self, boundary: Boundary) -> None:
+    def _search_back(self) -> None:
         """Move the nearest examples towards the clean images, by the method of false position.
 
         With the leads z_y - z_k at the clean image and at the example, the next point is the zero of the straight line

@@ -31,7 +31,7 @@ class EMA(AveragedModel):
         >>> average = EMA(model, decay=0.75)
         >>> for updates, value in ((0, 1.0), (999, 5.0)):
         ...     _ = nn.init.constant_(model.weight, value)
-        ...     average.follow(model, updates)
+        ...     average.move(model, average.share(updates))
         >>> average.module.weight.item()  # 0.75 * 1 + 0.25 * 5
         2.0
     """
@@ -39,12 +39,6 @@ class EMA(AveragedModel):
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model)
         self.decay = decay
-
-    @torch.no_grad()
-    def follow(self, model: nn.Module, updates: int) -> None:
-        """Average the present weights and floating buffers in; `updates` is the number of updates before this one."""
-        self.move(model, self.share(updates))
-        self.n_averaged += 1
 
     def share(self, updates: int) -> float:
         """The share of the present weights, 1 - d, after so many updates and one more."""
@@ -63,6 +57,10 @@ class EMA(AveragedModel):
             torch._foreach_lerp_(own, present, [shares[tensor.dtype] for tensor in own])
         else:
             torch._foreach_lerp_(own, present, share)
+
+    def count(self) -> None:
+        """Count an update, on the CPU: what `move` launches on a GPU may be replayed without it."""
+        self.n_averaged += 1
 
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:

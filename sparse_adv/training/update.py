@@ -166,7 +166,7 @@ class Updater:
         passes = self._passes(objective, collect)
         objective.count_update()
         if self.ema is not None:
-            self.ema.n_averaged += 1
+            self.ema.count()
         self.step += 1
         with watch.phase("update"):
             new_costs = hook.after_update(self.step, gradients)
