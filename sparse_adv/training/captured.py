@@ -20,7 +20,7 @@ from sparse_adv.ops.cuda_graph import CallCache, warn_of_refusal
 from sparse_adv.training import distributed
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.hook import UpdateHook
-from sparse_adv.training.objectives import Natural
+from sparse_adv.training.objectives import TrainingObjective
 
 if TYPE_CHECKING:
     from sparse_adv.training.update import Updater
@@ -63,7 +63,13 @@ class CapturedUpdates:
         return self._tensors(self._packed(numbers).to(self._updater.device, non_blocking=True), numbers)
 
     def run(
-        self, objective: Natural, x: Tensor, y: Tensor, noise: Tensor | None, numbers: Numbers, watch: Stopwatch
+        self,
+        objective: TrainingObjective,
+        x: Tensor,
+        y: Tensor,
+        noise: Tensor | None,
+        numbers: Numbers,
+        watch: Stopwatch,
     ) -> tuple[Tensor, Tensor] | None:
         """Make an update and return its loss and number of correct images, or None if updates are not captured.
 
@@ -119,7 +125,7 @@ class CapturedUpdates:
         learning_rate, momentum, share = packed.unbind()
         return Numbers(learning_rate, momentum if self._device_momentum else numbers.momentum, share)
 
-    def _key(self, objective: Natural, x: Tensor, y: Tensor, numbers: Numbers) -> tuple[Hashable, object]:
+    def _key(self, objective: TrainingObjective, x: Tensor, y: Tensor, numbers: Numbers) -> tuple[Hashable, object]:
         """All that the code of an update depends on, and the objects whose ids and addresses this holds."""
         updater = self._updater
         of_model, keep_alive = key_of_model(updater.model, updater.device.type)

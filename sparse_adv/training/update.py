@@ -139,7 +139,7 @@ class Updater:
         return x, y
 
     def update(
-        self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch
+        self, objective: objectives.TrainingObjective, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch
     ) -> Updated:
         """Make one update.
 
@@ -179,14 +179,14 @@ class Updater:
         share = 0.0 if self.ema is None else self.ema.share(step)
         return Numbers(self.config.learning_rate(step, length), self.config.momentum_of(step, length), share)
 
-    def craft(self, objective: objectives.Natural, x: Tensor, y: Tensor, noise: Tensor | None) -> Tensor:
+    def craft(self, objective: objectives.TrainingObjective, x: Tensor, y: Tensor, noise: Tensor | None) -> Tensor:
         """The images of an update; noise is the Philox state of its random start."""
         with self.autocast():
             return objective.craft(self.model, x, y, noise)
 
     def learn(
         self,
-        objective: objectives.Natural,
+        objective: objectives.TrainingObjective,
         x: Tensor,
         adv: Tensor,
         y: Tensor,
@@ -231,7 +231,7 @@ class Updater:
         for name in ("grad_scale", "found_inf"):  # the scaler sets them for the time of a step
             vars(self.optimizer).pop(name, None)
 
-    def _passes(self, objective: objectives.Natural, dense_gradients: bool) -> Passes:
+    def _passes(self, objective: objectives.TrainingObjective, dense_gradients: bool) -> Passes:
         """The passes of an update with this objective; AWP forms the gradients of kept weights once more."""
         passes = objective.passes
         return passes._replace(
@@ -240,7 +240,7 @@ class Updater:
         )
 
     def _perturbed(
-        self, objective: objectives.Natural, x: Tensor, adv: Tensor, y: Tensor
+        self, objective: objectives.TrainingObjective, x: Tensor, adv: Tensor, y: Tensor
     ) -> AbstractContextManager[None]:
         """The weights at which the gradient of an update is formed: those of the model without AWP."""
         if not self.awp_gamma:

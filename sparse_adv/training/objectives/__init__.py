@@ -9,15 +9,15 @@ from torch import Generator, Tensor, nn
 
 from sparse_adv import attacks
 from sparse_adv.config import Norm, Objective, TrainConfig
-from sparse_adv.training.objectives.base import Natural, Passes
+from sparse_adv.training.objectives.base import Natural, Passes, TrainingObjective
 from sparse_adv.training.objectives.free import Free
 from sparse_adv.training.objectives.multi_step import MART, PGD, TRADES
 from sparse_adv.training.objectives.regularized import FGSMUAP, NuAT
 from sparse_adv.training.objectives.single_step import FGSM, FGSMRS, FGSMRSCS, NFGSM
 
-__all__ = ["Natural", "Passes", "adversarial_loss", "build"]
+__all__ = ["Passes", "TrainingObjective", "adversarial_loss", "build"]
 
-_BY_NAME: dict[str, type[Natural]] = {
+_BY_NAME: dict[str, type[TrainingObjective]] = {
     "natural": Natural,
     "fgsm": FGSM,
     "fgsm-rs": FGSMRS,
@@ -32,8 +32,8 @@ _BY_NAME: dict[str, type[Natural]] = {
 }
 
 
-def build(config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> Natural:
-    """Return the objective of a configuration; the arguments are those of `Natural`."""
+def build(config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> TrainingObjective:
+    """Return the objective of a configuration; the arguments are those of `TrainingObjective`."""
     return _BY_NAME[config.objective](config, check, graphs)
 
 

@@ -40,10 +40,11 @@ class CraftingOptions(CommonOptions):
     alpha: float
 
 
-class Natural:
-    """Training without attack: loss = CE(f(x), y). Base class of the other objectives.
+class TrainingObjective:
+    """What an update trains on: the images that `craft` makes of a batch, and the `loss` on them.
 
-    CE is the cross-entropy with `config.label_smoothing`.
+    This class crafts nothing and has the loss CE(f(x), y), the cross-entropy with `config.label_smoothing`; a subclass
+    overrides what it does otherwise.
 
     Args:
         config: of the training.
@@ -115,3 +116,7 @@ class Natural:
             "graphs": self.graphs,
             "engine": self.config.engine,
         }
+
+
+class Natural(TrainingObjective):
+    """Training without attack."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sparse_adv import attacks, ops
 from sparse_adv.config import TrainConfig
-from sparse_adv.training.objectives.base import Natural, Noise, Passes
+from sparse_adv.training.objectives.base import Noise, Passes, TrainingObjective
 
 
-class Free(Natural):
+class Free(TrainingObjective):
     """m updates on each batch; each backward pass also moves the perturbation (Shafahi et al. 2019, algorithm 1).
 
     delta <- project(delta + alpha direction(g)), the step of `ops.pgd_step` in the ball of radius eps around 0, where g

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_adv import attacks
-from sparse_adv.training.objectives.base import Natural, Noise, Passes
+from sparse_adv.training.objectives.base import Noise, Passes, TrainingObjective
 
 
-class PGD(Natural):
+class PGD(TrainingObjective):
     """`steps` projected steps of size alpha from a random point of the ball (Madry et al. 2018, section 2.1).
 
     FastAT Benchmark (Pan and Yao 2026, arXiv 2604.22853), ResNet-18, 10 steps with averaged weights: clean 82.36 %,
@@ -28,7 +28,7 @@ class PGD(Natural):
         return attacks.pgd(model, x, y, steps=self.config.steps, norm=self.config.norm, **self._options(noise))
 
 
-class TRADES(Natural):
+class TRADES(TrainingObjective):
     """loss = CE(f(x), y) + beta KL(p(x) || p(adv)), adv maximising the divergence (Zhang et al. 2019, equation 5)."""
 
     @property

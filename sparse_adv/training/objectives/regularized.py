@@ -14,11 +14,11 @@ from sparse_adv.attacks.losses import loss_function
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.config import TrainConfig
 from sparse_adv.ops.random_start import as_philox_state
-from sparse_adv.training.objectives.base import Natural, Noise, Passes
+from sparse_adv.training.objectives.base import Noise, Passes, TrainingObjective
 from sparse_adv.training.objectives.nuclear_norm import nuclear_norm
 
 
-class NuAT(Natural):
+class NuAT(TrainingObjective):
     """The nuclear norm of the difference of clean and adversarial outputs is kept small.
 
     With ||.||_* the sum of the singular values of a matrix [N, classes]::
@@ -89,7 +89,7 @@ class NuAT(Natural):
         self.count += 1
 
 
-class FGSMUAP(Natural):
+class FGSMUAP(TrainingObjective):
     """FGSM from a universal perturbation, which all images share and every update moves.
 
     start = clamp(x + project(u)), adv = one step of size alpha from there, projected, and::

@@ -13,10 +13,10 @@ from sparse_adv import attacks, ops
 from sparse_adv.config import TrainConfig
 from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training import distributed
-from sparse_adv.training.objectives.base import Natural, Noise, Passes
+from sparse_adv.training.objectives.base import Noise, Passes, TrainingObjective
 
 
-class FGSM(Natural):
+class FGSM(TrainingObjective):
     """One step of size eps from x (Goodfellow et al. 2015, section 4): loss = CE(f(x + eps sign(g)), y)."""
 
     @property
@@ -56,7 +56,7 @@ class NFGSM(FGSM):
         return attacks.n_fgsm(model, x, y, norm=self.config.norm, loss=self.attack_loss, **self._options(noise))
 
 
-class FGSMRSCS(Natural):
+class FGSMRSCS(TrainingObjective):
     """FGSM from noise, with a loss on the noisy images that keeps the convergence smooth.
 
     x' = clamp(x + U(-eps, eps)), adv = clamp(x' + alpha sign(g)), which is not projected onto the ball, and with d the
