@@ -80,9 +80,8 @@ def checked_ball(eps: Values, norm: str, lo: Values, hi: Values) -> Ball:
     Raises:
         TypeError, ValueError: as `ball_around`, but for the length of tensors.
     """
-    norm = norm.lower() if isinstance(norm, str) else norm  # torchattacks writes "Linf" and "L2"
     radii, lows, highs = _extremes("eps", eps), _extremes("lo", lo), _extremes("hi", hi)
-    check_ball(radii[0], norm, lows[0], highs[1])
+    norm = check_ball(radii[0], norm, lows[0], highs[1])
     if not isinstance(lo, Tensor) or not isinstance(hi, Tensor):
         crossed = lows[1] > highs[0]
     elif len(lo) != len(hi):

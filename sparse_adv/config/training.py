@@ -61,7 +61,7 @@ class TrainConfig:
         warmup_start_lr: learning rate at which the warm-up starts, at least 0.
         eps: radius of the perturbation ball in training and evaluation; images lie in [0, 1], so 8/255 is usual for
             linf.
-        norm: norm of the perturbation ball.
+        norm: norm of the perturbation ball, "linf" or "l2", also written "Linf" or "L2".
         alpha: step size of the attack in image units; null for the default of the objective, which is 1.25 eps for
             fgsm-rs, eps / 4 for pgd, trades and mart, and eps for the others.
         steps: attack steps of the objectives pgd, trades and mart, at least 1; with the other attacks, those of the PGD
@@ -134,6 +134,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        if isinstance(self.norm, str):
+            object.__setattr__(self, "norm", self.norm.lower())  # torchattacks writes "Linf" and "L2"
         require_one_of("objective", self.objective, OBJECTIVES)
         require_one_of("schedule", self.schedule, SCHEDULES)
         require_one_of("norm", self.norm, NORMS)

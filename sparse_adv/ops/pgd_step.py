@@ -47,7 +47,7 @@ def pgd_step(
         clean: float tensor of adv's shape and dtype: the centre of the ball.
         alpha: step size in image units; negative to descend.
         eps: radius of the ball in image units; `math.inf` for no projection.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         lo, hi: the range of pixel values.
 
     Returns:
@@ -65,7 +65,7 @@ def pgd_step(
         >>> pgd_step(clean, grad, clean, alpha=0.25, eps=0.125)
         tensor([[0.6250, 0.5000, 0.3750]])
     """
-    check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
+    norm = check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
     return torch.ops.sparse_adv.pgd_step(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
 
 
@@ -103,7 +103,7 @@ def pgd_step_(
         >>> adv
         tensor([[0.6250, 0.3750]])
     """
-    check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
+    norm = check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
     if adv.requires_grad and torch.is_grad_enabled():
         raise ValueError("adv requires grad: call pgd_step_ under torch.no_grad(), or use pgd_step")
     if not torch.compiler.is_compiling():
@@ -126,16 +126,17 @@ def _check_memory(adv: Tensor, grad: Tensor, clean: Tensor) -> None:
             raise ValueError(f"adv and {name} share a part of their memory: clone one of them first")
 
 
-def check_ball(eps: float, norm: str, lo: float, hi: float) -> None:
-    """Raises TypeError or ValueError unless eps, norm and pixel range describe a ball of images."""
+def check_ball(eps: float, norm: str, lo: float, hi: float) -> str:
+    """Returns the norm in lower case; TypeError or ValueError unless eps, norm and range describe a ball of images."""
     for name, number in {"eps": eps, "lo": lo, "hi": hi}.items():
         check_number(name, number)
-    if not isinstance(norm, str) or norm not in NORMS:
+    if not isinstance(norm, str) or norm.lower() not in NORMS:
         raise ValueError(f'norm must be "linf" or "l2", got {shortened(norm)}')
     if not eps >= 0:
         raise ValueError(f"eps must not be negative or NaN, got {eps}")
     if not lo <= hi:
         raise ValueError(f"lo must not exceed hi, got lo={lo} and hi={hi}")
+    return norm.lower()  # torchattacks writes "Linf" and "L2"
 
 
 def check_alpha(alpha: float) -> None:
@@ -147,9 +148,9 @@ def check_alpha(alpha: float) -> None:
 
 def check_step(
     adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float
-) -> None:
-    """Raises TypeError or ValueError unless these are arguments of a step."""
-    check_ball(eps, norm, lo, hi)
+) -> str:
+    """Returns the norm as `check_ball`; TypeError or ValueError unless these are arguments of a step."""
+    norm = check_ball(eps, norm, lo, hi)
     check_alpha(alpha)
     check_floating("adv", adv)
     for name, tensor in {"grad": grad, "clean": clean}.items():
@@ -161,6 +162,7 @@ def check_step(
     if clean.dtype != adv.dtype:
         raise TypeError(f"clean is {clean.dtype}, adv is {adv.dtype}: they must agree")
     check_capability(adv.device)
+    return norm
 
 
 @torch.library.register_fake("sparse_adv::pgd_step")

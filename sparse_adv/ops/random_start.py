@@ -39,7 +39,7 @@ def random_start(
     Args:
         clean: float tensor [N, ...]. 16-bit images are computed in float32 and rounded once.
         eps: radius of the ball in image units.
-        norm: "linf" or "l2".
+        norm: "linf" or "l2", also written "Linf" or "L2".
         seed: a 64-bit integer; or an int64 tensor [2], Philox key and block offset (the next offset that shares no
             number with this call is `offset + ceil(clean.numel() / 4)`); or a generator, from which one number is
             drawn.
@@ -62,7 +62,7 @@ def random_start(
         (True, True)
     """
     check_floating("clean", clean)
-    check_ball(eps, norm, lo, hi)
+    norm = check_ball(eps, norm, lo, hi)
     if eps == float("inf"):
         raise ValueError("eps must be finite, got inf")
     check_capability(clean.device)

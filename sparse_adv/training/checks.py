@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.attacks.checks import int64_labels
 from sparse_adv.errors import first_line
 from sparse_adv.masks.layers import check_initialized
 
@@ -55,7 +56,7 @@ def count_batches(batches: Iterable[Any]) -> int:
 
 
 def pairs_of(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches as (images, labels).
+    """Yield the batches as (images, labels), labels of any integer dtype as int64.
 
     Raises:
         TypeError: if one is not two tensors, such as a dict, or images and labels with a number of each image.
@@ -75,7 +76,7 @@ def pairs_of(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
             raise TypeError(f"a batch must be two tensors (images, labels), got {what[:100]}")
         if not batch[1].dim():
             raise ValueError("a batch must have labels [N], got a single one: give the DataLoader a batch_size")
-        yield batch[0], batch[1]
+        yield batch[0], int64_labels(batch[1])
 
 
 @contextmanager

@@ -190,20 +190,20 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Return the batches of a Split, of which each process gets its part; batches are returned as they are.
+    """Return the batches of a Split, of which each process gets its part, or batches, with int64 labels.
 
     Raises:
         TypeError: when a batch is not two tensors.
     """
-    if not isinstance(images, Split):
-        return pairs_of(images)
-    return Batches(
-        images,
-        batch_size * distributed.world_size(),
-        shuffle=False,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
+    if isinstance(images, Split):
+        images = Batches(
+            images,
+            batch_size * distributed.world_size(),
+            shuffle=False,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+    return pairs_of(images)
 
 
 def check_evaluable(name: str, images: Images, model: nn.Module) -> None:

@@ -189,3 +189,8 @@ def test_a_radius_above_one_is_for_l2_alone():
     assert TrainConfig(norm="linf", eps=1.0).eps == 1.0
     with pytest.raises(ValueError, match=r"eps must be at most 1 for norm .linf., .* got 1.5"):
         TrainConfig(norm="linf", eps=1.5)
+
+
+@pytest.mark.parametrize(("name", "norm"), [("Linf", "linf"), ("L2", "l2"), ("l2", "l2")])
+def test_a_norm_has_both_spellings(name, norm):
+    assert TrainConfig(norm=name) == TrainConfig(norm=norm) and TrainConfig(norm=name).norm == norm

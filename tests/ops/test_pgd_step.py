@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_adv.ops import pgd_step, pgd_step_, reference
+from sparse_adv.ops import pgd_step, pgd_step_, random_start, reference
 
 ALPHA, EPS = 2 / 255, 8 / 255
 NORMS = ("linf", "l2")
@@ -254,7 +254,7 @@ X = torch.rand(2, 3, 4, 4)
         ({"eps": torch.ones(2)}, TypeError, r"eps must be a number, got a tensor of shape \(2,\)"),
         ({"eps": "a" * 5000}, TypeError, "eps must be a number, got .{0,40}$"),
         ({"hi": 1j}, TypeError, "hi must be a number, got 1j"),
-        ({"norm": "Linf"}, ValueError, 'norm must be "linf" or "l2", got \'Linf\''),
+        ({"norm": "l1"}, ValueError, 'norm must be "linf" or "l2", got \'l1\''),
         ({"lo": 1.0, "hi": 0.0}, ValueError, r"lo must not exceed hi, got lo=1.0 and hi=0.0"),
     ],
 )
@@ -322,3 +322,12 @@ def test_the_raw_op_refuses_unsafe_arguments(tensors):
             op(*tensors, ALPHA, EPS, "linf", 0.0, 1.0)
     with pytest.raises(RuntimeError, match="norm must be linf or l2"):
         torch.ops.sparse_adv.pgd_step(X, X, X, ALPHA, EPS, "l1", 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("name", "norm"), [("Linf", "linf"), ("L2", "l2")])
+def test_a_norm_has_both_spellings(name, norm):
+    adv, grad, clean = torch.rand(3, 2, 3, 4, 4)
+    stepped = pgd_step(adv, grad, clean, 0.1, 0.2, norm)
+    assert pgd_step(adv, grad, clean, 0.1, 0.2, name).equal(stepped)
+    assert pgd_step_(adv.clone(), grad, clean, 0.1, 0.2, name).equal(stepped)
+    assert random_start(clean, 0.2, name, seed=5).equal(random_start(clean, 0.2, norm, seed=5))

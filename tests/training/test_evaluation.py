@@ -268,3 +268,24 @@ class Untouched:
 
     def __iter__(self):
         raise AssertionError("training began")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_labels_of_any_integer_dtype_are_the_same(dtype):
+    images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels.to(dtype)
+    model, parts = network(), list(zip(images.split(8), labels.split(8), strict=True))
+    for measure in (training.clean_accuracy, training.robust_accuracy, training.fgsm_accuracy):
+        expected = measure(model, VALIDATION).fraction
+        assert measure(model, data.Split(VALIDATION.images, labels)).fraction == expected
+        assert measure(model, parts).fraction == expected
+    models = [network(), network()]
+    for each, of_dtype in zip(models, (torch.int64, dtype), strict=True):
+        own = [(x, y.to(of_dtype)) for x, y in parts]
+        training.train(each, own, replace(QUICK, objective="pgd", epochs=2), validation=own)
+    assert equal_states(*(each.state_dict() for each in models))
+    for objective in ("pgd", "trades", "mart", "fgsm"):
+        losses = [
+            training.adversarial_loss(model, *batch, objective, generator=torch.Generator().manual_seed(0))
+            for batch in (parts[0], (parts[0][0], parts[0][1].long()))
+        ]
+        assert losses[0].equal(losses[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Generator, Tensor, nn
 
 from sparse_adv import attacks
+from sparse_adv.attacks.checks import int64_labels
 from sparse_adv.config import Norm, Objective, TrainConfig
 from sparse_adv.training.objectives.base import Natural, Passes, TrainingObjective
 from sparse_adv.training.objectives.free import Free
@@ -59,7 +60,7 @@ def adversarial_loss(
     Args:
         model: maps images [N, C, H, W] in [0, 1] to logits [N, classes].
         x: float images [N, C, H, W] in [0, 1].
-        y: int64 labels [N].
+        y: integer labels [N].
         objective: as in `TrainConfig`, except "free", "fgsm-rs-cs" and "fgsm-uap", whose loss of a batch depends on the
             batches before it. The second term of "nu-at" has its full weight, beta.
         generator: CPU generator of the random start; None for PyTorch's global generator.
@@ -70,7 +71,7 @@ def adversarial_loss(
         The mean loss, a scalar with a gradient.
 
     Raises:
-        TypeError: if x is not floating or y not int64.
+        TypeError: if x is not floating or y not of integers.
         ValueError: if an argument is out of range, or the objective has no loss of one batch.
 
     Examples:
@@ -86,5 +87,5 @@ def adversarial_loss(
     )
     if not _BY_NAME[objective].has_loss_of_one_batch:
         raise ValueError(f"objective must have a loss of one batch, got {objective!r}: use training.train for it")
-    loss = build(config, check=True)
+    loss, y = build(config, check=True), int64_labels(y)
     return loss.loss(model, x, loss.craft(model, x, y, generator), y)
