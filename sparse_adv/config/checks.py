@@ -82,9 +82,10 @@ def refuse_unused(config: object, default: object, without_effect: Mapping[str, 
     """Raise ValueError if a field that has no effect has another value than by default, naming its flag.
 
     Args:
-        config: a configuration.
-        default: the one of which the fields that were not given are.
-        without_effect: of `config`: the names of fields, and why they have no effect.
+        config: the configuration to check.
+        default: a configuration with the default values.
+        without_effect: maps the name of each field of `config` that has no effect to the reason, which ends the
+            sentence "--name has no effect ...".
 
     Examples:
         >>> from sparse_adv.config import TrainConfig

@@ -21,7 +21,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 class PruneConfig:
     """Hyperparameters of the ticket search: how the trained dense network is pruned. The defaults are the paper's.
 
-    `density`, `block`, `scope`, `score` and `linear` are arguments of `masks.prune`, which validates them.
+    `density`, `block`, `scope`, `score` and `linear` are arguments of `masks.prune`, which validates them; its own
+    defaults are density 0.1, score "magnitude" and linear=False.
 
     Args:
         density: fraction of the weights that the ticket keeps, in [0, 1].

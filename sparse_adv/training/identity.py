@@ -143,8 +143,8 @@ def network_digest(model: nn.Module, with_masks: bool = True) -> str:
     """Return the digest of what a model is: its modules and their attributes, shapes and dtypes, and its masks.
 
     Attributes are numbers, text, functions (by name), tensors, arrays and sequences of these, whose names do not begin
-    with "_". Those that
-    training in this process has changed, such as a counter of forward passes, count with the value before it.
+    with "_". Those that training in this process has changed, such as a counter of forward passes, count with the value
+    before it.
 
     Args:
         model: any module.
