@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-_lock = threading.RLock()
+lock = threading.RLock()
 """Held by the thread that traces: two threads that replace the methods of nn.Module at once would not restore them."""
 
 
@@ -26,7 +26,7 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a model; waits while another thread traces."""
-        with _lock:
+        with lock:
             self._thread = threading.get_ident()
             return super().trace(root, concrete_args)
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from sparse_adv.argument_types import checks_types
 from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
 from sparse_adv.engine.gradients import image_gradient, outside_inference
-from sparse_adv.engine.model_state import state_of
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
-from sparse_adv.engine.state_cache import StateCache
+from sparse_adv.engine.trace_cache import TraceCache
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.training import graph_for_training
 from sparse_adv.errors import first_line
@@ -66,7 +65,7 @@ class _Entry:
     """Held while the program's buffers are in use."""
 
 
-_entries: StateCache[_Entry] = StateCache(capacity=4)
+_entries: TraceCache[_Entry] = TraceCache(capacity=4)
 """Programs of each model, for different shapes of input."""
 
 
@@ -165,7 +164,8 @@ def _entry_of(model: nn.Module, x: Tensor) -> _Entry:
             log.info("the engine leaves this %s to autograd: %s", type(model).__name__, entry.reason)
         return entry
 
-    return _entries.find(model, ((padded_batch(len(x)), *x.shape[1:]), state_of(model, x)), make)
+    entry = _entries.find(model, x, (padded_batch(len(x)), *x.shape[1:]), make)
+    return _Entry(reason=entry) if isinstance(entry, str) else entry
 
 
 def _make(model: nn.Module, x: Tensor) -> _Entry:
@@ -177,8 +177,8 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
     # A model may draw random numbers: the draws of this trial must not change later ones.
     with KeptGenerators(x.device):
         try:
+            program = Program(model, x)  # first, so that it is the model's own modules of which the trace reads
             _check(model, x[:_CHECKED_IMAGES])
-            program = Program(model, x)
             _try(program, model, x)
             return _Entry(program)
         except NotTraceable as error:

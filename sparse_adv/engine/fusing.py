@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 
-from sparse_adv.engine.model_state import has_hooks
+from sparse_adv.engine.model_state import runs_own_code
 from sparse_adv.engine.steps import (
     AutogradStep,
     ConvolutionStep,
@@ -78,7 +78,7 @@ class Fusion:
         if len(node.all_input_nodes) > 2:
             return self._leave(node, result)
         module = module_of(self._trace.model, node)
-        if module is not None and has_hooks(module):
+        if module is not None and runs_own_code(module):
             return self._leave(node, result)
         if isinstance(module, _IDENTITIES) and type(module).forward in {kind.forward for kind in _IDENTITIES}:
             self._values[node] = source

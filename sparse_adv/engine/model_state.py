@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Hashable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
-
-from sparse_adv.engine.attributes import content
-from sparse_adv.engine.state_cache import ATTRIBUTE
-from sparse_adv.nn.masked_layer import MaskedLayer
 
 HOOKS = (
     "_forward_pre_hooks",
@@ -22,9 +18,6 @@ HOOKS = (
     "_backward_hooks",
 )
 """The tables of a module in which PyTorch keeps the hooks of its forward and backward pass."""
-
-_NOT_WATCHED = frozenset([*vars(nn.Module()), *MaskedLayer.DERIVED, ATTRIBUTE])
-"""Attributes that PyTorch or the engine gives to modules, and those that masked layers derive from their tensors."""
 
 
 class _SharedTensors(TorchFunctionMode):
@@ -52,30 +45,29 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, table) for table in HOOKS)
 
 
+def runs_own_code(module: nn.Module) -> bool:
+    """Whether a module computes something else than others of its class: it has hooks or a forward of its own."""
+    return has_hooks(module) or "forward" in vars(module)
+
+
 def has_global_hooks() -> bool:
     """Whether anything is registered to run in the passes of all modules."""
     return any(getattr(torch_module, f"_global{table}") for table in HOOKS)
 
 
-def state_of(model: nn.Module, x: Tensor) -> Hashable:
-    """All that decides what a model becomes, but the shape of x."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return x.dtype, x.device, structure_of(model), autocast
-
-
 def structure_of(model: nn.Module) -> Hashable:
-    """A model's modules, their hooks, modes and attributes, and their tensors."""
-    seen: set[int] = set()
-    modules = tuple(
-        (
-            id(module),
-            id(vars(module).get("forward", type(module))),
-            has_hooks(module),
-            module.training,
-            content({name: value for name, value in vars(module).items() if name not in _NOT_WATCHED}, seen),
-        )
-        for module in model.modules()
+    """A model's modules, their classes, hooks and modes, and their tensors."""
+    return tuple(map(_structure_of_one, model.modules())), has_global_hooks()
+
+
+def _structure_of_one(module: nn.Module) -> Hashable:
+    children = tuple([(name, id(child)) for name, child in module._modules.items()])
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    return (
+        weakref.ref(module),  # an address may belong to another module later
+        type(module),
+        has_hooks(module),
+        module.training,
+        children,
+        tuple([(name, id(t), *((t.shape, t.dtype, t.device) if t is not None else ())) for name, t in tensors]),
     )
-    tensors = tuple((id(t), t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
-    return modules, has_global_hooks(), tensors

@@ -40,7 +40,7 @@ class StateCache(Generic[T]):
 
     Examples:
         >>> cache, model = StateCache(capacity=4), nn.ReLU()
-        >>> cache.find(model, "eval", lambda: 1), cache.find(model, "eval", lambda: 2)
+        >>> cache.find(model, lambda: "eval", lambda: 1), cache.find(model, lambda: "eval", lambda: 2)
         (1, 1)
     """
 
@@ -48,15 +48,31 @@ class StateCache(Generic[T]):
         self.capacity = capacity
         self._lock = threading.RLock()  # of one thread's own: a model's code may run another model
 
-    def find(self, model: nn.Module, state: Hashable, make: Callable[[], T]) -> T:
-        """Return the value for this state of the model, made now if there is none; other threads wait for it."""
+    def find(self, model: nn.Module, state: Callable[[], Hashable], make: Callable[[], T]) -> T:
+        """Return the value for the present state of the model, made now if there is none; other threads wait for it.
+
+        The state is read again when the value is made: what a value depends on may be known only then.
+        """
         with self._lock:
             values = self._values_of(model)
-            value = values.pop(state) if state in values else make()
-            values[state] = value  # now the last one
+            now = state()
+            if now in values:
+                value = values.pop(now)
+            else:
+                value, now = make(), state()
+            values[now] = value  # now the last one
             while len(values) > self.capacity:
                 del values[next(iter(values))]
         return value
+
+    def get(self, model: nn.Module, state: Hashable) -> T | None:
+        """Return the value for a state of the model, or None if there is none."""
+        with self._lock:
+            values = self._values_of(model)
+            value = values.pop(state, None)
+            if value is not None:
+                values[state] = value  # now the last one
+            return value
 
     def _values_of(self, model: nn.Module) -> dict[Hashable, T]:
         made = vars(model).get(ATTRIBUTE)

@@ -17,12 +17,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sparse_adv.engine.batch_size import scaled
-from sparse_adv.engine.model_state import copy_of_code, has_global_hooks, has_hooks, structure_of
+from sparse_adv.engine.model_state import copy_of_code, has_global_hooks, has_hooks, runs_own_code
 from sparse_adv.engine.random_state import KeptGenerators
+from sparse_adv.engine.reads import Reads
 from sparse_adv.engine.traced_code import Constant, EagerFunctions, NotTraceable, reads_elements
 from sparse_adv.errors import first_line
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
-from sparse_adv.tracer import Tracer
+from sparse_adv.tracer import Tracer, lock
 
 log = logging.getLogger(__name__)
 
@@ -128,21 +129,23 @@ def graph_of(model: nn.Module) -> fx.Graph:
     Raises:
         NotTraceable: if the model depends on values of its input or of its buffers, overwrites a tensor that has other
             views, has hooks itself, or if its Python code draws random numbers, changes attributes of modules, or
-            computes with other tensors: the graph would repeat what happened this once.
+            computes with other tensors: the graph would repeat what happened this once. If it calls an autograd
+            function of its own or stops gradients, which the graph would not show. If it reads attributes whose changes
+            would not be seen.
     """
     if has_hooks(model) or has_global_hooks():
         raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
-    tracer = _Tracer()
+    if "forward" in vars(model):
+        raise NotTraceable("its forward is one of its attributes, and torch.fx would trace that of its class")
+    tracer = _Tracer(model)
     try:
         copied = copy_of_code(model)
-        structure = structure_of(copied)
-        with KeptGenerators(torch.device("cpu")) as generators, EagerFunctions():
+        with KeptGenerators(torch.device("cpu")) as generators, EagerFunctions(), torch.enable_grad():
             graph = tracer.trace(copied, _default_arguments(copied))
             if generators.drawn:
                 raise NotTraceable("its Python code draws random numbers")
         _take_constants(copied, graph)
-        if structure != structure_of(copied):
-            raise NotTraceable("its Python code changes attributes of modules")
+        tracer.reads.check()
         _drop_defaults(graph)
         _make_functional(model, graph)
         return graph
@@ -160,7 +163,7 @@ def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
 def is_relu(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node is a ReLU and nothing else."""
     module = module_of(model, node)
-    return node.target in _RELU if module is None else type(module) is nn.ReLU and not has_hooks(module)
+    return node.target in _RELU if module is None else type(module) is nn.ReLU and not runs_own_code(module)
 
 
 def is_sum(node: fx.Node) -> bool:
@@ -173,12 +176,37 @@ class _Tracer(Tracer):
 
     proxy_buffer_attributes = True  # what is computed from a buffer belongs to the graph, as with parameters
 
+    reads: Reads
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace a copy of the model; `reads` then has what its code has read."""
+        assert isinstance(root, nn.Module)
+        self.reads = Reads(self._model, root)
+        self.reads.add(root, "forward")
+        with lock, self.reads.recording():
+            self._modes = _modes()
+            return super().trace(root, concrete_args)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            has_hooks(m)
-            or isinstance(m, (MaskedConv2d, MaskedLinear))
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+        is_masked = isinstance(m, (MaskedConv2d, MaskedLinear))
+        if has_hooks(m) or is_masked or super().is_leaf_module(m, module_qualified_name):
+            self.reads.add_layer(m)
+            return True
+        return False
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            self.reads.refuse("its Python code stops gradients or changes autocast")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[bool, ...]:
+    """The modes of this thread that decide what PyTorch's operations do."""
+    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 class _Recorder(fx.Interpreter):

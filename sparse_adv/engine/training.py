@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
-from sparse_adv.engine.model_state import has_hooks, state_of
-from sparse_adv.engine.state_cache import StateCache
+from sparse_adv.engine.model_state import runs_own_code
 from sparse_adv.engine.steps import operation_of
+from sparse_adv.engine.trace_cache import TraceCache
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.tracing import graph_of, is_relu, is_sum, module_of
 from sparse_adv.engine.winograd import TrainedConvolution, is_plain_convolution, onednn_writes_out_of_bounds
@@ -28,7 +28,7 @@ _CHECKED_IMAGES = 4
 _TOLERANCE = 1e-6
 """Greatest relative error of the gradients in float64."""
 
-_graphs: StateCache[TrainingGraph | str] = StateCache(capacity=4)
+_graphs: TraceCache[TrainingGraph | str] = TraceCache(capacity=4)
 """For each model, in different modes and dtypes, the graph or the reason why there is none."""
 
 
@@ -173,7 +173,7 @@ def graph_for_training(model: nn.Module, x: Tensor) -> TrainingGraph | str:
             log.info("training of this %s is not fused: %s", type(model).__name__, made)
         return made
 
-    return _graphs.find(model, state_of(model, x), make)
+    return _graphs.find(model, x, None, make)
 
 
 def _make(model: nn.Module, x: Tensor) -> TrainingGraph | str:
@@ -253,11 +253,11 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_fusible(norm: nn.BatchNorm2d) -> bool:
-    plain = type(norm).forward is nn.BatchNorm2d.forward and "forward" not in vars(norm)
+    plain = type(norm).forward is nn.BatchNorm2d.forward and not runs_own_code(norm)
     tracks = norm.track_running_stats or norm.running_mean is None
     # An average over all batches (momentum=None) divides by their number, which the host would read from the GPU.
     waits = norm.momentum is None and norm.running_mean is not None and norm.running_mean.device.type != "cpu"
-    return plain and norm.training and tracks and not waits and not has_hooks(norm)
+    return plain and norm.training and tracks and not waits
 
 
 def _check(model: nn.Module, x: Tensor) -> None:

@@ -24,7 +24,7 @@ Convolution = tuple[Any, ...]
 
 _receivers: WeakKeyDictionary[nn.Module, list[Receiver]] = WeakKeyDictionary()
 """Maps each layer to the functions that receive its gradients, one of each `dense_gradients` block that it is in. It is
-no attribute of the layer, because the engine traces a model anew when attributes of its modules change."""
+no attribute of the layer, because an update is captured anew when attributes of its modules change."""
 _uncompiled = ExitStack()
 """Closed when the last block ends: while there is one, compiled models run uncompiled, as traced code sees no block."""
 _lock = Lock()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_adv.attacks.cuda_graph import is_frozen, key_of_batch, key_of_model
 from sparse_adv.engine.model_state import has_global_hooks, has_hooks, structure_of
+from sparse_adv.engine.reads import all_contents_of
 from sparse_adv.nn.optimizer_hook import own_hooks
 from sparse_adv.ops.cuda_graph import CallCache, warn_of_refusal
 from sparse_adv.training import distributed
@@ -137,6 +138,7 @@ class CapturedUpdates:
             key_of_batch(x, y),
             of_model,
             structure_of(updater.model),
+            all_contents_of(updater.model),
             tuple((p.requires_grad, len(p._backward_hooks or ()), _accumulation_hooks(p)) for p in parameters),
             tuple((tensor.data_ptr(), tensor.shape) for tensor in others),
             None if self._device_momentum else numbers.momentum,

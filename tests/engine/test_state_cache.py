@@ -17,7 +17,7 @@ def test_the_value_of_a_state_is_made_once_and_the_least_recently_used_one_is_fo
     cache, model, made = StateCache(capacity=2), nn.ReLU(), []
 
     def find(state):
-        return cache.find(model, state, lambda: made.append(state) or len(made))
+        return cache.find(model, lambda: state, lambda: made.append(state) or len(made))
 
     assert [find(state) for state in "abab"] == [1, 2, 1, 2]
     find("a")
@@ -28,9 +28,9 @@ def test_the_value_of_a_state_is_made_once_and_the_least_recently_used_one_is_fo
 
 def test_models_do_not_share_values_and_a_freed_one_leaves_none():
     cache, first, second = StateCache(capacity=1), nn.ReLU(), nn.ReLU()
-    kept = weakref.ref(cache.find(first, "eval", nn.Identity))
-    other = weakref.ref(cache.find(second, "eval", nn.Identity))
-    assert kept() is cache.find(first, "eval", nn.Tanh) is not other()
+    kept = weakref.ref(cache.find(first, lambda: "eval", nn.Identity))
+    other = weakref.ref(cache.find(second, lambda: "eval", nn.Identity))
+    assert kept() is cache.find(first, lambda: "eval", nn.Tanh) is not other()
     del first
     gc.collect()
     assert kept() is None and other() is not None
@@ -56,11 +56,11 @@ def test_copies_and_pickles_have_none_of_the_values(copied):
 
 def test_a_value_of_none_counts_and_an_error_leaves_nothing():
     cache, model = StateCache(capacity=1), nn.ReLU()
-    assert cache.find(model, "eval", lambda: None) is None
-    assert cache.find(model, "eval", lambda: 1) is None
+    assert cache.find(model, lambda: "eval", lambda: None) is None
+    assert cache.find(model, lambda: "eval", lambda: 1) is None
     with pytest.raises(ZeroDivisionError):
-        cache.find(model, "train", lambda: 1 // 0)
-    assert cache.find(model, "train", lambda: 2) == 2
+        cache.find(model, lambda: "train", lambda: 1 // 0)
+    assert cache.find(model, lambda: "train", lambda: 2) == 2
 
 
 def test_threads_wait_for_a_value_that_another_one_is_making_and_a_maker_may_use_the_cache():
@@ -68,10 +68,10 @@ def test_threads_wait_for_a_value_that_another_one_is_making_and_a_maker_may_use
 
     def make():
         time.sleep(0.05)
-        made.append(cache.find(model, "inner", lambda: 5))
+        made.append(cache.find(model, lambda: "inner", lambda: 5))
         return made[-1]
 
-    threads = [threading.Thread(target=lambda: cache.find(model, "outer", make)) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: cache.find(model, lambda: "outer", make)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -247,7 +247,7 @@ HIDDEN = {
     "random": (lambda self, y: y * 2 if random.random() < 2 else y, "draws random numbers"),
     "torch.rand": (lambda self, y: y + float(torch.rand(1)), "draws random numbers"),
     "counter": (counted, "changes attributes"),
-    "no_grad": (stopped, "cannot be compared|other results"),
+    "no_grad": (stopped, "stops gradients"),
     "values": (lambda self, y: y if y.sum() > 0 else -y, "torch.fx cannot trace"),
 }
 
@@ -260,7 +260,7 @@ def test_code_that_a_trace_does_not_show_is_left_to_pytorch(name, caplog):
     with caplog.at_level(logging.INFO):
         assert engine.fuse_for_training(model, x) is model
     assert random.getstate() == before[0] and torch.get_rng_state().equal(before[1])
-    assert any(word in caplog.text for word in reason.split("|"))
+    assert reason in caplog.text
 
 
 def test_random_layers_draw_what_they_would():

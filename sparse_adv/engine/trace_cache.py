@@ -1,0 +1,93 @@
+"""What is made of models by tracing them, kept for as long as the traces are right."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from sparse_adv.engine.model_state import structure_of
+from sparse_adv.engine.reads import Contents, changed_attribute, contents_of
+from sparse_adv.engine.state_cache import StateCache
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PATIENCE = 4
+"""Changes of a model in succession after each of which it is traced again."""
+
+
+@dataclass
+class _History:
+    """How the state of a model has changed from call to call."""
+
+    structure: Hashable = None
+    contents: Contents = ()
+    changes: int = 0
+    """Since a call last found what was made before."""
+    unchanged: int = 0
+    """Calls since the last change."""
+    reason: str = ""
+    """What changes, once that has been said."""
+
+    def add(self, structure: Hashable, contents: Contents) -> None:
+        """Note the state in a call."""
+        changed = self.structure is not None and (structure, contents) != (self.structure, self.contents)
+        self.structure, self.contents = structure, contents
+        self.unchanged = 0 if changed else self.unchanged + 1
+        self.changes += changed
+
+    @property
+    def is_restless(self) -> bool:
+        """Whether a trace is likely to be wrong before it is used again."""
+        return self.unchanged < self.changes - _PATIENCE
+
+
+class TraceCache(Generic[T]):
+    """What was made of models by tracing them in the states in which each was used last.
+
+    The state are the modules, modes and tensors of a model, and what traced code has read of their attributes. If it
+    changes at every call, nothing is made until it has stayed the same for some calls, the more the oftener it changed.
+
+    Args:
+        capacity: as of `StateCache`.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._made: StateCache[T] = StateCache(capacity)
+        self._histories: WeakKeyDictionary[nn.Module, _History] = WeakKeyDictionary()
+
+    def find(self, model: nn.Module, x: Tensor, shape: Hashable, make: Callable[[], T]) -> T | str:
+        """Return what `make` returns, or returned before, for a model in this state; or why nothing is made.
+
+        Args:
+            model: any module.
+            x: its input, of which dtype and device count.
+            shape: what of the input's shape counts.
+            make: traces the model.
+        """
+        device = x.device.type
+        call = shape, x.dtype, x.device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        history = self._histories.setdefault(model, _History())
+        structure, contents = structure_of(model), contents_of(model)
+        before = history.contents
+        history.add(structure, contents)
+        made = self._made.get(model, (call, structure, contents))
+        if made is not None:
+            history.changes = 0
+            return made
+        if history.is_restless:
+            if not history.reason:
+                what = changed_attribute(model, before, contents) or "what its modules are"
+                history.reason = f"{what} changes from call to call"
+                log.warning("the engine leaves this %s to autograd: %s", type(model).__name__, history.reason)
+            return history.reason
+        made = self._made.find(model, lambda: (call, structure_of(model), contents_of(model)), make)
+        history.structure, history.contents = structure_of(model), contents_of(model)
+        return made
