@@ -2,7 +2,7 @@
 
 Training flags belong to the modules, which other threads use too. So a model that is in other modes is not changed if
 that can be avoided: a twin runs in its place, modules of the same classes that share all attributes with the model's
-but the flags and the table of submodules.
+but the flags, the table of submodules and what the engine has made of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from sparse_adv.engine.model_state import has_global_hooks, has_hooks
+from sparse_adv.engine.state_cache import ATTRIBUTE
 from sparse_adv.nn.masked_layer import MaskedLayer
 
 Flags = dict[str, bool]
@@ -45,7 +46,7 @@ _twins: weakref.WeakKeyDictionary[nn.Module, dict[Mode, nn.Module]] = weakref.We
 """For each model and mode the twin; the engine keeps programs by model, so it must be the same one again."""
 _lock = threading.Lock()
 
-_OF_TORCH = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE = frozenset([*vars(nn.Module()), ATTRIBUTE])
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), type, enum.Enum, Tensor, types.BuiltinFunctionType),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, torch.Size),
@@ -157,14 +158,15 @@ class _Lent:
 
     def __init__(self, module: nn.Module, twin: nn.Module, flags: Flags) -> None:
         self._module, self._twin = module, twin
-        self._given = {**vars(module), "_modules": twin._modules, **flags}
+        own = {"_modules": twin._modules, ATTRIBUTE: vars(twin).get(ATTRIBUTE)}
+        self._given = {**vars(module), **own, **flags}
         self._children = dict(twin._modules)
         object.__setattr__(twin, "__dict__", dict(self._given))
 
     def take_back(self) -> bool:
         """Give the module what was assigned to its twin; return whether there are submodules among it."""
         own, missing = vars(self._module), object()
-        for name in vars(self._twin).keys() - _FLAGS:
+        for name in vars(self._twin).keys() - _FLAGS - {ATTRIBUTE}:
             before, value = self._given.get(name, missing), vars(self._twin)[name]
             if value is not before and own.get(name, missing) is before:  # else another thread has assigned it too
                 own[name] = value
@@ -182,7 +184,7 @@ def _can_have_twin(module: nn.Module) -> bool:
         return False
     if any(base.__dict__.get("__slots__") for base in kind.__mro__):
         return False
-    own = _OF_TORCH.union(MaskedLayer.DERIVED) if isinstance(module, MaskedLayer) else _OF_TORCH
+    own = _OF_EVERY_MODULE.union(MaskedLayer.DERIVED) if isinstance(module, MaskedLayer) else _OF_EVERY_MODULE
     return all(name in own or _is_plain(value) for name, value in vars(module).items())
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from helpers.attacked import batch, make_model, snapshot
 from torch import nn
 
-from sparse_adv import attacks, masks, sparsify, training
+from sparse_adv import attacks, engine, masks, sparsify, training
 from sparse_adv.attacks.modes import bn_mode, in_mode
+from sparse_adv.engine import dispatch
 
 IMAGES, LABELS = batch()
 
@@ -54,6 +55,24 @@ def test_the_flags_of_a_model_in_training_never_change(mode, use_engine, masked)
                 x = (images + (moved - images).clamp(-8 / 255, 8 / 255)).clamp(0, 1)
         torch.testing.assert_close(adv, x)
     assert snapshot(model) == snapshot(toggled)
+
+
+@pytest.mark.parametrize("before", ["eval", "train"])
+def test_a_model_and_its_twin_keep_what_the_engine_made_of_each(before, monkeypatch):
+    model, made, seen = make_model(), [], []
+    monkeypatch.setattr(dispatch, "Program", lambda *args: made.append(args) or engine.Program(*args))
+
+    def loss(logits, labels):
+        seen.append(flags(model))
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    for mode in (before, "train", "train", "eval", "train"):
+        model.train(mode == "train")
+        expected = flags(model)
+        attacks.pgd(model, IMAGES, LABELS, steps=1, loss=loss)
+        assert all(found == expected for found in seen)
+        seen.clear()
+    assert len(made) <= 4  # a copy to compare with and a program, for the model and for its twin
 
 
 def test_a_thread_runs_a_model_in_training_while_others_attack_and_evaluate_it():
