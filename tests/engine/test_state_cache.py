@@ -39,7 +39,7 @@ def test_models_do_not_share_values_and_a_freed_one_leaves_none():
 def test_a_value_that_refers_to_its_model_is_freed_with_it():
     cache, model = StateCache(capacity=1), nn.ReLU()
     reference = weakref.ref(model)
-    cache.find(model, "eval", reference)
+    cache.find(model, lambda: "eval", reference)
     del model
     gc.collect()
     assert reference() is None
@@ -48,9 +48,9 @@ def test_a_value_that_refers_to_its_model_is_freed_with_it():
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_and_pickles_have_none_of_the_values(copied):
     cache, model = StateCache(capacity=2), nn.Linear(2, 2)
-    cache.find(model, "eval", lambda: lambda: model)  # no pickle could hold it
-    assert [cache.find(each, "eval", lambda: 2) for each in (copied(model), copied(copied(model)))] == [2, 2]
-    assert callable(cache.find(model, "eval", lambda: 3))
+    cache.find(model, lambda: "eval", lambda: lambda: model)  # no pickle could hold it
+    assert [cache.find(each, lambda: "eval", lambda: 2) for each in (copied(model), copied(copied(model)))] == [2, 2]
+    assert callable(cache.find(model, lambda: "eval", lambda: 3))
     assert model.state_dict().keys() == nn.Linear(2, 2).state_dict().keys()
 
 
