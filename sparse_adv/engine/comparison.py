@@ -1,7 +1,6 @@
 """Comparison of what the engine made of a model with the model itself: of copies in float64, on a few images.
 
-It finds code that a trace does not show: gradients that are stopped or replaced, numbers drawn at random, images that
-depend on each other.
+It finds code that a trace does not show: numbers drawn at random, images that depend on each other.
 """
 
 from __future__ import annotations
