@@ -19,7 +19,9 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def python_blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    """Those that a page shows itself; a file of examples/ that it includes is run below."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if not re.fullmatch(r'--8<-- "examples/\w+\.py"\n', block)]
 
 
 def test_the_readme_stays_short():
