@@ -87,8 +87,4 @@ def cost_of(ticket: masks.Ticket) -> Cost:
         >>> cost_of(masks.Ticket({}, {}, {"cost": {"seconds": 2.5, "macs": 1000}}))
         Cost(seconds=2.5, macs=1000)
     """
-    provenance = ticket.provenance
-    content = provenance.get("cost", {})
-    if not content and "multiply_adds" in provenance:  # a ticket from before `SearchRecord`
-        content = {"seconds": provenance.get("seconds"), "macs": provenance["multiply_adds"]}
-    return json_files.from_json(Cost, content, "the ticket's provenance")
+    return json_files.from_json(Cost, ticket.provenance.get("cost", {}), "the ticket's provenance")
