@@ -9,26 +9,28 @@ hooks in AveragedModel or, on one device, in DataParallel. On CUDA, repeated att
 
 from sparse_adv.attacks import losses
 from sparse_adv.attacks.apgd import apgd, apgd_t
+from sparse_adv.attacks.apgd_classes import APGD, APGDT
 from sparse_adv.attacks.autoattack import AutoAttack
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.bim import BIM, bim
-from sparse_adv.attacks.classes import APGD, APGDT, FFGSM, FGSM, PGD, PGDL2, TPGD
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.cw import CW, cw
 from sparse_adv.attacks.deepfool import DeepFool, deepfool
 from sparse_adv.attacks.eotpgd import EOTPGD, eotpgd
 from sparse_adv.attacks.fab import FAB, FABT, fab, fab_t
+from sparse_adv.attacks.fgsm import FFGSM, FGSM, fgsm, fgsm_rs, n_fgsm
 from sparse_adv.attacks.fmn import FMN, distances, fmn
-from sparse_adv.attacks.functional import fgsm, fgsm_rs, n_fgsm, pgd, tpgd
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.mifgsm import MIFGSM, mifgsm
 from sparse_adv.attacks.multi_attack import MultiAttack
 from sparse_adv.attacks.noise import GN, VANILA
 from sparse_adv.attacks.options import BN_MODES, AttackOptions, BasicOptions, CommonOptions, LossOptions
+from sparse_adv.attacks.pgd import PGD, PGDL2, pgd
 from sparse_adv.attacks.rfgsm import RFGSM, rfgsm
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.attacks.square import Square, square
+from sparse_adv.attacks.tpgd import TPGD, tpgd
 
 __all__ = [
     "APGD",

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from sparse_adv.attacks.ball import checked_ball
 from sparse_adv.attacks.checks import Model
-from sparse_adv.attacks.classes import PGD
-from sparse_adv.attacks.functional import pgd
 from sparse_adv.attacks.options import LossOptions, check_count
+from sparse_adv.attacks.pgd import PGD, pgd
 
 
 def bim(

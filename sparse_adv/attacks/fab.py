@@ -12,10 +12,11 @@ from torch import Tensor
 from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.generators import private_generator, seeded
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import BasicOptions, check_count
-from sparse_adv.attacks.queries import Queries, advantage, confirmed, private_generator, run_search, seeded
+from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
 from sparse_adv.ops.arguments import check_flag, check_numbers
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -21,9 +21,10 @@ from sparse_adv.attacks.checks import (
     is_correct,
 )
 from sparse_adv.attacks.geometry import distance, per_image
+from sparse_adv.attacks.losses import loss_to_raise
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import BasicOptions, check_count
-from sparse_adv.attacks.queries import Queries, advantage, confirmed, loss_to_raise, run_search
+from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
 from sparse_adv.ops.arguments import check_flag, check_floating, check_numbers
 
 LOSSES = ("margin", "dlr")

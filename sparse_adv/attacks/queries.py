@@ -1,4 +1,4 @@
-"""A model under attack: its logits and gradients for batches from which finished images are removed."""
+"""What attacks on the host share: `run_search` gives them a model to query, `confirmed` tests what they found."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from sparse_adv.attacks.checks import (
     int64_labels,
 )
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
-from sparse_adv.attacks.losses import Loss, loss_values, margin
+from sparse_adv.attacks.losses import margin
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.engine.gradients import image_gradient
 from sparse_adv.engine.program import LossOfLogits
 from sparse_adv.nn import frozen_weights
-from sparse_adv.ops.arguments import check_flags, check_integer
-from sparse_adv.ops.random_start import as_philox_state
+from sparse_adv.ops.arguments import check_flags
 
 _PUSHES = (0.0, 1e-4, 1e-3, 1e-2)
 _UNITS_OF_ROUNDING = 100
@@ -154,23 +153,3 @@ def confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, bal
         result[left[over]] = x[over]
         left = left[~over]
     return result
-
-
-def private_generator(generator: torch.Generator | None, images: Tensor) -> torch.Generator:
-    """A generator on the device of the images, seeded with one number of a generator; None for PyTorch's global one."""
-    seed = int(as_philox_state(generator, "generator")[0]) & (2**63 - 1)
-    # `run_search` refuses images of a wrong type, and those on the device meta.
-    device = images.device if isinstance(images, Tensor) and not images.is_meta else "cpu"
-    return torch.Generator(device).manual_seed(seed)
-
-
-def seeded(seed: int) -> torch.Generator:
-    """A generator of the seed that somebody gave."""
-    check_integer("seed", seed)
-    return torch.Generator().manual_seed(int(seed))
-
-
-def loss_to_raise(loss: str | Loss, labels: Tensor, targeted: bool) -> LossOfLogits:
-    """The function of the logits that an attack raises: the loss, or its negative if targeted."""
-    sign = -1 if targeted else 1
-    return lambda logits: sign * loss_values(loss, logits, labels)

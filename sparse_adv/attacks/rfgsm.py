@@ -11,9 +11,10 @@ from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
 from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
-from sparse_adv.attacks.losses import Loss, loss_function
+from sparse_adv.attacks.generators import private_generator
+from sparse_adv.attacks.losses import Loss, loss_function, loss_to_raise
 from sparse_adv.attacks.options import BasicOptions, check_count
-from sparse_adv.attacks.queries import Queries, loss_to_raise, private_generator, run_search
+from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.ops.arguments import check_flag
 
 

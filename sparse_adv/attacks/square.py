@@ -12,10 +12,11 @@ from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.ball import Ball, ball_around, into_ball
 from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.generators import private_generator, seeded
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import cross_entropy
 from sparse_adv.attacks.options import BasicOptions, check_count
-from sparse_adv.attacks.queries import Queries, advantage, private_generator, run_search, seeded
+from sparse_adv.attacks.queries import Queries, advantage, run_search
 from sparse_adv.ops.arguments import check_flags, check_number
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

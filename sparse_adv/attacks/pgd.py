@@ -1,4 +1,4 @@
-"""The attacks as functions: `pgd`, the single-step attacks of fast adversarial training, and the attack of TRADES."""
+"""PGD: projected gradient descent, in both norms."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
+from sparse_adv.attacks.gradient_attack import GradientAttack
 from sparse_adv.attacks.loop import run_attack
-from sparse_adv.attacks.options import AttackOptions, CommonOptions, Loss, LossOptions
+from sparse_adv.attacks.losses import Loss
+from sparse_adv.attacks.options import AttackOptions, LossOptions
 
 
 def pgd(
@@ -115,154 +117,80 @@ def pgd(
     return run_attack(model, images, labels, options)
 
 
-def fgsm(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float | Tensor = 8 / 255,
-    norm: str = "linf",
-    **options: Unpack[LossOptions],
-) -> Tensor:
-    """Fast gradient (sign) method: one step of size eps from the clean images.
+class PGD(GradientAttack):
+    """`attacks.pgd` bound to a model; positional arguments are in the order of torchattacks.PGD.
 
     Args:
-        model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
-            check, graphs, engine and early_stop.
-
-    Returns:
-        The adversarial images, detached, as in `pgd`.
+        model, eps, alpha, steps, random_start, norm, restarts, options: as in `attacks.pgd`.
+        graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:
-        TypeError, ValueError: as in `pgd`.
-
-    Source: Goodfellow et al., "Explaining and harnessing adversarial examples" (ICLR 2015), section 4.
+        ValueError: if an option is out of range.
 
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
-        >>> model = models.build("digits_cnn", width=8)
-        >>> images, labels = torch.full((2, 1, 8, 8), 0.5), torch.tensor([0, 1])
-        >>> adv = attacks.fgsm(model, images, labels, eps=0.25)
-        >>> (adv - images).unique()  # -eps, +eps
-        tensor([-0.2500,  0.2500])
+        >>> attack = attacks.PGD(models.build("digits_cnn", width=8), eps=0.25, alpha=0.125, steps=4)
+        >>> attack
+        PGD(eps=0.25, alpha=0.125, steps=4)
+        >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 1, 8, 8])
     """
-    return run_attack(model, images, labels, AttackOptions.fgsm(eps, norm, **options))
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float | Tensor = 8 / 255,
+        alpha: float | Tensor = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+        *,
+        norm: str = "linf",
+        restarts: int = 1,
+        graph: bool = False,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        settings = AttackOptions(
+            eps=eps, alpha=alpha, steps=steps, random_start=random_start, norm=norm, restarts=restarts, **options
+        )
+        super().__init__(model, settings, graph)
 
 
-def fgsm_rs(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float | Tensor = 8 / 255,
-    alpha: float | Tensor | None = None,
-    norm: str = "linf",
-    **options: Unpack[LossOptions],
-) -> Tensor:
-    """FGSM with a random start: one step of size alpha from a random point of the ball, then projection.
+class PGDL2(PGD):
+    """`attacks.pgd` in the l2 ball, bound to a model; positional arguments are in the order of torchattacks.PGDL2.
 
     Args:
-        alpha: step size; None for 1.25 eps.
-        model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
-            check, graphs, engine and early_stop.
-
-    Returns:
-        The adversarial images, detached, as in `pgd`.
+        model, eps, alpha, steps, random_start, restarts, options: as in `attacks.pgd`.
+        eps_for_division: accepted, and without effect: a gradient of zero does not move an image.
+        graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:
-        TypeError, ValueError: as in `pgd`.
-
-    Source: Wong et al., "Fast is better than free" (ICLR 2020), algorithm 3.
+        ValueError: if an option is out of range.
 
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
-        >>> model = models.build("digits_cnn", width=8)
-        >>> images, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
-        >>> adv = attacks.fgsm_rs(model, images, labels, eps=0.1)
-        >>> bool((adv - images).abs().max() <= 0.1 + 1e-6)
-        True
-    """
-    return run_attack(model, images, labels, AttackOptions.fgsm_rs(eps, alpha, norm, **options))
-
-
-def n_fgsm(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float | Tensor = 8 / 255,
-    alpha: float | Tensor | None = None,
-    norm: str = "linf",
-    **options: Unpack[LossOptions],
-) -> Tensor:
-    """N-FGSM: noise from U(-2 eps, 2 eps), then one signed step of size alpha, without projection.
-
-    The result is clamped to [lo, hi] but may be 2 eps + alpha away from the clean image: use it for training, not for
-    measuring robustness. The paper has linf only; for l2 the noise is uniform in the ball of radius 2 eps.
-
-    Args:
-        alpha: step size; None for eps.
-        model, images, labels, eps, norm, options: as in `pgd`; options are loss, targeted, lo, hi, generator, bn_mode,
-            check, graphs, engine and early_stop.
-
-    Returns:
-        The adversarial images, detached, as in `pgd`.
-
-    Raises:
-        TypeError, ValueError: as in `pgd`.
-
-    Source: de Jorge et al., "Make some noise" (NeurIPS 2022), algorithm 1.
-
-    Examples:
-        >>> import torch
-        >>> from sparse_adv import attacks, models
-        >>> model = models.build("digits_cnn", width=8)
-        >>> images, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
-        >>> adv = attacks.n_fgsm(model, images, labels, eps=0.1)
-        >>> bool((adv - images).abs().max() <= 0.3 + 1e-6)  # 2 eps + alpha
-        True
-    """
-    return run_attack(model, images, labels, AttackOptions.n_fgsm(eps, alpha, norm, **options))
-
-
-def tpgd(
-    model: Model,
-    images: Tensor,
-    *,
-    eps: float | Tensor = 8 / 255,
-    alpha: float | Tensor = 2 / 255,
-    steps: int = 10,
-    norm: str = "linf",
-    **options: Unpack[CommonOptions],
-) -> Tensor:
-    """The attack of TRADES: PGD that maximises KL(p(images) || p(adv)), without labels.
-
-    It starts from uniform noise in [-0.001, 0.001], for l2 in the ball of radius 0.05 (as long as noise of 0.001 on an
-    image of CIFAR), because the divergence has no gradient at the clean images. Their probabilities p(images) are
-    computed once.
-
-    Args:
-        model, images, eps, alpha, steps, norm, options: as in `pgd`; options are lo, hi, generator, bn_mode, check,
-            graphs and engine.
-
-    Returns:
-        The adversarial images, detached, as in `pgd`.
-
-    Raises:
-        TypeError, ValueError: as in `pgd`.
-
-    Source: Zhang et al., "Theoretically principled trade-off between robustness and accuracy" (ICML 2019), algorithm 1;
-    the noise there is normal with standard deviation 0.001.
-
-    Examples:
-        >>> import torch
-        >>> from sparse_adv import attacks, models
-        >>> model = models.build("digits_cnn", width=8)
+        >>> attack = attacks.PGDL2(models.build("digits_cnn", width=8), eps=0.5, alpha=0.125, steps=4)
         >>> images = torch.rand(2, 1, 8, 8)
-        >>> adv = attacks.tpgd(model, images, eps=0.1, alpha=0.025)
-        >>> bool((adv - images).abs().max() <= 0.1 + 1e-6)
+        >>> adv = attack(images, torch.tensor([0, 1]))
+        >>> bool(((adv - images).flatten(1).norm(dim=1) <= 0.5 + 1e-5).all())
         True
     """
-    return run_attack(model, images, None, AttackOptions.tpgd(eps, alpha, steps, norm, **options))
+
+    eps_for_division = 1e-10
+    """Accepted, and without effect."""
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float | Tensor = 1.0,
+        alpha: float | Tensor = 0.2,
+        steps: int = 10,
+        random_start: bool = True,
+        eps_for_division: float = 1e-10,
+        *,
+        restarts: int = 1,
+        graph: bool = False,
+        **options: Unpack[LossOptions],
+    ) -> None:
+        super().__init__(model, eps, alpha, steps, random_start, norm="l2", restarts=restarts, graph=graph, **options)
