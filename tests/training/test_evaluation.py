@@ -273,7 +273,7 @@ class Untouched:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
 def test_labels_of_any_integer_dtype_are_the_same(dtype):
     images, labels = data.to_unit(VALIDATION.images), VALIDATION.labels.to(dtype)
-    model, parts = network(), list(zip(images.split(8), labels.split(8), strict=True))
+    model, parts = network().eval(), list(zip(images.split(8), labels.split(8), strict=True))
     for measure in (training.clean_accuracy, training.robust_accuracy, training.fgsm_accuracy):
         expected = measure(model, VALIDATION).fraction
         assert measure(model, data.Split(VALIDATION.images, labels)).fraction == expected
