@@ -135,7 +135,7 @@ def run(options: Options) -> int:
         if options.images is not None:
             images = data.Split(images.images[: options.images], images.labels[: options.images])
         output = Output(options.json)
-        measure = partial(_autoattack, verbose=not options.json) if options.attack == "autoattack" else _bound
+        measure = partial(_autoattack, verbose=not output.as_json) if options.attack == "autoattack" else _bound
         accuracies, robust, meaning, signs, unconfirmed = measure(options, model, images, seed, ball)
         result = {
             "what": str(options.what),
