@@ -50,7 +50,7 @@ def run(
     Returns:
         Tables and sentences with the results.
     """
-    train = replace(TRAINING, epochs=epochs, seed=seed)
+    train = replace(TRAINING, epochs=epochs, warmup_epochs=min(TRAINING.warmup_epochs, epochs), seed=seed)
     search = replace(SEARCH, epochs=search_epochs, evaluate_every=search_epochs, seed=seed)
     prune = PruneConfig(density=density, block=tuple(block), linear=False)
     cpu = torch.device("cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sparse_adv import masks, models
+from sparse_adv import masks, models, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
@@ -47,6 +47,9 @@ class Options:
 
 
 def run(options: Options) -> int:
+    if options.ticket.is_dir():
+        found = [name for name in (runs.TICKET, runs.BEST, runs.LAST) if (options.ticket / name).exists()]
+        raise ValueError(f"{options.ticket} is a folder: name a file, such as {options.ticket / (found or ['...'])[0]}")
     ticket = masks.load_pruned(options.ticket)
     network = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
     shape = ticket.provenance.get("input_shape") or models.find(network.arch).input_shape

@@ -146,6 +146,8 @@ class TrainConfig:
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps"):
             require_number(name, getattr(self, name))
         require_radius(self.eps, self.norm)
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs must be at most the {self.epochs} epochs, got {self.warmup_epochs!r}")
         for name in ("max_grad_norm", "awp_gamma", "awp_warmup_epochs"):
             require_number(name, getattr(self, name))
         for name in ("alpha", "beta"):

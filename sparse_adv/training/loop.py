@@ -201,7 +201,7 @@ class Training:
                 if self.validator is not None:
                     y = self.validator.check(x, y, costs.classes)
                 if updater.step == 0:
-                    _check_last_batch(updater.model, self.batches, x)
+                    _check_batch_sizes(updater.model, self.batches, x)
                 updater.prepare(x)
                 for _ in range(objective.updates):
                     updated = updater.update(objective, x, y, noise, watch)
@@ -369,20 +369,20 @@ def train(
     return records
 
 
-def _check_last_batch(model: nn.Module, batches: Batches, x: Tensor) -> None:
-    """Raise ValueError before the first update if an epoch ends with a batch on which BatchNorm cannot be trained.
+def _check_batch_sizes(model: nn.Module, batches: Batches, x: Tensor) -> None:
+    """Raise ValueError before the first update if an epoch begins or ends with a batch that BatchNorm cannot train on.
 
     That is a batch of one image, in a network with a BatchNorm whose channels then have a single value.
     """
-    if _last_size(batches) != 1:
+    if 1 not in (len(x), _last_size(batches)):
         return
     try:
         with bn_mode(model, "batch"), torch.no_grad():
             model(x[:1])
     except ValueError as error:
         raise ValueError(
-            "batches must not end with a batch of one image, on which BatchNorm cannot be trained: give the DataLoader "
-            f"drop_last=True or another batch_size ({error})"
+            "batches must have more than one image in each batch, also in the last, to train BatchNorm: take more "
+            f"images, another batch_size or, of a DataLoader, drop_last=True ({error})"
         ) from error
 
 

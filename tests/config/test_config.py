@@ -194,3 +194,9 @@ def test_a_radius_above_one_is_for_l2_alone():
 @pytest.mark.parametrize(("name", "norm"), [("Linf", "linf"), ("L2", "l2"), ("l2", "l2")])
 def test_a_norm_has_both_spellings(name, norm):
     assert TrainConfig(norm=name) == TrainConfig(norm=norm) and TrainConfig(norm=name).norm == norm
+
+
+def test_a_warm_up_ends_within_the_run():
+    assert TrainConfig(epochs=2, warmup_epochs=2).warmup_epochs == 2
+    with pytest.raises(ValueError, match="warmup_epochs must be at most the 1 epochs, got 99"):
+        TrainConfig(epochs=1, warmup_epochs=99)

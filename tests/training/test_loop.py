@@ -315,16 +315,31 @@ def stop(record: EpochRecord) -> bool:
     return True
 
 
+ONE_IMAGE = r"more than one image in each batch, also in the last, .* drop_last=True"
+
+
+def with_one_value_per_channel():
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(36, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    )
+
+
+@pytest.mark.parametrize(("images", "size"), [(1, 8), (6, 1)])
+def test_batches_of_one_image_are_refused_where_batch_norm_cannot_take_them(images, size):
+    few = data.Split(TRAIN.images[:images], TRAIN.labels[:images])
+    with pytest.raises(ValueError, match=ONE_IMAGE):
+        training.train(with_one_value_per_channel(), data.Batches(few, size), QUICK)
+    training.train(network(), data.Batches(few, size), replace(QUICK, epochs=1))
+
+
 @pytest.mark.parametrize("as_list", [True, False])
 def test_a_last_batch_of_one_image_is_refused_before_the_first_update_where_batch_norm_cannot_take_it(as_list):
     images, labels = data.to_unit(TRAIN.images[:5]), TRAIN.labels[:5]
     loader = DataLoader(TensorDataset(images, labels), 2)
     batches = list(loader) if as_list else loader
-    model = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(36, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
-    )
+    model = with_one_value_per_channel()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"must not end with a batch of one image, .* drop_last=True"):
+    with pytest.raises(ValueError, match=ONE_IMAGE):
         training.train(model, batches, QUICK)
     assert equal_states(model.state_dict(), before)
     training.train(model, batches[:2] if as_list else DataLoader(loader.dataset, 2, drop_last=True), QUICK)
