@@ -6,6 +6,7 @@ result.json          a SearchResult or TrainResult, once the run is finished; re
                      of N epochs that was extended to more
 last.safetensors     state dict after the last epoch; best.safetensors: after the epoch of the best validation accuracy
 state.pt             what a stopped run continues from, readable with torch.load(..., weights_only=True)
+identity.pt          digests of the network, the weights and the images that a search was begun with
 ticket.safetensors   the ticket that a search found
 run.lock             locked by the process that writes to the folder, whose number it holds
 """
@@ -29,9 +30,10 @@ RESULT = "result.json"
 LAST = "last.safetensors"
 BEST = "best.safetensors"
 STATE = "state.pt"
+IDENTITY = "identity.pt"
 TICKET = "ticket.safetensors"
 LOCK = "run.lock"
-FILES = frozenset([INFO, EPOCHS, RESULT, LAST, BEST, STATE, TICKET, LOCK])
+FILES = frozenset([INFO, EPOCHS, RESULT, LAST, BEST, STATE, IDENTITY, TICKET, LOCK])
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,8 @@ def begin(folder: Path, info: RunInfo) -> None:
     begun = json_files.read(RunInfo, path)
     known, wanted = _settings(begun), _settings(info)
     differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
+    if "data.data" in differing and any((folder / name).exists() for name in (STATE, IDENTITY)):
+        differing.remove("data.data")  # the digests there say whether these are the same images, wherever they are
     epochs = begun.train.epochs
     if differing == ["train.epochs"] and info.kind == "train" and info.train.epochs > epochs:
         check_state(folder)
@@ -350,4 +354,7 @@ def _settings(info: RunInfo) -> dict[str, json_files.JSON]:
     fields = {key: value for key, value in json_files.to_json(info).items() if key not in DESCRIPTIVE}
     flat = dict(json_files.flatten(fields))
     flat.pop("train.graphs", None)  # graphs change no bit of a result
+    source = flat.get("data.data")
+    if isinstance(source, str) and source != DataConfig().data:
+        flat["data.data"] = str(Path(source).resolve())
     return flat

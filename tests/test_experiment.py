@@ -182,3 +182,37 @@ def test_a_method_says_at_which_density_it_begins(tmp_path, dataset):
     attacked = MethodConfig("flying-bird-plus")
     with pytest.raises(ValueError, match="objective must have an attack"):
         experiment.TrainRun(tmp_path / "b", TRAIN, IMAGES, NETWORK, dataset, CPU, method=attacked)
+
+
+@pytest.mark.parametrize("kind", ["train", "search"])
+@pytest.mark.parametrize("known", ["digests", "paths alone"])
+def test_the_images_of_a_run_may_lie_elsewhere_if_they_are_the_same(tmp_path, dataset, monkeypatch, kind, known):
+    monkeypatch.chdir(tmp_path)
+
+    def begin(source, images=dataset):
+        settings = replace(IMAGES, data=source)
+        if kind == "train":
+            return experiment.TrainRun(tmp_path / "run", TRAIN, settings, NETWORK, images, CPU)
+        return experiment.SearchRun(tmp_path / "run", TRAIN, PruneConfig(0.5), settings, NETWORK, images, CPU)
+
+    def end(run):
+        if kind == "search":
+            return run.run()
+        list(run.epochs())
+        return run.finish()
+
+    result = end(begin("images"))
+    if known == "paths alone":
+        for name in (runs.STATE, runs.IDENTITY):
+            (tmp_path / "run" / name).unlink(missing_ok=True)
+    if known == "digests" or kind == "train":
+        assert end(begin("./images/")) == end(begin(f"{tmp_path}/images")) == result
+    if known == "digests":
+        assert end(begin("/elsewhere")) == result
+        other = dataset._replace(train=dataset.train._replace(labels=dataset.train.labels.flip(0)))
+        with pytest.raises(ValueError, match="other training images"):
+            end(begin("/elsewhere", other))
+    else:
+        for elsewhere in ("/elsewhere", "digits"):
+            with pytest.raises(ValueError, match=r"other settings \(data\.data '"):
+                begin(elsewhere)

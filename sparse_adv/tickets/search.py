@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 
 INITIAL = "initial.safetensors"
 REWIND = "rewind.safetensors"
-IDENTITY = "identity.pt"
-"""File of the digests of network, weights and images, see `training.identity`."""
 
 
 @checks_types
@@ -103,7 +101,7 @@ def search(
     if seen is not None:
         check_evaluable("validation", seen, model)
     folder = None if folder is None else Path(folder)
-    if folder is None or not (folder / IDENTITY).exists():  # one that was begun here may have left its masks
+    if folder is None or not (folder / runs.IDENTITY).exists():  # one that was begun here may have left its masks
         _check_dense(model)
     lock = hold(folder)
     if folder is not None and distributed.rank() == 0:
@@ -348,7 +346,7 @@ def _check_dense(model: nn.Module) -> None:
 
 def _check_same(folder: Path, model: nn.Module, own: identity.Identity) -> None:
     """Raises ValueError if the folder holds a search of another network or other images; a new one is described."""
-    path = folder / IDENTITY
+    path = folder / runs.IDENTITY
     if not path.exists():
         of_ranks = distributed.collect(own)
         if distributed.rank() == 0:
