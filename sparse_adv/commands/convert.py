@@ -26,8 +26,11 @@ class Options:
         masks: file of the masks, where they are in another file than the weights.
         format: format of the source; the default is to recognise it.
         density: density of a checkpoint that has scores and no masks.
-        arch: name of an architecture of `sparse_adv.models`, where the format needs it.
+        arch: name of an architecture of `sparse_adv.models`, whose names masks and weights then get; needed to train a
+            checkpoint of other code.
         width: channels of the first stage of that architecture.
+        normalize: with --arch, mean and standard deviation of a checkpoint that has none: of a data set, or none for
+            images in [0, 1] as they are.
         json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
     """
 
@@ -39,18 +42,24 @@ class Options:
     density: float | None = None
     arch: str | None = None
     width: int | None = None
+    normalize: str | None = None
     json: bool | None = None
 
     def __post_init__(self) -> None:
         if self.width is not None and self.arch is None:
             raise ValueError(f"--width is for the network of --arch, which is missing, got --width {self.width}")
+        if self.normalize is not None and (self.arch is None or self.masks is not None):
+            raise ValueError(f"--normalize is for the network of --arch without --masks, got {self.normalize}")
 
 
 def run(options: Options) -> int:
-    model = models.build(options.arch, width=options.width) if options.arch else None
+    # Masks in another file may be a list in the order of the network's layers, whose names the weights then have.
+    model = models.build(options.arch, width=options.width) if options.arch and options.masks else None
     pruned = masks.load_pruned(
         options.source, options.masks, model=model, density=options.density, format=options.format
     )
+    if options.arch and model is None:
+        pruned = models.fit_ticket(pruned, options.arch, normalize=options.normalize, width=options.width)
     if options.to == "ticket":
         about = {name: getattr(options, name) for name in ("arch", "width") if getattr(options, name) is not None}
         ticket = masks.Ticket(pruned.masks, pruned.state_dict, pruned.provenance | about)

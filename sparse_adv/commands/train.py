@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_adv import experiment
+from sparse_adv import experiment, models
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import write_config
 from sparse_adv.commands.output import Output
@@ -35,6 +35,8 @@ class Options:
         shuffle: control: a random mask with the density of the ticket in each layer.
         arch: name of an architecture of `sparse_adv.models`; the default is the one of the ticket.
         width: channels of the first stage; the default is the one of the ticket, or the published number.
+        normalize: mean and standard deviation for a checkpoint of another tool that has none: of a data set, or none
+            for images in [0, 1] as they are.
         device: cpu, cuda, one GPU such as cuda:0, or auto, which is cuda where there is a GPU.
         deterministic: deterministic algorithms only: a GPU gives the same bits again, more slowly.
         keep_freed_memory: keep freed memory in the process instead of returning it to the system, which saves time.
@@ -48,6 +50,7 @@ class Options:
     shuffle: bool = False
     arch: str | None = None
     width: int | None = None
+    normalize: str | None = None
     device: str = "auto"
     deterministic: bool = False
     keep_freed_memory: bool = True
@@ -59,6 +62,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.ticket is None and (self.reinit or self.shuffle):
             raise ValueError("--reinit and --shuffle are controls of a ticket: name it with --ticket")
+        if self.ticket is None and self.normalize is not None:
+            raise ValueError(f"--normalize is for the checkpoint of --ticket, which is missing, got {self.normalize}")
         given = [name for name, value in vars(self.method).items() if value != getattr(MethodConfig(), name)]
         if given and self.method.method == "none":
             raise ValueError(f"--{given[0].replace('_', '-')} is a setting of a method: name one with --method")
@@ -79,6 +84,9 @@ def run(options: Options) -> int:
             ticket = experiment.ticket_to_train(options.ticket, reinit=options.reinit, shuffle=options.shuffle)
         known = ticket[0].provenance if ticket is not None else {}
         network = networks.agreed(options.arch, options.width, known, str(options.ticket or "a dense run"))
+        if ticket is not None:
+            fitted = models.fit_ticket(ticket[0], network.arch, normalize=options.normalize, width=network.width)
+            ticket = fitted, ticket[1]
         run = TrainRun(
             options.out,
             options.train,

@@ -6,15 +6,17 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.masks import Ticket, from_state_dict, load_pruned
 from sparse_adv.masks.interchange.formats import WRAPPERS, GivenDensity
-from sparse_adv.models.architectures import build
+from sparse_adv.models.architectures import build, find
 from sparse_adv.models.normalize import STATISTICS, Normalize
 from sparse_adv.nn import sparsify
 
@@ -109,16 +111,79 @@ def load_checkpoint(
         kept, state = ticket.masks, ticket.state_dict
     sized = partial(build, name, width=width, classes=classes, input_shape=input_shape)
     shapes = sized(device="meta")  # takes no memory: the size may come from a file
+    kept, state = _fitted(kept, state, name, normalize, shapes, origin)
+    model = sized()
+    with torch.no_grad():
+        model.load_state_dict(state, strict=False)
+    return sparsify(model, kept).eval()
+
+
+@checks_types
+def fit_ticket(
+    ticket: Ticket, name: str, *, normalize: str | Normalize | None = None, width: int | None = None
+) -> Ticket:
+    """Give the masks and weights of a checkpoint of other code the names that they have in a network of `build`.
+
+    `masks.load_pruned` keeps the names of the file, which `tickets.restore` cannot use if they are those of other code.
+
+    Args:
+        ticket: from `masks.load_pruned`.
+        name, normalize, width: as in `load_checkpoint`. The tensors say how many classes and channels there are.
+
+    Returns:
+        The ticket with other names and, if `normalize` is given, that normalisation; the provenance is the same.
+
+    Raises:
+        ValueError: as in `load_checkpoint`.
+
+    Examples:
+        >>> from sparse_adv import masks, models
+        >>> model = models.build("resnet18", width=4)
+        >>> state = {key.replace("downsample", "shortcut"): value for key, value in model.state_dict().items()}
+        >>> ticket = models.fit_ticket(masks.Ticket({}, state), "resnet18", width=4)
+        >>> ticket.state_dict.keys() == model.state_dict().keys()
+        True
+    """
+    origin = str(ticket.provenance.get("file", "the ticket"))
+    classes, channels = sizes_of(ticket.state_dict)
+    shape = (channels, *find(name).input_shape[1:])
+    shapes = build(name, width=width, classes=classes, input_shape=shape, device="meta")
+    kept, state = _fitted(ticket.masks, ticket.state_dict, name, normalize, shapes, origin)
+    uncounted = {key: torch.zeros((), dtype=torch.int64) for key in shapes.state_dict() if key not in state}
+    return replace(ticket, masks=kept, state_dict=state | uncounted)
+
+
+def sizes_of(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the numbers of classes and of image channels: of outputs of the last linear layer, inputs of the first.
+
+    Where there is no such layer the numbers are 10 and 3.
+
+    Examples:
+        >>> sizes_of(build("digits_cnn", classes=7).state_dict())
+        (7, 1)
+    """
+    outputs = [len(value) for value in state.values() if value.dim() == 2]
+    inputs = [value.shape[1] for value in state.values() if value.dim() == 4 and value.numel() > value.shape[1]]
+    return (outputs[-1] if outputs else 10), (inputs[0] if inputs else 3)
+
+
+def _fitted(
+    kept: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    name: str,
+    normalize: str | Normalize | None,
+    shapes: nn.Module,
+    origin: str,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Masks and weights under the names of a network, which is on the meta device."""
     named = _renamed(state, name, origin)
     mask_of = _renamed({f"{module}.weight": mask for module, mask in kept.items()}, name, origin)
     if len(named) < len(state):
         log.info("%s: left out %d tensors of a block that %s never runs", origin, len(state) - len(named), name)
     _set_normalization(named, normalize, shapes, origin)
     _check_fit(shapes.state_dict(), named, name, origin)
-    model = sized()
-    with torch.no_grad():
-        model.load_state_dict({key: value for key, (_, value) in named.items()}, strict=False)
-    return sparsify(model, {key.removesuffix(".weight"): mask for key, (_, mask) in mask_of.items()}).eval()
+    masks = {key.removesuffix(".weight"): mask for key, (_, mask) in mask_of.items()}
+    return masks, {key: value for key, (_, value) in named.items()}
 
 
 Named = dict[str, tuple[str, Tensor]]

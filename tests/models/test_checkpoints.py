@@ -16,7 +16,7 @@ from helpers.foreign_networks import (
     with_scores,
 )
 
-from sparse_adv import masks, models
+from sparse_adv import masks, models, tickets
 from sparse_adv.models import Normalize, load_checkpoint
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 
@@ -159,3 +159,31 @@ def test_the_images_of_a_checkpoint_may_have_another_shape_than_those_of_cifar()
     state = {name: value for name, value in net.state_dict().items() if "normalize" not in name}
     ours = load(state, "resnet18", classes=7, input_shape=(1, 28, 28), normalize="mnist")
     assert ours(torch.rand(2, 1, 28, 28)).shape == (2, 7) and ours.normalize.mean.item() == pytest.approx(0.1307)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_checkpoint_becomes_a_ticket_that_the_network_can_be_restored_from(name, own, tmp_path):
+    theirs = randomised(OTHERS[name]())
+    model = models.build(name, width=width_of(name), classes=theirs(torch.rand(2, 3, 32, 32)).shape[1])
+    model.load_state_dict(load(theirs.state_dict(), name).state_dict())
+    kept = masks.prune(model, 0.3)
+    if own:
+        given = masks.Ticket(kept, model.state_dict(), {"seed": 3})
+    else:
+        sparse = masks.prune(theirs, 0.3)
+        masks.save_pruned(tmp_path / "theirs.pt", sparse, theirs.state_dict())
+        given = masks.load_pruned(tmp_path / "theirs.pt")
+    fitted = models.fit_ticket(given, name, normalize=None if own else "none", width=width_of(name))
+    assert fitted.provenance == given.provenance
+    restored = tickets.restore(model, fitted, (1, 3, 32, 32))
+    assert sum(map(torch.Tensor.sum, fitted.masks.values())) <= sum(map(torch.Tensor.sum, given.masks.values()))
+    assert all(restored.get_submodule(name).weight_mask.equal(mask) for name, mask in fitted.masks.items())
+
+
+@pytest.mark.parametrize(("classes", "channels"), [(100, 3), (7, 1)])
+def test_a_ticket_has_the_classes_and_channels_of_the_checkpoint(classes, channels):
+    model = models.build("resnet18", width=4, classes=classes, input_shape=(channels, 28, 28))
+    other = {f"module.{key.replace('downsample', 'shortcut')}": value for key, value in model.state_dict().items()}
+    fitted = models.fit_ticket(masks.Ticket({}, other), "resnet18", width=4)
+    assert all(fitted.state_dict[key].equal(value) for key, value in model.state_dict().items())
