@@ -300,28 +300,6 @@ def test_convert_goes_there_and_back(searched, tmp_path, capsys):
     assert f"is a folder: name a file, such as {ticket}" in refused(capsys, "explain", str(searched))
 
 
-@pytest.mark.parametrize("has_normalization", [True, False])
-def test_a_checkpoint_of_other_code_is_converted_and_trained_under_the_names_here(tmp_path, capsys, has_normalization):
-    model = models.build("digits_cnn", width=4)
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("normalize")}
-    theirs = {f"1.module.{name}": value for name, value in state.items()}
-    if has_normalization:
-        theirs |= {"0.mean": torch.tensor([0.25]), "0.std": torch.tensor([0.5])}
-    masks.save_pruned(tmp_path / "a.pt", {"1.module.conv2": torch.rand(8, 4, 3, 3) < 0.5}, theirs)
-    flags = ["--arch", "digits_cnn", "--width", "4", *([] if has_normalization else ["--normalize", "none"])]
-    assert main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors"), *flags]) == 0
-    ticket = masks.load_ticket(tmp_path / "b.safetensors")
-    assert list(ticket.masks) == ["conv2"] and ticket.state_dict.keys() == model.state_dict().keys()
-    assert ticket.state_dict["normalize.mean"].item() == (0.25 if has_normalization else 0)
-    run = ["train", "--objective", "natural", "--epochs", "1", "--evaluation-steps", "1", "--device", "cpu"]
-    ends = []
-    for name, more in (("a.pt", flags), ("b.safetensors", [])):
-        out = tmp_path / f"run_{name}"
-        assert main([*run, "--ticket", str(tmp_path / name), "--out", str(out), *more]) == 0
-        ends.append(checkpoint.read_weights(out / runs.LAST)[0])
-    assert all(ends[0][name].equal(value) for name, value in ends[1].items())
-
-
 @pytest.mark.parametrize("density", [None, 0.25])
 def test_the_density_of_an_evaluated_checkpoint_reaches_its_reader(tmp_path, monkeypatch, capsys, density):
     def load_pruned(source, *, dense, density):

@@ -11,7 +11,7 @@ from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
 from torch import nn
 
 from sparse_adv import masks, runs, tickets, training
-from sparse_adv.nn import MaskedConv2d, explain, sparsify
+from sparse_adv.nn import MaskedConv2d, sparsify
 from sparse_adv.runs import Cost, TicketChecks
 from sparse_adv.tickets import EarlyStopping, PruneConfig, TicketInvariantError, checks
 
@@ -388,20 +388,3 @@ def test_a_ticket_for_another_architecture_is_refused_and_the_model_unchanged(ot
     with pytest.raises(ValueError, match=f"the ticket is for another architecture: {difference}"):
         tickets.restore(model, ticket, SHAPE)
     assert equal_states(before, model.state_dict())
-
-
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_a_weight_that_layers_share_counts_once(tmp_path, rounds):
-    model = network()
-    model.insert(6, nn.Conv2d(4, 4, 3, padding=1, bias=False))
-    model[6].weight = model[3].weight
-    weights = sum(layer.weight.numel() for layer in (model[0], model[3], model[8]))
-    ticket, _ = search(tmp_path, model=model, density=0.3, rounds=rounds, linear=True)
-    done = tickets.record_of(ticket).checks
-    assert (done.weights, done.weights_kept) == (weights, round(0.3 * weights)) and model[6].weight is model[3].weight
-    assert ticket.masks["3"].equal(ticket.masks["6"])
-    density = done.weights_kept / weights
-    assert density == ticket.provenance["density"] == masks.density(ticket.masks, model) != masks.density(ticket.masks)
-    sparse = tickets.restore(model, ticket, SHAPE)
-    assert explain(sparse).density == density
-    assert training.train(sparse, batches(), CONFIG)[-1].density.weights == density
