@@ -16,7 +16,8 @@ from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss,
 from sparse_adv.engine.gradients import image_gradient, outside_inference
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
-from sparse_adv.engine.trace_cache import TraceCache
+from sparse_adv.engine.state_cache import StateCache
+from sparse_adv.engine.trace_cache import TraceCache, state_of
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.training import graph_for_training
 from sparse_adv.errors import first_line
@@ -67,6 +68,8 @@ class _Entry:
 
 _entries: TraceCache[_Entry] = TraceCache(capacity=4)
 """Programs of each model, for different shapes of input."""
+_verdicts: StateCache[str] = StateCache(capacity=4)
+"""Why the steps of a model cannot be used, or nothing: found once for all numbers of images."""
 
 
 @contextmanager
@@ -178,11 +181,23 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
     with KeptGenerators(x.device):
         try:
             program = Program(model, x)  # first, so that it is the model's own modules of which the trace reads
-            _check(model, x[:_CHECKED_IMAGES])
+            compared = x[:_CHECKED_IMAGES]
+            if reason := _verdicts.find(
+                model, lambda: state_of(model, compared, compared.shape), lambda: _verdict(model, compared)
+            ):
+                return _Entry(reason=reason)
             _try(program, model, x)
             return _Entry(program)
         except NotTraceable as error:
             return _Entry(reason=str(error))
+
+
+def _verdict(model: nn.Module, x: Tensor) -> str:
+    try:
+        _check(model, x)
+    except NotTraceable as error:
+        return str(error)
+    return ""
 
 
 def _check(model: nn.Module, x: Tensor) -> None:

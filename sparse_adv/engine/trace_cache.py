@@ -49,6 +49,13 @@ class _History:
         return self.unchanged < self.changes - _PATIENCE
 
 
+def state_of(model: nn.Module, x: Tensor, shape: Hashable) -> tuple[Hashable, Hashable, Contents]:
+    """The call, of whose input the dtype, the device and `shape` count, and the model's modules and attributes."""
+    device = x.device.type
+    call = shape, x.dtype, x.device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return call, structure_of(model), contents_of(model)
+
+
 class TraceCache(Generic[T]):
     """What was made of models by tracing them in the states in which each was used last.
 
@@ -72,10 +79,8 @@ class TraceCache(Generic[T]):
             shape: what of the input's shape counts.
             make: traces the model.
         """
-        device = x.device.type
-        call = shape, x.dtype, x.device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         history = self._histories.setdefault(model, _History())
-        structure, contents = structure_of(model), contents_of(model)
+        call, structure, contents = state_of(model, x, shape)
         before = history.contents
         history.add(structure, contents)
         made = self._made.get(model, (call, structure, contents))
@@ -88,6 +93,6 @@ class TraceCache(Generic[T]):
                 history.reason = f"{what} changes from call to call"
                 log.warning("the engine leaves this %s to autograd: %s", type(model).__name__, history.reason)
             return history.reason
-        made = self._made.find(model, lambda: (call, structure_of(model), contents_of(model)), make)
+        made = self._made.find(model, lambda: state_of(model, x, shape), make)
         history.structure, history.contents = structure_of(model), contents_of(model)
         return made

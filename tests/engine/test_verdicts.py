@@ -1,0 +1,23 @@
+"""The gradient of a model's steps is compared with autograd's once for each state of the model, not for each batch."""
+
+import torch
+from helpers.attacked import batch, make_model
+
+from sparse_adv.engine import dispatch, input_gradients
+
+
+def test_batches_of_other_sizes_take_the_verdict_of_the_first(monkeypatch):
+    model, compared = make_model().eval(), []
+    check = dispatch._check
+    monkeypatch.setattr(dispatch, "_check", lambda model, x: (compared.append(len(x)), check(model, x)))
+    for size in (7, 3, 12, 1, 5, 30, 2, 1):
+        x, _ = batch(size=size)
+        with input_gradients(model, x) as gradients, input_gradients(model, x, use_engine=False) as expected:
+            actual = gradients.gradient(x, torch.sum)
+            torch.testing.assert_close(actual, expected.gradient(x, torch.sum), rtol=1e-4, atol=1e-6)
+        assert gradients is not expected
+    assert compared == [2, 1]
+    with torch.no_grad():
+        model.register_buffer("another", torch.ones(1))
+    with input_gradients(model, batch(size=7)[0]):
+        assert compared == [2, 1, 2]
