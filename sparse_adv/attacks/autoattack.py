@@ -199,8 +199,8 @@ class AutoAttack(Versioned, Attack):
             y_orig: integer tensor [N], the true classes.
             bs: images per batch.
             return_labels: also return the model's classes of the examples.
-            state_path: a safetensors file that is written after each batch. If it exists, the run goes on from there
-                and ends with the same examples as one that was not interrupted.
+            state_path: a safetensors file that is written between batches, which takes a tenth of the time at most. If
+                it exists, the run goes on from there and ends with the same examples as one that was not interrupted.
 
         Returns:
             The examples, each image itself where none was found; with return_labels, a tuple of these and int64 [N].
@@ -343,7 +343,7 @@ class AutoAttack(Versioned, Attack):
             state.pending[index] = False
             state.seconds += time.perf_counter() - began
             if path is not None and state.pending.any():
-                state.write(path)
+                state.write_if_due(path)
         state.accuracy[name] = state.robust.double().mean().item()
         if path is not None:
             state.write(path)

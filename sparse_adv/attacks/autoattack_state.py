@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +43,7 @@ class State:
     unconfirmed: dict[str, int]
     seconds: float = 0.0
     """Time of all processes that worked on the run, up to the last file that each wrote."""
+    _due: float = field(default=-math.inf, init=False, repr=False, compare=False)
 
     @classmethod
     def initial(cls, fingerprint: str, seed: int, images: Tensor, labels: Tensor, logits: Tensor) -> State:
@@ -64,9 +67,17 @@ class State:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
+        began = time.perf_counter()
         facts = [self.fingerprint, self.seed, self.accuracy, self.unconfirmed, self.seconds]
         metadata = {"sparse_adv_autoattack": json.dumps(facts)}
         write_bytes(path, save({name: getattr(self, name).contiguous() for name in _TENSORS}, metadata))
+        ended = time.perf_counter()
+        self._due = ended + 9 * (ended - began)
+
+    def write_if_due(self, path: Path) -> None:
+        """Write the file, which holds all images, unless writing would then take more than a tenth of the time."""
+        if time.perf_counter() >= self._due:
+            self.write(path)
 
     def result(self, name: str, budgets: str, signs: list[str]) -> Result:
         """What a run has found that ends in this state."""

@@ -233,7 +233,7 @@ def test_rand_attacks_each_image_once_and_one_pass_decides(attacked, monkeypatch
     evaluator.run_standard_evaluation(images.repeat(20, 1, 1, 1), torch.zeros(240, dtype=torch.int64))
     left = [round(240 * accuracy) for accuracy in evaluator.result.accuracy.values()]
     assert calls == left[:2] and left[0] > left[1] > left[2]
-    assert evaluator.result.undone == {"apgd-ce": 0, "apgd-dlr": 0}
+    assert evaluator.result.unconfirmed == {"apgd-ce": 0, "apgd-dlr": 0}
 
 
 def test_plus_restarts_what_has_no_targets(attacked, monkeypatch, capsys):

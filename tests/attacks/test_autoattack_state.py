@@ -9,7 +9,7 @@ import torch
 from helpers.attacked import batch, make_model
 from torch import nn
 
-from sparse_adv.attacks import AutoAttack, autoattack
+from sparse_adv.attacks import AutoAttack, autoattack, autoattack_state
 from sparse_adv.attacks.autoattack_state import State, first_logits
 from sparse_adv.attacks.autoattack_versions import APGDSettings, FABSettings, Settings
 
@@ -45,6 +45,22 @@ def test_the_seconds_are_those_of_all_batches_of_all_processes(clock, monkeypatc
     continued = AutoAttack(model, **CUSTOM)
     continued.run_standard_evaluation(images, labels, bs=4, state_path=path)
     assert continued.result.seconds == 6
+
+
+def test_writing_the_state_between_batches_takes_a_tenth_of_the_time(monkeypatch, tmp_path):
+    clock, written = [0.0], []
+    monkeypatch.setattr(autoattack_state, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def write_bytes(path, data):
+        written.append(clock[0])
+        clock[0] += 3  # seconds
+
+    monkeypatch.setattr(autoattack_state, "write_bytes", write_bytes)
+    state = State.initial("", 0, torch.zeros(12, 1, 2, 2), torch.zeros(12), torch.randn(12, 5))
+    while clock[0] < 300:
+        clock[0] += 1  # a batch
+        state.write_if_due(tmp_path / "state")
+    assert written[0] == 1 and len(written) == 10
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
