@@ -49,7 +49,7 @@ def test_the_demo_trains_the_ticket_and_its_controls_with_its_settings(tmp_path,
     for run in (search, *trained):
         assert run.info.data == IMAGES and run.info.network == NETWORK and run.result is not None
     for run in trained:
-        assert run.info.train == replace(demo.TRAINING, epochs=2, seed=11) and len(run.records) == 2
+        assert run.info.train == replace(demo.TRAINING, epochs=2, warmup_epochs=2, seed=11) and len(run.records) == 2
     ticket, reinitialised, dense = (run.info for run in trained)
     assert ticket.before == reinitialised.before == search.result.total and dense.before == NO_COST
     assert (ticket.ticket.reinit, reinitialised.ticket.reinit, dense.ticket) == (False, True, None)

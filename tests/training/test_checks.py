@@ -84,7 +84,7 @@ UNFIT = {
     "labels beyond the first batch": data.Split(torch.rand(300, 1, 6, 6), (torch.arange(300) == 299) * 2),
     "range": data.Split(VALIDATION.images.float(), VALIDATION.labels),
     "NaN": data.Split(torch.full((8, 1, 6, 6), torch.nan), LABELS[:8]),
-    "dtype of labels": data.Split(VALIDATION.images, VALIDATION.labels.int()),
+    "dtype of labels": data.Split(VALIDATION.images, VALIDATION.labels.float()),
     "batches": [(VALIDATION.images.float(), VALIDATION.labels)],
 }
 
