@@ -8,8 +8,7 @@ hooks in AveragedModel or, on one device, in DataParallel. On CUDA, repeated att
 """
 
 from sparse_adv.attacks import losses
-from sparse_adv.attacks.apgd import apgd, apgd_t
-from sparse_adv.attacks.apgd_classes import APGD, APGDT
+from sparse_adv.attacks.apgd import APGD, APGDT, apgd, apgd_t
 from sparse_adv.attacks.autoattack import AutoAttack
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.bim import BIM, bim

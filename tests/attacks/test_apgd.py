@@ -8,7 +8,7 @@ from helpers.attacked import batch, generator, make_model, snapshot
 from torch import nn
 
 from sparse_adv.attacks import apgd, apgd_t, eotpgd, losses
-from sparse_adv.attacks.apgd import _checkpoints
+from sparse_adv.attacks.apgd_ascent import _checkpoints
 
 RADII = {"linf": 0.03, "l2": 0.4}
 

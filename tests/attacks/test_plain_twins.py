@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparse_adv import ops
 from sparse_adv.attacks import apgd, apgd_t, cw, fab, fab_t, fmn, losses, square
-from sparse_adv.attacks.apgd import _checkpoints
+from sparse_adv.attacks.apgd_ascent import _checkpoints
 from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.hyperplane import onto_hyperplane
 
