@@ -10,8 +10,6 @@ namespace sparse_adv {
 
 namespace {
 
-int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
-
 int64_t l2_bytes() {
   static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 19, 2 << 20);
   return bytes;

@@ -48,6 +48,8 @@ struct Blocking {
   bool width_vectorised() const { return layout != Layout::batch; }
   bool in_pieces() const { return layout == Layout::pieces; }
   bool joins_rows() const { return layout == Layout::joined_rows; }
+  // Whether the input tile must be 0 at first, because what lies between its rows is read and never written.
+  bool has_gaps() const { return width_vectorised() && !in_pieces(); }
   int64_t source_phases() const { return rows.source_phases * cols.source_phases; }
   int64_t output_phases() const { return rows.output_phases * cols.output_phases; }
   int64_t work_items() const { return batch_blocks() * bands; }

@@ -43,8 +43,7 @@ class PartComputer {
         grad_loader_(blocking, grad_output.size(1)),
         input_tile_(thread_buffer().at_least(blocking.input_tile_size() + grad_loader_.size)),
         grad_tile_(input_tile_ + blocking.input_tile_size()) {
-    if (blocking.width_vectorised() && !blocking.in_pieces())
-      std::fill_n(input_tile_, blocking.input_tile_size() + grad_loader_.size, 0.0f);
+    if (blocking.has_gaps()) std::fill_n(input_tile_, blocking.input_tile_size() + grad_loader_.size, 0.0f);
   }
 
   void run(int64_t work_item, float* partial_sums) {

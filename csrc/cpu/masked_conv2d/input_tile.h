@@ -22,7 +22,7 @@ class InputTileLoader {
 
   void start_band(int64_t band, const Images& images);
   // The panel of channels that starts at `first_channel`. Width-vectorised, what lies between the rows and between the
-  // channels is left as it is: the tile must be 0 at first, unless it is in pieces.
+  // channels is left as it is (Blocking::has_gaps).
   void fill(int64_t first_channel, float* tile) const;
 
  private:

@@ -9,8 +9,6 @@ namespace sparse_adv {
 
 namespace {
 
-int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
-
 // The pixels of a piece: as many as a tile has lanes; 0 if images cannot be cut into pieces. The rows of a gate are
 // padded to bytes. Where they are, pieces are whole rows, so that no two of them write bits of one byte.
 int64_t piece_size(const ConvAxis& rows, const ConvAxis& cols, int lanes, bool gated) {
@@ -123,12 +121,14 @@ struct MoveCost {
 
 // The cost of a pass, in multiply-adds of an oc_block of 4: one for each computed vector and kept weight, and the cost
 // of what is moved from the images to the input tile and from the accumulators to the output. The batch-vectorised
-// layout transposes it: 1.4 of the 6.0 ms of 64 channels at 32x32 and density 0.02. The costs were fitted by
-// non-negative least squares to 400 timings of 50 layers in each layout (AVX2, docs/design/masked_conv2d.md): a vector
-// costs 13 to 28 there, a row as much again, and a batch vector whose gate is read or written 70 to 90. With other work
-// on the machine, which slows down moves more than arithmetic; so they are 0.6 of that here, with which the choices
-// fitted the timings of a quiet machine, too. With an oc_block of 1 each multiply-add waits for a load, which is slower
-// where it crosses a cache line: width-vectorised, 64 channels at 56x56 took 10.0 ms, batch-vectorised 8.3.
+// layout transposes it: 1.4 of the 6.0 ms of 64 channels at 32x32 and density 0.02. With an oc_block of 1 each
+// multiply-add waits for a load, which is slower where it crosses a cache line: width-vectorised, 64 channels at 56x56
+// took 10.0 ms, batch-vectorised 8.3.
+//
+// The costs of moving were fitted by non-negative least squares to timings of 50 layers in each layout (AVX2,
+// docs/design/masked_conv2d.md): 13 to 28 for a vector, as much again for a row, 70 to 90 for a batch vector whose gate
+// is read or written. Other programs ran on the machine meanwhile, which slows moves more than arithmetic. So the
+// constants are about 0.6 of the fitted ones.
 double cost_of(Layout layout, const Work& work, const PassSizes& sizes) {
   constexpr double kLoad = 1.6, kCrossingLoad = 2.1;
   const bool by_batch = layout == Layout::batch, joined = layout == Layout::joined_rows;

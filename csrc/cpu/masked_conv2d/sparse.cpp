@@ -161,8 +161,7 @@ class BandComputer {
             thread_buffer().at_least(blocking_.input_tile_size() + blocking_.acc_size(planes_) * blocking_.lanes)),
         accumulators_(input_tile_ + blocking_.input_tile_size()),
         loader_(blocking_) {
-    if (blocking_.width_vectorised() && !blocking_.in_pieces())
-      std::fill_n(input_tile_, blocking_.input_tile_size(), 0.0f);
+    if (blocking_.has_gaps()) std::fill_n(input_tile_, blocking_.input_tile_size(), 0.0f);
   }
 
   void run(int64_t work_item, OcBlockRange oc_blocks) {
