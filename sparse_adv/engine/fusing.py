@@ -11,8 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 
+from sparse_adv.engine.activations import activation_of
 from sparse_adv.engine.model_state import runs_own_code
 from sparse_adv.engine.steps import (
+    ActivationStep,
     AutogradStep,
     ConvolutionStep,
     FusedStep,
@@ -56,7 +58,8 @@ class Fusion:
         for step in self.steps:
             for value in step.inputs:
                 value.readers.append(step)
-                value.kept |= isinstance(step, AutogradStep)
+            for value in step.kept():
+                value.kept = True
         self.any_batch = trace.of_one is not None and all(map(self._has_images_first, self._values.values()))
         """Whether the steps compute any number of images, and not whole batches only."""
 
@@ -93,6 +96,8 @@ class Fusion:
             self._runs.append(MaxPoolStep(node.name, size, source, self._new(node)))
         elif is_relu(self._trace.model, node):
             self._fuse_relu(node, source)
+        elif (activation := activation_of(node, module)) and not self._is_left(source, result):
+            self._runs.append(ActivationStep(node.name, activation, source, self._new(node)))
         elif is_sum(node) and self._same_shape(node):
             self._fuse_add(node, *(self._values[operand] for operand in self._operands(node)))
         else:
@@ -153,6 +158,15 @@ class Fusion:
         result = self._trace.results[node]
         values = [self._values[source] for source in self._operands(node)]
         return len(values) == 2 and all((v.shape, v.dtype) == (result.shape, result.dtype) for v in values)
+
+    def _is_left(self, source: Value, result: Tensor) -> bool:
+        """Whether a function of a value is left to autograd, as where the operation before it makes the value and is.
+
+        Two steps of autograd with one of the engine between them take longer in small batches.
+        """
+        last = self._runs[-1] if self._runs else None
+        follows = isinstance(last, list) and any(self._values.get(node) is source for node in last)
+        return follows or source.dtype != result.dtype
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The arguments of a node that are values of this fusion."""

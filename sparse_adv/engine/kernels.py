@@ -125,6 +125,10 @@ class DeviceKernels:
         memory_format = self.memory_format if len(shape) == 4 else torch.contiguous_format
         return torch.empty(shape, dtype=self.dtype, device=device, memory_format=memory_format)
 
+    def memory(self, like: Tensor, place: Place) -> Tensor:
+        """Memory for a result of the shape of another tensor: the one that is planned for it, or new one."""
+        return torch.empty_like(like)
+
     def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor | None:
         """Memory for the gate of a value that a step makes; None if the value is its own gate."""
         return torch.empty_like(self.empty(shape, device), dtype=torch.bool)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from sparse_adv.engine.activations import Activation
 from sparse_adv.engine.kernels import DeviceKernels, Place, fold_norm
 from sparse_adv.engine.values import PassTensors, Value
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue
@@ -44,6 +45,10 @@ class Step(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Say what the step computes."""
+
+    def kept(self) -> Sequence[Value]:
+        """The values that must last until the backward pass."""
+        return []
 
 
 class FusedStep(Step):
@@ -202,6 +207,30 @@ class MaxPoolStep(FusedStep):
         return tensors.kernels.max_pool_grad(gradient, self._index, self.size, shape, epilogue, place)
 
 
+class ActivationStep(FusedStep):
+    """An elementwise function other than the ReLU."""
+
+    def __init__(self, name: str, activation: Activation, input: Value, output: Value) -> None:
+        super().__init__(name, input, output)
+        self.activation = activation
+
+    def kept(self) -> Sequence[Value]:
+        return [self.output if self.activation.of_output else self.input]
+
+    def _parts(self) -> list[str]:
+        return [self.activation.name]
+
+    def _forward(self, tensors: PassTensors, x: Tensor, epilogue: Epilogue) -> Tensor:
+        return self.activation.forward(x, tensors.kernels.memory(x, tensors.place(self.output)))
+
+    def _backward(self, tensors: PassTensors, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        kernels = tensors.kernels
+        (kept,) = (kernels.plain(tensors[value]) for value in self.kept())
+        # The residual may lie in the place.
+        out = torch.empty_like(gradient) if epilogue.residual is not None else kernels.memory(gradient, place)
+        return kernels.finish(self.activation.backward(gradient, kept, out), epilogue)
+
+
 class AutogradStep(Step):
     """Operations that no other step computes, run by PyTorch and differentiated by autograd.
 
@@ -229,6 +258,9 @@ class AutogradStep(Step):
         self._results: list[Tensor] = []
         # PyTorch's backward pass of an InstanceNorm is wrong for one image in channels_last (torch 2.13).
         self._normalizes_images = any(map(_normalizes_images, self._operations.values()))
+
+    def kept(self) -> Sequence[Value]:
+        return self.inputs
 
     def passes_on(self) -> Sequence[Value]:
         return self.inputs  # autograd returns views, such as those of a concatenation's gradient

@@ -157,6 +157,8 @@ def graph_of(model: nn.Module) -> fx.Graph:
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that a node calls, or None."""
+    if isinstance(node.target, nn.Module):  # in place of one that would overwrite its input
+        return node.target
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
@@ -305,8 +307,9 @@ def _make_functional(model: nn.Module, graph: fx.Graph) -> None:
         elif node.target in _IN_PLACE:
             node.op, node.target = "call_function", _IN_PLACE[node.target]
         elif node.target in _FUNCTIONAL:
-            arguments = _bind(node)
-            node.args, node.kwargs = (), arguments | {"inplace": False}
+            _, *others = (arguments := _bind(node))
+            node.kwargs = {name: arguments[name] for name in others} | {"inplace": False}
+            node.args = (source,)
         else:
             raise NotTraceable(f"{node.name} overwrites a tensor")
         for user in list(source.users):

@@ -47,8 +47,14 @@ STEPS = {
     ),
     "read twice": (
         OfLayers(lambda m, x: m.norm(y := m.a(x)) + y.sigmoid()),
-        [CONV, "autograd", "BatchNorm + residual"],
+        [CONV, "sigmoid", "BatchNorm + residual"],
     ),
+    "ReLU in place": (OfLayers(lambda m, x: F.relu(m.norm(m.a(x)), inplace=True)), [BOTH + " + ReLU"]),
+    "ReLU by name": (OfLayers(lambda m, x: F.relu(inplace=True, input=m.a(x))), [CONV + " + ReLU"]),
+    "dropout in place": (after_convolution(nn.Sequential(nn.Dropout(inplace=True), nn.ReLU())), [CONV + " + ReLU"]),
+    "swish": (OfLayers(lambda m, x: m.norm((y := m.a(x)) * y.sigmoid())), [CONV, "sigmoid", "autograd", "BatchNorm"]),
+    "gated sum": (OfLayers(lambda m, x: F.silu(y := m.a(x).relu()) + y), [CONV + " + ReLU", "SiLU", "residual"]),
+    "function of a mean": (OfLayers(lambda m, x: m.a(x).mean((2, 3)).tanh()), [CONV, "autograd"]),
     "broadcast": (OfLayers(lambda m, x: m.a(x) + m.b(x).mean((2, 3), keepdim=True)), [CONV, CONV, "autograd"]),
     "times a parameter": (
         OfLayers(lambda m, x: m.norm.weight.relu()[:, None, None] * m.a(x) + m.b(x)),
@@ -96,6 +102,46 @@ def test_steps_are_the_longest_that_compute_the_same(name):
         torch.testing.assert_close(gradients.gradient(x, loss), autograd.gradient(x, loss))
         torch.testing.assert_close(gradients.logits(x / 2), autograd.logits(x / 2))
         torch.testing.assert_close(first, autograd.logits(x))  # a later pass does not change what was returned
+
+
+ACTIVATIONS = {
+    "SiLU": [nn.SiLU(), F.silu, lambda x: F.silu(x, inplace=True)],
+    "GELU": [nn.GELU(), nn.GELU("tanh"), F.gelu, lambda x: F.gelu(x, approximate="tanh")],
+    "sigmoid": [nn.Sigmoid(), torch.sigmoid, lambda x: x.sigmoid()],
+    "tanh": [nn.Tanh(), torch.tanh, lambda x: x.tanh()],
+    "hardtanh": [nn.Hardtanh(-0.1, 0.2), F.hardtanh, lambda x: F.hardtanh(x, -0.2, max_val=0.1)],
+    "ReLU6": [nn.ReLU6(), nn.ReLU6(inplace=True), F.relu6, lambda x: F.relu6(x, True)],
+    "leaky ReLU": [nn.LeakyReLU(), nn.LeakyReLU(0.2, inplace=True), F.leaky_relu, lambda x: F.leaky_relu(x, 0.3)],
+    "hardswish": [nn.Hardswish(), F.hardswish],
+    "hardsigmoid": [nn.Hardsigmoid(), F.hardsigmoid],
+    "softplus": [nn.Softplus(), nn.Softplus(3, 0.2), F.softplus, lambda x: F.softplus(x, beta=2, threshold=0.1)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), [(name, function) for name, functions in ACTIVATIONS.items() for function in functions]
+)
+@pytest.mark.parametrize("read_twice", [False, True])
+def test_an_elementwise_function_is_a_step_of_its_own(name, function, read_twice):
+    """Its gradient is PyTorch's, also where that of its input is a sum."""
+
+    def layers(m: nn.Module, x: Tensor) -> Tensor:
+        act = getattr(m, "act", function)
+        return m.norm(act(y := m.a(x)) + y if read_twice else act(m.a(x)))
+
+    model = OfLayers(layers)
+    if isinstance(function, nn.Module):
+        model.act = function
+    model, x = model.double().eval(), 40 * torch.rand(3, 3, 7, 7, dtype=torch.float64) - 20
+    assert sum(line.endswith(f": {name}") for line in engine.explain(model, x)) == 1
+
+    def loss(logits: Tensor) -> Tensor:
+        return logits.flatten(1).sin().sum(1)
+
+    with engine.input_gradients(model, x) as gradients:
+        assert isinstance(gradients, engine.Program)
+        torch.testing.assert_close(gradients.logits(x), engine.Autograd(model).logits(x))
+        torch.testing.assert_close(gradients.gradient(x, loss), engine.Autograd(model).gradient(x, loss))
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -244,21 +244,21 @@ def test_one_image_of_a_network_with_instance_norm(images, norm):
 
 
 class GradientFormats(TorchDispatchMode):
-    """Whether the gradients that reach a SiLU are in channels_last."""
+    """Whether the gradients that reach a Mish are in channels_last."""
 
     def __init__(self):
         super().__init__()
         self.channels_last = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.silu_backward.default:
+        if func is torch.ops.aten.mish_backward.default:
             self.channels_last.append(args[0].is_contiguous(memory_format=torch.channels_last))
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("images", [6, 1])
 def test_gradients_of_other_operations_keep_the_memory_format(images):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Flatten()).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Mish(), nn.Conv2d(8, 8, 3), nn.Flatten()).eval()
     with engine.input_gradients(model, X[:images]) as gradients, GradientFormats() as seen:
         gradients.gradient(X[:images], torch.sum)
     assert seen.channels_last == [True]
