@@ -18,9 +18,11 @@ class Tracer(fx.Tracer):
     torch.fx replaces `nn.Module.__call__` and `__getattr__` in the whole process while it traces.
 
     Attributes:
-        place: the module being traced, for error messages; after an error, the one in which it arose.
+        part: the module being traced, None for the model itself; after an error, the one in which it arose.
+        place: its name, for error messages.
     """
 
+    part: nn.Module | None = None
     place = "the model"
     _thread = 0
 
@@ -34,9 +36,10 @@ class Tracer(fx.Tracer):
         """Trace the call of a module, or run it for another thread."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
-        outer, self.place = self.place, f"module {self.path_of_module(m)!r} ({type(m).__name__})"
+        outer = self.part, self.place
+        self.part, self.place = m, f"module {self.path_of_module(m)!r} ({type(m).__name__})"
         result = self.trace_module(m, forward, args, kwargs)
-        self.place = outer
+        self.part, self.place = outer
         return result
 
     def trace_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

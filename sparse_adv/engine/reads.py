@@ -30,6 +30,8 @@ _ALL = "__dict__"
 _LAYER = "its sizes and options"
 """In place of the names of attributes that PyTorch's own layers read, which are not traced into."""
 
+_CHANGES = "its Python code changes attributes of modules"
+
 _read: WeakKeyDictionary[nn.Module, dict[str, None]] = WeakKeyDictionary()
 """For each module the names of the attributes that traced code has read."""
 
@@ -116,6 +118,16 @@ class Reads:
         """Note that a module is called which is not traced into."""
         self.add(module, _LAYER)
 
+    def forget(self, kind: type[nn.Module]) -> None:
+        """Take back what was noted of modules of a class and of their parts.
+
+        What earlier traces have read of them may be taken back, too: it then costs another trace.
+        """
+        parts = {part for module in self._copied.modules() if type(module) is kind for part in module.modules()}
+        for module, name in self._found:
+            if module in parts:
+                _read[self._originals[module]].pop(name, None)
+
     def refuse(self, reason: str) -> NoReturn:
         """Raises NotTraceable."""
         self.refusal = reason
@@ -131,7 +143,7 @@ class Reads:
             raise NotTraceable(self.refusal)
         now = {read: _held(*read, {}) for read in self._found}
         if now != self._found or not _are_same(self._before, _tables(self._copied)):
-            raise NotTraceable("its Python code changes attributes of modules")
+            raise NotTraceable(_CHANGES)
         places = {module: place for place, module in self._copied.named_modules()}
         for (module, name), held in self._found.items():
             if isinstance(held, Unseen):
@@ -152,6 +164,19 @@ class Reads:
                 self.add(module, name)
         elif not is_of_library(reader):
             self.refuse(f"its Python code reads {name!r} of a {type(module).__name__} that is no part of it")
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """A context in which a model runs.
+
+    Raises:
+        NotTraceable: if its code has changed attributes of modules.
+    """
+    before = _tables(model)
+    yield
+    if not _are_same(before, _tables(model)):
+        raise NotTraceable(_CHANGES)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sparse_adv.engine.batch_size import scaled
+from sparse_adv.engine.content import is_of_library
 from sparse_adv.engine.model_state import copy_of_code, has_global_hooks, has_hooks, runs_own_code
 from sparse_adv.engine.random_state import KeptGenerators
-from sparse_adv.engine.reads import Reads
+from sparse_adv.engine.reads import Reads, unchanged
 from sparse_adv.engine.traced_code import Constant, EagerFunctions, NotTraceable, reads_elements
 from sparse_adv.errors import first_line
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
@@ -107,6 +108,8 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     graph = graph_of(model)
     try:
         results = _results(model, graph, x)
+    except NotTraceable:
+        raise
     except Exception as error:  # of the model's own code
         raise NotTraceable(f"its operations fail: {first_line(error)}") from error
     placeholders = [node for node in graph.nodes if node.op == "placeholder" and node.users]
@@ -126,6 +129,9 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
 def graph_of(model: nn.Module) -> fx.Graph:
     """The operations of a model, without in-place operations. Its Python code runs once, on a copy of the modules.
 
+    A part that cannot be traced, and all others of its class, count as one operation each, if there are no layers in
+    it. Its code then runs in each pass.
+
     Raises:
         NotTraceable: if the model depends on values of its input or of its buffers, overwrites a tensor that has other
             views, has hooks itself, or if its Python code draws random numbers, changes attributes of modules, or
@@ -137,22 +143,38 @@ def graph_of(model: nn.Module) -> fx.Graph:
         raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
     if "forward" in vars(model):
         raise NotTraceable("its forward is one of its attributes, and torch.fx would trace that of its class")
-    tracer = _Tracer(model)
-    try:
-        copied = copy_of_code(model)
-        with KeptGenerators(torch.device("cpu")) as generators, EagerFunctions(), torch.enable_grad():
-            graph = tracer.trace(copied, _default_arguments(copied))
-            if generators.drawn:
-                raise NotTraceable("its Python code draws random numbers")
-        _take_constants(copied, graph)
-        tracer.reads.check()
-        _drop_defaults(graph)
-        _make_functional(model, graph)
-        return graph
-    except NotTraceable:
-        raise
-    except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
-        raise NotTraceable(f"torch.fx cannot trace {tracer.place}: {first_line(error)}") from error
+    whole: set[type[nn.Module]] = set()
+    while True:
+        tracer = _Tracer(model, whole)
+        try:
+            return _graph(model, tracer)
+        except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
+            part = tracer.part
+            if part is not None and type(part) not in whole and not _has_layers(part):
+                whole.add(type(part))
+                tracer.reads.forget(type(part))
+            elif isinstance(error, NotTraceable):
+                raise
+            else:
+                raise NotTraceable(f"torch.fx cannot trace {tracer.place}: {first_line(error)}") from error
+
+
+def _has_layers(part: nn.Module) -> bool:
+    """Whether a module has parts that the engine computes faster than PyTorch."""
+    return any(isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) for m in part.modules() if m is not part)
+
+
+def _graph(model: nn.Module, tracer: _Tracer) -> fx.Graph:
+    copied = copy_of_code(model)
+    with KeptGenerators(torch.device("cpu")) as generators, EagerFunctions(), torch.enable_grad():
+        graph = tracer.trace(copied, _default_arguments(copied))
+        if generators.drawn:
+            raise NotTraceable("its Python code draws random numbers")
+    _take_constants(copied, graph)
+    tracer.reads.check()
+    _drop_defaults(graph)
+    _make_functional(model, graph)
+    return graph
 
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -174,15 +196,20 @@ def is_sum(node: fx.Node) -> bool:
 
 
 class _Tracer(Tracer):
-    """Records masked layers and modules with hooks as one call each, without looking inside."""
+    """Records masked layers and modules with hooks as one call each, without looking inside.
+
+    Args:
+        model: of which a copy is traced.
+        whole: classes of other modules that are recorded in this way.
+    """
 
     proxy_buffer_attributes = True  # what is computed from a buffer belongs to the graph, as with parameters
 
     reads: Reads
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole: Collection[type[nn.Module]]) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._whole = model, whole
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a copy of the model; `reads` then has what its code has read."""
@@ -195,7 +222,7 @@ class _Tracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         is_masked = isinstance(m, (MaskedConv2d, MaskedLinear))
-        if has_hooks(m) or is_masked or super().is_leaf_module(m, module_qualified_name):
+        if has_hooks(m) or is_masked or type(m) in self._whole or super().is_leaf_module(m, module_qualified_name):
             self.reads.add_layer(m)
             return True
         return False
@@ -232,9 +259,19 @@ def holds_tensors(result: object) -> bool:
 
 
 def _results(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, Any]:
-    """Run a graph and return the result of each node."""
-    recorder = _Recorder(model, graph)
-    recorder.run(x, enable_io_processing=False)
+    """Run a graph and return the result of each node.
+
+    Raises:
+        NotTraceable: if code that is not traced changes attributes of modules.
+    """
+    called = [module for node in graph.nodes if (module := module_of(model, node)) is not None]
+    if all(is_of_library(type(module).__module__) or has_hooks(module) for module in called):
+        recorder = _Recorder(model, graph)
+        recorder.run(x, enable_io_processing=False)
+    else:
+        recorder = _Recorder(copied := copy_of_code(model), graph)
+        with unchanged(copied):
+            recorder.run(x, enable_io_processing=False)
     return recorder.results
 
 
@@ -338,5 +375,6 @@ def _may_share_memory(model: nn.Module, node: fx.Node) -> bool:
     """Whether the result of a node may be a view of another tensor, or have a view."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        return not isinstance(module, _NEW_RESULT) or getattr(module, "inplace", False)
+        is_new = isinstance(module, _NEW_RESULT) and is_of_library(type(module).__module__)
+        return not is_new or getattr(module, "inplace", False)
     return node.op != "call_function" or node.target not in (*_IN_PLACE.values(), *_NEW_RESULT_FUNCTIONS)
