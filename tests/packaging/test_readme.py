@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.convolution_cases import block_mask
 
-from sparse_adv import ops
+from sparse_adv import masks, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,3 +76,14 @@ def test_the_tree_shows_every_part_of_the_package_and_only_what_exists():
     assert [path for path in paths if not path.exists()] == []
     parts = {init.parent for init in ROOT.glob("sparse_adv/*/__init__.py")} | set(ROOT.glob("sparse_adv/[a-z]*.py"))
     assert parts - paths == set()
+
+
+def test_the_home_page_links_to_every_page_of_the_guide():
+    home, guide = (ROOT / "docs" / "index.md").read_text(), sorted((ROOT / "docs" / "guide").glob("*.md"))
+    assert guide
+    assert [page.name for page in guide if f"](guide/{page.name})" not in home] == []
+
+
+def test_the_page_on_blocks_lists_those_that_have_kernels():
+    page = (ROOT / "docs" / "guide" / "blocks.md").read_text()
+    assert [block for block in masks.SUPPORTED_BLOCKS if f"({', '.join(map(str, block))})" not in page] == []
