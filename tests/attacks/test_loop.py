@@ -1,10 +1,12 @@
-"""The loop of PGD with values of each image: no graph keeps them, and the model's output is checked."""
+"""The loop of PGD: which restart counts, plain functions, values of each image, and outputs that are none."""
 
 import pytest
 import torch
-from helpers.attacked import batch, make_model
+from helpers.attacked import batch, generator, make_model, philox_state
+from torch import nn
 
-from sparse_adv.attacks import Graphs, pgd
+from sparse_adv.attacks import Graphs, losses, pgd
+from sparse_adv.ops import random_start
 
 
 class Noted(Graphs):
@@ -55,3 +57,49 @@ def test_restarts_are_compared_image_by_image_whatever_the_labels_of_a_scalar_lo
         return pgd(model, images, labels, eps=0.1, alpha=0.02, steps=2, restarts=3, loss=loss, generator=draw)
 
     assert attacked(lambda *given: values(*given).sum()).equal(attacked(values))
+
+
+class Threshold(nn.Module):
+    """Takes an image for class 1 if its first pixel is brighter than 0.53."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixel = x.flatten(1)[:, :1]
+        return torch.cat([0.53 - pixel, torch.zeros_like(pixel)], 1)
+
+
+@pytest.mark.parametrize("mode", ["eval", "batch"])  # with "batch" images that are finished stay in the batch
+def test_a_success_outranks_failures_of_higher_loss_and_without_one_the_highest_loss_counts(mode):
+    images, labels, eps = torch.full((40, 1, 2, 2), 0.5), torch.zeros(40, dtype=torch.int64), 0.1
+    blocks = torch.tensor([0, images.numel() // 4])
+    starts = torch.stack([random_start(images, eps, seed=philox_state() + k * blocks) for k in range(3)])
+    logits = torch.stack([Threshold()(start) for start in starts])
+    won, loss = logits.argmax(2) == 1, logits[:, :, 0]  # each failure has a higher loss than each success
+    assert (won[0] & ~won[1] & ~won[2]).any() and (~won[0] & won[1]).any()
+    assert (~won.any(0) & (loss[0] < loss[2]) & (loss[2] < loss[1])).any()
+    chosen = loss.where(~won, 3 - torch.arange(3.0)[:, None]).argmax(0)
+    adv = pgd(
+        Threshold().eval(),
+        images,
+        labels,
+        eps=eps,
+        steps=0,
+        restarts=3,
+        loss=lambda logits, labels: -losses.margin(logits, labels),
+        generator=generator(),
+        check=False,
+        bn_mode=mode,
+        engine=False,
+    )
+    assert torch.equal(adv, starts[chosen, torch.arange(40)])
+
+
+def test_a_plain_function_is_called_once_for_each_gradient_and_may_change_in_between():
+    """The engine, which would trace this one, leaves it to autograd."""
+    (images, labels), weight = batch(), torch.randn(192, 5)
+    options = {"eps": 1.0, "alpha": 0.02, "random_start": False}
+    expected, factors = images, [1.0, -1.0, 2.0]
+    for factor in factors:
+        expected = pgd(lambda x, k=factor: x.flatten(1) @ weight * k, expected, labels, steps=1, **options)
+    left = iter(factors)
+    adv = pgd(lambda x: x.flatten(1) @ weight * next(left), images, labels, steps=3, **options)
+    assert torch.equal(adv, expected) and not list(left)

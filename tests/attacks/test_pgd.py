@@ -199,9 +199,16 @@ def test_early_stop_returns_the_first_success_of_the_same_path(model, images, en
     assert_close(adv, torch.stack([path[k][i] for i, k in enumerate(first)]))
 
 
-def test_early_stop_moves_the_others_alike_when_batch_statistics_keep_the_batch_whole(model, images):
-    options = {"bn_mode": "batch", "random_start": False, "early_stop": True, "eps": 0.2, "alpha": 0.05}
-    assert pgd(model, images, torch.zeros(6, dtype=torch.int64), **options).shape == images.shape
+def test_early_stop_keeps_images_that_stand_still_in_the_batch_statistics(model, images):
+    model[4].eval()
+    labels, step = model(images).argmax(1), {"eps": 0.2, "alpha": 0.003}
+    adv = images
+    for _ in range(8):
+        moves = model(adv).argmax(1) == labels
+        adv = textbook_pgd(model, adv, images, labels, 1, **step).where(moves[:, None, None, None], adv)
+    assert moves.any() and not moves.all()
+    options = {"bn_mode": "batch", "random_start": False, "early_stop": True, "check": False} | step
+    assert torch.equal(pgd(model, images, labels, steps=8, **options), adv)
 
 
 def test_a_plain_function_is_attacked_like_a_module(model, images, labels):
