@@ -1,14 +1,15 @@
-"""Auto-PGD: checkpoints, results in the ball without slack, optima of linear models, more budget is never worse."""
+"""Auto-PGD: points of the paper's algorithm, results in the ball without slack, optima, more budget is never worse."""
 
 import math
 
 import pytest
 import torch
-from helpers.attacked import batch, generator, make_model, snapshot
+from helpers.attacked import batch, generator, make_model, philox_state, snapshot
 from torch import nn
 
 from sparse_adv.attacks import apgd, apgd_t, eotpgd, losses
 from sparse_adv.attacks.apgd_ascent import _checkpoints
+from sparse_adv.ops import random_start
 
 RADII = {"linf": 0.03, "l2": 0.4}
 
@@ -22,6 +23,40 @@ def attacked(norm: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 def test_checkpoints_are_those_of_the_paper():
     assert list(_checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
     assert list(_checkpoints(1)) == [1] * 8
+
+
+@pytest.mark.parametrize(("rho", "steps", "decides"), [(0.0, 40, "stuck"), (1.0, 4, "tie"), (0.75, 100, "few")])
+def test_the_points_are_those_of_algorithm_1_of_the_paper(rho, steps, decides):
+    """One pixel x in [0.4, 0.6] and the loss -|x - peak|, for many peaks; no image falls."""
+    peak = torch.linspace(0.42, 0.58, 64, dtype=torch.float64)
+    points = []
+
+    def model(x):
+        points.append(x.detach().flatten())
+        return torch.stack([torch.ones_like(peak), -(x.flatten() - peak).abs()], 1)
+
+    images, labels = torch.full((64, 1, 1, 1), 0.5, dtype=torch.float64), torch.zeros(64, dtype=torch.int64)
+    apgd(model, images, labels, eps=0.1, steps=steps, rho=rho, loss=lambda logits, labels: logits[:, 1])
+    x = previous = best = checked = points[1]  # the first is the clean image
+    step, halved, rises, since = torch.full_like(x, 0.2), torch.zeros(64, dtype=torch.bool), torch.zeros(64), 0
+    decided = dict.fromkeys(("few", "stuck", "tie"), False)
+    for k in range(1, steps + 1):
+        weight, last = 0.75 if k > 1 else 1.0, points[k]
+        ahead = (x + step * (peak - x).sign()).clamp(0.4, 0.6)
+        moved = (x + weight * (ahead - x) + (1 - weight) * (x - previous)).clamp(0.4, 0.6)
+        previous, x = x, moved
+        torch.testing.assert_close(points[k + 1], x, rtol=0, atol=1e-12)
+        best = x.where((x - peak).abs() < (best - peak).abs(), best)
+        rises, since = rises + ((x - peak).abs() < (last - peak).abs()), since + 1
+        if k in _checkpoints(steps):
+            few, stuck = rises < rho * since, ~halved & (best == checked)
+            decided["few"] |= bool((few & ~stuck).any())
+            decided["stuck"] |= bool((stuck & ~few & (best != points[1])).any())
+            decided["tie"] |= bool(((rises == rho * since) & ~stuck).any())
+            halved = few | stuck
+            step, x, checked = step.where(~halved, step / 2), best.where(halved, x), best
+            rises, since = torch.zeros(64), 0
+    assert decided[decides]
 
 
 @pytest.mark.parametrize("norm", RADII)
@@ -152,6 +187,50 @@ def test_a_deterministic_model_falls_with_averaged_gradients_where_it_does_with_
         for eot_iter in (1, 3)
     ]
     assert fallen[0].equal(fallen[1]) and fallen[0][0] and 1 < fallen[0].sum() < len(images)
+
+
+def test_with_averaged_gradients_a_misclassified_point_outranks_a_later_one_of_higher_loss():
+    """The loss leads away from class 1, where about half of the random starts are."""
+    images, labels = torch.full((16, 1, 2, 2), 0.5), torch.zeros(16, dtype=torch.int64)
+    fallen = torch.zeros(16, dtype=torch.bool)
+
+    def model(x):
+        over = x.flatten(1).mean(1, keepdim=True) - 0.501
+        fallen.logical_or_(over.detach().squeeze(1) > 0)
+        return torch.cat([torch.zeros_like(over), over], 1)
+
+    def loss(logits, labels):
+        return -losses.margin(logits, labels)
+
+    adv = apgd(model, images, labels, eps=0.1, steps=3, eot_iter=2, loss=loss)
+    assert fallen.any() and not fallen.all()
+    logits = model(adv)
+    assert torch.equal(logits.argmax(1) == 1, fallen)
+    assert torch.allclose(logits[~fallen, 1], torch.tensor(-0.101))  # the highest loss in the ball
+
+
+@pytest.mark.parametrize("norm", RADII)
+@pytest.mark.parametrize("steep", [torch.nan, torch.inf])
+def test_pixels_whose_gradients_are_not_finite_stay_and_the_others_move(norm, steep):
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.cat([gradient[:, :1] * steep, gradient[:, 1:]], 1)
+
+    def model(x):
+        score = Steep.apply(x.flatten(1)).sum(1, keepdim=True)
+        return torch.cat([score + 9, 2 * score], 1)  # no image falls
+
+    images, labels = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
+    start = (random_start(images, 0.1, norm, philox_state()) - images).flatten(1)
+    moved = (apgd(model, images, labels, eps=0.1, norm=norm, steps=10, generator=generator()) - images).flatten(1)
+    assert (moved[:, 0].abs() <= start[:, 0].abs() + 1e-6).all()  # a step of the others may be projected
+    assert moved.norm(dim=1, p=math.inf if norm == "linf" else 2).max() <= 0.1
+    assert (moved[:, 1:] > 0.05 if norm == "linf" else moved[:, 1:].sum(1) > 0.1).all()
 
 
 @pytest.mark.parametrize(
