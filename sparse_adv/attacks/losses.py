@@ -51,8 +51,8 @@ class SmoothedCrossEntropy:
     Examples:
         >>> import torch
         >>> from sparse_adv.attacks import losses
-        >>> losses.SmoothedCrossEntropy(0.5)(torch.zeros(1, 4), torch.tensor([2]))
-        tensor([1.3863])
+        >>> losses.SmoothedCrossEntropy(0.5)(torch.tensor([[2.0, 0.0, 0.0, 0.0]]), torch.tensor([0]))
+        tensor([1.0908])
     """
 
     label_smoothing: float

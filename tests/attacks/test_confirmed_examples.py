@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sparse_adv import models
 from sparse_adv.attacks import deepfool, fab, fab_t, fmn
+from sparse_adv.attacks.ball import Ball
+from sparse_adv.attacks.queries import Queries, confirmed
 from sparse_adv.data.digits import read_digits
 
 NORMS = ("linf", "l2")
@@ -68,3 +70,38 @@ def test_deepfool_crosses_the_boundary_where_the_range_of_pixels_cuts_its_steps_
     on_boundary = deepfool(model, images, labels, overshoot=0.0)
     assert broken(model, on_boundary, labels).all()
     assert (few / distances(on_boundary, images, "l2")).median() <= 1.02
+
+
+class Answers(nn.Module):
+    """Logits [scale, scale + rise of the first pixel above 0.5]."""
+
+    def __init__(self, scale: float, rise: float) -> None:
+        super().__init__()
+        self.scale, self.rise = scale, rise
+
+    def forward(self, x: Tensor) -> Tensor:
+        over = x.flatten(1)[:, 0] - 0.5
+        return torch.stack([torch.full_like(over, self.scale), self.scale + self.rise * over], 1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+def confirmed_by(model: nn.Module, engine: nn.Module, found: Tensor, images: Tensor) -> Tensor:
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    return confirmed(Queries(model, engine, None), found, images, labels, Ball(0.2, "linf", 0.0, 1.0), targeted=False)
+
+
+def test_where_model_and_engine_disagree_the_model_itself_decides():
+    images = torch.full((2, 1, 2, 2), 0.5)
+    found = images + torch.tensor([0.1, -0.1]).view(2, 1, 1, 1)
+    adv = confirmed_by(Answers(1.0, 1.0), Answers(1.0, -1.0), found, images)
+    assert torch.equal(adv, torch.stack([found[0], images[1]]))
+
+
+def test_an_example_counts_although_its_margin_never_exceeds_rounding():
+    """Here a unit in the last place of the logits is 6e-5, the margin 0.001."""
+    images, model = torch.full((1, 1, 2, 2), 0.5), Answers(1000.0, 0.01)
+    found = images + 0.1
+    adv = confirmed_by(model, model, found, images)
+    assert model(adv).argmax(1).item() == 1 and torch.allclose(adv, images + 0.1 * 1.01)

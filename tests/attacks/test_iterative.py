@@ -31,6 +31,13 @@ def test_momentum_is_that_of_the_paper():
     assert torch.allclose(result, adv, atol=1e-12)
 
 
+def test_momentum_goes_on_after_a_gradient_of_zero():
+    model, images, labels = classified()
+    factors = iter([0.0, 1.0])
+    adv = mifgsm(lambda x: model(x) * next(factors), images, labels, eps=0.1, alpha=0.025, steps=2)
+    assert torch.equal(adv, mifgsm(model, images, labels, eps=0.1, alpha=0.025, steps=1, engine=False))
+
+
 def test_without_momentum_and_without_randomness_both_are_pgd():
     model, images, labels = classified()
     start = pgd(model, images, labels, random_start=False, **SETTINGS)
