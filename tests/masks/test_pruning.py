@@ -259,11 +259,11 @@ def test_with_example_input_filters_joined_by_a_residual_sum_are_pruned_together
     assert abs(kept - 0.5) < 0.02
 
 
-def test_filters_of_a_group_are_ranked_by_the_mean_square_of_all_their_weights():
+def test_filters_of_groups_and_of_single_layers_are_ranked_by_the_mean_square_of_all_their_weights():
     class Sum(nn.Module):
         def __init__(self):
             super().__init__()
-            self.wide, self.narrow, self.last = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(3, 24, 1), nn.Conv2d(24, 2, 1)
+            self.wide, self.narrow, self.last = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(3, 24, 1), nn.Conv2d(24, 9, 1)
 
         def forward(self, x):
             return self.last((self.wide(x) + self.narrow(x)).relu())
@@ -273,14 +273,17 @@ def test_filters_of_a_group_are_ranked_by_the_mean_square_of_all_their_weights()
     with torch.no_grad():
         model.wide.weight.mul_(0.5 + torch.rand(24, 1, 1, 1))
         model.narrow.weight.mul_(torch.rand(24, 1, 1, 1))
-    masks = prune(model, 0.5, "filter", exclude=["last"], example_input=(1, 3, 6, 6))
+        model.last.weight.mul_(0.5 + 2 * torch.rand(9, 1, 1, 1))
+    masks = prune(model, 0.5, "filter", example_input=(1, 3, 6, 6))
+    joint, narrow, last = (masks[name].flatten(1).any(1) for name in ("wide", "narrow", "last"))
     weights = torch.cat([model.wide.weight.detach().flatten(1), model.narrow.weight.detach().flatten(1)], 1)
-    for name in ("wide", "narrow"):
-        kept = masks[name].flatten(1).any(1).nonzero().squeeze(1)
-        assert kept.equal(weights.square().mean(1).topk(12).indices.sort().values)
-    squares = [layer.weight.square().mean((1, 2, 3)) for layer in (model.wide, model.narrow)]
-    fourth = 27 * squares[0] ** 2 + 3 * squares[1] ** 2  # another ranking
-    assert not kept.equal(fourth.topk(12).indices.sort().values)
+    squares = torch.cat([weights.square().mean(1), model.last.weight.detach().square().mean((1, 2, 3))])
+    kept = torch.cat([joint, last])
+    assert joint.equal(narrow) and 0 < joint.sum() < 24 and 0 < last.sum() < 9
+    assert squares[kept].min() > squares[~kept].max()
+    wide, narrow = (layer.weight.square().mean((1, 2, 3)) for layer in (model.wide, model.narrow))
+    fourth = 27 * wide**2 + 3 * narrow**2  # another ranking
+    assert fourth[joint].min() < fourth[~joint].max()
 
 
 def test_example_input_changes_nothing_in_a_model_without_residual_sums():

@@ -104,6 +104,17 @@ def test_a_constant_is_added_to_the_bias_unless_there_is_padding(padding, width)
     assert_close(shrunk.model(x), sparsify(model, masks)(x))
 
 
+@pytest.mark.parametrize(("bias", "width"), [(False, 1), (True, 8)])
+def test_padding_of_a_pooling_layer_ends_a_constant_unless_it_is_0(bias, width):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.AvgPool2d(3, 1, padding=1), nn.Conv2d(8, 4, 3))
+    masks = {"0": torch.zeros(8, 3, 3, 3, dtype=torch.bool)}
+    masks["0"][0] = True
+    shrunk = shrink(model, masks, (1, 3, 9, 9))
+    assert shrunk.widths["0"] == (8, width)
+    x = torch.rand(2, 3, 9, 9)
+    assert_close(shrunk.model(x), sparsify(model, masks)(x))
+
+
 def test_a_layer_without_kept_weights_keeps_one_channel():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3))
     shrunk = shrink(model, {"0": torch.zeros(8, 3, 3, 3, dtype=torch.bool)}, (1, 3, 9, 9))
