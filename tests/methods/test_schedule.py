@@ -68,3 +68,9 @@ def test_gmp_follows_the_cubic_schedule():
         sparsity = s_f + (0 - s_f) * (1 - (step - t_0) / (end - t_0)) ** 3
         assert schedule.density(step) == pytest.approx(1 - sparsity, abs=1e-12)
     assert schedule.density(0) == 1 and schedule.density(999) == pytest.approx(0.1)
+
+
+def test_the_updates_without_masks_are_the_nearest_integer():
+    """0.29 * 100 is less than 29 in binary numbers."""
+    first = [Schedule(MethodConfig("static", dense_epochs=hundredths / 100), 3, 100).first for hundredths in range(300)]
+    assert first == list(range(300))

@@ -44,6 +44,15 @@ def test_the_search_sees_images_averaged_over_squares(permute):
     assert record.cost.macs == by_hand.cost.macs and record.prune.half_resolution
 
 
+def test_validation_images_in_batches_are_averaged_over_squares_too():
+    whole, batched = (
+        tickets.record_of(search(pooled_network(), Batches(TRAIN, 32), images, half_resolution=True)).epochs
+        for images in (VALIDATION, list(Batches(VALIDATION, 40, shuffle=False)))
+    )
+    for epoch, other in zip(whole, batched, strict=True):
+        assert epoch.clean_accuracy == other.clean_accuracy and epoch.robust_accuracy == other.robust_accuracy
+
+
 def test_the_cost_is_that_of_small_images():
     whole, halved = (
         tickets.cost_of(search(pooled_network(), Batches(TRAIN, 32), half_resolution=chosen)).macs

@@ -71,6 +71,15 @@ def test_a_dense_weight_gradient_is_counted_in_place_of_the_sparse_one():
     assert costs.update(dense) - costs.update(sparse) == work.dense - work.grad_weight
 
 
+def test_the_density_is_that_of_the_masks_also_where_dense_kernels_run():
+    model, masks = network(channels=32), {"3": torch.rand(32, 32, 3, 3) < 0.1}
+    expected = nn.mac_density(model, masks, (4, 1, 6, 6))
+    model = nn.sparsify(model, masks)
+    model[3].choose_kernels({name: {"kernel": "dense"} for name in PASSES})
+    work = nn.count_macs(model, (4, 1, 6, 6))
+    assert work.forward == work.dense and NetworkCosts(model, torch.rand(4, 1, 6, 6)).density.macs == expected
+
+
 @pytest.mark.parametrize("undone", [False, True])
 def test_an_update_costs_what_the_network_costs_then(monkeypatch, undone):
     """Masks change within the second epoch; where it is undone, the network has its earlier masks again."""
