@@ -17,6 +17,7 @@ Winograd geometry(int64_t tile, int64_t C, int64_t K, int64_t size, int64_t padd
           .P = out,
           .Q = out,
           .K = K,
+          .pixel_stride = K,
           .pad_rows = padding,
           .pad_cols = padding,
           .tile_rows = tiles,

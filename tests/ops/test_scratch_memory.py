@@ -33,6 +33,29 @@ def test_after_a_lack_of_memory_a_smaller_batch_is_computed():
     assert "bytes of memory for a thread's intermediate results" in done.stdout
 
 
+MANY_CHANNELS = """
+import resource, torch
+from sparse_adv import ops
+torch.set_num_threads(1)
+def in_use():
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1])
+x, weight = torch.randn(1, 1024, 4, 4), torch.randn(1024, 1024, 3, 3)  # 38 MB, transformed 151 MB
+ops.winograd_conv2d(x[:, :32], weight[:32, :32])
+resource.setrlimit(resource.RLIMIT_AS, (in_use() + (100 << 20),) * 2)
+torch.ops.sparse_adv.winograd_conv2d_grad_weight(x, x, [1, 1], 4)
+ops.winograd_conv2d(x, weight)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+ops.winograd_conv2d(x, weight)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_winograds_filtering_transforms_parts_of_many_channels_in_memory_that_the_next_call_finds():
+    done = subprocess.run([sys.executable, "-c", MANY_CHANNELS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1000  # pages of 4 KB; a part takes 14 MB
+
+
 @pytest.mark.parametrize(
     ("groups", "pixels", "taps", "options"),
     [(1, 64, 1, {"stride": 512}), (2**18, 1, 3, {"padding": 2**20 - 1, "dilation": 2**20 - 1})],

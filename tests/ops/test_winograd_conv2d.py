@@ -158,6 +158,24 @@ def test_results_do_not_depend_on_the_number_of_threads_or_images():
     assert_equal(winograd_conv2d(x[4:7], weight), results[0][0][4:7])
 
 
+def test_parts_of_many_channels_have_the_bits_of_the_whole():
+    operators, padding = torch.ops.sparse_adv, [1, 1]
+    x, weight, bias = channels_last(3, 512, 4, 5), torch.randn(520, 512, 3, 3), torch.randn(520)
+    grad, out, grad_input = channels_last(3, 520, 4, 5), channels_last(3, 520, 4, 5), torch.empty_like(x)
+    winograd_conv2d_out(x, winograd_conv2d_weight(weight), bias, out=out)
+    winograd_conv2d_out(grad, winograd_conv2d_weight(weight, transposed=True), out=grad_input)
+    grad_weight = torch.cat(
+        [operators.winograd_conv2d_grad_weight(part, x, padding, 4) for part in grad.split(130, dim=1)]
+    )
+    before = torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        assert_equal(winograd_conv2d(x, weight, bias), out)
+        assert_equal(operators.winograd_conv2d(grad, weight, None, padding, 4, True), grad_input)
+        assert_equal(operators.winograd_conv2d_grad_weight(grad, x, padding, 4), grad_weight)
+    torch.set_num_threads(before)
+
+
 def test_a_nan_reaches_at_most_its_tile_and_never_vanishes():
     x, weight = channels_last(1, 3, 12, 12), torch.ones(2, 3, 3, 3)
     x[0, 1, 5, 5] = math.nan

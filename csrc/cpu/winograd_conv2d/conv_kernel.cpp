@@ -103,7 +103,7 @@ static void output_of_tile(const Winograd& conv, const float* m, int64_t pitch, 
     for (int r = 0; r < rows; ++r) {
       transform_output<TILE>(sums + r * kSide, 1);
       for (int s = 0; s < cols; ++s) {
-        const int64_t pixel = first + r * conv.Q + s, at = pixel * conv.K + k;
+        const int64_t pixel = first + r * conv.Q + s, at = pixel * conv.pixel_stride + k;
         BitsInRow<kLanes> bits{.row_start = pixel * epilogue.gate_layout.row_bytes, .column = k};
         store_up_to(out + at, finish(sums[r * kSide + s] + bias, epilogue, at, count, bits), count);
       }

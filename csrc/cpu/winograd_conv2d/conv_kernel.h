@@ -15,11 +15,13 @@ namespace sparse_adv {
 // the last one are zeros.
 constexpr int64_t kPanel = 32;
 
-// All tensors are channels_last without gaps.
+// All tensors are channels_last without gaps. The output may be a part of the channels of one; with its first channel,
+// the kernels are given pointers to it.
 struct Winograd {
   int64_t tile;                  // m, 2 or 4
   int64_t H, W, C;               // of the input
   int64_t P, Q, K;               // of the output
+  int64_t pixel_stride;          // of the output: channels from a pixel to the next, K or more
   int64_t pad_rows, pad_cols;    // zeros above and left of the input
   int64_t tile_rows, tile_cols;  // tiles of an image
   int64_t panels;                // of output channels

@@ -17,7 +17,7 @@ static void gradient_of_tile(const Winograd& conv, const float* grad, int64_t ti
         const int64_t row = corner.row + r, col = corner.col + s;
         const bool inside = row < conv.P && col < conv.Q && count > 0;
         const int64_t pixel = (corner.image * conv.P + row) * conv.Q + col;
-        pixels[r * TILE + s] = inside ? load_up_to(grad + pixel * conv.K + k, count) : broadcast(0.0f);
+        pixels[r * TILE + s] = inside ? load_up_to(grad + pixel * conv.pixel_stride + k, count) : broadcast(0.0f);
       }
     for (int s = 0; s < TILE; ++s) transform_gradient<TILE>(pixels + s, TILE, half + s, TILE);
     for (int r = 0; r < kSide; ++r) transform_gradient<TILE>(half + r * TILE, 1, result + r * kSide, 1);

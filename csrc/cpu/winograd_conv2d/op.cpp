@@ -31,6 +31,10 @@ constexpr int64_t kGradTiles = 72;
 constexpr int64_t kLargeWeights = 640 * 1024;  // floats
 constexpr int64_t kWeightGrain = 16;           // input channels of a panel, for a thread at least
 constexpr int64_t kChannelsOfPart = 48;        // input channels of an element that a thread multiplies, at most
+// What an op transforms for itself, weights or their gradient, is in memory for so many output channels at a time that
+// an AlignedBuffer keeps it, in floats: 512 x 512 channels would take 38 MB, which the system maps, clears and unmaps
+// in each call.
+constexpr int64_t kTransformedAtOnce = 4 << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -62,37 +66,44 @@ std::array<int64_t, 4> output_size(const Tensor& input, const std::vector<int64_
   return {input.size(0), channels, P, Q};
 }
 
-Tensor winograd_conv2d_weight_cpu(Tensor weight, int64_t tile, bool transposed) {
-  check_weight(weight);
-  check_tile(tile);
-  const int64_t rows = weight.stride(2), cols = weight.stride(3);
-  const float* const data = weight.const_data_ptr<float>();
-  WinogradWeight operand{.first = data,
-                         .out_stride = weight.stride(0),
-                         .in_stride = weight.stride(1),
-                         .row_stride = rows,
-                         .col_stride = cols,
-                         .out_channels = weight.size(0),
-                         .in_channels = weight.size(1)};
+WinogradWeight weight_of(const Tensor& weight, bool transposed) {
+  const int64_t out = weight.stride(0), in = weight.stride(1), rows = weight.stride(2), cols = weight.stride(3);
+  const float* const first = weight.const_data_ptr<float>();
   if (transposed)
-    operand = {.first = data + 2 * rows + 2 * cols,
-               .out_stride = operand.in_stride,
-               .in_stride = operand.out_stride,
-               .row_stride = -rows,
-               .col_stride = -cols,
-               .out_channels = operand.in_channels,
-               .in_channels = operand.out_channels};
-  const int64_t panels = divide_up(operand.out_channels, kPanel), channels = operand.in_channels;
-  const std::array<int64_t, 4> size{(tile + 2) * (tile + 2), panels, channels, kPanel};
-  const Tensor out = torch::stable::new_empty(weight, {size.data(), size.size()});
-  if (out.numel() == 0) return out;
-  float* const to = out.mutable_data_ptr<float>();
+    return {.first = first + 2 * rows + 2 * cols,
+            .out_stride = in,
+            .in_stride = out,
+            .row_stride = -rows,
+            .col_stride = -cols,
+            .out_channels = weight.size(1),
+            .in_channels = weight.size(0)};
+  return {.first = first,
+          .out_stride = out,
+          .in_stride = in,
+          .row_stride = rows,
+          .col_stride = cols,
+          .out_channels = weight.size(0),
+          .in_channels = weight.size(1)};
+}
+
+void transform(const WinogradWeight& weight, int64_t tile, float* to) {
+  const int64_t panels = divide_up(weight.out_channels, kPanel), channels = weight.in_channels;
   const auto kernel = SPARSE_ADV_CHOOSE(winograd_weight);
   parallel_for(0, panels * channels, kWeightGrain, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin / channels; panel * channels < end; ++panel)
-      kernel(operand, tile, panel, std::max<int64_t>(begin - panel * channels, 0),
+      kernel(weight, tile, panel, std::max<int64_t>(begin - panel * channels, 0),
              std::min(end - panel * channels, channels), to);
   });
+}
+
+Tensor winograd_conv2d_weight_cpu(Tensor weight, int64_t tile, bool transposed) {
+  check_weight(weight);
+  check_tile(tile);
+  const WinogradWeight operand = weight_of(weight, transposed);
+  const std::array<int64_t, 4> size{(tile + 2) * (tile + 2), divide_up(operand.out_channels, kPanel),
+                                    operand.in_channels, kPanel};
+  const Tensor out = torch::stable::new_empty(weight, {size.data(), size.size()});
+  if (out.numel() != 0) transform(operand, tile, out.mutable_data_ptr<float>());
   return out;
 }
 
@@ -105,11 +116,47 @@ Winograd winograd_of(const Tensor& input, const std::array<int64_t, 4>& out, con
           .P = out[2],
           .Q = out[3],
           .K = out[1],
+          .pixel_stride = out[1],
           .pad_rows = padding[0],
           .pad_cols = padding[1],
           .tile_rows = divide_up(out[2], tile),
           .tile_cols = divide_up(out[3], tile),
           .panels = divide_up(out[1], kPanel)};
+}
+
+int64_t elements_of(const Winograd& conv) { return (conv.tile + 2) * (conv.tile + 2); }
+
+// Of its weights, in floats.
+int64_t transformed_size(const Winograd& conv) { return elements_of(conv) * conv.panels * conv.C * kPanel; }
+
+// Calls body(part, first) for parts of the output channels, of nearly equal size, which begin with channel `first`.
+template <class Body>
+void for_each_part(const Winograd& conv, const Body& body) {
+  const int64_t size_of_panel = std::max<int64_t>(elements_of(conv) * conv.C * kPanel, 1);
+  const int64_t parts = divide_up(conv.panels, std::max<int64_t>(kTransformedAtOnce / size_of_panel, 1));
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t begin = i * conv.panels / parts, end = (i + 1) * conv.panels / parts;
+    Winograd part = conv;
+    part.panels = end - begin;
+    part.K = std::min(end * kPanel, conv.K) - begin * kPanel;
+    body(part, begin * kPanel);
+  }
+}
+
+// Computes `tiles` tiles; the weights are transformed.
+void convolve(const Winograd& conv, int64_t tiles, const float* input, const float* weight, float* out,
+              const Epilogue<float>& epilogue) {
+  const int64_t scratch_of_tile = elements_of(conv) * (conv.C + conv.panels * kPanel);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = transformed_size(conv) < kLargeWeights ? kFewTiles : kManyTiles;
+  const int64_t chunk = divide_up(tiles, divide_up(divide_up(tiles, most), threads) * threads);
+  const auto kernel = SPARSE_ADV_CHOOSE(winograd_tiles);
+  parallel_for(0, divide_up(tiles, chunk), 1, [&](int64_t begin, int64_t end) {
+    thread_local AlignedBuffer buffer;
+    float* const scratch = buffer.at_least(chunk * scratch_of_tile);
+    for (int64_t i = begin; i < end; ++i)
+      kernel(conv, input, weight, out, epilogue, i * chunk, std::min(tiles, (i + 1) * chunk), scratch);
+  });
 }
 
 Winograd check_operands(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& padding,
@@ -147,21 +194,8 @@ void winograd_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<int64_t> p
         text_of(out.sizes()));
   const EpilogueTensors operands = epilogue.laid_out_like(out);
   const Epilogue<float> pointers = operands.pointers<float>(out);
-  const int64_t tiles = input.size(0) * conv.tile_rows * conv.tile_cols;
-  const int64_t scratch_of_tile = weight.size(0) * (conv.C + conv.panels * kPanel);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = weight.numel() < kLargeWeights ? kFewTiles : kManyTiles;
-  const int64_t chunk = divide_up(tiles, divide_up(divide_up(tiles, most), threads) * threads);
-  const float* const from = input.const_data_ptr<float>();
-  const float* const weights = weight.const_data_ptr<float>();
-  float* const to = out.mutable_data_ptr<float>();
-  const auto kernel = SPARSE_ADV_CHOOSE(winograd_tiles);
-  parallel_for(0, divide_up(tiles, chunk), 1, [&](int64_t begin, int64_t end) {
-    thread_local AlignedBuffer buffer;
-    float* const scratch = buffer.at_least(chunk * scratch_of_tile);
-    for (int64_t i = begin; i < end; ++i)
-      kernel(conv, from, weights, to, pointers, i * chunk, std::min(tiles, (i + 1) * chunk), scratch);
-  });
+  convolve(conv, input.size(0) * conv.tile_rows * conv.tile_cols, input.const_data_ptr<float>(),
+           weight.const_data_ptr<float>(), out.mutable_data_ptr<float>(), pointers);
 }
 
 Tensor winograd_conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> padding,
@@ -170,14 +204,59 @@ Tensor winograd_conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> bi
   const int64_t C = weight.size(transposed ? 0 : 1), K = weight.size(transposed ? 1 : 0);
   check(input.dim() == 4 && input.size(1) == C, "input must be [N, ", C, ", H, W], got ", text_of(input.sizes()));
   check_float("input", input);
+  check_tile(tile);
+  check_size("bias", bias, {K});
+  check_dtype("bias", bias, "input", input);
   const std::array<int64_t, 4> size = output_size(input, padding, K);
   const Tensor out = torch::stable::empty({size.data(), size.size()}, input.scalar_type(), std::nullopt, input.device(),
                                           std::nullopt, MemoryFormat::ChannelsLast);
-  if (bias) bias = torch::stable::contiguous(*bias);
-  winograd_conv2d_out_cpu(torch::stable::contiguous(input, MemoryFormat::ChannelsLast),
-                          winograd_conv2d_weight_cpu(weight, tile, transposed), padding, bias, std::nullopt, false,
-                          std::nullopt, out, std::nullopt);
+  if (out.numel() == 0) return in_layout_of(input, out);
+  const Winograd conv = winograd_of(input, size, padding, tile);
+  const Tensor images = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
+  const EpilogueTensors epilogue = EpilogueTensors{.bias = bias}.laid_out_like(out);
+  const float* const biases = epilogue.pointers<float>(out).bias;
+  const WinogradWeight operand = weight_of(weight, transposed);
+  for_each_part(conv, [&](const Winograd& part, int64_t first) {
+    thread_local AlignedBuffer buffer;
+    float* const transformed = buffer.at_least(transformed_size(part));
+    WinogradWeight of_part = operand;
+    of_part.first += first * operand.out_stride;
+    of_part.out_channels = part.K;
+    transform(of_part, tile, transformed);
+    convolve(part, input.size(0) * conv.tile_rows * conv.tile_cols, images.const_data_ptr<float>(), transformed,
+             out.mutable_data_ptr<float>() + first, {.bias = biases ? biases + first : nullptr});
+  });
   return in_layout_of(input, out);
+}
+
+// Writes the gradient of the weights, from the images and the gradients of `tiles` tiles.
+void differentiate(const Winograd& conv, int64_t tiles, const float* input, const float* grad, float* grad_weight) {
+  const int64_t elements = elements_of(conv), width = conv.panels * kPanel, most = std::min(tiles, kGradTiles);
+  thread_local AlignedBuffer v_buffer, z_buffer, sums_buffer;
+  float* const v = v_buffer.at_least(elements * most * conv.C);
+  float* const z = z_buffer.at_least(elements * most * width);
+  float* const sums = sums_buffer.at_least(transformed_size(conv));
+  const auto transform_tile = SPARSE_ADV_CHOOSE(winograd_grad_tile);
+  const auto multiply = SPARSE_ADV_CHOOSE(winograd_grad_multiply);
+  const auto finish = SPARSE_ADV_CHOOSE(winograd_grad_taps);
+  const int64_t parts = divide_up(conv.C, kChannelsOfPart);  // of an element's sums
+  parallel_for(0, elements * conv.C, 16,
+               [&](int64_t begin, int64_t end) { std::fill(sums + begin * width, sums + end * width, 0.0f); });
+  for (int64_t first = 0; first < tiles; first += most) {
+    const int64_t count = std::min(most, tiles - first);
+    parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        transform_tile(conv, input, grad, first + i, count, v + i * conv.C, z + i * width);
+    });
+    parallel_for(0, elements * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t element = i / parts, channel = i % parts * kChannelsOfPart;
+        multiply(conv, count, v + element * count * conv.C, z + element * count * width, channel,
+                 std::min(channel + kChannelsOfPart, conv.C), sums + element * conv.C * width);
+      }
+    });
+  }
+  parallel_for(0, conv.C, 1, [&](int64_t begin, int64_t end) { finish(conv, sums, begin, end, grad_weight); });
 }
 
 Tensor winograd_conv2d_grad_weight_cpu(Tensor grad, Tensor input, std::vector<int64_t> padding, int64_t tile) {
@@ -194,36 +273,11 @@ Tensor winograd_conv2d_grad_weight_cpu(Tensor grad, Tensor input, std::vector<in
   if (grad_weight.numel() == 0) return grad_weight;
   const Tensor images = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
   const Tensor gradients = torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
-  const float* const from = images.const_data_ptr<float>();
-  const float* const grads = gradients.const_data_ptr<float>();
-  const int64_t elements = (tile + 2) * (tile + 2), width = conv.panels * kPanel;
-  const int64_t tiles = input.size(0) * conv.tile_rows * conv.tile_cols, most = std::min(tiles, kGradTiles);
-  AlignedBuffer v_buffer, z_buffer, sums_buffer;
-  float* const v = v_buffer.at_least(elements * most * conv.C);
-  float* const z = z_buffer.at_least(elements * most * width);
-  float* const sums = sums_buffer.at_least(elements * conv.C * width);
-  const auto transform = SPARSE_ADV_CHOOSE(winograd_grad_tile);
-  const auto multiply = SPARSE_ADV_CHOOSE(winograd_grad_multiply);
-  const auto finish = SPARSE_ADV_CHOOSE(winograd_grad_taps);
-  const int64_t parts = divide_up(conv.C, kChannelsOfPart);  // of an element's sums
-  parallel_for(0, elements * conv.C, 16,
-               [&](int64_t begin, int64_t end) { std::fill(sums + begin * width, sums + end * width, 0.0f); });
-  for (int64_t first = 0; first < tiles; first += most) {
-    const int64_t count = std::min(most, tiles - first);
-    parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        transform(conv, from, grads, first + i, count, v + i * conv.C, z + i * width);
-    });
-    parallel_for(0, elements * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t element = i / parts, channel = i % parts * kChannelsOfPart;
-        multiply(conv, count, v + element * count * conv.C, z + element * count * width, channel,
-                 std::min(channel + kChannelsOfPart, conv.C), sums + element * conv.C * width);
-      }
-    });
-  }
-  float* const to = grad_weight.mutable_data_ptr<float>();
-  parallel_for(0, conv.C, 1, [&](int64_t begin, int64_t end) { finish(conv, sums, begin, end, to); });
+  for_each_part(conv, [&](const Winograd& part, int64_t first) {
+    differentiate(part, input.size(0) * conv.tile_rows * conv.tile_cols, images.const_data_ptr<float>(),
+                  gradients.const_data_ptr<float>() + first,
+                  grad_weight.mutable_data_ptr<float>() + first * conv.C * 9);
+  });
   return grad_weight;
 }
 
