@@ -7,6 +7,18 @@
 
 namespace sparse_adv {
 
+namespace {
+
+// What the last call of this thread into torch failed with. Null before torch 2.13: the libraries are built for the ABI
+// of torch 2.10, so the function is looked up.
+const char* error_in_torch() {
+  using Text = const char* (*)();
+  const auto text = reinterpret_cast<Text>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return text ? text() : nullptr;
+}
+
+}  // namespace
+
 bool run_caught(BoxedOp op, StableIValue* stack, uint64_t inputs, uint64_t outputs,
                 char (&message)[kMessageSize]) noexcept {
   const auto set_message = [&message](const char* what) {
@@ -17,7 +29,9 @@ bool run_caught(BoxedOp op, StableIValue* stack, uint64_t inputs, uint64_t outpu
     op(stack, inputs, outputs);
     return true;
   } catch (const std::exception& error) {
-    set_message(error.what());
+    // TORCH_ERROR_CODE_CHECK throws the source text of the call alone.
+    const char* const what = std::strstr(error.what(), "API call failed") ? error_in_torch() : nullptr;
+    set_message(what && *what ? what : error.what());
   } catch (...) {
     set_message("sparse_adv: an exception that is not a std::exception");
   }

@@ -56,6 +56,16 @@ def test_winograds_filtering_transforms_parts_of_many_channels_in_memory_that_th
     assert int(done.stdout) < 1000  # pages of 4 KB; a part takes 14 MB
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch does not tell a library why a call failed")
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+def test_a_lack_of_memory_for_tensors_is_told_as_torch_tells_it(kernel):
+    mask = torch.rand(8, 4, 3, 3) < 0.3
+    pattern = ops.set_kernels(ops.compile_pattern(mask), forward=kernel)
+    images = torch.zeros(1).expand(1 << 30, 4, 1 << 10, 1 << 10)  # 2^54 bytes, more than addresses
+    with pytest.raises(RuntimeError, match="can't allocate memory: you tried to allocate 18014398509481984 bytes"):
+        ops.masked_conv2d(images, torch.randn(mask.shape), pattern)
+
+
 @pytest.mark.parametrize(
     ("groups", "pixels", "taps", "options"),
     [(1, 64, 1, {"stride": 512}), (2**18, 1, 3, {"padding": 2**20 - 1, "dilation": 2**20 - 1})],
