@@ -50,7 +50,8 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
 
     Raises:
         TypeError: if the input is not a dense floating tensor.
-        ValueError: if it is not [N, C, H, W], has another number of channels, or is smaller than the filter.
+        ValueError: if it is not [N, C, H, W], has another number of channels or no pixels, or is smaller than the
+            filter.
     """
     weight = pattern.mask.shape
     check_floating("input", input)
@@ -61,6 +62,8 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
             f"input has {input.shape[1]} channels, weight of shape {tuple(weight)} with groups={groups} needs "
             f"{weight[1] * groups}"
         )
+    if 0 in input.shape[2:] and input.shape[0] > 0:  # as PyTorch does
+        raise ValueError(f"input must have pixels, got shape {tuple(input.shape)}")
     rows, cols = output_size(input.shape[2:], weight[2:], *geometry)
     if rows < 1 or cols < 1:
         raise ValueError(

@@ -308,6 +308,8 @@ BAD = {
     ),
     "padding is missing": ({"padding": None}, "padding must be one or two integers, got None"),
     "same with a stride": ({"padding": "same", "stride": 2}, r'padding="same" needs stride 1, got stride \(2, 2\)'),
+    "no rows": ({"input": torch.zeros(2, 5, 0, 8), "padding": 2}, r"input must have pixels, got .* \(2, 5, 0, 8\)"),
+    "no columns": ({"input": torch.zeros(2, 5, 8, 0), "padding": 2}, r"input must have pixels, got .* \(2, 5, 8, 0\)"),
     "filter too large": ({"dilation": 6}, r"input of 9 x 11 pixels .* smaller than the filter \(3, 3\)"),
     "filter too high": ({"dilation": (6, 1)}, r"input of 9 x 11 pixels .* smaller than the filter \(3, 3\)"),
     "filter too wide": ({"dilation": (1, 6)}, r"input of 9 x 11 pixels .* smaller than the filter \(3, 3\)"),

@@ -263,6 +263,7 @@ BAD = {
         "out must be channels_last without gaps, as input is",
     ),
     "input's channels": ({"input": torch.zeros(2, 4, 9, 11)}, "input has 4 channels, the pattern 5"),
+    "no pixels": ({"input": torch.zeros(2, 5, 0, 8), "padding": 2}, "input must have pixels, got 0 x 8"),
     "weight": ({"weight": torch.zeros(6, 5, 3, 1)}, r"weight must have size \[6, 5, 3, 3\], got \[6, 5, 3, 1\]"),
     "weight's dtype": ({"weight": CASE.weight.double()}, "weight must have the dtype of .*, Float, got Double"),
     "groups": ({"groups": 2}, "groups is 2, the pattern was compiled for 1"),

@@ -45,6 +45,7 @@ ConvParams make_conv_params(const Pattern& pattern, const std::vector<int64_t>& 
   conv.S = pattern.filter_cols;
   conv.groups = groups;
   check(conv.C == pattern.in_channels(), "input has ", conv.C, " channels, the pattern ", pattern.in_channels());
+  check(conv.N == 0 || (conv.H > 0 && conv.W > 0), "input must have pixels, got ", conv.H, " x ", conv.W);
   for (int i = 0; i < 2; ++i) {
     check(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0,
           "stride and dilation must be positive, padding must not be negative");
