@@ -175,25 +175,34 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
-@pytest.mark.parametrize("in_batch", [False, True])
-def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, stop_at, in_batch):
+STOPPED = replace(PLUS, adapt_from=0.2)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights, records and folder of a run that was not stopped."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    model, records = run(SparseTraining(STOPPED), folder=folder)
+    assert len({each.density.weights for each in records}) > 2
+    return model.state_dict(), records, folder
+
+
+@pytest.mark.parametrize(("stop_at", "in_batch"), [(1, True), (3, False), (5, True)])
+def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop_at, in_batch):
+    expected, records, folder = whole
+
     def stop(value):
         if value == (3 * stop_at + 2 if in_batch else stop_at):
             raise Stop
 
-    config = replace(PLUS, adapt_from=0.2)
-    expected, whole = run(SparseTraining(config), folder=tmp_path / "whole")
-    assert len({each.density.weights for each in whole}) > 2
     stopping = {"on_step": stop} if in_batch else {"on_epoch": lambda each: stop(each.epoch)}
     with pytest.raises(Stop):
-        run(SparseTraining(config), folder=tmp_path / "cut", **stopping)
-    hook = SparseTraining(config)
-    model, continued = run(hook, folder=tmp_path / "cut")
-    assert equal_states(model.state_dict(), expected.state_dict()) and len(hook.adaptation.gaps) == 5
-    last = [checkpoint.read_weights(tmp_path / folder / runs.LAST)[0] for folder in ("whole", "cut")]
-    assert equal_states(*last)
-    for first, second in zip(whole, continued, strict=True):
+        run(SparseTraining(STOPPED), folder=tmp_path, **stopping)
+    hook = SparseTraining(STOPPED)
+    model, continued = run(hook, folder=tmp_path)
+    assert equal_states(model.state_dict(), expected) and len(hook.adaptation.gaps) == 5
+    assert equal_states(*(checkpoint.read_weights(run / runs.LAST)[0] for run in (folder, tmp_path)))
+    for first, second in zip(records, continued, strict=True):
         assert (first.density, first.robust_loss, first.train_accuracy) == (
             second.density,
             second.robust_loss,
