@@ -1,9 +1,8 @@
 """What README.md and docs/ show runs as typed, and what they name exists."""
 
 import re
+import runpy
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,9 +50,9 @@ def test_python_in_a_page_runs_as_typed(page):
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
-def test_an_example_runs(example):
-    run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0 and run.stdout, run.stderr
+def test_an_example_runs(example, capsys):
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
