@@ -39,8 +39,8 @@ def change_of(name):
     return {}, not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 0.5 * value + 0.02
 
 
-def outcome(config):
-    run = training.Training(network(), batches(), config, validation=VALIDATION)
+def outcome(config, validation=VALIDATION):
+    run = training.Training(network(), batches(), config, validation=validation)
     records = [json_files.to_json(record) for record in run.epochs()]
     times = ("attack", "update", "evaluation", "total")
     for record in records:
@@ -63,9 +63,9 @@ def test_every_setting_changes_what_it_is_for(name):
 def test_settings_without_effect_are_those_that_an_objective_does_not_use(objective):
     epochs = 8 if objective == "fgsm-rs-cs" else 2  # its second term needs an epoch before which the loss fell steadily
     config = replace(BASE, objective=objective, epochs=epochs, lr=0.01, overfitting_monitor=False, schedule="piecewise")
-    weights, _ = outcome(config)
+    weights, _ = outcome(config, None)
     for name, value in (("alpha", 0.01), ("steps", 1), ("beta", 0.5), ("replays", 2), ("milestones", (0.2,))):
-        other_weights, _ = outcome(replace(config, **{name: value}))
+        other_weights, _ = outcome(replace(config, **{name: value}), None)
         assert equal_states(weights, other_weights) == (name in config.without_effect()), name
     assert "steps" in replace(config, objective="fgsm").without_effect()
     assert "steps" not in replace(config, objective="fgsm", overfitting_monitor=True).without_effect()
