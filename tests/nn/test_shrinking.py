@@ -157,7 +157,7 @@ def test_parameters_keep_dtype_layout_and_whether_they_are_trained():
 
 
 def test_the_small_model_can_be_trained_copied_loaded_and_compiled():
-    model, shape = network("resnet18")
+    model, shape = network("wrn-10-1")
     masks = prune(model, 0.5, "filter", example_input=shape)
     zero_dead_channels(model, masks, shape)
     small = shrink(model, masks, shape, multiple=2).model.train()
