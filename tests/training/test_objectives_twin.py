@@ -231,15 +231,14 @@ def test_training_is_a_plain_loop_with_onecycle_label_smoothing_and_average(obje
             assert torch.allclose(run.evaluated.state_dict()[name], average[name], rtol=1e-7, atol=1e-9), name
 
 
-@pytest.mark.parametrize("change", [{"label_smoothing": 0.0}, {"awp_gamma": 0.02}, {"beta": 0.5}, {"seed": 1}], ids=str)
 @pytest.mark.parametrize("objective", ["fgsm-rs-cs", "fgsm-uap", "nu-at", "mart"])
-def test_every_setting_of_an_objective_reaches_its_update(objective, change):
+def test_every_setting_of_an_objective_reaches_its_update(objective):
     weights = []
-    for more in ({}, change):
+    for change in ({}, {"label_smoothing": 0.0}, {"awp_gamma": 0.02}, {"beta": 0.5}, {"seed": 1}):
         model = network().double()
-        training.train(model, BATCHES, replace(CONFIG, objective=objective, **more))
+        training.train(model, BATCHES, replace(CONFIG, objective=objective, **change))
         weights.append(model[0].weight.detach())
-    assert not torch.allclose(*weights, rtol=1e-6)
+        assert not change or not torch.allclose(weights[0], weights[-1], rtol=1e-6), change
 
 
 @pytest.mark.parametrize("objective", [name for name in training.OBJECTIVES if name != "natural"])
