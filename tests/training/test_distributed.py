@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.forked import run_command
+from helpers.forked import run_command, run_command_by_rank
 from helpers.process_group import results_by_rank
 from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
 
@@ -103,7 +103,7 @@ def test_two_processes_learn_like_one(whole, tmp_path, ticket):
 
 def test_a_lost_process_ends_the_job_with_one_message_and_the_run_continues(whole, tmp_path, ticket):
     out = tmp_path / "killed"
-    kill_and_continue(torchrun(out, "--ticket", str(ticket)), out)
+    kill_and_continue(out, "--ticket", str(ticket))
     assert last(out) == last(whole[0])
 
 
@@ -174,20 +174,23 @@ def test_processes_that_share_a_gpu_continue_bit_for_bit(tmp_path, ticket):
     more = ("--device", "cuda:0", "--deterministic", "--ticket", str(ticket))
     lines = run(torchrun(tmp_path / "whole", *more))
     assert lines[0]["device"] == "cuda:0" and lines[0]["images"] == 270
-    kill_and_continue(torchrun(tmp_path / "killed", *more), tmp_path / "killed")
+    kill_and_continue(tmp_path / "killed", *more)
     assert last(tmp_path / "killed") == last(tmp_path / "whole")
 
 
-def kill_and_continue(command: list[str], out: Path) -> None:
+def kill_and_continue(out: Path, *more: str) -> None:
     """Kill a process of the job after its first epoch; then finish the run."""
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    job = subprocess.Popen(
+        torchrun(out, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     assert next(records(job.stdout))["epoch"] == 1
     os.kill(_worker(job.pid, rank=1), signal.SIGKILL)
     _, errors = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "start the same command again" in errors and errors.count("sparse-adv: ") == 1
     assert runs.read(out).result is None
-    run(command)
+    ends = run_command_by_rank(out.parent, "train", *FLAGS, "--out", str(out), *more)
+    assert [code for code, _ in ends] == [0, 0], ends
 
 
 def last(out: Path) -> dict[str, bytes]:
@@ -207,17 +210,23 @@ def _worker(parent: int, rank: int) -> int:
     raise AssertionError(f"torchrun started no process of rank {rank}")
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--batch-size", "63"), "batch_size must be a positive multiple of world_size (2), got 63"),
-        (("--device", "auto"), "got 2 processes and 1 GPU: start at most 1 (--nproc-per-node 1), take device cpu, "),
-    ],
-)
-def test_a_refusal_is_printed_by_one_of_the_processes(tmp_path, more, message):
-    command = torchrun(tmp_path / "run", *more, program=(str(Path(__file__).parents[1] / "helpers" / "one_gpu.py"),))
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert done.returncode != 0 and not (tmp_path / "run").exists()
-    printed = [line for line in done.stderr.splitlines() if line.startswith("sparse-adv: ")]
+def assert_refused(tmp_path: Path, lines: list[str], message: str) -> None:
+    printed = [line for line in lines if line.startswith("sparse-adv: ")]
     assert len(printed) == 1 and printed[0].startswith("sparse-adv: error: ") and message in printed[0]
-    assert "exitcode  : 2 " in done.stderr and "invalid device" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_before_there_is_a_group_is_printed_by_one_of_the_processes(tmp_path):
+    one_gpu = str(Path(__file__).parents[1] / "helpers" / "one_gpu.py")
+    command = torchrun(tmp_path / "run", "--device", "auto", program=(one_gpu,))
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    message = "got 2 processes and 1 GPU: start at most 1 (--nproc-per-node 1), take device cpu, "
+    assert_refused(tmp_path, done.stderr.splitlines(), message)
+    assert done.returncode != 0 and "exitcode  : 2 " in done.stderr and "invalid device" not in done.stderr
+
+
+def test_a_refusal_within_the_group_is_printed_by_one_of_the_processes(tmp_path):
+    ends = run_command_by_rank(tmp_path, "train", *FLAGS, "--batch-size", "63", "--out", str(tmp_path / "run"))
+    assert [code for code, _ in ends] == [2, 2]
+    message = "batch_size must be a positive multiple of world_size (2), got 63"
+    assert_refused(tmp_path, [line for _, lines in ends for line in lines], message)
