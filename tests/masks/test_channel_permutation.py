@@ -118,10 +118,14 @@ def test_pruning_retains_more_score_and_as_much_as_reported(name, block, scope, 
     assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("scope", ["global", "uniform"])
 @pytest.mark.parametrize(
-    ("name", "block"),
-    [("resnet18", (16, 16)), ("preact_resnet18", (16, 16)), ("vgg16", (16, 16)), ("vgg16", (1, 16))],
+    ("name", "block", "scope"),
+    [
+        ("resnet18", (16, 16), "global"),
+        ("preact_resnet18", (16, 16), "uniform"),
+        ("vgg16", (16, 16), "uniform"),
+        ("vgg16", (1, 16), "global"),
+    ],
 )
 def test_block_structure_hidden_by_a_random_permutation_is_recovered(name, block, scope):
     model, shape = with_block_structure(build(name, width=16), block), (1, 3, 32, 32)
