@@ -1,5 +1,5 @@
-"""Runs interpreted/: Triton kernels on the CPU, each file in a process of its own, since TRITON_INTERPRET must be set
-before Triton is imported.
+"""Runs interpreted/: Triton kernels on the CPU, in a process of their own, since TRITON_INTERPRET must be set before
+Triton is imported.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import numpy
 import pytest
 from packaging.version import Version
 
-FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+FOLDER = Path(__file__).parent / "interpreted"
 
 
 def obstacle() -> str:
@@ -28,9 +28,8 @@ def obstacle() -> str:
 
 
 @pytest.mark.skipif(bool(obstacle()), reason=obstacle())
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreted(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+def test_interpreted():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
