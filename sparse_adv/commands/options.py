@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import takewhile
@@ -22,6 +21,7 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from sparse_adv import recipes
+from sparse_adv.commands import config_files
 from sparse_adv.files import write_text
 from sparse_adv.training import distributed
 
@@ -34,12 +34,8 @@ POSITIONAL: dict[str, bool] = {"positional": True}
 """Metadata of a field that is given by position and not by a flag."""
 
 CONFIG = "config.yaml"
-_MAX_CONFIG, _MAX_DEPTH, _MAX_EVENTS = 1 << 16, 20, 1000
-"""Bytes, levels and events of a config file; jsonargparse takes seconds for some thousand keys."""
 NO_SETTING = frozenset({"config", "json"})
 """Options that are not settings of the run."""
-_NOT_IN_A_FILE = frozenset({"config", "print_config", "help"})
-"""Options that a config file cannot have."""
 
 
 def number(name: str, value: str | float) -> float:
@@ -52,10 +48,12 @@ def number(name: str, value: str | float) -> float:
     raise ArgumentTypeError(f"{name} must be a number or a fraction such as 8/255, got {value!r}")
 
 
-def integer(name: str, value: str | int) -> int:
+def integer(name: str, value: str | float) -> int:
     """A whole number."""
     try:
-        if isinstance(value, str) or (value == int(value) and not isinstance(value, bool)):
+        if isinstance(value, str):
+            return int(value) if value.lstrip("+-").isdecimal() else integer(name, float(value))
+        if value == int(value) and not isinstance(value, bool):
             return int(value)
     except (TypeError, ValueError, ArithmeticError):
         pass
@@ -72,24 +70,30 @@ def comma_separated(parse: Callable[[str, Any], T], name: str, value: str | Sequ
 
 
 def one_of(choices: tuple[str, ...], name: str, value: object) -> str:
-    """One of several words."""
-    if value not in choices:
+    """One of several words, in small or capital letters: torchattacks writes "Linf"."""
+    if not isinstance(value, str) or value.lower() not in choices:
         raise ArgumentTypeError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return str(value)
+    return value.lower()
+
+
+def or_null(parse: Callable[[str, Any], T], name: str, value: object) -> T | None:
+    """A value, or the word null for none, as in a config file."""
+    return None if value == "null" else parse(name, value)
 
 
 def text(name: str, value: object) -> str:
-    """Text; a number is accepted too, because a folder may be called 3."""
-    if not isinstance(value, str | int | float) or isinstance(value, bool):
+    """Text."""
+    if not isinstance(value, str):
         raise ArgumentTypeError(f"{name} must be text, got {value!r}")
-    return str(value)
+    return value
 
 
 def path(name: str, value: object) -> str:
     """A path; an empty one would be the present folder."""
-    if not text(name, value).strip():
+    given = text(name, value)
+    if not given.strip():
         raise ArgumentTypeError(f"{name} must be a path, got {value!r}")
-    return str(value)
+    return given
 
 
 def parser_of(command: str, options: type, configurable: bool = False) -> ArgumentParser:
@@ -108,6 +112,7 @@ def parser_of(command: str, options: type, configurable: bool = False) -> Argume
         allow_abbrev=False,
         exit_on_error=False,
         formatter_class=_Help,
+        parser_mode=config_files.MODE,
     )
     if configurable:
         parser.add_argument(
@@ -128,20 +133,18 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
             recipe.
         FileNotFoundError: if a config file does not exist.
     """
-    arguments = list(_with_files(arguments))
-    known = _actions_by_flag(parser)
+    known = config_files.actions_by_flag(parser)
     for word in takewhile(lambda word: word != "--", arguments):
         if word.startswith("--") and word.partition("=")[0] not in known:
-            raise ValueError(_no_option(word.partition("=")[0], known))
-    configs = list(_config_files(arguments))
-    for file in configs:
-        _check_config(parser, file)
+            raise ValueError(config_files.no_option(word.partition("=")[0], known))
+    files, others = config_files.split(arguments)
+    for file in files:
+        config_files.check(parser, file)
     try:
-        namespace = parser.parse_args(arguments)
+        # Files first, because the later of two values wins.
+        namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
     except (ArgumentError, ArgumentTypeError) as error:
         raise ValueError(_sentence(error)) from error
-    except ValueError as error:  # Python's own, of a whole number of more than 4300 digits
-        raise ValueError(f"{', '.join(map(str, configs))}: {error}") from error
     return _build(options, namespace)
 
 
@@ -188,12 +191,15 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: obj
         yes_no = ActionYesNo(no_prefix="no-")
         group.add_argument(f"--{field.name.replace('_', '-')}", action=yes_no, help=help, default=default)
         return
-    hint = next((each for each in get_args(hint) if get_origin(each) is Literal), hint)  # of Literal[...] | None
+    optional = type(None) in get_args(hint)
+    hint = next((each for each in get_args(hint) if each is not type(None)), hint) if optional else hint
     if get_origin(hint) is Literal:
         parse: Callable[..., object] = partial(one_of, get_args(hint))
         metavar = f"{{{','.join(get_args(hint))}}}"
     else:
         parse, metavar = _PARSERS.get(hint, (text, field.name.upper()))
+    if optional and hint not in (str, Path):  # there is a run, or a file, that is called null
+        parse = partial(or_null, parse)
     more: dict[str, Any] = {"type": partial(parse, field.name), "help": help, "metavar": metavar}
     if field.metadata.get("positional"):
         group.add_argument(field.name, **more, **({"nargs": "+"} if hint == tuple[Path, ...] else {}))
@@ -204,13 +210,10 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: obj
 
 _PARSERS: dict[object, tuple[Callable[..., object], str]] = {
     int: (integer, "N"),
-    int | None: (integer, "N"),
     float: (number, "X"),
-    float | None: (number, "X"),
     tuple[int, ...]: (partial(comma_separated, integer), "N,N"),
     tuple[float, ...]: (partial(comma_separated, number), "X,X"),
     Path: (path, "PATH"),
-    Path | None: (path, "PATH"),
     tuple[Path, ...]: (path, "PATH"),
 }
 
@@ -227,97 +230,6 @@ def _build(kind: Any, namespace: Namespace) -> Any:
             value = tuple(map(Path, value) if hint == tuple[Path, ...] else value)
         values[field.name] = value
     return kind(**values)
-
-
-def _with_files(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments with the file of a recipe in place of its name."""
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        flag, is_one, name = word.rpartition(recipes.PREFIX)
-        if is_one and (flag == "--config=" or (not flag and before == "--config")):
-            yield f"{flag}{recipes.path(name)}"
-        else:
-            yield word
-
-
-def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if word == "--config":
-            yield Path(following)
-        elif word.startswith("--config="):
-            yield Path(word.removeprefix("--config="))
-
-
-def _check_config(parser: ArgumentParser, file: Path) -> None:
-    """Raise ValueError unless a file is a YAML mapping from options to values.
-
-    What grows when it is read, by aliases or nesting, is refused, and so is a key that is there twice, of which YAML
-    drops the first.
-    """
-    with file.open("rb") as opened:  # FileNotFoundError names the file
-        content = opened.read(_MAX_CONFIG + 1)
-    if len(content) > _MAX_CONFIG:
-        raise ValueError(f"{file} must have at most {_MAX_CONFIG >> 10} KiB")
-    depth = 0
-    try:
-        for number, event in enumerate(yaml.parse(content, yaml.SafeLoader)):
-            if number > _MAX_EVENTS:
-                raise ValueError(f"{file} must have at most {_MAX_EVENTS // 2} values")
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{file} has the alias *{event.anchor!s:.20}, which is not supported: write the value")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                raise ValueError(f"{file} is nested more than {_MAX_DEPTH} levels deep")
-        root = yaml.compose(content, yaml.SafeLoader)
-        if not isinstance(root, yaml.MappingNode):
-            raise ValueError(f"{file} must be a YAML mapping from options to values, such as 'epochs: 20'")
-        _check_keys(parser, file, root)
-        if len(root.value) == 1 and content.rstrip().endswith(b":"):  # jsonargparse takes it for a text, not a mapping
-            raise ValueError(f"{file}: {_text_of(root.value[0][0])} has no value: write null for none")
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _check_keys(parser: ArgumentParser, file: Path, root: yaml.MappingNode) -> None:
-    """Raise ValueError unless each key is an option, once, and the values of switches are true or false."""
-    known = _actions_by_flag(parser)
-    positional = {action.dest for action in parser._actions if not action.option_strings}
-    seen: set[str] = set()
-    for key, value in root.value:
-        name = _text_of(key).replace("-", "_")
-        action = known.get(f"--{name.replace('_', '-')}")
-        if name in seen:
-            raise ValueError(f"{file} has the key {name[:40]!r} twice: keep one")
-        if name in _NOT_IN_A_FILE:
-            raise ValueError(f"{file} has the key {name!r}, which is for the command line only")
-        if action is None and name not in positional:
-            raise ValueError(f"{file}: {_no_option(name, known)}")
-        if isinstance(action, ActionYesNo) and not _is_true_or_false(value):
-            raise ValueError(f"{file}: {name} must be true or false, got {_text_of(value)[:40]!r}")
-        seen.add(name)
-
-
-def _text_of(node: yaml.Node) -> str:
-    if isinstance(node, yaml.ScalarNode):
-        return node.value
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
-
-
-def _is_true_or_false(value: yaml.Node) -> bool:
-    """Whether a value may be that of a switch; null stands for the default."""
-    tag = value.tag.rpartition(":")[2]
-    return tag in ("bool", "null") or (tag == "str" and value.value.lower() in ("true", "false", "yes", "no"))
-
-
-def _actions_by_flag(parser: ArgumentParser) -> dict[str, argparse.Action]:
-    return {flag: action for action in parser._actions for flag in action.option_strings}
-
-
-def _no_option(given: str, flags: Iterable[str]) -> str:
-    """Say that there is no such flag, or key of a config file, and which one may have been meant."""
-    names = [flag.removeprefix("--") for flag in flags if flag.startswith("--")]
-    near = get_close_matches(given.removeprefix("--").replace("_", "-"), names, n=1)
-    meant = [f"--{name}" if given.startswith("--") else name.replace("-", "_") for name in near]
-    return f"there is no option {given[:40]!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
 
 
 def _sentence(error: Exception) -> str:

@@ -93,12 +93,15 @@ def refuse_unused(config: object, default: object, without_effect: Mapping[str, 
         >>> refuse_unused(config, TrainConfig(), config.without_effect())
         Traceback (most recent call last):
         ...
-        ValueError: --replays has no effect with objective 'pgd': leave it out, got 4
+        ValueError: --replays has no effect with objective 'pgd': leave it at its default 8, got 4
     """
     for name, because in without_effect.items():
-        value = getattr(config, name)
-        if value != getattr(default, name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect {because}: leave it out, got {value!r}")
+        value, usual = getattr(config, name), getattr(default, name)
+        if value != usual:  # the value may be a config file's, which a flag can only set back
+            back = "null" if usual is None else repr(usual)
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect {because}: leave it at its default {back}, got {value!r}"
+            )
 
 
 def is_number(value: object) -> TypeGuard[float]:

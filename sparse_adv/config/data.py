@@ -19,7 +19,7 @@ class DataConfig:
         share: fraction of the other training images to train on, in (0, 1], the same of each class, chosen by the seed.
             A search with a smaller share than the training of its ticket holds out the same validation images.
         batch_size: images per update, summed over all processes, at least 1.
-        augment: random crop and horizontal flip; null for yes with 32 x 32 colour images, else no.
+        augment: random crop and horizontal flip; the default is yes with 32 x 32 colour images, else no.
 
     Raises:
         ValueError: if a value is out of range, naming the field and the value.

@@ -5,7 +5,14 @@ import yaml
 from helpers.refusal import refused
 
 from sparse_adv.__main__ import main
-from sparse_adv.config import OBJECTIVES
+from sparse_adv.commands import evaluate, options, train
+from sparse_adv.config import OBJECTIVES, TrainConfig
+
+
+def parsed(command, *words: object):
+    """The options that a command makes of its arguments."""
+    parser = options.parser_of(command.__name__.rpartition(".")[2], command.Options, True)
+    return options.parse(parser, command.Options, list(map(str, words)))
 
 
 def test_every_key_of_a_config_is_a_flag_and_flags_win(tmp_path, capsys):
@@ -29,19 +36,18 @@ def test_every_key_of_a_config_is_a_flag_and_flags_win(tmp_path, capsys):
         ("epochs: many\n", "whole number, got 'many'"),
         ("epochs: yes\n", "whole number, got True"),
         ("epochs: 2.5\n", "epochs must be a whole number, got 2.5"),
-        ("epochs: .inf\n", "whole number, got inf"),
-        ("lr: 1" + "0" * 400 + "\n", "a fraction such as 8/255, got 1000"),
+        ("epochs: .inf\n", "whole number, got '.inf'"),
+        ("lr: 1" + "0" * 400 + "\n", "lr must be finite and at least 0, got inf"),
         ("lr: on\n", "a fraction such as 8/255, got True"),
         ("1: 2\n", "run.yaml: there is no option '1'"),
         ("train:\n  lr: 0.1\n", "run.yaml: there is no option 'train'"),
         ("? [lr]\n: 2\n", "run.yaml: there is no option 'a list'"),
         ("config: other.yaml\n", "run.yaml has the key 'config', which is for the command line only"),
         ("augment: maybe\n", "run.yaml: augment must be true or false, got 'maybe'"),
-        ("milestones: {a: 1}\n", "milestones must be numbers separated by commas, got {'a': 1}"),
+        ("milestones: {a: 1}\n", "milestones must be numbers separated by commas, got {'a': '1'}"),
         ("objective: fgms\n", f"objective must be one of {', '.join(OBJECTIVES)}, got 'fgms'"),
         ("- epochs\n", "run.yaml must be a YAML mapping from options to values"),
         ("", "run.yaml must be a YAML mapping from options to values"),
-        ("limit: \n", "run.yaml: limit has no value: write null for none"),
         ("\n".join(f"k{i}: 1" for i in range(600)), "must have at most 500 values"),
         ("epochs: [1\n", "run.yaml is not YAML"),
     ],
@@ -61,7 +67,7 @@ def test_a_config_is_checked_in_both_spellings_of_its_flag(tmp_path, capsys, con
 
 
 @pytest.mark.parametrize("key", ["augment", "width", "limit", "validation"])
-@pytest.mark.parametrize("null", ["null", "~"])
+@pytest.mark.parametrize("null", ["null", "~", ""])
 def test_null_stands_for_the_default_of_an_optional_setting(tmp_path, capsys, key, null):
     (tmp_path / "run.yaml").write_text(f"{key}: {null}\n")
     with pytest.raises(SystemExit) as end:
@@ -69,3 +75,69 @@ def test_null_stands_for_the_default_of_an_optional_setting(tmp_path, capsys, ke
     assert end.value.code == 0
     told = yaml.safe_load(capsys.readouterr().out)
     assert key in told and told[key] is None
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_flags_and_positions_win_wherever_the_file_is_named(tmp_path, joined):
+    base, more = tmp_path / "base.yaml", tmp_path / "more.yaml"
+    base.write_text("epochs: 3\neps: 0.2\narch: digits_cnn\n")
+    more.write_text("eps: 0.3\nlr: 0.5\n")
+    files = [f"--config={base}", f"--config={more}"] if joined else ["--config", base, "--config", more]
+    for words in (["--epochs", 1, "--out", "a", *files], [*files, "--epochs", 1, "--out", "a"]):
+        run = parsed(train, *words)
+        assert (run.train.epochs, run.train.eps, run.train.lr, run.arch) == (1, 0.3, 0.5, "digits_cnn")
+    (tmp_path / "what.yaml").write_text("what: a\nsplit: train\n")
+    for words in (["k", "--config", tmp_path / "what.yaml"], ["--config", tmp_path / "what.yaml", "k"]):
+        assert (str(parsed(evaluate, *words).what), parsed(evaluate, *words).split) == ("k", "train")
+    assert str(parsed(evaluate, "--config", tmp_path / "what.yaml").what) == "a"
+
+
+@pytest.mark.parametrize(
+    "name", ["1e3", "2024_01", "007", "1_0", "0x1f", "1:30", "2024-01-02", ".inf", "=", "null", "yes"]
+)
+def test_names_of_folders_and_files_stay_as_they_are(tmp_path, name):
+    (tmp_path / "run.yaml").write_text("".join(f"{key}: '{name}'\n" for key in ("out", "data", "name", "ticket")))
+    run = parsed(train, "--config", tmp_path / "run.yaml")
+    assert (str(run.out), run.data.data, run.name, str(run.ticket)) == (name,) * 4
+    options.write_config(tmp_path, run)
+    assert parsed(train, "--config", tmp_path / options.CONFIG) == run
+    if name not in ("null", "yes"):  # which are no text in YAML
+        (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("'", ""))
+        assert parsed(train, "--config", tmp_path / "run.yaml") == run
+
+
+@pytest.mark.parametrize("key", ["limit", "validation", "width", "alpha", "beta", "scope", "drop_fraction"])
+def test_the_word_null_undoes_the_value_of_a_file(tmp_path, key):
+    (tmp_path / "run.yaml").write_text(f"{key}: {'erk' if key == 'scope' else 1}\nmethod: rigl\nobjective: trades\n")
+    words = "--out", "a", "--config", tmp_path / "run.yaml"
+    file, undone = (options.flat(parsed(train, *words, *more)) for more in ((), (f"--{key.replace('_', '-')}", "null")))
+    assert file[key] is not None and undone == file | {key: None}
+
+
+def test_a_recipe_serves_another_objective_when_its_settings_are_undone(capsys):
+    words = "--config", "recipe:fastat-nu-at", "--objective", "pgd", "--out", "a"
+    said = refused(capsys, "train", *words)
+    assert "--beta has no effect with objective 'pgd': leave it at its default null, got 4.0" in said
+    run = parsed(train, *words, "--beta", "null", "--validation", "null")
+    assert (run.train.beta, run.data.validation, run.train.ema_decay) == (None, None, 0.9995)
+
+
+@pytest.mark.parametrize(("given", "known"), [("L2", "l2"), ("Linf", "linf")])
+def test_a_norm_may_be_written_as_torchattacks_writes_it(tmp_path, given, known):
+    (tmp_path / "run.yaml").write_text(f"norm: {given}\n")
+    for words in (("--norm", given), ("--config", tmp_path / "run.yaml")):
+        assert parsed(train, "--out", "a", *words).train.norm == known
+        assert parsed(evaluate, "a", *words).norm == known
+
+
+def test_one_milestone_needs_no_list(tmp_path):
+    for content in ("milestones: 0.5", "milestones: [0.5]", "milestones: '0.5'"):
+        (tmp_path / "run.yaml").write_text(content)
+        assert parsed(train, "--out", "a", "--config", tmp_path / "run.yaml").train == TrainConfig(milestones=(0.5,))
+
+
+@pytest.mark.parametrize("given", ["5e1", "50.0", "+50", "5_0"])
+def test_a_whole_number_may_be_written_in_other_ways(tmp_path, given):
+    (tmp_path / "run.yaml").write_text(f"epochs: {given}\n")
+    for words in (("--epochs", given), ("--config", tmp_path / "run.yaml")):
+        assert parsed(train, "--out", "a", *words).train.epochs == 50
