@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.debug("where the error happened:", exc_info=True)
         print_error(f"error: {type(error).__name__}: {_sentence(error)} (sparse-adv -v ... shows where)")
         return 2
-    except KeyboardInterrupt:
-        print_error("stopped; the same command continues after the last whole epoch")
+    except KeyboardInterrupt as stop:
+        print_error("; ".join(["stopped", *_advice(stop)]))
         return 130
 
 
@@ -93,7 +93,18 @@ def _run(command: str, arguments: list[str]) -> int:
 
     module = importlib.import_module(f"sparse_adv.commands.{command}")
     parser = options.parser_of(command, module.Options, getattr(module, "CONFIGURABLE", False))
-    return module.run(options.parse(parser, module.Options, arguments))
+    chosen = options.parse(parser, module.Options, arguments)
+    try:
+        return module.run(chosen)
+    except (KeyboardInterrupt, ConnectionError) as stop:
+        if advice := getattr(chosen, "after_a_stop", None):
+            stop.add_note(advice)
+        raise
+
+
+def _advice(stop: BaseException) -> list[str]:
+    """What to do after an interruption, if there is something to do."""
+    return getattr(stop, "__notes__", [])
 
 
 def _discard_output() -> None:
@@ -121,7 +132,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
     if isinstance(error, ConnectionError):
-        text += "; start the same command again, it continues after the last whole epoch"
+        text = "; ".join([text, *_advice(error)])
     return _shortened(text)
 
 

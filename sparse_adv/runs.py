@@ -7,7 +7,9 @@ result.json          a SearchResult or TrainResult, once the run is finished; re
 last.safetensors     state dict after the last epoch; best.safetensors: after the epoch of the best validation accuracy
 state.pt             what a stopped run continues from, readable with torch.load(..., weights_only=True)
 identity.pt          digests of the network, the weights and the images that a search was begun with
+initial.safetensors  the initial weights of a search; rewind.safetensors: those that it rewinds to
 ticket.safetensors   the ticket that a search found
+config.yaml          the options of the command that made the run
 run.lock             locked by the process that writes to the folder, whose number it holds
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +34,12 @@ LAST = "last.safetensors"
 BEST = "best.safetensors"
 STATE = "state.pt"
 IDENTITY = "identity.pt"
+INITIAL = "initial.safetensors"
+REWIND = "rewind.safetensors"
 TICKET = "ticket.safetensors"
+CONFIG = "config.yaml"
 LOCK = "run.lock"
-FILES = frozenset([INFO, EPOCHS, RESULT, LAST, BEST, STATE, IDENTITY, TICKET, LOCK])
+_FILES = frozenset([INFO, EPOCHS, RESULT, LAST, BEST, STATE, IDENTITY, INITIAL, REWIND, TICKET, CONFIG, LOCK])
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,7 @@ def begin(folder: Path, info: RunInfo) -> None:
     if differing == ["train.epochs"] and info.kind == "train" and info.train.epochs > epochs:
         check_state(folder)
         if (folder / RESULT).exists():
-            (folder / RESULT).rename(folder / f"result_{epochs}.json")
+            (folder / RESULT).rename(folder / _earlier_result(epochs))
         json_files.write(path, replace(begun, train=info.train, extended=(*begun.extended, epochs)))
     elif differing:
         changes = ", ".join(f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in differing[:3])
@@ -331,6 +337,25 @@ def read(folder: Path | str) -> Run:
     if info.kind == "search":
         return Run(folder, info, records, json_files.read(SearchResult, folder / RESULT))
     return Run(folder, info, records, json_files.read(TrainResult, folder / RESULT))
+
+
+def is_file_of_run(path: Path) -> bool:
+    """Return whether a path is that of a file which a run writes to its folder.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> begin(folder, RunInfo("train", TrainConfig(epochs=3)))
+        >>> is_file_of_run(folder / "best.safetensors"), is_file_of_run(folder / "mine.json")
+        (True, False)
+    """
+    is_run = (path.parent / INFO).is_file()
+    return is_run and (path.name in _FILES or fnmatchcase(path.name, _earlier_result("*")))
+
+
+def _earlier_result(epochs: int | str) -> str:
+    """Name of the result of a run that was extended, from its number of epochs at that time."""
+    return f"result_{epochs}.json"
 
 
 def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | None:

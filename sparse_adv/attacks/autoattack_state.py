@@ -25,6 +25,10 @@ _TOLERANCE = 1e-3
 """Largest difference of logits, relative to the largest logit; another device or number of threads causes less."""
 
 
+class OtherRunError(ValueError):
+    """A state is of another model, other images or other options."""
+
+
 @dataclass
 class State:
     """The progress of a run."""
@@ -63,7 +67,7 @@ class State:
         largest = float(then.nan_to_num(nan=0, posinf=0, neginf=0).abs().max())
         tolerance = max(_TOLERANCE, 8 * torch.finfo(now.dtype).eps) * largest
         if now.shape != then.shape or not now.allclose(then.to(now.dtype), rtol=0, atol=tolerance, equal_nan=True):
-            raise ValueError(f"state_path {path} is of another model, with other clean logits: name another file")
+            raise OtherRunError(f"state_path {path} is of another model, with other clean logits: name another file")
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -96,7 +100,8 @@ class State:
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"state_path {path} is no state of AutoAttack: {error}") from error
         if known != fingerprint:
-            raise ValueError(f"state_path {path} is of another model, other images or other options: name another file")
+            others = "another model, other images or other options"
+            raise OtherRunError(f"state_path {path} is of {others}: name another file")
         return cls(known, seed, accuracy=accuracy, unconfirmed=unconfirmed, seconds=seconds, **tensors)
 
 

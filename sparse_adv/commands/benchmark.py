@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import attacks, data, experiment, facts, json_files, runs
+from sparse_adv.attacks.autoattack_state import OtherRunError
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, require_radius
+from sparse_adv.config import DataConfig, require_integer, require_radius
 from sparse_adv.files import check_writable, write_text
 from sparse_adv.report.tables import table
 from sparse_adv.training import distributed
@@ -78,6 +79,8 @@ class Options:
     device: str = "auto"
     json: bool | None = None
 
+    after_a_stop = "start the same command again, it continues from its states in --out"
+
     def __post_init__(self) -> None:
         if self.sparsity not in SPARSITIES[self.structure]:
             allowed = ", ".join(map(str, SPARSITIES[self.structure]))
@@ -90,6 +93,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+        require_integer("--seed", self.seed, least=0)
 
 
 @dataclass(frozen=True)
@@ -197,9 +201,11 @@ def run(options: Options) -> int:
             machine=facts.machine(),
         )
         text = markdown(row)
-        output.print(text, json_files.to_json(row))  # first, so that a full disk does not lose it
-        json_files.write(options.out / ROW, row)
-        write_text(options.out / MARKDOWN, text)
+        try:
+            json_files.write(options.out / ROW, row)
+            write_text(options.out / MARKDOWN, text)
+        finally:  # where one of the two cannot be written, the other has the result
+            output.print(text, json_files.to_json(row))
     return 0
 
 
@@ -265,7 +271,11 @@ def _check_sparsity(options: Options, measured: Sparsity) -> None:
 def _autoattack(options: Options, eps: float, model: nn.Module, x: Tensor, y: Tensor, verbose: bool) -> AutoAttackScore:
     evaluator = attacks.AutoAttack(model, "linf", eps, seed=options.seed, verbose=verbose)
     state = options.out / f"autoattack_{eps:.8g}.safetensors"
-    evaluator.run_standard_evaluation(x, y, bs=options.batch, state_path=state)
+    try:
+        evaluator.run_standard_evaluation(x, y, bs=options.batch, state_path=state)
+    except OtherRunError as error:
+        others = "another model, other images or other options"
+        raise ValueError(f"--out {options.out} has the state of {others}: name another folder") from error
     result = evaluator.result
     assert result is not None
     return AutoAttackScore(

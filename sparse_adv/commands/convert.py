@@ -8,7 +8,7 @@ from typing import Literal
 
 from sparse_adv import masks, models
 from sparse_adv.commands.options import POSITIONAL
-from sparse_adv.commands.output import Output
+from sparse_adv.commands.output import Output, check_new
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Options:
 
     Args:
         source: checkpoint to read.
-        target: file to write: *.safetensors, *.pt or *.pth.
+        target: file to write: *.safetensors, *.pt or *.pth; neither one that is read nor one of a run.
         to: what to write.
         masks: file of the masks, where they are in another file than the weights.
         format: format of the source; the default is to recognise it.
@@ -46,6 +46,7 @@ class Options:
     json: bool | None = None
 
     def __post_init__(self) -> None:
+        check_new("target", self.target, self.source, self.masks)
         if self.width is not None and self.arch is None:
             raise ValueError(f"--width is for the network of --arch, which is missing, got --width {self.width}")
         if self.normalize is not None and (self.arch is None or self.masks is not None):

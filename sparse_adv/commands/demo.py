@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_adv import demo
+from sparse_adv.commands.options import AFTER_A_STOP
 from sparse_adv.memory import keep_freed_memory
 
 
@@ -32,6 +33,8 @@ class Options:
     density: float = 0.1
     block: tuple[int, ...] = (1, 1)
     seed: int = 0
+
+    after_a_stop = AFTER_A_STOP
 
 
 def run(options: Options) -> int:

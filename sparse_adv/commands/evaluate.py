@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from torch import nn
 from sparse_adv import attacks, data, experiment, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
-from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, Norm, TrainConfig, require_radius
+from sparse_adv.commands.output import Output, check_new
+from sparse_adv.config import DataConfig, Norm, TrainConfig, require_integer, require_radius
 from sparse_adv.files import check_writable, write_text
 from sparse_adv.training import clean_accuracy, deterministic, distributed, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.evaluation import model_device
@@ -93,6 +94,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"--alpha must be positive, got {self.alpha}")
+        if self.seed is not None:
+            require_integer("--seed", self.seed, least=0)
         for attack, names in (("autoattack", ("state",)), ("bound", ("alpha", "steps", "restarts"))):
             for name in names:
                 if getattr(self, name) is not None and self.attack != attack:
@@ -101,7 +106,14 @@ class Options:
             if getattr(self, name) is not None and self.split == "test":
                 raise ValueError(f"--{name} divides the training images: choose some of them with --split")
         if self.out is not None:
-            _check_new(self.out, self.what, self.state)
+            check_new("--out", self.out, self.what, self.state)
+
+    @property
+    def after_a_stop(self) -> str | None:
+        """What to do after an interruption."""
+        if self.attack == "autoattack" and self.state is None:
+            return "give --state, from which the same command could continue"
+        return None if self.state is None else f"start the same command again, it continues from {self.state}"
 
 
 def run(options: Options) -> int:
@@ -149,19 +161,12 @@ def run(options: Options) -> int:
         } | ({} if unconfirmed is None else {"unconfirmed": unconfirmed})
         listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
         text = f"{options.what}: {listed} of {len(images.labels)} {options.split} images, eps {eps:g}\n{meaning}"
-        output.print("\n".join([text, *(f"warning: {sign}" for sign in signs)]), result)
-        if options.out and distributed.rank() == 0:
-            write_text(options.out, json.dumps(result, indent=2) + "\n")
+        try:
+            if options.out and distributed.rank() == 0:
+                write_text(options.out, json.dumps(result, indent=2) + "\n")
+        finally:  # where one of the two cannot be written, the other has the result
+            output.print("\n".join([text, *(f"warning: {sign}" for sign in signs)]), result)
     return 0
-
-
-def _check_new(out: Path, what: Path, state: Path | None) -> None:
-    """Raise ValueError if the result would replace a file that is read: the progress, the weights, or one of a run."""
-    path = out.resolve()
-    if state is not None and path == state.resolve():
-        raise ValueError(f"--out and --state must be two files, got {out} for both")
-    if path == what.resolve() or ((path.parent / runs.INFO).is_file() and path.name in runs.FILES):
-        raise ValueError(f"--out must not replace a file of a run or the weights, got {out}")
 
 
 class BallArgs(TypedDict):

@@ -20,7 +20,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
-from sparse_adv import recipes
+from sparse_adv import recipes, runs
 from sparse_adv.commands import config_files
 from sparse_adv.files import write_text
 from sparse_adv.training import distributed
@@ -33,7 +33,8 @@ T = TypeVar("T")
 POSITIONAL: dict[str, bool] = {"positional": True}
 """Metadata of a field that is given by position and not by a flag."""
 
-CONFIG = "config.yaml"
+AFTER_A_STOP = "start the same command again, it continues after the last whole epoch"
+"""What to do after an interruption, of commands that train."""
 NO_SETTING = frozenset({"config", "json"})
 """Options that are not settings of the run."""
 
@@ -164,7 +165,7 @@ def write_config(folder: Path, options: DataclassInstance) -> None:
     """Write the options to config.yaml in a run's folder, for `--config`; only rank 0 writes."""
     if distributed.rank() == 0:
         given = {name: value for name, value in flat(options).items() if value is not None}
-        write_text(folder / CONFIG, yaml.safe_dump(given, sort_keys=False))
+        write_text(folder / runs.CONFIG, yaml.safe_dump(given, sort_keys=False))
 
 
 def _plain(value: object) -> object:

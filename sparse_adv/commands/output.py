@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparse_adv import runs
 from sparse_adv.json_files import to_json
 from sparse_adv.runs import EpochRecord
 from sparse_adv.training import distributed
@@ -66,6 +67,19 @@ class Output:
             self._bar = bar
             yield lambda count: bar.update(count - bar.n if count > bar.n else 1)
         self._bar = None
+
+
+def check_new(name: str, path: Path, *read: Path | None) -> None:
+    """Raise ValueError if a file to be written would replace one that is read, or one of a run.
+
+    Args:
+        name: of the argument, for the error.
+        path: of the file to be written.
+        read: files that are read; None where one is not given.
+    """
+    own = path.resolve()
+    if own in [other.resolve() for other in read if other is not None] or runs.is_file_of_run(own):
+        raise ValueError(f"{name} must not replace a file that is read, or one of a run, got {path}")
 
 
 def print_error(text: str, consequence: bool = False) -> None:

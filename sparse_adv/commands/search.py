@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_adv import experiment, runs
-from sparse_adv.commands.options import write_config
+from sparse_adv.commands.options import AFTER_A_STOP, write_config
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig, refuse_unused
 from sparse_adv.experiment import SearchRun
@@ -42,6 +42,8 @@ class Options:
     network: NetworkConfig = NetworkConfig("resnet18")
     train: TrainConfig = TrainConfig(objective="fgsm-rs", epochs=20, lr=0.05, schedule="constant", weight_decay=1e-4)
     prune: PruneConfig = PruneConfig()
+
+    after_a_stop = AFTER_A_STOP
 
     def __post_init__(self) -> None:
         refuse_unused(self.train, Options.train, self.train.without_effect())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparse_adv import experiment, models
 from sparse_adv.commands import networks
-from sparse_adv.commands.options import write_config
+from sparse_adv.commands.options import AFTER_A_STOP, write_config
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, MethodConfig, TrainConfig, refuse_unused
 from sparse_adv.experiment import TrainRun
@@ -58,6 +58,8 @@ class Options:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     method: MethodConfig = MethodConfig()
+
+    after_a_stop = AFTER_A_STOP
 
     def __post_init__(self) -> None:
         if self.ticket is None and (self.reinit or self.shuffle):

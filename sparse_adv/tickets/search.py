@@ -36,9 +36,6 @@ from sparse_adv.training.update import updates_of
 
 log = logging.getLogger(__name__)
 
-INITIAL = "initial.safetensors"
-REWIND = "rewind.safetensors"
-
 
 @checks_types
 def search(
@@ -180,10 +177,10 @@ class _Search:
         self.validation, self.folder, self.on_epoch, self.on_step = validation, folder, on_epoch, on_step
         self.shape, self.lock = shape, lock
         self.frozen = frozen_modules(model)
-        self.initial = self._first_version(INITIAL, model.state_dict())
+        self.initial = self._first_version(runs.INITIAL, model.state_dict())
         self._begin: dict[str, Tensor] | None = None if prune_config.rewind_step else self.initial
-        if folder is not None and (folder / REWIND).exists():
-            self._begin = read_weights(folder / REWIND)[0]
+        if folder is not None and (folder / runs.REWIND).exists():
+            self._begin = read_weights(folder / runs.REWIND)[0]
         self.masks: dict[str, Tensor] = {}
         self.records: list[EpochRecord] = []
         self.cost = NO_COST
@@ -266,8 +263,9 @@ class _Search:
         if step == self.prune_config.rewind_step:
             if self.folder is not None and distributed.rank() == 0:
                 self.lock.check()
-                (self.folder / REWIND).unlink(missing_ok=True)  # written in an epoch that was undone or not finished
-            self._begin = self._first_version(REWIND, self.model.state_dict())
+                # One that is there was written in an epoch that was undone or not finished.
+                (self.folder / runs.REWIND).unlink(missing_ok=True)
+            self._begin = self._first_version(runs.REWIND, self.model.state_dict())
         if self.on_step:
             self.on_step(step)
 

@@ -14,6 +14,7 @@ from sparse_adv import attacks, masks, models
 from sparse_adv.__main__ import main
 from sparse_adv.commands import benchmark
 from sparse_adv.commands.benchmark import Sparsity, measured_sparsity
+from sparse_adv.commands.output import Output
 from sparse_adv.nn import sparsify
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -110,7 +111,34 @@ def test_another_sparsity_than_said_is_refused_before_any_attack(checkpoint, cap
     )
     assert "--eps must be" in refused(capsys, *command(checkpoint, *US, "--eps", "0"))
     assert "--images must be at least 1" in refused(capsys, *command(checkpoint, *US, "--images", "0"))
+    assert "--seed must be an integer of at least 0, got -1" in refused(
+        capsys, *command(checkpoint, *US, "--seed", "-1")
+    )
     assert not (checkpoint.parent / "row").exists()
+
+
+def test_a_folder_with_the_states_of_another_run_is_not_taken(checkpoint, small_budgets, capsys):
+    assert main(command(checkpoint, *US, "--images", "8", "--eps", "0.9")) == 0
+    said = refused(capsys, *command(checkpoint, *US, "--images", "9", "--eps", "0.9"))
+    row = checkpoint.parent / "row"
+    assert f"--out {row} has the state of another model, other images or other options: name another folder" in said
+
+
+def test_a_row_that_cannot_be_printed_is_written_and_the_other_way_round(
+    checkpoint, small_budgets, capsys, monkeypatch
+):
+    def fail(*_):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    arguments = command(checkpoint, *US, "--images", "8", "--eps", "0.9")
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark.json_files, "write", fail)
+        assert main(arguments) == 2
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    monkeypatch.setattr(Output, "print", fail)
+    assert main(arguments) == 2
+    written = json.loads((checkpoint.parent / "row" / "row.json").read_text())
+    assert written["autoattack"] == printed["autoattack"] and (checkpoint.parent / "row" / "row.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and how it speaks of wrong input."""
 
+import importlib
 import json
 import shlex
 import subprocess
@@ -197,6 +198,41 @@ def test_an_error_of_the_command_itself_is_one_sentence(capsys):
     assert said.count("\n") == 1 and "invalid choice: 'trian'" in said and "usage" not in said
 
 
+CONTINUES = "; start the same command again, it continues "
+IMAGES = ("--structure", "weights", "--sparsity", "90", "--data", "digits", "--out", "a")
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (["search", "--out", "a"], f"{CONTINUES}after the last whole epoch"),
+        (["train", "--out", "a"], f"{CONTINUES}after the last whole epoch"),
+        (["demo"], f"{CONTINUES}after the last whole epoch"),
+        (["benchmark", "a", *IMAGES], f"{CONTINUES}from its states in --out"),
+        (["evaluate", "a", "--attack", "autoattack", "--state", "b"], f"{CONTINUES}from b"),
+        (["evaluate", "a", "--attack", "autoattack"], "; give --state, from which the same command could continue"),
+        (["evaluate", "a"], ""),
+        (["report", "a"], ""),
+        (["explain", "a"], ""),
+        (["convert", "a", "b"], ""),
+        (["doctor"], ""),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else "",
+)
+def test_a_stopped_command_says_how_to_continue_where_it_can(command, advice, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def lose(*_):
+        raise ConnectionError("rank 1 was ended")
+
+    module = doctor if command[0] == "doctor" else importlib.import_module(f"sparse_adv.commands.{command[0]}")
+    for end, code, said in ((stop, 130, "stopped"), (lose, 2, "error: rank 1 was ended")):
+        monkeypatch.setattr(module, "run", end)
+        assert main(command) == code
+        assert capsys.readouterr().err == f"sparse-adv: {said}{advice}\n"
+
+
 def test_what_nobody_foresaw_is_a_sentence_too(monkeypatch, capsys):
     def fail():
         raise RuntimeError("a defect\nwith a second line")
@@ -249,8 +285,8 @@ def test_a_full_standard_output_is_named(ticket_file):
 
 def test_what_a_terminal_cannot_show_is_escaped(ticket_file, tmp_path):
     named = str(ticket_file.rename(tmp_path / "\N{GREEK SMALL LETTER ALPHA}.safetensors"))
-    told = run_in_a_shell('PYTHONIOENCODING=ascii sparse-adv convert "$1" "$1" --no-json', named)
-    assert told.returncode == 0 and "\\u03b1.safetensors: 3 masks" in told.stdout
+    told = run_in_a_shell('PYTHONIOENCODING=ascii sparse-adv convert "$1" "$1.pt" --to dense --no-json', named)
+    assert told.returncode == 0 and "\\u03b1.safetensors.pt: 3 masks" in told.stdout
     assert "a\\x1b[31mb" in run_in_a_shell("sparse-adv explain $'a\\e[31mb'").stderr
 
 

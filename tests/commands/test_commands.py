@@ -12,6 +12,7 @@ from helpers.refusal import refused
 from sparse_adv import experiment, masks, models, runs, training
 from sparse_adv.__main__ import main
 from sparse_adv.commands import evaluate
+from sparse_adv.commands.output import Output
 from sparse_adv.config import NetworkConfig
 from sparse_adv.training import checkpoint
 
@@ -201,16 +202,40 @@ def test_evaluate_refuses_a_radius_beyond_all_images(trained, capsys):
         assert "eps must be at most 1 for norm 'linf', as 8/255" in refused(capsys, "evaluate", str(trained), *flags)
 
 
+OF_A_RUN = (
+    *(runs.RESULT, runs.INFO, runs.EPOCHS, runs.STATE, runs.LAST, runs.BEST, runs.LOCK, runs.IDENTITY),
+    *("initial.safetensors", "rewind.safetensors", runs.TICKET, "config.yaml", "result_2.json"),
+)
+
+
+def test_convert_replaces_neither_what_it_reads_nor_a_file_of_a_run(searched, tmp_path, capsys):
+    ticket = str(searched / runs.TICKET)
+    before = {file: file.read_bytes() for file in searched.iterdir() if file.is_file()}
+    assert set(before) <= {searched / name for name in OF_A_RUN}
+    for target in (searched / name for name in OF_A_RUN):
+        said = refused(capsys, "convert", ticket, str(target), "--to", "dense")
+        assert f"target must not replace a file that is read, or one of a run, got {target}" in said
+    own = shutil.copy(ticket, tmp_path / "own.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(own)
+    for source, target, *more in ((own, own), (own, tmp_path / "link.safetensors"), (ticket, own, "--masks", own)):
+        assert "target must not replace a file that is read" in refused(
+            capsys, "convert", *map(str, (source, target, *more))
+        )
+    assert before == {file: file.read_bytes() for file in searched.iterdir() if file.is_file()}
+    assert main(["convert", ticket, str(searched / "mine.pt"), "--to", "dense"]) == 0
+    (searched / "mine.pt").unlink()
+
+
 def test_evaluate_never_writes_its_result_over_what_it_reads(trained, tmp_path, capsys):
     before = {file: file.read_bytes() for file in trained.iterdir()}
-    for name in (runs.RESULT, runs.INFO, runs.BEST):
+    for name in OF_A_RUN:
         said = refused(capsys, "evaluate", str(trained), "--out", str(trained / name))
-        assert f"--out must not replace a file of a run or the weights, got {trained / name}" in said
+        assert f"--out must not replace a file that is read, or one of a run, got {trained / name}" in said
     own = str(tmp_path / "weights.safetensors")
     assert "--out must not replace" in refused(capsys, "evaluate", own, "--out", own)
     same = str(tmp_path / "same.json")
     said = refused(capsys, "evaluate", str(trained), "--attack", "autoattack", "--state", same, "--out", same)
-    assert f"--out and --state must be two files, got {same} for both" in said
+    assert f"--out must not replace a file that is read, or one of a run, got {same}" in said
     assert before == {file: file.read_bytes() for file in trained.iterdir()} and not list(tmp_path.iterdir())
 
 
@@ -277,6 +302,32 @@ def test_evaluate_prints_what_it_cannot_write(trained, tmp_path, capsys, monkeyp
     assert main(["evaluate", str(trained), "--images", "5", "--out", str(tmp_path / "found.json")]) == 2
     printed = capsys.readouterr()
     assert json.loads(printed.out)["images"] == 5 and "No space left on device" in printed.err
+
+
+def test_evaluate_writes_what_it_cannot_print(trained, tmp_path, capsys, monkeypatch):
+    def fail(self, text, content):
+        raise OSError(28, "No space left on device", "the standard output")
+
+    monkeypatch.setattr(Output, "print", fail)
+    assert "the standard output" in refused(
+        capsys, "evaluate", str(trained), "--images", "5", "--out", str(tmp_path / "found.json")
+    )
+    assert json.loads((tmp_path / "found.json").read_text())["images"] == 5
+
+
+@pytest.mark.parametrize("attack", ["bound", "autoattack"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--alpha", "-1"], "--alpha must be positive, got -1.0"),
+        (["--alpha", "0"], "--alpha must be positive, got 0.0"),
+        (["--alpha", "nan"], "--alpha must be positive, got nan"),
+        (["--seed", "-1"], "--seed must be an integer of at least 0, got -1"),
+        (["--seed", "99999999999999999999"], "--seed must be less than 2^63, got 99999999999999999999"),
+    ],
+)
+def test_evaluate_refuses_impossible_settings_of_its_attacks(trained, capsys, attack, flags, said):
+    assert said in refused(capsys, "evaluate", str(trained), "--attack", attack, *flags)
 
 
 def test_report_speaks_to_people_and_to_programs(trained, searched, tmp_path, capsys):

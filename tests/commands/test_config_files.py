@@ -4,6 +4,7 @@ import pytest
 import yaml
 from helpers.refusal import refused
 
+from sparse_adv import runs
 from sparse_adv.__main__ import main
 from sparse_adv.commands import evaluate, options, train
 from sparse_adv.config import OBJECTIVES, TrainConfig
@@ -100,7 +101,7 @@ def test_names_of_folders_and_files_stay_as_they_are(tmp_path, name):
     run = parsed(train, "--config", tmp_path / "run.yaml")
     assert (str(run.out), run.data.data, run.name, str(run.ticket)) == (name,) * 4
     options.write_config(tmp_path, run)
-    assert parsed(train, "--config", tmp_path / options.CONFIG) == run
+    assert parsed(train, "--config", tmp_path / runs.CONFIG) == run
     if name not in ("null", "yes"):  # which are no text in YAML
         (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("'", ""))
         assert parsed(train, "--config", tmp_path / "run.yaml") == run

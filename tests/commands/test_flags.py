@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from sparse_adv import attacks, data, demo, experiment, masks, models, training
+from sparse_adv import attacks, data, demo, experiment, masks, models, runs, training
 from sparse_adv.__main__ import main
 from sparse_adv.commands import benchmark, evaluate, explain, networks, options, output, report, search, train
 from sparse_adv.config import OBJECTIVES, DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
@@ -186,7 +186,7 @@ def test_a_run_repeats_with_every_setting_in_its_own_config_file(command, settin
     words = flags(settings | DATA | NETWORK | {"out": tmp_path, "device": "cpu"})
     asked = options.parse(parser, module.Options, words)
     options.write_config(tmp_path, asked)
-    assert options.parse(parser, module.Options, ["--config", str(tmp_path / options.CONFIG)]) == asked
+    assert options.parse(parser, module.Options, ["--config", str(tmp_path / runs.CONFIG)]) == asked
     written = options.flat(asked)
     assert all(
         written[name] == (list(value) if isinstance(value, tuple) else value) for name, value in settings.items()
@@ -198,9 +198,7 @@ def test_a_run_repeats_with_its_own_config_file(objective, reach, tmp_path):
     command = ["train", "--objective", objective, "--arch", "digits_cnn", "--out", str(tmp_path)]
     asked = reach(train, "write_config", *command)
     options.write_config(tmp_path, asked["options"])
-    assert (
-        reach(train, "write_config", "train", "--config", str(tmp_path / options.CONFIG))["options"] == asked["options"]
-    )
+    assert reach(train, "write_config", "train", "--config", str(tmp_path / runs.CONFIG))["options"] == asked["options"]
 
 
 @pytest.mark.parametrize("command", ["search", "train"])
