@@ -15,7 +15,7 @@ help:  ## this list
 
 setup: $(BUILT)  ## only make the environment and build (every other target does so too)
 
-demo: $(BUILT)  ## the main job: ticket search, adversarial training and controls on real digits (about 3 minutes)
+demo: $(BUILT)  ## the main job: ticket search, adversarial training and controls on real digits (3 minutes after set-up)
 	$(BIN)/python -m sparse_adv demo
 
 test: $(BUILT)  ## run the tests, as many at a time as there are cores

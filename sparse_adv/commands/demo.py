@@ -1,4 +1,4 @@
-"""`demo`: search, training, controls and report on real digits, in about two minutes."""
+"""`demo`: search, training, controls and report on real digits, in 3 minutes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Options:
     """Search a ticket on real digits, train it and its controls, compare.
 
     Searches a ticket on scikit-learn's digits, then trains the ticket, the same mask with fresh weights and the dense
-    network with PGD-10 at eps 0.2; writes a run folder for each and a report of tables and plots. About two minutes on
-    two cores.
+    network with PGD-10 at eps 0.2; writes a run folder for each and a report of tables and plots. 3 minutes on two
+    cores.
 
     Args:
         out: folder for the runs and the report.
