@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from torch import nn
 from sparse_adv import data, json_files, masks, methods, models, runs, tickets
 from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
+from sparse_adv.masks.interchange.formats import GivenDensity
 from sparse_adv.nn import mac_density
-from sparse_adv.runs import Density, EpochRecord, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
+from sparse_adv.runs import Density, EpochRecord, Run, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
 from sparse_adv.training.folder_lock import FolderLock, hold
 from sparse_adv.training.update import updates_of
@@ -90,6 +91,46 @@ def load_network(
     )
 
 
+def run_of(path: Path) -> Run | None:
+    """Return the run that wrote a file of weights, `best.safetensors` or `last.safetensors`; None for other files.
+
+    Examples:
+        >>> run_of(Path("nowhere") / "best.safetensors") is None
+        True
+    """
+    is_own = path.name in (runs.BEST, runs.LAST) and (path.parent / runs.INFO).is_file()
+    return runs.read(path.parent) if is_own else None
+
+
+def read_pruned(path: Path, *, dense: bool = False, density: GivenDensity = None) -> masks.Ticket:
+    """Read masks and weights as `masks.load_pruned` does; the provenance of a run's weights says what the run does.
+
+    It then has the keys that the ticket of a search has, network, images and cost among them, and the epoch.
+
+    Args:
+        path, dense, density: as in `masks.load_pruned`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or of an unknown format.
+
+    Examples:
+        >>> read_pruned(Path("nowhere.safetensors"))
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: no file 'nowhere.safetensors'
+    """
+    pruned, run = masks.load_pruned(path, dense=dense, density=density), run_of(path)
+    if run is None:
+        return pruned
+    info = run.info
+    about = _origin(info.network, info.data, info.train.seed, info.input_shape)
+    record = runs.best(run.records, info.train) if path.name == runs.BEST else next(reversed(run.records), None)
+    if record is not None:
+        about |= {"epoch": record.epoch, "cost": json_files.to_json(record.total)}
+    return replace(pruned, provenance=pruned.provenance | about)
+
+
 def ticket_to_train(path: Path, *, reinit: bool = False, shuffle: bool = False) -> tuple[masks.Ticket, TicketSource]:
     """Read a ticket, or a pruned checkpoint of another tool, to be trained by a `TrainRun`.
 
@@ -105,7 +146,7 @@ def ticket_to_train(path: Path, *, reinit: bool = False, shuffle: bool = False) 
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged or of an unknown format.
     """
-    return masks.load_pruned(path), TicketSource(hashlib.sha256(path.read_bytes()).hexdigest(), reinit, shuffle)
+    return read_pruned(path), TicketSource(hashlib.sha256(path.read_bytes()).hexdigest(), reinit, shuffle)
 
 
 class SearchRun:
@@ -149,8 +190,16 @@ class SearchRun:
         self.model = build_network(network, dataset, train.seed, device)
         self.batches = make_batches(images, dataset, train.seed)
         tickets.check_fits(self.model, self.batches, train, prune)
-        processes = distributed.world_size()
-        self.lock = _begin(folder, RunInfo("search", train, prune.named(), images, network, world_size=processes))
+        info = RunInfo(
+            "search",
+            train,
+            prune.named(),
+            images,
+            network,
+            world_size=distributed.world_size(),
+            input_shape=dataset.input_shape,
+        )
+        self.lock = _begin(folder, info)
 
     @property
     def updates(self) -> int:
@@ -170,7 +219,7 @@ class SearchRun:
             self.prune,
             validation=self.dataset.validation,
             folder=self.folder,
-            metadata=self._metadata(),
+            metadata=_origin(self.network, self.images, self.train.seed, self.dataset.input_shape),
             on_epoch=on_epoch,
             on_step=on_step,
         )
@@ -181,15 +230,6 @@ class SearchRun:
             self.lock.check()
             json_files.write(self.folder / runs.RESULT, result)
         return result
-
-    def _metadata(self) -> JSONObject:
-        return {
-            "arch": self.network.arch,
-            "width": self.network.width,
-            "data": self.images.data,
-            "seed": self.train.seed,
-            "input_shape": list(self.dataset.input_shape),
-        }
 
 
 class TrainRun:
@@ -264,6 +304,7 @@ class TrainRun:
             name=name,
             density=density,
             before=before,
+            input_shape=dataset.input_shape,
         )
         self.lock = _begin(folder, info)
         path = folder / runs.RESULT
@@ -305,6 +346,16 @@ def density_of(model: nn.Module, ticket_masks: dict[str, torch.Tensor], dataset:
     """Return the densities of weights and MACs of a model under masks."""
     macs = mac_density(model, ticket_masks, (1, *dataset.input_shape))
     return Density(masks.density(ticket_masks, model), macs)
+
+
+def _origin(
+    network: NetworkConfig | None, images: DataConfig | None, seed: int, input_shape: Sequence[int] | None
+) -> JSONObject:
+    """What a ticket's provenance says of the run that it is from; nothing of what is not known."""
+    about: JSONObject = {} if network is None else {"arch": network.arch, "width": network.width}
+    about |= {} if images is None else {"data": images.data}
+    about |= {} if input_shape is None else {"input_shape": list(input_shape)}
+    return about | {"seed": seed}
 
 
 def _begin(folder: Path, info: RunInfo) -> FolderLock:

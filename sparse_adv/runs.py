@@ -106,13 +106,15 @@ class RunInfo:
     density: Density = DENSE
     before: Cost = NO_COST
     """Cost of the search that found the ticket."""
+    input_shape: tuple[int, ...] | None = None
+    """[C, H, W] of the images; None if it was not recorded."""
     extended: tuple[int, ...] = ()
     """Numbers of epochs that the run was to have before it was extended to more, each with its own schedule."""
     software: Software = field(default_factory=software)
     machine: Machine = field(default_factory=machine)
 
 
-DESCRIPTIVE = ("name", "density", "before", "extended", "software", "machine")
+DESCRIPTIVE = ("name", "density", "before", "input_shape", "extended", "software", "machine")
 
 
 @dataclass(frozen=True)

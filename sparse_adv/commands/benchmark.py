@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_adv import attacks, data, experiment, facts, json_files, runs
+from sparse_adv import attacks, data, experiment, facts, json_files
 from sparse_adv.attacks.autoattack_state import OtherRunError
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
@@ -166,16 +166,15 @@ def run(options: Options) -> int:
     with distributed.group(options.device) as device:
         if distributed.world_size() > 1:
             raise ValueError(f"benchmark runs in one process, got {distributed.world_size()}")
-        folder = runs.read(options.what) if options.what.is_dir() else None
+        path = networks.weights_of(options.what)
         dataset = experiment.load_data(DataConfig(options.data), options.seed, device)
         model = networks.trained(
-            options.what,
-            folder,
+            experiment.read_pruned(path, dense=True, density=options.density),
             dataset,
+            str(options.what),
             arch=options.arch,
             width=options.width,
             normalize=options.normalize,
-            density=options.density,
         ).to(device)
         sparsity = measured_sparsity(model)
         _check_sparsity(options, sparsity)

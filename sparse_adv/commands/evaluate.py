@@ -39,7 +39,7 @@ class Options:
     each on images still robust. Under torchrun the processes share the images; AutoAttack runs in one process.
 
     Args:
-        what: run folder, or a file of weights (then --arch names the network).
+        what: run folder, ticket, or a file of weights. A file of other code needs --arch and --data.
         weights: weights of a run, of its best validated or its last epoch; the default is best.
         split: images to measure on.
         images: measure on the first N images only, at least 1.
@@ -51,12 +51,12 @@ class Options:
         steps: steps of PGD on the cross-entropy, at least 1; the default is 20.
         restarts: random starts of PGD on the cross-entropy, at least 1; the default is 1.
         norm: linf or l2; the default is the run's, or linf.
-        data: "digits", or a folder or archive of images; the default is the run's.
+        data: "digits", or a folder or archive of images; the default is that of the run or the ticket.
         limit: number of training images that were used; the default is the run's.
         validation: fraction or number of training images held out; the default is the run's.
         seed: seed of the split and of the attacks; the default is the run's.
-        arch: name of an architecture of `sparse_adv.models`; the default is the run's.
-        width: channels of the first stage; the default is the run's.
+        arch: name of an architecture of `sparse_adv.models`; the default is that of the run or the ticket.
+        width: channels of the first stage; the default is that of the run or the ticket.
         normalize: mean and standard deviation of a checkpoint that has none: of a data set, or none for images in
             [0, 1] as they are.
         density: fraction of weights that each layer keeps, in a checkpoint that has scores and no masks.
@@ -121,27 +121,24 @@ def run(options: Options) -> int:
         if path is not None:
             check_writable(path)
     with deterministic(options.deterministic), distributed.group(options.device) as device:
-        folder = runs.read(options.what) if options.what.is_dir() else None
-        if folder is None and options.weights is not None:
+        if options.weights is not None and not options.what.is_dir():
             raise ValueError(f"--weights is for the folder of a run, got {options.what}")
-        train = folder.info.train if folder else TrainConfig()
-        wanted = (folder.info.data if folder else None) or DataConfig()
-        given = {name: getattr(options, name) for name in ("data", "limit", "validation")}
-        wanted = replace(wanted, **{name: value for name, value in given.items() if value is not None})
+        path = networks.weights_of(options.what, last=options.weights == "last")
+        pruned, run = experiment.read_pruned(path, dense=True, density=options.density), experiment.run_of(path)
+        train = run.info.train if run else TrainConfig()
+        wanted = _images(options, run, pruned.provenance.get("data"))
         seed = train.seed if options.seed is None else options.seed
         eps = train.eps if options.eps is None else options.eps
         ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
         require_radius(**ball)
         dataset = experiment.load_data(wanted, seed, device)
         model = networks.trained(
-            options.what,
-            folder,
+            pruned,
             dataset,
-            last=options.weights == "last",
+            str(options.what),
             arch=options.arch,
             width=options.width,
             normalize=options.normalize,
-            density=options.density,
         ).to(device)
         images = getattr(dataset, options.split)
         if options.images is not None:
@@ -149,24 +146,43 @@ def run(options: Options) -> int:
         output = Output(options.json)
         measure = partial(_autoattack, verbose=not output.as_json) if options.attack == "autoattack" else _bound
         accuracies, robust, meaning, signs, unconfirmed = measure(options, model, images, seed, ball)
+        weights, epoch = path.stem if run else None, pruned.provenance.get("epoch") if run else None
         result = {
             "what": str(options.what),
+            "weights": weights,
+            "epoch": epoch,
+            "data": wanted.data,
             "split": options.split,
+            **({} if options.split == "test" else {"limit": wanted.limit, "validation": wanted.validation}),
             "images": len(images.labels),
             **ball,
+            **({"alpha": _step_size(options, eps)} if options.attack == "bound" else {}),
+            "seed": seed,
             **accuracies,
             "robust": robust,
             "meaning": meaning,
             "warnings": signs,
         } | ({} if unconfirmed is None else {"unconfirmed": unconfirmed})
         listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
-        text = f"{options.what}: {listed} of {len(images.labels)} {options.split} images, eps {eps:g}\n{meaning}"
+        which = f"{options.what} ({weights} weights, epoch {epoch})" if run else str(options.what)
+        measured = f"{len(images.labels)} {options.split} images of {wanted.data}, eps {eps:g}"
+        text = f"{which}: {listed} of {measured}\n{meaning}"
         try:
             if options.out and distributed.rank() == 0:
                 write_text(options.out, json.dumps(result, indent=2) + "\n")
         finally:  # where one of the two cannot be written, the other has the result
             output.print("\n".join([text, *(f"warning: {sign}" for sign in signs)]), result)
     return 0
+
+
+def _images(options: Options, run: runs.Run | None, recorded: object) -> DataConfig:
+    """The images that the flags name, or else the run or the ticket."""
+    given = {name: getattr(options, name) for name in ("data", "limit", "validation")}
+    if options.data is None and not isinstance(recorded, str):
+        raise ValueError(f"{options.what} does not say which images it is for: name them with --data")
+    given["data"] = options.data or recorded
+    known = (run.info.data if run else None) or DataConfig()
+    return replace(known, **{name: value for name, value in given.items() if value is not None})
 
 
 class BallArgs(TypedDict):
@@ -190,11 +206,16 @@ class Measured(NamedTuple):
     """For each attack of AutoAttack the examples that float32 did not confirm."""
 
 
+def _step_size(options: Options, eps: float) -> float:
+    """The step size of PGD, in units of the images."""
+    return eps / 4 if options.alpha is None else options.alpha
+
+
 def _bound(options: Options, model: nn.Module, images: data.Split, seed: int, ball: BallArgs) -> Measured:
     """Accuracies under attacks that take seconds."""
     steps, restarts = options.steps or STEPS, options.restarts or RESTARTS
     name = f"pgd-{steps}" + (f" x {restarts}" if restarts > 1 else "")
-    step: dict[str, Any] = {"alpha": options.alpha, "seed": seed}
+    step: dict[str, Any] = {"alpha": _step_size(options, ball["eps"]), "seed": seed}
     clean = clean_accuracy(model, images)
     fgsm = fgsm_accuracy(model, images, **ball)
     pgd = robust_accuracy(model, images, **ball, **step, steps=steps, restarts=restarts)

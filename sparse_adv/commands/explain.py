@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sparse_adv import masks, models, runs
+from sparse_adv import experiment, masks, models, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
@@ -24,11 +24,11 @@ _MOST_VALUES = 1 << 26
 class Options:
     """Show what each layer of a ticket costs and which kernel it runs.
 
-    Loads a ticket, or a pruned checkpoint of another tool, into its network and prints, layer by layer, shape, block,
-    both densities and the kernels of the three passes.
+    Loads a ticket, the weights of a run, or a pruned checkpoint of another tool, into its network and prints, layer by
+    layer, shape, block, both densities and the kernels of the three passes.
 
     Args:
-        ticket: a ticket file, such as runs/demo/search/ticket.safetensors.
+        ticket: a ticket or another file of weights, or the folder of a run, for its ticket or its best weights.
         batch: batch size to choose kernels for, at least 1.
         arch: name of an architecture of `sparse_adv.models`; the default is the ticket's.
         width: channels of the first stage; the default is the ticket's.
@@ -47,10 +47,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    if options.ticket.is_dir():
-        found = [name for name in (runs.TICKET, runs.BEST, runs.LAST) if (options.ticket / name).exists()]
-        raise ValueError(f"{options.ticket} is a folder: name a file, such as {options.ticket / (found or ['...'])[0]}")
-    ticket = masks.load_pruned(options.ticket)
+    path = _file_of(options.ticket) if options.ticket.is_dir() else options.ticket
+    ticket = experiment.read_pruned(path, dense=experiment.run_of(path) is not None)
     network = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
     shape = ticket.provenance.get("input_shape") or models.find(network.arch).input_shape
     build = partial(models.build, network.arch, width=network.width, input_shape=shape, classes=_classes(ticket))
@@ -65,6 +63,14 @@ def run(options: Options) -> int:
         output.print("", asdict(row))
     output.print("", {"density": explanation.density, "mac_density": explanation.mac_density})
     return 0
+
+
+def _file_of(folder: Path) -> Path:
+    """The ticket in the folder of a search, or the best weights of a training run."""
+    found = [folder / name for name in (runs.TICKET, runs.BEST, runs.LAST) if (folder / name).exists()]
+    if not found:
+        raise FileNotFoundError(f"{folder} has neither a ticket nor weights of a run: name a file")
+    return found[0]
 
 
 def _check_size(options: Options, ticket: masks.Ticket, model: nn.Module, shape: Sequence[int]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sparse_adv import data, experiment, masks, runs
-from sparse_adv.config import NetworkConfig
+from sparse_adv.config import DataConfig, NetworkConfig
+from sparse_adv.models.checkpoints import sizes_of
 
 
 def agreed(arch: str | None, width: int | None, known: Mapping[str, Any], source: str) -> NetworkConfig:
@@ -34,36 +34,63 @@ def agreed(arch: str | None, width: int | None, known: Mapping[str, Any], source
     return NetworkConfig(arch, known.get("width") if width is None else width)
 
 
+def weights_of(what: Path, *, last: bool = False) -> Path:
+    """Return the file of weights of a run's folder, those of its best or of its last epoch; of a file itself.
+
+    Raises:
+        FileNotFoundError: if the folder holds no run.
+        ValueError: if the run is a search.
+    """
+    if not what.is_dir():
+        return what
+    path = what / (runs.LAST if last else runs.BEST)
+    if runs.read(what).info.kind == "search" and not path.exists():
+        raise ValueError(f"{what} is a search: evaluate its {runs.TICKET}, or a run that has trained it")
+    return path
+
+
 def trained(
-    what: Path,
-    folder: runs.Run | None,
+    pruned: masks.Ticket,
     dataset: data.Dataset,
+    source: str,
     *,
-    last: bool = False,
     arch: str | None,
     width: int | None,
     normalize: str | None,
-    density: float | None,
 ) -> nn.Module:
     """Return the network with the weights of a run or a file; layers that have masks there are sparse.
 
     Args:
-        what: a run's folder or a file of weights.
-        folder: the run, if it is one.
+        pruned: from `experiment.read_pruned`.
         dataset: the images that the network is for.
-        last: the weights of the run's last epoch, and not of its best one.
-        arch, width, normalize, density: the flags; None where they are left out.
+        source: name of the run or the file, for errors.
+        arch, width, normalize: the flags; None where they are left out.
 
     Raises:
-        FileNotFoundError: if there are no such weights.
-        ValueError: if they do not fit the network, or nothing says which one it is.
+        ValueError: if the weights do not fit the network, or nothing says which one it is.
     """
-    path = what
-    if folder is not None:
-        path = what / (runs.LAST if last else runs.BEST)
-        if not path.exists() and folder.info.kind == "search":
-            raise ValueError(f"{what} is a search: evaluate its {runs.TICKET}, or a run that has trained it")
-    pruned = masks.load_pruned(path, dense=True, density=density)
-    network = folder.info.network if folder is not None else None
-    known = pruned.provenance if network is None else asdict(network)
-    return experiment.load_network(agreed(arch, width, known, str(what)), dataset, pruned, normalize)
+    return experiment.load_network(agreed(arch, width, pruned.provenance, source), dataset, pruned, normalize)
+
+
+def check_images(ticket: masks.Ticket, dataset: data.Dataset, images: str, source: str) -> None:
+    """Raise ValueError if a ticket is for other images than those that the command reads.
+
+    Where these may be the default, which the digits are, that is any other shape; else another number of channels.
+
+    Args:
+        ticket: the ticket.
+        dataset: the images that the command reads.
+        images: what --data says.
+        source: name of the ticket, for errors.
+    """
+    shape, channels = ticket.provenance.get("input_shape"), sizes_of(ticket.state_dict)[1]
+    if images == DataConfig().data and shape not in (None, list(dataset.input_shape)):
+        known = ticket.provenance.get("data")
+        its = f"images of shape {shape}" + (f" of {known}" if known else "")
+    elif channels != dataset.input_shape[0]:
+        its = f"images of {channels} channels"
+    else:
+        return
+    raise ValueError(
+        f"{source} is for {its}, those of {images} have shape {list(dataset.input_shape)}: name its images with --data"
+    )

@@ -30,7 +30,8 @@ class Options:
     Args:
         out: folder of the run.
         name: name of the run in reports; the default is the name of the folder.
-        ticket: ticket, or pruned checkpoint of another tool; the default is dense training, or that of --method.
+        ticket: ticket, pruned weights of a run, or pruned checkpoint of another tool; the default is dense training, or
+            that of --method.
         reinit: control: the mask of the ticket with fresh initial weights.
         shuffle: control: a random mask with the density of the ticket in each layer.
         arch: name of an architecture of `sparse_adv.models`; the default is the one of the ticket.
@@ -88,6 +89,7 @@ def run(options: Options) -> int:
         network = networks.agreed(options.arch, options.width, known, str(options.ticket or "a dense run"))
         if ticket is not None:
             fitted = models.fit_ticket(ticket[0], network.arch, normalize=options.normalize, width=network.width)
+            networks.check_images(fitted, dataset, options.data.data, str(options.ticket))
             ticket = fitted, ticket[1]
         run = TrainRun(
             options.out,

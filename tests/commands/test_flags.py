@@ -214,12 +214,13 @@ def test_an_evaluation_is_given_every_setting(reach, checkpoint):
     images = {"data": "elsewhere", "limit": 90, "validation": 30.0, "seed": 11, "split": "validation"}
     loaded = reach(experiment, "load_data", "evaluate", checkpoint, *flags(images), "--deterministic")
     assert loaded["config"] == DataConfig("elsewhere", 90, 30.0) and loaded["seed"] == 11 and loaded["is_deterministic"]
-    network = NETWORK | {"normalize": "digits", "density": 0.5}
-    asked = reach(networks, "trained", "evaluate", checkpoint, *flags(network))
+    network = NETWORK | {"normalize": "digits"}
+    asked = reach(networks, "trained", "evaluate", checkpoint, *flags(network | {"data": "digits"}))
     assert {name: asked[name] for name in network} == network
-    read = reach(masks, "load_pruned", "evaluate", checkpoint, *flags(network))
+    read = reach(masks, "load_pruned", "evaluate", checkpoint, *flags(network | {"density": 0.5}))
     assert read["density"] == 0.5 and read["dense"]
-    command = "evaluate", checkpoint, *flags(NETWORK), "--images", "20", "--split", "train", "--device", "cpu"
+    network = NETWORK | {"data": "digits", "device": "cpu"}
+    command = "evaluate", checkpoint, *flags(network), "--images", "20", "--split", "train"
     measured = reach(evaluate, "clean_accuracy", *command, "--limit", "90", "--validation", "30", "--seed", "11")
     whole = data.load("digits", limit=90, validation=30, seed=11).train
     assert torch.equal(measured["images"].images, whole.images[:20]) and len(measured["images"].labels) == 20
@@ -251,7 +252,7 @@ def test_an_evaluation_bounds_robust_accuracy_by_what_withstands_all_attacks(che
     for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
         monkeypatch.setattr(evaluate, name, measure)
     monkeypatch.setattr(attacks, "signs_of_masking", signs_of_masking)
-    assert main(["evaluate", checkpoint, *flags(NETWORK), "--device", "cpu", "--no-json"]) == 0
+    assert main(["evaluate", checkpoint, *flags(NETWORK), "--data", "digits", "--device", "cpu", "--no-json"]) == 0
     told, test = capsys.readouterr().out, data.load("digits").test
     ((images, labels, ball),) = looked_at
     assert torch.equal(images, data.to_unit(test.images[:64])) and torch.equal(labels, test.labels[:64])
@@ -262,9 +263,11 @@ def test_an_evaluation_bounds_robust_accuracy_by_what_withstands_all_attacks(che
 
 def test_a_benchmark_is_given_every_setting(reach, checkpoint, tmp_path, monkeypatch):
     needed = {"out": tmp_path / "row", "structure": "weights", "sparsity": 90, "data": "digits", "device": "cpu"}
-    network = NETWORK | {"normalize": "digits", "density": 0.5}
+    network = NETWORK | {"normalize": "digits"}
     asked = reach(networks, "trained", "benchmark", checkpoint, *flags(needed | network))
-    assert {name: asked[name] for name in network} == network and not asked["last"]
+    assert {name: asked[name] for name in network} == network
+    read = reach(masks, "load_pruned", "benchmark", checkpoint, *flags(needed | network | {"density": 0.5}))
+    assert read["density"] == 0.5 and read["dense"]
     command = "benchmark", checkpoint, *flags(needed | NETWORK | {"seed": 11, "eps": (0.1, 0.2), "images": 140})
     loaded = reach(experiment, "load_data", *command)
     assert loaded["config"] == DataConfig("digits") and loaded["seed"] == 11

@@ -17,7 +17,7 @@ from sparse_adv.runs import Cost, Density, SearchResult, TicketChecks, TrainResu
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
-NETWORK = ("--arch", "digits_cnn", "--width", "4", "--device", "cpu")
+NETWORK = ("--arch", "digits_cnn", "--width", "4", "--device", "cpu", "--data", "digits")
 FOUND = SimpleNamespace(
     name="AutoAttack",
     budgets="made up",
@@ -65,10 +65,11 @@ def test_an_evaluation_says_what_autoattack_found(checkpoint, tmp_path, capsys, 
     state, file = tmp_path / "state", tmp_path / "found.json"
     (line,), text = said(capsys, "evaluate", checkpoint, *NETWORK, *strong, "--state", state, "--out", file)
     meaning = "robust accuracy 40.0% under AutoAttack: made up"
-    about = {"what": checkpoint, "split": "test", "images": 30, "eps": 0.25, "norm": "l2"}
+    about = {"what": checkpoint, "weights": None, "epoch": None, "data": "digits", "split": "test", "images": 30}
+    about |= {"eps": 0.25, "norm": "l2", "seed": 7}
     found = {"robust": 0.4, "meaning": meaning, "warnings": ["looks masked"], "unconfirmed": FOUND.unconfirmed}
     assert line == about | FOUND.accuracy | found == json.loads(file.read_text())
-    listed = "clean 90.0%, apgd-ce 70.0%, apgd-t 60.0%, fab-t 50.0%, square 40.0% of 30 test images, eps 0.25"
+    listed = "clean 90.0%, apgd-ce 70.0%, apgd-t 60.0%, fab-t 50.0%, square 40.0% of 30 test images of digits, eps 0.25"
     assert text == f"{checkpoint}: {listed}\n{meaning}\nwarning: looks masked\n"
     asked = {"norm": "l2", "eps": 0.25, "seed": 7, "verbose": True, "images": 30, "state": state, "training": False}
     assert Evaluator.asked.items() >= asked.items()
@@ -94,8 +95,9 @@ def test_an_evaluation_says_what_its_own_attacks_found(checkpoint, capsys, monke
     ball = ("--eps", "0.25", "--norm", "l2", "--steps", "3", "--restarts", "2", "--images", "70")
     (line,), text = said(capsys, "evaluate", checkpoint, *NETWORK, *ball, "--split", "train")
     found = {"clean": 0.9, "fgsm": 0.7, "pgd-3 x 2": 0.6, "robust": 0.5, "warnings": ["looks masked"]}
-    assert line.items() >= ({"split": "train", "images": 70, "eps": 0.25, "norm": "l2"} | found).items()
-    assert "clean 90.0%, fgsm 70.0%, pgd-3 x 2 60.0% of 70 train images, eps 0.25\n" in text
+    about = {"split": "train", "limit": None, "validation": None, "images": 70}
+    assert line.items() >= (about | {"alpha": 0.0625, "eps": 0.25, "norm": "l2"} | found).items()
+    assert "clean 90.0%, fgsm 70.0%, pgd-3 x 2 60.0% of 70 train images of digits, eps 0.25\n" in text
     assert "robust accuracy is at most 50.0%: the images that withstood fgsm and pgd-3 x 2, and then" in text
     assert "pgd-50 on the margin with 5 restarts" in text and text.endswith("\nwarning: looks masked\n")
     assert signs == [(64, {"eps": 0.25, "norm": "l2"})] * 2

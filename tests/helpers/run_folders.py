@@ -1,6 +1,13 @@
 """Run folders with numbers made up: what the tests of run folders and of reports share."""
 
+from sparse_adv import runs
 from sparse_adv.runs import Cost, EpochRecord
+
+FILES = (
+    *(runs.RESULT, runs.INFO, runs.EPOCHS, runs.STATE, runs.LAST, runs.BEST, runs.LOCK, runs.IDENTITY, runs.TICKET),
+    *("initial.safetensors", "rewind.safetensors", "config.yaml", "result_2.json"),
+)
+"""Names of the files that a run may write to its folder."""
 
 
 def epoch_record(epoch: int, **fields) -> EpochRecord:
