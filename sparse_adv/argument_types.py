@@ -7,7 +7,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from numbers import Integral
-from reprlib import repr as _short
+from reprlib import Repr
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import numpy as np
@@ -19,17 +19,24 @@ _NOT_CHECKED = {float, object, inspect.Parameter.empty}
 """Annotations of arguments that the functions check themselves, with their values, and what stands for none."""
 
 
+class _Shortened(Repr):
+    """The ends of a repr, with the shapes of tensors and arrays in place of their values."""
+
+    def repr_instance(self, value: Any, level: int) -> str:
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple) and shape:
+            return f"a {type(value).__name__.lower()} of shape {tuple(shape)}"
+        return super().repr_instance(value, level)
+
+
 def shortened(value: object) -> str:
     """A value in one line of an error message: of a tensor or an array the shape, of others the ends of the repr.
 
     Examples:
-        >>> shortened(10**60), shortened(["a", "b"])
-        ('100000000000000000...0000000000000000000', "['a', 'b']")
+        >>> shortened(10**60), shortened(["a", np.zeros((2, 3))])
+        ('100000000000000000...0000000000000000000', "['a', a ndarray of shape (2, 3)]")
     """
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and shape:
-        return f"a {type(value).__name__.lower()} of shape {tuple(shape)}"
-    return " ".join(_short(value).split())
+    return " ".join(_Shortened().repr(value).split())
 
 
 def checks_types(function: Callable[P, R]) -> Callable[P, R]:

@@ -89,6 +89,11 @@ def test_what_a_model_is_run_on_once_has_one_name_and_type():
         (lambda: tickets.shuffle({}, "1"), "seed must be of type int, got '1'"),
         (lambda: tickets.shuffle({}, True), "seed must be of type int, got True"),
         (lambda: tickets.shuffle(None, 0), "ticket_masks must be of type Mapping, got None"),
+        (
+            lambda: masked.sparsify(nn.Identity(), masks.from_state_dict({"a.weight": torch.eye(2)})),
+            r"masks must be of type Mapping, got "
+            r"\({'a': a tensor of shape \(2, 2\)}, {'a.weight': a tensor of shape \(2, 2\)}\)$",
+        ),
     ],
 )
 def test_the_message_names_argument_type_and_value(call, said):

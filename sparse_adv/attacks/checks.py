@@ -65,6 +65,8 @@ def check_batch(
 
 def check_images(images: Tensor) -> None:
     """Raise TypeError or ValueError unless these are a batch of images, whatever their values."""
+    if getattr(images, "dtype", None) == torch.uint8:
+        raise TypeError("images must be a floating point tensor, got torch.uint8: data.to_unit(images) is one")
     check_floating("images", images)
     if images.dim() < 2:
         raise ValueError(f"images must be a batch [N, ...], got shape {tuple(images.shape)}")

@@ -52,8 +52,8 @@ class Options:
         data: CIFAR-10 as published, or another data set; the test images are attacked.
         arch: name of an architecture of `sparse_adv.models`; the default is the run's.
         width: channels of the first stage; the default is the run's.
-        normalize: mean and standard deviation of a checkpoint that has none: of a data set, or none for images in
-            [0, 1] as they are.
+        normalize: mean and standard deviation of a checkpoint that has none: of cifar10, cifar100, mnist,
+            fashion_mnist or digits, or none for images in [0, 1] as they are.
         density: fraction of weights that each layer keeps, in a checkpoint that has scores and no masks.
         eps: radii of AutoAttack; the benchmark's is 0.031, most tables' 8/255.
         images: attack the first N images only; the row says so.

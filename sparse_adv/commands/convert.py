@@ -29,8 +29,8 @@ class Options:
         arch: name of an architecture of `sparse_adv.models`, whose names masks and weights then get; needed to train a
             checkpoint of other code.
         width: channels of the first stage of that architecture.
-        normalize: with --arch, mean and standard deviation of a checkpoint that has none: of a data set, or none for
-            images in [0, 1] as they are.
+        normalize: with --arch, mean and standard deviation of a checkpoint that has none: of cifar10, cifar100, mnist,
+            fashion_mnist or digits, or none for images in [0, 1] as they are.
         json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
     """
 

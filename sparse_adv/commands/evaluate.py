@@ -57,8 +57,8 @@ class Options:
         seed: seed of the split and of the attacks; the default is the run's.
         arch: name of an architecture of `sparse_adv.models`; the default is that of the run or the ticket.
         width: channels of the first stage; the default is that of the run or the ticket.
-        normalize: mean and standard deviation of a checkpoint that has none: of a data set, or none for images in
-            [0, 1] as they are.
+        normalize: mean and standard deviation of a checkpoint that has none: of cifar10, cifar100, mnist,
+            fashion_mnist or digits, or none for images in [0, 1] as they are.
         density: fraction of weights that each layer keeps, in a checkpoint that has scores and no masks.
         device: cpu, cuda, one GPU such as cuda:0, or auto, which is cuda where there is a GPU.
         deterministic: deterministic algorithms only: a GPU gives the same bits again, more slowly.

@@ -36,8 +36,8 @@ class Options:
         shuffle: control: a random mask with the density of the ticket in each layer.
         arch: name of an architecture of `sparse_adv.models`; the default is the one of the ticket.
         width: channels of the first stage; the default is the one of the ticket, or the published number.
-        normalize: mean and standard deviation for a checkpoint of another tool that has none: of a data set, or none
-            for images in [0, 1] as they are.
+        normalize: mean and standard deviation for a checkpoint of another tool that has none: of cifar10, cifar100,
+            mnist, fashion_mnist or digits, or none for images in [0, 1] as they are.
         device: cpu, cuda, one GPU such as cuda:0, or auto, which is cuda where there is a GPU.
         deterministic: deterministic algorithms only: a GPU gives the same bits again, more slowly.
         keep_freed_memory: keep freed memory in the process instead of returning it to the system, which saves time.

@@ -298,7 +298,8 @@ def check_own_parameters(layer: nn.Module) -> None:
     for name in ("weight", "bias"):
         if name not in layer._parameters:
             raise TypeError(
-                f"{name} is computed from something else (nn.utils.prune or parametrize): make that permanent"
+                f"{name} is computed from something else (nn.utils.prune or parametrize): make that "
+                "permanent, after taking its masks, if it has any, by masks.from_state_dict(model.state_dict())"
             )
 
 

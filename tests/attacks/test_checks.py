@@ -30,7 +30,11 @@ IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
         ),
         ({"images": IMAGES.log() * 0 / 0}, ValueError, "images must be finite"),
         ({"images": IMAGES / 0}, ValueError, "images must be finite"),
-        ({"images": (IMAGES * 255).byte()}, TypeError, "images must be a floating point tensor, got torch.uint8"),
+        (
+            {"images": (IMAGES * 255).byte()},
+            TypeError,
+            r"images must be a floating point tensor, got torch.uint8: data.to_unit\(images\) is one",
+        ),
         ({"images": IMAGES[0, 0, 0]}, ValueError, r"images must be a batch \[N, ...\], got shape \(8,\)"),
         ({"labels": torch.tensor([0, 5])}, ValueError, r"labels must lie in \[0, 4\], the model's classes, got 0 to 5"),
         ({"labels": torch.tensor([-100, 1])}, ValueError, r"labels must lie in \[0, 4\], .*, got -100 to 1"),

@@ -15,6 +15,7 @@ import sparse_adv
 from sparse_adv import data, doctor, masks, models, runs, tickets
 from sparse_adv.__main__ import main
 from sparse_adv.commands import output
+from sparse_adv.models.normalize import STATISTICS
 from sparse_adv.runs import Cost
 
 
@@ -170,6 +171,14 @@ def test_help_names_every_command():
         command in run.stdout
         for command in ("search", "train", "evaluate", "report", "explain", "convert", "demo", "doctor")
     )
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "convert", "benchmark"])
+def test_help_names_the_data_sets_whose_normalisation_is_known(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out.rpartition("--normalize NORMALIZE")[2][:400]
+    assert all(name in said for name in STATISTICS)
 
 
 def test_no_command_is_wrong_input(capsys):

@@ -10,10 +10,11 @@ from helpers.tolerances import assert_close
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from sparse_adv.masks import SUPPORTED_BLOCKS, prune
+from sparse_adv.masks import SUPPORTED_BLOCKS, from_state_dict, prune
 from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, explain, frozen_weights, shrink, sparsify
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
 
@@ -354,6 +355,20 @@ def test_a_parametrized_layer_is_refused_and_nothing_changes(model, x, index, na
         with pytest.raises(TypeError, match=sentence):
             refuse(model)
     assert list(model.state_dict()) == keys and torch.equal(model(x), expected)
+
+
+def test_the_refusal_of_a_model_that_pytorch_pruned_names_the_way_to_sparsify_it(model, x):
+    for layer in (model[2], model[4]):
+        torch_prune.l1_unstructured(layer, "weight", 0.5)
+    expected = model(x)
+    masks, _ = from_state_dict(model.state_dict())
+    with pytest.raises(TypeError, match=r"after taking its masks, .* masks\.from_state_dict\(model\.state_dict\(\)\)$"):
+        sparsify(model, masks)
+    for layer in (model[2], model[4]):
+        torch_prune.remove(layer, "weight")
+    sparsify(model, masks)
+    assert model[2].density == model[4].density == 0.5
+    assert_close(model(x), expected)
 
 
 def test_names_that_a_user_excluded_from_ddp_stay_excluded(model, x):
