@@ -182,7 +182,9 @@ def _images(options: Options, run: runs.Run | None, recorded: object) -> DataCon
         raise ValueError(f"{options.what} does not say which images it is for: name them with --data")
     given["data"] = options.data or recorded
     known = (run.info.data if run else None) or DataConfig()
-    return replace(known, **{name: value for name, value in given.items() if value is not None})
+    wanted = replace(known, **{name: value for name, value in given.items() if value is not None})
+    # Test images are the same however the others are divided, of which there may be fewer.
+    return DataConfig(wanted.data) if options.split == "test" else wanted
 
 
 class BallArgs(TypedDict):

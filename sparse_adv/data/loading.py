@@ -51,8 +51,8 @@ def load(
 
     Raises:
         FileNotFoundError: if the path does not exist, or a file of the data set is missing.
-        ValueError: if the format is not one of the above, a file is damaged, or validation, limit or share is out of
-            range.
+        ValueError: if the format is not one of the above, a file is damaged, a split has no image, or validation, limit
+            or share is out of range.
         ModuleNotFoundError: if the package that reads the format is not installed.
 
     Examples:
@@ -65,6 +65,9 @@ def load(
     """
     raw = _read(source)
     train, held_out = raw.train, raw.validation
+    for name, part in (("training", train), ("validation", held_out), ("test", raw.test)):
+        if part is not None and not len(part.labels):
+            raise ValueError(f"{source} must have {name} images, got none")
     if limit is not None:
         if not 2 <= limit <= len(train.labels):
             raise ValueError(

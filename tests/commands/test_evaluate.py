@@ -117,7 +117,7 @@ def test_evaluate_takes_from_the_run_what_it_is_not_told(trained, tmp_path, caps
     monkeypatch.setattr(experiment, "load_data", load_data)
     for name in ("clean_accuracy", "fgsm_accuracy", "robust_accuracy"):
         monkeypatch.setattr(evaluate, name, measure)
-    assert main(["evaluate", str(folder), "--device", "cpu"]) == 0
+    assert main(["evaluate", str(folder), "--device", "cpu", "--split", "validation"]) == 0
     (loaded, seed), clean, fgsm, *pgd = seen
     assert loaded == runs.read(folder).info.data and (loaded.limit, loaded.validation, seed) == (150, 40.0, 7)
     ball = {"eps": 0.3, "norm": "l2"}
@@ -132,6 +132,18 @@ def test_evaluate_takes_from_the_run_what_it_is_not_told(trained, tmp_path, caps
     )
     (loaded, seed), _, fgsm, *_ = seen
     assert (loaded.limit, loaded.validation, seed, fgsm) == (120, 30.0, 0, {"eps": 0.0, "norm": "linf"})
+
+
+def test_test_images_are_evaluated_however_few_training_images_there_are(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    info = json.loads((folder / runs.INFO).read_text())
+    info["data"] |= {"limit": 5000, "validation": 4000.0}
+    (folder / runs.INFO).write_text(json.dumps(info))
+    assert main(["evaluate", str(folder), "--device", "cpu"]) == 0
+    assert lines(capsys)[0]["images"] == 300
+    assert "limit must be from 2 to the 1497 training images" in refused(
+        capsys, "evaluate", str(folder), "--split", "train"
+    )
 
 
 def test_evaluate_refuses_a_radius_beyond_all_images(trained, capsys):

@@ -42,6 +42,13 @@ def test_images_have_one_channel_and_match_their_labels(tmp_path, packed):
     assert not known
 
 
+@pytest.mark.parametrize(("part", "name"), [("train", "training"), ("t10k", "test")])
+def test_a_split_without_images_is_refused_when_it_is_read(tmp_path, part, name):
+    none = {f"{part}_images_idx3_ubyte": idx(IMAGES[:0]), f"{part}_labels_idx1_ubyte": idx(LABELS[:0])}
+    with pytest.raises(ValueError, match=f"{tmp_path} must have {name} images, got none"):
+        data.load(write(tmp_path, **none))
+
+
 @pytest.mark.parametrize(
     ("folder", "name"), [("raw", "mnist"), ("MNIST/raw", "mnist"), ("FashionMNIST/raw", "fashion_mnist")]
 )
