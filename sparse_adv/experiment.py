@@ -211,8 +211,8 @@ class SearchRun:
         on_epoch: Callable[[EpochRecord], object] | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> SearchResult:
-        """Search, and write `ticket.safetensors` and `result.json`; the callbacks are those of `tickets.search`."""
-        ticket = tickets.search(
+        """Search and return the result, see `tickets.search`, whose callbacks these are."""
+        tickets.search(
             self.model,
             self.batches,
             self.train,
@@ -223,13 +223,7 @@ class SearchRun:
             on_epoch=on_epoch,
             on_step=on_step,
         )
-        record = tickets.record_of(ticket)
-        density = density_of(self.model, ticket.masks, self.dataset)
-        result = SearchResult(record.cost, record.checks, density)
-        if distributed.rank() == 0:
-            self.lock.check()
-            json_files.write(self.folder / runs.RESULT, result)
-        return result
+        return json_files.read(SearchResult, self.folder / runs.RESULT)
 
 
 class TrainRun:

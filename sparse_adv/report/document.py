@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sparse_adv.files import write_text
@@ -86,12 +87,13 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """Two tables of the contents of `run.json`: what is the same in all runs, and what differs."""
-    infos = [{"folder": str(run.folder), **_flat(to_json(run.info))} for run in runs]
+    """Two tables of the contents of `run.json`, with the present densities: what all runs share, and what differs."""
+    infos = [replace(run.info, density=measures.density(run)) for run in runs]
+    settings = [{"folder": str(run.folder), **_flat(to_json(info))} for run, info in zip(runs, infos, strict=True)]
     common: list[list[str]] = []
     different: list[list[str]] = []
-    for key in dict.fromkeys(key for info in infos for key in info):
-        values = ["" if info.get(key) is None else str(info[key]) for info in infos]
+    for key in dict.fromkeys(key for each in settings for key in each):
+        values = ["" if each.get(key) is None else str(each[key]) for each in settings]
         if len(set(values)) == 1:
             common.append([key, values[0]])
         else:

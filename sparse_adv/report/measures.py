@@ -48,18 +48,17 @@ def compared(runs: Sequence[Run]) -> list[Run]:
 
 def reference(runs: Sequence[Run]) -> Run:
     """Return the run that ratios refer to: the first dense one, else the first."""
-    return next((run for run in runs if run.info.density.weights == 1), runs[0])
+    return next((run for run in runs if density(run).weights == 1), runs[0])
 
 
 def density(run: Run) -> Density:
-    """Return the densities of a run: those of the ticket of a finished search, or of the last epoch of a method.
+    """Return the densities of a run: those of the ticket of a finished search, else of the last epoch.
 
-    Of any other run they are those it began with.
+    A run without epochs has those that it says it begins with.
     """
     if isinstance(run.result, SearchResult):
         return run.result.density
-    last = run.records[-1].density if run.records and run.info.method is not None else None
-    return last or run.info.density
+    return (run.records[-1].density if run.records else None) or run.info.density
 
 
 def total(run: Run) -> Cost:

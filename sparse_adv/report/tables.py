@@ -193,7 +193,8 @@ def _tests(run: Run) -> dict[str, float]:
 
 def _status(run: Run) -> str:
     epoch = run.records[-1].epoch if run.records else 0
-    status = "finished" if run.result is not None else f"epoch {epoch} of {run.info.train.epochs}"
+    epochs = run.info.train.epochs * (run.info.prune.rounds if run.info.prune else 1)
+    status = "finished" if run.result is not None else f"epoch {epoch} of {epochs}"
     undone = measures.undone(run)
     return f"{status}, {undone} undone" if undone else status
 

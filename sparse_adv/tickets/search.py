@@ -18,9 +18,9 @@ from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.algebra import of_distinct_weights
 from sparse_adv.masks.dependency_graph import dependency_groups
-from sparse_adv.nn import densify, sparsify
+from sparse_adv.nn import densify, mac_density, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
-from sparse_adv.runs import NO_COST, Cost, EpochRecord, TicketChecks
+from sparse_adv.runs import NO_COST, Cost, Density, EpochRecord, SearchResult, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
 from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
@@ -59,7 +59,8 @@ def search(
         batches, validation, on_step: as in `training.train`.
         train_config: of the training in each round; the paper takes a small constant learning rate without warm-up.
         prune_config: of the pruning; None for the paper's, one-shot to density 0.2.
-        folder: as in `training.train`; it gets a folder for each round.
+        folder: as in `training.train`; it gets a folder for each round, and at the end `ticket.safetensors` and
+            `result.json`.
         metadata: JSON object for the ticket's provenance, such as network and data, to which a `SearchRecord` is added.
         on_epoch: called with the record of each epoch after it is saved; epochs are counted through all rounds.
 
@@ -107,12 +108,15 @@ def search(
     if folder is not None:
         _check_same(folder, model, identity.of_run(model, batches, validation, train_config.seed))
     if folder is not None and (folder / runs.TICKET).exists():
-        return _finished(folder, train_config, prune_config)
-    if prune_config.half_resolution:
-        batches = Halved(batches)
-    run = _Search(model, batches, train_config, prune_config, seen, shape, folder, lock, on_epoch, on_step)
-    with identity.training_of(model, folder):
-        return run.run(metadata or {})
+        ticket = _finished(folder, train_config, prune_config)
+    else:
+        images = Halved(batches) if prune_config.half_resolution else batches
+        run = _Search(model, images, train_config, prune_config, seen, shape, folder, lock, on_epoch, on_step)
+        with identity.training_of(model, folder):
+            ticket = run.run(metadata or {})
+    if folder is not None:
+        _write_result(folder, lock, ticket, model, batches)
+    return ticket
 
 
 @checks_types
@@ -144,11 +148,9 @@ def check_fits(
         raise ValueError(f"rewind_step must be an update of the first round, which has {updates}, got {step}")
     if not prune_config.permute_channels and not prune_config.half_resolution:
         return None
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
-        batch = next(pairs_of(batches), None)
-    if batch is None:
+    shape = _image_shape(batches)
+    if shape is None:
         return None
-    shape: tuple[int, ...] = (1, *batch[0].shape[1:])
     if prune_config.half_resolution:
         shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
         check_takes(model, shape)
@@ -334,6 +336,25 @@ def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[
     return masks.permute_channels(
         model, config.density, config.block, shape, scope=config.scope, score=config.score, linear=config.linear
     )
+
+
+def _image_shape(batches: Batches) -> tuple[int, ...] | None:
+    """Shape [1, C, H, W] of the images; None if there is no batch."""
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
+        batch = next(pairs_of(batches), None)
+    return None if batch is None else (1, *batch[0].shape[1:])
+
+
+def _write_result(folder: Path, lock: FolderLock, ticket: masks.Ticket, model: nn.Module, batches: Batches) -> None:
+    """Write `result.json`, with the densities for images of full size."""
+    shape = _image_shape(batches)
+    assert shape is not None
+    density = Density(masks.density(ticket.masks, model), mac_density(model, ticket.masks, shape))
+    if distributed.rank() == 0:
+        record = record_of(ticket)
+        lock.check()
+        json_files.write(folder / runs.RESULT, SearchResult(record.cost, record.checks, density))
+    distributed.barrier()
 
 
 def _check_dense(model: nn.Module) -> None:

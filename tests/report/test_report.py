@@ -10,7 +10,7 @@ import pytest
 from helpers.run_folders import epoch_record
 
 from sparse_adv import json_files, report, runs
-from sparse_adv.config import MethodConfig, TrainConfig
+from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.report.measures import labels
 from sparse_adv.report.tables import count
 from sparse_adv.runs import NO_COST, Cost, Density, Run, RunInfo, SearchResult, TicketChecks, TrainResult
@@ -31,12 +31,14 @@ def make(
     update=UPDATE,
     evaluation=EVALUATION,
     epochs=3,
+    rounds=1,
     undone_epoch=None,
     test=None,
 ):
     """A run folder with an epoch per accuracy (None: not evaluated); a finished one if there are test accuracies."""
     config, density = TrainConfig(objective, epochs=epochs), Density(weights, weights**0.5)
-    runs.begin(folder, RunInfo(kind, config, name=name, density=density, before=before))
+    prune = PruneConfig(rounds=rounds) if kind == "search" else None
+    runs.begin(folder, RunInfo(kind, config, prune, name=name, density=density, before=before))
     total, records = before, []
     for epoch, accuracy in enumerate(robust, 1):
         undone = epoch == undone_epoch
@@ -99,18 +101,20 @@ def test_counts_have_three_digits_and_a_prefix(number, text):
     assert count(number) == text
 
 
-def test_the_density_is_that_of_the_last_epoch_where_a_method_changes_it(tmp_path):
-    method = MethodConfig("flying-bird-plus")
-    runs.begin(tmp_path, RunInfo("train", TrainConfig(epochs=2), density=Density(0.4, 0.3), method=method))
+def test_the_density_is_that_of_the_last_epoch(tmp_path):
+    runs.begin(tmp_path, RunInfo("train", TrainConfig(epochs=2), density=Density(0.4, 0.3)))
     (row,) = cells(report.summary(read(tmp_path)))
     assert (row["density"], row["MAC density"]) == ("0.400", "0.300")
     json_files.write_lines(tmp_path / runs.EPOCHS, [epoch_record(1), epoch_record(2, density=Density(0.2, 0.1))])
     (row,) = cells(report.summary(read(tmp_path)))
     assert (row["density"], row["MAC density"]) == ("0.200", "0.100")
-    # Without a method it is that of the masks, whatever other layers the records count.
-    json_files.write(tmp_path / runs.INFO, replace(runs.read(tmp_path).info, method=None))
-    (row,) = cells(report.summary(read(tmp_path)))
-    assert (row["density"], row["MAC density"]) == ("0.400", "0.300")
+
+
+def test_a_sparse_run_that_does_not_say_so_is_not_the_dense_reference(tmp_path):
+    ticket, dense = make(tmp_path / "ticket"), make(tmp_path / "dense")
+    records = [replace(record, density=Density(0.1, 0.2)) for record in runs.read(ticket).records]
+    json_files.write_lines(ticket / runs.EPOCHS, records)
+    assert "Ratios are to dense." in report.time_to(read(ticket, dense))
 
 
 def test_the_density_of_a_finished_search_is_that_of_its_ticket(tmp_path):
@@ -124,7 +128,7 @@ def test_the_density_of_a_finished_search_is_that_of_its_ticket(tmp_path):
 
 def test_the_summary_has_a_run_s_costs_and_accuracies(tmp_path):
     done = make(tmp_path / "ticket", (0.3, 0.5, 0.4), weights=0.1, before=Cost(7.0, 2_000_000), test={"pgd-20": 0.35})
-    search = make(tmp_path / "search", (None, None), kind="search", objective="fgsm", epochs=4)
+    search = make(tmp_path / "search", (None, None), kind="search", objective="fgsm", epochs=2, rounds=2)
     first, second = cells(report.summary(read(done, search)))
     assert first == {
         "run": "ticket",

@@ -11,8 +11,8 @@ from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
 from torch import nn
 
 from sparse_adv import masks, runs, tickets, training
-from sparse_adv.nn import MaskedConv2d, sparsify
-from sparse_adv.runs import Cost, TicketChecks
+from sparse_adv.nn import MaskedConv2d, mac_density, sparsify
+from sparse_adv.runs import Cost, Density, SearchResult, TicketChecks
 from sparse_adv.tickets import EarlyStopping, PruneConfig, TicketInvariantError, checks
 
 CONFIG = replace(QUICK, objective="fgsm-rs", epochs=2)
@@ -215,11 +215,22 @@ def test_frozen_layers_are_frozen_in_every_round():
 
 def test_a_finished_search_returns_without_training(tmp_path):
     first, _ = search(tmp_path)
+    result = runs.read(tmp_path).result
+    (tmp_path / runs.RESULT).unlink()  # as if the search had been stopped before its last file
     epochs = []
     again = tickets.search(
         network(), batches(), CONFIG, PruneConfig(), validation=VALIDATION, folder=tmp_path, on_epoch=epochs.append
     )
     assert equal_states(first.masks, again.masks) and not epochs
+    assert runs.read(tmp_path).result == result
+
+
+@pytest.mark.parametrize("pruning", [{"linear": False}, {"rounds": 2}])
+def test_the_result_of_a_search_has_its_cost_checks_and_densities(tmp_path, pruning):
+    ticket, model = search(tmp_path, density=0.3, **pruning)
+    record = tickets.record_of(ticket)
+    densities = Density(masks.density(ticket.masks), mac_density(model, ticket.masks, (1, 1, 6, 6)))
+    assert runs.read(tmp_path).result == SearchResult(record.cost, record.checks, densities)
 
 
 @pytest.mark.parametrize("finished", [True, False])
