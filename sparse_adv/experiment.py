@@ -190,7 +190,7 @@ class SearchRun:
         self.model = build_network(network, dataset, train.seed, device)
         self.batches = make_batches(images, dataset, train.seed)
         tickets.check_fits(self.model, self.batches, train, prune)
-        info = RunInfo(
+        self.info = RunInfo(
             "search",
             train,
             prune.named(),
@@ -199,7 +199,7 @@ class SearchRun:
             world_size=distributed.world_size(),
             input_shape=dataset.input_shape,
         )
-        self.lock = _begin(folder, info)
+        self.lock = _begin(folder, self.info)
 
     @property
     def updates(self) -> int:
@@ -223,6 +223,7 @@ class SearchRun:
             on_epoch=on_epoch,
             on_step=on_step,
         )
+        _resume(self.folder, self.info)
         return json_files.read(SearchResult, self.folder / runs.RESULT)
 
 
@@ -302,17 +303,17 @@ class TrainRun:
         )
         self.lock = _begin(folder, info)
         path = folder / runs.RESULT
-        self.result = json_files.read(TrainResult, path) if path.exists() else None
-        """None for an unfinished run. A file that appears in its folder later is not its own."""
         self.training: Training | None = None
         """None for a finished run that has lost its state: its result is returned, its weights are not restored."""
-        if self.result is not None and not (folder / runs.STATE).exists():
-            return
-        self.training = Training(
-            self.model, self.batches, train, validation=dataset.validation, folder=folder, before=before, hook=hook
-        )
-        if hook is not None:
-            self.masks = hook.masks()
+        if (folder / runs.STATE).exists() or not path.exists():
+            self.training = Training(
+                self.model, self.batches, train, validation=dataset.validation, folder=folder, before=before, hook=hook
+            )
+            if hook is not None:
+                self.masks = hook.masks()
+        _resume(folder, info)
+        self.result = json_files.read(TrainResult, path) if path.exists() else None
+        """None for an unfinished run. A file that appears in its folder later is not its own."""
 
     @property
     def updates(self) -> int:
@@ -359,3 +360,10 @@ def _begin(folder: Path, info: RunInfo) -> FolderLock:
         runs.begin(folder, info)
     distributed.barrier()
     return lock
+
+
+def _resume(folder: Path, info: RunInfo) -> None:
+    """On rank 0, bring `run.json` up to date, now that the folder is known to hold this run."""
+    if distributed.rank() == 0:
+        runs.resume(folder, info)
+    distributed.barrier()

@@ -233,10 +233,10 @@ class Run:
 
 
 def begin(folder: Path, info: RunInfo) -> None:
-    """Write `run.json`, or check that the run in the folder has the same settings.
+    """Write `run.json`, or check that the run in the folder has the same settings, which then stays as it is.
 
-    A training run may be given more epochs than before: `run.json` then says so, and the result is kept under another
-    name until there is a new one.
+    A training run may be given more epochs than before, and the images may lie elsewhere; `resume` writes that down,
+    once digests have shown that it is the same run.
 
     Args:
         folder: of the run; it is created if it does not exist.
@@ -252,9 +252,7 @@ def begin(folder: Path, info: RunInfo) -> None:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> begin(folder, RunInfo("train", TrainConfig(epochs=3)))
-        >>> begin(folder, RunInfo("train", TrainConfig(epochs=5)))  # more epochs: the run is extended
-        >>> read(folder).info.extended
-        (3,)
+        >>> begin(folder, RunInfo("train", TrainConfig(epochs=5)))  # more epochs are allowed
     """
     path = folder / INFO
     if not path.exists():
@@ -268,12 +266,39 @@ def begin(folder: Path, info: RunInfo) -> None:
     epochs = begun.train.epochs
     if differing == ["train.epochs"] and info.kind == "train" and info.train.epochs > epochs:
         check_state(folder)
-        if (folder / RESULT).exists():
-            (folder / RESULT).rename(folder / _earlier_result(epochs))
-        json_files.write(path, replace(begun, train=info.train, extended=(*begun.extended, epochs)))
     elif differing:
         changes = ", ".join(f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in differing[:3])
         raise ValueError(f"{folder} holds a run with other settings ({changes}): take another folder, or delete it")
+
+
+def resume(folder: Path, info: RunInfo) -> None:
+    """Bring `run.json` up to date with the call that goes on with its run, which `begin` and digests have accepted.
+
+    Name, place of the images and number of epochs become those of the call. The result of fewer epochs is kept under
+    another name.
+
+    Args:
+        folder: of the run.
+        info: what `begin` was given; without a name the run keeps its own.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> begin(folder, RunInfo("train", TrainConfig(epochs=3)))
+        >>> resume(folder, RunInfo("train", TrainConfig(epochs=5), name="longer"))
+        >>> run = read(folder)
+        >>> run.name, run.info.train.epochs, run.info.extended
+        ('longer', 5, (3,))
+    """
+    begun = json_files.read(RunInfo, folder / INFO)
+    now = replace(begun, data=info.data, name=info.name or begun.name)
+    epochs = begun.train.epochs
+    if info.train.epochs != epochs:
+        now = replace(now, train=info.train, extended=(*begun.extended, epochs))
+        if (folder / RESULT).exists():
+            (folder / RESULT).rename(folder / _earlier_result(epochs))
+    if now != begun:
+        json_files.write(folder / INFO, now)
 
 
 def check_state(folder: Path) -> None:
@@ -294,24 +319,14 @@ def check_state(folder: Path) -> None:
         )
 
 
-def begin_training(
-    folder: Path, train: TrainConfig, world_size: int, before: Cost = NO_COST, method: MethodConfig | None = None
-) -> None:
-    """`begin` for a caller that does not know the images and the network; those of the folder are not compared."""
-    _begin_with(folder, RunInfo("train", train, method=method, world_size=world_size, before=before))
-
-
-def begin_search(folder: Path, train: TrainConfig, prune: PruneConfig, world_size: int) -> None:
-    """Do what `begin_training` does, for a ticket search."""
-    _begin_with(folder, RunInfo("search", train, prune.named(), world_size=world_size))
-
-
-def _begin_with(folder: Path, own: RunInfo) -> None:
+def begin_without_data(folder: Path, info: RunInfo) -> RunInfo:
+    """Do what `begin` does, for a caller that knows neither images nor network; return `info` with the folder's."""
     path = folder / INFO
     if path.exists():
         known = json_files.read(RunInfo, path)
-        own = replace(own, data=known.data, network=known.network, ticket=known.ticket, before=known.before)
-    begin(folder, own)
+        info = replace(info, data=known.data, network=known.network, ticket=known.ticket, before=known.before)
+    begin(folder, info)
+    return info
 
 
 def read(folder: Path | str) -> Run:
@@ -334,11 +349,8 @@ def read(folder: Path | str) -> Run:
         raise FileNotFoundError(f"{folder} is not a run folder: it has no {INFO}")
     info = json_files.read(RunInfo, folder / INFO)
     records = json_files.read_lines(EpochRecord, folder / EPOCHS) if (folder / EPOCHS).exists() else []
-    if not (folder / RESULT).exists():
-        return Run(folder, info, records, None)
-    if info.kind == "search":
-        return Run(folder, info, records, json_files.read(SearchResult, folder / RESULT))
-    return Run(folder, info, records, json_files.read(TrainResult, folder / RESULT))
+    kind: type[SearchResult | TrainResult] = SearchResult if info.kind == "search" else TrainResult
+    return Run(folder, info, records, json_files.read(kind, folder / RESULT) if (folder / RESULT).exists() else None)
 
 
 def is_file_of_run(path: Path) -> bool:

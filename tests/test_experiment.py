@@ -148,6 +148,23 @@ def test_a_finished_run_without_its_state_returns_its_records_and_result(tmp_pat
     assert runs.read(tmp_path).result == result and runs.read(tmp_path).info.train == TRAIN
 
 
+def test_a_refused_extension_leaves_a_finished_run_as_it_was(tmp_path, dataset):
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU)
+    list(run.epochs())
+    result = run.finish()
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    longer = replace(TRAIN, epochs=4)
+    other = dataset._replace(train=dataset.train._replace(labels=dataset.train.labels.flip(0)))
+    with pytest.raises(ValueError, match="other training images"):
+        experiment.TrainRun(tmp_path, longer, IMAGES, NETWORK, other, CPU, name="other")
+    assert files == {file: file.read_bytes() for file in tmp_path.iterdir()}
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU, name="mine")
+    assert run.finish() == result and runs.read(tmp_path).name == "mine"
+    run = experiment.TrainRun(tmp_path, longer, IMAGES, NETWORK, dataset, CPU)
+    assert run.result is None and runs.read(tmp_path).name == "mine"
+    assert [record.epoch for record in run.epochs()] == [1, 2, 3, 4] and run.finish() == runs.read(tmp_path).result
+
+
 def test_searches_and_runs_train_and_validate_on_the_images_meant_for_it(tmp_path, dataset, monkeypatch):
     run = experiment.TrainRun(tmp_path / "run", TRAIN, IMAGES, NETWORK, dataset, CPU)
     assert run.training.validation is dataset.validation and run.batches.split is dataset.train
@@ -209,6 +226,7 @@ def test_the_images_of_a_run_may_lie_elsewhere_if_they_are_the_same(tmp_path, da
         assert end(begin("./images/")) == end(begin(f"{tmp_path}/images")) == result
     if known == "digests":
         assert end(begin("/elsewhere")) == result
+        assert runs.read(tmp_path / "run").info.data.data == "/elsewhere"  # where `evaluate` finds them
         other = dataset._replace(train=dataset.train._replace(labels=dataset.train.labels.flip(0)))
         with pytest.raises(ValueError, match="other training images"):
             end(begin("/elsewhere", other))

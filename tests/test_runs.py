@@ -120,19 +120,44 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_what_a_training_run_begins_with_is_read_back(tmp_path):
     method, before = MethodConfig("rigl", density=0.5), Cost(1.5, 7)
-    runs.begin_training(tmp_path, TrainConfig(epochs=2), 3, before, method)
-    info = runs.read(tmp_path).info
-    assert (info.kind, info.train, info.world_size) == ("train", TrainConfig(epochs=2), 3)
-    assert (info.before, info.method) == (before, method)
+    begun = RunInfo("train", TrainConfig(epochs=2), world_size=3, before=before, method=method)
+    assert runs.begin_without_data(tmp_path, begun) == runs.read(tmp_path).info == begun
+
+
+def test_a_call_that_does_not_know_the_images_continues_with_those_of_the_folder(tmp_path):
+    runs.begin(tmp_path, INFO)
+    assert runs.begin_without_data(tmp_path, RunInfo("train", INFO.train, world_size=2)) == replace(
+        INFO, name=None, density=DENSE
+    )
 
 
 def test_an_extended_run_keeps_all_that_describes_its_beginning(tmp_path):
     begun = RunInfo("train", TrainConfig(epochs=2), name="ticket", density=Density(0.1, 0.2), before=Cost(1.5, 7))
     begun = replace(begun, software=replace(begun.software, torch="2.10.0"))
-    runs.begin(tmp_path, begun)
-    runs.begin(tmp_path, RunInfo("train", TrainConfig(epochs=5)))
-    runs.begin(tmp_path, RunInfo("train", TrainConfig(epochs=7), name="another"))
-    assert runs.read(tmp_path).info == replace(begun, train=TrainConfig(epochs=7), extended=(2, 5))
+    for info in (
+        begun,
+        RunInfo("train", TrainConfig(epochs=5)),
+        RunInfo("train", TrainConfig(epochs=7), name="another"),
+    ):
+        runs.begin(tmp_path, info)
+        runs.resume(tmp_path, info)
+    extended = replace(begun, train=TrainConfig(epochs=7), extended=(2, 5), name="another")
+    assert runs.read(tmp_path).info == extended
+
+
+def test_nothing_changes_before_the_run_of_a_folder_is_known_to_be_the_same(tmp_path):
+    runs.begin(tmp_path, INFO)
+    json_files.write_lines(tmp_path / runs.EPOCHS, [epoch_record(1)])
+    json_files.write(tmp_path / runs.RESULT, TRAIN_RESULT)
+    (tmp_path / runs.STATE).touch()
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    longer = replace(INFO, train=replace(INFO.train, epochs=40), data=replace(INFO.data, data="elsewhere"), name="b")
+    runs.begin(tmp_path, longer)
+    assert files == {file: file.read_bytes() for file in tmp_path.iterdir()}
+    runs.resume(tmp_path, longer)
+    run = runs.read(tmp_path)
+    assert run.info == replace(longer, extended=(INFO.train.epochs,)) and run.result is None
+    assert json_files.read(TrainResult, tmp_path / f"result_{INFO.train.epochs}.json") == TRAIN_RESULT
 
 
 def test_a_run_is_of_one_process_unless_said_otherwise():

@@ -20,7 +20,7 @@ from sparse_adv.masks.algebra import of_distinct_weights
 from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.nn import densify, mac_density, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
-from sparse_adv.runs import NO_COST, Cost, Density, EpochRecord, SearchResult, TicketChecks
+from sparse_adv.runs import NO_COST, Cost, Density, EpochRecord, RunInfo, SearchResult, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping
 from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
@@ -103,7 +103,8 @@ def search(
         _check_dense(model)
     lock = hold(folder)
     if folder is not None and distributed.rank() == 0:
-        runs.begin_search(folder, train_config, prune_config, distributed.world_size())
+        world_size = distributed.world_size()
+        runs.begin_without_data(folder, RunInfo("search", train_config, prune_config.named(), world_size=world_size))
     distributed.barrier()
     if folder is not None:
         _check_same(folder, model, identity.of_run(model, batches, validation, train_config.seed))

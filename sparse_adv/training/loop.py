@@ -26,7 +26,7 @@ from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
 from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.config import SINGLE_STEP, TrainConfig
-from sparse_adv.runs import NO_COST, Cost, EpochRecord
+from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo
 from sparse_adv.training import distributed, identity, objectives, random_numbers
 from sparse_adv.training.checks import check_trainable, count_batches, first_pass, pairs_of
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
@@ -357,9 +357,13 @@ def train(
     folder = None if folder is None else Path(folder)
     lock = hold(folder)
     if folder is not None and distributed.rank() == 0:
-        runs.begin_training(folder, config, distributed.world_size(), before, None if hook is None else hook.config)
+        method = None if hook is None else hook.config
+        info = RunInfo("train", config, method=method, world_size=distributed.world_size(), before=before)
+        info = runs.begin_without_data(folder, info)
     training = Training(model, batches, config, validation=validation, folder=folder, before=before, hook=hook)
     del lock  # `training` holds it
+    if folder is not None and distributed.rank() == 0:
+        runs.resume(folder, info)
     records = []
     for record in training.epochs(on_step):
         records.append(record)

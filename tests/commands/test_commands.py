@@ -35,12 +35,13 @@ def test_a_ticket_names_network_and_cost_of_the_run_that_trains_it(trained, sear
     assert {runs.LAST, runs.BEST, runs.STATE, "config.yaml"} <= {file.name for file in trained.iterdir()}
 
 
-def test_the_same_command_again_says_the_same_at_once(trained, searched, capsys):
-    ticket = ("--ticket", str(searched / runs.TICKET))
-    before = (trained / runs.STATE).stat().st_mtime_ns
-    main(["train", *ticket, "--limit", "200", *QUICK, "--name", "another name", "--out", str(trained)])
-    assert lines(capsys)[-1]["test"] == runs.read(trained).result.test
-    assert (trained / runs.STATE).stat().st_mtime_ns == before
+def test_the_same_command_again_says_the_same_at_once_and_may_rename_the_run(trained, searched, tmp_path, capsys):
+    ticket, folder = ("--ticket", str(searched / runs.TICKET)), shutil.copytree(trained, tmp_path / "run")
+    before = (folder / runs.STATE).stat().st_mtime_ns
+    for naming in (("--name", "another name"), ()):
+        main(["train", *ticket, "--limit", "200", *QUICK, *naming, "--out", str(folder)])
+        assert lines(capsys)[-1]["test"] == runs.read(trained).result.test
+        assert (folder / runs.STATE).stat().st_mtime_ns == before and runs.read(folder).name == "another name"
 
 
 def test_a_folder_holds_one_run(trained, searched, capsys):

@@ -67,7 +67,7 @@ def test_all_ranks_share_the_folder_that_rank_0_has_locked(tmp_path, other_proce
 
 def replace_folder(folder):
     shutil.rmtree(folder)
-    runs.begin_training(folder, replace(QUICK, seed=5), 1)
+    runs.begin(folder, runs.RunInfo("train", replace(QUICK, seed=5)))
     return hold(folder)
 
 

@@ -193,6 +193,15 @@ def test_more_epochs_extend_a_run(tmp_path, schedule):
     assert runs.read(tmp_path).info.extended == (2, 4)
 
 
+def test_a_refused_extension_changes_nothing(tmp_path):
+    run(tmp_path, config=CONFIG)
+    (tmp_path / runs.RESULT).write_text("the result of two epochs")
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="other network"):
+        run(tmp_path, network(channels=8), config=replace(CONFIG, epochs=4))
+    assert files == {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+
 def test_a_run_that_has_not_ended_is_not_shortened(tmp_path):
     def begin(epochs):
         own = replace(CONFIG, epochs=epochs)
