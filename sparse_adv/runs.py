@@ -259,7 +259,7 @@ def begin(folder: Path, info: RunInfo) -> None:
         json_files.write(path, info)
         return
     begun = json_files.read(RunInfo, path)
-    known, wanted = _settings(begun), _settings(info)
+    known, wanted = settings(begun), settings(info)
     differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
     if "data.data" in differing and any((folder / name).exists() for name in (STATE, IDENTITY)):
         differing.remove("data.data")  # the digests there say whether these are the same images, wherever they are
@@ -388,8 +388,13 @@ def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | N
     return None if first is None or accuracy(first) < 0 else first
 
 
-def _settings(info: RunInfo) -> dict[str, json_files.JSON]:
-    """The fields that decide the result, by their path: "train.lr"."""
+def settings(info: RunInfo) -> dict[str, json_files.JSON]:
+    """Return the fields that decide the result, by their path: "train.lr".
+
+    Examples:
+        >>> settings(RunInfo("train", TrainConfig(epochs=3)))["train.epochs"]
+        3
+    """
     fields = {key: value for key, value in json_files.to_json(info).items() if key not in DESCRIPTIVE}
     flat = dict(json_files.flatten(fields))
     flat.pop("train.graphs", None)  # graphs change no bit of a result

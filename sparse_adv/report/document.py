@@ -58,6 +58,7 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         if not run.records:
             raise ValueError(f"{run.folder} has no epochs yet: wait for the first")
 
+    differences = measures.differences(runs)
     time_to = tables.time_to(runs, level)
     plots = {
         "Validation accuracy": figures.accuracy_curves(out / "accuracy", runs),
@@ -70,6 +71,7 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         + "\nTotal seconds and multiply-adds (MACs) are of ticket search, attacks and updates; evaluations are not "
         'counted. Accuracies without "test" are on validation images. The densities of a finished search are those of '
         "its ticket.",
+        *([tables.escaped(differences)] if differences else []),
         "## Time to the same robustness",
         time_to,
         "## Phases",

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Literal
 
-from sparse_adv.runs import Cost, Density, EpochRecord, Run, SearchResult
+from sparse_adv.runs import Cost, Density, EpochRecord, Run, SearchResult, settings
 from sparse_adv.runs import best as best_epoch
 
 Unit = Literal["seconds", "macs"]
 UNITS: tuple[Unit, ...] = ("seconds", "macs")
+ACCURACY_SETTINGS = ("data.data", "data.limit", "data.validation", "train.eps", "train.norm", "train.evaluation_steps")
+"""Settings that decide on which images an accuracy is measured, and under which attack."""
 
 
 def amount(cost: Cost, unit: Unit) -> float:
@@ -44,6 +46,17 @@ def compared(runs: Sequence[Run]) -> list[Run]:
     A search is a part of the cost of the runs that train its ticket.
     """
     return [run for run in runs if run.info.kind == "train"] or list(runs)
+
+
+def differences(runs: Sequence[Run]) -> str:
+    """Return a sentence on the settings in which the accuracies of compared runs differ in meaning; "" if in none.
+
+    Of the images of a run from Python nothing is known.
+    """
+    known = [settings(run.info) for run in compared(runs)]
+    values = {key: list(dict.fromkeys(each[key] for each in known if key in each)) for key in ACCURACY_SETTINGS}
+    listed = [f"{key} ({', '.join(map(_text, found))})" for key, found in values.items() if len(found) > 1]
+    return f"The runs differ in {' and '.join(listed)}, so their accuracies are not comparable." if listed else ""
 
 
 def reference(runs: Sequence[Run]) -> Run:
@@ -122,3 +135,7 @@ def common_level(runs: Sequence[Run]) -> float | None:
     """
     attacked = [run for run in runs if run.info.train.objective != "natural"] or runs
     return min((robust_accuracy(record) for run in attacked if (record := best(run))), default=None)
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -10,7 +10,7 @@ import pytest
 from helpers.run_folders import epoch_record
 
 from sparse_adv import json_files, report, runs
-from sparse_adv.config import PruneConfig, TrainConfig
+from sparse_adv.config import DataConfig, PruneConfig, TrainConfig
 from sparse_adv.report.measures import labels
 from sparse_adv.report.tables import count
 from sparse_adv.runs import NO_COST, Cost, Density, Run, RunInfo, SearchResult, TicketChecks, TrainResult
@@ -196,6 +196,28 @@ def test_time_to_a_level_includes_the_search_and_ratios_are_to_the_dense_run(tmp
     assert [row["s"] for row in cells(report.time_to(read(ticket, dense), 0.25))] == ["10.0", "20.0"]
     other = make(tmp_path / "other", (0.1, 0.5), weights=0.2)
     assert "Ratios are to ticket." in report.time_to(read(ticket, other))  # without a dense run the first
+
+
+def test_runs_that_are_not_comparable_are_told_as_such(tmp_path):
+    folders = [make(tmp_path / name) for name in ("a", "b", "search")]
+    infos = [runs.read(folder).info for folder in folders]
+    images = DataConfig("cifar", limit=100)
+    config = replace(infos[0].train, eps=0.25, lr=0.5)
+    for folder, info in zip(
+        folders,
+        (
+            replace(infos[0], data=images),
+            replace(infos[1], train=config, data=replace(images, data=str(Path("cifar").resolve()), limit=50)),
+            replace(infos[2], kind="search", train=replace(config, norm="l2"), data=replace(images, limit=7)),
+        ),
+        strict=True,
+    ):
+        json_files.write(folder / runs.INFO, info)
+    said = "The runs differ in data.limit (100, 50) and train.eps (0.0313725, 0.25), so their accuracies are not"
+    text = report.report(folders, tmp_path / "report")
+    assert text.count("not comparable") == 1 and f"{said} comparable." in text
+    for alike in (folders[:1], folders[1:], [folders[0], make(tmp_path / "from Python")]):
+        assert "not comparable" not in report.report(alike, tmp_path / "report")
 
 
 def test_a_level_that_a_run_never_reached_is_shown_as_such(tmp_path):
