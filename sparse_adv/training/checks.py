@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 
 from sparse_adv.attacks.checks import int64_labels
+from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.errors import first_line
 from sparse_adv.masks.layers import check_initialized
 
@@ -97,3 +99,30 @@ def first_pass(images: Tensor) -> Iterator[None]:
     except RuntimeError as error:
         about = f"shape {tuple(images.shape)} and dtype {images.dtype}"
         raise ValueError(f"model does not take images of {about}: {first_line(error)}") from error
+
+
+def check_batch_sizes(model: nn.Module, batches: Iterable[Any], x: Tensor) -> None:
+    """Raise ValueError before the first update if an epoch begins or ends with a batch that BatchNorm cannot train on.
+
+    That is a batch of one image, in a network with a BatchNorm whose channels then have a single value.
+    """
+    if 1 not in (len(x), _last_size(batches)):
+        return
+    try:
+        with bn_mode(model, "batch"), torch.no_grad():
+            model(x[:1])
+    except ValueError as error:
+        raise ValueError(
+            "batches must have more than one image in each batch, also in the last, to train BatchNorm: take more "
+            f"images, another batch_size or, of a DataLoader, drop_last=True ({error})"
+        ) from error
+
+
+def _last_size(batches: Iterable[Any]) -> int | None:
+    """The number of images in the last batch of a list, or of a DataLoader that keeps it; None if it is not known."""
+    if isinstance(batches, Sequence):
+        return len(batches[-1][1])
+    sampler = getattr(batches, "batch_sampler", None)
+    if type(sampler) is not BatchSampler or sampler.drop_last or not isinstance(sampler.sampler, Sized):
+        return None
+    return (len(sampler.sampler) - 1) % sampler.batch_size + 1

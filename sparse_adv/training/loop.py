@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,17 +18,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 
 from sparse_adv import runs
 from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
-from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.config import SINGLE_STEP, TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo
 from sparse_adv.training import distributed, identity, objectives, random_numbers
-from sparse_adv.training.checks import check_trainable, count_batches, first_pass, pairs_of
+from sparse_adv.training.checks import check_batch_sizes, check_trainable, count_batches, first_pass, pairs_of
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
 from sparse_adv.training.devices import fastest_convolutions, reads_at_once
 from sparse_adv.training.evaluation import (
@@ -201,7 +199,7 @@ class Training:
                 if self.validator is not None:
                     y = self.validator.check(x, y, costs.classes)
                 if updater.step == 0:
-                    _check_batch_sizes(updater.model, self.batches, x)
+                    check_batch_sizes(updater.model, self.batches, x)
                 updater.prepare(x)
                 for _ in range(objective.updates):
                     updated = updater.update(objective, x, y, noise, watch)
@@ -371,30 +369,3 @@ def train(
         if isinstance(ends, bool | np.bool_) and ends:
             break
     return records
-
-
-def _check_batch_sizes(model: nn.Module, batches: Batches, x: Tensor) -> None:
-    """Raise ValueError before the first update if an epoch begins or ends with a batch that BatchNorm cannot train on.
-
-    That is a batch of one image, in a network with a BatchNorm whose channels then have a single value.
-    """
-    if 1 not in (len(x), _last_size(batches)):
-        return
-    try:
-        with bn_mode(model, "batch"), torch.no_grad():
-            model(x[:1])
-    except ValueError as error:
-        raise ValueError(
-            "batches must have more than one image in each batch, also in the last, to train BatchNorm: take more "
-            f"images, another batch_size or, of a DataLoader, drop_last=True ({error})"
-        ) from error
-
-
-def _last_size(batches: Batches) -> int | None:
-    """The number of images in the last batch of a list, or of a DataLoader that keeps it; None if it is not known."""
-    if isinstance(batches, Sequence):
-        return len(batches[-1][1])
-    sampler = getattr(batches, "batch_sampler", None)
-    if type(sampler) is not BatchSampler or sampler.drop_last or not isinstance(sampler.sampler, Sized):
-        return None
-    return (len(sampler.sampler) - 1) % sampler.batch_size + 1
