@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -83,6 +83,14 @@ class TicketSource:
 
 
 @dataclass(frozen=True)
+class UserCode:
+    """A class of the user's that takes part in a run, and its settings."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """Settings and environment of a run; all fields except `DESCRIPTIVE` decide its result."""
 
@@ -97,6 +105,8 @@ class RunInfo:
     """None for a dense run."""
     method: MethodConfig | None = None
     """Configuration of a method that makes and changes the masks; None without one."""
+    hook: UserCode | None = None
+    """An update hook of the user's; None without one."""
     world_size: int = 1
     """Number of processes that share each batch."""
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)

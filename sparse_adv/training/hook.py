@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparse_adv.config import MethodConfig
 from sparse_adv.runs import EpochRecord
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from sparse_adv.training.update import Updater
 
 
@@ -20,14 +21,14 @@ class UpdateHook:
     Attributes:
         reads_gradients: whether `after_update` reads the gradients in `.grad`. If it may, updates are not captured as
             CUDA graphs, which leave none.
-        config: the settings that decide the method's result; they are written to `run.json`, and a run with other
-            settings is not continued.
+        config: the settings that decide the hook's result, a dataclass or a dict; they are written to `run.json` with
+            the name of the class, and a run with others is not continued. Other attributes are not compared.
     """
 
     wants_robust_loss: bool = False
     """Whether `after_epoch` needs `EpochRecord.robust_loss`, for which evaluations attack every validation image."""
     reads_gradients: bool = True
-    config: MethodConfig | None = None
+    config: DataclassInstance | dict[str, Any] | None = None
 
     def begin(self, updater: Updater) -> None:
         """Called at the start of a run, before the optimiser and the moving average of the weights are made.

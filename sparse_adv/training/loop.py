@@ -23,7 +23,7 @@ from sparse_adv import runs
 from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
-from sparse_adv.config import SINGLE_STEP, TrainConfig
+from sparse_adv.config import SINGLE_STEP, MethodConfig, TrainConfig
 from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo
 from sparse_adv.training import distributed, identity, objectives, random_numbers
 from sparse_adv.training.checks import check_batch_sizes, check_trainable, count_batches, first_pass, pairs_of
@@ -43,6 +43,7 @@ from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.run_files import RunFiles
 from sparse_adv.training.update import Updater
+from sparse_adv.training.user_code import described
 
 log = logging.getLogger(__name__)
 
@@ -326,7 +327,8 @@ def train(
             the choice of the best epoch and for the overfitting monitor.
         folder: where to write records, weights and state, see `sparse_adv.runs`; None to write nothing.
         before: cost of the ticket search that the run builds on.
-        hook: a method that changes the network in the course of training; see `methods.SparseTraining`.
+        hook: a method that changes the network in the course of training, such as `methods.SparseTraining`, or code of
+            your own.
         on_epoch: called with the record of each epoch after it is saved; if it returns True, training ends. Epochs of
             an earlier call come first.
         on_step: called after each update with the number of updates so far. Gradients are None after an update that
@@ -340,9 +342,11 @@ def train(
         FileNotFoundError: if the folder has epochs of a run, but not the state to continue from, or if it was deleted
             or replaced while the run went on.
         FloatingPointError: if the loss or a weight is not finite; the folder keeps the epochs before.
-        TypeError: if the batches have no length or wrong dtypes, or the validation images can be iterated only once.
-        ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it, or the
-            folder holds another run: of another configuration, network, initial weights or images.
+        TypeError: if the batches have no length or wrong dtypes, the validation images can be iterated only once, or
+            `hook.config` is neither a dataclass nor a dict.
+        ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it,
+            `hook.config` holds what JSON cannot, or the folder holds another run: of another configuration, network,
+            hook, initial weights or images.
 
     Examples:
         >>> from sparse_adv import data
@@ -355,8 +359,11 @@ def train(
     folder = None if folder is None else Path(folder)
     lock = hold(folder)
     if folder is not None and distributed.rank() == 0:
-        method = None if hook is None else hook.config
-        info = RunInfo("train", config, method=method, world_size=distributed.world_size(), before=before)
+        info = RunInfo("train", config, world_size=distributed.world_size(), before=before)
+        if hook is not None and isinstance(hook.config, MethodConfig):
+            info = replace(info, method=hook.config)
+        elif hook is not None:
+            info = replace(info, hook=described("hook.config", hook, hook.config))
         info = runs.begin_without_data(folder, info)
     training = Training(model, batches, config, validation=validation, folder=folder, before=before, hook=hook)
     del lock  # `training` holds it

@@ -1,12 +1,15 @@
 """A hook of the user: its state belongs to the run, and is saved, continued and undone with it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from helpers.small_runs import QUICK, VALIDATION, batches, network
 
-from sparse_adv import training
+from sparse_adv import report, runs, training
+from sparse_adv.config import MethodConfig
+from sparse_adv.methods import SparseTraining
 from sparse_adv.training.overfitting import OverfittingMonitor
 
 CONFIG = replace(QUICK, objective="fgsm-rs", epochs=4)
@@ -66,10 +69,62 @@ def test_a_hook_without_a_truth_value_of_true_is_called():
 def test_the_state_of_one_hook_is_not_given_to_another(tmp_path):
     train(tmp_path / "with", config=replace(CONFIG, epochs=1))
     with pytest.raises(ValueError, match="hook must be of class Counting, as before, got UpdateHook"):
-        training.train(network(), batches(), CONFIG, folder=tmp_path / "with")
+        training.Training(network(), batches(), CONFIG, folder=tmp_path / "with")
     training.train(network(), batches(), replace(CONFIG, epochs=1), folder=tmp_path / "without")
     with pytest.raises(ValueError, match="hook must be of class UpdateHook, as before, got Counting"):
-        train(tmp_path / "without")
+        training.Training(network(), batches(), CONFIG, folder=tmp_path / "without", hook=Counting())
+
+
+@dataclass(frozen=True)
+class Settings:
+    every: int = 3
+    sizes: tuple[int, ...] = (1, 2)
+
+
+class Mine(training.UpdateHook):
+    def __init__(self, config=None):
+        self.config = config
+
+
+class Other(Mine):
+    pass
+
+
+@pytest.mark.parametrize("settings", [Settings, lambda every=3: {"every": every, "of": None}])
+def test_a_hook_is_recognised_by_its_class_and_its_settings(tmp_path, settings):
+    train(tmp_path, Mine(settings()), config=replace(CONFIG, epochs=1))
+    train(tmp_path, Mine(settings()), on_epoch=lambda record: record.epoch == 2)
+    for hook, said in (
+        (Mine(settings(every=50)), r"hook\.settings\.every 3, now 50"),
+        (Mine(), r"hook\.settings\.every 3, now None"),
+        (Other(settings()), r"hook\.name 'Mine', now 'Other'"),
+        (training.UpdateHook(), r"hook\.name 'Mine', now 'UpdateHook'"),
+        (SparseTraining(MethodConfig("rigl")), r"hook\.name 'Mine', now None"),
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \(.*{said}"):
+            train(tmp_path, hook)
+    with pytest.raises(ValueError, match=r"hook\.name 'Mine', now None"):
+        training.train(network(), batches(), CONFIG, folder=tmp_path)
+    info = runs.read(tmp_path).info
+    assert info.hook.name == "Mine" and info.hook.settings["every"] == 3 and info.method is None
+    train(tmp_path, Mine(settings()))
+    assert "hook.settings.every" in report.report([tmp_path], tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "said"),
+    [
+        ({"mask": torch.ones(2)}, ValueError, "hook.config must hold only what run.json can: Object of type Tensor"),
+        ({"rate": float("inf")}, ValueError, "hook.config must hold only what run.json can: Out of range float"),
+        (Settings, TypeError, "hook.config must be a dataclass or a dict, got <class"),
+        (3, TypeError, "hook.config must be a dataclass or a dict, got 3"),
+    ],
+)
+def test_settings_that_a_file_cannot_hold_are_refused_before_training(tmp_path, config, error, said):
+    with pytest.raises(error, match=said):
+        train(tmp_path, Mine(config))
+    assert not (tmp_path / runs.INFO).exists()
+    train(hook=Mine(config), config=replace(CONFIG, epochs=1))  # which writes no file
 
 
 @pytest.mark.parametrize(
