@@ -107,6 +107,8 @@ class RunInfo:
     """Configuration of a method that makes and changes the masks; None without one."""
     hook: UserCode | None = None
     """An update hook of the user's; None without one."""
+    objective: UserCode | None = None
+    """A training objective of the user's; None for the one that `train` names."""
     world_size: int = 1
     """Number of processes that share each batch."""
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)

@@ -89,12 +89,13 @@ def summary(runs: Sequence[Run]) -> str:
     rows = []
     for run, label in zip(runs, measures.labels(runs), strict=True):
         method = run.info.method
+        objective = run.info.objective.name if run.info.objective else run.info.train.objective
         density = measures.density(run)
         best, evaluated, total = measures.best(run), measures.evaluated(run), measures.total(run)
         rows.append(
             [
                 label,
-                ", ".join([run.info.kind, run.info.train.objective, *([method.method] if method else [])]),
+                ", ".join([run.info.kind, objective, *([method.method] if method else [])]),
                 f"{density.weights:.3f}",
                 f"{density.macs:.3f}",
                 f"{run.info.before.seconds:.1f}",

@@ -6,7 +6,7 @@ from sparse_adv.training.devices import deterministic
 from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.loop import Training, train
-from sparse_adv.training.objectives import adversarial_loss
+from sparse_adv.training.objectives import Passes, TrainingObjective, adversarial_loss
 from sparse_adv.training.result import final_test
 
 __all__ = [
@@ -14,8 +14,10 @@ __all__ = [
     "PRECISIONS",
     "SCHEDULES",
     "Accuracy",
+    "Passes",
     "TrainConfig",
     "Training",
+    "TrainingObjective",
     "UpdateHook",
     "adversarial_loss",
     "clean_accuracy",

@@ -76,7 +76,7 @@ class Training:
     """A run in progress, epoch by epoch; `train` runs it to its end. Each process of a distributed run makes one.
 
     Args:
-        model, batches, config, validation, folder, before, hook: as in `train`.
+        model, batches, config, validation, folder, before, hook, objective: as in `train`.
 
     Attributes:
         records: of the epochs so far.
@@ -109,6 +109,7 @@ class Training:
         folder: Path | None = None,
         before: Cost = NO_COST,
         hook: UpdateHook | None = None,
+        objective: Callable[..., objectives.TrainingObjective] | None = None,
     ) -> None:
         self.batches, self.config, self.validation, self.folder = batches, config, validation, folder
         check_trainable(model)
@@ -120,7 +121,7 @@ class Training:
         self.hook = UpdateHook() if hook is None else hook
         if self.hook.wants_robust_loss and validation is None:
             raise ValueError("validation must have images, because the method follows the loss on them, got None")
-        self.updater = Updater(model, config, count_batches(batches), self.device, self.graphs, self.hook)
+        self.updater = Updater(model, config, count_batches(batches), self.device, self.graphs, self.hook, objective)
         self.evaluated = self.updater.evaluated
         self.monitor: OverfittingMonitor | None = None
         if config.overfitting_monitor and config.objective in SINGLE_STEP and validation is not None:
@@ -301,6 +302,7 @@ def train(
     folder: Path | str | None = None,
     before: Cost = NO_COST,
     hook: UpdateHook | None = None,
+    objective: Callable[..., objectives.TrainingObjective] | None = None,
     on_epoch: Callable[[EpochRecord], object] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> list[EpochRecord]:
@@ -329,6 +331,9 @@ def train(
         before: cost of the ticket search that the run builds on.
         hook: a method that changes the network in the course of training, such as `methods.SparseTraining`, or code of
             your own.
+        objective: a subclass of `TrainingObjective` to train on, or a function that makes one of the same arguments;
+            None for `config.objective`. That also decides, for an objective of your own too, the defaults of alpha and
+            beta, whether there is an overfitting monitor, and which accuracy is the best.
         on_epoch: called with the record of each epoch after it is saved; if it returns True, training ends. Epochs of
             an earlier call come first.
         on_step: called after each update with the number of updates so far. Gradients are None after an update that
@@ -342,11 +347,11 @@ def train(
         FileNotFoundError: if the folder has epochs of a run, but not the state to continue from, or if it was deleted
             or replaced while the run went on.
         FloatingPointError: if the loss or a weight is not finite; the folder keeps the epochs before.
-        TypeError: if the batches have no length or wrong dtypes, the validation images can be iterated only once, or
-            `hook.config` is neither a dataclass nor a dict.
-        ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it,
-            `hook.config` holds what JSON cannot, or the folder holds another run: of another configuration, network,
-            hook, initial weights or images.
+        TypeError: if the batches have no length or wrong dtypes, the validation images can be iterated only once,
+            `objective` makes no objective, or the settings of hook or objective are neither a dataclass nor a dict.
+        ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it, these
+            settings hold what JSON cannot, or the folder holds another run: of another configuration, network, hook,
+            objective, initial weights or images.
 
     Examples:
         >>> from sparse_adv import data
@@ -364,8 +369,13 @@ def train(
             info = replace(info, method=hook.config)
         elif hook is not None:
             info = replace(info, hook=described("hook.config", hook, hook.config))
+        if objective is not None:
+            own = objectives.build(config, own=objective)
+            info = replace(info, objective=described("objective.settings", own, own.settings))
         info = runs.begin_without_data(folder, info)
-    training = Training(model, batches, config, validation=validation, folder=folder, before=before, hook=hook)
+    training = Training(
+        model, batches, config, validation=validation, folder=folder, before=before, hook=hook, objective=objective
+    )
     del lock  # `training` holds it
     if folder is not None and distributed.rank() == 0:
         runs.resume(folder, info)

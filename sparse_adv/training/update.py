@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -77,6 +77,7 @@ class Updater:
         device: of the model.
         graphs: CUDA graphs of attacks to use again; those of updates are added.
         hook: called at each update.
+        objective: makes an objective in place of the configured one, see `train`.
 
     Attributes:
         step: number of updates made.
@@ -94,9 +95,10 @@ class Updater:
         device: torch.device,
         graphs: Graphs,
         hook: UpdateHook,
+        objective: Callable[..., objectives.TrainingObjective] | None = None,
     ) -> None:
         self.model, self.config, self.device, self.hook = model, config, device, hook
-        self.objective = objectives.build(config, graphs=graphs)
+        self.objective = objectives.build(config, graphs=graphs, own=objective)
         self.steps_per_epoch = batches * self.objective.updates
         self.step = 0
         hook.begin(self)
@@ -384,3 +386,5 @@ def _counting_correct(model: nn.Module, images: Tensor, labels: Tensor) -> Itera
         yield correct
     finally:
         handle.remove()
+    if not correct:
+        raise ValueError("loss must call model(adv), from whose logits the accuracy is counted, and did not")

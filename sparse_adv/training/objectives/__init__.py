@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Generator, Tensor, nn
 
 from sparse_adv import attacks
+from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.checks import int64_labels
 from sparse_adv.config import Norm, Objective, TrainConfig
 from sparse_adv.training.objectives.base import Natural, Passes, TrainingObjective
@@ -33,9 +36,21 @@ _BY_NAME: dict[str, type[TrainingObjective]] = {
 }
 
 
-def build(config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> TrainingObjective:
-    """Return the objective of a configuration; the arguments are those of `TrainingObjective`."""
-    return _BY_NAME[config.objective](config, check, graphs)
+def build(
+    config: TrainConfig,
+    check: bool = False,
+    graphs: attacks.Graphs | None = None,
+    own: Callable[..., TrainingObjective] | None = None,
+) -> TrainingObjective:
+    """Return the objective of a configuration, or the one that `own` makes of the arguments of `TrainingObjective`.
+
+    Raises:
+        TypeError: if `own` makes anything else.
+    """
+    built = (_BY_NAME[config.objective] if own is None else own)(config, check, graphs)
+    if not isinstance(built, TrainingObjective):
+        raise TypeError(f"objective must make a TrainingObjective, got {shortened(built)}")
+    return built
 
 
 def adversarial_loss(

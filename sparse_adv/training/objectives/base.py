@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -13,6 +13,9 @@ from sparse_adv.attacks import CommonOptions
 from sparse_adv.attacks.checks import check_batch
 from sparse_adv.attacks.losses import Loss, SmoothedCrossEntropy
 from sparse_adv.config import TrainConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Noise = Generator | Tensor | None
 """What a random start is drawn from: a generator, or Philox key and offset, as `ops.random_start` takes them."""
@@ -44,16 +47,35 @@ class TrainingObjective:
     """What an update trains on: the images that `craft` makes of a batch, and the `loss` on them.
 
     This class crafts nothing and has the loss CE(f(x), y), the cross-entropy with `config.label_smoothing`; a subclass
-    overrides what it does otherwise.
+    overrides what it does otherwise. `train(..., objective=...)` takes one of your own.
+
+    Where updates are captured as CUDA graphs, a replay runs `count_update` alone: what the other methods change must be
+    the tensors of `state_dict`, in place, and what else they depend on must be in `variant`. `config.graphs=False`
+    turns this off.
 
     Args:
         config: of the training.
         check: whether to validate the values of every batch.
         graphs: CUDA graphs of the attack to use again.
+
+    Examples:
+        >>> import torch
+        >>> from sparse_adv import attacks, data, training
+        >>> class FastGradientSign(training.TrainingObjective):
+        ...     passes = training.Passes(attack_forward=1, attack_backward=1)
+        ...     def craft(self, model, x, y, noise):
+        ...         return attacks.fgsm(model, x, y, eps=self.config.eps)
+        >>> batches = data.Batches(data.Split(torch.rand(8, 1, 2, 2), torch.arange(8) % 2), 4)
+        >>> model, config = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), training.TrainConfig("fgsm", epochs=2)
+        >>> [record.step for record in training.train(model, batches, config, objective=FastGradientSign)]
+        [2, 4]
     """
 
     updates = 1
     """Number of updates on each batch."""
+    settings: DataclassInstance | dict[str, Any] | None = None
+    """What decides the images and the loss beside `config`: written to `run.json` with the name of the class. A run
+    with others is not continued."""
     has_loss_of_one_batch: ClassVar[bool] = True
     """Whether the loss of a batch needs nothing of the batches before it."""
 
@@ -87,7 +109,7 @@ class TrainingObjective:
         return x
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
-        """Return the mean loss of the batch, a scalar with a gradient."""
+        """Return the mean loss of the batch, a scalar with a gradient; it must call `model(adv)`."""
         return self.cross_entropy(model(adv), y)
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
