@@ -4,61 +4,15 @@ import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
-from helpers.run_folders import epoch_record
+from helpers.run_folders import epoch_record, make, read
 
 from sparse_adv import json_files, report, runs
-from sparse_adv.config import DataConfig, PruneConfig, TrainConfig
+from sparse_adv.config import DataConfig, TrainConfig
 from sparse_adv.report.measures import labels
 from sparse_adv.report.tables import count
-from sparse_adv.runs import NO_COST, Cost, Density, Run, RunInfo, SearchResult, TicketChecks, TrainResult
-
-ATTACK, UPDATE, EVALUATION = Cost(8.0, 400_000), Cost(2.0, 100_000), Cost(1.0, 50_000)
-
-
-def make(
-    folder,
-    robust=(0.2, 0.4, 0.5),
-    *,
-    name=None,
-    kind="train",
-    objective="pgd",
-    weights=1.0,
-    before=NO_COST,
-    attack=ATTACK,
-    update=UPDATE,
-    evaluation=EVALUATION,
-    epochs=3,
-    rounds=1,
-    undone_epoch=None,
-    test=None,
-):
-    """A run folder with an epoch per accuracy (None: not evaluated); a finished one if there are test accuracies."""
-    config, density = TrainConfig(objective, epochs=epochs), Density(weights, weights**0.5)
-    prune = PruneConfig(rounds=rounds) if kind == "search" else None
-    runs.begin(folder, RunInfo(kind, config, prune, name=name, density=density, before=before))
-    total, records = before, []
-    for epoch, accuracy in enumerate(robust, 1):
-        undone = epoch == undone_epoch
-        total += attack + update + (attack + update if undone else NO_COST)
-        records.append(
-            epoch_record(
-                epoch,
-                total=total,
-                attack=attack,
-                update=update,
-                evaluation=evaluation,
-                robust_accuracy=accuracy,
-                clean_accuracy=None if accuracy is None else accuracy + 0.25,
-                undone_accuracy=0.0 if undone else None,
-            )
-        )
-    json_files.write_lines(folder / runs.EPOCHS, records)
-    if test is not None:
-        json_files.write(folder / runs.RESULT, TrainResult(total, TicketChecks(), "best", 1, None, test))
-    return folder
+from sparse_adv.runs import Cost, Density, Run, RunInfo, SearchResult, TicketChecks
 
 
 def cells(markdown):
@@ -67,10 +21,6 @@ def cells(markdown):
     grid = [[cell.strip() for cell in line.replace(r"\|", "\0").split("|")[1:-1]] for line in lines]
     assert {len(line) for line in grid} == {len(grid[0])}
     return [dict(zip(grid[0], line, strict=True)) for line in grid[2:]]
-
-
-def read(*folders):
-    return [runs.read(folder) for folder in folders]
 
 
 def test_a_table_aligns_its_columns():
@@ -318,91 +268,6 @@ def test_folders_that_cannot_be_reported_are_refused_and_nothing_is_written(tmp_
     assert not out.exists()
     with pytest.raises(NotADirectoryError, match=r"run\.json is a file: a report needs a folder"):
         report.report([good], good / "run.json")
-
-
-def texts_of(svg):
-    """The texts of an SVG figure, which matplotlib notes as comments beside the shapes of their letters."""
-    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
-    root = ElementTree.parse(svg, parser).getroot()
-    return [element.text.strip() for element in root.iter() if element.tag is ElementTree.Comment]
-
-
-def test_accuracy_is_drawn_against_time_epochs_and_macs(tmp_path):
-    ticket = make(tmp_path / "ticket", before=Cost(400.0, 5_000_000))
-    one, none = make(tmp_path / "one epoch", (0.3,)), make(tmp_path / "none", (None,))
-    search = make(tmp_path / "search", kind="search")
-    texts = texts_of(report.accuracy_curves(tmp_path / "picture", read(search, ticket, one, none))[1])
-    assert {"robust validation accuracy", "clean validation accuracy", "training time (min),", "epochs"} <= set(texts)
-    assert texts.count("with ticket search (dotted)") == 2
-    assert {"ticket", "one epoch"} <= set(texts) and not {"search", "none"} & set(texts)
-    assert "search" in texts_of(report.accuracy_curves(tmp_path / "picture", read(search))[1])
-    assert report.accuracy_curves(tmp_path / "nothing", read(none)) == []
-
-
-def test_phases_are_drawn_with_whole_names(tmp_path):
-    long = make(tmp_path / "long", name=r"a name of many $\no$ words that takes two lines", before=Cost(3.0, 0))
-    none = make(tmp_path / "none", (None,), attack=NO_COST, update=NO_COST, evaluation=NO_COST)
-    texts = texts_of(report.phase_bars(tmp_path / "picture", read(long, none))[1])
-    assert {r"a name of many $\no$ words", "that takes two lines", "search", "attack", "evaluation"} <= set(texts)
-    assert "undone" not in texts
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were drawn, with their axes, and what was drawn in these."""
-    from matplotlib.figure import Figure
-
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, file: (figures.append(self), save(self, file)))
-    return figures
-
-
-@pytest.mark.parametrize(("scale", "seconds", "unit"), [(1, 1, "s"), (40, 60, "min"), (2000, 3600, "h")])
-def test_every_curve_has_its_own_numbers_in_the_unit_that_its_axis_names(tmp_path, drawn, scale, seconds, unit):
-    before = Cost(5.0 * scale, 7_000)
-    records = [
-        epoch_record(
-            epoch,
-            robust_accuracy=0.1 * epoch,
-            clean_accuracy=0.5 + 0.1 * epoch,
-            total=Cost(10.0 * scale * epoch, 500 * epoch),
-        )
-        for epoch in (1, 2, 3)
-    ]
-    info = RunInfo("train", TrainConfig(epochs=3), name="run", before=before)
-    report.accuracy_curves(tmp_path / "picture", [Run(tmp_path, info, records, None)])
-    axes = drawn[0].axes
-    x = ([10 * scale * n / seconds for n in (1, 2, 3)], [1, 2, 3], [500, 1000, 1500])
-    ends = [5 * scale / seconds, None, 7_000]
-    for row, accuracies in enumerate(([0.1, 0.2, 0.3], [0.6, 0.7, 0.8])):
-        for column in range(3):
-            curve, *lines = axes[3 * row + column].lines
-            assert list(curve.get_xdata()) == pytest.approx(x[column])
-            assert list(curve.get_ydata()) == pytest.approx(accuracies)
-            assert [line.get_xdata()[0] for line in lines] == ([ends[column]] if ends[column] else [])
-    assert [axes[3 * row].get_ylabel().split()[0] for row in (0, 1)] == ["robust", "clean"]
-    assert f"({unit})" in axes[3].get_xlabel() and axes[4].get_xlabel() == "epochs"
-
-
-@pytest.mark.parametrize(("scale", "seconds"), [(1, 1), (13, 60)])  # 13: runs of 325 s and 286 s
-def test_every_bar_is_as_long_as_its_phase_costs(tmp_path, drawn, scale, seconds):
-    cost = {"attack": Cost(8.0 * scale, 400), "update": Cost(2.0 * scale, 100), "evaluation": Cost(1.0 * scale, 50)}
-    records = [epoch_record(epoch, **cost) for epoch in (1, 2)]
-    info = RunInfo("train", TrainConfig(epochs=2), before=Cost(3.0 * scale, 70))
-    runs = [Run(tmp_path / "a", info, records, None), Run(tmp_path / "b", replace(info, before=Cost()), records, None)]
-    report.phase_bars(tmp_path / "picture", runs)
-    for axes, wanted, unit in zip(
-        drawn[0].axes,
-        ([[3, 0], [16, 16], [4, 4], [2, 2]], [[70, 0], [800, 800], [200, 200], [100, 100]]),
-        (1, 0),
-        strict=True,
-    ):
-        factor = scale / seconds if unit else 1
-        ends = [0.0, 0.0]
-        for bars, widths in zip(axes.containers, wanted, strict=True):
-            assert [bar.get_width() for bar in bars] == pytest.approx([factor * width for width in widths])
-            assert [bar.get_x() for bar in bars] == pytest.approx(ends)
-            ends = [end + factor * width for end, width in zip(ends, widths, strict=True)]
 
 
 def test_a_missing_matplotlib_is_named_with_its_package(tmp_path, monkeypatch):

@@ -75,31 +75,6 @@ def test_a_ticket_from_elsewhere_has_no_record_and_no_cost():
         tickets.record_of(ticket)
 
 
-def test_rewinding_returns_to_the_weights_after_that_update():
-    seen = {}
-    model = network()
-    run = training.Training(model, batches(), CONFIG, validation=VALIDATION)
-    list(run.epochs(on_step=lambda step: seen.update({step: copy.deepcopy(model.state_dict())})))
-    ticket, searched = search(rewind_step=4, rounds=2)
-    assert equal_states(ticket.state_dict, seen[4])
-    assert equal_states(searched.state_dict(), network().state_dict())
-
-
-def test_rewinding_to_an_update_that_is_never_made_is_refused_before_any_training(tmp_path):
-    epochs = []
-    for objective, updates in (("natural", 6), ("free", 18)):
-        config = replace(CONFIG, objective=objective, replays=3)
-        with pytest.raises(ValueError, match=f"must be an update of the first round, which has {updates}"):
-            search(tmp_path, config, on_epoch=epochs.append, rewind_step=updates + 1)
-    assert not epochs and not list(tmp_path.iterdir())
-    assert search(tmp_path, on_epoch=epochs.append, rewind_step=6) and len(epochs) == CONFIG.epochs
-
-
-def test_rewinding_to_an_update_after_an_early_stop_is_refused():
-    with pytest.raises(ValueError, match="must be an update of the first round, which did not make it, got 21"):
-        search(config=replace(CONFIG, epochs=7), early_stop_distance=1.0, rewind_step=21)
-
-
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_channel_permutation_applies_to_masks_and_initial_weights(rounds):
     pruning = {"density": 0.3, "block": (2, 2), "scope": "uniform"}

@@ -1,4 +1,4 @@
-"""A folder holds one run: of one configuration, network and set of images; more epochs extend it."""
+"""A folder holds one run: of one configuration, network and set of images."""
 
 import logging
 import random
@@ -170,47 +170,6 @@ def test_another_function_in_a_module_is_another_network(tmp_path):
         model.activation = activation
         digests.append(identity.network_digest(model))
     assert len(set(digests)) == 4 and digests[0] == digests[-1]
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_more_epochs_extend_a_run(tmp_path, schedule):
-    config = replace(CONFIG, schedule=schedule)
-    run(tmp_path, config=config)
-    (tmp_path / runs.RESULT).write_text("the result of two epochs")
-    records = run(tmp_path, config=replace(config, epochs=4))
-    assert [record.epoch for record in records] == [1, 2, 3, 4]
-    info = runs.read(tmp_path).info
-    assert info.train.epochs == 4 and info.extended == (2,)
-    assert not (tmp_path / runs.RESULT).exists() and (tmp_path / "result_2.json").read_text().startswith("the result")
-    if schedule == "constant":  # then the same as a run that had four epochs from the beginning
-        whole = run(tmp_path / "whole", config=replace(config, epochs=4))
-        assert [record.loss for record in whole] == [record.loss for record in records]
-    else:
-        assert records[-1].learning_rate == config.lr * (1 + np.cos(np.pi * 11 / 12)) / 2
-    with pytest.raises(ValueError, match=r"train\.epochs 4, now 2"):
-        run(tmp_path, config=config)
-    run(tmp_path, config=replace(config, epochs=5))
-    assert runs.read(tmp_path).info.extended == (2, 4)
-
-
-def test_a_refused_extension_changes_nothing(tmp_path):
-    run(tmp_path, config=CONFIG)
-    (tmp_path / runs.RESULT).write_text("the result of two epochs")
-    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="other network"):
-        run(tmp_path, network(channels=8), config=replace(CONFIG, epochs=4))
-    assert files == {file: file.read_bytes() for file in tmp_path.iterdir()}
-
-
-def test_a_run_that_has_not_ended_is_not_shortened(tmp_path):
-    def begin(epochs):
-        own = replace(CONFIG, epochs=epochs)
-        return training.Training(network(), batches(), own, validation=VALIDATION, folder=tmp_path)
-
-    next(begin(4).epochs())
-    with pytest.raises(ValueError, match="holds a run of another configuration"):
-        begin(3)
-    assert len(begin(4).records) == len(begin(5).records) == 1
 
 
 def test_a_run_continued_with_other_threads_says_so(tmp_path, caplog):
