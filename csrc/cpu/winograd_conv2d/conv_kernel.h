@@ -15,8 +15,8 @@ namespace sparse_adv {
 // the last one are zeros.
 constexpr int64_t kPanel = 32;
 
-// All tensors are channels_last without gaps. The output may be a part of the channels of one; with its first channel,
-// the kernels are given pointers to it.
+// All tensors are channels_last without gaps. The output may be some of the channels of a wider tensor: the kernels get
+// a pointer to the first of them.
 struct Winograd {
   int64_t tile;                  // m, 2 or 4
   int64_t H, W, C;               // of the input

@@ -31,9 +31,8 @@ constexpr int64_t kGradTiles = 72;
 constexpr int64_t kLargeWeights = 640 * 1024;  // floats
 constexpr int64_t kWeightGrain = 16;           // input channels of a panel, for a thread at least
 constexpr int64_t kChannelsOfPart = 48;        // input channels of an element that a thread multiplies, at most
-// What an op transforms for itself, weights or their gradient, is in memory for so many output channels at a time that
-// an AlignedBuffer keeps it, in floats: 512 x 512 channels would take 38 MB, which the system maps, clears and unmaps
-// in each call.
+// Floats of transformed weights, or of their gradient, that are in memory at a time. An AlignedBuffer keeps so many
+// between calls. All of 512 x 512 channels would take 38 MB, which the system maps, clears and unmaps in each call.
 constexpr int64_t kTransformedAtOnce = 4 << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
