@@ -12,6 +12,7 @@ import json
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from typing import IO
@@ -65,12 +66,8 @@ class Campaign:
 
     def run(self, kind: str, numbers: range, end: float) -> int:
         """Run cases in one process, until one ends it, hangs or the time is over; returns the next number."""
-        process = subprocess.Popen(
-            command(kind, numbers),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        process = subprocess.Popen(command(kind, numbers), stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout
         reports: queue.Queue[dict[str, str | int] | None] = queue.Queue()
         threading.Thread(target=_forward, args=(process.stdout, reports), daemon=True).start()
@@ -84,7 +81,9 @@ class Campaign:
                     if running is not None:
                         self._fail(kind, running, f"the process ended with {code}")
                     elif code or following < numbers.stop:
-                        self._fail(kind, following, f"the process ended with {code} between cases")
+                        errors.seek(0)
+                        said = errors.read()[-2000:]
+                        self._fail(kind, following, f"the process ended with {code} between cases: {said}")
                         following += 1
                     return following
                 if "begin" in report:
@@ -98,6 +97,7 @@ class Campaign:
         finally:
             process.kill()
             process.wait()
+            errors.close()
         return following
 
     def print_summary(self) -> None:

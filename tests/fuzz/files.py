@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fuzz.case import REFUSALS, Wrong, check_refusal
 from fuzz.mutations import CANARY, mutated
-from sparse_adv import data, masks, runs
+from sparse_adv import data, json_files, masks, runs
 from sparse_adv.attacks.autoattack_state import State
 from sparse_adv.commands import options, search, train
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
@@ -222,10 +222,10 @@ def _run_info() -> runs.RunInfo:
 
 _RUN = _written(lambda folder: runs.begin(folder, _run_info()), "run.json")
 _EPOCHS = _written(
-    lambda folder: runs.json_files.write_lines(folder / "e", [epoch_record(i, clean_accuracy=0.5) for i in (1, 2)]), "e"
+    lambda folder: json_files.write_lines(folder / "e", [epoch_record(i, clean_accuracy=0.5) for i in (1, 2)]), "e"
 )
 _RESULT = _written(
-    lambda folder: runs.json_files.write(
+    lambda folder: json_files.write(
         folder / "r",
         runs.TrainResult(runs.Cost(1.0, 5), runs.TicketChecks(weights=3), "best", 2, 0.5, {"clean": 0.9}),
     ),

@@ -51,6 +51,15 @@ CASES = {
 }
 
 
+def test_a_module_of_cases_that_cannot_be_imported_is_reported_with_the_reason(monkeypatch):
+    monkeypatch.setattr(campaign, "command", lambda *_: [campaign.sys.executable, "-c", "import no_such_module"])
+    run = campaign.Campaign()
+    assert run.run("broken", range(5, 6), campaign.time.monotonic() + 120) == 6
+    (failure,) = run.failures
+    assert "the process ended with 1 between cases" in failure
+    assert "No module named 'no_such_module'" in failure
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_that_crashes_hangs_or_fills_the_memory_is_reported(name, tmp_path, monkeypatch, capsys):
     statement, what = CASES[name]
