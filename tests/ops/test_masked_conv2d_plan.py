@@ -126,6 +126,20 @@ def test_the_layout_of_the_input_counts():
     assert kernels == {"contiguous": "sparse", "sliced": "sparse", "channels_last": "dense"}
 
 
+def test_dense_images_of_channels_last_skip_the_padding_that_a_large_dilation_reads():
+    """Of 3x3 taps 24 apart, 27 % read one of 33x33 pixels; grad_weight of the dense kernel takes all of them."""
+    near, far = (
+        Case(batch=8, group_in=256, group_out=128, image=(33, 33), padding=(d, d), dilation=(d, d), block=(4, 4))
+        for d in (1, 24)
+    )
+    kernels = [
+        [kernel for kernel, _ in plan_of(case, case.pattern(), case.input).values()]
+        for case in (replace(each, density=0.1, layout="channels_last") for each in (near, far))
+    ]
+    assert kernels[0] == ["sparse", "sparse", "sparse"]
+    assert kernels[1][:2] == ["dense", "dense"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_a_dtype_without_sparse_kernels_is_dense_whatever_is_requested(dtype):
     case = replace(GEOMETRIES["3x3"])

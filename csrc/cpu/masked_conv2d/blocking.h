@@ -58,6 +58,10 @@ struct Blocking {
   // The number of positions that are computed, including those outside of the images.
   int64_t computed_positions() const { return batch_blocks() * lanes * plane_vectors; }
   int64_t rows_in_band(int64_t band) const { return std::min(band_rows, rows.positions - band * band_rows); }
+  // Floats of the input tile that all work items fill, halo and padding included.
+  double filled_floats() const {
+    return static_cast<double>(work_items()) * static_cast<double>(source_channels * channel_pitch * lanes);
+  }
   // Rows that the kernel computes for a band and each output phase, and vectors of one that have positions of the
   // images.
   int64_t computed_rows(int64_t band) const { return joins_rows() ? 1 : rows_in_band(band); }

@@ -1,5 +1,7 @@
 #include "cpu/masked_conv2d/conv_params.h"
 
+#include <algorithm>
+
 #include "common/errors.h"
 #include "common/tensor_checks.h"
 
@@ -22,7 +24,24 @@ bool every_window_reads(int64_t pixels, int64_t taps, int64_t windows, int64_t s
   return true;
 }
 
+// For rows or for columns: of all pairs of a window and a tap, the share that reads one of `pixels`.
+double share_inside(int64_t pixels, int64_t taps, int64_t windows, int64_t stride, int64_t padding, int64_t dilation) {
+  int64_t inside = 0;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t before = padding - tap * dilation;  // pixels that window 0 reads before the first one
+    const int64_t first = before > 0 ? (before + stride - 1) / stride : 0;
+    const int64_t end = pixels + before > 0 ? (pixels + before - 1) / stride + 1 : 0;
+    inside += std::max<int64_t>(std::min(end, windows) - first, 0);
+  }
+  return static_cast<double>(inside) / static_cast<double>(taps * windows);
+}
+
 }  // namespace
+
+double ConvParams::share_inside() const {
+  return sparse_adv::share_inside(H, R, P, stride[0], padding[0], dilation[0]) *
+         sparse_adv::share_inside(W, S, Q, stride[1], padding[1], dilation[1]);
+}
 
 bool ConvParams::every_window_reads() const {
   return sparse_adv::every_window_reads(H, R, P, stride[0], padding[0], dilation[0]) &&

@@ -18,6 +18,9 @@ struct ConvParams {
 
   int64_t weights() const { return K * (C / groups) * R * S; }
 
+  bool is_dilated() const { return dilation[0] > 1 || dilation[1] > 1; }
+  // Of all pairs of an output pixel and a tap, the share that reads a pixel of the image, and not the padding.
+  double share_inside() const;
   // Whether each output pixel reads a pixel of the image, and not the padding alone.
   bool every_window_reads() const;
 };
