@@ -47,7 +47,13 @@ void check_memory(const char* name, const std::optional<Tensor>& written, const 
   if (!written || !other) return;
   const auto* begin = static_cast<const char*>(written->const_data_ptr());
   const auto* other_begin = static_cast<const char*>(other->const_data_ptr());
-  const auto bytes = [](const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); };
+  const auto bytes = [](const Tensor& tensor) {
+    if (tensor.numel() == 0) return int64_t{0};
+    int64_t last = 0;
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+    return (last + 1) * static_cast<int64_t>(tensor.element_size());
+  };
+  if (bytes(*written) == 0 || bytes(*other) == 0) return;
   if (may_be_same && begin == other_begin && bytes(*written) == bytes(*other)) return;
   check(begin + bytes(*written) <= other_begin || other_begin + bytes(*other) <= begin, name, " shares memory with ",
         other_name);

@@ -22,8 +22,8 @@ void check_size(const char* name, const std::optional<torch::stable::Tensor>& te
 void check_dtype(const char* name, const std::optional<torch::stable::Tensor>& tensor, const char* like_name,
                  const torch::stable::Tensor& like);
 
-// Throws if a tensor that is written shares memory with another one; both are without gaps. If `may_be_same`, the two
-// may have exactly the same memory.
+// Throws if a tensor that is written lies between the first and the last element of another one, or the other way
+// round. If `may_be_same`, the two may have exactly the same memory.
 void check_memory(const char* name, const std::optional<torch::stable::Tensor>& written, const char* other_name,
                   const std::optional<torch::stable::Tensor>& other, bool may_be_same = false);
 

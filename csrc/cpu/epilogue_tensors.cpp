@@ -55,19 +55,28 @@ void check_residual(const std::optional<Tensor>& residual, const Tensor& out) {
 }
 
 void check_out(const Tensor& out, const std::array<int64_t, 4>& size, const char* like_name, const Tensor& like,
-               const EpilogueTensors& epilogue) {
+               const Tensor& weight, const EpilogueTensors& epilogue) {
   check_size("out", out, {size.begin(), size.end()});
   check_dtype("out", out, like_name, like);
   const bool fits = has_plain_layout(like) ? layouts_agree(out, like) : out.is_contiguous();
   check(fits, "out must be ", is_channels_last(like) ? "channels_last" : "NCHW", " without gaps, as ", like_name,
         " is, got strides ", text_of(out.strides()));
-  check_memory("out", out, like_name, like);
-  check_memory("out", out, "bias", epilogue.bias);
   check_residual(epilogue.residual, out);
   check_gate("gate", epilogue.gate, out);
-  check_gate("gate_out", epilogue.relu_gate, out);
+  check_gate_out(epilogue, out);
+  check_memory("out", out, like_name, like);
+  check_memory("out", out, "weight", weight);
+  check_memory("out", out, "bias", epilogue.bias);
   check_memory("gate_out", epilogue.relu_gate, like_name, like);
-  check_memory("gate_out", epilogue.relu_gate, "residual", epilogue.residual);
+  check_memory("gate_out", epilogue.relu_gate, "weight", weight);
+}
+
+void check_gate_out(const EpilogueTensors& epilogue, const Tensor& out) {
+  const std::optional<Tensor>& gate_out = epilogue.relu_gate;
+  check_gate("gate_out", gate_out, out);
+  check_memory("gate_out", gate_out, "scale", epilogue.scale);
+  check_memory("gate_out", gate_out, "bias", epilogue.bias);
+  check_memory("gate_out", gate_out, "residual", epilogue.residual);
 }
 
 EpilogueTensors EpilogueTensors::laid_out_like(const Tensor& out) const {

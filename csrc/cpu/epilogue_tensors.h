@@ -37,9 +37,13 @@ void check_gate(const char* name, const std::optional<torch::stable::Tensor>& ga
 // Throws unless a residual has the size, the dtype and the layout of `out`, and is out or shares no memory with it.
 void check_residual(const std::optional<torch::stable::Tensor>& residual, const torch::stable::Tensor& out);
 
-// Throws unless a convolution of the images `like` can write to `out`: it has this size, their dtype and their layout,
-// shares no memory with what the kernels read meanwhile, and residual and gate fit it.
+// Throws unless a convolution of the images `like` with these weights can write to `out`: it has this size, their dtype
+// and their layout, residual and gate fit it, and neither out nor gate_out shares memory with what the kernels read
+// meanwhile.
 void check_out(const torch::stable::Tensor& out, const std::array<int64_t, 4>& size, const char* like_name,
-               const torch::stable::Tensor& like, const EpilogueTensors& epilogue);
+               const torch::stable::Tensor& like, const torch::stable::Tensor& weight, const EpilogueTensors& epilogue);
+
+// Throws if a gate that is written shares memory with an operand of its epilogue.
+void check_gate_out(const EpilogueTensors& epilogue, const torch::stable::Tensor& out);
 
 }  // namespace sparse_adv

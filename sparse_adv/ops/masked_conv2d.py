@@ -45,6 +45,9 @@ def masked_conv2d(
     autocast, `torch.compile(fullgraph=True)` and `torch.export`. Under `torch.func` (jvp, vmap, grad)
     and forward-mode AD it is computed by this formula in plain PyTorch, without sparse kernels.
 
+    Where only pruned entries read a pixel that is NaN or infinite, the formula and the dense kernels give NaN; the
+    sparse kernels do not read it.
+
     Args:
         input: float tensor [N, C, H, W], NCHW or channels_last (others are copied); the output keeps the layout.
         weight: float tensor [K, C/groups, R, S], of the input's dtype.

@@ -311,6 +311,32 @@ def test_memory_that_two_tensors_share_is_refused():
     other = torch.zeros(1, 6, 9, 11)
     with pytest.raises(RuntimeError, match="out shares memory with residual"):
         masked_conv2d_out(other, *arguments, residual=shifted, out=input)
+    with pytest.raises(RuntimeError, match="out shares memory with weight"):
+        masked_conv2d_out(other, memory[500:824].view(6, 6, 3, 3), *arguments[1:], out=input)
+    with pytest.raises(RuntimeError, match="out shares memory with weight"):
+        masked_conv2d_grad_input_out(other, memory[500:824].view(6, 6, 3, 3), case.pattern(), padding=1, out=input)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "residual"])
+def test_a_gate_that_shares_memory_with_an_operand_is_refused(name):
+    case = Case(1, group_in=6, group_out=6, density=1.0)
+    operands = {"weight": case.weight, "bias": torch.zeros(6), "residual": torch.zeros(1, 6, 9, 11)}
+    memory = torch.zeros(1000)
+    operands[name] = memory[: operands[name].numel()].view(operands[name].shape)
+    out = torch.zeros(1, 6, 9, 11)
+    gate = memory.view(torch.uint8)[20 : 20 + empty_gate(out).numel()].view(empty_gate(out).shape)
+    with pytest.raises(RuntimeError, match=f"gate_out shares memory with {name}"):
+        masked_conv2d_out(out.clone(), pattern=case.pattern(), padding=1, **operands, relu=True, out=out, gate_out=gate)
+
+
+def test_an_expanded_operand_ends_with_its_last_element():
+    """It has fewer bytes than elements times their size: what follows in memory is not its own."""
+    case = Case(1, group_in=6, group_out=6, density=1.0)
+    memory = torch.ones(2000)
+    weight, bias = memory[0].expand(6, 6, 3, 3), memory[1].expand(6)
+    out = memory[2 : 2 + 594].view(1, 6, 9, 11)
+    masked_conv2d_out(torch.ones(1, 6, 9, 11), weight, case.pattern(), bias, 1, 1, out=out)
+    assert out.max() == 6 * 9 + 1
 
 
 def test_devices_gradients_and_patterns_are_checked_in_python():

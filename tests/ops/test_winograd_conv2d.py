@@ -244,6 +244,12 @@ BAD = {
         RuntimeError,
         "input must have a window of 3 x 3 pixels",
     ),
+    "no pixels": (
+        {"input": IMAGES[:, :, :0], "padding": 2},
+        RuntimeError,
+        r"input must have pixels, got \[2, 4, 0, 7\]",
+    ),
+    "no channels": ({"weight": WEIGHT[:0]}, RuntimeError, r"weight of size \[0, 4, 3, 3\] has no output channels"),
     "no tensor": ({"input": [1.0]}, TypeError, "input must be a tensor, got list"),
 }
 

@@ -60,6 +60,8 @@ void check_tile(int64_t tile) { check(tile == 2 || tile == 4, "tile must be 2 or
 std::array<int64_t, 4> output_size(const Tensor& input, const std::vector<int64_t>& padding, int64_t channels) {
   check(padding.size() == 2, "padding must have 2 elements, got ", padding.size());
   for (const int64_t zeros : padding) check(zeros >= 0 && zeros <= 2, "padding must be 0, 1 or 2, got ", zeros);
+  check(input.size(0) == 0 || (input.size(2) > 0 && input.size(3) > 0), "input must have pixels, got ",
+        text_of(input.sizes()));
   const int64_t P = input.size(2) + 2 * padding[0] - 2, Q = input.size(3) + 2 * padding[1] - 2;
   check(P >= 1 && Q >= 1, "input must have a window of 3 x 3 pixels, got ", text_of(input.sizes()));
   return {input.size(0), channels, P, Q};
@@ -185,9 +187,7 @@ void winograd_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<int64_t> p
   check_dtype("bias", bias, "input", input);
   check(!(relu && gate), "relu and gate exclude each other");
   check(relu || !gate_out, "gate_out receives the bits of the ReLU, but relu is False");
-  check_out(out, {input.size(0), conv.K, conv.P, conv.Q}, "input", input, epilogue);
-  check_memory("out", out, "weight", weight);
-  check_memory("gate_out", gate_out, "weight", weight);
+  check_out(out, {input.size(0), conv.K, conv.P, conv.Q}, "input", input, weight, epilogue);
   if (out.numel() == 0) return;
   check(!(gate || gate_out) || is_channels_last(out), "a gate needs an out of several channels and pixels, got ",
         text_of(out.sizes()));
@@ -201,6 +201,7 @@ Tensor winograd_conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> bi
                            int64_t tile, bool transposed) {
   check_weight(weight);
   const int64_t C = weight.size(transposed ? 0 : 1), K = weight.size(transposed ? 1 : 0);
+  check(weight.size(0) > 0, "weight of size ", text_of(weight.sizes()), " has no output channels");
   check(input.dim() == 4 && input.size(1) == C, "input must be [N, ", C, ", H, W], got ", text_of(input.sizes()));
   check_float("input", input);
   check_tile(tile);
