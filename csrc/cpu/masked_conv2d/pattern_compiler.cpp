@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 namespace sparse_adv {
@@ -30,6 +31,8 @@ struct MaskCsr {
         for (int64_t j = i; j < end; ++j)
           if (row[j]) col_indices.push_back(index_of[j]);
       }
+      if (std::ssize(col_indices) > std::numeric_limits<int32_t>::max())
+        throw std::invalid_argument("mask keeps 2^31 weights or more, which row offsets cannot count");
       row_offsets.push_back(static_cast<int32_t>(col_indices.size()));
     }
   }

@@ -254,7 +254,8 @@ class BandComputer {
     });
   }
 
-  // Calls compute() with gates whose rows have no padding: a piece continues from one row to the next.
+  // A piece has whole rows, one behind the other, but each row of a gate is padded to bytes. So compute() reads and
+  // writes gates of the piece without padding, which are made from the padded ones before and written to them after.
   template <class Compute>
   void with_gates_of_piece(OutputRegion& region, const Compute& compute) {
     const Epilogue<float> padded = region.epilogue;
