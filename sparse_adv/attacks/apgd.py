@@ -46,7 +46,10 @@ def apgd(
 
     The step starts at 2 eps. At the checkpoints ceil(p_j steps), p = 0, 0.22, then p_{j+1} = p_j + max(p_j - p_{j-1} -
     0.03, 0.06), it is halved, and the ascent goes on from the point of highest loss, if the loss rose in fewer than
-    rho of the steps since the last checkpoint, or if neither the step nor the highest loss has changed since then.
+    rho of the steps since the last checkpoint, or if neither the step nor the highest loss has changed since then. This
+    is the paper's rule. The authors' code differs in three details: it halves also where the loss rose in exactly rho
+    of the steps, compares the first loss with 0 and not with that of the start, and applies the second condition from
+    the second checkpoint on.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes]; a module, or a plain function, which autograd
