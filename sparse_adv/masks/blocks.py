@@ -85,6 +85,8 @@ def block_sums(values: Tensor, block: Sequence[int]) -> Tensor:
 
 def block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
     """Return the number of elements of each block, int64 of shape `grid_shape(shape, block)`."""
+    if all(length % size == 0 for length, size in zip(shape, block, strict=True)):  # one number, without a copy of it
+        return torch.tensor(math.prod(block)).expand(grid_shape(shape, block))
     sizes = torch.ones(1, dtype=torch.int64)
     for length, size in zip(shape, block, strict=True):
         sizes = sizes.unsqueeze(-1) * torch.tensor([min(size, length - start) for start in range(0, length, size)])

@@ -199,8 +199,8 @@ def select_blocks(
     """Select the blocks with the highest scores so that the number of their weights is as near the target as possible.
 
     Args:
-        scores: score of each block, by layer.
-        sizes: int64, number of weights of each block, by layer.
+        scores: score of each block, by layer; all on one device.
+        sizes: int64, number of weights of each block, by layer, on the same device.
         targets: for each set of layers that is ranked together, the number of weights to keep.
 
     Returns:
@@ -229,7 +229,7 @@ def _highest(scores: Tensor, sizes: Tensor, target: int) -> Tensor:
     missing = target - int(totals[count - 1]) if count else target
     if count < len(totals) and int(totals[count]) - target < missing:
         count += 1
-    flags = torch.zeros(len(totals), dtype=torch.bool)
+    flags = torch.zeros_like(order, dtype=torch.bool)
     flags[order[:count]] = True
     return flags
 

@@ -17,8 +17,9 @@ class Schedule:
         steps_per_epoch: updates of an epoch.
 
     Attributes:
-        first: updates without masks; gmp begins to prune after them, other methods then prune to their density.
-        last: updates after which the masks stay.
+        first: updates without masks, at least one where there are `dense_epochs`; gmp begins to prune after them, other
+            methods then prune to their density.
+        last: updates after which the masks stay; of gmp, which then reaches its density, at least one.
         adapt_after: updates after which the density follows the training; None for other methods.
 
     Examples:
@@ -33,10 +34,12 @@ class Schedule:
     def __init__(self, config: MethodConfig, epochs: int, steps_per_epoch: int) -> None:
         self.config = config.resolved()
         assert self.config.change_until is not None and self.config.drop_fraction is not None
-        self.first = min(round(config.dense_epochs * steps_per_epoch), epochs * steps_per_epoch)
-        self.last = max(self.first, int(self.config.change_until * epochs * steps_per_epoch))
+        updates = epochs * steps_per_epoch
+        self.first = min(max(1, round(config.dense_epochs * steps_per_epoch)), updates) if config.dense_epochs else 0
+        least = 1 if config.method == "gmp" else 0
+        self.last = max(least, self.first, int(self.config.change_until * updates))
         start = self.config.adapt_from
-        self.adapt_after = None if start is None else int(start * epochs * steps_per_epoch)
+        self.adapt_after = None if start is None else int(start * updates)
 
     def is_due(self, before: int, now: int) -> bool:
         """Return whether the masks change after one of the updates before + 1, ..., now.
@@ -54,14 +57,13 @@ class Schedule:
     def drop_fraction(self, step: int) -> float:
         """Return the fraction of the kept blocks that a change after this many updates replaces.
 
-        It is drop_fraction (1 + cos(pi t)) / 2, where t goes from 0 at the first update to 1 at `last`.
+        It is drop_fraction (1 + cos(pi t)) / 2, where t goes from 0 at `first` to 1 at `last`.
 
         Source: Evci et al., "Rigging the lottery" (ICML 2020), section 3 (2). In the code of Chen et al. (Flying Bird)
         it ends at 0.005 instead of 0.
         """
         assert self.config.drop_fraction is not None
-        progress = min(1.0, step / self.last) if self.last else 1.0
-        return self.config.drop_fraction * (1 + math.cos(math.pi * progress)) / 2
+        return self.config.drop_fraction * (1 + math.cos(math.pi * self._progress(step))) / 2
 
     def adapts(self, step: int) -> bool:
         """Return whether a change after this many updates follows the training: flying-bird-plus from `adapt_from` on.
@@ -84,6 +86,9 @@ class Schedule:
         target = float(self.config.density)
         if self.config.method != "gmp":
             return target
+        return target + (1 - target) * (1 - self._progress(step)) ** 3
+
+    def _progress(self, step: int) -> float:
+        """0 up to `first`, 1 from `last` on, linear in between."""
         length = self.last - self.first
-        progress = min(1.0, max(0.0, (step - self.first) / length)) if length else 1.0
-        return target + (1 - target) * (1 - progress) ** 3
+        return min(1.0, max(0.0, (step - self.first) / length)) if length else 1.0

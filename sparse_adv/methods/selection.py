@@ -1,4 +1,4 @@
-"""Selects the blocks that are dropped, grown or pruned: an exact number, by their scores, on the scores' device."""
+"""Selects the blocks that a change drops and grows (an exact number) or prunes (to a number of weights), by scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sparse_adv.masks.pruning import select_blocks
 from sparse_adv.masks.selection import smallest
 
 Grids = Mapping[str, Tensor]
@@ -58,14 +59,15 @@ def drop_and_grow(
     return new
 
 
-def prune(grids: Grids, scores: Grids, kept: Mapping[tuple[str, ...], int]) -> dict[str, Tensor]:
-    """Drop the kept blocks of smallest score, so that each group keeps a given number; no pruned block is grown.
+def prune(grids: Grids, scores: Grids, sizes: Grids, targets: Mapping[tuple[str, ...], int]) -> dict[str, Tensor]:
+    """Drop the kept blocks of smallest score, so that each group keeps a number of weights; no pruned block is grown.
 
     Args:
         grids: bool tensor for each layer: true = the block is kept.
-        scores: of the blocks.
-        kept: for each set of layers that is ranked together, the number of blocks to keep. A group that keeps fewer
-            already stays as it is.
+        scores: of the blocks, at least 0.
+        sizes: int64, the number of weights of each block.
+        targets: for each set of layers that is ranked together, the number of weights to keep, which is met as nearly
+            as whole blocks allow. A group that keeps fewer already stays as it is.
 
     Returns:
         The new grids of the layers that change.
@@ -73,15 +75,14 @@ def prune(grids: Grids, scores: Grids, kept: Mapping[tuple[str, ...], int]) -> d
     Examples:
         >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0])}
         >>> grids = {"a": torch.tensor([True, True]), "b": torch.tensor([True])}
-        >>> prune(grids, scores, {("a", "b"): 2})
+        >>> sizes = {"a": torch.tensor([4, 4]), "b": torch.tensor([2])}
+        >>> prune(grids, scores, sizes, {("a", "b"): 6})
         {'a': tensor([ True, False]), 'b': tensor([True])}
     """
-    new: dict[str, Tensor] = {}
-    for (group, count), live in zip(kept.items(), _count(grids, list(kept)), strict=True):
-        if live > count:
-            flat = _flat(grids, group)
-            new |= _split(flat & ~smallest(_flat(scores, group), flat, live - count), grids, group)
-    return new
+    ranked = {name: scores[name].where(grid, -1.0) for name, grid in grids.items()}  # pruned blocks come last
+    selected = select_blocks(ranked, sizes, targets)
+    new = {name: grids[name] & grid for name, grid in selected.items()}
+    return {name: grid for name, grid in new.items() if not grid.equal(grids[name])}
 
 
 def _count(grids: Grids, groups: Sequence[Sequence[str]]) -> list[int]:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from sparse_adv.argument_types import checks_types
 from sparse_adv.config import MethodConfig
 from sparse_adv.masks.allocation import targets_of
-from sparse_adv.masks.blocks import block_sums, conv_shape, grid_shape
+from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import check_traceable, dependency_groups
 from sparse_adv.methods import selection
 from sparse_adv.methods.adaptation import Adaptation
 from sparse_adv.methods.permutation import permute_before_pruning
 from sparse_adv.methods.schedule import Schedule
 from sparse_adv.methods.start import GROWTH_SEED, generator, start
-from sparse_adv.nn import sparsify
+from sparse_adv.nn import revive_dead_channels, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys, expand_blocks
 from sparse_adv.runs import EpochRecord
@@ -34,9 +34,11 @@ log = logging.getLogger(__name__)
 class SparseTraining(UpdateHook):
     """Makes a model sparse before its first update, and changes the masks as a method says.
 
-    A change drops the kept blocks of smallest magnitude, sum |w| over the block, and grows as many pruned ones: those
-    of the largest sum |dL/dw|, with the adversarial images of the update before, or random ones. Blocks are
-    ranked within a layer, or with scope "global" over all layers. gmp only drops.
+    A change drops the kept blocks of smallest magnitude, mean |w| over the block, and grows as many pruned ones: those
+    of the largest mean |dL/dw|, with the adversarial images of the update before, or random ones. Blocks are
+    ranked within a layer, or with scope "global" over all layers. gmp only drops. What is counted when blocks are
+    dropped and grown are blocks: of layers that the block does not divide, whose last blocks are smaller, the number of
+    weights may change a little. A pruning counts weights.
 
     Where a mask newly prunes, weight, momentum and moving average become 0; where it newly keeps, they start at 0. A
     block that a change drops and grows again keeps them. The gradients of pruned weights are formed in the one update
@@ -52,7 +54,8 @@ class SparseTraining(UpdateHook):
     `dense_epochs`), with their BatchNorm, momentum and moving average, see `masks.permute_channels`.
 
     A model that has masks already, such as the network of a ticket, starts from those, whatever the density of the
-    configuration; its other layers stay dense.
+    configuration; its other layers stay dense. BatchNorm channels that `tickets.restore` keeps at 0, because their
+    filter has no weight, are trained again where the method may grow weights there.
 
     Args:
         config: of the method.
@@ -112,6 +115,8 @@ class SparseTraining(UpdateHook):
             check_traceable(self.model)
         if not _masked_layers(self.model):
             start(self.model, self.config, updater.config.seed)
+        elif "growth" not in self.config.without_effect():
+            revive_dead_channels(self.model)
         self.layers = _masked_layers(self.model)
         for name, layer in self.layers.items():
             try:
@@ -142,9 +147,12 @@ class SparseTraining(UpdateHook):
         if prunes and self.config.permute_channels and self.retained is None:
             self.retained = permute_before_pruning(self.updater, self.config)
         grids = {name: self._grid(self.layers[name].weight_mask) for name in self.shapes}
-        magnitudes = {name: self._sums(self.layers[name].weight) for name in self.shapes}
+        magnitudes = {name: self._means(self.layers[name].weight) for name in self.shapes}
         if prunes:
-            new = selection.prune(grids, magnitudes, self._blocks_to_keep(grids, step))
+            new = selection.prune(grids, magnitudes, self._sizes(), self._targets(step))
+            for name, grid in new.items():
+                if not grid.any() and self.config.density > 0:
+                    log.warning("%s keeps no weight of %r: its output is constant", self.config.method, name)
         else:
             new = selection.drop_and_grow(
                 grids,
@@ -196,14 +204,12 @@ class SparseTraining(UpdateHook):
         assert scope is not None
         return targets_of(self.shapes, self.schedule.density(step), scope)
 
-    def _blocks_to_keep(self, grids: Mapping[str, Tensor], step: int) -> dict[tuple[str, ...], int]:
-        """The number of blocks that a pruning keeps in each group: the same fraction as of the weights."""
-        kept = {}
-        for group, target in self._targets(step).items():
-            weights = sum(self.shapes[name].numel() for name in group)
-            blocks = sum(grids[name].numel() for name in group)
-            kept[group] = round(target / max(1, weights) * blocks)
-        return kept
+    def _sizes(self) -> dict[str, Tensor]:
+        """The number of weights of each block."""
+        return {
+            name: block_sizes(conv_shape(shape), self.block).to(self.layers[name].weight.device)
+            for name, shape in self.shapes.items()
+        }
 
     def _growth_scores(
         self, grids: Mapping[str, Tensor], gradients: Mapping[str, Tensor], step: int
@@ -217,7 +223,7 @@ class SparseTraining(UpdateHook):
             own = gradients.get(name, torch.zeros_like(self.layers[name].weight))
             total[owner] = total[owner] + own if owner in total else own.contiguous()
         distributed.average(list(total.values()))
-        return {name: self._sums(gradient) for name, gradient in total.items()}
+        return {name: self._means(gradient) for name, gradient in total.items()}
 
     def _apply(self, new: Mapping[str, Tensor]) -> None:
         masks = {}
@@ -237,12 +243,11 @@ class SparseTraining(UpdateHook):
         """One element of each block."""
         return mask.reshape(conv_shape(mask.shape))[tuple(slice(None, None, size) for size in self.block)].clone()
 
-    def _sums(self, values: Tensor) -> Tensor:
-        """The sum of absolute values over each block."""
+    def _means(self, values: Tensor) -> Tensor:
+        """The mean of absolute values over each block. By sums the smaller blocks at an edge would always lose."""
         values = values.detach().abs().reshape(conv_shape(values.shape))
         sums = block_sums(values, self.block)
-        assert list(sums.shape) == grid_shape(values.shape, self.block)
-        return sums
+        return sums / block_sizes(values.shape, self.block).to(sums.device)
 
 
 def _masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,9 @@ from torch import Tensor, nn
 from sparse_adv import masks
 from sparse_adv.argument_types import checks_types
 from sparse_adv.config import MethodConfig
+from sparse_adv.masks.blocks import conv_shape, grid_shape
 from sparse_adv.nn import sparsify
+from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
 
 START_SEED, GROWTH_SEED = 11, 12
 """Two streams of random numbers, of the first masks and of random growth: `generator(seed, stream, step)`."""
@@ -54,7 +59,7 @@ def random_masks(model: nn.Module, config: MethodConfig, seed: int) -> dict[str,
         config.density,
         config.block,
         config.scope,
-        score=lambda name, weight: torch.rand(weight.shape, generator=random),
+        score=lambda name, weight: _random_blocks(weight.shape, config.block, random),
         linear=config.linear,
     )
 
@@ -81,16 +86,22 @@ def start(model: nn.Module, config: MethodConfig, seed: int) -> nn.Module:
         >>> start(nn.Sequential(nn.Linear(8, 8)), MethodConfig("rigl", density=0.5), seed=0)[0].density
         0.5
     """
-    chosen = random_masks(model, config, seed)
-    if config.method == "gmp" or config.dense_epochs:
-        chosen = {name: torch.ones_like(mask) for name, mask in chosen.items()}
-    elif config.rescale_init:
+    starts_dense = config.method == "gmp" or config.dense_epochs > 0
+    chosen = random_masks(model, replace(config, density=1.0) if starts_dense else config, seed)
+    if config.rescale_init and not starts_dense:
         masks_of_weights = {_weight(model, name): mask for name, mask in chosen.items()}  # a shared weight counts once
         with torch.no_grad():
             for weight, mask in masks_of_weights.items():
                 weight.mul_(_gain(mask).to(weight.dtype))
     sparsify(model, chosen, config.block)
     return model
+
+
+def _random_blocks(shape: torch.Size, block: Sequence[int], random: torch.Generator) -> Tensor:
+    """A number for each block, repeated for its weights: the smaller blocks at an edge are kept as often as others."""
+    block = check_block(block)
+    numbers = torch.rand(grid_shape(conv_shape(shape), block), generator=random)
+    return expand_blocks(numbers, block, conv_shape(shape)).reshape(shape)
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -6,7 +6,7 @@ contract in pyproject.toml has the order of all packages.
 
 from sparse_adv.nn.allreduce_hook import CommStats, register_masked_allreduce_hook
 from sparse_adv.nn.conversion import densify, frozen_weights, sparsify
-from sparse_adv.nn.dead_channels import dead_channels, zero_dead_channels
+from sparse_adv.nn.dead_channels import dead_channels, revive_dead_channels, zero_dead_channels
 from sparse_adv.nn.dense_gradients import dense_gradients
 from sparse_adv.nn.explanation import Explanation, Row, explain
 from sparse_adv.nn.macs import Macs, count_macs, mac_density
@@ -34,6 +34,7 @@ __all__ = [
     "frozen_weights",
     "mac_density",
     "register_masked_allreduce_hook",
+    "revive_dead_channels",
     "shrink",
     "sparsify",
     "tune",

@@ -115,6 +115,32 @@ def zero_dead_channels(
     return {name: int(channels.count_nonzero()) for name, channels in dead.items()}
 
 
+def revive_dead_channels(model: nn.Module) -> None:
+    """Train the channels again that `zero_dead_channels` keeps at 0, from gamma 1 and beta 0.01.
+
+    For networks whose filters may get weights again. These start at 0, and a gamma of 0 passes no gradient to them, nor
+    does a ReLU whose input is 0 everywhere; therefore beta is a little more than 0.
+
+    Args:
+        model: changed in place.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2))
+        >>> _ = zero_dead_channels(model, {"0": torch.zeros(2, 1, 3, 3, dtype=torch.bool)}, (1, 1, 5, 5))
+        >>> revive_dead_channels(model)
+        >>> model[1].weight.tolist(), [round(beta, 2) for beta in model[1].bias.tolist()]
+        ([1.0, 1.0], [0.01, 0.01])
+    """
+    for module in model.modules():
+        if isinstance(module, _NORMS) and module.affine:
+            alive = optimizer_hook.mask_of(module.weight)
+            if alive is not None:
+                for parameter, value in ((module.weight, 1), (module.bias, 0.01)):
+                    optimizer_hook.unwatch(parameter)
+                    with torch.no_grad():
+                        parameter.masked_fill_(~alive, value)
+
+
 def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Module, Tensor]:
     """The output channels of each masked convolution that are always 0."""
     modules = dict(model.named_modules(remove_duplicate=False))

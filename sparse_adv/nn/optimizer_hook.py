@@ -71,6 +71,12 @@ def unwatch(weight: Tensor) -> None:
         settled.pop(weight, None)
 
 
+def mask_of(weight: Tensor) -> Tensor | None:
+    """The mask outside of which optimisers keep the weight at zero; None if they treat it as dense."""
+    mask: Tensor | None = _masks.get(weight)
+    return mask
+
+
 def own_hooks(weight: Tensor) -> int:
     """The number of hooks on the gradient of this weight that `watch` made."""
     return int(weight in _hooks)

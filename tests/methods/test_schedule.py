@@ -24,7 +24,7 @@ def due(schedule: Schedule, updates: int) -> list[int]:
         ("rigl", {"dense_epochs": 1}, [10, 16, 24]),
         ("gmp", {}, [8, 16, 24, 30]),
         ("gmp", {"dense_epochs": 2, "change_until": 1}, [20, 24, 32, 40]),
-        ("gmp", {"change_until": 0, "interval": 100}, []),
+        ("gmp", {"change_until": 0, "interval": 100}, [1]),
         ("set", {"interval": 100}, []),
     ],
 )
@@ -50,14 +50,26 @@ def test_a_jump_over_several_updates_is_due_if_one_of_them_is(method, interval, 
         before += jump
 
 
-def test_the_dropped_fraction_follows_half_a_cosine():
-    """Evci et al. 2020, section 3: f(t) = alpha / 2 (1 + cos(pi t / T_end))."""
-    for dense_epochs in (0.0, 20.0):  # t is counted from the first update of the run
-        config = MethodConfig("rigl", drop_fraction=0.4, dense_epochs=dense_epochs)
-        schedule = Schedule(config, epochs=100, steps_per_epoch=10)
-        for step in (0, 100, 375, 749, 750, 900):
-            expected = 0.2 * (1 + math.cos(min(step, 750) * math.pi / 750))
-            assert schedule.drop_fraction(step) == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize("dense_epochs", [0, 20])
+def test_the_dropped_fraction_follows_half_a_cosine(dense_epochs):
+    """Evci et al. 2020, section 3: f(t) = alpha / 2 (1 + cos(pi t / T_end)), here from the first update with masks."""
+    config = MethodConfig("rigl", drop_fraction=0.4, dense_epochs=dense_epochs)
+    schedule, first = Schedule(config, epochs=100, steps_per_epoch=10), 10 * dense_epochs
+    for step in (0, 100, 200, 375, 749, 750, 900):
+        t = min(max(0, step - first), 750 - first)
+        expected = 0.2 * (1 + math.cos(t * math.pi / (750 - first)))
+        assert schedule.drop_fraction(step) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", ["static", "rigl", "gmp"])
+@pytest.mark.parametrize("dense_epochs", [0.0, 0.001])
+@pytest.mark.parametrize("until", [0.0, 0.05])
+def test_a_share_of_less_than_an_update_is_one_update(method, dense_epochs, until):
+    """Else a run would train without masks to its end, and say nothing."""
+    schedule = Schedule(MethodConfig(method, density=0.1, dense_epochs=dense_epochs, change_until=until), 2, 5)
+    if method == "gmp" or dense_epochs:
+        assert schedule.is_due(0, 1) and schedule.density(1) == 0.1
+    assert schedule.last <= 1
 
 
 def test_gmp_follows_the_cubic_schedule():

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_adv.masks.blocks import block_sizes
 from sparse_adv.methods import selection
 
 
@@ -63,6 +64,28 @@ def test_nothing_is_dropped_and_no_gradient_is_asked_for_at_density_0_and_1(dens
 
 def test_pruning_never_grows_a_block():
     grids = {"a": torch.tensor([True, False, True, True])}
-    scores = {"a": torch.tensor([0.0, 9.0, 1.0, 2.0])}
-    assert selection.prune(grids, scores, {("a",): 2})["a"].tolist() == [False, False, True, True]
-    assert selection.prune(grids, scores, {("a",): 4}) == {}
+    scores, sizes = {"a": torch.tensor([0.0, 9.0, 1.0, 2.0])}, {"a": torch.tensor([3, 3, 3, 3])}
+    assert selection.prune(grids, scores, sizes, {("a",): 6})["a"].tolist() == [False, False, True, True]
+    for target in (9, 12):
+        assert selection.prune(grids, scores, sizes, {("a",): target}) == {}
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    shapes, st.sampled_from([(1, 1), (2, 2), (3, 2)]), st.floats(0, 1), st.sampled_from([0.5, 1.0]), st.integers(0, 9)
+)
+def test_pruning_keeps_the_weights_that_were_asked_for_as_nearly_as_blocks_allow(layers, block, density, live, seed):
+    """And no block is dropped whose score is higher than that of one that is kept."""
+    random = torch.Generator().manual_seed(seed)
+    sizes = {str(i): block_sizes(shape, block) for i, shape in enumerate(layers)}
+    grids = {name: torch.rand(size.shape, generator=random) < live for name, size in sizes.items()}
+    scores = {name: torch.rand(size.shape, generator=random) for name, size in sizes.items()}
+    weights = sum(int(size.sum()) for size in sizes.values())
+    before = sum(int(sizes[name][grid].sum()) for name, grid in grids.items())
+    target = round(density * weights)
+    new = grids | selection.prune(grids, scores, sizes, {tuple(sizes): target})
+    kept = sum(int(sizes[name][grid].sum()) for name, grid in new.items())
+    assert abs(kept - min(target, before)) <= max(int(size.max()) for size in sizes.values()) / 2
+    dropped = torch.cat([scores[name][grids[name] & ~new[name]] for name in sizes])
+    remaining = torch.cat([scores[name][new[name]] for name in sizes])
+    assert not len(dropped) or not len(remaining) or dropped.max() <= remaining.min()
