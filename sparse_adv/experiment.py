@@ -14,11 +14,16 @@ from sparse_adv import data, json_files, masks, methods, models, runs, tickets
 from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.interchange.formats import GivenDensity
+from sparse_adv.methods.start import generator
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Density, EpochRecord, Run, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
 from sparse_adv.training.folder_lock import FolderLock, hold
 from sparse_adv.training.update import updates_of
+
+REINIT_SEED = 13
+"""The stream of random numbers, beside those of a method, that the weights of a re-initialised ticket come from: any
+training seed, or one next to it, may be the seed of the search, whose weights are the ticket's."""
 
 
 def load_data(config: DataConfig, seed: int, device: torch.device) -> data.Dataset:
@@ -279,8 +284,8 @@ class TrainRun:
             source, density, before = None, runs.DENSE, runs.NO_COST
         else:
             start, source = ticket
-            # A control gets fresh weights from another seed: the same seed would give the ticket's initial weights.
-            self.model = build_network(network, dataset, train.seed + source.reinit, device)
+            seed = generator(train.seed, REINIT_SEED).initial_seed() if source.reinit else train.seed
+            self.model = build_network(network, dataset, seed, device)
             self.masks = tickets.shuffle(start.masks, train.seed) if source.shuffle else start.masks
             start = replace(start, masks=self.masks)
             tickets.restore(self.model, start, (1, *dataset.input_shape), weights=not source.reinit)

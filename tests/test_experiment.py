@@ -1,5 +1,6 @@
 """Runs from configurations: every setting reaches its use, controls change one thing, costs and densities are whole."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -114,8 +115,21 @@ def test_a_ticket_brings_its_cost_and_a_control_changes_one_thing(tmp_path, data
             tmp_path / "b", replace(TRAIN, seed=4), IMAGES, NETWORK, dataset, CPU, ticket=(found, source)
         )
         assert not all(own[name].equal(mask) for name, mask in other.masks.items())
-    if control == "reinit":  # although the ticket's own weights are those of the run's seed
-        assert not run.model.conv2.weight[kept].equal(models.build("digits_cnn", 3, width=4).conv2.weight[kept])
+
+
+@pytest.mark.parametrize("seed", [TRAIN.seed - 1, TRAIN.seed, TRAIN.seed + 1])
+def test_reinitialised_weights_are_those_of_no_seed_near_that_of_the_run(tmp_path, dataset, seed):
+    model = models.build("digits_cnn", width=4, seed=seed)
+    found = masks.Ticket(masks.prune(model, 0.25), copy.deepcopy(model.state_dict()))
+    run = experiment.TrainRun(
+        tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU, ticket=(found, TicketSource("sha", reinit=True))
+    )
+    for name, mask in found.masks.items():
+        assert not (run.model.get_submodule(name).weight == model.get_submodule(name).weight)[mask].any()
+    again = experiment.TrainRun(
+        tmp_path / "again", TRAIN, IMAGES, NETWORK, dataset, CPU, ticket=(found, TicketSource("sha", reinit=True))
+    )
+    assert again.model.conv2.weight.equal(run.model.conv2.weight)
 
 
 def test_a_run_is_tested_on_the_test_images_once_after_its_last_epoch(tmp_path, dataset, monkeypatch):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from sparse_adv import masks
 from sparse_adv.argument_types import checks_types
+from sparse_adv.masks.layers import parameter_of
+from sparse_adv.masks.ticket import check_masks_fit
 from sparse_adv.nn import sparsify, zero_dead_channels
 from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
@@ -33,7 +35,8 @@ def restore(
         The model.
 
     Raises:
-        ValueError: if the ticket is for another architecture, naming the first difference; the model is unchanged.
+        ValueError: if the ticket is for another architecture, naming the first difference, or if the weights for the
+            control are the ticket's; the model is unchanged.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -44,6 +47,8 @@ def restore(
     _check_architecture(model.state_dict(), ticket.state_dict)
     if weights:
         model.load_state_dict(ticket.state_dict)
+    else:
+        _check_other_weights(model.state_dict(), ticket)
     sparsify(model, ticket.masks)
     zero_dead_channels(model, ticket.masks, example_input)
     return model
@@ -60,6 +65,15 @@ def _check_architecture(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
         else:
             continue
         raise ValueError(f"the ticket is for another architecture: {difference}")
+
+
+def _check_other_weights(own: Mapping[str, Tensor], ticket: masks.Ticket) -> None:
+    """Raise ValueError if all weights that the masks keep are the ticket's: the control would be the ticket itself."""
+    check_masks_fit(ticket.masks, ticket.state_dict)
+    kept = {parameter_of(name): mask.cpu() for name, mask in ticket.masks.items()}
+    pairs = [(own[key].cpu()[mask], ticket.state_dict[key].cpu()[mask]) for key, mask in kept.items()]
+    if any(len(weights) for weights, _ in pairs) and all(weights.equal(given) for weights, given in pairs):
+        raise ValueError("model has the ticket's weights, which weights=False is to replace: use another seed")
 
 
 @checks_types

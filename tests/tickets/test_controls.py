@@ -1,5 +1,7 @@
 """The shuffled mask of a control: random, with the density and the blocks of the ticket's in each layer."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,5 +52,22 @@ def test_every_block_can_move_also_at_the_edges():
 def test_channels_of_empty_filters_are_zero_whatever_the_weights(weights, example_input):
     model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     ticket = masks.Ticket({"0": torch.arange(4)[:, None, None, None].expand(4, 1, 3, 3) > 1}, model.state_dict(), {})
-    tickets.restore(model, ticket, example_input, weights=weights)
-    assert model[1].weight.tolist() == [0, 0, 1, 1] and not model[1].bias.any()
+    other = copy.deepcopy(model)
+    nn.init.normal_(other[0].weight)
+    tickets.restore(other, ticket, example_input, weights=weights)
+    assert other[1].weight.tolist() == [0, 0, 1, 1] and not other[1].bias.any()
+
+
+def test_a_control_with_the_weights_of_the_ticket_is_refused_and_the_model_unchanged():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    ticket = masks.Ticket(masks.prune(model, 0.5, linear=True), copy.deepcopy(model.state_dict()), {})
+    with torch.no_grad():
+        model[0].weight[~ticket.masks["0"]] = 7  # no mask keeps these
+    with pytest.raises(ValueError, match="model has the ticket's weights, which weights=False is to replace"):
+        tickets.restore(model, ticket, (1, 1, 4, 4), weights=False)
+    assert type(model[0]) is nn.Conv2d
+    nn.init.normal_(model[2].weight)  # one layer with fresh weights is another network
+    tickets.restore(model, ticket, (1, 1, 4, 4), weights=False)
+    nothing = masks.Ticket({"0": torch.zeros(4, 1, 3, 3, dtype=torch.bool)}, ticket.state_dict, {})
+    fresh = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    assert tickets.restore(fresh, nothing, (1, 1, 4, 4), weights=False)[0].density == 0

@@ -353,7 +353,7 @@ def test_restore_turns_a_dense_model_into_the_sparse_network():
 def test_channels_of_fully_pruned_filters_stay_zero_in_training(weights):
     ticket, _ = search(density=0.3)
     ticket.masks["3"][1] = False
-    model = tickets.restore(network(), ticket, SHAPE, weights=weights)
+    model = tickets.restore(network(seed=3), ticket, SHAPE, weights=weights)
     training.train(model, batches(), CONFIG)
     assert model[4].weight[1] == 0 and model[4].bias[1] == 0 and model[4].bias[0] != 0
     tickets.check_pruned_weights(model, ticket.masks)
