@@ -64,7 +64,8 @@ def prune(
         block: `(bo, bi)` or `(bo, bi, br, bs)`: the weights of each block of bo output channels, bi input channels, br
             filter rows and bs filter columns are kept or pruned together, ranked by the mean square of their scores. A
             linear layer's weight [K, C] counts as [K, C, 1, 1]. "filter": all weights of an output channel form a
-            block; "channel": all weights that read an input channel. `nn.shrink` removes pruned filters and channels.
+            block; "channel": all weights that read an input channel, of grouped convolutions those of one group of
+            filters. `nn.shrink` removes pruned filters and channels.
         scope: how the weights kept are distributed over layers. "global": one ranking of all weights. "uniform": the
             same density in each layer. "erk" (Erdos-Renyi-kernel): density of each layer proportional to
             (K + C + R + S) / (K C R S), for linear layers (K + C) / (K C), but at most 1. "igq" (ideal gas quotas): of
@@ -106,7 +107,7 @@ def prune(
     if example_input is not None and block != "filter":
         raise ValueError(f'example_input needs block="filter", got block={block!r}')
     candidates = Candidates.of(model, density, scope, score, exclude, linear)
-    blocks = {name: _block_of(block, conv_shape(shape)) for name, shape in candidates.shapes.items()}
+    blocks = {name: _block_of(block, model.get_submodule(name)) for name in candidates.shapes}
     scores = {name: _block_scores(candidates.scores(name), blocks[name]) for name in candidates.shapes}
     sizes = {name: block_sizes(conv_shape(shape), blocks[name]) for name, shape in candidates.shapes.items()}
     targets = candidates.targets
@@ -234,14 +235,14 @@ def _highest(scores: Tensor, sizes: Tensor, target: int) -> Tensor:
     return flags
 
 
-def _block_of(block: Sequence[int] | str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Size of the block in each dimension of a weight of this shape."""
+def _block_of(block: Sequence[int] | str, layer: nn.Module) -> tuple[int, ...]:
+    """Size of the block in each dimension of a layer's weight."""
+    if not isinstance(block, str):
+        return tuple(block)
+    filters, channels, *taps = conv_shape(layer.get_parameter("weight").shape)
     if block == "filter":
-        return (1, *shape[1:])
-    if block == "channel":
-        return (shape[0], 1, *shape[2:])
-    assert not isinstance(block, str)
-    return tuple(block)
+        return (1, channels, *taps)
+    return (filters // getattr(layer, "groups", 1), 1, *taps)  # an input channel is read by the filters of one group
 
 
 def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:

@@ -228,11 +228,25 @@ def test_invalid_arguments_raise_an_error_that_names_them(arguments, message):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(("block", "dim"), [("filter", 0), ("channel", 1)])
+@pytest.mark.parametrize(("block", "dim"), [("filter", 1), ("channel", 2)])
 def test_filters_and_channels_are_kept_or_pruned_as_a_whole(block, dim, scope):
-    for name, mask in prune(network(), 0.5, block, scope).items():
-        channels = mask.transpose(0, dim).flatten(1)
-        assert torch.equal(channels.any(1), channels.all(1)), name
+    model = network()
+    for name, mask in prune(model, 0.5, block, scope).items():
+        by_group = mask.unflatten(0, (getattr(model.get_submodule(name), "groups", 1), -1))
+        channels = by_group.transpose(1, dim).flatten(2)
+        assert torch.equal(channels.any(2), channels.all(2)), name
+
+
+@pytest.mark.parametrize(("channels", "filters", "groups"), [(16, 16, 16), (8, 16, 8), (8, 12, 2), (6, 4, 1)])
+def test_the_channels_kept_have_the_largest_mean_square_in_the_filters_that_read_them(channels, filters, groups):
+    conv = nn.Conv2d(channels, filters, 3, groups=groups)
+
+    def by_channel(values):
+        return values.unflatten(0, (groups, -1)).transpose(1, 2).reshape(channels, -1)
+
+    kept = by_channel(prune(conv, 0.5, "channel")[""]).all(1)
+    best = by_channel(conv.weight.detach().square()).mean(1).topk(channels // 2).indices
+    assert kept.nonzero().flatten().equal(best.sort().values)
 
 
 def test_the_filters_with_the_largest_mean_square_are_kept():
