@@ -148,9 +148,9 @@ class _Constants(fx.Interpreter):
         self.traced, self.masks = traced, masks
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.inputs: dict[str, Tensor] = {}
-        """The constants that each convolution and linear layer reads."""
+        """The constants that each convolution and linear layer reads, the same in all its calls."""
         self.outputs: dict[str, Tensor] = {}
-        """The constants that each convolution and linear layer outputs."""
+        """The constants that each convolution and linear layer outputs, the same in all its calls."""
         with torch.no_grad():
             self.run(*[None] * sum(node.op == "placeholder" for node in traced.graph.nodes))
 
@@ -196,15 +196,18 @@ class _Constants(fx.Interpreter):
     def _layer(self, name: str, source: Tensor) -> Tensor:
         layer = _module(self.module, name)
         mask = _mask_of(layer, name, self.masks)
-        self.inputs[name] = values = source.flatten()
+        values = source.flatten()
         if getattr(layer, "groups", 1) > 1:
             varies = mask.flatten(1).any(1)
         else:
             # Channels that are always 0 add nothing to a filter's output.
             varies = (_by_taps(mask).any(2) & (values != 0)).any(1)
         bias = layer.bias if layer.bias is not None else layer.weight.new_zeros(len(layer.weight))
-        self.outputs[name] = bias.detach().where(~varies, _NOT_CONSTANT)
-        return self.outputs[name].view(1, -1, 1, 1)
+        results = bias.detach().where(~varies, _NOT_CONSTANT)
+        for constants, of_call in ((self.inputs, values), (self.outputs, results)):
+            known = constants.get(name, of_call)
+            constants[name] = known.where(known == of_call, _NOT_CONSTANT)
+        return results.view(1, -1, 1, 1)
 
     def _norm(self, norm: _BatchNorm, source: Tensor) -> Tensor:
         if norm.running_mean is None or norm.running_var is None:

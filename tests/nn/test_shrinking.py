@@ -122,6 +122,33 @@ def test_a_layer_without_kept_weights_keeps_one_channel():
     assert_close(shrunk.model(torch.rand(1, 3, 9, 9)), model[2].bias.view(1, 4, 1, 1).expand(1, 4, 5, 5))
 
 
+class TwoBranches(nn.Module):
+    """One head is called with the channels of two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        nn.init.ones_(self.a.bias)
+        nn.init.ones_(self.b.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x).relu()) + self.head(self.b(x).relu())
+
+
+@pytest.mark.parametrize("pruned", ["a", "b", "ab"])
+@pytest.mark.parametrize("other_bias", [1, 2])
+def test_a_layer_that_is_called_twice_loses_the_channels_that_are_the_same_constant_in_both_calls(pruned, other_bias):
+    model = TwoBranches()
+    nn.init.constant_(model.b.bias, other_bias)
+    kept = (torch.arange(8) < 4)[:, None, None, None].expand(8, 3, 1, 1)
+    masks = dict.fromkeys(pruned, kept)
+    shrunk = shrink(model, masks, (1, 3, 4, 4))
+    width = 4 if pruned == "ab" and other_bias == 1 else 8
+    assert shrunk.widths == {"a": (8, width), "b": (8, width), "head": (4, 4)}
+    x = torch.rand(2, 3, 4, 4)
+    assert_close(shrunk.model(x), sparsify(model, masks)(x))
+
+
 class OverWidth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x / x.shape[1]
