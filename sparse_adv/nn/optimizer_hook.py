@@ -49,8 +49,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers of each number of bytes; there are none of the 16 bytes of complex128."""
 
 _settled: WeakKeyDictionary[Optimizer, tuple[object, WeakTensorKeyDictionary]] = WeakKeyDictionary()
-"""Maps an optimiser to its state dictionary (loading makes a new one), and to the mask last applied to each weight with
-the version of the weight after the last step."""
+"""Maps an optimiser to its state dictionary (loading makes a new one), and to the mask last applied to each weight,
+without what later masks have pruned, with the version of the weight after the last step."""
 
 
 def watch(weight: Tensor, mask: Tensor) -> None:
@@ -58,6 +58,10 @@ def watch(weight: Tensor, mask: Tensor) -> None:
     if weight not in _hooks and not weight.is_inference():
         _hooks[weight] = _mask_gradients_of(weight)
     _masks[weight] = mask
+    for _, settled in _settled.values():
+        applied, version = settled.get(weight, (mask, None))
+        if applied is not mask:  # a later mask may revive, before the next step, what this one prunes
+            settled[weight] = mask & applied.to(mask.device), version
     _install_hook()
 
 
@@ -96,7 +100,7 @@ def settle(optimizer: Optimizer) -> None:
             applied, version = settled.get(weight, (None, None))
             if applied is not mask:
                 _zero_outside(mask, [weight, weight.grad])
-                kept = mask if applied is None else mask & applied.to(mask.device)  # what is revived starts at 0
+                kept = mask if applied is None else applied  # what is revived starts at 0
                 _zero_outside(kept, optimizer.state.get(weight, {}).values())
             elif version != version_of(weight):  # the weight was written since the last step
                 _zero_outside(mask, [weight])

@@ -82,6 +82,25 @@ def test_after_a_mask_changed_between_backward_and_step(model, make_optimizer):
     assert_nothing_outside_the_masks(model, optimizer)
 
 
+def test_what_is_pruned_and_revived_between_two_steps_starts_without_momentum(model, make_optimizer):
+    sparsify(model, prune(model, 0.5))
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer)
+    layer = model[0]
+    kept, weight = layer.weight_mask.clone(), layer.weight
+    before = {key: value.clone() for key, value in optimizer.state[weight].items() if value.shape == weight.shape}
+    removed = kept & (torch.arange(kept.numel()).view_as(kept) % 3 == 0)
+    layer.set_mask(kept & ~removed)
+    layer.set_mask(torch.ones_like(kept))
+    layer.set_mask(kept)
+    optimizer_hook.settle(optimizer)
+    for key, value in before.items():
+        assert value[removed].any() and optimizer.state[weight][key].equal(value * ~removed)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert not weight[removed].any()
+
+
 def test_the_state_of_a_given_optimiser_is_zeroed_at_once(model, make_optimizer):
     optimizer = make_optimizer(model.parameters())
     train(model, optimizer)
