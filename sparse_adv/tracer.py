@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ lock = threading.RLock()
 
 class Tracer(fx.Tracer):
     """Records the calls of the thread that traces; other threads may run models meanwhile.
+
+    The graph has one input, the model's first argument; all others keep their defaults.
 
     torch.fx replaces `nn.Module.__call__` and `__getattr__` in the whole process while it traces.
 
@@ -31,6 +34,16 @@ class Tracer(fx.Tracer):
         with lock:
             self._thread = threading.get_ident()
             return super().trace(root, concrete_args)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The arguments of the call that is traced; Python adds the defaults, or says which argument is missing."""
+        model = [self.root] if is_module else []
+        first = list(inspect.signature(root_fn).parameters.values())[len(model)]
+        if first.kind is first.VAR_POSITIONAL:  # the code of DataParallel then depends on how many there are
+            raise ValueError(f"it takes any number of inputs, *{first.name}")
+        return root_fn, [*model, self.create_proxy("placeholder", first.name, (), {})]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace the call of a module, or run it for another thread."""

@@ -167,12 +167,11 @@ def _has_layers(part: nn.Module) -> bool:
 def _graph(model: nn.Module, tracer: _Tracer) -> fx.Graph:
     copied = copy_of_code(model)
     with KeptGenerators(torch.device("cpu")) as generators, EagerFunctions(), torch.enable_grad():
-        graph = tracer.trace(copied, _default_arguments(copied))
+        graph = tracer.trace(copied)
         if generators.drawn:
             raise NotTraceable("its Python code draws random numbers")
     _take_constants(copied, graph)
     tracer.reads.check()
-    _drop_defaults(graph)
     _make_functional(model, graph)
     return graph
 
@@ -299,29 +298,6 @@ def _take_constants(copied: nn.Module, graph: fx.Graph) -> None:
             node.op, node.target = "call_function", Constant(getattr(copied, name))
     for name in [name for name in vars(copied) if name.startswith("_tensor_constant")]:
         delattr(copied, name)
-
-
-def _default_arguments(model: nn.Module) -> dict[str, Any]:
-    """The defaults of all arguments of the model but its first."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
-    for parameter in parameters:
-        if parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        ):
-            raise NotTraceable(f"the model has a second input, {parameter.name!r}")
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def _drop_defaults(graph: fx.Graph) -> None:
-    """Remove the arguments that have defaults, and torch.fx's checks of them: the trace holds the default values."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    dropped = {node: None for node in inputs[1:] if not str(node.target).startswith("*")}
-    for node in graph.nodes:
-        if any(source in dropped for source in node.all_input_nodes):
-            dropped[node] = None
-    for node in reversed(dropped):
-        graph.erase_node(node)
 
 
 def _make_functional(model: nn.Module, graph: fx.Graph) -> None:

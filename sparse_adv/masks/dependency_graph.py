@@ -75,7 +75,8 @@ def dependency_groups(model: nn.Module, example_input: Sequence[int] | Tensor) -
     convolutions that are not depthwise, and in layers that share a weight; a log message says why.
 
     Args:
-        model: any module that torch.fx can trace, dense or sparse; it runs one forward pass in eval mode.
+        model: any module that torch.fx can trace, dense or sparse; it runs one forward pass in eval mode. All arguments
+            but its first keep their defaults.
         example_input: a batch of its input, or the shape [N, C, H, W] of one.
 
     Returns:

@@ -1,12 +1,17 @@
 """Dependency groups of the library's networks, and operations that fix the channels."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tolerances import assert_close
 from torch import nn
 
+from sparse_adv.masks import prune
 from sparse_adv.masks.dependency_graph import DependencyGroup, dependency_groups
 from sparse_adv.models import build
+from sparse_adv.nn import shrink, sparsify
 
 SHAPE = (2, 3, 32, 32)
 
@@ -123,3 +128,50 @@ def test_a_model_that_cannot_be_traced_raises_an_error_that_names_the_module():
 
     with pytest.raises(ValueError, match=r"torch\.fx cannot trace the model"):
         dependency_groups(Between(branch), SHAPE)
+
+
+class Flags(nn.Module):
+    """Returns its features too if asked to; the arguments after the images have defaults of many types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, bias=False)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x, features=False, mask=None, pool=(2, 2), *others, act="relu", **options):
+        x = getattr(F, act)(self.first(x))
+        x = self.second(x if mask is None else x * mask)
+        x = F.avg_pool2d(x, pool)
+        logits = self.head(x.mean((2, 3)))
+        return (logits, x) if features else logits
+
+
+def test_arguments_after_the_first_keep_their_defaults():
+    model = Flags().eval()
+    groups = dependency_groups(model, SHAPE)
+    assert group_of(groups, "first").fixed == "" and group_of(groups, "second").fixed == ""
+    masks = prune(model, 0.5, "filter", "uniform", example_input=SHAPE)
+    shrunk = shrink(model, masks, SHAPE)
+    assert shrunk.widths == {"first": (8, 4), "second": (8, 4), "head": (5, 5)}
+    x = torch.rand(SHAPE)
+    assert_close(shrunk.model(x), sparsify(copy.deepcopy(model), masks)(x))
+    assert shrunk.model(x, features=True)[1].shape == (2, 4, 15, 15)
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+class AnyInputs(nn.Module):
+    def forward(self, *images):
+        return images[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(TwoInputs, r".* missing 1 required positional argument: 'y'"), (AnyInputs, r"it takes .* inputs, \*images")],
+)
+def test_a_model_of_several_inputs_is_refused(model, reason):
+    with pytest.raises(ValueError, match=f"torch.fx cannot trace the model: {reason}"):
+        dependency_groups(model(), SHAPE)
