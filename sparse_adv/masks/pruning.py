@@ -14,7 +14,7 @@ from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.allocation import SCOPES, targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import dependency_groups
-from sparse_adv.masks.layers import check_initialized, computes_as_its_class, maskable, owners, unknown_module
+from sparse_adv.masks.layers import Layer, check_initialized, computes_as_its_class, maskable, owners, unknown_module
 from sparse_adv.masks.selection import smallest
 from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
 
@@ -72,7 +72,7 @@ def prune(
             the n weights of a layer, n / (1 + f n) are kept, with one f for all layers.
         score: "magnitude": |w|. "relative_magnitude": |w| / (mean |w| of the layer). Or a function of (module name,
             weight) that returns a tensor of the weight's shape without negative values.
-        exclude: names of layers that are not candidates and get no mask.
+        exclude: names of convolutions and linear layers that are not candidates and get no mask.
         linear: whether Linear weights are candidates too, ranked together with the convolutions'.
         example_input: only with block="filter": a batch of the model's input, or the shape [N, C, H, W] of one. Filters
             whose outputs are added in a residual sum are then kept or pruned together (see `dependency_groups`), so
@@ -157,11 +157,8 @@ class Candidates:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
         if not callable(score) and score not in _SCORES:
             raise ValueError(f"score must be a function or one of {', '.join(_SCORES)}, got {score!r}")
-        layers = maskable(model, linear)
-        for name in exclude:
-            if name not in layers:
-                raise ValueError(f"exclude: {unknown_module(name, layers)}")
-        candidates = {name: layer for name, layer in layers.items() if name not in exclude}
+        layers, excluded = maskable(model, linear), _layers_of(exclude, model)
+        candidates = {name: layer for name, layer in layers.items() if layer not in excluded}
         others = [name for name, layer in candidates.items() if not computes_as_its_class(layer)]
         if others:
             log.warning("not pruned, as their classes have a forward of their own: %s", ", ".join(others))
@@ -192,6 +189,18 @@ class Candidates:
         if (scores < 0).any():
             raise ValueError(f"score of {name!r} must not be negative, got {float(scores.min()):g}")
         return scores
+
+
+def _layers_of(exclude: Collection[str], model: nn.Module) -> set[nn.Module]:
+    """The layers of these names; raises ValueError for a name without a convolution or linear layer."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in exclude:
+        if name not in modules:
+            raise ValueError(f"exclude: {unknown_module(name, maskable(model))}")
+        if not isinstance(modules[name], Layer):
+            kind = type(modules[name]).__name__
+            raise ValueError(f"exclude must name convolutions and linear layers, got {name!r}, a {kind}")
+    return {modules[name] for name in exclude}
 
 
 def select_blocks(

@@ -60,6 +60,18 @@ def test_excluded_layers_get_no_mask():
     assert list(prune(network(), 0.5, exclude=["0"])) == ["3", "4"]
 
 
+def test_linear_layers_can_be_excluded_whether_or_not_they_would_be_pruned():
+    model = network()
+    assert list(prune(model, 0.5, exclude=["0", "7"])) == ["3", "4"]
+    assert list(prune(model, 0.5, exclude=["0", "7"], linear=True)) == ["3", "4"]
+
+
+def test_a_layer_is_excluded_under_each_of_its_names():
+    conv = nn.Conv2d(2, 2, 1)
+    model = nn.ModuleDict({"first": conv, "second": conv, "other": nn.Conv2d(2, 2, 1)})
+    assert all(list(prune(model, 0.5, exclude=[name])) == ["other"] for name in ("first", "second"))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.003, 0.1, 1 / 3, 0.97, 1.0])
 def test_the_number_of_weights_kept_is_exact(share):
     shapes = {name: mask.numel() for name, mask in prune(network(), 1).items()}
@@ -212,6 +224,7 @@ def test_a_warning_names_a_layer_of_which_no_weight_is_kept(caplog):
         ({"score": "size"}, "score must be a function or one of magnitude, relative_magnitude, got 'size'"),
         ({"block": (0, 1)}, r"block must be .* got \(0, 1\)"),
         ({"exclude": ["00"]}, "exclude: model has no module '00'; did you mean '0'?"),
+        ({"exclude": ["1"]}, "exclude must name convolutions and linear layers, got '1', a BatchNorm2d"),
         (
             {"score": lambda name, w: w.new_full(w.shape, float("nan"))},
             "score of '0' must not be NaN, got 324 NaN values",
