@@ -70,7 +70,7 @@ def sparsify(
         module = modules[name]
         check_initialized(name, module)
         if module in conversions:  # it has several names
-            if not torch.equal(mask, conversions[module].mask):
+            if not _is_same(mask, conversions[module].mask):
                 raise ValueError(f"module {name!r} has another name with another mask")
             continue
         with _naming(name):
@@ -160,7 +160,9 @@ def _conversion(module: nn.Module, mask: Tensor, block: Sequence[int] | None) ->
         check_linear(module)
         check_linear_mask(module, mask)
         if block is not None:
-            check_obeys(mask, check_block(block))
+            block4 = check_block(block)
+            if not mask.is_meta:
+                check_obeys(mask, block4)
         return _Conversion(module, mask, partial(MaskedLinear.from_checked, module, mask))
     if not isinstance(module, nn.Conv2d):
         raise TypeError(f"only Conv2d and Linear layers can be masked, got {type(module).__name__}")
@@ -176,8 +178,13 @@ def _check_shared_weights(modules: Mapping[str, nn.Module], conversions: Mapping
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
             mask = masks.get(id(parameter))
-            if mask is not None and not (module in conversions and conversions[module].mask.equal(mask)):
+            if mask is not None and not (module in conversions and _is_same(conversions[module].mask, mask)):
                 raise ValueError(f"module {name!r} shares its weight with a module that gets another mask, or none")
+
+
+def _is_same(mask: Tensor, other: Tensor) -> bool:
+    """Whether two masks are equal; without values, on the meta device, whether they are one tensor."""
+    return mask is other or (not (mask.is_meta or other.is_meta) and torch.equal(mask, other))
 
 
 def _replace(model: nn.Module, modules: Mapping[str, nn.Module], new: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -22,6 +22,7 @@ from sparse_adv.nn.masked_layer import (
     check_own_parameters,
     check_replaceable,
     check_shape,
+    check_values,
     mode_of,
 )
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
@@ -296,10 +297,11 @@ def check_conv_mask(conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None, 
 
     Raises:
         TypeError: if the mask is not a bool tensor.
-        ValueError: if it has another shape than the weight, or does not obey the block.
+        ValueError: if it has another shape than the weight or no values, or does not obey the block.
     """
     check_mask(mask)
     check_shape(mask, conv.weight)
+    check_values(mask, conv.weight)
     if block is not None:
         block4 = check_block(block)
         if not mask.is_meta:

@@ -316,6 +316,12 @@ def check_shape(mask: Tensor, weight: Tensor) -> None:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, weight has shape {tuple(weight.shape)}")
 
 
+def check_values(mask: Tensor, weight: Tensor) -> None:
+    """Raises ValueError if the mask has no values for a weight that has some."""
+    if mask.is_meta and not weight.is_meta:
+        raise ValueError(f"mask is on the meta device and has no values, weight is on {weight.device}")
+
+
 def _shared_state(module: nn.Module) -> dict[str, object]:
     """A module's attributes for the layer that replaces it.
 

@@ -18,6 +18,7 @@ from sparse_adv.nn.masked_layer import (
     check_own_parameters,
     check_replaceable,
     check_shape,
+    check_values,
     mode_of,
 )
 from sparse_adv.ops.masked_conv2d_mask import check_mask
@@ -124,6 +125,7 @@ def check_linear_mask(linear: nn.Linear, mask: Tensor) -> None:
     """Raises TypeError or ValueError if this is not a mask for the layer's weight."""
     check_mask(mask, linear=True)
     check_shape(mask, linear.weight)
+    check_values(mask, linear.weight)
 
 
 def check_linear(linear: nn.Module) -> None:

@@ -167,6 +167,23 @@ def test_a_shared_weight_needs_one_mask_everywhere():
     assert_close(model(x), densify(copy.deepcopy(model))(x))
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Conv2d(4, 4, 3, padding=1), lambda: nn.Linear(4, 4)], ids=["conv", "linear"]
+)
+def test_masks_on_the_meta_device(make):
+    model = nn.Sequential(make(), make()).to("meta")
+    model[1].weight = model[0].weight
+    mask = torch.empty_like(model[0].weight, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"module '.' shares its weight with a module that gets another mask"):
+        sparsify(model, {"0": mask, "1": torch.empty_like(mask)})
+    with pytest.raises(ValueError, match=r"module '.' shares its weight with a module that gets another mask"):
+        sparsify(model, {"0": torch.ones_like(mask, device="cpu"), "1": mask})
+    sparsify(model, {"0": mask, "1": mask}, block=(2, 1))
+    assert model(torch.empty(1, 4, 4, 4, device="meta")).shape == (1, 4, 4, 4) and model[1].weight_mask.is_meta
+    with pytest.raises(ValueError, match="module '0': mask is on the meta device and has no values, weight is on cpu"):
+        sparsify(nn.Sequential(make()), {"0": mask})
+
+
 def test_a_sparse_model_takes_new_masks(model, x):
     sparsify(model, prune(model, 0.6, linear=True))
     layers = model[2], model[4]
