@@ -286,7 +286,9 @@ class TrainRun:
             start, source = ticket
             seed = generator(train.seed, REINIT_SEED).initial_seed() if source.reinit else train.seed
             self.model = build_network(network, dataset, seed, device)
-            self.masks = tickets.shuffle(start.masks, train.seed) if source.shuffle else start.masks
+            self.masks = start.masks
+            if source.shuffle:
+                self.masks = tickets.shuffle(start.masks, train.seed, tickets.block_of(start), self.model)
             start = replace(start, masks=self.masks)
             tickets.restore(self.model, start, (1, *dataset.input_shape), weights=not source.reinit)
             density, before = density_of(self.model, self.masks, dataset), tickets.cost_of(start)

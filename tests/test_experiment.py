@@ -117,6 +117,17 @@ def test_a_ticket_brings_its_cost_and_a_control_changes_one_thing(tmp_path, data
         assert not all(own[name].equal(mask) for name, mask in other.masks.items())
 
 
+def test_a_shuffled_ticket_keeps_the_block_of_its_search(tmp_path, dataset):
+    prune, folder = PruneConfig(density=0.4, block=(3, 1), scope="uniform"), tmp_path / "search"
+    experiment.SearchRun(folder, replace(TRAIN, epochs=1), prune, IMAGES, NETWORK, dataset, CPU).run()
+    ticket = experiment.ticket_to_train(folder / runs.TICKET, shuffle=True)
+    run = experiment.TrainRun(tmp_path / "train", TRAIN, IMAGES, NETWORK, dataset, CPU, ticket=ticket)
+    for name, mask in run.masks.items():
+        assert masks.largest_block(mask, [(3, 1)]) == (3, 1, 1, 1)
+        assert mask.sum() == ticket[0].masks[name].sum()
+    assert not run.masks["conv2"].equal(ticket[0].masks["conv2"])
+
+
 @pytest.mark.parametrize("seed", [TRAIN.seed - 1, TRAIN.seed, TRAIN.seed + 1])
 def test_reinitialised_weights_are_those_of_no_seed_near_that_of_the_run(tmp_path, dataset, seed):
     model = models.build("digits_cnn", width=4, seed=seed)

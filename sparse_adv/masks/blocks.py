@@ -28,6 +28,33 @@ SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (
 )
 """The block shapes for which there are kernels; R and S stand for height and width of the filter."""
 
+STRUCTURES = ("filter", "channel")
+"""The names of blocks whose size depends on the layer: what writes an output channel, or reads an input channel."""
+
+
+def check_structure(block: Sequence[int] | str) -> Block | str:
+    """Complete a block shape as `check_block` does; raises ValueError for a name that is no structure's."""
+    if not isinstance(block, str):
+        return check_block(block)
+    if block not in STRUCTURES:
+        raise ValueError(f"block must be a block shape or one of {', '.join(STRUCTURES)}, got {block!r}")
+    return block
+
+
+def block_in(layer_shape: Sequence[int], block: Block | str, groups: int = 1) -> Block:
+    """Return the block shape that a block or structure has in a convolution or linear layer.
+
+    Examples:
+        >>> block_in((16, 4, 3, 3), "filter"), block_in((16, 4, 3, 3), "channel", groups=2)
+        ((1, 4, 3, 3), (8, 1, 3, 3))
+    """
+    if not isinstance(block, str):
+        return block
+    filters, channels, height, width = conv_shape(layer_shape)
+    if block == "filter":
+        return 1, channels, height, width
+    return filters // groups, 1, height, width  # an input channel is read by the filters of one group
+
 
 def largest_block(mask: Tensor, candidates: Sequence[Sequence[int | str]] = SUPPORTED_BLOCKS) -> Block:
     """Return the candidate block with the most elements that a mask obeys, that is, keeps or prunes as a whole.

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.allocation import SCOPES, targets_of
-from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
+from sparse_adv.masks.blocks import block_in, block_sizes, block_sums, check_structure, conv_shape
 from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.masks.layers import Layer, check_initialized, computes_as_its_class, maskable, owners, unknown_module
 from sparse_adv.masks.selection import smallest
-from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
+from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ def _relative_magnitude(name: str, weight: Tensor) -> Tensor:
 
 
 _SCORES: dict[str, Score] = {"magnitude": _magnitude, "relative_magnitude": _relative_magnitude}
-_STRUCTURES = ("filter", "channel")
 
 
 @checks_types
@@ -99,15 +98,14 @@ def prune(
         >>> masks.density(kept)
         0.25
     """
-    if isinstance(block, str):
-        if block not in _STRUCTURES:
-            raise ValueError(f"block must be a block shape or one of {', '.join(_STRUCTURES)}, got {block!r}")
-    else:
-        block = check_block(block)
+    block = check_structure(block)
     if example_input is not None and block != "filter":
         raise ValueError(f'example_input needs block="filter", got block={block!r}')
     candidates = Candidates.of(model, density, scope, score, exclude, linear)
-    blocks = {name: _block_of(block, model.get_submodule(name)) for name in candidates.shapes}
+    blocks = {
+        name: block_in(shape, block, getattr(model.get_submodule(name), "groups", 1))
+        for name, shape in candidates.shapes.items()
+    }
     scores = {name: _block_scores(candidates.scores(name), blocks[name]) for name in candidates.shapes}
     sizes = {name: block_sizes(conv_shape(shape), blocks[name]) for name, shape in candidates.shapes.items()}
     targets = candidates.targets
@@ -242,16 +240,6 @@ def _highest(scores: Tensor, sizes: Tensor, target: int) -> Tensor:
     flags = torch.zeros_like(order, dtype=torch.bool)
     flags[order[:count]] = True
     return flags
-
-
-def _block_of(block: Sequence[int] | str, layer: nn.Module) -> tuple[int, ...]:
-    """Size of the block in each dimension of a layer's weight."""
-    if not isinstance(block, str):
-        return tuple(block)
-    filters, channels, *taps = conv_shape(layer.get_parameter("weight").shape)
-    if block == "filter":
-        return (1, channels, *taps)
-    return (filters // getattr(layer, "groups", 1), 1, *taps)  # an input channel is read by the filters of one group
 
 
 def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ from sparse_adv.config import PruneConfig
 from sparse_adv.tickets.checks import TicketInvariantError, check_pruned_weights
 from sparse_adv.tickets.controls import restore, shuffle
 from sparse_adv.tickets.early_stopping import EarlyStopping
-from sparse_adv.tickets.provenance import SearchRecord, cost_of, record_of
+from sparse_adv.tickets.provenance import SearchRecord, block_of, cost_of, record_of
 from sparse_adv.tickets.search import check_fits, search
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PruneConfig",
     "SearchRecord",
     "TicketInvariantError",
+    "block_of",
     "check_fits",
     "check_pruned_weights",
     "cost_of",

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from sparse_adv import masks
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import parameter_of
+from sparse_adv.masks.blocks import block_in, check_structure
+from sparse_adv.masks.layers import owners, parameter_of
 from sparse_adv.masks.ticket import check_masks_fit
 from sparse_adv.nn import sparsify, zero_dead_channels
-from sparse_adv.ops.masked_conv2d_mask import expand_blocks
+from sparse_adv.ops.masked_conv2d_mask import check_mask, expand_blocks, obeys
 
 
 @checks_types
@@ -77,12 +78,21 @@ def _check_other_weights(own: Mapping[str, Tensor], ticket: masks.Ticket) -> Non
 
 
 @checks_types
-def shuffle(ticket_masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def shuffle(
+    ticket_masks: Mapping[str, Tensor],
+    seed: int,
+    block: Sequence[int] | str | None = None,
+    model: nn.Module | None = None,
+) -> dict[str, Tensor]:
     """Permute the blocks of each layer's mask at random: the control "shuffled mask".
 
     Args:
         ticket_masks: bool masks by module name.
         seed: of the permutations.
+        block: what was kept or pruned together, as in `masks.prune`; `tickets.block_of(ticket)` if a search found the
+            ticket. None takes for each layer the largest block with a kernel that its mask obeys.
+        model: the model that the masks are for, in which layers that share a weight get one mask, and "channel" is that
+            of grouped convolutions; None permutes each mask by itself.
 
     Returns:
         Masks of the same shapes with the same blocks and numbers of kept weights. Blocks at an edge of a layer can be
@@ -90,19 +100,40 @@ def shuffle(ticket_masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
 
     Raises:
         TypeError: if a mask is not a bool tensor.
+        ValueError: if the block is invalid, or a mask does not obey it.
+        AttributeError: if the model lacks a module.
 
     Examples:
         >>> mask = torch.zeros(4, 6, dtype=torch.bool)
         >>> mask[:, :2] = True
         >>> int(shuffle({"fc": mask}, seed=0)["fc"].sum())
         8
+        >>> shuffle({"fc": mask}, seed=0, block="channel")["fc"].all(0).sum()
+        tensor(2)
     """
+    layers = {} if model is None else {name: model.get_submodule(name) for name in ticket_masks}
+    owner = owners(layers) if layers else {name: name for name in ticket_masks}
     generator = torch.Generator().manual_seed(seed)
-    return {name: _shuffled(mask, generator) for name, mask in ticket_masks.items()}
+    shuffled: dict[str, Tensor] = {}
+    for name, mask in ticket_masks.items():
+        if owner[name] == name:
+            groups = getattr(layers.get(name), "groups", 1)
+            shuffled[name] = _shuffled(mask, _block_of(name, mask, block, groups), generator)
+    return {name: shuffled[owner[name]] for name in ticket_masks}
 
 
-def _shuffled(mask: Tensor, generator: torch.Generator) -> Tensor:
-    block = masks.largest_block(mask)
+def _block_of(name: str, mask: Tensor, block: Sequence[int] | str | None, groups: int) -> Sequence[int]:
+    """The block of a layer's mask; raises ValueError if the mask does not obey it."""
+    if block is None:
+        return masks.largest_block(mask)
+    check_mask(mask, linear=True)
+    size = block_in(mask.shape, check_structure(block), groups)
+    if not obeys(mask, size):
+        raise ValueError(f"block must be one that the mask of {name!r} obeys, got {block!r}")
+    return size
+
+
+def _shuffled(mask: Tensor, block: Sequence[int], generator: torch.Generator) -> Tensor:
     new = mask.clone()
     for region in _regions(mask.shape, block):
         part = new[region]

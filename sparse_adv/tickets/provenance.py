@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -88,3 +88,21 @@ def cost_of(ticket: masks.Ticket) -> Cost:
         Cost(seconds=2.5, macs=1000)
     """
     return json_files.from_json(Cost, ticket.provenance.get("cost", {}), "the ticket's provenance")
+
+
+@checks_types
+def block_of(ticket: masks.Ticket) -> Sequence[int] | None:
+    """Return the block that the search of a ticket pruned with; None if its provenance does not contain one.
+
+    Args:
+        ticket: any ticket, also one that was read from a file of another tool.
+
+    Returns:
+        The block as it was recorded.
+
+    Examples:
+        >>> block_of(masks.Ticket({}, {}, {"prune": {"block": [16, 16]}})), block_of(masks.Ticket({}, {}))
+        ([16, 16], None)
+    """
+    pruning = ticket.provenance.get("prune")
+    return pruning.get("block") if isinstance(pruning, dict) else None

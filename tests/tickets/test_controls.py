@@ -47,6 +47,52 @@ def test_every_block_can_move_also_at_the_edges():
     assert not moved[8:].any()
 
 
+def network() -> nn.Module:
+    """A weight that two layers share, a grouped convolution and a linear layer."""
+    model = nn.Sequential(
+        nn.Conv2d(24, 24, 3), nn.Conv2d(24, 24, 3), nn.Conv2d(24, 24, 3, groups=4), nn.Flatten(), nn.Linear(24, 20)
+    )
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("block", [(16, 16), (3, 5), (5, 1, 3, 1), "filter", "channel"])
+def test_a_given_block_is_moved_as_a_whole(block):
+    model = network()
+    pruned = masks.prune(model, 0.3, block, "uniform", linear=True)
+    shuffled = tickets.shuffle(pruned, 0, block, model)
+    assert {name: int(mask.sum()) for name, mask in shuffled.items()} == {
+        name: int(mask.sum()) for name, mask in pruned.items()
+    }
+    assert block == (16, 16) or all(not shuffled[name].equal(pruned[name]) for name in pruned)
+
+    def keep(name, weight):
+        return shuffled[name].float()
+
+    # Whole blocks are kept whole if they have the scores 1 and 0.
+    again = masks.prune(model, 0.3, block, "uniform", score=keep, linear=True)
+    assert all(again[name].equal(mask) for name, mask in shuffled.items())
+
+
+def test_layers_that_share_a_weight_get_one_shuffled_mask():
+    model = network()
+    pruned = masks.prune(model, 0.3, linear=True)
+    assert not tickets.shuffle(pruned, 0)["0"].equal(tickets.shuffle(pruned, 0)["1"])
+    shuffled = tickets.shuffle(pruned, 0, model=model)
+    assert shuffled["0"].equal(shuffled["1"]) and not shuffled["0"].equal(pruned["0"])
+    sparsify(model, shuffled)
+
+
+def test_a_block_that_a_mask_disobeys_or_that_does_not_exist_is_refused():
+    pruned = masks.prune(network(), 0.3)
+    with pytest.raises(ValueError, match=r"block must be one that the mask of '0' obeys, got 'filter'"):
+        tickets.shuffle(pruned, 0, "filter")
+    with pytest.raises(ValueError, match="block must be a block shape or one of filter, channel, got 'column'"):
+        tickets.shuffle(pruned, 0, "column")
+    with pytest.raises(TypeError, match="mask must be a bool tensor"):
+        tickets.shuffle({"0": torch.ones(2, 2)}, 0, (1, 1))
+
+
 @pytest.mark.parametrize("example_input", [(1, 1, 4, 4), torch.zeros(3, 1, 4, 4)], ids=["shape", "images"])
 @pytest.mark.parametrize("weights", [True, False])
 def test_channels_of_empty_filters_are_zero_whatever_the_weights(weights, example_input):
