@@ -5,19 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from helpers.small_runs import VALIDATION, equal_states, network
+from helpers.sparse_runs import CONFIG, odd_network, run
 from torch import nn
 
-from sparse_adv import engine, masks, methods, runs, tickets, training
+from sparse_adv import engine, masks, runs
 from sparse_adv.masks.allocation import targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.methods import MethodConfig, SparseTraining
-from sparse_adv.nn import MaskedConv2d, sparsify
 from sparse_adv.ops.masked_conv2d_mask import obeys
 from sparse_adv.training import checkpoint
 
-CONFIG = replace(QUICK, objective="fgsm-rs", epochs=4, engine=False)
-"""12 updates; the engine would have to trace each of the many models."""
 CHANGING = ("flying-bird", "rigl", "set", "gmp")
 BLOCKS = [(1, 1), (4, 4), (3, 2), (1, 1, 3, 3), (2, 2, 2, 2), (64, 64)]
 
@@ -59,28 +57,6 @@ class Observed(SparseTraining):
 
 def sizes_of(mask, block):
     return block_sizes(conv_shape(mask.shape), (*block, 1, 1)[:4])
-
-
-def odd_network() -> nn.Module:
-    """Channels that no block divides, and two linear layers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(1, 5, 3, padding=1, bias=False),
-            nn.BatchNorm2d(5),
-            nn.ReLU(),
-            nn.Conv2d(5, 7, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(63, 6),
-            nn.ReLU(),
-            nn.Linear(6, 2),
-        )
-
-
-def run(hook, model=None, config=CONFIG, **options):
-    model = model or odd_network()
-    return model, training.train(model, Batches(TRAIN, 32), config, hook=hook, **options)
 
 
 def blocks(mask, block) -> torch.Tensor:
@@ -176,12 +152,6 @@ def test_smaller_blocks_at_an_edge_are_kept_as_often_as_others(method):
     assert mask[8:].mean() > 0.05 and mask[8:].mean() == pytest.approx(float(mask[4:8].mean()), abs=0.1)
 
 
-def test_random_masks_keep_small_blocks_as_often_as_others():
-    model = nn.Sequential(nn.Linear(400, 10), nn.ReLU(), nn.Linear(10, 9, bias=False))
-    mask = methods.random_masks(model, MethodConfig("static", density=0.3, block=(4, 4), scope="uniform"), seed=0)["0"]
-    assert mask[8:].float().mean() == pytest.approx(0.3, abs=0.1)
-
-
 @pytest.mark.parametrize("method", ["gmp", "static"])
 def test_a_layer_that_loses_all_of_its_weights_is_logged(method, caplog):
     hook = SparseTraining(MethodConfig(method, density=0.3, block=(64, 64), scope="global", interval=2, dense_epochs=1))
@@ -191,22 +161,6 @@ def test_a_layer_that_loses_all_of_its_weights_is_logged(method, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"{method} keeps no weight of {name!r}: its output is constant" for name in empty
     ]
-
-
-def test_filters_that_a_ticket_lacks_are_trained_where_they_may_grow():
-    """Their BatchNorm channels, which restore keeps at 0, would take the gradient from what grows before them."""
-    torch.manual_seed(0)
-    kept = masks.prune(model := odd_network(), 0.5, "filter", "uniform")
-    ticket = masks.Ticket(kept, model.state_dict(), {})
-    for method in ("static", "set"):
-        model = tickets.restore(odd_network(), ticket, (1, 1, 6, 6))
-        dead = model[1].weight == 0
-        assert dead.any()
-        run(hook := SparseTraining(MethodConfig(method, interval=2)), model)
-        grown = hook.masks()["0"].flatten(1).any(1) & dead
-        assert grown.any() == (method == "set")
-        assert (model[1].weight != 0).equal(~dead | (method == "set"))
-        assert (model[0].weight[grown] != 0).any() == (method == "set")
 
 
 def test_grown_weights_start_at_zero_and_kept_ones_are_unchanged():
@@ -269,44 +223,6 @@ def test_dense_epochs_end_with_the_largest_weights():
     kept = torch.cat([weights[name][after[name]].abs() for name in after])
     pruned = torch.cat([weights[name][~after[name]].abs() for name in after])
     assert kept.min() >= pruned.max() and len(kept) == round(0.3 * (len(kept) + len(pruned)))
-
-
-def test_layers_that_the_method_leaves_out_stay_dense():
-    model, _ = run(SparseTraining(MethodConfig("rigl", density=0.3, linear=False)))
-    assert isinstance(model[0], MaskedConv2d) and type(model[6]) is nn.Linear
-
-
-def test_a_model_with_masks_starts_from_them():
-    model = odd_network()
-    sparsify(model, {"3": torch.rand(7, 5, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5})
-    kept = int(model[3].weight_mask.sum())
-    run(SparseTraining(MethodConfig("rigl", density=0.1, interval=2)), model)
-    assert int(model[3].weight_mask.sum()) == kept and type(model[0]) is nn.Conv2d
-
-
-def test_masks_that_disobey_the_block_are_refused():
-    model = odd_network()
-    sparsify(model, {"8": torch.tensor([[True, False, True, True, True, True]] * 2)})
-    with pytest.raises(ValueError, match=r"module '8': mask does not obey block \(2, 2, 1, 1\)"):
-        run(SparseTraining(MethodConfig("rigl", block=(2, 2))), model)
-
-
-def test_rescaled_weights_give_each_output_channel_its_variance():
-    model, config = odd_network(), MethodConfig("static", density=0.3, rescale_init=True)
-    dense = model[3].weight.detach().clone()
-    layer = methods.start(model, config, seed=0)[3]
-    kept = layer.weight_mask.sum((1, 2, 3), keepdim=True)
-    expected = torch.where(layer.weight_mask, dense * (45 / kept).sqrt(), 0)
-    assert torch.allclose(layer.weight, expected)
-
-
-def test_a_weight_that_two_layers_share_is_rescaled_once():
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    model[2].weight = model[0].weight
-    dense = model[0].weight.detach().clone()
-    first = methods.start(model, MethodConfig("static", density=0.5, rescale_init=True), seed=0)[0]
-    kept = first.weight_mask.sum(1, keepdim=True)
-    assert torch.allclose(first.weight, torch.where(first.weight_mask, dense * (8 / kept).sqrt(), 0))
 
 
 def test_none_is_no_method():
