@@ -6,15 +6,13 @@ import logging
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.argument_types import shortened
-from sparse_adv.engine.model_state import has_hooks
+from sparse_adv.engine.model_state import unwrapped
 from sparse_adv.ops.arguments import check_floating, check_tensors
 
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -140,24 +138,10 @@ def as_module(model: object) -> tuple[nn.Module, bool]:
         TypeError: if the model cannot be called.
     """
     if isinstance(model, nn.Module):
-        return _unwrapped(model), True
+        return unwrapped(model), True
     if not callable(model):
         raise TypeError(f"model must be an nn.Module or a function of the images, got {type(model).__name__}")
     return _Function(model), False
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of wrappers whose forward does no more than call it, with any arguments: torch.fx needs names.
-
-    That of DistributedDataParallel would prepare an all-reduce that is never run.
-    """
-    while isinstance(model, DistributedDataParallel) or (
-        type(model).forward in (AveragedModel.forward, nn.DataParallel.forward)
-        and len(getattr(model, "device_ids", ())) <= 1
-        and not has_hooks(model)
-    ):
-        model = cast(nn.Module, model.module)
-    return model
 
 
 class InputValidator:

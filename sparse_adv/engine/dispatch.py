@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparse_adv.argument_types import checks_types
 from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
 from sparse_adv.engine.gradients import image_gradient, outside_inference
+from sparse_adv.engine.model_state import unwrapped
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.state_cache import StateCache
@@ -126,7 +127,8 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
     For a model in training mode, also say what `fuse_for_training` fuses.
 
     Args:
-        model: any module, in the modes in which it is to run.
+        model: any module, in the modes in which it is to run. Of DistributedDataParallel, AveragedModel and
+            DataParallel on one device it is the module inside, which attacks call.
         example_input: a batch of its input, or the shape [N, C, H, W] of one.
 
     Returns:
@@ -146,6 +148,7 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
         _0: convolution + BatchNorm + ReLU
         _3: PyTorch and autograd: _3
     """
+    model = unwrapped(model)  # as attacks do
     x = example_input if isinstance(example_input, Tensor) else noise(model, example_input)
     entry = _entry_of(model, x)
     if entry.program is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 HOOKS = (
@@ -48,6 +50,20 @@ def has_hooks(module: nn.Module) -> bool:
 def runs_own_code(module: nn.Module) -> bool:
     """Whether a module computes something else than others of its class: it has hooks or a forward of its own."""
     return has_hooks(module) or "forward" in vars(module)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of wrappers whose forward does no more than call it, with any arguments: torch.fx needs names.
+
+    That of DistributedDataParallel would prepare an all-reduce that is never run.
+    """
+    while isinstance(model, DistributedDataParallel) or (
+        type(model).forward in (AveragedModel.forward, nn.DataParallel.forward)
+        and len(getattr(model, "device_ids", ())) <= 1
+        and not has_hooks(model)
+    ):
+        model = cast(nn.Module, model.module)
+    return model
 
 
 def has_global_hooks() -> bool:

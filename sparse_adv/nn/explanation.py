@@ -29,9 +29,11 @@ class Row:
     kept_weights: int
     """The number of weights that the mask keeps."""
     macs: tuple[int, int] | None
-    """MACs of the kept weights and of all weights, for the given input; None if no example input was given."""
+    """MACs of the kept weights and of all weights, for the given input; None without one and for a layer not called."""
     kernels: dict[str, str]
-    """The kernel of each pass and the reason: "sparse (table)", "dense (tuned: 1.9 ms, sparse 4.8 ms)"."""
+    """The kernel of each pass and the reason: "sparse (table)", "dense (tuned: 1.9 ms, sparse 4.8 ms)". "not called" of
+    a layer that the model does not call by this name, such as one that `sparsify` replaced but a plain list holds
+    still. Empty without an example input if the kernel depends on it."""
     weight_of: str | None = None
     """An earlier layer with the same weight, which counts there; None for a weight that no earlier layer has."""
 
@@ -106,18 +108,26 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor | None = Non
         calls.setdefault(call.layer, []).append(call)
     layers = maskable(model)
     owner = owners(layers)
-    return Explanation([_row(name, layer, calls.get(layer, []), owner[name]) for name, layer in layers.items()])
+    return Explanation(
+        [
+            _row(name, layer, None if example_input is None else calls.get(layer, []), owner[name])
+            for name, layer in layers.items()
+        ]
+    )
 
 
-def _row(name: str, layer: Layer, calls: Sequence[LayerCall], owner: str) -> Row:
-    """The kernels are those of the last call; the owner is the first layer with this weight."""
-    weights, count = layer.weight.numel(), sum(call.uses for call in calls)
-    kept = kept_weights(layer)
+def _row(name: str, layer: Layer, calls: Sequence[LayerCall] | None, owner: str) -> Row:
+    """The kernels are those of the last call; no list of calls: without an input. The owner is the first layer with
+    this weight."""
+    weights, kept = layer.weight.numel(), kept_weights(layer)
     if calls:
         kernels = {name: f"{planned.kernel} ({planned.reason})" for name, planned in calls[-1].plan._asdict().items()}
+    elif calls is not None:
+        kernels = dict.fromkeys(PASSES, "not called")
     else:
         kernels = _kernels_without_input(layer)
     block = tuple(map(min, layer.block, layer.weight.shape)) if isinstance(layer, MaskedConv2d) else None
+    count = sum(call.uses for call in calls or ())
     macs = (count * kept, count * weights) if calls else None
     return Row(name, tuple(layer.weight.shape), block, kept, macs, kernels, None if owner == name else owner)
 

@@ -225,9 +225,11 @@ class MaskedLayer(nn.Module):
 
     @torch.no_grad()
     def _zero_pruned(self) -> None:
-        """Zero the weight where the mask is false, only if needed, as in `_write_mask`."""
+        """Zero weight and gradient where the mask is false: the weight only if needed, as in `_write_mask`."""
         if torch.where(self.weight_mask, 0, self.weight).any():
             self.weight.masked_fill_(~self.weight_mask, 0)
+        if self.weight.grad is not None:  # a sum of micro-batches, which may be clipped before the next step
+            self.weight.grad.masked_fill_(~self.weight_mask, 0)
 
     def _derive(self) -> None:
         """Compile the buffer if its content has changed, and install the result in any case."""

@@ -31,7 +31,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_adv.ops.masked_conv2d_gradients import is_masked
@@ -115,6 +115,7 @@ def version_of(tensor: Tensor) -> object:
 def _mask_gradients_of(weight: Tensor) -> RemovableHandle:
     reference = ref(weight)
 
+    @unserializable_hook  # in another process the layer makes its own
     def mask_gradient(gradient: Tensor) -> Tensor:
         weight = reference()
         mask = None if weight is None else _masks.get(weight)

@@ -90,6 +90,13 @@ def test_a_shape_explains_as_much_as_images():
         engine.explain(model, (3, 32))
 
 
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_of_a_wrapper_the_module_inside_is_explained_as_attacks_call_it(wrapper):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval(), torch.rand(2, 3, 6, 6)
+    assert engine.explain(wrapper(model).eval(), x) == engine.explain(model, x)
+    assert "_0: convolution + ReLU" in engine.explain(model, x)
+
+
 @pytest.mark.parametrize("name", ["vgg16", "vgg16_kuangliu"])
 def test_even_areas_of_images_leave_no_network_to_autograd(name):
     # The largest pixels of a pooling window are equal there, and rounding decides which of them gets the gradient.

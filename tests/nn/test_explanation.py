@@ -63,6 +63,25 @@ def test_without_a_shape_kernels_that_depend_on_the_input_are_unknown(model):
     assert str(explain(nn.ReLU())).endswith("no convolutions")
 
 
+def test_a_layer_that_the_model_does_not_call_is_told():
+    """A plain list still holds the dense layer that `sparsify` replaced."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.first = [self.a]
+
+        def forward(self, x):
+            return self.b(self.first[0](x))
+
+    model = Listed()
+    explained = explain(sparsify(model, prune(model, 0.2)), SHAPE)
+    assert explained.rows[0].kernels == dict.fromkeys(PASSES, "not called") and explained.rows[0].macs is None
+    assert "not called" in str(explained) and "not called" not in explained.rows[1].kernels.values()
+    assert "not called" not in str(explain(model))
+
+
 def test_measured_times_are_shown(model, monkeypatch):
     monkeypatch.setattr(tuning, "_race", lambda *_: {"sparse": 1e-3, "dense": 4.8e-3})
     tune(model, SHAPE)

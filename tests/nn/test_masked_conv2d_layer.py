@@ -158,10 +158,14 @@ def test_a_state_dict_survives_torch_save_with_weights_only(x):
     assert torch.equal(other.eval()(x), model.eval()(x))
 
 
-def test_export(x):
+@pytest.mark.parametrize("empty", [False, True])
+def test_export(x, empty):
     model = network().eval()
-    exported = torch.export.export(model, (x,))
-    assert torch.equal(exported.module()(x), model(x))
+    if empty:
+        model[0].set_mask(torch.zeros_like(model[0].weight_mask))
+    torch.export.save(torch.export.export(model, (x,)), file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(x), model(x))
 
 
 def test_fullgraph_compilation_with_gradients(x):

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -373,3 +375,22 @@ def test_a_weight_that_replaces_another_is_kept_under_the_mask_too(model, make_o
     with pytest.raises(ValueError, match=r"mask has shape \(4, 2, 3, 3\), weight has shape \(4, 2, 5, 5\)"):
         model[0].weight = nn.Parameter(torch.ones(4, 2, 5, 5))
     assert model[0].weight is weight
+
+
+def test_a_new_mask_zeroes_the_gradients_that_micro_batches_have_added_up(model):
+    """They would count when gradients are clipped, and move weights that another mask revives before the next step."""
+    sparsify(model, {name: torch.ones_like(mask) for name, mask in prune(model, 0.5).items()})
+    model(torch.rand(3, 2, 7, 7)).square().sum().backward()
+    masks = prune(model, 0.5)
+    kept = {name: model.get_submodule(name).weight.grad.clone() for name in masks}
+    sparsify(model, masks)
+    for name, mask in masks.items():
+        assert model.get_submodule(name).weight.grad.equal(kept[name] * mask)
+
+
+def test_a_model_that_another_process_gets_warns_of_nothing_and_keeps_its_zeros(model, recwarn):
+    masks = prune(model, 0.5)
+    received = pickle.loads(ForkingPickler.dumps(sparsify(model, masks)))
+    assert not recwarn.list
+    train(received, torch.optim.SGD(received.parameters(), 0.1, momentum=0.9, weight_decay=0.1))
+    assert all(not received.get_submodule(name).weight[~mask].any() for name, mask in masks.items())
