@@ -165,7 +165,10 @@ class Training:
             evaluated = self._evaluate(epoch)
             self.total += trained.attack + trained.update
             measured = evaluated.monitor
-            if self.monitor is None or measured is None or not self.monitor.must_undo(measured.fraction):
+            if self.monitor is None or measured is None:
+                return self._record(epoch, trained, evaluated, undone)
+            if not self.monitor.must_undo(measured.fraction):
+                self.monitor.warn_of_weak_attack(measured.fraction, trained.correct / trained.images)
                 return self._record(epoch, trained, evaluated, undone)
             log.warning(
                 "epoch %d: catastrophic overfitting (accuracy under attack fell from %.1f %% to %.1f %%); "

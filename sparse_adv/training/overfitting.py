@@ -53,7 +53,7 @@ class OverfittingMonitor:
     def __init__(self, images: Images, config: TrainConfig, graphs: Graphs | None = None) -> None:
         self.config, self.graphs = config, graphs
         self.images = _first(images, IMAGES)
-        self.best, self.events, self.pgd_epochs = 0.0, 0, 0
+        self.best, self.events, self.pgd_epochs, self.warned = 0.0, 0, 0, False
 
     def measure(self, model: nn.Module) -> Accuracy:
         """Return the accuracy under PGD-5 with step size eps / 4."""
@@ -89,6 +89,27 @@ class OverfittingMonitor:
         self.events += 1
         self.pgd_epochs = 2 ** (self.events - 1)
         return True
+
+    def warn_of_weak_attack(self, accuracy: float, train_accuracy: float) -> None:
+        """Log, once, that the network resists the attack it trains with and not PGD.
+
+        Where that is so from the beginning, as with a large eps, no epoch loses anything, and none is undone.
+
+        Args:
+            accuracy: of an epoch that was not undone, as `measure` returns it.
+            train_accuracy: on the images that the epoch trained with.
+        """
+        if not self.warned and train_accuracy - accuracy >= 2 * LEAST_DROP and accuracy < train_accuracy / 4:
+            self.warned = True
+            log.warning(
+                "%.1f %% of the images that %s crafts in training are classified correctly, and %.1f %% of the "
+                "validation images under PGD-%d: this attack may be too weak for eps %g, or the images too few",
+                100 * train_accuracy,
+                self.config.objective,
+                100 * accuracy,
+                STEPS,
+                self.config.eps,
+            )
 
     def state_dict(self) -> dict[str, float]:
         """Return the state that a continued run needs."""
