@@ -222,18 +222,21 @@ class Training:
         updater.end_epoch(epoch)
         (total_loss, total_correct), images = tally.summed([float(loss_sum), float(correct)], self.device)
         loss = total_loss / images
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"training diverged in epoch {epoch + 1}: loss {loss} at lr {updater.learning_rate:g}"
-            )
-        trained = [parameter.isfinite().all() for parameter in updater.model.parameters() if parameter.requires_grad]
-        if not all(torch.stack(trained).tolist() if trained else ()):
-            raise FloatingPointError(
-                f"training diverged in epoch {epoch + 1}: weights are not finite at lr {updater.learning_rate:g}"
-            )
+        self._check_finite(epoch, loss)
         attack = Cost(watch.seconds("attack"), tally.attack())
         update = Cost(watch.seconds("update"), tally.update())
         return _Trained(loss, int(total_correct), images, attack, update)
+
+    def _check_finite(self, epoch: int, loss: float) -> None:
+        """Raise FloatingPointError if training has diverged."""
+        parameters = [p.isfinite().all() for p in self.updater.model.parameters() if p.requires_grad]
+        if not math.isfinite(loss):
+            what = f"loss {loss}"
+        elif not all(torch.stack(parameters).tolist() if parameters else ()):
+            what = "weights are not finite"
+        else:
+            return
+        raise FloatingPointError(f"training diverged in epoch {epoch + 1}: {what} at lr {self.updater.learning_rate:g}")
 
     def _costs_for(self, x: Tensor) -> NetworkCosts:
         """The costs of the network, measured on the first batch, and when they change; the host waits for a GPU."""
