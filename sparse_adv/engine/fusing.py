@@ -28,8 +28,6 @@ from sparse_adv.engine.tracing import Trace, holds_tensors, is_relu, is_sum, mod
 from sparse_adv.engine.values import Value
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
 
 class Fusion:
     """The steps of a traced model in eval mode.
@@ -83,10 +81,7 @@ class Fusion:
         module = module_of(self._trace.model, node)
         if module is not None and runs_own_code(module):
             return self._leave(node, result)
-        if isinstance(module, _IDENTITIES) and type(module).forward in {kind.forward for kind in _IDENTITIES}:
-            self._values[node] = source
-            node.replace_all_uses_with(node.all_input_nodes[0])
-        elif isinstance(module, nn.Conv2d) and _is_plain(module, nn.Conv2d, MaskedConv2d) and _pads_with_zeros(module):
+        if isinstance(module, nn.Conv2d) and _is_plain(module, nn.Conv2d, MaskedConv2d) and _pads_with_zeros(module):
             self._begin(node, ConvolutionStep(node.name, module, source, self._new(node)))
         elif isinstance(module, nn.Linear) and _is_plain(module, nn.Linear, MaskedLinear) and result.dim() == 2:
             self._begin(node, LinearStep(node.name, module, source, self._new(node)))
@@ -118,7 +113,7 @@ class Fusion:
     def _open_maker(self, node: fx.Node, value: Value) -> FusedStep | None:
         """The step that made a value, if `node` is all that reads the value."""
         readers = {user for source, v in self._values.items() if v is value for user in source.users}
-        readers -= {user for user in readers if self._values.get(user) is value}  # identities
+        readers -= {user for user in readers if self._values.get(user) is value}  # parts of the step
         return self._makers.get(value) if readers == {node} else None
 
     def _fuse_norm(self, node: fx.Node, norm: _BatchNorm, source: Value) -> None:

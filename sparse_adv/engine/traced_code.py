@@ -52,7 +52,7 @@ class EagerFunctions(TorchFunctionMode):
         return result
 
 
-_METADATA = {
+METADATA = {
     *("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "is_contiguous"),
     *("dtype", "device", "layout", "is_cuda", "is_floating_point", "is_complex", "element_size", "itemsize"),
 }
@@ -62,7 +62,7 @@ _METADATA = {
 def reads_elements(node: fx.Node) -> bool:
     """Whether an operation that returns no tensor may read the elements of one."""
     if node.op == "call_function" and node.target is getattr:
-        return node.args[1] not in _METADATA
+        return node.args[1] not in METADATA
     if node.op == "call_method":
-        return node.target not in _METADATA
+        return node.target not in METADATA
     return node.target not in (len, torch.numel, torch.is_floating_point, torch.is_complex)

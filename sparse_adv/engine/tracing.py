@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 import operator
 from collections.abc import Callable, Collection
@@ -18,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparse_adv.engine.batch_size import scaled
 from sparse_adv.engine.content import is_of_library
+from sparse_adv.engine.in_place import drop_identities, make_functional
 from sparse_adv.engine.model_state import copy_of_code, has_global_hooks, has_hooks, runs_own_code
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.reads import Reads, unchanged
@@ -28,46 +27,8 @@ from sparse_adv.tracer import Tracer, lock
 
 log = logging.getLogger(__name__)
 
-_IN_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    torch.relu_: torch.relu,
-    F.relu_: torch.relu,
-    "add_": operator.add,
-    "sub_": operator.sub,
-    "mul_": operator.mul,
-    "div_": operator.truediv,
-    "relu_": torch.relu,
-}
-"""For each operation that overwrites its first argument, the one that computes the same into a new tensor."""
-
 _RELU = {torch.relu, F.relu, "relu"}
 _ADD = {operator.add, torch.add, "add"}
-
-_FUNCTIONAL = {
-    function
-    for function in vars(F).values()
-    if inspect.isfunction(function) and "inplace" in inspect.signature(function).parameters
-}
-"""Functions with an argument `inplace`."""
-
-
-_NEW_RESULT = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.modules.batchnorm._BatchNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.ReLU,
-)
-"""Modules whose result shares no memory with another tensor."""
-
-_NEW_RESULT_FUNCTIONS = (torch.add, torch.mul, torch.cat, F.relu, F.conv2d, F.linear, F.batch_norm, F.avg_pool2d)
-"""Functions whose result shares no memory with another tensor."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +63,8 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         x: a batch of its input.
 
     Raises:
-        NotTraceable: if the model depends on values of its input, overwrites a tensor that has other views, has hooks
-            itself, or returns anything but one tensor.
+        NotTraceable: if the model depends on values of its input, overwrites a tensor that is read under another
+            name, has hooks itself, or returns anything but one tensor.
     """
     graph = graph_of(model)
     try:
@@ -133,11 +94,11 @@ def graph_of(model: nn.Module) -> fx.Graph:
     it. Its code then runs in each pass.
 
     Raises:
-        NotTraceable: if the model depends on values of its input or of its buffers, overwrites a tensor that has other
-            views, has hooks itself, or if its Python code draws random numbers, changes attributes of modules, or
-            computes with other tensors: the graph would repeat what happened this once. If it calls an autograd
-            function of its own or stops gradients, which the graph would not show. If it reads attributes whose changes
-            would not be seen.
+        NotTraceable: if the model depends on values of its input or of its buffers, overwrites a tensor that is read
+            under another name, has hooks itself, or if its Python code draws random numbers, changes attributes of
+            modules, or computes with other tensors: the graph would repeat what happened this once. If it calls an
+            autograd function of its own or stops gradients, which the graph would not show. If it reads attributes
+            whose changes would not be seen.
     """
     if has_hooks(model) or has_global_hooks():
         raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
@@ -172,7 +133,8 @@ def _graph(model: nn.Module, tracer: _Tracer) -> fx.Graph:
             raise NotTraceable("its Python code draws random numbers")
     _take_constants(copied, graph)
     tracer.reads.check()
-    _make_functional(model, graph)
+    drop_identities(model, graph)
+    make_functional(model, graph)
     return graph
 
 
@@ -298,59 +260,3 @@ def _take_constants(copied: nn.Module, graph: fx.Graph) -> None:
             node.op, node.target = "call_function", Constant(getattr(copied, name))
     for name in [name for name in vars(copied) if name.startswith("_tensor_constant")]:
         delattr(copied, name)
-
-
-def _make_functional(model: nn.Module, graph: fx.Graph) -> None:
-    """Replace in-place operations by ones with a new result, which later readers of the overwritten tensor then read.
-
-    Raises:
-        NotTraceable: if a tensor is overwritten that may have other views, or by an unknown operation.
-    """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if not _overwrites(model, node):
-            continue
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or _may_share_memory(model, source):
-            raise NotTraceable(f"{node.name} overwrites a tensor that may have other views")
-        if node.op == "call_module":
-            module = copy.copy(model.get_submodule(str(node.target)))
-            vars(module)["inplace"] = False
-            node.op, node.target = "call_function", torch.relu if isinstance(module, nn.ReLU) else module
-        elif node.target in _IN_PLACE:
-            node.op, node.target = "call_function", _IN_PLACE[node.target]
-        elif node.target in _FUNCTIONAL:
-            _, *others = (arguments := _bind(node))
-            node.kwargs = {name: arguments[name] for name in others} | {"inplace": False}
-            node.args = (source,)
-        else:
-            raise NotTraceable(f"{node.name} overwrites a tensor")
-        for user in list(source.users):
-            if order[user] > order[node]:
-                user.replace_input_with(source, node)
-
-
-def _overwrites(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.startswith("__")) or name == "__setitem__"
-    if node.op != "call_function":
-        return False
-    if node.target in _FUNCTIONAL:
-        return bool(_bind(node).get("inplace"))
-    return node.target in _IN_PLACE or node.target is operator.setitem or node.kwargs.get("out") is not None
-
-
-def _bind(node: fx.Node) -> dict[str, Any]:
-    return dict(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments)  # type: ignore[arg-type]
-
-
-def _may_share_memory(model: nn.Module, node: fx.Node) -> bool:
-    """Whether the result of a node may be a view of another tensor, or have a view."""
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        is_new = isinstance(module, _NEW_RESULT) and is_of_library(type(module).__module__)
-        return not is_new or getattr(module, "inplace", False)
-    return node.op != "call_function" or node.target not in (*_IN_PLACE.values(), *_NEW_RESULT_FUNCTIONS)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
+from sparse_adv.engine.in_place import is_dropout
 from sparse_adv.engine.model_state import runs_own_code
 from sparse_adv.engine.steps import operation_of
 from sparse_adv.engine.trace_cache import TraceCache
@@ -82,6 +83,21 @@ class NormAct:
         return y
 
 
+class DropoutInOrder:
+    """A dropout of images in channels_last with the mask that it would have in NCHW.
+
+    The mask is drawn in the order of the memory. Two copies are cheaper than convolutions in NCHW.
+    """
+
+    def __init__(self, dropout: Callable[..., Any]) -> None:
+        self.dropout = dropout
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        y = self.dropout(x.contiguous(), *args, **kwargs)
+        return y.contiguous(memory_format=torch.channels_last) if is_channels_last else y
+
+
 class TrainingGraph(nn.Module):
     """Runs the operations of a model, with its own modules and their hooks, and each BatchNorm as `NormAct`.
 
@@ -104,13 +120,19 @@ class TrainingGraph(nn.Module):
         self._returned = end.args[0]
         last = {source: node for node in [*nodes, end] for source in node.all_input_nodes}
         self._operations = [
-            (node, operation_of(model, node), [source for source in node.all_input_nodes if last[source] is node])
+            (node, self._operation(model, node), [source for source in node.all_input_nodes if last[source] is node])
             for node in nodes
             if node.op != "placeholder"
         ]
 
+    def _operation(self, model: nn.Module, node: fx.Node) -> Callable[..., Any]:
+        operation = operation_of(model, node)
+        is_reordered = self._channels_last and is_dropout(node, module_of(model, node))
+        return DropoutInOrder(operation) if is_reordered else operation
+
     def forward(self, x: Tensor) -> Any:
-        if self._channels_last and x.dim() == 4:
+        is_reordered = self._channels_last and x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last)
+        if is_reordered:
             x = x.to(memory_format=torch.channels_last)
         results: dict[fx.Node, Any] = {self._input: x}
         statistics = RunningStatistics()
@@ -118,6 +140,8 @@ class TrainingGraph(nn.Module):
             args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
             if isinstance(operation, NormAct):
                 kwargs = {"statistics": statistics}
+            if isinstance(operation, DropoutInOrder) and not is_reordered:
+                operation = operation.dropout
             results[node] = operation(*args, **kwargs)
             del args, kwargs
             for source in read_last:

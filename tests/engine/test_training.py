@@ -272,6 +272,16 @@ def test_random_layers_draw_what_they_would():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("layer", [nn.Dropout(0.3), nn.Dropout2d(0.3), nn.AlphaDropout(0.3)], ids=repr)
+def test_dropout_of_feature_maps_drops_what_it_would(layer, memory_format):
+    model, x = nn.Sequential(block_of(), layer, nn.Conv2d(4, 2, 3)).train(), torch.rand(4, 3, 5, 5)
+    x = x.contiguous(memory_format=memory_format)
+    assert isinstance(engine.fuse_for_training(model, x), TrainingGraph)
+    check_learns_the_same(model, x, 1e-5)
+    check_learns_the_same(model.double(), x.double())
+
+
 def test_one_value_of_each_channel_is_refused_as_by_pytorch():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
     assert isinstance(engine.fuse_for_training(model, torch.rand(2, 3, 1, 1)), TrainingGraph)

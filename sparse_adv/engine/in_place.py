@@ -1,0 +1,177 @@
+"""Rewrites a graph of operations without those that return their input, and without those that overwrite a tensor."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from sparse_adv.engine.content import is_of_library
+from sparse_adv.engine.model_state import has_hooks, runs_own_code
+from sparse_adv.engine.traced_code import METADATA, Constant, NotTraceable
+
+_IN_PLACE: dict[Callable[..., Any] | str, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    F.relu_: torch.relu,
+    "add_": operator.add,
+    "sub_": operator.sub,
+    "mul_": operator.mul,
+    "div_": operator.truediv,
+    "relu_": torch.relu,
+}
+"""For each operation that overwrites its first argument, the one that computes the same into a new tensor."""
+
+_FUNCTIONAL = {
+    function
+    for function in vars(F).values()
+    if inspect.isfunction(function) and "inplace" in inspect.signature(function).parameters
+}
+"""Functions with an argument `inplace`."""
+
+_NEW_RESULT = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.ReLU,
+)
+"""Modules whose result shares no memory with another tensor."""
+
+_NEW_RESULT_FUNCTIONS = (torch.add, torch.mul, torch.cat, F.relu, F.conv2d, F.linear, F.batch_norm, F.avg_pool2d)
+"""Functions whose result shares no memory with another tensor."""
+
+_DROPOUTS = (nn.Dropout, nn.AlphaDropout)
+_DROPOUT_FUNCTIONS = (F.dropout, F.alpha_dropout)
+_FEATURE_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
+_FEATURE_DROPOUT_FUNCTIONS = (F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout)
+"""These drop whole channels."""
+
+
+def is_dropout(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node drops single elements at random in training mode.
+
+    Args:
+        node: of a graph.
+        module: the one that it calls, if any.
+    """
+    return node.target in _DROPOUT_FUNCTIONS if module is None else _is_plain(module, _DROPOUTS)
+
+
+def _is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
+    """Whether a module computes what one of these classes does."""
+    return any(type(module).forward is kind.forward for kind in kinds) and not runs_own_code(module)
+
+
+def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
+    """Remove the operations that return their input itself: identities, and dropout in eval mode."""
+    for node in list(graph.nodes):
+        if _returns_its_input(model, node) and node.args and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _returns_its_input(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        is_off = not module.training and _is_plain(module, (*_DROPOUTS, *_FEATURE_DROPOUTS))
+        return is_off or _is_plain(module, [nn.Identity])
+    is_function = node.target in (*_DROPOUT_FUNCTIONS, *_FEATURE_DROPOUT_FUNCTIONS)
+    return is_function and _bind(node)["training"] is False
+
+
+def make_functional(model: nn.Module, graph: fx.Graph) -> None:
+    """Replace in-place operations by ones with a new result, which later readers of the overwritten tensor then read.
+
+    Raises:
+        NotTraceable: if a tensor is overwritten that may be read later under another name or by code outside of the
+            graph, or by an unknown operation.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    memory: dict[fx.Node, set[fx.Node]] = {}
+    """For each operation so far, those in whose memory its result may lie."""
+    for node in list(graph.nodes):
+        memory[node] = {node}
+        if not _overwrites(model, node):
+            if not _returns_new_memory(model, node):
+                memory[node] = memory[node].union(*[memory[source] for source in node.all_input_nodes])
+            continue
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or any(_is_known_outside(model, origin) for origin in memory[source]):
+            raise NotTraceable(f"{node.name} overwrites a tensor that code outside of the graph may read")
+        for other, shared in memory.items():
+            is_read = any(order[user] > order[node] for user in other.users)
+            if other is not source and is_read and not shared.isdisjoint(memory[source]):
+                raise NotTraceable(f"{node.name} overwrites what {other.name} returned, which is read later")
+        _compute_anew(model, node, source)
+        for user in list(source.users):
+            if order[user] > order[node]:
+                user.replace_input_with(source, node)
+
+
+def _compute_anew(model: nn.Module, node: fx.Node, source: fx.Node) -> None:
+    """Let an operation return its result in new memory instead of that of its first operand."""
+    if node.op == "call_module":
+        module = copy.copy(model.get_submodule(str(node.target)))
+        vars(module)["inplace"] = False
+        node.op, node.target = "call_function", torch.relu if isinstance(module, nn.ReLU) else module
+    elif node.target in _IN_PLACE:
+        node.op, node.target = "call_function", _IN_PLACE[node.target]
+    elif node.target in _FUNCTIONAL:
+        _, *others = (arguments := _bind(node))
+        node.kwargs = {name: arguments[name] for name in others} | {"inplace": False}
+        node.args = (source,)
+    else:
+        raise NotTraceable(f"{node.name} overwrites a tensor")
+
+
+def _overwrites(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.startswith("__")) or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if node.target in _FUNCTIONAL:
+        return bool(_bind(node)["inplace"])
+    return node.target in _IN_PLACE or node.target is operator.setitem or node.kwargs.get("out") is not None
+
+
+def _bind(node: fx.Node) -> dict[str, Any]:
+    """The arguments of the function that a node calls, those with defaults too, by their names."""
+    assert callable(node.target)
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _returns_new_memory(model: nn.Module, node: fx.Node) -> bool:
+    """Whether the result of a node is no view of an operand."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return isinstance(module, _NEW_RESULT) and is_of_library(type(module).__module__)
+    if node.op == "call_method":
+        return node.target in METADATA
+    is_size = node.target is getattr and node.args[1] in METADATA
+    return is_size or node.target in (*_IN_PLACE.values(), *_NEW_RESULT_FUNCTIONS)
+
+
+def _is_known_outside(model: nn.Module, node: fx.Node) -> bool:
+    """Whether the result of a node may lie in memory that code outside of the graph reads."""
+    if node.op == "call_module" and not _returns_new_memory(model, node):
+        parts = model.get_submodule(str(node.target)).modules()
+        return any(has_hooks(part) or not is_of_library(type(part).__module__) for part in parts)
+    return node.op in ("placeholder", "get_attr") or isinstance(node.target, Constant)
