@@ -282,6 +282,14 @@ def test_dropout_of_feature_maps_drops_what_it_would(layer, memory_format):
     check_learns_the_same(model.double(), x.double())
 
 
+def test_behind_a_layer_that_is_pruned_wholly_gradients_are_rounding_errors():
+    model, x = nn.Sequential(block_of(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), torch.rand(4, 3, 16, 16)
+    nn.init.normal_(model[0][1].bias)
+    sparsify(model, {"0.0": torch.zeros(4, 3, 3, 3, dtype=torch.bool)})
+    assert engine.fuse_for_training(model.train(), x) is not model
+    check_learns_the_same(model.double(), x.double(), 1e-6)
+
+
 def test_one_value_of_each_channel_is_refused_as_by_pytorch():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
     assert isinstance(engine.fuse_for_training(model, torch.rand(2, 3, 1, 1)), TrainingGraph)
