@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
@@ -78,7 +79,7 @@ class Fusion:
             return self._leave(node, result)
         if len(node.all_input_nodes) > 2:
             return self._leave(node, result)
-        module = module_of(self._trace.model, node)
+        module = module_of(self._trace.model, node) or _pooling_of(node)
         if module is not None and runs_own_code(module):
             return self._leave(node, result)
         if isinstance(module, nn.Conv2d) and _is_plain(module, nn.Conv2d, MaskedConv2d) and _pads_with_zeros(module):
@@ -237,6 +238,13 @@ def _is_plain(module: nn.Module, dense: type[nn.Module], masked: type[nn.Module]
 
 def _pads_with_zeros(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def _pooling_of(node: fx.Node) -> nn.MaxPool2d | None:
+    """The module that computes what a call of `F.max_pool2d` does; torch.fx gives all arguments their names."""
+    if node.target is not F.max_pool2d or len(node.all_input_nodes) > 1:  # a size that is computed
+        return None
+    return nn.MaxPool2d(*node.args[1:], **node.kwargs)  # type: ignore[arg-type]
 
 
 def _pool_size(pool: nn.MaxPool2d) -> tuple[int, int] | None:

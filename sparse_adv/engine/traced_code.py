@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -65,4 +66,6 @@ def reads_elements(node: fx.Node) -> bool:
         return node.args[1] not in METADATA
     if node.op == "call_method":
         return node.target not in METADATA
+    if node.target is operator.getitem:  # of a tuple, as a tensor's item is a tensor
+        return len(node.all_input_nodes) > 1
     return node.target not in (len, torch.numel, torch.is_floating_point, torch.is_complex)

@@ -90,8 +90,9 @@ def test_state_that_changes_after_the_first_pass(name, in_place):
         lambda m, x: x / x.amax().item(),
         lambda m, x: x / float(x.amax().tolist()),
         lambda m, x: x / sum(x[0, 0, 0].tolist()),
+        lambda m, x: x / x.shape[(x.sum() > 400).long()],
     ],
-    ids=["item", "float", "list"],
+    ids=["item", "float", "list", "index"],
 )
 def test_numbers_read_from_images_are_those_of_the_present_ones(function):
     model = Stateful(function).eval()

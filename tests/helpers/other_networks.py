@@ -150,7 +150,8 @@ class VisionTransformer(nn.Module):
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
         y = self.norm1(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
+        y, _ = self.attention(y, y, y, need_weights=False)
+        x = x + y
         x = x + self.mlp(self.norm2(x))
         return self.head(self.norm(x)[:, 0])
 
