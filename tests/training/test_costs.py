@@ -80,6 +80,14 @@ def test_the_density_is_that_of_the_masks_also_where_dense_kernels_run():
     assert work.forward == work.dense and NetworkCosts(model, torch.rand(4, 1, 6, 6)).density.macs == expected
 
 
+def test_a_compiled_model_is_not_compiled_for_the_pass_that_counts():
+    compiled = []
+    model = torch.compile(network(), backend=lambda graph, inputs: compiled.append(graph) or graph)
+    assert NetworkCosts(model, torch.rand(4, 1, 6, 6)).classes == 2 and not compiled
+    model(torch.rand(4, 1, 6, 6))
+    assert compiled
+
+
 @pytest.mark.parametrize("undone", [False, True])
 def test_an_update_costs_what_the_network_costs_then(monkeypatch, undone):
     """Masks change within the second epoch; where it is undone, the network has its earlier masks again."""
