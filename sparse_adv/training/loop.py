@@ -353,8 +353,9 @@ def train(
         FileNotFoundError: if the folder has epochs of a run, but not the state to continue from, or if it was deleted
             or replaced while the run went on.
         FloatingPointError: if the loss or a weight is not finite; the folder keeps the epochs before.
-        TypeError: if the batches have no length or wrong dtypes, the validation images can be iterated only once,
-            `objective` makes no objective, or the settings of hook or objective are neither a dataclass nor a dict.
+        TypeError: if the batches have no length or wrong dtypes, the validation images can be iterated only once, the
+            model returns anything but logits, `objective` makes no objective, or the settings of hook or objective are
+            neither a dataclass nor a dict.
         ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it, these
             settings hold what JSON cannot, or the folder holds another run: of another configuration, network, hook,
             objective, initial weights or images.

@@ -377,7 +377,12 @@ def _counting_correct(model: nn.Module, images: Tensor, labels: Tensor) -> Itera
     """Collect how many of these images each forward pass on them classifies as their labels, while the block runs."""
     correct: list[Tensor] = []
 
-    def count(model: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+    def count(model: nn.Module, inputs: tuple[Tensor, ...], logits: object) -> None:
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"model must return logits [{len(images)}, classes] in training mode too, "
+                f"got a {type(logits).__name__}: leave out what else it returns, such as auxiliary logits"
+            )
         if inputs[0] is images:
             correct.append(is_correct(logits.detach(), labels).sum())
 

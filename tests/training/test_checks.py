@@ -71,6 +71,23 @@ def test_a_model_without_anything_to_train_is_refused(model, said):
         training.train(model(), batches(), CONFIG)
 
 
+@pytest.mark.parametrize("objective", ["natural", "pgd", "trades", "mart", "free"])
+@pytest.mark.parametrize("use_engine", [True, False])
+def test_auxiliary_logits_in_training_mode_are_refused(objective, use_engine):
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x):
+            logits = self.network(x)
+            return (logits, logits) if self.training else logits
+
+    config = replace(CONFIG, objective=objective, engine=use_engine)
+    with pytest.raises(TypeError, match=r"logits \[8, classes\] in training mode too, got a tuple: leave out"):
+        training.train(Auxiliary(), [PAIR], config)
+
+
 def test_a_search_of_a_model_with_masks_is_refused_before_anything_is_written(tmp_path):
     model = sparsify(network(), masks.prune(network(), 0.5))
     for folder in (None, tmp_path / "search"):
