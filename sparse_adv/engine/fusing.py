@@ -24,8 +24,8 @@ from sparse_adv.engine.steps import (
     PointwiseStep,
     Step,
 )
-from sparse_adv.engine.traced_code import NotTraceable
-from sparse_adv.engine.tracing import Trace, holds_tensors, is_relu, is_sum, module_of
+from sparse_adv.engine.traced_code import NotTraceable, module_of
+from sparse_adv.engine.tracing import Trace, holds_tensors, is_relu, is_sum
 from sparse_adv.engine.values import Value
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 
@@ -113,8 +113,10 @@ class Fusion:
 
     def _open_maker(self, node: fx.Node, value: Value) -> FusedStep | None:
         """The step that made a value, if `node` is all that reads the value."""
-        readers = {user for source, v in self._values.items() if v is value for user in source.users}
-        readers -= {user for user in readers if self._values.get(user) is value}  # parts of the step
+        users = {user for source, v in self._values.items() if v is value for user in source.users}
+        parts = {user for user in users if self._values.get(user) is value}
+        sizes = {user for user in users if not holds_tensors(self._trace.results[user])}  # known from the trace
+        readers = users - parts - sizes
         return self._makers.get(value) if readers == {node} else None
 
     def _fuse_norm(self, node: fx.Node, norm: _BatchNorm, source: Value) -> None:

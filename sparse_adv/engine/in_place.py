@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from sparse_adv.engine.content import is_of_library
 from sparse_adv.engine.model_state import has_hooks, runs_own_code
-from sparse_adv.engine.traced_code import METADATA, Constant, NotTraceable
+from sparse_adv.engine.traced_code import METADATA, Constant, NotTraceable, arguments_of, module_of
 
 _IN_PLACE: dict[Callable[..., Any] | str, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -84,12 +84,12 @@ def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _returns_its_input(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
+    module = module_of(model, node)
+    if module is not None:
         is_off = not module.training and _is_plain(module, (*_DROPOUTS, *_FEATURE_DROPOUTS))
         return is_off or _is_plain(module, [nn.Identity])
     is_function = node.target in (*_DROPOUT_FUNCTIONS, *_FEATURE_DROPOUT_FUNCTIONS)
-    return is_function and _bind(node)["training"] is False
+    return is_function and arguments_of(node)["training"] is False
 
 
 def make_functional(model: nn.Module, graph: fx.Graph) -> None:
@@ -123,14 +123,14 @@ def make_functional(model: nn.Module, graph: fx.Graph) -> None:
 
 def _compute_anew(model: nn.Module, node: fx.Node, source: fx.Node) -> None:
     """Let an operation return its result in new memory instead of that of its first operand."""
-    if node.op == "call_module":
-        module = copy.copy(model.get_submodule(str(node.target)))
+    if (called := module_of(model, node)) is not None:
+        module = copy.copy(called)
         vars(module)["inplace"] = False
         node.op, node.target = "call_function", torch.relu if isinstance(module, nn.ReLU) else module
     elif node.target in _IN_PLACE:
         node.op, node.target = "call_function", _IN_PLACE[node.target]
     elif node.target in _FUNCTIONAL:
-        _, *others = (arguments := _bind(node))
+        _, *others = (arguments := arguments_of(node))
         node.kwargs = {name: arguments[name] for name in others} | {"inplace": False}
         node.args = (source,)
     else:
@@ -138,30 +138,23 @@ def _compute_anew(model: nn.Module, node: fx.Node, source: fx.Node) -> None:
 
 
 def _overwrites(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    module = module_of(model, node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.startswith("__")) or name == "__setitem__"
     if node.op != "call_function":
         return False
     if node.target in _FUNCTIONAL:
-        return bool(_bind(node)["inplace"])
+        return bool(arguments_of(node)["inplace"])
     return node.target in _IN_PLACE or node.target is operator.setitem or node.kwargs.get("out") is not None
-
-
-def _bind(node: fx.Node) -> dict[str, Any]:
-    """The arguments of the function that a node calls, those with defaults too, by their names."""
-    assert callable(node.target)
-    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    return dict(bound.arguments)
 
 
 def _returns_new_memory(model: nn.Module, node: fx.Node) -> bool:
     """Whether the result of a node is no view of an operand."""
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
+    module = module_of(model, node)
+    if module is not None:
         return isinstance(module, _NEW_RESULT) and is_of_library(type(module).__module__)
     if node.op == "call_method":
         return node.target in METADATA
@@ -171,7 +164,7 @@ def _returns_new_memory(model: nn.Module, node: fx.Node) -> bool:
 
 def _is_known_outside(model: nn.Module, node: fx.Node) -> bool:
     """Whether the result of a node may lie in memory that code outside of the graph reads."""
-    if node.op == "call_module" and not _returns_new_memory(model, node):
-        parts = model.get_submodule(str(node.target)).modules()
-        return any(has_hooks(part) or not is_of_library(type(part).__module__) for part in parts)
+    module = module_of(model, node)
+    if module is not None and not _returns_new_memory(model, node):
+        return any(has_hooks(part) or not is_of_library(type(part).__module__) for part in module.modules())
     return node.op in ("placeholder", "get_attr") or isinstance(node.target, Constant)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,6 +52,21 @@ class EagerFunctions(TorchFunctionMode):
         result = func(*args, **kwargs)
         self._made |= {id(leaf): leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
         return result
+
+
+def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, or None."""
+    if isinstance(node.target, nn.Module):  # in place of one that would overwrite its input, or does more
+        return node.target
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of the Python function that a node calls, those with defaults too, by their names."""
+    assert callable(node.target)
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
 METADATA = {

@@ -20,7 +20,8 @@ from sparse_adv.engine.in_place import drop_identities, make_functional
 from sparse_adv.engine.model_state import copy_of_code, has_global_hooks, has_hooks, runs_own_code
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.reads import Reads, unchanged
-from sparse_adv.engine.traced_code import Constant, EagerFunctions, NotTraceable, reads_elements
+from sparse_adv.engine.traced_code import Constant, EagerFunctions, NotTraceable, module_of, reads_elements
+from sparse_adv.engine.written_norms import gather_norms
 from sparse_adv.errors import first_line
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 from sparse_adv.tracer import Tracer, lock
@@ -133,16 +134,10 @@ def _graph(model: nn.Module, tracer: _Tracer) -> fx.Graph:
             raise NotTraceable("its Python code draws random numbers")
     _take_constants(copied, graph)
     tracer.reads.check()
+    gather_norms(model, graph)
     drop_identities(model, graph)
     make_functional(model, graph)
     return graph
-
-
-def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls, or None."""
-    if isinstance(node.target, nn.Module):  # in place of one that would overwrite its input
-        return node.target
-    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def is_relu(model: nn.Module, node: fx.Node) -> bool:

@@ -15,8 +15,8 @@ from sparse_adv.engine.in_place import is_dropout
 from sparse_adv.engine.model_state import runs_own_code
 from sparse_adv.engine.steps import operation_of
 from sparse_adv.engine.trace_cache import TraceCache
-from sparse_adv.engine.traced_code import NotTraceable
-from sparse_adv.engine.tracing import graph_of, is_relu, is_sum, module_of
+from sparse_adv.engine.traced_code import NotTraceable, module_of
+from sparse_adv.engine.tracing import graph_of, is_relu, is_sum
 from sparse_adv.engine.winograd import TrainedConvolution, is_plain_convolution, onednn_writes_out_of_bounds
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.batch_norm_act import Statistics, update_running_statistics
