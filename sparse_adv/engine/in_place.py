@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from sparse_adv.engine.activations import activation_of
 from sparse_adv.engine.content import is_of_library
 from sparse_adv.engine.model_state import has_hooks, runs_own_code
 from sparse_adv.engine.traced_code import METADATA, Constant, NotTraceable, arguments_of, module_of
@@ -46,12 +47,17 @@ _NEW_RESULT = (
     nn.LayerNorm,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.ReLU,
 )
-"""Modules whose result shares no memory with another tensor."""
+"""Modules whose result shares no memory with another tensor, as those of activation functions."""
 
-_NEW_RESULT_FUNCTIONS = (torch.add, torch.mul, torch.cat, F.relu, F.conv2d, F.linear, F.batch_norm, F.avg_pool2d)
-"""Functions whose result shares no memory with another tensor."""
+_NEW_RESULT_FUNCTIONS = {
+    *(torch.add, torch.mul, torch.cat, torch.mean, torch.sum, "add", "mul", "mean", "sum", "clone", F.relu, "relu"),
+    *(F.conv2d, F.linear, F.batch_norm, F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d),
+    *_IN_PLACE.values(),
+}
+"""Functions and methods whose result shares no memory with another tensor."""
 
 _DROPOUTS = (nn.Dropout, nn.AlphaDropout)
 _DROPOUT_FUNCTIONS = (F.dropout, F.alpha_dropout)
@@ -154,12 +160,12 @@ def _overwrites(model: nn.Module, node: fx.Node) -> bool:
 def _returns_new_memory(model: nn.Module, node: fx.Node) -> bool:
     """Whether the result of a node is no view of an operand."""
     module = module_of(model, node)
+    if activation_of(node, module) is not None:
+        return True
     if module is not None:
         return isinstance(module, _NEW_RESULT) and is_of_library(type(module).__module__)
-    if node.op == "call_method":
-        return node.target in METADATA
-    is_size = node.target is getattr and node.args[1] in METADATA
-    return is_size or node.target in (*_IN_PLACE.values(), *_NEW_RESULT_FUNCTIONS)
+    is_size = node.target in METADATA or (node.target is getattr and node.args[1] in METADATA)
+    return is_size or node.target in _NEW_RESULT_FUNCTIONS
 
 
 def _is_known_outside(model: nn.Module, node: fx.Node) -> bool:

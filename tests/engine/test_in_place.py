@@ -31,6 +31,12 @@ def added(m, x):
     return m.norm(y)
 
 
+def weighted(m, x):
+    y = m.norm(m.a(x))
+    weight = y.mean((2, 3), keepdim=True).sigmoid()
+    return F.relu(y, inplace=True) * weight
+
+
 def sized(m, x):
     y = m.norm(m.a(x))
     count, size = y.size(0), y.shape
@@ -49,6 +55,11 @@ ACCEPTED = {
     ),
     "a function": (OfLayers(added), [CONV, "SiLU", CONV + " + residual", "BatchNorm"], ["BatchNorm"]),
     "sizes read before": (OfLayers(sized), [BOTH, "autograd"], ["BatchNorm"]),
+    "a function of it read later": (
+        OfLayers(weighted),
+        [CONV + " + BatchNorm", "autograd", "ReLU", "autograd"],
+        ["BatchNorm"],
+    ),
     "a function of eval mode": (
         OfLayers(lambda m, x: F.relu(F.dropout(m.norm(m.a(x)), 0.5, m.training), inplace=True)),
         [BOTH],
