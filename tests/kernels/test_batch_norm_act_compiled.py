@@ -1,5 +1,7 @@
 """The machine code of `batch_norm_act`'s Triton kernels; no GPU is needed. interpreted/ tests their numbers."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ LAYER = (128, 64, 32, 32)
 NAMES = ("sums", "statistics", "forward", "sums of gradients", "gradients of vectors", "backward")
 
 
+@cache  # each kernel is disassembled once, which takes half a second
 def kernels(
     capability: int, dtype: torch.dtype, shape=LAYER, format=torch.channels_last, residual=True
 ) -> dict[str, Kernel]:
@@ -51,7 +54,7 @@ def test_images_move_16_bytes_at_a_time(dtype, residual):
 
 def test_nothing_is_read_twice_by_a_kernel():
     """Loads of a thread with 16 elements of each bfloat16 tensor, and 8 channels of each float32 vector."""
-    made = kernels(90, B16)
+    made = kernels(90, B16, residual=True)
 
     def loads(name: str) -> int:
         return made[name].instructions.count("LDG.E.128")
@@ -64,14 +67,14 @@ def test_nothing_is_read_twice_by_a_kernel():
 
 def test_a_gate_is_packed_without_shared_memory():
     """A thread has whole bytes of it."""
-    made = kernels(90, B16)
+    made = kernels(90, B16, residual=True)
     for name in ("forward", "backward"):
         assert made[name].shared == 0 and not any(code.startswith("SHFL") for code in made[name].instructions)
 
 
 def test_bfloat16_is_rounded_to_nearest():
     """Tested here because the interpreter truncates."""
-    made = kernels(90, B16)
+    made = kernels(90, B16, residual=True)
     for name in ("forward", "backward"):
         assert "cvt.rn.bf16" in made[name].ptx and "cvt.rz.bf16" not in made[name].ptx
 

@@ -30,7 +30,7 @@ def host(tmp_path_factory) -> ctypes.CDLL:
     source = str(Path(__file__).with_name("cuda_on_host.cpp"))
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
     checks = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]  # alignment and overflow included
-    command = [compiler, "-std=c++20", "-O1", *warnings, *checks, "-shared", "-fPIC", *include, source, "-o", library]
+    command = [compiler, "-std=c++20", "-O0", *warnings, *checks, "-shared", "-fPIC", *include, source, "-o", library]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 

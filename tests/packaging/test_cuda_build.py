@@ -20,7 +20,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_it_compiles_for_sm_80_and_sm_90a_without_spilling(source, tmp_path):
     command = [
-        *("nvcc", "-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--resource-usage"),
+        *("nvcc", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--resource-usage"),
         *("-Xcompiler", "-fPIC,-Wall,-Wextra,-Wno-maybe-uninitialized,-Werror", "-Werror", "all-warnings"),
         *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90a,code=sm_90a"),
         *("-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")),
