@@ -23,7 +23,7 @@ from sparse_adv.data import Batches
 from sparse_adv.runs import Cost
 from sparse_adv.training import identity
 
-CONFIG = replace(QUICK, epochs=2)
+CONFIG = replace(QUICK, epochs=2, engine=False)
 
 
 class Stop(Exception):
@@ -286,10 +286,11 @@ def test_a_second_training_keeps_the_frozen_modules_of_the_first(tmp_path):
     model = network()
     model[1].eval()
     before = {key: value.clone() for key, value in model[1].named_buffers()}
-    training.train(model, batches(), CONFIG, folder=tmp_path)
+    config = replace(CONFIG, engine=True)
+    training.train(model, batches(), config, folder=tmp_path)
     assert not model.training
-    training.train(model, batches(), CONFIG, folder=tmp_path)  # the same run
-    training.train(model, batches(), CONFIG)
+    training.train(model, batches(), config, folder=tmp_path)  # the same run
+    training.train(model, batches(), config)
     assert all(value.equal(before[key]) for key, value in model[1].named_buffers())
 
 
