@@ -81,9 +81,9 @@ clean:  ## remove what was built and the environment
 $(ENVIRONMENT): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt torch setuptools cmake ninja pybind11
+	$(PIP) install --quiet --no-compile -c constraints.txt torch setuptools cmake ninja pybind11
 	@touch $@
 
 $(BUILT): $(ENVIRONMENT) $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[data,demo,test,docs,dev]"
+	$(PIP) install --quiet --no-compile --no-build-isolation -c constraints.txt -e ".[data,demo,test,docs,dev]"
 	@touch $@
