@@ -3,6 +3,24 @@
 from __future__ import annotations
 
 
+def first_cause(error: BaseException) -> str:
+    """Return the first line of the original error, where handling it raised others, as the end of a failed capture.
+
+    Examples:
+        >>> try:
+        ...     try:
+        ...         raise RuntimeError("not permitted when stream is capturing")
+        ...     finally:
+        ...         raise RuntimeError("failed due to a previous error")
+        ... except RuntimeError as error:
+        ...     first_cause(error)
+        'not permitted when stream is capturing'
+    """
+    while error.__context__ is not None:
+        error = error.__context__
+    return first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if it has no message.
 

@@ -15,6 +15,7 @@ from sparse_adv import torch_files
 from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.checks import check_has_values, int64_labels, is_correct
 from sparse_adv.attacks.options import check_count
+from sparse_adv.errors import first_line
 from sparse_adv.files import check_writable, replacing
 from sparse_adv.ops.arguments import check_tensors
 
@@ -93,7 +94,7 @@ def load(
         try:
             content = torch_files.load(file)
         except Exception as error:  # of many types
-            raise ValueError(f"{path} is no file of adversarial images: {str(error).partition(chr(10))[0]}") from error
+            raise ValueError(f"{path} is no file of adversarial images: {first_line(error)}") from error
     for name in names:
         if not isinstance(content, dict) or not isinstance(content.get(name), Tensor):
             raise ValueError(f"{path} has no tensor {name!r}: it is no file of adversarial images, or saved without it")

@@ -14,6 +14,7 @@ from sparse_adv import experiment, masks, models, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
+from sparse_adv.models.checkpoints import sizes_of
 from sparse_adv.nn import explain, sparsify
 
 _MOST_VALUES = 1 << 26
@@ -51,7 +52,8 @@ def run(options: Options) -> int:
     ticket = experiment.read_pruned(path, dense=experiment.run_of(path) is not None)
     network = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
     shape = ticket.provenance.get("input_shape") or models.find(network.arch).input_shape
-    build = partial(models.build, network.arch, width=network.width, input_shape=shape, classes=_classes(ticket))
+    classes, _ = sizes_of(ticket.state_dict)
+    build = partial(models.build, network.arch, width=network.width, input_shape=shape, classes=classes)
     _check_size(options, ticket, build(device="meta"), shape)
     model = sparsify(build(), ticket.masks)
     explanation = explain(model, (options.batch, *shape))
@@ -85,9 +87,3 @@ def _check_size(options: Options, ticket: masks.Ticket, model: nn.Module, shape:
             f"--batch {options.batch} of images {list(shape)}, which {options.ticket} is for, is more than "
             f"{_MOST_VALUES} values: take a smaller one"
         )
-
-
-def _classes(ticket: masks.Ticket) -> int:
-    """The number of classes: the outputs of the last linear layer."""
-    outputs = [len(value) for value in ticket.state_dict.values() if value.dim() == 2]
-    return outputs[-1] if outputs else 10

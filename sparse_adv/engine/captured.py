@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparse_adv.errors import first_line
+from sparse_adv.errors import first_cause
 from sparse_adv.ops.cuda_graph import Capturer, holders, inside_a_call
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class CapturedPasses:
         try:
             self._replays = self._captured(forward, images.clone())
         except Exception as error:  # of any kind: the same pass has just run without one
-            self.reason = first_line(error)
+            self.reason = first_cause(error)
             log.info("passes of an attack are not replayed as CUDA graphs: %s", self.reason)
         finally:
             torch.clear_autocast_cache()

@@ -22,12 +22,12 @@ def comparing(device: torch.device) -> Iterator[KeptGenerators]:
     """A context for a comparison: without autocast, and later code draws the random numbers that it would have drawn.
 
     Raises:
-        NotTraceable: for every error, since the model's own code may raise any.
+        NotTraceable: for every error but torch.OutOfMemoryError, since the model's own code may raise any.
     """
     with KeptGenerators(device) as generators, torch.autocast(device.type, enabled=False):
         try:
             yield generators
-        except NotTraceable:
+        except (NotTraceable, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise NotTraceable(f"it cannot be compared in float64: {first_line(error)}") from error

@@ -225,6 +225,8 @@ def _try(program: Program, model: nn.Module, x: Tensor) -> None:
         program.fold()
         program.gradient(x, torch.sum)
         dtypes = [form.logits(x[:1]).dtype for form in (program, Autograd(model))]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise NotTraceable(f"a step of it fails: {first_line(error)}") from error
     if dtypes[0] != dtypes[1]:

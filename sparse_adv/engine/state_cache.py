@@ -46,32 +46,38 @@ class StateCache(Generic[T]):
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._lock = threading.RLock()  # of one thread's own: a model's code may run another model
+        self._making = threading.RLock()
+        """Held while a value is made, by one thread again where the code of a model runs another model."""
+        self._access = threading.Lock()
+        """Held while the dictionaries are read and changed, and never while anything else runs."""
 
     def find(self, model: nn.Module, state: Callable[[], Hashable], make: Callable[[], T]) -> T:
-        """Return the value for the present state of the model, made now if there is none; other threads wait for it.
+        """Return the value for the present state of the model, made now if there is none.
 
-        The state is read again when the value is made: what a value depends on may be known only then.
+        Other threads that call it wait, those that call `get` do not. The state is read again when the value is made:
+        what a value depends on may be known only then.
         """
-        with self._lock:
-            values = self._values_of(model)
+        with self._making:
             now = state()
-            if now in values:
-                value = values.pop(now)
-            else:
-                value, now = make(), state()
-            values[now] = value  # now the last one
-            while len(values) > self.capacity:
-                del values[next(iter(values))]
+            with self._access:
+                is_known = now in self._values_of(model)
+            if is_known:
+                return self.get(model, now)  # type: ignore[return-value]  # None may be the value
+            value, now = make(), state()
+            with self._access:
+                values = self._values_of(model)
+                values[now] = value
+                while len(values) > self.capacity:
+                    del values[next(iter(values))]
         return value
 
     def get(self, model: nn.Module, state: Hashable) -> T | None:
         """Return the value for a state of the model, or None if there is none."""
-        with self._lock:
+        with self._access:
             values = self._values_of(model)
-            value = values.pop(state, None)
-            if value is not None:
-                values[state] = value  # now the last one
+            if state not in values:
+                return None
+            value = values[state] = values.pop(state)  # now the last one
             return value
 
     def _values_of(self, model: nn.Module) -> dict[Hashable, T]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparse_adv.engine.model_state import structure_of
 from sparse_adv.engine.reads import Contents, changed_attribute, contents_of
 from sparse_adv.engine.state_cache import StateCache
+from sparse_adv.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class TraceCache(Generic[T]):
             model: any module.
             x: its input, of which dtype and device count.
             shape: what of the input's shape counts.
-            make: traces the model.
+            make: traces the model; a torch.OutOfMemoryError leaves nothing behind.
         """
         history = self._histories.setdefault(model, _History())
         call, structure, contents = state_of(model, x, shape)
@@ -93,6 +94,11 @@ class TraceCache(Generic[T]):
                 history.reason = f"{what} changes from call to call"
                 log.warning("the engine leaves this %s to autograd: %s", type(model).__name__, history.reason)
             return history.reason
-        made = self._made.find(model, lambda: state_of(model, x, shape), make)
+        try:
+            made = self._made.find(model, lambda: state_of(model, x, shape), make)
+        except torch.OutOfMemoryError as error:  # says nothing about the model: the next call tries again
+            reason = f"memory did not suffice to try it out: {first_line(error)}"
+            log.warning("the engine leaves this call of a %s to autograd: %s", type(model).__name__, reason)
+            return reason
         history.structure, history.contents = structure_of(model), contents_of(model)
         return made

@@ -70,7 +70,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     graph = graph_of(model)
     try:
         results = _results(model, graph, x)
-    except NotTraceable:
+    except (NotTraceable, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the model's own code
         raise NotTraceable(f"its operations fail: {first_line(error)}") from error
@@ -110,6 +110,8 @@ def graph_of(model: nn.Module) -> fx.Graph:
         tracer = _Tracer(model, whole)
         try:
             return _graph(model, tracer)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
             part = tracer.part
             if part is not None and type(part) not in whole and not _has_layers(part):

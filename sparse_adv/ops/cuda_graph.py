@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_adv.errors import first_cause
+
 T = TypeVar("T")
 Stages = Mapping[str, Callable[..., Any]]
 """The parts of a call in order, by name; each takes the inputs of the call, and the last one returns its result."""
@@ -292,7 +294,7 @@ class CallCache:
                 replays = {name: capturer.capture(partial(stage, *memory)) for name, stage in stages.items()}
             call.inputs, call.replays, call.keep_alive = memory, replays, (call.keep_alive, kept)
         except Exception as error:  # of any kind: the same call has just run without one
-            call.reason = _first_cause(error)
+            call.reason = first_cause(error)
         finally:
             torch.clear_autocast_cache()
 
@@ -322,10 +324,3 @@ def _host_generators(device: str) -> tuple[object, ...]:
     _, words, position, *_ = np.random.get_state()
     states = random.getstate(), np.asarray(words).tobytes(), position
     return states if device == "cpu" else (*states, torch.get_rng_state().numpy().tobytes())
-
-
-def _first_cause(error: BaseException) -> str:
-    """Return the first line of the original error: ending a failed capture raises further errors."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,7 +1,8 @@
 """Plans: which kernel each pass of a convolution runs, why, and how many multiply-adds (MACs) it executes.
 
-This is the only place where kernels are chosen. On the CPU the plan comes from the C++ op, which the passes follow; on
-CUDA the passes call `plan_on_cuda`. `nn.explain`, `nn.count_macs` and `nn.tune` call `plan`.
+The kernels of the op are chosen here only. On the CPU the plan comes from the C++ op, which the passes follow; on CUDA
+the passes call `plan_on_cuda`. `nn.explain`, `nn.count_macs` and `nn.tune` call `plan`. Steps of the engine may take
+Winograd's filtering instead of the op (`engine/winograd.py`).
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ class Halved:
         return ((half(images), labels) for images, labels in pairs_of(self.batches))
 
     def __getattr__(self, name: str) -> Any:
+        if name == "batches" or name.startswith("__"):  # of a copy that is not yet filled
+            raise AttributeError(name)
         return getattr(self.batches, name)
 
 

@@ -71,6 +71,9 @@ def test_what_is_saved_can_be_loaded(tmp_path):
     torch.save(model, path)
     with pytest.raises(ValueError, match=r"adv\.pt is no file of adversarial images"):
         atk.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"adv\.pt is no file of adversarial images: \w+"):
+        atk.load(path)
 
 
 def test_multi_attack_says_how_much_each_attack_broke(capsys):

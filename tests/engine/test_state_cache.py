@@ -36,6 +36,20 @@ def test_models_do_not_share_values_and_a_freed_one_leaves_none():
     assert kept() is None and other() is not None
 
 
+def test_a_value_is_found_while_another_is_made():
+    cache, model, other = StateCache(capacity=1), nn.ReLU(), nn.Tanh()
+    cache.find(model, lambda: "eval", lambda: 1)
+    found = []
+
+    def make():
+        thread = threading.Thread(target=lambda: found.append(cache.get(model, "eval")))
+        thread.start()
+        thread.join(timeout=60)
+        return 2
+
+    assert cache.find(other, lambda: "eval", make) == 2 and found == [1]
+
+
 def test_a_value_that_refers_to_its_model_is_freed_with_it():
     cache, model = StateCache(capacity=1), nn.ReLU()
     reference = weakref.ref(model)

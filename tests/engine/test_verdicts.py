@@ -2,7 +2,9 @@
 
 import torch
 from helpers.attacked import batch, make_model
+from torch import nn
 
+from sparse_adv import engine
 from sparse_adv.engine import dispatch, input_gradients
 
 
@@ -21,3 +23,21 @@ def test_batches_of_other_sizes_take_the_verdict_of_the_first(monkeypatch):
         model.register_buffer("another", torch.ones(1))
     with input_gradients(model, batch(size=7)[0]):
         assert compared == [2, 1, 2]
+
+
+def test_memory_that_does_not_suffice_once_says_nothing_about_the_model(caplog):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval(), torch.rand(2, 3, 6, 6)
+    failures = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+
+    def fail_once(module, inputs, output):
+        if failures:
+            raise failures.pop()
+
+    model[2].register_forward_hook(fail_once)
+    used = []
+    for _ in range(2):
+        with engine.input_gradients(model, x) as gradients:
+            used.append(type(gradients))
+    assert used == [engine.Autograd, engine.Program]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "memory did not suffice to try it out: CUDA out of memory" in caplog.text

@@ -44,7 +44,8 @@ def test_the_density_from_which_on_the_dense_kernel_is_taken_is_that_of_the_plan
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
-def test_python_in_a_page_runs_as_typed(page):
+def test_python_in_a_page_runs_as_typed(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it may write files
     for block in python_blocks(page):
         exec(compile(block, str(page), "exec"), {})
 

@@ -1,5 +1,7 @@
 """Searches with images of half the resolution, which leave the network and its ticket as they are."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -117,3 +119,9 @@ def test_a_linear_layer_reads_the_last_dimension_whatever_the_others_are():
         check_takes(model, (1, 4, 3, 3))
     with pytest.raises(RuntimeError):  # PyTorch's own error: the check has left nothing behind
         model(torch.rand(1, 4, 3, 3))
+
+
+def test_halved_batches_can_be_copied_and_pickled():
+    halved = Halved(Batches(TRAIN, 32))
+    for copied in (copy.copy(halved), copy.deepcopy(halved), pickle.loads(pickle.dumps(halved))):
+        assert [images.shape for images, _ in copied] == [images.shape for images, _ in halved]
