@@ -58,7 +58,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     That of DistributedDataParallel would prepare an all-reduce that is never run.
     """
     while isinstance(model, DistributedDataParallel) or (
-        type(model).forward in (AveragedModel.forward, nn.DataParallel.forward)
+        isinstance(model, AveragedModel | nn.DataParallel)
+        and type(model).forward in (AveragedModel.forward, nn.DataParallel.forward)
         and len(getattr(model, "device_ids", ())) <= 1
         and not has_hooks(model)
     ):

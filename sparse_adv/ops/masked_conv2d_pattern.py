@@ -215,7 +215,8 @@ def compile_checked(mask: Tensor, block: Block, groups: int) -> Pattern:
     except ValueError as error:
         raise ValueError(f"mask of shape {tuple(mask.shape)} cannot be compiled: {error}") from error
     # An empty array gives a tensor of stride 0 without memory, which torch.export cannot save.
-    header, *lists = (torch.from_numpy(a) if a.size else torch.empty(a.shape, dtype=torch.int32) for a in arrays)
+    tensors = (torch.from_numpy(array) for array in arrays)
+    header, *lists = (tensor if tensor.numel() else tensor.new_empty(tensor.shape) for tensor in tensors)
     pattern = CsrPattern(header, *(tensor.to(mask.device) for tensor in lists))
     return block_pattern(pattern) if mask.device.type == "cuda" and blocks_fit(block, groups, mask.shape) else pattern
 

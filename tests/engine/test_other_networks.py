@@ -309,8 +309,11 @@ def test_attacks_in_inference_mode():
 
 
 def test_data_parallel_on_the_cpu_is_left():
+    """Attacks call the module inside, and `explain` tells of that."""
     model = nn.DataParallel(with_statistics(ResNet())).eval()
-    check(model, images(), LEFT)
+    with engine.input_gradients(model, images()) as gradients:
+        assert isinstance(gradients, engine.Autograd)
+    assert engine.explain(model, images()) == engine.explain(model.module, images())
 
 
 @pytest.mark.parametrize("use_engine", [True, False])
