@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <utility>
 
 #include "common/errors.h"
 
@@ -45,17 +46,16 @@ void check_dtype(const char* name, const std::optional<Tensor>& tensor, const ch
 void check_memory(const char* name, const std::optional<Tensor>& written, const char* other_name,
                   const std::optional<Tensor>& other, bool may_be_same) {
   if (!written || !other) return;
-  const auto* begin = static_cast<const char*>(written->const_data_ptr());
-  const auto* other_begin = static_cast<const char*>(other->const_data_ptr());
-  const auto bytes = [](const Tensor& tensor) {
-    if (tensor.numel() == 0) return int64_t{0};
+  if (written->numel() == 0 || other->numel() == 0) return;
+  const auto range = [](const Tensor& tensor) {
     int64_t last = 0;
     for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
-    return (last + 1) * static_cast<int64_t>(tensor.element_size());
+    const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+    return std::pair{begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
   };
-  if (bytes(*written) == 0 || bytes(*other) == 0) return;
-  if (may_be_same && begin == other_begin && bytes(*written) == bytes(*other)) return;
-  check(begin + bytes(*written) <= other_begin || other_begin + bytes(*other) <= begin, name, " shares memory with ",
+  const auto of_written = range(*written), of_other = range(*other);
+  if (may_be_same && of_written == of_other) return;
+  check(of_written.second <= of_other.first || of_other.second <= of_written.first, name, " shares memory with ",
         other_name);
 }
 

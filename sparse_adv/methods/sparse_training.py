@@ -36,9 +36,8 @@ class SparseTraining(UpdateHook):
 
     A change drops the kept blocks of smallest magnitude, mean |w| over the block, and grows as many pruned ones: those
     of the largest mean |dL/dw|, with the adversarial images of the update before, or random ones. Blocks are
-    ranked within a layer, or with scope "global" over all layers. gmp only drops. What is counted when blocks are
-    dropped and grown are blocks: of layers that the block does not divide, whose last blocks are smaller, the number of
-    weights may change a little. A pruning counts weights.
+    ranked within a layer, or with scope "global" over all layers. The last blocks of a layer that the block does not
+    divide are smaller, so the number of its weights may change a little. gmp only drops; it counts weights, not blocks.
 
     Where a mask newly prunes, weight, momentum and moving average become 0; where it newly keeps, they start at 0. A
     block that a change drops and grows again keeps them. The gradients of pruned weights are formed in the one update

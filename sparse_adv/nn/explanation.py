@@ -117,8 +117,8 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor | None = Non
 
 
 def _row(name: str, layer: Layer, calls: Sequence[LayerCall] | None, owner: str) -> Row:
-    """The kernels are those of the last call; no list of calls: without an input. The owner is the first layer with
-    this weight."""
+    """Describe a layer by its last call. The calls are None without an input; the owner is the first layer with this
+    weight."""
     weights, kept = layer.weight.numel(), kept_weights(layer)
     if calls:
         kernels = {name: f"{planned.kernel} ({planned.reason})" for name, planned in calls[-1].plan._asdict().items()}

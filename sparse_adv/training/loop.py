@@ -229,10 +229,10 @@ class Training:
 
     def _check_finite(self, epoch: int, loss: float) -> None:
         """Raise FloatingPointError if training has diverged."""
-        parameters = [p.isfinite().all() for p in self.updater.model.parameters() if p.requires_grad]
+        are_finite = [p.isfinite().all() for p in self.updater.model.parameters() if p.requires_grad]
         if not math.isfinite(loss):
             what = f"loss {loss}"
-        elif not all(torch.stack(parameters).tolist() if parameters else ()):
+        elif not all(torch.stack(are_finite).tolist() if are_finite else ()):
             what = "weights are not finite"
         else:
             return
