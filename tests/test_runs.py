@@ -53,6 +53,7 @@ def test_a_run_notes_software_and_machine(tmp_path):
 
 def test_a_folder_accepts_a_run_with_the_same_settings_only(tmp_path):
     runs.begin(tmp_path, INFO)
+    (tmp_path / runs.STATE).touch()
     written = (tmp_path / runs.INFO).read_text()
     runs.begin(tmp_path, replace(INFO, name="another name", before=Cost()))
     for other, difference in (
@@ -116,6 +117,15 @@ def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no run\.json"):
         runs.read(tmp_path)
+
+
+def test_settings_that_led_to_nothing_are_replaced(tmp_path):
+    runs.begin(tmp_path, INFO)
+    other = replace(INFO, ticket=None, train=replace(INFO.train, epochs=1))
+    runs.begin(tmp_path, other)
+    assert runs.read(tmp_path).info == other
+    without_data = RunInfo("train", replace(INFO.train, eps=0.25))
+    assert runs.begin_without_data(tmp_path, without_data) == runs.read(tmp_path).info == without_data
 
 
 def test_what_a_training_run_begins_with_is_read_back(tmp_path):

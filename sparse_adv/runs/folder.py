@@ -15,6 +15,7 @@ run.lock             locked by the process that writes to the folder, whose numb
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -23,6 +24,8 @@ from pathlib import Path
 from sparse_adv import json_files
 from sparse_adv.config import DataConfig, TrainConfig
 from sparse_adv.runs.records import DESCRIPTIVE, EpochRecord, RunInfo, SearchResult, TrainResult
+
+log = logging.getLogger(__name__)
 
 INFO = "run.json"
 EPOCHS = "epochs.jsonl"
@@ -36,7 +39,9 @@ REWIND = "rewind.safetensors"
 TICKET = "ticket.safetensors"
 CONFIG = "config.yaml"
 LOCK = "run.lock"
-_FILES = frozenset([INFO, EPOCHS, RESULT, LAST, BEST, STATE, IDENTITY, INITIAL, REWIND, TICKET, CONFIG, LOCK])
+_PROGRESS = frozenset([EPOCHS, RESULT, LAST, BEST, STATE, IDENTITY, INITIAL, REWIND, TICKET])
+"""What a run writes once nothing has refused its network, images and settings."""
+_FILES = _PROGRESS | {INFO, CONFIG, LOCK}
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class Run:
 def begin(folder: Path, info: RunInfo) -> None:
     """Write `run.json`, or check that the run in the folder has the same settings, which then stays as it is.
 
-    A training run may be given more epochs than before, and the images may lie elsewhere; `resume` writes that down,
-    once digests have shown that it is the same run.
+    Where `run.json` is all that a run has written, it is written anew: a call that was refused does not bind the next
+    one. A training run may be given more epochs than before, and the images may lie elsewhere; `resume` writes that
+    down, once digests have shown that it is the same run.
 
     Args:
         folder: of the run; it is created if it does not exist.
@@ -90,6 +96,10 @@ def begin(folder: Path, info: RunInfo) -> None:
         check_state(folder)
     elif differing:
         changes = ", ".join(f"{key} {known.get(key)!r}, now {wanted.get(key)!r}" for key in differing[:3])
+        if not _has_progress(folder):
+            log.info("%s: a run of other settings (%s) wrote nothing but its %s: replaced", folder, changes, INFO)
+            json_files.write(path, info)
+            return
         raise ValueError(f"{folder} holds a run with other settings ({changes}): take another folder, or delete it")
 
 
@@ -146,7 +156,9 @@ def begin_without_data(folder: Path, info: RunInfo) -> RunInfo:
     path = folder / INFO
     if path.exists():
         known = json_files.read(RunInfo, path)
-        info = replace(info, data=known.data, network=known.network, ticket=known.ticket, before=known.before)
+        same = replace(info, data=known.data, network=known.network, ticket=known.ticket, before=known.before)
+        if _has_progress(folder) or settings(same) == settings(known):
+            info = same
     begin(folder, info)
     return info
 
@@ -187,6 +199,10 @@ def is_file_of_run(path: Path) -> bool:
     """
     is_run = (path.parent / INFO).is_file()
     return is_run and (path.name in _FILES or fnmatchcase(path.name, _earlier_result("*")))
+
+
+def _has_progress(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _PROGRESS)
 
 
 def _earlier_result(epochs: int | str) -> str:

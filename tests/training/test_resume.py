@@ -145,6 +145,14 @@ def test_a_folder_with_a_run_of_another_configuration_is_refused(tmp_path):
         train(tmp_path, config=replace(CONFIG, lr=0.2))
 
 
+def test_a_call_that_was_refused_does_not_bind_the_next_one(tmp_path):
+    with pytest.raises(ValueError, match="images"):
+        training.train(network(), [(torch.full((2, 1, 6, 6), 2.0), torch.tensor([0, 1]))], CONFIG, folder=tmp_path)
+    assert (tmp_path / runs.INFO).exists()
+    train(tmp_path, config=replace(QUICK, lr=0.2))
+    assert runs.read(tmp_path).info.train.lr == 0.2
+
+
 @pytest.mark.parametrize("stop_at", [2, None])
 @pytest.mark.parametrize("epochs", [4, 6])
 def test_a_run_that_has_lost_its_state_is_not_begun_anew(tmp_path, stop_at, epochs):
