@@ -27,6 +27,7 @@ from sparse_adv.engine.steps import (
 from sparse_adv.engine.traced_code import NotTraceable, module_of
 from sparse_adv.engine.tracing import Trace, holds_tensors, is_relu, is_sum
 from sparse_adv.engine.values import Value
+from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 
 
@@ -232,10 +233,9 @@ def _of_parameters(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _is_plain(module: nn.Module, dense: type[nn.Module], masked: type[nn.Module]) -> bool:
-    """Whether the module computes what its class does, with a weight of its own."""
-    forward = type(module).forward
-    return (forward is dense.forward or forward is masked.forward) and "weight" in module._parameters
+def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether the module computes what one of these classes does, with a weight of its own."""
+    return computes_as(module, *kinds) and "weight" in module._parameters
 
 
 def _pads_with_zeros(conv: nn.Conv2d) -> bool:
@@ -252,7 +252,7 @@ def _pooling_of(node: fx.Node) -> nn.MaxPool2d | None:
 def _pool_size(pool: nn.MaxPool2d) -> tuple[int, int] | None:
     """Rows and columns of a pooling's windows, if they lie side by side without overlap or gap; else None."""
     size, stride, padding, dilation = map(_pair, (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
-    plain = type(pool).forward is nn.MaxPool2d.forward and not (pool.ceil_mode or pool.return_indices)
+    plain = computes_as(pool, nn.MaxPool2d) and not (pool.ceil_mode or pool.return_indices)
     return (
         size
         if plain and size == stride and padding == (0, 0) and dilation == (1, 1) and math.prod(size) < 256
@@ -262,5 +262,5 @@ def _pool_size(pool: nn.MaxPool2d) -> tuple[int, int] | None:
 
 def _is_affine(norm: _BatchNorm, result: Tensor) -> bool:
     """Whether a BatchNorm in eval mode is a factor and a summand per channel."""
-    forward = type(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
-    return forward and not norm.training and norm.running_var is not None and result.dim() in (2, 4)
+    plain = computes_as(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
+    return plain and not norm.training and norm.running_var is not None and result.dim() in (2, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import fx, nn
 
 from sparse_adv.engine.activations import activation_of
 from sparse_adv.engine.content import is_of_library
-from sparse_adv.engine.model_state import has_hooks, runs_own_code
+from sparse_adv.engine.model_state import has_hooks
 from sparse_adv.engine.traced_code import METADATA, Constant, NotTraceable, arguments_of, module_of
+from sparse_adv.masks.layers import computes_as
 
 _IN_PLACE: dict[Callable[..., Any] | str, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -73,12 +74,12 @@ def is_dropout(node: fx.Node, module: nn.Module | None) -> bool:
         node: of a graph.
         module: the one that it calls, if any.
     """
-    return node.target in _DROPOUT_FUNCTIONS if module is None else _is_plain(module, _DROPOUTS)
+    return node.target in _DROPOUT_FUNCTIONS if module is None else _is_plain(module, *_DROPOUTS)
 
 
-def _is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
-    """Whether a module computes what one of these classes does."""
-    return any(type(module).forward is kind.forward for kind in kinds) and not runs_own_code(module)
+def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module does what one of these classes does, and nothing else."""
+    return computes_as(module, *kinds) and not has_hooks(module)
 
 
 def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
@@ -92,8 +93,8 @@ def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
 def _returns_its_input(model: nn.Module, node: fx.Node) -> bool:
     module = module_of(model, node)
     if module is not None:
-        is_off = not module.training and _is_plain(module, (*_DROPOUTS, *_FEATURE_DROPOUTS))
-        return is_off or _is_plain(module, [nn.Identity])
+        is_off = not module.training and _is_plain(module, *_DROPOUTS, *_FEATURE_DROPOUTS)
+        return is_off or _is_plain(module, nn.Identity)
     is_function = node.target in (*_DROPOUT_FUNCTIONS, *_FEATURE_DROPOUT_FUNCTIONS)
     return is_function and arguments_of(node)["training"] is False
 

@@ -12,12 +12,13 @@ from torch import Tensor, fx, nn
 
 from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
 from sparse_adv.engine.in_place import is_dropout
-from sparse_adv.engine.model_state import runs_own_code
+from sparse_adv.engine.model_state import has_hooks
 from sparse_adv.engine.steps import operation_of
 from sparse_adv.engine.trace_cache import TraceCache
 from sparse_adv.engine.traced_code import NotTraceable, module_of
 from sparse_adv.engine.tracing import graph_of, is_relu, is_sum
 from sparse_adv.engine.winograd import TrainedConvolution, is_plain_convolution, onednn_writes_out_of_bounds
+from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.batch_norm_act import Statistics, update_running_statistics
 from sparse_adv.ops.masked_conv2d_plan import has_triton
@@ -280,7 +281,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_fusible(norm: nn.BatchNorm2d) -> bool:
-    plain = type(norm).forward is nn.BatchNorm2d.forward and not runs_own_code(norm)
+    plain = computes_as(norm, nn.BatchNorm2d) and not has_hooks(norm)
     tracks = norm.track_running_stats or norm.running_mean is None
     # An average over all batches (momentum=None) divides by their number, which the host would read from the GPU.
     waits = norm.momentum is None and norm.running_mean is not None and norm.running_mean.device.type != "cpu"

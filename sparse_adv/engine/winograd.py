@@ -11,6 +11,7 @@ from torch.nn.modules.utils import _pair
 
 from sparse_adv import ops
 from sparse_adv.engine.model_state import has_hooks
+from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.transforms import is_transformed
 
@@ -89,6 +90,4 @@ def is_plain_convolution(module: nn.Module | None) -> bool:
     """Whether a module is a dense convolution on a CPU that runs no code but PyTorch's."""
     if not isinstance(module, nn.Conv2d) or module.weight.device.type != "cpu" or has_hooks(module):
         return False
-    kind = type(module)
-    plain = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
-    return plain and not vars(module).keys() & {"forward", "_conv_forward"}
+    return computes_as(module, nn.Conv2d)

@@ -12,6 +12,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Layer = nn.Conv2d | nn.Linear
+_METHODS = frozenset(["forward", "_conv_forward"])
+"""The methods of a module that compute its output: `forward`, and what that of a convolution calls."""
 Visit = Callable[[Any, Tensor, Tensor], None]
 """visit(layer, input, output); the layer is a Conv2d or, if asked for, a Linear."""
 
@@ -39,15 +41,23 @@ def check_initialized(name: str, module: nn.Module) -> None:
         raise ValueError(f"module {name!r} has no weight yet: run a forward pass first, got {type(module).__name__}")
 
 
+def own_methods(module: nn.Module) -> set[str]:
+    """Return which of the methods that compute a layer's output are set on this very module."""
+    return vars(module).keys() & _METHODS
+
+
+def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Return whether a module computes what one of these classes does, but for hooks: nothing overrides its methods."""
+    own = type(module)
+    inherits = any(all(getattr(own, name, None) is getattr(kind, name, None) for name in _METHODS) for kind in kinds)
+    return inherits and not own_methods(module)
+
+
 def computes_as_its_class(module: nn.Module) -> bool:
     """Return whether this is a Conv2d or Linear, masked or not, whose forward is not overridden otherwise."""
-    kind = type(module)
     if "weight_mask" in module._buffers:
-        return isinstance(module, Layer)
-    if isinstance(module, nn.Conv2d):  # a subclass may also override what `forward` calls
-        own = vars(nn.Conv2d)
-        return all(getattr(kind, name) is own[name] for name in ("forward", "_conv_forward"))
-    return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
+        return isinstance(module, Layer) and not own_methods(module)
+    return computes_as(module, nn.Conv2d, nn.Linear)
 
 
 def unknown_module(name: str, known: Iterable[str]) -> str:

@@ -159,7 +159,7 @@ class Candidates:
         candidates = {name: layer for name, layer in layers.items() if layer not in excluded}
         others = [name for name, layer in candidates.items() if not computes_as_its_class(layer)]
         if others:
-            log.warning("not pruned, as their classes have a forward of their own: %s", ", ".join(others))
+            log.warning("not pruned, as they have a forward of their own: %s", ", ".join(others))
         for name, layer in candidates.items():
             check_initialized(name, layer)
         weights = {name: layer.weight.detach() for name, layer in candidates.items() if name not in others}

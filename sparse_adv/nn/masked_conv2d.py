@@ -20,7 +20,7 @@ from sparse_adv.nn.masked_layer import (
     CompiledMask,
     MaskedLayer,
     check_own_parameters,
-    check_replaceable,
+    check_plain,
     check_shape,
     check_values,
     mode_of,
@@ -328,10 +328,5 @@ def check_convertible(conv: nn.Module) -> None:
     if not isinstance(conv, nn.Conv2d):
         raise TypeError(f"only a Conv2d can become a MaskedConv2d, got {type(conv).__name__}")
     if not isinstance(conv, MaskedConv2d):
-        kind = type(conv)
-        if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
-            raise TypeError(
-                f"{kind.__name__} computes its output in its own way, only plain Conv2d layers can be masked"
-            )
-        check_replaceable(conv)
+        check_plain(conv, nn.Conv2d)
     check_own_parameters(conv)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, fx, nn
 
+from sparse_adv.masks.layers import computes_as, own_methods
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.mask_agreement import compare_in_first_pass
 from sparse_adv.nn.optimizer_hook import version_of
@@ -308,8 +309,22 @@ def check_own_parameters(layer: nn.Module) -> None:
 def check_replaceable(layer: nn.Module) -> None:
     """Raises TypeError if another layer cannot take over the state of this one."""
     check_own_parameters(layer)
-    if "forward" in vars(layer):  # it would still call this layer
-        raise TypeError(f"a forward that was set on this {type(layer).__name__} computes its output: remove that first")
+    if own := own_methods(layer):  # it would still call this layer
+        what = f"a {min(own)} that was set on this {type(layer).__name__}"
+        raise TypeError(f"{what} computes its output: remove that first")
+
+
+def check_plain(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises TypeError if a masked layer would compute something else than this layer, or cannot take over its state.
+
+    Args:
+        layer: a layer, not masked.
+        kind: nn.Conv2d or nn.Linear, whose output that of the masked layer is.
+    """
+    check_replaceable(layer)
+    if not computes_as(layer, kind):
+        name = type(layer).__name__
+        raise TypeError(f"{name} computes its output in its own way, only plain {kind.__name__} layers can be masked")
 
 
 def check_shape(mask: Tensor, weight: Tensor) -> None:

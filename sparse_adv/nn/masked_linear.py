@@ -16,7 +16,7 @@ from sparse_adv.nn.masked_layer import (
     CompiledMask,
     MaskedLayer,
     check_own_parameters,
-    check_replaceable,
+    check_plain,
     check_shape,
     check_values,
     mode_of,
@@ -135,9 +135,5 @@ def check_linear(linear: nn.Module) -> None:
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         raise TypeError("MultiheadAttention reads this layer's weight and never calls it, so its gradient has no mask")
     if not isinstance(linear, MaskedLinear):
-        if type(linear).forward is not nn.Linear.forward:
-            raise TypeError(
-                f"{type(linear).__name__} computes its output in its own way, only plain Linear layers can be masked"
-            )
-        check_replaceable(linear)
+        check_plain(linear, nn.Linear)
     check_own_parameters(linear)
