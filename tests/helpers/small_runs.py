@@ -1,14 +1,18 @@
 """A task, a network and a recipe that train in a second: what the tests of training and tickets share."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from sparse_adv.data import Batches, Split
 from sparse_adv.training import TrainConfig
 
-QUICK = TrainConfig(
+WITH_ENGINE = TrainConfig(
     objective="natural", epochs=3, lr=0.1, schedule="constant", eps=0.05, alpha=0.02, steps=2, evaluation_steps=2
 )
+QUICK = replace(WITH_ENGINE, engine=False)
+"""For all that does not depend on the engine: to trace so small a network takes twice the time of training it."""
 
 
 def bars(count: int, seed: int) -> Split:

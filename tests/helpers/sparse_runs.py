@@ -8,7 +8,7 @@ from torch import nn
 from helpers.small_runs import QUICK, TRAIN, Batches
 from sparse_adv import training
 
-CONFIG = replace(QUICK, objective="fgsm-rs", epochs=4, engine=False)
+CONFIG = replace(QUICK, objective="fgsm-rs", epochs=4)
 """12 updates; the engine would have to trace each of the many models."""
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from helpers.small_runs import TRAIN, VALIDATION, WITH_ENGINE, Batches, equal_states, network
 from torch import nn
 
 from sparse_adv import masks, runs, training
@@ -13,7 +13,7 @@ from sparse_adv.masks import ChannelPermutation, dependency_groups
 from sparse_adv.methods import MethodConfig, SparseTraining, permutation
 from sparse_adv.training import checkpoint
 
-CONFIG = replace(QUICK, epochs=4, ema_decay=0.5)
+CONFIG = replace(WITH_ENGINE, epochs=4, ema_decay=0.5)
 """12 updates."""
 STOPPED = replace(CONFIG, engine=False)
 """The engine would have to trace each of the many models."""

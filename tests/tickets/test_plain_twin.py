@@ -4,14 +4,14 @@ import copy
 from dataclasses import replace
 
 import pytest
-from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
+from helpers.small_runs import VALIDATION, WITH_ENGINE, batches, equal_states, network
 
 from sparse_adv import masks, runs, tickets, training
 from sparse_adv.nn import densify, sparsify
 from sparse_adv.runs import Cost
 from sparse_adv.tickets import PruneConfig
 
-CONFIG = replace(QUICK, objective="fgsm-rs", epochs=2, lr=0.05, schedule="cosine", seed=3)
+CONFIG = replace(WITH_ENGINE, objective="fgsm-rs", epochs=2, lr=0.05, schedule="cosine", seed=3)
 SHAPE = (1, 1, 6, 6)
 BLOCKS = {"density": 0.2, "block": (2, 2), "scope": "uniform", "score": "magnitude", "linear": False}
 

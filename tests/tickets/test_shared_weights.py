@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from helpers.small_runs import QUICK, VALIDATION, batches, network
+from helpers.small_runs import VALIDATION, WITH_ENGINE, batches, network
 from torch import nn
 
 from sparse_adv import masks, tickets, training
 from sparse_adv.nn import explain
 from sparse_adv.tickets import PruneConfig
 
-CONFIG = replace(QUICK, objective="fgsm-rs", epochs=2)
+CONFIG = replace(WITH_ENGINE, objective="fgsm-rs", epochs=2)
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

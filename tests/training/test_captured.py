@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.cpu_graphs import CpuGraphs
-from helpers.small_runs import QUICK, VALIDATION, Batches, bars, batches, equal_states, network
+from helpers.small_runs import VALIDATION, WITH_ENGINE, Batches, bars, batches, equal_states, network
 from torch import nn
 
 from sparse_adv import masks, sparsify, training
@@ -23,7 +23,7 @@ from sparse_adv.training import evaluation, loop, overfitting
 from sparse_adv.training.captured import CapturedUpdates
 from sparse_adv.training.hook import UpdateHook
 
-CONFIG = replace(QUICK, objective="n-fgsm", epochs=3, overfitting_monitor=False)
+CONFIG = replace(WITH_ENGINE, objective="n-fgsm", epochs=3, overfitting_monitor=False)
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, equal_states, network
+from helpers.small_runs import TRAIN, WITH_ENGINE, equal_states, network
 
 from sparse_adv import data, masks, sparsify, training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-CONFIG = replace(QUICK, objective="n-fgsm", epochs=3, overfitting_monitor=False)
+CONFIG = replace(WITH_ENGINE, objective="n-fgsm", epochs=3, overfitting_monitor=False)
 
 
 def weights_of_twenty_updates(graphs, block, objective, precision):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.refusal import refused
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, bars, batches, equal_states, network
+from helpers.small_runs import TRAIN, VALIDATION, WITH_ENGINE, Batches, bars, batches, equal_states, network
 
 from sparse_adv import data, masks, models, runs, sparsify, training
 from sparse_adv.__main__ import main
@@ -89,7 +89,7 @@ def test_a_cublas_workspace_that_is_not_deterministic_is_refused(monkeypatch):
 def test_training_of_every_network_repeats_bit_for_bit(device, arch, precision):
     """On a GPU an operation without a deterministic algorithm would raise an error."""
     split = images(16).to(device)
-    config = replace(QUICK, objective="pgd", precision=precision, epochs=2, evaluate_every=2)
+    config = replace(WITH_ENGINE, objective="pgd", precision=precision, epochs=2, evaluate_every=2)
     with deterministic():
         states = []
         for _ in range(2):
@@ -109,7 +109,7 @@ def images(count: int) -> data.Split:
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
 def test_no_uninitialised_memory_is_read(device, objective):
     """PyTorch can fill new memory with NaN, which must not change the results."""
-    config = replace(QUICK, objective=objective, replays=2, ema_decay=0.9, max_grad_norm=1.0, epochs=2)
+    config = replace(WITH_ENGINE, objective=objective, replays=2, ema_decay=0.9, max_grad_norm=1.0, epochs=2)
     states = []
     for fill in (False, True):
         with deterministic():
@@ -126,7 +126,7 @@ def test_a_run_records_its_device_and_whether_it_is_deterministic(device, enable
     with deterministic(enabled):
         model = network().to(device)
         batches = Batches(bars(8, 0).to(device), 8)
-        (record,) = training.train(model, batches, replace(QUICK, epochs=1), folder=tmp_path)
+        (record,) = training.train(model, batches, replace(WITH_ENGINE, epochs=1), folder=tmp_path)
     assert torch.device(record.device).type == device.type
     assert runs.read(tmp_path).info.deterministic is enabled
 
@@ -145,7 +145,7 @@ def test_a_first_step_that_overflows_leaves_no_uninitialised_momentum():
     model, scales = network(), []
     with deterministic():
         torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
-        run = training.Training(model, batches(), replace(QUICK, epochs=1, precision="float16"))
+        run = training.Training(model, batches(), replace(WITH_ENGINE, epochs=1, precision="float16"))
         run.updater.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
         for _ in run.epochs(lambda _: scales.append(run.updater.scaler.get_scale())):
             pass
@@ -162,7 +162,7 @@ def test_training_on_cuda_lets_cudnn_choose_and_leaves_the_flag_as_it_was(monkey
         with monkeypatch.context() as patch:
             patch.setattr(loop, "fastest_convolutions", lambda _, device=device: fastest_convolutions(device))
             seen = []
-            run = training.Training(network(), batches(), replace(QUICK, epochs=2), validation=VALIDATION)
+            run = training.Training(network(), batches(), replace(WITH_ENGINE, epochs=2), validation=VALIDATION)
             for _ in run.epochs(lambda _, seen=seen: seen.append(cudnn.benchmark)):
                 assert cudnn.benchmark is before
             assert seen == [before or device == cuda] * 6

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.forked import run_command, run_command_by_rank
 from helpers.process_group import results_by_rank
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from helpers.small_runs import TRAIN, VALIDATION, WITH_ENGINE, Batches, equal_states, network
 
 from sparse_adv import masks, models, runs, training
 from sparse_adv.training import checkpoint
@@ -108,9 +108,9 @@ def test_a_lost_process_ends_the_job_with_one_message_and_the_run_continues(whol
 
 
 THREE = {
-    "free": replace(QUICK, objective="free", replays=2),
-    "fgsm-uap": replace(QUICK, objective="fgsm-uap", awp_gamma=0.01, ema_decay=0.9),
-    "fgsm-rs-cs": replace(QUICK, objective="fgsm-rs-cs", epochs=5, ema_decay=0.9, schedule="onecycle"),
+    "free": replace(WITH_ENGINE, objective="free", replays=2),
+    "fgsm-uap": replace(WITH_ENGINE, objective="fgsm-uap", awp_gamma=0.01, ema_decay=0.9),
+    "fgsm-rs-cs": replace(WITH_ENGINE, objective="fgsm-rs-cs", epochs=5, ema_decay=0.9, schedule="onecycle"),
 }
 """Objectives with a state of their own in each process."""
 

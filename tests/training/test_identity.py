@@ -23,7 +23,7 @@ from sparse_adv.data import Batches
 from sparse_adv.runs import Cost
 from sparse_adv.training import identity
 
-CONFIG = replace(QUICK, epochs=2, engine=False)
+CONFIG = replace(QUICK, epochs=2)
 
 
 class Stop(Exception):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.cpu_graphs import CpuGraphs, no_synchronisation
-from helpers.small_runs import QUICK, TEST, TRAIN, VALIDATION, batches, equal_states, network
+from helpers.small_runs import QUICK, TEST, TRAIN, VALIDATION, WITH_ENGINE, batches, equal_states, network
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_adv import attacks, data, masks, runs, sparsify, training
@@ -177,7 +177,7 @@ class Poisoned(torch.nn.Sequential):
 
 
 def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path):
-    config = replace(QUICK, epochs=2, engine=False)
+    config = replace(QUICK, epochs=2)
     with pytest.raises(FloatingPointError, match="diverged in epoch 2: weights are not finite"):
         training.train(Poisoned(*network()), batches(), config, folder=tmp_path)
     assert all(tensor.isfinite().all() for tensor in checkpoint.read_weights(tmp_path / runs.LAST)[0].values())
@@ -211,7 +211,7 @@ class Watched:
 def test_the_host_never_waits_for_the_device_within_an_epoch(objective, graphs, monkeypatch):
     monkeypatch.setattr(loop, "reads_at_once", lambda device: False)
     monkeypatch.setattr(loop, "Graphs", graphs)
-    config = replace(QUICK, objective=objective, epochs=2, ema_decay=0.5, max_grad_norm=1.0, replays=2)
+    config = replace(WITH_ENGINE, objective=objective, epochs=2, ema_decay=0.5, max_grad_norm=1.0, replays=2)
     # Without monitor, which would repeat an epoch of a network that has learnt so little.
     config = replace(config, overfitting_monitor=False, label_smoothing=0.1)
     given = Watched(no_synchronisation)
@@ -237,7 +237,7 @@ def waiting_is_an_error():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
 def test_the_host_never_waits_for_cuda_within_an_epoch(objective, precision):
-    config = replace(QUICK, objective=objective, epochs=4, ema_decay=0.5, max_grad_norm=1.0, replays=2)
+    config = replace(WITH_ENGINE, objective=objective, epochs=4, ema_decay=0.5, max_grad_norm=1.0, replays=2)
     # Without monitor, which would repeat an epoch of a network that has learnt so little.
     config = replace(config, precision=precision, overfitting_monitor=False)
     model, given = network().cuda(), Watched(waiting_is_an_error)
@@ -250,7 +250,7 @@ def test_the_host_never_waits_for_cuda_within_an_epoch(objective, precision):
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
 def test_cuda_graphs_give_the_same_bits(objective, monkeypatch):
     """Of a sparse network in bfloat16; test_captured.py has dense ones in float32."""
-    config = replace(QUICK, objective=objective, ema_decay=0.9, precision="bfloat16", replays=2)
+    config = replace(WITH_ENGINE, objective=objective, ema_decay=0.9, precision="bfloat16", replays=2)
     monkeypatch.setattr(evaluation, "reads_at_once", lambda device: False)
     results = []
     for graphs in (attacks.Graphs, CpuGraphs):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.small_runs import QUICK, TEST, TRAIN, batches, network
+from helpers.small_runs import QUICK, TEST, TRAIN, WITH_ENGINE, batches, network
 from torch import Generator, Tensor, nn
 
 from sparse_adv import data, masks, ops, training
@@ -26,7 +26,6 @@ CONFIG = replace(
     label_smoothing=0.2,
     ema_decay=0.3,
     weight_decay=0.01,
-    engine=False,
     overfitting_monitor=False,
 )
 BATCHES = [(data.to_unit(TRAIN.images[i : i + 32]).double(), TRAIN.labels[i : i + 32]) for i in (0, 32, 64)]
@@ -244,7 +243,7 @@ def test_every_setting_of_an_objective_reaches_its_update(objective):
 @pytest.mark.parametrize("objective", [name for name in training.OBJECTIVES if name != "natural"])
 def test_every_objective_makes_a_network_robust(objective):
     config = replace(
-        QUICK,
+        WITH_ENGINE,
         objective=objective,
         alpha=None,
         epochs=12,

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from sparse_adv import runs, training
 from sparse_adv.training import checkpoint, loop
 
-PLAIN = replace(QUICK, engine=False, momentum=0.8, weight_decay=0.01)
+PLAIN = replace(QUICK, momentum=0.8, weight_decay=0.01)
 
 
 @pytest.mark.parametrize(

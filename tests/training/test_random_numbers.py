@@ -124,7 +124,7 @@ def test_a_generator_of_a_transform_or_a_module_is_told_if_it_is_not_saved(caplo
 
 def test_a_generator_of_a_module_goes_on_in_a_run_that_is_continued(tmp_path):
     models = [Noisy(*network()) for _ in range(3)]
-    config = replace(QUICK, epochs=2, engine=False)
+    config = replace(QUICK, epochs=2)
     training.train(models[0], DataLoader(Images(), 32), config, folder=tmp_path / "whole")
     training.train(models[1], DataLoader(Images(), 32), replace(config, epochs=1), folder=tmp_path / "cut")
     training.train(models[2], DataLoader(Images(), 32), config, folder=tmp_path / "cut")

@@ -13,13 +13,13 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.forked import run_command, start_command
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, WITH_ENGINE, Batches, equal_states, network
 
 from sparse_adv import json_files, masks, models, runs, training
 from sparse_adv.nn import sparsify
 from sparse_adv.training import checkpoint, deterministic
 
-CONFIG = replace(QUICK, objective="free", replays=2, epochs=4, ema_decay=0.9, schedule="cosine", evaluate_every=2)
+CONFIG = replace(WITH_ENGINE, objective="free", replays=2, epochs=4, ema_decay=0.9, schedule="cosine", evaluate_every=2)
 
 
 class Stop(Exception):
@@ -91,7 +91,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_an_uninterrupted_one(tmp_
 
 
 def test_a_run_that_ends_between_any_two_files_continues_to_the_same_files(tmp_path, monkeypatch):
-    config, rename = replace(QUICK, epochs=2, ema_decay=0.9, lr=0.005), os.replace  # so slow that epoch 2 is the best
+    config = replace(QUICK, epochs=2, ema_decay=0.9, lr=0.005)  # so slow that epoch 2 is the best
+    rename = os.replace
     renamed = []
     monkeypatch.setattr(os, "replace", lambda *paths: renamed.append(rename(*paths)))
     expected = train(tmp_path / "whole", config=config).state_dict()

@@ -11,7 +11,7 @@ from sparse_adv import attacks, data, engine, json_files, runs, tickets, trainin
 from sparse_adv.config import OBJECTIVES
 from sparse_adv.training import TrainConfig, checkpoint, loop, overfitting, result
 
-BASE = replace(QUICK, objective="pgd", epochs=2, engine=False)
+BASE = replace(QUICK, objective="pgd", epochs=2)
 CHANGES = {
     "objective": ({}, "fgsm"),
     "schedule": ({}, "cosine"),
