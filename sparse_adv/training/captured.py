@@ -8,9 +8,8 @@ into memory of the graphs: the batch, the Philox key of the random start and the
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from sparse_adv.attacks.cuda_graph import is_frozen, key_of_batch, key_of_model
@@ -22,6 +21,7 @@ from sparse_adv.training import distributed
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.objectives import TrainingObjective
+from sparse_adv.training.sgd import Numbers, is_fused
 
 if TYPE_CHECKING:
     from sparse_adv.training.update import Updater
@@ -29,15 +29,6 @@ if TYPE_CHECKING:
 
 _MISSES = 16
 """Updates in succession of which none was like an earlier one, after which no more are captured."""
-
-
-class Numbers(NamedTuple):
-    """What the schedules set for an update: numbers, or tensors [] where a graph must read them from memory."""
-
-    learning_rate: float | Tensor
-    momentum: float | Tensor
-    share: float | Tensor
-    """Share of the present weights in their moving average."""
 
 
 class CapturedUpdates:
@@ -52,16 +43,6 @@ class CapturedUpdates:
     def __init__(self, updater: Updater, cache: CallCache, wanted: bool) -> None:
         self._updater, self._cache, self._wanted = updater, cache, wanted
         self._misses = 0
-        fused = updater.optimizer.defaults["fused"]
-        self._device_numbers = cache.captures_on(updater.device) and fused
-        skips = updater.scaler.is_enabled()
-        self._device_momentum = self._device_numbers and updater.config.schedule == "onecycle" and not skips
-
-    def numbers(self, numbers: Numbers) -> Numbers:
-        """The numbers as an update takes them that is not captured, too: a GPU gives the same bits with both."""
-        if not self._device_numbers:
-            return numbers
-        return self._tensors(self._packed(numbers).to(self._updater.device, non_blocking=True), numbers)
 
     def run(
         self,
@@ -98,9 +79,9 @@ class CapturedUpdates:
             return adv
 
         def learn(x: Tensor, y: Tensor, noise: Tensor | None, packed: Tensor) -> tuple[Tensor, Tensor]:
-            return updater.learn(objective, x, adv, y, self._tensors(packed, numbers))
+            return updater.learn(objective, x, adv, y, updater.device_numbers.unpacked(packed, numbers))
 
-        inputs = x, y, noise, self._packed(numbers)
+        inputs = x, y, noise, updater.device_numbers.packed(numbers)
         stages = {"attack": craft, "update": learn}
         result: tuple[Tensor, Tensor] = self._cache.run(call, what, stages, inputs, updater.device, watch.phase)
         # After a capture they lie in the pool, where other graphs write; before a replay they are of an older update.
@@ -117,15 +98,6 @@ class CapturedUpdates:
         self._wanted = False
         self._updater.restart_scaler()  # the capture may have ended in the middle of a step
 
-    def _packed(self, numbers: Numbers) -> Tensor:
-        # PyTorch's fused SGD reads a learning rate in float32 on CUDA. Elsewhere float64 has the bits of the number.
-        dtype = torch.float32 if self._updater.device.type == "cuda" else torch.float64
-        return torch.tensor(numbers, dtype=dtype)
-
-    def _tensors(self, packed: Tensor, numbers: Numbers) -> Numbers:
-        learning_rate, momentum, share = packed.unbind()
-        return Numbers(learning_rate, momentum if self._device_momentum else numbers.momentum, share)
-
     def _key(self, objective: TrainingObjective, x: Tensor, y: Tensor, numbers: Numbers) -> tuple[Hashable, object]:
         """All that the code of an update depends on, and the objects whose ids and addresses this holds."""
         updater = self._updater
@@ -141,7 +113,7 @@ class CapturedUpdates:
             all_contents_of(updater.model),
             tuple((p.requires_grad, len(p._backward_hooks or ()), _accumulation_hooks(p)) for p in parameters),
             tuple((tensor.data_ptr(), tensor.shape) for tensor in others),
-            None if self._device_momentum else numbers.momentum,
+            None if updater.device_numbers.has_momentum else numbers.momentum,
             tuple(group["weight_decay"] for group in updater.optimizer.param_groups),
             updater.awp_gamma,
         )
@@ -170,7 +142,7 @@ def _reason_against(updater: Updater, misses: int) -> str | None:
         return (
             f"{type(hook).__name__}.after_update may read gradients; if not, set its attribute reads_gradients = False"
         )
-    if not updater.optimizer.defaults["fused"]:
+    if not is_fused(updater.optimizer):
         return "a parameter has gaps in its memory, for which PyTorch's fused SGD is wrong"
     if updater.config.schedule == "onecycle" and updater.scaler.is_enabled():
         return "the schedule onecycle changes the momentum at every update, which float16 may skip"

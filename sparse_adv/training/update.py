@@ -18,9 +18,9 @@ from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, dense_gradients, mask_agreement, register_masked_allreduce_hook
 from sparse_adv.ops.random_start import as_philox_state
-from sparse_adv.training import distributed, objectives
+from sparse_adv.training import distributed, objectives, sgd
 from sparse_adv.training.awp import perturbed_weights
-from sparse_adv.training.captured import CapturedUpdates, Numbers
+from sparse_adv.training.captured import CapturedUpdates
 from sparse_adv.training.checks import count_batches
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
@@ -105,18 +105,15 @@ class Updater:
         self.channels_last = wants_channels_last(device, config.precision)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            config.lr,
-            config.momentum,
-            weight_decay=config.weight_decay,
-            fused=all(map(_takes_fused_steps, model.parameters())),
-        )
-        if config.momentum:
-            _begin_momentum(self.optimizer)
+        self.optimizer = sgd.build(model, config)
         self.scaler = self._new_scaler()
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.evaluated = model if self.ema is None else self.ema.module
+        self.device_numbers = sgd.DeviceNumbers(
+            device,
+            wanted=graphs.cache.captures_on(device) and sgd.is_fused(self.optimizer),
+            momentum=config.schedule == "onecycle" and not self.scaler.is_enabled(),
+        )
         self.captured = CapturedUpdates(self, graphs.cache, config.graphs)
         self.trained: nn.Module = _Fused(model) if config.engine else model
         self.image_shape: tuple[int, ...] | None = None
@@ -152,8 +149,7 @@ class Updater:
             watch: gets the seconds of the phases "attack" and "update".
         """
         hook, numbers = self.hook, self._numbers()
-        for group in self.optimizer.param_groups:
-            group["lr"], group["momentum"] = numbers.learning_rate, numbers.momentum
+        sgd.set_numbers(self.optimizer, numbers.learning_rate, numbers.momentum)
         start = as_philox_state(noise) if objective.draws(x) else None
         collect = hook.wants_dense_gradients(self.step)
         gradients: dict[str, Tensor] = {}
@@ -163,7 +159,7 @@ class Updater:
                 adv = self.craft(objective, x, y, start)
             with watch.phase("update"):
                 collected = gradients if collect else None
-                done = self.learn(objective, x, adv, y, self.captured.numbers(numbers), collected)
+                done = self.learn(objective, x, adv, y, self.device_numbers.of(numbers), collected)
         loss, correct = done
         passes = self._passes(objective, collect)
         objective.count_update()
@@ -176,10 +172,10 @@ class Updater:
             self.captured.forget()
         return Updated(loss, correct, passes, new_costs)
 
-    def _numbers(self) -> Numbers:
+    def _numbers(self) -> sgd.Numbers:
         step, length = self.step, self.steps_per_epoch
         share = 0.0 if self.ema is None else self.ema.share(step)
-        return Numbers(self.config.learning_rate(step, length), self.config.momentum_of(step, length), share)
+        return sgd.Numbers(self.config.learning_rate(step, length), self.config.momentum_of(step, length), share)
 
     def craft(self, objective: objectives.TrainingObjective, x: Tensor, y: Tensor, noise: Tensor | None) -> Tensor:
         """The images of an update; noise is the Philox state of its random start."""
@@ -192,7 +188,7 @@ class Updater:
         x: Tensor,
         adv: Tensor,
         y: Tensor,
-        numbers: Numbers,
+        numbers: sgd.Numbers,
         collected: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The training step of an update: return its loss, and the number of images classified correctly.
@@ -215,7 +211,7 @@ class Updater:
         if self.config.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        with _set_for_step(self.optimizer, numbers):
+        with sgd.reading(self.optimizer, numbers):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         objective.after_update()
@@ -307,49 +303,6 @@ class Updater:
         if name != own and (of_hook or self.hook.state_dict()):
             raise ValueError(f"hook must be of class {name}, as before, got {own}: take another folder, or delete it")
         self.hook.load_state_dict(of_hook)
-
-
-@contextmanager
-def _set_for_step(optimizer: torch.optim.SGD, numbers: Numbers) -> Iterator[None]:
-    """Let a step read the numbers that are tensors; the optimiser has those that are not."""
-    groups = optimizer.param_groups
-    before = [(group["lr"], group["momentum"]) for group in groups]
-    momentum = numbers.momentum
-    if isinstance(momentum, Tensor):
-        # The fused step takes no tensor as momentum. It adds the gradients to the buffers, which are scaled before.
-        states = [optimizer.state[p] for group in groups for p in group["params"] if p.grad is not None]
-        buffers = [state["momentum_buffer"] for state in states if "momentum_buffer" in state]
-        if buffers:
-            torch._foreach_mul_(buffers, momentum)
-        momentum = 1.0
-    try:
-        for group in groups:
-            group["lr"], group["momentum"] = numbers.learning_rate, momentum
-        yield
-    finally:
-        for group, (learning_rate, own) in zip(groups, before, strict=True):
-            group["lr"], group["momentum"] = learning_rate, own
-
-
-def _takes_fused_steps(parameter: Tensor) -> bool:
-    """Whether PyTorch's fused SGD computes the right result for a parameter: on a CPU it ignores gaps in its memory.
-
-    A fused step moves half of the bytes: 13.3 -> 5.6 ms for a ResNet-18 on two cores.
-    """
-    without_gaps = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
-    return without_gaps and parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
-
-
-def _begin_momentum(optimizer: torch.optim.SGD) -> None:
-    """Set the momentum of each parameter to 0; the first step is then the same as without momentum.
-
-    PyTorch's first fused step would allocate the momentum without initialising it. If it overflows in float16, it is
-    skipped, and the next one reads that memory.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _average_gradients(model: nn.Module, trained: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:
