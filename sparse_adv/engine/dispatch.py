@@ -67,9 +67,12 @@ class _Entry:
     """Held while the program's buffers are in use."""
 
 
-_entries: TraceCache[_Entry] = TraceCache(capacity=4)
+_CAPACITY = 8
+"""An attack that leaves out the images it needs no more halves its batch: from 128 images to 1 that makes 8 programs,
+which take twice the memory of the first."""
+_entries: TraceCache[_Entry] = TraceCache(_CAPACITY)
 """Programs of each model, for different shapes of input."""
-_verdicts: StateCache[str] = StateCache(capacity=4)
+_verdicts: StateCache[str] = StateCache(_CAPACITY)
 """Why the steps of a model cannot be used, or nothing: found once for all numbers of images."""
 
 
