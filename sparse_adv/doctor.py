@@ -83,6 +83,8 @@ def _masked_conv2d_out(kernel: str) -> float:
     x, residual = torch.randn(2, 2, 16, 7, 9, generator=noise)
     weight, mask = torch.randn(16, 16, 3, 3, generator=noise), torch.rand(16, 16, 3, 3, generator=noise) < 0.3
     pattern = ops.set_kernels(ops.compile_pattern(mask), kernel, kernel, kernel)
+    if kernel == "sparse":
+        pattern = ops.pack_pattern(pattern, weight := weight * mask)
     y, grad_input = torch.empty_like(x), torch.empty_like(x)
     gate = ops.empty_gate(y)
     ops.masked_conv2d_out(x, weight, pattern, None, 1, 1, residual=residual, relu=True, out=y, gate_out=gate)
@@ -183,12 +185,14 @@ def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 OPS = (
+    "pack_values",
     "masked_conv2d",
     "masked_conv2d_grad_input",
     "masked_conv2d_grad_weight",
     "masked_conv2d_out",
     "masked_conv2d_grad_input_out",
     "winograd_conv2d",
+    "winograd_conv2d_grad_weight",
     "winograd_conv2d_weight",
     "winograd_conv2d_out",
     "pointwise_out",
