@@ -50,11 +50,6 @@ class Program:
         self._captured = {} if capturer is None else {way: CapturedPasses(capturer) for way in (False, True)}
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the arithmetic."""
-        return self._kernels.dtype
-
-    @property
     def kept_bytes(self) -> int:
         """Bytes of the results and gates kept for the backward pass, without what autograd keeps for its operations."""
         kept = {value for step in self.steps for value in step.outputs if value.kept or self._is_own_gate(value)}

@@ -38,6 +38,11 @@ class KeptGenerators(TorchDispatchMode):
         self._python, self._numpy, self._cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(self._gpu) if self._gpu else None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import torch._dynamo, which takes 2.5 s, to keep it from compiling `__torch_dispatch__`."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # With a generator of the caller's own, the global one is not used.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -100,13 +102,20 @@ def run_once(
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad():
+        with _uncompiled(), torch.no_grad():
             return model(example_input if isinstance(example_input, Tensor) else noise(model, example_input))
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes.items():
             module.training = training
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """A context in which compiled models run as they were written; else they would be compiled again with the hooks."""
+    # Where torch.compile was not called, its package is not imported, which takes 2 s.
+    is_imported = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_imported else nullcontext()
 
 
 def uses(layer: Layer, output: Tensor) -> int:

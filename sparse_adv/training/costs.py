@@ -111,8 +111,7 @@ class NetworkCosts:
         hook = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         images = torch.zeros_like(x, dtype=x.dtype if x.is_floating_point() else torch.float32)
         try:
-            with torch.compiler.set_stance("force_eager"):  # else a compiled model is compiled again with these hooks
-                macs = count_macs(model, images)
+            macs = count_macs(model, images)
         finally:
             hook.remove()
         self.classes = count_classes(outputs[0], len(x))

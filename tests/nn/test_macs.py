@@ -137,6 +137,13 @@ def test_counting_leaves_the_model_and_random_numbers_as_they_were(model):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_counting_compiles_nothing(model):
+    torch.compiler.reset()  # other tests may have compiled as many networks as are compiled of one class
+    compiled = []
+    counted = count_macs(torch.compile(model, backend=lambda graph, inputs: compiled.append(graph) or graph), SHAPE)
+    assert counted == count_macs(model, SHAPE) and not compiled
+
+
 def test_mac_density_of_a_convolution_counts_output_pixels():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Conv2d(8, 4, 1))
     masks = {"0": torch.zeros(8, 3, 3, 3, dtype=torch.bool), "1": torch.zeros(8, 8, 3, 3, dtype=torch.bool)}

@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import sparse_adv
 from sparse_adv.facts import software
 
@@ -24,9 +26,21 @@ def in_a_new_process(code: str) -> tuple[int, str, str]:
     return run.returncode, run.stdout, run.stderr
 
 
-def test_importing_the_package_loads_nothing_heavy_and_prints_nothing():
+@pytest.mark.parametrize(
+    "use",
+    [
+        "",
+        "model, images, labels = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten()), "
+        "torch.rand(2, 3, 4, 4), torch.arange(2)\n"
+        "sparse_adv.sparsify(model, sparse_adv.masks.prune(model, 0.5))\n"
+        "sparse_adv.attacks.pgd(model.eval(), images, labels)\n",
+    ],
+    ids=["import", "attack"],
+)
+def test_the_package_and_a_first_attack_load_nothing_heavy_and_print_nothing(use):
     code = (
         "import sys, torch; before = set(sys.modules); import sparse_adv\n"
+        f"{use}"
         "heavy = {'matplotlib', 'sklearn', 'tqdm', 'rich', 'scipy', 'pandas', 'torch._inductor', 'torch._dynamo'}\n"
         "heavy |= {'sparse_adv.training', 'sparse_adv.models', 'sparse_adv.config'}\n"
         "found = heavy & (set(sys.modules) - before)\n"
