@@ -18,6 +18,7 @@ from sparse_adv.engine.model_state import unwrapped
 from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.state_cache import StateCache
+from sparse_adv.engine.steps import ConvolutionStep, Step
 from sparse_adv.engine.trace_cache import TraceCache, state_of
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.training import graph_for_training
@@ -135,7 +136,8 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
         example_input: a batch of its input, or the shape [N, C, H, W] of one.
 
     Returns:
-        One line for each step, or a line with the reason why autograd forms the gradients.
+        One line for each step, or a line with the reason why autograd forms the gradients. Of a convolution it ends
+        with the kernel: sparse, dense (oneDNN or cuDNN on the masked weight), Winograd or blocks.
 
     Raises:
         ValueError: if `example_input` is neither a tensor nor 4 positive integers. Nothing for a model that the engine
@@ -148,7 +150,7 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()).eval()
         >>> for line in engine.explain(model, (1, 3, 8, 8)):
         ...     print(line)
-        _0: convolution + BatchNorm + ReLU
+        _0: convolution + BatchNorm + ReLU [dense]
         _3: PyTorch and autograd: _3
     """
     model = unwrapped(model)  # as attacks do
@@ -156,7 +158,17 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
     entry = _entry_of(model, x)
     if entry.program is None:
         return [f"autograd: {entry.reason}", *_explain_training(model, x)]
-    return [f"{step.name}: {step.describe()}" for step in entry.program.steps]
+    if entry.lock.acquire(blocking=False):  # else it is in use, and folded
+        try:
+            entry.program.fold()  # which chooses the kernels for the present masks
+        finally:
+            entry.lock.release()
+    return [_line_of(step) for step in entry.program.steps]
+
+
+def _line_of(step: Step) -> str:
+    line = f"{step.name}: {step.describe()}"
+    return f"{line} [{step.kernels()}]" if isinstance(step, ConvolutionStep) else line
 
 
 def _explain_training(model: nn.Module, x: Tensor) -> list[str]:

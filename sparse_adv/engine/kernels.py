@@ -72,6 +72,10 @@ class Convolution:
         """The weight with zeros where it is pruned; kernels that read only kept weights may skip this."""
         return torch.where(self.layer.weight_mask, weight, 0) if isinstance(self.layer, MaskedConv2d) else weight
 
+    def kernel(self, way: str) -> str:
+        """Name of the kernel of a whole batch for "forward" or "grad_input"."""
+        return "dense"
+
     def input_shape(self, images: int) -> torch.Size:
         """The shape of the input for a number of images."""
         return torch.Size((images, *self.shape[1:]))

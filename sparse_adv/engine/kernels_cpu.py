@@ -82,9 +82,15 @@ class MaskedConvolution(Convolution):
         self._is_masked = not self._is_sparse()
         return super().masked(weight) if self._is_masked else weight
 
+    def kernel(self, way: str) -> str:
+        return str(getattr(self._plan(self.shape[0]), way).kernel)
+
+    def _plan(self, images: int) -> ops.Plan:
+        return self.layer.plan(self.kernels.empty(self.input_shape(images), self.layer.weight.device))
+
     def _is_sparse(self) -> bool:
         """Whether no kernel reads pruned weights: writing their zeros would take most of the time of folding."""
-        plan = self.layer.plan(self.kernels.empty(self.input_shape(self._images), self.layer.weight.device))
+        plan = self._plan(self._images)
         return plan.forward.kernel == plan.grad_input.kernel == "sparse"
 
     def _weight_for(self, images: int) -> Tensor:
@@ -136,6 +142,9 @@ class WinogradConvolution(Convolution):
     ) -> None:
         self.tile = tile
         super().__init__(layer, norm, shape, kernels)
+
+    def kernel(self, way: str) -> str:
+        return "Winograd"
 
     def fold(self) -> None:
         super().fold()

@@ -105,9 +105,15 @@ class BlockConvolution(CudnnConvolution):
         assert isinstance(pattern, BlockPattern)
         self._pattern = pattern
 
+    def kernel(self, way: str) -> str:
+        return "blocks" if self._runs_blocks(way, self.shape, self.kernels.dtype) else super().kernel(way)
+
+    def _runs_blocks(self, way: str, shape: torch.Size, dtype: torch.dtype) -> bool:
+        return self._pattern.values is not None and runs_blocks(self._pattern, way, shape, dtype, *self.geometry)
+
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         pattern = self._pattern
-        if pattern.values is None or not runs_blocks(pattern, "forward", x.shape, x.dtype, *self.geometry):
+        if pattern.values is None or not self._runs_blocks("forward", x.shape, x.dtype):
             return super().forward(x, epilogue, place)
         lists = pattern.values, pattern.blocks, pattern.rows
         size, bias, residual, relu = self.weight.shape, self.bias, epilogue.residual, epilogue.relu
@@ -116,7 +122,7 @@ class BlockConvolution(CudnnConvolution):
 
     def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         pattern = self._pattern
-        if pattern.values is None or not runs_blocks(pattern, "grad_input", self.shape, grad.dtype, *self.geometry):
+        if pattern.values is None or not self._runs_blocks("grad_input", self.shape, grad.dtype):
             return super().grad_input(grad, epilogue, place)
         lists = pattern.values, pattern.blocks, pattern.grad_rows, pattern.grad_order
         residual, gate = epilogue.residual, epilogue.gate

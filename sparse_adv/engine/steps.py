@@ -121,6 +121,11 @@ class ConvolutionStep(FusedStep):
     def fold(self, kernels: DeviceKernels) -> None:
         self._convolution = kernels.convolution(self.layer, self.norm, self.input.shape)
 
+    def kernels(self) -> str:
+        """Name of the kernel that computes it, or of both if the passes have different ones."""
+        forward, backward = (self._convolution.kernel(way) for way in ("forward", "grad_input"))
+        return forward if forward == backward else f"{forward}, backward {backward}"
+
     def _parts(self) -> list[str]:
         return ["convolution"] + ([] if self.norm is None else ["BatchNorm"])
 

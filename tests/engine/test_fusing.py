@@ -92,7 +92,7 @@ def test_steps_are_the_longest_that_compute_the_same(name):
             norm.weight.data.normal_()
             norm.bias.data.normal_()
     x = torch.rand(3, 3, 7, 7, dtype=torch.float64)
-    lines = [line.partition(": ")[2] for line in engine.explain(model, x)]
+    lines = [line.partition(": ")[2].removesuffix(" [dense]") for line in engine.explain(model, x)]
     assert ["autograd" if "autograd" in line else line for line in lines] == expected
 
     def loss(logits: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def test_an_elementwise_function_is_a_step_of_its_own(name, function, read_twice
     if isinstance(function, nn.Module):
         model.act = function
     model, x = model.double().eval(), 40 * torch.rand(3, 3, 7, 7, dtype=torch.float64) - 20
-    assert sum(line.endswith(f": {name}") for line in engine.explain(model, x)) == 1
+    assert sum(line.removesuffix(" [dense]").endswith(f": {name}") for line in engine.explain(model, x)) == 1
 
     def loss(logits: Tensor) -> Tensor:
         return logits.flatten(1).sin().sum(1)

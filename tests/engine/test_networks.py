@@ -94,7 +94,7 @@ def test_a_shape_explains_as_much_as_images():
 def test_of_a_wrapper_the_module_inside_is_explained_as_attacks_call_it(wrapper):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval(), torch.rand(2, 3, 6, 6)
     assert engine.explain(wrapper(model).eval(), x) == engine.explain(model, x)
-    assert "_0: convolution + ReLU" in engine.explain(model, x)
+    assert "_0: convolution + ReLU [dense]" in engine.explain(model, x)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg16_kuangliu"])
@@ -102,7 +102,7 @@ def test_even_areas_of_images_leave_no_network_to_autograd(name):
     # The largest pixels of a pooling window are equal there, and rounding decides which of them gets the gradient.
     model, x = models.build(name, width=4).eval(), torch.rand(2, 3, 32, 32)
     x[..., :16] = 0
-    assert any(line.endswith("convolution + BatchNorm + ReLU") for line in engine.explain(model, x))
+    assert any(line.endswith("convolution + BatchNorm + ReLU [dense]") for line in engine.explain(model, x))
     assert "features_1: BatchNorm + ReLU" in engine.explain(model.train(), x)
 
 

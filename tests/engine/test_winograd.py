@@ -36,6 +36,19 @@ def trained_statistics(name, **options):
     return model.eval()
 
 
+def test_it_is_explained_beside_the_other_kernels():
+    model, x = models.build("resnet18", width=32).eval(), torch.rand(16, 3, 32, 32)
+    kept = masks.prune(model, density=0.05, scope="uniform")
+    sparsify(model, {name: mask for name, mask in kept.items() if name.startswith("layer1")})
+    lines = {name: line for name, _, line in (line.partition(": ") for line in engine.explain(model, x))}
+    assert lines["layer1_0_conv1"] == "convolution + BatchNorm + ReLU [sparse]"
+    assert lines["layer2_0_conv1"] == "convolution + BatchNorm + ReLU [dense]"  # of stride 2
+    assert lines["layer2_1_conv2"] == "convolution + BatchNorm + residual + ReLU [Winograd]"
+    sparsify(model, {"layer1.0.conv1": torch.ones_like(kept["layer1.0.conv1"])})
+    line = next(line for line in engine.explain(model, x) if line.startswith("layer1_0_conv1"))
+    assert line.endswith("[Winograd]"), line
+
+
 @pytest.mark.parametrize("name, density", [("resnet18", 0.9), ("vgg16", 1.0), ("preact_resnet18", 1.0)])
 def test_gradients_are_those_of_autograd(name, density):
     model = trained_statistics(name, width=16)

@@ -105,7 +105,7 @@ OTHERS = {
 def test_it_is_part_of_the_convolution_in_eval_mode(name):
     model = network(copy.deepcopy(NORMS[name])).eval()
     first = engine.explain(model, X)[0]
-    assert first.endswith("convolution + BatchNorm" + (" + ReLU" if name != "SiLU" else ""))
+    assert first.endswith("convolution + BatchNorm" + (" + ReLU" if name != "SiLU" else "") + " [dense]")
     assert_as_autograd(model)
     with torch.no_grad():
         model[1].running_mean.add_(1)
