@@ -50,14 +50,18 @@ def interleaved_graphs(sides: Mapping[str, Side], rounds: int = 9, calls: int = 
 
 
 def captured(side: Side, calls: int = 20) -> Side:
-    """Several calls of a side as one CUDA graph: its replay times the GPU's work without the launches by Python."""
+    """Several calls of a side as one CUDA graph: its replay times the GPU's work without the launches by Python.
+
+    A replay returns what the last call returned in the capture, whose memory it writes again.
+    """
     capturer = Capturer()
     for _ in range(3):
         capturer.run(side)
 
-    def repeat() -> None:
-        for _ in range(calls):
+    def repeat() -> object:
+        for _ in range(calls - 1):
             side()
+        return side()
 
     return capturer.capture(repeat)
 

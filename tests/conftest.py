@@ -2,6 +2,9 @@
 
 import os
 
+# cuBLAS reads it at its first use in a process; tests of deterministic algorithms may come later.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 from hypothesis import settings

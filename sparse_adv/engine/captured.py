@@ -25,8 +25,9 @@ Backward = Callable[[Tensor], Tensor | None]
 Forward = Callable[[Tensor], tuple[Tensor, Backward | None]]
 """Returns the logits of images, and the backward pass if one may follow."""
 
-PASSES_BEFORE = 16
-"""Passes that are made before the next one is captured: a capture takes the time of a few, and PGD-10 needs none."""
+PASSES_BEFORE = 50
+"""Passes that are made before the next one is captured. Two captures, their warm-up and trial take the time of a few
+passes, and the host waits for the GPU: searches of 100 steps and more gain from them, PGD-20 and PGD-50 would not."""
 _TOLERANCE = 1e-2
 """Greatest relative difference of a replay: cuDNN may sum a gradient in another order each time."""
 
@@ -68,7 +69,7 @@ class CapturedPasses:
             forward: the same each time.
             images: of the same shape each time.
         """
-        if inside_a_call() or self.reason:
+        if inside_a_call() or self.reason or self._capturer_type.is_capturing():
             return forward(images)
         if self._replays is None and self._made == PASSES_BEFORE:
             self._capture(forward, images)
@@ -130,4 +131,7 @@ class CapturedPasses:
 
 
 def _agree(result: Tensor, wanted: Tensor) -> bool:
-    return bool((result - wanted).double().norm() <= _TOLERANCE * wanted.double().norm())
+    same = (result == wanted) | (result.isnan() & wanted.isnan())  # also where logits of absent classes are infinite
+    difference = (result - wanted).masked_fill(same, 0)
+    size = wanted.nan_to_num(nan=0, posinf=0, neginf=0)
+    return bool(difference.double().norm() <= _TOLERANCE * size.double().norm())

@@ -117,6 +117,7 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
             entry.program.fold()
             yield entry.program
         finally:
+            entry.program.forget_graphs()  # their memory is no one else's, and the next user folds anew
             entry.lock.release()
     else:
         with frozen_weights(model):

@@ -60,6 +60,10 @@ class Program:
         """Read the weights and the statistics of BatchNorm again, which may have changed."""
         for step in self.steps:
             step.fold(self._kernels)
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Free the memory of the passes that were captured; the next ones are captured anew."""
         for passes in self._captured.values():
             passes.forget()
 

@@ -6,6 +6,7 @@ Attacks (`attacks.Graphs`) and whole updates of training (`training.captured`) h
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,6 +39,9 @@ class HoldsGraphs(Protocol):
 
 holders: WeakSet[HoldsGraphs] = WeakSet()
 """All of the process: a capture that fails makes their graphs useless."""
+
+_capturing = threading.RLock()
+"""Held during a capture: only one may be under way in a process, as PyTorch synchronises with the GPU before each."""
 
 _ATTEMPTS = 2
 """Warm-ups in which the host may wait. In the first one the engine may check a model in a state that is new to it."""
@@ -86,6 +90,11 @@ class Capturer:
         self.pool = torch.cuda.graph_pool_handle()
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
+    @staticmethod
+    def is_capturing() -> bool:
+        """Whether the present stream is being captured, by a graph of the user's: no other may begin then."""
+        return torch.cuda.is_current_stream_capturing()
+
     def run(self, call: Callable[[], T]) -> T:
         """Run a call on the stream of later captures, after the work queued on the current stream so far."""
         current = torch.cuda.current_stream(self.stream.device)
@@ -131,6 +140,7 @@ class Capturer:
             # other threads, such as those of a DataLoader, allocate memory during the capture. Autograd's thread runs
             # the backward pass on the stream of the forward pass, so it is captured too.
             with (
+                _capturing,
                 torch.cuda.stream(self.stream),
                 torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
             ):

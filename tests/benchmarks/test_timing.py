@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import timing
+import torch
+from helpers.cpu_graphs import CpuCapturer
 from timing import Times
 
 
@@ -24,3 +26,12 @@ def test_quantiles_of_the_times(monkeypatch):
 
 def test_one_round_has_no_spread():
     assert timing.interleaved({"ours": lambda: None}, rounds=1)["ours"].spread == 0
+
+
+def test_a_captured_side_returns_its_last_result(monkeypatch):
+    """An epoch of captured updates adds up their losses."""
+    monkeypatch.setattr(timing, "Capturer", lambda: CpuCapturer(torch.device("cpu")))
+    x = torch.zeros(())
+    replay = timing.captured(lambda: x.add_(1) * 2, calls=3)
+    x.zero_()
+    assert [float(replay()) for _ in range(2)] == [6.0, 12.0]

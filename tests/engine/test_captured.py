@@ -16,6 +16,11 @@ from sparse_adv.engine.kernels_cpu import CpuKernels
 from sparse_adv.ops import cuda_graph
 
 
+@pytest.fixture(autouse=True)
+def short_searches_are_long_enough(monkeypatch):
+    monkeypatch.setattr(captured, "PASSES_BEFORE", 16)
+
+
 @pytest.fixture
 def capturers(monkeypatch):
     """The capturers of programs that are made from now on, on the CPU and of whole batches as on CUDA."""
@@ -152,6 +157,37 @@ def test_attacks_that_are_captured_as_a_whole_capture_no_passes(capturers):
     for _ in range(4):
         attacks.pgd(model, IMAGES, labels, eps=0.05, steps=40, graphs=graphs)
     assert graphs.counts == (1, 2) and not capturers
+
+
+def test_the_memory_of_graphs_is_free_after_a_search(capturers):
+    model = network()
+    SEARCHES["apgd"](model, IMAGES, labels_of(model))
+    assert sum(each.captures for each in capturers) >= 2
+    assert not any(getattr(holder, "_replays", None) for holder in cuda_graph.holders)
+
+
+def test_infinite_logits_are_replayed(capturers):
+    """Of classes that a model leaves out."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = network()
+
+        def forward(self, x):
+            return torch.cat([self.model(x), torch.full_like(x[:, 0, 0, :2], -torch.inf)], 1)
+
+    with engine.input_gradients(Masked().eval(), IMAGES) as gradients:
+        for _ in range(captured.PASSES_BEFORE + 3):
+            logits = gradients.logits(IMAGES)
+    assert logits[:, -1].isinf().all() and sum(each.replays for each in capturers) > 1
+
+
+def test_nothing_is_captured_within_a_capture_of_the_user(capturers, monkeypatch):
+    monkeypatch.setattr(CpuCapturer, "is_capturing", staticmethod(lambda: True))
+    model = network()
+    SEARCHES["pgd"](model, IMAGES, labels_of(model))
+    assert not capturers
 
 
 def test_few_passes_are_not_captured(capturers):

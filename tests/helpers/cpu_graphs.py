@@ -107,6 +107,10 @@ class CpuCapturer:
     def __init__(self, device: torch.device) -> None:
         self.captures = self.replays = 0
 
+    @staticmethod
+    def is_capturing():
+        return False
+
     def run(self, call):
         return call()
 
