@@ -233,10 +233,8 @@ class SparseTraining(UpdateHook):
         sparsify(self.model, masks, self.block, self.updater.optimizer)
         if self.updater.ema is not None:
             averages = _masked_layers(self.updater.ema.module)
-            with torch.no_grad():
-                for name, mask in masks.items():
-                    averages[name].weight_mask.copy_(mask)  # compiled when the average is next evaluated
-                    averages[name].weight.masked_fill_(~mask, 0)
+            for name, mask in masks.items():
+                averages[name].set_mask(mask)
 
     def _grid(self, mask: Tensor) -> Tensor:
         """One element of each block."""

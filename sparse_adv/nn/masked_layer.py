@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 from sparse_adv.masks.layers import computes_as, own_methods
 from sparse_adv.nn import optimizer_hook
@@ -102,6 +103,10 @@ class MaskedLayer(nn.Module):
 
     DERIVED: ClassVar = ("_compiled", "_frozen")
     """Attributes that are neither pickled nor copied, but computed again."""
+
+    @abstractmethod
+    def set_mask(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
+        """Change the mask: weights that it prunes become 0, weights that it revives start at 0."""
 
     @abstractmethod
     def _compile(self) -> CompiledMask | None:

@@ -268,7 +268,11 @@ class _Search:
                 self.lock.check()
                 # One that is there was written in an epoch that was undone or not finished.
                 (self.folder / runs.REWIND).unlink(missing_ok=True)
-            self._begin = self._first_version(runs.REWIND, self.model.state_dict())
+            state = copy.deepcopy(dict(self.model.state_dict()))
+            names = [name for name, buffer in self.model.named_buffers() if buffer.is_floating_point()]
+            # Within an epoch each process has the statistics of its own images.
+            distributed.average_each([state[name] for name in names if name in state])
+            self._begin = self._first_version(runs.REWIND, state)
         if self.on_step:
             self.on_step(step)
 

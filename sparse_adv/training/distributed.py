@@ -148,14 +148,35 @@ def collect(own: T) -> list[T]:
     return gathered
 
 
+def check_same(**settings: object) -> None:
+    """Raise ValueError in all processes if they were not given the same.
+
+    Args:
+        settings: plain values, by the names that the error says.
+    """
+    of_ranks = collect(settings)
+    for name in settings:
+        given = [own[name] for own in of_ranks]
+        if any(value != given[0] for value in given):
+            raise ValueError(f"{name} must be the same in all processes, got {', '.join(map(repr, given))} by rank")
+
+
 def average_buffers(model: nn.Module) -> None:
     """Replace floating buffers by their mean over all processes: BatchNorm statistics come from each one's images."""
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    if world_size() == 1 or not buffers:
+    average_each([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+
+
+def average_each(tensors: Sequence[Tensor]) -> None:
+    """Replace floating tensors of one device by their means over all processes; those of 16 bits add in float32."""
+    if world_size() == 1:
         return
-    flat = torch.cat([buffer.detach().flatten().float() for buffer in buffers])
-    dist.all_reduce(flat)
-    _unflatten(flat / world_size(), buffers)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(tensor)
+    for dtype, group in by_dtype.items():
+        flat = torch.cat([tensor.detach().flatten().to(dtype) for tensor in group])
+        dist.all_reduce(flat)
+        _unflatten(flat / world_size(), group)
 
 
 def average(tensors: Sequence[Tensor]) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from sparse_adv.nn.masked_layer import MaskedLayer
+
 
 class EMA(AveragedModel):
     """Moving average of weights and floating buffers: after each update, theta' <- d theta' + (1 - d) theta.
@@ -65,8 +67,14 @@ class EMA(AveragedModel):
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:
         """Copy the buffers that are not averaged, such as masks, where they differ; waits for a GPU."""
-        for own, followed in zip(self.module.buffers(), model.buffers(), strict=True):
-            if not own.is_floating_point() and not own.equal(followed):
+        for (name, own), followed in zip(self.module.named_buffers(), model.buffers(), strict=True):
+            if own.is_floating_point() or own.equal(followed):
+                continue
+            place, _, buffer = name.rpartition(".")
+            layer = self.module.get_submodule(place)
+            if isinstance(layer, MaskedLayer) and buffer == "weight_mask":
+                layer.set_mask(followed.clone())  # compiled code would not see a write to the buffer
+            else:
                 own.copy_(followed)
 
 

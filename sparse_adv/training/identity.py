@@ -40,6 +40,8 @@ _in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 """Models in training, or whose training was interrupted, and the folder of the run."""
 _moved: WeakKeyDictionary[nn.Module, dict[tuple[str, str], bytes]] = WeakKeyDictionary()
 """Attributes of modules that training in this process has changed, such as counters, and what they were before it."""
+_refrozen: WeakKeyDictionary[nn.Module, dict[str, list[str]]] = WeakKeyDictionary()
+"""For modules of which a hook has frozen or unfrozen parameters in training, those that were frozen before it."""
 
 
 class Identity(TypedDict):
@@ -156,14 +158,13 @@ def network_digest(model: nn.Module, with_masks: bool = True) -> str:
         >>> network_digest(nn.Linear(2, 1)) == network_digest(nn.Linear(2, 1).requires_grad_(False))
         False
     """
-    digest = hashlib.sha256()
+    digest, frozen = hashlib.sha256(), _frozen_parameters(model) | _refrozen.get(model, {})
     for name, module in model.named_modules():
         # Addresses in descriptions of functions differ between processes.
         described = re.sub(r" at 0x[0-9a-f]+", "", module.extra_repr())
         if not with_masks:
             described = re.sub(r", density=[^,]*", "", described)
-        frozen = [key for key, parameter in module.named_parameters(recurse=False) if not parameter.requires_grad]
-        digest.update(repr((name, type(module).__qualname__, described, frozen)).encode())
+        digest.update(repr((name, type(module).__qualname__, described, frozen[name])).encode())
     for names, attribute in sorted((_attributes(model) | _moved.get(model, {})).items()):
         digest.update(repr(names).encode() + attribute)
     digest.update(repr(frozen_modules(model)).encode())
@@ -238,11 +239,13 @@ def training_of(model: nn.Module, folder: Path | None) -> Iterator[None]:
     outer = _in_training.get(model)
     if folder is not None:
         _in_training[model] = folder.resolve()
-    before = _attributes(model)
+    before, frozen = _attributes(model), _frozen_parameters(model)
     try:
         yield
     finally:
-        after = _attributes(model)
+        after, frozen_after = _attributes(model), _frozen_parameters(model)
+        refrozen = {name: keys for name, keys in frozen.items() if frozen_after.get(name, keys) != keys}
+        _refrozen[model] = refrozen | _refrozen.get(model, {})
         moved = {name: value for name, value in before.items() if after.get(name, value) != value}
         _moved[model] = moved | _moved.get(model, {})
     _in_training.pop(model, None)
@@ -257,6 +260,14 @@ def was_interrupted(model: nn.Module, folder: Path) -> bool:
     """
     interrupted, folder = _in_training.get(model), folder.resolve()
     return interrupted is not None and folder in (interrupted, *interrupted.parents)
+
+
+def _frozen_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """For each module the names of its own parameters that are not trained."""
+    return {
+        name: [key for key, parameter in module.named_parameters(recurse=False) if not parameter.requires_grad]
+        for name, module in model.named_modules()
+    }
 
 
 def _length(images: Any) -> int:

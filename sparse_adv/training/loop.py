@@ -11,7 +11,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ from sparse_adv.training.evaluation import (
 )
 from sparse_adv.training.folder_lock import hold
 from sparse_adv.training.hook import UpdateHook
-from sparse_adv.training.modes import frozen_modules, set_training_mode
+from sparse_adv.training.modes import set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.run_files import RunFiles
 from sparse_adv.training.update import Updater
@@ -87,8 +87,9 @@ class Training:
     Raises:
         FileNotFoundError: if the folder has epochs of a run, but not the state to continue from.
         TypeError: if the batches have no length.
-        ValueError: if there is no batch, the hook needs validation images and there are none, or the folder holds
-            another run: of another configuration (but for more epochs), network or other images.
+        ValueError: if there is no batch, the hook needs validation images and there are none, the processes of a run
+            have different configurations or numbers of batches, or the folder holds another run: of another
+            configuration (but for more epochs), network or other images.
 
     Examples:
         >>> from sparse_adv import data
@@ -115,8 +116,8 @@ class Training:
         check_trainable(model)
         if validation is not None:
             check_evaluable("validation", validation, model)
+        distributed.check_same(**{**asdict(config), "graphs": None, "len(batches)": count_batches(batches)})
         self.device = model_device(model)
-        self.frozen = frozen_modules(model)
         self.graphs = Graphs()
         self.hook = UpdateHook() if hook is None else hook
         if self.hook.wants_robust_loss and validation is None:
@@ -193,7 +194,7 @@ class Training:
         random_numbers.set_epoch(self.batches, epoch)
         loss_sum, tally = torch.zeros((), dtype=torch.float64, device=self.device), Tally()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        set_training_mode(updater.model, self.frozen)
+        set_training_mode(updater.model, updater.frozen)
         # Batches and layers that draw from the global generators get numbers that depend on seed and epoch only.
         with random_numbers.seeded(distributed.own_seed(config.seed, ORDER_SEED, epoch), self.device):
             for x, y in pairs_of(self.batches):
@@ -340,8 +341,8 @@ def train(
         objective: a subclass of `TrainingObjective` to train on, or a function that makes one of the same arguments;
             None for `config.objective`. That also decides, for an objective of your own too, the defaults of alpha and
             beta, whether there is an overfitting monitor, and which accuracy is the best.
-        on_epoch: called with the record of each epoch after it is saved; if it returns True, training ends. Epochs of
-            an earlier call come first.
+        on_epoch: called with the record of each epoch after it is saved; if it returns True, training ends, in all
+            processes of a run if it does in one. Epochs of an earlier call come first.
         on_step: called after each update with the number of updates so far. Gradients are None after an update that
             was replayed as a CUDA graph.
 
@@ -390,6 +391,6 @@ def train(
     for record in training.epochs(on_step):
         records.append(record)
         ends = None if on_epoch is None else on_epoch(record)
-        if isinstance(ends, bool | np.bool_) and ends:
+        if any(distributed.collect(isinstance(ends, bool | np.bool_) and bool(ends))):
             break
     return records

@@ -22,8 +22,18 @@ def frozen_modules(model: nn.Module) -> list[str]:
         (['1'], ['1'], [])
     """
     if model.training:
-        _known[model] = [name for name, module in model.named_modules() if not module.training]
+        _known[model] = in_eval_mode(model)
     return _known.get(model, [])
+
+
+def in_eval_mode(model: nn.Module) -> list[str]:
+    """Return the names of the modules in eval mode.
+
+    Examples:
+        >>> in_eval_mode(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval()))
+        ['1']
+    """
+    return [name for name, module in model.named_modules() if not module.training]
 
 
 def set_training_mode(model: nn.Module, frozen: Collection[str]) -> None:

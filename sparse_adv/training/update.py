@@ -26,6 +26,7 @@ from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
 from sparse_adv.training.hook import UpdateHook
+from sparse_adv.training.modes import frozen_modules, in_eval_mode
 from sparse_adv.training.objectives import Passes
 
 
@@ -81,6 +82,7 @@ class Updater:
 
     Attributes:
         step: number of updates made.
+        frozen: names of modules that stay in eval mode in training, those that a hook has set to it too.
         trained: the module that the loss calls in place of the model.
         evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
         image_shape: shape [1, C, H, W] of an image; None before the first batch.
@@ -101,6 +103,7 @@ class Updater:
         self.objective = objectives.build(config, graphs=graphs, own=objective)
         self.steps_per_epoch = batches * self.objective.updates
         self.step = 0
+        self.frozen = frozen_modules(model)
         hook.begin(self)
         self.channels_last = wants_channels_last(device, config.precision)
         if self.channels_last:
@@ -118,6 +121,8 @@ class Updater:
         self.trained: nn.Module = _Fused(model) if config.engine else model
         self.image_shape: tuple[int, ...] | None = None
         self.comm_stats: CommStats | None = None
+        self._exchanged: dict[str, bool] = {}
+        """In a run of several processes, which parameters are trained."""
 
     def prepare(self, x: Tensor) -> None:
         """Before an update: note the shape of its images; before the first, set up averaging gradients over processes.
@@ -129,6 +134,7 @@ class Updater:
         if distributed.world_size() > 1 and self.comm_stats is None:
             with self.autocast():
                 self.trained, self.comm_stats = _average_gradients(self.model, self.trained, x)
+            self._exchanged = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a batch on the model's device, in its memory layout; the host does not wait for the copy."""
@@ -170,7 +176,17 @@ class Updater:
             new_costs = hook.after_update(self.step, gradients)
         if new_costs:
             self.captured.forget()
+        self._check_exchanged()
         return Updated(loss, correct, passes, new_costs)
+
+    def _check_exchanged(self) -> None:
+        """Raise ValueError if several processes would exchange the gradients of other parameters than are trained."""
+        for name, parameter in self.model.named_parameters() if self._exchanged else ():
+            if parameter.requires_grad != self._exchanged.get(name, parameter.requires_grad):
+                raise ValueError(
+                    f"hook must not freeze or unfreeze parameters in a run of several processes, as it did {name!r}: "
+                    "DistributedDataParallel exchanges the gradients of those that were trained at the start"
+                )
 
     def _numbers(self) -> sgd.Numbers:
         step, length = self.step, self.steps_per_epoch
@@ -254,6 +270,7 @@ class Updater:
         """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes."""
         # The schedule counts whole epochs, also if a run of "free" trained this one with PGD, in fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
+        self.frozen = in_eval_mode(self.model)
         self.model.eval()
         distributed.average_buffers(self.model)
         if self.ema is not None:
@@ -280,6 +297,7 @@ class Updater:
         """Return everything that updates change; its tensors are those in use, not copies."""
         return {
             "step": self.step,
+            "frozen": list(self.frozen),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -291,7 +309,7 @@ class Updater:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from this state."""
         self.captured.forget()  # the optimiser's state gets other memory
-        self.step = state["step"]
+        self.step, self.frozen = state["step"], state["frozen"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -274,6 +274,16 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop_at, in
         assert (one.loss, one.density, one.total.macs) == (other.loss, other.density, other.total.macs)
 
 
+def test_a_compiled_network_is_trained_and_averaged_as_it_is():
+    config, method = replace(CONFIG, epochs=2, ema_decay=0.5), MethodConfig("rigl", density=0.5, interval=2)
+    torch.compiler.reset()
+    results = []
+    for model in (odd_network(), torch.compile(odd_network(), backend="eager")):
+        _, records = run(SparseTraining(method), model, config=config, validation=VALIDATION)
+        results.append([number for record in records for number in (record.loss, record.robust_accuracy)])
+    assert results[0] == pytest.approx(results[1])
+
+
 def test_a_finished_run_can_be_extended(tmp_path):
     config, model = MethodConfig("set", density=0.3, interval=2), odd_network()
     run(SparseTraining(config), model, folder=tmp_path)

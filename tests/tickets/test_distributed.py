@@ -1,4 +1,4 @@
-"""Two processes find the same ticket, and continue a stopped search bit for bit."""
+"""Two processes find the same ticket, with a folder and without, and continue a stopped search bit for bit."""
 
 from dataclasses import replace
 
@@ -46,7 +46,8 @@ def work(rank, folder):
             search(rank, pruning, folder / f"{name}_stopped", stop_at=3)
         except Stop:
             continued = search(rank, pruning, folder / f"{name}_stopped")
-        results[name] = [(ticket.masks, ticket.state_dict) for ticket in (whole, continued)]
+        found = whole, continued, search(rank, pruning, None)
+        results[name] = [(ticket.masks, ticket.state_dict) for ticket in found]
     return results
 
 
@@ -58,6 +59,6 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("pruning", PRUNING)
 def test_both_processes_have_the_ticket_and_a_stopped_search_finds_it_too(ranks, pruning):
     (masks, weights), *others = [ticket for rank in ranks for ticket in rank[pruning]]
-    assert len(others) == 3 and all(mask.any() and not mask.all() for mask in masks.values())
+    assert len(others) == 5 and all(mask.any() and not mask.all() for mask in masks.values())
     for other_masks, other_weights in others:
         assert equal_states(masks, other_masks) and equal_states(weights, other_weights)

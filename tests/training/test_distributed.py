@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.forked import run_command, run_command_by_rank
 from helpers.process_group import results_by_rank
-from helpers.small_runs import TRAIN, VALIDATION, WITH_ENGINE, Batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, WITH_ENGINE, Batches, equal_states, network
 
 from sparse_adv import masks, models, runs, training
 from sparse_adv.training import checkpoint
@@ -141,6 +141,51 @@ def train(config, rank, folder, stop_at=None):
     watch = {"validation": VALIDATION, "on_epoch": lambda record: record.epoch == stop_at}
     training.train(model, batches, config, folder=folder, **watch)
     return model.state_dict()
+
+
+class Freezing(training.UpdateHook):
+    def begin(self, updater):
+        self.model = updater.model
+
+    def after_update(self, step, gradients):
+        self.model[0].weight.requires_grad_(step != 2)
+        return False
+
+
+def differ(rank, folder):
+    """What two processes say that are not alike, and where they end."""
+
+    def outcome(batches=2, hook=None, on_epoch=None, model=None, **changes):
+        model, given = model or network(), list(Batches(TRAIN, 24, rank=rank, world_size=2))[:batches]
+        config = replace(QUICK, **changes)
+        try:
+            return len(training.train(model, given, config, hook=hook, on_epoch=on_epoch))
+        except ValueError as error:
+            return str(error)
+
+    wide = network().double()
+    images = [(x.double(), y) for x, y in Batches(TRAIN, 24, rank=rank, world_size=2)]
+    training.train(wide, images, replace(QUICK, epochs=1))
+    statistics = wide[1].running_mean
+    return {
+        "config": outcome(lr=0.1 + rank),
+        "epochs": outcome(epochs=2 + rank),
+        "batches": outcome(batches=1 + rank),
+        "frozen": outcome(hook=Freezing()),
+        "stopped by one": outcome(on_epoch=lambda record: rank == 1 and record.epoch == 2),
+        "bits of float64": not statistics.equal(statistics.float().double()),
+    }
+
+
+def test_processes_that_are_not_alike_are_told_so_and_end_together(tmp_path):
+    ends = results_by_rank(differ, tmp_path)
+    assert ends[0] == ends[1]
+    end = ends[0]
+    assert end["config"] == "lr must be the same in all processes, got 0.1, 1.1 by rank"
+    assert end["epochs"] == "epochs must be the same in all processes, got 2, 3 by rank"
+    assert end["batches"] == "len(batches) must be the same in all processes, got 1, 2 by rank"
+    assert end["frozen"].startswith("hook must not freeze or unfreeze parameters in a run of several processes, as it ")
+    assert end["stopped by one"] == 2 and end["bits of float64"] is True
 
 
 @pytest.fixture(scope="module")

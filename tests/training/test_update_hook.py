@@ -132,3 +132,48 @@ def test_settings_that_a_file_cannot_hold_are_refused_before_training(tmp_path, 
 )
 def test_training_ends_where_on_epoch_returns_true(result, epochs):
     assert len(training.train(network(), batches(), CONFIG, on_epoch=lambda record: result)) == epochs
+
+
+class Changing(training.UpdateHook):
+    """Does something to the model after its second update."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def begin(self, updater):
+        self.updater = updater
+
+    def after_update(self, step, gradients):
+        if step == 2:
+            self.change(self.updater.model)
+        return False
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_layer_may_be_unfrozen_in_the_course_of_training(engine):
+    model = network()
+    frozen = model[3].weight.requires_grad_(False)
+    before = frozen.clone()
+    hook = Changing(lambda model: model[3].weight.requires_grad_())
+    training.train(model, batches(), replace(CONFIG, epochs=2, engine=engine), hook=hook)
+    assert not frozen.equal(before)
+
+
+def test_a_module_that_a_hook_sets_to_eval_mode_stays_in_it_after_a_stop_too(tmp_path):
+    model, again = network(), network()
+
+    def ends(record):
+        return True
+
+    for stopped, trained in ((True, model), (False, again)):
+        hook = Changing(lambda model: model[1].eval())
+        training.train(trained, batches(), CONFIG, folder=tmp_path, hook=hook, on_epoch=[None, ends][stopped])
+        assert trained[1].num_batches_tracked == 2 and trained[4].num_batches_tracked == (3 if stopped else 12)
+
+
+def test_a_model_whose_layer_a_hook_froze_may_be_trained_on(tmp_path):
+    model = network()
+    for epochs in (2, 4):
+        hook = Changing(lambda model: model[0].weight.requires_grad_(False))
+        records = training.train(model, batches(), replace(CONFIG, epochs=epochs), folder=tmp_path, hook=hook)
+        assert len(records) == epochs
