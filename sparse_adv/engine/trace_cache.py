@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,24 @@ T = TypeVar("T")
 
 _PATIENCE = 4
 """Changes of a model in succession after each of which it is traced again."""
+_CALLS_OF_A_TRACE = (16, 64, 256)
+"""Calls between the first two traces for the same input, the next two, and all later ones. A trace takes as long as
+some 100 attacks of one step on a small network."""
+_MOST_INPUTS = 1024
+
+
+@dataclass
+class _Demand:
+    """How often a model is called with one kind of input."""
+
+    traces: int = 0
+    calls: int = 0
+    """Since the last trace."""
+
+    @property
+    def is_too_rare(self) -> bool:
+        """Whether what was made and forgotten would be forgotten again before it has saved the time of a trace."""
+        return self.traces > 0 and self.calls < _CALLS_OF_A_TRACE[min(self.traces, len(_CALLS_OF_A_TRACE)) - 1]
 
 
 @dataclass
@@ -36,12 +54,18 @@ class _History:
     """Calls since the last change."""
     reason: str = ""
     """What changes, once that has been said."""
+    demand: dict[Hashable, _Demand] = field(default_factory=dict)
+    """By the kind of input, since the last change."""
+    told_of_inputs: bool = False
+    """Whether it was said that the inputs are of too many kinds."""
 
     def add(self, structure: Hashable, contents: Contents) -> None:
         """Note the state in a call."""
         changed = self.structure is not None and (structure, contents) != (self.structure, self.contents)
         self.structure, self.contents = structure, contents
         self.unchanged = 0 if changed else self.unchanged + 1
+        if changed or len(self.demand) > _MOST_INPUTS:
+            self.demand.clear()
         self.changes += changed
 
     @property
@@ -62,6 +86,7 @@ class TraceCache(Generic[T]):
 
     The state are the modules, modes and tensors of a model, and what traced code has read of their attributes. If it
     changes at every call, nothing is made until it has stayed the same for some calls, the more the oftener it changed.
+    What was forgotten because of other inputs is made again after some calls with its own, the more the oftener it was.
 
     Args:
         capacity: as of `StateCache`.
@@ -85,6 +110,8 @@ class TraceCache(Generic[T]):
         before = history.contents
         history.add(structure, contents)
         made = self._made.get(model, (call, structure, contents))
+        demand = history.demand.setdefault(call, _Demand())
+        demand.calls += 1
         if made is not None:
             history.changes = 0
             return made
@@ -94,6 +121,12 @@ class TraceCache(Generic[T]):
                 history.reason = f"{what} changes from call to call"
                 log.warning("the engine leaves this %s to autograd: %s", type(model).__name__, history.reason)
             return history.reason
+        if demand.is_too_rare:
+            reason = f"its inputs are of more than {self._made.capacity} shapes in turn"
+            if not history.told_of_inputs:
+                log.warning("the engine leaves some calls of this %s to autograd: %s", type(model).__name__, reason)
+            history.told_of_inputs = True
+            return reason
         try:
             made = self._made.find(model, lambda: state_of(model, x, shape), make)
         except torch.OutOfMemoryError as error:  # says nothing about the model: the next call tries again
@@ -101,4 +134,5 @@ class TraceCache(Generic[T]):
             log.warning("the engine leaves this call of a %s to autograd: %s", type(model).__name__, reason)
             return reason
         history.structure, history.contents = structure_of(model), contents_of(model)
+        demand.traces, demand.calls = demand.traces + 1, 0
         return made

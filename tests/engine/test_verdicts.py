@@ -25,6 +25,23 @@ def test_batches_of_other_sizes_take_the_verdict_of_the_first(monkeypatch):
         assert compared == [2, 1, 2]
 
 
+def test_programs_of_more_shapes_than_are_kept_are_not_made_for_each_call(monkeypatch, caplog):
+    model, made, make = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval(), [], dispatch._make
+    monkeypatch.setattr(dispatch, "_make", lambda model, x: (made.append(x.shape[2]), make(model, x))[1])
+
+    def attacked(size):
+        x = torch.rand(2, 3, size, size)
+        with input_gradients(model, x) as gradients:
+            assert gradients.gradient(x, torch.sum).shape == x.shape
+        return isinstance(gradients, engine.Program)
+
+    sizes = range(4, 13)
+    assert all(attacked(size) for size in sizes) and made == list(sizes)  # the first is forgotten with the last
+    assert [attacked(size) for size in sizes] == [False, *[True] * 8] and made == list(sizes)
+    assert caplog.text.count("its inputs are of more than 8 shapes in turn") == 1
+    assert [attacked(4) for _ in range(20)].count(True) >= 5 and made == [*sizes, 4]  # as often as that it is worth it
+
+
 def test_memory_that_does_not_suffice_once_says_nothing_about_the_model(caplog):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval(), torch.rand(2, 3, 6, 6)
     failures = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
