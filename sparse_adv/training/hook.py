@@ -45,7 +45,10 @@ class UpdateHook:
         return False
 
     def after_update(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
-        """Called after an update, which may change the model, its optimiser's state and its moving average.
+        """Called after an update; it may change the model, its optimiser's state and its moving average.
+
+        Modules that it sets to eval mode stay in it. It may freeze and unfreeze parameters, but not in a run of several
+        processes.
 
         Args:
             step: updates made, with this one.
