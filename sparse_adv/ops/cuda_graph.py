@@ -93,7 +93,8 @@ class Capturer:
     @staticmethod
     def is_capturing() -> bool:
         """Whether the present stream is being captured, by a graph of the user's: no other may begin then."""
-        return torch.cuda.is_current_stream_capturing()
+        # A torch without CUDA cannot be asked.
+        return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
     def run(self, call: Callable[[], T]) -> T:
         """Run a call on the stream of later captures, after the work queued on the current stream so far."""
