@@ -44,15 +44,16 @@ def main() -> int:
     campaign = Campaign()
     if given.case:
         kind, number = given.case.split(":")
-        campaign.run(kind, range(int(number), int(number) + 1), time.monotonic() + 3600)
+        campaign.run(kind, range(int(number), int(number) + 1), 3600)
     else:
         kinds = given.kinds.split(",")
         print(f"fuzz: seed {given.seed}, {given.minutes:g} minutes of {', '.join(kinds)}")
         for kind in kinds:
-            end = time.monotonic() + 60 * given.minutes / len(kinds)
+            left = 60 * given.minutes / len(kinds)
             first, last = _CAMPAIGN * given.seed, _CAMPAIGN * (given.seed + 1)
-            while first < last and time.monotonic() < end:
-                first = campaign.run(kind, range(first, min(last, first + _CASES_OF_A_PROCESS)), end)
+            while first < last and left > 0:
+                first, spent = campaign.run(kind, range(first, min(last, first + _CASES_OF_A_PROCESS)), left)
+                left -= spent
     campaign.print_summary()
     return 1 if campaign.failures else 0
 
@@ -64,17 +65,24 @@ class Campaign:
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.failures: list[str] = []
 
-    def run(self, kind: str, numbers: range, end: float) -> int:
-        """Run cases in one process, until one ends it, hangs or the time is over; returns the next number."""
+    def run(self, kind: str, numbers: range, seconds: float) -> tuple[int, float]:
+        """Run cases in one process, until one ends it, hangs or the time is over.
+
+        The time counts from the first case: on a busy machine Python and PyTorch take seconds to start.
+
+        Returns:
+            The next number, and the seconds that the cases took.
+        """
         errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         process = subprocess.Popen(command(kind, numbers), stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout
         reports: queue.Queue[dict[str, str | int] | None] = queue.Queue()
         threading.Thread(target=_forward, args=(process.stdout, reports), daemon=True).start()
         running: int | None = None
+        begun: float | None = None
         following, patience = numbers.start, _START_SECONDS
         try:
-            while time.monotonic() < end:
+            while begun is None or time.monotonic() < begun + seconds:
                 report = reports.get(timeout=patience)
                 if report is None:
                     code = process.wait()
@@ -85,7 +93,8 @@ class Campaign:
                         said = errors.read()[-2000:]
                         self._fail(kind, following, f"the process ended with {code} between cases: {said}")
                         following += 1
-                    return following
+                    break
+                begun = begun or time.monotonic()
                 if "begin" in report:
                     running = int(report["begin"])
                     following, patience = running + 1, SECONDS
@@ -98,7 +107,7 @@ class Campaign:
             process.kill()
             process.wait()
             errors.close()
-        return following
+        return following, 0.0 if begun is None else time.monotonic() - begun
 
     def print_summary(self) -> None:
         """Print how many cases ended how."""
