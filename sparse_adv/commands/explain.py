@@ -51,8 +51,8 @@ def run(options: Options) -> int:
     path = _file_of(options.ticket) if options.ticket.is_dir() else options.ticket
     ticket = experiment.read_pruned(path, dense=experiment.run_of(path) is not None)
     network = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
-    shape = ticket.provenance.get("input_shape") or models.find(network.arch).input_shape
-    classes, _ = sizes_of(ticket.state_dict)
+    classes, channels = sizes_of(ticket.state_dict)
+    shape = ticket.provenance.get("input_shape") or (channels, *models.find(network.arch).input_shape[1:])
     build = partial(models.build, network.arch, width=network.width, input_shape=shape, classes=classes)
     _check_size(options, ticket, build(device="meta"), shape)
     model = sparsify(build(), ticket.masks)

@@ -86,7 +86,7 @@ def run(options: Options) -> int:
         if options.ticket:
             ticket = experiment.ticket_to_train(options.ticket, reinit=options.reinit, shuffle=options.shuffle)
         known = ticket[0].provenance if ticket is not None else {}
-        network = networks.agreed(options.arch, options.width, known, str(options.ticket or "a dense run"))
+        network = networks.agreed(options.arch, options.width, known, str(options.ticket or "a run without --ticket"))
         if ticket is not None:
             fitted = models.fit_ticket(ticket[0], network.arch, normalize=options.normalize, width=network.width)
             networks.check_images(fitted, dataset, options.data.data, str(options.ticket))

@@ -100,6 +100,21 @@ def test_explain_finds_the_classes_in_the_last_of_several_linear_layers(ticket_f
     assert (last["layer"], last["weight_shape"]) == ("classifier.3", [7, 32])
 
 
+def test_explain_finds_the_channels_of_images_in_the_first_convolution(tmp_path, capsys):
+    """Of a checkpoint of other code, which does not say what its images are."""
+    model = models.build("resnet18", width=4, input_shape=(1, 32, 32))
+    ticket = masks.Ticket(masks.prune(model, density=0.5), model.state_dict(), {"arch": "resnet18", "width": 4})
+    masks.save_ticket(tmp_path / "grey.safetensors", ticket)
+    assert main(["explain", str(tmp_path / "grey.safetensors"), "--json"]) == 0
+    assert '"weight_shape": [4, 1, 3, 3]' in capsys.readouterr().out
+
+
+def test_a_folder_in_place_of_a_file_is_told_as_such(tmp_path, capsys):
+    assert "is a folder: name a file in it" in refused(
+        capsys, "convert", str(tmp_path), str(tmp_path / "a.safetensors")
+    )
+
+
 def test_explain_speaks_of_wrong_files_in_one_sentence(ticket_file, tmp_path, capsys):
     assert "nowhere" in refused(capsys, "explain", str(tmp_path / "nowhere"))
     assert "does not fit" in refused(capsys, "explain", str(ticket_file), "--arch", "resnet18")

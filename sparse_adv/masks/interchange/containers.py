@@ -110,6 +110,8 @@ def _is_torch(path: Path) -> bool:
 
 
 def _first_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: name a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
     with path.open("rb") as file:
