@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import nn
 
-from sparse_adv import attacks, data, experiment, runs
+from sparse_adv import attacks, data, experiment, json_files, masks, runs
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output, check_new
@@ -116,6 +116,12 @@ class Options:
         return None if self.state is None else f"start the same command again, it continues from {self.state}"
 
 
+def _search_of(ticket: masks.Ticket, path: Path) -> TrainConfig:
+    """The settings with which a ticket was found, which it records; of other files the defaults."""
+    recorded = ticket.provenance.get("train")
+    return TrainConfig() if recorded is None else json_files.from_json(TrainConfig, recorded, str(path))
+
+
 def run(options: Options) -> int:
     for path in (options.out, options.state):
         if path is not None:
@@ -125,7 +131,7 @@ def run(options: Options) -> int:
             raise ValueError(f"--weights is for the folder of a run, got {options.what}")
         path = networks.weights_of(options.what, last=options.weights == "last")
         pruned, run = experiment.read_pruned(path, dense=True, density=options.density), experiment.run_of(path)
-        train = run.info.train if run else TrainConfig()
+        train = run.info.train if run else _search_of(pruned, path)
         wanted = _images(options, run, pruned.provenance.get("data"))
         seed = train.seed if options.seed is None else options.seed
         eps = train.eps if options.eps is None else options.eps

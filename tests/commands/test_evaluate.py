@@ -295,4 +295,8 @@ def test_a_ticket_is_evaluated_on_its_own_images(searched, tmp_path, capsys, mon
     monkeypatch.setattr(experiment, "load_data", load_data)
     for more in ([], ["--data", "digits"]):
         assert main(["evaluate", str(tmp_path / "a.safetensors"), "--images", "5", *more]) == 0
-    assert asked == ["elsewhere", "digits"] == [found["data"] for found in lines(capsys)]
+    measured = lines(capsys)
+    assert asked == ["elsewhere", "digits"] == [found["data"] for found in measured]
+    search = runs.read(searched).info.train
+    for found in measured:
+        assert (found["eps"], found["norm"], found["seed"]) == (search.eps, search.norm, search.seed)
