@@ -84,7 +84,8 @@ def _masked_conv2d_out(kernel: str) -> float:
     weight, mask = torch.randn(16, 16, 3, 3, generator=noise), torch.rand(16, 16, 3, 3, generator=noise) < 0.3
     pattern = ops.set_kernels(ops.compile_pattern(mask), kernel, kernel, kernel)
     if kernel == "sparse":
-        pattern = ops.pack_pattern(pattern, weight := weight * mask)
+        weight = weight * mask
+        pattern = ops.pack_pattern(pattern, weight)
     y, grad_input = torch.empty_like(x), torch.empty_like(x)
     gate = ops.empty_gate(y)
     ops.masked_conv2d_out(x, weight, pattern, None, 1, 1, residual=residual, relu=True, out=y, gate_out=gate)

@@ -23,9 +23,10 @@ T = TypeVar("T")
 _PATIENCE = 4
 """Changes of a model in succession after each of which it is traced again."""
 _CALLS_OF_A_TRACE = (16, 64, 256)
-"""Calls between the first two traces for the same input, the next two, and all later ones. A trace takes as long as
-some 100 attacks of one step on a small network."""
+"""Calls between the first two traces for the same input, the next two, and all later ones. A trace took
+12 times as long as the FGSM attack that needed it (ResNet-18 of width 16, 16 images, a CPU)."""
 _MOST_INPUTS = 1024
+"""Kinds of input whose calls are counted for each model."""
 
 
 @dataclass

@@ -112,8 +112,8 @@ def _begin_momentum(optimizer: torch.optim.SGD) -> None:
     """Set the momentum of each parameter to 0; the first step is then the same as without momentum.
 
     PyTorch's first fused step would allocate the momentum without initialising it. If it overflows in float16, it is
-    skipped, and the next one reads that memory. Frozen parameters get one too: a fused step fails if one of those that
-    it moves has none, as a layer that is unfrozen later.
+    skipped, and the next one reads that memory. Frozen parameters get one too, because they may be unfrozen later,
+    and a fused step fails if only some of its parameters have one.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
