@@ -25,6 +25,9 @@ REINIT_SEED = 13
 """The stream of random numbers, beside those of a method, that the weights of a re-initialised ticket come from: any
 training seed, or one next to it, may be the seed of the search, whose weights are the ticket's."""
 
+_CHOICE_OF_IMAGES = ("data", "limit", "validation", "share")
+"""The fields of `DataConfig` that say which images are for training and which for validation."""
+
 
 def load_data(config: DataConfig, seed: int, device: torch.device) -> data.Dataset:
     """Read the images of a configuration onto a device; the seed chooses those for validation and for training.
@@ -134,6 +137,25 @@ def read_pruned(path: Path, *, dense: bool = False, density: GivenDensity = None
     if record is not None:
         about |= {"epoch": record.epoch, "cost": json_files.to_json(record.total)}
     return replace(pruned, provenance=pruned.provenance | about)
+
+
+def images_of(pruned: masks.Ticket, source: str) -> DataConfig | None:
+    """Return the images that the search of a ticket, or the run whose weights these are, had; None if it is not known.
+
+    Args:
+        pruned: from `read_pruned`.
+        source: name of the ticket or the run, for errors.
+
+    Raises:
+        ValueError: if the provenance has impossible values.
+
+    Examples:
+        >>> ticket = masks.Ticket({}, {}, {"data": "digits", "limit": 500, "seed": 1})
+        >>> images_of(ticket, "a ticket")
+        DataConfig(data='digits', limit=500, validation=None, share=1.0, batch_size=128, augment=None)
+    """
+    known = {name: pruned.provenance[name] for name in _CHOICE_OF_IMAGES if name in pruned.provenance}
+    return json_files.from_json(DataConfig, known, source) if isinstance(known.get("data"), str) else None
 
 
 def ticket_to_train(path: Path, *, reinit: bool = False, shuffle: bool = False) -> tuple[masks.Ticket, TicketSource]:
@@ -355,7 +377,7 @@ def _origin(
 ) -> JSONObject:
     """What a ticket's provenance says of the run that it is from; nothing of what is not known."""
     about: JSONObject = {} if network is None else {"arch": network.arch, "width": network.width}
-    about |= {} if images is None else {"data": images.data}
+    about |= {} if images is None else {name: getattr(images, name) for name in _CHOICE_OF_IMAGES}
     about |= {} if input_shape is None else {"input_shape": list(input_shape)}
     return about | {"seed": seed}
 

@@ -281,13 +281,14 @@ class AutoAttack(Versioned, Attack):
         known = self._identity(names, images, labels)
         state = State.read(path, known) if path is not None and path.exists() else None
         seed = state.seed if state else int(as_philox_state(None)[0]) if self.seed is None else self.seed
-        budgets = "; ".join(f"{name} ({MEMBERS[name].budget(self.settings)})" for name in names)
+        first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
+        logits = self.get_logits(first)
+        classes = with_enough_classes(names, count_classes(logits, len(first)))
+        check_label_range(label_range, classes)
+        budgets = "; ".join(f"{name} ({MEMBERS[name].budget(self.settings, classes)})" for name in names)
         self._log(
             f"{title}: {budgets}; {self.ball.norm}, eps {_written(self.ball.eps)}, {len(images)} images, seed {seed}"
         )
-        first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
-        logits = self.get_logits(first)
-        check_label_range(label_range, with_enough_classes(names, count_classes(logits, len(first))))
         ball = self.ball.of(torch.arange(len(first)))._asdict()
         signs = signs_of_masking(self.model, first, truth, **ball)
         if path is not None and state is not None and not any("between two calls" in sign for sign in signs):

@@ -97,7 +97,7 @@ class Settings:
         return settings
 
 
-_WORDS = {"n_iter": "{} steps", "n_queries": "{} queries", "n_target_classes": "{} targets"}
+_WORDS = {"n_iter": "{} steps", "n_queries": "{} queries"}
 _UNLESS_ONE = {"n_restarts": "{} restarts", "eot_iter": "gradients averaged over {}"}
 _STEPS = {"n_iter": "steps", "n_restarts": "restarts"}
 _ASCENT = {**_STEPS, "eot_iter": "eot_iter", "rho": "rho"}
@@ -117,13 +117,18 @@ class Member:
         own = getattr(settings, self.settings)
         return {argument: getattr(own, name) for name, argument in self.arguments.items()}
 
-    def budget(self, settings: Settings) -> str:
-        """The settings in words; numbers of restarts that are no part of a version, and others, only if unusual."""
+    def budget(self, settings: Settings, classes: int) -> str:
+        """The settings in words; numbers of restarts that are no part of a version, and others, only if unusual.
+
+        Of target classes there are at most `classes - 1`.
+        """
         own, usual = getattr(settings, self.settings), getattr(Settings(), self.settings)
         words = []
         for name in self.arguments:
             value = getattr(own, name)
-            if name in _WORDS:
+            if name == "n_target_classes":
+                words.append(f"{min(value, classes - 1)} targets")
+            elif name in _WORDS:
                 words.append(_WORDS[name].format(value))
             elif name == "n_restarts" and value == 1 and self.settings in ("apgd", "fab"):
                 words.append("1 restart")

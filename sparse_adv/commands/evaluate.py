@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import nn
 
-from sparse_adv import attacks, data, experiment, json_files, masks, runs
+from sparse_adv import attacks, data, experiment, json_files, masks
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output, check_new
@@ -46,15 +46,15 @@ class Options:
         attack: bound, which is quick, or autoattack.
         state: file of AutoAttack's progress; if it exists, the attack continues from there.
         out: also write the result to this JSON file.
-        eps: radius of the perturbation ball; the default is the run's, or 8/255.
+        eps: radius of the perturbation ball; the default is that of the run or the ticket, or 8/255.
         alpha: step size of PGD; the default is eps / 4.
         steps: steps of PGD on the cross-entropy, at least 1; the default is 20.
         restarts: random starts of PGD on the cross-entropy, at least 1; the default is 1.
-        norm: linf or l2; the default is the run's, or linf.
+        norm: linf or l2, which needs --eps; the default is that of the run or the ticket, or linf.
         data: "digits", or a folder or archive of images; the default is that of the run or the ticket.
-        limit: number of training images that were used; the default is the run's.
-        validation: fraction or number of training images held out; the default is the run's.
-        seed: seed of the split and of the attacks; the default is the run's.
+        limit: number of training images that were used; the default is that of the run or the ticket.
+        validation: fraction or number of training images held out; the default is that of the run or the ticket.
+        seed: seed of the split and of the attacks; the default is that of the run or the ticket.
         arch: name of an architecture of `sparse_adv.models`; the default is that of the run or the ticket.
         width: channels of the first stage; the default is that of the run or the ticket.
         normalize: mean and standard deviation of a checkpoint that has none: of cifar10, cifar100, mnist,
@@ -131,9 +131,16 @@ def run(options: Options) -> int:
             raise ValueError(f"--weights is for the folder of a run, got {options.what}")
         path = networks.weights_of(options.what, last=options.weights == "last")
         pruned, run = experiment.read_pruned(path, dense=True, density=options.density), experiment.run_of(path)
+        if run and run.info.network is None and options.arch is None:
+            raise ValueError(
+                f"{options.what} is the run of a model of your own: evaluate it in Python (guide, Sparsify your own "
+                "training loop), or name the same network of the library with --arch"
+            )
         train = run.info.train if run else _search_of(pruned, path)
-        wanted = _images(options, run, pruned.provenance.get("data"))
+        wanted = _images(options, experiment.images_of(pruned, str(path)))
         seed = train.seed if options.seed is None else options.seed
+        if options.norm not in (None, train.norm) and options.eps is None:
+            raise ValueError(f"--norm {options.norm} needs its own --eps: {train.eps:g} is a radius in {train.norm}")
         eps = train.eps if options.eps is None else options.eps
         ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
         require_radius(**ball)
@@ -181,14 +188,12 @@ def run(options: Options) -> int:
     return 0
 
 
-def _images(options: Options, run: runs.Run | None, recorded: object) -> DataConfig:
+def _images(options: Options, known: DataConfig | None) -> DataConfig:
     """The images that the flags name, or else the run or the ticket."""
-    given = {name: getattr(options, name) for name in ("data", "limit", "validation")}
-    if options.data is None and not isinstance(recorded, str):
+    if options.data is None and known is None:
         raise ValueError(f"{options.what} does not say which images it is for: name them with --data")
-    given["data"] = options.data or recorded
-    known = (run.info.data if run else None) or DataConfig()
-    wanted = replace(known, **{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(options, name) for name in ("data", "limit", "validation")}
+    wanted = replace(known or DataConfig(), **{name: value for name, value in given.items() if value is not None})
     # Test images are the same however the others are divided, of which there may be fewer.
     return DataConfig(wanted.data) if options.split == "test" else wanted
 

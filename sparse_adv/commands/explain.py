@@ -33,6 +33,8 @@ class Options:
         batch: batch size to choose kernels for, at least 1.
         arch: name of an architecture of `sparse_adv.models`; the default is the ticket's.
         width: channels of the first stage; the default is the ticket's.
+        input_shape: channels, height and width of the images, at least 1 each; the default is the ticket's or, in files
+            that do not say it, that of the images that the architecture was published for, which a line then says.
         json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
     """
 
@@ -40,9 +42,12 @@ class Options:
     batch: int = 128
     arch: str | None = None
     width: int | None = None
+    input_shape: tuple[int, ...] | None = None
     json: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.input_shape is not None and (len(self.input_shape) != 3 or min(self.input_shape) < 1):
+            raise ValueError(f"--input-shape must be 3 numbers of at least 1, as 3,32,32, got {self.input_shape}")
         if self.batch < 1:
             raise ValueError(f"--batch must be at least 1, got {self.batch}")
 
@@ -52,18 +57,26 @@ def run(options: Options) -> int:
     ticket = experiment.read_pruned(path, dense=experiment.run_of(path) is not None)
     network = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
     classes, channels = sizes_of(ticket.state_dict)
-    shape = ticket.provenance.get("input_shape") or (channels, *models.find(network.arch).input_shape[1:])
+    if options.input_shape and options.input_shape[0] != channels:
+        raise ValueError(
+            f"--input-shape must have the {channels} channels of {options.ticket}, got {options.input_shape}"
+        )
+    known = options.input_shape or ticket.provenance.get("input_shape")
+    shape = known or (channels, *models.find(network.arch).input_shape[1:])
     build = partial(models.build, network.arch, width=network.width, input_shape=shape, classes=classes)
     _check_size(options, ticket, build(device="meta"), shape)
     model = sparsify(build(), ticket.masks)
     explanation = explain(model, (options.batch, *shape))
     output = Output(options.json)
     if not output.as_json:
-        output.print(str(explanation), {})
+        assumed = "" if known else ", which is assumed: the file does not say it, --input-shape does"
+        output.print(f"{explanation}\nfor {options.batch} images of shape {list(shape)}{assumed}", {})
         return 0
     for row in explanation.rows:
         output.print("", asdict(row))
-    output.print("", {"density": explanation.density, "mac_density": explanation.mac_density})
+    output.print(
+        "", {"density": explanation.density, "mac_density": explanation.mac_density, "input_shape": list(shape)}
+    )
     return 0
 
 

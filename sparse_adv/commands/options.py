@@ -22,6 +22,7 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from sparse_adv import recipes, runs
 from sparse_adv.commands import config_files
+from sparse_adv.config import TrainConfig, refuse_unused
 from sparse_adv.files import write_text
 from sparse_adv.training import distributed
 
@@ -116,12 +117,10 @@ def parser_of(command: str, options: type, configurable: bool = False) -> Argume
         parser_mode=config_files.MODE,
     )
     if configurable:
-        parser.add_argument(
-            "--config",
-            action="config",
-            help=f"YAML file whose keys are flags, which win over it; or {recipes.PREFIX} and one of "
-            + ", ".join(recipes.names()),
-        )
+        file = "YAML file whose keys are flags, which win over it"
+        if TrainConfig in get_type_hints(options).values():
+            file += f"; or {recipes.PREFIX} and one of {', '.join(recipes.names())}"
+        parser.add_argument("--config", action="config", help=file)
     _add_fields(parser, parser, options, None)
     return parser
 
@@ -159,6 +158,18 @@ def flat(options: DataclassInstance) -> dict[str, object]:
         elif field.name not in NO_SETTING:
             values[field.name] = _plain(value)
     return values
+
+
+def check_training(train: TrainConfig, default: TrainConfig) -> None:
+    """Raise ValueError for a setting of training that has no effect, or that only another one of them gives a sense.
+
+    Args:
+        train: the settings of the command.
+        default: those that it has by default.
+    """
+    refuse_unused(train, default, train.without_effect())
+    if train.norm != default.norm and train.eps == default.eps:
+        raise ValueError(f"--norm {train.norm} needs its own --eps: the default {train.eps:g} is for {default.norm}")
 
 
 def write_config(folder: Path, options: DataclassInstance) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_adv import experiment, runs
-from sparse_adv.commands.options import AFTER_A_STOP, write_config
+from sparse_adv.commands.options import AFTER_A_STOP, check_training, write_config
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig, refuse_unused
+from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.experiment import SearchRun
 from sparse_adv.json_files import to_json
 from sparse_adv.memory import keep_freed_memory
@@ -46,7 +46,7 @@ class Options:
     after_a_stop = AFTER_A_STOP
 
     def __post_init__(self) -> None:
-        refuse_unused(self.train, Options.train, self.train.without_effect())
+        check_training(self.train, Options.train)
 
 
 def run(options: Options) -> int:

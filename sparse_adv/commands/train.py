@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparse_adv import experiment, models
 from sparse_adv.commands import networks
-from sparse_adv.commands.options import AFTER_A_STOP, write_config
+from sparse_adv.commands.options import AFTER_A_STOP, check_training, write_config
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, MethodConfig, TrainConfig, refuse_unused
 from sparse_adv.experiment import TrainRun
@@ -72,7 +72,7 @@ class Options:
             raise ValueError(f"--{given[0].replace('_', '-')} is a setting of a method: name one with --method")
         if self.ticket is not None and self.method.method != "none":
             raise ValueError(f"--method {self.method.method} makes its own masks: leave out --ticket")
-        refuse_unused(self.train, Options.train, self.train.without_effect())
+        check_training(self.train, Options.train)
         refuse_unused(self.method, Options.method, self.method.without_effect())
 
 

@@ -94,7 +94,10 @@ def _settings(runs: Sequence[Run]) -> str:
     settings = [{"folder": str(run.folder), **_flat(to_json(info))} for run, info in zip(runs, infos, strict=True)]
     common: list[list[str]] = []
     different: list[list[str]] = []
-    for key in dict.fromkeys(key for each in settings for key in each):
+    keys = dict.fromkeys(key for each in settings for key in each)
+    for key in keys:
+        if any(other.startswith(f"{key}.") for other in keys):
+            continue  # "ticket" of a run without one, where another has "ticket.sha256"
         values = ["" if each.get(key) is None else str(each[key]) for each in settings]
         if len(set(values)) == 1:
             common.append([key, values[0]])

@@ -330,9 +330,19 @@ def test_the_standard_sequence_alone_is_called_autoattack(attacked, capsys, monk
     evaluator.run_standard_evaluation(images[:6], labels[:6])
     assert list(evaluator.result.accuracy) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert evaluator.result.name == "AutoAttack" and capsys.readouterr().out.startswith(
-        "AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 9 targets); fab-t (100 steps, 9 targets); "
+        "AutoAttack: apgd-ce (100 steps, 1 restart); apgd-t (100 steps, 4 targets); fab-t (100 steps, 4 targets); "
         "square (5000 queries); linf, eps 0.012, 6 images, seed 0"
     )
+
+
+@pytest.mark.parametrize(("classes", "targets"), [(5, 4), (12, 9)])
+def test_the_budget_names_as_many_targets_as_there_are(classes, targets, capsys):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, classes))
+    images = torch.rand(3, 3, 2, 2)
+    one_start(model, **CUSTOM | {"attacks_to_run": ["apgd-t"], "verbose": True}).run_standard_evaluation(
+        images, model(images).argmax(1)
+    )
+    assert f"steps, {targets} targets)" in capsys.readouterr().out
 
 
 def test_a_state_is_of_one_function_whatever_its_parameters(attacked, tmp_path):

@@ -92,6 +92,26 @@ def test_explain_counts_for_the_images_that_a_ticket_is_for(ticket_file, capsys)
     assert macs[1] == [4 * count for count in macs[0]]  # the architecture's own images are 8 x 8
 
 
+def test_explain_says_which_images_it_assumes(ticket_file, capsys):
+    ticket = masks.load_ticket(ticket_file)
+    named = ("--input-shape", "1,16,16")
+    for about, flags, shape in (
+        ({"input_shape": [1, 12, 12]}, (), [1, 12, 12]),
+        ({}, (), [1, 8, 8]),
+        ({}, named, [1, 16, 16]),
+    ):
+        about = {"arch": "digits_cnn"} | about
+        masks.save_ticket(ticket_file, masks.Ticket(ticket.masks, ticket.state_dict, about))
+        assert main(["explain", str(ticket_file), *flags]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["input_shape"] == shape
+        assert main(["explain", str(ticket_file), "--no-json", *flags]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert f"for 128 images of shape {shape}" in last and ("assumed" in last) == (shape == [1, 8, 8])
+    assert "must have the 1 channels" in refused(capsys, "explain", str(ticket_file), "--input-shape", "3,8,8")
+    for wrong in ("8,8", "1,8,0"):
+        assert "--input-shape must be 3 numbers" in refused(capsys, "explain", str(ticket_file), "--input-shape", wrong)
+
+
 def test_explain_finds_the_classes_in_the_last_of_several_linear_layers(ticket_file, capsys):
     model = models.build("vgg16", width=4, classes=7)
     masks.save_ticket(ticket_file, masks.Ticket({}, model.state_dict(), {"arch": "vgg16", "width": 4}))
@@ -194,6 +214,14 @@ def test_help_names_the_data_sets_whose_normalisation_is_known(command, capsys):
         main([command, "--help"])
     said = capsys.readouterr().out.rpartition("--normalize NORMALIZE")[2][:400]
     assert all(name in said for name in STATISTICS)
+
+
+@pytest.mark.parametrize(("command", "takes"), [("search", True), ("train", True), ("evaluate", False)])
+def test_help_names_the_recipes_where_they_can_be_used(command, takes, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert "--config" in said and ("recipe:" in said) == takes
 
 
 def test_no_command_is_wrong_input(capsys):

@@ -150,6 +150,7 @@ def test_a_runs_own_config_continues_it(trained, capsys):
         (["--arch", "resnet"], "resnet18"),
         (["--arch", "digits_cnn", "--eps", "1/0"], "1/0"),
         (["--arch", "digits_cnn", "--reinit"], "--ticket"),
+        (["--arch", "digits_cnn", "--norm", "l2"], "--norm l2 needs its own --eps: the default 0.0313725 is for linf"),
         (["--arch", "digits_cnn", "--device", "tpu"], "auto, cpu, cuda or a GPU such as cuda:0, got 'tpu'"),
         (["--ticket", "nowhere"], "nowhere"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -172,7 +173,9 @@ def test_explain_takes_the_folder_of_a_run(searched, trained, tmp_path, capsys):
     dense = tmp_path / "dense"
     assert main(["train", *NETWORK, *QUICK, "--out", str(dense)]) == 0
     capsys.readouterr()
-    assert main(["explain", str(dense)]) == 0 and lines(capsys)[-1] == {"density": 1.0, "mac_density": 1.0}
+    assert (
+        main(["explain", str(dense)]) == 0 and lines(capsys)[-1].items() >= {"density": 1.0, "mac_density": 1.0}.items()
+    )
 
 
 @pytest.mark.parametrize("name", [runs.BEST, runs.LAST])

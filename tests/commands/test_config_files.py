@@ -127,7 +127,7 @@ def test_a_recipe_serves_another_objective_when_its_settings_are_undone(capsys):
 def test_a_norm_may_be_written_as_torchattacks_writes_it(tmp_path, given, known):
     (tmp_path / "run.yaml").write_text(f"norm: {given}\n")
     for words in (("--norm", given), ("--config", tmp_path / "run.yaml")):
-        assert parsed(train, "--out", "a", *words).train.norm == known
+        assert parsed(train, "--out", "a", *words, "--eps", "0.5").train.norm == known
         assert parsed(evaluate, "a", *words).norm == known
 
 

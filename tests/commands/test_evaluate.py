@@ -9,11 +9,11 @@ from helpers.digit_runs import lines
 from helpers.refusal import refused
 from helpers.run_folders import FILES
 
-from sparse_adv import experiment, masks, models, runs, training
+from sparse_adv import data, experiment, masks, models, runs, training
 from sparse_adv.__main__ import main
 from sparse_adv.commands import evaluate
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig
+from sparse_adv.config import DataConfig, TrainConfig
 from sparse_adv.training import checkpoint
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -300,3 +300,35 @@ def test_a_ticket_is_evaluated_on_its_own_images(searched, tmp_path, capsys, mon
     search = runs.read(searched).info.train
     for found in measured:
         assert (found["eps"], found["norm"], found["seed"]) == (search.eps, search.norm, search.seed)
+
+
+def test_a_ticket_is_evaluated_on_the_images_that_its_search_held_out(searched, trained, tmp_path, capsys):
+    """As a run is, though the ticket is all that there is of the search."""
+    path = tmp_path / "elsewhere.safetensors"
+    path.write_bytes((searched / runs.TICKET).read_bytes())
+    info = runs.read(searched).info
+    dataset = experiment.load_data(info.data, info.train.seed, torch.device("cpu"))
+    assert info.data.limit is not None
+    for split in ("validation", "train"):
+        assert main(["evaluate", str(path), "--split", split]) == 0
+        (found,) = lines(capsys)
+        assert (found["limit"], found["validation"]) == (info.data.limit, info.data.validation)
+        assert found["images"] == len(getattr(dataset, split).labels)
+
+
+@pytest.mark.parametrize("kind", ["run", "ticket"])
+def test_the_other_norm_needs_a_radius_of_its_own(searched, trained, capsys, kind):
+    what = str({"run": trained, "ticket": searched / runs.TICKET}[kind])
+    assert "--norm l2 needs its own --eps: " in refused(capsys, "evaluate", what, "--norm", "l2")
+    assert main(["evaluate", what, "--norm", "l2", "--eps", "0.5", "--images", "5"]) == 0
+    (found,) = lines(capsys)
+    assert (found["norm"], found["eps"]) == ("l2", 0.5)
+
+
+def test_a_run_of_ones_own_model_is_told_as_such(tmp_path, capsys):
+    dataset, config = data.load("digits", limit=60, validation=20), TrainConfig("fgsm", epochs=1, eps=0.1)
+    model = models.build("digits_cnn", width=4)
+    training.train(model, data.Batches(dataset.train, 20), config, validation=dataset.validation, folder=tmp_path)
+    assert "is the run of a model of your own: evaluate it in Python" in refused(capsys, "evaluate", str(tmp_path))
+    network = ("--arch", "digits_cnn", "--width", "4", "--data", "digits")
+    assert main(["evaluate", str(tmp_path), *network, "--images", "5"]) == 0

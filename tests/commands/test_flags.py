@@ -333,6 +333,8 @@ def test_a_conversion_is_given_every_setting(reach, checkpoint, tmp_path):
 def test_an_explanation_is_given_every_setting(reach, checkpoint):
     asked = reach(explain, "explain", "explain", checkpoint, *flags(NETWORK), "--batch", "7")
     assert asked["example_input"] == (7, 1, 8, 8)
+    asked = reach(explain, "explain", "explain", checkpoint, *flags(NETWORK), "--input-shape", "1,4,6")
+    assert asked["example_input"] == (128, 1, 4, 6)
     asked = reach(networks, "agreed", "explain", checkpoint, *flags(NETWORK))
     assert (asked["arch"], asked["width"]) == ("digits_cnn", 4)
 

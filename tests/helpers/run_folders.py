@@ -45,11 +45,12 @@ def make(
     rounds=1,
     undone_epoch=None,
     test=None,
+    ticket=None,
 ):
     """A run folder with an epoch per accuracy (None: not evaluated); a finished one if there are test accuracies."""
     config, density = TrainConfig(objective, epochs=epochs), Density(weights, weights**0.5)
     prune = PruneConfig(rounds=rounds) if kind == "search" else None
-    runs.begin(folder, RunInfo(kind, config, prune, name=name, density=density, before=before))
+    runs.begin(folder, RunInfo(kind, config, prune, name=name, ticket=ticket, density=density, before=before))
     total, records = before, []
     for epoch, accuracy in enumerate(robust, 1):
         undone = epoch == undone_epoch

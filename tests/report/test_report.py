@@ -253,6 +253,15 @@ def test_a_report_shows_the_settings_of_its_runs(tmp_path):
     assert settings["kind"] == "train" and settings["train.milestones"] == "[0.5, 0.75]"
     assert settings["software.torch"] and settings["machine.cores"]
     assert {"setting": "train.objective", "a": "pgd", "b": "trades"} in own and "train.objective" not in settings
+    assert all(settings[name] == "" for name in ("ticket", "method", "prune"))
+
+
+def test_a_setting_that_one_run_has_and_another_lacks_is_no_setting_of_both(tmp_path):
+    folders = [make(tmp_path / "a"), make(tmp_path / "b", ticket=runs.TicketSource("0" * 64, True, False))]
+    made = report.report(folders, tmp_path / "out").split("made\n\n")[1].split("\n\n")[:2]
+    shared, own = ({row["setting"]: row for row in cells(part)} for part in made)
+    assert "ticket" not in shared.keys() | own.keys()
+    assert own["ticket.reinit"] == {"setting": "ticket.reinit", "a": "", "b": "True"}
 
 
 def test_folders_that_cannot_be_reported_are_refused_and_nothing_is_written(tmp_path):

@@ -109,7 +109,8 @@ def load_pruned(
 
     Returns:
         A ticket with the masks, the weights (`weight * mask`), and the provenance "format", "file", "mask_file" and
-        "density"; the provenance of a ticket file is kept.
+        "density". The provenance of a ticket file is kept; where that was made from another file, "converted_from"
+        names it.
 
     Raises:
         FileNotFoundError: if a file does not exist.
@@ -132,8 +133,9 @@ def load_pruned(
             if value is not None:
                 raise ValueError(f"{argument} is not for a ticket, which has its own masks: {str(path)!r}")
         ticket = load_ticket(path)
-        source = {"format": "ticket", "file": str(path)}
-        ticket = Ticket(ticket.masks, ticket.state_dict, source | ticket.provenance)
+        recorded = ticket.provenance
+        origin = {"format": "ticket"} | ({"converted_from": recorded["file"]} if "file" in recorded else {})
+        ticket = Ticket(ticket.masks, ticket.state_dict, origin | recorded | {"file": str(path)})
     else:
         ticket = _load(path, None if mask_path is None else Path(mask_path), model, density, format, dense)
     if model is not None:
