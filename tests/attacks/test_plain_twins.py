@@ -19,10 +19,15 @@ NORMS = ("linf", "l2")
 DUAL = {"linf": 1, "l2": 2}
 
 
-def problem(size: int = 5) -> tuple[nn.Module, Tensor, Tensor]:
-    """A small network in float64, where rounding decides nothing, images, and the classes that it predicts."""
+def problem(size: int = 5, first_weights: float = 1.0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network in float64, where rounding decides nothing, images, and the classes that it predicts.
+
+    The larger its first weights, which are multiplied by `first_weights`, the more its boundaries curve.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5)).double().eval()
+    with torch.no_grad():
+        model[1].weight.mul_(first_weights)
     images = torch.rand(size, 3, 2, 2, dtype=torch.float64)
     return model, images, model(images).argmax(1)
 
@@ -235,7 +240,9 @@ def plain_fab(model: nn.Module, x: Tensor, y: Tensor, norm: str, steps: int, tar
     "settings", [{"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}, {"alpha_max": 0.4, "eta": 1.2, "beta": 0.6}]
 )
 def test_fab_is_its_algorithm(norm, settings):
-    model, images, labels = problem()
+    # Along a curved boundary the final search ends beside it. It ends on an almost straight one, where rounding decides
+    # on which side a point lies, and so by how much it is moved over at last.
+    model, images, labels = problem(first_weights=6)
     for attack, target in ((fab, None), (fab_t, 1)):
         more = {} if target is None else {"n_target_classes": target}
         adv = attack(model, images, labels, norm=norm, steps=6, **more, **settings)
