@@ -7,6 +7,10 @@ BUILT := $(VENV)/.built
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Images of containers often set this. Each of the many processes that tests start would then compile torch again: the
+# import takes 5 s and not 2.8.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-torch lint format bench bench-train bench-cpu gpu-check doctor wheel docs sanitize two-unwinders fuzz mutants clean
 
