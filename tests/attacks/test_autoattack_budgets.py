@@ -112,6 +112,11 @@ def test_a_run_that_drew_its_seed_continues_with_it(tmp_path, monkeypatch, capsy
     options = {"eps": 0.012, "version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"]}
     write = autoattack.State.write
 
+    def run(**more):
+        attack = AutoAttack(model, **options, **more)
+        attack.apgd.n_restarts = 1
+        return attack
+
     def interrupted(state, path):
         write(state, path)
         raise KeyboardInterrupt
@@ -119,9 +124,9 @@ def test_a_run_that_drew_its_seed_continues_with_it(tmp_path, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(autoattack.State, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            AutoAttack(model, **options).run_standard_evaluation(images, labels, bs=4, state_path=path)
-    continued = AutoAttack(model, **options).run_standard_evaluation(images, labels, bs=4, state_path=path)
+            run().run_standard_evaluation(images, labels, bs=4, state_path=path)
+    continued = run().run_standard_evaluation(images, labels, bs=4, state_path=path)
     seeds = {line.rpartition("seed ")[2] for line in capsys.readouterr().out.splitlines() if ", seed " in line}
     assert len(seeds) == 1
-    whole = AutoAttack(model, **options, seed=int(seeds.pop())).run_standard_evaluation(images, labels, bs=4)
+    whole = run(seed=int(seeds.pop())).run_standard_evaluation(images, labels, bs=4)
     assert whole.equal(continued)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from helpers.run_folders import FILES
 
 from sparse_adv import data, experiment, masks, models, runs, training
 from sparse_adv.__main__ import main
+from sparse_adv.attacks import square
+from sparse_adv.attacks.autoattack_versions import MEMBERS
 from sparse_adv.commands import evaluate
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, TrainConfig
@@ -203,7 +206,9 @@ def test_a_checkpoint_without_mean_and_deviation_gets_those_that_are_named(tmp_p
     assert means == 4 * [pytest.approx(mean)]
 
 
-def test_evaluate_runs_autoattack_and_goes_on_from_its_state(tmp_path, capsys):
+def test_evaluate_runs_autoattack_and_goes_on_from_its_state(tmp_path, capsys, monkeypatch):
+    brief = replace(MEMBERS["square"], attack=lambda *given, **more: square(*given, **more | {"queries": 20}))
+    monkeypatch.setitem(MEMBERS, "square", brief)
     torch.save(models.build("digits_cnn", width=8).state_dict(), tmp_path / "a.pt")
     arguments = ["evaluate", str(tmp_path / "a.pt"), "--arch", "digits_cnn", "--width", "8", "--images", "20"]
     arguments += ["--data", "digits", "--attack", "autoattack", "--eps", "0.3"]
