@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-torch lint format bench bench-train bench-cpu gpu-check doctor wheel docs sanitize two-unwinders fuzz mutants clean
+.PHONY: help setup demo test test-torch lint format bench bench-train bench-cpu gpu-check doctor wheel docs try-install oldest-headers sanitize two-unwinders fuzz mutants clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,12 @@ docs: $(BUILT)  ## build the documentation in build/site, warnings as errors
 wheel: $(BUILT)  ## build dist/*.tar.gz and dist/*.whl, the wheel for this Python and every torch from 2.10 on
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --sdist --wheel
+
+try-install: wheel  ## take the README's steps of installing in a fresh environment, with that archive and that wheel
+	.ci/install $(BIN)/python build/install
+
+oldest-headers: $(BUILT)  ## compile against the headers of the oldest torch, which the first call fetches (1 GB)
+	.ci/oldest_torch_headers $(BIN)/python
 
 sanitize: $(BUILT)  ## run the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	.ci/sanitize $(BIN)/python build/sanitize
