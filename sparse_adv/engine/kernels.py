@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.cuda_graph import Capturer
+from sparse_adv.ops.masked_conv2d_geometry import geometry_of
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step
@@ -32,12 +33,6 @@ def fold_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, bias if norm.bias is None else bias + norm.bias.detach()
 
 
-def pair(sizes: tuple[int, ...] | str) -> tuple[int, int]:
-    assert not isinstance(sizes, str)
-    rows, cols = sizes
-    return rows, cols
-
-
 class Convolution:
     """A convolution with the BatchNorm behind it folded in; in eval mode, so both are constant between updates.
 
@@ -49,7 +44,7 @@ class Convolution:
 
     def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: DeviceKernels) -> None:
         self.layer, self.norm, self.shape, self.kernels = layer, norm, shape, kernels
-        self.geometry = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
+        self.geometry = geometry_of(layer)
         self.weight: Tensor
         self.bias: Tensor | None
         self.fold()

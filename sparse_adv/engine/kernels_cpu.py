@@ -6,12 +6,14 @@ operands are the engine's own buffers, on one device and without gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.utils import _pair
 
 from sparse_adv import ops
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
@@ -174,7 +176,7 @@ def best_memory_format(convolutions: Iterable[tuple[nn.Conv2d, torch.Size]]) -> 
     """
     sparse = dense = 0
     for layer, shape in convolutions:
-        work = layer.weight.numel() * shape[0] * shape[2] * shape[3] // (layer.stride[0] * layer.stride[1])
+        work = layer.weight.numel() * shape[0] * shape[2] * shape[3] // math.prod(_pair(layer.stride))
         if isinstance(layer, MaskedConv2d) and sparse_is_faster(layer, shape):
             sparse += work
         else:

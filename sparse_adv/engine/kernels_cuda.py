@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv import ops
-from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place, pair
+from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.steps import ConvolutionStep, PointwiseStep, Step
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import max_pool2d
@@ -22,6 +22,7 @@ from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.cuda_graph import Capturer
 from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
+from sparse_adv.ops.masked_conv2d_geometry import geometry_of
 from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
 
 
@@ -43,8 +44,9 @@ class CudaKernels(DeviceKernels):
         if not isinstance(step, ConvolutionStep):
             return isinstance(step, PointwiseStep)
         layer, pattern = step.layer, _block_pattern(step.layer)
-        geometry = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
-        return pattern is not None and runs_blocks(pattern, "forward", step.input.shape, self.dtype, *geometry)
+        if pattern is None:
+            return False
+        return runs_blocks(pattern, "forward", step.input.shape, self.dtype, *geometry_of(layer))
 
     def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:
         if _block_pattern(layer) is not None:

@@ -43,6 +43,8 @@ class Program:
         self.steps = fusion.steps
         self._kernels = kernels = choose_kernels(self.steps, x)
         self._input, self._output = fusion.input, fusion.output
+        if self._output.shape[:1] != x.shape[:1]:  # as `squeeze` makes of one image
+            raise NotTraceable(f"its output of {len(x)} images has shape {list(self._output.shape)}")
         self._any_batch = kernels.any_batch and fusion.any_batch
         self._memory = buffers.Memory(self.steps, self._input, self._output, kernels, x.device)
         self._read_last = buffers.read_last(self.steps, self._output, self._memory.gates)

@@ -13,6 +13,7 @@ from sparse_adv import ops
 from sparse_adv.engine.model_state import has_hooks
 from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d
+from sparse_adv.ops.masked_conv2d_geometry import geometry_of
 from sparse_adv.ops.transforms import is_transformed
 
 _LEAST_CHANNELS = 16
@@ -47,11 +48,12 @@ def winograd_tile(layer: nn.Conv2d, shape: Sequence[int]) -> int | None:
     """
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros" or layer.groups != 1:
         return None
-    if (layer.kernel_size, layer.stride, layer.dilation) != ((3, 3), (1, 1), (1, 1)) or max(layer.padding) > 2:
+    stride, padding, dilation = geometry_of(layer)
+    if (layer.kernel_size, stride, dilation) != ((3, 3), (1, 1), (1, 1)) or max(padding) > 2:
         return None
     if min(layer.in_channels, layer.out_channels) < _LEAST_CHANNELS:
         return None
-    rows, cols = (size + 2 * zeros - 2 for size, zeros in zip(shape[2:], layer.padding, strict=True))
+    rows, cols = (size + 2 * zeros - 2 for size, zeros in zip(shape[2:], padding, strict=True))
     of_image = {tile: -(-rows // tile) * -(-cols // tile) for tile in (2, 4)}
     enough = {tile: shape[0] * of_image[tile] >= _LEAST_TILES[tile] for tile in (2, 4)}
     if enough[4] and 36 * of_image[4] < 16 * of_image[2]:
@@ -68,7 +70,7 @@ class TrainedConvolution:
     def __call__(self, x: Tensor) -> Tensor:
         layer, tile = self.layer, None
         if onednn_writes_out_of_bounds(layer):
-            rows, cols = layer.stride  # on the pixels that are read, the convolution has stride 1
+            rows, cols = _pair(layer.stride)  # on the pixels that are read, the convolution has stride 1
             return F.conv2d(x[:, :, ::rows, ::cols], layer.weight, layer.bias)
         if x.dtype == layer.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
             tile = winograd_tile(layer, x.shape)
@@ -82,12 +84,13 @@ def onednn_writes_out_of_bounds(layer: nn.Conv2d) -> bool:
 
     oneDNN's AVX2 kernel of strided 1 x 1 convolutions does that with fewer than 8 input channels (torch 2.13).
     """
-    is_strided_1x1 = layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.padding in ((0, 0), "valid")
+    strided = _pair(layer.stride) != (1, 1)
+    is_strided_1x1 = layer.kernel_size == (1, 1) and strided and layer.padding in (0, (0, 0), "valid")
     return is_strided_1x1 and layer.groups == 1 and layer.in_channels < 8
 
 
 def is_plain_convolution(module: nn.Module | None) -> bool:
-    """Whether a module is a dense convolution on a CPU that runs no code but PyTorch's."""
-    if not isinstance(module, nn.Conv2d) or module.weight.device.type != "cpu" or has_hooks(module):
+    """Whether a module is a dense convolution on a CPU that runs no code but PyTorch's, also for its weight."""
+    if not isinstance(module, nn.Conv2d) or "weight" not in module._parameters or has_hooks(module):
         return False
-    return computes_as(module, nn.Conv2d)
+    return module.weight.device.type == "cpu" and computes_as(module, nn.Conv2d)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 Layer = nn.Conv2d | nn.Linear
 _METHODS = frozenset(["forward", "_conv_forward"])
@@ -32,9 +33,25 @@ def maskable(model: nn.Module, linear: bool = True) -> dict[str, Layer]:
 
 def owners(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return, for each layer, the first one that has the same weight: a weight that layers share counts once."""
-    weights = {name: layer.weight for name, layer in layers.items()}
+    weights = {name: layer if is_weight_computed(layer) else layer.weight for name, layer in layers.items()}
     first: dict[int, str] = {}
     return {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
+
+
+def is_weight_computed(layer: nn.Module) -> bool:
+    """Return whether code computes the weight whenever it is read (`torch.nn.utils.parametrize`)."""
+    return parametrize.is_parametrized(layer, "weight")
+
+
+def weight_of(layer: Layer) -> Tensor:
+    """Return the weight of a layer, and leave the layer as it is.
+
+    To read one that code computes may change the model in train mode: `spectral_norm` makes a step of its iteration.
+    """
+    if not is_weight_computed(layer):
+        return layer.weight
+    with _evaluating(layer.get_submodule("parametrizations.weight")):
+        return layer.weight
 
 
 def check_initialized(name: str, module: nn.Module) -> None:
@@ -99,16 +116,24 @@ def run_once(
 
     visited = maskable(model, linear).values() if visit else ()
     handles = [layer.register_forward_hook(hook) for layer in visited]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with _uncompiled(), torch.no_grad():
+        with _evaluating(model), _uncompiled(), torch.no_grad():
             return model(example_input if isinstance(example_input, Tensor) else noise(model, example_input))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode of all modules, each of which then gets back its own."""
+    modes = {each: each.training for each in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for each, training in modes.items():
+            each.training = training
 
 
 def _uncompiled() -> AbstractContextManager[None]:

@@ -14,7 +14,15 @@ from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.allocation import SCOPES, targets_of
 from sparse_adv.masks.blocks import block_in, block_sizes, block_sums, check_structure, conv_shape
 from sparse_adv.masks.dependency_graph import dependency_groups
-from sparse_adv.masks.layers import Layer, check_initialized, computes_as_its_class, maskable, owners, unknown_module
+from sparse_adv.masks.layers import (
+    Layer,
+    check_initialized,
+    computes_as_its_class,
+    maskable,
+    owners,
+    unknown_module,
+    weight_of,
+)
 from sparse_adv.masks.selection import smallest
 from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
@@ -162,7 +170,7 @@ class Candidates:
             log.warning("not pruned, as they have a forward of their own: %s", ", ".join(others))
         for name, layer in candidates.items():
             check_initialized(name, layer)
-        weights = {name: layer.weight.detach() for name, layer in candidates.items() if name not in others}
+        weights = {name: weight_of(layer).detach() for name, layer in candidates.items() if name not in others}
         owner = owners({name: layers[name] for name in weights})
         shapes = {name: weights[name].shape for name in dict.fromkeys(owner.values())}
         function = score if callable(score) else _SCORES[score]

@@ -47,7 +47,7 @@ def dense_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         A context manager that yields a dict, which fills in backward passes of forward passes in the block, of any
         thread and of inner blocks too: module name of a masked layer -> gradient of its whole weight, added up over all
         its calls. Passes under `nn.frozen_weights`, `torch.no_grad` and `torch.func` add nothing, nor do layers whose
-        weight requires no gradient.
+        weight requires no gradient. With `torch.utils.checkpoint` the backward pass has to be in the block too.
 
     Examples:
         >>> from sparse_adv.nn import MaskedLinear

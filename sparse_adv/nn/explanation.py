@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import Layer, maskable, owners
+from sparse_adv.masks.layers import Layer, maskable, owners, weight_of
 from sparse_adv.nn.macs import LayerCall, calls_of, kept_weights
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, reason_of
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -119,17 +119,18 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor | None = Non
 def _row(name: str, layer: Layer, calls: Sequence[LayerCall] | None, owner: str) -> Row:
     """Describe a layer by its last call. The calls are None without an input; the owner is the first layer with this
     weight."""
-    weights, kept = layer.weight.numel(), kept_weights(layer)
+    weight = weight_of(layer)
+    weights, kept = weight.numel(), kept_weights(layer)
     if calls:
         kernels = {name: f"{planned.kernel} ({planned.reason})" for name, planned in calls[-1].plan._asdict().items()}
     elif calls is not None:
         kernels = dict.fromkeys(PASSES, "not called")
     else:
         kernels = _kernels_without_input(layer)
-    block = tuple(map(min, layer.block, layer.weight.shape)) if isinstance(layer, MaskedConv2d) else None
+    block = tuple(map(min, layer.block, weight.shape)) if isinstance(layer, MaskedConv2d) else None
     count = sum(call.uses for call in calls or ())
     macs = (count * kept, count * weights) if calls else None
-    return Row(name, tuple(layer.weight.shape), block, kept, macs, kernels, None if owner == name else owner)
+    return Row(name, tuple(weight.shape), block, kept, macs, kernels, None if owner == name else owner)
 
 
 def _kernels_without_input(layer: Layer) -> dict[str, str]:

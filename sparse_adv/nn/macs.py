@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses
+from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses, weight_of
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.masked_linear import MaskedLinear
@@ -77,7 +77,7 @@ def count_macs(model: nn.Module, example_input: Sequence[int] | Tensor) -> Macs:
         grad_weight=sum(call.plan.grad_weight.macs for call in calls),
         first_grad_input=calls[0].plan.grad_input.macs,
         kept=sum(call.uses * kept_weights(call.layer) for call in calls),
-        dense=sum(call.uses * call.layer.weight.numel() for call in calls),
+        dense=sum(call.uses * weight_of(call.layer).numel() for call in calls),
         images=images,
     )
 
@@ -113,10 +113,10 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], example_input: Se
             raise ValueError(unknown_module(name, modules))
     weights_kept = {modules[name]: int(mask.count_nonzero()) for name, mask in masks.items()}
     calls = calls_of(model, example_input)
-    dense = sum(call.uses * call.layer.weight.numel() for call in calls)
+    dense = sum(call.uses * weight_of(call.layer).numel() for call in calls)
     if dense == 0:
         raise ValueError("model must run a convolution or a linear layer, but it has no MACs")
-    return sum(call.uses * weights_kept.get(call.layer, call.layer.weight.numel()) for call in calls) / dense
+    return sum(call.uses * weights_kept.get(call.layer, weight_of(call.layer).numel()) for call in calls) / dense
 
 
 def calls_of(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[LayerCall]:
@@ -129,7 +129,7 @@ def calls_of(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[La
             plan = layer.plan(input)
         else:
             reason = "linear" if isinstance(layer, MaskedLinear) else "no mask"
-            plan = Plan(*[PassPlan("dense", reason, count * layer.weight.numel())] * 3)
+            plan = Plan(*[PassPlan("dense", reason, count * weight_of(layer).numel())] * 3)
         calls.append(LayerCall(layer, count, plan))
 
     run_once(model, example_input, visit, linear=True)
@@ -140,4 +140,4 @@ def kept_weights(layer: Layer) -> int:
     """The number of weights that the layer's mask keeps; all of them without a mask."""
     if isinstance(layer, MaskedConv2d) and not layer.weight_mask.is_meta:
         return layer.pattern.nonzeros
-    return int(layer.weight_mask.count_nonzero()) if isinstance(layer, MaskedLayer) else layer.weight.numel()
+    return int(layer.weight_mask.count_nonzero()) if isinstance(layer, MaskedLayer) else weight_of(layer).numel()

@@ -26,6 +26,8 @@ from sparse_adv.nn.masked_layer import (
     mode_of,
 )
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
+from sparse_adv.ops.arguments import read_pair
+from sparse_adv.ops.masked_conv2d_geometry import geometry_of
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
 from sparse_adv.ops.masked_conv2d_pattern import compile_checked
 from sparse_adv.ops.masked_conv2d_plan import REQUESTED, ROOFLINE, TABLE
@@ -168,6 +170,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def set_mask(self, mask: Tensor, optimizer: Optimizer | None = None, block: Sequence[int] | None = None) -> None:
         """Change the mask: weights that it prunes become 0, weights that it revives start at 0.
 
+        Layers that share their weight need one mask: `sparsify` gives it to all of them.
+
         Args:
             mask: bool tensor of the weight's shape.
             optimizer: its momentum (and whatever else it stores) for pruned weights becomes 0 now; without it, that
@@ -240,15 +244,19 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Apply the padding that the op cannot: with other values than zeros, or of different widths on two sides.
 
+        As in `nn.Conv2d`, zeros are those of `padding` now, which code that adapts a network sets on its layers.
+
         Returns:
             The input, and the padding (rows, columns) that is left for the op.
         """
-        left, right, top, bottom = widths = list(self._reversed_padding_repeated_twice)
         if self.padding_mode != "zeros":
-            return F.pad(input, widths, mode=self.padding_mode), (0, 0)
-        if left != right or top != bottom:
-            return F.pad(input, widths), (0, 0)
-        return input, (top, left)
+            return F.pad(input, list(self._reversed_padding_repeated_twice), mode=self.padding_mode), (0, 0)
+        if self.padding == "same":
+            steps = read_pair("dilation", self.dilation)
+            rows, cols = (step * (size - 1) for step, size in zip(steps, self.kernel_size, strict=True))
+            if rows % 2 or cols % 2:
+                return F.pad(input, (cols // 2, cols - cols // 2, rows // 2, rows - rows // 2)), (0, 0)
+        return input, geometry_of(self).padding
 
     def extra_repr(self) -> str:
         density = "" if self.weight_mask.is_meta else f", density={self.density:.4g}"
@@ -330,3 +338,5 @@ def check_convertible(conv: nn.Module) -> None:
     if not isinstance(conv, MaskedConv2d):
         check_plain(conv, nn.Conv2d)
     check_own_parameters(conv)
+    if conv.weight.is_complex():
+        raise TypeError(f"the weight of a masked convolution is real, got {conv.weight.dtype}")

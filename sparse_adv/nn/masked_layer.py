@@ -19,6 +19,7 @@ from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.mask_agreement import compare_in_first_pass
 from sparse_adv.nn.optimizer_hook import version_of
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
+from sparse_adv.ops.masked_conv2d_mask import check_mask
 from sparse_adv.ops.transforms import is_transformed
 
 
@@ -95,13 +96,15 @@ class MaskedLayer(nn.Module):
 
     _compiled: CompiledMask | None
     """None on the meta device, where the layer computes what the dense one does."""
+    _installed: Tensor | None
+    """The buffer of which a mask was installed last: `torch.func.functional_call` puts another one in its place."""
     _frozen: dict[int, _FrozenOperands]
     """The operands inside of `nn.frozen_weights`.
 
     The key is the number of the thread: another thread may train the same model, and needs the gradients of weights.
     """
 
-    DERIVED: ClassVar = ("_compiled", "_frozen")
+    DERIVED: ClassVar = ("_compiled", "_installed", "_frozen")
     """Attributes that are neither pickled nor copied, but computed again."""
 
     @abstractmethod
@@ -179,6 +182,15 @@ class MaskedLayer(nn.Module):
         """The fraction of weights kept."""
         return int(self.weight_mask.count_nonzero()) / max(1, self.weight_mask.numel())
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_new_mask = name == "weight_mask" and name in self.__dict__.get("_buffers", ())
+        if is_new_mask:
+            check_mask(value, linear=self._dense is nn.Linear)
+            check_shape(value, self.weight)
+        super().__setattr__(name, value)
+        if is_new_mask:
+            self._derive()
+
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]
         if "weight_mask" in self._buffers:  # the dense layer's constructor calls this before there is a mask
@@ -221,11 +233,17 @@ class MaskedLayer(nn.Module):
             with mode_of(self.weight):
                 self.register_buffer("weight_mask", mask.to(self.weight.device, copy=True))
 
-    def _install(self, compiled: CompiledMask | None) -> None:
-        """Apply the buffer's mask, of which `compiled` was made, to the weight and its optimisers."""
+    def _adopt(self, compiled: CompiledMask | None) -> None:
+        """Compute with the buffer's mask, of which `compiled` was made."""
         self._compiled, self._frozen = compiled, {}
         if compiled is not None:
             compiled.attach(self.weight_mask)
+
+    def _install(self, compiled: CompiledMask | None) -> None:
+        """Adopt the buffer's mask, and apply it to the weight and its optimisers."""
+        self._adopt(compiled)
+        self._installed = None if compiled is None else self.weight_mask
+        if compiled is not None:
             self._zero_pruned()
             optimizer_hook.watch(self.weight, compiled.mask)
 
@@ -249,8 +267,14 @@ class MaskedLayer(nn.Module):
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return
         compare_in_first_pass()
-        if self._compiled is None or not self._compiled.matches(self.weight_mask):
+        if self._compiled is not None and self._compiled.matches(self.weight_mask):
+            return
+        is_own = self.weight_mask is self._installed and optimizer_hook.mask_of(self.weight) is not None
+        if self._compiled is None or is_own:
             self._derive()
+        else:  # tensors of a caller, for this pass: they are not written to
+            with mode_of(self.weight):
+                self._adopt(self._compile())
 
     def _prepare_swap(self) -> None:
         """Before torch gives tensors the content of others, if it is told to: `_derive` must follow."""
@@ -262,6 +286,8 @@ class MaskedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._prepare_swap()
         super()._apply(fn, recurse)
+        if self.weight_mask.dtype != torch.bool:  # `Module.type` casts every buffer
+            self._buffers["weight_mask"] = self.weight_mask != 0
         self._derive()
         return self
 
@@ -287,7 +313,7 @@ class MaskedLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._compiled = None
+        self._compiled = self._installed = None
         self._derive()
 
 

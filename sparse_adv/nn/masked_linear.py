@@ -80,6 +80,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     def set_mask(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
         """Change the mask: weights that it prunes become 0, weights that it revives start at 0.
 
+        Layers that share their weight need one mask: `sparsify` gives it to all of them.
+
         Args:
             mask: bool tensor of the weight's shape.
             optimizer: its momentum (and whatever else it stores) for pruned weights becomes 0 now; without it, that

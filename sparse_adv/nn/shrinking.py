@@ -23,6 +23,7 @@ from sparse_adv.masks.layers import Layer, unknown_module
 from sparse_adv.masks.same_function import check_same_function
 from sparse_adv.nn.conversion import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.ops.arguments import read_pair
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 _NOT_CONSTANT = math.nan
@@ -250,11 +251,12 @@ def _by_taps(weight: Tensor) -> Tensor:
     return weight.reshape(*weight.shape[:2], -1)
 
 
-def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+def _padding(layer: nn.Conv2d) -> tuple[int, int]:
     """The padding of a convolution; "same" counts as padding wherever the filter has more than one tap."""
     if isinstance(layer.padding, str):
-        return tuple(int(layer.padding == "same" and size > 1) for size in layer.kernel_size)
-    return tuple(layer.padding)
+        rows, cols = (int(layer.padding == "same" and size > 1) for size in layer.kernel_size)
+        return rows, cols
+    return read_pair("padding", layer.padding)
 
 
 @torch.no_grad()

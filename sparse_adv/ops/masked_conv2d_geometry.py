@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_adv.argument_types import shortened
 from sparse_adv.kernels.layout import output_size
@@ -42,6 +42,13 @@ def read_geometry(filter: Sequence[int], stride: Pair, padding: Pair | str, dila
     return geometry
 
 
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Return that of a layer, whose attributes may be integers where code has set them after construction."""
+    stride, dilation = read_pair("stride", conv.stride), read_pair("dilation", conv.dilation)
+    padding = read_padding(conv.padding, conv.kernel_size, stride, dilation)
+    return Geometry(stride, padding, dilation)
+
+
 def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry) -> tuple[int, int, int, int]:
     """Check that an input fits a pattern.
 
@@ -74,7 +81,10 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
 
 
 def read_padding(
-    padding: Pair | str, filter: Sequence[int], stride: tuple[int, int] = (1, 1), dilation: tuple[int, int] = (1, 1)
+    padding: Pair | Sequence[int] | str,
+    filter: Sequence[int],
+    stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[int, int]:
     """Complete the padding to a pair, and "same" and "valid" to numbers; raises ValueError where that cannot be."""
     if not isinstance(padding, str):

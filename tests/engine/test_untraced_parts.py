@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tolerances import assert_close
 from torch import Tensor, nn
 
 from sparse_adv import engine
@@ -195,3 +196,22 @@ def test_what_a_trace_has_read_counts_although_another_trace_takes_the_part_as_a
     assert engine.explain(model.train(), X)[1:] == ["_1: BatchNorm"]
     model.eval()[2].factor = 3.0
     assert_as_autograd(model)
+
+
+def test_logits_without_a_row_for_each_image_are_autograds():
+    """`squeeze` also drops the dimension of images where there is one of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), Squeeze()).eval()
+    for count in (1, 2, 1):
+        x = torch.rand(count, 3, 6, 6)
+        with engine.input_gradients(model, x) as gradients:
+            found = gradients.gradient(x, lambda logits: logits.logsumexp(-1))
+        x.requires_grad_()
+        (expected,) = torch.autograd.grad(model(x).logsumexp(-1).sum(), x)
+        assert_close(found, expected)
+    assert "its output of 1 images has shape [5]" in engine.explain(model, x)[-1]
+
+
+class Squeeze(nn.Module):
+    def forward(self, x):
+        return x.squeeze()

@@ -1,10 +1,16 @@
 """`run_once` and `maskable`: one forward pass through the layers that can have masks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
-from sparse_adv.masks.layers import maskable, run_once, unknown_module
+from sparse_adv.engine import fuse_for_training
+from sparse_adv.masks import prune
+from sparse_adv.masks.layers import maskable, owners, run_once, unknown_module
+from sparse_adv.nn import count_macs, explain, mac_density
 
 
 def make_model() -> nn.Sequential:
@@ -47,3 +53,21 @@ def test_an_invalid_shape_raises(shape):
 def test_the_message_about_an_unknown_module_suggests_a_similar_name():
     assert unknown_module("conv1", ["conv2", "fc"]) == "model has no module 'conv1'; did you mean 'conv2'?"
     assert unknown_module("x", ["conv2"]) == "model has no module 'x'"
+
+
+@pytest.mark.parametrize("look", ["explain", "count_macs", "mac_density", "prune", "fuse_for_training", "owners"])
+def test_a_look_at_a_model_makes_no_step_of_spectral_norm(look):
+    """To read a parametrized weight in train mode changes what its parametrization holds."""
+    model = nn.Sequential(spectral_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).train()
+    x, before = torch.rand(2, 3, 9, 9), copy.deepcopy(model.state_dict())
+    looks = {
+        "explain": lambda: (explain(model), explain(model, x)),
+        "count_macs": lambda: count_macs(model, x),
+        "mac_density": lambda: mac_density(model, {"3": torch.ones(8, 8, 3, 3, dtype=torch.bool)}, x),
+        "prune": lambda: prune(model, 0.3),
+        "fuse_for_training": lambda: fuse_for_training(model, x),
+        "owners": lambda: owners(maskable(model)),
+    }
+    looks[look]()
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
