@@ -66,11 +66,13 @@ def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
 
     Args:
         path: the file, by convention *.safetensors.
-        ticket: the ticket; its state dict must have the weight of each mask.
+        ticket: the ticket; its state dict must have the weight of each mask. It may be that of a sparse model, whose
+            masks are then left out.
 
     Raises:
         TypeError: if a mask is not a bool tensor.
-        ValueError: if a mask has no weight of its shape in the state dict, or the provenance is not JSON data.
+        ValueError: if a mask has no weight of its shape in the state dict, that is of a sparse model with other masks,
+            or the provenance is not JSON data.
 
     Examples:
         >>> import tempfile
@@ -85,12 +87,13 @@ def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
         (True, 0, 0.5)
     """
     check_masks_fit(ticket.masks, ticket.state_dict)
+    state_dict = of_dense_model(ticket.masks, ticket.state_dict)
     try:
         provenance = json.dumps(_default_provenance(ticket.masks) | dict(ticket.provenance))
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance must be JSON data: {error}") from error
     tensors = {f"mask/{name}": torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in ticket.masks.items()}
-    tensors |= {f"weight/{key}": value for key, value in independent_copies(ticket.state_dict).items()}
+    tensors |= {f"weight/{key}": value for key, value in independent_copies(state_dict).items()}
     metadata = {
         "format": TICKET_FORMAT,
         "provenance": provenance,
@@ -158,6 +161,22 @@ def check_masks_fit(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
                 f"state_dict must have {key!r} of the mask's shape {tuple(mask.shape)}, "
                 f"got {tuple(state_dict[key].shape)}"
             )
+
+
+def of_dense_model(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict without the masks that one of a sparse model has, whose names a dense model does not know.
+
+    Raises:
+        ValueError: if one of them is not among `masks`.
+    """
+    of_key = {parameter_of(name, "weight_mask"): mask for name, mask in masks.items()}
+    dense = {}
+    for key, value in state_dict.items():
+        if key.rpartition(".")[2] != "weight_mask" or value.dtype != torch.bool:
+            dense[key] = value
+        elif key not in of_key or not of_key[key].cpu().equal(value.cpu()):
+            raise ValueError(f"state_dict has another mask {key!r} than masks: give the one that the model has")
+    return dense
 
 
 def independent_copies(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -109,8 +109,7 @@ def test_the_result_can_be_saved_as_a_ticket(model, masks, weights, path, tmp_pa
     again = load_pruned(tmp_path / "t")
     assert_same(again.masks, masks)
     assert_same(again.state_dict, weights)
-    assert again.provenance["format"] == "prune"
-    assert (again.provenance["file"], again.provenance["converted_from"]) == (str(tmp_path / "t"), str(path))
+    assert again.provenance.items() >= {"format": "prune", "file": f"{tmp_path}/t", "converted_from": f"{path}"}.items()
 
 
 @pytest.mark.parametrize("merged_names", [True, False])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from reprlib import repr as shortened
@@ -26,8 +28,10 @@ from sparse_adv.masks.interchange.formats import (
     open_lth_parameter,
     recognise,
 )
-from sparse_adv.masks.layers import parameter_of, unknown_module
+from sparse_adv.masks.layers import maskable, parameter_of, unknown_module
 from sparse_adv.masks.ticket import TICKET_FORMAT, Ticket, load_ticket
+
+log = logging.getLogger(__name__)
 
 _STATE_KEYS = ("state_dict", "model_state_dict", "net", "model")
 """Keys under which checkpoints store the state dict of the model."""
@@ -101,7 +105,8 @@ def load_pruned(
         path: the file; the state dict may be inside of a checkpoint, as for `from_state_dict`.
         mask_path: the file of the masks, if they are in another file.
         model: the dense or sparse model that the weights are for. Prefixes that its own names have are then not
-            removed, and each mask must match a module and the shape of its weight.
+            removed, and each mask must match a module and the shape of its weight. Zeros of other layers than
+            convolutions and linear ones, such as embeddings, then are no masks.
         density: for "popup_scores", the fraction of its weights that each layer keeps: one number, or numbers by module
             name. For HARP one number is the global density, from which `k_score` gives each layer's.
         format: the format; None to recognise it.
@@ -140,6 +145,7 @@ def load_pruned(
         ticket = _load(path, None if mask_path is None else Path(mask_path), model, density, format, dense)
     if model is not None:
         _check_model(ticket, model, path)
+        ticket = _without_masks_of_others(ticket, model, path)
     return ticket
 
 
@@ -327,6 +333,17 @@ def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> StateDic
         masked = ("weight",) if isinstance(layer, nn.Conv2d | nn.Linear) else ("weight", "bias")
         named |= {parameter_of(name, parameter): mask for parameter in masked}
     return named
+
+
+def _without_masks_of_others(ticket: Ticket, model: nn.Module, path: Path) -> Ticket:
+    """The ticket with the masks of layers that can have some: an embedding or a transposed convolution cannot."""
+    modules, layers = dict(model.named_modules(remove_duplicate=False)), set(maskable(model).values())
+    others = [name for name in ticket.masks if modules[name] not in layers]
+    if not others:
+        return ticket
+    log.warning("%s: the zeros in %s stay in the weights: such layers have no masks", path, ", ".join(others))
+    kept = {name: mask for name, mask in ticket.masks.items() if name not in others}
+    return replace(ticket, masks=kept, provenance=ticket.provenance | {"density": density_of(kept) if kept else None})
 
 
 def _check_model(ticket: Ticket, model: nn.Module, path: Path) -> None:

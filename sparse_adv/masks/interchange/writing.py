@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_adv.argument_types import checks_types
 from sparse_adv.files import write_bytes
 from sparse_adv.masks.layers import parameter_of
-from sparse_adv.masks.ticket import check_masks_fit, independent_copies
+from sparse_adv.masks.ticket import check_masks_fit, independent_copies, of_dense_model
 
 _FORMATS = ("dense", "prune")
 _TORCH_SUFFIXES = (".pt", ".pth")
@@ -32,14 +32,15 @@ def save_pruned(
     Args:
         path: the file; its suffix decides the container: `.safetensors`, or `.pt` or `.pth` for torch.save.
         masks: bool masks keyed by module name.
-        state_dict: state dict of the dense model; it must have the weight of each mask.
+        state_dict: state dict of the dense model, or of the sparse one; it must have the weight of each mask.
         format: "dense": a state dict for the dense model, with zeros where pruned. "prune": a state dict for a model
             with `torch.nn.utils.prune` applied to these weights: `X.weight_orig`, as in `state_dict`, and
             `X.weight_mask`.
 
     Raises:
         TypeError: if a mask is not a bool tensor.
-        ValueError: if suffix or format is unknown, or a mask has no weight of its shape in `state_dict`.
+        ValueError: if suffix or format is unknown, a mask has no weight of its shape in `state_dict`, or that is of a
+            sparse model with other masks.
 
     Examples:
         >>> import tempfile
@@ -57,7 +58,7 @@ def save_pruned(
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
     check_masks_fit(masks, state_dict)
-    tensors = independent_copies(state_dict)
+    tensors = independent_copies(of_dense_model(masks, state_dict))
     for name, mask in masks.items():
         key = parameter_of(name)
         if format == "dense":
