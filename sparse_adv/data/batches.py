@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.data.dataset import Split
+from sparse_adv.data.dataset import Split, check_split
 
 _PADDING = 4
 
@@ -38,8 +38,9 @@ class Batches:
 
     Raises:
         ValueError: if batch_size is not a multiple of world_size, an argument is out of range, the numbers of images
-            and labels differ, or a shuffled epoch would have no image for some process.
-        TypeError: if the images are integers other than uint8.
+            and labels differ, images to augment have other dimensions, or a shuffled epoch would have no image for some
+            process.
+        TypeError: if images or labels are no tensors, or the images integers other than uint8.
 
     Examples:
         >>> import torch
@@ -70,9 +71,10 @@ class Batches:
             raise ValueError(f"rank must be in [0, {world_size - 1}], got {rank}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
+        check_split(split)
         images = len(split.labels)
-        if len(split.images) != images:
-            raise ValueError(f"split must have a label for each image, got {len(split.images)} images, {images} labels")
+        if augment and split.images.dim() != 4:
+            raise ValueError(f"augment needs images [N, C, H, W], got shape {list(split.images.shape)}")
         if shuffle and images < world_size:
             raise ValueError(f"split must have an image for each of the {world_size} processes, got {images}")
         to_unit(split.images[:0])  # raises TypeError for a wrong dtype

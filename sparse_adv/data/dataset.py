@@ -82,6 +82,25 @@ class RawDataset(NamedTuple):
     validation: Split | None = None
 
 
+def check_split(split: Split) -> None:
+    """Check the types and lengths of a split.
+
+    Raises:
+        TypeError: if images or labels are no tensors, or the labels no integers.
+        ValueError: if there is not one label for each image.
+    """
+    for name, value in split._asdict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"split must hold tensors, got {name} of type {type(value).__name__}")
+    images, labels = split
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"split must have integer labels, got {labels.dtype}")
+    if labels.dim() != 1 or len(images) != len(labels):
+        raise ValueError(
+            f"split must have a label for each image, got {len(images)} images, labels of shape {list(labels.shape)}"
+        )
+
+
 @checks_types
 def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
     """Divide labelled images at random into two parts.
@@ -95,7 +114,8 @@ def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
         The remaining images and the `count` images held out, each in random order, on the same device.
 
     Raises:
-        ValueError: if count is negative or leaves no image in the first part.
+        TypeError: if images or labels are no tensors.
+        ValueError: if count is negative or leaves no image in the first part, or there is not one label for each image.
 
     Examples:
         >>> import torch
@@ -105,6 +125,7 @@ def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
         >>> len(train.labels), len(validation.labels)
         (7, 3)
     """
+    check_split(split)
     total = len(split.labels)
     if not 0 <= count < total:
         raise ValueError(f"count must be at least 0 and less than the {total} images of split, got {count}")
@@ -129,7 +150,8 @@ def stratified(split: Split, share: float, seed: int = 0) -> Split:
         The images chosen, in the order of `split`; for share 1 `split` itself.
 
     Raises:
-        ValueError: if share is not in (0, 1].
+        TypeError: if images or labels are no tensors.
+        ValueError: if share is not in (0, 1], or there is not one label for each image.
 
     Examples:
         >>> import torch
@@ -140,6 +162,7 @@ def stratified(split: Split, share: float, seed: int = 0) -> Split:
     """
     if not isinstance(share, Real) or not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share!r}")
+    check_split(split)
     if share == 1:
         return split
     labels = split.labels.cpu()

@@ -32,6 +32,8 @@ _MAX_PIXELS = 1 << 24
 """Largest number of pixels of an image: larger ones are damaged, or made to fill the memory."""
 _SPLITS = {"test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 """Folders beside train, and what their images are for."""
+_NAME = "folder"
+"""Name of the data set: that of the folder may be a known one, whose normalisation the network would get."""
 _TEST_EVERY = 10
 """Without a test folder, every tenth image of each class is a test image."""
 
@@ -74,14 +76,23 @@ def _read(root: Path, train: Path) -> RawDataset:
         parts[split] = _files_by_class(folder, classes)
     if "test" not in parts:
         parts["test"] = [files[_TEST_EVERY - 1 :: _TEST_EVERY] for files in parts["train"]]
-        if not any(parts["test"]):
+        if few := [name for name, files in zip(classes, parts["test"], strict=True) if not files]:
             raise ValueError(
-                f"{root} needs a folder test, or {_TEST_EVERY} images in a class to take a test image from"
+                f"{root} needs a folder test, or {_TEST_EVERY} images in each class to take a test image from: "
+                f"{few[0]!r} has fewer"
             )
         parts["train"] = [[f for i, f in enumerate(files, 1) if i % _TEST_EVERY] for files in parts["train"]]
     reader = _Reader()
-    splits = reader.drop_grey_channels({name: reader.read_split(files) for name, files in parts.items()})
-    return RawDataset(splits["train"], splits["test"], len(classes), root.resolve().name, splits.get("validation"))
+    splits = _of_equal_channels({name: reader.read_split(files) for name, files in parts.items()})
+    return RawDataset(splits["train"], splits["test"], len(classes), _NAME, splits.get("validation"))
+
+
+def _of_equal_channels(splits: dict[str, Split]) -> dict[str, Split]:
+    """Give grey splits three channels if another split has colours."""
+    channels = max(part.images.shape[1] for part in splits.values())
+    return {
+        name: Split(part.images.expand(-1, channels, -1, -1).contiguous(), part.labels) for name, part in splits.items()
+    }
 
 
 def _other_splits(root: Path) -> list[Path]:
@@ -136,22 +147,22 @@ class _Reader:
             raise ModuleNotFoundError('Pillow is needed to read images: pip install "sparse_adv[data]"') from error
         self._pillow: Any = Image
         self._first: tuple[Path, tuple[int, int]] | None = None
-        self._all_grey = True
 
     def read_split(self, files_by_class: list[list[Path]]) -> Split:
-        """Read the images of each class as uint8 [N, 3, H, W]."""
+        """Read the images of each class as uint8 [N, C, H, W], one channel while all of them are grey, else three."""
         ordered = sorted((i, label, file) for label, files in enumerate(files_by_class) for i, file in enumerate(files))
-        images = np.stack([self._read_image(file) for _, _, file in ordered])
-        labels = torch.tensor([label for _, label, _ in ordered])
-        return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
-
-    def drop_grey_channels(self, splits: dict[str, Split]) -> dict[str, Split]:
-        """Reduce three channels to one if all images read so far were grey."""
-        if not self._all_grey:
-            return splits
-        return {name: Split(part.images[:, :1].contiguous(), part.labels) for name, part in splits.items()}
+        images = np.empty((0, 1, 0, 0), dtype=np.uint8)
+        for place, (_, _, file) in enumerate(ordered):
+            pixels = self._read_image(file)
+            if not place:
+                images = np.empty((len(ordered), *pixels.shape), dtype=np.uint8)
+            if len(pixels) > images.shape[1]:
+                images = images.repeat(len(pixels), axis=1)
+            images[place] = pixels
+        return Split(torch.from_numpy(images), torch.tensor([label for _, label, _ in ordered]))
 
     def _read_image(self, file: Path) -> np.ndarray:
+        """[C, H, W] in uint8."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", self._pillow.DecompressionBombWarning)
@@ -162,11 +173,13 @@ class _Reader:
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"it has {image.n_frames} frames")
                 mode, size = image.mode, image.size
-                pixels = np.asarray(image.convert("RGB"))
+                has_more_bits = mode[0] in "IF" or _drops_bits(image)
+                is_grey = mode in ("L", "1", "LA")
+                pixels = np.asarray(image.convert("L" if is_grey else "RGB"))
         except Exception as error:  # Pillow raises many types for a damaged file, or for one that would fill the memory
             raise ValueError(f"{file} is not a readable image: {error}") from error
-        if mode[0] in "IF":
-            raise ValueError(f"{file} must have 8 bits per channel, got an image of mode {mode!r}")
+        if has_more_bits:
+            raise ValueError(f"{file} must have 8 bits per channel, it has more: convert it, or scale its values")
         self._first = self._first or (file, size)
         first, first_size = self._first
         if size != first_size:
@@ -174,5 +187,15 @@ class _Reader:
                 f"all images must have one size: {file} is {size[0]} x {size[1]}, "
                 f"{first} is {first_size[0]} x {first_size[1]}"
             )
-        self._all_grey &= mode in ("L", "1", "LA")
-        return pixels
+        return pixels[None] if is_grey else pixels.transpose(2, 0, 1)
+
+
+def _drops_bits(image: Any) -> bool:
+    """Whether Pillow, which has no colours of more than 8 bits, would leave out the lower bits of an image."""
+    for decoder, _, _, arguments in image.tile:
+        words = arguments if isinstance(arguments, tuple) else (arguments,)
+        if any(isinstance(word, str) and ";16" in word for word in words):  # as "RGB;16B" of PNG and TIFF
+            return True
+        if decoder.startswith("ppm") and words[-1] > 255:  # the largest value
+            return True
+    return False

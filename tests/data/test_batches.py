@@ -156,7 +156,7 @@ def test_augmentation_shifts_by_up_to_four_pixels_and_flips_half_of_the_images()
         ({"batch_size": 9, "world_size": 2}, r"multiple of world_size \(2\), got 9"),
         ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 1\], got 2"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"split": Split(torch.zeros(3, 1, 2, 2), torch.arange(4))}, "3 images, 4 labels"),
+        ({"split": Split(torch.zeros(3, 1, 2, 2), torch.arange(4))}, r"3 images, labels of shape \[4\]"),
         ({"split": numbered(3), "world_size": 4}, "an image for each of the 4 processes, got 3"),
     ],
 )

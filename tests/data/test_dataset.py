@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_adv.data import Dataset, Split, hold_out, stratified
+from sparse_adv.data import Batches, Dataset, Split, hold_out, stratified
 
 
 def numbered(count: int) -> Split:
@@ -45,3 +45,23 @@ def test_a_share_has_the_same_fraction_of_each_class_and_follows_the_seed(share)
 def test_a_share_outside_of_its_range_is_refused(share):
     with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got "):
         stratified(Split(torch.zeros(4, 1, 1, 1), torch.arange(4)), share)
+
+
+IMAGES, LABELS = torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("use", [hold_out, stratified, Batches])
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        (IMAGES.numpy(), LABELS, "split must hold tensors, got images of type ndarray"),
+        (IMAGES, [0, 1, 0, 1], "split must hold tensors, got labels of type list"),
+        (IMAGES, torch.zeros(4), r"split must have integer labels, got torch\.float32"),
+        (IMAGES, LABELS[1:], r"got 4 images, labels of shape \[3\]"),
+        (IMAGES[1:], LABELS, r"got 3 images, labels of shape \[4\]"),
+        (IMAGES, LABELS[:, None], r"got 4 images, labels of shape \[4, 1\]"),
+    ],
+)
+def test_a_split_must_have_a_label_for_each_image(use, images, labels, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        use(Split(images, labels), 1)

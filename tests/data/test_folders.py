@@ -1,7 +1,9 @@
 """Folders with a subfolder of images for each class."""
 
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ def reds(split: data.Split) -> list[tuple[int, int]]:
 
 def test_train_and_test_folders_give_classes_in_alphabetical_order(tree):
     dataset = data.load(tree, validation=4)
-    assert (dataset.classes, dataset.name, dataset.input_shape) == (2, "pets", (3, 2, 3))
+    assert (dataset.classes, dataset.name, dataset.input_shape) == (2, "folder", (3, 2, 3))
     assert reds(dataset.test) == [(150, 0), (151, 0), (250, 1), (251, 1)]
     assert sorted(reds(dataset.train) + reds(dataset.validation)) == [
         (100 * k + i, k - 1) for k in (1, 2) for i in range(12)
@@ -68,8 +70,56 @@ def test_without_a_test_folder_every_tenth_image_of_each_class_is_a_test_image(t
     assert len(first.train.labels) + len(first.validation.labels) == 22
     for file in flat.glob("*/0[5-9].png"):
         file.unlink()
-    with pytest.raises(ValueError, match="flat needs a folder test, or 10 images in a class"):
+    with pytest.raises(ValueError, match=r"flat needs a folder test, or 10 images in each class .*: 'cats' has fewer"):
         data.load(flat)
+    for i in range(10):  # now the other class alone would have no test image
+        draw(flat / "cats" / f"{i}.png", 100 + i)
+    with pytest.raises(ValueError, match="'dogs' has fewer"):
+        data.load(flat)
+
+
+def test_the_name_of_a_folder_chooses_no_normalisation(tree):
+    """So that images which lie elsewhere are the same images."""
+    for name in ("cifar10", "elsewhere"):
+        assert data.load(tree.rename(tree.with_name(name))).name == "folder"
+        tree = tree.with_name(name)
+
+
+def png_of_16_bits(colour_type: int, channels: int) -> bytes:
+    """A PNG of 3 x 2 pixels, which Pillow would read as one of 8 bits."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + struct.pack(f">{3 * channels}H", *[3000] * 3 * channels) for _ in range(2))
+    header = struct.pack(">IIBBBBB", 3, 2, 16, colour_type, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+DEEP = {
+    "rgb.png": png_of_16_bits(2, 3),
+    "rgba.png": png_of_16_bits(6, 4),
+    "grey_alpha.png": png_of_16_bits(4, 2),
+    "grey.png": png_of_16_bits(0, 1),
+    "rgb.ppm": b"P6 3 2 65535\n" + 36 * b"\x0b",
+    "twelve_bits.ppm": b"P6 3 2 4095\n" + 36 * b"\x0b",
+    "words.ppm": b"P3 3 2 65535\n" + b" ".join(18 * [b"3000"]),
+    "grey.pgm": b"P5 3 2 65535\n" + 12 * b"\x0b",
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_images_of_more_than_8_bits_are_refused(tree, name):
+    (tree / "train" / "dogs" / name).write_bytes(DEEP[name])
+    with pytest.raises(ValueError, match=rf"dogs/{name} must have 8 bits per channel, it has more"):
+        data.load(tree)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "ppm", "tif", "tiff", "webp", "jpg"])
+def test_images_of_8_bits_are_read_from_every_kind_of_file(tree, suffix):
+    draw(tree / "train" / "dogs" / f"more.{suffix}", 40)
+    assert len(data.load(tree, validation=2).train.labels) == 23
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1"])
