@@ -54,7 +54,8 @@ class Options:
         data: "digits", or a folder or archive of images; the default is that of the run or the ticket.
         limit: number of training images that were used; the default is that of the run or the ticket.
         validation: fraction or number of training images held out; the default is that of the run or the ticket.
-        seed: seed of the split and of the attacks; the default is that of the run or the ticket.
+        seed: seed of the attacks, and of the split of images that neither a run nor a ticket has divided; the default
+            is that of the run or the ticket.
         arch: name of an architecture of `sparse_adv.models`; the default is that of the run or the ticket.
         width: channels of the first stage; the default is that of the run or the ticket.
         normalize: mean and standard deviation of a checkpoint that has none: of cifar10, cifar100, mnist,
@@ -137,14 +138,16 @@ def run(options: Options) -> int:
                 "training loop), or name the same network of the library with --arch"
             )
         train = run.info.train if run else _search_of(pruned, path)
-        wanted = _images(options, experiment.images_of(pruned, str(path)))
+        known = experiment.images_of(pruned, str(path))
+        wanted = _images(options, known)
         seed = train.seed if options.seed is None else options.seed
         if options.norm not in (None, train.norm) and options.eps is None:
             raise ValueError(f"--norm {options.norm} needs its own --eps: {train.eps:g} is a radius in {train.norm}")
         eps = train.eps if options.eps is None else options.eps
         ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
         require_radius(**ball)
-        dataset = experiment.load_data(wanted, seed, device)
+        # Validation images stay those that were held out, whatever the seed of the attacks.
+        dataset = experiment.load_data(wanted, seed if known is None else train.seed, device)
         model = networks.trained(
             pruned,
             dataset,

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.files import write_text
 from sparse_adv.json_files import JSON, flatten, to_json
 from sparse_adv.report import figures, measures, tables
 from sparse_adv.runs import Run, read
 
 
+@checks_types
 def report(folders: Sequence[Path | str], out: Path | str, *, level: float | None = None) -> str:
     """Write a report on runs: `report.md`, its figures, and `report.csv` with a row per run and epoch.
 
@@ -30,6 +32,7 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         FileNotFoundError: naming the folder that holds no run.
         ModuleNotFoundError: if matplotlib is missing.
         NotADirectoryError: if `out` is a file.
+        TypeError: if an argument is of another type, as one path in place of a list.
         ValueError: if there is no folder, a run has no epoch yet, one of its files is damaged, or the level is not in
             [0, 1].
 

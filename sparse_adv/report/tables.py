@@ -134,8 +134,8 @@ def time_to(runs: Sequence[Run], level: float | None = None) -> str:
         >>> time_to([])
         'No run has a robust validation accuracy yet.\\n'
     """
-    if level is not None and not 0 <= level <= 1:
-        raise ValueError(f"level must be an accuracy in [0, 1], got {level}")
+    if level is not None and not (isinstance(level, int | float) and 0 <= level <= 1):
+        raise ValueError(f"level must be an accuracy in [0, 1], got {level!r}")
     shown = measures.compared(runs)
     common = measures.common_level(shown)
     if common is None:
@@ -195,7 +195,8 @@ def _tests(run: Run) -> dict[str, float]:
 def _status(run: Run) -> str:
     epoch = run.records[-1].epoch if run.records else 0
     epochs = run.info.train.epochs * (run.info.prune.rounds if run.info.prune else 1)
-    status = "finished" if run.result is not None else f"epoch {epoch} of {epochs}"
+    untested = ", not tested" if epoch == epochs and run.info.kind == "train" else ""
+    status = "finished" if run.result is not None else f"epoch {epoch} of {epochs}{untested}"
     undone = measures.undone(run)
     return f"{status}, {undone} undone" if undone else status
 

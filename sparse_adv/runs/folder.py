@@ -2,8 +2,8 @@
 
 run.json             a RunInfo
 epochs.jsonl         an EpochRecord in each line
-result.json          a SearchResult or TrainResult, once the run is finished; result_N.json: the one of a training run
-                     of N epochs that was extended to more
+result.json          a SearchResult or TrainResult, once the run is finished and tested, which `training.train` leaves
+                     to `final_test`; result_N.json: that of a training run of N epochs that was extended to more
 last.safetensors     state dict after the last epoch; best.safetensors: after the epoch of the best validation accuracy
 state.pt             what a stopped run continues from, readable with torch.load(..., weights_only=True)
 identity.pt          digests of the network, the weights and the images that a search was begun with
@@ -46,7 +46,7 @@ _FILES = _PROGRESS | {INFO, CONFIG, LOCK}
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as it was read; `result` is None while the run is unfinished."""
+    """A run folder as it was read; `result` is None while the run is unfinished or not tested."""
 
     folder: Path
     info: RunInfo

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_adv import attacks
 from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks.ball import check_radius
-from sparse_adv.attacks.checks import InputValidator, check_label_range, count_classes, is_correct
+from sparse_adv.attacks.checks import InputValidator, check_label_range, count_classes, int64_labels, is_correct
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.config import Norm
@@ -62,7 +62,8 @@ def clean_accuracy(model: nn.Module, images: Images, batch_size: int = BATCH_SIZ
         The accuracy over the images of all processes, and the passes that it took.
 
     Raises:
-        TypeError, ValueError: if there is no image, or the model's output is not logits [N, classes].
+        TypeError, ValueError: if there is no image, images or labels are out of range, or the model's output is not
+            logits [N, classes].
 
     Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -209,7 +210,7 @@ def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor
 def check_evaluable(name: str, images: Images, model: nn.Module) -> None:
     """Raise TypeError or ValueError, before any training, if no accuracy on these images could be measured after it.
 
-    The model takes the first batch, in eval mode; of a Split the labels of all images are checked.
+    The model takes the first batch, in eval mode; of a Split all images and labels are checked.
 
     Args:
         name: of the argument.
@@ -229,6 +230,8 @@ def check_evaluable(name: str, images: Images, model: nn.Module) -> None:
                 x, y = (tensor.to(device) for tensor in first)
                 with first_pass(x):
                     classes = count_classes(_logits(evaluated, x), len(y))
+                if isinstance(images, Split) and images.images.is_floating_point():
+                    x, y = images.images, int64_labels(images.labels)
                 InputValidator(deferred=False).check(x, y, classes)
                 if isinstance(images, Split):
                     smallest, largest = images.labels.aminmax()
@@ -268,8 +271,7 @@ def _accuracy(
             withstood.append(torch.zeros_like(robust))
             count += len(y)
             forward += len(y)
-            if tries:
-                y = validator.check(x, y, classes)
+            y = validator.check(x, y, classes)
             losses = torch.zeros(len(y), device=device)
             for attack in tries:
                 if at_once and not every_image:

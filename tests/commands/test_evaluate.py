@@ -134,7 +134,7 @@ def test_evaluate_takes_from_the_run_what_it_is_not_told(trained, tmp_path, caps
         == 0
     )
     (loaded, seed), _, fgsm, *_ = seen
-    assert (loaded.limit, loaded.validation, seed, fgsm) == (120, 30.0, 0, {"eps": 0.0, "norm": "linf"})
+    assert (loaded.limit, loaded.validation, seed, fgsm) == (120, 30.0, 7, {"eps": 0.0, "norm": "linf"})
 
 
 def test_test_images_are_evaluated_however_few_training_images_there_are(trained, tmp_path, capsys):

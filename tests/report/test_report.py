@@ -283,3 +283,19 @@ def test_a_missing_matplotlib_is_named_with_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r'drawn by matplotlib: pip install "sparse_adv\[demo\]"'):
         report.report([make(tmp_path / "run")], Path(tmp_path / "out"))
+
+
+def test_one_path_in_place_of_a_list_is_told(tmp_path):
+    folder = make(tmp_path / "a")
+    for one in (folder, str(folder)):
+        with pytest.raises(TypeError, match="folders must be of type Sequence"):
+            report.report(one, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"level must be an accuracy in \[0, 1\], got '0\.5'"):
+        report.report([folder], tmp_path / "out", level="0.5")
+
+
+def test_a_run_that_has_trained_all_epochs_is_finished_once_it_is_tested(tmp_path):
+    folders = [make(tmp_path / "all"), make(tmp_path / "some", robust=(0.2,))]
+    folders.append(make(tmp_path / "tested", test={"clean": 0.5}))
+    rows = cells(report.report(folders, tmp_path / "out").split("## Time")[0])
+    assert [row["status"] for row in rows] == ["epoch 3 of 3, not tested", "epoch 1 of 3", "finished"]

@@ -152,9 +152,9 @@ def test_wrong_images_are_refused_in_any_batch(model, at_once, monkeypatch):
         ((images * 2, labels), r"images must lie in \[0, 1\]"),
         ((images, labels + 1), "labels must lie in"),
     ):
-        with pytest.raises(ValueError, match=message):
-            training.fgsm_accuracy(model, [(images, labels), wrong])
-    assert training.clean_accuracy(model, [(images, labels - 1)]).fraction < 1  # only attacks need valid labels
+        for measure in (training.clean_accuracy, training.fgsm_accuracy):
+            with pytest.raises(ValueError, match=message):
+                measure(model, [(images, labels), wrong])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -289,3 +289,14 @@ def test_labels_of_any_integer_dtype_are_the_same(dtype):
             for batch in (parts[0], (parts[0][0], parts[0][1].long()))
         ]
         assert losses[0].equal(losses[1])
+
+
+def test_validation_images_are_checked_to_the_last_before_training(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    images = torch.rand(600, 1, 2, 2)
+    train_on, labels = [(images[:8], torch.zeros(8, dtype=torch.int64))], torch.zeros(600, dtype=torch.int32)
+    evaluation.check_evaluable("validation", data.Split(images, labels), model)
+    images[-1] = 3
+    with pytest.raises(ValueError, match=r"validation: images must lie in \[0, 1\]"):
+        config, split = training.TrainConfig("fgsm", epochs=1), data.Split(images, labels)
+        training.train(model, train_on, config, validation=split, folder=tmp_path)
