@@ -91,10 +91,10 @@ def check_split(split: Split) -> None:
     """
     for name, value in split._asdict().items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"split must hold tensors, got {name} of type {type(value).__name__}")
+            raise TypeError(f"{name} of the split must be a tensor, got {type(value).__name__}")
     images, labels = split
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"split must have integer labels, got {labels.dtype}")
+        raise TypeError(f"labels of the split must be integers, got {labels.dtype}")
     if labels.dim() != 1 or len(images) != len(labels):
         raise ValueError(
             f"split must have a label for each image, got {len(images)} images, labels of shape {list(labels.shape)}"

@@ -54,9 +54,9 @@ IMAGES, LABELS = torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("images", "labels", "said"),
     [
-        (IMAGES.numpy(), LABELS, "split must hold tensors, got images of type ndarray"),
-        (IMAGES, [0, 1, 0, 1], "split must hold tensors, got labels of type list"),
-        (IMAGES, torch.zeros(4), r"split must have integer labels, got torch\.float32"),
+        (IMAGES.numpy(), LABELS, "images of the split must be a tensor, got ndarray"),
+        (IMAGES, [0, 1, 0, 1], "labels of the split must be a tensor, got list"),
+        (IMAGES, torch.zeros(4), r"labels of the split must be integers, got torch\.float32"),
         (IMAGES, LABELS[1:], r"got 4 images, labels of shape \[3\]"),
         (IMAGES[1:], LABELS, r"got 3 images, labels of shape \[4\]"),
         (IMAGES, LABELS[:, None], r"got 4 images, labels of shape \[4, 1\]"),
