@@ -34,7 +34,7 @@ class Options:
         arch: name of an architecture of `sparse_adv.models`; the default is the ticket's.
         width: channels of the first stage; the default is the ticket's.
         input_shape: channels, height and width of the images, at least 1 each; the default is the ticket's or, in files
-            that do not say it, that of the images that the architecture was published for, which a line then says.
+            that do not say it, that of the images that the architecture was published for; a line then says so.
         json: print JSON lines instead of text; the default is text on a terminal and JSON in a pipe.
     """
 

@@ -161,7 +161,7 @@ def flat(options: DataclassInstance) -> dict[str, object]:
 
 
 def check_training(train: TrainConfig, default: TrainConfig) -> None:
-    """Raise ValueError for a setting of training that has no effect, or that only another one of them gives a sense.
+    """Raise ValueError if a setting of training has no effect, or the radius is the default of another norm.
 
     Args:
         train: the settings of the command.

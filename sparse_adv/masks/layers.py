@@ -33,22 +33,23 @@ def maskable(model: nn.Module, linear: bool = True) -> dict[str, Layer]:
 
 def owners(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return, for each layer, the first one that has the same weight: a weight that layers share counts once."""
-    weights = {name: layer if is_weight_computed(layer) else layer.weight for name, layer in layers.items()}
+    weights = {name: layer if _is_weight_computed(layer) else layer.weight for name, layer in layers.items()}
     first: dict[int, str] = {}
     return {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
 
 
-def is_weight_computed(layer: nn.Module) -> bool:
-    """Return whether code computes the weight whenever it is read (`torch.nn.utils.parametrize`)."""
+def _is_weight_computed(layer: nn.Module) -> bool:
+    """Whether code computes the weight whenever it is read (`torch.nn.utils.parametrize`)."""
     return parametrize.is_parametrized(layer, "weight")
 
 
 def weight_of(layer: Layer) -> Tensor:
     """Return the weight of a layer, and leave the layer as it is.
 
-    To read one that code computes may change the model in train mode: `spectral_norm` makes a step of its iteration.
+    Reading a parametrized weight runs code, which may change the model in train mode: that of `spectral_norm` makes a
+    step of its iteration.
     """
-    if not is_weight_computed(layer):
+    if not _is_weight_computed(layer):
         return layer.weight
     with _evaluating(layer.get_submodule("parametrizations.weight")):
         return layer.weight

@@ -164,10 +164,10 @@ def check_masks_fit(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
 
 
 def of_dense_model(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict without the masks that one of a sparse model has, whose names a dense model does not know.
+    """Return the state dict without buffers `weight_mask`: a sparse model has them, a dense one does not load them.
 
     Raises:
-        ValueError: if one of them is not among `masks`.
+        ValueError: if one of them is not the mask in `masks`.
     """
     of_key = {parameter_of(name, "weight_mask"): mask for name, mask in masks.items()}
     dense = {}

@@ -244,7 +244,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Apply the padding that the op cannot: with other values than zeros, or of different widths on two sides.
 
-        As in `nn.Conv2d`, zeros are those of `padding` now, which code that adapts a network sets on its layers.
+        As in `nn.Conv2d`, the number of zeros is that of `padding` in this call: code that adapts a network to other
+        images sets it after construction.
 
         Returns:
             The input, and the padding (rows, columns) that is left for the op.

@@ -21,7 +21,12 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
 
 
-def read_geometry(filter: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair) -> Geometry:
+def read_geometry(
+    filter: Sequence[int],
+    stride: Pair | Sequence[int],
+    padding: Pair | Sequence[int] | str,
+    dilation: Pair | Sequence[int],
+) -> Geometry:
     """Complete stride, padding and dilation to pairs, and "same" and "valid" to numbers.
 
     Args:
@@ -43,10 +48,8 @@ def read_geometry(filter: Sequence[int], stride: Pair, padding: Pair | str, dila
 
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """Return that of a layer, whose attributes may be integers where code has set them after construction."""
-    stride, dilation = read_pair("stride", conv.stride), read_pair("dilation", conv.dilation)
-    padding = read_padding(conv.padding, conv.kernel_size, stride, dilation)
-    return Geometry(stride, padding, dilation)
+    """Return the geometry of a layer; its attributes are integers where code has set them so after construction."""
+    return read_geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
 
 
 def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry) -> tuple[int, int, int, int]:

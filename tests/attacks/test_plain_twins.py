@@ -240,8 +240,8 @@ def plain_fab(model: nn.Module, x: Tensor, y: Tensor, norm: str, steps: int, tar
     "settings", [{"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}, {"alpha_max": 0.4, "eta": 1.2, "beta": 0.6}]
 )
 def test_fab_is_its_algorithm(norm, settings):
-    # Along a curved boundary the final search ends beside it. It ends on an almost straight one, where rounding decides
-    # on which side a point lies, and so by how much it is moved over at last.
+    # The final search ends exactly on a boundary that is almost straight. Rounding then decides on which side, and so
+    # how far the image is moved at last. It ends at some distance from a curved boundary.
     model, images, labels = problem(first_weights=6)
     for attack, target in ((fab, None), (fab_t, 1)):
         more = {} if target is None else {"n_target_classes": target}
