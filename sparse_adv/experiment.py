@@ -18,7 +18,7 @@ from sparse_adv.methods.start import generator
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Density, EpochRecord, Run, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
-from sparse_adv.training.folder_lock import FolderLock, hold
+from sparse_adv.training.run_files import begin, resume
 from sparse_adv.training.update import updates_of
 
 REINIT_SEED = 13
@@ -226,7 +226,7 @@ class SearchRun:
             world_size=distributed.world_size(),
             input_shape=dataset.input_shape,
         )
-        self.lock = _begin(folder, self.info)
+        self.lock = begin(folder, self.info)
 
     @property
     def updates(self) -> int:
@@ -250,7 +250,7 @@ class SearchRun:
             on_epoch=on_epoch,
             on_step=on_step,
         )
-        _resume(self.folder, self.info)
+        resume(self.folder, self.info)
         return json_files.read(SearchResult, self.folder / runs.RESULT)
 
 
@@ -330,7 +330,7 @@ class TrainRun:
             before=before,
             input_shape=dataset.input_shape,
         )
-        self.lock = _begin(folder, info)
+        self.lock = begin(folder, info)
         path = folder / runs.RESULT
         self.training: Training | None = None
         """None for a finished run that has lost its state: its result is returned, its weights are not restored."""
@@ -340,7 +340,7 @@ class TrainRun:
             )
             if hook is not None:
                 self.masks = hook.masks()
-        _resume(folder, info)
+        resume(folder, info)
         self.result = json_files.read(TrainResult, path) if path.exists() else None
         """None for an unfinished run. A file that appears in its folder later is not its own."""
 
@@ -380,19 +380,3 @@ def _origin(
     about |= {} if images is None else {name: getattr(images, name) for name in _CHOICE_OF_IMAGES}
     about |= {} if input_shape is None else {"input_shape": list(input_shape)}
     return about | {"seed": seed}
-
-
-def _begin(folder: Path, info: RunInfo) -> FolderLock:
-    """Lock the folder; on rank 0, write `run.json`, or check that the run in the folder has the same settings."""
-    lock = hold(folder)
-    if distributed.rank() == 0:
-        runs.begin(folder, info)
-    distributed.barrier()
-    return lock
-
-
-def _resume(folder: Path, info: RunInfo) -> None:
-    """On rank 0, bring `run.json` up to date, now that the folder is known to hold this run."""
-    if distributed.rank() == 0:
-        runs.resume(folder, info)
-    distributed.barrier()

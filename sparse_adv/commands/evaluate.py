@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import nn
 
-from sparse_adv import attacks, data, experiment, json_files, masks
+from sparse_adv import attacks, data, experiment, tickets
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output, check_new
@@ -117,12 +117,6 @@ class Options:
         return None if self.state is None else f"start the same command again, it continues from {self.state}"
 
 
-def _search_of(ticket: masks.Ticket, path: Path) -> TrainConfig:
-    """The settings with which a ticket was found, which it records; of other files the defaults."""
-    recorded = ticket.provenance.get("train")
-    return TrainConfig() if recorded is None else json_files.from_json(TrainConfig, recorded, str(path))
-
-
 def run(options: Options) -> int:
     for path in (options.out, options.state):
         if path is not None:
@@ -137,7 +131,7 @@ def run(options: Options) -> int:
                 f"{options.what} is the run of a model of your own: evaluate it in Python (guide, Sparsify your own "
                 "training loop), or name the same network of the library with --arch"
             )
-        train = run.info.train if run else _search_of(pruned, path)
+        train = run.info.train if run else tickets.training_of(pruned, path) or TrainConfig()
         known = experiment.images_of(pruned, str(path))
         wanted = _images(options, known)
         seed = train.seed if options.seed is None else options.seed

@@ -68,7 +68,8 @@ def begin(folder: Path, info: RunInfo) -> None:
 
     Args:
         folder: of the run; it is created if it does not exist.
-        info: of the run.
+        info: of the run. A caller that has only a model and batches names no network: network, images, ticket and the
+            cost before are then those of the folder.
 
     Raises:
         ValueError: if the folder holds a run of other settings, naming the first three that differ, or of another
@@ -87,6 +88,10 @@ def begin(folder: Path, info: RunInfo) -> None:
         json_files.write(path, info)
         return
     begun = json_files.read(RunInfo, path)
+    if info.network is None:
+        same = replace(info, data=begun.data, network=begun.network, ticket=begun.ticket, before=begun.before)
+        if _has_progress(folder) or settings(same) == settings(begun):
+            info = same
     known, wanted = settings(begun), settings(info)
     differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
     if "data.data" in differing and any((folder / name).exists() for name in (STATE, IDENTITY)):
@@ -111,7 +116,7 @@ def resume(folder: Path, info: RunInfo) -> None:
 
     Args:
         folder: of the run.
-        info: what `begin` was given; without a name the run keeps its own.
+        info: what `begin` was given; without a name or images the run keeps its own.
 
     Examples:
         >>> import tempfile
@@ -123,7 +128,7 @@ def resume(folder: Path, info: RunInfo) -> None:
         ('longer', 5, (3,))
     """
     begun = json_files.read(RunInfo, folder / INFO)
-    now = replace(begun, data=info.data, name=info.name or begun.name)
+    now = replace(begun, data=info.data or begun.data, name=info.name or begun.name)
     epochs = begun.train.epochs
     if info.train.epochs != epochs:
         now = replace(now, train=info.train, extended=(*begun.extended, epochs))
@@ -149,18 +154,6 @@ def check_state(folder: Path) -> None:
             f"{folder} has {written[0]}, but not the {STATE} that its run continues from: put that file back, or take "
             "another folder"
         )
-
-
-def begin_without_data(folder: Path, info: RunInfo) -> RunInfo:
-    """Do what `begin` does, for a caller that knows neither images nor network; return `info` with the folder's."""
-    path = folder / INFO
-    if path.exists():
-        known = json_files.read(RunInfo, path)
-        same = replace(info, data=known.data, network=known.network, ticket=known.ticket, before=known.before)
-        if _has_progress(folder) or settings(same) == settings(known):
-            info = same
-    begin(folder, info)
-    return info
 
 
 def read(folder: Path | str) -> Run:

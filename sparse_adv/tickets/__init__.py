@@ -4,7 +4,7 @@ from sparse_adv.config import PruneConfig
 from sparse_adv.tickets.checks import TicketInvariantError, check_pruned_weights
 from sparse_adv.tickets.controls import restore, shuffle
 from sparse_adv.tickets.early_stopping import EarlyStopping
-from sparse_adv.tickets.provenance import SearchRecord, block_of, cost_of, record_of
+from sparse_adv.tickets.provenance import SearchRecord, block_of, cost_of, record_of, training_of
 from sparse_adv.tickets.search import check_fits, search
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "restore",
     "search",
     "shuffle",
+    "training_of",
 ]

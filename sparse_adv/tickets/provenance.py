@@ -71,6 +71,25 @@ def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> Search
 
 
 @checks_types
+def training_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> TrainConfig | None:
+    """Return the settings of the training in the search that found a ticket; None if its provenance has none.
+
+    Args:
+        ticket: any ticket, also one that was read from a file of another tool.
+        source: where the ticket comes from, for the error message.
+
+    Raises:
+        ValueError: if the settings in the provenance are invalid.
+
+    Examples:
+        >>> training_of(masks.Ticket({}, {}, {"train": {"eps": 0.1}})).eps, training_of(masks.Ticket({}, {}))
+        (0.1, None)
+    """
+    recorded = ticket.provenance.get("train")
+    return None if recorded is None else json_files.from_json(TrainConfig, recorded, f"the provenance of {source}")
+
+
+@checks_types
 def cost_of(ticket: masks.Ticket) -> Cost:
     """Return the cost of the search that found a ticket; zero if its provenance does not contain a cost.
 

@@ -29,9 +29,10 @@ from sparse_adv.training import distributed, identity, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
 from sparse_adv.training.checks import pairs_of
 from sparse_adv.training.evaluation import Images, check_evaluable
-from sparse_adv.training.folder_lock import FolderLock, hold
+from sparse_adv.training.folder_lock import FolderLock
 from sparse_adv.training.loop import Batches
 from sparse_adv.training.modes import frozen_modules, set_training_mode
+from sparse_adv.training.run_files import begin
 from sparse_adv.training.update import updates_of
 
 log = logging.getLogger(__name__)
@@ -101,11 +102,7 @@ def search(
     folder = None if folder is None else Path(folder)
     if folder is None or not (folder / runs.IDENTITY).exists():  # one that was begun here may have left its masks
         _check_dense(model)
-    lock = hold(folder)
-    if folder is not None and distributed.rank() == 0:
-        world_size = distributed.world_size()
-        runs.begin_without_data(folder, RunInfo("search", train_config, prune_config.named(), world_size=world_size))
-    distributed.barrier()
+    lock = begin(folder, RunInfo("search", train_config, prune_config.named(), world_size=distributed.world_size()))
     if folder is not None:
         _check_same(folder, model, identity.of_run(model, batches, validation, train_config.seed))
     if folder is not None and (folder / runs.TICKET).exists():

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse_adv import runs
 from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator
@@ -37,11 +36,10 @@ from sparse_adv.training.evaluation import (
     model_device,
     robust_accuracy,
 )
-from sparse_adv.training.folder_lock import hold
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
-from sparse_adv.training.run_files import RunFiles
+from sparse_adv.training.run_files import RunFiles, begin, resume
 from sparse_adv.training.update import Updater
 from sparse_adv.training.user_code import described
 
@@ -370,23 +368,21 @@ def train(
         ([1, 2, 3], True)
     """
     folder = None if folder is None else Path(folder)
-    lock = hold(folder)
-    if folder is not None and distributed.rank() == 0:
-        info = RunInfo("train", config, world_size=distributed.world_size(), before=before)
-        if hook is not None and isinstance(hook.config, MethodConfig):
+    info = RunInfo("train", config, world_size=distributed.world_size(), before=before)
+    if folder is not None and hook is not None:
+        if isinstance(hook.config, MethodConfig):
             info = replace(info, method=hook.config)
-        elif hook is not None:
+        else:
             info = replace(info, hook=described("hook.config", hook, hook.config))
-        if objective is not None:
-            own = objectives.build(config, own=objective)
-            info = replace(info, objective=described("objective.settings", own, own.settings))
-        info = runs.begin_without_data(folder, info)
+    if folder is not None and objective is not None:
+        own = objectives.build(config, own=objective)
+        info = replace(info, objective=described("objective.settings", own, own.settings))
+    lock = begin(folder, info)
     training = Training(
         model, batches, config, validation=validation, folder=folder, before=before, hook=hook, objective=objective
     )
     del lock  # `training` holds it
-    if folder is not None and distributed.rank() == 0:
-        runs.resume(folder, info)
+    resume(folder, info)
     records = []
     for record in training.epochs(on_step):
         records.append(record)

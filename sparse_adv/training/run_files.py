@@ -1,4 +1,4 @@
-"""The state, records and weights that training writes to a run's folder after each epoch, and continues from."""
+"""The files of a run, written by rank 0: its settings, and the state, records and weights after each epoch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,43 @@ from torch import Tensor
 
 from sparse_adv import json_files, runs
 from sparse_adv.config import TrainConfig
-from sparse_adv.runs import EpochRecord, best
+from sparse_adv.runs import EpochRecord, RunInfo, best
 from sparse_adv.training import distributed, identity, random_numbers
 from sparse_adv.training.checkpoint import damaged, read_state, write_state, write_weights
-from sparse_adv.training.folder_lock import hold
+from sparse_adv.training.folder_lock import FolderLock, hold
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.update import Updater
 
 log = logging.getLogger(__name__)
 
 
+def begin(folder: Path | None, info: RunInfo) -> FolderLock:
+    """Lock a run's folder, and write its settings or check that it holds a run of the same, see `runs.begin`.
+
+    Args:
+        folder: of the run; None for a run that writes nothing.
+        info: of the run.
+
+    Raises:
+        BlockingIOError: if another process writes to the folder.
+        ValueError: if it holds another run.
+    """
+    lock = hold(folder)
+    if folder is not None and distributed.rank() == 0:
+        runs.begin(folder, info)
+    distributed.barrier()
+    return lock
+
+
+def resume(folder: Path | None, info: RunInfo) -> None:
+    """Bring the settings in a folder that is known to hold this run up to date, see `runs.resume`."""
+    if folder is not None and distributed.rank() == 0:
+        runs.resume(folder, info)
+    distributed.barrier()
+
+
 class RunFiles:
-    """The files of a run in its folder; each process of a distributed run makes one, and rank 0 writes.
+    """State, records and weights in a run's folder; each process of a distributed run makes one, and rank 0 writes.
 
     Args:
         folder: of the run.
