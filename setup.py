@@ -139,7 +139,14 @@ class CMakeBuild(build_ext):
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(CMAKE_FOLDER / target.name, target)
+            put_in_place(CMAKE_FOLDER / target.name, target)
+
+
+def put_in_place(built: Path, target: Path) -> None:
+    """Replace a library by a new file: a process that has the old one loaded would crash if that was written to."""
+    copy = target.with_name(target.name + ".new")
+    shutil.copy(built, copy)
+    copy.replace(target)
 
 
 def forget_other_settings(settings: list[str]) -> None:

@@ -1,5 +1,5 @@
-// The Python module `_host`, for functions that are not tensor ops: the pattern compiler on NumPy arrays, the
-// instruction set in use, and build facts.
+// The Python module `_host`, for functions that are not tensor ops: the pattern compiler on NumPy arrays, and build
+// facts.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,7 +8,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cpu/capability.h"
 #include "cpu/masked_conv2d/pattern_compiler.h"
 
 namespace py = pybind11;
@@ -40,13 +39,10 @@ py::list compile_pattern(const py::array_t<bool, py::array::c_style>& mask, cons
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Pattern compiler, instruction set and build facts of sparse_adv.";
+  m.doc() = "Pattern compiler and build facts of sparse_adv.";
   m.def("compile_pattern", &compile_pattern, py::arg("mask"), py::arg("block"), py::arg("groups") = 1,
         "The arrays of pattern_layout.h for a mask [K, C/groups, R, S]: header, mask, row offsets and column indices "
         "of the forward pass, the same of grad_input.");
-  m.def(
-      "cpu_capability", [] { return name_of(cpu_capability()); },
-      "The instruction set in use: portable, avx2 or avx512.");
   m.attr("header_fields") =
       py::dict(py::arg("format") = static_cast<int>(kFormat), py::arg("groups") = static_cast<int>(kGroups),
                py::arg("block") = static_cast<int>(kBlockOut), py::arg("kept") = static_cast<int>(kKeptWeights),

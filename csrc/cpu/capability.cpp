@@ -29,15 +29,16 @@ Capability cpu_capability() {
   return capability;
 }
 
-const char* name_of(Capability capability) {
-  switch (capability) {
-    case Capability::avx512:
+}  // namespace sparse_adv
+
+// The name of the instruction set that this library's kernels use, for sparse_adv/ops/_library.py.
+extern "C" [[gnu::visibility("default")]] const char* sparse_adv_cpu_capability() {
+  switch (sparse_adv::cpu_capability()) {
+    case sparse_adv::Capability::avx512:
       return "avx512";
-    case Capability::avx2:
+    case sparse_adv::Capability::avx2:
       return "avx2";
     default:
       return "portable";
   }
 }
-
-}  // namespace sparse_adv

@@ -11,7 +11,6 @@ enum class Capability { portable, avx2, avx512 };
 
 // The best one of the machine, or a lower one requested by ATEN_CPU_CAPABILITY (default, avx2, avx512), as in PyTorch.
 Capability cpu_capability();
-const char* name_of(Capability capability);
 
 // The variant of a kernel for this process: each *_kernel.cpp is compiled once per instruction set (CMakeLists.txt).
 template <class Function>

@@ -45,8 +45,14 @@ void step_into(Tensor& out, const Tensor& adv, const Tensor& grad, const Tensor&
   if (out.numel() == 0) return;
   // In both plain layouts an image is one contiguous piece of memory, which the l2 norm needs.
   const Tensor staging = staging_for(out, has_plain_layout(out));
+  Tensor centre = staged(clean, staging);
+  if (norm == "l2" && centre.const_data_ptr() == staging.const_data_ptr()) {
+    // adv is clean, which the kernel reads again after it has written: that needs a copy.
+    Tensor copy = torch::stable::empty_like(staging);
+    centre = torch::stable::copy_(copy, clean);
+  }
   const auto step = is_double(staging) ? &run<double> : &run<float>;
-  step(staged(adv, staging), staged(grad, staging), staged(clean, staging), staging, sizes, norm);
+  step(staged(adv, staging), staged(grad, staging), centre, staging, sizes, norm);
   unstage(staging, out);
 }
 

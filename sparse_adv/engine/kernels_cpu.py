@@ -20,6 +20,7 @@ from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.winograd import sparse_is_faster, winograd_tile
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedConv2d
+from sparse_adv.ops.masked_conv2d_pattern import pack_checked
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step
@@ -105,7 +106,7 @@ class MaskedConvolution(Convolution):
 
     def fold(self) -> None:
         super().fold()
-        self._pattern = ops.pack_pattern(self.layer.pattern, self.weight).flatten()
+        self._pattern = pack_checked(self.layer.pattern, self.weight).flatten()
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out = place()

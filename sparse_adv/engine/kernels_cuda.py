@@ -23,7 +23,7 @@ from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.cuda_graph import Capturer
 from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
 from sparse_adv.ops.masked_conv2d_geometry import geometry_of
-from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
+from sparse_adv.ops.masked_conv2d_pattern import BlockPattern, pack_checked
 
 
 class CudaKernels(DeviceKernels):
@@ -103,7 +103,7 @@ class BlockConvolution(CudnnConvolution):
 
     def fold(self) -> None:
         super().fold()
-        pattern = ops.pack_pattern(self.layer.pattern, self.weight)
+        pattern = pack_checked(self.layer.pattern, self.weight)
         assert isinstance(pattern, BlockPattern)
         self._pattern = pattern
 

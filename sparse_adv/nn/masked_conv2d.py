@@ -25,11 +25,11 @@ from sparse_adv.nn.masked_layer import (
     check_values,
     mode_of,
 )
-from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, pack_pattern, plan, set_kernels
+from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, plan, set_kernels
 from sparse_adv.ops.arguments import read_pair
 from sparse_adv.ops.masked_conv2d_geometry import geometry_of
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
-from sparse_adv.ops.masked_conv2d_pattern import compile_checked
+from sparse_adv.ops.masked_conv2d_pattern import compile_checked, pack_checked
 from sparse_adv.ops.masked_conv2d_plan import REQUESTED, ROOFLINE, TABLE
 from sparse_adv.ops.transforms import is_transformed
 
@@ -291,7 +291,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return compile_mask(self, mask, self.block)
 
     def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Pattern]:
-        return weight, bias, pack_pattern(self.pattern, weight)
+        return weight, bias, pack_checked(self.pattern, weight)
 
 
 def check_conv_mask(conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None, default: Block | None = None) -> Block:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import Choice, LayerChoices, MaskedConv2d
-from sparse_adv.ops import PASSES, Pattern, masked_conv2d, pack_pattern, plan, set_kernels
+from sparse_adv.ops import PASSES, Pattern, masked_conv2d, plan, set_kernels
 from sparse_adv.ops.cuda_graph import Capturer
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
+from sparse_adv.ops.masked_conv2d_pattern import pack_checked
 from sparse_adv.ops.masked_conv2d_plan import missing_kernel
 
 Choices = dict[str, LayerChoices]
@@ -103,7 +104,7 @@ def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, se
     x, weight, grad = (tensor.to(dtype_under_autocast(tensor)) for tensor in operands)
     plain = set_kernels(layer.pattern)
     if x.device.type == "cuda":
-        plain = pack_pattern(plain, weight)  # as in the passes of an attack
+        plain = pack_checked(plain, weight)  # as in the passes of an attack
     by_table = plan(plain, x, layer.stride, padding, layer.dilation)
     choices: LayerChoices = {}
     for name, run in _passes(layer, x, weight, padding, grad).items():

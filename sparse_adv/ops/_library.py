@@ -21,22 +21,24 @@ except ImportError as error:
     ) from error
 
 
-def _load(path: Path) -> None:
-    """Load an op library; warns if it was linked with an unwinder of its own.
+def _load(path: Path) -> ctypes.CDLL:
+    """Load an op library and return it; warns if it was linked with an unwinder of its own.
 
     Its errors reach Python all the same (csrc/common/errors.h): none leaves the library as a C++ exception.
     """
     torch.ops.load_library(path)
-    if ctypes.CDLL(str(path)).sparse_adv_has_own_unwinder():
+    library = ctypes.CDLL(str(path))
+    if library.sparse_adv_has_own_unwinder():
         warnings.warn(
             f"{path.name} was linked with -static-libgcc, so that two unwinders are in this process; build sparse_adv "
             "with -shared-libgcc to have one",
             stacklevel=2,
         )
+    return library
 
 
 try:
-    _load(_OPS_CPU)
+    _ops_cpu = _load(_OPS_CPU)
 except OSError as error:
     raise ImportError(
         f"{_OPS_CPU.name} cannot be loaded under torch {torch.__version__} ({error}); it needs torch 2.10 or newer"
@@ -131,7 +133,10 @@ def cpu_capability() -> str:
         >>> cpu_capability() in ("avx512", "avx2", "portable")
         True
     """
-    return host.cpu_capability()
+    # Asked of the library whose kernels use it: both hold to what the variable said at the first call.
+    function = _ops_cpu.sparse_adv_cpu_capability
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def build_facts() -> dict[str, str]:

@@ -114,31 +114,55 @@ def overlap_partly(written: Tensor, read: Tensor) -> bool:
     start = [tensor.storage_offset() * tensor.element_size() for tensor in (written, read)]
     if start[0] == start[1] and written.stride() == read.stride() and written.dtype == read.dtype:
         return False
-    ends = [s + (_span(tensor) + 1) * tensor.element_size() for s, tensor in zip(start, (written, read), strict=True)]
-    if start[0] >= ends[1] or start[1] >= ends[0]:
+    end = [_end(tensor) * tensor.element_size() for tensor in (written, read)]
+    if start[0] >= end[1] or start[1] >= end[0]:
         return False
     if written.element_size() != read.element_size():
         return True  # views of one memory as two dtypes: nobody needs an answer per element
-    return bool(torch.isin(_offsets(written), _offsets(read)).any())
+    if written.stride() == read.stride() and written.shape == read.shape and _is_nested(written):
+        return _is_reached(int(written.storage_offset() - read.storage_offset()), _dimensions(written))
+    marks = _marked(written, max(_end(written), _end(read)))
+    return bool(marks.as_strided(read.shape, read.stride(), read.storage_offset()).any())
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of the tensor share memory."""
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or _is_nested(tensor):
         return False
+    return int(_marked(tensor, _end(tensor)).count_nonzero()) < tensor.numel()  # elements may be interleaved
+
+
+def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
+    """Stride and size of each dimension of more than one element, the least stride first."""
+    return sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+
+
+def _is_nested(tensor: Tensor) -> bool:
+    """Whether each stride exceeds the distance from the first to the last element of all dimensions within it."""
     inner = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= inner:  # not nested: elements may be interleaved without sharing memory
-            return _offsets(tensor).unique().numel() < tensor.numel()
+    for stride, size in _dimensions(tensor):
+        if stride <= inner:
+            return False
         inner += stride * (size - 1)
-    return False
+    return True
 
 
-def _span(tensor: Tensor) -> int:
-    return sum(int(stride) * (int(size) - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+def _is_reached(distance: int, dimensions: list[tuple[int, int]]) -> bool:
+    """Whether two elements of a tensor of nested dimensions, or of a copy of it, lie this far apart."""
+    if not dimensions:
+        return distance == 0
+    *inner, (stride, size) = dimensions
+    steps = distance // stride
+    return any(abs(n) < size and _is_reached(distance - n * stride, inner) for n in (steps, steps + 1))
 
 
-def _offsets(tensor: Tensor) -> Tensor:
-    """The place of each element in the storage."""
-    storage = torch.arange(int(tensor.storage_offset()) + _span(tensor) + 1)
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten()
+def _end(tensor: Tensor) -> int:
+    """One more than the place of the last element in the storage."""
+    return int(tensor.storage_offset()) + sum(stride * (size - 1) for stride, size in _dimensions(tensor)) + 1
+
+
+def _marked(tensor: Tensor, elements: int) -> Tensor:
+    """For each of the first elements of the storage, whether it is one of the tensor's; bool [elements]."""
+    marks = torch.zeros(elements, dtype=torch.bool, device="cpu")
+    marks.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+    return marks

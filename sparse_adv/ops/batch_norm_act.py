@@ -58,8 +58,8 @@ def batch_norm_act(
 
     Raises:
         TypeError: if an operand is not a dense tensor, or an option not of its type.
-        ValueError: if a channel has one value only, which has no variance, running statistics do not fit the input,
-            or eps is not positive.
+        ValueError: if a channel has one value only, which has no variance, running statistics do not fit the input
+            or require grad, or eps is not positive.
         RuntimeError: if a shape or dtype does not fit the input.
 
     Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
@@ -142,7 +142,9 @@ def _check_arguments(input: Tensor, residual: Tensor | None, vectors: dict[str, 
                 f"{name} must be floating of 16 bits or more, of shape {list(input.shape[1:2])}, got "
                 f"{vectors[name].dtype} of shape {tuple(vectors[name].shape)}"
             )
-        if overlaps_itself(vectors[name]):
+        if vectors[name].requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} is written, and requires grad: detach it first")
+        if not torch.compiler.is_compiling() and overlaps_itself(vectors[name]):
             raise ValueError(
                 f"{name} is written: its elements must not share memory, got strides {vectors[name].stride()}"
             )

@@ -25,6 +25,13 @@ def _forward(input: Tensor, weight: Tensor, pattern: Sequence[Tensor], *args: An
     return _operations(pattern, out_val)
 
 
-@register_flop_formula([_OPS.masked_conv2d_grad_input, _OPS.masked_conv2d_grad_weight], get_raw=True)
+@register_flop_formula(_OPS.masked_conv2d_out, get_raw=True)
+def _forward_out(input: Tensor, weight: Tensor, pattern: Sequence[Tensor], *args: Any, **_: Any) -> int:
+    return _operations(pattern, args[-2])  # out, before gate_out
+
+
+@register_flop_formula(
+    [_OPS.masked_conv2d_grad_input, _OPS.masked_conv2d_grad_input_out, _OPS.masked_conv2d_grad_weight], get_raw=True
+)
 def _backward(grad_output: Tensor, other: Tensor, pattern: Sequence[Tensor], *args: Any, **_: Any) -> int:
     return _operations(pattern, grad_output)

@@ -96,7 +96,7 @@ class Pattern(ABC):
 
     def _with_header(self, field: str, *values: int) -> Self:
         header, start = self.header.clone(), _FIELDS[field]
-        header[start : start + len(values)] = torch.tensor(values)
+        header[start : start + len(values)] = torch.tensor(values, device="cpu")
         return replace(self, header=header)
 
 
@@ -232,7 +232,8 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
 
     The calls then do not mask the weight again. Where a sparse kernel can read them (float32 on the CPU, blocks on
     CUDA), the pattern also gets the kept values in the kernel's order, and calls no longer gather them. Use the result
-    for the passes between two optimiser steps: it becomes invalid when the weight changes.
+    for the passes between two optimiser steps: it becomes invalid when the weight changes. `torch.compile` does not
+    trace this function.
 
     Args:
         pattern: what `compile_pattern` returned for the weight's mask.
@@ -243,7 +244,7 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
 
     Raises:
         TypeError: if `pattern` is not a `Pattern`, or the weight is not floating.
-        ValueError: if the weight has another shape or device than the pattern's mask.
+        ValueError: if the weight has another shape or device than the pattern's mask, or is not 0 where pruned.
 
     Examples:
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])[:, :, None, None]
@@ -259,6 +260,16 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
         )
     if weight.device != pattern.mask.device:
         raise ValueError(f"weight is on {weight.device}, pattern on {pattern.mask.device}")
+    if bool((weight.detach() != 0).logical_and_(~pattern.mask).any()):
+        raise ValueError("weight must be 0 where the pattern prunes it: multiply it by the mask first")
+    return pack_checked(pattern, weight)
+
+
+def pack_checked(pattern: Pattern, weight: Tensor) -> Pattern:
+    """`pack_pattern` of a weight that fits the pattern, without a look at its pruned entries.
+
+    The caller sees to it that the dense kernel gets a weight whose pruned entries are 0; the sparse one reads none.
+    """
     plain = pattern.without_values()
     packable = isinstance(plain, BlockPattern) or (weight.device.type == "cpu" and weight.dtype == CPU_DTYPE)
     values = torch.ops.sparse_adv.pack_values(weight.detach(), plain.flatten()) if packable else []

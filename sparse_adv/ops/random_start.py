@@ -95,7 +95,7 @@ def as_philox_state(seed: int | Tensor | torch.Generator | None, name: str = "se
         raise TypeError(f"{name} must be an int, an int64 tensor [2] or a torch.Generator, got {shortened(seed)}")
     if int(seed) not in _SEEDS:
         raise ValueError(f"{name} must fit in a signed 64-bit integer, got {shortened(seed)}")
-    return torch.tensor([int(seed), 0])
+    return torch.tensor([int(seed), 0], device="cpu")
 
 
 @torch.library.register_fake("sparse_adv::random_start")

@@ -31,8 +31,9 @@ def winograd_conv2d(
     It works on channels_last images; others are copied. Of the multiplications of a convolution 1/4 (tile 4) or 1/2.25
     (tile 2) are left, also for the two gradients. For operands of unit variance and 512 channels, divided by the root
     of the number of terms, the greatest error is 1e-4 (tile 4) and 5e-6 (tile 2), where oneDNN's direct convolution has
-    1e-5. The weights are transformed in every call;
-    `winograd_conv2d_out` takes them transformed. Under `torch.func` and forward-mode AD PyTorch convolves.
+    1e-5. A value that is not finite, or whose sums with its neighbours are not, reaches all pixels of its tile. The
+    weights are transformed in every call; `winograd_conv2d_out` takes them transformed. Under `torch.func` and
+    forward-mode AD PyTorch convolves.
 
     Args:
         input: float32 tensor [N, C, H, W] on the CPU.
@@ -121,7 +122,8 @@ def winograd_conv2d_out(
         out = y.relu() if relu else y.where(gate_to_bool(gate, out), 0)
 
     where weight is `winograd_conv2d_weight(w)`, and an operand that is None is left out. The gradient of the input is
-    the same op with transposed weights and padding 2 - p. It is not differentiable.
+    the same op with transposed weights and padding 2 - p. A value that is not finite reaches all pixels of its tile. It
+    is not differentiable.
 
     Args:
         input: float32 tensor [N, C, H, W] on the CPU, channels_last without gaps.
@@ -219,6 +221,12 @@ torch.library.register_autograd(
 def _operations(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     """Those of a direct convolution, as for PyTorch's."""
     return 2 * 9 * weight[0] * weight[1] * out_shape[0] * out_shape[2] * out_shape[3]
+
+
+@register_flop_formula(torch.ops.sparse_adv.winograd_conv2d_out)
+def _operations_out(input: Any, weight: Any, *args: Any, **_: Any) -> int:
+    out = args[-2]  # before gate_out
+    return 2 * 9 * weight[2] * out[0] * out[1] * out[2] * out[3]
 
 
 @register_flop_formula(torch.ops.sparse_adv.winograd_conv2d_grad_weight)

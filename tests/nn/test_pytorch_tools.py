@@ -10,6 +10,7 @@ from torch.ao import quantization
 from torch.nn.utils import prune as torch_prune
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparse_adv import ops
 from sparse_adv.masks import prune
 from sparse_adv.nn import MaskedConv2d, MaskedLinear, count_macs, densify, sparsify
 
@@ -132,6 +133,15 @@ def test_pytorch_counts_the_operations_of_kept_weights(model, x, backward):
             y.sum().backward()
     assert 0 < work.kept < work.dense
     assert counter.get_total_flops() == (6 if backward else 2) * work.kept
+
+
+def test_pytorch_counts_the_operations_of_the_passes_into_given_memory():
+    weight, x, grad = torch.rand(6, 4, 3, 3), torch.rand(2, 4, 5, 5), torch.rand(2, 6, 5, 5)
+    pattern = ops.compile_pattern(weight > 0.7)
+    with FlopCounterMode(display=False) as counter:
+        ops.masked_conv2d_out(x, weight, pattern, padding=1, out=torch.empty_like(grad))
+        ops.masked_conv2d_grad_input_out(grad, weight, pattern, padding=1, out=torch.empty_like(x))
+    assert counter.get_total_flops() == 2 * 2 * pattern.nonzeros * 2 * 25
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,20 @@ def test_a_view_overlaps_itself_if_two_of_its_elements_are_one(dimensions):
     assert overlaps_itself(tensor) == (tensor.unique().numel() < tensor.numel())
 
 
-@settings(max_examples=300)
-@given(dimensions, dimensions, st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=600)
+@given(dimensions, st.none() | dimensions, st.integers(0, 60), st.integers(0, 60))
 def test_views_overlap_partly_if_they_share_elements_in_another_order(first, second, start, other):
-    written, read = view(first, start), view(second, other)
+    written, read = view(first, start), view(second or first, other)
     shared = bool(torch.isin(written.flatten(), read.flatten()).any())
     same_order = start == other and written.stride() == read.stride()
     assert overlap_partly(written, read) == (shared and not same_order)
+
+
+def test_views_are_compared_whatever_the_default_device():
+    both = torch.rand(2, 6, 3)
+    with torch.device("meta"):
+        assert not overlap_partly(both[:, :3], both[:, 3:]) and overlap_partly(both[:, :3], both[:, 2:5])
+        assert overlap_partly(both[:, :3], both[:, 1:3]) and not overlaps_itself(BASE.as_strided((2, 2), (3, 2)))
 
 
 def test_sums_of_several_strides_may_meet():

@@ -195,6 +195,11 @@ BAD = {
         ValueError,
         "16 bits or more, of shape",
     ),
+    "statistics with a gradient": (
+        {"running_mean": torch.zeros(3, requires_grad=True)},
+        ValueError,
+        "running_mean is written, and requires grad",
+    ),
     "statistics that share memory": (
         {"running_var": torch.ones(1).expand(3)},
         ValueError,
@@ -222,6 +227,17 @@ def test_statistics_of_large_images_are_summed_in_float64():
     wide = x.double()
     torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=0, atol=1e-7)
     torch.testing.assert_close(var.double(), wide.var((0, 2, 3), unbiased=False), rtol=2e-7, atol=0)
+
+
+def test_one_compiled_function_takes_layers_of_any_width():
+    compiled = torch.compile(batch_norm_act, backend="aot_eager", fullgraph=True)
+    for channels in (4, 8):
+        x, found, expected = torch.randn(2, channels, 5, 5), [], []
+        for function, statistics in ((compiled, found), (batch_norm_act, expected)):
+            statistics += torch.zeros(channels), torch.ones(channels)
+            statistics.append(function(x, None, None, *statistics))
+        for actual, wanted in zip(found, expected, strict=True):
+            assert_equal(actual, wanted)
 
 
 def test_running_statistics_are_updated_under_torch_func_too():

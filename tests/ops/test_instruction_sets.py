@@ -76,6 +76,15 @@ def test_forced_instruction_set_equals_the_reference(name):
     assert used == name
 
 
+def test_the_set_that_is_told_is_that_of_the_kernels_whatever_changes_later():
+    command = (
+        "import os, torch; from sparse_adv import ops; "
+        "ops.random_start(torch.rand(1, 4), 0.1, 'linf', 0); "  # the first call of an op chooses
+        "os.environ['ATEN_CPU_CAPABILITY'] = 'default'; print(ops.cpu_capability())"
+    )
+    assert subprocess.check_output([sys.executable, "-c", command], text=True).strip() == cpu_capability()
+
+
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="ATEN_CPU_CAPABILITY chooses the set of all tests")
 def test_an_unknown_name_changes_nothing():
     command = "from sparse_adv.ops import cpu_capability as f; print(f())"

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,6 +20,7 @@ from sparse_adv.ops import compile_pattern, masked_conv2d, pack_pattern, set_ker
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, block_pattern, unflatten
 
 CASE = Case(groups=2, group_in=3, group_out=4, block=(2, 1), seed=7)
+MASKED = CASE.weight.where(CASE.mask, 0)
 TAP_BITS = 12
 NO_EPILOGUE = (None, None, False)  # the last arguments of masked_conv2d
 
@@ -91,10 +93,19 @@ def test_packed_values_are_the_weights_in_the_lists_order():
     assert_equal(pack_pattern(packed, 2 * weight).values, 2 * packed.values)
 
 
+def test_a_weight_that_is_not_zero_where_pruned_is_not_packed():
+    mask = torch.tensor([[True, False], [True, True]])[..., None, None]
+    pattern = compile_pattern(mask)
+    for value in (1.0, -1e-30, math.nan):
+        with pytest.raises(ValueError, match="weight must be 0 where the pattern prunes it"):
+            pack_pattern(pattern, torch.ones(2, 2, 1, 1).where(mask, value))
+    assert pack_pattern(pattern, torch.ones(2, 2, 1, 1).where(mask, -0.0)).weight_is_masked
+
+
 WIDE_MASK = block_mask((64, 64, 3, 3), (32, 32), 0.5)
 PATTERNS = {
     "lists": CASE.pattern("sparse"),
-    "lists and values": pack_pattern(CASE.pattern(), CASE.weight),
+    "lists and values": pack_pattern(CASE.pattern(), MASKED),
     "blocks": block_pattern(compile_pattern(WIDE_MASK, (32, 32))),
 }
 
@@ -143,7 +154,7 @@ class Convolve(nn.Module):
 
 @pytest.mark.parametrize("name", ["lists", "lists and values"])
 def test_a_pattern_may_be_an_argument_of_compiled_and_exported_code(name):
-    arguments = (CASE.input, CASE.weight.where(CASE.mask, 0), PATTERNS[name])
+    arguments = (CASE.input, MASKED, PATTERNS[name])
     expected = Convolve()(*arguments)
     assert_equal(torch.compile(Convolve(), fullgraph=True, backend="aot_eager")(*arguments), expected)
     assert_equal(torch.export.export(Convolve(), arguments).module()(*arguments), expected)
@@ -284,7 +295,7 @@ TAMPERED = {
 
 
 def values(pattern: list[Tensor]) -> list[Tensor]:
-    return pack_pattern(unflatten(pattern), CASE.weight).flatten()[6:]
+    return pack_pattern(unflatten(pattern), MASKED).flatten()[6:]
 
 
 @pytest.mark.parametrize("name", TAMPERED)
@@ -308,7 +319,7 @@ def test_no_pattern_crashes_the_process(data):
     """Whatever is changed, an op either refuses the pattern or returns a tensor of the right size."""
     numbers = st.sampled_from((-(2**63), -(2**31), -1, 0, 1, 2, 3, 4, 6, 8, 9, 16, 1 << TAP_BITS, 2**31 - 1, 2**63 - 1))
     compiled = CASE.pattern("sparse")
-    pattern = (pack_pattern(compiled, CASE.weight) if data.draw(st.booleans()) else compiled).flatten()
+    pattern = (pack_pattern(compiled, MASKED) if data.draw(st.booleans()) else compiled).flatten()
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(pattern) - 1))
         tensor = pattern[at].clone()

@@ -145,10 +145,15 @@ def test_the_op_in_place_writes_nothing_outside_a_slice():
     assert (whole[..., 1::2] == -7).all() and (whole[..., ::2] != -7).all()
 
 
-def test_adv_may_be_clean_itself():
-    _, grad, clean = images(2, 3, 8, 8)
-    expected = pgd_step(clean, grad, clean, ALPHA, EPS)
-    assert torch.equal(pgd_step_(clean, grad, clean, ALPHA, EPS), expected)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["clean", "grad"])
+def test_adv_may_be_clean_or_grad_itself(norm, layout, dtype, name):
+    both, other, _ = (LAYOUTS[layout](image.nan_to_num().to(dtype)) for image in images(2, 3, 8, 8))
+    grad, clean = (other, both) if name == "clean" else (both, other)
+    expected = pgd_step(both.clone(), grad.clone(), clean.clone(), 20 * EPS, EPS, norm)
+    assert torch.equal(pgd_step_(both, grad, clean, 20 * EPS, EPS, norm), expected)
 
 
 def test_autograd_detects_the_write_in_place():

@@ -209,6 +209,10 @@ def test_operations_are_those_of_a_direct_convolution():
             convolution(x, weight).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+    out = channels_last(2, 4, 8, 8)
+    with FlopCounterMode(display=False) as counter:
+        winograd_conv2d_out(channels_last(2, 3, 8, 8), winograd_conv2d_weight(weight), out=out)
+    assert counter.get_total_flops() == 2 * 9 * 3 * out.numel()
 
 
 def test_under_transforms_pytorch_convolves():

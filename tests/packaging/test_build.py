@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import sparse_adv
@@ -167,6 +169,18 @@ def test_a_built_library_names_no_folder_of_torch():
     """It is loaded where torch is already; in a wheel such a folder would be that of another machine."""
     library = Path(sparse_adv.__file__).parent / "_ops_cpu.so"
     assert str(Path(torch.__file__).parent).encode() not in library.read_bytes()
+
+
+def test_a_process_keeps_the_library_that_it_has_loaded_while_another_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    put_in_place = runpy.run_path(str(ROOT / "setup.py"))["put_in_place"]
+    built, target = tmp_path / "built.so", tmp_path / "target.so"
+    built.write_text("new")
+    target.write_text("old")
+    with target.open() as loaded:
+        put_in_place(built, target)
+        assert loaded.read() == "old" and target.read_text() == "new"
+    assert sorted(tmp_path.iterdir()) == [built, target]
 
 
 def test_the_steps_of_the_readme_are_those_that_a_failed_build_names():

@@ -93,7 +93,7 @@ def calls(monkeypatch) -> list[str]:
     monkeypatch.setattr(sparse_nn.MaskedConv2d, "pattern", property(pattern))
     monkeypatch.setattr(program.Program, "fold", as_on_cuda(fold))
     monkeypatch.setattr(program.buffers, "gates", as_on_cuda(gates))
-    monkeypatch.setattr(kernels_cuda.ops, "pack_pattern", packed)
+    monkeypatch.setattr(kernels_cuda, "pack_checked", packed)
     monkeypatch.setattr(program, "choose_kernels", lambda steps, x: kernels_cuda.CudaKernels(x.dtype))
     monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", conv_relu, raising=False)
     monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", conv_add_relu, raising=False)
