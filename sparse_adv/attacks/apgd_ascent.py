@@ -12,10 +12,9 @@ from torch import Tensor
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import Ball, into_ball
 from sparse_adv.attacks.checks import is_correct
-from sparse_adv.attacks.geometry import per_image
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.geometry import l2_unit, per_image
+from sparse_adv.attacks.options import check_count, check_settings
 from sparse_adv.attacks.queries import Queries
-from sparse_adv.ops.arguments import check_number
 from sparse_adv.ops.random_start import as_philox_state
 
 MOMENTUM = 0.75
@@ -35,9 +34,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_count("steps", self.steps, least=1)
         check_count("eot_iter", self.eot_iter, least=1)
-        check_number("rho", self.rho)
-        if not 0 <= self.rho <= 1:
-            raise ValueError(f"rho must lie in [0, 1], got {self.rho}")
+        check_settings(rho=self.rho)
 
 
 @dataclass
@@ -86,7 +83,8 @@ class Attacker:
         self._settings, self._philox_state = settings, as_philox_state(generator, "generator").to(images.device)
         logits = queries.logits(images)
         self.result = images.clone()
-        self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=logits.dtype)
+        self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=torch.float64)
+        """Of each result. Losses of any dtype are compared in float64."""
         self._errors = self._is_adversarial(logits, labels).long()
         """Number of the eot_iter passes that misclassified each result, or reached its target."""
         self._robust = torch.arange(len(images), device=images.device)
@@ -151,10 +149,7 @@ class Attacker:
 
     def _move(self, state: _State, weight: float) -> None:
         gradient = state.gradient.nan_to_num(0.0, 0.0, 0.0)
-        if self._settings.ball.norm == "linf":
-            direction = gradient.sign()
-        else:
-            direction = gradient / per_image(gradient.flatten(1).norm(dim=1).clamp_min(1e-12), gradient)
+        direction = gradient.sign() if self._settings.ball.norm == "linf" else l2_unit(gradient)
         ahead = self._project(state.x + per_image(state.step, state.x) * direction, state)
         moved = state.x + weight * (ahead - state.x) + (1 - weight) * (state.x - state.previous)
         state.previous, state.x = state.x, self._project(moved, state)
@@ -171,7 +166,7 @@ class Attacker:
         def loss(logits: Tensor) -> Tensor:
             nonlocal errors
             value = objective(logits, *state.arguments)
-            losses.append(value.detach())
+            losses.append(value.detach().double())
             errors = errors + self._is_adversarial(logits.detach(), state.arguments[0])
             return value
 

@@ -13,11 +13,9 @@ from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.ball import Ball, checked_ball
 from sparse_adv.attacks.fab import fab, fab_t
-from sparse_adv.attacks.options import check_count
+from sparse_adv.attacks.options import SETTINGS, check_count, check_settings
 from sparse_adv.attacks.square import square
-from sparse_adv.ops.arguments import check_flag, check_integer, check_number
-
-_RANGES = {"rho": (0, 1), "alpha_max": (0, 1), "eta": (1, float("inf")), "beta": (0, 1), "p_init": (0, 1)}
+from sparse_adv.ops.arguments import check_flag, check_integer
 
 
 class _Checked:
@@ -30,11 +28,8 @@ class _Checked:
             check_count(name, value, least=1)
         elif name == "resc_schedule":
             check_flag(name, value)
-        elif name in _RANGES:
-            check_number(name, value)
-            low, high = _RANGES[name]
-            if not low <= value <= high:
-                raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+        elif name in SETTINGS:
+            check_settings(**{name: value})
         object.__setattr__(self, name, value)
 
 

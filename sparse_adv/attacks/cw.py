@@ -80,6 +80,9 @@ def cw(
     check_count("steps", steps, least=1)
     check_count("binary_search_steps", binary_search_steps, least=1)
     check_numbers(c=c, lr=lr, kappa=kappa)
+    for name, bound in (("lo", lo), ("hi", hi)):
+        if not bool(torch.as_tensor(bound).isfinite().all()):
+            raise ValueError(f"{name} must be finite, because x(w) moves between lo and hi, got {bound}")
     for name, value in (("c", c), ("lr", lr)):
         if not 0 < value < torch.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
@@ -90,7 +93,7 @@ def cw(
         best = images.clone()
         index = (~(advantage(model.logits(images), labels, targeted) > 0)).nonzero().squeeze(1)
         clean, labels = images[index], labels[index]
-        least = clean.new_full(labels.shape, torch.inf)
+        least = clean.new_full(labels.shape, torch.inf, dtype=torch.float64)
         weight, failed, succeeded = torch.full_like(least, c), torch.zeros_like(least), least.clone()
         for _ in range(binary_search_steps if len(index) else 0):
             found, length = _minimise(model, clean, labels, weight, kappa, steps, lr, targeted, box)
@@ -116,14 +119,16 @@ def _minimise(
     box: Ball,
 ) -> tuple[Tensor, Tensor]:
     """For one c of each image: the nearest images that are adversarial by kappa, and their l2 distances or inf."""
-    lo, span = box.lo, torch.as_tensor(box.hi - box.lo, dtype=images.dtype)
+    # 16 bits hold neither _INSIDE nor Adam's sums.
+    wide = torch.promote_types(images.dtype, torch.float32)
+    lo, span = box.lo, torch.as_tensor(box.hi - box.lo, dtype=wide)
     # Where lo = hi, w has no effect; the divisor 1 avoids a division by zero.
-    w = torch.atanh(((images - lo) / span.where(span > 0, 1) * 2 - 1) * _INSIDE)
+    w = torch.atanh(((images.to(wide) - lo) / span.where(span > 0, 1) * 2 - 1) * _INSIDE)
     adam = torch.optim.Adam([w], lr=lr)
     best, least = images.clone(), torch.full_like(weight, torch.inf)
     for _ in range(steps):
         tanh = w.tanh()
-        adv = box.clamp(lo + span * (tanh + 1) / 2)
+        adv = box.clamp((lo + span * (tanh + 1) / 2).to(images.dtype))
         gains: list[Tensor] = []
 
         def loss(logits: Tensor, gains: list[Tensor] = gains) -> Tensor:
@@ -131,8 +136,8 @@ def _minimise(
             gains.append(gain.detach())
             return weight * (-gain).clamp_min(-kappa)
 
-        slope = model.gradient(adv, loss) + 2 * (adv - images)
-        length = distance(adv, images, "l2")
+        slope = model.gradient(adv, loss) + 2 * (adv.to(wide) - images)
+        length = distance(adv, images, "l2").double()
         better = (gains[0] > 0) & (gains[0] >= kappa) & (length < least)
         best, least = adv.where(per_image(better, adv), best), length.where(better, least)
         w.grad = slope * span / 2 * (1 - tanh.square())

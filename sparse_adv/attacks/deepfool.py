@@ -83,8 +83,8 @@ def deepfool(
                 break
             x = box.clamp(images[index] + way[index])
             lead, slope = nearest_boundary(model, x, labels[index], "l2")
-            square = slope.flatten(1).square().sum(1)
-            way[index] -= per_image(lead / square.where(square > 0, 1), slope) * slope
+            square = slope.flatten(1).double().square().sum(1)
+            way[index] -= (per_image(lead / square.where(square > 0, 1), slope) * slope).to(way.dtype)
             moved = box.clamp(images[index] + (1 + overshoot) * way[index])
             finite = moved.isfinite().flatten(1).all(1)
             index = index[finite]

@@ -13,11 +13,11 @@ from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.generators import private_generator, seeded
-from sparse_adv.attacks.geometry import distance, per_image
+from sparse_adv.attacks.geometry import distance, divisor, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
-from sparse_adv.attacks.options import BasicOptions, check_count
+from sparse_adv.attacks.options import BasicOptions, check_count, check_settings
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
-from sparse_adv.ops.arguments import check_flag, check_numbers
+from sparse_adv.ops.arguments import check_flag
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """boundary(x, index) -> the lead z_y - z_k [n] and its gradient, k the class whose boundary each image is moved to."""
@@ -284,13 +284,7 @@ class _Settings:
         self.ball = ball_around(images, torch.inf if eps is None else eps, norm, lo, hi)
         check_count("steps", steps, least=1)
         check_count("restarts", restarts, least=1)
-        check_numbers(alpha_max=alpha_max, eta=eta, beta=beta)
-        if not 0 <= alpha_max <= 1:
-            raise ValueError(f"alpha_max must lie in [0, 1], got {alpha_max}")
-        if not eta >= 1:
-            raise ValueError(f"eta must be at least 1, got {eta}")
-        if not 0 < beta < 1:
-            raise ValueError(f"beta must lie between 0 and 1, got {beta}")
+        check_settings(alpha_max=alpha_max, eta=eta, beta=beta)
         self.steps, self.restarts, self.targeted = steps, restarts, targeted
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
 
@@ -305,12 +299,12 @@ class _Fab:
         self.logits = model.logits(images)
         self._best = images.clone()
         is_adversarial = advantage(self.logits, labels, settings.targeted) > 0
-        self._least = images.new_full(labels.shape, torch.inf).where(~is_adversarial, 0)
-        self._eps = torch.zeros_like(self._least, dtype=torch.float64) + settings.ball.radii
+        self._least = images.new_full(labels.shape, torch.inf, dtype=torch.float64).where(~is_adversarial, 0)
+        self._eps = torch.zeros_like(self._least) + settings.ball.radii
 
     def run(self, boundary: Boundary) -> None:
         """All starts and steps towards one kind of boundary."""
-        settings = self._settings
+        settings, before = self._settings, self._least.clone()
         for restart in range(settings.restarts):
             index = self._unfinished(torch.arange(len(self._images), device=self._images.device))
             x = self._images[index] if restart == 0 else self._random_start(index)
@@ -320,48 +314,48 @@ class _Fab:
                 x = self._step(x, index, boundary)
                 left = self._unfinished(index)
                 x, index = x[torch.isin(index, left)], left
-        self._search_back()
+        self._search_back(self._least < before)
 
     def result(self) -> Tensor:
         """The nearest adversarial images inside of the ball, else the clean ones."""
-        inside, settings = self._least.double() <= self._eps, self._settings
+        inside, settings = self._least <= self._eps, self._settings
         found = self._best.where(per_image(inside, self._best), self._images)
         return confirmed(self._model, found, self._images, self._labels, settings.ball, settings.targeted)
 
     def _unfinished(self, index: Tensor) -> Tensor:
         """Return the images of `index` to attack further: with eps, those without an example in the ball; else all."""
         eps = self._eps[index]
-        return index[self._least[index].double() > eps.where(eps < torch.inf, 0)]
+        return index[self._least[index] > eps.where(eps < torch.inf, 0)]
 
     def _step(self, x: Tensor, index: Tensor, boundary: Boundary) -> Tensor:
-        settings, clean = self._settings, self._images[index]
-        lead, slope = boundary(x, index)
+        settings, dtype = self._settings, torch.promote_types(x.dtype, torch.float32)
+        lead, slope = (tensor.to(dtype) for tensor in boundary(x, index))
+        x, clean = x.to(dtype), self._images[index].to(dtype)
         # The hyperplane is lead + <slope, z - x> = 0; seen from the clean image, its lead is that at x_0.
         lead_of_clean = lead + ((clean - x) * slope).flatten(1).sum(1)
         from_x = onto_hyperplane(x, lead, slope, settings.ball)
         from_clean = onto_hyperplane(clean, lead_of_clean, slope, settings.ball)
         zero = torch.zeros_like(x)
         lengths = [distance(offset, zero, settings.ball.norm) for offset in (from_x, from_clean)]
-        alpha = (lengths[0] / (lengths[0] + lengths[1]).clamp_min(1e-12)).clamp(max=settings.alpha_max)
+        alpha = (lengths[0] / divisor(lengths[0] + lengths[1])).clamp(max=settings.alpha_max)
         alpha = per_image(alpha, x)
         x = (1 - alpha) * (x + settings.eta * from_x) + alpha * (clean + settings.eta * from_clean)
-        x = settings.ball.clamp(x)
-        is_adversarial = self._keep(x, index)
-        return (clean + settings.beta * (x - clean)).where(per_image(is_adversarial, x), x)
+        x = settings.ball.clamp(x).to(self._images.dtype)
+        is_adversarial, clean = per_image(self._keep(x, index) < 0, x), self._images[index]
+        return (clean + settings.beta * (x - clean)).where(is_adversarial, x)
 
     def _keep(self, x: Tensor, index: Tensor) -> Tensor:
-        """Keep the images that are adversarial and nearer than those before; return which are adversarial."""
-        norm = self._settings.ball.norm
-        is_adversarial = advantage(self._model.logits(x), self._labels[index], self._settings.targeted) > 0
-        length = distance(x, self._images[index], norm)
-        better = is_adversarial & (length < self._least[index])
+        """Keep the images that are adversarial and nearer than those before; return the lead of the labels [n]."""
+        lead = self._lead(x, index)
+        length = distance(x, self._images[index], self._settings.ball.norm).double()
+        better = (lead < 0) & (length < self._least[index])
         self._best[index[better]], self._least[index[better]] = x[better], length[better]
-        return is_adversarial
+        return lead
 
     def _random_start(self, index: Tensor) -> Tensor:
         """A point at half of the least distance, or half of eps, in a random direction."""
         ball, clean = self._settings.ball, self._images[index]
-        radius = self._least[index].minimum(self._eps[index].to(clean.dtype)) / 2
+        radius = (self._least[index].minimum(self._eps[index]) / 2).to(clean.dtype)
         direction = torch.randn(clean.shape, generator=self._draw, dtype=clean.dtype, device=clean.device)
         if ball.norm == "linf":
             direction = torch.rand(clean.shape, generator=self._draw, dtype=clean.dtype, device=clean.device) * 2 - 1
@@ -370,23 +364,25 @@ class _Fab:
         scale = (radius / length).where(radius.isfinite(), 0)
         return ball.clamp(clean + direction * per_image(scale, clean))
 
-    def _search_back(self) -> None:
-        """Move the nearest examples towards the clean images, by the method of false position.
+    def _search_back(self, found: Tensor) -> None:
+        """Move the examples of a run, bool [N] where it found one, towards the clean images by false position.
 
         With the leads z_y - z_k at the clean image and at the example, the next point is the zero of the straight line
         through both; it replaces one end, according to whether it is adversarial.
         """
-        index = ((self._least > 0) & self._least.isfinite()).nonzero().squeeze(1)
-        index = self._unfinished(index)
+        index = self._unfinished(found.nonzero().squeeze(1))
         if not len(index):
             return
         near, far = self._images[index].clone(), self._best[index].clone()
+        lead_near, lead_far = self._lead(near, index), self._lead(far, index)
         for _ in range(_FINAL_STEPS):
-            lead_near, lead_far = (self._lead(x, index) for x in (near, far))
-            share = (lead_near / (lead_near - lead_far).clamp_min(1e-12)).clamp(0, 1)
-            middle = near + per_image(share, near) * (far - near)
-            is_adversarial = per_image(self._keep(middle, index), near)
-            near, far = middle.where(~is_adversarial, near), middle.where(is_adversarial, far)
+            share = (lead_near / divisor(lead_near - lead_far)).clamp(0, 1)
+            middle = near + per_image(share, near).to(near.dtype) * (far - near)
+            lead = self._keep(middle, index)
+            beyond = per_image(lead < 0, near)
+            near, far = middle.where(~beyond, near), middle.where(beyond, far)
+            lead_near, lead_far = lead.where(lead >= 0, lead_near), lead.where(lead < 0, lead_far)
 
     def _lead(self, x: Tensor, index: Tensor) -> Tensor:
+        """The lead z_y - z_k of each label, negative where the image is adversarial."""
         return -advantage(self._model.logits(x), self._labels[index], self._settings.targeted)

@@ -20,7 +20,7 @@ from sparse_adv.attacks.checks import (
     int64_labels,
     is_correct,
 )
-from sparse_adv.attacks.geometry import distance, per_image
+from sparse_adv.attacks.geometry import distance, divisor, l2_unit, per_image
 from sparse_adv.attacks.losses import loss_to_raise
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import BasicOptions, check_count
@@ -127,7 +127,7 @@ def _nearest(
     targeted: bool,
 ) -> Tensor:
     rising = loss_to_raise(loss, labels, targeted)
-    widest = distance(torch.maximum(images - box.lo, box.hi - images), torch.zeros_like(images), box.norm)
+    widest = distance(torch.maximum(images - box.lo, box.hi - images), torch.zeros_like(images), box.norm).double()
     eps, least = torch.zeros_like(widest), torch.full_like(widest, math.inf)
     best, adv = images.clone(), images
     for step in range(steps):
@@ -135,24 +135,23 @@ def _nearest(
         size = alpha / _ALPHA_FALLS + (alpha - alpha / _ALPHA_FALLS) * cosine
         share = _GAMMA_LAST + (gamma - _GAMMA_LAST) * cosine
         value, slope = model.values_and_gradient(adv, rising)
-        length, is_adversarial = distance(adv, images, box.norm), value > 0
+        length, is_adversarial = distance(adv, images, box.norm).double(), value > 0
         nearer = is_adversarial & (length < least)
         best, least = adv.where(per_image(nearer, adv), best), length.where(nearer, least)
         dual = torch.linalg.vector_norm(slope.flatten(1), 1 if box.norm == "linf" else 2, dim=1)
-        ahead = length + value.abs() / dual.clamp_min(1e-12)
+        ahead = length + value.abs() / divisor(dual).double()
         grown = torch.where(least < math.inf, eps, ahead.maximum(eps)) * (1 + share)
         eps = torch.where(is_adversarial, torch.minimum(eps * (1 - share), least), grown).minimum(widest)
-        unit = slope / per_image(slope.flatten(1).norm(dim=1).clamp_min(1e-12), slope)
-        adv = box.clamp(_into(adv + size * unit, images, eps, box.norm))
+        adv = box.clamp(_into(adv + size * l2_unit(slope), images, eps, box.norm))
     return best
 
 
 def _into(x: Tensor, images: Tensor, eps: Tensor, norm: str) -> Tensor:
     """The nearest points in balls with a radius for each image."""
-    radius, offset = per_image(eps, x), x - images
+    radius, offset = per_image(eps, x).to(x.dtype), x - images
     if norm == "linf":
         return images + offset.clamp(-radius, radius)
-    return images + offset * (radius / per_image(distance(x, images, norm), x).clamp_min(1e-12)).clamp(max=1)
+    return images + offset * (radius / per_image(divisor(distance(x, images, norm)), x)).clamp(max=1)
 
 
 @torch.no_grad()

@@ -11,6 +11,18 @@ def per_image(values: Tensor, images: Tensor) -> Tensor:
     return values.view(-1, *[1] * (images.dim() - 1))
 
 
+def divisor(x: Tensor) -> Tensor:
+    """What a quotient is divided by in place of x >= 0: at least 1e-12, and never 0 in a dtype of few bits."""
+    return x.clamp_min(max(1e-12, torch.finfo(x.dtype).tiny))
+
+
+def l2_unit(x: Tensor) -> Tensor:
+    """Each image of x [N, ...] divided by its l2 norm, which may lie outside of the dtype; zeros stay zeros."""
+    length = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
+    length = length.to(torch.promote_types(x.dtype, torch.float32))
+    return (x / per_image(length.where(length > 0, 1), x)).to(x.dtype)
+
+
 def distance(adv: Tensor, images: Tensor, norm: str) -> Tensor:
     """The distance of each pair of images [N], "linf" or "l2"."""
     return torch.linalg.vector_norm((adv - images).flatten(1), torch.inf if norm == "linf" else 2, dim=1)

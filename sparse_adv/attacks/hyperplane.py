@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_adv.attacks.ball import Ball
+from sparse_adv.attacks.geometry import divisor
 from sparse_adv.attacks.queries import Queries
 
 
@@ -20,7 +21,7 @@ def nearest_boundary(model: Queries, x: Tensor, labels: Tensor, norm: str) -> tu
     leads = logits[rows, labels][:, None] - logits
     slopes = gradients[rows, labels][:, None] - gradients
     lengths = torch.linalg.vector_norm(slopes.flatten(2), 1 if norm == "linf" else 2, dim=2)
-    k = (leads.abs() / lengths.clamp_min(1e-12)).scatter(1, labels[:, None], torch.inf).argmin(1)
+    k = (leads.abs() / divisor(lengths)).scatter(1, labels[:, None], torch.inf).argmin(1)
     return leads[rows, k], slopes[rows, k]
 
 

@@ -135,7 +135,8 @@ class PGDLoop:
                 adv = self._attack(gradients, images, labels, philox_state, None, index)
                 loss, fooled = self._outcome(gradients, adv, own)
                 if index is not None:
-                    adv, loss = best.index_copy(0, index, adv), best_loss.index_copy(0, index, loss)
+                    adv = best.clone().index_copy_(0, index, adv)  # in the memory format of `best`
+                    loss = best_loss.index_copy(0, index, loss)
                     fooled = won.index_copy(0, index, fooled)
                 better = ~won & (fooled | (loss > best_loss))
                 best = adv.where(per_image(better, images), best)

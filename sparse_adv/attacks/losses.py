@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_adv.argument_types import shortened
+from sparse_adv.attacks.geometry import divisor
 from sparse_adv.ops.arguments import check_floating, check_number, check_tensors
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -95,7 +96,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """The difference of logits ratio, (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), of each image.
 
     z_(k) is the k-th highest logit. The loss depends neither on a shift nor on a positive scale of the logits. The
-    denominator is at least 1e-12, so that equal logits give 0.
+    denominator is at least 1e-12 (6e-5 in float16), so that equal logits give 0.
 
     Args:
         logits: float tensor z [N, classes], of at least 3 classes.
@@ -118,13 +119,13 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """
     _check_logits("dlr", logits, 3, labels=labels)
     highest = logits.topk(3, dim=1).values
-    return margin(logits, labels) / (highest[:, 0] - highest[:, 2]).clamp_min(1e-12)
+    return margin(logits, labels) / divisor(highest[:, 0] - highest[:, 2])
 
 
 def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """The targeted difference of logits ratio, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), of each image.
 
-    z_(k) is the k-th highest logit; an attack maximises the loss. The denominator is at least 1e-12.
+    z_(k) is the k-th highest logit; an attack maximises the loss. The denominator is at least that of `dlr`.
 
     Args:
         logits: float tensor z [N, classes], of at least 4 classes.
@@ -148,7 +149,7 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     _check_logits("targeted_dlr", logits, 4, labels=labels, targets=targets)
     highest = logits.topk(4, dim=1).values
     scale = highest[:, 0] - (highest[:, 2] + highest[:, 3]) / 2
-    return (_of_class(logits, targets) - _of_class(logits, labels)) / scale.clamp_min(1e-12)
+    return (_of_class(logits, targets) - _of_class(logits, labels)) / divisor(scale)
 
 
 def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.ball import Ball, check_alphas, check_radius, checked_ball
 from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
-from sparse_adv.ops.arguments import check_flags, is_integer
+from sparse_adv.ops.arguments import check_flags, check_number, is_integer
 from sparse_adv.ops.random_start import as_philox_state
 
 if TYPE_CHECKING:
@@ -178,6 +178,25 @@ def check_count(name: str, count: object, least: int) -> None:
     """Raise ValueError unless this is an integer of at least `least`."""
     if not is_integer(count) or count < least:  # type: ignore[operator]
         raise ValueError(f"{name} must be an integer of at least {least}, got {shortened(count)}")
+
+
+SETTINGS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "rho": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
+    "alpha_max": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
+    "eta": ("be at least 1", lambda value: value >= 1),
+    "beta": ("lie between 0 and 1", lambda value: 0 < value < 1),
+    "p_init": ("lie in (0, 1]", lambda value: 0 < value <= 1),
+}
+"""Settings of searches, which AutoAttack has too: the range in words and as a condition."""
+
+
+def check_settings(**settings: object) -> None:
+    """Raise TypeError or ValueError unless each of these settings of a search is a number in its range."""
+    for name, value in settings.items():
+        check_number(name, value)
+        words, lies_within = SETTINGS[name]
+        if not lies_within(value):  # type: ignore[arg-type]
+            raise ValueError(f"{name} must {words}, got {value}")
 
 
 def check_generator(generator: object) -> None:

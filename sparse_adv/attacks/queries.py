@@ -33,7 +33,10 @@ _UNITS_OF_ROUNDING = 100
 
 
 class Queries:
-    """The logits and input gradients of a model in eval mode, for any part of a batch, with the labels checked once."""
+    """The logits and input gradients of a model in eval mode, for any part of a batch, with the labels checked once.
+
+    Logits of 16 bits are returned, and losses of them formed, in float32: their differences are what searches compare.
+    """
 
     def __init__(self, model: nn.Module, gradients: BatchGradients, label_range: LabelRange) -> None:
         self._model, self._gradients, self._label_range = model, gradients, label_range
@@ -42,10 +45,12 @@ class Queries:
         """The logits [N, classes] of images [N, ...]."""
         return self._checked(self._gradients.logits(x), len(x))
 
-    def own_logits(self, x: Tensor) -> Tensor:
-        """The logits that the model itself returns, without the engine."""
+    def own_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits that the model itself returns, without the engine, and a bound of their rounding [N]."""
         with torch.no_grad():
-            return self._checked(self._model(x), len(x))
+            logits = self._model(x)
+            checked = self._checked(logits, len(x))
+        return checked, _UNITS_OF_ROUNDING * torch.finfo(logits.dtype).eps * checked.abs().amax(1)
 
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
         """The gradient of loss(logits), summed over the images, with respect to the images."""
@@ -76,7 +81,7 @@ class Queries:
         if self._label_range is not None:
             check_label_range(self._label_range, count_classes(logits, images))
             self._label_range = None
-        return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 Search = Callable[[Queries, Tensor, Tensor], Tensor]
@@ -128,7 +133,8 @@ def confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, bal
 
     A search for the least distance ends so near to the boundary that rounding decides the class, and the engine, or
     another size of the batch, rounds otherwise. So the perturbation is made up to 1 % longer, by the factors of
-    `_PUSHES` in turn, until the margin exceeds rounding; after the last, any margin counts.
+    `_PUSHES` in turn, until the margin exceeds rounding; where none does, the last that is misclassified counts. In a
+    dtype of few bits that is often the example as it was found.
 
     Args:
         model: the model under attack.
@@ -145,11 +151,10 @@ def confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, bal
     for share in _PUSHES:
         if not len(left):
             break
-        clean = images[left]
-        x = into_ball(clean + (1 + share) * (found[left] - clean), clean, ball.of(left))
-        logits = model.own_logits(x)
-        rounding = _UNITS_OF_ROUNDING * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
-        over = advantage(logits, labels[left], targeted) > (rounding if share < _PUSHES[-1] else 0)
-        result[left[over]] = x[over]
-        left = left[~over]
+        clean, x = images[left], found[left]
+        x = into_ball(clean + (1 + share) * (x - clean) if share else x, clean, ball.of(left))
+        logits, rounding = model.own_logits(x)
+        margins = advantage(logits, labels[left], targeted)
+        result[left[margins > 0]] = x[margins > 0]
+        left = left[~(margins > rounding)]
     return result

@@ -15,9 +15,9 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.generators import private_generator, seeded
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.losses import cross_entropy
-from sparse_adv.attacks.options import BasicOptions, check_count
+from sparse_adv.attacks.options import BasicOptions, check_count, check_settings
 from sparse_adv.attacks.queries import Queries, advantage, run_search
-from sparse_adv.ops.arguments import check_flags, check_number
+from sparse_adv.ops.arguments import check_flags
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """The share of changed pixels is halved after these numbers of queries, of `_QUERIES`."""
@@ -97,16 +97,14 @@ def square(
         raise ValueError(f"images must be [N, channels, height, width], got shape {tuple(images.shape)}")
     check_count("queries", queries, least=1)
     check_count("restarts", restarts, least=1)
-    check_number("p_init", p_init)
-    if not 0 < p_init <= 1:
-        raise ValueError(f"p_init must lie in (0, 1], got {p_init}")
+    check_settings(p_init=p_init)
     if not isinstance(loss, str) or loss not in ("margin", "ce"):
         raise ValueError(f'loss must be "margin" or "ce", got {shortened(loss)}')
     by_margin = loss == "margin" and not targeted
     draw, span = private_generator(generator, images), queries if resc_schedule else _QUERIES
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
-        best, least = images.clone(), images.new_full(labels.shape, torch.inf)
+        best, least = images.clone(), images.new_full(labels.shape, torch.inf, dtype=torch.float64)
         left = _robust(advantage(model.logits(images), labels, targeted) > 0)
         for _ in range(restarts):
             if not len(left):
@@ -218,8 +216,8 @@ def _robust(broken: Tensor) -> Tensor:
 
 
 def _score(model: Queries, adv: Tensor, labels: Tensor, targeted: bool, by_margin: bool) -> tuple[Tensor, Tensor]:
-    """The loss that the search lowers, and whether the images are adversarial."""
-    logits = model.logits(adv)
+    """The loss that the search lowers, in float64, and whether the images are adversarial."""
+    logits = model.logits(adv).double()
     gain = advantage(logits, labels, targeted)
     entropy = cross_entropy(logits, labels)
     return -gain if by_margin else entropy if targeted else -entropy, gain > 0

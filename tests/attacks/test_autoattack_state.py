@@ -88,9 +88,10 @@ def test_logits_that_are_nan_are_compared_too(tmp_path):
 
 RANGES = [
     *[("apgd", "rho", value, 0 <= value <= 1) for value in (-0.01, 0.0, 1.0, 1.01)],
-    *[("fab", name, value, 0 <= value <= 1) for name in ("alpha_max", "beta") for value in (-0.01, 0.0, 1.0, 1.01)],
+    *[("fab", "alpha_max", value, 0 <= value <= 1) for value in (-0.01, 0.0, 1.0, 1.01)],
+    *[("fab", "beta", value, 0 < value < 1) for value in (0.0, 0.01, 0.99, 1.0)],
     *[("fab", "eta", value, value >= 1) for value in (0.99, 1.0, 3.0)],
-    *[("square", "p_init", value, 0 <= value <= 1) for value in (-0.01, 1.0, 1.01)],
+    *[("square", "p_init", value, 0 < value <= 1) for value in (0.0, 0.01, 1.0, 1.01)],
     *[("square", "n_queries", value, value > 0) for value in (-1, 0, 1)],
     *[("apgd", name, value, value > 0) for name in ("n_restarts", "n_iter", "eot_iter") for value in (0, 1)],
     *[("apgd_targeted", "n_target_classes", value, value > 0) for value in (0, 1)],

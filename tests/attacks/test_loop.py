@@ -93,6 +93,16 @@ def test_a_success_outranks_failures_of_higher_loss_and_without_one_the_highest_
     assert torch.equal(adv, starts[chosen, torch.arange(40)])
 
 
+def test_restarts_keep_the_memory_format_of_the_images():
+    images, labels = batch()
+    images = images.contiguous(memory_format=torch.channels_last)
+    model = make_model().eval()
+    labels = model(images).argmax(1)
+    labels[0] = (labels[0] + 1) % 5  # won at once, so that the restarts attack a part of the batch
+    adv = pgd(model, images, labels, eps=0.01, alpha=0.005, steps=2, restarts=3)
+    assert adv.is_contiguous(memory_format=torch.channels_last) and not adv.is_contiguous()
+
+
 def test_a_plain_function_is_called_once_for_each_gradient_and_may_change_in_between():
     """The engine, which would trace this one, leaves it to autograd."""
     (images, labels), weight = batch(), torch.randn(192, 5)
