@@ -26,7 +26,6 @@ from sparse_adv.attacks.checks import (
     check_images,
     check_label_range,
     check_labels,
-    count_classes,
     int64_labels,
     is_correct,
 )
@@ -150,7 +149,7 @@ class AutoAttack(Versioned, Attack):
         if not len(images):
             return images
         run = copy.copy(self)
-        run.model = model
+        run._model, run._normalization, run._training = model, None, None  # `model` contains them
         adversarial = run.run_standard_evaluation(images, labels, bs=len(images))
         self.result = run.result
         return adversarial
@@ -207,7 +206,7 @@ class AutoAttack(Versioned, Attack):
 
         Raises:
             TypeError, ValueError: as in `attacks.pgd`; if there is no image; if bs is less than 1; if the file is of
-                another model, other images or other options.
+                another model, other images or other options; if normalised images or a training mode have been set.
             OSError: if the file cannot be written, before any attack.
         """
         self.result = self._run(
@@ -267,6 +266,8 @@ class AutoAttack(Versioned, Attack):
     def _run(self, names: Sequence[str], images: Tensor, labels: Tensor, batch: int, path: Path | None) -> Result:
         if not names:
             raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
+        if self._normalization is not None or self._training is not None:
+            raise ValueError("normalised images and training modes are for calls of the attack, not for evaluations")
         labels = int64_labels(labels)
         self.ball.on(images)  # raises where a tensor is of another length
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
@@ -283,7 +284,7 @@ class AutoAttack(Versioned, Attack):
         seed = state.seed if state else int(as_philox_state(None)[0]) if self.seed is None else self.seed
         first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
         logits = self.get_logits(first)
-        classes = with_enough_classes(names, count_classes(logits, len(first)))
+        classes = with_enough_classes(names, logits.shape[1])
         check_label_range(label_range, classes)
         budgets = "; ".join(f"{name} ({MEMBERS[name].budget(self.settings, classes)})" for name in names)
         self._log(
@@ -366,14 +367,14 @@ class AutoAttack(Versioned, Attack):
             claimed = ~is_correct(searched.logits(adv), y)
         inside = into_ball(adv, x, ball)
         logits = self.get_logits(inside)
-        fallen = ~is_correct(logits, y)
+        fallen = ~is_correct(logits, y) & inside.isfinite().flatten(1).all(1)
         return inside.cpu(), fallen.cpu(), logits.argmax(1).cpu(), claimed.cpu()
 
     @torch.no_grad()
     def get_logits(self, x: Tensor) -> Tensor:
         """What the model itself returns, without the engine and without autocast."""
-        with in_mode(self.module, "eval") as model, torch.autocast(x.device.type, enabled=False):
-            return model(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().get_logits(x)
 
     def _batches(self, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in zip(images.split(int(size)), labels.split(int(size)), strict=True):

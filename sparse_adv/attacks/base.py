@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -16,12 +16,19 @@ from torch.utils.data import DataLoader
 
 from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.attacks import saved
-from sparse_adv.attacks.checks import Model, as_module, check_has_values, check_images, int64_labels
+from sparse_adv.attacks.ball import Ball, ball_around
+from sparse_adv.attacks.checks import (
+    Model,
+    as_module,
+    check_has_values,
+    check_images,
+    count_classes,
+    int64_labels,
+)
 from sparse_adv.attacks.modes import TrainingMode, in_mode
+from sparse_adv.attacks.normalized import Normalized
 from sparse_adv.attacks.options import BasicOptions, check_count, check_names
-
-TargetFunction = Callable[[Tensor, Tensor], Tensor]
-"""target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
+from sparse_adv.attacks.targets import TargetFunction, least_likely, random_targets
 
 
 class Attack(ABC):
@@ -57,13 +64,13 @@ class Attack(ABC):
 
     def __init__(self, model: Model) -> None:
         as_module(model)
-        self.model = model
+        self._model = model
         self._training: TrainingMode | None = None
         self.device = _device_of(model)
         self.targeted = False
         self.attack_mode = "default"
         self._target_function: TargetFunction | None = None
-        self._normalization: _Normalized | None = None
+        self._normalization: Normalized | None = None
         self._complete = type(self).__init__ is Attack.__init__
 
     def __init_subclass__(cls) -> None:
@@ -106,7 +113,7 @@ class Attack(ABC):
         if normalized is not None:
             # The engine leaves plain functions to autograd, normalised ones too.
             model = normalized if normalized.traceable else normalized.forward
-            images = normalized.undo(images)
+            images = normalized.undo(images, self._range_of(images))
         if self._training is not None:
             model = partial(_in_training, model, self._training)
         adv = self.forward(model, images, labels, self.targeted)
@@ -129,29 +136,17 @@ class Attack(ABC):
     @checks_types
     def set_mode_targeted_random(self, quiet: bool = False) -> None:
         """Labels are the true classes; the classes to reach are drawn from the others by PyTorch's global generator."""
-
-        def random_targets(images: Tensor, labels: Tensor) -> Tensor:
-            classes = self.get_logits(images).shape[1]
-            return (labels + torch.randint(1, classes, labels.shape).to(labels.device)) % classes
-
-        self._set_targets("targeted(random)", random_targets, quiet)
+        self._set_targets("targeted(random)", partial(random_targets, self.get_logits), quiet)
 
     @checks_types
     def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
         """Labels are the true classes; the class to reach is the wrong one with the kth lowest logit."""
         check_count("kth_min", kth_min, least=1)
-
-        def least_likely(images: Tensor, labels: Tensor) -> Tensor:
-            logits = self.get_logits(images)
-            if kth_min >= logits.shape[1]:
-                raise ValueError(f"kth_min must be less than the number of classes, {logits.shape[1]}, got {kth_min}")
-            return logits.scatter(1, labels[:, None], torch.inf).argsort(1)[:, kth_min - 1]
-
-        self._set_targets("targeted(least-likely)", least_likely, quiet)
+        self._set_targets("targeted(least-likely)", partial(least_likely, self.get_logits, kth_min), quiet)
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take and return normalised images from now on, as the model does: (pixels - mean) / std of each channel."""
-        self._normalization = _Normalized(self.model, *saved.channel_statistics(mean, std))
+        self._normalization = Normalized(self.model, *saved.channel_statistics(mean, std))
 
     def set_device(self, device: torch.device | str) -> None:
         """Images and labels go to this device from now on; the model must be there."""
@@ -185,12 +180,21 @@ class Attack(ABC):
         vars(attack).update(own)
         return attack
 
+    @property
+    def model(self) -> Model:
+        """The model under attack; to set it is `set_model`."""
+        return self._model
+
+    @model.setter
+    def model(self, model: Model) -> None:
+        self.set_model(model)
+
     def set_model(self, model: Model) -> None:
         """Attack another model from now on."""
         as_module(model)
-        self.model, self.device = model, _device_of(model)
+        self._model, self.device = model, _device_of(model)
         if self._normalization is not None:
-            self._normalization = _Normalized(model, self._normalization.mean, self._normalization.std)
+            self._normalization = Normalized(model, self._normalization.mean, self._normalization.std)
 
     @property
     def model_name(self) -> str:
@@ -281,7 +285,7 @@ class Attack(ABC):
         return saved.load(Path(load_path), batch_size, shuffle, normalize, [name for name in wanted if wanted[name]])
 
     def __repr__(self) -> str:
-        hidden = ("model", "device", "supports_targets", *(() if self.targeted else ("targeted",)))
+        hidden = ("device", "supports_targets", *(() if self.targeted else ("targeted",)))
         shown = {name: value for name, value in vars(self).items() if name not in hidden and not name.startswith("_")}
         return f"{self.attack}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
@@ -298,7 +302,9 @@ class Attack(ABC):
         check_images(images)
         module, _ = as_module(self.model)
         with in_mode(module, "eval") as model:
-            return model(images)
+            logits = model(images)
+        count_classes(logits, len(images))
+        return logits
 
     def _labels_or_predictions(self, images: Tensor, labels: Tensor | None) -> Tensor:
         return self.get_logits(images).argmax(1) if labels is None else int64_labels(labels)
@@ -309,9 +315,13 @@ class Attack(ABC):
         return images if self._normalization is None else self._normalization.apply_to(images)
 
     def inverse_normalize(self, images: Tensor) -> Tensor:
-        """The inverse of `normalize`, images * std + mean, clamped to [0, 1]."""
+        """The inverse of `normalize`, images * std + mean, without what rounding adds to the range of pixel values."""
         check_images(images)
-        return images if self._normalization is None else self._normalization.undo(images)
+        return images if self._normalization is None else self._normalization.undo(images, self._range_of(images))
+
+    def _range_of(self, images: Tensor) -> Ball:
+        """The range of pixel values of a batch, as a ball."""
+        return ball_around(images, 0.0, "linf", getattr(self, "lo", 0.0), getattr(self, "hi", 1.0))
 
 
 class HostAttack(Attack):
@@ -334,39 +344,6 @@ class HostAttack(Attack):
     @property
     def _options(self) -> BasicOptions:
         return {"lo": self.lo, "hi": self.hi, "check": self.check, "engine": self.engine}
-
-
-class _Normalized(nn.Module):
-    """A model of normalised images as a model of pixels."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: Model, mean: Tensor, std: Tensor) -> None:
-        super().__init__()
-        self.module, self.traceable = as_module(model)
-        self.register_buffer("mean", mean.float().view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", std.float().view(-1, 1, 1), persistent=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.module(self.apply_to(pixels))
-
-    def apply_to(self, pixels: Tensor) -> Tensor:
-        self._check_channels(pixels)
-        return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
-
-    def undo(self, images: Tensor) -> Tensor:
-        """The pixels; rounding may not take them out of [0, 1]."""
-        self._check_channels(images)
-        return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1)
-
-    def _check_channels(self, images: Tensor) -> None:
-        count = max(len(self.mean), len(self.std))
-        if count > 1 and (images.dim() < 3 or images.shape[-3] != count):
-            raise ValueError(
-                f"images must have {count} channels, as mean and std of set_normalization_used have, got shape "
-                f"{tuple(images.shape)}"
-            )
 
 
 def as_device(device: torch.device | str) -> torch.device:

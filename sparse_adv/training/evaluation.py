@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from sparse_adv import attacks
 from sparse_adv.argument_types import checks_types
-from sparse_adv.attacks.ball import check_radius
 from sparse_adv.attacks.checks import InputValidator, check_label_range, count_classes, int64_labels, is_correct
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
+from sparse_adv.ops.arguments import check_number
 from sparse_adv.training import distributed
 from sparse_adv.training.checks import first_pass, pairs_of
 from sparse_adv.training.devices import reads_at_once
@@ -132,7 +132,7 @@ def robust_accuracy(
         >>> robust.fraction <= clean_accuracy(model, images).fraction
         True
     """
-    check_radius(eps)
+    check_number("eps", eps)
     check_count("restarts", restarts, least=1)
     noise = torch.Generator().manual_seed(distributed.own_seed(seed))
     size = eps / 4 if alpha is None else alpha
@@ -252,6 +252,8 @@ def _accuracy(
     every_image: bool = False,
     among: Tensor | None = None,
 ) -> Accuracy:
+    if among is not None and among.dtype != torch.bool:
+        raise TypeError(f"among must be a bool tensor, got {among.dtype}")
     device = model_device(model)
     at_once = reads_at_once(device)
     correct = torch.zeros((), dtype=torch.int64, device=device)

@@ -300,3 +300,10 @@ def test_validation_images_are_checked_to_the_last_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"validation: images must lie in \[0, 1\]"):
         config, split = training.TrainConfig("fgsm", epochs=1), data.Split(images, labels)
         training.train(model, train_on, config, validation=split, folder=tmp_path)
+
+
+def test_radius_and_robust_images_of_other_types_are_refused():
+    with pytest.raises(TypeError, match="eps must be a "):
+        training.robust_accuracy(network(), VALIDATION, eps=torch.full((40,), 0.1), steps=1)
+    with pytest.raises(TypeError, match=r"among must be a bool tensor, got torch\.float32"):
+        training.robust_accuracy(network(), VALIDATION, steps=1, among=torch.ones(40))

@@ -1,0 +1,75 @@
+"""Normalised images: their range is that of the attack, wrong ones are refused, a changed model is attacked."""
+
+import copy
+
+import pytest
+import torch
+from helpers.attacked import batch, make_model
+from torch import nn
+
+from sparse_adv import attacks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pixels_may_have_any_range(dtype):
+    model, (images, labels) = make_model().eval().to(dtype), batch()
+    unit = attacks.PGD(model, eps=0.1, alpha=0.025, steps=3, random_start=False)
+    wide = attacks.PGD(
+        lambda z: model((z * 127.5 + 127.5) / 255), eps=25.5, alpha=6.375, steps=3, random_start=False, lo=0.0, hi=255.0
+    )
+    wide.set_normalization_used([127.5], [127.5])
+    images = images.to(dtype)
+    found = (wide((images * 255 - 127.5) / 127.5, labels) * 127.5 + 127.5) / 255
+    assert ((found - images).abs() <= 0.101).all() and found.min() >= -1e-3 and found.max() <= 1.001
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, unit(images, labels), rtol=0, atol=1e-5)
+
+
+def test_images_that_were_normalised_otherwise_are_refused():
+    images, labels = batch()
+    atk = attacks.PGD(make_model(), eps=0.0, steps=1)
+    atk.set_normalization_used([0.5] * 3, [0.25] * 3)
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\], got values from"):
+        atk((images - 0.5) / 0.05, labels)
+    for pixels in (images, images.round()):  # rounding at the ends of the range is no error
+        assert atk((pixels - 0.5) / 0.25, labels).isfinite().all()
+
+
+def test_the_model_that_is_set_is_the_one_under_attack():
+    first, second = make_model().eval(), nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
+    images, labels = batch()
+    normal = (images - 0.5) / 0.25
+
+    def attack(model):
+        atk = attacks.PGD(model, eps=0.1, steps=2, random_start=False)
+        atk.set_normalization_used([0.5] * 3, [0.25] * 3)
+        return atk
+
+    changed = attack(first)
+    changed.model = second
+    assert changed.model is second and changed(normal, labels).equal(attack(second)(normal, labels))
+    both = attacks.MultiAttack([attacks.FGSM(first), attacks.PGD(first, steps=1)])
+    both.model = second
+    assert all(member.model is second for member in both.attacks)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module or a function of the images, got int"):
+        both.model = 3
+    assert copy.deepcopy(changed).model is not second
+
+
+def test_an_evaluation_does_not_ignore_a_normalisation_or_a_mode():
+    images, labels = batch()
+    for change in (
+        lambda atk: atk.set_normalization_used([0.5] * 3, [0.25] * 3),
+        lambda atk: atk.set_model_training_mode(True),
+    ):
+        evaluator = attacks.AutoAttack(
+            make_model(), eps=0.05, version="custom", attacks_to_run=["apgd-ce"], verbose=False, seed=0
+        )
+        evaluator.apgd.n_iter = evaluator.apgd.n_restarts = 1
+        change(evaluator)
+        for run in (evaluator.run_standard_evaluation, evaluator.run_standard_evaluation_individual):
+            with pytest.raises(ValueError, match="normalised images and training modes are for calls of the attack"):
+                run(images, labels)
+        assert (
+            evaluator((images - 0.5) / 0.25 if evaluator.normalization_used else images, labels).shape == images.shape
+        )
