@@ -40,7 +40,8 @@ class Options:
 
     Args:
         what: run folder, ticket, or a file of weights. A file of other code needs --arch and --data.
-        weights: weights of a run, of its best validated or its last epoch; the default is best.
+        weights: weights of a run, of its best validated or its last epoch; the default is best, or last where no epoch
+            counts.
         split: images to measure on.
         images: measure on the first N images only, at least 1.
         attack: bound, which is quick, or autoattack.
@@ -124,7 +125,7 @@ def run(options: Options) -> int:
     with deterministic(options.deterministic), distributed.group(options.device) as device:
         if options.weights is not None and not options.what.is_dir():
             raise ValueError(f"--weights is for the folder of a run, got {options.what}")
-        path = networks.weights_of(options.what, last=options.weights == "last")
+        path = networks.weights_of(options.what, options.weights)
         pruned, run = experiment.read_pruned(path, dense=True, density=options.density), experiment.run_of(path)
         if run and run.info.network is None and options.arch is None:
             raise ValueError(

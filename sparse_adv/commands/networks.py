@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -34,8 +34,12 @@ def agreed(arch: str | None, width: int | None, known: Mapping[str, Any], source
     return NetworkConfig(arch, known.get("width") if width is None else width)
 
 
-def weights_of(what: Path, *, last: bool = False) -> Path:
+def weights_of(what: Path, weights: Literal["best", "last"] | None = None) -> Path:
     """Return the file of weights of a run's folder, those of its best or of its last epoch; of a file itself.
+
+    Args:
+        what: folder of a run, or a file.
+        weights: which; None for those that the run tests, of its best epoch or, where there is none, of its last.
 
     Raises:
         FileNotFoundError: if the folder holds no run.
@@ -43,8 +47,11 @@ def weights_of(what: Path, *, last: bool = False) -> Path:
     """
     if not what.is_dir():
         return what
-    path = what / (runs.LAST if last else runs.BEST)
-    if runs.read(what).info.kind == "search" and not path.exists():
+    run = runs.read(what)
+    if weights is None:
+        weights = "best" if runs.best(run.records, run.info.train) else "last"
+    path = what / (runs.BEST if weights == "best" else runs.LAST)
+    if run.info.kind == "search" and not path.exists():
         raise ValueError(f"{what} is a search: evaluate its {runs.TICKET}, or a run that has trained it")
     return path
 

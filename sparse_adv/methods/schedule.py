@@ -19,6 +19,7 @@ class Schedule:
     Attributes:
         first: updates without masks, at least one where there are `dense_epochs`; gmp begins to prune after them, other
             methods then prune to their density.
+        pruned: updates after which no pruning comes any more: of gmp `last`, of the others `first`.
         last: updates after which the masks stay; of gmp, which then reaches its density, at least one.
         adapt_after: updates after which the density follows the training; None for other methods.
 
@@ -38,6 +39,7 @@ class Schedule:
         self.first = min(max(1, round(config.dense_epochs * steps_per_epoch)), updates) if config.dense_epochs else 0
         least = 1 if config.method == "gmp" else 0
         self.last = max(least, self.first, int(self.config.change_until * updates))
+        self.pruned = self.last if config.method == "gmp" else self.first
         start = self.config.adapt_from
         self.adapt_after = None if start is None else int(start * updates)
 

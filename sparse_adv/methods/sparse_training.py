@@ -167,6 +167,9 @@ class SparseTraining(UpdateHook):
             self.changes += 1
         return bool(new)
 
+    def may_be_result(self) -> bool:
+        return self.step >= self.schedule.pruned
+
     def after_epoch(self, record: EpochRecord) -> None:
         if self.adaptation is not None:
             self.adaptation.observe(record)

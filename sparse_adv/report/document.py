@@ -73,7 +73,7 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         tables.summary(runs)
         + "\nTotal seconds and multiply-adds (MACs) are of ticket search, attacks and updates; evaluations are not "
         'counted. Accuracies without "test" are on validation images. The densities of a finished search are those of '
-        "its ticket.",
+        "its ticket, those of a training run are of its best epoch.",
         *([tables.escaped(differences)] if differences else []),
         "## Time to the same robustness",
         time_to,

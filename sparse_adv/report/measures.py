@@ -60,18 +60,22 @@ def differences(runs: Sequence[Run]) -> str:
 
 
 def reference(runs: Sequence[Run]) -> Run:
-    """Return the run that ratios refer to: the first dense one, else the first."""
-    return next((run for run in runs if density(run).weights == 1), runs[0])
+    """Return the run that ratios refer to: the first dense one, else the first.
+
+    A run with a method is none, also while it has yet to prune.
+    """
+    return next((run for run in runs if density(run).weights == 1 and run.info.method is None), runs[0])
 
 
 def density(run: Run) -> Density:
-    """Return the densities of a run: those of the ticket of a finished search, else of the last epoch.
+    """Return the densities of a run: those of the ticket of a finished search, else of the best epoch.
 
-    A run without epochs has those that it says it begins with.
+    Without a best epoch they are those of the last, without epochs those that the run says it begins with.
     """
     if isinstance(run.result, SearchResult):
         return run.result.density
-    return (run.records[-1].density if run.records else None) or run.info.density
+    record = best(run) or next(reversed(run.records), None)
+    return (record.density if record else None) or run.info.density
 
 
 def total(run: Run) -> Cost:
@@ -118,8 +122,9 @@ def best(run: Run) -> EpochRecord | None:
 
 
 def first_to_reach(run: Run, level: float) -> EpochRecord | None:
-    """Return the first record with a robust validation accuracy of at least `level`, or None."""
-    return next((record for record in evaluated(run) if robust_accuracy(record) >= level), None)
+    """Return the first record, of those that may be the result, of a robust validation accuracy of at least `level`."""
+    reached = (record for record in evaluated(run) if record.may_be_result and robust_accuracy(record) >= level)
+    return next(reached, None)
 
 
 def robust_accuracy(record: EpochRecord) -> float:

@@ -5,6 +5,7 @@ epochs.jsonl         an EpochRecord in each line
 result.json          a SearchResult or TrainResult, once the run is finished and tested, which `training.train` leaves
                      to `final_test`; result_N.json: that of a training run of N epochs that was extended to more
 last.safetensors     state dict after the last epoch; best.safetensors: after the epoch of the best validation accuracy
+                     among those whose record says `may_be_result`
 state.pt             what a stopped run continues from, readable with torch.load(..., weights_only=True)
 identity.pt          digests of the network, the weights and the images that a search was begun with
 initial.safetensors  the initial weights of a search; rewind.safetensors: those that it rewinds to
@@ -206,6 +207,8 @@ def _earlier_result(epochs: int | str) -> str:
 def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | None:
     """Return the first epoch of the highest validation accuracy, robust unless training is natural; None if none is.
 
+    Epochs after which a method has yet to prune the network are left out: they say that it may not be the result.
+
     Examples:
         >>> best([], TrainConfig()) is None
         True
@@ -215,7 +218,7 @@ def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | N
         value = record.clean_accuracy if config.objective == "natural" else record.robust_accuracy
         return -1.0 if value is None else value
 
-    first = max(records, key=accuracy, default=None)
+    first = max((record for record in records if record.may_be_result), key=accuracy, default=None)
     return None if first is None or accuracy(first) < 0 else first
 
 

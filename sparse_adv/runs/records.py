@@ -125,6 +125,8 @@ class EpochRecord:
     evaluation: Cost
     density: Density | None = None
     """None for a model without convolutions and linear layers."""
+    may_be_result: bool = True
+    """Whether these weights may be the best ones: False while a method has yet to prune them to its density."""
     clean_accuracy: float | None = None
     """Accuracy on the validation images; None in an epoch without evaluation."""
     robust_accuracy: float | None = None

@@ -60,6 +60,14 @@ class UpdateHook:
         """
         return False
 
+    def may_be_result(self) -> bool:
+        """Return whether the network may be the result of the run: the best epoch is chosen among those of which it is.
+
+        Called at the end of each epoch, before `after_epoch`; the same on all processes. A method that prunes in the
+        course of training returns False until it is done.
+        """
+        return True
+
     def after_epoch(self, record: EpochRecord) -> None:
         """Called after each epoch, when it has been evaluated and before it is saved; not for one that is undone.
 

@@ -286,6 +286,7 @@ class Training:
             update=trained.update,
             evaluation=evaluated.cost,
             density=self.costs.density,
+            may_be_result=bool(self.hook.may_be_result()),
             clean_accuracy=None if clean is None else clean.fraction,
             robust_accuracy=None if robust is None else robust.fraction,
             robust_loss=None if robust is None or not math.isfinite(robust.loss or 0.0) else robust.loss,

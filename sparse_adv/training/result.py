@@ -29,8 +29,8 @@ def final_test(
     """Measure a finished run on the test images, clean, under FGSM and under PGD-20, and write its `result.json`.
 
     Args:
-        model: gets the weights that are tested: those of the epoch with the best validation accuracy, or the last
-            ones if there were no validation images.
+        model: gets the weights that are tested: those of the best epoch, see `runs.best`, or the last ones if there
+            were no validation images, or a method reached its density after no epoch.
         folder: of the run.
         records: of all epochs, from `training.train`.
         config: gives radius and norm of the attacks and the seed of the random start; PGD's step size is eps / 4.

@@ -10,7 +10,7 @@ from helpers.digit_runs import lines
 from helpers.refusal import refused
 from helpers.run_folders import FILES
 
-from sparse_adv import data, experiment, masks, models, runs, training
+from sparse_adv import data, experiment, json_files, masks, models, runs, training
 from sparse_adv.__main__ import main
 from sparse_adv.attacks import square
 from sparse_adv.attacks.autoattack_versions import MEMBERS
@@ -65,6 +65,18 @@ def test_evaluate_names_the_ticket_of_a_search_and_the_weights_that_a_run_lacks(
     (run / runs.BEST).unlink()
     said = refused(capsys, "evaluate", str(run))
     assert str(run / runs.BEST) in said and "search" not in said
+
+
+def test_a_run_none_of_whose_epochs_counts_is_that_of_its_last_weights(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / runs.BEST).unlink()
+    records = [replace(record, may_be_result=False) for record in runs.read(trained).records]
+    json_files.write_lines(run / runs.EPOCHS, records)
+    assert main(["evaluate", str(run), "--images", "6", "--steps", "1"]) == 0
+    (found,) = lines(capsys)
+    assert (found["weights"], found["epoch"]) == ("last", records[-1].epoch)
+    assert main(["explain", str(run)]) == 0
+    assert str(run / runs.BEST) in refused(capsys, "evaluate", str(run), "--weights", "best")
 
 
 @pytest.mark.parametrize("weights", ["best", "last"])

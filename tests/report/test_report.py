@@ -9,7 +9,7 @@ import pytest
 from helpers.run_folders import epoch_record, make, read
 
 from sparse_adv import json_files, report, runs
-from sparse_adv.config import DataConfig, TrainConfig
+from sparse_adv.config import DataConfig, MethodConfig, TrainConfig
 from sparse_adv.report.measures import labels
 from sparse_adv.report.tables import count
 from sparse_adv.runs import Cost, Density, Run, RunInfo, SearchResult, TicketChecks
@@ -58,6 +58,27 @@ def test_the_density_is_that_of_the_last_epoch(tmp_path):
     json_files.write_lines(tmp_path / runs.EPOCHS, [epoch_record(1), epoch_record(2, density=Density(0.2, 0.1))])
     (row,) = cells(report.summary(read(tmp_path)))
     assert (row["density"], row["MAC density"]) == ("0.200", "0.100")
+
+
+def test_epochs_before_a_pruning_are_neither_the_best_nor_reach_a_level(tmp_path):
+    robust, densities = (0.6, 0.3, 0.4, 0.35), (1.0, 0.1, 0.1, 0.2)
+    for name, epochs in (("begun", 1), ("pruned", 4)):
+        make(tmp_path / name)
+        records = [
+            epoch_record(n, robust_accuracy=robust[n - 1], may_be_result=n > 1, density=Density(densities[n - 1], 0.5))
+            for n in range(1, epochs + 1)
+        ]
+        json_files.write_lines(tmp_path / name / runs.EPOCHS, records)
+    info = runs.read(tmp_path / "begun").info
+    json_files.write(tmp_path / "begun" / runs.INFO, replace(info, method=MethodConfig("gmp")))
+    dense = make(tmp_path / "dense", (0.2, 0.4, 0.5))
+    shown = read(tmp_path / "begun", tmp_path / "pruned", dense)
+    begun, pruned, _ = cells(report.summary(shown))
+    assert (pruned["density"], pruned["its epoch"], pruned["best robust"]) == ("0.100", "3", "40.0%")
+    assert (begun["its epoch"], begun["best robust"], begun["last robust"]) == ("", "", "60.0%")
+    text = report.time_to(shown)
+    assert "at least 40.0%" in text and "Ratios are to dense." in text  # and not to one that is not yet pruned
+    assert [row["epochs"] for row in cells(text)] == ["", "3", "2"]
 
 
 def test_a_sparse_run_that_does_not_say_so_is_not_the_dense_reference(tmp_path):
