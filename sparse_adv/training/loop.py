@@ -166,7 +166,8 @@ class Training:
             measured = evaluated.monitor
             if self.monitor is None or measured is None:
                 return self._record(epoch, trained, evaluated, undone)
-            if not self.monitor.must_undo(measured.fraction):
+            density = None if self.costs is None else self.costs.density
+            if not self.monitor.must_undo(measured.fraction, 1.0 if density is None else density.weights):
                 self.monitor.warn_of_weak_attack(measured.fraction, trained.correct / trained.images)
                 return self._record(epoch, trained, evaluated, undone)
             log.warning(

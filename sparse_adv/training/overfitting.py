@@ -7,6 +7,10 @@ when undoing one epoch repairs nothing. An epoch that lost it is undone and repe
 2020, "Towards understanding fast adversarial training"); after that the cheap objective continues. Each further event
 doubles the number of epochs that are trained with PGD. Training with PGD is not watched: a weak epoch of it passes by
 itself.
+
+Pruning costs robustness too, and the epochs after it restore what the smaller network can have. So an epoch that ends
+with a lower density than the one before, or than a dense network if it is the first, is not judged, and what it reached
+is what the next epochs are compared with.
 """
 
 from __future__ import annotations
@@ -25,6 +29,9 @@ IMAGES = 256
 STEPS = 5
 LEAST_DROP = 0.1
 """A drop counts if it is at least this much and to less than half of the best; noise of 256 images is about 0.03."""
+LEAST_PRUNED = 0.01
+"""Fraction of the kept weights that an epoch must prune to pass unjudged. Where blocks at the edge of a layer are
+smaller, masks that only change places differ by less in their number of weights."""
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +45,8 @@ class OverfittingMonitor:
         graphs: CUDA graphs of the attack to use again.
 
     Attributes:
-        best: the highest accuracy of an epoch that was not undone.
+        best: the highest accuracy of an epoch that was not undone, since the last pruning.
+        density: of the network's weights after the last epoch that was not undone.
         events: number of epochs that were undone.
         pgd_epochs: number of next epochs to train with PGD.
 
@@ -53,7 +61,7 @@ class OverfittingMonitor:
     def __init__(self, images: Images, config: TrainConfig, graphs: Graphs | None = None) -> None:
         self.config, self.graphs = config, graphs
         self.images = _first(images, IMAGES)
-        self.best, self.events, self.pgd_epochs, self.warned = 0.0, 0, 0, False
+        self.best, self.density, self.events, self.pgd_epochs, self.warned = 0.0, 1.0, 0, 0, False
 
     def measure(self, model: nn.Module) -> Accuracy:
         """Return the accuracy under PGD-5 with step size eps / 4."""
@@ -69,26 +77,34 @@ class OverfittingMonitor:
             engine=config.engine,
         )
 
-    def must_undo(self, accuracy: float) -> bool:
+    def must_undo(self, accuracy: float, density: float = 1.0) -> bool:
         """Return whether the epoch with this accuracy lost its robustness; call it once for each epoch.
 
-        An epoch that was trained with PGD is never undone; while robustness is not back, PGD goes on.
+        An epoch that was trained with PGD is never undone; while robustness is not back, PGD goes on. One that pruned
+        the network is not undone either, and `best` starts again from it.
+
+        Args:
+            accuracy: after the epoch, as `measure` returns it.
+            density: of the network's weights after the epoch.
         """
-        if math.isfinite(accuracy) and (accuracy >= self.best / 2 or accuracy > self.best - LEAST_DROP):
-            self.best = max(self.best, accuracy)
+        best = 0.0 if density < (1 - LEAST_PRUNED) * self.density else self.best
+        resists = math.isfinite(accuracy) and (accuracy >= best / 2 or accuracy > best - LEAST_DROP)
+        if not resists and not self.pgd_epochs:
+            self.events += 1
+            self.pgd_epochs = 2 ** (self.events - 1)
+            return True
+        self.density = density
+        if resists:
+            self.best = max(best, accuracy)
             self.pgd_epochs = max(0, self.pgd_epochs - 1)
-            return False
-        if self.pgd_epochs:
+        else:
             log.warning(
                 "accuracy under PGD-%d is %.1f %% after an epoch of PGD, and was %.1f %%: training goes on with PGD",
                 STEPS,
                 100 * accuracy,
-                100 * self.best,
+                100 * best,
             )
-            return False
-        self.events += 1
-        self.pgd_epochs = 2 ** (self.events - 1)
-        return True
+        return False
 
     def warn_of_weak_attack(self, accuracy: float, train_accuracy: float) -> None:
         """Log, once, that the network resists the attack it trains with and not PGD.
@@ -113,11 +129,13 @@ class OverfittingMonitor:
 
     def state_dict(self) -> dict[str, float]:
         """Return the state that a continued run needs."""
-        return {"best": self.best, "events": self.events, "pgd_epochs": self.pgd_epochs}
+        names = "best", "density", "events", "pgd_epochs"
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from this state."""
         self.best, self.events, self.pgd_epochs = state["best"], int(state["events"]), int(state["pgd_epochs"])
+        self.density = state.get("density", 0.0)  # of an earlier version, which judged every epoch
 
 
 def _first(images: Images, count: int) -> list[tuple[Tensor, Tensor]]:

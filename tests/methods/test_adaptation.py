@@ -212,7 +212,7 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop_at, in
 
 def test_an_undone_epoch_does_not_count(monkeypatch):
     undone = iter([False, True, False, False, False, False, False])
-    monkeypatch.setattr(training.loop.OverfittingMonitor, "must_undo", lambda self, accuracy: next(undone))
+    monkeypatch.setattr(training.loop.OverfittingMonitor, "must_undo", lambda *arguments: next(undone))
     hook = Observed(replace(PLUS, adapt_from=0))
     _, records = run(hook)
     assert records[1].undone_accuracy is not None

@@ -90,3 +90,27 @@ def test_the_record_of_an_earlier_version_counts(tmp_path):
     old = json_files.to_json(records[0])
     del old["may_be_result"]
     assert json_files.from_json(EpochRecord, old, "an old run") == records[0] and records[0].may_be_result
+
+
+@pytest.fixture
+def robust_while_dense(monkeypatch):
+    """A measurement of the overfitting monitor: 0.9 of a dense network, 0.2 of a pruned one, then 0.4."""
+    measure = OverfittingMonitor.measure
+
+    def measured(self, model):
+        pruned = not model[3].weight_mask.all()
+        accuracy = 0.9 if not pruned else 0.2 if self.best in (0.0, 0.9) else 0.4
+        return replace(measure(self, model), fraction=accuracy)
+
+    monkeypatch.setattr(OverfittingMonitor, "measure", measured)
+
+
+@pytest.mark.parametrize("stop", [None, 1, 2])
+def test_an_epoch_that_prunes_is_not_repeated_with_pgd(tmp_path, robust_while_dense, stop):
+    method, options = MethodConfig("rigl", density=0.1, interval=2, dense_epochs=1.5), {"validation": VALIDATION}
+    if stop is not None:
+        run(SparseTraining(method), folder=tmp_path, on_epoch=_ends_after(stop), **options)
+    _, records = run(SparseTraining(method), folder=tmp_path, **options)
+    assert [record.monitor_accuracy for record in records] == [0.9, 0.2, 0.4, 0.4]
+    assert [record.undone_accuracy for record in records] == [None] * 4
+    assert max(record.attack.macs for record in records) == records[0].attack.macs  # of one step each, as FGSM has

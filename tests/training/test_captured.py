@@ -203,7 +203,7 @@ def test_an_epoch_may_be_undone_and_repeated_with_another_objective(updates, mon
     """The monitor finds catastrophic overfitting after the second epoch."""
     config = replace(CONFIG, epochs=4, overfitting_monitor=True)
 
-    def must_undo(monitor, accuracy):
+    def must_undo(monitor, accuracy, density):
         monitor.calls = getattr(monitor, "calls", 0) + 1
         monitor.pgd_epochs = int(monitor.calls == 2)
         return monitor.calls == 2

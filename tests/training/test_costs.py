@@ -92,7 +92,7 @@ def test_a_compiled_model_is_not_compiled_for_the_pass_that_counts():
 @pytest.mark.parametrize("undone", [False, True])
 def test_an_update_costs_what_the_network_costs_then(monkeypatch, undone):
     """Masks change within the second epoch; where it is undone, the network has its earlier masks again."""
-    update, measure, counted, measured = Updater.update, OverfittingMonitor.measure, [], []
+    update, counted, verdicts = Updater.update, [], iter([False, undone, False, False, False])
 
     def counting(self, objective, x, y, noise, watch):
         costs = NetworkCosts(self.model, x)
@@ -100,12 +100,8 @@ def test_an_update_costs_what_the_network_costs_then(monkeypatch, undone):
         counted.append((len(x) * costs.attack(done.passes), len(x) * costs.update(done.passes)))
         return done
 
-    def overfitting_once(self, model):
-        measured.append(measure(self, model))
-        return replace(measured[-1], fraction=0.0) if undone and len(measured) == 2 else measured[-1]
-
     monkeypatch.setattr(Updater, "update", counting)
-    monkeypatch.setattr(OverfittingMonitor, "measure", overfitting_once)
+    monkeypatch.setattr(OverfittingMonitor, "must_undo", lambda *arguments: next(verdicts))
     method = SparseTraining(MethodConfig("gmp", density=0.05, interval=2))
     config = replace(QUICK, objective="fgsm-rs", epochs=4)
     records = training.train(network(channels=32), batches(), config, validation=VALIDATION, hook=method)

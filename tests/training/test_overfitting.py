@@ -57,6 +57,28 @@ def test_pgd_goes_on_until_robustness_is_back(caplog):
     assert not watch.must_undo(0.45) and watch.pgd_epochs == 0
 
 
+def test_pruning_is_no_overfitting_and_what_it_leaves_is_the_best():
+    watch = monitor()
+    assert not watch.must_undo(0.6, 1.0) and not watch.must_undo(0.1, 0.05) and watch.best == 0.1
+    assert not watch.must_undo(0.5, 0.05) and watch.best == 0.5
+    for density in (0.05, 0.0499, 0.06):  # the same masks, other blocks of unlike sizes, more blocks
+        assert watch.must_undo(0.1, density) and watch.best == 0.5
+        watch.load_state_dict(watch.state_dict() | {"pgd_epochs": 0})
+        assert not watch.must_undo(0.45, 0.05)
+
+
+def test_an_undone_attempt_leaves_the_density_before_it():
+    watch = monitor()
+    assert not watch.must_undo(0.6, 0.5) and watch.must_undo(0.1, 0.8)
+    assert not watch.must_undo(0.1, 0.5) and watch.pgd_epochs == 1 and watch.best == 0.6  # judged, and not restored
+
+
+def test_a_state_without_a_density_judges_the_next_epoch():
+    watch = monitor()
+    watch.load_state_dict({"best": 0.6, "events": 0, "pgd_epochs": 0})
+    assert watch.must_undo(0.1, 0.05)
+
+
 def test_a_network_that_never_resists_pgd_is_told_once(caplog):
     """With eps 16/255 FGSM-RS had 36 % on its own images of CIFAR-10 and 0.1 % under PGD: no epoch lost anything."""
     watch = monitor()
