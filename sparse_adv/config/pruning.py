@@ -45,8 +45,9 @@ class PruneConfig:
         permute_channels: before the first pruning, permute channels so that whole blocks contain more of the scores;
             the function of the network stays the same. Meant for large blocks such as 64,64.
         early_stop_distance: end the training of a round when its mask differed from the masks of the five epochs
-            before in less than this fraction of positions, in [0, 1] (Early-Bird tickets use 0.1); null to train all
-            epochs.
+            before in less than this fraction of positions (Early-Bird tickets use 0.1); null to train all epochs. It
+            must be below 2 min(d, 1 - d) for the density d of each round, which no two masks exceed, and needs more
+            than 6 epochs.
         half_resolution: search with images averaged over squares of 2 x 2 pixels, which takes about a quarter of the
             MACs. The network must take images of any size, as those with global pooling do; the ticket is for images
             of full size.

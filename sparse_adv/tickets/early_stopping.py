@@ -9,11 +9,49 @@ import torch
 from torch import Tensor
 
 from sparse_adv import masks
+from sparse_adv.config import PruneConfig
 from sparse_adv.training import distributed
 from sparse_adv.training.checkpoint import read_state, write_state
 
 EPOCHS = 5
 FILE = "early_stopping.pt"
+
+
+def check_threshold(config: PruneConfig, epochs: int) -> None:
+    """Check that the masks of a search can be further apart than its threshold, and that it has an epoch to leave out.
+
+    Two masks of density d differ in a fraction 2 min(d, 1 - d) of positions at most, so with a threshold of that size
+    each round would end after its sixth epoch, whatever its masks are.
+
+    Args:
+        config: of the pruning; a threshold of 0, which is never reached, only records distances.
+        epochs: of each round.
+
+    Raises:
+        ValueError: if the threshold is too large for the density of a round, or the epochs are too few.
+
+    Examples:
+        >>> check_threshold(PruneConfig(density=0.04, early_stop_distance=0.1), epochs=20)
+        Traceback (most recent call last):
+        ...
+        ValueError: early_stop_distance must be below 0.08, which no two masks of density 0.04 exceed, got 0.1
+    """
+    threshold = config.early_stop_distance
+    if not threshold:
+        return
+    for number in range(1, config.rounds + 1):
+        density = config.density_of_round(number)
+        bound = 2 * min(density, 1 - density)
+        if threshold >= bound:
+            raise ValueError(
+                f"early_stop_distance must be below {bound:.3g}, which no two masks of density {density:.3g} exceed, "
+                f"got {threshold!r}"
+            )
+    if epochs <= EPOCHS + 1:
+        raise ValueError(
+            f"epochs must be more than {EPOCHS + 1}, after which early_stop_distance {threshold!r} ends a training at "
+            f"the earliest, got {epochs}"
+        )
 
 
 class EarlyStopping:

@@ -22,7 +22,7 @@ from sparse_adv.nn import densify, mac_density, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.runs import NO_COST, Cost, Density, EpochRecord, RunInfo, SearchResult, TicketChecks
 from sparse_adv.tickets import checks
-from sparse_adv.tickets.early_stopping import EarlyStopping
+from sparse_adv.tickets.early_stopping import EarlyStopping, check_threshold
 from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
 from sparse_adv.tickets.provenance import SearchRecord, check_metadata, record_of
 from sparse_adv.training import distributed, identity, train
@@ -141,6 +141,7 @@ def check_fits(
     """
     # A score function may need results of the training, so it is not called here.
     _prune(model, replace(prune_config, score="magnitude") if callable(prune_config.score) else prune_config, 1)
+    check_threshold(prune_config, train_config.epochs)
     step = prune_config.rewind_step
     if step and step > (updates := updates_of(train_config, batches)):
         raise ValueError(f"rewind_step must be an update of the first round, which has {updates}, got {step}")
