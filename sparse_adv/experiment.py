@@ -300,7 +300,7 @@ class TrainRun:
         self.masks: dict[str, torch.Tensor] = {}
         hook = None if method is None else methods.SparseTraining(method)
         if hook is not None:
-            hook.check_objective(train.objective)
+            hook.check_training(train)
         if ticket is None:
             self.model = build_network(network, dataset, train.seed, device)
             source, density, before = None, runs.DENSE, runs.NO_COST

@@ -126,8 +126,8 @@ class MethodConfig:
             training; null for 0.5, epoch 100 of 200 in the authors' code. No other method has it.
         growth: which blocks are grown: those of the largest gradient, or random ones; null for random with set
             and gradient with the others.
-        dense_epochs: number of first epochs that are trained without masks, fractions allowed; then the weights of
-            largest magnitude are kept. gmp begins to prune there.
+        dense_epochs: number of first epochs that are trained without masks, less than all, fractions allowed; then the
+            weights of largest magnitude are kept. gmp begins to prune there.
         permute_channels: before the first pruning of dense weights, which gmp and `dense_epochs` have, permute channels
             so that whole blocks contain more of the weights; the function of the network stays the same. Meant for
             large blocks such as 64,64.

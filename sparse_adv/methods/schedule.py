@@ -17,8 +17,8 @@ class Schedule:
         steps_per_epoch: updates of an epoch.
 
     Attributes:
-        first: updates without masks, at least one where there are `dense_epochs`; gmp begins to prune after them, other
-            methods then prune to their density.
+        first: updates without masks, where there are `dense_epochs` at least one and not all; gmp begins to prune after
+            them, other methods then prune to their density.
         pruned: updates after which no pruning comes any more: of gmp `last`, of the others `first`.
         last: updates after which the masks stay; of gmp, which then reaches its density, at least one.
         adapt_after: updates after which the density follows the training; None for other methods.
@@ -36,7 +36,8 @@ class Schedule:
         self.config = config.resolved()
         assert self.config.change_until is not None and self.config.drop_fraction is not None
         updates = epochs * steps_per_epoch
-        self.first = min(max(1, round(config.dense_epochs * steps_per_epoch)), updates) if config.dense_epochs else 0
+        dense = max(1, min(round(config.dense_epochs * steps_per_epoch), updates - 1))
+        self.first = dense if config.dense_epochs else 0
         least = 1 if config.method == "gmp" else 0
         self.last = max(least, self.first, int(self.config.change_until * updates))
         self.pruned = self.last if config.method == "gmp" else self.first

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.config import MethodConfig
+from sparse_adv.config import MethodConfig, TrainConfig
 from sparse_adv.masks.allocation import targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import check_traceable, dependency_groups
@@ -61,8 +61,8 @@ class SparseTraining(UpdateHook):
 
     Raises:
         ValueError: if the configuration has no method; in `training.train`, if masks of the model disobey the block,
-            or flying-bird-plus has no validation images, or an objective without attack, or channels are to be permuted
-            in a model that has masks or that torch.fx cannot trace.
+            or flying-bird-plus has no validation images, or an objective without attack, or `dense_epochs` are all
+            epochs, or channels are to be permuted in a model that has masks or that torch.fx cannot trace.
 
     Source: Chen et al., "Sparsity winning twice" (ICLR 2022), section 3 (Flying Bird, Flying Bird+); Evci et al.,
     "Rigging the lottery" (ICML 2020), section 3 (RigL); Mocanu et al., "Scalable training of artificial neural networks
@@ -101,13 +101,18 @@ class SparseTraining(UpdateHook):
         self.retained: tuple[float, float] | None = None
         """Fraction of the squared weights in the blocks kept, before and after channels were permuted; None if not."""
 
-    def check_objective(self, objective: str) -> None:
-        """Raise ValueError if the method needs an objective with an attack and this one has none."""
-        if self.wants_robust_loss and objective == "natural":
+    def check_training(self, config: TrainConfig) -> None:
+        """Raise ValueError if the method needs an attack and the objective has none, or a run would end dense."""
+        if self.wants_robust_loss and config.objective == "natural":
             raise ValueError("objective must have an attack for method 'flying-bird-plus', got 'natural'")
+        if self.config.dense_epochs >= config.epochs:
+            raise ValueError(
+                f"dense_epochs must be less than the {config.epochs} epochs of the run, so that the pruned network is "
+                f"trained, got {self.config.dense_epochs:g}"
+            )
 
     def begin(self, updater: Updater) -> None:
-        self.check_objective(updater.config.objective)
+        self.check_training(updater.config)
         self._reset()
         self.updater, self.model = updater, updater.model
         if self.config.permute_channels:
@@ -127,6 +132,7 @@ class SparseTraining(UpdateHook):
         """The owner of each layer's weight: the first layer with the same weight; only owners are ranked."""
         self.shapes = {name: self.layers[name].weight.shape for name in first.values()}
         self.schedule = Schedule(self.config, updater.config.epochs, updater.steps_per_epoch)
+        self._warn_of_no_change(updater.config.epochs * updater.steps_per_epoch)
 
     def wants_dense_gradients(self, step: int) -> bool:
         if self.config.resolved().growth != "gradient" or self._prunes(step + 1):
@@ -188,6 +194,21 @@ class SparseTraining(UpdateHook):
         self.step, self.changes, self.retained = state["step"], state["changes"], state["retained"]
         if self.adaptation is not None:
             self.adaptation.load_state_dict(state["adaptation"])
+
+    def _warn_of_no_change(self, updates: int) -> None:
+        """Log if the masks will never change in a run of so many updates, although the method is there to do so."""
+        first, last = self.schedule.first, self.schedule.last
+        if self.config.method in ("static", "gmp") or self.schedule.is_due(first, updates):
+            return
+        between = max(0, last - first - 1)
+        log.warning(
+            "%s will keep its first masks, as static does: they may change in %d of the %d updates, interval is %d; %s",
+            self.config.method,
+            between,
+            updates,
+            self.config.interval,
+            "lower interval" if between else "raise change_until",
+        )
 
     def _prunes(self, step: int, before: int | None = None) -> bool:
         """Whether a change after this update only drops blocks."""

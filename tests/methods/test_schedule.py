@@ -86,3 +86,9 @@ def test_the_updates_without_masks_are_the_nearest_integer():
     """0.29 * 100 is less than 29 in binary numbers."""
     first = [Schedule(MethodConfig("static", dense_epochs=hundredths / 100), 3, 100).first for hundredths in range(300)]
     assert first == list(range(300))
+
+
+def test_an_update_is_left_for_the_masks():
+    for dense_epochs in (1.94, 1.96, 1.99):  # 9.7 updates and more, rounded to 10 of 10
+        schedule = Schedule(MethodConfig("set", dense_epochs=dense_epochs), 2, 5)
+        assert schedule.first == 9 and due(schedule, 10) == [9]

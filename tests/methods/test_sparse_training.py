@@ -1,6 +1,7 @@
 """The masks of a run: how many blocks they keep at each change, what becomes of weights, momentum and average."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -228,6 +229,37 @@ def test_dense_epochs_end_with_the_largest_weights():
 def test_none_is_no_method():
     with pytest.raises(ValueError, match="method must name a method, got 'none'"):
         SparseTraining(MethodConfig())
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (MethodConfig("set"), "set will keep .* change in 11 of the 12 updates, interval is 100; lower interval"),
+        (MethodConfig("rigl", interval=9), "rigl will keep .* change in 8 of the 12 updates, interval is 9; lower"),
+        (MethodConfig("rigl", change_until=0.0, interval=1), "in 0 of the 12 .*; raise change_until"),
+        (MethodConfig("rigl", dense_epochs=3, interval=1), "in 0 of the 12 .*; raise change_until"),
+        (MethodConfig("rigl", change_until=0.1, interval=1), "in 0 of the 12 .*; raise change_until"),
+        (MethodConfig("rigl", interval=8), None),
+        (MethodConfig("gmp"), None),
+        (MethodConfig("static"), None),
+    ],
+    ids=str,
+)
+def test_a_method_that_never_changes_its_masks_says_so(method, said, caplog):
+    hook = SparseTraining(replace(method, density=0.5))
+    run(hook)
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == (said is not None) and all(re.search(said, text) for text in texts)
+    assert hook.changes == (0 if said and not method.dense_epochs else method.method != "static")
+
+
+@pytest.mark.parametrize("dense_epochs", [4, 4.5])
+@pytest.mark.parametrize("method", ["static", "rigl", "gmp"])
+def test_dense_epochs_that_leave_none_are_refused_before_training(tmp_path, method, dense_epochs):
+    steps, hook = [], SparseTraining(MethodConfig(method, dense_epochs=dense_epochs))
+    with pytest.raises(ValueError, match=f"dense_epochs must be less than the 4 epochs .*, got {dense_epochs:g}"):
+        run(hook, folder=tmp_path, on_step=steps.append)
+    assert not steps
 
 
 def stop_after(stop_at, in_batch):
