@@ -39,10 +39,10 @@ class Schedule:
         dense = max(1, min(round(config.dense_epochs * steps_per_epoch), updates - 1))
         self.first = dense if config.dense_epochs else 0
         least = 1 if config.method == "gmp" else 0
-        self.last = max(least, self.first, int(self.config.change_until * updates))
+        self.last = max(least, self.first, round(self.config.change_until * updates))
         self.pruned = self.last if config.method == "gmp" else self.first
         start = self.config.adapt_from
-        self.adapt_after = None if start is None else int(start * updates)
+        self.adapt_after = None if start is None else round(start * updates)
 
     def is_due(self, before: int, now: int) -> bool:
         """Return whether the masks change after one of the updates before + 1, ..., now.

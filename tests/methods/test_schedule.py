@@ -82,10 +82,14 @@ def test_gmp_follows_the_cubic_schedule():
     assert schedule.density(0) == 1 and schedule.density(999) == pytest.approx(0.1)
 
 
-def test_the_updates_without_masks_are_the_nearest_integer():
+def test_shares_of_the_updates_are_the_nearest_integer():
     """0.29 * 100 is less than 29 in binary numbers."""
     first = [Schedule(MethodConfig("static", dense_epochs=hundredths / 100), 3, 100).first for hundredths in range(300)]
     assert first == list(range(300))
+    for hundredths in range(101):
+        share = hundredths / 100
+        schedule = Schedule(MethodConfig("flying-bird-plus", change_until=share, adapt_from=share), 1, 100)
+        assert schedule.last == schedule.adapt_after == hundredths
 
 
 def test_an_update_is_left_for_the_masks():
