@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
 from sparse_adv.config import MethodConfig, TrainConfig
+from sparse_adv.masks import density
 from sparse_adv.masks.allocation import targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import check_traceable, dependency_groups
@@ -27,6 +28,9 @@ from sparse_adv.runs import EpochRecord
 from sparse_adv.training import distributed
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.update import Updater
+
+LARGEST_MISS = 0.1
+"""Fraction of the density by which masks may miss it without a warning."""
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +121,8 @@ class SparseTraining(UpdateHook):
         self.updater, self.model = updater, updater.model
         if self.config.permute_channels:
             check_traceable(self.model)
-        if not _masked_layers(self.model):
+        is_new = not _masked_layers(self.model)
+        if is_new:
             start(self.model, self.config, updater.config.seed)
         elif "growth" not in self.config.without_effect():
             revive_dead_channels(self.model)
@@ -133,6 +138,8 @@ class SparseTraining(UpdateHook):
         self.shapes = {name: self.layers[name].weight.shape for name in first.values()}
         self.schedule = Schedule(self.config, updater.config.epochs, updater.steps_per_epoch)
         self._warn_of_no_change(updater.config.epochs * updater.steps_per_epoch)
+        if is_new and not self.schedule.pruned:
+            self._warn_of_density()
 
     def wants_dense_gradients(self, step: int) -> bool:
         if self.config.resolved().growth != "gradient" or self._prunes(step + 1):
@@ -171,6 +178,8 @@ class SparseTraining(UpdateHook):
             distributed.broadcast([grid.view(torch.uint8) for grid in new.values()])
             self._apply(new)
             self.changes += 1
+        if before < self.schedule.pruned <= step:
+            self._warn_of_density()
         return bool(new)
 
     def may_be_result(self) -> bool:
@@ -209,6 +218,18 @@ class SparseTraining(UpdateHook):
             self.config.interval,
             "lower interval" if between else "raise change_until",
         )
+
+    def _warn_of_density(self) -> None:
+        """Log if the masks keep far more or fewer weights than the configuration asks for."""
+        asked, got = self.config.density, density(self.masks(), self.model)
+        if abs(got - asked) > LARGEST_MISS * asked:
+            log.warning(
+                "%s keeps %.3g of the weights, density asks for %.3g: layers have few blocks of %s, take smaller ones",
+                self.config.method,
+                got,
+                asked,
+                ",".join(map(str, self.config.block)),
+            )
 
     def _prunes(self, step: int, before: int | None = None) -> bool:
         """Whether a change after this update only drops blocks."""
