@@ -110,13 +110,22 @@ def run_of(path: Path) -> Run | None:
     return runs.read(path.parent) if is_own else None
 
 
-def read_pruned(path: Path, *, dense: bool = False, density: GivenDensity = None) -> masks.Ticket:
+def read_pruned(
+    path: Path,
+    mask_path: Path | None = None,
+    *,
+    model: nn.Module | None = None,
+    density: GivenDensity = None,
+    format: str | None = None,
+    dense: bool = False,
+) -> masks.Ticket:
     """Read masks and weights as `masks.load_pruned` does; the provenance of a run's weights says what the run does.
 
-    It then has the keys that the ticket of a search has, network, images and cost among them, and the epoch.
+    It then has the keys that the ticket of a search has, network, images, training and cost among them, and the epoch
+    and the block of the masks.
 
     Args:
-        path, dense, density: as in `masks.load_pruned`.
+        path, mask_path, model, density, format, dense: as in `masks.load_pruned`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -128,11 +137,13 @@ def read_pruned(path: Path, *, dense: bool = False, density: GivenDensity = None
         ...
         FileNotFoundError: no file 'nowhere.safetensors'
     """
-    pruned, run = masks.load_pruned(path, dense=dense, density=density), run_of(path)
+    pruned = masks.load_pruned(path, mask_path, model=model, density=density, format=format, dense=dense)
+    run = run_of(path)
     if run is None:
         return pruned
     info = run.info
     about = _origin(info.network, info.data, info.train.seed, info.input_shape)
+    about |= {name: value for name, value in json_files.to_json(info).items() if name in ("train", "block") and value}
     record = runs.best(run.records, info.train) if path.name == runs.BEST else next(reversed(run.records), None)
     if record is not None:
         about |= {"epoch": record.epoch, "cost": json_files.to_json(record.total)}
@@ -303,18 +314,20 @@ class TrainRun:
             hook.check_training(train)
         if ticket is None:
             self.model = build_network(network, dataset, train.seed, device)
-            source, density, before = None, runs.DENSE, runs.NO_COST
+            source, block, density, before = None, None, runs.DENSE, runs.NO_COST
         else:
             start, source = ticket
+            block = tickets.block_of(start)
             seed = generator(train.seed, REINIT_SEED).initial_seed() if source.reinit else train.seed
             self.model = build_network(network, dataset, seed, device)
             self.masks = start.masks
             if source.shuffle:
-                self.masks = tickets.shuffle(start.masks, train.seed, tickets.block_of(start), self.model)
+                self.masks = tickets.shuffle(start.masks, train.seed, block, self.model)
             start = replace(start, masks=self.masks)
             tickets.restore(self.model, start, (1, *dataset.input_shape), weights=not source.reinit)
             density, before = density_of(self.model, self.masks, dataset), tickets.cost_of(start)
         if method is not None:
+            block = method.block
             density = density_of(self.model, methods.random_masks(self.model, method, train.seed), dataset)
         self.batches = make_batches(images, dataset, train.seed)
         info = RunInfo(
@@ -329,6 +342,7 @@ class TrainRun:
             density=density,
             before=before,
             input_shape=dataset.input_shape,
+            block=block,
         )
         self.lock = begin(folder, info)
         path = folder / runs.RESULT

@@ -1,12 +1,13 @@
 """Runs from configurations: every setting reaches its use, controls change one thing, costs and densities are whole."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from sparse_adv import data, experiment, masks, models, runs, tickets
+from sparse_adv import data, experiment, masks, methods, models, runs, tickets, training
 from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Cost, TicketSource
@@ -126,6 +127,41 @@ def test_a_shuffled_ticket_keeps_the_block_of_its_search(tmp_path, dataset):
         assert masks.largest_block(mask, [(3, 1)]) == (3, 1, 1, 1)
         assert mask.sum() == ticket[0].masks[name].sum()
     assert not run.masks["conv2"].equal(ticket[0].masks["conv2"])
+
+
+@pytest.mark.parametrize("trains", ["a method", "a ticket", "a shuffled ticket", "a hook in Python"])
+def test_shuffled_masks_of_a_run_have_the_block_that_it_trained(tmp_path, dataset, ticket, trains):
+    """(3, 1) is no block that the masks would be recognised by."""
+    one, out = replace(TRAIN, epochs=1), tmp_path / "run"
+    method = MethodConfig("static", density=0.4, block=(3, 1), scope="uniform")
+    if trains == "a method":
+        list(experiment.TrainRun(out, one, IMAGES, NETWORK, dataset, CPU, method=method).epochs())
+    elif trains == "a hook in Python":
+        model, batches = models.build("digits_cnn", width=4), experiment.make_batches(IMAGES, dataset, 3)
+        training.train(model, batches, one, folder=out, hook=methods.SparseTraining(method))
+    else:
+        pruned = masks.prune(models.build("digits_cnn", width=4, seed=3), 0.4, (3, 1), "uniform")
+        found = replace(ticket[0], masks=pruned, provenance={"prune": {"block": [3, 1]}})
+        source = TicketSource("sha", shuffle=trains == "a shuffled ticket")
+        list(experiment.TrainRun(out, one, IMAGES, NETWORK, dataset, CPU, ticket=(found, source)).epochs())
+    again = experiment.ticket_to_train(out / runs.LAST, shuffle=True)
+    run = experiment.TrainRun(tmp_path / "shuffled", one, IMAGES, NETWORK, dataset, CPU, ticket=again)
+    assert not run.masks["conv2"].equal(again[0].masks["conv2"])
+    for name, mask in run.masks.items():
+        assert masks.largest_block(mask, [(3, 1)]) == (3, 1, 1, 1) and mask.sum() == again[0].masks[name].sum()
+
+
+def test_a_run_of_an_earlier_version_continues_and_notes_its_block(tmp_path, dataset):
+    method = MethodConfig("static", density=0.4, block=(3, 1))
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU, method=method)
+    next(run.epochs())
+    del run
+    begun = json.loads((tmp_path / runs.INFO).read_text())
+    del begun["block"]
+    (tmp_path / runs.INFO).write_text(json.dumps(begun))
+    assert runs.read(tmp_path).info.block is None
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU, method=method)
+    assert len(run.training.records) == 1 and runs.read(tmp_path).info.block == (3, 1)
 
 
 @pytest.mark.parametrize("seed", [TRAIN.seed - 1, TRAIN.seed, TRAIN.seed + 1])

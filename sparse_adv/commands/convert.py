@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sparse_adv import masks, models
+from sparse_adv import experiment, masks, models
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output, check_new
 
@@ -56,7 +56,7 @@ class Options:
 def run(options: Options) -> int:
     # Masks in another file may be a list in the order of the network's layers, whose names the weights then have.
     model = models.build(options.arch, width=options.width) if options.arch and options.masks else None
-    pruned = masks.load_pruned(
+    pruned = experiment.read_pruned(
         options.source, options.masks, model=model, density=options.density, format=options.format
     )
     if options.arch and model is None:

@@ -132,7 +132,7 @@ def run(options: Options) -> int:
                 f"{options.what} is the run of a model of your own: evaluate it in Python (guide, Sparsify your own "
                 "training loop), or name the same network of the library with --arch"
             )
-        train = run.info.train if run else tickets.training_of(pruned, path) or TrainConfig()
+        train = tickets.training_of(pruned, path) or TrainConfig()
         known = experiment.images_of(pruned, str(path))
         wanted = _images(options, known)
         seed = train.seed if options.seed is None else options.seed

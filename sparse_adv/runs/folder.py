@@ -112,12 +112,12 @@ def begin(folder: Path, info: RunInfo) -> None:
 def resume(folder: Path, info: RunInfo) -> None:
     """Bring `run.json` up to date with the call that goes on with its run, which `begin` and digests have accepted.
 
-    Name, place of the images and number of epochs become those of the call. The result of fewer epochs is kept under
-    another name.
+    Name, place of the images, block and number of epochs become those of the call. The result of fewer epochs is kept
+    under another name.
 
     Args:
         folder: of the run.
-        info: what `begin` was given; without a name or images the run keeps its own.
+        info: what `begin` was given; without a name, images or a block the run keeps its own.
 
     Examples:
         >>> import tempfile
@@ -129,7 +129,7 @@ def resume(folder: Path, info: RunInfo) -> None:
         ('longer', 5, (3,))
     """
     begun = json_files.read(RunInfo, folder / INFO)
-    now = replace(begun, data=info.data or begun.data, name=info.name or begun.name)
+    now = replace(begun, data=info.data or begun.data, name=info.name or begun.name, block=info.block or begun.block)
     epochs = begun.train.epochs
     if info.train.epochs != epochs:
         now = replace(now, train=info.train, extended=(*begun.extended, epochs))

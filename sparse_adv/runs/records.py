@@ -89,13 +89,15 @@ class RunInfo:
     """Cost of the search that found the ticket."""
     input_shape: tuple[int, ...] | None = None
     """[C, H, W] of the images; None if it was not recorded."""
+    block: tuple[int, ...] | str | None = None
+    """Block of the masks that are trained, those of the method or the ticket; None without masks, or if unknown."""
     extended: tuple[int, ...] = ()
     """Numbers of epochs that the run was to have before it was extended to more, each with its own schedule."""
     software: Software = field(default_factory=software)
     machine: Machine = field(default_factory=machine)
 
 
-DESCRIPTIVE = ("name", "density", "before", "input_shape", "extended", "software", "machine")
+DESCRIPTIVE = ("name", "density", "before", "input_shape", "block", "extended", "software", "machine")
 
 
 @dataclass(frozen=True)

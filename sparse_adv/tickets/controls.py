@@ -90,7 +90,7 @@ def shuffle(
         ticket_masks: bool masks by module name.
         seed: of the permutations.
         block: what was kept or pruned together, as in `masks.prune`; `tickets.block_of(ticket)` if a search found the
-            ticket. None takes for each layer the largest block with a kernel that its mask obeys.
+            ticket or a run trained it. None takes for each layer the largest block with a kernel that its mask obeys.
         model: the model that the masks are for, in which layers that share a weight get one mask, and "channel" is that
             of grouped convolutions; None permutes each mask by itself.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from sparse_adv import json_files, masks
 from sparse_adv.argument_types import checks_types
 from sparse_adv.config import PruneConfig, TrainConfig
+from sparse_adv.masks.blocks import check_structure
 from sparse_adv.runs import Cost, EpochRecord, TicketChecks
 
 
@@ -110,18 +111,22 @@ def cost_of(ticket: masks.Ticket) -> Cost:
 
 
 @checks_types
-def block_of(ticket: masks.Ticket) -> Sequence[int] | None:
-    """Return the block that the search of a ticket pruned with; None if its provenance does not contain one.
+def block_of(ticket: masks.Ticket) -> tuple[int, ...] | str | None:
+    """Return the block that a search pruned with, or that a run's masks have; None if the provenance contains none.
 
     Args:
         ticket: any ticket, also one that was read from a file of another tool.
 
     Returns:
-        The block as it was recorded.
+        The block (bo, bi, br, bs), or "filter" or "channel".
+
+    Raises:
+        ValueError: if the block in the provenance is invalid.
 
     Examples:
         >>> block_of(masks.Ticket({}, {}, {"prune": {"block": [16, 16]}})), block_of(masks.Ticket({}, {}))
-        ([16, 16], None)
+        ((16, 16, 1, 1), None)
     """
     pruning = ticket.provenance.get("prune")
-    return pruning.get("block") if isinstance(pruning, dict) else None
+    recorded = (pruning if isinstance(pruning, dict) else ticket.provenance).get("block")
+    return None if recorded is None else check_structure(recorded)

@@ -373,7 +373,7 @@ def train(
     info = RunInfo("train", config, world_size=distributed.world_size(), before=before)
     if folder is not None and hook is not None:
         if isinstance(hook.config, MethodConfig):
-            info = replace(info, method=hook.config)
+            info = replace(info, method=hook.config, block=hook.config.block)
         else:
             info = replace(info, hook=described("hook.config", hook, hook.config))
     if folder is not None and objective is not None:

@@ -102,6 +102,25 @@ def test_convert_goes_there_and_back(searched, tmp_path, capsys):
     assert main(["explain", str(tmp_path / "back.safetensors")]) == 0
 
 
+def test_the_converted_weights_of_a_run_are_read_as_the_run_is(trained, tmp_path, capsys):
+    target = str(tmp_path / "a.safetensors")
+    assert main(["convert", str(trained / runs.BEST), target]) == 0
+    capsys.readouterr()
+    told = []
+    for what in (str(trained), target):
+        assert main(["explain", what]) == 0
+        told.append(capsys.readouterr().out)
+        assert main(["evaluate", what, "--steps", "2", "--split", "validation", "--device", "cpu"]) == 0
+        measured = lines(capsys)[0]
+        told.append({name: measured[name] for name in measured if name not in ("what", "weights", "epoch")})
+    assert told[:2] == told[2:] and told[1]["eps"] == 0.1
+    assert main(["train", "--ticket", target, "--limit", "200", *QUICK, "--out", str(tmp_path / "more")]) == 0
+    begun, more = runs.read(trained), runs.read(tmp_path / "more").info
+    best = runs.best(begun.records, begun.info.train)
+    assert (more.network, more.before) == (begun.info.network, best.total)
+    assert tuple(more.block) == tuple(begun.info.block) == (2, 1, 1, 1)
+
+
 def test_every_flag_of_convert_reaches_its_use(searched, tmp_path, monkeypatch, capsys):
     ticket, seen = masks.load_ticket(searched / runs.TICKET), []
 
@@ -113,7 +132,7 @@ def test_every_flag_of_convert_reaches_its_use(searched, tmp_path, monkeypatch, 
     given = {"masks": "m.npy", "density": 0.3, "format": "hydra", "arch": "digits_cnn", "width": 6}
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     assert main(["convert", "a.pt", str(tmp_path / "b.safetensors"), *flags]) == 0
-    assert seen == [("a.pt", "m.npy", 6, {"density": 0.3, "format": "hydra"})]
+    assert seen == [("a.pt", "m.npy", 6, {"density": 0.3, "format": "hydra", "dense": False})]
     assert (
         masks.load_ticket(tmp_path / "b.safetensors").provenance.items() >= {"arch": "digits_cnn", "width": 6}.items()
     )

@@ -279,7 +279,8 @@ def test_evaluate_refuses_impossible_settings_of_its_attacks(trained, capsys, at
 
 @pytest.mark.parametrize("density", [None, 0.25])
 def test_the_density_of_an_evaluated_checkpoint_reaches_its_reader(tmp_path, monkeypatch, capsys, density):
-    def load_pruned(source, *, dense, density):
+    def load_pruned(source, *masks_of_other_files, dense, density, **others):
+        assert not any(masks_of_other_files) and not any(others.values())
         raise ValueError(f"asked for {source.name}, {dense}, {density}")
 
     monkeypatch.setattr(masks, "load_pruned", load_pruned)
