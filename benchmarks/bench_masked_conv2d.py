@@ -178,7 +178,7 @@ def dense_ms(record: Record) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.argument_parser(__doc__, tuple(LAYERS))
-    parser.add_argument("--batch", type=int, nargs="+", help="default: 64; on a GPU 128 and 512")
+    parser.add_argument("--batch", type=harness.positive, nargs="+", help="default: 64; on a GPU 128 and 512")
     parser.set_defaults(threads=1)
     options = harness.start(parser, arguments)
     masks = MASKS[options.device][:: 4 if options.quick else 1]

@@ -139,16 +139,24 @@ def cases(setting: Setting, rows: Sequence[Row]) -> Iterator[Case]:
         yield case(row, setting)
 
 
+def chosen_rows(text: str) -> list[Row]:
+    """Parse an argument such as "0,3"."""
+    numbers = [number for number in text.split(",") if number in map(str, range(len(ROWS)))]
+    if len(numbers) != len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be numbers from 0 to {len(ROWS) - 1}, such as 0,3, got {text!r}")
+    return [ROWS[int(number)] for number in numbers]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.argument_parser(__doc__)
     parser.add_argument("--network", default="resnet18", help="a name of models.build for 3x32x32 images")
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage; 0 for the network's own")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rows", default=",".join(map(str, range(len(ROWS)))), help="which of ROWS, such as 0,3")
+    parser.add_argument("--batch", type=harness.positive, default=64)
+    parser.add_argument("--rows", type=chosen_rows, default=ROWS, help="which of ROWS, such as 0,3")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options = harness.start(parser, arguments)
     setting = TOY if options.quick else Setting(options.network, options.width, options.batch, options.compile)
-    harness.measure(cases(setting, [ROWS[int(number)] for number in options.rows.split(",")]), options)
+    harness.measure(cases(setting, options.rows), options)
 
 
 @pytest.mark.parametrize("side", ["ours", "without_engine", "careful"])
@@ -158,4 +166,4 @@ def test_update(timed, quick, row, side):
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -1,9 +1,10 @@
-"""`winograd_conv2d` against the direct convolution of PyTorch, in all passes, float32 and channels_last on a CPU.
+"""`winograd_conv2d` against the direct convolution of PyTorch, in all passes, float32 on a CPU.
 
     python benchmarks/bench_winograd_conv2d.py [--out FILE.csv]
     make bench
 
-The layers are those of a CIFAR ResNet-18 at batch 64, 3x3 with stride 1. Ours, forward, is `winograd_conv2d` with the
+The layers are those of a CIFAR ResNet-18 at batch 64, 3x3 with stride 1. Ours is channels_last, PyTorch's is measured
+in both layouts. Ours, forward, is `winograd_conv2d` with the
 transformation of its weights, and without it ("engine": the weights are transformed once for all steps of an attack);
 grad_input likewise. Tiles are those that the engine chooses. The bound is the time of the multiplications that are
 left, 36 for each pair of channels and 16 pixels, or 16 for 4 pixels.
@@ -18,6 +19,7 @@ import harness
 import pytest
 import torch
 from harness import Case, label_of
+from timing import Side
 from torch import nn
 
 from sparse_adv import ops
@@ -26,11 +28,22 @@ from sparse_adv.engine.winograd import winograd_tile
 SHAPES = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8), (64, 512, 4, 4)]
 TOY = (64, 16, 8, 8)
 PASSES = ("forward", "grad_input", "grad_weight")
+DENSE = {"dense": torch.contiguous_format, "dense_channels_last": torch.channels_last}
 SIDES = {
-    "forward": ("ours", "engine", "dense"),
-    "grad_input": ("ours", "engine", "dense"),
-    "grad_weight": ("ours", "dense"),
+    "forward": ("ours", "engine", *DENSE),
+    "grad_input": ("ours", "engine", *DENSE),
+    "grad_weight": ("ours", *DENSE),
 }
+
+
+def dense(pass_: str, x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor) -> Side:
+    """PyTorch's convolution, or one of its gradients."""
+    if pass_ == "forward":
+        return lambda: torch.conv2d(x, weight, padding=1)
+    index = ("grad_input", "grad_weight").index(pass_)
+    wanted = [index == 0, index == 1, False]
+    geometry = (1, 1), (1, 1), (1, 1), False, (0, 0), 1
+    return lambda: torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)[index]
 
 
 @lru_cache(maxsize=1)
@@ -44,13 +57,10 @@ def case(shape: tuple[int, int, int, int], pass_: str) -> Case:
     out = torch.empty_like(x)
     tile = winograd_tile(nn.Conv2d(channels, channels, 3, padding=1, device="meta"), shape)
     assert tile is not None
-    operators, geometry = torch.ops.sparse_adv, ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-    convolution_backward = torch.ops.aten.convolution_backward
+    operators = torch.ops.sparse_adv
+    sides: dict[str, Side]
     if pass_ == "grad_weight":
-        sides = {
-            "ours": lambda: operators.winograd_conv2d_grad_weight(grad, x, (1, 1), tile),
-            "dense": lambda: convolution_backward(grad, x, weight, None, *geometry, (False, True, False))[1],
-        }
+        sides = {"ours": lambda: operators.winograd_conv2d_grad_weight(grad, x, (1, 1), tile)}
     else:
         transposed = pass_ == "grad_input"
         images, transformed = grad if transposed else x, ops.winograd_conv2d_weight(weight, tile, transposed)
@@ -62,16 +72,15 @@ def case(shape: tuple[int, int, int, int], pass_: str) -> Case:
         sides = {
             "ours": lambda: operators.winograd_conv2d(images, weight, None, (1, 1), tile, transposed),
             "engine": engine,
-            "dense": lambda: torch.conv2d(x, weight, padding=1),
         }
-        if transposed:
-            sides["dense"] = lambda: convolution_backward(grad, x, weight, None, *geometry, (True, False, False))[0]
+    for side, layout in DENSE.items():
+        sides[side] = dense(pass_, *(tensor.contiguous(memory_format=layout) for tensor in (x, grad, weight)))
     expected = sides["dense"]()
     for side in sides.values():
         assert (side() - expected).norm() < 1e-4 * expected.norm()
     labels = {"op": "winograd_conv2d", "pass": pass_, "shape": label_of(shape), "tile": tile}
     products = (tile + 2) ** 2 * -(-height // tile) * -(-width // tile)
-    return Case(labels, sides, ["dense"], macs=batch * channels * channels * products)
+    return Case(labels, sides, [*DENSE], macs=batch * channels * channels * products)
 
 
 def cases(quick: bool = False) -> Iterator[Case]:

@@ -4,7 +4,9 @@
 # controls? On CIFAR-10's folder or archive CIFAR: 10,000 training images, ResNet-18 of width 16, N-FGSM, eps 8/255,
 # 8 epochs of a cyclic learning rate. About 20 minutes on two cores; a run that was stopped continues.
 set -euo pipefail
-cifar=$1 out=$2
+[ $# -eq 2 ] || { echo "usage: $0 CIFAR OUT" >&2; exit 2; }
+cifar=$(realpath -- "$1") out=$(realpath -m -- "$2")
+cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 images=(--data "$cifar" --limit 10000 --seed "${SEED:-0}")
 recipe=(--objective n-fgsm --epochs 8 --schedule cyclic --lr 0.1 --weight-decay 5e-4 --no-augment)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import harness
 import torch
-from harness import Case, Record
+from harness import Case, Value
 from torch import Tensor, nn
 
 from sparse_adv import attacks, data, experiment, masks, runs
@@ -26,8 +27,8 @@ from sparse_adv.config import DataConfig, NetworkConfig
 EPS, SEED = 8 / 255, 0
 
 
-def network_of(run: runs.Run) -> tuple[nn.Module, Tensor, Tensor]:
-    """The run's best network, in eval mode, and the test images that it classifies correctly."""
+def network_of(run: runs.Run) -> tuple[nn.Module, str, Tensor, Tensor]:
+    """The run's best network, in eval mode, its mask in words, and the test images that it classifies correctly."""
     images, network = run.info.data or DataConfig(), run.info.network or NetworkConfig()
     dataset = experiment.load_data(images, run.info.train.seed, torch.device("cpu"))
     pruned = masks.load_pruned(run.folder / runs.BEST, dense=True)
@@ -37,15 +38,16 @@ def network_of(run: runs.Run) -> tuple[nn.Module, Tensor, Tensor]:
     x, y = data.to_unit(dataset.test.images[:1000]), dataset.test.labels[:1000]
     with torch.no_grad():
         correct = model(x).argmax(1) == y
-    return model, x[correct], y[correct]
+    mask = f"density {masks.density(pruned.masks):.3g}" if pruned.masks else "dense"
+    return model, mask, x[correct], y[correct]
 
 
-def sides(model: nn.Module, x: Tensor, y: Tensor, robust: dict[str, float]) -> dict[str, Callable[[], object]]:
-    """The two calls that are timed; each leaves its robust accuracy, the share of robust images, in `robust`.
+def sides(model: nn.Module, x: Tensor, y: Tensor, labels: dict[str, Value]) -> dict[str, Callable[[], object]]:
+    """The two calls that are timed; each leaves the number of images that it found robust in the labels of its case.
 
     The first call of a side, which `interleaved` does not time, attacks one image.
     """
-    import torchattacks  # needed by this benchmark alone
+    import torchattacks  # needed here alone
 
     plain = copy.deepcopy(model)
     sparse_nn.densify(plain).to(memory_format=torch.channels_last)
@@ -54,7 +56,7 @@ def sides(model: nn.Module, x: Tensor, y: Tensor, robust: dict[str, float]) -> d
         attack = attacks.AutoAttack(model, eps=EPS, seed=SEED, verbose=False)
         attack.run_standard_evaluation(x[:images], y[:images], bs=images)
         assert attack.result is not None
-        robust["ours"] = min(attack.result.accuracy.values())
+        labels["images robust"] = round(images * min(attack.result.accuracy.values()))
 
     def theirs(images: int) -> None:
         common = {"norm": "Linf", "eps": EPS, "seed": SEED}
@@ -66,7 +68,7 @@ def sides(model: nn.Module, x: Tensor, y: Tensor, robust: dict[str, float]) -> d
         ]
         adv = torchattacks.MultiAttack(members)(x[:images], y[:images])  # its FAB takes no channels_last images
         with torch.no_grad():
-            robust["torchattacks"] = float((plain(adv).argmax(1) == y[:images]).float().mean())
+            labels["images robust, torchattacks"] = int((plain(adv).argmax(1) == y[:images]).sum())
 
     def first_on_one_image(attack: Callable[[int], None]) -> Callable[[], None]:
         first = iter([1])
@@ -75,25 +77,26 @@ def sides(model: nn.Module, x: Tensor, y: Tensor, robust: dict[str, float]) -> d
     return {"ours": first_on_one_image(ours), "torchattacks": first_on_one_image(theirs)}
 
 
+def case(run: runs.Run, images: int, rounds: int) -> Case:
+    """Both sides on the first images that the network of a run classifies correctly."""
+    model, mask, x, y = network_of(run)
+    x, y = x[:images], y[:images]
+    name = run.info.network.arch if run.info.network else "network"
+    labels: dict[str, Value] = {"op": "AutoAttack", "run": run.name, "network": name, "mask": mask, "images": len(y)}
+    return Case(labels, sides(model, x, y, labels), ["torchattacks"], rounds=rounds)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.argument_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--images", type=harness.positive, default=32)
+    parser.add_argument("--rounds", type=harness.positive, default=1)
     options = harness.start(parser, arguments)
-    robust: dict[str, float] = {}
-    records: list[Record] = []
-    for folder in options.runs:
-        run = runs.read(folder)
-        model, x, y = network_of(run)
-        x, y = x[: options.images], y[: options.images]
-        measured = sides(model, x, y, robust)
-        name = run.info.network.arch if run.info.network else "network"
-        labels = {"op": "AutoAttack", "run": folder.name, "network": name, "images": len(y)}
-        case = Case(labels, measured, ["torchattacks"], rounds=options.rounds)
-        records += harness.measure([case], options)
-        print("robust accuracy: " + ", ".join(f"{side} {share:.1%}" for side, share in robust.items()))
+    if find_spec("torchattacks") is None:
+        parser.error("torchattacks, which is compared with, is not installed")
+    found = [runs.read(folder) for folder in options.runs]
+    harness.measure((case(run, options.images, options.rounds) for run in found), options)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import Record, compared, read_records, title_of
+from harness import Record, compared, read_records, run, title_of
 from machine import environment
 
 COLUMNS = ("case", "us", "times as long", "of the bound", "spread")
@@ -92,8 +93,10 @@ def as_json(whole: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(f" {json.dumps(key)}: {text(value)}" for key, value in whole.items()) + "\n}\n"
 
 
-def main() -> None:
-    folder, facts = Path(sys.argv[1]), environment()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="of a run of gpu_check.sh")
+    folder, facts = parser.parse_args(arguments).folder, environment()
     whole = {**facts, "parts": parts(folder), "rows": rows(folder)}
     (folder / "gpu_check.json").write_text(as_json(whole))
     text = report(whole)
@@ -102,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,6 +6,7 @@ both in results/. They go between the marks in the Markdown file that has them.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -136,7 +137,8 @@ def documents() -> list[Path]:
     return [path for path in files if any(f"<!-- {name}: begin -->" in path.read_text() for name in blocks())]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     for path in documents():
         path.write_text(filled(path.read_text()))
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -51,10 +52,17 @@ def argument_parser(description: str | None, devices: Sequence[str] = ("cpu",)) 
     """The arguments that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=devices, default="cpu")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    parser.add_argument("--threads", type=positive, help="of PyTorch on the CPU")
     parser.add_argument("--quick", action="store_true", help="toy sizes and few rounds: shows that the benchmark works")
-    parser.add_argument("--out", type=Path, help="CSV file to write as well")
+    parser.add_argument("--out", type=Path, help="new CSV file to write as well")
     return parser
+
+
+def positive(text: str) -> int:
+    """Parse an argument that is an integer of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -70,12 +78,27 @@ def label_of(sizes: Sequence[int]) -> str:
 def start(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the arguments and set PyTorch and the memory allocator up for measuring."""
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch finds none")
+    if options.out and options.out.exists():
+        parser.error(f"--out must name a new file, {options.out} exists")
+    if options.out and not options.out.parent.is_dir():
+        parser.error(f"--out must name a file in a folder that exists, got {options.out}")
     if options.threads:
         torch.set_num_threads(options.threads)
     if not options.quick:
         keep_freed_memory()
     torch.backends.cudnn.benchmark = options.device == "cuda"
     return options
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a script: what is wrong with its folders and names is one line, and exit code 2 as of `parser.error`."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def measure(cases: Iterable[Case], options: argparse.Namespace) -> list[Record]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from harness import integers
+from harness import integers, run
 from torch import Tensor, nn
 
 from sparse_adv import masks, models, runs
@@ -41,23 +41,23 @@ def permuted(model: nn.Module, density: float, block: tuple[int, ...], shape: tu
     return model
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a dense run of `sparse-adv train`")
     parser.add_argument("--blocks", type=integers, nargs="+", default=[(32, 32), (64, 64)])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2])
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)  # of layers of which nothing is kept
-    trained_network = runs.read(arguments.folder).info.network
+    trained_network = runs.read(options.folder).info.network
     if trained_network is None:
-        raise ValueError(f"{arguments.folder} does not say which network it trained")
+        raise ValueError(f"{options.folder} does not say which network it trained")
     shape = (1, *models.find(trained_network.arch).input_shape)
     fresh, trained = (models.build(trained_network.arch, seed=1, width=trained_network.width) for _ in range(2))
-    trained.load_state_dict(read_weights(arguments.folder / runs.LAST)[0])
+    trained.load_state_dict(read_weights(options.folder / runs.LAST)[0])
     print("|", " | ".join(COLUMNS), "|\n|" + " --- |" * len(COLUMNS))
-    for block in arguments.blocks:
+    for block in options.blocks:
         for scope in ("uniform", "global"):
-            for density in arguments.densities:
+            for density in options.densities:
                 cells = [
                     retained(network, masks.prune(network, density, block, scope))
                     for model in (fresh, trained)
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

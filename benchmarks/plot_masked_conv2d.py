@@ -62,12 +62,15 @@ def draw(records: Sequence[Record], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.argument_parser(__doc__)
     parser.add_argument("--rows", type=Path, help="draw these instead of measuring")
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--picture", type=Path, help="default: the published picture")
     parser.set_defaults(threads=1)
     options = harness.start(parser, arguments)
+    if options.quick and not options.picture:
+        parser.error("--quick needs --picture: toy sizes are not for the published picture")
+    picture = options.picture or PICTURE
     records = harness.read_records(options.rows)[1] if options.rows else harness.measure(cases(options.quick), options)
-    draw(records, options.picture)
-    print(options.picture)
+    draw(records, picture)
+    print(picture)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,16 @@ validated, and tested once: clean, and under PGD-50 on the margin loss.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from io import StringIO
 from pathlib import Path
 
 import matplotlib
 import torch
+from harness import Record, run, write_records
 from machine import environment
 
 from sparse_adv import data, experiment, keep_freed_memory
@@ -163,7 +162,10 @@ def plan(row: Row, epoch: dict[str, float], unit: int) -> tuple[int, int, float]
 
 def train(setting: Setting, out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Train and test every row with every seed, all rows of the first seed first."""
-    epoch = json.loads((out / "seconds.json").read_text())["epoch"]
+    measured = out / "seconds.json"
+    if not measured.exists():
+        raise FileNotFoundError(f"{measured} is missing: run `time` first")
+    epoch = json.loads(measured.read_text())["epoch"]
     for seed in seeds:
         for name in names:
             row = ROWS[name]
@@ -197,7 +199,7 @@ def train(setting: Setting, out: Path, names: Sequence[str], seeds: Sequence[int
             print(json.dumps(answer), flush=True)
 
 
-def answers(out: Path) -> list[dict[str, str | float]]:
+def answers(out: Path) -> list[Record]:
     found = [json.loads(path.read_text()) for path in sorted(out.glob("seed*/*/answer.json"))]
     return sorted(found, key=lambda answer: (list(ROWS).index(answer["row"]), answer["seed"]))
 
@@ -205,6 +207,8 @@ def answers(out: Path) -> list[dict[str, str | float]]:
 def table(out: Path, rows: Path | None, picture: Path | None) -> None:
     """Print a line per row, means over seeds."""
     found = answers(out)
+    if not found:
+        raise ValueError(f"{out} has no tested run: run `train` first")
     print("| row | epochs | seconds | seeds | validation PGD-10 | test clean | test PGD-50 margin |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     points = []
@@ -221,11 +225,7 @@ def table(out: Path, rows: Path | None, picture: Path | None) -> None:
         print(f"| {name} | {length} | {seconds:.0f} | {len(own)} | {validation} | {clean} | {pgd}{listed} |")
         points.append((name, float(seconds), robust))
     if rows is not None:
-        text = StringIO()
-        writer = csv.DictWriter(text, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-        write_text(rows, text.getvalue())
+        write_records(rows, found, environment())
     if picture is not None:
         draw(points, picture)
 
@@ -279,4 +279,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -39,8 +39,7 @@ def reported(tmp_path, monkeypatch, capsys):
     """Makes the report of the test's folder; returns what is printed."""
 
     def run() -> str:
-        monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(tmp_path)])
-        gpu_report.main()
+        gpu_report.main([str(tmp_path)])
         return capsys.readouterr().out
 
     return run

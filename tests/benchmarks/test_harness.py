@@ -9,6 +9,9 @@ from harness import Case
 from machine import Peak
 from timing import Times
 
+from sparse_adv.config import TrainConfig
+from sparse_adv.runs import RunInfo
+
 PEAK = Peak(flops=2e6, bandwidth=1e9)
 FACTS = {"device": "a CPU", "threads": 1}
 SLOW = Times(median=6e-3, q20=5e-3, q80=8e-3)
@@ -108,3 +111,62 @@ def test_the_picture_is_drawn_from_a_quick_run_and_again_from_its_rows(tmp_path,
     plot.main(["--quick", "--threads", threads, "--out", str(rows), "--picture", str(first)])
     plot.main(["--rows", str(rows), "--threads", threads, "--picture", str(again), "--quick"])
     assert "block (4, 4)" in first.read_text() and len(first.read_text()) == len(again.read_text())
+
+
+def error_of(benchmark: str, capsys, *arguments: str) -> str:
+    """The last line of what a script that refuses its arguments prints."""
+    with pytest.raises(SystemExit) as ended:
+        harness.run(lambda: importlib.import_module(benchmark).main(arguments))
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("script", ["bench_attack", "bench_masked_conv2d", "bench_shrink", "bench_update"])
+def test_without_a_gpu_its_benchmarks_end_with_one_sentence(script, capsys):
+    assert error_of(script, capsys, "--device", "cuda").endswith("--device cuda needs a GPU, and torch finds none")
+
+
+BAD = {
+    "threads": ("bench_pointwise", ["--threads", "0"], "--threads: must be an integer of at least 1, got '0'"),
+    "folder of out": ("bench_pointwise", ["--out", "nowhere/a.csv"], "in a folder that exists, got nowhere/a.csv"),
+    "batch": ("bench_training", ["--batch", "0"], "--batch: must be an integer of at least 1, got '0'"),
+    "rows": ("bench_training", ["--rows", "0,99"], "must be numbers from 0 to 6, such as 0,3, got '0,99'"),
+    "network": ("bench_training", ["--network", "nope", "--rows", "0"], 'there is no architecture "nope"'),
+    "picture": ("plot_masked_conv2d", ["--quick"], "--quick needs --picture"),
+    "run": ("permute_channels", ["nowhere"], "nowhere is not a run folder: it has no run.json"),
+    "time": ("seconds_to_robustness", ["nowhere", "OUT", "train"], "seconds.json is missing: run `time` first"),
+    "table": ("seconds_to_robustness", ["nowhere", "OUT", "table"], "OUT has no tested run: run `train` first"),
+    "report": ("gpu_report", ["nowhere"], "'nowhere/parts.tsv'"),
+    "tables": ("gpu_table", ["--hepl"], "unrecognized arguments: --hepl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused_in_one_line(name, capsys, monkeypatch, tmp_path):
+    benchmark, arguments, message = BAD[name]
+    if benchmark in ("plot_masked_conv2d", "seconds_to_robustness"):
+        pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harness, "measured_peak", lambda device: PEAK)
+    assert message in error_of(benchmark, capsys, *arguments)
+
+
+def test_a_file_that_exists_is_not_written_again(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("an hour of rows")
+    message = error_of("bench_pointwise", capsys, "--quick", "--out", str(tmp_path / "a.csv"))
+    assert message.endswith(f"--out must name a new file, {tmp_path / 'a.csv'} exists")
+    assert (tmp_path / "a.csv").read_text() == "an hour of rows"
+
+
+def test_autoattack_is_timed_on_each_of_several_runs(tmp_path, monkeypatch):
+    """Both sides are replaced by ones that return at once."""
+    compare = importlib.import_module("compare_autoattack")
+    monkeypatch.setattr(harness, "measured_peak", lambda device: PEAK)
+    monkeypatch.setattr(compare, "find_spec", lambda name: True)
+    monkeypatch.setattr(compare.runs, "read", lambda folder: RunInfo("train", TrainConfig(), name=folder.name))
+    monkeypatch.setattr(
+        compare, "case", lambda run, *_: Case({"run": run.name}, {"ours": int, "torchattacks": int}, ["torchattacks"])
+    )
+    compare.main(["first", "second", "--out", str(tmp_path / "a.csv")])
+    assert [record["run"] for record in harness.read_records(tmp_path / "a.csv")[1]] == ["first", "second"]
