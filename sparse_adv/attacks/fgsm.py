@@ -162,7 +162,8 @@ class FFGSM(GradientAttack):
     """`attacks.fgsm_rs` bound to a model, with the interface of torchattacks.FFGSM.
 
     Args:
-        model, eps, alpha, norm, options: as in `attacks.fgsm_rs`.
+        model, eps, norm, options: as in `attacks.fgsm_rs`.
+        alpha: step size; None for 1.25 times this eps, also when eps is set anew.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:
@@ -180,7 +181,7 @@ class FFGSM(GradientAttack):
         self,
         model: Model,
         eps: float | Tensor = 8 / 255,
-        alpha: float | Tensor = 10 / 255,
+        alpha: float | Tensor | None = 10 / 255,
         *,
         norm: str = "linf",
         graph: bool = False,
