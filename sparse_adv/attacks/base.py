@@ -113,7 +113,7 @@ class Attack(ABC):
         if normalized is not None:
             # The engine leaves plain functions to autograd, normalised ones too.
             model = normalized if normalized.traceable else normalized.forward
-            images = normalized.undo(images, self._range_of(images))
+            images = normalized.undo(images, self._box_of(images))
         if self._training is not None:
             model = partial(_in_training, model, self._training)
         adv = self.forward(model, images, labels, self.targeted)
@@ -317,9 +317,9 @@ class Attack(ABC):
     def inverse_normalize(self, images: Tensor) -> Tensor:
         """The inverse of `normalize`, images * std + mean, without what rounding adds to the range of pixel values."""
         check_images(images)
-        return images if self._normalization is None else self._normalization.undo(images, self._range_of(images))
+        return images if self._normalization is None else self._normalization.undo(images, self._box_of(images))
 
-    def _range_of(self, images: Tensor) -> Ball:
+    def _box_of(self, images: Tensor) -> Ball:
         """The range of pixel values of a batch, as a ball."""
         return ball_around(images, 0.0, "linf", getattr(self, "lo", 0.0), getattr(self, "hi", 1.0))
 

@@ -12,7 +12,7 @@ def per_image(values: Tensor, images: Tensor) -> Tensor:
 
 
 def divisor(x: Tensor) -> Tensor:
-    """What a quotient is divided by in place of x >= 0: at least 1e-12, and never 0 in a dtype of few bits."""
+    """x >= 0 to divide by: at least 1e-12, or the least normal number of its dtype where that is larger."""
     return x.clamp_min(max(1e-12, torch.finfo(x.dtype).tiny))
 
 

@@ -31,12 +31,12 @@ class Normalized(nn.Module):
         self._check_channels(pixels)
         return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
 
-    def undo(self, images: Tensor, range: Ball) -> Tensor:
+    def undo(self, images: Tensor, box: Ball) -> Tensor:
         """The pixels; rounding does not take them out of their range, and a wrong normalisation is left to be seen."""
         self._check_channels(images)
         pixels = images * self.std.to(images) + self.mean.to(images)
-        inside = range.clamp(pixels)
-        rounding = _UNITS_OF_ROUNDING * torch.finfo(pixels.dtype).eps * (range.hi - range.lo)
+        inside = box.clamp(pixels)
+        rounding = _UNITS_OF_ROUNDING * torch.finfo(pixels.dtype).eps * (box.hi - box.lo)
         return inside.where((pixels - inside).abs() <= rounding, pixels)
 
     def _check_channels(self, images: Tensor) -> None:
