@@ -5,7 +5,8 @@
 # 8 epochs of a cyclic learning rate. About 20 minutes on two cores; a run that was stopped continues.
 set -euo pipefail
 [ $# -eq 2 ] || { echo "usage: $0 CIFAR OUT" >&2; exit 2; }
-cifar=$(realpath -- "$1") out=$(realpath -m -- "$2")
+cifar=$(realpath -m -- "$1")
+out=$(realpath -m -- "$2")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 images=(--data "$cifar" --limit 10000 --seed "${SEED:-0}")

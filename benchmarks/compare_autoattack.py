@@ -81,7 +81,8 @@ def case(run: runs.Run, images: int, rounds: int) -> Case:
     """Both sides on the first images that the network of a run classifies correctly."""
     model, mask, x, y = network_of(run)
     x, y = x[:images], y[:images]
-    name = run.info.network.arch if run.info.network else "network"
+    network = run.info.network or NetworkConfig()
+    name = network.arch if network.width is None else f"{network.arch} width {network.width}"
     labels: dict[str, Value] = {"op": "AutoAttack", "run": run.name, "network": name, "mask": mask, "images": len(y)}
     return Case(labels, sides(model, x, y, labels), ["torchattacks"], rounds=rounds)
 

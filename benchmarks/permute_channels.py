@@ -47,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=integers, nargs="+", default=[(32, 32), (64, 64)])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2])
     options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)  # of layers of which nothing is kept
     trained_network = runs.read(options.folder).info.network
     if trained_network is None:
         raise ValueError(f"{options.folder} does not say which network it trained")
     shape = (1, *models.find(trained_network.arch).input_shape)
     fresh, trained = (models.build(trained_network.arch, seed=1, width=trained_network.width) for _ in range(2))
     trained.load_state_dict(read_weights(options.folder / runs.LAST)[0])
+    logging.disable(logging.WARNING)  # of layers of which nothing is kept
     print("|", " | ".join(COLUMNS), "|\n|" + " --- |" * len(COLUMNS))
     for block in options.blocks:
         for scope in ("uniform", "global"):

@@ -34,6 +34,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CPU = torch.device("cpu")
+SECONDS = "seconds.json"
+"""What `time` writes: the machine, and the seconds of an epoch of each kind of training."""
 ROUNDS = 2
 """Measurements of each row's seconds."""
 TIMED_UPDATES = 20
@@ -133,7 +135,7 @@ def time(setting: Setting, out: Path, names: Sequence[str]) -> None:
             seconds[kind].append(scale * (record.attack.seconds + record.update.seconds))
             print(f"{kind}: {seconds[kind][-1]:.1f} s per epoch", flush=True)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    write_text(out / "seconds.json", json.dumps({"machine": environment(), "epoch": medians, "all": seconds}, indent=1))
+    write_text(out / SECONDS, json.dumps({"machine": environment(), "epoch": medians, "all": seconds}, indent=1))
 
 
 def _kind(row: Row) -> str:
@@ -162,7 +164,7 @@ def plan(row: Row, epoch: dict[str, float], unit: int) -> tuple[int, int, float]
 
 def train(setting: Setting, out: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Train and test every row with every seed, all rows of the first seed first."""
-    measured = out / "seconds.json"
+    measured = out / SECONDS
     if not measured.exists():
         raise FileNotFoundError(f"{measured} is missing: run `time` first")
     epoch = json.loads(measured.read_text())["epoch"]
@@ -225,7 +227,7 @@ def table(out: Path, rows: Path | None, picture: Path | None) -> None:
         print(f"| {name} | {length} | {seconds:.0f} | {len(own)} | {validation} | {clean} | {pgd}{listed} |")
         points.append((name, float(seconds), robust))
     if rows is not None:
-        write_records(rows, found, environment())
+        write_records(rows, found, json.loads((out / SECONDS).read_text())["machine"])
     if picture is not None:
         draw(points, picture)
 

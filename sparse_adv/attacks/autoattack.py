@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.attacks.autoattack_state import Result, State, fingerprint
 from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned, with_enough_classes
-from sparse_adv.attacks.ball import Ball, Values, checked_ball, into_ball
+from sparse_adv.attacks.ball import Ball, checked_ball, into_ball
 from sparse_adv.attacks.base import Attack, as_device
 from sparse_adv.attacks.checks import (
     Model,
@@ -141,7 +141,7 @@ class AutoAttack(Versioned, Attack):
         self._engine = engine
 
     def __repr__(self) -> str:
-        norm, eps, version, seed = self.ball.norm, _written(self.eps), self.version, self.seed
+        norm, eps, version, seed = self.ball.norm, self.ball.eps_in_words, self.version, self.seed
         return f"AutoAttack({norm=}, eps={eps}, {version=}, attacks_to_run={self.attacks_to_run}, {seed=})"
 
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
@@ -267,7 +267,8 @@ class AutoAttack(Versioned, Attack):
         if not names:
             raise ValueError('attacks_to_run must name at least one attack for version "custom", got none')
         if self._normalization is not None or self._training is not None:
-            raise ValueError("normalised images and training modes are for calls of the attack, not for evaluations")
+            which = "set_model_training_mode" if self._normalization is None else "set_normalization_used"
+            raise ValueError(f"{which} is for calls of the attack: make an AutoAttack of a model with it to evaluate")
         labels = int64_labels(labels)
         self.ball.on(images)  # raises where a tensor is of another length
         label_range = check_batch(images, labels, lo=self.ball.lo, hi=self.ball.hi)
@@ -288,7 +289,7 @@ class AutoAttack(Versioned, Attack):
         check_label_range(label_range, classes)
         budgets = "; ".join(f"{name} ({MEMBERS[name].budget(self.settings, classes)})" for name in names)
         self._log(
-            f"{title}: {budgets}; {self.ball.norm}, eps {_written(self.ball.eps)}, {len(images)} images, seed {seed}"
+            f"{title}: {budgets}; {self.ball.norm}, eps {self.ball.eps_in_words}, {len(images)} images, seed {seed}"
         )
         ball = self.ball.of(torch.arange(len(first)))._asdict()
         signs = signs_of_masking(self.model, first, truth, **ball)
@@ -393,8 +394,3 @@ class AutoAttack(Versioned, Attack):
         if self.log_path is not None:
             with self.log_path.open("a") as file:
                 file.write(text + "\n")
-
-
-def _written(eps: Values) -> str:
-    """The radius, or the range of those of all images."""
-    return f"{eps.min():g} to {eps.max():g}" if isinstance(eps, Tensor) else f"{eps:g}"

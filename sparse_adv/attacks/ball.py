@@ -55,6 +55,12 @@ class Ball(NamedTuple):
         """eps as a number or a tensor [N]."""
         return self.eps.flatten() if isinstance(self.eps, Tensor) else self.eps
 
+    @property
+    def eps_in_words(self) -> str:
+        """eps as a number, or the range of those of all images."""
+        eps = self.eps
+        return f"{eps.min():g} to {eps.max():g}" if isinstance(eps, Tensor) else f"{eps:g}"
+
     def clamp(self, x: Tensor) -> Tensor:
         """x [n, ...] with its values clamped to [lo, hi]; the ball must be one `on` a batch."""
         lo, hi = self.lo, self.hi

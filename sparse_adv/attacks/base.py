@@ -28,7 +28,7 @@ from sparse_adv.attacks.checks import (
 from sparse_adv.attacks.modes import TrainingMode, in_mode
 from sparse_adv.attacks.normalized import Normalized
 from sparse_adv.attacks.options import BasicOptions, check_count, check_names
-from sparse_adv.attacks.targets import TargetFunction, least_likely, random_targets
+from sparse_adv.attacks.targets import TargetFunction, Targets, given_targets, least_likely, random_targets
 
 
 class Attack(ABC):
@@ -61,6 +61,7 @@ class Attack(ABC):
 
     supports_targets = True
     needs_labels = True
+    _normalization: Normalized | None = None
 
     def __init__(self, model: Model) -> None:
         as_module(model)
@@ -69,8 +70,7 @@ class Attack(ABC):
         self.device = _device_of(model)
         self.targeted = False
         self.attack_mode = "default"
-        self._target_function: TargetFunction | None = None
-        self._normalization: Normalized | None = None
+        self._target_function: Targets | None = None
         self._complete = type(self).__init__ is Attack.__init__
 
     def __init_subclass__(cls) -> None:
@@ -108,7 +108,7 @@ class Attack(ABC):
             images = images.to(self.device)
             labels = labels.to(self.device) if isinstance(labels, Tensor) else labels
         if self._target_function is not None:
-            labels = self._target_function(images, self._labels_or_predictions(images, labels))
+            labels = self._target_function(self.get_logits, images, self._labels_or_predictions(images, labels))
         model, normalized = self.model, self._normalization
         if normalized is not None:
             # The engine leaves plain functions to autograd, normalised ones too.
@@ -126,7 +126,7 @@ class Attack(ABC):
     @checks_types
     def set_mode_targeted_by_function(self, target_map_function: TargetFunction, quiet: bool = False) -> None:
         """Labels are the true classes, and target_map_function(images, labels) gives the classes to reach."""
-        self._set_targets("targeted(custom)", target_map_function, quiet)
+        self._set_targets("targeted(custom)", partial(given_targets, target_map_function), quiet)
 
     @checks_types
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
@@ -136,13 +136,13 @@ class Attack(ABC):
     @checks_types
     def set_mode_targeted_random(self, quiet: bool = False) -> None:
         """Labels are the true classes; the classes to reach are drawn from the others by PyTorch's global generator."""
-        self._set_targets("targeted(random)", partial(random_targets, self.get_logits), quiet)
+        self._set_targets("targeted(random)", random_targets, quiet)
 
     @checks_types
     def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
         """Labels are the true classes; the class to reach is the wrong one with the kth lowest logit."""
         check_count("kth_min", kth_min, least=1)
-        self._set_targets("targeted(least-likely)", partial(least_likely, self.get_logits, kth_min), quiet)
+        self._set_targets("targeted(least-likely)", partial(least_likely, kth_min), quiet)
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take and return normalised images from now on, as the model does: (pixels - mean) / std of each channel."""
@@ -289,7 +289,7 @@ class Attack(ABC):
         shown = {name: value for name, value in vars(self).items() if name not in hidden and not name.startswith("_")}
         return f"{self.attack}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
-    def _set_targets(self, mode: str, function: TargetFunction | None, quiet: bool) -> None:
+    def _set_targets(self, mode: str, function: Targets | None, quiet: bool) -> None:
         if not self.supports_targets:
             raise ValueError(f"{type(self).__name__} has no targeted mode")
         self.targeted, self.attack_mode, self._target_function = True, mode, function

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32)
 _ROUNDING = 1e-6
-"""Pixels may leave the range by this share of it: a float32 transform to [-1, 1] and back gives values like -3e-8."""
+"""Pixels may leave the range by this share of 1, or of a larger bound: a float32 transform gives values like -3e-8."""
 
 LabelRange = tuple[int, int] | None
 """Smallest and largest label of a batch; None without labels to check."""
@@ -44,7 +44,8 @@ def check_batch(
 
     Raises:
         TypeError: if images are not floating point or labels not int64.
-        ValueError: if images are outside of [lo, hi] by more than 1e-6 of it, or not finite, or a shape is wrong.
+        ValueError: if images are outside of [lo, hi] by more than 1e-6 (of a bound above 1), or not finite, or a shape
+            is wrong.
     """
     check_images(images)
     valid = _valid_labels(images, labels) if with_labels else None
@@ -201,7 +202,7 @@ def _check_pixel_range(smallest: float, largest: float, lo: float, hi: float) ->
         raise ValueError("images must be finite, got NaN or infinite values")
     if lo <= smallest and largest <= hi:
         return
-    rounding = _ROUNDING * max(1, hi - lo)
+    rounding = _ROUNDING * max(1.0, *(abs(bound) for bound in (lo, hi) if math.isfinite(bound)))
     if lo - rounding <= smallest and largest <= hi + rounding:
         _tell_rounding(lo, hi)
     else:
@@ -224,7 +225,7 @@ def _check_channels(images: Tensor, lo: float | Tensor, hi: float | Tensor) -> N
 @cache
 def _tell_rounding(lo: float, hi: float) -> None:
     log.warning(
-        "images leave [%g, %g] by less than %g of it, which counts as rounding: what an attack changes lies inside",
+        "images leave [%g, %g] by less than %g, or that share of a bound, as by rounding: what is changed lies inside",
         *(lo, hi, _ROUNDING),
     )
 

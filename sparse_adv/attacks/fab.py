@@ -23,6 +23,8 @@ Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """boundary(x, index) -> the lead z_y - z_k [n] and its gradient, k the class whose boundary each image is moved to."""
 
 _FINAL_STEPS = 3
+_CROSSING = 2
+"""Units in the last place of the largest logit that a lead counts for at least."""
 
 
 def fab(
@@ -330,6 +332,9 @@ class _Fab:
     def _step(self, x: Tensor, index: Tensor, boundary: Boundary) -> Tensor:
         settings, dtype = self._settings, torch.promote_types(x.dtype, torch.float32)
         lead, slope = (tensor.to(dtype) for tensor in boundary(x, index))
+        # Logits of few bits are often equal: such a tie is a boundary that was reached, and is to be crossed.
+        least = (_CROSSING * self._model.unit * self.logits[index].abs().amax(1)).to(dtype)
+        lead = lead.where(lead.abs() >= least, least.where(lead >= 0, -least))
         x, clean = x.to(dtype), self._images[index].to(dtype)
         # The hyperplane is lead + <slope, z - x> = 0; seen from the clean image, its lead is that at x_0.
         lead_of_clean = lead + ((clean - x) * slope).flatten(1).sum(1)

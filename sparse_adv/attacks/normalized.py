@@ -9,7 +9,7 @@ from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.checks import Model, as_module
 
 _UNITS_OF_ROUNDING = 8
-"""By how many units of rounding of the range of pixel values undoing a normalisation may leave it."""
+"""How far undoing a normalisation may leave the range of pixel values: units of rounding of 1, or of a larger bound."""
 
 
 class Normalized(nn.Module):
@@ -36,7 +36,9 @@ class Normalized(nn.Module):
         self._check_channels(images)
         pixels = images * self.std.to(images) + self.mean.to(images)
         inside = box.clamp(pixels)
-        rounding = _UNITS_OF_ROUNDING * torch.finfo(pixels.dtype).eps * (box.hi - box.lo)
+        bounds = [torch.as_tensor(bound, dtype=pixels.dtype, device=pixels.device).abs() for bound in (box.lo, box.hi)]
+        scale = torch.maximum(*(bound.where(bound.isfinite(), 0) for bound in bounds)).clamp_min(1)
+        rounding = _UNITS_OF_ROUNDING * torch.finfo(pixels.dtype).eps * scale
         return inside.where((pixels - inside).abs() <= rounding, pixels)
 
     def _check_channels(self, images: Tensor) -> None:

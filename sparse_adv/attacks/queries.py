@@ -40,6 +40,8 @@ class Queries:
 
     def __init__(self, model: nn.Module, gradients: BatchGradients, label_range: LabelRange) -> None:
         self._model, self._gradients, self._label_range = model, gradients, label_range
+        self.unit = 0.0
+        """A unit in the last place of the model's logits, as a share of the largest; 0 before the first ones."""
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits [N, classes] of images [N, ...]."""
@@ -48,9 +50,8 @@ class Queries:
     def own_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The logits that the model itself returns, without the engine, and a bound of their rounding [N]."""
         with torch.no_grad():
-            logits = self._model(x)
-            checked = self._checked(logits, len(x))
-        return checked, _UNITS_OF_ROUNDING * torch.finfo(logits.dtype).eps * checked.abs().amax(1)
+            logits = self._checked(self._model(x), len(x))
+        return logits, _UNITS_OF_ROUNDING * self.unit * logits.abs().amax(1)
 
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
         """The gradient of loss(logits), summed over the images, with respect to the images."""
@@ -81,6 +82,7 @@ class Queries:
         if self._label_range is not None:
             check_label_range(self._label_range, count_classes(logits, images))
             self._label_range = None
+        self.unit = torch.finfo(logits.dtype).eps
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

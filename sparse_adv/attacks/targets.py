@@ -15,6 +15,14 @@ TargetFunction = Callable[[Tensor, Tensor], Tensor]
 Logits = Callable[[Tensor], Tensor]
 """logits(images) -> [N, classes]."""
 
+Targets = Callable[[Logits, Tensor, Tensor], Tensor]
+"""targets(logits, images, labels) -> the classes to reach, by the logits of the attacked model."""
+
+
+def given_targets(function: TargetFunction, logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
+    """What a function of the caller's says."""
+    return function(images, labels)
+
 
 def random_targets(logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
     """One of the other classes for each image, drawn by PyTorch's global generator."""
@@ -22,7 +30,7 @@ def random_targets(logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
     return (labels + torch.randint(1, classes, labels.shape).to(labels.device)) % classes
 
 
-def least_likely(logits: Logits, kth_min: int, images: Tensor, labels: Tensor) -> Tensor:
+def least_likely(kth_min: int, logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
     """The wrong class with the kth lowest logit of each image."""
     of_images = _checked_logits(logits, images, labels)
     if kth_min >= of_images.shape[1]:

@@ -121,8 +121,9 @@ class SparseTraining(UpdateHook):
         self.updater, self.model = updater, updater.model
         if self.config.permute_channels:
             check_traceable(self.model)
-        is_new = not _masked_layers(self.model)
-        if is_new:
+        self.chose_masks = not _masked_layers(self.model)
+        """Whether the first masks are this method's, and not those of a ticket."""
+        if self.chose_masks:
             start(self.model, self.config, updater.config.seed)
         elif "growth" not in self.config.without_effect():
             revive_dead_channels(self.model)
@@ -138,7 +139,9 @@ class SparseTraining(UpdateHook):
         self.shapes = {name: self.layers[name].weight.shape for name in first.values()}
         self.schedule = Schedule(self.config, updater.config.epochs, updater.steps_per_epoch)
         self._warn_of_no_change(updater.config.epochs * updater.steps_per_epoch)
-        if is_new and not self.schedule.pruned:
+        self.is_pruned = not self.schedule.pruned
+        """Whether the last pruning is done; a run that is extended has pruned before its new schedule says so."""
+        if self.is_pruned:
             self._warn_of_density()
 
     def wants_dense_gradients(self, step: int) -> bool:
@@ -179,11 +182,12 @@ class SparseTraining(UpdateHook):
             self._apply(new)
             self.changes += 1
         if before < self.schedule.pruned <= step:
+            self.is_pruned = True
             self._warn_of_density()
         return bool(new)
 
     def may_be_result(self) -> bool:
-        return self.step >= self.schedule.pruned
+        return self.is_pruned
 
     def after_epoch(self, record: EpochRecord) -> None:
         if self.adaptation is not None:
@@ -194,13 +198,15 @@ class SparseTraining(UpdateHook):
         return {name: layer.weight_mask for name, layer in self.layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"method": asdict(self.config), "step": self.step, "changes": self.changes, "retained": self.retained}
+        names = "step", "changes", "retained", "is_pruned"
+        own = {"method": asdict(self.config), **{name: getattr(self, name) for name in names}}
         return own if self.adaptation is None else own | {"adaptation": self.adaptation.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["method"] != asdict(self.config):
             raise ValueError("the state is that of a run with another method: take another folder, or delete it")
         self.step, self.changes, self.retained = state["step"], state["changes"], state["retained"]
+        self.is_pruned = state.get("is_pruned", self.step >= self.schedule.pruned)
         if self.adaptation is not None:
             self.adaptation.load_state_dict(state["adaptation"])
 
@@ -222,7 +228,7 @@ class SparseTraining(UpdateHook):
     def _warn_of_density(self) -> None:
         """Log if the masks keep far more or fewer weights than the configuration asks for."""
         asked, got = self.config.density, density(self.masks(), self.model)
-        if abs(got - asked) > LARGEST_MISS * asked:
+        if self.chose_masks and abs(got - asked) > LARGEST_MISS * asked:
             log.warning(
                 "%s keeps %.3g of the weights, density asks for %.3g: layers have few blocks of %s, take smaller ones",
                 self.config.method,

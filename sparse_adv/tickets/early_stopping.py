@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def check_threshold(config: PruneConfig, epochs: int) -> None:
     for number in range(1, config.rounds + 1):
         density = config.density_of_round(number)
         bound = 2 * min(density, 1 - density)
-        if threshold >= bound:
+        if threshold >= bound or math.isclose(threshold, bound):
             raise ValueError(
                 f"early_stop_distance must be below {bound:.3g}, which no two masks of density {density:.3g} exceed, "
                 f"got {threshold!r}"

@@ -8,9 +8,9 @@ when undoing one epoch repairs nothing. An epoch that lost it is undone and repe
 doubles the number of epochs that are trained with PGD. Training with PGD is not watched: a weak epoch of it passes by
 itself.
 
-Pruning costs robustness too, and the epochs after it restore what the smaller network can have. So an epoch that ends
-with a lower density than the one before, or than a dense network if it is the first, is not judged, and what it reached
-is what the next epochs are compared with.
+Pruning costs robustness too, and the epochs after it restore what the smaller network can have. So of the best accuracy
+only the fraction of weights that an epoch keeps is expected: a network of which a twentieth is left may fall to a
+twentieth of it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,6 @@ IMAGES = 256
 STEPS = 5
 LEAST_DROP = 0.1
 """A drop counts if it is at least this much and to less than half of the best; noise of 256 images is about 0.03."""
-LEAST_PRUNED = 0.01
-"""Fraction of the kept weights that an epoch must prune to pass unjudged. Where blocks at the edge of a layer are
-smaller, masks that only change places differ by less in their number of weights."""
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +42,7 @@ class OverfittingMonitor:
         graphs: CUDA graphs of the attack to use again.
 
     Attributes:
-        best: the highest accuracy of an epoch that was not undone, since the last pruning.
+        best: the highest accuracy of an epoch that was not undone, times the fractions that were not pruned since.
         density: of the network's weights after the last epoch that was not undone.
         events: number of epochs that were undone.
         pgd_epochs: number of next epochs to train with PGD.
@@ -80,22 +77,20 @@ class OverfittingMonitor:
     def must_undo(self, accuracy: float, density: float = 1.0) -> bool:
         """Return whether the epoch with this accuracy lost its robustness; call it once for each epoch.
 
-        An epoch that was trained with PGD is never undone; while robustness is not back, PGD goes on. One that pruned
-        the network is not undone either, and `best` starts again from it.
+        An epoch that was trained with PGD is never undone; while robustness is not back, PGD goes on.
 
         Args:
             accuracy: after the epoch, as `measure` returns it.
             density: of the network's weights after the epoch.
         """
-        best = 0.0 if density < (1 - LEAST_PRUNED) * self.density else self.best
+        best = self.best * (density / self.density if density < self.density else 1)
         resists = math.isfinite(accuracy) and (accuracy >= best / 2 or accuracy > best - LEAST_DROP)
         if not resists and not self.pgd_epochs:
             self.events += 1
             self.pgd_epochs = 2 ** (self.events - 1)
             return True
-        self.density = density
+        self.density, self.best = density, max(best, accuracy) if resists else best
         if resists:
-            self.best = max(best, accuracy)
             self.pgd_epochs = max(0, self.pgd_epochs - 1)
         else:
             log.warning(

@@ -1,6 +1,7 @@
 """Normalised images: their range is that of the attack, wrong ones are refused, a changed model is attacked."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -68,8 +69,35 @@ def test_an_evaluation_does_not_ignore_a_normalisation_or_a_mode():
         evaluator.apgd.n_iter = evaluator.apgd.n_restarts = 1
         change(evaluator)
         for run in (evaluator.run_standard_evaluation, evaluator.run_standard_evaluation_individual):
-            with pytest.raises(ValueError, match="normalised images and training modes are for calls of the attack"):
+            with pytest.raises(ValueError, match=r"set_\w+ is for calls of the attack"):
                 run(images, labels)
         assert (
             evaluator((images - 0.5) / 0.25 if evaluator.normalization_used else images, labels).shape == images.shape
         )
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize(("lo", "hi"), [(0.0, math.inf), (-math.inf, 1.0)])
+def test_a_range_with_one_end_is_a_range(lo, hi, tensors):
+    images, labels = batch()
+    low, high = (torch.full((3,), bound) if tensors else bound for bound in (lo, hi))
+    atk = attacks.PGD(make_model(), eps=0.1, steps=1, lo=low, hi=high)
+    assert (atk(images, labels) - images).abs().max() <= 0.1 + 1e-6
+    for offset in (-5.0, 5.0):
+        outside = images + offset
+        if ((outside < lo) | (outside > hi)).any():
+            with pytest.raises(ValueError, match="images must lie in"):
+                atk(outside, labels)
+    atk.set_normalization_used([0.5] * 3, [0.25] * 3)
+    with pytest.raises(ValueError, match="images must lie in"):
+        atk(torch.where(torch.rand(images.shape) < 0.5, images * 40 - 20, 20 - images * 40), labels)
+
+
+def test_a_subclass_may_set_its_model_before_its_constructor_ends():
+    class Own(attacks.PGD):
+        def __init__(self, model):
+            self.model = model
+            super().__init__(model, eps=0.1)
+
+    model = make_model()
+    assert Own(model).model is model

@@ -45,7 +45,7 @@ def test_models_without_other_classes_or_without_logits_are_refused(mode):
         attack(mode, lambda x: (x, x))(images, labels)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda atk: pickle.loads(pickle.dumps(atk))])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda atk: pickle.loads(pickle.dumps(atk))])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copy_chooses_its_targets_by_its_own_model(mode, copied):
     images, labels = batch()

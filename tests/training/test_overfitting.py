@@ -67,6 +67,16 @@ def test_pruning_is_no_overfitting_and_what_it_leaves_is_the_best():
         assert not watch.must_undo(0.45, 0.05)
 
 
+def test_a_collapse_while_the_network_is_pruned_step_by_step_is_undone():
+    watch = monitor()
+    for accuracy, density in ((0.4, 0.8), (0.45, 0.6), (0.44, 0.45)):
+        assert not watch.must_undo(accuracy, density)
+    assert watch.must_undo(0.0, 0.35)  # and again: its repetition with PGD prunes as well
+    assert not watch.must_undo(0.0, 0.35) and watch.pgd_epochs == 1
+    assert not watch.must_undo(0.3, 0.28) and watch.pgd_epochs == 0
+    assert watch.best == pytest.approx(0.3)
+
+
 def test_an_undone_attempt_leaves_the_density_before_it():
     watch = monitor()
     assert not watch.must_undo(0.6, 0.5) and watch.must_undo(0.1, 0.8)
