@@ -141,10 +141,11 @@ def cases(setting: Setting, rows: Sequence[Row]) -> Iterator[Case]:
 
 def chosen_rows(text: str) -> list[Row]:
     """Parse an argument such as "0,3"."""
-    numbers = [number for number in text.split(",") if number in map(str, range(len(ROWS)))]
-    if len(numbers) != len(text.split(",")):
+    rows = {str(number): row for number, row in enumerate(ROWS)}
+    numbers = text.split(",")
+    if not rows.keys() >= set(numbers):
         raise argparse.ArgumentTypeError(f"must be numbers from 0 to {len(ROWS) - 1}, such as 0,3, got {text!r}")
-    return [ROWS[int(number)] for number in numbers]
+    return [rows[number] for number in numbers]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

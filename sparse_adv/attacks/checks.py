@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32)
 _ROUNDING = 1e-6
-"""Pixels may leave the range by this share of 1, or of a larger bound: a float32 transform gives values like -3e-8."""
+"""Pixels may leave the range by this much, times a bound above 1: transforms in float32 give values such as -3e-8."""
 
 LabelRange = tuple[int, int] | None
 """Smallest and largest label of a batch; None without labels to check."""
@@ -44,8 +44,8 @@ def check_batch(
 
     Raises:
         TypeError: if images are not floating point or labels not int64.
-        ValueError: if images are outside of [lo, hi] by more than 1e-6 (of a bound above 1), or not finite, or a shape
-            is wrong.
+        ValueError: if images are outside of [lo, hi] by more than 1e-6 (times a bound above 1), or not finite, or a
+            shape is wrong.
     """
     check_images(images)
     valid = _valid_labels(images, labels) if with_labels else None
@@ -225,7 +225,7 @@ def _check_channels(images: Tensor, lo: float | Tensor, hi: float | Tensor) -> N
 @cache
 def _tell_rounding(lo: float, hi: float) -> None:
     log.warning(
-        "images leave [%g, %g] by less than %g, or that share of a bound, as by rounding: what is changed lies inside",
+        "images leave [%g, %g] by no more than rounding (%g, times a bound above 1): changed images lie inside",
         *(lo, hi, _ROUNDING),
     )
 

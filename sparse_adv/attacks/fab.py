@@ -24,7 +24,7 @@ Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _FINAL_STEPS = 3
 _CROSSING = 2
-"""Units in the last place of the largest logit that a lead counts for at least."""
+"""A lead counts as at least this many units in the last place of the largest logit."""
 
 
 def fab(
@@ -332,7 +332,7 @@ class _Fab:
     def _step(self, x: Tensor, index: Tensor, boundary: Boundary) -> Tensor:
         settings, dtype = self._settings, torch.promote_types(x.dtype, torch.float32)
         lead, slope = (tensor.to(dtype) for tensor in boundary(x, index))
-        # Logits of few bits are often equal: such a tie is a boundary that was reached, and is to be crossed.
+        # 16-bit logits are often equal. At such a tie the step to the boundary is 0, so the lead is made larger.
         least = (_CROSSING * self._model.unit * self.logits[index].abs().amax(1)).to(dtype)
         lead = lead.where(lead.abs() >= least, least.where(lead >= 0, -least))
         x, clean = x.to(dtype), self._images[index].to(dtype)

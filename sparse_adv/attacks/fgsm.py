@@ -163,7 +163,7 @@ class FFGSM(GradientAttack):
 
     Args:
         model, eps, norm, options: as in `attacks.fgsm_rs`.
-        alpha: step size; None for 1.25 times this eps, also when eps is set anew.
+        alpha: step size; None for 1.25 eps. It stays as it is when eps is set anew.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:

@@ -9,7 +9,7 @@ from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.checks import Model, as_module
 
 _UNITS_OF_ROUNDING = 8
-"""How far undoing a normalisation may leave the range of pixel values: units of rounding of 1, or of a larger bound."""
+"""Undoing a normalisation may leave the range by this many units of rounding, times a bound above 1."""
 
 
 class Normalized(nn.Module):

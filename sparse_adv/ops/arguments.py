@@ -148,7 +148,7 @@ def _is_nested(tensor: Tensor) -> bool:
 
 
 def _is_reached(distance: int, dimensions: list[tuple[int, int]]) -> bool:
-    """Whether two elements of a tensor of nested dimensions, or of a copy of it, lie this far apart."""
+    """Whether a view of nested dimensions and the same view moved by a distance share an element."""
     if not dimensions:
         return distance == 0
     *inner, (stride, size) = dimensions

@@ -8,8 +8,8 @@ when undoing one epoch repairs nothing. An epoch that lost it is undone and repe
 doubles the number of epochs that are trained with PGD. Training with PGD is not watched: a weak epoch of it passes by
 itself.
 
-Pruning costs robustness too, and the epochs after it restore what the smaller network can have. So of the best accuracy
-only the fraction of weights that an epoch keeps is expected: a network of which a twentieth is left may fall to a
+Pruning costs robustness too, and the epochs after it restore what the smaller network can have. So the best accuracy is
+multiplied by the fraction of the weights that an epoch keeps: a network of which a twentieth is left may fall to a
 twentieth of it.
 """
 
