@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "winograd_conv2d_out(Tensor input, Tensor weight, SymInt[2] padding, Tensor? bias, Tensor? residual, bool relu, "
       "Tensor? gate, Tensor(a!) out, Tensor(b!)? gate_out) -> ()");
+  m.def(
+      "masked_winograd_conv2d_weight(Tensor weight, Tensor mask, Tensor row_offsets, Tensor channels, int oc_block, "
+      "bool transposed) -> Tensor");
+  m.def(
+      "masked_winograd_conv2d_out(Tensor input, Tensor row_offsets, Tensor channels, Tensor values, SymInt[2] padding, "
+      "Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) out, Tensor(b!)? gate_out) -> ()");
   // Their epilogue on its own: out = act(scale[c] * input + bias[c] + residual), act = relu, gate or nothing.
   m.def(
       "pointwise_out(Tensor input, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) "

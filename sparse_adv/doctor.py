@@ -156,6 +156,22 @@ def _winograd_conv2d(tile: int) -> float:
     return _difference(actual, [*expected, rectified, expected[1].where(rectified > 0, 0)])
 
 
+def _masked_winograd_conv2d(oc_block: int) -> float:
+    """With residual, ReLU and gate, and the gradient of the input."""
+    noise = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=noise) for size in ((2, 8, 7, 9), (8, 8, 3, 3), (8,)))
+    kept = torch.rand((2, 2, 1, 1), generator=noise) < 0.7
+    mask = kept.repeat_interleave(4, 0).repeat_interleave(4, 1).expand(8, 8, 3, 3).contiguous()
+    pattern = ops.compile_pattern(mask, (oc_block, oc_block, 3, 3))
+    expected = [torch.nn.functional.conv2d(x, weight * mask, bias, padding=1).add(x).relu()]
+    expected.append(torch.nn.functional.conv_transpose2d(x, weight * mask, padding=1).where(expected[0] > 0, 0))
+    y, grad, gate = torch.empty_like(x), torch.empty_like(x), ops.empty_gate(x)
+    forward, backward = (ops.masked_winograd_conv2d_weight(weight, pattern, way) for way in (False, True))
+    ops.masked_winograd_conv2d_out(x, forward, bias, residual=x, relu=True, out=y, gate_out=gate)
+    ops.masked_winograd_conv2d_out(x, backward, gate=gate, out=grad)
+    return _difference([y, grad], expected)
+
+
 def _pgd_step(norm: str) -> float:
     noise = torch.Generator().manual_seed(0)
     clean, adv = torch.rand(2, 3, 2, 5, 7, generator=noise)
@@ -192,6 +208,8 @@ OPS = (
     "masked_conv2d_grad_weight",
     "masked_conv2d_out",
     "masked_conv2d_grad_input_out",
+    "masked_winograd_conv2d_weight",
+    "masked_winograd_conv2d_out",
     "winograd_conv2d",
     "winograd_conv2d_grad_weight",
     "winograd_conv2d_weight",
@@ -213,6 +231,7 @@ CHECKS: dict[str, Callable[[], float]] = {
         for kernel in ("sparse", "dense")
     },
     **{f"masked_conv2d_out {kernel}": partial(_masked_conv2d_out, kernel) for kernel in ("sparse", "dense")},
+    **{f"masked_winograd_conv2d {block}": partial(_masked_winograd_conv2d, block) for block in (1, 4)},
     **{f"winograd_conv2d tile {tile}": partial(_winograd_conv2d, tile) for tile in (2, 4)},
     "pointwise_out": _pointwise,
     "max_pool2d_out": _max_pool2d,

@@ -17,10 +17,11 @@ from torch.nn.modules.utils import _pair
 
 from sparse_adv import ops
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
-from sparse_adv.engine.winograd import sparse_is_faster, winograd_tile
+from sparse_adv.engine.winograd import sparse_is_faster, takes_live_filters, winograd_tile
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.masked_conv2d_pattern import pack_checked
+from sparse_adv.ops.masked_winograd_conv2d import LiveWeight, live_filters, transform_filters
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step
@@ -40,6 +41,8 @@ class CpuKernels(DeviceKernels):
     def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:
         channels_last = self.memory_format == torch.channels_last
         tile = winograd_tile(layer, shape) if channels_last and self.dtype == torch.float32 else None
+        if isinstance(layer, MaskedConv2d) and not channels_last and takes_live_filters(layer, shape):
+            return MaskedWinogradConvolution(layer, norm, shape, self)
         if isinstance(layer, MaskedConv2d) and (tile is None or sparse_is_faster(layer, shape)):
             return MaskedConvolution(layer, norm, shape, self)
         if tile is not None:
@@ -166,6 +169,46 @@ class WinogradConvolution(Convolution):
         out, (rows, cols) = place(), self.geometry[1]
         operands = grad, self._transposed, (2 - rows, 2 - cols), None, epilogue.residual, False, epilogue.gate
         torch.ops.sparse_adv.winograd_conv2d_out(*operands, out, None)
+        return out
+
+
+class MaskedWinogradConvolution(Convolution):
+    """A masked 3 x 3 convolution whose filters are pruned as wholes, see `ops.masked_winograd_conv2d_out`."""
+
+    layer: MaskedConv2d
+    _pattern: ops.Pattern | None = None
+
+    def kernel(self, way: str) -> str:
+        return "sparse Winograd"
+
+    def masked(self, weight: Tensor) -> Tensor:
+        return weight  # no pruned entry is read
+
+    def fold(self) -> None:
+        super().fold()
+        if self._pattern is not self.layer.pattern:
+            self._pattern = self.layer.pattern
+            self._filters = [live_filters(self._pattern, transposed) for transposed in (False, True)]
+        self._weights: list[LiveWeight | None] = [None, None]  # made when they are needed
+
+    def _weight_for(self, transposed: bool) -> LiveWeight:
+        weight = self._weights[transposed]
+        if weight is None:
+            assert self._pattern is not None
+            weight = transform_filters(self.weight, self._pattern.mask, self._filters[transposed], transposed)
+            self._weights[transposed] = weight
+        return weight
+
+    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        out, padding = place(), self.geometry[1]
+        operands = x, *self._weight_for(False), padding, self.bias, epilogue.residual, epilogue.relu, None
+        torch.ops.sparse_adv.masked_winograd_conv2d_out(*operands, out, epilogue.gate_out)
+        return out
+
+    def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        out, (rows, cols) = place(), self.geometry[1]
+        operands = grad, *self._weight_for(True), (2 - rows, 2 - cols), None, epilogue.residual, False, epilogue.gate
+        torch.ops.sparse_adv.masked_winograd_conv2d_out(*operands, out, None)
         return out
 
 

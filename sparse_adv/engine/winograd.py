@@ -1,4 +1,4 @@
-"""Which dense layers Winograd's filtering computes faster than oneDNN, on a CPU in float32 and channels_last."""
+"""Which layers Winograd's filtering computes fastest on a CPU in float32: dense in channels_last, masked in NCHW."""
 
 from __future__ import annotations
 
@@ -27,13 +27,44 @@ gradient of 64 images, ResNet-18 of width 64, an Intel Xeon with AVX-512: (1, 1)
 Winograd 480; (2, 2) at 0.3 and 0.4 421 and 517, 465; (4, 4) at 0.4 and 0.5 467 and 577, 470."""
 
 
+_LIVE_UP_TO = ((4, 0.7), (2, 0.4), (1, 0.3))
+"""For output channels of a mask's block, or more, the part of the filters up to which the sparse products are faster
+than Winograd's dense ones. Measured on four layers of a ResNet-18, 64 images, an Intel Xeon with AVX-512, parts of the
+dense time: blocks of 4 take 0.7 to 0.8 at 0.6 and 0.8 to 1.04 at 0.8, blocks of 2 0.6 to 0.9 at 0.4 and 0.8 to 1.3 at
+0.6, blocks of 1 0.4 to 0.7 at 0.2 and 0.6 to 1.3 at 0.4."""
+_LEAST_KEPT_OF_LIVE = 2 / 3
+"""Part of their weights that live filters keep: the others are multiplied for nothing. At 0.4 (unstructured masks of
+that density) the direct kernel is as fast with 64 and 128 channels, and up to 4 times as fast with 512."""
+_LEAST_CHANNELS_OF_LIVE_FILTERS = 32
+_LEAST_TILES_OF_LIVE_FILTERS = 32
+_MOST_MULTIPLICATIONS = 0.8
+"""Of those of a direct convolution: small images fill tiles badly, one of 2 x 2 pixels takes as many."""
+
+
 def sparse_is_faster(layer: MaskedConv2d, shape: Sequence[int]) -> bool:
     """Whether the sparse kernel is the fastest for a layer, where others may be channels_last."""
+    if takes_live_filters(layer, shape):
+        return True
     if layer.plan(layer.weight.new_empty(shape)).forward.kernel != "sparse":
         return False
     if layer.weight.dtype != torch.float32 or winograd_tile(layer, shape) is None:
         return True
     return layer.density <= next(density for channels, density in _SPARSE_UP_TO if layer.block[0] >= channels)
+
+
+def takes_live_filters(layer: MaskedConv2d, shape: Sequence[int]) -> bool:
+    """Whether Winograd's filtering of the filters that are kept is the fastest for a layer, on images in NCHW."""
+    if layer.weight.dtype != torch.float32 or not _is_3x3(layer):
+        return False
+    if min(layer.in_channels, layer.out_channels) < _LEAST_CHANNELS_OF_LIVE_FILTERS:
+        return False
+    rows, cols = _output_size(layer, shape)
+    tiles = -(-rows // 4) * -(-cols // 4)
+    if shape[0] * tiles < _LEAST_TILES_OF_LIVE_FILTERS or 36 * tiles > _MOST_MULTIPLICATIONS * 9 * rows * cols:
+        return False
+    live = float(layer.weight_mask.flatten(2).any(2).double().mean())
+    up_to = next(part for channels, part in _LIVE_UP_TO if layer.block[0] >= channels)
+    return 0 < live <= up_to and layer.density >= _LEAST_KEPT_OF_LIVE * live
 
 
 def winograd_tile(layer: nn.Conv2d, shape: Sequence[int]) -> int | None:
@@ -46,19 +77,27 @@ def winograd_tile(layer: nn.Conv2d, shape: Sequence[int]) -> int | None:
         >>> [winograd_tile(layer, (batch, 64, size, size)) for batch, size in ((64, 32), (64, 4), (1, 4))]
         [4, 2, None]
     """
-    if isinstance(layer.padding, str) or layer.padding_mode != "zeros" or layer.groups != 1:
+    if not _is_3x3(layer) or min(layer.in_channels, layer.out_channels) < _LEAST_CHANNELS:
         return None
-    stride, padding, dilation = geometry_of(layer)
-    if (layer.kernel_size, stride, dilation) != ((3, 3), (1, 1), (1, 1)) or max(padding) > 2:
-        return None
-    if min(layer.in_channels, layer.out_channels) < _LEAST_CHANNELS:
-        return None
-    rows, cols = (size + 2 * zeros - 2 for size, zeros in zip(shape[2:], padding, strict=True))
+    rows, cols = _output_size(layer, shape)
     of_image = {tile: -(-rows // tile) * -(-cols // tile) for tile in (2, 4)}
     enough = {tile: shape[0] * of_image[tile] >= _LEAST_TILES[tile] for tile in (2, 4)}
     if enough[4] and 36 * of_image[4] < 16 * of_image[2]:
         return 4
     return 2 if enough[2] and rows * cols > 1 else None
+
+
+def _is_3x3(layer: nn.Conv2d) -> bool:
+    """Whether a layer has 3 x 3 filters and a geometry that the ops of Winograd's filtering take."""
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros" or layer.groups != 1:
+        return False
+    stride, padding, dilation = geometry_of(layer)
+    return (layer.kernel_size, stride, dilation) == ((3, 3), (1, 1), (1, 1)) and max(padding) <= 2
+
+
+def _output_size(layer: nn.Conv2d, shape: Sequence[int]) -> tuple[int, int]:
+    rows, cols = (size + 2 * zeros - 2 for size, zeros in zip(shape[2:], geometry_of(layer)[1], strict=True))
+    return rows, cols
 
 
 class TrainedConvolution:

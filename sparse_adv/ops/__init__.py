@@ -20,6 +20,11 @@ from sparse_adv.ops.masked_conv2d_pattern import (
     set_kernels,
 )
 from sparse_adv.ops.masked_conv2d_plan import PassPlan, Plan, plan
+from sparse_adv.ops.masked_winograd_conv2d import (
+    LiveWeight,
+    masked_winograd_conv2d_out,
+    masked_winograd_conv2d_weight,
+)
 from sparse_adv.ops.max_pool2d import max_pool2d_grad_input_out, max_pool2d_out
 from sparse_adv.ops.pgd_step import pgd_step, pgd_step_
 from sparse_adv.ops.pgd_step_normalized import pgd_step_normalized
@@ -29,6 +34,7 @@ from sparse_adv.ops.winograd_conv2d import winograd_conv2d, winograd_conv2d_out,
 
 __all__ = [
     "PASSES",
+    "LiveWeight",
     "PassPlan",
     "Pattern",
     "Plan",
@@ -42,6 +48,8 @@ __all__ = [
     "masked_conv2d",
     "masked_conv2d_grad_input_out",
     "masked_conv2d_out",
+    "masked_winograd_conv2d_out",
+    "masked_winograd_conv2d_weight",
     "max_pool2d_grad_input_out",
     "max_pool2d_out",
     "pack_pattern",

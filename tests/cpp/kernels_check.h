@@ -15,6 +15,8 @@
 #include "cpu/masked_conv2d/conv_kernel.h"
 #include "cpu/masked_conv2d/grad_weight_kernel.h"
 #include "cpu/masked_conv2d/width_layout_kernel.h"
+#include "cpu/masked_winograd_conv2d/conv_kernel.h"
+#include "cpu/masked_winograd_conv2d/weight_kernel.h"
 #include "cpu/max_pool2d_kernel.h"
 #include "cpu/pgd_step_kernel.h"
 #include "cpu/pointwise_kernel.h"
@@ -50,6 +52,9 @@ struct Kernels {
   decltype(&portable::col_indices_inside) col_indices_inside;
   decltype(&portable::col_indices_in_triples) col_indices_in_triples;
   decltype(&portable::col_indices_to_offsets) col_indices_to_offsets;
+  decltype(&portable::masked_winograd_weight) masked_winograd_weight;
+  decltype(&portable::masked_winograd_joined_tiles) masked_winograd_joined_tiles;
+  decltype(&portable::masked_winograd_piece) masked_winograd_piece;
   decltype(&portable::winograd_weight) winograd_weight;
   decltype(&portable::winograd_tiles) winograd_tiles;
   decltype(&portable::winograd_grad_tile) winograd_grad_tile;
@@ -151,6 +156,7 @@ bool check_store_joined_rows(const Kernels& kernels);
 bool check_conv_tile(const Kernels& kernels);
 bool check_grad_weight_tile(const Kernels& kernels);
 bool check_col_indices(const Kernels& kernels);
+bool check_masked_winograd(const Kernels& kernels);
 bool check_winograd(const Kernels& kernels);
 bool check_winograd_grad_weight(const Kernels& kernels);
 template <class T>

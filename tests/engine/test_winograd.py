@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.convolution_cases import block_mask
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv import engine, masks, models
-from sparse_adv.engine.kernels_cpu import WinogradConvolution
+from sparse_adv.engine.kernels_cpu import MaskedWinogradConvolution, WinogradConvolution
 from sparse_adv.engine.steps import ConvolutionStep
-from sparse_adv.engine.winograd import winograd_tile
+from sparse_adv.engine.winograd import takes_live_filters, winograd_tile
 from sparse_adv.nn import sparsify
 
 
@@ -110,6 +111,83 @@ def test_masked_layers_are_filtered_where_that_is_faster(block, low, high):
         model = trained_statistics("resnet18", width=16)
         sparsify(model, masks.prune(model, density=density, block=block, scope="uniform"))
         assert (not program_of(model, x)[1]) == is_sparse
+
+
+def live_filtered(model, x):
+    """A program, and the names of the layers whose live filters it transforms."""
+    program = engine.Program(model, x)
+    program.fold()
+    steps = [step for step in program.steps if isinstance(step, ConvolutionStep)]
+    return program, [step.name for step in steps if isinstance(step._convolution, MaskedWinogradConvolution)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg16", "preact_resnet18"])
+@pytest.mark.parametrize("block", [(4, 4, 3, 3), (1, 1, 3, 3)])
+def test_gradients_of_networks_without_whole_filters_are_those_of_autograd(name, block):
+    model = trained_statistics(name, width=32)
+    sparsify(model, masks.prune(model, density=0.2, block=block, scope="uniform"))
+    x, y = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    program, filtered = live_filtered(model, x)
+    assert len(filtered) >= 6
+
+    def loss(logits):
+        return F.cross_entropy(logits, y.to(logits.device), reduction="none")
+
+    exact = engine.Autograd(model.double())
+    expected, logits = exact.gradient(x.double(), loss), exact.logits(x.double())
+    assert (program.logits(x) - logits).norm() <= 1e-5 * logits.norm()
+    # A ReLU whose input is nearly 0 may open in one of the two alone.
+    assert (program.gradient(x, loss) - expected).norm() <= 1e-2 * expected.norm()
+    assert (program.logits(x[:3]) - logits[:3]).norm() <= 1e-5 * logits.norm()
+
+
+def test_live_filters_follow_the_weights_and_the_mask():
+    model = trained_statistics("resnet18", width=32)
+    sparsify(model, masks.prune(model, density=0.2, block=(1, 1, 3, 3), scope="uniform"))
+    x = torch.rand(16, 3, 32, 32)
+    program, filtered = live_filtered(model, x)
+    layer = model.layer1[0].conv1
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    program.fold()
+    assert (program.logits(x) - model(x)).norm() <= 1e-5 * model(x).norm()
+    layer.set_mask(layer.weight_mask.flip(0))
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight))
+    program.fold()
+    assert filtered and (program.logits(x) - model(x)).norm() <= 1e-5 * model(x).norm()
+
+
+WHOLE = (1, 1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "channels, density, block, shape, taken",
+    {
+        "whole filters": (64, 0.1, WHOLE, (64, 64, 8, 8), True),
+        "whole filters of 4 x 4 channels": (64, 0.6, (4, 4, 3, 3), (64, 64, 8, 8), True),
+        "too many for single ones": (64, 0.5, WHOLE, (64, 64, 8, 8), False),
+        "single weights": (64, 0.1, (1, 1), (64, 64, 8, 8), False),
+        "single weights, dense enough for live filters": (64, 0.5, (4, 4), (64, 64, 8, 8), False),
+        "few channels": (16, 0.1, WHOLE, (64, 16, 8, 8), False),
+        "few tiles": (64, 0.1, WHOLE, (4, 64, 8, 8), False),
+        "2 x 2 pixels": (64, 0.1, WHOLE, (64, 64, 2, 2), False),
+        "nothing": (64, 0.0, WHOLE, (64, 64, 8, 8), False),
+    }.values(),
+)
+def test_layers_that_take_live_filters(channels, density, block, shape, taken):
+    layer = nn.Conv2d(channels, channels, 3, padding=1)
+    mask = block_mask((channels, channels, 3, 3), block, density)
+    model = sparsify(nn.Sequential(layer), {"0": mask}, block)
+    assert takes_live_filters(model[0], shape) == taken
+
+
+def test_other_dtypes_and_strides_take_no_live_filters():
+    model = trained_statistics("resnet18", width=32)
+    sparsify(model, masks.prune(model, density=0.2, block=WHOLE, scope="uniform"))
+    x = torch.rand(16, 3, 32, 32)
+    assert not any(name.startswith(("layer2_0_conv1", "conv1")) for name in live_filtered(model, x)[1])
+    assert not live_filtered(model.double(), x.double())[1]
 
 
 class CountedOps(TorchDispatchMode):

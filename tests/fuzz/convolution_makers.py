@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers.convolution_cases import BLOCKS, FILTERS, LAYOUTS, Case
+from helpers.convolution_cases import BLOCKS, FILTERS, LAYOUTS, Case, block_mask
 from helpers.written_passes import random_gate
 from torch import Tensor
 
@@ -139,29 +139,53 @@ def winograd_conv2d(rng: random.Random) -> Call:
     return Call(ops.winograd_conv2d, {**arguments, "tile": rng.choice((2, 4))}, results, "reduction")
 
 
-def winograd_conv2d_out(rng: random.Random) -> Call:
+def _winograd_out(rng: random.Random, layout: str) -> tuple[Arguments, Tensor]:
+    """Operands of the ops that write, but for their weight, and the weight that it is made of."""
     arguments, size = _winograd(rng)
     weight = arguments["weight"]
-    arguments["input"] = arguments["input"].contiguous(memory_format=torch.channels_last)
-    out, other = (random_images(rng, size, torch.float32, "channels_last") for _ in range(2))
-    relu, has_gates = rng.random() < 0.5, size[1] > 1 and size[2] * size[3] > 1 and rng.random() < 0.5
+    out, other = (random_images(rng, size, torch.float32, layout) for _ in range(2))
+    is_nchw = layout == "contiguous"
+    relu, has_gates = rng.random() < 0.5, (is_nchw or size[1] > 1 < size[2] * size[3]) and rng.random() < 0.5
+    memory_format = torch.contiguous_format if is_nchw else torch.channels_last
     arguments |= {
-        "weight": ops.winograd_conv2d_weight(weight, rng.choice((2, 4))),
+        "input": arguments["input"].contiguous(memory_format=memory_format),
         **{"residual": rng.choice((None, out, other)), "relu": relu, "out": out},
         "gate": random_gate(out) if has_gates and not relu else None,
         "gate_out": random_gate(out) if has_gates and relu else None,
     }
+    return arguments, weight
+
+
+def _winograd_results(before: Arguments, after: Arguments, weight: Tensor) -> Results:
+    sums = F.conv2d(wide(before["input"]), wide(weight), wide(before["bias"]), padding=before["padding"])
+    passes = None if before["gate"] is None else ops.gate_to_bool(before["gate"], before["out"])
+    expected = reference.pointwise(sums, residual=wide(before["residual"]), relu=before["relu"], gate=passes)
+    compared = {"out": (after["out"], expected)}
+    if after["gate_out"] is not None:
+        compared["gate_out"] = (ops.gate_to_bool(after["gate_out"], after["out"]), ~(after["out"] <= 0))
+    return compared
+
+
+def winograd_conv2d_out(rng: random.Random) -> Call:
+    arguments, weight = _winograd_out(rng, "channels_last")
+    arguments["weight"] = ops.winograd_conv2d_weight(weight, rng.choice((2, 4)))
 
     def results(before: Arguments, after: Arguments, _: Any) -> Results:
-        sums = F.conv2d(wide(before["input"]), wide(weight), wide(before["bias"]), padding=before["padding"])
-        passes = None if before["gate"] is None else ops.gate_to_bool(before["gate"], before["out"])
-        expected = reference.pointwise(sums, residual=wide(before["residual"]), relu=relu, gate=passes)
-        compared = {"out": (after["out"], expected)}
-        if after["gate_out"] is not None:
-            compared["gate_out"] = (ops.gate_to_bool(after["gate_out"], after["out"]), ~(after["out"] <= 0))
-        return compared
+        return _winograd_results(before, after, weight)
 
     return Call(ops.winograd_conv2d_out, arguments, results, "reduction")
+
+
+def masked_winograd_conv2d_out(rng: random.Random) -> Call:
+    arguments, weight = _winograd_out(rng, "contiguous")
+    block = rng.choice((1, 2, 3, 4)), rng.choice((1, 2, 3)), *rng.choice(((1, 1), (3, 3)))
+    mask = block_mask(tuple(weight.shape), block, rng.choice((0.0, 0.1, 0.5, 1.0)), rng.randrange(1000))
+    arguments["weight"] = ops.masked_winograd_conv2d_weight(weight, ops.compile_pattern(mask, block))
+
+    def results(before: Arguments, after: Arguments, _: Any) -> Results:
+        return _winograd_results(before, after, weight.where(mask, 0))
+
+    return Call(ops.masked_winograd_conv2d_out, arguments, results, "reduction")
 
 
 def winograd_conv2d_weight(rng: random.Random) -> Call:

@@ -18,6 +18,7 @@ from fuzz.convolution_makers import (
     masked_conv2d,
     masked_conv2d_grad_input_out,
     masked_conv2d_out,
+    masked_winograd_conv2d_out,
     pack_pattern,
     plan,
     set_kernels,
@@ -219,6 +220,7 @@ MAKERS: dict[str, Callable[[random.Random], Call]] = {
         *(masked_conv2d, masked_conv2d_out, masked_conv2d_grad_input_out, max_pool2d_out, max_pool2d_grad_input_out),
         *(batch_norm_act, pointwise_out, pgd_step, pgd_step_, pgd_step_normalized, random_start, compile_pattern),
         *(
+            masked_winograd_conv2d_out,
             winograd_conv2d,
             winograd_conv2d_out,
             winograd_conv2d_weight,

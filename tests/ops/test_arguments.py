@@ -51,6 +51,7 @@ def written_ops():
     images, weight = torch.rand(1, 2, 4, 4), torch.rand(2, 2, 3, 3)
     pattern = ops.compile_pattern(torch.ones(2, 2, 3, 3, dtype=torch.bool))
     pooled, index = torch.rand(1, 2, 2, 2), torch.zeros(1, 2, 2, 2, dtype=torch.uint8)
+    live = ops.masked_winograd_conv2d_weight(weight, pattern)
     new, pixels = torch.zeros_like, images.contiguous(memory_format=torch.channels_last)
     return {
         "pointwise_out": (
@@ -64,6 +65,10 @@ def written_ops():
         "masked_conv2d_grad_input_out": (
             lambda **operands: ops.masked_conv2d_grad_input_out(pattern=pattern, padding=1, **operands),
             {"grad_output": images, "weight": weight, "residual": images, "out": new(images)},
+        ),
+        "masked_winograd_conv2d_out": (
+            lambda **operands: ops.masked_winograd_conv2d_out(weight=live, **operands),
+            {"input": images, "bias": torch.rand(2), "residual": images, "out": new(images)},
         ),
         "winograd_conv2d_out": (
             ops.winograd_conv2d_out,

@@ -1,19 +1,14 @@
 #include "cpu/masked_conv2d/blocking.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 
+#include "common/rounding.h"
+#include "cpu/caches.h"
 #include "cpu/masked_conv2d/batch_layout_kernel.h"
 
 namespace sparse_adv {
 
 namespace {
-
-int64_t l2_bytes() {
-  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 19, 2 << 20);
-  return bytes;
-}
 
 constexpr int64_t kFloat = sizeof(float);
 

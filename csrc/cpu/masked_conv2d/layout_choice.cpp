@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "common/rounding.h"
 #include "cpu/masked_conv2d/conv_kernel.h"
 
 namespace sparse_adv {

@@ -30,8 +30,6 @@ struct PassSizes {
 //   piece may be shorter.
 enum class Layout { batch, rows, joined_rows, pieces };
 
-inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
-
 struct LayoutChoice {
   Layout layout;
   int tile_cols;                   // vectors of a tile per row

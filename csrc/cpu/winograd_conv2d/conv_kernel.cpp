@@ -1,7 +1,7 @@
 #include "cpu/winograd_conv2d/conv_kernel.h"
 
 #include "cpu/simd_epilogue.h"
-#include "cpu/winograd_conv2d/transforms.h"
+#include "cpu/winograd_conv2d/input_tile.h"
 
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {

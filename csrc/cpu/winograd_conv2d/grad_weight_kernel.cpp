@@ -1,6 +1,6 @@
 #include "cpu/winograd_conv2d/grad_weight_kernel.h"
 
-#include "cpu/winograd_conv2d/transforms.h"
+#include "cpu/winograd_conv2d/input_tile.h"
 
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {

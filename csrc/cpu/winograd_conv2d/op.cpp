@@ -8,11 +8,13 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/rounding.h"
 #include "common/tensor_checks.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/epilogue_tensors.h"
 #include "cpu/winograd_conv2d/conv_kernel.h"
 #include "cpu/winograd_conv2d/grad_weight_kernel.h"
+#include "cpu/winograd_conv2d/operands.h"
 
 namespace sparse_adv {
 
@@ -35,12 +37,6 @@ constexpr int64_t kChannelsOfPart = 48;        // input channels of an element t
 // between calls. All of 512 x 512 channels would take 38 MB, which the system maps, clears and unmaps in each call.
 constexpr int64_t kTransformedAtOnce = 4 << 20;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-void check_float(const char* name, const Tensor& tensor) {
-  check(tensor.scalar_type() == ScalarType::Float, name, " must be float32, got ", tensor.scalar_type());
-}
-
 // With one channel or one pixel, or none, NCHW is the same memory.
 void check_channels_last(const char* name, const Tensor& tensor) {
   const bool is_both = tensor.is_contiguous() && (tensor.size(1) == 1 || tensor.size(2) * tensor.size(3) == 1);
@@ -48,44 +44,7 @@ void check_channels_last(const char* name, const Tensor& tensor) {
         " must be channels_last without gaps, got strides ", text_of(tensor.strides()));
 }
 
-void check_weight(const Tensor& weight) {
-  check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "weight must be [K, C, 3, 3], got ",
-        text_of(weight.sizes()));
-  check_float("weight", weight);
-}
-
 void check_tile(int64_t tile) { check(tile == 2 || tile == 4, "tile must be 2 or 4, got ", tile); }
-
-// The size of the result for these images.
-std::array<int64_t, 4> output_size(const Tensor& input, const std::vector<int64_t>& padding, int64_t channels) {
-  check(padding.size() == 2, "padding must have 2 elements, got ", padding.size());
-  for (const int64_t zeros : padding) check(zeros >= 0 && zeros <= 2, "padding must be 0, 1 or 2, got ", zeros);
-  check(input.size(0) == 0 || (input.size(2) > 0 && input.size(3) > 0), "input must have pixels, got ",
-        text_of(input.sizes()));
-  const int64_t P = input.size(2) + 2 * padding[0] - 2, Q = input.size(3) + 2 * padding[1] - 2;
-  check(P >= 1 && Q >= 1, "input must have a window of 3 x 3 pixels, got ", text_of(input.sizes()));
-  return {input.size(0), channels, P, Q};
-}
-
-WinogradWeight weight_of(const Tensor& weight, bool transposed) {
-  const int64_t out = weight.stride(0), in = weight.stride(1), rows = weight.stride(2), cols = weight.stride(3);
-  const float* const first = weight.const_data_ptr<float>();
-  if (transposed)
-    return {.first = first + 2 * rows + 2 * cols,
-            .out_stride = in,
-            .in_stride = out,
-            .row_stride = -rows,
-            .col_stride = -cols,
-            .out_channels = weight.size(1),
-            .in_channels = weight.size(0)};
-  return {.first = first,
-          .out_stride = out,
-          .in_stride = in,
-          .row_stride = rows,
-          .col_stride = cols,
-          .out_channels = weight.size(0),
-          .in_channels = weight.size(1)};
-}
 
 void transform(const WinogradWeight& weight, int64_t tile, float* to) {
   const int64_t panels = divide_up(weight.out_channels, kPanel), channels = weight.in_channels;
@@ -98,7 +57,7 @@ void transform(const WinogradWeight& weight, int64_t tile, float* to) {
 }
 
 Tensor winograd_conv2d_weight_cpu(Tensor weight, int64_t tile, bool transposed) {
-  check_weight(weight);
+  check_filters_3x3(weight);
   check_tile(tile);
   const WinogradWeight operand = weight_of(weight, transposed);
   const std::array<int64_t, 4> size{(tile + 2) * (tile + 2), divide_up(operand.out_channels, kPanel),
@@ -199,7 +158,7 @@ void winograd_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<int64_t> p
 
 Tensor winograd_conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> padding,
                            int64_t tile, bool transposed) {
-  check_weight(weight);
+  check_filters_3x3(weight);
   const int64_t C = weight.size(transposed ? 0 : 1), K = weight.size(transposed ? 1 : 0);
   check(weight.size(0) > 0, "weight of size ", text_of(weight.sizes()), " has no output channels");
   check(input.dim() == 4 && input.size(1) == C, "input must be [N, ", C, ", H, W], got ", text_of(input.sizes()));
