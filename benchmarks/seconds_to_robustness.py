@@ -60,8 +60,8 @@ class Row:
     reinit: bool = False
 
 
-def _method(name: str, block: int, density: float, **others: float) -> MethodConfig:
-    return MethodConfig(name, density, (block, block), scope="uniform", interval=TIMED_UPDATES, **others)
+def _method(name: str, block: int, density: float, taps: tuple[int, ...] = (), **others: float) -> MethodConfig:
+    return MethodConfig(name, density, (block, block, *taps), scope="uniform", interval=TIMED_UPDATES, **others)
 
 
 def _rows() -> Iterator[tuple[str, Row]]:
@@ -77,6 +77,9 @@ def _rows() -> Iterator[tuple[str, Row]]:
     for name in ("static", "flying-bird"):
         for block in (1, 2, 4, 8):
             yield f"{name} ({block}, {block}) 0.1, as many epochs", Row(None, _method(name, block, 0.1))
+    for block in (1, 4):
+        whole_filters = _method("flying-bird", block, 0.1, (3, 3))
+        yield f"flying-bird ({block}, {block}, 3, 3) 0.1, as many epochs", Row(None, whole_filters)
     warm = _method("flying-bird", 4, 0.2, dense_epochs=1.0)
     yield "flying-bird (4, 4) 0.2 after a dense epoch, 0.5", Row(0.5, warm)
     for block in (1, 4):

@@ -16,11 +16,16 @@ TESTS = str(Path(__file__).resolve().parents[1])
 def sweep() -> None:
     """Compare all passes with the reference, for many blocks, filters and strides."""
     import torch
-    from helpers.convolution_cases import BLOCKS, FILTERS, LAYOUTS, Case
+    from helpers.convolution_cases import BLOCKS, FILTERS, LAYOUTS, Case, block_mask
     from helpers.tolerances import assert_close, assert_equal
     from helpers.written_passes import check_forward, check_grad_input
 
-    from sparse_adv.ops import winograd_conv2d
+    from sparse_adv.ops import (
+        compile_pattern,
+        masked_winograd_conv2d_out,
+        masked_winograd_conv2d_weight,
+        winograd_conv2d,
+    )
 
     torch.set_num_threads(1)
     layouts = sorted(LAYOUTS)
@@ -47,6 +52,15 @@ def sweep() -> None:
         for channels in (3, 16, 37):
             x, weight = torch.randn(2, channels, 7, 9), torch.randn(channels + 1, channels, 3, 3)
             assert_close(winograd_conv2d(x, weight, tile=tile), torch.conv2d(x.double(), weight.double(), padding=1))
+    for size in ((8, 32), (9, 28), (8, 8), (7, 9), (4, 4)):
+        for oc_block in (1, 2, 4):
+            block = oc_block, 2, 3, 3
+            mask = block_mask((9, 6, 3, 3), block, 0.5)
+            x, weight, out = torch.randn(3, 6, *size), torch.randn(9, 6, 3, 3), torch.empty(3, 9, *size)
+            masked_winograd_conv2d_out(
+                x, masked_winograd_conv2d_weight(weight, compile_pattern(mask, block)), relu=True, out=out
+            )
+            assert_close(out, torch.conv2d(x.double(), weight.double() * mask, padding=1).relu())
     for width in (3, 4, 7, 8, 14, 15, 24, 33):
         for layout in ("contiguous", "channels_last"):
             case = Case(18, 1, 5, 9, (5, width), layout=layout)

@@ -1,0 +1,100 @@
+"""`masked_winograd_conv2d_out` against the direct sparse kernel and the dense convolutions, float32 on a CPU.
+
+    python benchmarks/bench_masked_winograd_conv2d.py [--out FILE.csv]
+    make bench
+
+The layers are those of a CIFAR ResNet-18 at batch 64, 3x3 with stride 1; the masks prune whole filters in blocks.
+"ours" has its filters transformed, as in an attack, "direct" has them packed, and "winograd" is this library's dense op
+on channels_last images. The bound is the time of the multiplications that are left, 36 for each live filter and 16
+pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import harness
+import pytest
+import torch
+from harness import Case, label_of
+from timing import Side
+
+from sparse_adv import masks, ops
+
+SHAPES = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8), (64, 512, 4, 4)]
+TOY = (64, 16, 8, 8)
+PASSES = ("forward", "grad_input")
+BLOCKS = [(4, 4, 3, 3), (2, 2, 3, 3), (1, 1, 3, 3)]
+DENSITIES = [0.4, 0.2, 0.1]
+SIDES = ("ours", "direct", "winograd", "dense", "dense_channels_last")
+
+
+@lru_cache(maxsize=1)
+def case(shape: tuple[int, int, int, int], pass_: str, block: tuple[int, int, int, int], density: float) -> Case:
+    """The case of one pass, after a check that our results are right."""
+    torch.manual_seed(0)
+    batch, channels, height, width = shape
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    (mask,) = masks.prune(layer, density, block).values()
+    weight, transposed = layer.weight.detach() * mask, pass_ == "grad_input"
+    x = torch.randn(shape)
+    images, last = torch.empty_like(x), x.contiguous(memory_format=torch.channels_last)
+    out, dense_out = torch.empty_like(x), torch.empty_like(last)
+    pattern = ops.set_kernels(ops.pack_pattern(ops.compile_pattern(mask, block), weight), "sparse", "sparse")
+    live = ops.masked_winograd_conv2d_weight(weight, pattern, transposed)
+    transformed = ops.winograd_conv2d_weight(weight, 4, transposed)
+    direct = ops.masked_conv2d_grad_input_out if transposed else ops.masked_conv2d_out
+
+    def into(result: torch.Tensor, function: Side) -> Side:
+        def side() -> torch.Tensor:
+            function()
+            return result
+
+        return side
+
+    def dense(layout: torch.memory_format) -> Side:
+        operand, filters = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
+        if not transposed:
+            return lambda: torch.conv2d(operand, filters, padding=1)
+        unread = images.contiguous(memory_format=layout)
+        geometry = (1, 1), (1, 1), (1, 1), False, (0, 0), 1, [True, False, False]
+        return lambda: torch.ops.aten.convolution_backward(operand, unread, filters, None, *geometry)[0]
+
+    sides: dict[str, Side] = {
+        "ours": into(out, lambda: ops.masked_winograd_conv2d_out(x, live, out=out)),
+        "direct": into(images, lambda: direct(x, weight, pattern, padding=1, out=images)),
+        "winograd": into(dense_out, lambda: ops.winograd_conv2d_out(last, transformed, out=dense_out)),
+        "dense": dense(torch.contiguous_format),
+        "dense_channels_last": dense(torch.channels_last),
+    }
+    expected = sides["dense"]().clone()
+    for side in sides.values():
+        assert (side() - expected).norm() < 1e-4 * expected.norm()
+    labels = {"op": "masked_winograd_conv2d", "pass": pass_, "shape": label_of(shape)}
+    labels |= {"mask": f"block {block}, density {density}"}
+    macs = batch * live.values.numel() * -(-height // 4) * -(-width // 4)
+    return Case(labels, sides, ["direct", "winograd", "dense", "dense_channels_last"], macs=macs)
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    for shape in [TOY] if quick else SHAPES:
+        for pass_ in PASSES:
+            for block in BLOCKS[:1] if quick else BLOCKS:
+                for density in DENSITIES[-1:] if quick else DENSITIES:
+                    yield case(shape, pass_, block, density)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = harness.start(harness.argument_parser(__doc__), arguments)
+    harness.measure(cases(options.quick), options)
+
+
+@pytest.mark.parametrize("pass_, side", [(pass_, side) for pass_ in PASSES for side in SIDES])
+@pytest.mark.parametrize("shape", SHAPES, ids=label_of)
+def test_masked_winograd_conv2d(timed, quick, shape, pass_, side):
+    timed(case(TOY if quick else shape, pass_, BLOCKS[0], DENSITIES[-1]), side)
+
+
+if __name__ == "__main__":
+    main()
