@@ -26,7 +26,7 @@ SHAPES = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8), (64, 512, 4, 4)]
 TOY = (64, 16, 8, 8)
 PASSES = ("forward", "grad_input")
 BLOCKS = [(4, 4, 3, 3), (2, 2, 3, 3), (1, 1, 3, 3)]
-DENSITIES = [0.4, 0.2, 0.1]
+DENSITIES = [0.4, 0.1]
 SIDES = ("ours", "direct", "winograd", "dense", "dense_channels_last")
 
 
