@@ -131,7 +131,7 @@ BAD = {
     "threads": ("bench_pointwise", ["--threads", "0"], "--threads: must be an integer of at least 1, got '0'"),
     "folder of out": ("bench_pointwise", ["--out", "nowhere/a.csv"], "in a folder that exists, got nowhere/a.csv"),
     "batch": ("bench_training", ["--batch", "0"], "--batch: must be an integer of at least 1, got '0'"),
-    "rows": ("bench_training", ["--rows", "0,99"], "must be numbers from 0 to 6, such as 0,3, got '0,99'"),
+    "rows": ("bench_training", ["--rows", "0,99"], "must be numbers from 0 to 10, such as 0,3, got '0,99'"),
     "network": ("bench_training", ["--network", "nope", "--rows", "0"], 'there is no architecture "nope"'),
     "picture": ("plot_masked_conv2d", ["--quick"], "--quick needs --picture"),
     "run": ("permute_channels", ["nowhere"], "nowhere is not a run folder: it has no run.json"),
