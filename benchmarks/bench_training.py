@@ -152,9 +152,17 @@ def chosen_rows(text: str) -> list[Row]:
     return [rows[number] for number in numbers]
 
 
+def network(text: str) -> str:
+    try:
+        models.find(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.argument_parser(__doc__)
-    parser.add_argument("--network", default="resnet18", help="a name of models.build for 3x32x32 images")
+    parser.add_argument("--network", default="resnet18", type=network, help="of models.build for 3x32x32 images")
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage; 0 for the network's own")
     parser.add_argument("--batch", type=harness.positive, default=64)
     parser.add_argument("--rows", type=chosen_rows, default=ROWS, help="which of ROWS, such as 0,3")

@@ -124,6 +124,9 @@ class Setting:
 
 def time(setting: Setting, out: Path, names: Sequence[str]) -> None:
     """Write the seconds per epoch of every row, medians of rounds in turns; the first epoch of a run is not counted."""
+    measured = out / SECONDS
+    if measured.exists():
+        raise FileExistsError(f"{measured} exists: remove it to measure again")
     kinds = {_kind(row): row for row in map(ROWS.__getitem__, names) if row.prune is None}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     size = TIMED_UPDATES * setting.images.batch_size
@@ -138,7 +141,7 @@ def time(setting: Setting, out: Path, names: Sequence[str]) -> None:
             seconds[kind].append(scale * (record.attack.seconds + record.update.seconds))
             print(f"{kind}: {seconds[kind][-1]:.1f} s per epoch", flush=True)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    write_text(out / SECONDS, json.dumps({"machine": environment(), "epoch": medians, "all": seconds}, indent=1))
+    write_text(measured, json.dumps({"machine": environment(), "epoch": medians, "all": seconds}, indent=1))
 
 
 def _kind(row: Row) -> str:
@@ -152,6 +155,11 @@ def _kind(row: Row) -> str:
 
 def plan(row: Row, epoch: dict[str, float], unit: int) -> tuple[int, int, float]:
     """Epochs of the search, epochs of training, and the seconds of both."""
+    missing = {"dense", _kind(row)} - set(epoch)
+    if missing:
+        raise ValueError(
+            f"{SECONDS} has no seconds of {', '.join(sorted(missing))}: `time` measures the rows it is given"
+        )
     dense, own = epoch["dense"], epoch[_kind(row)]
     if row.share is None:
         return 0, unit, unit * own
@@ -254,6 +262,12 @@ def draw(points: Sequence[tuple[str, float, list[float]]], path: Path) -> None:
     plt.close(figure)
 
 
+def seeds(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be integers from 0 on, such as 0,1,2, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cifar", type=Path, help="folder or archive of CIFAR-10")
@@ -264,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--unit", type=int, default=8, help="dense epochs of a unit of time")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--tested", type=int, default=2000, help="test images")
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2")
     parser.add_argument("--rows", action="append", choices=ROWS, metavar="ROW", help="may be repeated; default: all")
     parser.add_argument("--out", type=Path, help="CSV file to write as well")
     parser.add_argument("--picture", type=Path, help="PNG or SVG file to write as well")
@@ -273,12 +287,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = DataConfig(str(options.cifar), limit=options.images + 1000, validation=1000, batch_size=options.batch)
     recipe = TrainConfig("n-fgsm", schedule="cyclic", lr=0.1, overfitting_monitor=False)
     setting = Setting(images, NetworkConfig("resnet18", options.width), recipe, options.unit, options.tested)
-    options.folder.mkdir(parents=True, exist_ok=True)
     names = options.rows or list(ROWS)
     if options.what == "time":
+        options.folder.mkdir(parents=True, exist_ok=True)
         time(setting, options.folder, names)
     elif options.what == "train":
-        train(setting, options.folder, names, [int(seed) for seed in options.seeds.split(",")])
+        train(setting, options.folder, names, options.seeds)
     else:
         table(options.folder, options.out, options.picture)
 

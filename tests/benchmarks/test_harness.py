@@ -131,8 +131,13 @@ BAD = {
     "threads": ("bench_pointwise", ["--threads", "0"], "--threads: must be an integer of at least 1, got '0'"),
     "folder of out": ("bench_pointwise", ["--out", "nowhere/a.csv"], "in a folder that exists, got nowhere/a.csv"),
     "batch": ("bench_training", ["--batch", "0"], "--batch: must be an integer of at least 1, got '0'"),
+    "seeds": (
+        "seconds_to_robustness",
+        ["c", "o", "train", "--seeds", "x"],
+        "must be integers from 0 on, such as 0,1,2",
+    ),
     "rows": ("bench_training", ["--rows", "0,99"], "must be numbers from 0 to 10, such as 0,3, got '0,99'"),
-    "network": ("bench_training", ["--network", "nope", "--rows", "0"], 'there is no architecture "nope"'),
+    "network": ("bench_training", ["--network", "nope"], '--network: there is no architecture "nope"'),
     "picture": ("plot_masked_conv2d", ["--quick"], "--quick needs --picture"),
     "run": ("permute_channels", ["nowhere"], "nowhere is not a run folder: it has no run.json"),
     "time": ("seconds_to_robustness", ["nowhere", "OUT", "train"], "seconds.json is missing: run `time` first"),
@@ -150,6 +155,16 @@ def test_bad_arguments_are_refused_in_one_line(name, capsys, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(harness, "measured_peak", lambda device: PEAK)
     assert message in error_of(benchmark, capsys, *arguments)
+
+
+def test_seconds_that_were_measured_are_kept_and_missing_ones_named(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    (tmp_path / "seconds.json").write_text('{"epoch": {"dense": 1.0}}')
+    message = error_of("seconds_to_robustness", capsys, "nowhere", str(tmp_path), "time")
+    assert message.endswith("seconds.json exists: remove it to measure again")
+    row = "static (4, 4) 0.1, 0.5"
+    message = error_of("seconds_to_robustness", capsys, "nowhere", str(tmp_path), "train", "--rows", row)
+    assert "seconds.json has no seconds of static (4, 4) 0.1" in message
 
 
 def test_a_file_that_exists_is_not_written_again(tmp_path, capsys):
