@@ -37,6 +37,22 @@ def trained_statistics(name, **options):
     return model.eval()
 
 
+def assert_equals_autograd(program, model, x):
+    """Logits and gradients, against those in float64."""
+    y = torch.randint(0, 10, (len(x),))
+
+    def loss(logits):
+        return F.cross_entropy(logits, y.to(logits.device), reduction="none")
+
+    exact = engine.Autograd(model.double())
+    expected, logits = exact.gradient(x.double(), loss), exact.logits(x.double())
+    assert (program.logits(x) - logits).norm() <= 1e-5 * logits.norm()
+    # A ReLU whose input is nearly 0 may open in one of the two alone.
+    assert (program.gradient(x, loss) - expected).norm() <= 1e-2 * expected.norm()
+    assert (program.gradient(x, loss).sign() == expected.sign()).double().mean() > 0.998
+    assert (program.logits(x[:3]) - logits[:3]).norm() <= 1e-5 * logits.norm()
+
+
 def test_it_is_explained_beside_the_other_kernels():
     model, x = models.build("resnet18", width=32).eval(), torch.rand(16, 3, 32, 32)
     kept = masks.prune(model, density=0.05, scope="uniform")
@@ -55,19 +71,10 @@ def test_gradients_are_those_of_autograd(name, density):
     model = trained_statistics(name, width=16)
     if density < 1:
         sparsify(model, masks.prune(model, density=density, block=(1, 1)))
-    x, y = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    x = torch.rand(16, 3, 32, 32)
     program, filtered = program_of(model, x)
     assert set(filtered) == {2, 4} and len(filtered) >= 6
-
-    def loss(logits):
-        return F.cross_entropy(logits, y.to(logits.device), reduction="none")
-
-    exact = engine.Autograd(model.double())
-    expected, logits = exact.gradient(x.double(), loss), exact.logits(x.double())
-    assert (program.logits(x) - logits).norm() <= 1e-5 * logits.norm()
-    # A ReLU whose input is nearly 0 may open in one of the two alone.
-    assert (program.gradient(x, loss) - expected).norm() <= 1e-2 * expected.norm()
-    assert (program.gradient(x, loss).sign() == expected.sign()).double().mean() > 0.998
+    assert_equals_autograd(program, model, x)
 
 
 @pytest.mark.parametrize(
@@ -126,19 +133,10 @@ def live_filtered(model, x):
 def test_gradients_of_networks_without_whole_filters_are_those_of_autograd(name, block):
     model = trained_statistics(name, width=32)
     sparsify(model, masks.prune(model, density=0.2, block=block, scope="uniform"))
-    x, y = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    x = torch.rand(16, 3, 32, 32)
     program, filtered = live_filtered(model, x)
     assert len(filtered) >= 6
-
-    def loss(logits):
-        return F.cross_entropy(logits, y.to(logits.device), reduction="none")
-
-    exact = engine.Autograd(model.double())
-    expected, logits = exact.gradient(x.double(), loss), exact.logits(x.double())
-    assert (program.logits(x) - logits).norm() <= 1e-5 * logits.norm()
-    # A ReLU whose input is nearly 0 may open in one of the two alone.
-    assert (program.gradient(x, loss) - expected).norm() <= 1e-2 * expected.norm()
-    assert (program.logits(x[:3]) - logits[:3]).norm() <= 1e-5 * logits.norm()
+    assert_equals_autograd(program, model, x)
 
 
 def test_live_filters_follow_the_weights_and_the_mask():
