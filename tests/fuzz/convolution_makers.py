@@ -195,11 +195,11 @@ def winograd_conv2d_weight(rng: random.Random) -> Call:
 
     def results(before: Arguments, after: Arguments, returned: Any) -> Results:
         rows = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
-        if tile == 4:
+        if before["tile"] == 4:
             rows = [[1 / 4, 0, 0], [-1 / 6] * 3, [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6]]
             rows += [[1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
         taps, matrix = wide(before["weight"]), torch.tensor(rows).double()
-        taps = taps.transpose(0, 1).flip(2, 3) if transposed else taps
+        taps = taps.transpose(0, 1).flip(2, 3) if before["transposed"] else taps
         expected = torch.einsum("ir,js,kcrs->ijkc", matrix, matrix, taps).flatten(0, 1)
         # [elements, panels, C, 32] to [elements, K, C]
         return {"weight": (returned.transpose(2, 3).flatten(1, 2)[:, : expected.shape[1]], expected)}
