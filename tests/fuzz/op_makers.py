@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers.written_passes import random_gate
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 
 from fuzz.call import Arguments, Call, Results, all_wide, wide
 from fuzz.convolution_makers import (
@@ -45,7 +46,7 @@ def max_pool2d_out(rng: random.Random) -> Call:
     index = some(rng, lambda: torch.zeros_like(out, dtype=torch.uint8))
 
     def results(before: Arguments, after: Arguments, _: Any) -> Results:
-        return {"out": (after["out"], _pooled(before["input"].double(), before["size"]).flatten(4).amax(4))}
+        return {"out": (after["out"], _pooled(before["input"].double(), _pair(before["size"])).flatten(4).amax(4))}
 
     return Call(ops.max_pool2d_out, {"input": input, "size": size, "out": out, "index": index}, results)
 
@@ -68,7 +69,7 @@ def max_pool2d_grad_input_out(rng: random.Random) -> Call:
     }
 
     def results(before: Arguments, after: Arguments, _: Any) -> Results:
-        rows, cols = before["size"]
+        rows, cols = _pair(before["size"])
         expected = torch.zeros_like(before["out"], dtype=torch.float64, memory_format=torch.contiguous_format)
         chosen = F.one_hot(before["index"].long(), 256)[..., : rows * cols].unflatten(4, (rows, cols)).bool()
         _pooled(expected, (rows, cols)).copy_(before["grad"].double()[..., None, None].where(chosen, 0))
