@@ -98,8 +98,9 @@ def masked_winograd_conv2d_weight(weight: Tensor, pattern: Pattern, transposed: 
 
     Raises:
         TypeError: if weight is no tensor, `pattern` is not a `Pattern`, or transposed is not a bool.
-        ValueError: as `live_filters`.
-        RuntimeError: for another dtype or size.
+        ValueError: if the weight has another shape than the mask, or the mask has groups, other filters than 3 x 3, or
+            is not on the CPU.
+        RuntimeError: for another dtype.
 
     Source: Lavin and Gray, "Fast algorithms for convolutional neural networks" (CVPR 2016), section 4.3.
 
@@ -112,6 +113,11 @@ def masked_winograd_conv2d_weight(weight: Tensor, pattern: Pattern, transposed: 
     """
     check_tensors(weight=weight)
     filters = live_filters(pattern, transposed)
+    if weight.shape != pattern.mask.shape:
+        raise ValueError(
+            f"pattern was made for a weight of shape {tuple(pattern.mask.shape)}, "
+            f"weight has shape {tuple(weight.shape)}"
+        )
     return transform_filters(weight.detach(), pattern.mask, filters, transposed)
 
 

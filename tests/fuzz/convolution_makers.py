@@ -192,24 +192,48 @@ def masked_winograd_conv2d_out(rng: random.Random) -> Call:
     return Call(ops.masked_winograd_conv2d_out, arguments, results, "reduction")
 
 
+def _transformed(weight: Tensor, tile: int, transposed: bool) -> Tensor:
+    """G w G^T for each filter, [elements, output channels, input channels]."""
+    rows = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
+    if tile == 4:
+        rows = [[1 / 4, 0, 0], [-1 / 6] * 3, [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6]]
+        rows += [[1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
+    taps, matrix = wide(weight), torch.tensor(rows).double()
+    taps = taps.transpose(0, 1).flip(2, 3) if transposed else taps
+    return torch.einsum("ir,js,kcrs->ijkc", matrix, matrix, taps).flatten(0, 1)
+
+
 def winograd_conv2d_weight(rng: random.Random) -> Call:
     tile, transposed, layout = rng.choice((2, 4)), rng.random() < 0.5, rng.choice(sorted(LAYOUTS))
     out_channels, channels = rng.choice((0, 1, 5, 33)), rng.choice((0, 1, 3, 17, 40))
     weight = LAYOUTS[layout](torch.randint(-4, 5, (out_channels, channels, 3, 3)).float())
 
     def results(before: Arguments, after: Arguments, returned: Any) -> Results:
-        rows = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
-        if before["tile"] == 4:
-            rows = [[1 / 4, 0, 0], [-1 / 6] * 3, [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6]]
-            rows += [[1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
-        taps, matrix = wide(before["weight"]), torch.tensor(rows).double()
-        taps = taps.transpose(0, 1).flip(2, 3) if before["transposed"] else taps
-        expected = torch.einsum("ir,js,kcrs->ijkc", matrix, matrix, taps).flatten(0, 1)
+        expected = _transformed(**before)
         # [elements, panels, C, 32] to [elements, K, C]
         return {"weight": (returned.transpose(2, 3).flatten(1, 2)[:, : expected.shape[1]], expected)}
 
     arguments = {"weight": weight, "tile": tile, "transposed": transposed}
     return Call(ops.winograd_conv2d_weight, arguments, results, "reduction")
+
+
+def masked_winograd_conv2d_weight(rng: random.Random) -> Call:
+    weight = LAYOUTS[rng.choice(sorted(LAYOUTS))](torch.randint(-4, 5, (rng.choice((1, 5, 9)), 6, 3, 3)).float())
+    block = rng.choice((1, 2, 3, 4)), rng.choice((1, 2, 3)), *rng.choice(((1, 1), (3, 3)))
+    mask = block_mask(tuple(weight.shape), block, rng.choice((0.0, 0.1, 0.5, 1.0)), rng.randrange(1000))
+
+    def results(before: Arguments, after: Arguments, returned: Any) -> Results:
+        if not comparable(before):
+            return {}
+        expected = _transformed(before["weight"].where(mask, 0), 4, before["transposed"])
+        actual, oc_block = torch.zeros(36, expected.shape[1] + 3, expected.shape[2]), returned.values.shape[2]
+        rows = torch.arange(len(returned.row_offsets) - 1).repeat_interleave(returned.row_offsets.diff())
+        for j in range(oc_block):
+            actual[:, oc_block * rows + j, returned.channels.long()] = returned.values[..., j]
+        return {"weight": (actual[:, : expected.shape[1]], expected)}
+
+    arguments = {"weight": weight, "pattern": ops.compile_pattern(mask, block), "transposed": rng.random() < 0.5}
+    return Call(ops.masked_winograd_conv2d_weight, arguments, results, "reduction")
 
 
 def compile_pattern(rng: random.Random) -> Call:

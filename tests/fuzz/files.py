@@ -25,7 +25,7 @@ from torch import Tensor
 from fuzz.case import REFUSALS, Wrong, check_refusal
 from fuzz.mutations import CANARY, mutated
 from sparse_adv import data, json_files, masks, runs
-from sparse_adv.attacks.autoattack_state import State
+from sparse_adv.attacks.autoattack_state import OtherRunError, State
 from sparse_adv.commands import options, search, train
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
@@ -51,7 +51,9 @@ def case(rng: random.Random, folder: Path) -> str:
         outcome = "read"
     except Exception as error:
         try:
-            check_refusal(error, (*REFUSALS, FileNotFoundError), [*Path(damaged).parts, str(folder), *_PARTS])
+            check_refusal(
+                error, (*REFUSALS, FileNotFoundError, OtherRunError), [*Path(damaged).parts, str(folder), *_PARTS]
+            )
         except Wrong as wrong:
             raise Wrong(f"{name}, {damaged}: {wrong}") from error
         outcome = "refused"

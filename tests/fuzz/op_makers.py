@@ -20,6 +20,7 @@ from fuzz.convolution_makers import (
     masked_conv2d_grad_input_out,
     masked_conv2d_out,
     masked_winograd_conv2d_out,
+    masked_winograd_conv2d_weight,
     pack_pattern,
     plan,
     set_kernels,
@@ -222,6 +223,7 @@ MAKERS: dict[str, Callable[[random.Random], Call]] = {
         *(batch_norm_act, pointwise_out, pgd_step, pgd_step_, pgd_step_normalized, random_start, compile_pattern),
         *(
             masked_winograd_conv2d_out,
+            masked_winograd_conv2d_weight,
             winograd_conv2d,
             winograd_conv2d_out,
             winograd_conv2d_weight,

@@ -273,7 +273,7 @@ def test_memory_that_is_read_may_not_be_written():
     "weight, pattern, error, message",
     {
         "dtype": (WEIGHT.double(), PATTERN, RuntimeError, "weight must be float32, got Double"),
-        "size": (WEIGHT[:9], PATTERN, RuntimeError, r"mask must have size \[9, 6, 3, 3\]"),
+        "size": (WEIGHT[:9], PATTERN, ValueError, r"made for a weight of shape \(10, 6, 3, 3\)"),
         "no tensor": ([1.0], PATTERN, TypeError, "weight must be a tensor, got list"),
         "mask": (WEIGHT, MASK, TypeError, "pattern must be what compile_pattern returned, got Tensor"),
         "5 x 5": (
