@@ -71,6 +71,11 @@ void check_out(const Tensor& out, const std::array<int64_t, 4>& size, const char
   check_memory("gate_out", epilogue.relu_gate, "weight", weight);
 }
 
+void check_activation(const EpilogueTensors& epilogue) {
+  check(!(epilogue.relu && epilogue.gate), "relu and gate exclude each other");
+  check(epilogue.relu || !epilogue.relu_gate, "gate_out receives the bits of the ReLU, but relu is False");
+}
+
 void check_gate_out(const EpilogueTensors& epilogue, const Tensor& out) {
   const std::optional<Tensor>& gate_out = epilogue.relu_gate;
   check_gate("gate_out", gate_out, out);

@@ -43,6 +43,9 @@ void check_residual(const std::optional<torch::stable::Tensor>& residual, const 
 void check_out(const torch::stable::Tensor& out, const std::array<int64_t, 4>& size, const char* like_name,
                const torch::stable::Tensor& like, const torch::stable::Tensor& weight, const EpilogueTensors& epilogue);
 
+// Throws if there are a ReLU and a gate, or a gate is to be written without a ReLU.
+void check_activation(const EpilogueTensors& epilogue);
+
 // Throws if a gate that is written shares memory with an operand of its epilogue.
 void check_gate_out(const EpilogueTensors& epilogue, const torch::stable::Tensor& out);
 

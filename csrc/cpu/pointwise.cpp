@@ -49,12 +49,11 @@ void pointwise_out_cpu(Tensor input, std::optional<Tensor> scale, std::optional<
     check_memory("out", out, name, vector);
   }
   check_residual(residual, out);
-  check(!(relu && gate), "relu and gate exclude each other");
-  check(relu || !gate_out, "gate_out receives the bits of the ReLU, but relu is False");
   check_gate("gate", gate, out);
   check_memory("gate_out", gate_out, "input", input);
   const EpilogueTensors epilogue{
       .scale = scale, .bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out, .gate = gate};
+  check_activation(epilogue);
   check_gate_out(epilogue, out);
   pointwise_into(out, input, epilogue);
 }

@@ -1,4 +1,4 @@
-// Windows of 8 x 1 pixels, 4 apart, as vectors of 4 pixels of each, and the transposition of such fours.
+// Loads and stores of four neighbouring floats from and to each of kFours places, and their transposition.
 #pragma once
 
 #include "cpu/simd.h"
@@ -8,7 +8,7 @@ namespace SPARSE_ADV_ISA {
 
 constexpr int kFours = kLanes / 4;
 
-// Bits s of a window say which of its pixels are read; the others are 0.
+// The floats at p whose bits are set; the others are 0 and not read.
 #if defined(__AVX512F__)
 static inline Vec load_where(const float* p, uint32_t bits) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p);
@@ -28,7 +28,7 @@ static inline Vec load_where(const float* p, uint32_t bits) {
 }
 #endif
 
-// The pixels 0 to 3 and 4 to 7 of kFours windows anywhere.
+// The pixels 0 to 3 and 4 to 7 of kFours windows, wherever they are; bit s of a window is that of its pixel s.
 static inline __attribute__((always_inline)) void load_windows(const float* const p[kFours],
                                                                const uint32_t bits[kFours], Vec& first, Vec& last) {
 #if defined(__AVX512F__)
@@ -49,32 +49,37 @@ static inline __attribute__((always_inline)) void load_windows(const float* cons
 #endif
 }
 
-// Transposes 4 x 4 floats in each four of four vectors.
-static inline __attribute__((always_inline)) void transpose_fours(Vec v[4]) {
+// Lanes of a and b in turn, from the first or the last half of each 128 bits, as single floats or as pairs.
 #if defined(__AVX512F__)
-  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1]));
-  const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
-  const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
-  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
-  v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-  v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-  v[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-  v[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+static inline Vec zip_first(Vec a, Vec b) { return _mm512_unpacklo_ps(a, b); }
+static inline Vec zip_last(Vec a, Vec b) { return _mm512_unpackhi_ps(a, b); }
+static inline Vec zip_first_pairs(Vec a, Vec b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+static inline Vec zip_last_pairs(Vec a, Vec b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
 #elif defined(__AVX2__)
-  const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[0], v[1]));
-  const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(v[0], v[1]));
-  const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[2], v[3]));
-  const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(v[2], v[3]));
-  v[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
-  v[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
-  v[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
-  v[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+static inline Vec zip_first(Vec a, Vec b) { return _mm256_unpacklo_ps(a, b); }
+static inline Vec zip_last(Vec a, Vec b) { return _mm256_unpackhi_ps(a, b); }
+static inline Vec zip_first_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x44); }
+static inline Vec zip_last_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xee); }
+#endif
+
+// Transposes 4 x 4 floats in each 128 bits of four vectors.
+static inline __attribute__((always_inline)) void transpose_fours(Vec v[4]) {
+#if defined(__AVX2__)
+  const Vec a = zip_first(v[0], v[1]), b = zip_last(v[0], v[1]), c = zip_first(v[2], v[3]), d = zip_last(v[2], v[3]);
+  v[0] = zip_first_pairs(a, c);
+  v[1] = zip_last_pairs(a, c);
+  v[2] = zip_first_pairs(b, d);
+  v[3] = zip_last_pairs(b, d);
 #else
   transpose(v);
 #endif
 }
 
-// Stores four i of a vector at to[i].
+// Stores the lanes 4 i to 4 i + 3 at to[i].
 static inline __attribute__((always_inline)) void store_fours(Vec v, float* const to[kFours]) {
 #if defined(__AVX512F__)
   _mm_storeu_ps(to[0], _mm512_castps512_ps128(v));

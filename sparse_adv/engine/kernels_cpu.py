@@ -221,7 +221,7 @@ def best_memory_format(convolutions: Iterable[tuple[nn.Conv2d, torch.Size]]) -> 
     sparse = dense = 0
     for layer, shape in convolutions:
         work = layer.weight.numel() * shape[0] * shape[2] * shape[3] // math.prod(_pair(layer.stride))
-        if isinstance(layer, MaskedConv2d) and sparse_is_faster(layer, shape):
+        if isinstance(layer, MaskedConv2d) and (takes_live_filters(layer, shape) or sparse_is_faster(layer, shape)):
             sparse += work
         else:
             dense += work

@@ -191,8 +191,9 @@ def masked_winograd_conv2d_out(
     check_flag("relu", relu)
     if not isinstance(weight, LiveWeight):
         raise TypeError(f"weight must be what masked_winograd_conv2d_weight returned, got {type(weight).__name__}")
-    check_tensors(input=input, **weight._asdict())
-    operands = {"input": input, **weight._asdict(), "bias": bias, "residual": residual, "gate": gate}
+    needed = {"input": input, **weight._asdict()}
+    check_tensors(**needed)
+    operands = {**needed, "bias": bias, "residual": residual, "gate": gate}
     check_written("masked_winograd_conv2d_out", out, **operands, gate_out=gate_out)
     torch.ops.sparse_adv.masked_winograd_conv2d_out(input, *weight, zeros, bias, residual, relu, gate, out, gate_out)
     mark_written(out, gate_out)

@@ -64,9 +64,9 @@ void masked_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<Tensor> patt
                            std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                            int64_t groups, std::optional<Tensor> residual, bool relu, Tensor out,
                            std::optional<Tensor> gate_out) {
-  check(relu || !gate_out, "gate_out receives the bits of the ReLU, but relu is False");
-  convolve(input, weight, pattern, stride, padding, dilation, groups,
-           {.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out}, out);
+  const EpilogueTensors epilogue{.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out};
+  check_activation(epilogue);
+  convolve(input, weight, pattern, stride, padding, dilation, groups, epilogue, out);
 }
 
 std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_tensors) {

@@ -28,8 +28,8 @@ constexpr int64_t kMostTiles = 64;       // of a piece, if a row of tiles has no
 constexpr int64_t kFiltersOfTask = 512;  // that a thread transforms, at least
 
 void check_indices(const char* name, const Tensor& list) {
-  check(list.dim() == 1 && list.is_contiguous(), name, " must be a contiguous vector, got size ",
-        text_of(list.sizes()));
+  check_size(name, list, {list.numel()});
+  check(list.is_contiguous(), name, " must be contiguous, got strides ", text_of(list.strides()));
   check(list.scalar_type() == ScalarType::Int, name, " must be int32, got ", list.scalar_type());
 }
 
@@ -40,7 +40,6 @@ LiveFilters check_live_filters(const Tensor& row_offsets, const Tensor& channels
   check_indices("row_offsets", row_offsets);
   check_indices("channels", channels);
   check_size("row_offsets", row_offsets, {divide_up(K, oc_block) + 1});
-  check_size("channels", channels, {channels.size(0)});
   const LiveFilters filters{.oc_block = oc_block,
                             .oc_blocks = divide_up(K, oc_block),
                             .row_offsets = row_offsets.const_data_ptr<int32_t>(),
@@ -83,10 +82,8 @@ Tensor masked_winograd_conv2d_weight_cpu(Tensor weight, Tensor mask, Tensor row_
   const MaskedFilters source = masked_filters(weight, kept, transposed);
   float* const to = values.mutable_data_ptr<float>();
   const auto kernel = SPARSE_ADV_CHOOSE(masked_winograd_weight);
-  // Whole vectors of 16 filters, so that no two threads write to one.
-  parallel_for(0, divide_up(filters.count, kTileGroup), kFiltersOfTask / kTileGroup, [&](int64_t begin, int64_t end) {
-    kernel(source, filters, rows.data(), begin * kTileGroup, std::min(end * kTileGroup, filters.count), to);
-  });
+  parallel_for(0, filters.count, kFiltersOfTask,
+               [&](int64_t begin, int64_t end) { kernel(source, filters, rows.data(), begin, end, to); });
   return values;
 }
 
@@ -125,8 +122,7 @@ void masked_winograd_conv2d_out_cpu(Tensor input, Tensor row_offsets, Tensor cha
   const EpilogueTensors epilogue{.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out, .gate = gate};
   check_size("bias", bias, {K});
   check_dtype("bias", bias, "input", input);
-  check(!(relu && gate), "relu and gate exclude each other");
-  check(relu || !gate_out, "gate_out receives the bits of the ReLU, but relu is False");
+  check_activation(epilogue);
   check_out(out, size, "input", input, values, epilogue);
   if (out.numel() == 0) return;
   const EpilogueTensors operands = epilogue.laid_out_like(out);

@@ -144,8 +144,7 @@ void winograd_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<int64_t> p
   const EpilogueTensors epilogue{.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out, .gate = gate};
   check_size("bias", bias, {conv.K});
   check_dtype("bias", bias, "input", input);
-  check(!(relu && gate), "relu and gate exclude each other");
-  check(relu || !gate_out, "gate_out receives the bits of the ReLU, but relu is False");
+  check_activation(epilogue);
   check_out(out, {input.size(0), conv.K, conv.P, conv.Q}, "input", input, weight, epilogue);
   if (out.numel() == 0) return;
   check(!(gate || gate_out) || is_channels_last(out), "a gate needs an out of several channels and pixels, got ",
