@@ -277,6 +277,15 @@ static inline Vec add_quads(const Vec v[1]) { return v[0]; }
 
 #endif
 
+constexpr int kLineFloats = 64 / sizeof(float);  // of a cache line
+
+static inline void prefetch(const float* p, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLineFloats) __builtin_prefetch(p + i);
+}
+static inline void prefetch_to_write(float* p, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLineFloats) __builtin_prefetch(p + i, 1);
+}
+
 static inline Vec load_up_to(const float* p, int count) { return count == kLanes ? load(p) : load_first(p, count); }
 static inline void store_up_to(float* p, Vec v, int count) {
   if (count == kLanes)

@@ -109,6 +109,8 @@ void store_accumulators(const Accumulators& accumulators, const Epilogue<float>&
       transpose(v);
       const int64_t at = k * output.pixels + accumulators.first_pixel + p;
       for (int i = 0; i < output.count; ++i) __builtin_prefetch(data + i * output.image_size + at + ahead, 1, 2);
+      for (int i = 0; epilogue.residual && i < output.count; ++i)
+        __builtin_prefetch(epilogue.residual + i * output.image_size + at + ahead);
       if (plain && columns == kLanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(data + i * output.image_size + at, v[i]);

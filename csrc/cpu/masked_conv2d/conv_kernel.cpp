@@ -7,41 +7,51 @@
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
-// Applies the epilogue to ROWS x COLS vectors of one output channel, which begin at (first_row, first_col) of the tile,
-// and writes the part of them that is within the image.
-template <int ROWS, int COLS>
-static inline __attribute__((always_inline)) void write(const OutputRegion& output, int32_t channel, int first_row,
-                                                        int first_col, const Vec* acc) {
+// The rows of a tile that are within the image, and how many floats of each.
+struct Inside {
+  int64_t rows, cols;
+};
+static inline Inside inside_of(const OutputRegion& output, int64_t tile_row_size) {
+  const int64_t tile_rows = kTileVectors * kLanes / tile_row_size;
+  return {.rows = output.rows < tile_rows ? output.rows : tile_rows,
+          .cols = output.cols < tile_row_size ? output.cols : tile_row_size};
+}
+
+// Fetches what write() reads and writes later. No hardware prefetcher foresees it: the channels of an image lie in
+// different pages.
+static inline void prefetch_output(const OutputRegion& output, int32_t channel, int64_t tile_row_size) {
+  if (channel < 0) return;
+  const auto [rows, cols] = inside_of(output, tile_row_size);
+  const float* const residual = output.epilogue.residual;
+  int64_t at = channel * output.channel_pitch;
+  for (int64_t r = 0; r < rows; ++r, at += output.row_pitch) {
+    prefetch_to_write(output.data + at, cols);
+    if (residual) prefetch(residual + at, cols);
+  }
+}
+
+// Applies the epilogue to the results of a tile for one output channel, and writes those within the image.
+static void write(const OutputRegion& output, int32_t channel, const float* results, int64_t tile_row_size) {
   if (channel < 0) return;
   const Epilogue<float> epilogue = output.epilogue;  // a copy can stay in registers, whatever is stored
-  float* const data = output.data;
-  const int64_t cols = output.cols, row_pitch = output.row_pitch;
   const Vec scale = broadcast(epilogue.scale ? epilogue.scale[channel] : 1.0f);
   const Vec bias = broadcast(epilogue.bias ? epilogue.bias[channel] : 0.0f);
-  const bool affine = epilogue.scale || epilogue.bias;
-  int64_t at = channel * output.channel_pitch + first_row * row_pitch + first_col * kLanes;
-  if (is_identity(epilogue) && first_row + ROWS <= output.rows && (first_col + COLS) * kLanes <= cols) {
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r, at += row_pitch)
-#pragma GCC unroll 16
-      for (int c = 0; c < COLS; ++c) store(data + at + c * kLanes, acc[r * COLS + c]);
-    return;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r, at += row_pitch) {
-    if (first_row + r >= output.rows) return;
-#pragma GCC unroll 16
-    for (int c = 0; c < COLS; ++c) {
-      const int64_t left = cols - (first_col + c) * kLanes;
-      const int count = left < kLanes ? static_cast<int>(left) : kLanes;
-      if (count <= 0) break;
-      Vec v = acc[r * COLS + c];
+  const bool plain = is_identity(epilogue), affine = epilogue.scale || epilogue.bias;
+  const auto [rows, cols] = inside_of(output, tile_row_size);
+  float* const data = output.data;
+  const int64_t row_pitch = output.row_pitch, first_col = output.first_col, row_bytes = epilogue.gate_layout.row_bytes;
+  int64_t at = channel * output.channel_pitch, row_start = channel * output.gate_channel_pitch;
+  for (int64_t r = 0; r < rows; ++r, at += row_pitch, row_start += row_bytes, results += tile_row_size) {
+    const auto write_vector = [&](int64_t i, int count) {
+      Vec v = load(results + i);
       if (affine) v = fma(v, scale, bias);
-      BitsInRow<kLanes> bits{
-          .row_start = channel * output.gate_channel_pitch + (first_row + r) * epilogue.gate_layout.row_bytes,
-          .column = output.first_col + (first_col + c) * kLanes};
-      store_up_to(data + at + c * kLanes, finish(v, epilogue, at + c * kLanes, count, bits), count);
-    }
+      BitsInRow<kLanes> bits{.row_start = row_start, .column = first_col + i};
+      if (!plain) v = finish(v, epilogue, at + i, count, bits);
+      store_up_to(data + at + i, v, count);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= cols; i += kLanes) write_vector(i, kLanes);
+    if (i < cols) write_vector(i, static_cast<int>(cols - i));
   }
 }
 
@@ -164,12 +174,12 @@ struct ByColumn {
 };
 
 // One row of the matrix and a part of the tile, ROWS x COLS vectors from (row, col) on: loads the accumulators of the
-// oc_block or starts them at 0, adds the products, and stores the accumulators or writes the output.
+// oc_block or starts them at 0, adds the products, and stores them, in `results` if that is not null.
 template <class Order, int ROWS, int COLS>
 static inline __attribute__((always_inline)) void accumulate(const ConvTile& tile, int row, int col, int64_t oc_number,
                                                              const int32_t* offsets, const float* values, int count,
                                                              const int32_t* column_splits, bool is_first,
-                                                             bool is_last) {
+                                                             float* results) {
   constexpr int kVectors = ROWS * COLS, kOcBlock = Order::kOcBlock;
   float* const accumulators = tile.accumulators + oc_number * kOcBlock * tile.acc_channel_pitch +
                               row * tile.acc_row_pitch + static_cast<int64_t>(col) * kLanes;
@@ -187,18 +197,14 @@ static inline __attribute__((always_inline)) void accumulate(const ConvTile& til
   }
   Order::template add_row<ROWS, COLS>(acc, tile.input + row * tile.input_row_pitch + col * kLanes, tile.input_row_pitch,
                                       offsets, values, count, column_splits);
-  if (is_last && tile.output) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kOcBlock; ++j)
-      write<ROWS, COLS>(*tile.output, tile.output->channel_of[oc_number * kOcBlock + j], row, col, acc + j * kVectors);
-    return;
-  }
+  float* const to = results ? results + (row * tile.cols + col) * kLanes : accumulators;
+  const int64_t channel_pitch = results ? kTileVectors * kLanes : tile.acc_channel_pitch;
+  const int64_t row_pitch = results ? tile.cols * kLanes : tile.acc_row_pitch;
 #pragma GCC unroll 4
   for (int j = 0; j < kOcBlock; ++j)
 #pragma GCC unroll 16
     for (int q = 0; q < kVectors; ++q)
-      store(accumulators + j * tile.acc_channel_pitch + q / COLS * tile.acc_row_pitch + q % COLS * kLanes,
-            acc[j * kVectors + q]);
+      store(to + j * channel_pitch + q / COLS * row_pitch + q % COLS * kLanes, acc[j * kVectors + q]);
 }
 
 // The part of a tile whose accumulators fit in registers. If that is the whole tile, but the tile extends beyond the
@@ -221,22 +227,29 @@ static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_
   constexpr TilePart kPart = part_of(TILE_COLS, Order::kOcBlock, WHOLE || keeps_whole<Order, TILE_COLS>);
   const int rows = WHOLE ? kTileVectors / TILE_COLS : static_cast<int>(tile.rows_inside);
   const int cols = WHOLE ? TILE_COLS : static_cast<int>(tile.cols_inside);
+  // Results are written when a tile has all those of an oc_block: 1.09 times as fast as part by part.
+  alignas(64) float room[Order::kOcBlock * kTileVectors * kLanes];
   for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
     const int32_t* row_offsets = weights.row_offsets + ic_block * weights.oc_blocks;
-    const bool is_last = ic_block + 1 == weights.ic_blocks;
+    float* const results = ic_block + 1 == weights.ic_blocks && tile.output ? room : nullptr;
     for (int64_t i = tile.first_oc_block; i < tile.last_oc_block; ++i) {
       const int count = row_offsets[i + 1] - row_offsets[i];
-      if (count == 0 && ic_block > 0 && !(is_last && tile.output)) continue;
+      if (count == 0 && ic_block > 0 && !results) continue;
       const int32_t* offsets = weights.input_offsets + row_offsets[i];
       const float* values = weights.values + static_cast<int64_t>(row_offsets[i]) * Order::kOcBlock;
       const int32_t* column_splits =
           weights.column_splits ? weights.column_splits + 2 * (ic_block * weights.oc_blocks + i) : nullptr;
+      for (int j = 0; results && j < Order::kOcBlock; ++j)
+        prefetch_output(*tile.output, tile.output->channel_of[i * Order::kOcBlock + j], TILE_COLS * kLanes);
       // All parts of the tile for one row of the matrix, so that the row stays in the L1 cache: 4.5 -> 4.3 ms for 512
       // channels at 4x4 with an oc_block of 4.
       for (int row = 0; row < rows; row += kPart.rows)
         for (int col = 0; col < cols; col += kPart.cols)
           accumulate<Order, kPart.rows, kPart.cols>(tile, row, col, i, offsets, values, count, column_splits,
-                                                    ic_block == 0, is_last);
+                                                    ic_block == 0, results);
+      for (int j = 0; results && j < Order::kOcBlock; ++j)
+        write(*tile.output, tile.output->channel_of[i * Order::kOcBlock + j], room + j * kTileVectors * kLanes,
+              TILE_COLS * kLanes);
     }
   }
 }

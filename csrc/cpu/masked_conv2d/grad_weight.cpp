@@ -13,6 +13,7 @@
 #include "cpu/masked_conv2d/input_tile.h"
 #include "cpu/masked_conv2d/packing.h"
 #include "cpu/masked_conv2d/plan.h"
+#include "cpu/shared_items.h"
 
 namespace sparse_adv {
 
@@ -113,14 +114,16 @@ Tensor sparse_conv2d_grad_weight(const ConvParams& conv, const Pattern& pattern,
   const int64_t work_items = blocking.work_items(), parts = count_parts(work_items);
   const int64_t part_size = csr.oc_block * csr.nnz;
   const auto partial_sums = std::make_unique_for_overwrite<float[]>(parts * part_size);
-  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), parts);
+  SharedItems shared_parts(parts, threads);
+  parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     PartComputer computer(weights, csr, blocking, channel_of, plain_input, plain_grad);
-    for (int64_t part = begin; part < end; ++part) {
+    shared_parts.take(thread, [&](int64_t part) {
       float* const part_sums = partial_sums.get() + part * part_size;
       std::fill_n(part_sums, part_size, 0.0f);
       for (int64_t item = part * work_items / parts; item < (part + 1) * work_items / parts; ++item)
         computer.run(item, part_sums);
-    }
+    });
   });
 
   const bool finite =

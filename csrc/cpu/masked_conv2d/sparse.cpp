@@ -10,6 +10,7 @@
 #include "cpu/masked_conv2d/conv_kernel.h"
 #include "cpu/masked_conv2d/gate_rows.h"
 #include "cpu/masked_conv2d/input_tile.h"
+#include "cpu/shared_items.h"
 
 namespace sparse_adv {
 
@@ -138,11 +139,11 @@ struct OcBlockRange {
 // A part of the output channels has a multiple of this number of them: one vector, and whole bytes of a gate.
 constexpr int64_t kPartChannels = 16;
 
-// The oc_blocks of the parts from `first` to `last` - 1, of `parts` nearly equal ones.
-OcBlockRange oc_blocks_of_parts(const BlockCsr& csr, int64_t parts, int64_t first, int64_t last) {
+// The oc_blocks of one of `parts` nearly equal parts.
+OcBlockRange oc_blocks_of_part(const BlockCsr& csr, int64_t parts, int64_t part) {
   const int64_t multiple = kPartChannels / csr.oc_block, multiples = (csr.oc_blocks + multiple - 1) / multiple;
-  return {.first = first * multiples / parts * multiple,
-          .last = std::min(last * multiples / parts * multiple, csr.oc_blocks)};
+  return {.first = part * multiples / parts * multiple,
+          .last = std::min((part + 1) * multiples / parts * multiple, csr.oc_blocks)};
 }
 
 // Computes bands in the scratch memory of a thread, which holds the input tile followed by the accumulators.
@@ -347,13 +348,11 @@ class BandComputer {
   std::vector<uint8_t> piece_gates_;
 };
 
-// How many nearly equal parts the output channels have, so that threads can share a work item: 1 if the work items
-// divide evenly among the threads, since each thread that shares one fills an input tile of its own. The results do not
-// depend on it, as every output is computed within one part.
-int64_t count_oc_parts(const SparseConv& conv, int64_t threads) {
-  const BlockCsr& csr = conv.csr;
+// How many nearly equal parts the output channels of a work item have that threads share, each of which fills an input
+// tile of its own. The results do not depend on it, as every output is computed within one part.
+int64_t count_oc_parts(const BlockCsr& csr, int64_t threads) {
   const bool groups_are_padded = csr.group_out_channels % csr.oc_block != 0 && csr.groups > 1;
-  if (conv.blocking.work_items() % threads == 0 || groups_are_padded) return 1;
+  if (groups_are_padded) return 1;
   return std::min(threads, (csr.oc_blocks * csr.oc_block + kPartChannels - 1) / kPartChannels);
 }
 
@@ -362,14 +361,15 @@ int64_t count_oc_parts(const SparseConv& conv, int64_t threads) {
 void run_sparse_conv(const SparseConv& conv, Tensor& output) {
   const std::vector<PhaseWeights> phases = pack_weights(conv);
   const std::vector<int32_t> channel_of = output_channels(conv.csr);
-  const int64_t oc_parts = count_oc_parts(conv, torch::stable::get_num_threads());
-  parallel_for(0, conv.blocking.work_items() * oc_parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = torch::stable::get_num_threads(), items = conv.blocking.work_items();
+  const int64_t oc_parts = count_oc_parts(conv.csr, threads), whole = items / threads * threads;
+  SharedItems whole_items(whole, threads), parts((items - whole) * oc_parts, threads);
+  parallel_for(0, std::min(threads, items * oc_parts), 1, [&](int64_t thread, int64_t) {
     BandComputer computer(conv, phases, channel_of, output);
-    for (int64_t work_item = begin / oc_parts; work_item * oc_parts < end; ++work_item) {
-      const int64_t first = std::max(begin - work_item * oc_parts, int64_t{0});
-      const int64_t last = std::min(end - work_item * oc_parts, oc_parts);
-      computer.run(work_item, oc_blocks_of_parts(conv.csr, oc_parts, first, last));
-    }
+    whole_items.take(thread, [&](int64_t item) { computer.run(item, {.first = 0, .last = conv.csr.oc_blocks}); });
+    parts.take(thread, [&](int64_t part) {
+      computer.run(whole + part / oc_parts, oc_blocks_of_part(conv.csr, oc_parts, part % oc_parts));
+    });
   });
 }
 

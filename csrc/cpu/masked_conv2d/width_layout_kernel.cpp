@@ -41,6 +41,7 @@ void fill_width_tile(const float* image, int64_t pixels, const RowMap& map, int6
     for (int64_t r = 0; r < map.row_count; ++r, from += map.row_size) {
       if (map.offsets[r] < 0) continue;
       const int64_t size = r + 1 < map.row_count ? map.row_size : map.last_row_size;
+      prefetch(from + pixels, size);  // the next channel, whose page no hardware prefetcher foresees
       float* const to = tile + map.offsets[r];
       if (map.odd_offset == 0)
         copy_row(from, size, map.tile_row_size, to);

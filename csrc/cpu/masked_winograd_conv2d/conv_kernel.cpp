@@ -38,6 +38,18 @@ static inline __attribute__((always_inline)) void load_row(const TileRun* runs, 
   columns[5] = last[1];
 }
 
+// No hardware prefetcher foresees the next channels of joined runs, which lie in other pages.
+constexpr int kChannelsAhead = 2;
+constexpr int kRunsOfLine = kLineFloats / kLanes;
+
+static inline __attribute__((always_inline)) void prefetch_windows(const PieceSizes& sizes, const TileRun* runs,
+                                                                   const float* input) {
+  const float* row = input + kChannelsAhead * sizes.input_pixels;
+  for (int r = 0; r < kWindow; ++r, row += sizes.input_row_size)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j += kRunsOfLine) __builtin_prefetch(row + runs[j].input);
+}
+
 // V = B^T d B for all tiles and input channels.
 template <bool JOINED>
 static void transform_windows(const PieceSizes& sizes, const TilePiece& piece, const float* input, float* v) {
@@ -46,6 +58,7 @@ static void transform_windows(const PieceSizes& sizes, const TilePiece& piece, c
   for (int64_t c = 0; c < sizes.C; ++c, v += piece.tiles, input += sizes.input_pixels) {
     const TileRun* runs = piece.runs;
     for (int64_t tile = 0; tile < piece.tiles; tile += kLanes, runs += kRuns) {
+      if constexpr (JOINED) prefetch_windows(sizes, runs, input);
       Vec d[kElements];
       const float* row = input;
       for (int r = 0; r < kWindow; ++r, row += sizes.input_row_size) {
@@ -129,6 +142,16 @@ static inline __attribute__((always_inline)) void write_run(const PieceSizes& si
   store_up_to(out + at, finish(pixels, epilogue, at, run.cols, bits), run.cols);
 }
 
+static inline void prefetch_run(const PieceSizes& sizes, const TileRun& run, int64_t channel, const float* residual,
+                                float* out) {
+  if (channel >= sizes.K) return;
+  int64_t at = (run.image * sizes.K + channel) * sizes.output_pixels + run.row * sizes.output_row_size + run.col;
+  for (int row = 0; row < run.rows; ++row, at += sizes.output_row_size) {
+    __builtin_prefetch(out + at, 1);
+    if (residual) __builtin_prefetch(residual + at);
+  }
+}
+
 static void write_plane(const PieceSizes& sizes, const TilePiece& piece, int64_t channel, const float* plane,
                         const Epilogue<float>& epilogue, float* out) {
   for (int64_t n = 0; n < piece.write_count; ++n) {
@@ -152,6 +175,9 @@ static void transform_sums(const PieceSizes& sizes, const TilePiece& piece, cons
   const Vec bias = broadcast(epilogue.bias ? epilogue.bias[channel] : 0.0f);
   const TileRun* runs = piece.runs;
   for (int64_t tile = 0; tile < piece.tiles; tile += kLanes, runs += JOINED ? 4 : kLanes) {
+    if constexpr (JOINED)
+      for (int j = 0; j < 4; j += kRunsOfLine)
+        prefetch_run(sizes, runs[j], channel + kChannelsAhead, epilogue.residual, out);
     Vec half[4][kWindow];
     const float* of_column = m + tile;
     for (int s = 0; s < kWindow; ++s, of_column += piece.tiles) {

@@ -15,6 +15,7 @@
 #include "cpu/masked_winograd_conv2d/conv_kernel.h"
 #include "cpu/masked_winograd_conv2d/pieces.h"
 #include "cpu/masked_winograd_conv2d/weight_kernel.h"
+#include "cpu/shared_items.h"
 #include "cpu/winograd_conv2d/operands.h"
 
 namespace sparse_adv {
@@ -141,13 +142,15 @@ void masked_winograd_conv2d_out_cpu(Tensor input, Tensor row_offsets, Tensor cha
                          .output_row_size = g.Q,
                          .panel = channels_of_panel(round_up(rows * g.tile_cols, kTileGroup), K)};
   const auto kernel = SPARSE_ADV_CHOOSE(masked_winograd_piece);
-  parallel_for(0, divide_up(tile_rows, rows), 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = torch::stable::get_num_threads();
+  SharedItems pieces(divide_up(tile_rows, rows), threads);
+  parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     thread_local AlignedBuffer buffer;
     PieceTables tables(g);
-    for (int64_t i = begin; i < end; ++i) {
+    pieces.take(thread, [&](int64_t i) {
       const TilePiece piece = tables.build(i * rows, std::min((i + 1) * rows, tile_rows));
       kernel(sizes, filters, weights, piece, images, results, pointers, buffer.at_least(sizes.scratch(piece)));
-    }
+    });
   });
 }
 

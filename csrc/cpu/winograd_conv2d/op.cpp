@@ -12,6 +12,7 @@
 #include "common/tensor_checks.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/epilogue_tensors.h"
+#include "cpu/shared_items.h"
 #include "cpu/winograd_conv2d/conv_kernel.h"
 #include "cpu/winograd_conv2d/grad_weight_kernel.h"
 #include "cpu/winograd_conv2d/operands.h"
@@ -111,11 +112,13 @@ void convolve(const Winograd& conv, int64_t tiles, const float* input, const flo
   const int64_t most = transformed_size(conv) < kLargeWeights ? kFewTiles : kManyTiles;
   const int64_t chunk = divide_up(tiles, divide_up(divide_up(tiles, most), threads) * threads);
   const auto kernel = SPARSE_ADV_CHOOSE(winograd_tiles);
-  parallel_for(0, divide_up(tiles, chunk), 1, [&](int64_t begin, int64_t end) {
+  SharedItems chunks(divide_up(tiles, chunk), threads);
+  parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     thread_local AlignedBuffer buffer;
-    float* const scratch = buffer.at_least(chunk * scratch_of_tile);
-    for (int64_t i = begin; i < end; ++i)
-      kernel(conv, input, weight, out, epilogue, i * chunk, std::min(tiles, (i + 1) * chunk), scratch);
+    chunks.take(thread, [&](int64_t i) {
+      kernel(conv, input, weight, out, epilogue, i * chunk, std::min(tiles, (i + 1) * chunk),
+             buffer.at_least(chunk * scratch_of_tile));
+    });
   });
 }
 
