@@ -149,6 +149,7 @@ double with_epilogue(const Epilogue<T>& epilogue, double sum, int64_t channel, i
 }
 
 bool check_gate_rows();
+bool check_shared_items();
 bool check_fill_batch_tile(const Kernels& kernels);
 bool check_store_accumulators(const Kernels& kernels);
 bool check_fill_width_tile(const Kernels& kernels);

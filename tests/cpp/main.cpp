@@ -57,8 +57,10 @@ bool check_all(const Kernels& kernels) {
 }  // namespace
 
 int main() {
-  bool good = check_gate_rows();
-  if (!good) std::puts("gate_rows WRONG");
+  const bool gate_rows = check_gate_rows(), shared_items = check_shared_items();
+  if (!gate_rows) std::puts("gate_rows WRONG");
+  if (!shared_items) std::puts("shared_items WRONG");
+  bool good = gate_rows && shared_items;
   good &= check_all(KERNELS(portable));
 #if defined(SPARSE_ADV_X86)
   if (cpu_capability() >= Capability::avx2) good &= check_all(KERNELS(avx2));
