@@ -22,7 +22,7 @@ from sparse_adv.ops.cuda_graph import Capturer
 
 
 def loss(logits):
-    weights = torch.arange(1, logits[0].numel() + 1).to(logits).cos()
+    weights = torch.arange(1, logits[0].numel() + 1, device=logits.device).to(logits).cos()
     return (logits.flatten(1) @ weights + logits.square().flatten(1).sum(1)).mean()
 
 
