@@ -142,8 +142,9 @@ void masked_winograd_conv2d_out_cpu(Tensor input, Tensor row_offsets, Tensor cha
                          .output_row_size = g.Q,
                          .panel = channels_of_panel(round_up(rows * g.tile_cols, kTileGroup), K)};
   const auto kernel = SPARSE_ADV_CHOOSE(masked_winograd_piece);
-  const int64_t threads = torch::stable::get_num_threads();
-  SharedItems pieces(divide_up(tile_rows, rows), threads);
+  const int64_t count = divide_up(tile_rows, rows);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  SharedItems pieces(count, threads);
   parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     thread_local AlignedBuffer buffer;
     PieceTables tables(g);

@@ -112,8 +112,9 @@ void convolve(const Winograd& conv, int64_t tiles, const float* input, const flo
   const int64_t most = transformed_size(conv) < kLargeWeights ? kFewTiles : kManyTiles;
   const int64_t chunk = divide_up(tiles, divide_up(divide_up(tiles, most), threads) * threads);
   const auto kernel = SPARSE_ADV_CHOOSE(winograd_tiles);
-  SharedItems chunks(divide_up(tiles, chunk), threads);
-  parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+  const int64_t count = divide_up(tiles, chunk);
+  SharedItems chunks(count, threads);
+  parallel_for(0, std::min(threads, count), 1, [&](int64_t thread, int64_t) {
     thread_local AlignedBuffer buffer;
     chunks.take(thread, [&](int64_t i) {
       kernel(conv, input, weight, out, epilogue, i * chunk, std::min(tiles, (i + 1) * chunk),
