@@ -314,7 +314,12 @@ class MaskedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._compiled = self._installed = None
-        self._derive()
+        known = optimizer_hook.mask_of(self.weight)
+        if known is not None and CompiledMask(known).matches(self.weight_mask):  # of a copy that shares its weight
+            with mode_of(self.weight):
+                self._adopt(self._compile())
+        else:
+            self._derive()
 
 
 @contextmanager

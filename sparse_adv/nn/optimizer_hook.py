@@ -34,6 +34,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparse_adv.ops import cuda_graph
 from sparse_adv.ops.masked_conv2d_gradients import is_masked
 
 _masks = WeakTensorKeyDictionary()
@@ -97,6 +98,7 @@ def settle(optimizer: Optimizer) -> None:
             mask = _masks.get(weight)
             if mask is None:
                 continue
+            cuda_graph.keep(mask)
             applied, version = settled.get(weight, (None, None))
             if applied is not mask:
                 _zero_outside(mask, [weight, weight.grad])
@@ -134,6 +136,7 @@ def _mask_gradients_of(weight: Tensor) -> RemovableHandle:
 @torch.no_grad()
 def _zero_outside(mask: Tensor, values: Iterable[object]) -> None:
     """Zero those of the values that are tensors of the mask's shape; an optimiser's state has scalars too."""
+    cuda_graph.keep(mask)
     for value in values:
         if isinstance(value, Tensor) and value.shape == mask.shape:
             value.masked_fill_(~mask.to(value.device), 0)
@@ -147,6 +150,7 @@ def _zero_after_step(mask: Tensor, weight: Tensor) -> None:
         return _zero_outside(mask, [weight])
     if bits is None or bits.dtype != integer or bits.device != weight.device:
         _bits[mask] = bits = torch.empty_like(weight, dtype=integer, requires_grad=False).copy_(mask).neg_()
+    cuda_graph.keep(bits)
     weight.detach().view(integer).bitwise_and_(bits)
 
 

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sparse_adv.attacks import Graphs
 
@@ -51,8 +53,26 @@ def no_synchronisation() -> Iterator[None]:
         yield
 
 
+class _Address:
+    """A tensor of which a graph knows nothing but where it lies: that keeps no memory, and counts no version."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        self.dtype = tensor.dtype
+
+    def tensor(self) -> Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            raise RuntimeError(f"a replay reads or writes memory that was freed: {self.dtype} {self.place[1]}")
+        return torch.empty(0, dtype=self.dtype, device=storage.device).set_(storage, *self.place)
+
+
 class CapturedOps(TorchDispatchMode):
-    """Captures ops with their tensors. A CUDA capture computes nothing, so `undo` reverts what the ops computed."""
+    """Captures ops with their tensors. A CUDA capture computes nothing, so `undo` reverts what the ops computed.
+
+    Tensors that are made in the capture are kept; of all others the addresses are.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +80,8 @@ class CapturedOps(TorchDispatchMode):
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
         """By id: each tensor that an op wrote to, and a copy from before."""
         self.created: list[Tensor] = []
+        self.constants: list[Tensor] = []
+        """What `torch.tensor` made of numbers."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,8 +93,10 @@ class CapturedOps(TorchDispatchMode):
                 for tensor in tensors(value):  # one, or a list of them
                     self.written.setdefault(id(tensor), (tensor, tensor.clone()))
         result = func(*args, **kwargs)
-        inputs = [tensor.untyped_storage().data_ptr() for tensor in tensors([*args, *kwargs.values()])]
-        self.created += [tensor for tensor in tensors(result) if tensor.untyped_storage().data_ptr() not in inputs]
+        inputs = [tensor.untyped_storage()._cdata for tensor in tensors([*args, *kwargs.values()])]
+        self.created += [tensor for tensor in tensors(result) if tensor.untyped_storage()._cdata not in inputs]
+        if func is aten.lift_fresh.default:
+            self.constants += args
         self.ops.append((func, args, kwargs, result))
         return result
 
@@ -80,16 +104,32 @@ class CapturedOps(TorchDispatchMode):
     def undo(self) -> None:
         for tensor, before in reversed(self.written.values()):  # of views of the same memory, the first has the oldest
             tensor.data.copy_(before)  # as on CUDA, where autograd sees no new version of the tensor
-        for tensor in self.created:
-            tensor.data.fill_(math.nan if tensor.is_floating_point() else 0)
+        self._spoil()
+        own = {tensor.untyped_storage()._cdata for tensor in [*self.created, *self.constants]}
+
+        def known(value: object) -> object:
+            is_other = isinstance(value, Tensor) and value.untyped_storage()._cdata not in own
+            return _Address(value) if is_other else value
+
+        for number, (func, args, kwargs, result) in enumerate(self.ops):
+            values, structure = tree_flatten((args, kwargs))
+            self.ops[number] = func, [known(value) for value in values], structure, [*map(known, tensors(result))]
+        self.written.clear()
 
     @torch.no_grad()
     def replay(self) -> None:
-        for func, args, kwargs, result in self.ops:
-            new_result = func(*args, **kwargs)
-            for old, new in zip(tensors(result), tensors(new_result), strict=True):
-                if old.data_ptr() != new.data_ptr():  # equal for a view, or an op in place
+        self._spoil()
+        for func, values, structure, results in self.ops:
+            values = [value.tensor() if isinstance(value, _Address) else value for value in values]
+            args, kwargs = tree_unflatten(values, structure)
+            for old, new in zip(results, tensors(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # no view, and no op in place
                     old.data.copy_(new)
+
+    def _spoil(self) -> None:
+        """Overwrite what was made in the capture: other graphs have the same memory between replays."""
+        for tensor in self.created:
+            tensor.data.fill_(math.nan if tensor.is_floating_point() else 0)
 
 
 def tensors(value: object) -> list[Tensor]:

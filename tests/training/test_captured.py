@@ -87,6 +87,12 @@ def assert_graphs_change_nothing(config, updates, make=network, make_hook=lambda
     return with_graphs
 
 
+def sparse(density=0.5):
+    model = network()
+    sparsify(model, masks.prune(model, density=density))
+    return model
+
+
 CONFIGS = {
     **{name: {"objective": name, "replays": 2} for name in training.OBJECTIVES},
     "average": {"ema_decay": 0.5},
@@ -109,13 +115,13 @@ def test_a_run_with_graphs_equals_one_without(name, updates, monkeypatch):
     config = replace(CONFIG, **CONFIGS[name])
     # Three batches of 13 and one of 6: graphs of both shapes are replayed. Updates of nu-at alternate: more of them.
     given = batches(13) if name == "nu-at" else Batches(bars(45, 0), 13)
-    with_graphs = trained(config, given=given)
+    with_graphs = trained(config, sparse(), given)
     assert "replayed" in updates
     if name == "onecycle":  # the momentum is a tensor where graphs could be, and is multiplied beforehand
         config = replace(config, graphs=False)
     else:
         monkeypatch.setattr(loop, "Graphs", Graphs)
-    assert_equal_runs(with_graphs, trained(config, given=given))
+    assert_equal_runs(with_graphs, trained(config, sparse(), given))
 
 
 def test_from_the_third_update_of_a_shape_on_all_are_replayed(updates):
@@ -130,12 +136,6 @@ def test_replays_count_as_attack_and_update(updates):
     *_, last = run.epochs()
     assert updates[-6:] == ["replayed"] * 6
     assert last.attack.seconds > 0 and last.update.seconds > 0
-
-
-def sparse(density=0.5):
-    model = network()
-    sparsify(model, masks.prune(model, density=density))
-    return model
 
 
 @pytest.mark.parametrize("schedule", ["constant", "onecycle"])
@@ -209,7 +209,7 @@ def test_an_epoch_may_be_undone_and_repeated_with_another_objective(updates, mon
         return monitor.calls == 2
 
     monkeypatch.setattr(overfitting.OverfittingMonitor, "must_undo", must_undo)
-    records, _ = assert_graphs_change_nothing(config, updates)
+    records, _ = assert_graphs_change_nothing(config, updates, sparse)
     assert [record["undone_accuracy"] is not None for record in records] == [False, True, False, False]
 
 
