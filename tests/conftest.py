@@ -1,5 +1,6 @@
 """What all tests share: the devices, the seed, and how hypothesis searches."""
 
+import importlib
 import os
 
 # cuBLAS reads it at its first use in a process; tests of deterministic algorithms may come later.
@@ -35,3 +36,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_parallel_without_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets PyTorch make DataParallel as where there is no GPU: it then only calls its module."""
+    module = importlib.import_module("torch.nn.parallel.data_parallel")
+    monkeypatch.setattr(module, "_get_available_device_type", lambda: None)

@@ -14,8 +14,8 @@ from sparse_adv.training import robust_accuracy
 
 WRAPPERS = {
     "AveragedModel": AveragedModel,
-    "DataParallel": lambda model: nn.DataParallel(model, device_ids=[]),
-    "both": lambda model: nn.DataParallel(AveragedModel(model), device_ids=[]),
+    "DataParallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(AveragedModel(model)),
 }
 IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
 
@@ -61,6 +61,7 @@ def test_an_invalid_batch_raises_an_error_that_names_it_and_leaves_the_model_as_
     assert snapshot(model) == before
 
 
+@pytest.mark.usefixtures("data_parallel_without_devices")
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_wrapper_that_only_calls_its_module_is_attacked_like_it(wrap):
     model = wrap(make_model())
@@ -70,6 +71,7 @@ def test_a_wrapper_that_only_calls_its_module_is_attacked_like_it(wrap):
     assert torch.equal(adv, pgd(module, IMAGES, LABELS, steps=2, random_start=False))
 
 
+@pytest.mark.usefixtures("data_parallel_without_devices")
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_wrapper_that_does_more_is_attacked_itself(wrap):
     class Doubled(type(wrap(make_model()))):

@@ -90,6 +90,7 @@ def test_a_shape_explains_as_much_as_images():
         engine.explain(model, (3, 32))
 
 
+@pytest.mark.usefixtures("data_parallel_without_devices")
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
 def test_of_a_wrapper_the_module_inside_is_explained_as_attacks_call_it(wrapper):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval(), torch.rand(2, 3, 6, 6)

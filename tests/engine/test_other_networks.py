@@ -308,6 +308,7 @@ def test_attacks_in_inference_mode():
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.usefixtures("data_parallel_without_devices")
 def test_data_parallel_on_the_cpu_is_left():
     """Attacks call the module inside, and `explain` tells of that."""
     model = nn.DataParallel(with_statistics(ResNet())).eval()
