@@ -144,7 +144,7 @@ def _reason_against(updater: Updater, misses: int) -> str | None:
             f"{type(hook).__name__}.after_update may read gradients; if not, set its attribute reads_gradients = False"
         )
     if updater.device.type == "cuda" and any(isinstance(module, MaskedLayer) for module in model.modules()):
-        return "captured updates of masked layers gave other weights on an H200 (docs/results/gpu.md)"
+        return "a benchmark of captured updates of masked layers crashed on an H200 (docs/results/gpu.md)"
     if not is_fused(updater.optimizer):
         return "a parameter has gaps in its memory, for which PyTorch's fused SGD is wrong"
     if updater.config.schedule == "onecycle" and updater.scaler.is_enabled():
