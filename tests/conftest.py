@@ -27,8 +27,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-# Every run tries the same examples; HYPOTHESIS_PROFILE=search tries many new ones.
+# Every run tries the same examples; HYPOTHESIS_PROFILE=search tries many new ones, and few is for slow processes.
 settings.register_profile("same", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("few", derandomize=True, deadline=None, max_examples=15)
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
