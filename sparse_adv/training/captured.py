@@ -15,7 +15,6 @@ from torch import Tensor
 from sparse_adv.attacks.cuda_graph import is_frozen, key_of_batch, key_of_model
 from sparse_adv.engine.model_state import has_global_hooks, has_hooks, structure_of
 from sparse_adv.engine.reads import all_contents_of
-from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.optimizer_hook import own_hooks
 from sparse_adv.ops.cuda_graph import CallCache, warn_of_refusal
 from sparse_adv.training import distributed
@@ -143,8 +142,6 @@ def _reason_against(updater: Updater, misses: int) -> str | None:
         return (
             f"{type(hook).__name__}.after_update may read gradients; if not, set its attribute reads_gradients = False"
         )
-    if updater.device.type == "cuda" and any(isinstance(module, MaskedLayer) for module in model.modules()):
-        return "a benchmark of captured updates of masked layers crashed on an H200 (docs/results/gpu.md)"
     if not is_fused(updater.optimizer):
         return "a parameter has gaps in its memory, for which PyTorch's fused SGD is wrong"
     if updater.config.schedule == "onecycle" and updater.scaler.is_enabled():

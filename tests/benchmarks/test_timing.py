@@ -28,9 +28,25 @@ def test_one_round_has_no_spread():
     assert timing.interleaved({"ours": lambda: None}, rounds=1)["ours"].spread == 0
 
 
-def test_a_captured_side_returns_its_last_result(monkeypatch):
-    """An epoch of captured updates adds up their losses."""
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
     monkeypatch.setattr(timing, "Capturer", lambda: CpuCapturer(torch.device("cpu")))
+
+
+@pytest.mark.usefixtures("graphs_on_the_cpu")
+def test_a_captured_side_keeps_what_its_graph_reads():
+    """Such as the model of an update that nothing else refers to: a GPU would read freed memory, and once crashed."""
+
+    def side():
+        weight = torch.ones(3)
+        return timing.captured(lambda: weight * 2, calls=1)
+
+    assert side()().tolist() == [2.0] * 3
+
+
+@pytest.mark.usefixtures("graphs_on_the_cpu")
+def test_a_captured_side_returns_its_last_result():
+    """An epoch of captured updates adds up their losses."""
     x = torch.zeros(())
     replay = timing.captured(lambda: x.add_(1) * 2, calls=3)
     x.zero_()
