@@ -315,7 +315,7 @@ class MaskedLayer(nn.Module):
         super().__setstate__(state)
         self._compiled = self._installed = None
         known = optimizer_hook.mask_of(self.weight)
-        if known is not None and CompiledMask(known).matches(self.weight_mask):  # of a copy that shares its weight
+        if known is not None and CompiledMask(known).matches(self.weight_mask):  # a copy shares the weight
             with mode_of(self.weight):
                 self._adopt(self._compile())
         else:

@@ -16,6 +16,8 @@ steps the hooks run uncompiled.
 The gradient of a masked layer is exactly 0 where the mask is false, but others may read its weight: an attention that
 calls `F.linear(x, self.qkv.weight)`, a regulariser of the loss. So a hook on the weight masks each gradient as it
 arrives, before it is clipped or exchanged between processes, unless the layer's op alone has formed it.
+
+A CUDA graph of an update keeps the masks that these hooks read, as no code would notice that they are freed.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def settle(optimizer: Optimizer) -> None:
             mask = _masks.get(weight)
             if mask is None:
                 continue
-            cuda_graph.keep(mask)
+            cuda_graph.keep(mask)  # the hook on the gradient may run in a thread of autograd, where nothing is kept
             applied, version = settled.get(weight, (None, None))
             if applied is not mask:
                 _zero_outside(mask, [weight, weight.grad])
