@@ -1,7 +1,7 @@
 """Writes the documents' tables of GPU results: `python benchmarks/gpu_table.py`.
 
-The tables come from gpu_h100.json, which is the gpu_check.json of a run of gpu_check.sh, and cifar10_tickets_h100.json,
-both in results/. They go between the marks in the Markdown file that has them.
+The tables come from gpu_h100.json and gpu_h200.json, each the gpu_check.json of a run of gpu_check.sh, and from
+cifar10_tickets_h100.json, all in results/. They go between the marks in the Markdown file that has them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,20 @@ def kernels(rows: Sequence[Record]) -> list[str]:
                 ]
                 lines.append([f"{block}, {density}", name, str(batch), *cells])
     return table(["block, density", "layers of", "batch", *ops.PASSES], lines)
+
+
+def norms(rows: Sequence[Record]) -> list[str]:
+    """Microseconds of `batch_norm_act`, how many times its bound that is, and how many times as long PyTorch takes."""
+    lines = []
+    for row in rows:
+        if str(row["op"]).startswith("batch_norm_act"):
+            rivals = [
+                f"{ratios_of(row)[rival]:.2f}" if rival in ratios_of(row) else "" for rival in ("eager", "compile")
+            ]
+            time = float(row["ours_ms"])
+            of_bound = f"{time / float(row['bound_ms']):.1f}"
+            lines.append([f"{row['op']}, {row['pass']}", str(row["shape"]), f"{1e3 * time:.1f}", of_bound, *rivals])
+    return table(["op", "images", "us", "times its bound", "eager", "torch.compile"], lines)
 
 
 def steps(rows: Sequence[Record]) -> list[str]:
@@ -113,14 +127,19 @@ def tickets(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 def blocks() -> dict[str, str]:
     """The text of each pair of marks."""
-    check = json.loads((RESULTS / "gpu_h100.json").read_text())
-    versions = f"CUDA {check['cuda']}, torch {check['torch']}, {check['date']}, commit {check['commit']}"
-    parts = [kernels(check["rows"]), steps(check["rows"]), updates(check["rows"])]
     runs = json.loads((RESULTS / "cifar10_tickets_h100.json").read_text())["runs"]
     return {
-        "gpu numbers": "\n\n".join([f"{check['gpu']}, {versions}.", *("\n".join(part) for part in parts)]),
+        "gpu numbers": _of_check("gpu_h100.json", kernels, steps, updates),
+        "gpu kernels": _of_check("gpu_h200.json", kernels, norms),
         "gpu tickets": "\n".join(tickets(runs)),
     }
+
+
+def _of_check(name: str, *tables: Callable[[Sequence[Record]], list[str]]) -> str:
+    """The machine of a run of gpu_check.sh, and tables of its rows."""
+    check = json.loads((RESULTS / name).read_text())
+    versions = f"CUDA {check['cuda']}, torch {check['torch']}, {check['date']}, commit {check['commit']}"
+    return "\n\n".join([f"{check['gpu']}, {versions}.", *("\n".join(make(check["rows"])) for make in tables)])
 
 
 def filled(text: str) -> str:

@@ -7,7 +7,9 @@ import pytest
 
 from sparse_adv.ops.masked_conv2d_roofline import PassSizes, blocks_are_faster
 
-ROWS = json.loads((Path(__file__).parents[2] / "benchmarks/results/gpu_h100.json").read_text())["rows"]
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+PASSES = {"h100": ("forward", "grad_input"), "h200": ("forward", "grad_input", "grad_weight")}
+"""Those of which the rows of a GPU are of today's kernels."""
 
 
 def conv3x3(channels: int, size: int, density: float, batch: int = 512, block: int = 64) -> PassSizes:
@@ -45,18 +47,18 @@ def test_less_density_never_turns_a_gain_into_a_loss(gradient):
     assert gains == sorted(gains, reverse=True) and gains[0]
 
 
-def test_no_row_measured_on_an_h100_takes_block_kernels_that_were_slower():
+@pytest.mark.parametrize(("gpu", "taken", "given_up"), [("h100", 84, 0), ("h200", 108, 12)])
+def test_no_row_measured_on_a_gpu_takes_block_kernels_that_were_slower(gpu, taken, given_up):
     gains = {False: [], True: []}
-    for row in ROWS:
-        if row["op"] != "masked_conv2d" or row["block"] == "1x1":
+    for row in json.loads((RESULTS / f"gpu_{gpu}.json").read_text())["rows"]:
+        if row["op"] != "masked_conv2d" or row["block"] == "1x1" or row["pass"] not in PASSES[gpu]:
             continue
         channels, size = map(int, row["layer"].split("@"))
         cost = conv3x3(channels, size, row["kept"], row["batch"], int(row["block"].split("x")[0]))
-        taken = blocks_are_faster(cost, gradient_of_weight=row["pass"] == "grad_weight")
-        assert row["ratio"] > 0.98 or not taken, row
+        is_taken = blocks_are_faster(cost, gradient_of_weight=row["pass"] == "grad_weight")
+        assert row["ratio"] > 0.98 or not is_taken, row
         if row["ratio"] > 1.02:
-            gains[taken].append((row["ratio"], row["pass"]))
-    assert len(gains[True]) + len(gains[False]) == 111
+            gains[is_taken].append((row["ratio"], row["pass"]))
+    assert (len(gains[True]), len(gains[False])) == (taken, given_up)
     # What is given up are gradients of weights, for which the model is cautious.
-    assert len(gains[False]) == 9 and {name for _, name in gains[False]} == {"grad_weight"}
-    assert max(gains[False])[0] < 1.5
+    assert all(ratio < 1.51 and name == "grad_weight" for ratio, name in gains[False])
