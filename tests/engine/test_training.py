@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv import engine, masks
 from sparse_adv.engine.training import TrainingGraph, graph_for_training
-from sparse_adv.nn import sparsify
+from sparse_adv.nn import optimizer_hook, sparsify
 from sparse_adv.ops.cuda_graph import Capturer
 
 
@@ -344,6 +344,19 @@ class Listing(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def test_a_trace_leaves_the_masks_that_optimisers_hooks_read():
+    """It traces copies that share the weights; CUDA graphs of updates hold the masks of the model itself."""
+    model, x = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()), torch.rand(2, 2, 6, 6)
+    sparsify(model, masks.prune(model, density=0.5))
+    layer = model[0]
+    mask, shared = optimizer_hook.mask_of(layer.weight), copy.copy(layer)
+    assert engine.fuse_for_training(model, x) is not model
+    assert optimizer_hook.mask_of(layer.weight) is mask
+    other = ~layer.weight_mask
+    shared.set_mask(other)
+    assert optimizer_hook.mask_of(layer.weight).equal(other) and layer(x).equal(shared(x))
 
 
 def test_the_running_statistics_of_all_layers_are_updated_together():

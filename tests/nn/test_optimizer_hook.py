@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_adv.engine import fuse_for_training
 from sparse_adv.masks import prune
 from sparse_adv.nn import MaskedConv2d, densify, optimizer_hook, sparsify
 
@@ -134,20 +133,6 @@ def test_copies_of_a_model_obey_their_masks_too(model, make_optimizer):
     twin_optimizer.load_state_dict(optimizer.state_dict())
     train(twin, twin_optimizer, 1)
     assert_nothing_outside_the_masks(twin, twin_optimizer)
-
-
-def test_copies_that_share_the_weights_change_nothing_for_the_model():
-    """CUDA graphs of updates read the masks of the hook; the engine traces such copies."""
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
-    sparsify(model, prune(model, density=0.5))
-    weight, x = model[0].weight, torch.rand(2, 2, 6, 6)
-    mask = optimizer_hook.mask_of(weight)
-    copied = copy.copy(model[0])
-    graph = fuse_for_training(model, x)
-    assert graph is not model and optimizer_hook.mask_of(weight) is mask
-    other = ~model[0].weight_mask
-    copied.set_mask(other)
-    assert optimizer_hook.mask_of(weight).equal(other) and model[0](x).equal(copied(x))
 
 
 def test_after_a_write_that_counts_in_no_version(model, make_optimizer):
