@@ -4,9 +4,10 @@ Forward and grad_input take the longest of three times: to move their tensors, t
 kernel. Block kernels save multiplications only, so no mask makes a layer faster whose dense pass is bound by memory.
 
 grad_weight reads the channels of both images once for each live block, mostly from the L2 cache, and adds up the shares
-of the pixels that its blocks are divided into. The constants are fitted to rows of an H200 in bfloat16
-(`benchmarks/results/gpu_h200.json`), those of forward and grad_input before that to rows of an H100; no block kernel is
-taken that was slower there by more than 2 %. These are estimates; `nn.tune` measures.
+of the pixels that its blocks are divided into. Its constants are fitted to the rows of an H200 in bfloat16
+(`benchmarks/results/gpu_h200.json`), those of forward and grad_input to the rows of an H100 (`gpu_h100.json`). On
+neither does the model take a block kernel that was slower than cuDNN by more than 2 %. These are estimates; `nn.tune`
+measures.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MARGIN = 0.9  # the block kernels are taken if they are expected to need less t
 # grad_weight on an H200; times in microseconds. The model is within 30 % of each row's.
 _GRADIENT_LATENCY = 10.0
 _DENSE_MACS = 410e6  # MACs that cuDNN executes in a microsecond
-_DENSE_TILE = 128  # channels that cuDNN multiplies at a time; of narrower layers half of them on one side, at most
+_DENSE_TILE = 128  # channels that cuDNN multiplies at a time: 64 cost as much as 128, on one of the two sides
 _BYTES_MOVED = 3.0e6  # bytes read from memory in a microsecond
 _BYTES_READ = {32: 3.9e6, 64: 5.0e6}  # the same, mostly from the L2 cache, for each length of a block's longer side
 _PROGRAMS = 528  # programs that share the pixels of all blocks, if there are enough pixels
