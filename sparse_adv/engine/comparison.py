@@ -5,7 +5,7 @@ It finds code that a trace does not show: numbers drawn at random, images that d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,17 +17,22 @@ from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.errors import first_line
 
 
+class Undecided(Exception):
+    """A comparison that says nothing about a model: another one may end in another way."""
+
+
 @contextmanager
 def comparing(device: torch.device) -> Iterator[KeptGenerators]:
     """A context for a comparison: without autocast, and later code draws the random numbers that it would have drawn.
 
     Raises:
-        NotTraceable: for every error but torch.OutOfMemoryError, since the model's own code may raise any.
+        NotTraceable: for every error but torch.OutOfMemoryError and Undecided, since the model's own code may raise
+            any.
     """
     with KeptGenerators(device) as generators, torch.autocast(device.type, enabled=False):
         try:
             yield generators
-        except (NotTraceable, torch.OutOfMemoryError):
+        except (NotTraceable, Undecided, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise NotTraceable(f"it cannot be compared in float64: {first_line(error)}") from error
@@ -64,3 +69,9 @@ def quadratic_loss(logits: Tensor) -> Tensor:
     """sum(w * logits + logits^2 / 2) with fixed random w; its gradient depends on the logits, so wrong ones show."""
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(logits)
     return (logits * weights + logits.square() / 2).sum()
+
+
+def check_finite(results: Iterable[Tensor]) -> None:
+    """Raise Undecided if what PyTorch computes is not finite, as of an image or a weight that is not."""
+    if not all(bool(result.isfinite().all()) for result in results):
+        raise Undecided("its results are not finite")

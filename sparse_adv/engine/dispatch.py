@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
-from sparse_adv.engine.gradients import image_gradient, outside_inference
+from sparse_adv.engine.comparison import Undecided, check_finite, comparing, double_copy, quadratic_loss, without_ties
+from sparse_adv.engine.gradients import Autograd, outside_inference
 from sparse_adv.engine.model_state import unwrapped
-from sparse_adv.engine.program import LossOfLogits, Program, padded_batch
+from sparse_adv.engine.program import Program, padded_batch
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.state_cache import StateCache
 from sparse_adv.engine.steps import ConvolutionStep, Step
@@ -32,26 +32,6 @@ log = logging.getLogger(__name__)
 _CHECKED_IMAGES = 2
 _TOLERANCE = 1e-4
 """Greatest relative error of a gradient; in float64 rounding hardly ever changes the sign of a ReLU's input."""
-
-
-class Autograd:
-    """The gradients that PyTorch forms."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def logits(self, x: Tensor) -> Tensor:
-        """What the model returns."""
-        return self._model(x)
-
-    @torch.inference_mode(False)
-    def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
-        """The gradient of the sum of loss(logits) with respect to the input."""
-        with torch.enable_grad():
-            x = outside_inference(x).detach().requires_grad_()
-            return image_gradient(loss(self._model(x)).sum(), x)
 
 
 InputGradients = Program | Autograd
@@ -209,6 +189,10 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
             return _Entry(program)
         except NotTraceable as error:
             return _Entry(reason=str(error))
+        except (Undecided, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a layer used as none of the steps expects: the model itself may run
+            return _Entry(reason=f"a step of it fails: {first_line(error)}")
 
 
 def _verdict(model: nn.Module, x: Tensor) -> str:
@@ -227,6 +211,7 @@ def _check(model: nn.Module, x: Tensor) -> None:
         program.fold()
         for images in {len(x), 1}:  # operations may compute one image in another way
             actual, expected = (form.gradient(x[:images], quadratic_loss) for form in (program, Autograd(copied)))
+            check_finite([expected])
             difference = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
             if not difference <= _TOLERANCE:
                 raise NotTraceable(f"its gradient would differ from autograd's by {difference:.2g}")

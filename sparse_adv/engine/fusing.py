@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ class Fusion:
         self._makers: dict[Value, FusedStep] = {}
         self._runs: list[Step | list[fx.Node]] = []
         """Steps, and lists of consecutive operations that are left to autograd."""
+        dtype, device = trace.results[trace.input].dtype, trace.device
+        self._dtypes = {dtype}
+        """Those in which steps compute: a part of another precision is left to autograd."""
+        if torch.is_autocast_enabled(device):
+            self._dtypes.add(torch.get_autocast_dtype(device))
         self._of_parameters = _of_parameters(trace.graph)
         for node in _parameters_late(trace.graph, self._of_parameters):
             self._visit(node)
@@ -78,12 +84,22 @@ class Fusion:
         source = self._values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
         if source is None or node in self._of_parameters or not isinstance(result, Tensor):
             return self._leave(node, result)
-        if len(node.all_input_nodes) > 2:
+        if (
+            len(node.all_input_nodes) > 2
+            or not self._has_dtype_of_steps(node)
+            or result.dim() < 2
+            or not result.numel()
+        ):
             return self._leave(node, result)
         module = module_of(self._trace.model, node) or _pooling_of(node)
         if module is not None and runs_own_code(module):
             return self._leave(node, result)
-        if isinstance(module, nn.Conv2d) and _is_plain(module, nn.Conv2d, MaskedConv2d) and _pads_with_zeros(module):
+        if (
+            isinstance(module, nn.Conv2d)
+            and _is_plain(module, nn.Conv2d, MaskedConv2d)
+            and _pads_with_zeros(module)
+            and result.dim() == 4
+        ):
             self._begin(node, ConvolutionStep(node.name, module, source, self._new(node)))
         elif isinstance(module, nn.Linear) and _is_plain(module, nn.Linear, MaskedLinear) and result.dim() == 2:
             self._begin(node, LinearStep(node.name, module, source, self._new(node)))
@@ -100,12 +116,15 @@ class Fusion:
         else:
             self._leave(node, result)
 
+    def _has_dtype_of_steps(self, node: fx.Node) -> bool:
+        results = [self._trace.results[other] for other in (node, *node.all_input_nodes)]
+        return all(result.dtype in self._dtypes for result in results if isinstance(result, Tensor))
+
     def _new(self, node: fx.Node) -> Value:
         result = self._trace.results[node]
         tensor_for = self._trace.for_images(node)
-        value = self._values[node] = Value(
-            node.name, result.shape, result.dtype, lambda images: torch.Size(tensor_for(images).shape)
-        )
+        shape_for = cache(lambda images: torch.Size(tensor_for(images).shape))
+        value = self._values[node] = Value(node.name, result.shape, result.dtype, shape_for)
         return value
 
     def _begin(self, node: fx.Node, step: FusedStep) -> None:
@@ -202,7 +221,8 @@ class Fusion:
             for node in nodes
             if node in self._values and (node is output or any(user not in inside for user in node.users))
         }
-        return AutogradStep(self._trace.model, nodes, reads, makes, constants)
+        sizes = {node: self._values[node].shape_for for node in nodes if node in self._values}
+        return AutogradStep(self._trace.model, nodes, reads, makes, constants, sizes)
 
 
 def _parameters_late(graph: fx.Graph, of_parameters: set[fx.Node]) -> Iterator[fx.Node]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+LossOfLogits = Callable[[Tensor], Tensor]
 
 
 class NoGradientError(ValueError):
@@ -23,3 +27,23 @@ def image_gradient(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tens
 def outside_inference(x: Tensor) -> Tensor:
     """A tensor that autograd can use: a copy of one made in inference mode. To be called with that mode off."""
     return x.clone() if x.is_inference() else x
+
+
+class Autograd:
+    """The gradients that PyTorch forms."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """What the model returns."""
+        return self._model(x)
+
+    @torch.inference_mode(False)
+    def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
+        """The gradient of the sum of loss(logits) with respect to the input."""
+        with torch.enable_grad():
+            x = outside_inference(x).detach().requires_grad_()
+            return image_gradient(loss(self._model(x)).sum(), x)

@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from sparse_adv.engine.activations import activation_of
 from sparse_adv.engine.content import is_of_library
-from sparse_adv.engine.model_state import has_hooks
-from sparse_adv.engine.traced_code import METADATA, Constant, NotTraceable, arguments_of, module_of
+from sparse_adv.engine.model_state import has_hooks, runs_code_of_user
+from sparse_adv.engine.traced_code import METADATA, Constant, NotTraceable, OnACopy, arguments_of, module_of
 from sparse_adv.masks.layers import computes_as
 
 _IN_PLACE: dict[Callable[..., Any] | str, Callable[..., Any]] = {
@@ -116,7 +116,13 @@ def make_functional(model: nn.Module, graph: fx.Graph) -> None:
                 memory[node] = memory[node].union(*[memory[source] for source in node.all_input_nodes])
             continue
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or any(_is_known_outside(model, origin) for origin in memory[source]):
+        origins = memory[source] if isinstance(source, fx.Node) else set()
+        readers = {user for origin in origins for user in origin.users if order[user] < order[node]}
+        if (
+            not isinstance(source, fx.Node)
+            or any(_is_known_outside(model, origin) for origin in origins)
+            or any(_has_hooks(model, reader) for reader in readers)
+        ):
             raise NotTraceable(f"{node.name} overwrites a tensor that code outside of the graph may read")
         for other, shared in memory.items():
             is_read = any(order[user] > order[node] for user in other.users)
@@ -131,9 +137,14 @@ def make_functional(model: nn.Module, graph: fx.Graph) -> None:
 def _compute_anew(model: nn.Module, node: fx.Node, source: fx.Node) -> None:
     """Let an operation return its result in new memory instead of that of its first operand."""
     if (called := module_of(model, node)) is not None:
-        module = copy.copy(called)
-        vars(module)["inplace"] = False
-        node.op, node.target = "call_function", torch.relu if isinstance(module, nn.ReLU) else module
+        node.op = "call_function"
+        if has_hooks(called):
+            node.target = OnACopy(called)
+        elif isinstance(called, nn.ReLU):
+            node.target = torch.relu
+        else:
+            node.target = copy.copy(called)
+            vars(node.target)["inplace"] = False
     elif node.target in _IN_PLACE:
         node.op, node.target = "call_function", _IN_PLACE[node.target]
     elif node.target in _FUNCTIONAL:
@@ -171,7 +182,13 @@ def _returns_new_memory(model: nn.Module, node: fx.Node) -> bool:
 
 def _is_known_outside(model: nn.Module, node: fx.Node) -> bool:
     """Whether the result of a node may lie in memory that code outside of the graph reads."""
+    if node.op in ("placeholder", "get_attr") or isinstance(node.target, Constant) or _has_hooks(model, node):
+        return True
     module = module_of(model, node)
-    if module is not None and not _returns_new_memory(model, node):
-        return any(has_hooks(part) or not is_of_library(type(part).__module__) for part in module.modules())
-    return node.op in ("placeholder", "get_attr") or isinstance(node.target, Constant)
+    return module is not None and not _returns_new_memory(model, node) and runs_code_of_user(module)
+
+
+def _has_hooks(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node calls a module whose hooks, or those of its parts, see what it reads and returns."""
+    module = module_of(model, node)
+    return isinstance(node.target, OnACopy) or (module is not None and any(map(has_hooks, module.modules())))

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
+from sparse_adv.engine.content import is_of_library
+
 HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -50,6 +52,11 @@ def has_hooks(module: nn.Module) -> bool:
 def runs_own_code(module: nn.Module) -> bool:
     """Whether a module computes something else than others of its class: it has hooks or a forward of its own."""
     return has_hooks(module) or "forward" in vars(module)
+
+
+def runs_code_of_user(module: nn.Module) -> bool:
+    """Whether a module or a part of it has hooks, or a class that no library defines."""
+    return any(has_hooks(part) or not is_of_library(type(part).__module__) for part in module.modules())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

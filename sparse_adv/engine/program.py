@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +14,26 @@ from torch import Tensor, nn
 from sparse_adv.engine import buffers
 from sparse_adv.engine.captured import Backward, CapturedPasses
 from sparse_adv.engine.fusing import Fusion
-from sparse_adv.engine.gradients import image_gradient, outside_inference
+from sparse_adv.engine.gradients import Autograd, LossOfLogits, image_gradient, outside_inference
 from sparse_adv.engine.kernels import DeviceKernels
 from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
-from sparse_adv.engine.steps import ConvolutionStep, Step
+from sparse_adv.engine.steps import AutogradStep, ConvolutionStep, OtherSize, Step
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.tracing import trace
 from sparse_adv.engine.values import PassTensors, Value
 from sparse_adv.ops.masked_conv2d_plan import has_triton
 
-LossOfLogits = Callable[[Tensor], Tensor]
+log = logging.getLogger(__name__)
 
 
 class Program:
     """The fused steps of a model in eval mode, for batches of at most one size.
 
     Where kernels or operations are right for whole batches only, smaller ones are padded with zeros.
+
+    Autograd forms single results where the steps cannot: those that a loss asks for, and the gradients of a loss that
+    reads what a hook has kept of the pass. It forms all of them once a part that is not traced returns another size
+    than in the trace. The model must then still exist.
 
     Args:
         model: in eval mode.
@@ -38,6 +45,7 @@ class Program:
     """
 
     def __init__(self, model: nn.Module, x: Tensor, batch: int | None = None) -> None:
+        self._model = weakref.ref(model)
         x = _padded(x, batch or padded_batch(len(x)))
         fusion = Fusion(trace(model, x))
         self.steps = fusion.steps
@@ -48,7 +56,9 @@ class Program:
         self._any_batch = kernels.any_batch and fusion.any_batch
         self._memory = buffers.Memory(self.steps, self._input, self._output, kernels, x.device)
         self._read_last = buffers.read_last(self.steps, self._output, self._memory.gates)
-        capturer = kernels.capturer
+        self._hooked = [step for step in self.steps if isinstance(step, AutogradStep) and step.has_hooks]
+        self._reads_features = self._in_loss = self._has_other_sizes = False
+        capturer = None if self._hooked else kernels.capturer  # a replay would not run the hooks
         self._captured = {} if capturer is None else {way: CapturedPasses(capturer) for way in (False, True)}
 
     @property
@@ -62,6 +72,7 @@ class Program:
         """Read the weights and the statistics of BatchNorm again, which may have changed."""
         for step in self.steps:
             step.fold(self._kernels)
+        self._reads_features = False
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
@@ -73,22 +84,60 @@ class Program:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """What the model returns."""
-        logits, _ = self._passes(x, differentiable=False)
-        return logits[: len(x)].clone()  # the memory is used again
+        if not self._is_left_to_autograd(x):
+            with self._sizes_as_traced():
+                logits, _ = self._passes(x, differentiable=False)
+                return logits[: len(x)].clone()  # the memory is used again
+        return self._autograd().logits(x)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
         """The gradient of the sum of loss(logits) with respect to the input."""
-        output, backward = self._passes(x, differentiable=True)
+        if not (self._reads_features or self._is_left_to_autograd(x)):
+            with self._sizes_as_traced():
+                output, backward = self._passes(x, differentiable=True)
+                gradient = self._gradient_of_logits(output[: len(x)], loss)
+                if gradient is not None:
+                    assert backward is not None
+                    of_input = backward(_padded(gradient, len(output)))
+                    # A copy, as the memory is used again.
+                    return torch.zeros_like(x) if of_input is None else torch.empty_like(x).copy_(of_input[: len(x)])
+        return self._autograd().gradient(x, loss)
+
+    def _gradient_of_logits(self, logits: Tensor, loss: LossOfLogits) -> Tensor | None:
+        """The gradient of the loss; None if it reads more of the pass than the logits, which hooks have kept."""
         with torch.enable_grad():
-            logits = output[: len(x)].detach().requires_grad_()
-            # A copy, as the loss may keep its argument or write to it.
-            gradient = image_gradient(loss(logits.clone()).sum(), logits)
-        assert backward is not None
-        of_input = backward(_padded(gradient, len(output)))
-        # A copy, as the memory is used again.
-        return torch.zeros_like(x) if of_input is None else torch.empty_like(x).copy_(of_input[: len(x)])
+            logits = logits.detach().requires_grad_()
+            self._in_loss = True
+            try:
+                value = loss(logits.clone()).sum()  # of a copy, as the loss may keep its argument or write to it
+            finally:
+                self._in_loss = False
+            features = [leaf for step in self._hooked for leaf in step.leaves]
+            if features and value.requires_grad:
+                found = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
+                self._reads_features = any(gradient is not None for gradient in found)
+            return None if self._reads_features else image_gradient(value, logits)
+
+    def _is_left_to_autograd(self, x: Tensor) -> bool:
+        """Whether no step may run: there are no images, or the steps are in use, or hooks would see padding."""
+        pads = not self._any_batch and len(x) != self._input.shape[0]
+        return self._has_other_sizes or self._in_loss or not len(x) or (pads and bool(self._hooked))
+
+    def _autograd(self) -> Autograd:
+        model = self._model()
+        assert model is not None
+        return Autograd(model)
+
+    @contextmanager
+    def _sizes_as_traced(self) -> Iterator[None]:
+        """A context that ends where a part of the model returns another size than in the trace."""
+        try:
+            yield
+        except OtherSize as error:
+            self._has_other_sizes = True
+            log.info("the engine leaves this %s to autograd: %s", type(self._model()).__name__, error)
 
     def _is_own_gate(self, value: Value) -> bool:
         return value.rectified and value not in self._memory.gates

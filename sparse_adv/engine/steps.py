@@ -16,6 +16,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sparse_adv.engine.activations import Activation
 from sparse_adv.engine.kernels import DeviceKernels, Place, fold_norm
+from sparse_adv.engine.model_state import has_hooks, runs_code_of_user
+from sparse_adv.engine.traced_code import OnACopy
 from sparse_adv.engine.values import PassTensors, Value
 from sparse_adv.kernels.masked_conv2d_operands import Epilogue
 from sparse_adv.nn import MaskedLinear
@@ -236,6 +238,10 @@ class ActivationStep(FusedStep):
         return kernels.finish(self.activation.backward(gradient, kept, out), epilogue)
 
 
+class OtherSize(Exception):
+    """A part of the model that is not traced returns another size than in the trace."""
+
+
 class AutogradStep(Step):
     """Operations that no other step computes, run by PyTorch and differentiated by autograd.
 
@@ -246,6 +252,11 @@ class AutogradStep(Step):
         makes: those of its nodes whose results other steps read, with their values.
         constants: the nodes outside of the step whose results it reads and that are no tensors, with functions that
             return the result for a number of images.
+        sizes: those of the nodes whose results are tensors, with functions that return the shape for a number of
+            images. They are compared where the user's code takes part, whose results may change their size.
+
+    Attributes:
+        has_hooks: whether hooks see what it computes.
     """
 
     def __init__(
@@ -255,14 +266,23 @@ class AutogradStep(Step):
         reads: dict[fx.Node, Value],
         makes: dict[fx.Node, Value],
         constants: dict[fx.Node, Callable[[int], object]],
+        sizes: dict[fx.Node, Callable[[int], torch.Size]],
     ) -> None:
         super().__init__(nodes[0].name, list(reads.values()), list(makes.values()))
         self._operations = {node: operation_of(model, node) for node in nodes}
+        modules = {node: module for node in nodes if (module := _module_in(self._operations[node])) is not None}
+        self.has_hooks = any(has_hooks(part) for module in modules.values() for part in module.modules())
+        self._sizes = sizes if any(map(runs_code_of_user, modules.values())) else {}
         self._reads, self._makes, self._constants = list(reads), list(makes), constants
         self._leaves: list[Tensor] = []
         self._results: list[Tensor] = []
         # PyTorch's backward pass of an InstanceNorm is wrong for one image in channels_last (torch 2.13).
         self._normalizes_images = any(map(_normalizes_images, self._operations.values()))
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors with which the graph of the last differentiable pass begins."""
+        return [leaf for leaf in self._leaves if leaf.requires_grad]
 
     def kept(self) -> Sequence[Value]:
         return self.inputs
@@ -293,7 +313,7 @@ class AutogradStep(Step):
                 gradient = gradient.contiguous() if self._normalizes_images and tensors.images == 1 else gradient
                 results.append(result)
                 gradients.append(gradient.to(result.dtype))
-        leaves = [leaf for leaf in self._leaves if leaf.requires_grad]
+        leaves = self.leaves
         of_leaves: Sequence[Tensor | None] = [None] * len(leaves)
         if results and leaves:  # there are none if it only reads parameters
             of_leaves = torch.autograd.grad(results, leaves, gradients, allow_unused=True)
@@ -307,14 +327,22 @@ class AutogradStep(Step):
         results |= zip(self._reads, leaves, strict=True)
         for node, operation in self._operations.items():
             args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
-            results[node] = operation(*args, **kwargs)
+            results[node] = result = operation(*args, **kwargs)
+            if node in self._sizes and result.shape != (size := self._sizes[node](images)):
+                raise OtherSize(f"{node.name} returns {list(result.shape)}, in the trace {list(size)}")
         return [results[node] for node in self._makes]
+
+
+def _module_in(operation: Callable[..., Any]) -> nn.Module | None:
+    """The module that an operation calls."""
+    operation = operation.module if isinstance(operation, OnACopy) else operation
+    return operation if isinstance(operation, nn.Module) else None
 
 
 def _normalizes_images(operation: Callable[..., Any]) -> bool:
     """Whether an operation is an InstanceNorm, or a module that has one."""
-    if isinstance(operation, nn.Module):
-        return any(isinstance(module, _InstanceNorm) for module in operation.modules())
+    if (module := _module_in(operation)) is not None:
+        return any(isinstance(part, _InstanceNorm) for part in module.modules())
     return operation in (F.instance_norm, torch.instance_norm)
 
 

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.engine.comparison import Undecided
 from sparse_adv.engine.model_state import structure_of
 from sparse_adv.engine.reads import Contents, changed_attribute, contents_of
 from sparse_adv.engine.state_cache import StateCache
@@ -104,7 +105,7 @@ class TraceCache(Generic[T]):
             model: any module.
             x: its input, of which dtype and device count.
             shape: what of the input's shape counts.
-            make: traces the model; a torch.OutOfMemoryError leaves nothing behind.
+            make: traces the model; a torch.OutOfMemoryError and an Undecided leave nothing behind.
         """
         history = self._histories.setdefault(model, _History())
         call, structure, contents = state_of(model, x, shape)
@@ -130,8 +131,9 @@ class TraceCache(Generic[T]):
             return reason
         try:
             made = self._made.find(model, lambda: state_of(model, x, shape), make)
-        except torch.OutOfMemoryError as error:  # says nothing about the model: the next call tries again
-            reason = f"memory did not suffice to try it out: {first_line(error)}"
+        except (torch.OutOfMemoryError, Undecided) as error:  # say nothing about the model: the next call tries again
+            is_full = isinstance(error, torch.OutOfMemoryError)
+            reason = f"memory did not suffice to try it out: {first_line(error)}" if is_full else str(error)
             log.warning("the engine leaves this call of a %s to autograd: %s", type(model).__name__, reason)
             return reason
         history.structure, history.contents = structure_of(model), contents_of(model)

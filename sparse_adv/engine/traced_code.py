@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_INDEXING = (torch.ops.aten.index, torch.ops.aten._unsafe_index)
 
 
 class NotTraceable(Exception):
@@ -24,6 +27,19 @@ class Constant:
 
     def __call__(self) -> Tensor:
         return self.tensor
+
+
+class OnACopy:
+    """The operation that calls a module, which overwrites its input and has hooks, on a copy of the input.
+
+    The hooks get the module itself, and see what they would see without the copy: the result, as the input too.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.module(x.clone(), *args, **kwargs)
 
 
 class EagerFunctions(TorchFunctionMode):
@@ -54,6 +70,21 @@ class EagerFunctions(TorchFunctionMode):
         return result
 
 
+class SizesOfValues(TorchDispatchMode):
+    """A context that refuses operations whose results have a size that depends on values, as a graph keeps sizes.
+
+    Raises:
+        NotTraceable: before such an operation runs.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices = args[1] if func.overloadpacket in _INDEXING else ()
+        by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        if by_mask or (torch.Tag.dynamic_output_shape in func.tags and func.overloadpacket not in _INDEXING):
+            raise NotTraceable(f"the size of a result of {func.overloadpacket.__name__} depends on values")
+        return func(*args, **(kwargs or {}))
+
+
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that a node calls, or None."""
     if isinstance(node.target, nn.Module):  # in place of one that would overwrite its input, or does more
@@ -70,14 +101,14 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 
 
 METADATA = {
-    *("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "is_contiguous"),
+    *("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement"),
     *("dtype", "device", "layout", "is_cuda", "is_floating_point", "is_complex", "element_size", "itemsize"),
 }
-"""What a tensor says without its elements."""
+"""What a tensor says without its elements and strides, of which a call may have other ones than the trace."""
 
 
 def reads_elements(node: fx.Node) -> bool:
-    """Whether an operation that returns no tensor may read the elements of one."""
+    """Whether an operation that returns no tensor may read the elements of one, or their order in memory."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] not in METADATA
     if node.op == "call_method":

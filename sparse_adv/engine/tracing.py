@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,15 @@ from sparse_adv.engine.in_place import drop_identities, make_functional
 from sparse_adv.engine.model_state import copy_of_code, has_global_hooks, has_hooks, runs_own_code
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.reads import Reads, unchanged
-from sparse_adv.engine.traced_code import Constant, EagerFunctions, NotTraceable, module_of, reads_elements
+from sparse_adv.engine.traced_code import (
+    Constant,
+    EagerFunctions,
+    NotTraceable,
+    OnACopy,
+    SizesOfValues,
+    module_of,
+    reads_elements,
+)
 from sparse_adv.engine.written_norms import gather_norms
 from sparse_adv.errors import first_line
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
@@ -42,6 +51,8 @@ class Trace:
     input: fx.Node
     output: fx.Node
     """The node whose result the model returns."""
+    device: str
+    """Type of the device of the images."""
     results: dict[fx.Node, Any]
     """The result of each node; of a tensor only shape and dtype, as a tensor on the meta device."""
     of_one: dict[fx.Node, Any] | None
@@ -85,7 +96,8 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
             raise NotTraceable(f"{node.name} reads the elements of a tensor")
     if not isinstance(results[returned], Tensor):
         raise NotTraceable(f"the model returns a {type(results[returned]).__name__}")
-    return Trace(model, graph, placeholders[0], returned, results, _results_of_one(model, graph, x, results))
+    of_one = _results_of_one(model, graph, x, results)
+    return Trace(model, graph, placeholders[0], returned, x.device.type, results, of_one)
 
 
 def graph_of(model: nn.Module) -> fx.Graph:
@@ -201,11 +213,15 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
+        self._model = model
         self.results: dict[fx.Node, Any] = {}
 
     @torch.no_grad()
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        # The code of modules runs in each pass, and its sizes are compared.
+        is_module = module_of(self._model, n) is not None or isinstance(n.target, OnACopy)
+        with nullcontext() if is_module else SizesOfValues():
+            result = super().run_node(n)
         is_tensor = isinstance(result, Tensor)
         self.results[n] = torch.empty_like(result, device="meta") if is_tensor else result
         return result

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparse_adv.engine.comparison import comparing, double_copy, quadratic_loss, without_ties
+from sparse_adv.engine.comparison import check_finite, comparing, double_copy, quadratic_loss, without_ties
+from sparse_adv.engine.gradients import outside_inference
 from sparse_adv.engine.in_place import is_dropout
 from sparse_adv.engine.model_state import has_hooks
 from sparse_adv.engine.steps import operation_of
@@ -187,6 +188,7 @@ def fuse_for_training(model: nn.Module, x: Tensor) -> nn.Module:
     return made if isinstance(made, TrainingGraph) else model
 
 
+@torch.inference_mode(False)  # a verdict in that mode would hold outside of it too
 def graph_for_training(model: nn.Module, x: Tensor) -> TrainingGraph | str:
     """The graph that `fuse_for_training` returns, or why there is none."""
     device = x.device.type
@@ -209,7 +211,7 @@ def _make(model: nn.Module, x: Tensor) -> TrainingGraph | str:
         graph = TrainingGraph(model)
         if not graph.fused:
             return "it has no BatchNorm2d in training mode that is called once"
-        _check(model, x[:_CHECKED_IMAGES].detach())
+        _check(model, outside_inference(x[:_CHECKED_IMAGES]).detach())
         return graph
     except NotTraceable as error:
         return str(error)
@@ -304,6 +306,7 @@ def _check(model: nn.Module, x: Tensor) -> None:
         actual = results(first, TrainingGraph(first))
         generators.rewind()
         expected = results(second, second)
+        check_finite(expected)
     buffers = sum(1 for _ in model.buffers())
     largest = max(float(b.norm()) for b in expected[: len(expected) - buffers])
     least = [_LEAST_GRADIENT * largest] * (len(expected) - buffers) + [_TOLERANCE * largest] * buffers

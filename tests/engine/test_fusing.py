@@ -1,6 +1,7 @@
 """What becomes one step, and what is left to autograd while the engine still computes the rest."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -168,3 +169,53 @@ def test_a_pruned_weight_of_a_linear_layer_counts_as_zero_whatever_was_written_t
         torch.testing.assert_close(gradients.logits(x), model(x).detach())
         expected = engine.Autograd(model).gradient(x, lambda logits: logits[:, 0])
         torch.testing.assert_close(gradients.gradient(x, lambda logits: logits[:, 0]), expected)
+
+
+class Rearranged(nn.Module):
+    """Two numbers whose difference float32 does not show."""
+
+    def __init__(self, parts: dict[str, nn.Module], function: Callable[[nn.Module, Tensor], Tensor]):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 10), nn.Linear(16, 10)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+OTHER_PRECISION = {
+    "sum": lambda m, x: ((m.first(x).double() + 1e8) + (m.second(x).double() - 1e8)).float(),
+    "ReLU": lambda m, x: (F.relu(m.first(x).double() + 1e7) - 1e7).float(),
+    "linear": lambda m, x: (m.head(m.first(x).double() + 1e7) - m.head(torch.full((10,), 1e7).double())).float(),
+    "BatchNorm": lambda m, x: (m.norm(m.first(x).double() + 1e7) - 1e7).float(),
+}
+
+
+@pytest.mark.parametrize("function", OTHER_PRECISION.values(), ids=OTHER_PRECISION)
+def test_a_part_in_float64_is_computed_in_float64(function):
+    parts = {"head": nn.Linear(10, 4).double(), "norm": nn.BatchNorm1d(10).double()}
+    model, x = Rearranged(parts, function).eval(), torch.rand(4, 16)
+    with engine.input_gradients(model, x) as gradients:
+        assert isinstance(gradients, engine.Program)
+        torch.testing.assert_close(gradients.logits(x), engine.Autograd(model).logits(x))
+        expected = engine.Autograd(model).gradient(x, torch.sum)
+        torch.testing.assert_close(gradients.gradient(x, torch.sum), expected)
+
+
+UNUSUAL_SHAPES = {
+    "a number for each image": lambda m, x: m.a(x) * F.relu(m.a(x).mean((1, 2, 3)) - 0.1)[:, None, None, None],
+    "nothing": lambda m, x: torch.cat([m.a(x).flatten(1), F.relu(x[:, :0]).flatten(1)], 1),
+    "an image without a batch": lambda m, x: torch.stack([m.a(x[i]) for i in range(3)]),
+}
+
+
+@pytest.mark.parametrize("layers", UNUSUAL_SHAPES.values(), ids=UNUSUAL_SHAPES)
+def test_layers_of_unusual_shapes_are_left_to_autograd(layers):
+    model, x = OfLayers(layers).double().eval(), torch.rand(3, 3, 7, 7, dtype=torch.float64)
+    with engine.input_gradients(model, x) as gradients:
+        torch.testing.assert_close(gradients.logits(x), engine.Autograd(model).logits(x))
+        expected = engine.Autograd(model).gradient(x, torch.sum)
+        torch.testing.assert_close(gradients.gradient(x, torch.sum), expected)
+    assert all("a step of it fails" not in line for line in engine.explain(model, x))

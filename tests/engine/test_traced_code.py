@@ -292,3 +292,51 @@ def test_training_is_fused_whatever_the_weights_of_the_moment(seed):
     nn.init.zeros_(block[0].weight)  # as a mask that keeps nothing
     nn.init.zeros_(block[0].bias)
     assert engine.fuse_for_training(model.train(), X) is not model
+
+
+class Masked(nn.Module):
+    """A network of which a buffer chooses the channels."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.linear, self.function = nn.Conv2d(3, 8, 3), nn.Linear(36, 5), function
+        self.register_buffer("mask", torch.arange(8) < 6)
+
+    def forward(self, x):
+        y = self.conv(x)
+        z, count = self.function(self, y)
+        return self.linear(z.sum(1).flatten(1)) / count
+
+
+SIZES = {
+    "by a mask": lambda m, y: (z := F.relu(y[:, m.mask]), z.shape[1]),
+    "masked_select": lambda m, y: (y, torch.masked_select(m.mask, m.mask).shape[0]),
+    "nonzero": lambda m, y: (y, torch.nonzero(m.mask).shape[0]),
+    "where": lambda m, y: (y, torch.where(m.mask)[0].numel()),
+}
+
+
+@pytest.mark.parametrize("function", SIZES.values(), ids=SIZES)
+def test_sizes_that_depend_on_values_leave_a_model(function):
+    model = Masked(function).eval()
+    for kept in (6, 2):
+        model.mask.copy_(torch.arange(8) < kept)
+        assert_as_autograd(model)
+    assert "the size of a result of" in engine.explain(model, X)[0]
+
+
+def test_a_model_may_index_by_numbers():
+    model = Masked(lambda m, y: (y[:, m.order], 8)).eval()
+    model.register_buffer("order", torch.randperm(8))
+    assert_as_autograd(model)
+    assert "autograd: " not in engine.explain(model, X)[0]
+
+
+def test_a_model_that_reads_strides_is_left():
+    def rows(m, y):
+        strides = y.stride()
+        return torch.as_strided(y, y.shape, (strides[0], strides[1], strides[3], strides[2])), 1
+
+    model = Masked(rows).eval()
+    for images in (X, X.contiguous(memory_format=torch.channels_last)):
+        assert_as_autograd(model, images)

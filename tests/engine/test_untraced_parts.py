@@ -215,3 +215,32 @@ def test_logits_without_a_row_for_each_image_are_autograds():
 class Squeeze(nn.Module):
     def forward(self, x):
         return x.squeeze()
+
+
+@pytest.mark.parametrize("then", [F.relu, torch.square], ids=["fused", "not fused"])
+def test_a_part_that_returns_another_size_than_in_the_trace_leaves_the_model(then, caplog):
+    class Resize(nn.Module):
+        size = 8
+
+        def forward(self, x):
+            return F.interpolate(x, size=(self.size, self.size)) if x.shape[-1] != self.size else x
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.resize, self.linear = Resize(), nn.Linear(3, 10)
+
+        def forward(self, x):
+            y = then(self.resize(x))
+            return self.linear(y.sum((2, 3)) / (y.shape[2] * y.shape[3]))
+
+    model, x = Net().double().eval(), X.double()
+    caplog.set_level("INFO")
+    for size, count in ((8, 0), (16, 1), (16, 1)):
+        model.resize.size = size
+        with engine.input_gradients(model, x) as gradients:
+            assert isinstance(gradients, engine.Program)
+            torch.testing.assert_close(gradients.logits(x), model(x).detach())
+            expected = engine.Autograd(model).gradient(x, torch.sum)
+            torch.testing.assert_close(gradients.gradient(x, torch.sum), expected)
+        assert caplog.text.count("resize returns [4, 3, 16, 16], in the trace [4, 3, 8, 8]") == count

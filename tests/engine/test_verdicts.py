@@ -1,11 +1,15 @@
 """The gradient of a model's steps is compared with autograd's once for each state of the model, not for each batch."""
 
+import math
+
+import pytest
 import torch
 from helpers.attacked import batch, make_model
 from torch import nn
 
 from sparse_adv import engine
 from sparse_adv.engine import dispatch, input_gradients
+from sparse_adv.engine.training import TrainingGraph
 
 
 def test_batches_of_other_sizes_take_the_verdict_of_the_first(monkeypatch):
@@ -58,3 +62,30 @@ def test_memory_that_does_not_suffice_once_says_nothing_about_the_model(caplog):
     assert used == [engine.Autograd, engine.Program]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "memory did not suffice to try it out: CUDA out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("bad", ["image", "weight"])
+def test_results_that_are_not_finite_say_nothing_about_the_model(bad, caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).eval()
+    x, weight = torch.rand(2, 3, 6, 6), model[0].weight.detach().clone()
+    spoilt = x.clone()
+    if bad == "image":
+        spoilt[0] = math.nan
+    else:
+        model[0].weight.data.fill_(math.nan)
+    with engine.input_gradients(model, spoilt) as gradients:
+        assert isinstance(gradients, engine.Autograd)
+    assert engine.fuse_for_training(model.train(), spoilt) is model
+    assert caplog.text.count("its results are not finite") == 2
+    model[0].weight.data.copy_(weight)
+    assert isinstance(engine.fuse_for_training(model, x), TrainingGraph)
+    with engine.input_gradients(model.eval(), x) as gradients:
+        assert isinstance(gradients, engine.Program)
+
+
+def test_a_graph_asked_for_in_inference_mode_serves_outside_of_it():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()), torch.rand(2, 3, 6, 6)
+    with torch.inference_mode():
+        assert isinstance(engine.fuse_for_training(model, x + 0), TrainingGraph)
+    engine.fuse_for_training(model, x)(x).sum().backward()
+    assert model[0].weight.grad.isfinite().all()
