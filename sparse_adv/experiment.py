@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def read_pruned(
     if run is None:
         return pruned
     info = run.info
-    about = _origin(info.network, info.data, info.train.seed, info.input_shape)
+    about = _origin(info)
     about |= {name: value for name, value in json_files.to_json(info).items() if name in ("train", "block") and value}
     record = runs.best(run.records, info.train) if path.name == runs.BEST else next(reversed(run.records), None)
     if record is not None:
@@ -236,6 +236,7 @@ class SearchRun:
             network,
             world_size=distributed.world_size(),
             input_shape=dataset.input_shape,
+            class_names=dataset.class_names,
         )
         self.lock = begin(folder, self.info)
 
@@ -257,7 +258,7 @@ class SearchRun:
             self.prune,
             validation=self.dataset.validation,
             folder=self.folder,
-            metadata=_origin(self.network, self.images, self.train.seed, self.dataset.input_shape),
+            metadata=_origin(self.info),
             on_epoch=on_epoch,
             on_step=on_step,
         )
@@ -342,6 +343,7 @@ class TrainRun:
             density=density,
             before=before,
             input_shape=dataset.input_shape,
+            class_names=dataset.class_names,
             block=block,
         )
         self.lock = begin(folder, info)
@@ -386,11 +388,11 @@ def density_of(model: nn.Module, ticket_masks: dict[str, torch.Tensor], dataset:
     return Density(masks.density(ticket_masks, model), macs)
 
 
-def _origin(
-    network: NetworkConfig | None, images: DataConfig | None, seed: int, input_shape: Sequence[int] | None
-) -> JSONObject:
+def _origin(info: RunInfo) -> JSONObject:
     """What a ticket's provenance says of the run that it is from; nothing of what is not known."""
+    network, images = info.network, info.data
     about: JSONObject = {} if network is None else {"arch": network.arch, "width": network.width}
     about |= {} if images is None else {name: getattr(images, name) for name in _CHOICE_OF_IMAGES}
-    about |= {} if input_shape is None else {"input_shape": list(input_shape)}
-    return about | {"seed": seed}
+    about |= {} if info.input_shape is None else {"input_shape": list(info.input_shape)}
+    about |= {} if info.class_names is None else {"class_names": list(info.class_names)}
+    return about | {"seed": info.train.seed}

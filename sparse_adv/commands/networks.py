@@ -74,15 +74,18 @@ def trained(
         arch, width, normalize: the flags; None where they are left out.
 
     Raises:
-        ValueError: if the weights do not fit the network, or nothing says which one it is.
+        ValueError: if the weights do not fit the network, nothing says which one it is, or it was trained on images of
+            other classes.
     """
+    _check_class_names(pruned, dataset, source)
     return experiment.load_network(agreed(arch, width, pruned.provenance, source), dataset, pruned, normalize)
 
 
 def check_images(ticket: masks.Ticket, dataset: data.Dataset, images: str, source: str) -> None:
-    """Raise ValueError if a ticket is for other images than those that the command reads.
+    """Raise ValueError if a ticket is for other images than those that the command reads, or for other classes.
 
-    Where these may be the default, which the digits are, that is any other shape; else another number of channels.
+    Where these may be the default, which the digits are, other images are those of any other shape; else those of
+    another number of channels.
 
     Args:
         ticket: the ticket.
@@ -90,6 +93,7 @@ def check_images(ticket: masks.Ticket, dataset: data.Dataset, images: str, sourc
         images: what --data says.
         source: name of the ticket, for errors.
     """
+    _check_class_names(ticket, dataset, source)
     shape, channels = ticket.provenance.get("input_shape"), sizes_of(ticket.state_dict)[1]
     if images == DataConfig().data and shape not in (None, list(dataset.input_shape)):
         known = ticket.provenance.get("data")
@@ -101,3 +105,12 @@ def check_images(ticket: masks.Ticket, dataset: data.Dataset, images: str, sourc
     raise ValueError(
         f"{source} is for {its}, those of {images} have shape {list(dataset.input_shape)}: name its images with --data"
     )
+
+
+def _check_class_names(pruned: masks.Ticket, dataset: data.Dataset, source: str) -> None:
+    """Raise ValueError if the classes of the images have other names than those that a network was trained for."""
+    known, names = pruned.provenance.get("class_names"), dataset.class_names
+    if not isinstance(known, list) or names is None:
+        return
+    if different := sorted(set(map(str, known)) ^ set(names)):
+        raise ValueError(f"{source} and its images must have the same classes, only one has {different[0]!r}")

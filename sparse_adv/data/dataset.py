@@ -43,6 +43,7 @@ class Dataset(NamedTuple):
         test: images for one final test.
         classes: number of classes.
         name: "cifar10", "mnist", ... or any other name, see `models.Normalize.of`.
+        class_names: names of the classes, in the order of their numbers; None where the publisher has fixed it.
 
     Examples:
         >>> import torch
@@ -58,6 +59,7 @@ class Dataset(NamedTuple):
     test: Split
     classes: int
     name: str
+    class_names: tuple[str, ...] | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -80,6 +82,7 @@ class RawDataset(NamedTuple):
     classes: int
     name: str
     validation: Split | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def check_split(split: Split) -> None:

@@ -84,7 +84,9 @@ def _read(root: Path, train: Path) -> RawDataset:
         parts["train"] = [[f for i, f in enumerate(files, 1) if i % _TEST_EVERY] for files in parts["train"]]
     reader = _Reader()
     splits = _of_equal_channels({name: reader.read_split(files) for name, files in parts.items()})
-    return RawDataset(splits["train"], splits["test"], len(classes), _NAME, splits.get("validation"))
+    return RawDataset(
+        splits["train"], splits["test"], len(classes), _NAME, splits.get("validation"), class_names=tuple(classes)
+    )
 
 
 def _of_equal_channels(splits: dict[str, Split]) -> dict[str, Split]:

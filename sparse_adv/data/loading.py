@@ -77,7 +77,7 @@ def load(
     if held_out is None or validation is not None:
         train, held_out = hold_out(train, _validation_count(validation, len(train.labels)), seed)
     train = stratified(train, share, seed)
-    return Dataset(train, held_out, raw.test, raw.classes, raw.name).to(device)
+    return Dataset(train, held_out, raw.test, raw.classes, raw.name, raw.class_names).to(device)
 
 
 def _read(source: str | Path) -> RawDataset:

@@ -89,6 +89,8 @@ class RunInfo:
     """Cost of the search that found the ticket."""
     input_shape: tuple[int, ...] | None = None
     """[C, H, W] of the images; None if it was not recorded."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes, in the order of their numbers; None where the images have none."""
     block: tuple[int, ...] | str | None = None
     """Block of the masks that are trained, those of the method or the ticket; None without masks, or if unknown."""
     extended: tuple[int, ...] = ()
@@ -97,7 +99,7 @@ class RunInfo:
     machine: Machine = field(default_factory=machine)
 
 
-DESCRIPTIVE = ("name", "density", "before", "input_shape", "block", "extended", "software", "machine")
+DESCRIPTIVE = ("name", "density", "before", "input_shape", "class_names", "block", "extended", "software", "machine")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.digit_runs import lines
+from helpers.digit_runs import QUICK, lines
 from helpers.refusal import refused
 from helpers.run_folders import FILES
 
@@ -332,6 +332,28 @@ def test_a_ticket_is_evaluated_on_the_images_that_its_search_held_out(searched, 
         (found,) = lines(capsys)
         assert (found["limit"], found["validation"]) == (info.data.limit, info.data.validation)
         assert found["images"] == len(getattr(dataset, split).labels)
+
+
+def test_images_must_have_the_classes_that_a_network_was_trained_for(tmp_path, capsys):
+    """Classes of other names, which would have the same numbers, make every accuracy meaningless."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow reads the images")
+    for root, names in (("pets", "cats dogs"), ("moved", "cats dogs"), ("wild", "cats wolves")):
+        for label, name in enumerate(names.split()):
+            folder = tmp_path / root / name
+            folder.mkdir(parents=True)
+            for i in range(20):
+                image.new("L", (8, 8), 100 * label + i).save(folder / f"{i:02}.png")
+    run, search = tmp_path / "run", tmp_path / "search"
+    shared = ("--arch", "digits_cnn", "--width", "4", *QUICK, "--validation", "8", "--data")
+    assert main(["train", *shared, str(tmp_path / "pets"), "--out", str(run)]) == 0
+    assert main(["search", *shared, str(tmp_path / "pets"), "--density", "0.3", "--out", str(search)]) == 0
+    ticket = str(search / runs.TICKET)
+    for what in (str(run), ticket):
+        assert main(["evaluate", what, "--data", str(tmp_path / "moved"), "--steps", "1"]) == 0
+        said = refused(capsys, "evaluate", what, "--data", str(tmp_path / "wild"))
+        assert f"{what} and its images must have the same classes, only one has 'dogs'" in said
+    said = refused(capsys, "train", *shared, str(tmp_path / "wild"), "--ticket", ticket, "--out", str(tmp_path / "t"))
+    assert "only one has 'dogs'" in said
 
 
 @pytest.mark.parametrize("kind", ["run", "ticket"])
