@@ -127,6 +127,7 @@ class Training:
             self.monitor = OverfittingMonitor(validation, config, self.graphs)
         self.validator: InputValidator | None = InputValidator(deferred=not reads_at_once(self.device))
         self.costs: NetworkCosts | None = None
+        self.first_batch: Tensor | None = None  # on the meta device
         self.total = before
         self.records: list[EpochRecord] = []
         self.files: RunFiles | None = None
@@ -239,10 +240,15 @@ class Training:
         raise FloatingPointError(f"training diverged in epoch {epoch + 1}: {what} at lr {self.updater.learning_rate:g}")
 
     def _costs_for(self, x: Tensor) -> NetworkCosts:
-        """The costs of the network, measured on the first batch, and when they change; the host waits for a GPU."""
+        """The costs for batches as large as the first, measured there and when they change; the host waits for a GPU.
+
+        For the few images of a last batch layers may take other kernels.
+        """
         if self.costs is None:
+            if self.first_batch is None:
+                self.first_batch = torch.empty_like(x, device="meta")
             with self.updater.autocast(), first_pass(x):
-                self.costs = NetworkCosts(self.updater.model, x)
+                self.costs = NetworkCosts(self.updater.model, torch.zeros_like(self.first_batch, device=x.device))
         return self.costs
 
     def _evaluate(self, epoch: int) -> _Evaluated:

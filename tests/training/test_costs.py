@@ -10,6 +10,7 @@ from helpers.small_runs import QUICK, VALIDATION, batches, network
 from sparse_adv import nn, training
 from sparse_adv.methods import MethodConfig, SparseTraining
 from sparse_adv.ops import PASSES
+from sparse_adv.training import loop
 from sparse_adv.training.costs import NetworkCosts, Stopwatch
 from sparse_adv.training.objectives.base import Passes
 from sparse_adv.training.overfitting import OverfittingMonitor
@@ -111,6 +112,15 @@ def test_an_update_costs_what_the_network_costs_then(monkeypatch, undone):
     for record, attempt in zip(records, kept, strict=True):
         assert (record.attack.macs, record.update.macs) == tuple(map(sum, zip(*attempt, strict=True)))
     assert records[-1].total.macs == sum(map(sum, counted))
+
+
+def test_costs_are_those_of_whole_batches_also_where_masks_change_at_a_small_one(monkeypatch):
+    """Few images take other kernels; a run that is continued would count others."""
+    measured = []
+    monkeypatch.setattr(loop, "NetworkCosts", lambda model, x: measured.append(len(x)) or NetworkCosts(model, x))
+    method = SparseTraining(MethodConfig("static", density=0.2, dense_epochs=1))
+    training.train(network(), batches(size=60), replace(QUICK, objective="fgsm-rs"), hook=method)
+    assert measured == [60, 60]
 
 
 def test_seconds_are_those_of_the_models_gpu(monkeypatch):
