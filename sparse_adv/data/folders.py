@@ -176,8 +176,11 @@ class _Reader:
                     raise ValueError(f"it has {image.n_frames} frames")
                 mode, size = image.mode, image.size
                 has_more_bits = mode[0] in "IF" or _drops_bits(image)
-                is_grey = mode in ("L", "1", "LA")
-                pixels = np.asarray(image.convert("L" if is_grey else "RGB"))
+                if mode in ("P", "PA"):  # of whose colours Pillow would warn that they have an alpha channel
+                    image = image.convert("RGBA")
+                pixels = np.asarray(image.convert("L" if mode in ("L", "1", "LA") else "RGB"))
+                if mode in ("P", "PA") and bool((pixels == pixels[..., :1]).all()):
+                    pixels = pixels[..., 0]
         except Exception as error:  # Pillow raises many types for a damaged file, or for one that would fill the memory
             raise ValueError(f"{file} is not a readable image: {error}") from error
         if has_more_bits:
@@ -189,7 +192,7 @@ class _Reader:
                 f"all images must have one size: {file} is {size[0]} x {size[1]}, "
                 f"{first} is {first_size[0]} x {first_size[1]}"
             )
-        return pixels[None] if is_grey else pixels.transpose(2, 0, 1)
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _drops_bits(image: Any) -> bool:

@@ -134,6 +134,22 @@ def test_grey_images_have_one_channel_unless_one_image_has_colour(tmp_path, mode
     assert data.load(tmp_path).input_shape == (3, 2, 3)
 
 
+@pytest.mark.parametrize("has_alpha", [False, True])
+def test_grey_images_with_a_palette_have_one_channel_too(tmp_path, has_alpha):
+    """As GIFs have."""
+    for name in ("a", "b"):
+        for i in range(20):
+            image = Image.new("L", (3, 2), 8 * i).convert("P")
+            (tmp_path / name).mkdir(exist_ok=True)
+            image.save(tmp_path / name / f"{i:02}.png", **({"transparency": b"\x07\x80"} if has_alpha else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = data.load(tmp_path)
+    assert dataset.input_shape == (1, 2, 3) and dataset.test.images.flatten(1).unique().tolist() == [72, 152]
+    Image.new("RGB", (3, 2), (255, 0, 0)).convert("P").save(tmp_path / "a" / "00.png")
+    assert data.load(tmp_path).input_shape == (3, 2, 3)
+
+
 def test_jpegs_are_read_and_other_files_are_ignored(tree):
     draw(tree / "test" / "cats" / "2.JPG", 80)
     (tree / "test" / "cats" / "notes.txt").write_text("about cats")
