@@ -224,7 +224,7 @@ class SearchRun:
         device: torch.device,
     ) -> None:
         self.folder, self.train, self.prune = folder, train, prune
-        self.images, self.network, self.dataset = images, network, dataset
+        self.network, self.dataset = network, dataset
         self.model = build_network(network, dataset, train.seed, device)
         self.batches = make_batches(images, dataset, train.seed)
         tickets.check_fits(self.model, self.batches, train, prune)
@@ -232,7 +232,7 @@ class SearchRun:
             "search",
             train,
             prune.named(),
-            images,
+            images.located(),
             network,
             world_size=distributed.world_size(),
             input_shape=dataset.input_shape,
@@ -335,7 +335,7 @@ class TrainRun:
             "train",
             train,
             method=method,
-            data=images,
+            data=images.located(),
             network=network,
             ticket=source,
             world_size=distributed.world_size(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -80,3 +81,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 atomically, see `replacing`."""
     write_bytes(path, text.encode())
+
+
+def remove_remains(path: Path) -> None:
+    """Delete the temporary files of processes that were killed while they wrote a file, which nobody may be writing.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "file.txt"
+        >>> path.with_name(".123.file.txt").touch()
+        >>> remove_remains(path)
+        >>> list(path.parent.iterdir())
+        []
+    """
+    for other in path.parent.glob(f".*.{glob.escape(path.name)}"):
+        if other.name[1 : -len(path.name) - 1].isdecimal():
+            other.unlink(missing_ok=True)

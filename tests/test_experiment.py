@@ -91,6 +91,17 @@ def test_a_search_counts_its_updates_and_describes_its_ticket(tmp_path, dataset)
     assert result.total == tickets.cost_of(found) and runs.read(tmp_path).result == result
 
 
+def test_a_run_records_where_its_images_are_from_anywhere(tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    images = replace(IMAGES, data="images")
+    experiment.TrainRun(tmp_path / "train", TRAIN, images, NETWORK, dataset, CPU)
+    search = experiment.SearchRun(tmp_path / "search", TRAIN, PruneConfig(density=0.25), images, NETWORK, dataset, CPU)
+    search.run()
+    expected = str(tmp_path / "images")
+    assert [runs.read(tmp_path / name).info.data.data for name in ("train", "search")] == [expected] * 2
+    assert masks.load_ticket(tmp_path / "search" / runs.TICKET).provenance["data"] == expected
+
+
 def test_free_training_counts_each_replay(dataset):
     made = experiment.make_batches(IMAGES, dataset, 0)
     assert updates_of(replace(TRAIN, objective="free", replays=3), made) == 3 * 2 * len(made)

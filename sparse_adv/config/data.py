@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sparse_adv.config.checks import is_number, make_plain, require_integer, require_number
 
@@ -41,6 +42,15 @@ class DataConfig:
         if not is_number(self.share) or not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1], got {self.share!r}")
         require_integer("batch_size", self.batch_size, least=1)
+
+    def located(self) -> DataConfig:
+        """Return a copy whose path holds in every working directory, as records need it.
+
+        Examples:
+            >>> DataConfig().located().data, Path(DataConfig("images").located().data).is_absolute()
+            ('digits', True)
+        """
+        return self if self.data == DataConfig.data else replace(self, data=str(Path(self.data).resolve()))
 
 
 @dataclass(frozen=True)

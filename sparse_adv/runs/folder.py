@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from sparse_adv import json_files
-from sparse_adv.config import DataConfig, TrainConfig
+from sparse_adv.config import TrainConfig
 from sparse_adv.runs.records import DESCRIPTIVE, EpochRecord, RunInfo, SearchResult, TrainResult
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ CONFIG = "config.yaml"
 LOCK = "run.lock"
 _PROGRESS = frozenset([EPOCHS, RESULT, LAST, BEST, STATE, IDENTITY, INITIAL, REWIND, TICKET])
 """What a run writes once nothing has refused its network, images and settings."""
-_FILES = _PROGRESS | {INFO, CONFIG, LOCK}
+FILES = _PROGRESS | {INFO, CONFIG, LOCK}
+"""All that a run writes to its folder."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def is_file_of_run(path: Path) -> bool:
         (True, False)
     """
     is_run = (path.parent / INFO).is_file()
-    return is_run and (path.name in _FILES or fnmatchcase(path.name, _earlier_result("*")))
+    return is_run and (path.name in FILES or fnmatchcase(path.name, _earlier_result("*")))
 
 
 def _has_progress(folder: Path) -> bool:
@@ -232,7 +233,6 @@ def settings(info: RunInfo) -> dict[str, json_files.JSON]:
     fields = {key: value for key, value in json_files.to_json(info).items() if key not in DESCRIPTIVE}
     flat = dict(json_files.flatten(fields))
     flat.pop("train.graphs", None)  # graphs change no bit of a result
-    source = flat.get("data.data")
-    if isinstance(source, str) and source != DataConfig().data:
-        flat["data.data"] = str(Path(source).resolve())
+    if info.data is not None:  # the record of an earlier version may have a relative path
+        flat["data.data"] = info.data.located().data
     return flat

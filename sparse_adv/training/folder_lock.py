@@ -8,6 +8,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary, finalize
 
 from sparse_adv import runs
+from sparse_adv.files import remove_remains
 from sparse_adv.training import distributed
 
 
@@ -43,7 +44,8 @@ _held: WeakValueDictionary[tuple[int, int], FolderLock] = WeakValueDictionary()
 def hold(folder: Path | None) -> FolderLock:
     """Lock a folder, which is created if it does not exist, for this process; in a distributed run rank 0 does so.
 
-    Where nothing can be locked, as on some network file systems, the run goes on without a lock.
+    What processes that were killed have left half written there is deleted. Where nothing can be locked, as on some
+    network file systems, the run goes on without a lock.
 
     Args:
         folder: of the run; None to lock nothing.
@@ -81,6 +83,8 @@ def hold(folder: Path | None) -> FolderLock:
         raise BlockingIOError(f"{folder} is being written by another process ({writer})") from error
     except OSError:
         return FolderLock(folder)
+    for name in runs.FILES:
+        remove_remains(folder / name)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}".encode(), 0)
     assert lock.inode is not None

@@ -144,3 +144,12 @@ def test_a_result_that_appears_in_the_folder_of_a_run_is_not_returned_as_its_own
     shutil.copy(tmp_path / "a" / runs.RESULT, tmp_path / "b")
     own = second.finish()
     assert own != other and runs.read(tmp_path / "b").result == own
+
+
+def test_what_a_killed_process_has_half_written_is_deleted_with_the_lock(tmp_path):
+    kept = "mine.txt", ".123.notes.txt", f".draft.{runs.STATE}"
+    for name in (f".123.{runs.STATE}", f".4567.{runs.LAST}", *kept):
+        (tmp_path / name).touch()
+    lock = hold(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {*kept, runs.LOCK}
+    lock.check()
