@@ -145,7 +145,10 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
     except (ArgumentError, ArgumentTypeError) as error:
         raise ValueError(_sentence(error)) from error
-    return _build(options, namespace)
+    built = _build(options, namespace)
+    if hasattr(built, "check_flags"):
+        built.check_flags({word.partition("=")[0] for word in takewhile(lambda word: word != "--", others)})
+    return built
 
 
 def flat(options: DataclassInstance) -> dict[str, object]:
@@ -173,10 +176,20 @@ def check_training(train: TrainConfig, default: TrainConfig) -> None:
 
 
 def write_config(folder: Path, options: DataclassInstance) -> None:
-    """Write the options to config.yaml in a run's folder, for `--config`; only rank 0 writes."""
+    """Write the options to config.yaml in a run's folder, for `--config`; only rank 0 writes.
+
+    `check_config` before the run has seen that it replaces none but an earlier one of the run.
+    """
     if distributed.rank() == 0:
         given = {name: value for name, value in flat(options).items() if value is not None}
         write_text(folder / runs.CONFIG, yaml.safe_dump(given, sort_keys=False))
+
+
+def check_config(folder: Path) -> None:
+    """Raise ValueError if a folder without a run has a config.yaml, which is then the user's."""
+    path = folder / runs.CONFIG
+    if path.exists() and not (folder / runs.INFO).exists():
+        raise ValueError(f"{path} would be replaced by the one that the run writes: rename it, or take another --out")
 
 
 def _plain(value: object) -> object:

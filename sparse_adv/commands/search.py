@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_adv import experiment, runs
-from sparse_adv.commands.options import AFTER_A_STOP, check_training, write_config
+from sparse_adv.commands.options import AFTER_A_STOP, check_config, check_training, write_config
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig, refuse_unused
 from sparse_adv.experiment import SearchRun
 from sparse_adv.json_files import to_json
 from sparse_adv.memory import keep_freed_memory
@@ -47,9 +47,11 @@ class Options:
 
     def __post_init__(self) -> None:
         check_training(self.train, Options.train)
+        refuse_unused(self.prune, Options.prune, self.prune.without_effect())
 
 
 def run(options: Options) -> int:
+    check_config(options.out)
     if options.keep_freed_memory:
         keep_freed_memory()
     with deterministic(options.deterministic), distributed.group(options.device) as device:

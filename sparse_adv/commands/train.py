@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparse_adv import experiment, models
 from sparse_adv.commands import networks
-from sparse_adv.commands.options import AFTER_A_STOP, check_training, write_config
+from sparse_adv.commands.options import AFTER_A_STOP, check_config, check_training, write_config
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, MethodConfig, TrainConfig, refuse_unused
 from sparse_adv.experiment import TrainRun
@@ -67,16 +67,27 @@ class Options:
             raise ValueError("--reinit and --shuffle are controls of a ticket: name it with --ticket")
         if self.ticket is None and self.normalize is not None:
             raise ValueError(f"--normalize is for the checkpoint of --ticket, which is missing, got {self.normalize}")
-        given = [name for name, value in vars(self.method).items() if value != getattr(MethodConfig(), name)]
-        if given and self.method.method == "none":
-            raise ValueError(f"--{given[0].replace('_', '-')} is a setting of a method: name one with --method")
+        changed = [name for name, value in vars(self.method).items() if value != getattr(MethodConfig(), name)]
+        self._check_method(changed)
         if self.ticket is not None and self.method.method != "none":
             raise ValueError(f"--method {self.method.method} makes its own masks: leave out --ticket")
         check_training(self.train, Options.train)
         refuse_unused(self.method, Options.method, self.method.without_effect())
 
+    def check_flags(self, flags: set[str]) -> None:
+        """Refuse flags of a method without one, also where they name the defaults: the run would be dense."""
+        self._check_method(
+            [name for name in vars(self.method) if {f"--{(flag := name.replace('_', '-'))}", f"--no-{flag}"} & flags]
+        )
+
+    def _check_method(self, given: list[str]) -> None:
+        others = [name for name in given if name != "method"]
+        if others and self.method.method == "none":
+            raise ValueError(f"--{others[0].replace('_', '-')} is a setting of a method: name one with --method")
+
 
 def run(options: Options) -> int:
+    check_config(options.out)
     if options.keep_freed_memory:
         keep_freed_memory()
     with deterministic(options.deterministic), distributed.group(options.device) as device:

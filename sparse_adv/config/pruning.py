@@ -16,6 +16,8 @@ Growth = Literal["gradient", "random"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 
+_SINGLE_WEIGHTS = "with blocks of one weight"
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -84,6 +86,15 @@ class PruneConfig:
         distance = self.early_stop_distance
         if distance is not None and not (is_number(distance) and 0 <= distance <= 1):
             raise ValueError(f"early_stop_distance must be in [0, 1], got {distance!r}")
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the fields that the others leave without effect, with the reason.
+
+        Examples:
+            >>> PruneConfig(block=(1, 1)).without_effect()
+            {'permute_channels': 'with blocks of one weight'}
+        """
+        return {"permute_channels": _SINGLE_WEIGHTS} if set(self.block) == {1} else {}
 
     def density_of_round(self, number: int) -> float:
         """Return the density after a round, counted from 1: density^(number / rounds)."""
@@ -186,9 +197,11 @@ class MethodConfig:
 
         Examples:
             >>> sorted(MethodConfig("gmp").without_effect())
-            ['drop_fraction', 'growth', 'rescale_init']
+            ['drop_fraction', 'growth', 'permute_channels', 'rescale_init']
         """
         unused = dict.fromkeys(_WITHOUT_EFFECT.get(self.method, ()), f"with method {self.method!r}")
+        if set(self.block) == {1}:
+            unused["permute_channels"] = _SINGLE_WEIGHTS
         if self.dense_epochs:
             unused["rescale_init"] = "with dense_epochs, which train the initial weights without masks"
         return unused

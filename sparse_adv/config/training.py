@@ -161,6 +161,11 @@ class TrainConfig:
             raise ValueError(f"milestones must be fractions of the epochs in [0, 1], got {self.milestones}")
         if self.schedule == "onecycle" and not 0.05 <= self.momentum < 0.95:
             raise ValueError(f"momentum must be in [0.05, 0.95) for schedule 'onecycle', got {self.momentum!r}")
+        if self.awp_gamma and self.awp_warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"awp_warmup_epochs must be less than the {self.epochs} epochs, or no update perturbs the weights, "
+                f"got {self.awp_warmup_epochs!r}"
+            )
         if self.awp_gamma and self.objective == "natural":
             raise ValueError(f"awp_gamma must be 0 for objective 'natural', which has no attack, got {self.awp_gamma}")
 

@@ -222,7 +222,7 @@ class SparseTraining(UpdateHook):
             between,
             updates,
             self.config.interval,
-            "lower interval" if between else "raise change_until",
+            "lower interval" if between or self.config.interval >= updates else "raise change_until",
         )
 
     def _warn_of_density(self) -> None:

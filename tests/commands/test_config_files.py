@@ -142,3 +142,12 @@ def test_a_whole_number_may_be_written_in_other_ways(tmp_path, given):
     (tmp_path / "run.yaml").write_text(f"epochs: {given}\n")
     for words in (("--epochs", given), ("--config", tmp_path / "run.yaml")):
         assert parsed(train, "--out", "a", *words).train.epochs == 50
+
+
+@pytest.mark.parametrize("command", ["search", "train"])
+def test_a_config_file_of_ones_own_is_not_replaced(tmp_path, capsys, command):
+    own = tmp_path / runs.CONFIG
+    own.write_text("# my notes\narch: digits_cnn\nlimit: 60\nepochs: 1\n")
+    said = refused(capsys, command, "--config", str(own), "--out", str(tmp_path))
+    assert f"{own} would be replaced by the one that the run writes" in said
+    assert own.read_text().startswith("# my notes") and list(tmp_path.iterdir()) == [own]

@@ -149,6 +149,7 @@ def test_training_is_given_every_setting(reach, tmp_path, checkpoint):
         ("interval", {"method": "static", "interval": 3}),
         ("growth", {"method": "gmp", "growth": "random"}),
         ("rescale_init", {"method": "rigl", "dense_epochs": 1.0, "rescale_init": True}),
+        ("permute_channels", {"method": "gmp", "permute_channels": True}),
     ],
 )
 def test_a_flag_without_effect_is_refused_and_so_is_a_key_of_a_config_file(name, settings, tmp_path, capsys):
@@ -389,3 +390,8 @@ def test_a_progress_bar_counts_the_updates_of_all_rounds_and_of_an_earlier_call(
         assert (shown._bar.n, shown._bar.total) == (8, 20)
         step(1)  # of the next round
         assert shown._bar.n == 9
+
+
+def test_a_search_of_single_weights_permutes_no_channels(tmp_path, capsys):
+    assert main(["search", "--arch", "digits_cnn", "--permute-channels", "--out", str(tmp_path / "run")]) == 2
+    assert "--permute-channels has no effect with blocks of one weight" in capsys.readouterr().err

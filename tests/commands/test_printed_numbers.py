@@ -174,8 +174,8 @@ def test_a_training_prints_its_epochs_and_its_result(tmp_path, capsys, monkeypat
     class Run:
         updates = 6
 
-        def __init__(self, *_, **__):
-            pass
+        def __init__(self, folder, *_, **__):
+            (folder / runs.INFO).touch()
 
         def epochs(self, on_step):
             return iter(EPOCHS)
@@ -198,8 +198,8 @@ def test_a_search_prints_its_epochs_and_its_result(tmp_path, capsys, monkeypatch
     class Run:
         updates = 6
 
-        def __init__(self, *_, **__):
-            pass
+        def __init__(self, folder, *_, **__):
+            (folder / runs.INFO).touch()
 
         def run(self, on_epoch, on_step):
             for record in EPOCHS:

@@ -43,6 +43,10 @@ def test_a_method_trains_and_its_run_is_read_by_the_other_commands(out, tmp_path
     ("more", "message"),
     [
         (["--density", "0.3"], "--density is a setting of a method: name one with --method"),
+        (["--density=0.1"], "--density is a setting of a method: name one with --method"),
+        (["--interval", "100"], "--interval is a setting of a method: name one with --method"),
+        (["--no-linear"], "--linear is a setting of a method: name one with --method"),
+        (["--method", "gmp", "--permute-channels"], "--permute-channels has no effect with blocks of one weight"),
         (
             ["--method", "rigle"],
             "method must be one of none, static, flying-bird, flying-bird-plus, rigl, set, gmp, got 'rigle'",

@@ -7,6 +7,7 @@ import pytest
 from helpers.small_runs import QUICK, VALIDATION, batches, network
 
 from sparse_adv import runs, training
+from sparse_adv.config import OBJECTIVES
 
 CONFIG = replace(QUICK, epochs=2)
 
@@ -35,6 +36,17 @@ def test_more_epochs_extend_a_run(tmp_path, schedule):
         run(tmp_path, config)
     run(tmp_path, replace(config, epochs=5))
     assert runs.read(tmp_path).info.extended == (2, 4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_with_a_constant_rate_an_extended_run_is_one_of_all_epochs(tmp_path, objective):
+    """But for two objectives, whose second term depends on the number of epochs; that of fgsm-rs-cs begins later."""
+    config = replace(CONFIG, objective=objective, overfitting_monitor=False, replays=2)
+    run(tmp_path / "extended", config)
+    extended = run(tmp_path / "extended", replace(config, epochs=4))
+    whole = run(tmp_path / "whole", replace(config, epochs=4))
+    is_same = [record.loss for record in extended] == [record.loss for record in whole]
+    assert is_same == (objective != "nu-at")
 
 
 def test_a_refused_extension_changes_nothing(tmp_path):
