@@ -291,7 +291,7 @@ class AutoAttack(Versioned, Attack):
         self._log(
             f"{title}: {budgets}; {self.ball.norm}, eps {self.ball.eps_in_words}, {len(images)} images, seed {seed}"
         )
-        ball = self.ball.of(torch.arange(len(first)))._asdict()
+        ball = self.ball.of(torch.arange(len(first), device="cpu"))._asdict()
         signs = signs_of_masking(self.model, first, truth, **ball)
         if path is not None and state is not None and not any("between two calls" in sign for sign in signs):
             state.check_logits(logits, path)

@@ -145,7 +145,7 @@ def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
     Returns:
         A tensor with shape and dtype of `images`.
     """
-    eps = torch.as_tensor(ball.eps, dtype=torch.float64)
+    eps = torch.as_tensor(ball.eps, dtype=torch.float64, device=images.device)
     exact, step = images.double(), torch.finfo(images.dtype).eps
     if ball.norm == "linf":
         eps = _rounded_down(eps, images.dtype).double()

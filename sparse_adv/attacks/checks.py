@@ -213,7 +213,8 @@ def _check_pixel_range(smallest: float, largest: float, lo: float, hi: float) ->
 
 
 def _check_channels(images: Tensor, lo: float | Tensor, hi: float | Tensor) -> None:
-    lows, highs = (torch.as_tensor(bound, dtype=images.dtype).expand(images.shape[1]).tolist() for bound in (lo, hi))
+    bounds = (torch.as_tensor(bound, dtype=images.dtype, device=images.device) for bound in (lo, hi))
+    lows, highs = (bound.expand(images.shape[1]).tolist() for bound in bounds)
     for channel, (low, high) in enumerate(zip(lows, highs, strict=True)):
         smallest, largest = images[:, channel].detach().aminmax()
         try:

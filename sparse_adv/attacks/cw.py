@@ -81,7 +81,7 @@ def cw(
     check_count("binary_search_steps", binary_search_steps, least=1)
     check_numbers(c=c, lr=lr, kappa=kappa)
     for name, bound in (("lo", lo), ("hi", hi)):
-        if not bool(torch.as_tensor(bound).isfinite().all()):
+        if not bool(torch.as_tensor(bound, device="cpu").isfinite().all()):
             raise ValueError(f"{name} must be finite, because x(w) moves between lo and hi, got {bound}")
     for name, value in (("c", c), ("lr", lr)):
         if not 0 < value < torch.inf:
@@ -121,7 +121,7 @@ def _minimise(
     """For one c of each image: the nearest images that are adversarial by kappa, and their l2 distances or inf."""
     # 16 bits hold neither _INSIDE nor Adam's sums.
     wide = torch.promote_types(images.dtype, torch.float32)
-    lo, span = box.lo, torch.as_tensor(box.hi - box.lo, dtype=wide)
+    lo, span = box.lo, torch.as_tensor(box.hi - box.lo, dtype=wide, device=images.device)
     # Where lo = hi, w has no effect; the divisor 1 avoids a division by zero.
     w = torch.atanh(((images.to(wide) - lo) / span.where(span > 0, 1) * 2 - 1) * _INSIDE)
     adam = torch.optim.Adam([w], lr=lr)

@@ -23,7 +23,7 @@ def start(images: Tensor, ball: Ball, philox_state: Tensor) -> Tensor:
     eps, norm, lo, hi = ball
     if not (isinstance(eps, Tensor) or isinstance(lo, Tensor) or isinstance(hi, Tensor)):
         return ops.random_start(images, eps, norm, philox_state, lo, hi)
-    if bool(torch.as_tensor(eps).isinf().any()):
+    if bool(torch.as_tensor(eps, device=images.device).isinf().any()):
         raise ValueError("eps must be finite, got inf")
     unit = ops.random_start(torch.zeros_like(images), 1.0, norm, philox_state, -math.inf, math.inf)
     return ball.clamp(images.detach() + eps * unit)

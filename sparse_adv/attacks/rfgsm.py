@@ -75,7 +75,7 @@ def rfgsm(
     check_flag("targeted", targeted)
     ball = ball_around(images, eps, "linf", lo, hi)
     whole, first = step_sizes(images, eps), step_sizes(images, alpha)
-    if not bool(torch.as_tensor((first >= 0) & (first <= whole)).all()):
+    if not bool(torch.as_tensor((first >= 0) & (first <= whole), device="cpu").all()):
         raise ValueError(f"alpha must lie between 0 and eps, {eps}, got {alpha}")
     check_count("steps", steps, least=0)
     loss_function(loss)

@@ -122,7 +122,7 @@ def _signs_of_attacks(reference: Autograd, images: Tensor, labels: Tensor, ball:
     random = torch.Generator().manual_seed(0)
     by_chance = torch.zeros_like(stands)
     for _ in range(_STEPS):
-        direction = torch.randn(images.shape, generator=random, dtype=images.dtype).to(images.device)
+        direction = torch.randn(images.shape, generator=random, dtype=images.dtype, device="cpu").to(images.device)
         noisy = movement.step(images, direction, images, ball.eps, ball)
         by_chance |= stands & ~is_correct(reference.logits(noisy), labels)
     if by_chance.sum() > _CHANCE * len(images):

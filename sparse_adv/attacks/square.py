@@ -313,6 +313,6 @@ def _bumps(side: int, images: Tensor) -> Tensor:
 def _bump(height: int, width: int) -> Tensor:
     """eta[r, s] = sum of 1 / (n + 1 - k)^2 over k = 0 ... M, n = height // 2, M = n - the distance from the centre."""
     n = height // 2
-    heights = (1 / torch.arange(n + 1, 0, -1, dtype=torch.float64).square()).cumsum(0)
-    rows, columns = (torch.arange(extent) - extent // 2 for extent in (height, width))
+    heights = (1 / torch.arange(n + 1, 0, -1, dtype=torch.float64, device="cpu").square()).cumsum(0)
+    rows, columns = (torch.arange(extent, device="cpu") - extent // 2 for extent in (height, width))
     return heights[(n - torch.maximum(rows.abs()[:, None], columns.abs())).clamp_min(0)]

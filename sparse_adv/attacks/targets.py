@@ -27,7 +27,7 @@ def given_targets(function: TargetFunction, logits: Logits, images: Tensor, labe
 def random_targets(logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
     """One of the other classes for each image, drawn by PyTorch's global generator."""
     classes = _checked_logits(logits, images, labels).shape[1]
-    return (labels + torch.randint(1, classes, labels.shape).to(labels.device)) % classes
+    return (labels + torch.randint(1, classes, labels.shape, device="cpu").to(labels.device)) % classes
 
 
 def least_likely(kth_min: int, logits: Logits, images: Tensor, labels: Tensor) -> Tensor:

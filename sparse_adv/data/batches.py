@@ -107,7 +107,9 @@ class Batches:
         sequence = np.random.SeedSequence([self.seed, epoch, 0])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         order = (
-            torch.randperm(len(self.split.labels), generator=generator) if self.shuffle else torch.arange(self._images)
+            torch.randperm(len(self.split.labels), generator=generator, device="cpu")
+            if self.shuffle
+            else torch.arange(self._images, device="cpu")
         )
         batches = [*order[: self._images].split(self.batch_size)]
         if self._joins_last(len(batches)):
@@ -123,8 +125,10 @@ class Batches:
         if self.augment:
             shifts, flips = [], []
             for batch in batches:
-                shifts.append(torch.randint(0, 2 * _PADDING + 1, (2, len(batch)), generator=generator)[:, own])
-                flips.append((torch.rand(len(batch), generator=generator) < 0.5)[own])
+                shifts.append(
+                    torch.randint(0, 2 * _PADDING + 1, (2, len(batch)), generator=generator, device="cpu")[:, own]
+                )
+                flips.append((torch.rand(len(batch), generator=generator, device="cpu") < 0.5)[own])
             moves = zip(self._to_device(shifts).split(sizes, 1), self._to_device(flips).split(sizes), strict=True)
         for index in indices:
             images = self.split.images[index]

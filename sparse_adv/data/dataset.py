@@ -132,7 +132,7 @@ def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
     total = len(split.labels)
     if not 0 <= count < total:
         raise ValueError(f"count must be at least 0 and less than the {total} images of split, got {count}")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu").to(split.labels.device)
     remaining, held_out = order.split([total - count, count])
     return (
         Split(split.images[remaining], split.labels[remaining]),
@@ -169,8 +169,8 @@ def stratified(split: Split, share: float, seed: int = 0) -> Split:
     if share == 1:
         return split
     labels = split.labels.cpu()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed), device="cpu")
+    chosen = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in labels.unique():
         of_class = order[labels[order] == label]
         chosen[of_class[: max(1, round(share * len(of_class)))]] = True

@@ -161,7 +161,7 @@ class _Reader:
             if len(pixels) > images.shape[1]:
                 images = images.repeat(len(pixels), axis=1)
             images[place] = pixels
-        return Split(torch.from_numpy(images), torch.tensor([label for _, label, _ in ordered]))
+        return Split(torch.from_numpy(images), torch.tensor([label for _, label, _ in ordered], device="cpu"))
 
     def _read_image(self, file: Path) -> np.ndarray:
         """[C, H, W] in uint8."""

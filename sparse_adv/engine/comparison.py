@@ -48,7 +48,9 @@ def double_copy(model: nn.Module) -> nn.Module:
     copied = detached_copy(model).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in copied.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            parameter.device
+        )
         parameter.add_(0.01 * noise * torch.where(parameter == 0, 0.1, parameter))  # others keep their signs
     return copied
 
@@ -61,13 +63,17 @@ def without_ties(x: Tensor) -> Tensor:
     """
     x = x.double()
     low, high = x.min().clamp_max(0), x.max().clamp_min(1)
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(
+        x.device
+    )
     return x.lerp(low + (high - low) * noise, 0.01)
 
 
 def quadratic_loss(logits: Tensor) -> Tensor:
     """sum(w * logits + logits^2 / 2) with fixed random w; its gradient depends on the logits, so wrong ones show."""
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(logits)
+    weights = torch.randn(
+        logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    ).to(logits)
     return (logits * weights + logits.square() / 2).sum()
 
 

@@ -113,10 +113,12 @@ def block_sums(values: Tensor, block: Sequence[int]) -> Tensor:
 def block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
     """Return the number of elements of each block, int64 of shape `grid_shape(shape, block)`."""
     if all(length % size == 0 for length, size in zip(shape, block, strict=True)):  # one number, without a copy of it
-        return torch.tensor(math.prod(block)).expand(grid_shape(shape, block))
-    sizes = torch.ones(1, dtype=torch.int64)
+        return torch.tensor(math.prod(block), device="cpu").expand(grid_shape(shape, block))
+    sizes = torch.ones(1, dtype=torch.int64, device="cpu")
     for length, size in zip(shape, block, strict=True):
-        sizes = sizes.unsqueeze(-1) * torch.tensor([min(size, length - start) for start in range(0, length, size)])
+        sizes = sizes.unsqueeze(-1) * torch.tensor(
+            [min(size, length - start) for start in range(0, length, size)], device="cpu"
+        )
     return sizes.squeeze(0)
 
 

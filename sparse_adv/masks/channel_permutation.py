@@ -159,7 +159,7 @@ def permute_channels(
     candidates = Candidates.of(model, density, scope, score, exclude, linear)
     groups = [group for group in dependency_groups(model, example_input) if not group.fixed]
     permutation = _Search(candidates, block4, groups).run()
-    if any(not order.equal(torch.arange(len(order))) for order in permutation.channels.values()):
+    if any(not order.equal(torch.arange(len(order), device="cpu")) for order in permutation.channels.values()):
         _check(permutation, model, example_input)
     return permutation
 
@@ -172,7 +172,7 @@ def _check(permutation: ChannelPermutation, model: nn.Module, example_input: Seq
         for tensor in (*before.parameters(), *before.buffers()):
             if tensor.dim() == 1 and tensor.is_floating_point():
                 # A BatchNorm or bias as it was made is the same for all channels and would show no wrong order.
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, device="cpu") + 0.5)
     after = copy.deepcopy(before)
     permutation.apply(after)
     check_same_function(before, after, example_input, "permuting channels")
@@ -190,7 +190,7 @@ def _members(group: DependencyGroup) -> Iterator[tuple[str, int, int]]:
 
 def _feature_order(order: Tensor, features: int) -> Tensor:
     """The order of features if each channel has `features` of them in a row."""
-    return (order.unsqueeze(1) * features + torch.arange(features)).flatten()
+    return (order.unsqueeze(1) * features + torch.arange(features, device="cpu")).flatten()
 
 
 class _Search:
@@ -212,7 +212,7 @@ class _Search:
             self.sizes[name] = _taps_first(block_sizes(conv_shape(shape), block))
         self.sums = {name: self._block_sums(name) for name in self.squares}
         self.total = sum(float(squares.sum()) for squares in self.squares.values()) or 1.0
-        self.channels = {group: torch.arange(group.width) for group in groups}
+        self.channels = {group: torch.arange(group.width, device="cpu") for group in groups}
 
     def run(self) -> ChannelPermutation:
         before = best = last = self._retained()
@@ -253,7 +253,7 @@ class _Search:
         return {name: (mean / unit).pow(_SOFT_POWER) for name, mean in means.items()}
 
     def _channel_scores(self, group: DependencyGroup) -> Tensor:
-        scores = torch.zeros(group.width, dtype=torch.float64)
+        scores = torch.zeros(group.width, dtype=torch.float64, device="cpu")
         for name, dim, features in self._scored_members(group):
             scores += self.squares[name].sum((0, 2 - dim)).view(group.width, features).sum(1)
         return scores
@@ -262,7 +262,7 @@ class _Search:
         """Permute the channels of one group so that the sum of (score * weight of its block) becomes maximal."""
         slot = math.gcd(*(size for size in self.block if size > 1)) or group.width
         slots = -(-group.width // slot)
-        gain = torch.zeros(group.width, slots, dtype=torch.float64)
+        gain = torch.zeros(group.width, slots, dtype=torch.float64, device="cpu")
         for name, dim, features in self._scored_members(group):
             size = self.block[dim]
             if features > 1 or size == 1:  # blocks of one channel move with it, so that nothing is gained
@@ -274,7 +274,7 @@ class _Search:
         self._permute(group, assign(gain, slot))
 
     def _permute(self, group: DependencyGroup, order: Tensor) -> None:
-        if order.equal(torch.arange(group.width)):
+        if order.equal(torch.arange(group.width, device="cpu")):
             return
         self.channels[group] = self.channels[group][order]
         for name, dim, features in self._scored_members(group):
@@ -300,7 +300,7 @@ def assign(gain: Tensor, slot_size: int) -> Tensor:
         int64 [items], the item at each position; positions slot_size * s and following are those of slot s.
     """
     items, slots = gain.shape
-    order = torch.arange(items)
+    order = torch.arange(items, device="cpu")
     slot_of = (order // slot_size).unsqueeze(1)
     empty = gain.new_full((slots * slot_size - items, slots), -math.inf)
     threshold = 1e-12 * float(gain.abs().max()) if gain.numel() else 0.0

@@ -100,7 +100,7 @@ def dependency_groups(model: nn.Module, example_input: Sequence[int] | Tensor) -
 
 def check_traceable(model: nn.Module) -> None:
     """Raise ValueError if torch.fx cannot trace a model, as `dependency_groups` does; no image is needed for that."""
-    run_once(_TracedOnCall(model, follows=False), torch.empty(0))
+    run_once(_TracedOnCall(model, follows=False), torch.empty(0, device="cpu"))
 
 
 def build_dependency_graph(model: nn.Module, example_input: Sequence[int] | Tensor) -> DependencyGraph:

@@ -153,6 +153,6 @@ def noise(model: nn.Module, shape: Sequence[int]) -> Tensor:
     """Return uniform noise of a shape [N, C, H, W], always the same, with the dtype and device of the parameters."""
     if len(shape) != 4 or not all(isinstance(size, int) and size >= 1 for size in shape):
         raise ValueError(f"example_input must be a tensor or 4 positive integers [N, C, H, W], got {tuple(shape)}")
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     # A separate generator: the global random state must not change.
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)).to(like)
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)

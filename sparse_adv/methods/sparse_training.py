@@ -266,7 +266,10 @@ class SparseTraining(UpdateHook):
     ) -> dict[str, Tensor]:
         if self.config.resolved().growth == "random":
             random = generator(self.updater.config.seed, GROWTH_SEED, step)
-            return {name: torch.rand(grid.shape, generator=random).to(grid.device) for name, grid in grids.items()}
+            return {
+                name: torch.rand(grid.shape, generator=random, device="cpu").to(grid.device)
+                for name, grid in grids.items()
+            }
         total: dict[str, Tensor] = {}
         for name, owner in self.owner.items():
             # A weight without a gradient was not used in the update, or is frozen.

@@ -100,7 +100,7 @@ def start(model: nn.Module, config: MethodConfig, seed: int) -> nn.Module:
 def _random_blocks(shape: torch.Size, block: Sequence[int], random: torch.Generator) -> Tensor:
     """A number for each block, repeated for its weights: the smaller blocks at an edge are kept as often as others."""
     block = check_block(block)
-    numbers = torch.rand(grid_shape(conv_shape(shape), block), generator=random)
+    numbers = torch.rand(grid_shape(conv_shape(shape), block), generator=random, device="cpu")
     return expand_blocks(numbers, block, conv_shape(shape)).reshape(shape)
 
 

@@ -317,7 +317,7 @@ def check_conv_mask(conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None, 
             check_obeys(mask, block4)
         return block4
     if mask.is_meta:  # its values are not known yet: once they are, `_compile` looks for a block again
-        return default or largest_obeyed_block(torch.ones(mask.shape, dtype=torch.bool))
+        return default or largest_obeyed_block(torch.ones(mask.shape, dtype=torch.bool, device="cpu"))
     if default is not None and obeys(mask, default):
         return default
     return largest_obeyed_block(mask)

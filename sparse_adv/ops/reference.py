@@ -159,7 +159,7 @@ def random_start(
     key, offset = seed
     elements = _stream(clean.numel(), key, offset, stream=0)
     if norm == "linf":
-        radius = torch.tensor(eps, dtype=dtype).double()
+        radius = torch.tensor(eps, dtype=dtype, device="cpu").double()
         noise = radius * ((elements >> 8).double() * 2.0**-23 - 1)
         return (clean.double() + noise.view(clean.shape)).to(dtype).clamp(lo, hi).to(clean.dtype)
     samples = clean.shape[0] if clean.dim() else 1
@@ -200,7 +200,7 @@ def _multiply32(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stream(count: int, key: Tensor, offset: Tensor, stream: int) -> Tensor:
     """The words that elements 0 ... count - 1 read."""
-    return philox(torch.arange((count + 3) // 4) + offset, stream, key).flatten()[:count]
+    return philox(torch.arange((count + 3) // 4, device="cpu") + offset, stream, key).flatten()[:count]
 
 
 def _unit(words: Tensor) -> Tensor:

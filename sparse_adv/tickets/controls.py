@@ -139,7 +139,7 @@ def _shuffled(mask: Tensor, block: Sequence[int], generator: torch.Generator) ->
         part = new[region]
         sizes = [min(size, length) for size, length in zip(block, part.shape, strict=False)]
         grid = part[tuple(slice(None, None, size) for size in sizes)]  # one element of each block
-        order = torch.randperm(grid.numel(), generator=generator).to(mask.device)
+        order = torch.randperm(grid.numel(), generator=generator, device="cpu").to(mask.device)
         permuted = grid.reshape(-1)[order].view(grid.shape)
         new[region] = expand_blocks(permuted, sizes, part.shape)
     return new

@@ -187,7 +187,7 @@ def fgsm_accuracy(
 def model_device(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter or buffer; the CPU if it has neither."""
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return next(tensors, torch.empty(0)).device
+    return next(tensors, torch.empty(0, device="cpu")).device
 
 
 def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:

@@ -334,5 +334,5 @@ def _bytes(tensor: Tensor) -> Any:
     stored = tensor.untyped_storage()
     if tensor.numel() * tensor.element_size() > stored.nbytes():
         about = repr((tuple(tensor.shape), tensor.stride())).encode()
-        return about + torch.empty(0, dtype=torch.uint8).set_(stored).numpy().tobytes()
+        return about + torch.empty(0, dtype=torch.uint8, device="cpu").set_(stored).numpy().tobytes()
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

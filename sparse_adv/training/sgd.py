@@ -39,7 +39,7 @@ class DeviceNumbers:
         """All of them in one tensor on the CPU."""
         # PyTorch's fused SGD reads a learning rate in float32 on CUDA. Elsewhere float64 has the bits of the number.
         dtype = torch.float32 if self._device.type == "cuda" else torch.float64
-        return torch.tensor(numbers, dtype=dtype)
+        return torch.tensor(numbers, dtype=dtype, device="cpu")
 
     def unpacked(self, packed: Tensor, numbers: Numbers) -> Numbers:
         """Views of a packed tensor on the device; `numbers` are those that are in it."""
