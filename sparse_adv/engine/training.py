@@ -46,7 +46,10 @@ class RunningStatistics:
 
     def add(self, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
         """Keep mean and biased variance of a layer's batch, which has `count` values of each channel."""
-        if any(norm.running_mean is other.running_mean is not None for other, *_ in self._found):
+        if any(
+            norm.running_mean is other.running_mean is not None or norm.running_var is other.running_var is not None
+            for other, *_ in self._found
+        ):
             self.update()  # layers that share statistics update them one after the other
         self._found.append((norm, mean, var, count))
 

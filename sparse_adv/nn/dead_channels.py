@@ -23,8 +23,9 @@ def dead_channels(
     """Find the BatchNorm channels whose input is always 0: it is the output of a filter without any kept weight.
 
     A BatchNorm2d (or SyncBatchNorm) with gamma and beta counts only if, whenever it runs, its input is the very tensor
-    that a masked convolution returned, with nothing added in between. One that follows a residual sum never counts,
-    because the other summand may not be 0. A filter whose bias is not 0 is not dead, because it outputs that bias.
+    that a masked convolution without forward hooks returned, with nothing added in between. One that follows a residual
+    sum never counts, because the other summand may not be 0. A filter whose bias is not 0 is not dead, because it
+    outputs that bias.
 
     Args:
         model: any model, dense or sparse; it runs one forward pass, in eval mode.
@@ -156,6 +157,8 @@ def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Modu
             raise ValueError(
                 f"mask of {name!r} has shape {tuple(mask.shape)}, weight has shape {tuple(layer.weight.shape)}"
             )
+        if layer._forward_hooks:  # which may change its output
+            continue
         dead = ~mask.flatten(1).any(1)
         filters[layer] = dead if layer.bias is None else dead & (layer.bias.detach() == 0).to(dead.device)
     return filters

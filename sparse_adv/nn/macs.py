@@ -125,7 +125,7 @@ def calls_of(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[La
 
     def visit(layer: Layer, input: Tensor, output: Tensor) -> None:
         count = uses(layer, output)
-        if isinstance(layer, MaskedConv2d):
+        if isinstance(layer, MaskedConv2d) and not layer.weight.is_meta:
             plan = layer.plan(input)
         else:
             reason = "linear" if isinstance(layer, MaskedLinear) else "no mask"
@@ -138,6 +138,8 @@ def calls_of(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[La
 
 def kept_weights(layer: Layer) -> int:
     """The number of weights that the layer's mask keeps; all of them without a mask."""
-    if isinstance(layer, MaskedConv2d) and not layer.weight_mask.is_meta:
+    if isinstance(layer, MaskedLayer) and layer.weight_mask.is_meta:
+        raise ValueError("model must have values to count kept weights, a mask of it is on the meta device")
+    if isinstance(layer, MaskedConv2d):
         return layer.pattern.nonzeros
     return int(layer.weight_mask.count_nonzero()) if isinstance(layer, MaskedLayer) else weight_of(layer).numel()

@@ -208,8 +208,8 @@ class MaskedLayer(nn.Module):
         return None if frozen is None else frozen.in_current_dtype()
 
     def freeze(self) -> bool:
-        """Start `nn.frozen_weights` for this layer and this thread; return False if that is in force already."""
-        if self.frozen_operands is not None:
+        """Start `nn.frozen_weights` for this layer and this thread; False if it is in force, or without values."""
+        if self.frozen_operands is not None or self.weight.is_meta:
             return False
         self.refresh()
         self._frozen[get_ident()] = _FrozenOperands(self)

@@ -369,9 +369,10 @@ def test_the_running_statistics_of_all_layers_are_updated_together():
     assert listing.names.count("batch_norm_act") == 5 and written == ["_foreach_add_", "_foreach_mul_", "_foreach_add_"]
 
 
-def test_layers_that_share_statistics_update_them_one_after_the_other():
+@pytest.mark.parametrize("shared", [("running_mean", "running_var"), ("running_mean",), ("running_var",)])
+def test_layers_that_share_statistics_update_them_one_after_the_other(shared):
     model = nn.Sequential(block_of(), nn.Conv2d(4, 3, 1), block_of()).double()
-    for name in ("running_mean", "running_var"):
+    for name in shared:
         setattr(model[2][1], name, getattr(model[0][1], name))
     x = torch.rand(4, 3, 5, 5, dtype=torch.float64)
     assert len(engine.explain(model.train(), x)) == 3

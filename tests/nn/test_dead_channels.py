@@ -190,6 +190,13 @@ def test_synchronised_norms_count_too():
     assert zero_dead_channels(model, masks_of(model), SHAPE) == {"1": 2}
 
 
+def test_a_convolution_whose_output_a_hook_changes_has_no_dead_channels():
+    model = chain()
+    masks = masks_of(model)
+    model[0].register_forward_hook(lambda module, args, output: output + 1)
+    assert zero_dead_channels(model, masks, SHAPE) == {}
+
+
 def test_norms_without_gamma_and_beta_do_not_count():
     model = nn.Sequential(convolution(3), nn.BatchNorm2d(8, affine=False))
     assert zero_dead_channels(model, masks_of(model), SHAPE) == {}

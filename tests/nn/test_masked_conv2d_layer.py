@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.masks import prune
-from sparse_adv.nn import MaskedConv2d, frozen_weights, sparsify
+from sparse_adv.nn import MaskedConv2d, count_macs, frozen_weights, sparsify
 from sparse_adv.ops.masked_conv2d_mask import check_block
 
 
@@ -233,6 +233,8 @@ def test_the_meta_device(block):
     layer = masked_layer(block=block).to("meta")
     assert layer(torch.rand(2, 8, 5, 5, device="meta")).shape == (2, 12, 5, 5)
     assert "MaskedConv2d" in repr(layer)
+    with pytest.raises(ValueError, match="a mask of it is on the meta device"), frozen_weights(layer):
+        count_macs(layer, torch.rand(2, 8, 5, 5, device="meta"))
 
 
 def test_averaging_follows_the_mask(x):
