@@ -106,6 +106,12 @@ def test_natural_training_has_no_attack_to_perturb_weights_with():
         TrainConfig("natural", awp_gamma=0.01)
 
 
+def test_weights_are_perturbed_in_some_epoch():
+    with pytest.raises(ValueError, match=r"awp_warmup_epochs must be less than the 3 epochs, .*, got 3"):
+        TrainConfig(epochs=3, awp_gamma=0.01, awp_warmup_epochs=3)
+    assert TrainConfig(epochs=3, awp_warmup_epochs=3).awp_gamma == 0
+
+
 def test_beta_and_alpha_have_defaults_of_their_objective():
     assert TrainConfig("trades").second_weight == 6 and TrainConfig("mart").second_weight == 5
     assert TrainConfig("fgsm-uap").second_weight == 10 and TrainConfig("nu-at").second_weight == 4
