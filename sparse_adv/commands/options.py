@@ -1,7 +1,8 @@
 """Turns the dataclass of a command's options into flags, help and a config file, and parses these into the dataclass.
 
 A command is a module with a dataclass `Options`, whose docstring is the help, and a function `run(Options) -> int`.
-Fields that are dataclasses themselves (`TrainConfig`, ...) give a flag for each of their fields.
+Fields that are dataclasses themselves (`TrainConfig`, ...) give a flag for each of their fields. A method
+`check_flags(flags)` may refuse flags that were given, whatever their values.
 """
 
 from __future__ import annotations
@@ -134,9 +135,9 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
         FileNotFoundError: if a config file does not exist.
     """
     known = config_files.actions_by_flag(parser)
-    for word in takewhile(lambda word: word != "--", arguments):
-        if word.startswith("--") and word.partition("=")[0] not in known:
-            raise ValueError(config_files.no_option(word.partition("=")[0], known))
+    for flag in _flags(arguments):
+        if flag not in known:
+            raise ValueError(config_files.no_option(flag, known))
     files, others = config_files.split(arguments)
     for file in files:
         config_files.check(parser, file)
@@ -147,8 +148,14 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
         raise ValueError(_sentence(error)) from error
     built = _build(options, namespace)
     if hasattr(built, "check_flags"):
-        built.check_flags({word.partition("=")[0] for word in takewhile(lambda word: word != "--", others)})
+        built.check_flags(set(_flags(others)))
     return built
+
+
+def _flags(arguments: Sequence[str]) -> list[str]:
+    """The flags among the arguments of a command, without their values."""
+    words = takewhile(lambda word: word != "--", arguments)
+    return [word.partition("=")[0] for word in words if word.startswith("--")]
 
 
 def flat(options: DataclassInstance) -> dict[str, object]:

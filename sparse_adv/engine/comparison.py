@@ -5,7 +5,7 @@ It finds code that a trace does not show: numbers drawn at random, images that d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -48,9 +48,7 @@ def double_copy(model: nn.Module) -> nn.Module:
     copied = detached_copy(model).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in copied.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu").to(
-            parameter.device
-        )
+        noise = _drawn(torch.randn, parameter, generator)
         parameter.add_(0.01 * noise * torch.where(parameter == 0, 0.1, parameter))  # others keep their signs
     return copied
 
@@ -63,18 +61,19 @@ def without_ties(x: Tensor) -> Tensor:
     """
     x = x.double()
     low, high = x.min().clamp_max(0), x.max().clamp_min(1)
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(
-        x.device
-    )
+    noise = _drawn(torch.rand, x, torch.Generator().manual_seed(0))
     return x.lerp(low + (high - low) * noise, 0.01)
 
 
 def quadratic_loss(logits: Tensor) -> Tensor:
     """sum(w * logits + logits^2 / 2) with fixed random w; its gradient depends on the logits, so wrong ones show."""
-    weights = torch.randn(
-        logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
-    ).to(logits)
+    weights = _drawn(torch.randn, logits, torch.Generator().manual_seed(0)).to(logits)
     return (logits * weights + logits.square() / 2).sum()
+
+
+def _drawn(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers in float64, drawn on the CPU: the same on all devices."""
+    return draw(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like.device)
 
 
 def check_finite(results: Iterable[Tensor]) -> None:

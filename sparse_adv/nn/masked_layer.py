@@ -208,7 +208,7 @@ class MaskedLayer(nn.Module):
         return None if frozen is None else frozen.in_current_dtype()
 
     def freeze(self) -> bool:
-        """Start `nn.frozen_weights` for this layer and this thread; False if it is in force, or without values."""
+        """Start `nn.frozen_weights` for this layer and thread; False if it had started, or on the meta device."""
         if self.frozen_operands is not None or self.weight.is_meta:
             return False
         self.refresh()
