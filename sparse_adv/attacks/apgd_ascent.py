@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import Ball, into_ball
 from sparse_adv.attacks.checks import is_correct
-from sparse_adv.attacks.geometry import l2_unit, per_image
+from sparse_adv.attacks.geometry import direction, per_image
 from sparse_adv.attacks.options import check_count, check_settings
 from sparse_adv.attacks.queries import Queries
 from sparse_adv.ops.random_start import as_philox_state
@@ -148,9 +148,8 @@ class Attacker:
         )
 
     def _move(self, state: _State, weight: float) -> None:
-        gradient = state.gradient.nan_to_num(0.0, 0.0, 0.0)
-        direction = gradient.sign() if self._settings.ball.norm == "linf" else l2_unit(gradient)
-        ahead = self._project(state.x + per_image(state.step, state.x) * direction, state)
+        way = direction(state.gradient, self._settings.ball.norm)
+        ahead = self._project(state.x + per_image(state.step, state.x) * way, state)
         moved = state.x + weight * (ahead - state.x) + (1 - weight) * (state.x - state.previous)
         state.previous, state.x = state.x, self._project(moved, state)
 

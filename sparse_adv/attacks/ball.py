@@ -44,7 +44,9 @@ class Ball(NamedTuple):
         eps = self.eps
         if isinstance(eps, Tensor):
             eps = per_image(_rounded_down(eps.detach().to(images.device), images.dtype), images)
-        return Ball(eps, self.norm, _of_channels(self.lo, images), _of_channels(self.hi, images))
+        bounds = (self.lo, self.hi)
+        lo, hi = (of_channels(bound, images) if isinstance(bound, Tensor) else bound for bound in bounds)
+        return Ball(eps, self.norm, lo, hi)
 
     def of(self, index: Tensor) -> Ball:
         """The ball of some of the images, which an index or a mask selects."""
@@ -132,6 +134,11 @@ def check_shapes(images: Tensor, **values: Values) -> None:
             raise ValueError(f"{name} must have one value for each {of}, shape {list(wanted)}, got {list(value.shape)}")
 
 
+def of_channels(values: Tensor, images: Tensor) -> Tensor:
+    """One number per channel [C], as a tensor like the images [N, C, ...] in a shape that broadcasts with them."""
+    return values.detach().to(images).view(-1, *[1] * (images.dim() - 2))
+
+
 def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
     """The images that are nearest in a ball, with `distance(result, images, norm) <= eps` without slack for rounding.
 
@@ -165,12 +172,6 @@ def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
         outside |= per_image((inside.double() - exact).flatten(1).norm(dim=1), images) > eps
         units *= 2
     return ball.clamp(inside)
-
-
-def _of_channels(value: Values, images: Tensor) -> Values:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().to(images).view(-1, *[1] * (images.dim() - 2))
 
 
 def _rounded_down(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ from sparse_adv.attacks.checks import (
     int64_labels,
 )
 from sparse_adv.attacks.modes import TrainingMode, in_mode
-from sparse_adv.attacks.normalized import Normalized
+from sparse_adv.attacks.normalized import Normalized, channel_statistics
 from sparse_adv.attacks.options import BasicOptions, check_count, check_names
 from sparse_adv.attacks.targets import TargetFunction, Targets, given_targets, least_likely, random_targets
 
@@ -146,7 +146,7 @@ class Attack(ABC):
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take and return normalised images from now on, as the model does: (pixels - mean) / std of each channel."""
-        self._normalization = Normalized(self.model, *saved.channel_statistics(mean, std))
+        self._normalization = Normalized(self.model, *channel_statistics(mean, std))
 
     def set_device(self, device: torch.device | str) -> None:
         """Images and labels go to this device from now on; the model must be there."""
@@ -215,7 +215,7 @@ class Attack(ABC):
     def normalization_used(self) -> dict[str, Tensor] | None:
         """Mean and std of the images that this attack takes; None for pixels."""
         used = self._normalization
-        return None if used is None else {"mean": used.mean[None], "std": used.std[None]}
+        return None if used is None else {"mean": used.mean.view(1, -1, 1, 1), "std": used.std.view(1, -1, 1, 1)}
 
     def get_mode(self) -> str:
         """Return the name of the mode, as torchattacks calls it."""

@@ -92,6 +92,12 @@ def check_label_range(label_range: LabelRange, classes: int) -> None:
         )
 
 
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raise ValueError if a label is not in [0, classes - 1]; on a GPU this synchronises."""
+    if len(labels):
+        check_label_range((int(labels.min()), int(labels.max())), classes)
+
+
 def count_classes(logits: object, images: int) -> int:
     """Return the number of classes.
 

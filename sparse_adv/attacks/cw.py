@@ -123,7 +123,7 @@ def _minimise(
     wide = torch.promote_types(images.dtype, torch.float32)
     lo, span = box.lo, torch.as_tensor(box.hi - box.lo, dtype=wide, device=images.device)
     # Where lo = hi, w has no effect; the divisor 1 avoids a division by zero.
-    w = torch.atanh(((images.to(wide) - lo) / span.where(span > 0, 1) * 2 - 1) * _INSIDE)
+    w = torch.atanh(((images.to(wide) - lo) / span.where(span > 0, 1) * 2 - 1).clamp(-1, 1) * _INSIDE)
     adam = torch.optim.Adam([w], lr=lr)
     best, least = images.clone(), torch.full_like(weight, torch.inf)
     for _ in range(steps):

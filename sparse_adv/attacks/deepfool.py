@@ -32,10 +32,10 @@ def deepfool(
 ) -> Tensor:
     """DeepFool: r = r - (z_y - z_k) / |w|^2 * w at x + r, until the label is not predicted at x + (1 + overshoot) r.
 
-    w is the gradient of z_y - z_k, k the class with the least |z_y - z_k| / |w|_2, and both points are clamped to
-    [lo, hi]. Where that cuts steps off, x + r creeps up to the boundary and never crosses it; the overshoot does, as it
-    is a share of all of r and not of the last step alone. An example so near to the boundary that rounding decides is
-    moved on by up to 1 % of its distance.
+    w is the gradient of z_y - z_k, 0 where it is not finite, and k the class with the least |z_y - z_k| / |w|_2; both
+    points are clamped to [lo, hi]. Where that cuts steps off, x + r creeps up to the boundary and never crosses it; the
+    overshoot does, as it is a share of all of r and not of the last step alone. An example so near to the boundary that
+    rounding decides is moved on by up to 1 % of its distance.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
@@ -49,8 +49,7 @@ def deepfool(
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi], at any distance;
-        where none was found, and where the clean image is adversarial, the clean image. An image stays as it is from
-        the step on whose gradient is not finite.
+        where none was found, and where the clean image is adversarial, the clean image.
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.

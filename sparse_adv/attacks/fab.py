@@ -16,7 +16,7 @@ from sparse_adv.attacks.generators import private_generator, seeded
 from sparse_adv.attacks.geometry import distance, divisor, per_image
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import BasicOptions, check_count, check_settings
-from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
+from sparse_adv.attacks.queries import Queries, advantage, confirmed, largest_logit, run_search
 from sparse_adv.ops.arguments import check_flag
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -333,7 +333,7 @@ class _Fab:
         settings, dtype = self._settings, torch.promote_types(x.dtype, torch.float32)
         lead, slope = (tensor.to(dtype) for tensor in boundary(x, index))
         # 16-bit logits are often equal. At such a tie the step to the boundary is 0, so the lead is made larger.
-        least = (_CROSSING * self._model.unit * self.logits[index].abs().amax(1)).to(dtype)
+        least = (_CROSSING * self._model.unit * largest_logit(self.logits[index])).to(dtype)
         lead = lead.where(lead.abs() >= least, least.where(lead >= 0, -least))
         x, clean = x.to(dtype), self._images[index].to(dtype)
         # The hyperplane is lead + <slope, z - x> = 0; seen from the clean image, its lead is that at x_0.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -154,8 +153,10 @@ class FGSM(GradientAttack):
     ) -> None:
         super().__init__(model, AttackOptions.fgsm(eps, norm, **options), graph)
 
-    def _with_eps(self, eps: float | Tensor) -> AttackOptions:
-        return replace(self.options, eps=eps, alpha=eps)
+    def _with(self, **changes: Any) -> AttackOptions:
+        if "eps" in changes:
+            changes["alpha"] = changes["eps"]
+        return super()._with(**changes)
 
 
 class FFGSM(GradientAttack):

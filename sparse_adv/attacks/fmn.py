@@ -14,6 +14,7 @@ from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
+    check_classes,
     check_images,
     check_labels,
     count_classes,
@@ -135,6 +136,7 @@ def _nearest(
         size = alpha / _ALPHA_FALLS + (alpha - alpha / _ALPHA_FALLS) * cosine
         share = _GAMMA_LAST + (gamma - _GAMMA_LAST) * cosine
         value, slope = model.values_and_gradient(adv, rising)
+        value = value.masked_fill(value.isnan(), -math.inf if targeted else math.inf)  # as in `advantage`
         length, is_adversarial = distance(adv, images, box.norm).double(), value > 0
         nearer = is_adversarial & (length < least)
         best, least = adv.where(per_image(nearer, adv), best), length.where(nearer, least)
@@ -173,7 +175,7 @@ def distances(
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.
-        ValueError: if norm is not "linf" or "l2", or a shape is wrong.
+        ValueError: if norm is not "linf" or "l2", a shape is wrong, or a label is no class of the model.
 
     Examples:
         >>> import torch
@@ -197,7 +199,7 @@ def distances(
     with in_mode(module, "eval") as model:
         logits = [model(x) for x in (images, adversarial)]
     for each in logits:
-        count_classes(each, len(images))
+        check_classes(labels, count_classes(each, len(images)))
     before, after = (is_correct(each, labels) == targeted for each in logits)
     found = distance(adversarial, images, norm).where(after, math.inf)
     return found.where(~before, 0)

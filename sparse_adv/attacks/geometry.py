@@ -23,6 +23,11 @@ def l2_unit(x: Tensor) -> Tensor:
     return (x / per_image(length.where(length > 0, 1), x)).to(x.dtype)
 
 
+def direction(gradient: Tensor, norm: str) -> Tensor:
+    """Where the steps of "linf" and "l2" go: the sign, or each image's unit vector."""
+    return gradient.sign() if norm == "linf" else l2_unit(gradient)
+
+
 def distance(adv: Tensor, images: Tensor, norm: str) -> Tensor:
     """The distance of each pair of images [N], "linf" or "l2"."""
     return torch.linalg.vector_norm((adv - images).flatten(1), torch.inf if norm == "linf" else 2, dim=1)

@@ -23,7 +23,7 @@ def _option(name: str) -> property:
         return getattr(attack.options, name)
 
     def write(attack: GradientAttack, value: Any) -> None:
-        attack.options = replace(attack.options, **{name: value})
+        attack.options = attack._with(**{name: value})
 
     return property(read, write, doc=f"`{name}` of `attacks.AttackOptions`.")
 
@@ -48,15 +48,8 @@ class GradientAttack(Attack):
         """Return adversarial images for a batch."""
         return run_attack(model, images, labels, replace(self.options, targeted=targeted))
 
-    @property
-    def eps(self) -> float | Tensor:
-        """Radius of the ball; like the options below, it may be set between two calls."""
-        return self.options.eps
-
-    @eps.setter
-    def eps(self, eps: float | Tensor) -> None:
-        self.options = self._with_eps(eps)
-
+    # Each may be set between two calls.
+    eps = _option("eps")
     alpha = _option("alpha")
     steps = _option("steps")
     random_start = _option("random_start")
@@ -72,8 +65,9 @@ class GradientAttack(Attack):
     engine = _option("engine")
     early_stop = _option("early_stop")
 
-    def _with_eps(self, eps: float | Tensor) -> AttackOptions:
-        return replace(self.options, eps=eps)
+    def _with(self, **changes: Any) -> AttackOptions:
+        """The options with some of them changed, and with them those that follow from these."""
+        return replace(self.options, **changes)
 
     def for_images(self, index: Tensor) -> Attack:
         """This attack for some images of a batch, see `Attack.for_images`."""

@@ -14,12 +14,13 @@ from sparse_adv.attacks.queries import Queries
 def nearest_boundary(model: Queries, x: Tensor, labels: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     """The lead of the label, z_y - z_k [N], and its gradient [N, ...], for the class k whose boundary is nearest.
 
-    That is the k != y with the least |z_y - z_k| / |gradient|_dual; the dual norm is l1 for linf and l2 for l2.
+    That is the k != y with the least |z_y - z_k| / |gradient|_dual; the dual norm is l1 for linf and l2 for l2. Where a
+    gradient is not finite, it counts as 0.
     """
     logits, gradients = model.logits_and_gradients(x)
     rows = torch.arange(len(x), device=x.device)
     leads = logits[rows, labels][:, None] - logits
-    slopes = gradients[rows, labels][:, None] - gradients
+    slopes = (gradients[rows, labels][:, None] - gradients).nan_to_num(0.0, 0.0, 0.0)
     lengths = torch.linalg.vector_norm(slopes.flatten(2), 1 if norm == "linf" else 2, dim=2)
     k = (leads.abs() / divisor(lengths)).scatter(1, labels[:, None], torch.inf).argmin(1)
     return leads[rows, k], slopes[rows, k]

@@ -96,14 +96,15 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """The difference of logits ratio, (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), of each image.
 
     z_(k) is the k-th highest logit. The loss depends neither on a shift nor on a positive scale of the logits. The
-    denominator is at least 1e-12 (6e-5 in float16), so that equal logits give 0.
+    denominator is at least 1e-12 (6e-5 in float16), so that equal logits give 0. Where it is not finite, because so
+    many classes are masked by -inf, it is 1: the loss is the margin.
 
     Args:
         logits: float tensor z [N, classes], of at least 3 classes.
         labels: int64 tensor y [N].
 
     Returns:
-        float tensor [N], in [-1, 1].
+        float tensor [N], in [-1, 1] but for margins.
 
     Raises:
         ValueError: if there are fewer than 3 classes.
@@ -119,13 +120,13 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """
     _check_logits("dlr", logits, 3, labels=labels)
     highest = logits.topk(3, dim=1).values
-    return margin(logits, labels) / divisor(highest[:, 0] - highest[:, 2])
+    return margin(logits, labels) / _scale(highest[:, 0] - highest[:, 2])
 
 
 def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """The targeted difference of logits ratio, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), of each image.
 
-    z_(k) is the k-th highest logit; an attack maximises the loss. The denominator is at least that of `dlr`.
+    z_(k) is the k-th highest logit; an attack maximises the loss. The denominator is bounded as that of `dlr`.
 
     Args:
         logits: float tensor z [N, classes], of at least 4 classes.
@@ -149,11 +150,11 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     _check_logits("targeted_dlr", logits, 4, labels=labels, targets=targets)
     highest = logits.topk(4, dim=1).values
     scale = highest[:, 0] - (highest[:, 2] + highest[:, 3]) / 2
-    return (_of_class(logits, targets) - _of_class(logits, labels)) / divisor(scale)
+    return (_of_class(logits, targets) - _of_class(logits, labels)) / _scale(scale)
 
 
 def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
-    """KL(q || p) of each image [N], with p = softmax(logits) and log q given.
+    """KL(q || p) of each image [N], with p = softmax(logits) and log q given; a class with q = 0 adds nothing.
 
     With this loss the attack loop passes the model's log-probabilities of the clean images instead of labels.
 
@@ -177,7 +178,9 @@ def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
     if log_probabilities.shape != logits.shape:
         shapes = f"{list(logits.shape)}, got {list(log_probabilities.shape)}"
         raise ValueError(f"log_probabilities must have the shape of the logits, {shapes}")
-    return F.kl_div(F.log_softmax(logits, 1), log_probabilities, reduction="none", log_target=True).sum(1)
+    # `F.kl_div` is NaN where a class is masked by -inf in both.
+    apart = (log_probabilities - F.log_softmax(logits, 1)).masked_fill(log_probabilities == -torch.inf, 0)
+    return (log_probabilities.exp() * apart).sum(1)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
@@ -230,6 +233,11 @@ def loss_values(loss: str | Loss, logits: Tensor, labels: Any) -> Tensor:
     if not isinstance(values, Tensor):
         raise TypeError(f"loss must return a tensor, got {shortened(values)}")
     return values
+
+
+def _scale(difference: Tensor) -> Tensor:
+    """The denominator of a ratio of logits, see `dlr`."""
+    return divisor(difference.where(difference.isfinite(), 1))
 
 
 def _of_class(logits: Tensor, classes: Tensor) -> Tensor:

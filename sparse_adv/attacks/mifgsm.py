@@ -11,7 +11,7 @@ from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
 from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
-from sparse_adv.attacks.geometry import per_image
+from sparse_adv.attacks.geometry import direction, per_image
 from sparse_adv.attacks.losses import Loss, loss_function, loss_to_raise
 from sparse_adv.attacks.options import BasicOptions, check_count
 from sparse_adv.attacks.queries import Queries, run_search
@@ -84,12 +84,14 @@ def mifgsm(
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         raised = loss_to_raise(loss, labels, targeted)
-        adv, momentum = images, torch.zeros_like(images)
+        # 16 bits hold neither the l1 norm of a large image nor one pixel's part of it.
+        wide = torch.promote_types(images.dtype, torch.float32)
+        adv, momentum = images, torch.zeros_like(images, dtype=wide)
         for _ in range(steps):
-            gradient = model.gradient(adv, raised)
+            gradient = model.gradient(adv, raised).to(wide)
             length = gradient.abs().flatten(1).sum(1)
             momentum = decay * momentum + gradient / per_image(length.where(length > 0, 1), gradient)
-            adv = movement.step(adv, momentum, images, size, ball)
+            adv = movement.step(adv, direction(momentum, norm).to(images.dtype), images, size, ball)
         return into_ball(adv, images, ball)
 
     return run_search(search, model, images, labels, lo, hi, check, engine)

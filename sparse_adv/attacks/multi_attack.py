@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.attacks.base import Attack
-from sparse_adv.attacks.checks import Model, check_labels, int64_labels, is_correct
+from sparse_adv.attacks.checks import Model, check_classes, check_labels, int64_labels, is_correct
 
 
 class MultiAttack(Attack):
@@ -102,7 +102,9 @@ class MultiAttack(Attack):
         check_labels(images, labels)
         left = torch.arange(len(images), device=images.device)
         if len(images):
-            left = left[is_correct(self.get_logits(images), labels)]
+            logits = self.get_logits(images)
+            check_classes(labels, logits.shape[1])
+            left = left[is_correct(logits, labels)]
         counts = [len(images)]
         for attack in self.attacks:
             if not len(left):

@@ -51,14 +51,17 @@ class Queries:
         """The logits that the model itself returns, without the engine, and a bound of their rounding [N]."""
         with torch.no_grad():
             logits = self._checked(self._model(x), len(x))
-        return logits, _UNITS_OF_ROUNDING * self.unit * logits.abs().amax(1)
+        return logits, _UNITS_OF_ROUNDING * self.unit * largest_logit(logits)
 
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
-        """The gradient of loss(logits), summed over the images, with respect to the images."""
-        return self._gradients.gradient(x, lambda logits: loss(self._checked(logits, len(x))))
+        """The gradient of loss(logits), summed over the images, with respect to the images; 0 where it is not finite.
+
+        So one pixel without a gradient does not stop the attack on its image, as in the steps of PGD.
+        """
+        return _finite(self._gradients.gradient(x, lambda logits: loss(self._checked(logits, len(x)))))
 
     def values_and_gradient(self, x: Tensor, function: LossOfLogits) -> tuple[Tensor, Tensor]:
-        """The values function(logits) [N], and the gradient of their sum with respect to the images."""
+        """The values function(logits) [N], and the gradient of their sum with respect to the images, as `gradient`."""
         values: list[Tensor] = []
 
         def recorded(logits: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ class Queries:
             return value
 
         gradient = self._gradients.gradient(x, recorded)
-        return values[0], gradient
+        return values[0], _finite(gradient)
 
     def logits_and_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The logits [N, classes] and the gradient [N, classes, ...] of each: one pass forward and `classes` back."""
@@ -126,8 +129,24 @@ def run_search(
 
 
 def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """The margin by which each image is adversarial, [N]: positive if it is misclassified, or at its target."""
-    return -margin(logits, labels) if targeted else margin(logits, labels)
+    """The margin by which each image is adversarial, [N]: positive if it is misclassified, or at its target.
+
+    An image with a NaN among its logits has no class: its margin is infinite, and negative if it has a target.
+    """
+    gain = -margin(logits, labels) if targeted else margin(logits, labels)
+    return gain.masked_fill(logits.isnan().any(1), -torch.inf if targeted else torch.inf)
+
+
+def largest_logit(logits: Tensor) -> Tensor:
+    """The largest absolute logit of each image [N], of the classes that softmax gives a probability above 0.
+
+    The others are often masked, by -inf or a large negative number, which says nothing about rounding.
+    """
+    return logits.abs().where(logits.softmax(1) > 0, 0).amax(1)
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, ball: Ball, targeted: bool) -> Tensor:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_adv import torch_files
 from sparse_adv.argument_types import shortened
-from sparse_adv.attacks.checks import check_has_values, int64_labels, is_correct
+from sparse_adv.attacks.checks import int64_labels, is_correct
+from sparse_adv.attacks.normalized import channel_statistics, normalized
 from sparse_adv.attacks.options import check_count
 from sparse_adv.errors import first_line
 from sparse_adv.files import check_writable, replacing
@@ -62,8 +63,8 @@ def attacked(
             kept[name].append(attack.inverse_normalize(values).cpu())
         kept["labels"].append(labels.cpu())
         kept["preds"].append(logits.argmax(1).cpu())
-    if not robust:
-        raise ValueError("data_loader must hold at least one batch, got none")
+    if not any(map(len, robust)):
+        raise ValueError("data_loader must hold at least one image, got none")
     seconds = (time.perf_counter() - start) / len(robust)
     accuracy = 100 * torch.cat(robust).float().mean().item()
     fallen = torch.cat(distances)
@@ -102,32 +103,11 @@ def load(
     for name in tensors.keys() & set(_IMAGES):
         tensors[name] = to_type(tensors[name], "float")
         if normalize is not None:
-            mean, std = (value.view(-1, 1, 1) for value in channel_statistics(normalize["mean"], normalize["std"]))
-            tensors[name] = (tensors[name] - mean) / std
+            mean, std = channel_statistics(normalize["mean"], normalize["std"])
+            tensors[name] = normalized(tensors[name], mean, std)
     if len({len(tensor) for tensor in tensors.values()}) != 1:
         raise ValueError(f"{path} has tensors of different lengths: {[len(tensor) for tensor in tensors.values()]}")
     return DataLoader(TensorDataset(*tensors.values()), batch_size=batch_size, shuffle=shuffle)
-
-
-def channel_statistics(mean: object, std: object) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, float [C]; TypeError or ValueError for other values."""
-    values = []
-    for name, given in (("mean", mean), ("std", std)):
-        if isinstance(given, Tensor):
-            check_tensors(**{name: given})
-        try:
-            values.append(torch.as_tensor(given, dtype=torch.float32).detach().flatten())
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise TypeError(f"{name} must be numbers, one for each channel, got {shortened(given)}") from None
-        check_has_values(name, values[-1])
-        if not len(values[-1]) or not bool(values[-1].isfinite().all()) or (name == "std" and values[-1].min() <= 0):
-            least = "positive and " if name == "std" else ""
-            raise ValueError(f"{name} must be {least}finite, got {shortened(values[-1].tolist())}")
-    if len({len(each) for each in values} - {1}) > 1:
-        raise ValueError(
-            f"mean and std must have one value for each channel, got {len(values[0])} and {len(values[1])}"
-        )
-    return values[0], values[1]
 
 
 def check_type(name: str, kind: object) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.checks import check_label_range, check_labels
+from sparse_adv.attacks.checks import check_classes, check_labels
 
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 """target_function(images, labels) -> the classes to reach, an integer tensor [N]."""
@@ -45,7 +45,5 @@ def _checked_logits(logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
     classes = of_images.shape[1]
     if classes < 2:
         raise ValueError(f"a targeted attack needs a model of at least 2 classes, got {classes}")
-    if len(labels):
-        least, greatest = labels.aminmax()
-        check_label_range((int(least), int(greatest)), classes)
+    check_classes(labels, classes)
     return of_images

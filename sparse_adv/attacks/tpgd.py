@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -88,8 +87,9 @@ class TPGD(GradientAttack):
     ) -> None:
         super().__init__(model, AttackOptions.tpgd(eps, alpha, steps, norm, **options), graph)
 
-    def _with_eps(self, eps: float | Tensor) -> AttackOptions:
-        return replace(self.options, eps=eps, start_eps=tpgd_start(eps, self.options.norm))
+    def _with(self, **changes: Any) -> AttackOptions:
+        eps, norm = (changes.get(name, getattr(self.options, name)) for name in ("eps", "norm"))
+        return super()._with(start_eps=tpgd_start(eps, norm), **changes)
 
     def forward(self, model: Model, images: Tensor, labels: Tensor | None, targeted: bool) -> Tensor:
         """Return adversarial images for a batch; the labels are not used."""

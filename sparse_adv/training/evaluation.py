@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_adv import attacks
 from sparse_adv.argument_types import checks_types
-from sparse_adv.attacks.checks import InputValidator, check_label_range, count_classes, int64_labels, is_correct
+from sparse_adv.attacks.checks import InputValidator, check_classes, count_classes, int64_labels, is_correct
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import check_count
 from sparse_adv.config import Norm
@@ -234,8 +234,7 @@ def check_evaluable(name: str, images: Images, model: nn.Module) -> None:
                     x, y = images.images, int64_labels(images.labels)
                 InputValidator(deferred=False).check(x, y, classes)
                 if isinstance(images, Split):
-                    smallest, largest = images.labels.aminmax()
-                    check_label_range((int(smallest), int(largest)), classes)
+                    check_classes(images.labels, classes)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name}: {error}") from error

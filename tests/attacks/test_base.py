@@ -372,7 +372,7 @@ def test_mean_and_std_of_other_channels_are_refused():
     with pytest.raises(TypeError, match="mean must be numbers, one for each channel, got 'x'"):
         atk.set_normalization_used("x", [1.0])
     atk.set_normalization_used([0.5] * 4, [0.5])
-    with pytest.raises(ValueError, match=r"images must have 4 channels, as mean and std .* have, got shape \(6, 3"):
+    with pytest.raises(ValueError, match=r"images must have 4 channels, as mean and std have, got shape \(6, 3"):
         atk(*batch())
 
 

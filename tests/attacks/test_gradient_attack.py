@@ -88,3 +88,11 @@ def test_graph_true_gives_each_object_a_cache_of_its_own_and_does_nothing_on_a_c
 def test_an_invalid_option_raises_when_the_object_is_created():
     with pytest.raises(ValueError, match="eps must not be negative or NaN, got -1"):
         FGSM(make_model(), eps=-1)
+
+
+def test_the_start_of_trades_follows_the_norm_and_the_radius():
+    attack = TPGD(make_model(), eps=0.5)
+    attack.norm = "l2"
+    assert attack.options == TPGD(attack.model, eps=0.5, norm="l2").options
+    attack.eps = 0.01
+    assert attack.options == TPGD(attack.model, eps=0.01, norm="l2").options

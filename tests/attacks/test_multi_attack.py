@@ -5,7 +5,7 @@ import torch
 from helpers.attacked import snapshot
 from helpers.searched import broken, classified
 
-from sparse_adv.attacks import BIM, EOTPGD, FFGSM, FGSM, MIFGSM, PGD, RFGSM, TPGD, MultiAttack, Square
+from sparse_adv.attacks import BIM, EOTPGD, FFGSM, FGSM, MIFGSM, PGD, RFGSM, TPGD, MultiAttack, Square, distances
 
 
 def test_each_attack_gets_what_still_stands():
@@ -132,3 +132,13 @@ def test_saved_images_are_pixels_where_images_are_normalised(tmp_path):
     saved = torch.load(tmp_path / "saved.pt")
     torch.testing.assert_close(saved["clean_inputs"], images)
     assert saved["adv_inputs"].min() >= 0 and saved["adv_inputs"].max() <= 1
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_labels_that_are_no_classes_are_refused(label):
+    model, images, labels = classified()
+    labels[2] = label
+    attack = MultiAttack([PGD(model, steps=1), FGSM(model)])
+    for call in (lambda: attack(images, labels), lambda: distances(model, images, images, labels)):
+        with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\], the model's classes"):
+            call()

@@ -101,3 +101,24 @@ def test_a_subclass_may_set_its_model_before_its_constructor_ends():
 
     model = make_model()
     assert Own(model).model is model
+
+
+def test_statistics_are_those_of_the_second_dimension(tmp_path):
+    torch.manual_seed(0)
+    model, features, labels = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    for mean in ([0.5], [0.5] * 6):
+        attack = attacks.PGD(lambda x: model(x * 0.25 + 0.5), eps=0.1, alpha=0.05, steps=3, random_start=False)
+        attack.set_normalization_used(mean, [0.25])
+        plain = attacks.PGD(model, eps=0.1, alpha=0.05, steps=3, random_start=False)(features, labels)
+        torch.testing.assert_close(attack((features - 0.5) / 0.25, labels), (plain - 0.5) / 0.25)
+    attack = attacks.FGSM(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+    attack.save([(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))], tmp_path / "adv.pt", verbose=False)
+    ((images, _),) = attack.load(tmp_path / "adv.pt", normalize={"mean": [0.5], "std": [0.25]})
+    assert images.shape == (2, 1, 2, 2)
+    with pytest.raises(
+        ValueError, match=r"images must have 3 channels, as mean and std have, got shape \(2, 1, 2, 2\)"
+    ):
+        attack.load(tmp_path / "adv.pt", normalize={"mean": [0.5] * 3, "std": [0.25] * 3})
+    with pytest.raises(ValueError, match="data_loader must hold at least one image, got none"):
+        attack.save([(torch.rand(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64))], tmp_path / "none.pt")
+    assert not (tmp_path / "none.pt").exists()

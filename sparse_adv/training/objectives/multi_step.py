@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_adv import attacks
+from sparse_adv.attacks.losses import kl_divergence
 from sparse_adv.training.objectives.base import Noise, Passes, TrainingObjective
 
 
@@ -43,7 +43,7 @@ class TRADES(TrainingObjective):
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         clean = model(x)
-        divergence = F.kl_div(F.log_softmax(model(adv), 1), F.softmax(clean, 1), reduction="batchmean")
+        divergence = kl_divergence(model(adv), F.log_softmax(clean, 1)).mean()
         return self.cross_entropy(clean, y) + self.config.second_weight * divergence
 
 
@@ -66,9 +66,9 @@ class MART(PGD):
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         clean, attacked = model(x), model(adv)
-        log_q, p = F.log_softmax(attacked, 1), F.softmax(clean, 1)
-        wrong = log_q.scatter(1, y[:, None], -torch.inf).amax(1).exp()
+        log_p = F.log_softmax(clean, 1)
+        wrong = F.softmax(attacked, 1).scatter(1, y[:, None], 0).amax(1)
         margin = -(1.0001 - wrong).log().mean()
-        divergence = F.kl_div(log_q, p, reduction="none").sum(1)
-        weighted = (divergence * (1 - p.gather(1, y[:, None]).squeeze(1))).mean()
+        weights = 1 - log_p.gather(1, y[:, None]).squeeze(1).exp()
+        weighted = (kl_divergence(attacked, log_p) * weights).mean()
         return self.cross_entropy(attacked, y) + margin + self.config.second_weight * weighted

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_adv import attacks, ops
@@ -74,7 +73,7 @@ class NuAT(TrainingObjective):
 
             def raised(logits: Tensor) -> Tensor:
                 value = loss_function(self.attack_loss)(logits, y).sum()
-                return value if clean is None else value + self.weight * nuclear_norm(clean - logits)
+                return value if clean is None else value + self.weight * nuclear_norm(_difference(clean, logits))
 
             gradient = queries.gradient(start, raised)
             return ops.pgd_step(start, gradient, x, config.step_size, config.eps, config.norm)
@@ -83,7 +82,7 @@ class NuAT(TrainingObjective):
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         attacked, clean = model(adv), model(x)
-        return self.cross_entropy(clean, y) + self.weight * nuclear_norm(clean - attacked) / len(x)
+        return self.cross_entropy(clean, y) + self.weight * nuclear_norm(_difference(clean, attacked)) / len(x)
 
     def count_update(self) -> None:
         self.count += 1
@@ -158,7 +157,7 @@ class FGSMUAP(TrainingObjective):
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         assert self.start is not None
         attacked = model(adv)
-        difference = F.mse_loss(attacked, model(self.start))
+        difference = _difference(attacked, model(self.start)).square().mean()
         return self.cross_entropy(attacked, y) + self.config.second_weight * difference
 
     def after_update(self) -> None:
@@ -172,3 +171,8 @@ class FGSMUAP(TrainingObjective):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.prior = state["prior"].clone() if "prior" in state else None
         self.momentum = state["momentum"].clone() if "momentum" in state else None
+
+
+def _difference(first: Tensor, second: Tensor) -> Tensor:
+    """first - second of two outputs, and 0 for classes that a model masks by the same infinity in both."""
+    return (first - second).masked_fill(first.isinf() & (first == second), 0)
