@@ -138,8 +138,9 @@ def common_level(runs: Sequence[Run]) -> float | None:
 
     Runs that were never evaluated do not count, nor do runs trained without attacks, unless there are no others.
     """
-    attacked = [run for run in runs if run.info.train.objective != "natural"] or runs
-    return min((robust_accuracy(record) for run in attacked if (record := best(run))), default=None)
+    highest = [(run.info.train.objective, robust_accuracy(record)) for run in runs if (record := best(run))]
+    attacked = [accuracy for objective, accuracy in highest if objective != "natural"]
+    return min(attacked or [accuracy for _, accuracy in highest], default=None)
 
 
 def _text(value: object) -> str:

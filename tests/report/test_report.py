@@ -198,6 +198,8 @@ def test_a_level_that_a_run_never_reached_is_shown_as_such(tmp_path):
     assert [row["s"] for row in cells(text)] == ["not reached", "20.0", "not evaluated"]
     assert {row["ratio of s"] for row in cells(text)} == {""} and "no ratios, because weak never reached it" in text
     assert report.time_to(read(new)) == "No run has a robust validation accuracy yet.\n"
+    natural = make(tmp_path / "natural", (0.1, 0.2), objective="natural")
+    assert [row["s"] for row in cells(report.time_to(read(natural, new)))] == ["20.0", "not evaluated"]
     with pytest.raises(ValueError, match=r"level must be an accuracy in \[0, 1\], got 40"):
         report.time_to(read(weak), 40)
 
