@@ -81,7 +81,7 @@ def trained(
     return experiment.load_network(agreed(arch, width, pruned.provenance, source), dataset, pruned, normalize)
 
 
-def check_images(ticket: masks.Ticket, dataset: data.Dataset, images: str, source: str) -> None:
+def check_images(ticket: masks.Ticket, arch: str, dataset: data.Dataset, images: str, source: str) -> None:
     """Raise ValueError if a ticket is for other images than those that the command reads, or for other classes.
 
     Where these may be the default, which the digits are, other images are those of any other shape; else those of
@@ -89,12 +89,13 @@ def check_images(ticket: masks.Ticket, dataset: data.Dataset, images: str, sourc
 
     Args:
         ticket: the ticket.
+        arch: its architecture.
         dataset: the images that the command reads.
         images: what --data says.
         source: name of the ticket, for errors.
     """
     _check_class_names(ticket, dataset, source)
-    shape, channels = ticket.provenance.get("input_shape"), sizes_of(ticket.state_dict)[1]
+    shape, channels = ticket.provenance.get("input_shape"), sizes_of(ticket.state_dict, arch)[1]
     if images == DataConfig().data and shape not in (None, list(dataset.input_shape)):
         known = ticket.provenance.get("data")
         its = f"images of shape {shape}" + (f" of {known}" if known else "")

@@ -100,7 +100,7 @@ def run(options: Options) -> int:
         network = networks.agreed(options.arch, options.width, known, str(options.ticket or "a run without --ticket"))
         if ticket is not None:
             fitted = models.fit_ticket(ticket[0], network.arch, normalize=options.normalize, width=network.width)
-            networks.check_images(fitted, dataset, options.data.data, str(options.ticket))
+            networks.check_images(fitted, network.arch, dataset, options.data.data, str(options.ticket))
             ticket = fitted, ticket[1]
         run = TrainRun(
             options.out,

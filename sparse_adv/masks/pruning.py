@@ -24,7 +24,7 @@ from sparse_adv.masks.layers import (
     weight_of,
 )
 from sparse_adv.masks.selection import smallest
-from sparse_adv.ops.masked_conv2d_mask import expand_blocks
+from sparse_adv.ops.masked_conv2d_mask import check_mask, expand_blocks
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def prune(
     exclude: Collection[str] = (),
     linear: bool = False,
     example_input: Sequence[int] | Tensor | None = None,
+    within: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return masks that keep the weights with the highest scores, a fraction `density` of all.
 
@@ -84,6 +85,8 @@ def prune(
         example_input: only with block="filter": a batch of the model's input, or the shape [N, C, H, W] of one. Filters
             whose outputs are added in a residual sum are then kept or pruned together (see `dependency_groups`), so
             that the sum gets fewer channels too. None ranks each filter by itself.
+        within: masks of an earlier pruning by module name. A block of which they prune a weight is not kept, whatever
+            its score; so the masks may keep fewer weights than `density` asks for.
 
     Returns:
         For each candidate a bool mask with shape and device of its weight. They keep `round(density * n)` of n weights,
@@ -91,6 +94,7 @@ def prune(
         in the order of modules, then of indices, is kept.
 
     Raises:
+        TypeError: if a mask in `within` is not a bool tensor.
         ValueError: if an argument is out of range, or a score is NaN or negative or has a wrong shape.
 
     Source: Frankle and Carbin, "The lottery ticket hypothesis" (ICLR 2019) for magnitude; Evci et al., "Rigging the
@@ -121,7 +125,11 @@ def prune(
     if example_input is not None:
         scores, sizes = _joint_scores(scores, sizes, first_of_group)
         targets = _joint_targets(targets, first_of_group)
+    pruned = _pruned_before(within or {}, candidates, blocks, first_of_group)
+    # Kept weights can be 0 too, so those that were pruned rank after them.
+    scores |= {name: scores[name].masked_fill(before, -1) for name, before in pruned.items()}
     kept_blocks = select_blocks(scores, sizes, targets)
+    kept_blocks |= {name: kept_blocks[name] & ~before for name, before in pruned.items()}
 
     masks = {}
     for name, weight in candidates.weights.items():
@@ -248,6 +256,28 @@ def _highest(scores: Tensor, sizes: Tensor, target: int) -> Tensor:
     flags = torch.zeros_like(order, dtype=torch.bool)
     flags[order[:count]] = True
     return flags
+
+
+def _pruned_before(
+    within: Mapping[str, Tensor],
+    candidates: Candidates,
+    blocks: Mapping[str, Sequence[int]],
+    first_of_group: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """The blocks of which earlier masks prune a weight, by the layer that they are ranked with."""
+    pruned: dict[str, Tensor] = {}
+    for name, owner in candidates.owner.items():
+        if name in within:
+            mask, shape = within[name], candidates.shapes[owner]
+            check_mask(mask, linear=True)
+            if mask.shape != shape:
+                raise ValueError(
+                    f"within: the mask of {name!r} must have shape {tuple(shape)}, got {tuple(mask.shape)}"
+                )
+            counts = block_sums((~mask).cpu().double().reshape(conv_shape(shape)), blocks[owner])
+            first = first_of_group[owner]
+            pruned[first] = (counts > 0) | pruned.get(first, torch.zeros_like(counts, dtype=torch.bool))
+    return pruned
 
 
 def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:

@@ -71,8 +71,8 @@ def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
 
     Raises:
         TypeError: if a mask is not a bool tensor.
-        ValueError: if a mask has no weight of its shape in the state dict, that is of a sparse model with other masks,
-            or the provenance is not JSON data.
+        ValueError: if a mask has no weight of its shape in the state dict, that is of a sparse model with other masks
+            or holds something else than tensors, or the provenance is not JSON data.
 
     Examples:
         >>> import tempfile
@@ -88,8 +88,9 @@ def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
     """
     check_masks_fit(ticket.masks, ticket.state_dict)
     state_dict = of_dense_model(ticket.masks, ticket.state_dict)
+    default = _default_provenance(ticket.masks)
     try:
-        provenance = json.dumps(_default_provenance(ticket.masks) | dict(ticket.provenance))
+        provenance = json.dumps(default | dict(ticket.provenance))
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance must be JSON data: {error}") from error
     tensors = {f"mask/{name}": torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in ticket.masks.items()}
@@ -150,7 +151,10 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
 
 
 def check_masks_fit(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
-    """Raise TypeError or ValueError unless `state_dict` has, for each mask, a weight of its shape."""
+    """Raise TypeError or ValueError unless a state dict is of tensors and has, for each mask, a weight of its shape."""
+    for key, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state_dict must hold tensors alone, got {key!r}, a {type(value).__name__}")
     for name, mask in masks.items():
         check_mask(mask, linear=True)
         key = parameter_of(name)
@@ -188,7 +192,7 @@ def _default_provenance(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         **asdict(software()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "density": density(masks) if masks else None,
+        "density": density(masks) if any(mask.numel() for mask in masks.values()) else None,
         "blocks": {name: largest_block(mask) for name, mask in masks.items()},
     }
 

@@ -79,7 +79,7 @@ def build(
         The network, in training mode.
 
     Raises:
-        ValueError: if the name is unknown, or width, classes or input_shape is out of range or of another type.
+        ValueError: if the name is unknown, or seed, width, classes or input_shape is out of range or of another type.
 
     Examples:
         >>> import torch
@@ -98,6 +98,8 @@ def build(
             raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
     if not isinstance(shape, Sequence) or len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
         raise ValueError(f"input_shape must be [C, H, W], each at least 1, got {_listed(shape)}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")
     device = torch.get_default_device() if device is None else torch.device(device)
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too

@@ -145,7 +145,7 @@ def fit_ticket(
         True
     """
     origin = str(ticket.provenance.get("file", "the ticket"))
-    classes, channels = sizes_of(ticket.state_dict)
+    classes, channels = sizes_of(ticket.state_dict, name)
     shape = (channels, *find(name).input_shape[1:])
     shapes = build(name, width=width, classes=classes, input_shape=shape, device="meta")
     kept, state = _fitted(ticket.masks, ticket.state_dict, name, normalize, shapes, origin)
@@ -153,18 +153,22 @@ def fit_ticket(
     return replace(ticket, masks=kept, state_dict=state | uncounted)
 
 
-def sizes_of(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return the numbers of classes and of image channels: of outputs of the last linear layer, inputs of the first.
+def sizes_of(state: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """Return the numbers of classes and of image channels of weights of a network of `build`, in any order.
 
-    Where there is no such layer the numbers are 10 and 3.
+    They are the outputs of its last linear layer and the inputs of its first convolution; where the weights, whose
+    names may be those of other code, lack that layer, those of the network itself.
 
     Examples:
-        >>> sizes_of(build("digits_cnn", classes=7).state_dict())
+        >>> sizes_of(build("digits_cnn", classes=7).state_dict(), "digits_cnn")
         (7, 1)
     """
-    outputs = [len(value) for value in state.values() if value.dim() == 2]
-    inputs = [value.shape[1] for value in state.values() if value.dim() == 4 and value.numel() > value.shape[1]]
-    return (outputs[-1] if outputs else 10), (inputs[0] if inputs else 3)
+    own = build(name, device="meta").state_dict()
+    last = [key for key, value in own.items() if value.dim() == 2][-1]
+    first = next(key for key, value in own.items() if value.dim() == 4)
+    named = _renamed(state, name, "the ticket")
+    of_last, of_first = (named[key][1] if key in named else own[key] for key in (last, first))
+    return len(of_last), of_first.shape[1]
 
 
 def _fitted(

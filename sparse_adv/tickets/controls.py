@@ -12,7 +12,7 @@ from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.blocks import block_in, check_structure
 from sparse_adv.masks.layers import owners, parameter_of
 from sparse_adv.masks.ticket import check_masks_fit
-from sparse_adv.nn import sparsify, zero_dead_channels
+from sparse_adv.nn import dead_channels, sparsify, zero_dead_channels
 from sparse_adv.ops.masked_conv2d_mask import check_mask, expand_blocks, obeys
 
 
@@ -36,8 +36,11 @@ def restore(
         The model.
 
     Raises:
-        ValueError: if the ticket is for another architecture, naming the first difference, or if the weights for the
-            control are the ticket's; the model is unchanged.
+        TypeError: if a mask is not a bool tensor or is for a module of another kind than a convolution or linear layer.
+        ValueError: if the ticket is for another architecture, naming the first difference, or its masks do not fit, or
+            if the weights for the control are the ticket's.
+
+        In each case the model is unchanged.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -45,17 +48,27 @@ def restore(
         >>> restore(model, ticket, example_input=(1, 1, 4, 4))[0].density
         0.5
     """
-    _check_architecture(model.state_dict(), ticket.state_dict)
+    own = model.state_dict()
+    check_masks_fit(ticket.masks, ticket.state_dict)
+    _check_architecture(own, ticket.state_dict)
+    dead_channels(model, ticket.masks, example_input)  # what is wrong with the masks or the input is found here
     if weights:
+        before = {key: value.clone() for key, value in own.items()}
         model.load_state_dict(ticket.state_dict)
     else:
-        _check_other_weights(model.state_dict(), ticket)
-    sparsify(model, ticket.masks)
+        _check_other_weights(own, ticket)
+        before = own
+    try:
+        sparsify(model, ticket.masks)
+    except (TypeError, ValueError):
+        model.load_state_dict(before)
+        raise
     zero_dead_channels(model, ticket.masks, example_input)
     return model
 
 
 def _check_architecture(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    check_masks_fit({}, own)
     for key in (*given, *own):
         if key not in own:
             difference = f"it has {key!r}, which the model lacks"
@@ -70,10 +83,10 @@ def _check_architecture(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
 
 def _check_other_weights(own: Mapping[str, Tensor], ticket: masks.Ticket) -> None:
     """Raise ValueError if all weights that the masks keep are the ticket's: the control would be the ticket itself."""
-    check_masks_fit(ticket.masks, ticket.state_dict)
     kept = {parameter_of(name): mask.cpu() for name, mask in ticket.masks.items()}
-    pairs = [(own[key].cpu()[mask], ticket.state_dict[key].cpu()[mask]) for key, mask in kept.items()]
-    if any(len(weights) for weights, _ in pairs) and all(weights.equal(given) for weights, given in pairs):
+    given = {key: ticket.state_dict[key].to(own[key]) for key in kept}
+    pairs = [(own[key].cpu()[mask], given[key].cpu()[mask]) for key, mask in kept.items()]
+    if any(len(mine) for mine, _ in pairs) and all(mine.equal(its) for mine, its in pairs):
         raise ValueError("model has the ticket's weights, which weights=False is to replace: use another seed")
 
 

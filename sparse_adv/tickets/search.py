@@ -18,6 +18,7 @@ from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.algebra import of_distinct_weights
 from sparse_adv.masks.dependency_graph import dependency_groups
+from sparse_adv.masks.ticket import check_masks_fit
 from sparse_adv.nn import densify, mac_density, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.runs import NO_COST, Cost, Density, EpochRecord, RunInfo, SearchResult, TicketChecks
@@ -131,7 +132,8 @@ def check_fits(
 
     Raises:
         TypeError: if the batches have no length, where the number of updates matters.
-        ValueError: if the configuration of the pruning does not fit the model or the training.
+        ValueError: if the configuration of the pruning does not fit the model or the training, or a module of the model
+            has extra state, which a ticket cannot hold.
 
     Examples:
         >>> check_fits(nn.Linear(4, 2), [], TrainConfig(), PruneConfig(density=2))
@@ -139,6 +141,7 @@ def check_fits(
         ...
         ValueError: density must be a number in [0, 1], got 2.0
     """
+    check_masks_fit({}, model.state_dict())
     # A score function may need results of the training, so it is not called here.
     _prune(model, replace(prune_config, score="magnitude") if callable(prune_config.score) else prune_config, 1)
     check_threshold(prune_config, train_config.epochs)
@@ -221,7 +224,7 @@ class _Search:
             trained = self.model.state_dict()
             self._begin = {key: trained[key].clone() for key in self.initial}  # without the masks
         start = self._start()
-        new = _prune(self.model, self.prune_config, number)
+        new = _prune(self.model, self.prune_config, number, self.masks)
         self.cost = self.records[-1].total + Cost(seconds=time.perf_counter() - begin)
         checks.check_pruned_weights(self.model, self.masks)
         checks.check_nested(new, self.masks)
@@ -244,7 +247,7 @@ class _Search:
 
         def after_epoch(record: EpochRecord) -> bool:
             epoch = done + record.epoch
-            stop = stopping.should_stop(epoch, lambda: _prune(self.model, self.prune_config, number))
+            stop = stopping.should_stop(epoch, lambda: _prune(self.model, self.prune_config, number, self.masks))
             self._remember(replace(record, epoch=epoch, round=number, mask_distance=stopping.distance))
             return stop
 
@@ -322,8 +325,10 @@ class _Search:
         return masks.load_ticket(folder / runs.TICKET)
 
 
-def _prune(model: nn.Module, config: PruneConfig, number: int) -> dict[str, Tensor]:
-    """The masks at the end of a round, counted from 1."""
+def _prune(
+    model: nn.Module, config: PruneConfig, number: int, before: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The masks at the end of a round, counted from 1, within those of the round before."""
     return masks.prune(
         model,
         density=config.density_of_round(number),
@@ -331,6 +336,7 @@ def _prune(model: nn.Module, config: PruneConfig, number: int) -> dict[str, Tens
         scope=config.scope,
         score=config.score,
         linear=config.linear,
+        within=before,
     )
 
 

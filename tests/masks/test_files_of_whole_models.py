@@ -44,3 +44,12 @@ def test_zeros_of_layers_that_cannot_have_masks_stay_in_their_weights(tmp_path, 
     sparsify(model, ticket.masks)
     for name, layer in model.items():
         assert ticket.state_dict[f"{name}.weight"].equal(layer.weight)
+
+
+@pytest.mark.parametrize("format", ["dense", "prune"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_masks_in_any_memory_format_are_written(tmp_path, name, format):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
+    masks = {name: mask.to(memory_format=torch.channels_last) for name, mask in prune(model, 0.4).items()}
+    save_pruned(tmp_path / name, masks, model.state_dict(), format=format)
+    assert load_pruned(tmp_path / name).masks["0"].equal(masks["0"])

@@ -154,3 +154,12 @@ def test_metadata_of_another_form_are_refused(path, key, value):
     save_file(tensors, path, metadata | {key: value})
     with pytest.raises(ValueError, match="is not a readable ticket file"):
         load_ticket(path)
+
+
+def test_masks_without_elements_are_saved_and_other_state_is_named(tmp_path):
+    layer = nn.Linear(0, 4)
+    save_ticket(tmp_path / "t", Ticket({"": torch.ones(4, 0, dtype=torch.bool)}, layer.state_dict()))
+    loaded = load_ticket(tmp_path / "t")
+    assert loaded.masks[""].shape == (4, 0) and loaded.provenance["density"] is None
+    with pytest.raises(ValueError, match=r"state_dict must hold tensors alone, got 'x._extra_state', a dict"):
+        save_ticket(tmp_path / "t", Ticket({}, {"x._extra_state": {}}))

@@ -178,3 +178,9 @@ def test_the_statistics_of_the_digits_are_those_of_their_images():
 def test_invalid_arguments_raise_an_error_that_names_them(name, options, message):
     with pytest.raises(ValueError, match=message):
         models.build(name, **options)
+
+
+def test_a_normalisation_by_integers_computes_in_floating_point():
+    layer = models.Normalize(mean=[0, 1], std=[1, 2])
+    assert layer.mean.dtype == layer.std.dtype == torch.float32
+    assert layer(torch.full((1, 2, 1, 1), 0.5)).flatten().tolist() == [0.5, -0.25]

@@ -18,6 +18,7 @@ from helpers.foreign_networks import (
 
 from sparse_adv import masks, models, tickets
 from sparse_adv.models import Normalize, load_checkpoint
+from sparse_adv.models.checkpoints import sizes_of
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
 
 EIGHTEEN, FIFTY = (2, 2, 2, 2), (3, 4, 6, 3)
@@ -187,3 +188,21 @@ def test_a_ticket_has_the_classes_and_channels_of_the_checkpoint(classes, channe
     other = {f"module.{key.replace('downsample', 'shortcut')}": value for key, value in model.state_dict().items()}
     fitted = models.fit_ticket(masks.Ticket({}, other), "resnet18", width=4)
     assert all(fitted.state_dict[key].equal(value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "digits_cnn", "vgg16"])
+def test_the_sizes_do_not_depend_on_the_order_of_the_tensors(name):
+    net = models.build(name, width=4, classes=7, input_shape=(1, *models.find(name).input_shape[1:]))
+    state = net.state_dict()
+    for keys in (state, reversed(state), sorted(state)):
+        assert sizes_of({key: state[key] for key in keys}, name) == (7, 1)
+    theirs = OTHERS[name]().state_dict() if name in OTHERS else state
+    expected = sizes_of(theirs, name)
+    assert all(sizes_of({key: theirs[key] for key in keys}, name) == expected for keys in (sorted(theirs),))
+
+
+def test_seeds_have_64_bits():
+    assert models.build("digits_cnn", 2**64 - 1, width=4) is not None
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match=rf"seed must lie in \[-2\*\*63, 2\*\*64\), got {seed}"):
+            models.build("digits_cnn", seed)

@@ -1,6 +1,7 @@
 """The shuffled mask of a control: random, with the density and the blocks of the ticket's in each layer."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,3 +118,55 @@ def test_a_control_with_the_weights_of_the_ticket_is_refused_and_the_model_uncha
     nothing = masks.Ticket({"0": torch.zeros(4, 1, 3, 3, dtype=torch.bool)}, ticket.state_dict, {})
     fresh = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
     assert tickets.restore(fresh, nothing, (1, 1, 4, 4), weights=False)[0].density == 0
+
+
+def problem() -> tuple[nn.Module, masks.Ticket]:
+    """A model, and a ticket with other weights."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    other = copy.deepcopy(model)
+    nn.init.normal_(other[0].weight)
+    return model, masks.Ticket(masks.prune(other, 0.5, block=(1, 1, 3, 3)), other.state_dict())
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "example_input", "error", "message"),
+    [
+        ({"masks": {"0": torch.ones(4, 1, 3, 3)}}, (1, 1, 4, 4), TypeError, "mask must be a bool tensor"),
+        ({"masks": {"1": torch.ones(4, dtype=torch.bool)}}, (1, 1, 4, 4), ValueError, r"or \[K, C\], got \(4,\)"),
+        ({"masks": {"9": torch.ones(4, 1, dtype=torch.bool)}}, (1, 1, 4, 4), ValueError, "must have '9.weight'"),
+        ({"state_dict": {"0.weight": torch.ones(4, 1, 3, 3)}}, (1, 1, 4, 4), ValueError, "it lacks '0.bias'"),
+        ({"extra": {"0._extra_state": 3}}, (1, 1, 4, 4), ValueError, "got '0._extra_state', a int"),
+        ({}, (1, 2, 4, 4), (ValueError, RuntimeError), "channels"),
+    ],
+)
+def test_a_ticket_that_does_not_fit_leaves_the_model_unchanged(changes, example_input, error, message, weights):
+    model, ticket = problem()
+    changes = dict(changes)
+    if extra := changes.pop("extra", None):
+        changes["state_dict"] = ticket.state_dict | extra
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        tickets.restore(model, replace(ticket, **changes), example_input, weights=weights)
+    assert type(model[0]) is nn.Conv2d
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(after[key].equal(before[key]) for key in before)
+
+
+def test_masks_that_differ_for_a_shared_weight_leave_the_model_unchanged():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1))
+    model[1].weight = model[0].weight
+    state = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
+    kept = {"0": torch.ones(2, 2, 3, 3, dtype=torch.bool), "1": torch.zeros(2, 2, 3, 3, dtype=torch.bool)}
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="weight"):
+        tickets.restore(model, masks.Ticket(kept, state), (1, 2, 4, 4))
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_weights_of_the_ticket_are_known_in_another_precision(dtype):
+    model, ticket = problem()
+    model.load_state_dict(ticket.state_dict)
+    with pytest.raises(ValueError, match="model has the ticket's weights"):
+        tickets.restore(model.to(dtype), ticket, torch.zeros(1, 1, 4, 4, dtype=dtype), weights=False)

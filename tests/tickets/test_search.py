@@ -310,12 +310,17 @@ def test_checks_detect_broken_invariants():
         checks.check_reset(other, start)
 
 
-def test_a_score_that_brings_weights_back_is_detected():
-    def backwards(name, weight):
-        return 1 / (1 + weight.abs())
-
-    with pytest.raises(TicketInvariantError, match="were pruned before, but a later round keeps them"):
-        search(rounds=2, score=backwards, density=0.3)
+def test_a_score_that_prefers_pruned_weights_brings_none_back():
+    kept = []
+    for rounds in (1, 2):
+        ticket, _ = search(
+            rounds=rounds, score=lambda name, weight: 1 / (1 + weight.abs()), density=0.3 ** (rounds / 2)
+        )
+        kept.append(ticket.masks)
+    assert all((kept[0][name] | ~kept[1][name]).all() for name in kept[0])
+    assert masks.density(kept[1]) == pytest.approx(0.3, abs=0.005)
+    with pytest.raises(TicketInvariantError, match="weights of '0' were pruned before, but a later round keeps them"):
+        checks.check_nested(kept[0], kept[1])
 
 
 def test_restore_turns_a_dense_model_into_the_sparse_network():
@@ -354,3 +359,26 @@ def test_a_ticket_for_another_architecture_is_refused_and_the_model_unchanged(ot
     with pytest.raises(ValueError, match=f"the ticket is for another architecture: {difference}"):
         tickets.restore(model, ticket, SHAPE)
     assert equal_states(before, model.state_dict())
+
+
+@pytest.mark.parametrize("scope", ["global", "uniform"])
+def test_rounds_are_nested_where_blocks_do_not_divide_the_layers(scope):
+    """With a score that prefers what was pruned, and rounds that differ by less than a block."""
+    pruning = {"block": (4, 4), "scope": scope, "score": lambda name, weight: (weight == 0) + weight.abs()}
+    for density, rounds in ((0.85, 3), (0.3, 3)):
+        ticket, _ = search(density=density, rounds=rounds, **pruning)
+        checks = tickets.record_of(ticket).checks
+        assert checks.nested and abs(checks.weights_kept - checks.weights_requested) <= 16 * len(ticket.masks)
+
+
+def test_a_model_with_extra_state_is_refused_before_any_training():
+    class Counting(nn.Identity):
+        def get_extra_state(self):
+            return {"count": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = nn.Sequential(*network(), Counting())
+    with pytest.raises(ValueError, match=r"state_dict must hold tensors alone, got '8._extra_state', a dict"):
+        search(model=model, on_epoch=lambda record: pytest.fail("it was trained"))

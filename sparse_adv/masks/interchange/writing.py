@@ -62,10 +62,10 @@ def save_pruned(
     for name, mask in masks.items():
         key = parameter_of(name)
         if format == "dense":
-            tensors[key] = torch.where(mask.cpu(), tensors[key], 0)
+            tensors[key] = torch.where(mask.cpu(), tensors[key], 0).contiguous()
         else:
             tensors[f"{key}_orig"] = tensors.pop(key)
-            tensors[f"{key}_mask"] = mask.cpu().to(tensors[f"{key}_orig"].dtype)
+            tensors[f"{key}_mask"] = mask.cpu().to(tensors[f"{key}_orig"].dtype).contiguous()
     if path.suffix in _TORCH_SUFFIXES:
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
