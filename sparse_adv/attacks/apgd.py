@@ -174,7 +174,7 @@ def apgd_t(
 
 
 class APGD(HostAttack):
-    """`attacks.apgd` bound to a model, with the interface of torchattacks.APGD.
+    """`attacks.apgd` bound to a model, with the interface and the defaults of torchattacks.APGD.
 
     Args:
         model, norm, eps, steps, loss, eot_iter, rho: as in `attacks.apgd`.
@@ -231,7 +231,7 @@ class APGD(HostAttack):
 
 
 class APGDT(HostAttack):
-    """`attacks.apgd_t` bound to a model, with the interface of torchattacks.APGDT.
+    """`attacks.apgd_t` bound to a model, with the interface and the defaults of torchattacks.APGDT.
 
     Args:
         model, norm, eps, steps, eot_iter, rho: as in `attacks.apgd`.

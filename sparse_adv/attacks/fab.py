@@ -178,7 +178,7 @@ def fab_t(
 
 
 class FAB(HostAttack):
-    """`attacks.fab` or `attacks.fab_t` bound to a model, with the interface of torchattacks.FAB.
+    """`attacks.fab` or `attacks.fab_t` bound to a model, with the interface and the defaults of torchattacks.FAB.
 
     Args:
         model, eps, steps, alpha_max, eta, beta, options: as in `attacks.fab`.

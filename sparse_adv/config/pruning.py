@@ -33,8 +33,8 @@ class PruneConfig:
         scope: how the kept weights are distributed over layers: global (one ranking), uniform (the same density in
             each layer), erk (Erdos-Renyi-kernel) or igq (ideal gas quotas); `masks.prune` has the formulas.
         score: importance of a weight: magnitude, or relative_magnitude (divided by the mean magnitude of its layer);
-            in Python also a function (module name, weight) -> scores, at least 0; with several rounds it must score
-            pruned weights 0, by a factor |weight| for example, or the search ends with `tickets.TicketInvariantError`.
+            in Python also a function (module name, weight) -> scores, at least 0. No round keeps a weight that an
+            earlier one pruned, whatever its score.
         linear: prune the weights of linear layers too, not only those of convolutions.
         rounds: rounds of training, pruning and rewinding, at least 1; round i of n prunes to density^(i/n), and 1 is
             one-shot pruning.

@@ -26,7 +26,10 @@ SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (
     (2, 1),
     (1, 1),
 )
-"""The block shapes for which there are kernels; R and S stand for height and width of the filter."""
+"""The block shapes that `largest_block` looks for; R and S stand for height and width of the filter.
+
+Kernels use others too, such as (64, 32) on a GPU or (2, 2, 3, 3), where `block` names them.
+"""
 
 STRUCTURES = ("filter", "channel")
 """The names of blocks whose size depends on the layer: what writes an output channel, or reads an input channel."""

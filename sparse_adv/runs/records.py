@@ -30,7 +30,10 @@ NO_COST = Cost()
 
 @dataclass(frozen=True)
 class Density:
-    """Fractions, in [0, 1], of the weights of convolutions and linear layers, and of their MACs, that masks keep."""
+    """Fractions, in [0, 1], of weights and of their MACs that masks keep.
+
+    The record of an epoch counts all convolutions and linear layers, `RunInfo` and `SearchResult` those with masks.
+    """
 
     weights: float
     macs: float
