@@ -111,12 +111,12 @@ def run_once(
         ValueError: if `example_input` is neither a tensor nor a shape of 4 positive integers.
     """
 
-    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         assert visit is not None
-        visit(layer, args[0], output)
+        visit(layer, args[0] if args else kwargs["input"], output)
 
     visited = maskable(model, linear).values() if visit else ()
-    handles = [layer.register_forward_hook(hook) for layer in visited]
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in visited]
     try:
         with _evaluating(model), _uncompiled(), torch.no_grad():
             return model(example_input if isinstance(example_input, Tensor) else noise(model, example_input))

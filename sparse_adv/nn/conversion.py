@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import Layer, check_initialized, unknown_module
 from sparse_adv.nn import optimizer_hook
+from sparse_adv.nn.layer_checks import check_replaceable
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_conv_mask, check_convertible, compile_mask
-from sparse_adv.nn.masked_layer import MaskedLayer, check_replaceable
+from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.masked_linear import MaskedLinear, check_linear, check_linear_mask
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys
 
@@ -146,8 +147,11 @@ def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
         ...     model(torch.rand(1, 3, 8, 8)).requires_grad
         False
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLayer) and layer.freeze()]
+    layers: list[MaskedLayer] = []
     try:
+        for layer in model.modules():
+            if isinstance(layer, MaskedLayer) and layer.freeze():
+                layers.append(layer)
         yield model
     finally:
         for layer in layers:
@@ -192,7 +196,7 @@ def _replace(model: nn.Module, modules: Mapping[str, nn.Module], new: Mapping[nn
     for name, module in modules.items():
         if module in new and name:
             parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, new[module])
+            setattr(new.get(modules[parent], modules[parent]), child, new[module])
     if model in new:
         return new[model]
     _ignore_masks_in_ddp(model)

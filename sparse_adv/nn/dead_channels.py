@@ -61,14 +61,15 @@ def dead_channels(
         if layer in filters:
             outputs[output] = filters[layer], output._version
 
-    def visit_norm(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        dead, version = outputs.get(args[0], (None, 0))
-        if dead is None or args[0]._version != version:  # another version: something was added in place
+    def visit_norm(norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        input = args[0] if args else kwargs["input"]
+        dead, version = outputs.get(input, (None, 0))
+        if dead is None or input._version != version:  # another version: something was added in place
             fed_otherwise.add(norm)
         else:
             dead_of[norm] = dead_of.get(norm, dead) & dead
 
-    handles = [norm.register_forward_pre_hook(visit_norm) for norm in names]
+    handles = [norm.register_forward_pre_hook(visit_norm, with_kwargs=True) for norm in names]
     try:
         run_once(model, example_input, visit_convolution)
     finally:

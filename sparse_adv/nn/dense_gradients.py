@@ -128,10 +128,18 @@ class _Convolution(torch.autograd.Function):
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         of_input = of_weight = None
         if needs_input and torch.is_grad_enabled():  # the op's derivative by the weight would leave out what is pruned
-            of_input = conv2d_input(input.shape, weight, grad, *ctx.convolution)
+            of_input = conv2d_input(input.shape, *_wide(weight, grad), *ctx.convolution).to(input.dtype)
         elif needs_input:
             grad_input = torch.ops.sparse_adv.masked_conv2d_grad_input
             of_input = grad_input(grad, weight, ctx.pattern.flatten(), input.shape, *ctx.convolution)
         if needs_weight:
-            of_weight = conv2d_weight(input, weight.shape, grad, *ctx.convolution)
+            wide_input, wide_grad = _wide(input, grad)
+            of_weight = conv2d_weight(wide_input, weight.shape, wide_grad, *ctx.convolution).to(weight.dtype)
         return of_input, of_weight, grad.sum((0, 2, 3)) if needs_bias else None, None, None
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """On a CPU at least float32: in bfloat16 gradients of some strided convolutions are wrong in PyTorch 2.13."""
+    return tuple(
+        tensor.float() if tensor.device.type == "cpu" and tensor.itemsize < 4 else tensor for tensor in tensors
+    )

@@ -16,15 +16,8 @@ from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.compiled_mask_check import header_of_mask, is_exporting
 from sparse_adv.nn.dense_gradients import convolve, is_collecting, with_dense_gradient
-from sparse_adv.nn.masked_layer import (
-    CompiledMask,
-    MaskedLayer,
-    check_own_parameters,
-    check_plain,
-    check_shape,
-    check_values,
-    mode_of,
-)
+from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_shape, check_values
+from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, mode_of
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, plan, set_kernels
 from sparse_adv.ops.arguments import read_pair
 from sparse_adv.ops.masked_conv2d_geometry import geometry_of
@@ -180,8 +173,10 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
                 supported one that it obeys.
 
         Raises:
+            TypeError: if the weight is parametrized.
             ValueError: if the mask has another shape than the weight, or does not obey the block.
         """
+        check_own_parameters(self)
         block4 = check_conv_mask(self, mask, block, self.block)
         self._set_mask(mask, block4, compile_mask(self, mask, block4))
         if optimizer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from sparse_adv.masks.layers import computes_as, own_methods
 from sparse_adv.nn import optimizer_hook
+from sparse_adv.nn.layer_checks import check_replaceable, check_shape
 from sparse_adv.nn.mask_agreement import compare_in_first_pass
 from sparse_adv.nn.optimizer_hook import version_of
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
@@ -58,11 +59,17 @@ class _FrozenOperands:
 
     def __init__(self, layer: MaskedLayer) -> None:
         # Pruned entries may have been written by hand. They are zeroed in a copy: the weight may be part of a graph.
-        self._weight = torch.where(layer.weight_mask, layer.weight.detach(), 0)
+        with mode_of(layer.weight):
+            self._weight = torch.where(layer.weight_mask, layer.weight.detach(), 0)
         self._bias = None if layer.bias is None else layer.bias.detach()
+        self._parameters = tuple(map(layer._parameters.get, ("weight", "bias")))
         self._make = layer._frozen_operands
         self._made: dict[torch.dtype, Any] = {}
         self.in_current_dtype()  # now, because the first pass may run in a transform
+
+    def are_of(self, layer: MaskedLayer) -> bool:
+        """Whether the layer has these parameters now; `torch.func.functional_call` gives it others for a pass."""
+        return all(map(operator.is_, map(layer._parameters.get, ("weight", "bias")), self._parameters))
 
     def in_current_dtype(self) -> Any:
         """The operands in the dtype that autocast asks for here; they are cast once, not in each pass."""
@@ -149,7 +156,8 @@ class MaskedLayer(nn.Module):
         raise TypeError("torch.jit.script cannot compile masked layers: script `densify(copy.deepcopy(model))`")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight_orig":  # the first thing that they do
+        if name == "weight_orig":  # the first thing that they do, but that spectral_norm has removed the weight
+            self._parameters.setdefault("weight", param)
             raise TypeError(
                 "torch.nn.utils.prune and spectral_norm cannot change a masked layer: give it another mask by set_mask"
             )
@@ -205,11 +213,11 @@ class MaskedLayer(nn.Module):
         if torch.compiler.is_compiling() or not self._frozen:
             return None
         frozen = self._frozen.get(get_ident())
-        return None if frozen is None else frozen.in_current_dtype()
+        return None if frozen is None or not frozen.are_of(self) else frozen.in_current_dtype()
 
     def freeze(self) -> bool:
         """Start `nn.frozen_weights` for this layer and thread; False if it had started, or on the meta device."""
-        if self.frozen_operands is not None or self.weight.is_meta:
+        if get_ident() in self._frozen or self.weight.is_meta:
             return False
         self.refresh()
         self._frozen[get_ident()] = _FrozenOperands(self)
@@ -228,6 +236,8 @@ class MaskedLayer(nn.Module):
         if "weight_mask" in self._buffers:
             mask = mask.to(self.weight_mask.device)
             if mask.is_meta or not torch.equal(self.weight_mask, mask):
+                if not mask.is_meta:
+                    self._zero_pruned()  # what was written by hand, so that weights are revived from 0
                 self.weight_mask.copy_(mask)
         else:
             with mode_of(self.weight):
@@ -252,8 +262,9 @@ class MaskedLayer(nn.Module):
         """Zero weight and gradient where the mask is false: the weight only if needed, as in `_write_mask`."""
         if torch.where(self.weight_mask, 0, self.weight).any():
             self.weight.masked_fill_(~self.weight_mask, 0)
-        if self.weight.grad is not None:  # a sum of micro-batches, which may be clipped before the next step
-            self.weight.grad.masked_fill_(~self.weight_mask, 0)
+        grad = self.weight.grad  # a sum of micro-batches, which may be clipped before the next step
+        if grad is not None and torch.where(self.weight_mask, 0, grad).any():
+            grad.masked_fill_(~self.weight_mask, 0)
 
     def _derive(self) -> None:
         """Compile the buffer if its content has changed, and install the result in any case."""
@@ -299,7 +310,9 @@ class MaskedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         _to_own_keys(state_dict, prefix)
-        mask = state_dict.setdefault(f"{prefix}weight_mask", self.weight_mask)
+        mask = state_dict.get(f"{prefix}weight_mask", self.weight_mask)
+        if not self.weight_mask.is_meta:  # else strict loading names the key that is missing
+            state_dict[f"{prefix}weight_mask"] = mask
         if mask.shape == self.weight_mask.shape:
             # Before the weight: assign=True replaces that, which applies the mask to the new one.
             with mode_of(self.weight), torch.no_grad():
@@ -330,49 +343,6 @@ def mode_of(weight: Tensor) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def check_own_parameters(layer: nn.Module) -> None:
-    """Raises TypeError if weight or bias is not a Parameter of this layer."""
-    for name in ("weight", "bias"):
-        if name not in layer._parameters:
-            raise TypeError(
-                f"{name} is computed from something else (nn.utils.prune or parametrize): make that "
-                "permanent, after taking its masks, if it has any, by masks.from_state_dict(model.state_dict())"
-            )
-
-
-def check_replaceable(layer: nn.Module) -> None:
-    """Raises TypeError if another layer cannot take over the state of this one."""
-    check_own_parameters(layer)
-    if own := own_methods(layer):  # it would still call this layer
-        what = f"a {min(own)} that was set on this {type(layer).__name__}"
-        raise TypeError(f"{what} computes its output: remove that first")
-
-
-def check_plain(layer: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises TypeError if a masked layer would compute something else than this layer, or cannot take over its state.
-
-    Args:
-        layer: a layer, not masked.
-        kind: nn.Conv2d or nn.Linear, whose output that of the masked layer is.
-    """
-    check_replaceable(layer)
-    if not computes_as(layer, kind):
-        name = type(layer).__name__
-        raise TypeError(f"{name} computes its output in its own way, only plain {kind.__name__} layers can be masked")
-
-
-def check_shape(mask: Tensor, weight: Tensor) -> None:
-    """Raises ValueError if the mask is for a weight of another shape."""
-    if mask.shape != weight.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, weight has shape {tuple(weight.shape)}")
-
-
-def check_values(mask: Tensor, weight: Tensor) -> None:
-    """Raises ValueError if the mask has no values for a weight that has some."""
-    if mask.is_meta and not weight.is_meta:
-        raise ValueError(f"mask is on the meta device and has no values, weight is on {weight.device}")
 
 
 def _shared_state(module: nn.Module) -> dict[str, object]:

@@ -12,15 +12,8 @@ from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
-from sparse_adv.nn.masked_layer import (
-    CompiledMask,
-    MaskedLayer,
-    check_own_parameters,
-    check_plain,
-    check_shape,
-    check_values,
-    mode_of,
-)
+from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_shape, check_values
+from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, mode_of
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 
@@ -88,8 +81,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
                 happens before its next step.
 
         Raises:
+            TypeError: if the weight is parametrized.
             ValueError: if the mask has another shape than the weight.
         """
+        check_own_parameters(self)
         check_linear_mask(self, mask)
         self._set_mask(mask)
         if optimizer is not None:

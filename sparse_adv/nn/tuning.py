@@ -77,9 +77,9 @@ def tune(
 
         run_once(model, example_input, visit)
     else:
-        applied = {name: dict(choice) for name, choice in choices.items()}
-        for name, choice in applied.items():
+        for name, choice in choices.items():
             _check_choice(name, choice, layers)
+        applied = {name: dict(choice) for name, choice in choices.items()}
     for name, choice in applied.items():
         layers[name].choose_kernels(choice)
     return applied
@@ -93,7 +93,8 @@ def _check_choice(name: str, choices: LayerChoices, layers: Mapping[str, nn.Modu
     if name not in layers:
         raise ValueError(f"choices: {unknown_module(name, layers)}")
     for pass_ in PASSES:
-        kernel = choices[pass_].get("kernel") if pass_ in choices else None
+        choice: object = choices.get(pass_) if isinstance(choices, Mapping) else None
+        kernel = choice.get("kernel") if isinstance(choice, Mapping) else None
         if kernel not in ("sparse", "dense"):
             raise ValueError(f'choices of {name!r}: kernel of {pass_} must be "sparse" or "dense", got {kernel!r}')
 

@@ -45,22 +45,46 @@ Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a,
 
 Sizes to_vector(const std::array<int64_t, 2>& pair) { return {pair[0], pair[1]}; }
 
-// The dtype in which PyTorch computes a convolution of tensors like this one. In 16 bits, oneDNN (of torch 2.13, with
-// AMX) ends the process where some window lies in the padding, and bfloat16 results are wrong where a stride leaves one
-// column of output pixels. float32 has neither fault.
+// Faults of oneDNN (of torch 2.13) that these functions go around:
+// - It ends the process where some window lies in the padding: in 16 bits, and in any dtype where there is a bias.
+// - Where a stride leaves one column of output pixels and there is one input channel, it reads memory that nobody
+// wrote,
+//   in any dtype, of images or weights in channels_last. In bfloat16 results are wrong with more channels too, the
+//   weight's gradient also with two columns.
+bool leaves_columns(const ConvParams& conv, int64_t count) { return conv.Q <= count && conv.stride[1] > 1; }
+
+// The dtype in which PyTorch computes a convolution of tensors like this one.
 ScalarType safe_dtype(const ConvParams& conv, const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) return dtype;
-  const bool is_safe = conv.every_window_reads() && !(conv.Q == 1 && conv.stride[1] > 1);
-  return is_safe ? dtype : ScalarType::Float;
+  return conv.every_window_reads() && !leaves_columns(conv, 2) ? dtype : ScalarType::Float;
+}
+
+// A copy in NCHW. `contiguous` takes some channels_last tensors of one channel for such.
+Tensor nchw_copy(const Tensor& tensor) {
+  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+Tensor along_channels(const ConvParams& conv, const Tensor& vector) {
+  const std::array<int64_t, 4> size{1, conv.K, 1, 1};
+  return torch::stable::reshape(vector, {size.data(), size.size()});
 }
 
 Tensor forward(const ConvParams& conv, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType dtype = safe_dtype(conv, input);
   const auto own_bias = bias ? std::optional(torch::stable::to(*bias, dtype)) : std::nullopt;
-  const Tensor output = call_tensor("aten::convolution", "", torch::stable::to(input, dtype),
-                                    torch::stable::to(weight, dtype), own_bias, to_vector(conv.stride),
-                                    to_vector(conv.padding), to_vector(conv.dilation), false, Sizes{0, 0}, conv.groups);
+  const bool adds_bias = conv.every_window_reads();
+  Tensor images = torch::stable::to(input, dtype), filters = torch::stable::to(weight, dtype);
+  if (leaves_columns(conv, 1)) {
+    images = nchw_copy(images);
+    filters = nchw_copy(filters);
+  }
+  Tensor output =
+      call_tensor("aten::convolution", "", images, filters, adds_bias ? own_bias : std::nullopt, to_vector(conv.stride),
+                  to_vector(conv.padding), to_vector(conv.dilation), false, Sizes{0, 0}, conv.groups);
+  if (bias && !adds_bias) output = add(output, along_channels(conv, *own_bias));
   return torch::stable::to(output, input.scalar_type());
 }
 
@@ -113,12 +137,8 @@ Tensor dense_conv2d(const ConvParams& conv, const Pattern& pattern, const Tensor
                     const EpilogueTensors& epilogue, const std::optional<Tensor>& out) {
   const auto& [scale, bias, residual, relu, relu_gate, gate] = epilogue;
   Tensor sum = forward(conv, input, masked(pattern, weight), scale ? std::nullopt : bias);
-  const std::array<int64_t, 4> per_channel{1, conv.K, 1, 1};
-  auto as_channel = [&](const Tensor& vector) {
-    return torch::stable::reshape(vector, {per_channel.data(), per_channel.size()});
-  };
-  if (scale) sum = call_tensor("aten::mul", "Tensor", sum, as_channel(*scale));
-  if (scale && bias) sum = add(sum, as_channel(*bias));
+  if (scale) sum = call_tensor("aten::mul", "Tensor", sum, along_channels(conv, *scale));
+  if (scale && bias) sum = add(sum, along_channels(conv, *bias));
   return finish(input, sum, {.residual = residual, .relu = relu, .relu_gate = relu_gate, .gate = gate}, out);
 }
 

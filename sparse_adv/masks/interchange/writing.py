@@ -58,6 +58,7 @@ def save_pruned(
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}")
     check_masks_fit(masks, state_dict)
+    masks = _under_all_names(masks, state_dict)
     tensors = independent_copies(of_dense_model(masks, state_dict))
     for name, mask in masks.items():
         key = parameter_of(name)
@@ -72,3 +73,14 @@ def save_pruned(
         write_bytes(path, buffer.getvalue())
     else:
         write_bytes(path, save(tensors, {"format": "pt"}))
+
+
+def _under_all_names(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks, also for weights that are the same memory under another name: a module may have several names."""
+    places = {_place(state_dict[parameter_of(name)]): mask for name, mask in masks.items() if mask.numel()}
+    others = {key.rpartition(".")[0]: _place(value) for key, value in state_dict.items() if key.endswith(".weight")}
+    return {name: places[place] for name, place in others.items() if place in places} | dict(masks)
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
