@@ -99,7 +99,9 @@ def _check_keys(parser: ArgumentParser, file: Path, root: yaml.MappingNode) -> N
             raise ValueError(f"{file} has the key {name!r}, which is for the command line only")
         if action is None and name not in positional:
             raise ValueError(f"{file}: {no_option(name, known)}")
-        if isinstance(action, ActionYesNo) and not _is_true_or_false(value):
+        if isinstance(action, ActionYesNo) and name != action.dest.replace("-", "_"):
+            raise ValueError(f"{file} has the key {name!r}: write '{action.dest}: false'")
+        if isinstance(action, ActionYesNo) and not _is_true_or_false(value, action.default):
             raise ValueError(f"{file}: {name} must be true or false, got {_text_of(value)[:40]!r}")
         seen.add(name)
 
@@ -110,10 +112,11 @@ def _text_of(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
-def _is_true_or_false(value: yaml.Node) -> bool:
-    """Whether a value may be that of a switch; null stands for the default."""
+def _is_true_or_false(value: yaml.Node, default: object) -> bool:
+    """Whether a value may be that of a switch; null may stand for a default that is None."""
     tag = value.tag.rpartition(":")[2]
-    return tag in ("bool", "null") or (tag == "str" and value.value.lower() in ("true", "false", "yes", "no"))
+    words = ("true", "false", "yes", "no")
+    return tag == "bool" or (tag == "null" and default is None) or (tag == "str" and value.value.lower() in words)
 
 
 def actions_by_flag(parser: ArgumentParser) -> dict[str, argparse.Action]:

@@ -9,6 +9,7 @@ from typing import Literal
 from sparse_adv import experiment, masks, models
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output, check_new
+from sparse_adv.models.checkpoints import sizes_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class Options:
 
 def run(options: Options) -> int:
     # Masks in another file may be a list in the order of the network's layers, whose names the weights then have.
-    model = models.build(options.arch, width=options.width) if options.arch and options.masks else None
+    model = None
+    if options.arch and options.masks:
+        weights = experiment.read_pruned(options.source, dense=True).state_dict
+        classes, channels = sizes_of(weights, options.arch)
+        shape = (channels, *models.find(options.arch).input_shape[1:])
+        model = models.build(options.arch, width=options.width, classes=classes, input_shape=shape)
     pruned = experiment.read_pruned(
         options.source, options.masks, model=model, density=options.density, format=options.format
     )

@@ -144,10 +144,11 @@ class _Reader:
 
     def __init__(self) -> None:
         try:
-            from PIL import Image
+            from PIL import Image, ImageOps
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError('Pillow is needed to read images: pip install "sparse_adv[data]"') from error
         self._pillow: Any = Image
+        self._upright: Any = ImageOps.exif_transpose  # cameras note on which side a picture stands
         self._first: tuple[Path, tuple[int, int]] | None = None
 
     def read_split(self, files_by_class: list[list[Path]]) -> Split:
@@ -174,8 +175,9 @@ class _Reader:
                     raise ValueError(f"it has more than {_MAX_PIXELS} pixels")
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"it has {image.n_frames} frames")
-                mode, size = image.mode, image.size
+                mode = image.mode
                 has_more_bits = mode[0] in "IF" or _drops_bits(image)
+                image = self._upright(image)
                 if mode in ("P", "PA"):  # of whose colours Pillow would warn that they have an alpha channel
                     image = image.convert("RGBA")
                 pixels = np.asarray(image.convert("L" if mode in ("L", "1", "LA") else "RGB"))
@@ -185,6 +187,7 @@ class _Reader:
             raise ValueError(f"{file} is not a readable image: {error}") from error
         if has_more_bits:
             raise ValueError(f"{file} must have 8 bits per channel, it has more: convert it, or scale its values")
+        size = pixels.shape[1::-1]
         self._first = self._first or (file, size)
         first, first_size = self._first
         if size != first_size:
@@ -201,6 +204,6 @@ def _drops_bits(image: Any) -> bool:
         words = arguments if isinstance(arguments, tuple) else (arguments,)
         if any(isinstance(word, str) and ";16" in word for word in words):  # as "RGB;16B" of PNG and TIFF
             return True
-        if decoder.startswith("ppm") and words[-1] > 255:  # the largest value
+        if decoder.startswith("ppm") and isinstance(words[-1], int) and words[-1] > 255:  # the largest value
             return True
     return False

@@ -392,7 +392,7 @@ def _finished(folder: Path, train_config: TrainConfig, prune_config: PruneConfig
     """The ticket in the folder, if a search with these configurations found it."""
     ticket = masks.load_ticket(folder / runs.TICKET)
     record = record_of(ticket, folder / runs.TICKET)
-    if (record.train, record.prune) != (train_config, prune_config.named()):
+    if (replace(record.train, graphs=train_config.graphs), record.prune) != (train_config, prune_config.named()):
         name = "training" if record.train != train_config else "pruning"
         raise ValueError(f"{folder} holds a ticket of another {name} configuration: take another folder, or delete it")
     return ticket

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
@@ -60,13 +59,12 @@ def perturbed_weights(model: nn.Module, loss: Callable[[nn.Module], Tensor], gam
 
 @contextmanager
 def _still_statistics(model: nn.Module) -> Iterator[None]:
-    """Let BatchNorm layers in training mode use the statistics of the batch without updating the running ones."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    tracking = [norm.track_running_stats for norm in norms]
+    """Give the running statistics, and other buffers but masks, the values back that they have before."""
+    buffers = [buffer for buffer in model.buffers() if buffer.dtype != torch.bool]
+    before = [buffer.clone() for buffer in buffers]
     try:
-        for norm in norms:
-            norm.track_running_stats = False
         yield
     finally:
-        for norm, flag in zip(norms, tracking, strict=True):
-            norm.track_running_stats = flag
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

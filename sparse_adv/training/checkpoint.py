@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_adv import torch_files
 from sparse_adv.argument_types import checks_types
+from sparse_adv.errors import first_line
 from sparse_adv.files import write_bytes
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.ticket import independent_copies
@@ -87,9 +88,14 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def damaged(path: Path) -> ValueError:
-    """Return the error that refuses a damaged state."""
-    return ValueError(f"{str(path)!r} is damaged, the run cannot continue: delete its folder to start anew")
+def damaged(path: Path, error: Exception) -> Exception:
+    """Return the error that refuses a damaged state; one of too little memory is returned as it is."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return error
+    cause = f"{type(error).__name__}: {first_line(error)}"
+    return ValueError(
+        f"{str(path)!r} is damaged or of other code, the run cannot continue ({cause}): delete its folder to start anew"
+    )
 
 
 def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[st
     try:
         state = torch_files.load(content, device)
     except Exception as error:  # a damaged file raises many types of errors
-        raise damaged(path) from error
+        raise damaged(path, error) from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(

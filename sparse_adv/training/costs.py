@@ -77,6 +77,8 @@ class Tally:
 
         The costs change at the same updates on all processes.
         """
+        if not self._images:
+            raise ValueError("batches must have images in each epoch, got none: can they be iterated only once?")
         totals = distributed.all_reduce_sum([*sums, *map(float, self._images.values())], device)
         images = totals[len(sums) :]
         self._images = {key: int(count) for key, count in zip(self._images, images, strict=True)}

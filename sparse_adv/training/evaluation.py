@@ -21,7 +21,7 @@ from sparse_adv.ops.arguments import check_number
 from sparse_adv.training import distributed
 from sparse_adv.training.checks import first_pass, pairs_of
 from sparse_adv.training.devices import reads_at_once
-from sparse_adv.training.random_numbers import seeded
+from sparse_adv.training.random_numbers import seeded, set_epoch
 
 Images = Split | Iterable[tuple[Tensor, Tensor]]
 """Labelled images: a Split, or batches (images in [0, 1], labels) that can be iterated more than once."""
@@ -154,13 +154,19 @@ def robust_accuracy(
 
 @checks_types
 def fgsm_accuracy(
-    model: nn.Module, images: Images, *, eps: float = 8 / 255, norm: Norm = "linf", batch_size: int = BATCH_SIZE
+    model: nn.Module,
+    images: Images,
+    *,
+    eps: float = 8 / 255,
+    norm: Norm = "linf",
+    batch_size: int = BATCH_SIZE,
+    engine: bool = True,
 ) -> Accuracy:
     """Measure the fraction of images classified correctly clean and after one gradient step of size eps (FGSM).
 
     Args:
         model, images, batch_size: as in `clean_accuracy`.
-        eps, norm: as in `attacks.fgsm`.
+        eps, norm, engine: as in `attacks.fgsm`.
 
     Returns:
         The accuracy over the images of all processes, and the passes that it took.
@@ -176,7 +182,7 @@ def fgsm_accuracy(
         >>> fgsm_accuracy(model, images, eps=0.1).images
         10
     """
-    options: attacks.LossOptions = {"check": False, "graphs": attacks.Graphs()}
+    options: attacks.LossOptions = {"check": False, "graphs": attacks.Graphs(), "engine": engine}
 
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return attacks.fgsm(model, x, y, eps=eps, norm=norm, **options)
@@ -234,7 +240,7 @@ def check_evaluable(name: str, images: Images, model: nn.Module) -> None:
                     x, y = images.images, int64_labels(images.labels)
                 InputValidator(deferred=False).check(x, y, classes)
                 if isinstance(images, Split):
-                    check_classes(images.labels, classes)
+                    check_classes(int64_labels(images.labels), classes)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name}: {error}") from error
@@ -260,7 +266,9 @@ def _accuracy(
     count = forward = backward = 0
     withstood = [torch.ones(0, dtype=torch.bool, device=device)]
     validator = InputValidator(deferred=not at_once)
-    with in_mode(model, "eval") as model:
+    set_epoch(images, 0)
+    # Shuffled images come in the same order in each evaluation, so that a run that is continued measures the same.
+    with seeded(0, device), in_mode(model, "eval") as model:
         for x, y in as_batches(images, batch_size):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from sparse_adv.config import TrainConfig
 from sparse_adv.data import Batches, Split
@@ -169,6 +169,9 @@ def network_digest(model: nn.Module, with_masks: bool = True) -> str:
         digest.update(repr(names).encode() + attribute)
     digest.update(repr(frozen_modules(model)).encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            got = f"{name!r}, a {type(tensor).__name__}"
+            raise ValueError(f"model must have tensors alone in its state dict to be kept in a folder, got {got}")
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
         if tensor.dtype == torch.bool and with_masks:
             digest.update(_bytes(tensor))
@@ -214,7 +217,7 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
         order = images.batch_size, images.shuffle, images.augment, images.seed, images.world_size
         digest.update(repr(order).encode())
         _add(digest, images.split)
-    elif isinstance(images, DataLoader) and hasattr(images.dataset, "__getitem__") and _length(images.dataset):
+    elif isinstance(images, DataLoader) and _has_samples(images.dataset):
         dataset, count = images.dataset, _length(images.dataset)
         digest.update(repr((count, len(images), images.batch_size)).encode())
         for sampler in (images.sampler, images.batch_sampler):
@@ -223,9 +226,12 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
         step = max(1, count // _SAMPLES)
         with seeded(seed):
             for index in range(0, count, step):
-                sample = dataset[index]
-                _add(digest, images.collate_fn([sample] if images.batch_sampler is not None else sample))
-    elif isinstance(images, Sequence):  # a Split, too
+                if images.batch_sampler is not None:
+                    sample = [dataset[index]]
+                else:
+                    sample = dataset[[index] if isinstance(images.sampler, BatchSampler) else index]
+                _add(digest, images.collate_fn(sample))
+    elif isinstance(images, list | tuple):  # a Split, too
         _add(digest, images)
     else:
         digest.update(repr(_length(images)).encode())
@@ -270,8 +276,16 @@ def _frozen_parameters(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
+def _has_samples(dataset: Any) -> bool:
+    has_index = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+    return has_index and _length(dataset) > 0
+
+
 def _length(images: Any) -> int:
-    return len(images) if hasattr(images, "__len__") else 0
+    try:
+        return len(images)
+    except TypeError:  # a DataLoader over a stream
+        return 0
 
 
 def _attributes(model: nn.Module) -> dict[tuple[str, str], bytes]:

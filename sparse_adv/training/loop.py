@@ -247,7 +247,7 @@ class Training:
         if self.costs is None:
             if self.first_batch is None:
                 self.first_batch = torch.empty_like(x, device="meta")
-            with self.updater.autocast(), first_pass(x):
+            with self.updater.autocast(), first_pass(x), random_numbers.seeded(0, self.device):
                 self.costs = NetworkCosts(self.updater.model, torch.zeros_like(self.first_batch, device=x.device))
         return self.costs
 

@@ -24,6 +24,7 @@ from sparse_adv.attacks import Graphs
 from sparse_adv.config import TrainConfig
 from sparse_adv.data import Split
 from sparse_adv.training.evaluation import Accuracy, Images, as_batches, robust_accuracy
+from sparse_adv.training.random_numbers import seeded
 
 IMAGES = 256
 STEPS = 5
@@ -139,9 +140,10 @@ def _first(images: Images, count: int) -> list[tuple[Tensor, Tensor]]:
         images = Split(images.images[:count], images.labels[:count])
     batches: list[tuple[Tensor, Tensor]] = []
     total = 0
-    for x, y in as_batches(images, count):
-        batches.append((x, y))
-        total += len(y)
-        if total >= count:
-            break
+    with seeded(0):  # the same ones in a run that is continued
+        for x, y in as_batches(images, count):
+            batches.append((x, y))
+            total += len(y)
+            if total >= count:
+                break
     return batches

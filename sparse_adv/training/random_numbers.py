@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -125,13 +126,15 @@ def set_epoch(batches: Iterable[Any], epoch: int) -> None:
 def _parts(batches: Any) -> Iterator[Any]:
     """The batches, and the samplers and data sets inside of them, found by `_PART_NAMES`; each once."""
     seen: set[int] = set()
-    left = [batches]
+    left = deque([batches])
     while left:
-        part = left.pop(0)
+        part = left.popleft()
         if part is None or id(part) in seen:
             continue
         seen.add(id(part))
         yield part
         for name in _PART_NAMES:
             inner = getattr(part, name, None)
-            left += inner if isinstance(inner, list | tuple) else [inner]
+            # A list may hold samples, tens of thousands of them, which have no attributes.
+            inner = inner if isinstance(inner, list | tuple) else [inner]
+            left.extend(each for each in inner if hasattr(each, "__dict__"))

@@ -57,6 +57,7 @@ def final_test(
         >>> result.tested, sorted(result.test)
         ('last', ['clean', 'fgsm', 'pgd-20'])
     """
+    folder = Path(folder)
     lock = hold(folder)
     best = runs.best(records, config)
     epoch, path = (records[-1], folder / runs.LAST) if best is None else (best, folder / runs.BEST)
@@ -69,9 +70,9 @@ def final_test(
     model.load_state_dict(weights)
     accuracies = {
         "clean": clean_accuracy(model, test),
-        "fgsm": fgsm_accuracy(model, test, eps=config.eps, norm=config.norm),
+        "fgsm": fgsm_accuracy(model, test, eps=config.eps, norm=config.norm, engine=config.engine),
         f"pgd-{TEST_STEPS}": robust_accuracy(
-            model, test, eps=config.eps, norm=config.norm, steps=TEST_STEPS, seed=config.seed
+            model, test, eps=config.eps, norm=config.norm, steps=TEST_STEPS, seed=config.seed, engine=config.engine
         ),
     }
     result = TrainResult(

@@ -126,7 +126,7 @@ class RunFiles:
             records = self._load(path, state)
             identity.warn_of_changes(self.folder, state["environment"], identity.environment(device))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            raise damaged(path) from error
+            raise damaged(path, error) from error
         if distributed.rank() == 0:
             self._write_records_and_weights(records)
         distributed.barrier()

@@ -151,3 +151,11 @@ def test_a_config_file_of_ones_own_is_not_replaced(tmp_path, capsys, command):
     said = refused(capsys, command, "--config", str(own), "--out", str(tmp_path))
     assert f"{own} would be replaced by the one that the run writes" in said
     assert own.read_text().startswith("# my notes") and list(tmp_path.iterdir()) == [own]
+
+
+@pytest.mark.parametrize("content", ["no-augment: true", "no_engine: false", "keep_freed_memory: null"])
+def test_a_switch_is_named_without_no_and_has_a_value(tmp_path, capsys, content):
+    (tmp_path / "c.yaml").write_text(content)
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "write 'augment: false'" in said or "write 'engine: false'" in said or "must be true or false" in said

@@ -254,3 +254,16 @@ def test_a_folder_of_images_beside_train_is_used_or_refused(tree, names):
             draw(tree / name / kind / "x.png", 1)
     with pytest.raises(ValueError, match=names[-1]):
         data.load(tree)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+def test_pictures_stand_as_the_camera_noted(tmp_path, suffix):
+    pixels = np.zeros((4, 8, 3), dtype=np.uint8)
+    pixels[:, :4] = 255  # the left half is white; turned by 90 degrees, the upper one is
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for folder in ("train/a", "train/b", "test/a", "test/b", "val/a", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / folder / f"x.{suffix}", exif=exif)
+    images = data.load(tmp_path).train.images
+    assert images.shape[2:] == (8, 4) and images[0, :, :3].min() > 200 and images[0, :, 5:].max() < 50

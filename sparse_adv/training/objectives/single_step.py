@@ -136,6 +136,8 @@ class FGSMRSCS(TrainingObjective):
         return loss + self.config.second_weight * change.sign() * (change.abs() > self._LARGEST_CHANGE) * start_loss
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        # In 16 bits the smoothed labels would not add up to 1.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         classes, smoothing = logits.shape[1], self.config.label_smoothing
         others = smoothing / max(1, classes - 1)
         wanted = torch.full_like(logits, others).scatter_(1, y[:, None], 1 - smoothing)
