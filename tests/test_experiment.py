@@ -306,3 +306,14 @@ def test_the_images_of_a_run_may_lie_elsewhere_if_they_are_the_same(tmp_path, da
         for elsewhere in ("/elsewhere", "digits"):
             with pytest.raises(ValueError, match=r"other settings \(data\.data '"):
                 begin(elsewhere)
+
+
+def test_weights_are_told_with_the_epoch_that_they_are_of(tmp_path, dataset):
+    """A run may have been killed between its records and its weights."""
+    list(experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU).epochs())
+    for name in (runs.LAST, runs.BEST):
+        weights, metadata = training.checkpoint.read_weights(tmp_path / name)
+        training.checkpoint.write_weights(tmp_path / name, weights, {**metadata, "epoch": 1})
+        told = experiment.read_pruned(tmp_path / name, dense=True).provenance
+        assert told["epoch"] == 1
+        assert told["cost"]["seconds"] == runs.read(tmp_path).records[0].total.seconds
