@@ -91,7 +91,7 @@ def mifgsm(
             gradient = model.gradient(adv, raised).to(wide)
             length = gradient.abs().flatten(1).sum(1)
             momentum = decay * momentum + gradient / per_image(length.where(length > 0, 1), gradient)
-            adv = movement.step(adv, direction(momentum, norm).to(images.dtype), images, size, ball)
+            adv = movement.step(adv, direction(momentum, ball.norm).to(images.dtype), images, size, ball)
         return into_ball(adv, images, ball)
 
     return run_search(search, model, images, labels, lo, hi, check, engine)

@@ -47,10 +47,9 @@ Sizes to_vector(const std::array<int64_t, 2>& pair) { return {pair[0], pair[1]};
 
 // Faults of oneDNN (of torch 2.13) that these functions go around:
 // - It ends the process where some window lies in the padding: in 16 bits, and in any dtype where there is a bias.
-// - Where a stride leaves one column of output pixels and there is one input channel, it reads memory that nobody
-// wrote,
-//   in any dtype, of images or weights in channels_last. In bfloat16 results are wrong with more channels too, the
-//   weight's gradient also with two columns.
+// - Of images or weights in channels_last with one input channel, it reads memory that nobody wrote where a stride
+//   leaves one column of output pixels. In bfloat16 results are wrong there with more channels too, and the weight's
+//   gradient also with two columns.
 bool leaves_columns(const ConvParams& conv, int64_t count) { return conv.Q <= count && conv.stride[1] > 1; }
 
 // The dtype in which PyTorch computes a convolution of tensors like this one.
