@@ -9,7 +9,6 @@ from typing import Literal
 from sparse_adv import experiment, masks, models
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output, check_new
-from sparse_adv.models.checkpoints import sizes_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_new("target", self.target, self.source, self.masks)
+        if self.to == "ticket" and self.target.suffix in (".pt", ".pth"):
+            raise ValueError(f"a ticket is no file of torch.save: name it *.safetensors, got {self.target}")
         if self.width is not None and self.arch is None:
             raise ValueError(f"--width is for the network of --arch, which is missing, got --width {self.width}")
         if self.normalize is not None and (self.arch is None or self.masks is not None):
@@ -56,12 +57,7 @@ class Options:
 
 def run(options: Options) -> int:
     # Masks in another file may be a list in the order of the network's layers, whose names the weights then have.
-    model = None
-    if options.arch and options.masks:
-        weights = experiment.read_pruned(options.source, dense=True).state_dict
-        classes, channels = sizes_of(weights, options.arch)
-        shape = (channels, *models.find(options.arch).input_shape[1:])
-        model = models.build(options.arch, width=options.width, classes=classes, input_shape=shape)
+    model = models.build(options.arch, width=options.width) if options.arch and options.masks else None
     pruned = experiment.read_pruned(
         options.source, options.masks, model=model, density=options.density, format=options.format
     )

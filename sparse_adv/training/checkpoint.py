@@ -81,10 +81,19 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     Args:
         path: the file.
         state: tensors, numbers, text, and dicts, lists and tuples of these, as PyTorch's state dicts are.
+
+    Raises:
+        TypeError: if the file does not exist yet, and could not be read again: the state has other objects.
     """
     # Into memory first: torch.save to a full disk raises a RuntimeError that does not mention the disk.
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
+    if not path.exists():
+        try:
+            torch_files.load(io.BytesIO(buffer.getvalue()))
+        except Exception as error:
+            said = "a state must be tensors, numbers, text, and dicts, lists and tuples of these to be read again"
+            raise TypeError(f"{said}: {first_line(error)}") from error
     write_bytes(path, buffer.getvalue())
 
 

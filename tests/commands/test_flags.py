@@ -313,7 +313,7 @@ def test_a_report_is_given_every_setting(reach, tmp_path):
 
 def test_a_conversion_is_given_every_setting(reach, checkpoint, tmp_path):
     settings = {"masks": tmp_path / "m", "format": "hydra", "density": 0.25, "arch": "digits_cnn", "width": 4}
-    asked = reach(masks, "load_pruned", "convert", checkpoint, "x.pt", *flags(settings))
+    asked = reach(masks, "load_pruned", "convert", checkpoint, "x.safetensors", *flags(settings))
     given = [value for name, value in asked.items() if name != "model"]
     assert all(settings[name] in given for name in ("masks", "format", "density"))
     assert asked["model"].conv1.out_channels == models.build("digits_cnn", width=4).conv1.out_channels

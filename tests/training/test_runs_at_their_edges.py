@@ -1,5 +1,6 @@
 """Runs with data and models at the edges: noise in eval mode, shuffled validation, streams, states that do not fit."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -175,3 +176,13 @@ def test_a_perturbation_of_weights_moves_no_statistics():
     with perturbed_weights(model, lambda model: model(x).square().mean(), 0.01):
         pass
     assert all(buffer.equal(before[name]) for name, buffer in model.named_buffers())
+
+
+def test_what_a_hook_keeps_must_be_read_again(tmp_path):
+    class Keeping(training.UpdateHook):
+        def state_dict(self):
+            return {"best": np.float64(0.5)}
+
+    with pytest.raises(TypeError, match="a state must be tensors, numbers, text"):
+        training.train(Noisy(), data.Batches(split(), 8), CONFIG, folder=tmp_path, hook=Keeping())
+    assert not (tmp_path / "state.pt").exists()

@@ -120,8 +120,8 @@ def test_the_final_test_is_of_the_best_weights_with_the_settings_of_the_run(tmp_
     tested = training.final_test(model, tmp_path, records, config, TEST)
     assert seen == {
         "clean_accuracy": {},
-        "fgsm_accuracy": {"eps": 0.4, "norm": norm},
-        "robust_accuracy": {"eps": 0.4, "norm": norm, "steps": 20, "seed": 3},
+        "fgsm_accuracy": {"eps": 0.4, "norm": norm, "engine": config.engine},
+        "robust_accuracy": {"eps": 0.4, "norm": norm, "steps": 20, "seed": 3, "engine": config.engine},
     }
     assert tested.test == {"clean": 0.75, "fgsm": 0.5, "pgd-20": 0.25}
     assert (tested.tested, tested.tested_epoch) == (("best", 1) if best else ("last", 2))
