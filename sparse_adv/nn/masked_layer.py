@@ -156,7 +156,7 @@ class MaskedLayer(nn.Module):
         raise TypeError("torch.jit.script cannot compile masked layers: script `densify(copy.deepcopy(model))`")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight_orig":  # the first thing that they do, but that spectral_norm has removed the weight
+        if name == "weight_orig":  # the first thing that they do; spectral_norm has removed the weight by then
             self._parameters.setdefault("weight", param)
             raise TypeError(
                 "torch.nn.utils.prune and spectral_norm cannot change a masked layer: give it another mask by set_mask"

@@ -59,7 +59,7 @@ def perturbed_weights(model: nn.Module, loss: Callable[[nn.Module], Tensor], gam
 
 @contextmanager
 def _still_statistics(model: nn.Module) -> Iterator[None]:
-    """Give the running statistics, and other buffers but masks, the values back that they have before."""
+    """At the end, give all buffers but masks, running statistics among them, the values that they had before."""
     buffers = [buffer for buffer in model.buffers() if buffer.dtype != torch.bool]
     before = [buffer.clone() for buffer in buffers]
     try:

@@ -167,7 +167,7 @@ def test_dense_gradients_in_bfloat16_are_right_at_strides():
             del junk
             with dense_gradients(model) as gradients:
                 model(x).backward(grad)
-            (found,) = gradients.values() if hasattr(gradients, "values") else gradients
+            (found,) = gradients.values()
             torch.testing.assert_close(found.double(), weight.grad, rtol=0.05, atol=0.2)
 
 

@@ -1,5 +1,7 @@
 """Runs with data and models at the edges: noise in eval mode, shuffled validation, streams, states that do not fit."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -104,8 +106,15 @@ def test_loaders_of_streams_and_of_whole_batches_keep_a_folder(tmp_path, length)
 
 
 def test_images_in_a_sequence_of_ones_own_are_recognised(tmp_path):
-    class Pairs(list):
-        pass
+    class Pairs(Sequence):
+        def __init__(self, pairs):
+            self.pairs = pairs
+
+        def __len__(self):
+            return len(self.pairs)
+
+        def __getitem__(self, index):
+            return self.pairs[index]
 
     for seed, said in ((0, None), (1, "other training images")):
         batches = Pairs([(split(8, seed).images, split(8).labels)])
