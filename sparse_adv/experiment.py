@@ -18,7 +18,7 @@ from sparse_adv.methods.start import generator
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Density, EpochRecord, Run, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
-from sparse_adv.training.checkpoint import read_weights
+from sparse_adv.training.checkpoint import read_metadata
 from sparse_adv.training.run_files import begin, resume
 from sparse_adv.training.update import updates_of
 
@@ -145,7 +145,7 @@ def read_pruned(
     info = run.info
     about = _origin(info)
     about |= {name: value for name, value in json_files.to_json(info).items() if name in ("train", "block") and value}
-    epoch = read_weights(path)[1].get("epoch")  # that of a run that was killed may be before the last record
+    epoch = read_metadata(path).get("epoch")  # that of a run that was killed may be before the last record
     record = next((record for record in run.records if record.epoch == epoch), None)
     if record is not None:
         about |= {"epoch": record.epoch, "cost": json_files.to_json(record.total)}

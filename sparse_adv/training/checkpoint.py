@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
         >>> weights["bias"], metadata["epoch"]
         (tensor([0., 0.]), 3)
     """
+    with _opened(path) as (file, metadata):
+        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> JSONObject:
+    """Read the metadata alone, see `read_weights`."""
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, JSONObject]]:
+    """A file of weights and its metadata; raises the errors of `read_weights`."""
     if not path.is_file():
         raise FileNotFoundError(f"no file of weights {str(path)!r}")
     try:
@@ -70,7 +84,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
             metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
             if not isinstance(metadata, dict):
                 raise ValueError("its metadata are not a JSON object")
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+            yield file, metadata
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a readable file of weights: {error}") from error
 
