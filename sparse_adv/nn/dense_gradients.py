@@ -86,7 +86,7 @@ def is_collecting(layer: MaskedLayer) -> bool:
     """Whether a forward pass of the layer now has to take the weight from `with_dense_gradient`."""
     if torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled():
         return False
-    return layer.weight.requires_grad and bool(_receivers.get(layer))
+    return bool(_receivers.get(layer)) and layer.weight.requires_grad
 
 
 def with_dense_gradient(layer: MaskedLayer, weight: Tensor) -> Tensor:

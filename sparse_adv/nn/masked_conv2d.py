@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NotRequired, Self, TypedDict
+from typing import Any, NotRequired, Self, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -274,16 +274,21 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     def _set_mask(self, mask: Tensor, block: Block, compiled: CompiledConvMask | None) -> None:
         self._write_mask(mask)
-        self.block, self.choices = block, None
+        self.block = block
         self._install(compiled)
+
+    def _install(self, compiled: CompiledMask | None) -> None:
+        if self._installed is None or compiled is not self._installed[1]:
+            self.choices = None  # they were measured with another mask or on another device
+        if compiled is not None:
+            self.block = cast(CompiledConvMask, compiled).pattern.block
+        super()._install(compiled)
 
     def _compile(self) -> CompiledConvMask | None:
         mask = self.weight_mask
         if mask.is_meta:
             return None
-        self.block = self.block if obeys(mask, self.block) else largest_obeyed_block(mask)
-        self.choices = None  # they were measured with another mask or on another device
-        return compile_mask(self, mask, self.block)
+        return compile_mask(self, mask, self.block if obeys(mask, self.block) else largest_obeyed_block(mask))
 
     def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Pattern]:
         return weight, bias, pack_checked(self.pattern, weight)

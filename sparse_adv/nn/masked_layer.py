@@ -103,8 +103,8 @@ class MaskedLayer(nn.Module):
 
     _compiled: CompiledMask | None
     """None on the meta device, where the layer computes what the dense one does."""
-    _installed: Tensor | None
-    """The buffer of which a mask was installed last: `torch.func.functional_call` puts another one in its place."""
+    _installed: tuple[Tensor, CompiledMask] | None = None
+    """The layer's own buffer and mask, installed last: `torch.func.functional_call` puts others in their place."""
     _frozen: dict[int, _FrozenOperands]
     """The operands inside of `nn.frozen_weights`.
 
@@ -190,12 +190,12 @@ class MaskedLayer(nn.Module):
         """The fraction of weights kept."""
         return int(self.weight_mask.count_nonzero()) / max(1, self.weight_mask.numel())
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        is_new_mask = name == "weight_mask" and name in self.__dict__.get("_buffers", ())
+    def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> None:
+        is_new_mask = name == "weight_mask" and name in self._buffers  # assigning to `weight_mask` comes here, too
         if is_new_mask:
-            check_mask(value, linear=self._dense is nn.Linear)
-            check_shape(value, self.weight)
-        super().__setattr__(name, value)
+            check_mask(tensor, linear=self._dense is nn.Linear)
+            check_shape(tensor, self.weight)
+        super().register_buffer(name, tensor, persistent)
         if is_new_mask:
             self._derive()
 
@@ -252,7 +252,7 @@ class MaskedLayer(nn.Module):
     def _install(self, compiled: CompiledMask | None) -> None:
         """Adopt the buffer's mask, and apply it to the weight and its optimisers."""
         self._adopt(compiled)
-        self._installed = None if compiled is None else self.weight_mask
+        self._installed = None if compiled is None else (self.weight_mask, compiled)
         if compiled is not None:
             self._zero_pruned()
             optimizer_hook.watch(self.weight, compiled.mask)
@@ -268,10 +268,10 @@ class MaskedLayer(nn.Module):
 
     def _derive(self) -> None:
         """Compile the buffer if its content has changed, and install the result in any case."""
-        compiled = self._compiled
+        _, own = self._installed or (None, None)
         with mode_of(self.weight):
-            valid = compiled is not None and compiled.matches(self.weight_mask)
-            self._install(compiled if valid else self._compile())
+            valid = own is not None and own.matches(self.weight_mask)
+            self._install(own if valid else self._compile())
 
     def refresh(self) -> None:
         """Before a forward pass: recompile the mask if the buffer was written to, except in code that is traced."""
@@ -280,8 +280,8 @@ class MaskedLayer(nn.Module):
         compare_in_first_pass()
         if self._compiled is not None and self._compiled.matches(self.weight_mask):
             return
-        is_own = self.weight_mask is self._installed and optimizer_hook.mask_of(self.weight) is not None
-        if self._compiled is None or is_own:
+        buffer, _ = self._installed or (None, None)
+        if self._compiled is None or (self.weight_mask is buffer and optimizer_hook.mask_of(self.weight) is not None):
             self._derive()
         else:  # tensors of a caller, for this pass: they are not written to
             with mode_of(self.weight):
@@ -291,8 +291,8 @@ class MaskedLayer(nn.Module):
         """Before torch gives tensors the content of others, if it is told to: `_derive` must follow."""
         if torch.__future__.get_swap_module_params_on_conversion():
             optimizer_hook.unwatch(self.weight)  # torch cannot swap a tensor to which there are weak references
-            if self._compiled is not None:
-                self._compiled.detach()
+            if self._installed is not None:
+                self._installed[1].detach()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._prepare_swap()
@@ -304,7 +304,8 @@ class MaskedLayer(nn.Module):
 
     def _save_to_state_dict(self, *args: Any) -> None:
         # Averaging and copying write the weight without a call of this layer, so it is zeroed here.
-        if type(self.weight) is nn.Parameter and not self.weight.is_meta:  # a shard has another type
+        weight = self._parameters.get("weight")
+        if type(weight) is nn.Parameter and not weight.is_meta:  # a shard has another type
             self._zero_pruned()
         super()._save_to_state_dict(*args)
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from threading import Lock
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -55,16 +56,20 @@ _settled: WeakKeyDictionary[Optimizer, tuple[object, WeakTensorKeyDictionary]] =
 """Maps an optimiser to its state dictionary (loading makes a new one), and to the mask last applied to each weight,
 without what later masks have pruned, with the version of the weight after the last step."""
 
+_lock = Lock()
+"""For `_settled`: a mask changes in one thread while an optimiser makes its first step in another."""
+
 
 def watch(weight: Tensor, mask: Tensor) -> None:
     """Make all optimisers keep `weight` at zero where `mask` is false, from now on."""
     if weight not in _hooks and not weight.is_inference():
         _hooks[weight] = _mask_gradients_of(weight)
     _masks[weight] = mask
-    for _, settled in _settled.values():
-        applied, version = settled.get(weight, (mask, None))
-        if applied is not mask:  # a later mask may revive, before the next step, what this one prunes
-            settled[weight] = mask & applied.to(mask.device), version
+    with _lock:
+        for _, settled in _settled.values():
+            applied, version = settled.get(weight, (mask, None))
+            if applied is not mask:  # a later mask may revive, before the next step, what this one prunes
+                settled[weight] = mask & applied.to(mask.device), version
     _install_hook()
 
 
@@ -74,8 +79,9 @@ def unwatch(weight: Tensor) -> None:
     hook = _hooks.pop(weight, None)
     if hook is not None:
         hook.remove()
-    for _, settled in _settled.values():
-        settled.pop(weight, None)
+    with _lock:
+        for _, settled in _settled.values():
+            settled.pop(weight, None)
 
 
 def mask_of(weight: Tensor) -> Tensor | None:
@@ -94,7 +100,8 @@ def settle(optimizer: Optimizer) -> None:
     state, settled = _settled.get(optimizer, (None, None))
     if settled is None or state is not optimizer.state:
         settled = WeakTensorKeyDictionary()
-        _settled[optimizer] = (optimizer.state, settled)
+        with _lock:
+            _settled[optimizer] = (optimizer.state, settled)
     for group in optimizer.param_groups:
         for weight in group["params"]:
             mask = _masks.get(weight)

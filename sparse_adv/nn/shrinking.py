@@ -113,9 +113,14 @@ def shrink(
 
 
 def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the masks on their weights' devices; raises ValueError if one does not fit."""
+    """Copies of the masks on their weights' devices, by the first name of each module, as in a traced graph.
+
+    Raises:
+        ValueError: if a mask does not fit, or a module has two.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
-    copies = {}
+    first_names = {module: name for name, module in model.named_modules()}
+    copies: dict[str, Tensor] = {}
     for name, mask in masks.items():
         if name not in modules:
             raise ValueError(unknown_module(name, modules))
@@ -124,7 +129,9 @@ def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]
         if not isinstance(weight, Tensor) or mask.shape != weight.shape:
             size = tuple(weight.shape) if isinstance(weight, Tensor) else "none"
             raise ValueError(f"mask of {name!r} has shape {tuple(mask.shape)}, weight has shape {size}")
-        copies[name] = mask.to(weight.device, copy=True)
+        mask = mask.to(weight.device, copy=True)
+        if not copies.setdefault(first_names[modules[name]], mask).equal(mask):
+            raise ValueError(f"module {name!r} has another name with another mask")
     return copies
 
 

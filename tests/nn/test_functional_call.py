@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
+from sparse_adv.ops import PASSES
 
 
 def conv() -> MaskedConv2d:
@@ -80,3 +81,17 @@ def test_type_converts_a_layer_as_to_does(make):
     converted = nn.Sequential(layer).type(torch.float64)
     assert converted[0].weight_mask.dtype == torch.bool and converted[0].weight.dtype == torch.float64
     assert_close(converted(x.double()), expected)
+
+
+def test_the_layer_keeps_its_block_and_what_tune_chose():
+    mask = (torch.rand(4, 4, 3, 3) < 0.3).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    layer, x = MaskedConv2d(16, 16, 3, mask=mask, block=(4, 4)), torch.rand(2, 16, 8, 8)
+    layer.choose_kernels({name: {"kernel": "dense"} for name in PASSES})
+    before, pattern = layer.choices, layer.pattern
+    functional_call(layer, {"weight_mask": torch.rand(mask.shape) < 0.5}, (x,))
+    assert layer.block == (4, 4, 1, 1) and layer.choices == before
+    layer(x)
+    assert layer.pattern is pattern
+    layer.weight_mask.copy_(torch.rand(mask.shape) < 0.5)  # its own mask: other kernels may be faster now
+    layer(x)
+    assert layer.block == (1, 1, 1, 1) and layer.choices is None

@@ -1,6 +1,8 @@
 """Masked layers where other code gives them parameters, masks and calls in unusual ways."""
 
 import copy
+import sys
+from threading import Thread
 
 import pytest
 import torch
@@ -224,3 +226,61 @@ def test_convolutions_at_which_onednn_fails_are_right(case, dtype):
             torch.testing.assert_close(out.double(), expected, **near)
             for found, wanted in zip(torch.autograd.grad(out, inputs, grad), expected_gradients, strict=True):
                 torch.testing.assert_close(found.double(), wanted, **near)
+
+
+@pytest.mark.parametrize("assign", [setattr, MaskedLinear.register_buffer])
+def test_a_buffer_in_place_of_the_mask_is_a_new_mask(assign):
+    kept = torch.rand(4, 6) < 0.3
+    layer = MaskedLinear(6, 4, mask=kept)
+    assign(layer, "weight_mask", torch.ones_like(kept))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.rand(3, 6)).sum().backward()
+    optimizer.step()
+    assert layer.weight[~kept].all()
+    with pytest.raises(ValueError, match="shape"):
+        assign(layer, "weight_mask", kept[1:])
+    assert layer.weight_mask.all()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(2, 4, 3), lambda: nn.Linear(5, 4)])
+def test_a_forward_pass_and_a_state_dict_evaluate_a_parametrization_as_often_as_a_dense_layer(make):
+    calls = []
+
+    class Scale(nn.Module):
+        def forward(self, weight):
+            calls.append(1)
+            return 2 * weight
+
+    def evaluations(layer):
+        nn.utils.parametrize.register_parametrization(layer, "weight", Scale())
+        calls.clear()
+        layer(torch.rand(1, 2, 5, 5))
+        forward = len(calls)
+        layer.state_dict()
+        return forward, len(calls) - forward
+
+    dense = make()
+    kept = torch.ones_like(dense.weight, dtype=torch.bool)
+    sparse_layer = sparsify(nn.Sequential(copy.deepcopy(dense)), {"0": kept})[0]
+    assert evaluations(sparse_layer) == evaluations(dense) == (1, 0)
+
+
+def test_masks_change_while_optimisers_make_their_first_steps_in_another_thread():
+    layers = [MaskedLinear(2, 2) for _ in range(2)]
+    kept = torch.ones(2, 2, dtype=torch.bool)
+    optimizers = [torch.optim.SGD(layers[0].parameters(), lr=0.1) for _ in range(500)]
+
+    def make_steps():
+        for optimizer in optimizers:
+            optimizer.step()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = Thread(target=make_steps)
+        thread.start()
+        while thread.is_alive():
+            layers[1].set_mask(kept)
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)

@@ -238,3 +238,29 @@ def test_a_channel_is_needed_by_the_linear_layer_that_reads_any_of_its_pixels(ke
     shrunk = shrink(model, {"3": mask}, x)
     assert shrunk.widths["0"] == (4, 2) and shrunk.model[3].in_features == 18
     assert_close(shrunk.model(x), expected)
+
+
+class Renamed(nn.Module):
+    """A network whose convolution `own` is called by the name `other`, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3)
+        self.own = self.other = nn.Conv2d(4, 6, 1, bias=False)
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        return self.last(self.other(self.first(x)))
+
+
+@pytest.mark.parametrize("names", [("own",), ("other",), ("own", "other")])
+def test_a_mask_may_have_any_name_of_its_layer(names):
+    model, x, mask = Renamed(), torch.rand(2, 1, 6, 6), torch.ones(6, 4, 1, 1, dtype=torch.bool)
+    mask[2:] = False
+    masks = dict.fromkeys(names, mask)
+    expected = sparsify(copy.deepcopy(model), masks)(x)
+    shrunk = shrink(model, masks, x)
+    assert shrunk.widths["own"] == (6, 2)
+    assert_close(shrunk.model(x), expected)
+    with pytest.raises(ValueError, match="'other' has another name with another mask"):
+        shrink(model, {"own": mask, "other": ~mask}, x)
