@@ -1,4 +1,4 @@
-"""Types of arguments of public functions, checked against their annotations."""
+"""Arguments of public functions: types, checked against their annotations, and numbers of things."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def shortened(value: object) -> str:
         ('100000000000000000...0000000000000000000', "['a', a ndarray of shape (2, 3)]")
     """
     return " ".join(_Shortened().repr(value).split())
+
+
+def check_count(name: str, count: object, least: int) -> None:
+    """Raise ValueError unless this is an integer of at least `least`, of 64 bits.
+
+    Examples:
+        >>> check_count("steps", 2.5, least=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: steps must be an integer of at least 1, got 2.5
+    """
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {shortened(count)}")
+    if int(count) >= 1 << 63:
+        raise ValueError(f"{name} must be less than 2^63, got {shortened(count)}")
 
 
 def checks_types(function: Callable[P, R]) -> Callable[P, R]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.apgd_ascent import Attacker, Settings
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
-from sparse_adv.attacks.generators import seeded
+from sparse_adv.attacks.host_attack import SeededAttack
 from sparse_adv.attacks.losses import Loss, loss_function, loss_values, targeted_dlr
-from sparse_adv.attacks.options import BasicOptions, check_count
+from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.ops.arguments import check_flag
 
@@ -173,7 +173,7 @@ def apgd_t(
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
-class APGD(HostAttack):
+class APGD(SeededAttack):
     """`attacks.apgd` bound to a model, with the interface and the defaults of torchattacks.APGD.
 
     Args:
@@ -190,8 +190,7 @@ class APGD(HostAttack):
         torch.Size([2, 1, 8, 8])
     """
 
-    verbose = False
-    """Accepted, and without effect."""
+    _function = staticmethod(apgd)
 
     def __init__(
         self,
@@ -211,26 +210,8 @@ class APGD(HostAttack):
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.loss, self.eot_iter, self.rho = loss, eot_iter, rho
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        return apgd(
-            model,
-            images,
-            labels,
-            norm=self.norm,
-            eps=self.eps,
-            steps=self.steps,
-            restarts=self.n_restarts,
-            loss=self.loss,
-            targeted=targeted,
-            eot_iter=self.eot_iter,
-            rho=self.rho,
-            generator=seeded(self.seed),
-            **self._options,
-        )
 
-
-class APGDT(HostAttack):
+class APGDT(SeededAttack):
     """`attacks.apgd_t` bound to a model, with the interface and the defaults of torchattacks.APGDT.
 
     Args:
@@ -246,9 +227,8 @@ class APGDT(HostAttack):
         torch.Size([2, 1, 8, 8])
     """
 
+    _function = staticmethod(apgd_t)
     supports_targets = False
-    verbose = False
-    """Accepted, and without effect."""
 
     def __init__(
         self,
@@ -269,19 +249,5 @@ class APGDT(HostAttack):
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.eot_iter, self.rho, self.n_classes = eot_iter, rho, n_classes
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        return apgd_t(
-            model,
-            images,
-            labels,
-            norm=self.norm,
-            eps=self.eps,
-            steps=self.steps,
-            restarts=self.n_restarts,
-            n_target_classes=self.n_classes - 1,
-            eot_iter=self.eot_iter,
-            rho=self.rho,
-            generator=seeded(self.seed),
-            **self._options,
-        )
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"n_target_classes": self.n_classes - 1}

@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import Ball, into_ball
 from sparse_adv.attacks.checks import is_correct
 from sparse_adv.attacks.geometry import direction, per_image
-from sparse_adv.attacks.options import check_count, check_settings
+from sparse_adv.attacks.options import check_settings
 from sparse_adv.attacks.queries import Queries
 from sparse_adv.ops.random_start import as_philox_state
 

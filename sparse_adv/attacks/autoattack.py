@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.argument_types import checks_types, shortened
+from sparse_adv.argument_types import check_count, checks_types, shortened
 from sparse_adv.attacks.autoattack_state import Result, State, fingerprint
 from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned, with_enough_classes
 from sparse_adv.attacks.ball import Ball, checked_ball, into_ball
@@ -30,7 +30,6 @@ from sparse_adv.attacks.checks import (
     is_correct,
 )
 from sparse_adv.attacks.modes import in_mode
-from sparse_adv.attacks.options import check_count
 from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
@@ -253,7 +252,7 @@ class AutoAttack(Versioned, Attack):
             raise ValueError("x_orig must hold at least one image, got none")
         y_orig = int64_labels(y_orig)
         check_labels(x_orig, y_orig)
-        right = [is_correct(self.get_logits(x), y.long()).sum() for x, y in self._batches(x_orig, y_orig, bs)]
+        right = [is_correct(self.get_logits(x), y).sum() for x, y in self._batches(x_orig, y_orig, bs)]
         accuracy = int(torch.stack(right).sum()) / len(x_orig)
         self._log(f"clean accuracy {accuracy:.2%}")
         return accuracy

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_adv.argument_types import shortened
+from sparse_adv.argument_types import check_count, shortened
 from sparse_adv.attacks.apgd import apgd, apgd_t
 from sparse_adv.attacks.ball import Ball, checked_ball
 from sparse_adv.attacks.fab import fab, fab_t
-from sparse_adv.attacks.options import SETTINGS, check_count, check_settings
+from sparse_adv.attacks.options import SETTINGS, check_settings
 from sparse_adv.attacks.square import square
 from sparse_adv.ops.arguments import check_flag, check_integer
 

@@ -8,13 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sparse_adv.argument_types import checks_types, shortened
+from sparse_adv.argument_types import check_count, checks_types, shortened
 from sparse_adv.attacks import saved
 from sparse_adv.attacks.ball import Ball, ball_around
 from sparse_adv.attacks.checks import (
@@ -27,7 +27,6 @@ from sparse_adv.attacks.checks import (
 )
 from sparse_adv.attacks.modes import TrainingMode, in_mode
 from sparse_adv.attacks.normalized import Normalized, channel_statistics
-from sparse_adv.attacks.options import BasicOptions, check_count, check_names
 from sparse_adv.attacks.targets import TargetFunction, Targets, given_targets, least_likely, random_targets
 
 
@@ -322,28 +321,6 @@ class Attack(ABC):
     def _box_of(self, images: Tensor) -> Ball:
         """The range of pixel values of a batch, as a ball."""
         return ball_around(images, 0.0, "linf", getattr(self, "lo", 0.0), getattr(self, "hi", 1.0))
-
-
-class HostAttack(Attack):
-    """An attack whose loop runs on the host, with the options lo, hi, check and engine; `attacks.pgd` documents them.
-
-    Raises:
-        TypeError: if a keyword is another one.
-    """
-
-    lo: float | Tensor = 0.0
-    hi: float | Tensor = 1.0
-    check = True
-    engine = True
-
-    def __init__(self, model: Model, **options: Unpack[BasicOptions]) -> None:
-        super().__init__(model)
-        check_names(type(self).__name__, options, BasicOptions)
-        vars(self).update(options)
-
-    @property
-    def _options(self) -> BasicOptions:
-        return {"lo": self.lo, "hi": self.hi, "check": self.check, "engine": self.engine}
 
 
 def as_device(device: torch.device | str) -> torch.device:

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.checks import LabelRange, check_label_range
 from sparse_adv.attacks.loop import PGDLoop
-from sparse_adv.attacks.options import check_count
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.cuda_graph import CallCache, Capturer, inside_a_call

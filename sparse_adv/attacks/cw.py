@@ -8,11 +8,12 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.ball import Ball, ball_around
-from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
-from sparse_adv.attacks.options import BasicOptions, check_count
+from sparse_adv.attacks.host_attack import HostAttack
+from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, advantage, run_search
 from sparse_adv.ops.arguments import check_flag, check_numbers
 
@@ -159,6 +160,8 @@ class CW(HostAttack):
         torch.Size([2, 1, 8, 8])
     """
 
+    _function = staticmethod(cw)
+
     def __init__(
         self,
         model: Model,
@@ -173,18 +176,3 @@ class CW(HostAttack):
         super().__init__(model, **options)
         self.c, self.kappa, self.steps, self.lr = c, kappa, steps, lr
         self.binary_search_steps = binary_search_steps
-
-    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        return cw(
-            model,
-            images,
-            labels,
-            c=self.c,
-            kappa=self.kappa,
-            steps=self.steps,
-            lr=self.lr,
-            binary_search_steps=self.binary_search_steps,
-            targeted=targeted,
-            **self._options,
-        )

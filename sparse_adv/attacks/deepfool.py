@@ -8,12 +8,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import per_image
+from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.hyperplane import nearest_boundary
-from sparse_adv.attacks.options import BasicOptions, check_count
+from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
 from sparse_adv.ops.arguments import check_number
 
@@ -107,12 +108,9 @@ class DeepFool(HostAttack):
         torch.Size([2, 1, 8, 8])
     """
 
+    _function = staticmethod(deepfool)
     supports_targets = False
 
     def __init__(self, model: Model, steps: int = 50, overshoot: float = 0.02, **options: Unpack[BasicOptions]) -> None:
         super().__init__(model, **options)
         self.steps, self.overshoot = steps, overshoot
-
-    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        return deepfool(model, images, labels, steps=self.steps, overshoot=self.overshoot, **self._options)

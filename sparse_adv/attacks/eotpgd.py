@@ -7,12 +7,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
-from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.losses import Loss, loss_function, loss_to_raise
-from sparse_adv.attacks.options import BasicOptions, check_count, check_generator
+from sparse_adv.attacks.options import BasicOptions, check_generator
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.ops.arguments import check_flags
 from sparse_adv.ops.random_start import as_philox_state
@@ -112,6 +113,8 @@ class EOTPGD(HostAttack):
         torch.Size([2, 1, 8, 8])
     """
 
+    _function = staticmethod(eotpgd)
+
     def __init__(
         self,
         model: Model,
@@ -129,20 +132,3 @@ class EOTPGD(HostAttack):
         super().__init__(model, **options)
         self.eps, self.alpha, self.steps, self.eot_iter = eps, alpha, steps, eot_iter
         self.random_start, self.norm, self.loss, self.targeted = random_start, norm, loss, targeted
-
-    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        return eotpgd(
-            model,
-            images,
-            labels,
-            eps=self.eps,
-            alpha=self.alpha,
-            steps=self.steps,
-            eot_iter=self.eot_iter,
-            random_start=self.random_start,
-            norm=self.norm,
-            loss=self.loss,
-            targeted=targeted,
-            **self._options,
-        )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
-from sparse_adv.attacks.generators import private_generator, seeded
+from sparse_adv.attacks.generators import private_generator
 from sparse_adv.attacks.geometry import distance, divisor, per_image
+from sparse_adv.attacks.host_attack import SeededAttack
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
-from sparse_adv.attacks.options import BasicOptions, check_count, check_settings
+from sparse_adv.attacks.options import BasicOptions, check_settings
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, largest_logit, run_search
 from sparse_adv.ops.arguments import check_flag
 
@@ -177,7 +177,7 @@ def fab_t(
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
-class FAB(HostAttack):
+class FAB(SeededAttack):
     """`attacks.fab` or `attacks.fab_t` bound to a model, with the interface and the defaults of torchattacks.FAB.
 
     Args:
@@ -196,9 +196,6 @@ class FAB(HostAttack):
         >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
         torch.Size([2, 1, 8, 8])
     """
-
-    verbose = False
-    """Accepted, and without effect."""
 
     def __init__(
         self,
@@ -224,24 +221,12 @@ class FAB(HostAttack):
         self.supports_targets = not multi_targeted
         self.multi_targeted, self.n_classes = multi_targeted, n_classes
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        attack = partial(
-            fab_t if self.multi_targeted else fab,
-            model,
-            images,
-            labels,
-            norm=self.norm,
-            eps=self.eps,
-            steps=self.steps,
-            restarts=self.n_restarts,
-            alpha_max=self.alpha_max,
-            eta=self.eta,
-            beta=self.beta,
-            generator=seeded(self.seed),
-            **self._options,
-        )
-        return attack(n_target_classes=self.n_classes - 1) if self.multi_targeted else attack(targeted=targeted)
+    @property
+    def _function(self) -> Callable[..., Tensor]:  # type: ignore[override]
+        return fab_t if self.multi_targeted else fab
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"n_target_classes": self.n_classes - 1}
 
 
 class FABT(FAB):

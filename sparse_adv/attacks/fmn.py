@@ -8,9 +8,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from sparse_adv.argument_types import shortened
+from sparse_adv.argument_types import check_count, shortened
 from sparse_adv.attacks.ball import Ball, ball_around, checked_ball
-from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
@@ -22,9 +21,10 @@ from sparse_adv.attacks.checks import (
     is_correct,
 )
 from sparse_adv.attacks.geometry import distance, divisor, l2_unit, per_image
+from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.losses import loss_to_raise
 from sparse_adv.attacks.modes import in_mode
-from sparse_adv.attacks.options import BasicOptions, check_count
+from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
 from sparse_adv.ops.arguments import check_flag, check_floating, check_numbers
 
@@ -220,6 +220,8 @@ class FMN(HostAttack):
         torch.Size([2, 1, 8, 8])
     """
 
+    _function = staticmethod(fmn)
+
     def __init__(
         self,
         model: Model,
@@ -232,18 +234,3 @@ class FMN(HostAttack):
     ) -> None:
         super().__init__(model, **options)
         self.norm, self.steps, self.alpha, self.gamma, self.loss = norm, steps, alpha, gamma, loss
-
-    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        return fmn(
-            model,
-            images,
-            labels,
-            norm=self.norm,
-            steps=self.steps,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            loss=self.loss,
-            targeted=targeted,
-            **self._options,
-        )

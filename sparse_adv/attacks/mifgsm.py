@@ -7,13 +7,14 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
-from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import direction, per_image
+from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.losses import Loss, loss_function, loss_to_raise
-from sparse_adv.attacks.options import BasicOptions, check_count
+from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.ops.arguments import check_flag, check_number
 
@@ -111,6 +112,8 @@ class MIFGSM(HostAttack):
         torch.Size([2, 1, 8, 8])
     """
 
+    _function = staticmethod(mifgsm)
+
     def __init__(
         self,
         model: Model,
@@ -127,19 +130,3 @@ class MIFGSM(HostAttack):
         super().__init__(model, **options)
         self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay
         self.norm, self.loss, self.targeted = norm, loss, targeted
-
-    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        return mifgsm(
-            model,
-            images,
-            labels,
-            eps=self.eps,
-            alpha=self.alpha,
-            steps=self.steps,
-            decay=self.decay,
-            norm=self.norm,
-            loss=self.loss,
-            targeted=targeted,
-            **self._options,
-        )

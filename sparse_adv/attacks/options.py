@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from sparse_adv.argument_types import shortened
+from sparse_adv.argument_types import check_count, shortened
 from sparse_adv.attacks.ball import Ball, check_alphas, check_radius, checked_ball
 from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
-from sparse_adv.ops.arguments import check_flags, check_number, is_integer
+from sparse_adv.ops.arguments import check_flags, check_number
 from sparse_adv.ops.random_start import as_philox_state
 
 if TYPE_CHECKING:
@@ -172,12 +172,6 @@ def tpgd_start(eps: float | Tensor, norm: str) -> float | Tensor:
     """Radius of the ball in which the attack of TRADES starts: little noise, and at most eps."""
     noise = 0.05 if checked_ball(eps, norm, 0.0, 1.0).norm == "l2" else 0.001
     return eps.clamp(max=noise) if isinstance(eps, Tensor) else min(eps, noise)
-
-
-def check_count(name: str, count: object, least: int) -> None:
-    """Raise ValueError unless this is an integer of at least `least`."""
-    if not is_integer(count) or count < least:  # type: ignore[operator]
-        raise ValueError(f"{name} must be an integer of at least {least}, got {shortened(count)}")
 
 
 SETTINGS: dict[str, tuple[str, Callable[[float], bool]]] = {

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from sparse_adv.argument_types import shortened
+from sparse_adv.argument_types import check_count, shortened
 from sparse_adv.attacks.ball import Ball, ball_around, into_ball
-from sparse_adv.attacks.base import HostAttack
 from sparse_adv.attacks.checks import Model
-from sparse_adv.attacks.generators import private_generator, seeded
+from sparse_adv.attacks.generators import private_generator
 from sparse_adv.attacks.geometry import per_image
+from sparse_adv.attacks.host_attack import SeededAttack
 from sparse_adv.attacks.losses import cross_entropy
-from sparse_adv.attacks.options import BasicOptions, check_count, check_settings
+from sparse_adv.attacks.options import BasicOptions, check_settings
 from sparse_adv.attacks.queries import Queries, advantage, run_search
 from sparse_adv.ops.arguments import check_flags
 
@@ -119,7 +119,7 @@ def square(
     return run_search(search, model, images, labels, lo, hi, check, engine)
 
 
-class Square(HostAttack):
+class Square(SeededAttack):
     """`attacks.square` bound to a model, with the interface of torchattacks.Square.
 
     Args:
@@ -139,8 +139,7 @@ class Square(HostAttack):
         torch.Size([2, 1, 8, 8])
     """
 
-    verbose = False
-    """Accepted, and without effect."""
+    _function = staticmethod(square)
 
     def __init__(
         self,
@@ -160,23 +159,8 @@ class Square(HostAttack):
         self.norm, self.eps, self.p_init, self.seed = norm, eps, p_init, seed
         self.n_queries, self.n_restarts, self.resc_schedule, self.loss = n_queries, n_restarts, resc_schedule, loss
 
-    def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        return square(
-            model,
-            images,
-            labels,
-            norm=self.norm,
-            eps=self.eps,
-            queries=self.n_queries,
-            p_init=self.p_init,
-            restarts=self.n_restarts,
-            resc_schedule=self.resc_schedule,
-            loss=self.loss,
-            targeted=targeted,
-            generator=seeded(self.seed),
-            **self._options,
-        )
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"queries": self.n_queries}
 
 
 def _one_search(

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import attacks, data, experiment, facts, json_files
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.autoattack_state import OtherRunError
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, require_integer, require_radius
+from sparse_adv.config import DataConfig, require_radius
 from sparse_adv.files import check_writable, write_text
 from sparse_adv.report.tables import table
 from sparse_adv.training import distributed
@@ -93,7 +94,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-        require_integer("--seed", self.seed, least=0)
+        check_count("--seed", self.seed, least=0)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple, TypedDict
 from torch import nn
 
 from sparse_adv import attacks, data, experiment, tickets
+from sparse_adv.argument_types import check_count
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output, check_new
-from sparse_adv.config import DataConfig, Norm, TrainConfig, require_integer, require_radius
+from sparse_adv.config import DataConfig, Norm, TrainConfig, require_radius
 from sparse_adv.files import check_writable, write_text
 from sparse_adv.training import clean_accuracy, deterministic, distributed, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.evaluation import model_device
@@ -99,7 +100,7 @@ class Options:
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"--alpha must be positive, got {self.alpha}")
         if self.seed is not None:
-            require_integer("--seed", self.seed, least=0)
+            check_count("--seed", self.seed, least=0)
         for attack, names in (("autoattack", ("state",)), ("bound", ("alpha", "steps", "restarts"))):
             for name in names:
                 if getattr(self, name) is not None and self.attack != attack:

@@ -3,7 +3,7 @@
 The texts under `Args:` are also the help texts of the command line, which has a flag for every field.
 """
 
-from sparse_adv.config.checks import make_plain, refuse_unused, require_integer, require_radius
+from sparse_adv.config.checks import make_plain, refuse_unused, require_radius
 from sparse_adv.config.data import DataConfig, NetworkConfig
 from sparse_adv.config.pruning import METHODS, Growth, Method, MethodConfig, PruneConfig, Scope
 from sparse_adv.config.training import (
@@ -40,6 +40,5 @@ __all__ = [
     "TrainConfig",
     "make_plain",
     "refuse_unused",
-    "require_integer",
     "require_radius",
 ]

@@ -51,13 +51,6 @@ def require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def require_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if value >= 1 << 63:
-        raise ValueError(f"{name} must be less than 2^63, got {value!r}")
-
-
 def require_number(name: str, value: object) -> None:
     if not is_number(value) or value < 0:
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")

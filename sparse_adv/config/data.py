@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparse_adv.config.checks import is_number, make_plain, require_integer, require_number
+from sparse_adv.argument_types import check_count
+from sparse_adv.config.checks import is_number, make_plain, require_number
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         make_plain(self)
         if self.limit is not None:
-            require_integer("limit", self.limit, least=1)
+            check_count("limit", self.limit, least=1)
         if self.validation is not None:
             require_number("validation", self.validation)
         if not is_number(self.share) or not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1], got {self.share!r}")
-        require_integer("batch_size", self.batch_size, least=1)
+        check_count("batch_size", self.batch_size, least=1)
 
     def located(self) -> DataConfig:
         """Return a copy whose path holds in every working directory, as records need it.
@@ -71,4 +72,4 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         make_plain(self)
         if self.width is not None:
-            require_integer("width", self.width, least=1)
+            check_count("width", self.width, least=1)

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from sparse_adv.config.checks import is_number, make_plain, require_integer, require_number, require_one_of
+from sparse_adv.argument_types import check_count
+from sparse_adv.config.checks import is_number, make_plain, require_number, require_one_of
 
 Scope = Literal["global", "uniform", "erk", "igq"]
 Method = Literal["none", "static", "flying-bird", "flying-bird-plus", "rigl", "set", "gmp"]
@@ -79,8 +80,8 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         make_plain(self)
-        require_integer("rounds", self.rounds, least=1)
-        require_integer("rewind_step", self.rewind_step, least=0)
+        check_count("rounds", self.rounds, least=1)
+        check_count("rewind_step", self.rewind_step, least=0)
         if self.keep_weights and self.rewind_step:
             raise ValueError(f"rewind_step must be 0 with keep_weights, which does not rewind, got {self.rewind_step}")
         distance = self.early_stop_distance
@@ -174,7 +175,7 @@ class MethodConfig:
     def __post_init__(self) -> None:
         make_plain(self)
         require_one_of("method", self.method, METHODS)
-        require_integer("interval", self.interval, least=1)
+        check_count("interval", self.interval, least=1)
         require_number("dense_epochs", self.dense_epochs)
         for name in ("density", "drop_fraction", "change_until", "adapt_from"):
             value = getattr(self, name)

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.config.checks import (
     is_number,
     make_plain,
-    require_integer,
     require_number,
     require_one_of,
     require_radius,
@@ -141,8 +141,8 @@ class TrainConfig:
         require_one_of("norm", self.norm, NORMS)
         require_one_of("precision", self.precision, PRECISIONS)
         for name in ("epochs", "steps", "replays", "evaluate_every", "evaluation_steps"):
-            require_integer(name, getattr(self, name), least=1)
-        require_integer("seed", self.seed, least=0)
+            check_count(name, getattr(self, name), least=1)
+        check_count("seed", self.seed, least=0)
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps"):
             require_number(name, getattr(self, name))
         require_radius(self.eps, self.norm)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sparse_adv.argument_types import checks_types
+from sparse_adv.argument_types import check_count, checks_types
 from sparse_adv.errors import first_line
 from sparse_adv.models.digits_cnn import digits_cnn
 from sparse_adv.models.resnet import preact_resnet18, resnet, wide_resnet
@@ -93,9 +93,8 @@ def build(
     architecture = find(name)
     width = architecture.width if width is None else width
     shape = architecture.input_shape if input_shape is None else input_shape
-    for argument, value in (("width", width), ("classes", classes)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
+    check_count("width", width, least=1)
+    check_count("classes", classes, least=1)
     if not isinstance(shape, Sequence) or len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
         raise ValueError(f"input_shape must be [C, H, W], each at least 1, got {_listed(shape)}")
     if not -(2**63) <= seed < 2**64:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_adv.argument_types import checks_types
+from sparse_adv.argument_types import check_count, checks_types
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.masks.channel_operations import NORMS
 from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
@@ -83,8 +83,7 @@ def shrink(
         >>> shrink(model, {"0": mask}, (1, 1, 8, 8)).widths
         {'0': (4, 2), '2': (2, 2)}
     """
-    if not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"multiple must be a positive integer, got {multiple!r}")
+    check_count("multiple", multiple, least=1)
     if masks is None:
         masks = {name: m.weight_mask for name, m in model.named_modules() if isinstance(m, MaskedLayer)}
     small = densify(copy.deepcopy(model))

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_adv import attacks
-from sparse_adv.argument_types import checks_types
+from sparse_adv.argument_types import check_count, checks_types
 from sparse_adv.attacks.checks import InputValidator, check_classes, count_classes, int64_labels, is_correct
 from sparse_adv.attacks.modes import in_mode
-from sparse_adv.attacks.options import check_count
 from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
 from sparse_adv.ops.arguments import check_number

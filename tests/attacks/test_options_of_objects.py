@@ -1,6 +1,7 @@
 """Options of attack objects: each may be set between two calls, and nothing else."""
 
 import copy
+import functools
 import inspect
 import pickle
 from dataclasses import fields
@@ -71,6 +72,31 @@ def test_the_range_of_pixels_may_be_set_between_two_calls(name):
     assert "lo=0.4" in repr(attack) and "hi=0.5" in repr(attack)
     with pytest.raises(TypeError, match=f"{name}.* got an unexpected keyword argument 'step'"):
         getattr(attacks, name)(model, step=3)
+
+
+@pytest.mark.parametrize("name", [name for name in HOST if name not in ("FABT", "GN")])
+def test_each_setting_of_an_object_reaches_its_function(name, monkeypatch):
+    kind = getattr(attacks, name)
+    attack, reached = kind(make_model()), {}
+    function = attack._function
+
+    @functools.wraps(function)
+    def record(model, images, labels, **settings):
+        reached.update(settings)
+        return images
+
+    monkeypatch.setattr(kind, "_function", staticmethod(record))
+    without = {"model", "options", "verbose", "multi_targeted"} | ({"n_classes"} if name == "FAB" else set())
+    own = set(inspect.signature(kind).parameters) - without
+    for setting in own - {"targeted", "seed"}:
+        vars(attack)[setting] = 1234
+    attack(*batch())
+    names = {"n_restarts": "restarts", "n_queries": "queries", "n_classes": "n_target_classes", "seed": "generator"}
+    for setting in own:
+        value = reached.pop(names.get(setting, setting))
+        if setting not in ("targeted", "seed"):
+            assert value == (1233 if setting == "n_classes" else 1234)
+    assert set(reached) - {"targeted"} == {"lo", "hi", "check", "engine"}
 
 
 @pytest.mark.parametrize("name", ["PGD", "FGSM", "TPGD", "BIM", "VANILA", *HOST, "AutoAttack"])

@@ -209,7 +209,7 @@ def test_the_small_model_can_be_trained_copied_loaded_and_compiled():
     [
         ({"conv9": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, 1, "model has no module 'conv9'"),
         ({"0": torch.ones(8, 3, 1, 1, dtype=torch.bool)}, 1, r"mask of '0' has shape \(8, 3, 1, 1\)"),
-        ({}, 0, "multiple must be a positive integer, got 0"),
+        ({}, 0, "multiple must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_input_is_reported(masks, multiple, message):
