@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.engine import InputGradients, input_gradients
-from sparse_adv.engine.program import LossOfLogits
+from sparse_adv.engine.gradients import LossOfLogits
 
 
 class BatchGradients:

@@ -22,8 +22,7 @@ from sparse_adv.attacks.checks import (
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.losses import margin
 from sparse_adv.attacks.modes import in_mode
-from sparse_adv.engine.gradients import image_gradient
-from sparse_adv.engine.program import LossOfLogits
+from sparse_adv.engine.gradients import LossOfLogits, image_gradient
 from sparse_adv.nn import frozen_weights
 from sparse_adv.ops.arguments import check_flags
 

@@ -149,7 +149,7 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
 
 def _line_of(step: Step) -> str:
     line = f"{step.name}: {step.describe()}"
-    return f"{line} [{step.kernels()}]" if isinstance(step, ConvolutionStep) else line
+    return f"{line} [{step.kernel_names()}]" if isinstance(step, ConvolutionStep) else line
 
 
 def _explain_training(model: nn.Module, x: Tensor) -> list[str]:

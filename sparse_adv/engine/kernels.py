@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_adv.kernels.masked_conv2d_operands import Epilogue
+from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.nn import MaskedConv2d
+from sparse_adv.ops.conv_geometry import geometry_of
 from sparse_adv.ops.cuda_graph import Capturer
-from sparse_adv.ops.masked_conv2d_geometry import geometry_of
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step

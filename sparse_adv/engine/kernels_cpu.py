@@ -18,7 +18,7 @@ from torch.nn.modules.utils import _pair
 from sparse_adv import ops
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.winograd import sparse_is_faster, takes_live_filters, winograd_tile
-from sparse_adv.kernels.masked_conv2d_operands import Epilogue
+from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.masked_conv2d_pattern import pack_checked
 from sparse_adv.ops.masked_winograd_conv2d import LiveWeight, live_filters, transform_filters

@@ -17,12 +17,12 @@ from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.steps import ConvolutionStep, PointwiseStep, Step
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import max_pool2d
-from sparse_adv.kernels.masked_conv2d_operands import Epilogue
+from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.nn import MaskedConv2d
+from sparse_adv.ops.conv_geometry import geometry_of
 from sparse_adv.ops.cuda_graph import Capturer
 from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
-from sparse_adv.ops.masked_conv2d_geometry import geometry_of
 from sparse_adv.ops.masked_conv2d_pattern import BlockPattern, pack_checked
 
 
@@ -108,7 +108,7 @@ class BlockConvolution(CudnnConvolution):
         self._pattern = pattern
 
     def kernel(self, way: str) -> str:
-        return "blocks" if self._runs_blocks(way, self.shape, self.kernels.dtype) else super().kernel(way)
+        return "sparse" if self._runs_blocks(way, self.shape, self.kernels.dtype) else super().kernel(way)
 
     def _runs_blocks(self, way: str, shape: torch.Size, dtype: torch.dtype) -> bool:
         return self._pattern.values is not None and runs_blocks(self._pattern, way, shape, dtype, *self.geometry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,8 @@ from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
 from sparse_adv.engine.steps import AutogradStep, ConvolutionStep, OtherSize, Step
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.tracing import trace
-from sparse_adv.engine.values import PassTensors, Value
-from sparse_adv.ops.masked_conv2d_plan import has_triton
+from sparse_adv.engine.values import PassTensors
+from sparse_adv.ops._library import has_triton
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +59,6 @@ class Program:
         self._reads_features = self._in_loss = self._has_other_sizes = False
         capturer = None if self._hooked else kernels.capturer  # a replay would not run the hooks
         self._captured = {} if capturer is None else {way: CapturedPasses(capturer) for way in (False, True)}
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the results and gates kept for the backward pass, without what autograd keeps for its operations."""
-        kept = {value for step in self.steps for value in step.outputs if value.kept or self._is_own_gate(value)}
-        values = sum(math.prod(value.shape) * value.dtype.itemsize for value in kept)
-        return values + sum(gate.nbytes for gate in self._memory.gates.values())
 
     def fold(self) -> None:
         """Read the weights and the statistics of BatchNorm again, which may have changed."""
@@ -138,9 +130,6 @@ class Program:
         except OtherSize as error:
             self._has_other_sizes = True
             log.info("the engine leaves this %s to autograd: %s", type(self._model()).__name__, error)
-
-    def _is_own_gate(self, value: Value) -> bool:
-        return value.rectified and value not in self._memory.gates
 
     def _passes(self, x: Tensor, differentiable: bool) -> tuple[Tensor, Backward | None]:
         """The logits, and the backward pass if one may follow."""

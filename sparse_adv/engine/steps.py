@@ -19,7 +19,7 @@ from sparse_adv.engine.kernels import DeviceKernels, Place, fold_norm
 from sparse_adv.engine.model_state import has_hooks, runs_code_of_user
 from sparse_adv.engine.traced_code import OnACopy
 from sparse_adv.engine.values import PassTensors, Value
-from sparse_adv.kernels.masked_conv2d_operands import Epilogue
+from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.nn import MaskedLinear
 
 
@@ -123,7 +123,7 @@ class ConvolutionStep(FusedStep):
     def fold(self, kernels: DeviceKernels) -> None:
         self._convolution = kernels.convolution(self.layer, self.norm, self.input.shape)
 
-    def kernels(self) -> str:
+    def kernel_names(self) -> str:
         """Name of the kernel that computes it, or of both if the passes have different ones."""
         forward, backward = (self._convolution.kernel(way) for way in ("forward", "grad_input"))
         return forward if forward == backward else f"{forward}, backward {backward}"

@@ -21,8 +21,8 @@ from sparse_adv.engine.tracing import graph_of, is_relu, is_sum
 from sparse_adv.engine.winograd import TrainedConvolution, is_plain_convolution, onednn_writes_out_of_bounds
 from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d
+from sparse_adv.ops._library import has_triton
 from sparse_adv.ops.batch_norm_act import Statistics, update_running_statistics
-from sparse_adv.ops.masked_conv2d_plan import has_triton
 from sparse_adv.ops.transforms import is_transformed
 
 log = logging.getLogger(__name__)

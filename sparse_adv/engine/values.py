@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.engine.kernels import DeviceKernels, Place
-from sparse_adv.kernels.masked_conv2d_operands import Epilogue
+from sparse_adv.kernels.epilogue import Epilogue
 
 if TYPE_CHECKING:
     from sparse_adv.engine.steps import Step

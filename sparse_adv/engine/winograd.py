@@ -13,7 +13,7 @@ from sparse_adv import ops
 from sparse_adv.engine.model_state import has_hooks
 from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d
-from sparse_adv.ops.masked_conv2d_geometry import geometry_of
+from sparse_adv.ops.conv_geometry import geometry_of
 from sparse_adv.ops.transforms import is_transformed
 
 _LEAST_CHANNELS = 16

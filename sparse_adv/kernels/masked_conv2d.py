@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.kernels.gate_tiles import packed, unpacked
 from sparse_adv.kernels.layout import WIDE_FROM, in_layout_of, layout_of, output_size
-from sparse_adv.kernels.masked_conv2d_operands import Epilogue, Lists
+from sparse_adv.kernels.masked_conv2d_lists import Lists
 from sparse_adv.kernels.masked_conv2d_phases import select_phases
 from sparse_adv.kernels.masked_conv2d_tiles import check_pixels, convolution_tile, divider, kind_of, quotient
 from sparse_adv.kernels.tensor_checks import check_bits

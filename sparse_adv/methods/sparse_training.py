@@ -206,7 +206,7 @@ class SparseTraining(UpdateHook):
         if state["method"] != asdict(self.config):
             raise ValueError("the state is that of a run with another method: take another folder, or delete it")
         self.step, self.changes, self.retained = state["step"], state["changes"], state["retained"]
-        self.is_pruned = state.get("is_pruned", self.step >= self.schedule.pruned)
+        self.is_pruned = state["is_pruned"]
         if self.adaptation is not None:
             self.adaptation.load_state_dict(state["adaptation"])
 

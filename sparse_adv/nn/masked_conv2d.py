@@ -20,7 +20,7 @@ from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, mode_of
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, plan, set_kernels
 from sparse_adv.ops.arguments import read_pair
-from sparse_adv.ops.masked_conv2d_geometry import geometry_of
+from sparse_adv.ops.conv_geometry import geometry_of
 from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
 from sparse_adv.ops.masked_conv2d_pattern import compile_checked, pack_checked
 from sparse_adv.ops.masked_conv2d_plan import REQUESTED, ROOFLINE, TABLE

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger(__name__)
 
 _OPS_CPU, _OPS_CUDA = (Path(__file__).parent.parent / f"_ops_{device}.so" for device in ("cpu", "cuda"))
 
@@ -150,3 +153,14 @@ def build_facts() -> dict[str, str]:
         ['compiler', 'version']
     """
     return {"version": host.version, "compiler": host.compiler}
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; a warning is logged once if not. It is imported when first needed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        log.warning("PyTorch's own kernels are used on CUDA: Triton cannot be imported (%s)", error)
+        return False
+    return True

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from sparse_adv.kernels.layout import in_layout_of, output_like
 from sparse_adv.kernels.tensor_checks import check, check_dtype, check_floating, check_size
-from sparse_adv.ops._library import IMPLEMENTATIONS
+from sparse_adv.ops._library import IMPLEMENTATIONS, has_triton
 from sparse_adv.ops.gate import check_gate, empty_gate
-from sparse_adv.ops.masked_conv2d_plan import has_triton
 
 
 def batch_norm_act(

@@ -12,8 +12,8 @@ from torch import Tensor
 from sparse_adv.kernels.layout import in_layout_of, output_size
 from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import Pair, check_flag, check_tensors
+from sparse_adv.ops.conv_geometry import check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
-from sparse_adv.ops.masked_conv2d_geometry import check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_groups, check_pattern, unflatten
 from sparse_adv.ops.transforms import is_transformed
 
@@ -87,7 +87,7 @@ def masked_conv2d(
             f"weight has shape {tuple(weight.shape)}"
         )
     check_groups(pattern, groups)
-    output_shape = check_input(input, pattern, groups, geometry)
+    output_shape = check_input(input, pattern.mask.shape, groups, geometry)
     _check_operands(input, output_shape, {"weight": weight, "bias": bias, "scale": scale, "residual": residual})
     mask = pattern.mask
     if weight.shape[0] == 0:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops.arguments import Pair, check_flag, check_integer, check_tensors
-from sparse_adv.ops.masked_conv2d_geometry import read_geometry
+from sparse_adv.ops.conv_geometry import read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_pattern
 from sparse_adv.ops.written import check_written, mark_written
 

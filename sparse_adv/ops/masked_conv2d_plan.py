@@ -7,9 +7,7 @@ Winograd's filtering instead of the op (`engine/winograd.py`).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,12 +15,11 @@ from torch import Tensor
 
 from sparse_adv.kernels.layout import MAX_PIXELS, output_size
 from sparse_adv.ops import masked_conv2d_roofline
+from sparse_adv.ops._library import has_triton
 from sparse_adv.ops.arguments import Pair
+from sparse_adv.ops.conv_geometry import Geometry, check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
-from sparse_adv.ops.masked_conv2d_geometry import Geometry, check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import CPU_DTYPE, KERNELS, BlockPattern, Pattern, check_pattern
-
-log = logging.getLogger(__name__)
 
 _BLOCK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -74,7 +71,7 @@ def plan(pattern: Pattern, input: Tensor, stride: Pair = 1, padding: Pair | str 
     """
     check_pattern(pattern)
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
-    batch, _, rows, cols = check_input(input, pattern, pattern.groups, geometry)
+    batch, _, rows, cols = check_input(input, pattern.mask.shape, pattern.groups, geometry)
     dtype, device = dtype_under_autocast(input), input.device.type
     if device == "cpu":
         return _plan_on_cpu(pattern, input, dtype, geometry)
@@ -112,17 +109,6 @@ def missing_kernel(pattern: Pattern, dtype: torch.dtype, device: str) -> str:
     if dtype not in _BLOCK_DTYPES:
         return f"no sparse kernel for {kind} on cuda"
     return "" if has_triton() else "no sparse kernel without Triton"
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton can be imported; a warning is logged once if not. It is imported when first needed."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        log.warning("block masks take the dense convolution: Triton cannot be imported (%s)", error)
-        return False
-    return True
 
 
 def _plan_on_cpu(pattern: Pattern, input: Tensor, dtype: torch.dtype, geometry: Geometry) -> Plan:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparse_adv.ops.arguments import Pair, check_flag, check_tensors
-from sparse_adv.ops.masked_conv2d_geometry import read_padding
+from sparse_adv.ops.conv_geometry import read_padding
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_pattern
 from sparse_adv.ops.written import check_written, mark_written
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from sparse_adv.kernels.layout import layout_of
 from sparse_adv.kernels.tensor_checks import check, check_apart, check_dtype, check_floating, check_layout, check_size
-from sparse_adv.ops._library import IMPLEMENTATIONS
+from sparse_adv.ops._library import IMPLEMENTATIONS, has_triton
 from sparse_adv.ops.gate import check_gate
-from sparse_adv.ops.masked_conv2d_plan import has_triton
 
 
 def max_pool2d_out(input: Tensor, size: Sequence[int], out: Tensor, index: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparse_adv.kernels.layout import layout_of
 from sparse_adv.ops.arguments import Pair, check_flag, check_integer, check_tensors
-from sparse_adv.ops.masked_conv2d_geometry import read_padding
+from sparse_adv.ops.conv_geometry import read_padding
 from sparse_adv.ops.transforms import is_transformed
 from sparse_adv.ops.written import check_written, mark_written
 

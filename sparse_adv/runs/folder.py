@@ -234,6 +234,4 @@ def settings(info: RunInfo) -> dict[str, json_files.JSON]:
     fields = {key: value for key, value in json_files.to_json(info).items() if key not in DESCRIPTIVE}
     flat = dict(json_files.flatten(fields))
     flat.pop("train.graphs", None)  # graphs change no bit of a result
-    if info.data is not None:  # the record of an earlier version may have a relative path
-        flat["data.data"] = info.data.located().data
     return flat

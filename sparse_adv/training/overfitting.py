@@ -131,7 +131,7 @@ class OverfittingMonitor:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from this state."""
         self.best, self.events, self.pgd_epochs = state["best"], int(state["events"]), int(state["pgd_epochs"])
-        self.density = state.get("density", 0.0)  # of an earlier version, which judged every epoch
+        self.density = state["density"]
 
 
 def _first(images: Images, count: int) -> list[tuple[Tensor, Tensor]]:

@@ -83,12 +83,6 @@ def test_an_undone_attempt_leaves_the_density_before_it():
     assert not watch.must_undo(0.1, 0.5) and watch.pgd_epochs == 1 and watch.best == 0.6  # judged, and not restored
 
 
-def test_a_state_without_a_density_judges_the_next_epoch():
-    watch = monitor()
-    watch.load_state_dict({"best": 0.6, "events": 0, "pgd_epochs": 0})
-    assert watch.must_undo(0.1, 0.05)
-
-
 def test_a_network_that_never_resists_pgd_is_told_once(caplog):
     """With eps 16/255 FGSM-RS had 36 % on its own images of CIFAR-10 and 0.1 % under PGD: no epoch lost anything."""
     watch = monitor()

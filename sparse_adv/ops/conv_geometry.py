@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from sparse_adv.argument_types import shortened
 from sparse_adv.kernels.layout import output_size
 from sparse_adv.ops.arguments import Pair, check_floating, read_pair
-from sparse_adv.ops.masked_conv2d_pattern import Pattern
 
 
 class Geometry(NamedTuple):
@@ -52,8 +51,8 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
     return read_geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
 
 
-def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry) -> tuple[int, int, int, int]:
-    """Check that an input fits a pattern.
+def check_input(input: Tensor, weight: Sequence[int], groups: int, geometry: Geometry) -> tuple[int, int, int, int]:
+    """Check that an input fits a weight of this shape.
 
     Returns:
         The shape of the output, (N, K, P, Q).
@@ -63,7 +62,6 @@ def check_input(input: Tensor, pattern: Pattern, groups: int, geometry: Geometry
         ValueError: if it is not [N, C, H, W], has another number of channels or no pixels, or is smaller than the
             filter.
     """
-    weight = pattern.mask.shape
     check_floating("input", input)
     if input.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W], got shape {tuple(input.shape)}")
