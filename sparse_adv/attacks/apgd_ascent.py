@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_adv.argument_types import check_count
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import Ball, into_ball
-from sparse_adv.attacks.checks import is_correct
+from sparse_adv.attacks.checks import is_adversarial
 from sparse_adv.attacks.geometry import direction, per_image
 from sparse_adv.attacks.options import check_settings
 from sparse_adv.attacks.queries import Queries
@@ -86,7 +86,7 @@ class Attacker:
         self.result = images.clone()
         self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=torch.float64)
         """Of each result. Losses of any dtype are compared in float64."""
-        self._errors = self._is_adversarial(logits, labels).long()
+        self._errors = is_adversarial(logits, labels, self._settings.targeted).long()
         """Number of the eot_iter passes that misclassified each result, or reached its target."""
         self._robust = torch.arange(len(images), device=images.device)
         if settings.eot_iter == 1:
@@ -167,7 +167,7 @@ class Attacker:
             nonlocal errors
             value = objective(logits, *state.arguments)
             losses.append(value.detach().double())
-            errors = errors + self._is_adversarial(logits.detach(), state.arguments[0])
+            errors = errors + is_adversarial(logits.detach(), state.arguments[0], self._settings.targeted)
             return value
 
         last_loss, passes = state.loss, range(self._settings.eot_iter)
@@ -188,10 +188,6 @@ class Attacker:
 
     def _put(self, index: Tensor, x: Tensor) -> None:
         self.result[index] = into_ball(x, self._images[index], self._settings.ball.of(index))
-
-    def _is_adversarial(self, logits: Tensor, labels: Tensor) -> Tensor:
-        correct = is_correct(logits, labels)
-        return correct if self._settings.targeted else ~correct
 
     def _halve_steps(self, state: _State, since: int) -> None:
         """At a checkpoint: halve the steps that brought no progress and return to the best points."""

@@ -115,6 +115,12 @@ def count_classes(logits: object, images: int) -> int:
     return logits.shape[1]
 
 
+def is_adversarial(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """Whether each image is misclassified, or has the class of its label if that is a target; bool [N]."""
+    correct = is_correct(logits, labels)
+    return correct if targeted else ~correct
+
+
 def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether each image is classified as its label, bool [N]; an image with a NaN among its logits is not."""
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)

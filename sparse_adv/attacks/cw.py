@@ -14,7 +14,7 @@ from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.options import BasicOptions
-from sparse_adv.attacks.queries import Queries, advantage, run_search
+from sparse_adv.attacks.queries import Queries, advantage, robust_images, run_search
 from sparse_adv.ops.arguments import check_flag, check_numbers
 
 _INSIDE = 1 - 1e-6
@@ -92,7 +92,7 @@ def cw(
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best = images.clone()
-        index = (~(advantage(model.logits(images), labels, targeted) > 0)).nonzero().squeeze(1)
+        index = robust_images(model.logits(images), labels, targeted)
         clean, labels = images[index], labels[index]
         least = clean.new_full(labels.shape, torch.inf, dtype=torch.float64)
         weight, failed, succeeded = torch.full_like(least, c), torch.zeros_like(least), least.clone()

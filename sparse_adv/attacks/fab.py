@@ -181,8 +181,7 @@ class FAB(SeededAttack):
     """`attacks.fab` or `attacks.fab_t` bound to a model, with the interface and the defaults of torchattacks.FAB.
 
     Args:
-        model, eps, steps, alpha_max, eta, beta, options: as in `attacks.fab`.
-        norm: as in `attacks.fab`.
+        model, norm, eps, steps, alpha_max, eta, beta, options: as in `attacks.fab`.
         n_restarts: `restarts` of `attacks.fab`.
         verbose: accepted, and without effect.
         seed: of the random starts; each call draws the same numbers.

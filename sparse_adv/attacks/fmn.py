@@ -18,14 +18,14 @@ from sparse_adv.attacks.checks import (
     check_labels,
     count_classes,
     int64_labels,
-    is_correct,
+    is_adversarial,
 )
 from sparse_adv.attacks.geometry import distance, divisor, l2_unit, per_image
 from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.losses import loss_to_raise
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import BasicOptions
-from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
+from sparse_adv.attacks.queries import Queries, confirmed, robust_images, run_search
 from sparse_adv.ops.arguments import check_flag, check_floating, check_numbers
 
 LOSSES = ("margin", "dlr")
@@ -108,7 +108,7 @@ def fmn(
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best = images.clone()
-        index = (~(advantage(model.logits(images), labels, targeted) > 0)).nonzero().squeeze(1)
+        index = robust_images(model.logits(images), labels, targeted)
         if len(index):
             best[index] = _nearest(model, images[index], labels[index], box, steps, alpha, gamma, loss, targeted)
         return confirmed(model, best, images, labels, box, targeted)
@@ -200,7 +200,7 @@ def distances(
         logits = [model(x) for x in (images, adversarial)]
     for each in logits:
         check_classes(labels, count_classes(each, len(images)))
-    before, after = (is_correct(each, labels) == targeted for each in logits)
+    before, after = (is_adversarial(each, labels, targeted) for each in logits)
     found = distance(adversarial, images, norm).where(after, math.inf)
     return found.where(~before, 0)
 
@@ -209,8 +209,7 @@ class FMN(HostAttack):
     """`attacks.fmn` bound to a model.
 
     Args:
-        model, steps, alpha, gamma, loss, options: as in `attacks.fmn`.
-        norm: as in `attacks.fmn`.
+        model, norm, steps, alpha, gamma, loss, options: as in `attacks.fmn`.
 
     Examples:
         >>> import torch

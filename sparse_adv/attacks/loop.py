@@ -1,4 +1,4 @@
-"""The PGD loop that all attacks share."""
+"""The loop of PGD, and of the attacks that are PGD with settings of their own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparse_adv.attacks.checks import (
     check_labels,
     count_classes,
     int64_labels,
-    is_correct,
+    is_adversarial,
 )
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
@@ -33,7 +33,7 @@ from sparse_adv.ops.random_start import as_philox_state
 
 
 def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions) -> Tensor:
-    """Run the attack that the options describe; all other attack functions and classes call this one.
+    """Run the attack that the options describe: PGD, or one that is PGD with settings of its own.
 
     Args:
         model: a module that maps images to logits [N, classes], or a plain function, which autograd differentiates.
@@ -213,8 +213,7 @@ class PGDLoop:
         """Whether each image is a success, bool [N]; false if the labels are not classes."""
         if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == logits.shape[:1]):
             return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        correct = is_correct(logits, labels)
-        return correct if self.options.targeted else ~correct
+        return is_adversarial(logits, labels, self.options.targeted)
 
     @torch.no_grad()
     def _outcome(self, gradients: BatchGradients, adv: Tensor, labels: Any) -> tuple[Tensor, Tensor]:

@@ -136,6 +136,11 @@ def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     return gain.masked_fill(logits.isnan().any(1), -torch.inf if targeted else torch.inf)
 
 
+def robust_images(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """The indices of the images that are not adversarial."""
+    return (~(advantage(logits, labels, targeted) > 0)).nonzero().squeeze(1)
+
+
 def largest_logit(logits: Tensor) -> Tensor:
     """The largest absolute logit of each image [N], of the classes that softmax gives a probability above 0.
 

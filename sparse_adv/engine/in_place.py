@@ -51,7 +51,7 @@ _NEW_RESULT = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.ReLU,
 )
-"""Modules whose result shares no memory with another tensor, as those of activation functions."""
+"""Modules whose result shares no memory with another tensor; those of activation functions are others."""
 
 _NEW_RESULT_FUNCTIONS = {
     *(torch.add, torch.mul, torch.cat, torch.mean, torch.sum, "add", "mul", "mean", "sum", "clone", F.relu, "relu"),

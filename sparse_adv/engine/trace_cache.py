@@ -86,9 +86,9 @@ def state_of(model: nn.Module, x: Tensor, shape: Hashable) -> tuple[Hashable, Ha
 class TraceCache(Generic[T]):
     """What was made of models by tracing them in the states in which each was used last.
 
-    The state are the modules, modes and tensors of a model, and what traced code has read of their attributes. If it
-    changes at every call, nothing is made until it has stayed the same for some calls, the more the oftener it changed.
-    What was forgotten because of other inputs is made again after some calls with its own, the more the oftener it was.
+    A model's state is its modules, modes and tensors, and the attributes that traced code has read. If it changes at
+    every call, nothing is traced until it stays the same for some calls; with every change that number grows. The same
+    holds for what was forgotten in favour of other inputs.
 
     Args:
         capacity: as of `StateCache`.

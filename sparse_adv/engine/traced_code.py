@@ -104,7 +104,7 @@ METADATA = {
     *("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement"),
     *("dtype", "device", "layout", "is_cuda", "is_floating_point", "is_complex", "element_size", "itemsize"),
 }
-"""What a tensor says without its elements and strides, of which a call may have other ones than the trace."""
+"""What a tensor says about itself without its elements and strides; in those two a call may differ from the trace."""
 
 
 def reads_elements(node: fx.Node) -> bool:

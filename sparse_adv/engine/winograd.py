@@ -66,7 +66,7 @@ def takes_live_filters(layer: MaskedConv2d, shape: Sequence[int]) -> bool:
 
 
 def winograd_tile(layer: nn.Conv2d, shape: Sequence[int]) -> int | None:
-    """The rows of a tile for a layer and the shape of its input; None where oneDNN is faster, or it is not for the op.
+    """The rows of a tile for a layer and the shape of its input; None where oneDNN is faster or must take it.
 
     Tiles of 4 x 4 pixels multiply least, unless many of them are cut by the edge of the image.
 

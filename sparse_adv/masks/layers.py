@@ -80,6 +80,15 @@ def computes_as_its_class(module: nn.Module) -> bool:
     return computes_as(module, nn.Conv2d, nn.Linear)
 
 
+def modules_by_name(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Module]:
+    """Return all modules by each of their names; raise ValueError if one of the wanted names is none of them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in wanted:
+        if name not in modules:
+            raise ValueError(unknown_module(name, modules))
+    return modules
+
+
 def unknown_module(name: str, known: Iterable[str]) -> str:
     """Return the error message for a module name that the model does not have, with the most similar known name."""
     similar = get_close_matches(name, known, n=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from sparse_adv.config import MethodConfig
 from sparse_adv.masks.blocks import conv_shape, grid_shape
 from sparse_adv.nn import sparsify
 from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
+from sparse_adv.training.random_numbers import seed_of
 
 START_SEED, GROWTH_SEED = 11, 12
 """Two streams of random numbers, of the first masks and of random growth: `generator(seed, stream, step)`."""
@@ -27,8 +27,7 @@ def generator(*numbers: int) -> torch.Generator:
         >>> torch.rand((), generator=generator(0, 1)) == torch.rand((), generator=generator(0, 1))
         tensor(True)
     """
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+    return torch.Generator().manual_seed(seed_of(*numbers))
 
 
 @checks_types

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import Layer, check_initialized, unknown_module
+from sparse_adv.masks.layers import Layer, check_initialized, modules_by_name
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.layer_checks import check_replaceable
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_conv_mask, check_convertible, compile_mask
@@ -63,11 +63,9 @@ def sparsify(
         >>> sparsify(model, {"0": torch.rand(8, 3, 3, 3) < 0.1})[0].density < 0.3
         True
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model, masks)
     conversions: dict[nn.Module, _Conversion] = {}
     for name, mask in masks.items():
-        if name not in modules:
-            raise ValueError(unknown_module(name, modules))
         module = modules[name]
         check_initialized(name, module)
         if module in conversions:  # it has several names

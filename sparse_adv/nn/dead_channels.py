@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import run_once, unknown_module
+from sparse_adv.masks.layers import modules_by_name, run_once
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
@@ -145,11 +145,9 @@ def revive_dead_channels(model: nn.Module) -> None:
 
 def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Module, Tensor]:
     """The output channels of each masked convolution that are always 0."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model, masks)
     filters: dict[nn.Module, Tensor] = {}
     for name, mask in masks.items():
-        if name not in modules:
-            raise ValueError(unknown_module(name, modules))
         layer = modules[name]
         if not isinstance(layer, nn.Conv2d):
             continue

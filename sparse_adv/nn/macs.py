@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import Layer, run_once, unknown_module, uses, weight_of
+from sparse_adv.masks.layers import Layer, modules_by_name, run_once, uses, weight_of
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.masked_linear import MaskedLinear
@@ -107,10 +107,7 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], example_input: Se
         >>> mac_density(model, masks, (1, 3, 5, 5))  # 25 * 24 of 25 * 24 + 4 * 576 MACs
         0.2066115702479339
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in masks:
-        if name not in modules:
-            raise ValueError(unknown_module(name, modules))
+    modules = modules_by_name(model, masks)
     weights_kept = {modules[name]: int(mask.count_nonzero()) for name, mask in masks.items()}
     calls = calls_of(model, example_input)
     dense = sum(call.uses * weight_of(call.layer).numel() for call in calls)

@@ -52,7 +52,7 @@ class CompiledConvMask(CompiledMask):
     """A mask with its pattern in three variants, of which `MaskedConv2d.pattern` selects one."""
 
     pattern: Pattern
-    """The kernel of each pass is chosen by a static table."""
+    """The kernel of each pass is chosen by a static table, on CUDA by a roofline."""
     deterministic: Pattern
     """grad_weight is always the sparse kernel: the bits of oneDNN's dense one depend on the number of threads."""
     tuned: Pattern | None = None

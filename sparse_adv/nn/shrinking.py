@@ -19,7 +19,7 @@ from sparse_adv.argument_types import check_count, checks_types
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.masks.channel_operations import NORMS
 from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
-from sparse_adv.masks.layers import Layer, unknown_module
+from sparse_adv.masks.layers import Layer, modules_by_name
 from sparse_adv.masks.same_function import check_same_function
 from sparse_adv.nn.conversion import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -117,12 +117,10 @@ def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]
     Raises:
         ValueError: if a mask does not fit, or a module has two.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_name(model, masks)
     first_names = {module: name for name, module in model.named_modules()}
     copies: dict[str, Tensor] = {}
     for name, mask in masks.items():
-        if name not in modules:
-            raise ValueError(unknown_module(name, modules))
         check_mask(mask, linear=True)
         weight = getattr(modules[name], "weight", None)
         if not isinstance(weight, Tensor) or mask.shape != weight.shape:

@@ -39,8 +39,8 @@ def tune(
 
     Without it, a static table (on CUDA, a roofline) chooses. A choice is valid until the layer gets another mask or
     device; `deepcopy` and `pickle` copy it, and the `state_dict` does not contain it. Under
-    `torch.use_deterministic_algorithms(True)` choices are ignored. Where attacks take Winograd's filtering, see
-    `engine.explain`, they do not ask for a choice. Layers with a sparse kernel are timed: those in
+    `torch.use_deterministic_algorithms(True)` choices are ignored. They have no effect where an attack takes
+    Winograd's filtering, which `engine.explain` shows. Layers with a sparse kernel are timed: those in
     float32 on the CPU, and those with blocks of 32 or 64 channels on CUDA, which are timed in the dtype of the autocast
     around the call, under CUDA graphs.
 

@@ -14,7 +14,7 @@ from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import Pair, check_flag, check_tensors
 from sparse_adv.ops.conv_geometry import check_input, read_geometry
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
-from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_groups, check_pattern, unflatten
+from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_fits, check_groups, check_pattern, unflatten
 from sparse_adv.ops.transforms import is_transformed
 
 
@@ -81,11 +81,7 @@ def masked_conv2d(
     check_tensors(weight=weight)
     check_flag("relu", relu)
     geometry = read_geometry(pattern.mask.shape[2:], stride, padding, dilation)
-    if weight.shape != pattern.mask.shape:
-        raise ValueError(
-            f"pattern was made for a weight of shape {tuple(pattern.mask.shape)}, "
-            f"weight has shape {tuple(weight.shape)}"
-        )
+    check_fits(pattern, weight)
     check_groups(pattern, groups)
     output_shape = check_input(input, pattern.mask.shape, groups, geometry)
     _check_operands(input, output_shape, {"weight": weight, "bias": bias, "scale": scale, "residual": residual})

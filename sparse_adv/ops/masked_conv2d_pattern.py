@@ -253,11 +253,7 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
     """
     check_pattern(pattern)
     check_floating("weight", weight)
-    if weight.shape != pattern.mask.shape:
-        raise ValueError(
-            f"pattern was made for a weight of shape {tuple(pattern.mask.shape)}, "
-            f"weight has shape {tuple(weight.shape)}"
-        )
+    check_fits(pattern, weight)
     if weight.device != pattern.mask.device:
         raise ValueError(f"weight is on {weight.device}, pattern on {pattern.mask.device}")
     if bool((weight.detach() != 0).logical_and_(~pattern.mask).any()):
@@ -311,6 +307,15 @@ def check_pattern(pattern: Pattern) -> None:
     """Raises TypeError unless this is a compiled pattern."""
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be what compile_pattern returned, got {type(pattern).__name__}")
+
+
+def check_fits(pattern: Pattern, weight: Tensor) -> None:
+    """Raises ValueError unless the weight has the shape of the pattern's mask."""
+    if weight.shape != pattern.mask.shape:
+        raise ValueError(
+            f"pattern was made for a weight of shape {tuple(pattern.mask.shape)}, "
+            f"weight has shape {tuple(weight.shape)}"
+        )
 
 
 def check_groups(pattern: Pattern, groups: int) -> None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparse_adv.ops.arguments import Pair, check_flag, check_tensors
 from sparse_adv.ops.conv_geometry import read_padding
-from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_pattern
+from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_fits, check_pattern
 from sparse_adv.ops.written import check_written, mark_written
 
 ELEMENTS = 36
@@ -113,11 +113,7 @@ def masked_winograd_conv2d_weight(weight: Tensor, pattern: Pattern, transposed: 
     """
     check_tensors(weight=weight)
     filters = live_filters(pattern, transposed)
-    if weight.shape != pattern.mask.shape:
-        raise ValueError(
-            f"pattern was made for a weight of shape {tuple(pattern.mask.shape)}, "
-            f"weight has shape {tuple(weight.shape)}"
-        )
+    check_fits(pattern, weight)
     return transform_filters(weight.detach(), pattern.mask, filters, transposed)
 
 

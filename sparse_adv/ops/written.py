@@ -10,11 +10,11 @@ from sparse_adv.ops.transforms import is_transformed
 
 
 def check_written(function: str, out: Tensor, **operands: Tensor | None) -> None:
-    """Check the operands of an op that writes into out; the native op is not called for tensors without values (meta).
+    """Check the operands of an op that writes into out; also meta tensors, which the native op never sees.
 
     Raises:
         TypeError: if one of them is not a tensor.
-        ValueError: if an operand is on another device than out, gradients are enabled and one is required, or a
+        ValueError: if an operand is on another device than out, one requires grad while gradients are enabled, or a
             transform of PyTorch is in force.
     """
     if is_transformed():

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from sparse_adv.training.random_numbers import seed_of
 
 T = TypeVar("T")
 
@@ -214,4 +215,4 @@ def own_seed(*numbers: int) -> int:
         >>> own_seed(0, 1) == own_seed(0, 1), own_seed(0, 1) == own_seed(0, 2)
         (True, False)
     """
-    return int(np.random.SeedSequence([*numbers, rank()]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return seed_of(*numbers, rank())

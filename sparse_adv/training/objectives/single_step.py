@@ -17,7 +17,10 @@ from sparse_adv.training.objectives.base import Noise, Passes, TrainingObjective
 
 
 class FGSM(TrainingObjective):
-    """One step of size eps from x (Goodfellow et al. 2015, section 4): loss = CE(f(x + eps sign(g)), y)."""
+    """One step of size alpha, by default eps, from x (Goodfellow et al. 2015, section 4), projected.
+
+    loss = CE(f(x + alpha sign(g)), y).
+    """
 
     @property
     def passes(self) -> Passes:
