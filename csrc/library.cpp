@@ -14,8 +14,13 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "masked_conv2d_grad_input(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[4] input_size, SymInt[2] "
       "stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
-  // The same passes into memory that the caller provides. out = relu?(conv2d(input, weight * mask) + bias + residual);
-  // gate_out, only with relu, receives a bit per element of out: whether the ReLU passes the gradient (cpu/epilogue.h).
+  // Gradient with respect to weight, exactly 0 where the mask is false.
+  m.def(
+      "masked_conv2d_grad_weight(Tensor grad_output, Tensor input, Tensor[] pattern, SymInt[2] stride, SymInt[2] "
+      "padding, SymInt[2] dilation, SymInt groups) -> Tensor");
+  // Forward and grad_input into memory that the caller provides. out = relu?(conv2d(input, weight * mask) + bias +
+  // residual); gate_out, only with relu, receives a bit per element of out: whether the ReLU passes the gradient
+  // (cpu/epilogue.h).
   m.def(
       "masked_conv2d_out(Tensor input, Tensor weight, Tensor[] pattern, Tensor? bias, SymInt[2] stride, SymInt[2] "
       "padding, SymInt[2] dilation, SymInt groups, Tensor? residual, bool relu, Tensor(a!) out, Tensor(b!)? gate_out) "
@@ -44,7 +49,8 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "masked_winograd_conv2d_out(Tensor input, Tensor row_offsets, Tensor channels, Tensor values, SymInt[2] padding, "
       "Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) out, Tensor(b!)? gate_out) -> ()");
-  // Their epilogue on its own: out = act(scale[c] * input + bias[c] + residual), act = relu, gate or nothing.
+  // The epilogue of the convolutions on its own: out = act(scale[c] * input + bias[c] + residual), act = relu, gate or
+  // nothing.
   m.def(
       "pointwise_out(Tensor input, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) "
       "out, Tensor(b!)? gate_out) -> ()");
@@ -64,10 +70,6 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "batch_norm_act_grad(Tensor grad, Tensor input, Tensor? weight, Tensor mean, Tensor var, Tensor? gate, float "
       "eps, "
       "bool needs_residual) -> (Tensor, Tensor, Tensor, Tensor)");
-  // Gradient with respect to weight, exactly 0 where the mask is false.
-  m.def(
-      "masked_conv2d_grad_weight(Tensor grad_output, Tensor input, Tensor[] pattern, SymInt[2] stride, SymInt[2] "
-      "padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   // The weights kept by the mask, in the order of the column indices of forward and of grad_input.
   m.def("pack_values(Tensor weight, Tensor[] pattern) -> Tensor[]");
   // For forward, grad_input and grad_weight, in this order: the kernel (1 sparse, 2 dense) and the multiply-adds that

@@ -70,13 +70,11 @@ def run(options: Options) -> int:
     output = Output(options.json)
     if not output.as_json:
         assumed = "" if known else ", which is assumed: the file does not say it, --input-shape does"
-        output.print(f"{explanation}\nfor {options.batch} images of shape {list(shape)}{assumed}", {})
+        output.line(f"{explanation}\nfor {options.batch} images of shape {list(shape)}{assumed}")
         return 0
     for row in explanation.rows:
-        output.print("", asdict(row))
-    output.print(
-        "", {"density": explanation.density, "mac_density": explanation.mac_density, "input_shape": list(shape)}
-    )
+        output.line(asdict(row))
+    output.line({"density": explanation.density, "mac_density": explanation.mac_density, "input_shape": list(shape)})
     return 0
 
 

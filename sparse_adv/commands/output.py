@@ -33,12 +33,16 @@ class Output:
 
     def print(self, text: str, content: Mapping[str, object]) -> None:
         """Print the text, or the content as a line of JSON."""
+        self.line(content if self.as_json else text)
+
+    def line(self, content: str | Mapping[str, object]) -> None:
+        """Print a text, or a line of JSON."""
         if distributed.rank():
             return
         if self._bar is not None:
             self._bar.clear()
         try:
-            print(json.dumps(content) if self.as_json else text, flush=True)
+            print(content if isinstance(content, str) else json.dumps(content), flush=True)
         except BrokenPipeError:
             raise
         except OSError as error:  # such as a full disk

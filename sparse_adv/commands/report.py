@@ -36,12 +36,12 @@ def run(options: Options) -> int:
     text = report(options.folders, options.out, level=options.level)
     output = Output(options.json)
     if not output.as_json:
-        output.print(text, {})
+        output.line(text)
         return 0
     for folder in options.folders:
         each = runs.read(folder)
         last = to_json(each.records[-1], with_none=False) if each.records else {}
         result = to_json(each.result) if each.result else None
-        output.print("", {"run": str(folder), "name": each.name, **last, "result": result})
-    output.print("", {"report": str(options.out)})
+        output.line({"run": str(folder), "name": each.name, **last, "result": result})
+    output.line({"report": str(options.out)})
     return 0
