@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_adv.ops.arguments import Pair, check_flag, check_integer, check_tensors
 from sparse_adv.ops.conv_geometry import read_geometry
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_pattern
-from sparse_adv.ops.written import check_written, mark_written
+from sparse_adv.ops.written import check_written, mark_written, returns_nothing
 
 
 def masked_conv2d_out(
@@ -149,11 +149,4 @@ def masked_conv2d_grad_input_out(
     mark_written(out)
 
 
-@torch.library.register_fake("sparse_adv::masked_conv2d_out")
-def _(*_: object) -> None:
-    return None
-
-
-@torch.library.register_fake("sparse_adv::masked_conv2d_grad_input_out")
-def _(*_: object) -> None:
-    return None
+returns_nothing("masked_conv2d_out", "masked_conv2d_grad_input_out")

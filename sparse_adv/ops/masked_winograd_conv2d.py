@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from sparse_adv.ops.arguments import Pair, check_flag, check_tensors
 from sparse_adv.ops.conv_geometry import read_padding
 from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_fits, check_pattern
-from sparse_adv.ops.written import check_written, mark_written
+from sparse_adv.ops.written import check_written, mark_written, returns_nothing
 
 ELEMENTS = 36
 """Of a transformed filter: 4 x 4 pixels of the output need 6 x 6 of the input."""
@@ -200,9 +200,7 @@ def _(weight: Tensor, mask: Tensor, row_offsets: Tensor, channels: Tensor, oc_bl
     return weight.new_empty(ELEMENTS, channels.shape[0], oc_block)
 
 
-@torch.library.register_fake("sparse_adv::masked_winograd_conv2d_out")
-def _(*_: object) -> None:
-    return None
+returns_nothing("masked_winograd_conv2d_out")
 
 
 @register_flop_formula(torch.ops.sparse_adv.masked_winograd_conv2d_out)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops.arguments import Pair, check_tensors, read_pair
-from sparse_adv.ops.written import check_written, mark_written
+from sparse_adv.ops.written import check_written, mark_written, returns_nothing
 
 
 def max_pool2d_out(input: Tensor, size: Pair, *, out: Tensor, index: Tensor | None = None) -> None:
@@ -97,11 +97,4 @@ def max_pool2d_grad_input_out(
     mark_written(out)
 
 
-@torch.library.register_fake("sparse_adv::max_pool2d_out")
-def _(*_: object) -> None:
-    return None
-
-
-@torch.library.register_fake("sparse_adv::max_pool2d_grad_input_out")
-def _(*_: object) -> None:
-    return None
+returns_nothing("max_pool2d_out", "max_pool2d_grad_input_out")

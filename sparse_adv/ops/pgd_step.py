@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_adv.argument_types import shortened
 from sparse_adv.ops._library import check_capability, cuda_stand_in
 from sparse_adv.ops.arguments import check_floating, check_number, overlap_partly, overlaps_itself
-from sparse_adv.ops.written import mark_written
+from sparse_adv.ops.written import mark_written, returns_nothing
 
 NORMS = ("linf", "l2")
 
@@ -170,9 +170,7 @@ def _(adv: Tensor, *_: object) -> Tensor:
     return torch.empty_like(adv)
 
 
-@torch.library.register_fake("sparse_adv::pgd_step_")
-def _(adv: Tensor, *_: object) -> None:
-    return None
+returns_nothing("pgd_step_")
 
 
 # Triton is imported when it is first needed, because torch for CPUs does not install it.

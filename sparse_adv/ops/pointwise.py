@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.ops.arguments import check_flag, check_tensors
-from sparse_adv.ops.written import check_written, mark_written
+from sparse_adv.ops.written import check_written, mark_written, returns_nothing
 
 
 def pointwise_out(
@@ -67,6 +67,4 @@ def pointwise_out(
     mark_written(out, gate_out)
 
 
-@torch.library.register_fake("sparse_adv::pointwise_out")
-def _(*_: object) -> None:
-    return None
+returns_nothing("pointwise_out")

@@ -13,7 +13,7 @@ from sparse_adv.kernels.layout import layout_of
 from sparse_adv.ops.arguments import Pair, check_flag, check_integer, check_tensors
 from sparse_adv.ops.conv_geometry import read_padding
 from sparse_adv.ops.transforms import is_transformed
-from sparse_adv.ops.written import check_written, mark_written
+from sparse_adv.ops.written import check_written, mark_written, returns_nothing
 
 PANEL = 32
 """Output channels that lie side by side in transformed weights (csrc/cpu/winograd_conv2d/conv_kernel.h)."""
@@ -242,6 +242,4 @@ def _(weight: Tensor, tile: int, transposed: bool) -> Tensor:
     return weight.new_empty((tile + 2) ** 2, -(-out_channels // PANEL), in_channels, PANEL)
 
 
-@torch.library.register_fake("sparse_adv::winograd_conv2d_out")
-def _(*_: object) -> None:
-    return None
+returns_nothing("winograd_conv2d_out")

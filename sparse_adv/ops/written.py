@@ -1,4 +1,4 @@
-"""Checks and version counts that the ops which write into their arguments share."""
+"""What the ops that write into their arguments share: checks, version counts and their fake kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from torch import Tensor
 
 from sparse_adv.ops.arguments import check_tensors
 from sparse_adv.ops.transforms import is_transformed
+
+
+def returns_nothing(*ops: str) -> None:
+    """Register what ops that only write into their arguments compute for tensors without values: nothing."""
+    for op in ops:
+        torch.library.register_fake(f"sparse_adv::{op}", lambda *_: None)
 
 
 def check_written(function: str, out: Tensor, **operands: Tensor | None) -> None:
