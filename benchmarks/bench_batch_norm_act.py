@@ -93,7 +93,7 @@ def case(
     return Case(labels, sides, rivals, moved=moved, rounds=9, warmup=3, capture=True)
 
 
-def cases(device: str, quick: bool = False) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> Iterator[Case]:
     for shape in [TOY] if quick else SHAPES[device]:
         for format in FORMATS_OF[device]:
             for has_residual in (False, True):
@@ -101,9 +101,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
                     yield case(shape, format, has_residual, pass_, device, quick)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__, tuple(SHAPES)), arguments)
-    harness.measure(cases(options.device, options.quick), options)
+main = partial(harness.main, cases, __doc__, devices=tuple(SHAPES))
 
 
 @pytest.mark.parametrize("side", SIDES)

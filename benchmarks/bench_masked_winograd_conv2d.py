@@ -11,18 +11,18 @@ pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import lru_cache, partial
 
 import harness
 import pytest
 import torch
+from bench_batch_norm_act import SHAPES
 from harness import Case, label_of
 from timing import Side
 
 from sparse_adv import masks, ops
 
-SHAPES = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8), (64, 512, 4, 4)]
 TOY = (64, 16, 8, 8)
 PASSES = ("forward", "grad_input")
 BLOCKS = [(4, 4, 3, 3), (2, 2, 3, 3), (1, 1, 3, 3)]
@@ -77,21 +77,19 @@ def case(shape: tuple[int, int, int, int], pass_: str, block: tuple[int, int, in
     return Case(labels, sides, ["direct", "winograd", "dense", "dense_channels_last"], macs=macs)
 
 
-def cases(quick: bool = False) -> Iterator[Case]:
-    for shape in [TOY] if quick else SHAPES:
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    for shape in [TOY] if quick else SHAPES[device]:
         for pass_ in PASSES:
             for block in BLOCKS[:1] if quick else BLOCKS:
                 for density in DENSITIES[-1:] if quick else DENSITIES:
                     yield case(shape, pass_, block, density)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__), arguments)
-    harness.measure(cases(options.quick), options)
+main = partial(harness.main, cases, __doc__)
 
 
 @pytest.mark.parametrize("pass_, side", [(pass_, side) for pass_ in PASSES for side in SIDES])
-@pytest.mark.parametrize("shape", SHAPES, ids=label_of)
+@pytest.mark.parametrize("shape", SHAPES["cpu"], ids=label_of)
 def test_masked_winograd_conv2d(timed, quick, shape, pass_, side):
     timed(case(TOY if quick else shape, pass_, BLOCKS[0], DENSITIES[-1]), side)
 

@@ -9,20 +9,18 @@ the time of a copy of as many bytes: forward reads the input and writes output a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 
 import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_batch_norm_act import FORMATS
+from bench_batch_norm_act import FORMATS, SHAPES, TOY
 from harness import Case, label_of
 
 from sparse_adv import ops
 
-SHAPES = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8), (64, 512, 4, 4)]
-TOY = (4, 3, 4, 4)
 WINDOW = (2, 2)
 FORWARD, BACKWARD = PASSES = ("forward", "backward")
 SIDES = ("ours", "eager")
@@ -55,21 +53,19 @@ def case(shape: tuple[int, ...], format: str, pass_: str) -> Case:
     return Case(labels, sides, ["eager"], moved=image.nbytes + out.nbytes + index.nbytes, rounds=9, warmup=3)
 
 
-def cases(quick: bool = False) -> Iterator[Case]:
-    for shape in [TOY] if quick else SHAPES:
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    for shape in [TOY] if quick else SHAPES[device]:
         for format in FORMATS:
             for pass_ in PASSES:
                 yield case(shape, format, pass_)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__), arguments)
-    harness.measure(cases(options.quick), options)
+main = partial(harness.main, cases, __doc__)
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("shape", SHAPES, ids=label_of)
+@pytest.mark.parametrize("shape", SHAPES["cpu"], ids=label_of)
 def test_max_pool2d(timed, quick, shape, pass_, side):
     timed(case(TOY if quick else shape, "NCHW", pass_), side)
 

@@ -65,15 +65,13 @@ def case(shape: tuple[int, ...], variant: str, device: str = "cpu", quick: bool 
     return Case(labels, sides, rivals, moved=moved, rounds=rounds, warmup=3, capture=True)
 
 
-def cases(device: str, quick: bool = False) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> Iterator[Case]:
     for shape in [TOY] if quick else SHAPES[device]:
         for variant in VARIANTS:
             yield case(shape, variant, device, quick)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__, tuple(SHAPES)), arguments)
-    harness.measure(cases(options.device, options.quick), options)
+main = partial(harness.main, cases, __doc__, devices=tuple(SHAPES))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ each side is a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import harness
@@ -44,14 +44,12 @@ def case(shape: tuple[int, ...], device: str = "cpu", quick: bool = False) -> Ca
     return Case(labels, sides, SIDES[1:], moved=moved, rounds=rounds, warmup=3, capture=True)
 
 
-def cases(device: str, quick: bool = False) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> Iterator[Case]:
     for shape in [TOY] if quick else SHAPES[device]:
         yield case(shape, device, quick)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__, tuple(SHAPES)), arguments)
-    harness.measure(cases(options.device, options.quick), options)
+main = partial(harness.main, cases, __doc__, devices=tuple(SHAPES))
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -10,8 +10,8 @@ keeps the output of the ReLU where the op keeps a bit. The bound is the time of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import lru_cache, partial
 
 import harness
 import pytest
@@ -65,15 +65,13 @@ def case(shape: tuple[int, ...], pass_: str, quick: bool = False) -> Case:
     return Case(labels, sides, ["eager", "compile"], moved=3 * x.nbytes + gate.nbytes, rounds=9, warmup=3)
 
 
-def cases(quick: bool = False) -> Iterator[Case]:
-    for shape in [TOY] if quick else SHAPES["cpu"]:
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    for shape in [TOY] if quick else SHAPES[device]:
         for pass_ in PASSES:
             yield case(shape, pass_, quick)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__), arguments)
-    harness.measure(cases(options.quick), options)
+main = partial(harness.main, cases, __doc__)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -9,7 +9,7 @@ bytes an element, since it reads one tensor and writes one. On a GPU each side i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import harness
@@ -42,14 +42,12 @@ def case(shape: tuple[int, ...], device: str = "cpu", quick: bool = False) -> Ca
     return Case(labels, sides, SIDES[1:], moved=2 * clean.nbytes, rounds=rounds, warmup=3, capture=True)
 
 
-def cases(device: str, quick: bool = False) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> Iterator[Case]:
     for shape in [TOY] if quick else SHAPES[device]:
         yield case(shape, device, quick)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__, tuple(SHAPES)), arguments)
-    harness.measure(cases(options.device, options.quick), options)
+main = partial(harness.main, cases, __doc__, devices=tuple(SHAPES))
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -11,8 +11,8 @@ and channels_last with the attack as a CUDA graph. "macs_kept" is a share of the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import lru_cache, partial
 
 import harness
 import pytest
@@ -66,14 +66,12 @@ def check(network: nn.Module, pruned: dict[str, Tensor], small: nn.Module, x: Te
     torch.testing.assert_close(small.eval()(x), masked.eval()(x), rtol=1e-3, atol=1e-3)
 
 
-def cases(device: str, quick: bool = False) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> Iterator[Case]:
     for removed in REMOVED:
         yield case(removed, device, quick)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__, tuple(SIZES)), arguments)
-    harness.measure(cases(options.device, options.quick), options)
+main = partial(harness.main, cases, __doc__, devices=tuple(SIZES))
 
 
 @pytest.mark.parametrize("side", ["ours", "dense"])

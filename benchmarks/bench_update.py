@@ -15,7 +15,7 @@ there are no graphs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import count
 from typing import Any
@@ -140,7 +140,7 @@ class Updates:
         return epoch
 
 
-def cases(device: str, quick: bool = False) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> Iterator[Case]:
     """Cases without a compiled side come first, since compiling may exceed a time limit."""
     updates = Updates(device, quick)
     for objective in OBJECTIVES:
@@ -154,9 +154,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield updates.compiled(objective)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__, ("cpu", "cuda")), arguments)
-    harness.measure(cases(options.device, options.quick), options)
+main = partial(harness.main, cases, __doc__, devices=("cpu", "cuda"))
 
 
 updates_of = lru_cache(maxsize=1)(Updates)

@@ -12,12 +12,13 @@ left, 36 for each pair of channels and 16 pixels, or 16 for 4 pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import lru_cache, partial
 
 import harness
 import pytest
 import torch
+from bench_batch_norm_act import SHAPES
 from harness import Case, label_of
 from timing import Side
 from torch import nn
@@ -25,7 +26,6 @@ from torch import nn
 from sparse_adv import ops
 from sparse_adv.engine.winograd import winograd_tile
 
-SHAPES = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8), (64, 512, 4, 4)]
 TOY = (64, 16, 8, 8)
 PASSES = ("forward", "grad_input", "grad_weight")
 DENSE = {"dense": torch.contiguous_format, "dense_channels_last": torch.channels_last}
@@ -83,19 +83,17 @@ def case(shape: tuple[int, int, int, int], pass_: str) -> Case:
     return Case(labels, sides, [*DENSE], macs=batch * channels * channels * products)
 
 
-def cases(quick: bool = False) -> Iterator[Case]:
-    for shape in [TOY] if quick else SHAPES:
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    for shape in [TOY] if quick else SHAPES[device]:
         for pass_ in PASSES:
             yield case(shape, pass_)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__), arguments)
-    harness.measure(cases(options.quick), options)
+main = partial(harness.main, cases, __doc__)
 
 
 @pytest.mark.parametrize("pass_, side", [(pass_, side) for pass_ in PASSES for side in SIDES[pass_]])
-@pytest.mark.parametrize("shape", SHAPES, ids=label_of)
+@pytest.mark.parametrize("shape", SHAPES["cpu"], ids=label_of)
 def test_winograd_conv2d(timed, quick, shape, pass_, side):
     timed(case(TOY if quick else shape, pass_), side)
 

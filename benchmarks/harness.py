@@ -92,6 +92,17 @@ def start(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     return options
 
 
+def main(
+    cases: Callable[[str, bool], Iterable[Case]],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    devices: Sequence[str] = ("cpu",),
+) -> None:
+    """The script of a benchmark whose cases depend on the device and on `--quick` alone."""
+    options = start(argument_parser(description, devices), arguments)
+    measure(cases(options.device, options.quick), options)
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a script: what is wrong with its folders and names is one line, and exit code 2 as of `parser.error`."""
     try:
