@@ -87,10 +87,10 @@ def case(
         functions["compile"] = compiled(reference.batch_norm_act, quick)
     sides = {name: side(function, leaves, pass_, grad) for name, function in functions.items()}
     name = "batch_norm_act with residual" if has_residual else "batch_norm_act"
-    rivals, dtype = [side for side in sides if side != "ours"], str(DTYPES[device]).removeprefix("torch.")
+    dtype = str(DTYPES[device]).removeprefix("torch.")
     labels = {"op": name, "pass": pass_, "shape": label_of(shape), "layout": format, "dtype": dtype}
     moved = grad.nbytes * (TENSORS[pass_] + has_residual * (2 if pass_ == BOTH else 1))
-    return Case(labels, sides, rivals, moved=moved, rounds=9, warmup=3, capture=True)
+    return Case(labels, sides, moved=moved, rounds=9, warmup=3, capture=True)
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:

@@ -7,20 +7,22 @@ For gpu_check.sh: PyTorch and its compiler start once instead of three times, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator
+from functools import partial
 
 import bench_pgd_step
 import bench_pgd_step_normalized
 import bench_random_start
 import harness
+from harness import Case
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = harness.start(harness.argument_parser(__doc__, tuple(bench_pgd_step.SHAPES)), arguments)
-    benchmarks = (bench_pgd_step, bench_pgd_step_normalized, bench_random_start)
-    cases = chain.from_iterable(benchmark.cases(options.device, options.quick) for benchmark in benchmarks)
-    harness.measure(cases, options)
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    for benchmark in (bench_pgd_step, bench_pgd_step_normalized, bench_random_start):
+        yield from benchmark.cases(device, quick)
+
+
+main = partial(harness.main, cases, __doc__, devices=tuple(bench_pgd_step.SHAPES))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 
 import harness
@@ -48,6 +48,20 @@ def images(shape: Sequence[int], device: str) -> tuple[Tensor, Tensor, Tensor]:
     return (clean + 0.02 * torch.randn_like(clean)).clamp(0, 1), torch.randn_like(clean), clean
 
 
+def case_of(op: str, functions: Mapping[str, Callable], moved: int, images: Tensor, *others: object) -> Case:
+    """The case of functions of the same operands, which move so many bytes; for all ops of an attack."""
+    labels = {"op": op, "shape": label_of(images.shape), "dtype": "float32"}
+    sides = {name: partial(function, images, *others) for name, function in functions.items()}
+    rounds = 30 if images.device.type == "cpu" else 9
+    return Case(labels, sides, moved=moved, rounds=rounds, warmup=3, capture=True)
+
+
+def of_each_shape(case: Callable[[tuple[int, ...], str, bool], Case], device: str, quick: bool) -> Iterator[Case]:
+    """The cases of an op of an attack that has one a shape."""
+    for shape in [TOY] if quick else SHAPES[device]:
+        yield case(shape, device, quick)
+
+
 @lru_cache(maxsize=1)
 def case(shape: tuple[int, ...], variant: str, device: str = "cpu", quick: bool = False) -> Case:
     """The case of one shape, after a check that our result is right."""
@@ -58,11 +72,7 @@ def case(shape: tuple[int, ...], variant: str, device: str = "cpu", quick: bool 
     functions = {"ours": pgd_step, "eager": reference.pgd_step}
     if grad.dtype == torch.float32:
         functions["compile"] = compiled(reference.pgd_step, quick)
-    sides = {name: partial(function, *step) for name, function in functions.items()}
-    rivals = [name for name in sides if name != "ours"]
-    labels = {"op": f"pgd_step {variant}", "shape": label_of(shape), "dtype": "float32"}
-    moved, rounds = 3 * clean.nbytes + grad.nbytes, 30 if device == "cpu" else 9
-    return Case(labels, sides, rivals, moved=moved, rounds=rounds, warmup=3, capture=True)
+    return case_of(f"pgd_step {variant}", functions, 3 * clean.nbytes + grad.nbytes, *step)
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:

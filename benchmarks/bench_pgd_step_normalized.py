@@ -10,13 +10,12 @@ each side is a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import harness
 import pytest
 import torch
-from bench_pgd_step import ALPHA, EPS, SHAPES, SIDES, TOY, compiled, images
+from bench_pgd_step import ALPHA, EPS, SHAPES, SIDES, TOY, case_of, compiled, images, of_each_shape
 from harness import Case, label_of
 from torch import Tensor
 
@@ -38,17 +37,10 @@ def case(shape: tuple[int, ...], device: str = "cpu", quick: bool = False) -> Ca
     # The bfloat16 tensor may differ in its last bit.
     torch.testing.assert_close(pgd_step_normalized(*step), plain(*step), rtol=1e-2, atol=1e-5)
     functions = dict(zip(SIDES, (pgd_step_normalized, plain, compiled(plain, quick)), strict=True))
-    sides = {name: partial(function, *step) for name, function in functions.items()}
-    labels = {"op": "pgd_step_normalized linf", "shape": label_of(shape), "dtype": "float32"}
-    moved, rounds = 18 * clean.numel(), 30 if device == "cpu" else 9
-    return Case(labels, sides, SIDES[1:], moved=moved, rounds=rounds, warmup=3, capture=True)
+    return case_of("pgd_step_normalized linf", functions, 18 * clean.numel(), *step)
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    for shape in [TOY] if quick else SHAPES[device]:
-        yield case(shape, device, quick)
-
-
+cases = partial(of_each_shape, case)
 main = partial(harness.main, cases, __doc__, devices=tuple(SHAPES))
 
 

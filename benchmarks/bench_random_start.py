@@ -9,13 +9,12 @@ bytes an element, since it reads one tensor and writes one. On a GPU each side i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import harness
 import pytest
 import torch
-from bench_pgd_step import EPS, SHAPES, SIDES, TOY, compiled
+from bench_pgd_step import EPS, SHAPES, SIDES, TOY, case_of, compiled, of_each_shape
 from harness import Case, label_of
 from torch import Tensor
 
@@ -32,21 +31,15 @@ def case(shape: tuple[int, ...], device: str = "cpu", quick: bool = False) -> Ca
     torch.manual_seed(0)
     clean = torch.rand(shape, device=device)
     seed = torch.tensor([1, 0], device=device)
-    sides = {
-        "ours": partial(random_start, clean, EPS, "linf", seed),
-        "eager": partial(uniform_start, clean),
-        "compile": partial(compiled(uniform_start, quick), clean),
+    functions = {
+        "ours": partial(random_start, eps=EPS, seed=seed),
+        "eager": uniform_start,
+        "compile": compiled(uniform_start, quick),
     }
-    labels = {"op": "random_start linf", "shape": label_of(shape), "dtype": "float32"}
-    rounds = 30 if device == "cpu" else 9
-    return Case(labels, sides, SIDES[1:], moved=2 * clean.nbytes, rounds=rounds, warmup=3, capture=True)
+    return case_of("random_start linf", functions, 2 * clean.nbytes, clean)
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    for shape in [TOY] if quick else SHAPES[device]:
-        yield case(shape, device, quick)
-
-
+cases = partial(of_each_shape, case)
 main = partial(harness.main, cases, __doc__, devices=tuple(SHAPES))
 
 

@@ -55,7 +55,7 @@ def case(removed: str, device: str = "cpu", quick: bool = False) -> Case:
         "macs_kept": round(macs[0] / macs[1], 4),
         "dtype": "bfloat16" if device == "cuda" else "float32",
     }
-    return Case(labels, sides, ["dense"], rounds=5, warmup=3 if device == "cuda" else 1)
+    return Case(labels, sides, rounds=5, warmup=3 if device == "cuda" else 1)
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def case(run: runs.Run, images: int, rounds: int) -> Case:
     network = run.info.network or NetworkConfig()
     name = network.arch if network.width is None else f"{network.arch} width {network.width}"
     labels: dict[str, Value] = {"op": "AutoAttack", "run": run.name, "network": name, "mask": mask, "images": len(y)}
-    return Case(labels, sides(model, x, y, labels), ["torchattacks"], rounds=rounds)
+    return Case(labels, sides(model, x, y, labels), rounds=rounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -33,13 +33,13 @@ class Case:
     """One thing to measure.
 
     `macs` and `moved` (bytes) are the least that a call needs; if both are 0, the case has no bound. A rival is a side
-    that counts for the ratio.
+    that counts for the ratio; all sides but ours are rivals if none is named.
     """
 
     labels: Mapping[str, Value]
     sides: Mapping[str, Side]
     """The side "ours" and what it is compared with."""
-    rivals: Sequence[str]
+    rivals: Sequence[str] = ()
     macs: int = 0
     moved: int = 0
     rounds: int = 9
@@ -140,7 +140,8 @@ def record_of(case: Case, peak: Peak, device: str, quick: bool = False) -> Recor
         times = interleaved_graphs(case.sides, rounds)
     else:
         times = interleaved(case.sides, rounds, device)
-    return {**case.labels, **columns(times, case.rivals, peak.seconds(case.macs, case.moved))}
+    rivals = case.rivals or [side for side in case.sides if side != "ours"]
+    return {**case.labels, **columns(times, rivals, peak.seconds(case.macs, case.moved))}
 
 
 def columns(times: Mapping[str, Times], rivals: Sequence[str], bound: float) -> Record:

@@ -56,6 +56,11 @@ def test_the_fastest_rival_counts_for_the_ratio_and_other_sides_do_not(monkeypat
     assert record["ratio"] == 2.5 and "bound_ms" not in record
 
 
+def test_all_sides_but_ours_are_rivals_where_none_is_named(monkeypatch):
+    times = {"ours": FAST, "dense": SLOW, "dense_channels_last": SLOW._replace(median=5e-3)}
+    assert harness.record_of(case_of(times, [], monkeypatch), PEAK, "cpu")["ratio"] == 2.5
+
+
 def test_each_side_is_warmed_up_as_often_as_its_case_says():
     calls = []
     case = Case({}, {"ours": lambda: calls.append(1)}, ["ours"], rounds=2, warmup=4)
