@@ -170,20 +170,24 @@ class Setup:
     def compiled(self) -> Update:
         return self.update_of(self.network, frozen_attack, compiler=self.compiler)
 
-    def case(self, op: str, mask: str, sides: dict[str, Side]) -> Case:
+    def masked(self, block: tuple[int, ...], density: float) -> nn.Module:
+        """A copy of the network, pruned by magnitude."""
+        ticket = copy.deepcopy(self.network)
+        return sparsify(ticket, masks.prune(ticket, density, block, scope="uniform"))
+
+    def case(self, op: str, mask: str, sides: dict[str, Side], rounds: int = 5, warmup: int = 4) -> Case:
+        """By default with warm-up calls in which cuDNN searches for algorithms and graphs are captured."""
         dtype = "bfloat16" if self.on_gpu else "float32"
         labels = {"op": op, "network": self.name, "batch": len(self.x), "mask": mask, "dtype": dtype}
-        rivals = [side for side in sides if side != "ours"]
-        return Case(labels, sides, rivals, rounds=5, warmup=4)  # cuDNN searches for algorithms, graphs are captured
+        return Case(labels, sides, rounds=rounds, warmup=warmup)
 
     def update(self) -> Case:
         careful = {"careful": self.careful} if self.on_gpu else {}
         return self.case(f"PGD-{STEPS} update", "dense", {"ours": self.ours, "published": self.published, **careful})
 
     def masked_update(self, block: tuple[int, ...], density: float) -> Case:
-        ticket = copy.deepcopy(self.network)
-        sparsify(ticket, masks.prune(ticket, density, block, scope="uniform"))
-        sides = {"ours": self.update_of(ticket, our_attack(self.device), fused=True), "ours_dense": self.ours}
+        ours = self.update_of(self.masked(block, density), our_attack(self.device), fused=True)
+        sides = {"ours": ours, "ours_dense": self.ours}
         return self.case(f"PGD-{STEPS} update", f"block {block}, density {density}", sides)
 
     def attack(self) -> Case:

@@ -28,7 +28,7 @@ from harness import Case
 from timing import Side, captured
 from torch import Tensor, nn
 
-from sparse_adv import attacks, data, masks, models, sparsify, training
+from sparse_adv import attacks, data, models, training
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.update import Updater
@@ -81,26 +81,18 @@ class Updates:
         return self.repeated(captured(update, calls=1) if setup.on_gpu else update)
 
     def case(self, op: str, mask: str, sides: dict[str, Side], rounds: int = 5) -> Case:
-        setup = self.setup
-        dtype = "bfloat16" if setup.on_gpu else "float32"
-        labels = {"op": op, "network": setup.name, "batch": len(setup.x), "mask": mask, "dtype": dtype}
-        return Case(labels, sides, [side for side in sides if side != "ours"], rounds=rounds, warmup=2)
+        return self.setup.case(op, mask, sides, rounds, warmup=2)
 
     def title(self, objective: str) -> str:
         return f"captured updates ({UPDATES[self.setup.device]}), {NAMES[objective]}"
 
-    def dense(self, objective: str) -> Case:
-        sides = {"ours": self.ours(objective), "careful": self.rival(objective)}
-        return self.case(self.title(objective), "dense", sides)
-
-    def compiled(self, objective: str) -> Case:
-        sides = {"ours": self.ours(objective), "compile": self.rival(objective, compiled=True)}
+    def dense(self, objective: str, compiled: bool = False) -> Case:
+        rival = "compile" if compiled else "careful"
+        sides = {"ours": self.ours(objective), rival: self.rival(objective, compiled)}
         return self.case(self.title(objective), "dense", sides)
 
     def masked(self, objective: str, block: tuple[int, ...], density: float) -> Case:
-        ticket = copy.deepcopy(self.setup.network)
-        sparsify(ticket, masks.prune(ticket, density, block, scope="uniform"))
-        sides = {"ours": self.ours(objective, ticket), "ours_dense": self.ours(objective)}
+        sides = {"ours": self.ours(objective, self.setup.masked(block, density)), "ours_dense": self.ours(objective)}
         return self.case(self.title(objective), f"block {block}, density {density}", sides)
 
     def epoch(self) -> Case:
@@ -151,7 +143,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             for block, density in MASKS:
                 yield updates.masked(objective, block, density)
     for objective in OBJECTIVES:
-        yield updates.compiled(objective)
+        yield updates.dense(objective, compiled=True)
 
 
 main = partial(harness.main, cases, __doc__, devices=("cpu", "cuda"))
@@ -171,7 +163,7 @@ def test_masked_update(timed, quick):
 
 
 def test_compiled_update(timed, quick):
-    timed(updates_of(quick=quick).compiled("n-fgsm"), "compile")
+    timed(updates_of(quick=quick).dense("n-fgsm", compiled=True), "compile")
 
 
 @pytest.mark.parametrize("side", ["ours", "careful"])
