@@ -18,6 +18,7 @@ import harness
 import pytest
 import torch
 from bench_batch_norm_act import SHAPES
+from convolutions import DENSE, dense
 from harness import Case, label_of
 from timing import Side
 
@@ -27,7 +28,7 @@ TOY = (64, 16, 8, 8)
 PASSES = ("forward", "grad_input")
 BLOCKS = [(4, 4, 3, 3), (2, 2, 3, 3), (1, 1, 3, 3)]
 DENSITIES = [0.4, 0.1]
-SIDES = ("ours", "direct", "winograd", "dense", "dense_channels_last")
+SIDES = ("ours", "direct", "winograd", *DENSE)
 
 
 @lru_cache(maxsize=1)
@@ -53,24 +54,16 @@ def case(shape: tuple[int, int, int, int], pass_: str, block: tuple[int, int, in
 
         return side
 
-    def dense(layout: torch.memory_format) -> Side:
-        operand, filters = (tensor.contiguous(memory_format=layout) for tensor in (x, weight))
-        if not transposed:
-            return lambda: torch.conv2d(operand, filters, padding=1)
-        unread = images.contiguous(memory_format=layout)
-        geometry = (1, 1), (1, 1), (1, 1), False, (0, 0), 1, [True, False, False]
-        return lambda: torch.ops.aten.convolution_backward(operand, unread, filters, None, *geometry)[0]
-
     sides: dict[str, Side] = {
         "ours": into(out, lambda: ops.masked_winograd_conv2d_out(x, live, out=out)),
         "direct": into(images, lambda: direct(x, weight, pattern, padding=1, out=images)),
         "winograd": into(dense_out, lambda: ops.winograd_conv2d_out(last, transformed, out=dense_out)),
-        "dense": dense(torch.contiguous_format),
-        "dense_channels_last": dense(torch.channels_last),
     }
+    for side, layout in DENSE.items():  # the images are the input, or the gradient of the output
+        sides[side] = partial(dense, pass_, *(tensor.contiguous(memory_format=layout) for tensor in (x, x, weight)))
     expected = sides["dense"]().clone()
-    for side in sides.values():
-        assert (side() - expected).norm() < 1e-4 * expected.norm()
+    for function in sides.values():
+        assert (function() - expected).norm() < 1e-4 * expected.norm()
     labels = {"op": "masked_winograd_conv2d", "pass": pass_, "shape": label_of(shape)}
     labels |= {"mask": f"block {block}, density {density}"}
     macs = batch * live.values.numel() * -(-height // 4) * -(-width // 4)

@@ -19,6 +19,7 @@ import harness
 import pytest
 import torch
 from bench_batch_norm_act import SHAPES
+from convolutions import DENSE, dense
 from harness import Case, label_of
 from timing import Side
 from torch import nn
@@ -27,23 +28,11 @@ from sparse_adv import ops
 from sparse_adv.engine.winograd import winograd_tile
 
 TOY = (64, 16, 8, 8)
-PASSES = ("forward", "grad_input", "grad_weight")
-DENSE = {"dense": torch.contiguous_format, "dense_channels_last": torch.channels_last}
 SIDES = {
     "forward": ("ours", "engine", *DENSE),
     "grad_input": ("ours", "engine", *DENSE),
     "grad_weight": ("ours", *DENSE),
 }
-
-
-def dense(pass_: str, x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor) -> Side:
-    """PyTorch's convolution, or one of its gradients."""
-    if pass_ == "forward":
-        return lambda: torch.conv2d(x, weight, padding=1)
-    index = ("grad_input", "grad_weight").index(pass_)
-    wanted = [index == 0, index == 1, False]
-    geometry = (1, 1), (1, 1), (1, 1), False, (0, 0), 1
-    return lambda: torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)[index]
 
 
 @lru_cache(maxsize=1)
@@ -74,10 +63,10 @@ def case(shape: tuple[int, int, int, int], pass_: str) -> Case:
             "engine": engine,
         }
     for side, layout in DENSE.items():
-        sides[side] = dense(pass_, *(tensor.contiguous(memory_format=layout) for tensor in (x, grad, weight)))
+        sides[side] = partial(dense, pass_, *(tensor.contiguous(memory_format=layout) for tensor in (x, grad, weight)))
     expected = sides["dense"]()
-    for side in sides.values():
-        assert (side() - expected).norm() < 1e-4 * expected.norm()
+    for function in sides.values():
+        assert (function() - expected).norm() < 1e-4 * expected.norm()
     labels = {"op": "winograd_conv2d", "pass": pass_, "shape": label_of(shape), "tile": tile}
     products = (tile + 2) ** 2 * -(-height // tile) * -(-width // tile)
     return Case(labels, sides, [*DENSE], macs=batch * channels * channels * products)
@@ -85,14 +74,14 @@ def case(shape: tuple[int, int, int, int], pass_: str) -> Case:
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     for shape in [TOY] if quick else SHAPES[device]:
-        for pass_ in PASSES:
+        for pass_ in ops.PASSES:
             yield case(shape, pass_)
 
 
 main = partial(harness.main, cases, __doc__)
 
 
-@pytest.mark.parametrize("pass_, side", [(pass_, side) for pass_ in PASSES for side in SIDES[pass_]])
+@pytest.mark.parametrize("pass_, side", [(pass_, side) for pass_ in ops.PASSES for side in SIDES[pass_]])
 @pytest.mark.parametrize("shape", SHAPES["cpu"], ids=label_of)
 def test_winograd_conv2d(timed, quick, shape, pass_, side):
     timed(case(TOY if quick else shape, pass_), side)

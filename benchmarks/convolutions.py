@@ -20,7 +20,23 @@ from sparse_adv import ops
 from sparse_adv.ops import reference
 from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
-DENSE = ("dense", "dense_channels_last")
+DENSE = {"dense": torch.contiguous_format, "dense_channels_last": torch.channels_last}
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+"""Strides, paddings, dilations and groups."""
+
+
+def dense(
+    pass_: str, input: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry = ((1, 1), (1, 1), (1, 1), 1)
+) -> Tensor:
+    """PyTorch's convolution, "forward", or its "grad_input" or "grad_weight"."""
+    if pass_ == "forward":
+        return torch.conv2d(input, weight, None, *geometry)
+    *lengths, groups = geometry
+    needed = [pass_ == name for name in ("grad_input", "grad_weight")]
+    gradients = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, *lengths, False, (0, 0), groups, [*needed, False]
+    )
+    return gradients[needed.index(True)]
 
 
 class Layer(NamedTuple):
@@ -57,33 +73,27 @@ class MaskedConvolution:
         self.layer, self.device = layer, device
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.mask = random_mask(layer.weight_shape, block, density).to(device)
-        strides, paddings = (layer.stride,) * 2, (layer.filter // 2,) * 2
-        self.geometry = (strides, paddings, (1, 1), 1)
+        self.geometry = ((layer.stride,) * 2, (layer.filter // 2,) * 2, (1, 1), 1)
         fan_in = layer.channels * layer.filter**2
         self.weight = self._random(layer.weight_shape) / fan_in**0.5 * self.mask
         self.input = self._random(layer.input_shape)
-        self.grad = torch.randn_like(self._dense(self.input))
+        self.grad = torch.randn_like(torch.conv2d(self.input, self.weight, None, *self.geometry))
         pattern = ops.compile_pattern(self.mask, block)
         self.pattern = ops.set_kernels(pattern, kernel, kernel, kernel)
         self.packed = ops.pack_pattern(self.pattern, self.weight)
 
     def case(self, pass_: str, labels: dict[str, str | int | float], rounds: int = 9) -> Case:
         """The case of "forward", "grad_input" or "grad_weight"; its label says which."""
+        layouts = DENSE if self.device == "cpu" else {"dense": torch.channels_last}
         sides = {"ours": self._ours(pass_)}
-        images = {"dense": (self.input, self.grad)}
-        if self.device == "cpu":
-            last = torch.channels_last
-            images["dense_channels_last"] = tuple(t.contiguous(memory_format=last) for t in (self.input, self.grad))
-        for side, (input, grad) in images.items():
-            if pass_ == "forward":
-                sides[side] = partial(self._dense, input)
-            else:
-                sides[side] = partial(self._dense_gradient, input, grad, pass_)
+        for side, layout in layouts.items():
+            input, grad = (tensor.contiguous(memory_format=layout) for tensor in (self.input, self.grad))
+            sides[side] = partial(dense, pass_, input, grad, self.weight, self.geometry)
         macs, moved = least_work(
             self.mask, self.layer.input_shape, self.layer.stride, self.layer.filter // 2, self.dtype.itemsize
         )
         labels = {"op": "masked_conv2d", "pass": pass_, **labels, "dtype": str(self.dtype).removeprefix("torch.")}
-        return Case(labels, sides, tuple(images), macs, moved, rounds, capture=True)
+        return Case(labels, sides, tuple(layouts), macs, moved, rounds, capture=True)
 
     def forward(self, pattern: ops.Pattern) -> Tensor:
         """Ours, on packed or unpacked values."""
@@ -98,10 +108,10 @@ class MaskedConvolution:
         two = self.input[:2].double()
         expected = reference.masked_conv2d(two, self.weight.double(), self.mask, None, *self.geometry)
         close(self.forward(self.packed)[:2].double(), expected, atol=atol)
-        dense = partial(self._dense_gradient, self.input, self.grad)
-        close(self._ours("grad_input")().float(), dense("grad_input").float(), atol=atol)
+        operands = self.input, self.grad, self.weight, self.geometry
+        close(self._ours("grad_input")().float(), dense("grad_input", *operands).float(), atol=atol)
         products = (self.layer.batch * self.layer.size**2) ** 0.5  # the scale of a sum of so many random products
-        masked = dense("grad_weight").float() * self.mask
+        masked = dense("grad_weight", *operands).float() * self.mask
         close(self._ours("grad_weight")().float(), masked, atol=atol * products)
 
     def _ours(self, pass_: str) -> Side:
@@ -114,17 +124,6 @@ class MaskedConvolution:
             return partial(native.masked_conv2d_grad_input, self.grad, self.weight, tensors, shape, *self.geometry)
         tensors = self.pattern.flatten()
         return partial(native.masked_conv2d_grad_weight, self.grad, self.input, tensors, *self.geometry)
-
-    def _dense(self, input: Tensor) -> Tensor:
-        return torch.conv2d(input, self.weight, None, *self.geometry)
-
-    def _dense_gradient(self, input: Tensor, grad: Tensor, pass_: str) -> Tensor:
-        strides, paddings, dilations, groups = self.geometry
-        needed = [pass_ == name for name in ("grad_input", "grad_weight")]
-        gradients = torch.ops.aten.convolution_backward(
-            grad, input, self.weight, None, strides, paddings, dilations, False, (0, 0), groups, [*needed, False]
-        )
-        return gradients[needed.index(True)]
 
     def _random(self, shape: Sequence[int]) -> Tensor:
         layout = torch.channels_last if self.device == "cuda" else torch.contiguous_format
