@@ -29,7 +29,7 @@ import harness
 import pytest
 import torch
 from convolutions import DENSE, Layer, MaskedConvolution, least_work
-from harness import Case, Record, label_of
+from harness import Case, Record, label_of, table
 from timing import Side
 
 from sparse_adv import ops
@@ -99,7 +99,7 @@ def sparseprop_sides(convolution: MaskedConvolution) -> tuple[Side, Side]:
 def dense_table(records: Sequence[Record]) -> str:
     """GFLOP/s of the dense convolution in its better layout: medians over the records of a pass and layer."""
     layers = _distinct(records, "layer")
-    lines = [f"| dense, GFLOP/s | {' | '.join(layers)} | mean |", "| --- |" + " --- |" * (len(layers) + 1)]
+    lines = []
     for name in ops.PASSES:
         rates = [
             statistics.median(
@@ -107,8 +107,8 @@ def dense_table(records: Sequence[Record]) -> str:
             )
             for layer in layers
         ]
-        lines.append(f"| {name} | " + " | ".join(f"{rate:.0f}" for rate in (*rates, statistics.mean(rates))) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(f"{rate:.0f}" for rate in (*rates, statistics.mean(rates)))])
+    return "\n".join(table(["dense, GFLOP/s", *layers, "mean"], lines))
 
 
 def dense_gflops(record: Record) -> float:
@@ -155,16 +155,13 @@ def sparseprop_table(records: Sequence[Record]) -> str:
 def _table(records: Sequence[Record], cell: Callable[[list[Record]], str]) -> str:
     """A line for each block and pass, a cell for each density."""
     densities = _distinct(records, "density")
-    lines = [
-        "| block | pass | " + " | ".join(f"density {density}" for density in densities) + " |",
-        "| --- | --- |" + " --- |" * len(densities),
-    ]
+    lines = []
     for block in _distinct(records, "block"):
         for name in _distinct(records, "pass"):
             of_pass = [record for record in records if (record["block"], record["pass"]) == (block, name)]
             cells = [cell([r for r in of_pass if str(r["density"]) == density]) for density in densities]
-            lines.append(f"| ({block.replace('x', ', ')}) | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([f"({block.replace('x', ', ')})", name, *cells])
+    return "\n".join(table(["block", "pass", *(f"density {density}" for density in densities)], lines))
 
 
 def _distinct(records: Sequence[Record], label: str) -> list[str]:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import Record, compared, read_records, run, title_of
+from harness import Record, compared, read_records, run, table, title_of
 from machine import environment
 
+PARTS = ("part", "status", "seconds", "limit", "note")
 COLUMNS = ("case", "us", "times as long", "of the bound", "spread")
 LAST_LINES = 15
 TEST = r"\S+\.py::.+?"
@@ -69,16 +70,13 @@ def report(whole: dict[str, Any]) -> str:
     facts = {key: value for key, value in whole.items() if key not in ("parts", "rows")}
     lines = [f"# {facts.get('gpu', 'no GPU')}, {facts['date']}, commit {facts['commit']}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += ["", "| part | status | seconds | limit | note |", "| --- | --- | --- | --- | --- |"]
-    for part in whole["parts"]:
-        status = "ok" if part["status"] == 0 else f"**{part['status']}**"
-        lines.append(f"| {part['part']} | {status} | {part['seconds']} | {part['limit']} | {part['note']} |")
+    shown = [part | {"status": f"**{part['status']}**" if part["status"] else "ok"} for part in whole["parts"]]
+    lines += ["", *table(PARTS, [[str(part[name]) for name in PARTS] for part in shown])]
     for part in whole["parts"]:
         if part["status"]:
             lines += what_failed(part)
     if whole["rows"]:
-        lines += ["", "## Measured", "", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-        lines += [f"| {' | '.join(table_line(row))} |" for row in whole["rows"]]
+        lines += ["", "## Measured", "", *table(COLUMNS, map(table_line, whole["rows"]))]
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import Record, ratios_of, title_of
+from harness import Record, ratios_of, table, title_of
 
 from sparse_adv import ops
 
@@ -30,10 +30,6 @@ RIVALS = {
 }
 ALONE = {"careful": "plain loop in a CUDA graph", "compile": "torch.compile in a CUDA graph"}
 EPOCHS = (1, 2, 5, 10)
-
-
-def table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *lines)]
 
 
 def ratio(value: float) -> str:

@@ -197,6 +197,11 @@ def line_of(record: Record) -> str:
     return f"{title_of(record):<72} {float(record['ours_ms']):9.4g} ms{bound}; times as long: {ratios}"
 
 
+def table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *lines)]
+
+
 def write_records(path: Path, records: Sequence[Record], facts: Mapping[str, Value]) -> None:
     """Write a CSV file, which appears whole or not at all; `facts` hold for all records and are comments at its top."""
     names = list(dict.fromkeys(name for record in records for name in record))
