@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def run(main: Callable[[], object]) -> None:
 
 
 def measure(cases: Iterable[Case], options: argparse.Namespace) -> list[Record]:
-    """Measure, print and write each case; what was measured before an interruption is in the file.
+    """Measure, print and write each case; an interruption ends the process, and a sentence says where the rows are.
 
     Args:
         cases: made one by one, after the machine's rates were measured.
@@ -122,11 +123,18 @@ def measure(cases: Iterable[Case], options: argparse.Namespace) -> list[Record]:
     peak = measured_peak(options.device)
     print_machine(peak, options.device)
     records, facts = [], environment()
-    for case in cases:
-        records.append(record_of(case, peak, options.device, options.quick))
-        print(line_of(records[-1]), flush=True)
-        if options.out:
+    try:
+        for case in cases:
+            records.append(record_of(case, peak, options.device, options.quick))
+            print(line_of(records[-1]), flush=True)
+            if options.out:
+                write_records(options.out, records, facts)
+    except KeyboardInterrupt:
+        if options.out and records:  # the last one may be printed but not yet written
             write_records(options.out, records, facts)
+        kept = f"in {options.out}" if options.out else "printed above (--out writes them as well)"
+        print(f"\ninterrupted: {f'the rows so far are {kept}' if records else 'nothing was measured'}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     return records
 
 

@@ -83,17 +83,30 @@ def test_a_file_returns_what_was_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
-def test_an_interruption_loses_no_record(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("measured", "written", "kept"),
+    [
+        (1, True, "the rows so far are in {}"),
+        (1, False, "the rows so far are printed above (--out writes them as well)"),
+        (0, True, "nothing was measured"),
+    ],
+)
+def test_an_interruption_loses_no_record_and_says_where_they_are(
+    tmp_path, monkeypatch, capsys, measured, written, kept
+):
     def cases():
-        yield case_of({"ours": FAST, "dense": SLOW}, ["dense"], monkeypatch)
+        for _ in range(measured):
+            yield case_of({"ours": FAST, "dense": SLOW}, ["dense"], monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(harness, "measured_peak", lambda device: PEAK)
-    parser = harness.argument_parser("")
-    options = parser.parse_args(["--quick", "--out", str(tmp_path / "a.csv")])
-    with pytest.raises(KeyboardInterrupt):
+    out = tmp_path / "a.csv"
+    options = harness.argument_parser("").parse_args(["--quick", *(["--out", str(out)] if written else [])])
+    with pytest.raises(SystemExit) as ended:
         harness.measure(cases(), options)
-    assert [record["ratio"] for record in harness.read_records(tmp_path / "a.csv")[1]] == [3.0]
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip() == f"interrupted: {kept.format(out)}"
+    assert not (written and measured) or [r["ratio"] for r in harness.read_records(out)[1]] == [3.0]
 
 
 @pytest.mark.parametrize("name", QUICK)
