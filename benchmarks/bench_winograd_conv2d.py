@@ -36,7 +36,7 @@ SIDES = {
 
 
 @lru_cache(maxsize=1)
-def case(shape: tuple[int, int, int, int], pass_: str) -> Case:
+def case(shape: tuple[int, int, int, int], pass_: str, tile: int | None = None) -> Case:
     """The case of one pass, after a check that our result is right."""
     torch.manual_seed(0)
     batch, channels, height, width = shape
@@ -44,7 +44,7 @@ def case(shape: tuple[int, int, int, int], pass_: str) -> Case:
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
-    tile = winograd_tile(nn.Conv2d(channels, channels, 3, padding=1, device="meta"), shape)
+    tile = tile or winograd_tile(nn.Conv2d(channels, channels, 3, padding=1, device="meta"), shape)
     assert tile is not None
     operators = torch.ops.sparse_adv
     sides: dict[str, Side]

@@ -1,4 +1,7 @@
-"""Which layers Winograd's filtering computes fastest on a CPU in float32: dense in channels_last, masked in NCHW."""
+"""Which layers Winograd's filtering computes fastest on a CPU in float32: dense in channels_last, masked in NCHW.
+
+`benchmarks/winograd_thresholds.py` shows on any machine where each threshold lies.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from sparse_adv.ops.transforms import is_transformed
 
 _LEAST_CHANNELS = 16
 _LEAST_TILES = {2: 64, 4: 128}
-"""Of a batch. Transforming the weights takes as long as about 90 tiles of 4 x 4 pixels, or 110 of 2 x 2, save in one
-pass; each attack takes at least two."""
+"""Of a batch; round numbers about what was measured. Transforming the weights takes as long as about 90 tiles of 4 x 4
+pixels, or 110 of 2 x 2, save in one pass. So 128 of 4 x 4 pay in every pass, also in training, which transforms the
+weights for each. 64 of 2 x 2 pay from the second step of an attack on, which transforms them once for all steps."""
 
 _SPARSE_UP_TO = ((4, 0.4), (2, 0.35), (1, 0.27))
 """For output channels of a mask's block, or more, the density up to which the sparse kernel is faster. Measured on one

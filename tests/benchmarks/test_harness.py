@@ -35,6 +35,7 @@ QUICK = {
     "bench_pgd_ops": ["shape", "ours_ms", "eager_ms", "compile_ms", "bound_ms"],
     "bench_attack": ["ours_ms", "published_ms", "compile_ms", "ours_dense_ms"],
     "bench_shrink": ["macs_kept", "ours_ms", "dense_ms"],
+    "winograd_thresholds": ["constant", "value", "ours_ms", "dense_channels_last_ms", "direct_ms", "winograd_ms"],
 }
 
 
