@@ -146,11 +146,32 @@ def test_the_ball_of_autoattack_may_be_set_between_two_runs(name):
         setattr(evaluator, name, "nonsense")
 
 
-def test_what_torchattacks_sets_may_be_set():
-    model = make_model()
-    APGD(model).verbose = attacks.PGDL2(model).eps_for_division = AutoAttack(model).n_classes = 1
-    attack = FGSM(model)
-    attack.model, attack.device, attack.targeted, attack.attack_mode = model, torch.device("cpu"), False, "default"
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (lambda model: APGD(model, **SMALL), {"verbose": 1}),
+        (lambda model: attacks.PGDL2(model, **SMALL), {"eps_for_division": 1}),
+        (
+            lambda model: AutoAttack(model, eps=0.1, version="custom", attacks_to_run=["apgd-ce"], verbose=False),
+            {"n_classes": 1},
+        ),
+        (
+            lambda model: FGSM(model, eps=0.1),
+            {"device": torch.device("cpu"), "targeted": False, "attack_mode": "default"},
+        ),
+    ],
+    ids=["APGD", "PGDL2", "AutoAttack", "FGSM"],
+)
+def test_what_torchattacks_sets_may_be_set_and_changes_no_result(make, values):
+    model, (images, _) = make_model().eval(), batch()
+    labels, results = model(images).argmax(1), []
+    for each in ({}, {"model": model, **values}):
+        attack = make(model)
+        for name, value in each.items():
+            setattr(attack, name, value)
+        torch.manual_seed(0)
+        results.append(attack(images, labels))
+    assert results[0].equal(results[1]) and not results[0].equal(images)
 
 
 def test_a_targeted_attack_is_described_as_one():

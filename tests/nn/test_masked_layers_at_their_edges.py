@@ -16,6 +16,7 @@ from sparse_adv.nn import (
     count_macs,
     dead_channels,
     dense_gradients,
+    densify,
     frozen_weights,
     sparsify,
     tune,
@@ -130,14 +131,25 @@ def test_layers_may_be_called_by_keyword():
     assert set(tune(model, torch.rand(1, 2, 6, 6), trials=1)) == {"conv"}
 
 
-def test_gradients_after_inference_mode_and_between_two_backward_passes():
+def test_weights_frozen_in_inference_mode_give_the_gradients_of_the_input_outside_of_it():
     model, x = sparse(), torch.rand(2, 2, 6, 6)
+    (expected,) = torch.autograd.grad(densify(copy.deepcopy(model))(x.requires_grad_()).square().sum(), x)
     with torch.inference_mode(), frozen_weights(model), torch.inference_mode(False):
-        model(x.clone().requires_grad_()).sum().backward()
-    model(x).square().sum().backward(create_graph=True)
-    penalty = model[0].weight.grad.square().sum()
-    model.state_dict()
-    penalty.backward()
+        (actual,) = torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_state_that_is_read_between_two_backward_passes_changes_no_second_derivative():
+    model, x = sparse(), torch.rand(2, 2, 6, 6)
+    dense, mask = densify(copy.deepcopy(model)), model[0].weight_mask
+    for each in (model, dense):
+        each(x).square().sum().backward(create_graph=True)
+        penalty = each[0].weight.grad.mul(mask).square().sum()
+        each.state_dict()
+        penalty.backward()
+    for (name, parameter), twin in zip(model.named_parameters(), dense.parameters(), strict=True):
+        kept = dict(model.named_buffers()).get(f"{name}_mask", torch.tensor(True))
+        torch.testing.assert_close(parameter.grad, twin.grad * kept)
 
 
 def test_a_masked_layer_inside_of_another_is_replaced_too():
