@@ -1,6 +1,6 @@
 """The Square attack: inside the ball, no image queried in vain, stronger with more radius, one seed one result."""
 
-import importlib
+import math
 
 import pytest
 import torch
@@ -17,8 +17,7 @@ from helpers.searched import (
 from torch import nn
 
 from sparse_adv.attacks import Square, losses, square
-from sparse_adv.attacks.ball import Ball
-from sparse_adv.attacks.square import _bumps, _propose_l2, _propose_linf, _unit, _window
+from sparse_adv.attacks.square import _bumps
 
 NORMS = ("linf", "l2")
 
@@ -190,23 +189,57 @@ def test_the_result_is_the_queried_image_of_the_lowest_loss(norm, targeted):
     assert any(chosen) or not targeted
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+def queried(images: torch.Tensor, norm: str, share: float, **options) -> torch.Tensor:
+    """[queries, N, ...]: the images of one search in which nothing is better than the start, which is the first."""
+    asked = []
+
+    def model(x):
+        asked.append(x.clone())
+        return torch.eye(2)[:1].expand(len(x), 2)
+
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    square(model, images, labels, norm=norm, p_init=share, generator=generator(), **options)
+    return torch.stack(asked[1:])  # without the clean images
+
+
 @pytest.mark.parametrize(("share", "side"), [(0.8, 9), (0.25, 5), (0.05, 2), (1e-6, 1)])
-def test_a_proposal_for_linf_moves_one_square_with_that_share_of_the_pixels(channels, share, side):
-    images = torch.full((2, channels, 10, 10), 0.5)
-    moved = _propose_linf(images, images, share, Ball(0.1, "linf", 0.0, 1.0), generator()) - images
-    assert moved.abs().ne(0).flatten(2).sum(2).eq(side * side).all()
-    assert moved.ne(0).any(3).sum(2).eq(side).all() and moved.ne(0).any(2).sum(2).eq(side).all()
+def test_a_proposal_for_linf_moves_one_square_with_that_share_of_the_pixels(share, side):
+    """Each channel of it to one end of the ball. With so many of them each column of the square moves in one."""
+    images = torch.full((2, 32, 10, 10), 0.5)
+    start, *proposals = queried(images, "linf", share, eps=0.1, queries=9, resc_schedule=False)
+    for proposal in proposals:
+        for before, after in zip(start, proposal, strict=True):
+            rows, columns = ((before != after).any(0).any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+            assert len(rows) == len(columns) == side
+            assert rows[-1] - rows[0] == columns[-1] - columns[0] == side - 1
+            inside = after[:, rows][:, :, columns] - 0.5
+            assert inside.eq(inside[:, :1, :1]).all() and inside.abs().allclose(torch.tensor(0.1))
 
 
-def test_a_proposal_for_l2_uses_the_whole_radius_and_moves_its_two_squares_alone(monkeypatch):
-    images = torch.full((2, 3, 9, 9), 0.5, dtype=torch.float64)
-    ball, draw = Ball(0.4, "l2", -9.0, 9.0), generator()
-    adv = images + 0.1 * _unit(torch.randn(images.shape, generator=draw).double(), (1, 2, 3))
-    corners = [torch.tensor([[0, 0], [0, 0]]), torch.tensor([[5, 5], [4, 5]])]
-    rest = iter(corners)
-    monkeypatch.setattr(importlib.import_module("sparse_adv.attacks.square"), "_corners", lambda *_: next(rest))
-    new = _propose_l2(adv, images, 0.11, ball, draw)
-    either = _window(corners[0], images, 3) | _window(corners[1], images, 3)
-    torch.testing.assert_close(new.where(~either, 0), adv.where(~either, 0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(distances(new, images, "l2"), torch.full((2,), 0.4).double())
+def test_the_squares_shrink_as_the_queries_are_used():
+    """In the start all rows are the same: the rows that differ from it are those of the square."""
+    start, *proposals = queried(torch.full((1, 8, 64, 64), 0.5), "linf", 0.4, eps=1e-2, queries=1000)
+    sides = [int((proposal != start).any(3).any(1).sum()) for proposal in proposals]
+    halved = [n + 1 for n in range(1, len(sides)) if sides[n] < sides[n - 1]]
+    assert len(sides) == 999 and halved == [2, 6, 21, 51, 101, 201, 401, 601, 801]  # 0.1, 0.5, 2, ... 80 % were used
+    assert sorted(set(sides), reverse=True) == [round(math.sqrt(0.4 / 2**n) * 64) for n in range(10)]
+
+
+def test_a_proposal_for_l2_moves_its_two_squares_alone_and_uses_what_the_range_left_unused_of_the_radius():
+    """In the start the first column is cut to the range: until a square touches it, the radius is used up elsewhere."""
+    images = torch.full((8, 3, 9, 9), 0.5, dtype=torch.float64)
+    images[..., 0] = 1
+    start, *proposals = queried(images, "l2", 0.11, eps=0.4, queries=9, resc_schedule=False)
+    assert (distances(start, images, "l2") < 0.395).all()
+    one = torch.ones(3, 3, dtype=torch.bool)
+    squares = torch.stack([nn.functional.pad(one, (c, 6 - c, r, 6 - r)) for r in range(7) for c in range(7)])
+    pairs = squares[:, None, :, 1:] | squares[..., 1:]
+    away = 0
+    for proposal in proposals:
+        for before, after, image in zip(start, proposal, images, strict=True):
+            moved = ((before - after).abs() > 1e-12).any(0)
+            assert pairs.eq(moved[:, 1:]).all((2, 3)).any()
+            if not moved[:, 0].any():
+                torch.testing.assert_close((after - image).norm().item(), 0.4)
+                away += 1
+    assert away > 10
