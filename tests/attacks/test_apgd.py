@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers.attacked import batch, generator, make_model, philox_state, snapshot
+from helpers.plain_apgd import ascend, checkpoints
 from torch import nn
 
 from sparse_adv.attacks import apgd, apgd_t, eotpgd, losses
@@ -21,42 +22,29 @@ def attacked(norm: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 def test_checkpoints_are_those_of_the_paper():
-    assert list(_checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
-    assert list(_checkpoints(1)) == [1] * 8
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99] and checkpoints(1) == [1] * 8
+    for steps in range(1, 200):
+        assert list(_checkpoints(steps)) == checkpoints(steps)
 
 
 @pytest.mark.parametrize(("rho", "steps", "decides"), [(0.0, 40, "stuck"), (1.0, 4, "tie"), (0.75, 100, "few")])
 def test_the_points_are_those_of_algorithm_1_of_the_paper(rho, steps, decides):
     """One pixel x in [0.4, 0.6] and the loss -|x - peak|, for many peaks; no image falls."""
-    peak = torch.linspace(0.42, 0.58, 64, dtype=torch.float64)
-    points = []
+    peaks = torch.linspace(0.42, 0.58, 64, dtype=torch.float64)
+    points, decided = [], set()
 
     def model(x):
-        points.append(x.detach().flatten())
-        return torch.stack([torch.ones_like(peak), -(x.flatten() - peak).abs()], 1)
+        points.append(x.detach().clone())
+        return torch.stack([torch.ones_like(peaks), -(x.flatten() - peaks).abs()], 1)
 
     images, labels = torch.full((64, 1, 1, 1), 0.5, dtype=torch.float64), torch.zeros(64, dtype=torch.int64)
     apgd(model, images, labels, eps=0.1, steps=steps, rho=rho, loss=lambda logits, labels: logits[:, 1])
-    x = previous = best = checked = points[1]  # the first is the clean image
-    step, halved, rises, since = torch.full_like(x, 0.2), torch.zeros(64, dtype=torch.bool), torch.zeros(64), 0
-    decided = dict.fromkeys(("few", "stuck", "tie"), False)
-    for k in range(1, steps + 1):
-        weight, last = 0.75 if k > 1 else 1.0, points[k]
-        ahead = (x + step * (peak - x).sign()).clamp(0.4, 0.6)
-        moved = (x + weight * (ahead - x) + (1 - weight) * (x - previous)).clamp(0.4, 0.6)
-        previous, x = x, moved
-        torch.testing.assert_close(points[k + 1], x, rtol=0, atol=1e-12)
-        best = x.where((x - peak).abs() < (best - peak).abs(), best)
-        rises, since = rises + ((x - peak).abs() < (last - peak).abs()), since + 1
-        if k in _checkpoints(steps):
-            few, stuck = rises < rho * since, ~halved & (best == checked)
-            decided["few"] |= bool((few & ~stuck).any())
-            decided["stuck"] |= bool((stuck & ~few & (best != points[1])).any())
-            decided["tie"] |= bool(((rises == rho * since) & ~stuck).any())
-            halved = few | stuck
-            step, x, checked = step.where(~halved, step / 2), best.where(halved, x), best
-            rises, since = torch.zeros(64), 0
-    assert decided[decides]
+    taken = torch.stack(points[1:], 1)  # the first is the clean image
+    for x, peak, path in zip(images, peaks, taken, strict=True):
+        found = ascend(lambda z, peak=peak: -(z - peak).abs().sum(), x, path[0], 0.1, "linf", steps, rho)
+        torch.testing.assert_close(path, torch.stack(found.points), rtol=0, atol=1e-12)
+        decided |= found.decided
+    assert decides in decided
 
 
 @pytest.mark.parametrize("norm", RADII)

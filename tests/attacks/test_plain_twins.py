@@ -1,17 +1,16 @@
 """APGD, FAB, FMN and CW move each image as a plain loop of PyTorch for one image does, written after their papers."""
 
-import importlib
 import math
 
 import pytest
 import torch
 from helpers.attacked import generator, philox_state
+from helpers.plain_apgd import ascend, length, project, slope_of, unit
 from helpers.searched import moved_over
 from torch import Tensor, nn
 
 from sparse_adv import ops
-from sparse_adv.attacks import apgd, apgd_t, cw, fab, fab_t, fmn, losses, square
-from sparse_adv.attacks.apgd_ascent import _checkpoints
+from sparse_adv.attacks import apgd, apgd_t, cw, fab, fab_t, fmn, losses
 from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.hyperplane import onto_hyperplane
 
@@ -32,50 +31,6 @@ def problem(size: int = 5, first_weights: float = 1.0) -> tuple[nn.Module, Tenso
     return model, images, model(images).argmax(1)
 
 
-def length(offset: Tensor, norm: str) -> float:
-    return offset.flatten().norm(p=math.inf if norm == "linf" else 2).item()
-
-
-def unit(gradient: Tensor) -> Tensor:
-    return gradient / gradient.norm().clamp_min(1e-12)
-
-
-def slope_of(function, x: Tensor) -> tuple[float, Tensor]:
-    x = x.detach().requires_grad_()
-    value = function(x)
-    (gradient,) = torch.autograd.grad(value, x)
-    return value.item(), gradient
-
-
-def project(z: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
-    offset = z - x
-    offset = offset.clamp(-eps, eps) if norm == "linf" else offset * min(1.0, eps / max(length(offset, norm), 1e-12))
-    return (x + offset).clamp(0, 1)
-
-
-def ascend(function, x: Tensor, start: Tensor, eps: float, norm: str, steps: int, rho: float) -> tuple[float, Tensor]:
-    """Algorithm 1 of Croce and Hein 2020."""
-    value, gradient = slope_of(function, start)
-    best = checked = value
-    z = previous = best_z = start
-    best_gradient, step, halved, rises, since = gradient, 2 * eps, False, 0, 0
-    for k in range(1, steps + 1):
-        direction = gradient.sign() if norm == "linf" else unit(gradient)
-        ahead, weight = project(z + step * direction, x, eps, norm), 0.75 if k > 1 else 1.0
-        moved = project(z + weight * (ahead - z) + (1 - weight) * (z - previous), x, eps, norm)
-        previous, z, last = z, moved, value
-        value, gradient = slope_of(function, z)
-        rises, since = rises + (value > last), since + 1
-        if value > best:
-            best, best_z, best_gradient = value, z, gradient
-        if k in set(_checkpoints(steps)):
-            halved = rises < rho * since or (not halved and best <= checked)
-            if halved:
-                step, z, gradient = step / 2, best_z, best_gradient
-            checked, rises, since = best, 0, 0
-    return best, best_z
-
-
 @pytest.mark.parametrize(
     ("norm", "loss", "rho"),
     [
@@ -90,10 +45,10 @@ def test_apgd_is_algorithm_1(norm, loss, rho):
     starts = ops.random_start(images, eps, norm, generator())
     assert (model(adv).argmax(1) == labels).all()
     for x, y, start, found in zip(images, labels, starts, adv, strict=True):
-        _, expected = ascend(
+        expected = ascend(
             lambda z, y=y: losses.LOSSES[loss](model(z[None]), y[None]).sum(), x, start, eps, norm, 30, rho
         )
-        assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+        assert torch.allclose(found, expected.best, rtol=0, atol=1e-9)
 
 
 class Waves(nn.Module):
@@ -127,8 +82,8 @@ def test_apgd_halves_its_steps_and_goes_back_to_its_best_points_from_every_start
             return losses.margin(model(z[None]), y[None]).sum()
 
         found = [ascend(loss, x, start[i], eps, norm, 25, 0.75) for start in starts]
-        best = max(range(3), key=lambda n, found=found: found[n][0])
-        assert torch.allclose(adv[i], found[best][1], rtol=0, atol=1e-6)
+        best = max(range(3), key=lambda n, found=found: found[n].highest)
+        assert torch.allclose(adv[i], found[best].best, rtol=0, atol=1e-6)
         chosen.add(best)
     assert len(chosen) > 1
 
@@ -148,7 +103,7 @@ def test_targeted_apgd_takes_the_nearest_classes_in_turn():
                 return losses.targeted_dlr(model(z[None]), y[None], target[None]).sum()
 
             found.append(ascend(loss, x, start, 1e-3, "linf", 20, 0.75))
-        assert torch.allclose(adv[i], max(found, key=lambda each: each[0])[1], rtol=0, atol=1e-9)
+        assert torch.allclose(adv[i], max(found, key=lambda each: each.highest).best, rtol=0, atol=1e-9)
 
 
 class Alternating(nn.Module):
@@ -315,18 +270,3 @@ def test_cw_is_its_algorithm(c, kappa, lr):
     for x, y, found in zip(images, labels, adv, strict=True):
         expected = plain_cw(model, x, y, c, kappa, 20, lr, 4)
         assert torch.allclose(found, expected, rtol=0, atol=1e-7)
-
-
-def test_the_squares_shrink_as_the_queries_are_used(monkeypatch):
-    model, images, labels = problem(2)
-    shares = []
-
-    def propose(adv, images, share, ball, draw):
-        shares.append(share)
-        return adv
-
-    monkeypatch.setattr(importlib.import_module("sparse_adv.attacks.square"), "_propose_linf", propose)
-    square(model, images, labels, eps=1e-4, queries=1000, p_init=0.4)
-    halved = [n + 1 for n in range(1, len(shares)) if shares[n] < shares[n - 1]]
-    assert len(shares) == 999 and shares[0] == 0.4 and shares[-1] == 0.4 / 2**9
-    assert halved == [2, 6, 21, 51, 101, 201, 401, 601, 801]  # after 0.1, 0.5, 2, 5, 10, 20, 40, 60, 80 %
