@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparse_adv import engine
-from sparse_adv.engine import dispatch
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -261,61 +260,52 @@ def test_a_new_function_at_the_address_of_a_freed_one_is_another():
         del model.held
 
 
-@pytest.fixture
-def traces(monkeypatch):
-    """A list that grows with each trace."""
-    made = []
-    make = dispatch._make
-    monkeypatch.setattr(dispatch, "_make", lambda *args: made.append(args) or make(*args))
-    return made
-
-
-def test_attributes_that_are_not_read_cause_no_trace(traces):
+def test_attributes_that_are_not_read_cause_no_trace(made):
     model = new()
     for step in range(8):
         model.step, model.conv.step, model.trainer, model.last = step, step, with_attribute(Slots, step), X * step
         type(model).instances = [object()]
         assert_as_autograd(model)
-    assert len(traces) == 1 and not engine.explain(model, X)[0].startswith("autograd")
+    assert len(made) == 1 and not engine.explain(model, X)[0].startswith("autograd")
 
 
-def test_a_model_that_saves_its_features_is_traced_once(traces):
+def test_a_model_that_saves_its_features_is_traced_once(made):
     model = new(act=lambda self, x: setattr(self, "last", F.gelu(x)) or self.last)
     for _ in range(8):
         gradient(model)
-    assert len(traces) == 1
+    assert len(made) == 1
 
 
-def test_a_hook_that_saves_features_causes_no_trace(traces):
+def test_a_hook_that_saves_features_causes_no_trace(made):
     model = new()
     model.conv.register_forward_hook(lambda module, args, output: setattr(module, "out", output.detach()))
     model.linear.register_forward_hook(lambda module, args, output: setattr(module, "calls", id(output)))
     for _ in range(8):
         assert_as_autograd(model)
-    assert len(traces) == 1
+    assert len(made) == 1
 
 
-def test_an_attribute_that_changes_at_each_call_leaves_the_model_to_autograd_until_it_stays(traces, caplog):
+def test_an_attribute_that_changes_at_each_call_leaves_the_model_to_autograd_until_it_stays(made, caplog):
     model = new()
     for step in range(1, 20):
         model.held = 1.0 + step
         assert_as_autograd(model)
-    assert len(traces) == 5
+    assert len(made) == 5
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
         "the engine leaves this Own to autograd: held changes from call to call"
     ]
     assert engine.explain(model, X) == ["autograd: held changes from call to call"]
     for _ in range(20):
         assert_as_autograd(model)
-    assert len(traces) == 6 and not engine.explain(model, X)[0].startswith("autograd")
+    assert len(made) == 6 and not engine.explain(model, X)[0].startswith("autograd")
 
 
-def test_states_that_come_again_are_not_traced_again(traces):
+def test_states_that_come_again_are_not_traced_again(made):
     model = new()
     for step in range(20):
         model.held = 1.0 + step % 3
         assert_as_autograd(model)
-    assert len(traces) == 3
+    assert len(made) == 3
 
 
 class Clipped(torch.autograd.Function):
