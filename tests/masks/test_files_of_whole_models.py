@@ -53,3 +53,22 @@ def test_masks_in_any_memory_format_are_written(tmp_path, name, format):
     masks = {name: mask.to(memory_format=torch.channels_last) for name, mask in prune(model, 0.4).items()}
     save_pruned(tmp_path / name, masks, model.state_dict(), format=format)
     assert load_pruned(tmp_path / name).masks["0"].equal(masks["0"])
+
+
+def test_a_module_of_two_names_is_written_pruned_under_both(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(2, 4, 3)
+            self.b = self.a
+
+    model = Twice()
+    kept = prune(model, 0.3)
+    for format in ("dense", "prune"):
+        save_pruned(tmp_path / "x.pt", kept, model.state_dict(), format=format)
+        loaded = load_pruned(tmp_path / "x.pt")
+        assert all(loaded.masks[name].equal(kept["a"]) for name in ("a", "b"))
+    sparsify(model, kept)
+    save_pruned(tmp_path / "x.pt", kept, model.state_dict())
+    state = torch.load(tmp_path / "x.pt")
+    assert state["b.weight"].count_nonzero() == kept["a"].sum()

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from sparse_adv.engine import fuse_for_training
 from sparse_adv.masks import prune
 from sparse_adv.masks.layers import maskable, owners, run_once, unknown_module
-from sparse_adv.nn import count_macs, explain, mac_density
+from sparse_adv.nn import count_macs, dead_channels, explain, mac_density, sparsify, tune
 
 
 def make_model() -> nn.Sequential:
@@ -71,3 +71,21 @@ def test_a_look_at_a_model_makes_no_step_of_spectral_norm(look):
     looks[look]()
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
+
+
+def test_layers_may_be_called_by_keyword():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(input=self.conv(input=x))
+
+    model = Model()
+    mask = torch.ones(4, 2, 3, 3, dtype=torch.bool)
+    mask[1] = False
+    assert dead_channels(model, {"conv": mask}, (1, 2, 6, 6))["norm"].tolist() == [False, True, False, False]
+    sparsify(model, {"conv": mask})
+    assert count_macs(model, (1, 2, 6, 6)).kept == 3 * 2 * 9 * 16
+    assert set(tune(model, torch.rand(1, 2, 6, 6), trials=1)) == {"conv"}

@@ -1,8 +1,7 @@
-"""Whole models: dense to sparse and back, and frozen weights."""
+"""Whole models: dense to sparse and back."""
 
 import copy
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,10 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from sparse_adv.masks import SUPPORTED_BLOCKS, from_state_dict, prune
-from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, explain, frozen_weights, shrink, sparsify
+from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, explain, shrink, sparsify
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
 
 aten = torch.ops.aten
@@ -247,84 +245,6 @@ def test_densify_returns_plain_layers_and_a_plain_state_dict(model, x):
     assert vars(model[2]).keys() == vars(nn.Conv2d(8, 4, 3)).keys()
 
 
-def test_frozen_weights_get_no_gradient(model, x):
-    sparsify(model, prune(model, 0.4))
-    expected = model.eval()(x)
-    x.requires_grad_()
-    with frozen_weights(model):
-        y = model(x)
-        y.sum().backward()
-    assert_close(y, expected)
-    assert x.grad.any()
-    assert model[2].weight.grad is None and model[2].bias.grad is None and model[4].weight.grad is not None
-    model(x).sum().backward()
-    assert model[2].weight.grad is not None
-
-
-def test_input_gradients_are_the_same_while_weights_are_frozen(model, x):
-    sparsify(model, prune(model, 0.4))
-    x.requires_grad_()
-    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-    with frozen_weights(model):
-        (actual,) = torch.autograd.grad(model(x).square().sum(), x)
-    assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("index", [2, 4])
-@pytest.mark.parametrize("inner", [None, torch.float16, torch.bfloat16])
-def test_frozen_weights_have_the_dtype_of_each_region_of_autocast(model, index, inner):
-    """None stands for a region without autocast."""
-    layer = sparsify(model, prune(model, 0.4, linear=True))[index]
-    x = torch.rand((2, 8, 5, 5) if index == 2 else (2, 36))
-    for outer in (torch.bfloat16, None):
-        with torch.autocast("cpu", outer, enabled=outer is not None):
-            with torch.autocast("cpu", inner, enabled=inner is not None):
-                expected = layer(x)
-            with frozen_weights(model), torch.autocast("cpu", inner, enabled=inner is not None):
-                with torch.inference_mode():
-                    layer(x)
-                actual = layer(x.clone().requires_grad_())
-        assert actual.dtype == (inner or torch.float32)
-        assert torch.equal(actual, expected)
-        actual.sum().backward()
-
-
-def test_weights_are_frozen_until_the_outermost_context_ends_even_by_an_exception(model, x):
-    sparsify(model, prune(model, 0.4))
-    with pytest.raises(RuntimeError, match="stop"), frozen_weights(model):
-        with frozen_weights(model):
-            pass
-        assert not model[2](torch.rand(1, 8, 5, 5)).requires_grad
-        raise RuntimeError("stop")
-    with torch.no_grad():
-        model[2].weight.zero_()
-    y = model[2](torch.rand(1, 8, 3, 3))
-    assert y.requires_grad
-    assert_close(y.flatten(), model[2].bias)
-
-
-def test_checkpointed_layers_are_frozen_only_where_their_thread_runs_the_backward_pass(model, x):
-    sparsify(model, prune(model, 0.4))
-    with frozen_weights(model):
-        model.eval()
-        checkpoint(model, x.requires_grad_(), use_reentrant=False).sum().backward()
-        assert x.grad.any() and model[2].weight.grad is None
-        y = checkpoint(model, x, use_reentrant=False).sum()
-        with ThreadPoolExecutor() as pool, pytest.raises(CheckpointError):
-            pool.submit(y.backward).result()
-
-
-def test_pruned_entries_written_by_hand_do_not_count_while_weights_are_frozen(model):
-    layer = sparsify(model, prune(model, 0.4))[2]
-    x = torch.rand(1, 8, 5, 5)
-    expected = layer(x)
-    with torch.no_grad():
-        layer.weight.add_(~layer.weight_mask)
-    assert_close(layer(x), expected)
-    with frozen_weights(model):
-        assert_close(layer(x), expected)
-
-
 def test_a_layer_that_was_compiled_calls_the_one_that_replaces_it(model):
     """`layer.compile()` stores what calls the layer on which it was called."""
     x, masks = torch.rand(1, 8, 5, 5), prune(model, 0.4)
@@ -395,3 +315,11 @@ def test_names_that_a_user_excluded_from_ddp_stay_excluded(model, x):
     sparse = sparsify(model, prune(model, 0.5))
     assert set(getattr(sparse, ignore)) >= {f"{layer}.bias", "other", f"{layer}.weight_mask"}
     assert set(getattr(densify(sparse), ignore)) == {f"{layer}.bias", "other"}
+
+
+def test_a_masked_layer_inside_of_another_is_replaced_too():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3))
+    model[0].child = nn.Conv2d(2, 2, 1)
+    kept = {"0": torch.rand(2, 2, 3, 3) < 0.5, "0.child": torch.rand(2, 2, 1, 1) < 0.5}
+    sparsify(model, kept)
+    assert isinstance(model[0], MaskedConv2d) and isinstance(model[0].child, MaskedConv2d)

@@ -219,3 +219,22 @@ def test_compiled_models_form_them_too_and_stay_compiled(fullgraph):
         assert_close(gradient, expected[name])
     for gradient, value in zip(gradients_of_parameters(model), kept, strict=True):
         assert_close(gradient, value)
+
+
+def test_dense_gradients_in_bfloat16_are_right_at_strides():
+    draw = torch.Generator().manual_seed(0)
+    for stride, padding, pixels in ((2, 1, 1), (3, 1, 2), (2, 2, 3)):
+        layer = nn.Conv2d(16, 16, 3, stride, padding)
+        model = sparsify(nn.Sequential(layer), {"0": torch.rand(16, 16, 3, 3, generator=draw) < 0.5}).bfloat16()
+        x = torch.randn(4, 16, pixels, pixels, generator=draw).bfloat16()
+        out = copy.deepcopy(model)(x)
+        grad = torch.randn(out.shape, generator=draw).bfloat16()
+        weight = model[0].weight.detach().double().requires_grad_()
+        F.conv2d(x.double(), weight, None, stride, padding).backward(grad.double())
+        for _ in range(10):
+            junk = [torch.full((size,), 7e33) for size in (64, 1024, 20_000)]
+            del junk
+            with dense_gradients(model) as gradients:
+                model(x).backward(grad)
+            (found,) = gradients.values()
+            torch.testing.assert_close(found.double(), weight.grad, rtol=0.05, atol=0.2)

@@ -8,7 +8,8 @@ from helpers.tolerances import assert_close
 from torch import nn
 from torch.func import functional_call
 
-from sparse_adv.nn import MaskedConv2d, MaskedLinear
+from sparse_adv import attacks, masks
+from sparse_adv.nn import MaskedConv2d, MaskedLinear, frozen_weights, sparsify
 from sparse_adv.ops import PASSES
 
 
@@ -95,3 +96,33 @@ def test_the_layer_keeps_its_block_and_what_tune_chose():
     layer.weight_mask.copy_(torch.rand(mask.shape) < 0.5)  # its own mask: other kernels may be faster now
     layer(x)
     assert layer.block == (1, 1, 1, 1) and layer.choices is None
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_attacks_differentiate_the_parameters_of_a_functional_call(engine):
+    class Averaged(nn.Module):
+        def __init__(self, net, other):
+            super().__init__()
+            self.net, self.other = net, other
+
+        def forward(self, x):
+            return torch.func.functional_call(self.net, self.other, x)
+
+    net = sparsify(network(), masks.prune(network(), 0.4, linear=True))
+    other = {name: torch.randn_like(value) for name, value in net.named_parameters()}
+    for name, layer in net.named_modules():
+        if hasattr(layer, "weight_mask"):
+            other[f"{name}.weight"] = other[f"{name}.weight"] * layer.weight_mask
+    model, x = Averaged(net, other).eval(), torch.rand(4, 2, 6, 6)
+    dense = network()
+    dense.load_state_dict(other, strict=False)
+    with frozen_weights(model):
+        torch.testing.assert_close(model(x), dense(x))
+    options = {"eps": 0.1, "alpha": 0.05, "steps": 2, "random_start": False, "engine": engine}
+    labels = torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(attacks.pgd(model, x, labels, **options), attacks.pgd(dense, x, labels, **options))

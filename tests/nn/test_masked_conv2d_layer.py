@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.masked_layers import is_zero_where_pruned
 from helpers.tolerances import assert_close
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,11 +19,6 @@ from sparse_adv.nn import MaskedConv2d, count_macs, frozen_weights, sparsify
 from sparse_adv.ops.masked_conv2d_mask import check_block
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def masked_layer(share=0.4, block=(1, 1), **options) -> MaskedConv2d:
     conv = nn.Conv2d(8, 12, 3, padding=1, **options)
     return MaskedConv2d.from_dense(conv, prune(conv, share, block)[""], block)
@@ -31,10 +27,6 @@ def masked_layer(share=0.4, block=(1, 1), **options) -> MaskedConv2d:
 def network() -> nn.Module:
     dense = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
     return sparsify(dense, prune(dense, 0.4))
-
-
-def is_zero_where_pruned(layer: MaskedConv2d) -> bool:
-    return not layer.weight[~layer.weight_mask].any() and bool(layer.weight[layer.weight_mask].all())
 
 
 @pytest.fixture
@@ -237,17 +229,6 @@ def test_the_meta_device(block):
         count_macs(layer, torch.rand(2, 8, 5, 5, device="meta"))
 
 
-def test_averaging_follows_the_mask(x):
-    model = network()
-    averaged = AveragedModel(model)
-    averaged.update_parameters(model)
-    model[0].set_mask(prune(model, 0.1)["0"])
-    averaged.update_parameters(model)
-    averaged(x)
-    assert torch.equal(averaged.module[0].weight_mask, model[0].weight_mask)
-    assert is_zero_where_pruned(averaged.module[0])
-
-
 def test_a_state_that_is_read_is_zeroed(x):
     """Averaging writes the weights with no call of the layer."""
     model = network()
@@ -301,27 +282,6 @@ def test_distributed_data_parallel_ignores_the_masks(x, tmp_path):
         del wrapped  # freed after its group it would wait, with the GIL held, for threads that may want the GIL
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_a_dense_state_dict_is_loaded_under_the_mask():
-    layer, dense = masked_layer(), nn.Conv2d(8, 12, 3)
-    mask = layer.weight_mask.clone()
-    assert str(layer.load_state_dict(dense.state_dict())) == "<All keys matched successfully>"
-    assert torch.equal(layer.weight, dense.weight * mask)
-    assert torch.equal(layer.weight_mask, mask)
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_state_dict_of_prune_sets_weight_and_mask(assign):
-    conv = nn.Conv2d(8, 12, 3, padding=1)
-    torch_prune.random_unstructured(conv, "weight", 0.7)
-    torch_prune.random_unstructured(conv, "bias", 0.5)
-    layer = masked_layer()
-    layer.load_state_dict(conv.state_dict(), assign=assign)
-    assert torch.equal(layer.weight_mask, conv.weight_mask != 0)
-    x = torch.rand(2, 8, 5, 5)
-    assert_close(layer(x), conv(x))
-    assert is_zero_where_pruned(layer)
 
 
 def test_loading_keeps_the_block_that_the_mask_obeys_or_finds_another():

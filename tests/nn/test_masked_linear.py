@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
+from helpers.masked_layers import is_zero_where_pruned
 from helpers.tolerances import assert_close
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune as torch_prune
-from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.masks import prune
 from sparse_adv.nn import MaskedLinear, densify, frozen_weights, sparsify
@@ -24,10 +24,6 @@ def masked_layer(share=0.4, **options) -> MaskedLinear:
 def network() -> nn.Module:
     dense = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 4))
     return sparsify(dense, prune(dense, 0.4, linear=True))
-
-
-def is_zero_where_pruned(layer: MaskedLinear) -> bool:
-    return not layer.weight[~layer.weight_mask].any() and bool(layer.weight[layer.weight_mask].all())
 
 
 @pytest.fixture
@@ -210,17 +206,6 @@ def test_the_meta_device():
     assert "MaskedLinear" in repr(layer)
 
 
-def test_averaging_follows_the_mask(x):
-    model = network()
-    averaged = AveragedModel(model)
-    averaged.update_parameters(model)
-    model[0].set_mask(prune(model, 0.1, linear=True)["0"])
-    averaged.update_parameters(model)
-    averaged(x)
-    assert torch.equal(averaged.module[0].weight_mask, model[0].weight_mask)
-    assert is_zero_where_pruned(averaged.module[0])
-
-
 def test_distributed_data_parallel_ignores_the_masks(x, tmp_path):
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -235,26 +220,6 @@ def test_distributed_data_parallel_ignores_the_masks(x, tmp_path):
         del wrapped  # freed after its group it would wait, with the GIL held, for threads that may want the GIL
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_a_dense_state_dict_is_loaded_under_the_mask():
-    layer, dense = masked_layer(), nn.Linear(10, 6)
-    mask = layer.weight_mask.clone()
-    assert str(layer.load_state_dict(dense.state_dict())) == "<All keys matched successfully>"
-    assert torch.equal(layer.weight, dense.weight * mask)
-    assert torch.equal(layer.weight_mask, mask)
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_state_dict_of_prune_sets_weight_and_mask(assign, x):
-    linear = nn.Linear(10, 6)
-    torch_prune.random_unstructured(linear, "weight", 0.7)
-    torch_prune.random_unstructured(linear, "bias", 0.5)
-    layer = masked_layer()
-    layer.load_state_dict(linear.state_dict(), assign=assign)
-    assert torch.equal(layer.weight_mask, linear.weight_mask != 0)
-    assert_close(layer(x), linear(x))
-    assert is_zero_where_pruned(layer)
 
 
 def test_a_mask_written_in_place_takes_effect_at_the_next_call(x):

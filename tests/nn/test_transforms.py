@@ -14,11 +14,6 @@ from sparse_adv.masks import prune
 from sparse_adv.nn import densify, frozen_weights, sparsify
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def network() -> nn.Module:
     """Smooth, so that second derivatives are not 0; double, so that they agree to many digits."""
     conv = nn.Conv2d(2, 4, 3, stride=2, padding=1, padding_mode="reflect")

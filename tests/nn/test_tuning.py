@@ -200,3 +200,9 @@ def test_the_time_of_a_graph_is_that_of_the_models_gpu(monkeypatch):
 
     monkeypatch.setattr(tuning, "Capturer", Timed)
     assert tuning._graph_clock(lambda: x.add_(1), device, calls=10)() == 0.002 and x == 11
+
+
+@pytest.mark.parametrize("choices", [{"0": {"forward": "dense"}}, {"0": "dense"}])
+def test_malformed_choices_name_the_layer(model, choices):
+    with pytest.raises(ValueError, match="choices of '0': kernel of forward must be"):
+        tune(model, SHAPE, choices=choices)
