@@ -47,5 +47,22 @@ def network(seed: int = 0, channels: int = 4) -> nn.Module:
         )
 
 
+class Untraceable(nn.Sequential):
+    """Goes another way for other images: torch.fx cannot trace it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class ExtraState(nn.Identity):
+    """Has a state that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
 def equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)

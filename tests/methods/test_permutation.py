@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import TRAIN, VALIDATION, WITH_ENGINE, Batches, equal_states, network
-from torch import nn
+from helpers.small_runs import TRAIN, VALIDATION, WITH_ENGINE, Batches, Untraceable, equal_states, network
 
 from sparse_adv import masks, runs, training
 from sparse_adv.masks import ChannelPermutation, dependency_groups
@@ -116,11 +115,6 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, whole, stop_at, ag
     assert equal_states(model.state_dict(), expected) and hook.retained is not None
     for name in (runs.LAST, runs.BEST):
         assert equal_states(*(checkpoint.read_weights(run / name)[0] for run in (folder, tmp_path)))
-
-
-class Untraceable(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
 
 
 def test_what_cannot_be_permuted_is_refused_at_once(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
+from helpers.small_runs import QUICK, VALIDATION, ExtraState, Untraceable, batches, equal_states, network
 from torch import nn
 
 from sparse_adv import masks, runs, tickets, training
@@ -97,11 +97,6 @@ def test_a_channel_permutation_applies_to_masks_and_initial_weights(rounds):
         assert equal_states(ticket.state_dict, order.permute_state_dict(start.state_dict()))
     sparse = tickets.restore(network(seed=3, channels=8), ticket, SHAPE)
     assert sparse[3].weight_mask.equal(ticket.masks["3"])
-
-
-class Untraceable(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
 
 
 def test_a_model_that_cannot_be_traced_for_a_channel_permutation_is_refused_before_training():
@@ -372,13 +367,6 @@ def test_rounds_are_nested_where_blocks_do_not_divide_the_layers(scope):
 
 
 def test_a_model_with_extra_state_is_refused_before_any_training():
-    class Counting(nn.Identity):
-        def get_extra_state(self):
-            return {"count": 3}
-
-        def set_extra_state(self, state):
-            pass
-
-    model = nn.Sequential(*network(), Counting())
+    model = nn.Sequential(*network(), ExtraState())
     with pytest.raises(ValueError, match=r"state_dict must hold tensors alone, got '8._extra_state', a dict"):
         search(model=model, on_epoch=lambda record: pytest.fail("it was trained"))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, batches, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, ExtraState, batches, network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -140,3 +140,23 @@ def test_checking_validation_images_leaves_the_model_and_the_random_numbers_as_t
     training.Training(model, batches(), CONFIG, validation=loader)
     assert modes == [False] and model.training and torch.get_rng_state().equal(before)
     assert all(value.equal(model.state_dict()[name]) for name, value in state.items())
+
+
+def test_batches_that_end_for_good_are_named():
+    class Once:
+        left = 1
+
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            self.left, left = 0, self.left
+            return iter([PAIR] * left)
+
+    with pytest.raises(ValueError, match="batches must have images in each epoch, got none"):
+        training.train(network(), Once(), replace(CONFIG, epochs=2))
+
+
+def test_a_model_with_extra_state_keeps_no_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"in a folder, got '8\._extra_state', a dict"):
+        training.train(nn.Sequential(*network(), ExtraState()), batches(), CONFIG, folder=tmp_path)

@@ -307,3 +307,13 @@ def test_radius_and_robust_images_of_other_types_are_refused():
         training.robust_accuracy(network(), VALIDATION, eps=torch.full((40,), 0.1), steps=1)
     with pytest.raises(TypeError, match=r"among must be a bool tensor, got torch\.float32"):
         training.robust_accuracy(network(), VALIDATION, steps=1, among=torch.ones(40))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_validation_labels_may_have_unsigned_dtypes(dtype):
+    """Few operations of PyTorch take them."""
+    accuracies = []
+    for labels in (VALIDATION.labels, VALIDATION.labels.to(dtype)):
+        records = training.train(network(), batches(), QUICK, validation=data.Split(VALIDATION.images, labels))
+        accuracies.append([(record.clean_accuracy, record.robust_accuracy) for record in records])
+    assert len(accuracies[0]) == 3 and accuracies[0] == accuracies[1]

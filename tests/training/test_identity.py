@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -98,8 +99,25 @@ def loader(images=TRAIN, **options):
     return DataLoader(TensorDataset(data.to_unit(images.images), images.labels), 32, shuffle=True, **options)
 
 
-@pytest.mark.parametrize("wrap", [loader, lambda images=TRAIN: list(data.Batches(images, 32, shuffle=False))])
-def test_images_of_loaders_and_lists_are_recognised(tmp_path, wrap):
+def in_list(images=TRAIN):
+    return list(data.Batches(images, 32, shuffle=False))
+
+
+class InSequence(Sequence):
+    """A sequence of one's own: it has no more than an item for each index."""
+
+    def __init__(self, images=TRAIN):
+        self.batches = in_list(images)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+@pytest.mark.parametrize("wrap", [loader, in_list, InSequence])
+def test_images_of_loaders_lists_and_sequences_are_recognised(tmp_path, wrap):
     run(tmp_path, images=wrap(), stop_at=None)
     run(tmp_path, images=wrap())
     with pytest.raises(ValueError, match="other training images"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.cpu_graphs import CpuGraphs, no_synchronisation
 from helpers.small_runs import QUICK, TEST, TRAIN, VALIDATION, WITH_ENGINE, batches, equal_states, network
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from sparse_adv import attacks, data, masks, runs, sparsify, training
 from sparse_adv.json_files import flatten, to_json
@@ -352,3 +352,25 @@ def test_a_last_batch_of_one_image_is_refused_before_the_first_update_where_batc
     assert equal_states(model.state_dict(), before)
     training.train(model, batches[:2] if as_list else DataLoader(loader.dataset, 2, drop_last=True), QUICK)
     assert len(training.train(network(), batches, QUICK)) == 3  # with 36 values in each channel
+
+
+class Stream(IterableDataset):
+    def __init__(self, images, length):
+        self.images = images
+        if length:
+            self.__class__ = type("Sized", (Stream,), {"__len__": lambda self: len(self.images.labels)})
+
+    def __iter__(self):
+        yield from zip(data.to_unit(self.images.images), self.images.labels, strict=True)
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_loaders_of_streams_and_of_whole_batches_keep_a_folder(tmp_path, length):
+    streamed = DataLoader(Stream(VALIDATION, length), 5)
+    whole = DataLoader(
+        TensorDataset(data.to_unit(TRAIN.images), TRAIN.labels),
+        batch_size=None,
+        sampler=BatchSampler(SequentialSampler(range(96)), 32, drop_last=False),
+    )
+    records = training.train(network(), whole, QUICK, validation=streamed, folder=tmp_path)
+    assert len(records) == 3 and records[-1].robust_accuracy is not None

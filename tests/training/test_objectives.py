@@ -130,3 +130,11 @@ def test_smooth_convergence_smooths_its_labels_twice_as_the_benchmark_does():
     wanted = torch.full_like(logits, 0.2 / 3).scatter_(1, y[:, None], 0.4)
     expected = -(wanted * logits.log_softmax(1)).sum(1).mean()
     assert built.cross_entropy(logits, y).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.4])
+def test_labels_of_fgsm_rs_cs_add_up_to_1_in_16_bits(smoothing):
+    made = objectives.build(TrainConfig("fgsm-rs-cs", label_smoothing=smoothing, eps=0.1))
+    logits, labels = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10
+    narrow = logits.bfloat16()
+    assert made.cross_entropy(narrow, labels).item() == pytest.approx(made.cross_entropy(narrow.float(), labels).item())

@@ -9,7 +9,16 @@ import pytest
 import torch
 from helpers.small_runs import QUICK, TRAIN, equal_states, network
 from torch import Generator
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, DistributedSampler, RandomSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from sparse_adv import data, training
 from sparse_adv.training import random_numbers
@@ -150,3 +159,16 @@ def test_every_global_generator_gets_the_seed_and_goes_on_where_it_was():
             found.append(drawn())
         assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert found[0] == found[1] and not any(a == b for a, b in zip(found[1], found[2], strict=True))
+
+
+def test_many_samples_take_no_time_of_an_epoch():
+    seen = []
+
+    class Sampler(SequentialSampler):
+        def set_epoch(self, epoch):
+            seen.append(epoch)
+
+    samples = [(torch.zeros(1), 0)] * 100_000
+    loader = DataLoader(samples, 4, sampler=Sampler(samples))
+    random_numbers.set_epoch(loader, 5)  # each sample was moved for each other one: minutes
+    assert seen == [5]

@@ -14,8 +14,9 @@ import pytest
 import torch
 from helpers.forked import run_command, start_command
 from helpers.small_runs import QUICK, TRAIN, VALIDATION, WITH_ENGINE, Batches, equal_states, network
+from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_adv import json_files, masks, models, runs, training
+from sparse_adv import data, json_files, masks, models, runs, training
 from sparse_adv.nn import sparsify
 from sparse_adv.training import checkpoint, deterministic
 
@@ -258,3 +259,46 @@ def kill_9(*flags: str, folder) -> None:
     whole, killed = (runs.read(folder / run) for run in ("whole", "killed"))
     assert killed.result.test == whole.result.test
     assert equal_states(*(checkpoint.read_weights(run.folder / runs.LAST)[0] for run in (whole, killed)))
+
+
+class Noisy(torch.nn.Sequential):
+    """Draws numbers in eval mode too."""
+
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+def shuffled_loader():
+    return DataLoader(TensorDataset(data.to_unit(VALIDATION.images), VALIDATION.labels), 7, shuffle=True)
+
+
+@pytest.mark.parametrize("make", [shuffled_loader, lambda: Batches(VALIDATION, 7)], ids=["DataLoader", "Batches"])
+def test_a_continued_run_measures_the_same_with_noise_and_shuffled_validation(tmp_path, make):
+    config, results = replace(QUICK, objective="fgsm-rs", overfitting_monitor=False), []
+    for name, stops in (("whole", [3]), ("parts", [1, 2, 3])):
+        for stop in stops:
+            torch.manual_seed(stop)
+            model, state = Noisy(*network()), torch.get_rng_state()
+            records = training.train(
+                model,
+                Batches(TRAIN, 32),
+                config,
+                validation=make(),
+                folder=tmp_path / name,
+                on_epoch=lambda record, stop=stop: record.epoch >= stop,
+            )
+            assert torch.get_rng_state().equal(state)
+        measured = [(record.loss, record.clean_accuracy, record.robust_accuracy) for record in records]
+        results.append((measured, model.state_dict()))
+    assert len(results[0][0]) == 3 and results[0][0] == results[1][0]
+    assert equal_states(results[0][1], results[1][1])
+
+
+def test_too_little_memory_is_no_damage(tmp_path):
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("x"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        assert checkpoint.damaged(tmp_path, error) is error
+    assert "(KeyError: 'x'): delete its folder" in str(checkpoint.damaged(tmp_path, KeyError("x")))

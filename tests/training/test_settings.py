@@ -205,3 +205,10 @@ def test_the_seed_chooses_the_validation_images():
     held_out = [split.validation.images for split in splits]
     assert held_out[0].equal(held_out[1]) and not held_out[0].equal(held_out[2])
     assert all(split.test.images.equal(splits[0].test.images) for split in splits)
+
+
+def test_no_part_of_the_final_test_asks_for_the_engine_when_it_is_off(tmp_path, monkeypatch):
+    model, config = network(), replace(BASE, objective="natural", epochs=1, engine=False)
+    records = training.train(model, batches(), config, folder=tmp_path)
+    monkeypatch.setattr(engine.dispatch, "_entry_of", lambda *_: pytest.fail("the engine was asked"))
+    assert set(training.final_test(model, str(tmp_path), records, config, TEST).test) == {"clean", "fgsm", "pgd-20"}

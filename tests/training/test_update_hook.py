@@ -177,3 +177,13 @@ def test_a_model_whose_layer_a_hook_froze_may_be_trained_on(tmp_path):
         hook = Changing(lambda model: model[0].weight.requires_grad_(False))
         records = training.train(model, batches(), replace(CONFIG, epochs=epochs), folder=tmp_path, hook=hook)
         assert len(records) == epochs
+
+
+def test_what_a_hook_keeps_must_be_read_again(tmp_path):
+    class Keeping(training.UpdateHook):
+        def state_dict(self):
+            return {"best": np.float64(0.5)}
+
+    with pytest.raises(TypeError, match="a state must be tensors, numbers, text"):
+        train(tmp_path, Keeping())
+    assert not (tmp_path / "state.pt").exists()
