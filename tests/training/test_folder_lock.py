@@ -63,6 +63,9 @@ def test_all_ranks_share_the_folder_that_rank_0_has_locked(tmp_path, other_proce
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     hold(tmp_path).check()
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with pytest.raises(BlockingIOError, match="is being written by another process"):
+        hold(tmp_path)
 
 
 def replace_folder(folder):
