@@ -1,4 +1,7 @@
-"""Networks with the module names and the forward passes of other people's code, each written anew and narrow."""
+"""Narrow networks of which published checkpoints are: with the module names of kuangliu, HYDRA, TRADES and DeepMind.
+
+`models.checkpoints` must recognise their state dicts. For ways to write a forward pass see `other_networks`.
+"""
 
 import torch
 import torch.nn.functional as F

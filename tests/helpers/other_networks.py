@@ -1,4 +1,7 @@
-"""Small networks written as in other people's repositories."""
+"""Small networks whose forward passes are written in the ways of many repositories: functional, in place, branching.
+
+The engine must compute what they compute. For module names of published checkpoints see `foreign_networks`.
+"""
 
 from collections.abc import Callable
 
