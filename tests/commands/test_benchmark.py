@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.digit_runs import pruned_state
 from helpers.refusal import refused
 from torch import nn
 
-from sparse_adv import attacks, masks, models
+from sparse_adv import attacks
 from sparse_adv.__main__ import main
 from sparse_adv.commands import benchmark
 from sparse_adv.commands.benchmark import Sparsity, measured_sparsity
@@ -23,10 +24,7 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 @pytest.fixture
 def checkpoint(tmp_path):
     """A network with 90 % of its weights at zero in every layer, so that its images fall soon."""
-    model = models.build("digits_cnn", width=8)
-    for name, mask in masks.prune(model, 0.1, scope="uniform", linear=True).items():
-        model.get_submodule(name).weight.data.mul_(mask)
-    torch.save({"net": model.state_dict()}, tmp_path / "a.pt")
+    torch.save({"net": pruned_state(width=8)}, tmp_path / "a.pt")
     return tmp_path / "a.pt"
 
 

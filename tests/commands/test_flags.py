@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.digit_runs import pruned_state
 
 from sparse_adv import attacks, data, demo, experiment, masks, models, runs, training
 from sparse_adv.__main__ import main
@@ -105,10 +106,7 @@ def test_a_search_is_given_every_setting(reach, tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     """A dense network of the digits with 90 % of its weights at zero, in the form of other code."""
-    model = models.build("digits_cnn", width=4)
-    for name, mask in masks.prune(model, 0.1, scope="uniform", linear=True).items():
-        model.get_submodule(name).weight.data.mul_(mask)
-    torch.save(model.state_dict(), tmp_path / "a.pt")
+    torch.save(pruned_state(width=4), tmp_path / "a.pt")
     return str(tmp_path / "a.pt")
 
 

@@ -53,6 +53,16 @@ def no_synchronisation() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """The same on a machine with a GPU, where CUDA itself raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class _Address:
     """A tensor of which a graph knows nothing but where it lies: that keeps no memory, and counts no version."""
 

@@ -5,18 +5,16 @@ import sys
 
 import pytest
 import torch
+from helpers.copies import Copies
 from helpers.tolerances import assert_close
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv.masks import SUPPORTED_BLOCKS, from_state_dict, prune
 from sparse_adv.nn import MaskedConv2d, MaskedLinear, densify, explain, shrink, sparsify
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_mask, obeys
-
-aten = torch.ops.aten
 
 
 class Block(nn.Module):
@@ -121,24 +119,11 @@ def calls(work, *functions) -> dict[str, int]:
     return counts
 
 
-class MaskCopies(TorchDispatchMode):
-    """Counts the copies of bool tensors of one shape."""
-
-    def __init__(self, shape) -> None:
-        super().__init__()
-        self.shape, self.count = shape, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (aten.clone, aten._to_copy, aten.copy_):
-            self.count += args[-1].dtype == torch.bool and args[-1].shape == self.shape
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("block", "searches"), [((2, 2), 1), (None, len(SUPPORTED_BLOCKS))])
 def test_a_mask_is_checked_once_and_copied_for_the_buffer_and_for_the_pattern(block, searches):
     conv = nn.Conv2d(8, 8, 3)
     mask = prune(conv, 0.4, (2, 2))[""]
-    with MaskCopies(mask.shape) as copies:
+    with Copies(mask.shape, torch.bool) as copies:
         counts = calls(lambda: sparsify(conv, {"": mask}, block), check_mask, check_block, obeys)
     assert counts["check_mask"] == 1 and counts["check_block"] <= searches
     assert 1 <= counts["obeys"] <= searches  # without a block, once for each block that is tried

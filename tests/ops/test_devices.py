@@ -1,13 +1,13 @@
 """Properties of every device: tested on the CPU, and on a GPU if there is one (`benchmarks/gpu_check.sh`)."""
 
 import copy
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.convolution_cases import LAYOUTS, Case, block_mask, cases
+from helpers.moved_images import assert_moved_alike, step_images
 from helpers.tolerances import assert_close, assert_equal
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
@@ -176,13 +176,14 @@ def test_a_packed_pattern(device):
 @pytest.mark.parametrize("shape", [(5, 3, 7, 9), (2, 3, 64, 64), (1, 1), (0, 3, 4, 4), (3, 20000)])
 def test_the_step_gives_the_numbers_of_the_cpu(device, shape, dtype, norm):
     adv, grad, clean = step_images(shape, dtype)
+    grad = grad.to(dtype)
     expected = pgd_step(adv, grad, clean, 0.1, 0.2, norm)
     on_device = [t.to(device) for t in (adv, grad, clean)]
     for actual in (
         pgd_step(*on_device, 0.1, 0.2, norm),
         pgd_step_(on_device[0].clone(), *on_device[1:], 0.1, 0.2, norm),
     ):
-        compare(actual.cpu(), expected, norm)
+        assert_moved_alike(actual.cpu(), expected, norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -193,8 +194,8 @@ def test_the_step_takes_any_layout(device, layout, other, norm):
     expected = pgd_step(adv, grad, clean, 0.1, 0.2, norm)
     adv, grad, clean = (t.to(device) for t in (adv, grad, clean))
     adv, clean, grad = LAYOUTS[layout](adv), LAYOUTS[layout](clean), LAYOUTS[other](grad)
-    compare(pgd_step(adv, grad, clean, 0.1, 0.2, norm).cpu(), expected, norm)
-    compare(pgd_step_(adv, grad, clean, 0.1, 0.2, norm).cpu(), expected, norm)
+    assert_moved_alike(pgd_step(adv, grad, clean, 0.1, 0.2, norm).cpu(), expected, norm)
+    assert_moved_alike(pgd_step_(adv, grad, clean, 0.1, 0.2, norm).cpu(), expected, norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -207,9 +208,11 @@ def test_the_step_takes_any_alignment_and_gradient(device, grad_dtype, offset, n
     adv, grad, clean = (m[offset:].view(t.shape).copy_(t) for m, t in zip(memory, tensors, strict=True))
     actual = pgd_step(adv, grad.to(grad_dtype), clean, 0.1, 0.2, norm)
     if norm == "linf" or grad_dtype in (torch.float32, torch.float64):
-        compare(actual.cpu(), expected, norm)
+        assert_moved_alike(actual.cpu(), expected, norm)
     else:
-        compare(actual.cpu(), pgd_step(tensors[0], tensors[1].to(grad_dtype), tensors[2], 0.1, 0.2, norm), norm)
+        assert_moved_alike(
+            actual.cpu(), pgd_step(tensors[0], tensors[1].to(grad_dtype), tensors[2], 0.1, 0.2, norm), norm
+        )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -219,7 +222,10 @@ def test_the_start_gives_the_numbers_of_the_cpu(device, layout, dtype, norm):
     clean, seed = torch.rand(5, 3, 7, 9).to(dtype), torch.tensor([-(2**60), 2**40])
     expected = random_start(clean, 0.3, norm, seed)
     actual = random_start(LAYOUTS[layout](clean.to(device)), 0.3, norm, seed.to(device))
-    compare(actual.cpu(), expected, norm if dtype != torch.float64 else "an FMA may round otherwise")
+    if dtype == torch.float64:  # an FMA may round otherwise
+        assert_close(actual.cpu(), expected, "elementwise")
+    else:
+        assert_moved_alike(actual.cpu(), expected, norm)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -278,22 +284,6 @@ def test_a_generator_of_the_device_gives_reproducible_starts(device):
     generator = torch.Generator(device)
     first, second, again = (random_start(clean, 0.1, seed=generator.manual_seed(seed)) for seed in (1, 2, 1))
     assert first.equal(again) and not first.equal(second)
-
-
-def step_images(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(math.prod(shape))
-    clean = torch.rand(shape, generator=generator)
-    adv = (clean + 0.3 * torch.randn(shape, generator=generator)).clamp(0, 1)
-    # Gradients that every dtype represents exactly.
-    grad = torch.randint(-8, 9, shape, generator=generator) / 16
-    return adv.to(dtype), grad.to(dtype), clean.to(dtype)
-
-
-def compare(actual: Tensor, expected: Tensor, norm: str) -> None:
-    if norm == "linf":
-        assert_equal(actual, expected)
-    else:
-        assert_close(actual, expected, "elementwise")
 
 
 # BatchNorm in training, and max pooling.

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers.convolution_cases import Case, cases
+from helpers.copies import Copies
 from helpers.tolerances import assert_equal
 from hypothesis import given, settings
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv.ops import Pattern, pack_pattern
 from sparse_adv.ops import masked_conv2d_cuda as cuda
@@ -56,26 +56,13 @@ def test_pruned_entries_count_as_zero_even_if_they_are_not_finite(bad):
     assert (passes(case, case.weight, case.pattern())["grad_weight"][~case.mask] == 0).all()
 
 
-class CopiesOf(TorchDispatchMode):
-    """Counts the copies of tensors of one shape."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        super().__init__()
-        self.shape, self.count = shape, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        copies = func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy)
-        self.count += copies and args[0].shape == self.shape
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("layout_of_weight", [torch.contiguous_format, torch.channels_last])
 def test_a_weight_is_masked_in_the_layout_in_which_it_is_read(layout, layout_of_weight):
     case, results = Case(group_in=3), {}
     x, grad = (images.contiguous(memory_format=layout) for images in (case.input, case.grad_output))
     weight, tensors = case.weight.contiguous(memory_format=layout_of_weight), case.pattern().flatten()
-    with CopiesOf(weight.shape) as copies:
+    with Copies(weight.shape) as copies:
         results["forward"] = cuda.masked_conv2d(x, weight, tensors, None, *case.shape, None, None, False)
         results["grad_input"] = cuda.masked_conv2d_grad_input(grad, weight, tensors, case.input_size, *case.shape)
     assert copies.count == 0

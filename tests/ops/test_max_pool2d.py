@@ -6,19 +6,23 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.max_pooling import (
+    BAD_POOLINGS,
+    BYTE,
+    FORMATS,
+    LIKE,
+    POOLED,
+    assert_refuses,
+    assert_stays_in_its_window,
+    assert_takes_nan_and_the_first_of_equals,
+    images,
+)
 from helpers.tolerances import assert_close, assert_equal
 from helpers.written_passes import random_gate
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_adv.ops import empty_gate, gate_to_bool, max_pool2d_grad_input_out, max_pool2d_out
-
-FORMATS = (torch.contiguous_format, torch.channels_last)
-
-
-def images(*shape, dtype=torch.float32, format=FORMATS[0]):
-    """Multiples of 1/4: there are equal elements in most windows."""
-    return (torch.randint(-4, 5, shape) / 4).to(dtype).contiguous(memory_format=format)
 
 
 @given(
@@ -57,26 +61,6 @@ def test_both_passes_equal_torch(batch, channels, pixels, size, format, dtype, i
     assert_close(actual, wanted, "elementwise")
 
 
-def test_nan_is_the_largest_and_of_equal_elements_the_first_is_taken():
-    nan, inf = torch.nan, torch.inf
-    windows = [
-        [1, 1, 1, 1],
-        [0, 2, 2, 1],
-        [nan, 3, 4, 5],
-        [3, nan, inf, nan],
-        [-inf, -inf, -inf, -inf],
-        [-0.0, 0, 0, 0],
-    ]
-    x = torch.tensor(windows).view(1, 6, 2, 2)
-    index = torch.empty(1, 6, 1, 1, dtype=torch.uint8)
-    for format in FORMATS:
-        out = torch.empty(1, 6, 1, 1)
-        max_pool2d_out(x.contiguous(memory_format=format), (2, 2), out=out, index=index)
-        expected, indices = F.max_pool2d(x, 2, return_indices=True)
-        assert_equal(out, expected)
-        assert index.flatten().tolist() == indices.flatten().tolist() == [0, 1, 0, 3, 0, 0]
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_opcheck(format):
     x, grad = images(2, 3, 5, 9, format=format), images(2, 3, 2, 4, format=format)
@@ -86,48 +70,40 @@ def test_opcheck(format):
     torch.library.opcheck(torch.ops.sparse_adv.max_pool2d_grad_input_out, (grad, index, (2, 2), *rest))
 
 
-like, pooled = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 2, 4)
-byte = pooled.to(torch.uint8)
-BAD = {
-    "no images": ({"input": torch.zeros(3, 9)}, "images must have 4 dimensions, got 2"),
-    "16 bits": ({"input": like.half()}, "images must be float32 or float64, got Half"),
-    "gaps": ({"input": torch.zeros(2, 3, 4, 16)[..., ::2]}, r"without gaps, got strides \[192, 64, 16, 2\]"),
-    "window": ({"size": (0, 2)}, "window of 1 to 255 elements"),
-    "large window": ({"size": (16, 16)}, "window of 1 to 255 elements"),
-    "out's size": ({"out": like}, r"must have size \[2, 3, 2, 4\], got \[2, 3, 4, 8\]"),
-    "out's dtype": ({"out": pooled.double()}, "must have the dtype of the images, Float, got Double"),
-    "out's layout": ({"out": pooled.to(memory_format=torch.channels_last)}, "must have the layout of the images"),
-    "index's dtype": ({"index": pooled}, "index must be uint8 and have the layout of the pooled images, got Float"),
-    "index's size": ({"index": byte[:1]}, r"index must have size \[2, 3, 2, 4\], got \[1, 3, 2, 4\]"),
+BAD = BAD_POOLINGS | {
+    "16 bits": ({"input": LIKE.half()}, "images must be float32 or float64, got Half"),
+    "out's dtype": ({"out": POOLED.double()}, "must have the dtype of the images, Float, got Double"),
+    "out's layout": ({"out": POOLED.to(memory_format=torch.channels_last)}, "must have the layout of the images"),
+    "index's dtype": ({"index": POOLED}, "index must be uint8 and have the layout of the pooled images, got Float"),
 }
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_reported_by_name_and_value(name):
-    change, message = BAD[name]
-    with pytest.raises(RuntimeError, match=message):
-        max_pool2d_out(**{"input": like, "size": (2, 2), "out": pooled.clone(), "index": byte.clone(), **change})
 
 
 def test_bad_operands_of_the_gradient_are_refused():
     for change, message in (
-        ({"residual": pooled}, "residual must have size"),
-        ({"gate": empty_gate(pooled)}, "gate must have size"),
-        ({"grad": like}, "pooled images must have size"),
+        ({"residual": POOLED}, "residual must have size"),
+        ({"gate": empty_gate(POOLED)}, "gate must have size"),
+        ({"grad": LIKE}, "pooled images must have size"),
     ):
-        operands = {"grad": pooled, "index": byte, "size": (2, 2), "out": like.clone(), **change}
+        operands = {"grad": POOLED, "index": BYTE, "size": (2, 2), "out": LIKE.clone(), **change}
         with pytest.raises(RuntimeError, match=message):
             max_pool2d_grad_input_out(**operands)
 
 
 @pytest.mark.parametrize("size", [(2, 2, 2), 2.0, None, "2"])
 def test_a_size_that_is_not_one_or_two_integers_is_told(size):
-    for call in (max_pool2d_out, partial(max_pool2d_grad_input_out, byte)):
+    for call in (max_pool2d_out, partial(max_pool2d_grad_input_out, BYTE)):
         with pytest.raises(ValueError, match=re.escape(f"size must be one or two integers, got {size!r}")):
-            call(like, size, out=pooled)
+            call(LIKE, size, out=POOLED)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_reported_by_name_and_value(name):
+    assert_refuses(max_pool2d_out, *BAD[name])
+
+
+def test_nan_is_the_largest_and_of_equal_elements_the_first_is_taken():
+    assert_takes_nan_and_the_first_of_equals(max_pool2d_out)
 
 
 def test_an_index_out_of_range_writes_nothing_outside_of_its_window():
-    grad, index, out = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 200, dtype=torch.uint8), torch.ones(1, 1, 2, 2)
-    max_pool2d_grad_input_out(grad, index, (2, 2), out=out)
-    assert not out.any()
+    assert_stays_in_its_window(max_pool2d_grad_input_out)

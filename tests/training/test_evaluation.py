@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.cpu_graphs import CpuGraphs, no_synchronisation
+from helpers.cpu_graphs import CpuGraphs, no_synchronisation, waiting_is_an_error
 from helpers.small_runs import QUICK, TRAIN, VALIDATION, batches, equal_states, network
 from torch import nn
 
@@ -162,11 +162,8 @@ def test_the_host_waits_for_cuda_at_the_end_only(model):
     images = data.Batches(VALIDATION.to("cuda"), 8, shuffle=False)
 
     def watched():
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             yield from images
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     accuracy = training.robust_accuracy(model.cuda(), watched(), eps=0.12, steps=3, restarts=2)
     assert accuracy.forward == 40 * (1 + 2 * 4)

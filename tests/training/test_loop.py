@@ -2,12 +2,11 @@
 
 import copy
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers.cpu_graphs import CpuGraphs, no_synchronisation
+from helpers.cpu_graphs import CpuGraphs, no_synchronisation, waiting_is_an_error
 from helpers.small_runs import QUICK, TEST, TRAIN, VALIDATION, WITH_ENGINE, batches, equal_states, network
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
@@ -222,15 +221,6 @@ def test_the_host_never_waits_for_the_device_within_an_epoch(objective, graphs, 
 def test_a_wait_within_an_epoch_is_detected():
     with pytest.raises(RuntimeError, match="the host reads"):
         training.train(network(), Watched(no_synchronisation), QUICK)  # on a CPU batches are checked at once
-
-
-@contextmanager
-def waiting_is_an_error():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from helpers.convolution_cases import LAYOUTS
-from helpers.tolerances import assert_close, assert_equal
+from helpers.moved_images import assert_moved_alike, step_images
+from helpers.tolerances import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sparse_adv.kernels import pgd_step, random_start
 from sparse_adv.ops import reference
@@ -16,20 +16,6 @@ from sparse_adv.ops import reference
 OPS = torch.ops.sparse_adv
 DTYPES = (torch.float32, torch.float64, torch.float16)  # interpreted, a cast to bfloat16 does not round
 SHAPES = ((5, 3, 7, 9), (2, 3, 40, 40), (1, 1), (0, 3, 4, 4), (3,), (), (2, 5000))
-
-
-def images(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    clean = torch.rand(shape, generator=generator)
-    adv = (clean + 0.3 * torch.randn(shape, generator=generator)).clamp(0, 1)
-    return adv.to(dtype), torch.randint(-8, 9, shape, generator=generator) / 16, clean.to(dtype)
-
-
-def compare(actual: Tensor, expected: Tensor, norm: str) -> None:
-    if norm == "linf":
-        assert_equal(actual, expected)
-    else:
-        assert_close(actual, expected, "elementwise")
 
 
 norms = st.sampled_from(("linf", "l2"))
@@ -40,51 +26,54 @@ dtypes = st.sampled_from(DTYPES)
 @settings(max_examples=15)
 @given(st.sampled_from(SHAPES), dtypes, dtypes, norms, st.integers(0, 99))
 def test_the_step(shape, dtype, grad_dtype, norm, seed):
-    adv, grad, clean = images(shape, dtype, seed)
+    adv, grad, clean = step_images(shape, dtype, seed)
     grad = grad.to(grad_dtype)
     if grad.numel():
         grad.view(-1)[seed % grad.numel()] = (0.0, math.nan, math.inf, -math.inf)[seed % 4]
         clean.view(-1)[seed // 2 % clean.numel()] = (0.5, math.nan)[seed % 2] if norm == "linf" else 0.5
     step = (0.1, (0.05, 0.3, math.inf)[seed % 3], norm, 0.0, 1.0)
     expected = reference.pgd_step(adv, grad, clean, *step)
-    compare(pgd_step.pgd_step(adv, grad, clean, *step), expected, norm)
+    assert_moved_alike(pgd_step.pgd_step(adv, grad, clean, *step), expected, norm)
     moved = adv.clone()
     pgd_step.pgd_step_(moved, grad, clean, *step)
-    compare(moved, expected, norm)
+    assert_moved_alike(moved, expected, norm)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("other", ["contiguous", "channels_last"])
 def test_the_step_takes_any_layout(layout, other, norm):
-    adv, grad, clean = images((3, 3, 8, 6), torch.float32)
+    adv, grad, clean = step_images((3, 3, 8, 6), torch.float32)
     step = (0.1, 0.2, norm, 0.0, 1.0)
     expected = OPS.pgd_step(adv, grad, clean, *step)
     adv, grad, clean = LAYOUTS[layout](adv), LAYOUTS[other](grad), LAYOUTS[layout](clean)
     actual = pgd_step.pgd_step(adv, grad, clean, *step)
-    compare(actual, expected, norm)
+    assert_moved_alike(actual, expected, norm)
     assert actual.stride() == torch.empty_like(adv).stride()
     pgd_step.pgd_step_(adv, grad, clean, *step)
-    compare(adv, expected, norm)
+    assert_moved_alike(adv, expected, norm)
 
 
 @settings(max_examples=30)
 @given(st.sampled_from(SHAPES), dtypes, norms, st.integers(-(2**63), 2**62))
 def test_the_start(shape, dtype, norm, key):
-    _, _, clean = images(shape, dtype, key % 100)
+    _, _, clean = step_images(shape, dtype, key % 100)
     seed = torch.tensor([key, key // 3])
     expected = OPS.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
     actual = random_start.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
-    compare(actual, expected, norm if dtype != torch.float64 else "rounding")
+    if dtype == torch.float64:
+        assert_close(actual, expected, "elementwise")
+    else:
+        assert_moved_alike(actual, expected, norm)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_start_takes_any_layout(layout, norm):
-    _, _, clean = images((3, 3, 8, 6), torch.float32)
+    _, _, clean = step_images((3, 3, 8, 6), torch.float32)
     seed = torch.tensor([5, 6])
     expected = OPS.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
-    compare(random_start.random_start(LAYOUTS[layout](clean), seed, 0.3, norm, 0.0, 1.0), expected, norm)
+    assert_moved_alike(random_start.random_start(LAYOUTS[layout](clean), seed, 0.3, norm, 0.0, 1.0), expected, norm)
 
 
 @pytest.mark.parametrize(
