@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.attacked import batch, make_model
+from helpers.attacked import batch, interrupted_at_its_first_state, make_model
 from torch import nn
 
 from sparse_adv.attacks import AutoAttack, autoattack
@@ -106,25 +106,18 @@ def test_two_seeds_differ_and_one_repeats(name):
     assert found[0].equal(found[1]) and not found[0].equal(found[2])
 
 
-def test_a_run_that_drew_its_seed_continues_with_it(tmp_path, monkeypatch, capsys):
+def test_a_run_that_drew_its_seed_continues_with_it(tmp_path, capsys):
     model, (images, _) = make_model().eval(), batch(size=12)
     labels, path = model(images).argmax(1), tmp_path / "state.safetensors"
     options = {"eps": 0.012, "version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"]}
-    write = autoattack.State.write
 
     def run(**more):
         attack = AutoAttack(model, **options, **more)
         attack.apgd.n_restarts = 1
         return attack
 
-    def interrupted(state, path):
-        write(state, path)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(autoattack.State, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run().run_standard_evaluation(images, labels, bs=4, state_path=path)
+    with interrupted_at_its_first_state():
+        run().run_standard_evaluation(images, labels, bs=4, state_path=path)
     continued = run().run_standard_evaluation(images, labels, bs=4, state_path=path)
     seeds = {line.rpartition("seed ")[2] for line in capsys.readouterr().out.splitlines() if ", seed " in line}
     assert len(seeds) == 1

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.attacked import batch, make_model
+from helpers.attacked import batch, interrupted_at_its_first_state, make_model
 from torch import nn
 
 from sparse_adv.attacks import AutoAttack, autoattack, autoattack_state
@@ -26,22 +26,14 @@ def clock(monkeypatch):
         monkeypatch.setitem(autoattack.MEMBERS, name, changed)
 
 
-def test_the_seconds_are_those_of_all_batches_of_all_processes(clock, monkeypatch, tmp_path):
+def test_the_seconds_are_those_of_all_batches_of_all_processes(clock, tmp_path):
     model, (images, _) = make_model().eval(), batch(size=10)
     labels, path = model(images).argmax(1), tmp_path / "state.safetensors"
     whole = AutoAttack(model, **CUSTOM)
     whole.run_standard_evaluation(images, labels, bs=4)
     assert whole.result.seconds == 6  # two attacks on three batches
-    write = State.write
-
-    def interrupted(state, path):
-        write(state, path)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            AutoAttack(model, **CUSTOM).run_standard_evaluation(images, labels, bs=4, state_path=path)
+    with interrupted_at_its_first_state():
+        AutoAttack(model, **CUSTOM).run_standard_evaluation(images, labels, bs=4, state_path=path)
     continued = AutoAttack(model, **CUSTOM)
     continued.run_standard_evaluation(images, labels, bs=4, state_path=path)
     assert continued.result.seconds == 6

@@ -1,9 +1,15 @@
 """A small network, a batch and the textbook PGD loop: what the tests of the attacks share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_adv.attacks import autoattack
 from sparse_adv.ops import reference
 
 EPS, ALPHA = 8 / 255, 2 / 255
@@ -55,6 +61,20 @@ def textbook_pgd(
 def losses(model: nn.Module, adv: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         return F.cross_entropy(model.eval()(adv), labels, reduction="none")
+
+
+@contextmanager
+def interrupted_at_its_first_state() -> Iterator[None]:
+    """AutoAttack is interrupted in this block, when it has written its state for the first time."""
+    write = autoattack.State.write
+
+    def interrupted(state: autoattack.State, path: Path) -> None:
+        write(state, path)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(autoattack.State, "write", interrupted)
+        yield
 
 
 def snapshot(model: nn.Module) -> list[object]:

@@ -1,11 +1,13 @@
 """A task, a network and a recipe that train in a second: what the tests of training and tickets share."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from sparse_adv.data import Batches, Split
+from sparse_adv.runs import EpochRecord
 from sparse_adv.training import TrainConfig
 
 WITH_ENGINE = TrainConfig(
@@ -62,6 +64,20 @@ class ExtraState(nn.Identity):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         pass
+
+
+class Stop(Exception):
+    """Ends a run where a test raises it."""
+
+
+def stop_after(epoch: int | None) -> Callable[[EpochRecord], None]:
+    """An `on_epoch` that ends a run after this epoch; None never does."""
+
+    def on_epoch(record: EpochRecord) -> None:
+        if record.epoch == epoch:
+            raise Stop
+
+    return on_epoch
 
 
 def equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, Stop, equal_states, network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,10 +169,6 @@ def test_the_weights_left_out_are_zero_and_the_records_have_what_decided():
         assert average.weight_mask.equal(mask)
         assert not layer.weight[~mask].any() and not momentum[~mask].any() and not average.weight[~mask].any()
     assert all(0 <= each.train_accuracy <= 1 and each.robust_loss > 0 for each in records)
-
-
-class Stop(Exception):
-    pass
 
 
 STOPPED = replace(PLUS, adapt_from=0.2)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import TRAIN, VALIDATION, WITH_ENGINE, Batches, Untraceable, equal_states, network
+from helpers.small_runs import TRAIN, VALIDATION, WITH_ENGINE, Batches, Stop, Untraceable, equal_states, network
 
 from sparse_adv import masks, runs, training
 from sparse_adv.masks import ChannelPermutation, dependency_groups
@@ -82,10 +82,6 @@ def test_the_function_stays_and_the_blocks_kept_hold_more(method, monkeypatch):
     _, plain = run(without)
     assert seen == [hook.retained] and seen[0][0] < seen[0][1] <= 1 and without.retained is None
     assert [each.density.weights for each in records] == pytest.approx([each.density.weights for each in plain])
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.fixture(scope="module", params=PERMUTED)

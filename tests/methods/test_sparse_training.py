@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import VALIDATION, equal_states, network
+from helpers.small_runs import VALIDATION, Stop, equal_states, network
 from helpers.sparse_runs import CONFIG, odd_network, run
 from torch import nn
 
@@ -19,10 +19,6 @@ from sparse_adv.training import checkpoint
 
 CHANGING = ("flying-bird", "rigl", "set", "gmp")
 BLOCKS = [(1, 1), (4, 4), (3, 2), (1, 1, 3, 3), (2, 2, 2, 2), (64, 64)]
-
-
-class Stop(Exception):
-    pass
 
 
 class Observed(SparseTraining):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.process_group import results_by_rank
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, Stop, equal_states, network, stop_after
 from torch import nn
 
 from sparse_adv import tickets
@@ -18,10 +18,6 @@ PRUNING = {
 }
 
 
-class Stop(Exception):
-    pass
-
-
 def pooled_network() -> nn.Module:
     *layers, _, _ = network(channels=8)
     torch.manual_seed(1)
@@ -29,12 +25,8 @@ def pooled_network() -> nn.Module:
 
 
 def search(rank, pruning, folder, stop_at=None):
-    def on_epoch(record):
-        if record.epoch == stop_at:
-            raise Stop
-
     images = Batches(TRAIN, 32, rank=rank, world_size=2)
-    options = {"validation": VALIDATION, "folder": folder, "on_epoch": on_epoch}
+    options = {"validation": VALIDATION, "folder": folder, "on_epoch": stop_after(stop_at)}
     return tickets.search(pooled_network(), images, CONFIG, pruning, **options)
 
 

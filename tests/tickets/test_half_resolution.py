@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Batches, Stop, equal_states, network
 from torch import nn
 
 from sparse_adv import tickets
@@ -74,10 +74,6 @@ def test_a_network_that_depends_on_the_size_of_images_is_refused_before_anything
     points = Split(torch.rand(8, 1, 1, 6), torch.arange(8) % 2)
     with pytest.raises(ValueError, match="half_resolution needs images of at least 2 x 2 pixels"):
         search(pooled_network(), Batches(points, 4), half_resolution=True)
-
-
-class Stop(Exception):
-    pass
 
 
 def test_a_stopped_search_finds_the_same_ticket(tmp_path):

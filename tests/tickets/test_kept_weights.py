@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, VALIDATION, batches, equal_states, network
+from helpers.small_runs import QUICK, VALIDATION, Stop, batches, equal_states, network, stop_after
 
 from sparse_adv import masks, runs, tickets, training
 from sparse_adv.nn import sparsify
@@ -73,10 +73,6 @@ def test_a_channel_permutation_applies_to_the_kept_weights():
     torch.testing.assert_close(permuted.eval()(x), trained(x))
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.fixture(
     scope="module", params=[{}, {"permute_channels": True, "block": (2, 2)}], ids=["as they are", "permuted"]
 )
@@ -89,13 +85,8 @@ def whole(request, tmp_path_factory):
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5])
 def test_a_stopped_search_finds_the_same_ticket(tmp_path, stop_at, whole):
     pruning, expected, folder = whole
-
-    def stop(record):
-        if record.epoch == stop_at:
-            raise Stop
-
     with pytest.raises(Stop):
-        search(tmp_path, on_epoch=stop, **pruning)
+        search(tmp_path, on_epoch=stop_after(stop_at), **pruning)
     ticket, _ = search(tmp_path, **pruning)
     assert equal_states(ticket.masks, expected.masks) and equal_states(ticket.state_dict, expected.state_dict)
     losses = [[record.loss for record in runs.read(run).records] for run in (folder, tmp_path)]

@@ -7,7 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_runs import QUICK, VALIDATION, ExtraState, Untraceable, batches, equal_states, network
+from helpers.small_runs import (
+    QUICK,
+    VALIDATION,
+    ExtraState,
+    Stop,
+    Untraceable,
+    batches,
+    equal_states,
+    network,
+    stop_after,
+)
 from torch import nn
 
 from sparse_adv import masks, runs, tickets, training
@@ -106,10 +116,6 @@ def test_a_model_that_cannot_be_traced_for_a_channel_permutation_is_refused_befo
             Untraceable(*network()), batches(), CONFIG, PruneConfig(permute_channels=True), on_epoch=epochs.append
         )
     assert not epochs
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.fixture(
@@ -243,10 +249,6 @@ def test_the_model_of_an_interrupted_search_continues_it(tmp_path, stop_at):
     expected, _ = search(rounds=2)
     model = network()
 
-    def on_epoch(record):
-        if record.epoch == stop_at:
-            raise Stop
-
     with pytest.raises(Stop):
         tickets.search(
             model,
@@ -255,7 +257,7 @@ def test_the_model_of_an_interrupted_search_continues_it(tmp_path, stop_at):
             PruneConfig(rounds=2),
             validation=VALIDATION,
             folder=tmp_path,
-            on_epoch=on_epoch,
+            on_epoch=stop_after(stop_at),
         )
     ticket, _ = search(tmp_path, model=model, rounds=2)
     assert equal_states(ticket.masks, expected.masks) and equal_states(ticket.state_dict, expected.state_dict)

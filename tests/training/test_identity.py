@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, Stop, batches, equal_states, network, stop_after
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -27,19 +27,10 @@ from sparse_adv.training import identity
 CONFIG = replace(QUICK, epochs=2)
 
 
-class Stop(Exception):
-    pass
-
-
 def run(folder, model=None, images=None, validation=VALIDATION, config=CONFIG, stop_at=None):
-    model = network() if model is None else model
-
-    def on_epoch(record):
-        if record.epoch == stop_at:
-            raise Stop
-
-    images = batches() if images is None else images
-    return training.train(model, images, config, validation=validation, folder=folder, on_epoch=on_epoch)
+    model, images = network() if model is None else model, batches() if images is None else images
+    options = {"validation": validation, "folder": folder, "on_epoch": stop_after(stop_at)}
+    return training.train(model, images, config, **options)
 
 
 def sparse(density=0.5):

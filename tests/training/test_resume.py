@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.forked import run_command, start_command
-from helpers.small_runs import QUICK, TRAIN, VALIDATION, WITH_ENGINE, Batches, equal_states, network
+from helpers.small_runs import QUICK, TRAIN, VALIDATION, WITH_ENGINE, Batches, Stop, equal_states, network
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_adv import data, json_files, masks, models, runs, training
@@ -21,10 +21,6 @@ from sparse_adv.nn import sparsify
 from sparse_adv.training import checkpoint, deterministic
 
 CONFIG = replace(WITH_ENGINE, objective="free", replays=2, epochs=4, ema_decay=0.9, schedule="cosine", evaluate_every=2)
-
-
-class Stop(Exception):
-    pass
 
 
 def train(folder, stop_at=None, config=CONFIG, in_batch=False, device="cpu"):
