@@ -47,7 +47,7 @@ class CpuKernels(DeviceKernels):
             return MaskedConvolution(layer, norm, shape, self)
         if tile is not None:
             return WinogradConvolution(layer, norm, shape, self, tile)
-        return DenseConvolution(layer, norm, shape, self)
+        return Convolution(layer, norm, shape, self)
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
         if x.dtype not in (torch.float32, torch.float64):
@@ -124,22 +124,6 @@ class MaskedConvolution(Convolution):
         return out
 
 
-class DenseConvolution(Convolution):
-    """A dense convolution; without a gate, oneDNN adds the residual and applies the ReLU before it writes."""
-
-    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        residual, relu = epilogue.residual, epilogue.relu
-        if epilogue.gate_out is not None or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-            return super().forward(x, epilogue, place)
-        stride, padding, dilation = self.geometry
-        geometry = padding, stride, dilation, self.layer.groups
-        fused = torch.ops.mkldnn._convolution_pointwise
-        if residual is None:
-            return fused(x, self.weight, self.bias, *geometry, "relu" if relu else "none", [], "")
-        activation = "relu" if relu else None
-        return fused.binary(x, residual, self.weight, self.bias, *geometry, "add", 1.0, activation, [], "")
-
-
 class WinogradConvolution(Convolution):
     """A dense 3 x 3 convolution that multiplies 2.25 or 4 times less than oneDNN, see `ops.winograd_conv2d_out`."""
 
@@ -176,7 +160,10 @@ class MaskedWinogradConvolution(Convolution):
     """A masked 3 x 3 convolution whose filters are pruned as wholes, see `ops.masked_winograd_conv2d_out`."""
 
     layer: MaskedConv2d
-    _pattern: ops.Pattern | None = None
+
+    def __init__(self, layer: MaskedConv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: DeviceKernels) -> None:
+        self._filters = [live_filters(layer.pattern, transposed) for transposed in (False, True)]
+        super().__init__(layer, norm, shape, kernels)
 
     def kernel(self, way: str) -> str:
         return "sparse Winograd"
@@ -186,16 +173,12 @@ class MaskedWinogradConvolution(Convolution):
 
     def fold(self) -> None:
         super().fold()
-        if self._pattern is not self.layer.pattern:
-            self._pattern = self.layer.pattern
-            self._filters = [live_filters(self._pattern, transposed) for transposed in (False, True)]
         self._weights: list[LiveWeight | None] = [None, None]  # made when they are needed
 
     def _weight_for(self, transposed: bool) -> LiveWeight:
         weight = self._weights[transposed]
         if weight is None:
-            assert self._pattern is not None
-            weight = transform_filters(self.weight, self._pattern.mask, self._filters[transposed], transposed)
+            weight = transform_filters(self.weight, self.layer.weight_mask, self._filters[transposed], transposed)
             self._weights[transposed] = weight
         return weight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ from sparse_adv.engine.fusing import Fusion
 from sparse_adv.engine.gradients import Autograd, LossOfLogits, image_gradient, outside_inference
 from sparse_adv.engine.kernels import DeviceKernels
 from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
-from sparse_adv.engine.steps import AutogradStep, ConvolutionStep, OtherSize, Step
+from sparse_adv.engine.steps import AutogradStep, ConvolutionStep, OtherSize
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.tracing import trace
 from sparse_adv.engine.values import PassTensors
+from sparse_adv.ops import Pattern
 from sparse_adv.ops._library import has_triton
 
 log = logging.getLogger(__name__)
@@ -48,24 +50,40 @@ class Program:
         x = _padded(x, batch or padded_batch(len(x)))
         fusion = Fusion(trace(model, x))
         self.steps = fusion.steps
-        self._kernels = kernels = choose_kernels(self.steps, x)
-        self._input, self._output = fusion.input, fusion.output
+        self._convolutions = [step for step in self.steps if isinstance(step, ConvolutionStep)]
+        self._like, self._input, self._output = x.new_empty(0), fusion.input, fusion.output
         if self._output.shape[:1] != x.shape[:1]:  # as `squeeze` makes of one image
             raise NotTraceable(f"its output of {len(x)} images has shape {list(self._output.shape)}")
+        self._patterns, kernels = self._present_patterns(), self._choose_kernels()
         self._any_batch = kernels.any_batch and fusion.any_batch
-        self._memory = buffers.Memory(self.steps, self._input, self._output, kernels, x.device)
-        self._read_last = buffers.read_last(self.steps, self._output, self._memory.gates)
+        self._plan_memory(kernels)
         self._hooked = [step for step in self.steps if isinstance(step, AutogradStep) and step.has_hooks]
         self._reads_features = self._in_loss = self._has_other_sizes = False
         capturer = None if self._hooked else kernels.capturer  # a replay would not run the hooks
         self._captured = {} if capturer is None else {way: CapturedPasses(capturer) for way in (False, True)}
 
     def fold(self) -> None:
-        """Read the weights and the statistics of BatchNorm again, which may have changed."""
+        """Read masks, weights and the statistics of BatchNorm again, which may have changed."""
+        patterns = self._present_patterns()
+        if any(map(operator.is_not, patterns, self._patterns)):
+            self._patterns, kernels = patterns, self._choose_kernels()
+            if kernels.memory_format != self._kernels.memory_format:
+                self._plan_memory(kernels)
         for step in self.steps:
             step.fold(self._kernels)
         self._reads_features = False
         self.forget_graphs()
+
+    def _present_patterns(self) -> list[Pattern | None]:
+        return [step.pattern for step in self._convolutions]
+
+    def _choose_kernels(self) -> DeviceKernels:
+        return choose_kernels([(step.layer, step.input.shape) for step in self._convolutions], self._like)
+
+    def _plan_memory(self, kernels: DeviceKernels) -> None:
+        self._kernels = kernels
+        self._memory = buffers.Memory(self.steps, self._input, self._output, kernels, self._like.device)
+        self._read_last = buffers.read_last(self.steps, self._output, self._memory.gates)
 
     def forget_graphs(self) -> None:
         """Free the memory of the passes that were captured; the next ones are captured anew."""
@@ -164,14 +182,17 @@ class Program:
         return tensors
 
 
-def choose_kernels(steps: Sequence[Step], x: Tensor) -> DeviceKernels:
-    """The kernels of the input's device, in the dtype and memory format in which these steps are to run.
+def choose_kernels(convolutions: Sequence[tuple[nn.Conv2d, torch.Size]], x: Tensor) -> DeviceKernels:
+    """The kernels of the input's device, in the dtype and memory format in which a network is to run.
+
+    Args:
+        convolutions: its layers, with the shapes of their inputs.
+        x: a batch of its input, of which dtype and device count.
 
     Raises:
         NotTraceable: if the engine has no kernels for them.
     """
     device = x.device.type
-    convolutions = [(step.layer, step.input.shape) for step in steps if isinstance(step, ConvolutionStep)]
     dtypes = {layer.weight.dtype for layer, _ in convolutions} | {x.dtype}
     if len(dtypes) > 1:
         raise NotTraceable(f"weights and input differ in dtype: {', '.join(sorted(map(str, dtypes)))}")

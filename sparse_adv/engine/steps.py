@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sparse_adv.engine.activations import Activation
-from sparse_adv.engine.kernels import DeviceKernels, Place, fold_norm
+from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place, fold_norm
 from sparse_adv.engine.model_state import has_hooks, runs_code_of_user
 from sparse_adv.engine.traced_code import OnACopy
 from sparse_adv.engine.values import PassTensors, Value
 from sparse_adv.kernels.epilogue import Epilogue
-from sparse_adv.nn import MaskedLinear
+from sparse_adv.nn import MaskedConv2d, MaskedLinear
+from sparse_adv.ops import Pattern
 
 
 class Step(ABC):
@@ -119,9 +120,24 @@ class ConvolutionStep(FusedStep):
         super().__init__(name, input, output)
         self.layer = layer
         self.norm: _BatchNorm | None = None
+        self._convolution: Convolution
+        self._made_for: tuple[DeviceKernels, Pattern | None] | None = None
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The present pattern of a masked layer: another object if masks or requested kernels have changed."""
+        if not isinstance(self.layer, MaskedConv2d):
+            return None
+        self.layer.refresh()
+        return self.layer.pattern
 
     def fold(self, kernels: DeviceKernels) -> None:
-        self._convolution = kernels.convolution(self.layer, self.norm, self.input.shape)
+        made_for = kernels, self.pattern
+        if self._made_for is None or any(map(operator.is_not, made_for, self._made_for)):
+            self._convolution = kernels.convolution(self.layer, self.norm, self.input.shape)
+            self._made_for = made_for
+        else:  # the choice of the kernel holds, and so does what it has listed of the mask
+            self._convolution.fold()
 
     def kernel_names(self) -> str:
         """Name of the kernel that computes it, or of both if the passes have different ones."""

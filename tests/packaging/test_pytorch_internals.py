@@ -59,8 +59,6 @@ def test_the_page_names_all_of_them_and_no_others():
 
 @pytest.mark.parametrize("name", sorted(NAMED))
 def test_this_torch_has(name):
-    if name.startswith("torch.ops.mkldnn") and not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
     importlib.import_module("torch.nn.parallel")
     found = torch
     for part in name.split(".")[1:]:
