@@ -115,6 +115,18 @@ def test_the_geometries_lie_on_both_sides_of_the_break_even():
     assert all(seen == {"sparse", "dense"} for seen in kernels.values())
 
 
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size", "groups", "pixels"),
+    [(576, 576, 5, 576, 2), (960, 960, 3, 960, 2), (320, 1280, 1, 1, 2), (512, 512, 3, 1, 1)],
+)
+def test_small_images_and_depthwise_layers_take_the_sparse_kernels(channels, outputs, size, groups, pixels):
+    """PyTorch reorders all weights in each call, and has no fast gradient of depthwise weights."""
+    mask = block_mask((outputs, channels // groups, size, size), (4, 1), 0.1)
+    x = torch.rand(20, channels, pixels, pixels)
+    planned = plan(compile_pattern(mask, (4, 1), groups), x, padding=size // 2)
+    assert {each.kernel for each in planned} == {"sparse"}
+
+
 def test_the_layout_of_the_input_counts():
     """Wide NCHW images are read without a transposition, channels_last ones are not: one layer, two kernels."""
     case = Case(batch=4, group_in=32, group_out=32, image=(14, 14), density=0.1)

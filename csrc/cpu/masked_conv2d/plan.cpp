@@ -33,8 +33,20 @@ double cost_per_kept_mac(Pass pass, int64_t oc_block) {
   return cpu_capability() == Capability::portable ? 3 * simd : simd;
 }
 
-// The time of the dense pass per element of input and output, in addition to its multiply-adds.
+// The dense pass, in addition to its multiply-adds: for an element of input and output, for a weight, kept or not,
+// which PyTorch reorders in each call, and for a call. The last two were fitted to 272 timings of each pass, of 1 x 1,
+// grouped and depthwise layers and small images on a Zen 4.
 double dense_cost_per_element(Pass pass) { return pass == Pass::forward ? 23 : pass == Pass::grad_input ? 40 : 10; }
+double dense_cost_per_weight(Pass pass) { return pass == Pass::grad_weight ? 160 : 90; }
+constexpr double kDensePerCall = 4e6;
+
+// The multiply-adds of the dense pass of one image. The channels of small groups fill no vector, and oneDNN has kernels
+// for few shapes of depthwise layers: their grad_weight takes up to 34 times as long as the sparse one.
+double dense_cost_of_macs(Pass pass, const ConvParams& conv, double macs) {
+  if (conv.groups == 1 || conv.C / conv.groups >= 16) return macs;
+  const double per_weight = pass == Pass::forward ? 20 : pass == Pass::grad_input ? 15 : 80;
+  return (pass == Pass::grad_weight ? 4 : 1) * macs + per_weight * static_cast<double>(conv.weights());
+}
 
 bool sparse_is_faster(const Pattern& pattern, const ConvParams& conv, Pass pass, int64_t oc_block,
                       const Blocking& blocking) {
@@ -55,7 +67,9 @@ bool sparse_is_faster(const Pattern& pattern, const ConvParams& conv, Pass pass,
   const bool skips = conv.is_dilated() && pass != Pass::grad_weight;
   const double halo = conv.is_dilated() ? kPerElement * blocking.filled_floats() : 0;
   const double macs = weights * pixels * (skips ? conv.share_inside() : 1);
-  return kMargin * (sparse + halo) < batch * (macs + dense_cost_per_element(pass) * elements);
+  const double dense = batch * (dense_cost_of_macs(pass, conv, macs) + dense_cost_per_element(pass) * elements) +
+                       dense_cost_per_weight(pass) * weights + kDensePerCall;
+  return kMargin * (sparse + halo) < dense;
 }
 
 // Whether there is a sparse kernel for these images at all.
