@@ -19,6 +19,7 @@ from sparse_adv.attacks.eotpgd import EOTPGD, eotpgd
 from sparse_adv.attacks.fab import FAB, FABT, fab, fab_t
 from sparse_adv.attacks.fgsm import FFGSM, FGSM, fgsm, fgsm_rs, n_fgsm
 from sparse_adv.attacks.fmn import FMN, distances, fmn
+from sparse_adv.attacks.gradient_masking import signs_of_masking
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.mifgsm import MIFGSM, mifgsm
@@ -27,7 +28,6 @@ from sparse_adv.attacks.noise import GN, VANILA
 from sparse_adv.attacks.options import BN_MODES, AttackOptions, BasicOptions, CommonOptions, LossOptions
 from sparse_adv.attacks.pgd import PGD, PGDL2, pgd
 from sparse_adv.attacks.rfgsm import RFGSM, rfgsm
-from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.attacks.square import Square, square
 from sparse_adv.attacks.tpgd import TPGD, tpgd
 

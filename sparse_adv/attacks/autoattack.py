@@ -29,8 +29,8 @@ from sparse_adv.attacks.checks import (
     int64_labels,
     is_correct,
 )
+from sparse_adv.attacks.gradient_masking import signs_of_masking
 from sparse_adv.attacks.modes import in_mode
-from sparse_adv.attacks.sanity import signs_of_masking
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
 from sparse_adv.ops.arguments import check_flags
@@ -325,9 +325,9 @@ class AutoAttack(Versioned, Attack):
             index = state.pending.nonzero().squeeze(1)[:batch]
             # A generator for each batch and attack, so that an interrupted run draws the same numbers again.
             own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
-            noise = torch.Generator().manual_seed(own_seed % 2**63)
+            generator = torch.Generator().manual_seed(own_seed % 2**63)
             options = MEMBERS[name].options(self.settings)
-            attack, left = partial(MEMBERS[name].attack, self.model, generator=noise, **options), index
+            attack, left = partial(MEMBERS[name].attack, self.model, generator=generator, **options), index
             # An unconfirmed example has ended the search for its image. So the image is attacked again without autocast
             # and without the engine, which round differently. With averaged gradients no example ends a search.
             for exact in (False, True):

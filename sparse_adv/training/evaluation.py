@@ -133,11 +133,11 @@ def robust_accuracy(
     """
     check_number("eps", eps)
     check_count("restarts", restarts, least=1)
-    noise = torch.Generator().manual_seed(distributed.own_seed(seed))
+    generator = torch.Generator().manual_seed(distributed.own_seed(seed))
     size = eps / 4 if alpha is None else alpha
     graphs = graphs or attacks.Graphs()
     options: attacks.LossOptions = {
-        "generator": noise,
+        "generator": generator,
         "check": False,
         "graphs": graphs,
         "engine": engine,

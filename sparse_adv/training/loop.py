@@ -190,7 +190,7 @@ class Training:
             objective = objectives.build(replace(config, objective="pgd", alpha=None), graphs=self.graphs)
         objective.begin_epoch(epoch)
         watch = Stopwatch(self.device)
-        noise = torch.Generator().manual_seed(distributed.own_seed(config.seed, NOISE_SEED, epoch))
+        generator = torch.Generator().manual_seed(distributed.own_seed(config.seed, NOISE_SEED, epoch))
         random_numbers.set_epoch(self.batches, epoch)
         loss_sum, tally = torch.zeros((), dtype=torch.float64, device=self.device), Tally()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -208,7 +208,7 @@ class Training:
                     check_batch_sizes(updater.model, self.batches, x)
                 updater.prepare(x)
                 for _ in range(objective.updates):
-                    updated = updater.update(objective, x, y, noise, watch)
+                    updated = updater.update(objective, x, y, generator, watch)
                     loss_sum += updated.loss * len(y)
                     correct += updated.correct
                     tally.add(len(y), costs, updated.passes)

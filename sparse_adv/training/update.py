@@ -144,19 +144,19 @@ class Updater:
         return x, y
 
     def update(
-        self, objective: objectives.TrainingObjective, x: Tensor, y: Tensor, noise: Generator, watch: Stopwatch
+        self, objective: objectives.TrainingObjective, x: Tensor, y: Tensor, generator: Generator, watch: Stopwatch
     ) -> Updated:
         """Make one update.
 
         Args:
             objective: `self.objective`, or another for this epoch.
             x, y: a batch from `to_device`.
-            noise: generator of the attack's random start.
+            generator: of the attack's random start.
             watch: gets the seconds of the phases "attack" and "update".
         """
         hook, numbers = self.hook, self._numbers()
         sgd.set_numbers(self.optimizer, numbers.learning_rate, numbers.momentum)
-        start = as_philox_state(noise) if objective.draws(x) else None
+        start = as_philox_state(generator) if objective.draws(x) else None
         collect = hook.wants_dense_gradients(self.step)
         gradients: dict[str, Tensor] = {}
         done = None if collect else self.captured.run(objective, x, y, start, numbers, watch)
