@@ -26,7 +26,7 @@ from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping, check_threshold
 from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
 from sparse_adv.tickets.provenance import SearchRecord, check_metadata, record_of
-from sparse_adv.training import distributed, identity, train
+from sparse_adv.training import distributed, identity, random_numbers, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
 from sparse_adv.training.checks import pairs_of
 from sparse_adv.training.evaluation import Images, check_evaluable
@@ -209,8 +209,7 @@ class _Search:
         """Train, then prune; a round that was finished in an earlier call is read from its ticket."""
         folder = self.folder / f"round_{number}" if self.folder is not None else None
         if folder is not None and (folder / runs.TICKET).exists():
-            self._restore(folder / runs.TICKET)
-            return
+            return self._restore(folder)
         self.model.load_state_dict(self.initial if number == 1 else self._start())
         sparsify(self.model, self.masks)
         self._train(number, folder)
@@ -307,12 +306,15 @@ class _Search:
         record = SearchRecord(self.train_config, self.prune_config.named(), self.records, self.cost, self.checks)
         return {"density": masks.density(self.masks, self.model), **json_files.to_json(record)}
 
-    def _restore(self, path: Path) -> None:
-        """Continue after the round that wrote this ticket."""
-        ticket = masks.load_ticket(path)
-        record = record_of(ticket, path)
+    def _restore(self, folder: Path) -> None:
+        """Continue after the round of this folder."""
+        ticket = masks.load_ticket(folder / runs.TICKET)
+        record = record_of(ticket, folder / runs.TICKET)
         self.masks, self._begin = ticket.masks, ticket.state_dict
         self.records, self.cost, self.checks = record.epochs, record.cost, record.checks
+        if (folder / runs.STATE).exists():  # from which a DataLoader's own generator goes on
+            state = read_state(folder / runs.STATE, torch.device("cpu"), ["generators"])
+            random_numbers.load_states(self.batches, state["generators"][distributed.rank()], self.model)
 
     def _saved(self, ticket: masks.Ticket, folder: Path | None) -> masks.Ticket:
         """The ticket as it is read back from the folder, after rank 0 has written it."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.small_runs import (
     QUICK,
+    TRAIN,
     VALIDATION,
     ExtraState,
     Stop,
@@ -19,6 +20,7 @@ from helpers.small_runs import (
     stop_after,
 )
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_adv import masks, runs, tickets, training
 from sparse_adv.nn import MaskedConv2d, mac_density, sparsify
@@ -261,6 +263,30 @@ def test_the_model_of_an_interrupted_search_continues_it(tmp_path, stop_at):
         )
     ticket, _ = search(tmp_path, model=model, rounds=2)
     assert equal_states(ticket.masks, expected.masks) and equal_states(ticket.state_dict, expected.state_dict)
+
+
+def test_a_search_that_stops_between_two_rounds_goes_on_with_the_order_of_the_images(tmp_path):
+    def loader():
+        images = TensorDataset(TRAIN.images.float() / 255, TRAIN.labels)
+        return DataLoader(images, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+    def run(folder=None, on_step=None):
+        return tickets.search(network(), loader(), CONFIG, PruneConfig(rounds=2), folder=folder, on_step=on_step)
+
+    expected, first_round, steps = run(), CONFIG.epochs * len(loader()), []
+
+    def stop(step):
+        steps.append(step)
+        if len(steps) > first_round:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(tmp_path, stop)
+    assert (tmp_path / "round_1" / runs.TICKET).exists() and not (tmp_path / "round_2" / runs.STATE).exists()
+    ticket = run(tmp_path)
+    assert equal_states(ticket.masks, expected.masks)
+    losses = [[epoch["loss"] for epoch in found.provenance["epochs"]] for found in (ticket, expected)]
+    assert losses[0] == losses[1]
 
 
 def test_a_pruning_configuration_that_does_not_fit_is_refused_before_training():
