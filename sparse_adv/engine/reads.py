@@ -29,6 +29,8 @@ _ALL = "__dict__"
 """The attribute that holds all others."""
 _LAYER = "its sizes and options"
 """In place of the names of attributes that PyTorch's own layers read, which are not traced into."""
+_IN_WORDS = {_ALL: "an attribute", _LAYER: "an option"}
+"""How a message names what stands for several attributes."""
 
 _CHANGES = "its Python code changes attributes of modules"
 
@@ -56,14 +58,20 @@ def all_contents_of(model: nn.Module) -> Contents:
 
 
 def changed_attribute(model: nn.Module, before: Contents, now: Contents) -> str | None:
-    """The first attribute whose content differs; None if none does."""
-    places = [f"{place}." if place else "" for place, _ in model.named_modules()]
+    """The first attribute whose content differs, in words for a message; None if none does."""
+    places = [place for place, _ in model.named_modules()]
     for place, old, new in zip([*places, ""], before, now, strict=False):
         held = dict(old)
         for name, value in new:
             if held.get(name, value) != value:
-                return place + name
+                if name in _IN_WORDS:
+                    return f"{_IN_WORDS[name]} of {_in_words(place)}"
+                return f"{place}.{name}" if place else name
     return None
+
+
+def _in_words(place: str) -> str:
+    return f"module {place!r}" if place else "the model"
 
 
 class Reads:
@@ -147,9 +155,9 @@ class Reads:
         places = {module: place for place, module in self._copied.named_modules()}
         for (module, name), held in self._found.items():
             if isinstance(held, Unseen):
-                where = f"module {places[module]!r}" if places[module] else "the model"
                 raise NotTraceable(
-                    f"its Python code reads {name!r} of {where}: {held.what}, of which changes would not be seen"
+                    f"its Python code reads {name!r} of {_in_words(places[module])}: {held.what}, "
+                    "of which changes would not be seen"
                 )
 
     def _find(self, module: nn.Module, name: str, reader: str) -> None:

@@ -300,6 +300,30 @@ def test_an_attribute_that_changes_at_each_call_leaves_the_model_to_autograd_unt
     assert len(made) == 6 and not engine.explain(model, X)[0].startswith("autograd")
 
 
+def of_all(self, x):
+    return x * len(self.__dict__)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "said"),
+    [
+        (
+            lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3)),
+            lambda model, k: setattr(model[1], "padding", (k, k)),
+            "an option of module '1'",
+        ),
+        (lambda: new(forward=of_all), lambda model, k: setattr(model, f"own{k}", 1.0), "an attribute of the model"),
+    ],
+    ids=["layer", "all attributes"],
+)
+def test_what_changes_at_each_call_is_told_in_words(model, change, said):
+    model = model().eval()
+    for step in range(1, 20):
+        change(model, step)
+        gradient(model)
+    assert engine.explain(model, X) == [f"autograd: {said} changes from call to call"]
+
+
 def test_states_that_come_again_are_not_traced_again(made):
     model = new()
     for step in range(20):
