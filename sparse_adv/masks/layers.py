@@ -55,9 +55,19 @@ def weight_of(layer: Layer) -> Tensor:
         return layer.weight
 
 
+def has_own_parameters(layer: nn.Module) -> bool:
+    """Return whether weight and bias are Parameters of this layer (or None), and not computed from something else."""
+    return all(name in layer._parameters for name in ("weight", "bias"))
+
+
+def is_uninitialized(module: nn.Module) -> bool:
+    """Return whether the module is lazy and has no weight yet."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
 def check_initialized(name: str, module: nn.Module) -> None:
     """Raise ValueError if the module is lazy and has no weight yet."""
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+    if is_uninitialized(module):
         raise ValueError(f"module {name!r} has no weight yet: run a forward pass first, got {type(module).__name__}")
 
 

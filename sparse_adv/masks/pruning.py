@@ -18,6 +18,8 @@ from sparse_adv.masks.layers import (
     Layer,
     check_initialized,
     computes_as_its_class,
+    has_own_parameters,
+    is_uninitialized,
     maskable,
     owners,
     unknown_module,
@@ -27,6 +29,11 @@ from sparse_adv.masks.selection import smallest
 from sparse_adv.ops.masked_conv2d_mask import check_mask, expand_blocks
 
 log = logging.getLogger(__name__)
+
+_NEVER_MASKED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Layers with weights that one may expect to be pruned, and that have no masked form."""
+_NAMED = 5
+"""The most layers that a message names; of the others it gives the number."""
 
 Score = Callable[[str, Tensor], Tensor]
 """score(module name, weight) -> scores of the weight's shape, at least 0."""
@@ -61,10 +68,12 @@ def prune(
     """Return masks that keep the weights with the highest scores, a fraction `density` of all.
 
     Candidates are all Conv2d weights and, with `linear=True`, all Linear weights; biases and normalisation are never
-    pruned, nor are layers of a subclass with a forward of its own, which is logged. The model is not changed;
-    `sparse_adv.sparsify(model, masks)` applies the masks. Masks of boosting tickets (Li et al. 2020, as in their code)
-    are those of `scope="global", score="relative_magnitude", linear=True`, which with density 0.2 are the defaults of
-    `PruneConfig`, and not those here.
+    pruned, nor are layers of a subclass with a forward of its own or with a weight that is computed from something else
+    (`torch.nn.utils.prune`, `parametrize`), which is logged; so is it if linear layers that stay dense hold more than
+    half of the weights, as in a vision transformer. The model is not changed; `sparse_adv.sparsify(model, masks)`
+    applies the masks. Masks of boosting tickets (Li et al. 2020, as in their code) are those of `scope="global",
+    score="relative_magnitude", linear=True`, which with density 0.2 are the defaults of `PruneConfig`, and not those
+    here.
 
     Args:
         model: any module, dense or sparse.
@@ -131,13 +140,15 @@ def prune(
     kept_blocks = select_blocks(scores, sizes, targets)
     kept_blocks |= {name: kept_blocks[name] & ~before for name, before in pruned.items()}
 
-    masks = {}
+    masks, empty = {}, []
     for name, weight in candidates.weights.items():
         owner = candidates.owner[name]
         kept, shape = kept_blocks[first_of_group[owner]], conv_shape(weight.shape)
         masks[name] = expand_blocks(kept, blocks[owner], shape).reshape(weight.shape).to(weight.device)
         if density > 0 and not kept.any():
-            log.warning("prune keeps no weight of %r: its output will be constant", name)
+            empty.append(name)
+    if empty:
+        log.warning("prune keeps no weight of %s, whose output will be constant", _names(empty))
     return masks
 
 
@@ -173,15 +184,15 @@ class Candidates:
             raise ValueError(f"score must be a function or one of {', '.join(_SCORES)}, got {score!r}")
         layers, excluded = maskable(model, linear), _layers_of(exclude, model)
         candidates = {name: layer for name, layer in layers.items() if layer not in excluded}
-        others = [name for name, layer in candidates.items() if not computes_as_its_class(layer)]
-        if others:
-            log.warning("not pruned, as they have a forward of their own: %s", ", ".join(others))
+        others = _tell_others(model, candidates)
         for name, layer in candidates.items():
             check_initialized(name, layer)
         weights = {name: weight_of(layer).detach() for name, layer in candidates.items() if name not in others}
         owner = owners({name: layers[name] for name in weights})
         shapes = {name: weights[name].shape for name in dict.fromkeys(owner.values())}
         function = score if callable(score) else _SCORES[score]
+        if not linear:
+            _tell_share(shapes, [layer for layer in maskable(model).values() if layer not in excluded])
         return cls(weights, owner, shapes, targets_of(shapes, float(density), scope), function)
 
     def scores(self, name: str) -> Tensor:
@@ -203,6 +214,46 @@ class Candidates:
         if (scores < 0).any():
             raise ValueError(f"score of {name!r} must not be negative, got {float(scores.min()):g}")
         return scores
+
+
+def _tell_others(model: nn.Module, candidates: Mapping[str, Layer]) -> set[str]:
+    """Return the candidates that `sparsify` refuses, and log their names and those of convolutions of other kinds."""
+    own_forward = [name for name, layer in candidates.items() if not computes_as_its_class(layer)]
+    computed = [name for name, layer in candidates.items() if not has_own_parameters(layer) and name not in own_forward]
+    others = [name for name, module in model.named_modules() if isinstance(module, _NEVER_MASKED)]
+    reasons = {
+        "they have a forward of their own": own_forward,
+        "weight or bias is computed from something else (nn.utils.prune or parametrize)": computed,
+        "only Conv2d and Linear layers can be masked": others,
+    }
+    told = "; ".join(f"as {reason}: {', '.join(names)}" for reason, names in reasons.items() if names)
+    if told:
+        # Convolutions of other kinds alone are a fact about the network, of which nobody may have asked.
+        log.log(logging.WARNING if own_forward or computed else logging.INFO, "not pruned, %s", told)
+    return {*own_forward, *computed}
+
+
+def _can_be_masked(layer: Layer) -> bool:
+    return computes_as_its_class(layer) and has_own_parameters(layer)
+
+
+def _tell_share(shapes: Mapping[str, torch.Size], layers: Sequence[Layer]) -> None:
+    """Log it if the weights that are ranked are less than half of those that `linear=True` would rank."""
+    known = [layer for layer in layers if _can_be_masked(layer) and not is_uninitialized(layer)]
+    total = sum({id(layer.weight): layer.weight.numel() for layer in known}.values())
+    ranked = sum(shape.numel() for shape in shapes.values())
+    if 2 * ranked < total:
+        log.warning(
+            "linear layers hold %.1f %% of the weights that can be pruned, and stay dense: linear=True prunes "
+            "those, too",
+            100 * (1 - ranked / total),
+        )
+
+
+def _names(names: Sequence[str]) -> str:
+    """The names of layers for a message: the first few, and how many more there are."""
+    listed, more = ", ".join(map(repr, names[:_NAMED])), len(names) - _NAMED
+    return f"{listed} and {more} more layers" if more > 0 else listed
 
 
 def _layers_of(exclude: Collection[str], model: nn.Module) -> set[nn.Module]:

@@ -75,7 +75,7 @@ class Explanation:
 
     def _totals(self) -> str:
         if self.density is None:
-            return "the model has no linear layers and no convolutions"
+            return "the model has no linear layers and no 2-D convolutions"
         macs = self.mac_density
         remains = "unknown without an example input" if macs is None else f"{macs:.4f}"
         kinds = {"linear" if len(row.weight_shape) == 2 else "convolution" for row in self.rows}

@@ -60,7 +60,7 @@ def test_without_a_shape_kernels_that_depend_on_the_input_are_unknown(model):
     finally:
         torch.use_deterministic_algorithms(False)
     assert "sparse (given)" in str(explain(model))
-    assert str(explain(nn.ReLU())).endswith("no convolutions")
+    assert str(explain(nn.ReLU())).endswith("the model has no linear layers and no 2-D convolutions")
 
 
 def test_a_layer_that_the_model_does_not_call_is_told():
