@@ -15,6 +15,7 @@ from sparse_adv.attacks.host_attack import SeededAttack
 from sparse_adv.attacks.losses import Loss, loss_function, loss_values, targeted_dlr
 from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, run_search
+from sparse_adv.attacks.zero_gradients import is_telling
 from sparse_adv.ops.arguments import check_flag
 
 
@@ -96,7 +97,8 @@ def apgd(
     check_flag("targeted", targeted)
     loss_function(loss)
     sign = -1 if targeted else 1
-    settings = Settings(ball_around(images, eps, norm, lo, hi), steps, rho, eot_iter, targeted)
+    ball, telling = ball_around(images, eps, norm, lo, hi), is_telling(loss, targeted)
+    settings = Settings(ball, steps, rho, eot_iter, targeted, telling)
     check_count("restarts", restarts, least=1)
 
     def objective(logits: Tensor, labels: Tensor) -> Tensor:

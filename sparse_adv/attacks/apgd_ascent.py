@@ -16,6 +16,7 @@ from sparse_adv.attacks.checks import is_adversarial
 from sparse_adv.attacks.geometry import direction, per_image
 from sparse_adv.attacks.options import check_settings
 from sparse_adv.attacks.queries import Queries
+from sparse_adv.attacks.zero_gradients import warn_if_zero
 from sparse_adv.ops.random_start import as_philox_state
 
 MOMENTUM = 0.75
@@ -31,6 +32,8 @@ class Settings:
     rho: float
     eot_iter: int
     targeted: bool
+    is_telling: bool = False
+    """Whether a gradient of 0 is worth a warning, see `zero_gradients`."""
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, least=1)
@@ -138,6 +141,8 @@ class Attacker:
         never = torch.zeros_like(zero, dtype=torch.bool)
         state = _State(index, clean, arguments, x, x, x, zero, x, x, zero, step, zero, zero, never)
         state, _ = self._evaluated(state, objective, with_gradient=True)
+        if self._settings.is_telling:
+            warn_if_zero(self._queries.attacked, state.gradient)
         return replace(
             state,
             best=state.x,

@@ -133,7 +133,7 @@ def int64_labels(labels: Any) -> Any:
     return labels
 
 
-class _Function(nn.Module):
+class PlainFunction(nn.Module):
     """A plain function as a module."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -154,7 +154,7 @@ def as_module(model: object) -> tuple[nn.Module, bool]:
         return unwrapped(model), True
     if not callable(model):
         raise TypeError(f"model must be an nn.Module or a function of the images, got {type(model).__name__}")
-    return _Function(model), False
+    return PlainFunction(model), False
 
 
 class InputValidator:

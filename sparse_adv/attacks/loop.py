@@ -29,6 +29,7 @@ from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.losses import kl_divergence, loss_values, takes_classes
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import AttackOptions
+from sparse_adv.attacks.zero_gradients import is_telling, warn_if_zero
 from sparse_adv.ops.random_start import as_philox_state
 
 
@@ -174,8 +175,13 @@ class PGDLoop:
         result = adv.clone() if options.early_stop else adv
         robust = torch.arange(len(images), device=images.device)
         compacts = options.early_stop and self._compacts(images)
-        for _ in range(options.steps):
+        captures = options.graphs is not None and options.graphs.cache.captures_on(images.device)
+        # While a graph is captured, no value can be read.
+        telling = index is None and not captures and is_telling(options.loss, options.targeted)
+        for step in range(options.steps):
             grad = gradients.gradient(adv, loss)
+            if step == 0 and telling:
+                warn_if_zero(self.model, grad)
             if compacts and fooled is not None and fooled.any():
                 result[robust[fooled]] = adv[fooled]
                 robust, adv, grad, images, labels = (t[~fooled] for t in (robust, adv, grad, images, labels))

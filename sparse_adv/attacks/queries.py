@@ -37,8 +37,16 @@ class Queries:
     Logits of 16 bits are returned, and losses of them formed, in float32: their differences are what searches compare.
     """
 
-    def __init__(self, model: nn.Module, gradients: BatchGradients, label_range: LabelRange) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        gradients: BatchGradients,
+        label_range: LabelRange,
+        attacked: nn.Module | None = None,
+    ) -> None:
         self._model, self._gradients, self._label_range = model, gradients, label_range
+        self.attacked = model if attacked is None else attacked
+        """The model of the caller, in place of which a twin may run."""
         self.unit = 0.0
         """A unit in the last place of the model's logits, as a share of the largest; 0 before the first ones."""
 
@@ -124,7 +132,8 @@ def run_search(
         if not len(images):
             return images
         with batch_gradients(model, images, engine and traceable) as gradients, torch.no_grad():
-            return torch.empty_like(images).copy_(search(Queries(model, gradients, label_range), images, labels))
+            queries = Queries(model, gradients, label_range, attacked=module)
+            return torch.empty_like(images).copy_(search(queries, images, labels))
 
 
 def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:

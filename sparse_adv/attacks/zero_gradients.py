@@ -1,0 +1,49 @@
+"""A warning about a model whose gradient moves no image: it looks robust, and has not been attacked at all."""
+
+from __future__ import annotations
+
+import logging
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from sparse_adv.attacks.checks import PlainFunction
+from sparse_adv.attacks.losses import Loss, SmoothedCrossEntropy, cross_entropy, margin
+
+log = logging.getLogger(__name__)
+
+_told: WeakSet[object] = WeakSet()
+"""The models that were warned of; of functions their code, of other objects their class."""
+
+
+def is_telling(loss: str | Loss, targeted: bool) -> bool:
+    """Return whether a gradient of 0 shows that the attack cannot work, and not that it has nothing left to gain.
+
+    The gradient of "dlr" is 0 also for images whose label has the third highest logit, that of a function of the caller
+    may be 0 for all that are misclassified, and that of a target is 0 where softmax has reached it.
+    """
+    return not targeted and (isinstance(loss, SmoothedCrossEntropy) or loss in ("ce", "margin", cross_entropy, margin))
+
+
+def warn_if_zero(model: nn.Module, gradient: Tensor) -> None:
+    """Log a warning, once for each model, if the gradient is 0 for all images of a batch.
+
+    A gradient on a GPU is not looked at: the host would wait for it, which a CUDA graph does not allow.
+
+    Args:
+        model: the model under attack, or the module around a function, see `checks.as_module`.
+        gradient: float tensor [N, ...], where the attack starts.
+    """
+    if gradient.device.type != "cpu" or not len(gradient) or gradient[0].any() or gradient.any():
+        return
+    told_of: object = model
+    if isinstance(model, PlainFunction):
+        # A lambda that is written in a loop is a new function in each turn, of the same code.
+        told_of = getattr(model.function[0], "__code__", type(model.function[0]))
+    if told_of not in _told:
+        _told.add(told_of)
+        log.warning(
+            "the gradient of the loss is 0 for all images of a batch: the attack cannot move them, and they look "
+            "robust. Either no path of weights is left from the images to the logits (leave small layers out of the "
+            'masks), or the logits are so far apart that softmax is exactly 0 and 1 (take loss="margin")'
+        )
