@@ -82,7 +82,8 @@ def prune(
             filter rows and bs filter columns are kept or pruned together, ranked by the mean square of their scores. A
             linear layer's weight [K, C] counts as [K, C, 1, 1]. "filter": all weights of an output channel form a
             block; "channel": all weights that read an input channel, of grouped convolutions those of one group of
-            filters. `nn.shrink` removes pruned filters and channels.
+            filters. `nn.shrink` removes pruned filters and channels; in a trained network BatchNorm's biases keep most
+            of them, unless `nn.zero_dead_channels` comes first.
         scope: how the weights kept are distributed over layers. "global": one ranking of all weights. "uniform": the
             same density in each layer. "erk" (Erdos-Renyi-kernel): density of each layer proportional to
             (K + C + R + S) / (K C R S), for linear layers (K + C) / (K C), but at most 1. "igq" (ideal gas quotas): of

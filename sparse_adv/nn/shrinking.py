@@ -6,6 +6,7 @@ This kind of sparsity also makes the images between the layers smaller. The resu
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,11 @@ from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.arguments import read_pair
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
+log = logging.getLogger(__name__)
+
 _NOT_CONSTANT = math.nan
+_MANY = 0.1
+"""The share of the pruned filters above which a message tells of those that stay."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def shrink(
     with torch.no_grad():
         for name, mask in own_masks.items():
             _module(small, name).weight.masked_fill_(~mask, 0)
+    pruned = sum(int((~mask.flatten(1).any(1)).sum()) for mask in own_masks.values())
     whole = copy.deepcopy(small)
     before = _widths(build_dependency_graph(small, example_input).groups, small)
     while True:
@@ -103,6 +109,7 @@ def shrink(
         for group, channels in changing.items():
             _cut(small, group, channels, own_masks, constants)
         check_same_function(whole, small, example_input, "removing channels")
+    _tell_stuck(sum(_stuck(small, group, own_masks, constants) for group in _free(traced)), pruned)
     partly_pruned = {name: mask for name, mask in own_masks.items() if not mask.all()}
     after = _widths(traced.groups, small)
     retained = {name: count for name, count in constants.counts().items() if count}
@@ -232,13 +239,39 @@ def _channels_to_keep(
     for name, features in group.consumers:
         layer = _module(model, name)
         values = constants.inputs[name]
-        exact = isinstance(layer, nn.Linear) or not any(_padding(layer))
-        replaceable = values.isfinite() if exact else values == 0
+        replaceable = values.isfinite() if _is_exact(layer) else values == 0
         reads = _by_taps(_mask_of(layer, name, masks)).any(2).any(0)
         needed |= (reads & ~replaceable).view(group.width, features).any(1)
     count = int(needed.sum())
     spare = min(group.width, math.ceil(max(1, count) / multiple) * multiple) - count
     return needed | ((~needed).cumsum(0) <= spare)
+
+
+def _is_exact(layer: Layer) -> bool:
+    """Whether what a constant adds to the layer's outputs is one number for all pixels, which its bias can take."""
+    return isinstance(layer, nn.Linear) or not any(_padding(layer))
+
+
+def _stuck(model: nn.Module, group: DependencyGroup, masks: Mapping[str, Tensor], constants: _Constants) -> int:
+    """How many channels of a group are a constant other than 0 that a convolution with padding reads."""
+    stuck = torch.zeros(group.width, dtype=torch.bool, device=constants.device)
+    for name, _ in group.consumers:
+        layer = _module(model, name)
+        if not _is_exact(layer):
+            values = constants.inputs[name]
+            reads = _by_taps(_mask_of(layer, name, masks)).any(2).any(0)
+            stuck |= reads & values.isfinite() & (values != 0)
+    return int(stuck.sum())
+
+
+def _tell_stuck(stuck: int, pruned: int) -> None:
+    if stuck > _MANY * pruned:
+        log.warning(
+            "shrink keeps %d channels (the masks prune %d filters) that are a constant other than 0, the bias of a "
+            "pruned filter or of the BatchNorm after it, because convolutions with padding read them: "
+            "call nn.zero_dead_channels(model, masks, example_input) first, which sets those of BatchNorm to 0",
+            *(stuck, pruned),
+        )
 
 
 def _module(model: nn.Module, name: str) -> Any:

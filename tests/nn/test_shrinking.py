@@ -56,6 +56,34 @@ def test_half_of_every_width_is_removed_if_residual_branches_prune_the_same_chan
     assert_close(shrunk.model(x), sparsify(copy.deepcopy(model), masks)(x))
 
 
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_many_pruned_channels_that_stay_are_told_with_the_remedy(zeroed, caplog):
+    """As in a trained network, whose BatchNorm has biases other than 0."""
+    model, shape = network("resnet18")
+    masks = prune(model, 0.5, "filter", "uniform", example_input=shape)
+    if zeroed:
+        zero_dead_channels(model, masks, shape)
+    shrink(model, masks, shape)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (not zeroed)
+    assert zeroed or "call nn.zero_dead_channels(model, masks, example_input) first" in told[0]
+
+
+@pytest.mark.parametrize(("padding", "biased", "told"), [(1, 2, 1), (1, 1, 0), (0, 8, 0)])
+def test_constants_that_stay_are_told_if_they_are_more_than_a_tenth_of_the_pruned_filters(
+    padding, biased, told, caplog
+):
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 2, 3, padding=padding))
+    mask = torch.ones(16, 1, 3, 3, dtype=torch.bool)
+    mask[:10] = False
+    with torch.no_grad():
+        model[0].bias[biased:10] = 0
+    widths = shrink(model, {"0": mask}, (1, 1, 8, 8)).widths
+    assert widths["0"] == (16, 6 + biased if padding else 6)
+    assert len(caplog.records) == told
+    assert not told or "shrink keeps 2 channels (the masks prune 10 filters)" in caplog.text
+
+
 def test_without_coupling_only_inner_channels_are_removed():
     model, shape = network("resnet18")
     masks = prune(model, 0.5, "filter", "uniform")
