@@ -110,8 +110,8 @@ class Attack(ABC):
             labels = self._target_function(self.get_logits, images, self._labels_or_predictions(images, labels))
         model, normalized = self.model, self._normalization
         if normalized is not None:
-            # The engine leaves plain functions to autograd, normalised ones too.
-            model = normalized if normalized.traceable else normalized.forward
+            # The engine leaves plain functions to autograd, normalised ones too: a method would count as its module.
+            model = normalized if normalized.traceable else partial(_normalized, normalized)
             images = normalized.undo(images, self._box_of(images))
         if self._training is not None:
             model = partial(_in_training, model, self._training)
@@ -329,6 +329,10 @@ def as_device(device: torch.device | str) -> torch.device:
         return torch.device(device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"device must be a torch.device or the name of one, got {shortened(device)}") from None
+
+
+def _normalized(model: Normalized, images: Tensor) -> Tensor:
+    return model(images)
 
 
 def _in_training(model: Model, mode: TrainingMode, images: Tensor) -> Tensor:

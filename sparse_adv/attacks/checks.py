@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import shortened
-from sparse_adv.engine.model_state import unwrapped
+from sparse_adv.engine.model_state import has_global_hooks, has_hooks, unwrapped
 from sparse_adv.ops.arguments import check_floating, check_tensors
 
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -147,14 +148,29 @@ class PlainFunction(nn.Module):
 def as_module(model: object) -> tuple[nn.Module, bool]:
     """Return the model as a module, and whether the engine may trace it: it leaves plain functions to autograd.
 
+    A function that does no more than call a module counts as that module.
+
     Raises:
         TypeError: if the model cannot be called.
     """
+    model = _called(model)
     if isinstance(model, nn.Module):
         return unwrapped(model), True
     if not callable(model):
         raise TypeError(f"model must be an nn.Module or a function of the images, got {type(model).__name__}")
     return PlainFunction(model), False
+
+
+def _called(model: object) -> object:
+    """The module that a partial or one of its own methods does no more than call; any other model as it is."""
+    if type(model) is partial and not (model.args or model.keywords):
+        return _called(model.func)
+    if isinstance(model, MethodType) and isinstance(model.__self__, nn.Module):
+        module = model.__self__
+        skips_hooks = has_hooks(module) or has_global_hooks()  # `forward` does, which calling the module would not
+        if model.__func__ is type(module).__call__ or (model == module.forward and not skips_hooks):
+            return module
+    return model
 
 
 class InputValidator:

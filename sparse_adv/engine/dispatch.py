@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from sparse_adv.engine.training import graph_for_training
 from sparse_adv.errors import first_line
 from sparse_adv.masks.layers import noise
 from sparse_adv.nn import frozen_weights
+from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops import cuda_graph
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ _entries: TraceCache[_Entry] = TraceCache(_CAPACITY)
 """Programs of each model, for different shapes of input."""
 _verdicts: StateCache[str] = StateCache(_CAPACITY)
 """Why the steps of a model cannot be used, or nothing: found once for all numbers of images."""
+_warned_of: WeakSet[nn.Module] = WeakSet()
+"""Models with masks that are left to autograd."""
 
 
 @contextmanager
@@ -163,11 +167,22 @@ def _entry_of(model: nn.Module, x: Tensor) -> _Entry:
     def make() -> _Entry:
         entry = _make(model, x)
         if entry.reason:
-            log.info("the engine leaves this %s to autograd: %s", type(model).__name__, entry.reason)
+            _tell(model, entry.reason)
         return entry
 
     entry = _entries.find(model, x, (padded_batch(len(x)), *x.shape[1:]), make)
     return _Entry(reason=entry) if isinstance(entry, str) else entry
+
+
+def _tell(model: nn.Module, reason: str) -> None:
+    """Log why a model is left to autograd; as a warning, once, if it has masks, which were to make it fast."""
+    masked = any(isinstance(module, MaskedLayer) for module in model.modules())
+    in_training = any(module.training for module in model.modules())  # which the caller has asked for
+    is_warning = masked and not in_training and model not in _warned_of
+    if is_warning:
+        _warned_of.add(model)
+    level = logging.WARNING if is_warning else logging.INFO
+    log.log(level, "the engine leaves this %s to autograd: %s", type(model).__name__, reason)
 
 
 def _make(model: nn.Module, x: Tensor) -> _Entry:

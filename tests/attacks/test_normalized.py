@@ -122,3 +122,12 @@ def test_statistics_are_those_of_the_second_dimension(tmp_path):
     with pytest.raises(ValueError, match="data_loader must hold at least one image, got none"):
         attack.save([(torch.rand(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64))], tmp_path / "none.pt")
     assert not (tmp_path / "none.pt").exists()
+
+
+def test_the_engine_does_not_try_to_trace_a_normalised_function(caplog):
+    images, labels = batch()
+    attack = attacks.PGD(lambda x: x.flatten(1), steps=1)
+    attack.set_normalization_used([0.5] * 3, [0.25] * 3)
+    with caplog.at_level("INFO"):
+        attack((images - 0.5) / 0.25, labels)
+    assert "the engine" not in caplog.text

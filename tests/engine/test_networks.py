@@ -294,6 +294,20 @@ def test_a_reason_is_logged_once(caplog):
     assert len(caplog.records) == 1 and "leaves this Branches to autograd" in caplog.text
 
 
+def test_a_model_with_masks_that_is_left_to_autograd_is_told_in_one_warning(caplog):
+    class Branches(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    model = Branches(nn.Conv2d(3, 4, 3), nn.Flatten())
+    sparsify(model, masks.prune(model, 0.5))
+    for module in (model.train(), model.eval(), Branches(nn.Flatten()).eval()):
+        for size in (2, 40):
+            engine.explain(module, torch.rand(size, 3, 8, 8))
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == 1 and "leaves this Branches to autograd: " in told[0] and "training mode" not in told[0]
+
+
 def test_a_changed_tensor_of_a_module_is_read_again():
     """One that is neither a parameter nor a buffer, assigned anew and written in place."""
 
