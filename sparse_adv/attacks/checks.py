@@ -273,7 +273,8 @@ def _labels_error(images: Tensor, labels: object) -> TypeError | ValueError:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         actual = labels.dtype if isinstance(labels, Tensor) else shortened(labels)
         return TypeError(f"labels must be an int64 tensor, got {actual}")
-    return ValueError(f"labels must have one label per image, shape [{len(images)}], got {tuple(labels.shape)}")
+    other = ": attacks.pgd takes others with a function (logits, labels) as its loss" if labels.dim() > 1 else ""
+    return ValueError(f"labels must have one label per image, shape [{len(images)}], got {tuple(labels.shape)}{other}")
 
 
 def _extremes(images: Tensor, labels: Tensor | None) -> Tensor:

@@ -40,7 +40,12 @@ IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
         ({"images": IMAGES[0, 0, 0]}, ValueError, r"images must be a batch \[N, ...\], got shape \(8,\)"),
         ({"labels": torch.tensor([0, 5])}, ValueError, r"labels must lie in \[0, 4\], the model's classes, got 0 to 5"),
         ({"labels": torch.tensor([-100, 1])}, ValueError, r"labels must lie in \[0, 4\], .*, got -100 to 1"),
-        ({"labels": torch.tensor([0])}, ValueError, r"labels must have one label per image, shape \[2\], got \(1,\)"),
+        ({"labels": torch.tensor([0])}, ValueError, r"labels must have one label per image, shape \[2\], got \(1,\)$"),
+        (
+            {"labels": torch.zeros(2, 8, 8, dtype=torch.int64)},
+            ValueError,
+            r"shape \[2\], got \(2, 8, 8\): attacks.pgd takes others with a function \(logits, labels\) as its loss",
+        ),
         ({"labels": torch.tensor([0.0, 1.0])}, TypeError, "labels must be an int64 tensor, got torch.float32"),
         ({"labels": [0, 1]}, TypeError, r"labels must be an int64 tensor, got \[0, 1\]"),
         (
