@@ -142,7 +142,8 @@ def _minimise(
         better = (gains[0] > 0) & (gains[0] >= kappa) & (length < least)
         best, least = adv.where(per_image(better, adv), best), length.where(better, least)
         w.grad = slope * span / 2 * (1 - tanh.square())
-        adam.step()
+        with torch.device("cpu"):  # where Adam counts its steps; torch 2.10 would do so on the default device
+            adam.step()
     return best, least
 
 

@@ -12,6 +12,8 @@ import pytest
 from harness import write_records
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+"""Options for the run of these tests are not for the ones that they start."""
 BENCHMARKS = ROOT / "benchmarks"
 ROW = {
     "op": "pgd_step linf",
@@ -72,8 +74,7 @@ def test_failing_tests_are_named(tmp_path, reported, chosen, named):
     (tmp_path / "test_it.py").write_text(FAILING)
     command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", "-k", chosen, "test_it.py"]
     with (tmp_path / "tests.log").open("w") as log:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-        status = subprocess.run(command, cwd=tmp_path, env=environment, stdout=log, stderr=log).returncode
+        status = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log).returncode
     (tmp_path / "parts.tsv").write_text(f"tests\t{status}\t2\t135\t\n")
     printed = reported()
     assert all(f"- `{test}`" in printed for test in named) and "test_fine" not in printed
@@ -165,7 +166,7 @@ UNDER_MEMCHECK = (
 def test_the_parts_that_choose_tests_choose_those_they_are_for(checked, part, names):
     _, _, arguments = (checked[0] / f"{part}.log").read_text().partition("-m\npytest\n")
     command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", *arguments.splitlines()]
-    chosen = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    chosen = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT).stdout
     found = {name for line in chosen.splitlines() for name in re.findall(r"::(.+)$", line)}
     assert found >= set(names)
     assert part == "native_errors" or all("[cuda" in name for name in found)

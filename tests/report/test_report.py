@@ -172,13 +172,13 @@ def test_time_to_a_level_includes_the_search_and_ratios_are_to_the_dense_run(tmp
 def test_runs_that_are_not_comparable_are_told_as_such(tmp_path):
     folders = [make(tmp_path / name) for name in ("a", "b", "search")]
     infos = [runs.read(folder).info for folder in folders]
-    images = DataConfig("cifar", limit=100)
+    images = DataConfig("cifar", limit=100).located()
     config = replace(infos[0].train, eps=0.25, lr=0.5)
     for folder, info in zip(
         folders,
         (
             replace(infos[0], data=images),
-            replace(infos[1], train=config, data=replace(images, data=str(Path("cifar").resolve()), limit=50)),
+            replace(infos[1], train=config, data=replace(images, limit=50)),
             replace(infos[2], kind="search", train=replace(config, norm="l2"), data=replace(images, limit=7)),
         ),
         strict=True,
