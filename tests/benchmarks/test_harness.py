@@ -40,7 +40,7 @@ QUICK = {
     "bench_masked_winograd_conv2d": ["mask", "ours_ms", "direct_ms", "winograd_ms", "dense_ms", "bound_ms"],
     "bench_attack": ["ours_ms", "published_ms", "compile_ms", "ours_dense_ms"],
     "bench_shrink": ["macs_kept", "ours_ms", "dense_ms"],
-    "winograd_thresholds": ["constant", "value", "ours_ms", "dense_channels_last_ms", "direct_ms", "winograd_ms"],
+    "winograd_thresholds": ["constant", "value", "images", "ours_ms", "without_ms"],
 }
 
 
