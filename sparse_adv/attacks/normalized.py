@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.ball import Ball, of_channels
@@ -45,6 +45,7 @@ class Normalized(nn.Module):
         return inside.where((pixels - inside).abs() <= rounding, pixels)
 
 
+@fx.wrap  # one node of a trace: it looks at shapes
 def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(pixels - mean) / std of each channel.
 

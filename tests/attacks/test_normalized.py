@@ -8,7 +8,8 @@ import torch
 from helpers.attacked import batch, make_model
 from torch import nn
 
-from sparse_adv import attacks
+from sparse_adv import attacks, engine, models
+from sparse_adv.attacks.normalized import Normalized
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -131,3 +132,18 @@ def test_the_engine_does_not_try_to_trace_a_normalised_function(caplog):
     with caplog.at_level("INFO"):
         attack((images - 0.5) / 0.25, labels)
     assert "the engine" not in caplog.text
+
+
+@pytest.mark.parametrize("mean", [[0.5, 0.4, 0.3], [0.5]])
+def test_the_engine_fuses_a_model_of_normalised_images(mean):
+    model = models.build("resnet18", width=8).eval()
+    used = Normalized(model, torch.tensor(mean), torch.full((len(mean),), 0.2)).eval()
+    assert sum("convolution" in line for line in engine.explain(used, (2, 3, 32, 32))) == 20
+    images, labels = (torch.rand(4, 3, 32, 32) - 0.5) / 0.2, torch.arange(4)
+    found = []
+    for with_engine in (True, False):
+        attack = attacks.PGD(model, eps=0.05, steps=2, random_start=False, engine=with_engine)
+        attack.set_normalization_used([0.5], [0.2])
+        found.append(attack(images, labels))
+    differing = (found[0] - found[1]).abs() > 1e-5
+    assert differing.double().mean() < 0.01
