@@ -25,16 +25,19 @@ def is_telling(loss: str | Loss, targeted: bool) -> bool:
     return not targeted and (isinstance(loss, SmoothedCrossEntropy) or loss in ("ce", "margin", cross_entropy, margin))
 
 
-def warn_if_zero(model: nn.Module, gradient: Tensor) -> None:
-    """Log a warning, once for each model, if the gradient is 0 for all images of a batch.
+def may_be_read(gradient: Tensor) -> bool:
+    """Return whether to look at a gradient: on a GPU the host would wait for it, which a CUDA graph does not allow."""
+    return gradient.device.type == "cpu"
 
-    A gradient on a GPU is not looked at: the host would wait for it, which a CUDA graph does not allow.
+
+def warn_if_zero(model: nn.Module, gradient: Tensor) -> None:
+    """Log a warning, once for each model, if the gradient is 0 for all images of a batch, and may be read.
 
     Args:
         model: the model under attack, or the module around a function, see `checks.as_module`.
         gradient: float tensor [N, ...], where the attack starts.
     """
-    if gradient.device.type != "cpu" or not len(gradient) or gradient[0].any() or gradient.any():
+    if not may_be_read(gradient) or not len(gradient) or gradient[0].any() or gradient.any():
         return
     told_of: object = model
     if isinstance(model, PlainFunction):

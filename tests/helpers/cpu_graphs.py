@@ -7,6 +7,7 @@ graph does: no Python code of the attack runs, and every op reads and writes the
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sparse_adv.attacks import Graphs
+from sparse_adv.attacks import Graphs, zero_gradients
 
 aten = torch.ops.aten
 SYNCHRONISING = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero, aten.masked_select)
@@ -49,7 +50,8 @@ class _RefuseSynchronisingMethods(TorchFunctionMode):
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """Within this context, every operation that would make the host wait for a GPU raises."""
-    with _RefuseSynchronisingOps(), _RefuseSynchronisingMethods():
+    as_on_a_gpu = mock.patch.object(zero_gradients, "may_be_read", lambda gradient: False)
+    with as_on_a_gpu, _RefuseSynchronisingOps(), _RefuseSynchronisingMethods():
         yield
 
 
