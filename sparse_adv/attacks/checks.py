@@ -173,6 +173,16 @@ def _called(model: object) -> object:
     return model
 
 
+def reads_at_once(device: torch.device) -> bool:
+    """Return whether the host can read values of this device's tensors without waiting for queued work.
+
+    Examples:
+        >>> reads_at_once(torch.device("cpu")), reads_at_once(torch.device("cuda"))
+        (True, False)
+    """
+    return device.type == "cpu"
+
+
 class InputValidator:
     """Validates batches of images in [0, 1] and labels; on a GPU it can do so without synchronising.
 

@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from sparse_adv.attacks.checks import PlainFunction
+from sparse_adv.attacks.checks import PlainFunction, reads_at_once
 from sparse_adv.attacks.losses import Loss, SmoothedCrossEntropy, cross_entropy, margin
 
 log = logging.getLogger(__name__)
@@ -25,19 +25,16 @@ def is_telling(loss: str | Loss, targeted: bool) -> bool:
     return not targeted and (isinstance(loss, SmoothedCrossEntropy) or loss in ("ce", "margin", cross_entropy, margin))
 
 
-def may_be_read(gradient: Tensor) -> bool:
-    """Return whether to look at a gradient: on a GPU the host would wait for it, which a CUDA graph does not allow."""
-    return gradient.device.type == "cpu"
-
-
 def warn_if_zero(model: nn.Module, gradient: Tensor) -> None:
-    """Log a warning, once for each model, if the gradient is 0 for all images of a batch, and may be read.
+    """Log a warning, once for each model, if the gradient is 0 for all images of a batch.
+
+    On a GPU it is not looked at: the host would wait for it, which a CUDA graph does not allow.
 
     Args:
         model: the model under attack, or the module around a function, see `checks.as_module`.
         gradient: float tensor [N, ...], where the attack starts.
     """
-    if not may_be_read(gradient) or not len(gradient) or gradient[0].any() or gradient.any():
+    if not reads_at_once(gradient.device) or not len(gradient) or gradient[0].any() or gradient.any():
         return
     told_of: object = model
     if isinstance(model, PlainFunction):

@@ -1,4 +1,4 @@
-"""Differences of training on a GPU: waiting for values, the memory format, deterministic algorithms."""
+"""Differences of training on a GPU: the memory format, deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -13,16 +13,6 @@ import torch
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 _COMPILER = "TORCHINDUCTOR_DETERMINISTIC"
-
-
-def reads_at_once(device: torch.device) -> bool:
-    """Return whether the host can read values of this device's tensors without waiting for queued work.
-
-    Examples:
-        >>> reads_at_once(torch.device("cpu")), reads_at_once(torch.device("cuda"))
-        (True, False)
-    """
-    return device.type != "cuda"
 
 
 def wants_channels_last(device: torch.device, precision: str) -> bool:

@@ -12,14 +12,20 @@ from torch import Tensor, nn
 
 from sparse_adv import attacks
 from sparse_adv.argument_types import check_count, checks_types
-from sparse_adv.attacks.checks import InputValidator, check_classes, count_classes, int64_labels, is_correct
+from sparse_adv.attacks.checks import (
+    InputValidator,
+    check_classes,
+    count_classes,
+    int64_labels,
+    is_correct,
+    reads_at_once,
+)
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
 from sparse_adv.ops.arguments import check_number
 from sparse_adv.training import distributed
 from sparse_adv.training.checks import first_pass, pairs_of
-from sparse_adv.training.devices import reads_at_once
 from sparse_adv.training.random_numbers import seeded, set_epoch
 
 Images = Split | Iterable[tuple[Tensor, Tensor]]

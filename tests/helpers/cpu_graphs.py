@@ -50,7 +50,7 @@ class _RefuseSynchronisingMethods(TorchFunctionMode):
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """Within this context, every operation that would make the host wait for a GPU raises."""
-    as_on_a_gpu = mock.patch.object(zero_gradients, "may_be_read", lambda gradient: False)
+    as_on_a_gpu = mock.patch.object(zero_gradients, "reads_at_once", lambda device: False)
     with as_on_a_gpu, _RefuseSynchronisingOps(), _RefuseSynchronisingMethods():
         yield
 
