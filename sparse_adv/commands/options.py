@@ -232,12 +232,13 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: obj
         parse, metavar = _PARSERS.get(hint, (text, field.name.upper()))
     if optional and hint not in (str, Path):  # there is a run, or a file, that is called null
         parse = partial(or_null, parse)
-    more: dict[str, Any] = {"type": partial(parse, field.name), "help": help, "metavar": metavar}
+    more: dict[str, Any] = {"type": partial(parse, field.name), "help": help}
     if field.metadata.get("positional"):
-        group.add_argument(field.name, **more, **({"nargs": "+"} if hint == tuple[Path, ...] else {}))
+        more |= {"nargs": "+"} if hint == tuple[Path, ...] else {}
+        group.add_argument(field.name, metavar=field.name.upper(), **more)
         return
     more |= {"required": True} if default is dataclasses.MISSING else {"default": _plain(default)}
-    group.add_argument(f"--{field.name.replace('_', '-')}", **more)
+    group.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, **more)
 
 
 _PARSERS: dict[object, tuple[Callable[..., object], str]] = {
