@@ -45,7 +45,7 @@ bench: $(BUILT)  ## measure every op and its rivals with pytest-benchmark; ARGS=
 	$(BIN)/python -m pytest benchmarks -q --benchmark-enable --benchmark-max-time=0.3 \
 	  --benchmark-columns=median,iqr,rounds $(ARGS)
 
-bench-train: $(BUILT)  ## whole training updates on this CPU against careful dense PyTorch (10 minutes)
+bench-train: $(BUILT)  ## whole training updates on this CPU against careful dense PyTorch (20 to 40 minutes; ARGS="--rows 0,5 --no-compile" for less)
 	$(BIN)/python benchmarks/bench_training.py $(ARGS)
 
 bench-cpu: $(BUILT)  ## the table of CPU kernels: ratios to dense and their bounds here (5 minutes; ARGS="--out FILE.csv")

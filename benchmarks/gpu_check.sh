@@ -1,7 +1,7 @@
 #!/bin/bash
 # Usage: benchmarks/gpu_check.sh OUTDIR [PART...]
 # Builds the library on a machine with an NVIDIA GPU, a CUDA torch and nvcc, tests it there and measures it, in under 14
-# minutes and without a network. Each part has a time limit. If a part fails, the others still run, and the exit status
+# minutes and without internet access. Each part has a time limit. If a part fails, the others still run, and the exit status
 # is 1. Writes to OUTDIR the output (PART.log) and the measured rows (PART.csv) of each part, and gpu_check.json and
 # gpu_check.md, which gpu_report.py makes of them. PART...: only these. Environment variables: PYTHON is the interpreter
 # (default: python3), COMMIT the name of the version that is measured (default: git's description).

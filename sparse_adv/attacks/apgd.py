@@ -184,6 +184,9 @@ class APGD(SeededAttack):
         seed: of the random starts; each call draws the same ones.
         verbose: accepted, and without effect.
 
+    Raises:
+        TypeError, ValueError: when called, as `attacks.apgd`.
+
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
@@ -220,6 +223,9 @@ class APGDT(SeededAttack):
         model, norm, eps, steps, eot_iter, rho: as in `attacks.apgd`.
         n_restarts, seed, verbose: as in `APGD`.
         n_classes: number of classes; all wrong ones are targets.
+
+    Raises:
+        TypeError, ValueError: when called, as `attacks.apgd_t`.
 
     Examples:
         >>> import torch

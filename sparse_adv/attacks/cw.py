@@ -153,6 +153,9 @@ class CW(HostAttack):
     Args:
         model, c, kappa, steps, lr, binary_search_steps, options: as in `attacks.cw`.
 
+    Raises:
+        TypeError, ValueError: when called, as `attacks.cw`.
+
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models

@@ -100,6 +100,9 @@ class DeepFool(HostAttack):
     Args:
         model, steps, overshoot, options: as in `attacks.deepfool`.
 
+    Raises:
+        TypeError, ValueError: when called, as `attacks.deepfool`.
+
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models

@@ -105,6 +105,9 @@ class EOTPGD(HostAttack):
     Args:
         model, eps, alpha, steps, eot_iter, random_start, norm, loss, targeted, options: as in `attacks.eotpgd`.
 
+    Raises:
+        TypeError, ValueError: when called, as `attacks.eotpgd`.
+
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models

@@ -188,6 +188,9 @@ class FAB(SeededAttack):
         multi_targeted: run `attacks.fab_t` towards n_classes - 1 classes; this has no targeted mode.
         n_classes: number of classes, used if multi_targeted.
 
+    Raises:
+        TypeError, ValueError: when called, as `attacks.fab`.
+
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models
@@ -234,6 +237,9 @@ class FABT(FAB):
     Args:
         model, norm, eps, steps: as in `FAB`.
         options: the other arguments of `FAB`, by name.
+
+    Raises:
+        TypeError, ValueError: when called, as `attacks.fab_t`.
 
     Examples:
         >>> import torch

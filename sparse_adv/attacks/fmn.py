@@ -211,6 +211,9 @@ class FMN(HostAttack):
     Args:
         model, norm, steps, alpha, gamma, loss, options: as in `attacks.fmn`.
 
+    Raises:
+        TypeError, ValueError: when called, as `attacks.fmn`.
+
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models

@@ -104,6 +104,9 @@ class MIFGSM(HostAttack):
     Args:
         model, eps, alpha, steps, decay, norm, loss, targeted, options: as in `attacks.mifgsm`.
 
+    Raises:
+        TypeError, ValueError: when called, as `attacks.mifgsm`.
+
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models

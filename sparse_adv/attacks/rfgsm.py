@@ -99,6 +99,9 @@ class RFGSM(HostAttack):
     Args:
         model, eps, alpha, steps, loss, targeted, options: as in `attacks.rfgsm`, with the defaults of torchattacks.
 
+    Raises:
+        TypeError, ValueError: when called, as `attacks.rfgsm`.
+
     Examples:
         >>> import torch
         >>> from sparse_adv import attacks, models

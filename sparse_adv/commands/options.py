@@ -283,4 +283,4 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help texts with the default of each flag, unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)

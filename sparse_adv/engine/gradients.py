@@ -11,7 +11,7 @@ LossOfLogits = Callable[[Tensor], Tensor]
 
 
 class NoGradientError(ValueError):
-    """A function of the images through which no gradient leads back to them."""
+    """A loss that is not computed from the images, or only by operations without a gradient."""
 
 
 def image_gradient(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:

@@ -85,6 +85,8 @@ def dependency_groups(model: nn.Module, example_input: Sequence[int] | Tensor) -
     Raises:
         ValueError: if torch.fx cannot trace the model; the message names the module.
 
+    Source: Fang et al., "DepGraph: towards any structural pruning" (CVPR 2023), whose groups these are.
+
     Examples:
         >>> from torch import nn
         >>> from sparse_adv import masks

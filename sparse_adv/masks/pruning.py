@@ -71,9 +71,8 @@ def prune(
     pruned, nor are layers of a subclass with a forward of its own or with a weight that is computed from something else
     (`torch.nn.utils.prune`, `parametrize`), which is logged; so is it if linear layers that stay dense hold more than
     half of the weights, as in a vision transformer. The model is not changed; `sparse_adv.sparsify(model, masks)`
-    applies the masks. Masks of boosting tickets (Li et al. 2020, as in their code) are those of `scope="global",
-    score="relative_magnitude", linear=True`, which with density 0.2 are the defaults of `PruneConfig`, and not those
-    here.
+    applies the masks. For the masks of boosting tickets (Li et al. 2020, as in their code) pass `density=0.2,
+    scope="global", score="relative_magnitude", linear=True`, the defaults of `PruneConfig`.
 
     Args:
         model: any module, dense or sparse.

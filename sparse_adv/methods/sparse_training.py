@@ -20,7 +20,7 @@ from sparse_adv.methods import selection
 from sparse_adv.methods.adaptation import Adaptation
 from sparse_adv.methods.permutation import permute_before_pruning
 from sparse_adv.methods.schedule import Schedule
-from sparse_adv.methods.start import GROWTH_SEED, generator, start
+from sparse_adv.methods.start import GROWTH_SEED, check_method, generator, start
 from sparse_adv.nn import revive_dead_channels, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys, expand_blocks
@@ -90,8 +90,7 @@ class SparseTraining(UpdateHook):
 
     @checks_types
     def __init__(self, config: MethodConfig) -> None:
-        if config.method == "none":
-            raise ValueError("method must name a method, got 'none'")
+        check_method(config)
         self.config, self.block = config, check_block(config.block)
         self.wants_robust_loss = config.method == "flying-bird-plus"
         self._reset()

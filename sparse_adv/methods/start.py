@@ -30,6 +30,12 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
+def check_method(config: MethodConfig) -> None:
+    """Raise ValueError if a configuration names no method."""
+    if config.method == "none":
+        raise ValueError("method must name a method, got 'none'")
+
+
 @checks_types
 def random_masks(model: nn.Module, config: MethodConfig, seed: int) -> dict[str, Tensor]:
     """Return masks of random blocks at the density of a configuration.
@@ -78,6 +84,9 @@ def start(model: nn.Module, config: MethodConfig, seed: int) -> nn.Module:
     Returns:
         The model.
 
+    Raises:
+        ValueError: if the configuration names no method, or does not fit the model.
+
     Source: Evci et al., "Gradient flow in sparse neural networks and how lottery tickets win" (AAAI 2022), section 3.1,
     for the rescaled weights.
 
@@ -85,6 +94,7 @@ def start(model: nn.Module, config: MethodConfig, seed: int) -> nn.Module:
         >>> start(nn.Sequential(nn.Linear(8, 8)), MethodConfig("rigl", density=0.5), seed=0)[0].density
         0.5
     """
+    check_method(config)
     starts_dense = config.method == "gmp" or config.dense_epochs > 0
     chosen = random_masks(model, replace(config, density=1.0) if starts_dense else config, seed)
     if config.rescale_init and not starts_dense:

@@ -27,6 +27,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         mask: bool tensor [K, C]; None keeps everything.
 
+    Raises:
+        TypeError: if the mask is not a bool tensor.
+        ValueError: if it has another shape than the weight.
+
     Examples:
         >>> layer = MaskedLinear(2, 1, bias=False, mask=torch.tensor([[True, False]]))
         >>> layer.density, layer.weight[0, 1].item()

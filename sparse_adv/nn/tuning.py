@@ -37,7 +37,7 @@ def tune(
 ) -> Choices:
     """Time the sparse and the dense kernel of each pass of each masked convolution, and fix the faster one.
 
-    Without it, a static table (on CUDA, a roofline) chooses. A choice is valid until the layer gets another mask or
+    Without it, a cost model fitted to measurements (on CUDA, a roofline) chooses. A choice is valid until the layer gets another mask or
     device; `deepcopy` and `pickle` copy it, and the `state_dict` does not contain it. Under
     `torch.use_deterministic_algorithms(True)` choices are ignored. They have no effect where an attack takes
     Winograd's filtering, which `engine.explain` shows. Layers with a sparse kernel are timed: those in

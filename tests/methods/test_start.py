@@ -68,3 +68,8 @@ def test_a_weight_that_two_layers_share_is_rescaled_once():
     first = methods.start(model, MethodConfig("static", density=0.5, rescale_init=True), seed=0)[0]
     kept = first.weight_mask.sum(1, keepdim=True)
     assert torch.allclose(first.weight, torch.where(first.weight_mask, dense * (8 / kept).sqrt(), 0))
+
+
+def test_a_configuration_without_a_method_is_refused():
+    with pytest.raises(ValueError, match="method must name a method, got 'none'"):
+        methods.start(nn.Sequential(nn.Linear(8, 8)), MethodConfig(density=0.5), seed=0)
