@@ -3,7 +3,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <sstream>
 #include <utility>
 
 #include "common/errors.h"
@@ -13,12 +12,10 @@ namespace sparse_adv {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::ostringstream text;
-  text << "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i > 0 ? ", " : "") << sizes[i];
-  text << "]";
-  return text.str();
+std::ostream& operator<<(std::ostream& out, const SizesText& text) {
+  out << "[";
+  for (size_t i = 0; i < text.sizes.size(); ++i) out << (i > 0 ? ", " : "") << text.sizes[i];
+  return out << "]";
 }
 
 void check_floating(const char* name, const Tensor& tensor, const Tensor& first) {

@@ -222,6 +222,15 @@ BAD = {
         RuntimeError,
         "row_offsets must ascend",
     ),
+    "the last but one offset beyond the end": (
+        {
+            "weight": LIVE._replace(
+                row_offsets=LIVE.row_offsets * 0 + torch.tensor([0, 0, 0, 0, 50_000_000, COUNT]).int()
+            )
+        },
+        RuntimeError,
+        "row_offsets must ascend",
+    ),
     "channels beyond the end": (
         {"weight": LIVE._replace(channels=LIVE.channels + 6)},
         RuntimeError,

@@ -25,23 +25,23 @@ struct Blocking {
   ConvAxis rows, cols;
   Layout layout = Layout::batch;
   int64_t last_piece = 0;
-  int64_t source_channels;
-  int64_t ic_panel;  // channels of a panel: a power of 2, unless one panel has all
-  int lanes;
-  int64_t batch_block;
-  int tile_rows, tile_cols;
-  int64_t band_rows;  // positions (of rows) per band: a multiple of tile_rows
-  int64_t bands;
-  int64_t row_vectors_inside;                // vectors of a row that have positions of the images
-  int64_t row_vectors;                       // the same, rounded up to whole tiles
-  int64_t plane_vectors;                     // vectors that are computed of a channel, of one batch block
-  int64_t row_lead;                          // width-vectorised: zeros in front of a row's first pixel, in floats
+  int64_t source_channels = 0;
+  int64_t ic_panel = 0;  // channels of a panel: a power of 2, unless one panel has all
+  int lanes = 0;
+  int64_t batch_block = 0;
+  int tile_rows = 0, tile_cols = 0;
+  int64_t band_rows = 0;  // positions (of rows) per band: a multiple of tile_rows
+  int64_t bands = 0;
+  int64_t row_vectors_inside = 0;            // vectors of a row that have positions of the images
+  int64_t row_vectors = 0;                   // the same, rounded up to whole tiles
+  int64_t plane_vectors = 0;                 // vectors that are computed of a channel, of one batch block
+  int64_t row_lead = 0;                      // width-vectorised: zeros in front of a row's first pixel, in floats
   int64_t joined_pitch = 0;                  // joined_rows: from one row of a phase to the next, in floats
-  int64_t phase_cols;                        // batch-vectorised: vectors per source phase of a row
+  int64_t phase_cols = 0;                    // batch-vectorised: vectors per source phase of a row
   int64_t phase_pitch = 0;                   // joined_rows: vectors from one source phase of a channel to the next
-  int64_t row_pitch, channel_pitch;          // input tile: vectors from one row, one channel to the next
-  int64_t acc_row_pitch, acc_channel_pitch;  // the same of the accumulators, within a tile of rows or pieces
-  int64_t acc_phase_pitch = 0;               // vectors from one output phase of a channel to the next
+  int64_t row_pitch = 0, channel_pitch = 0;  // input tile: vectors from one row, one channel to the next
+  int64_t acc_row_pitch = 0, acc_channel_pitch = 0;  // the same of the accumulators, within a tile of rows or pieces
+  int64_t acc_phase_pitch = 0;                       // vectors from one output phase of a channel to the next
 
   Blocking(ConvAxis rows, ConvAxis cols, const PassSizes& sizes);
 

@@ -48,7 +48,7 @@ LiveFilters check_live_filters(const Tensor& row_offsets, const Tensor& channels
                             .count = channels.size(0)};
   const int32_t* const offsets = filters.row_offsets;
   check(offsets[0] == 0 && offsets[filters.oc_blocks] == filters.count &&
-            std::is_sorted(offsets, offsets + filters.oc_blocks),
+            std::is_sorted(offsets, offsets + filters.oc_blocks + 1),
         "row_offsets must ascend from 0 to the number of channels, ", filters.count);
   const auto inside = [&](int32_t channel) { return channel >= 0 && channel < C; };
   check(std::all_of(filters.channels, filters.channels + filters.count, inside), "channels must be from 0 to ", C - 1);

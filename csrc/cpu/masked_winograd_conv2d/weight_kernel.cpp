@@ -29,7 +29,7 @@ void masked_winograd_weight(const MaskedFilters& source, const LiveFilters& filt
   for (int64_t first = begin; first < end; first += filters_of_vector) {
     const int64_t left = end - first;
     const int count = left < filters_of_vector ? static_cast<int>(left) : filters_of_vector;
-    float taps[9][kLanes];
+    float taps[9][kLanes] = {};
     for (int i = 0; i < count; ++i)
       for (int j = 0; j < block; ++j)
         gather_taps(source, static_cast<int64_t>(rows[first + i]) * block + j, filters.channels[first + i],
