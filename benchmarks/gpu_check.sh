@@ -1,6 +1,6 @@
 #!/bin/bash
 # Usage: benchmarks/gpu_check.sh OUTDIR [PART...]
-# Builds the library on a machine with an NVIDIA GPU, a CUDA torch and nvcc, tests it there and measures it, in under 14
+# Builds the library on a machine with an NVIDIA GPU, a CUDA torch and nvcc, tests it there and measures it, in under 15
 # minutes and without internet access. Each part has a time limit. If a part fails, the others still run, and the exit status
 # is 1. Writes to OUTDIR the output (PART.log) and the measured rows (PART.csv) of each part, and gpu_check.json and
 # gpu_check.md, which gpu_report.py makes of them. PART...: only these. Environment variables: PYTHON is the interpreter
@@ -33,7 +33,7 @@ part() {  # part NAME SECONDS COMMAND...
   [ $status -eq 0 ] || echo "=== $name FAILED with status $status"
 }
 
-# The limits add up to 816 seconds. They allow for a Triton that has compiled nothing yet: on an H200 doctor then took
+# The limits add up to 866 seconds. They allow for a Triton that has compiled nothing yet: on an H200 doctor then took
 # 10 seconds, and the tests more than 138.
 part machine 5 nvidia-smi
 part build 60 "$python" setup.py --quiet build_ext --inplace
@@ -66,7 +66,7 @@ measure() {  # measure NAME SECONDS BENCHMARK ARGUMENTS...
   part "$name" "$limit" "$python" "benchmarks/bench_$benchmark.py" --device cuda --out "$out/$name.csv" "$@"
 }
 # Updates as CUDA graphs against the same updates without, bit for bit.
-part captured 60 "${pytest[@]}" tests/training/test_captured_cuda.py
+part captured 110 "${pytest[@]}" tests/training/test_captured_cuda.py
 measure pgd_ops 45 pgd_ops
 measure batch_norm_act 40 batch_norm_act
 measure masked_conv2d 36 masked_conv2d

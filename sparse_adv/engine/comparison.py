@@ -15,6 +15,7 @@ from sparse_adv.engine.model_state import detached_copy
 from sparse_adv.engine.random_state import KeptGenerators
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.errors import first_line
+from sparse_adv.ops.cudnn_benchmark import cudnn_benchmark
 
 
 class Undecided(Exception):
@@ -25,11 +26,14 @@ class Undecided(Exception):
 def comparing(device: torch.device) -> Iterator[KeptGenerators]:
     """A context for a comparison: without autocast, and later code draws the random numbers that it would have drawn.
 
+    Training lets cuDNN time its algorithms for each new shape. Those of a comparison never come again, so that it does
+    without.
+
     Raises:
         NotTraceable: for every error but torch.OutOfMemoryError and Undecided, since the model's own code may raise
             any.
     """
-    with KeptGenerators(device) as generators, torch.autocast(device.type, enabled=False):
+    with KeptGenerators(device) as generators, torch.autocast(device.type, enabled=False), cudnn_benchmark(False):
         try:
             yield generators
         except (NotTraceable, Undecided, torch.OutOfMemoryError):

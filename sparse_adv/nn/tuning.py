@@ -14,6 +14,7 @@ from sparse_adv.masks.layers import run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import Choice, LayerChoices, MaskedConv2d
 from sparse_adv.ops import PASSES, Pattern, masked_conv2d, plan, set_kernels
 from sparse_adv.ops.cuda_graph import Capturer
+from sparse_adv.ops.cudnn_benchmark import fastest_convolutions
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.masked_conv2d_pattern import pack_checked
 from sparse_adv.ops.masked_conv2d_plan import missing_kernel
@@ -109,9 +110,10 @@ def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, se
     by_table = plan(plain, x, layer.stride, padding, layer.dilation)
     choices: LayerChoices = {}
     for name, run in _passes(layer, x, weight, padding, grad).items():
-        times = _race(
-            run, {kernel: set_kernels(plain, **{name: kernel}) for kernel in ("sparse", "dense")}, trials, seconds
-        )
+        patterns = {kernel: set_kernels(plain, **{name: kernel}) for kernel in ("sparse", "dense")}
+        # PyTorch goes on with the algorithm of cuDNN that it took first for a shape.
+        with fastest_convolutions(x.device):
+            times = _race(run, patterns, trials, seconds)
         table = getattr(by_table, name).kernel
         other = "dense" if table == "sparse" else "sparse"
         choices[name] = Choice(

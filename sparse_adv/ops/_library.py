@@ -104,24 +104,29 @@ def check_capability(device: torch.device) -> None:
 
 @cache
 def _check_capability(index: int) -> None:
-    actual = torch.cuda.get_device_capability(index)
-    least = least_capability(host.cuda_archs)
-    if actual < least:
+    major, minor = torch.cuda.get_device_capability(index)
+    if not any(_runs_on(arch, major, minor) for arch in host.cuda_archs.split()):
         raise RuntimeError(
-            f"sparse_adv's CUDA ops were built for compute capability {least[0]}.{least[1]} or newer, "
-            f"{torch.cuda.get_device_name(index)} has {actual[0]}.{actual[1]}: set TORCH_CUDA_ARCH_LIST and build again"
+            f"sparse_adv's CUDA ops were built for compute capability {host.cuda_archs}, "
+            f"{torch.cuda.get_device_name(index)} has {major}.{minor}: set TORCH_CUDA_ARCH_LIST and build again"
         )
 
 
-def least_capability(archs: str) -> tuple[int, int]:
-    """The lowest compute capability in a list as in TORCH_CUDA_ARCH_LIST.
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for an entry of TORCH_CUDA_ARCH_LIST runs on a GPU of this compute capability.
+
+    "8.0" runs on 8.x; with "+PTX" on all later ones, too; "9.0a" on 9.0 alone; "10.0f" on 10.x.
 
     Examples:
-        >>> least_capability("8.0 9.0a+PTX")
-        (8, 0)
+        >>> [_runs_on(arch, 9, 0) for arch in ("8.0", "8.0+PTX", "9.0a", "10.0+PTX")]
+        [False, True, True, False]
     """
-    versions = (arch.removesuffix("+PTX").rstrip("af").split(".") for arch in archs.split())
-    return min((int(major), int(minor)) for major, minor in versions)
+    number = arch.removesuffix("+PTX")
+    built = tuple(map(int, number.rstrip("af").split(".")))
+    if number.endswith("a"):
+        return built == (major, minor)
+    is_portable = arch.endswith("+PTX") and not number.endswith("f")
+    return built <= (major, minor) and (is_portable or built[0] == major)
 
 
 def cpu_capability() -> str:

@@ -26,34 +26,6 @@ def wants_channels_last(device: torch.device, precision: str) -> bool:
 
 
 @contextmanager
-def fastest_convolutions(device: torch.device) -> Iterator[None]:
-    """Let cuDNN time its algorithms for each new shape, and take the fastest, until the block ends.
-
-    Nothing changes on a CPU, or where deterministic algorithms are asked for: the choice can differ from run to run.
-
-    Args:
-        device: the device on which the convolutions run.
-
-    Returns:
-        A context manager.
-
-    Examples:
-        >>> with fastest_convolutions(torch.device("cuda")):
-        ...     torch.backends.cudnn.benchmark
-        True
-    """
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark
-    is_deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    if device.type == "cuda" and not is_deterministic:
-        cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
-
-
-@contextmanager
 def deterministic(enabled: bool = True) -> Iterator[None]:
     """Limit PyTorch to deterministic algorithms until the block ends, so that a GPU, too, repeats results bit for bit.
 

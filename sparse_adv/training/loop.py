@@ -23,11 +23,11 @@ from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator, reads_at_once
 from sparse_adv.config import SINGLE_STEP, MethodConfig, TrainConfig
+from sparse_adv.ops.cudnn_benchmark import fastest_convolutions
 from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo
 from sparse_adv.training import distributed, identity, objectives, random_numbers
 from sparse_adv.training.checks import check_batch_sizes, check_trainable, count_batches, first_pass, pairs_of
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
-from sparse_adv.training.devices import fastest_convolutions
 from sparse_adv.training.evaluation import (
     Accuracy,
     Images,

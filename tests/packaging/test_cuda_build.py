@@ -37,10 +37,19 @@ def test_there_are_cuda_sources():
 
 
 @pytest.mark.parametrize(
-    ("archs", "least"), [("8.0 9.0+PTX", (8, 0)), ("9.0a", (9, 0)), ("12.0f 10.0+PTX", (10, 0)), ("7.5", (7, 5))]
+    ("arch", "runs", "fails"),
+    [
+        ("8.0", [(8, 0), (8, 9)], [(7, 5), (9, 0)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("9.0+PTX", [(9, 0), (10, 0), (12, 1)], [(8, 9)]),
+        ("9.0a", [(9, 0)], [(8, 9), (9, 1), (10, 0)]),
+        ("9.0a+PTX", [(9, 0)], [(8, 9), (9, 1), (10, 0)]),
+        ("10.0f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
 )
-def test_the_least_capability_of_a_list(archs, least):
-    assert _library.least_capability(archs) == least
+def test_on_which_gpus_code_for_a_capability_runs(arch, runs, fails):
+    assert all(_library._runs_on(arch, *gpu) for gpu in runs)
+    assert not any(_library._runs_on(arch, *gpu) for gpu in fails)
 
 
 def test_a_torch_without_cuda_loads_no_cuda_library(monkeypatch):
@@ -65,11 +74,11 @@ def test_a_library_that_does_not_load_is_told(monkeypatch):
         assert _library._load_cuda_ops("13.1") == "undefined symbol"
 
 
-def test_a_gpu_that_is_too_old_is_told(monkeypatch):
+def test_a_gpu_that_the_ops_were_not_built_for_is_told(monkeypatch):
     monkeypatch.setattr(_library.host, "cuda_archs", "8.0 9.0+PTX")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
-    with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or newer, Tesla T4 has 7\.5: set TORCH_CUDA_ARCH"):
+    with pytest.raises(RuntimeError, match=r"capability 8\.0 9\.0\+PTX, Tesla T4 has 7\.5: set TORCH_CUDA_ARCH_LIST"):
         _library._check_capability.__wrapped__(0)
 
 

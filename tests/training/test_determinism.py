@@ -11,8 +11,8 @@ from helpers.small_runs import TRAIN, VALIDATION, WITH_ENGINE, Batches, bars, ba
 
 from sparse_adv import data, masks, models, runs, sparsify, training
 from sparse_adv.__main__ import main
+from sparse_adv.ops.cudnn_benchmark import fastest_convolutions
 from sparse_adv.training import deterministic, loop
-from sparse_adv.training.devices import fastest_convolutions
 
 WORKSPACE, COMPILER = "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"
 
