@@ -69,7 +69,8 @@ class TrainConfig:
         beta: weight of the second term of the loss, at least 0; null for the default of the objective, which is 1 for
             fgsm-rs-cs, 10 for fgsm-uap, 4 for nu-at, 6 for trades and 5 for mart. The others have one term only.
         label_smoothing: part of the label's probability, in [0, 1), that cross-entropy losses give to all classes
-            evenly (fgsm-rs-cs smooths its labels first, see there); single-step attacks raise the loss with these labels too.
+            evenly (fgsm-rs-cs smooths its labels twice, in two ways); single-step attacks raise the loss with these
+            labels too.
         awp_gamma: size of the adversarial perturbation of the weights that the gradient is formed at, relative to the
             norm of each weight tensor, at least 0; 0 for none. 0.01 is usual for pgd, 0.005 for trades.
         awp_warmup_epochs: number of first epochs without that perturbation, fractions allowed; 9 is usual for trades.

@@ -38,12 +38,12 @@ def tune(
 ) -> Choices:
     """Time the sparse and the dense kernel of each pass of each masked convolution, and fix the faster one.
 
-    Without it, a cost model fitted to measurements (on CUDA, a roofline) chooses. A choice is valid until the layer gets another mask or
-    device; `deepcopy` and `pickle` copy it, and the `state_dict` does not contain it. Under
-    `torch.use_deterministic_algorithms(True)` choices are ignored. They have no effect where an attack takes
-    Winograd's filtering, which `engine.explain` shows. Layers with a sparse kernel are timed: those in
-    float32 on the CPU, and those with blocks of 32 or 64 channels on CUDA, which are timed in the dtype of the autocast
-    around the call, under CUDA graphs.
+    Without it, a cost model fitted to measurements (on CUDA, a roofline) chooses. A choice is valid until the layer
+    gets another mask or device; `deepcopy` and `pickle` copy it, and the `state_dict` does not contain it. Under
+    `torch.use_deterministic_algorithms(True)` choices are ignored. They have no effect where an attack takes Winograd's
+    filtering, which `engine.explain` shows. Layers with a sparse kernel are timed: those in float32 on the CPU, and
+    those with blocks of 32 or 64 channels on CUDA, which are timed in the dtype of the autocast around the call, under
+    CUDA graphs.
 
     Args:
         model: a model with masked layers; it runs one forward pass, in eval mode.
