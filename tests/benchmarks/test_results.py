@@ -96,7 +96,7 @@ def three_digits(milliseconds: float) -> str:
     return f"{number:#.3g}".rstrip(".") + f" {unit}"
 
 
-@pytest.mark.parametrize("machine", ["zen4", "epyc", "epyc_compile"])
+@pytest.mark.parametrize("machine", ["zen4", "epyc", "epyc_compile", "xeon_207"])
 def test_every_line_of_the_tables_of_updates_follows_from_the_rows(machine):
     records = read_records(RESULTS / f"training_{machine}.csv")[1]
     for r in records:
