@@ -51,7 +51,8 @@ if "$python" -c 'import xdist' 2>/dev/null; then
     tests/training tests/!(training|packaging|benchmarks) sparse_adv)
 else
   note="only what needs a GPU: without pytest-xdist, which is not installed, all tests would take too long"
-  tests=(-k "cuda or gpu" tests/ops/test_devices.py tests/attacks/test_cuda_graph.py tests/training/test_loop.py tests/training/test_evaluation.py)
+  tests=(-k "cuda or gpu" tests/ops/test_devices.py tests/kernels/test_attack_kernels_cuda.py
+    tests/attacks/test_cuda_graph.py tests/training/test_loop.py tests/training/test_evaluation.py)
 fi
 part tests 180 env OMP_NUM_THREADS=1 "${pytest[@]}" "${tests[@]}"
 note=
