@@ -18,6 +18,7 @@ from sparse_adv.engine.steps import ConvolutionStep, PointwiseStep, Step
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import max_pool2d
 from sparse_adv.kernels.epilogue import Epilogue
+from sparse_adv.kernels.masked_conv2d_phases import select_phases
 from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.conv_geometry import geometry_of
@@ -106,6 +107,10 @@ class BlockConvolution(CudnnConvolution):
         pattern = pack_checked(self.layer.pattern, self.weight)
         assert isinstance(pattern, BlockPattern)
         self._pattern = pattern
+        if self.kernel("grad_input") == "sparse":
+            # For all steps of an attack, but not for the next one: only a graph's own replays may read what it makes.
+            lists = pattern.blocks, pattern.grad_rows, pattern.grad_order
+            self._grad_lists = select_phases(*lists, *self.geometry)
 
     def kernel(self, way: str) -> str:
         return "sparse" if self._runs_blocks(way, self.shape, self.kernels.dtype) else super().kernel(way)
@@ -126,6 +131,6 @@ class BlockConvolution(CudnnConvolution):
         pattern = self._pattern
         if pattern.values is None or not self._runs_blocks("grad_input", self.shape, grad.dtype):
             return super().grad_input(grad, epilogue, place)
-        lists = pattern.values, pattern.blocks, pattern.grad_rows, pattern.grad_order
+        lists = pattern.values, pattern.blocks, *self._grad_lists
         residual, gate = epilogue.residual, epilogue.gate
         return block_kernels.grad_input(grad, *lists, self.shape, *self.geometry, residual, gate, precision())

@@ -10,7 +10,7 @@ reads it once for every live block of its channels. The output is written in its
 
 The input gradient is the same algorithm with input and output channels exchanged, on the lists by input channel. With a
 stride, a tap reaches only the input pixels of one phase (row mod stride, column mod stride). Each phase is then a
-convolution of stride 1 with its own taps, and `select_phases` makes its lists.
+convolution of stride 1 with its own taps, on the lists that `masked_conv2d_phases.select_phases` makes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.kernels.gate_tiles import packed, unpacked
 from sparse_adv.kernels.layout import WIDE_FROM, in_layout_of, layout_of, output_size
 from sparse_adv.kernels.masked_conv2d_lists import Lists
-from sparse_adv.kernels.masked_conv2d_phases import select_phases
 from sparse_adv.kernels.masked_conv2d_tiles import check_pixels, convolution_tile, divider, kind_of, quotient
 from sparse_adv.kernels.tensor_checks import check_bits
 
@@ -97,7 +96,7 @@ def grad_input(
     Args:
         grad_output: float tensor [N, K, P, Q].
         values, blocks, precision: as in `forward`.
-        grad_rows, grad_order: fields of `ops.masked_conv2d_live_blocks.LiveBlocks`.
+        grad_rows, grad_order: what `masked_conv2d_phases.select_phases` made of the fields of `LiveBlocks`.
         input_size: (N, C, H, W).
         residual: float tensor [N, C, H, W], or None: added to the gradient.
         gate: float tensor [N, C, H, W]: the output of a ReLU, whose gradient passes where it is positive; or uint8
@@ -113,8 +112,6 @@ def grad_input(
     elif gate is not None:
         gate = in_layout_of(output, gate)
     epilogue = Epilogue(residual=residual, gate=gate)
-    if max(stride) > 1:
-        grad_rows, grad_order = select_phases(blocks, grad_rows, grad_order, stride, padding, dilation)
     lists = Lists(values, blocks, grad_rows, grad_order)
     _launch(output, grad_output, lists, epilogue, (stride, padding, dilation), precision, gradient=True)
     return output

@@ -24,13 +24,18 @@ def select_phases(
 ) -> tuple[Tensor, Tensor]:
     """Select for each phase the blocks that reach it; does not synchronise with the GPU.
 
+    The result depends on the mask and the geometry alone: several input gradients may read it.
+
     Args:
         blocks, rows, order: `blocks`, `grad_rows` and `grad_order` of `ops.masked_conv2d_live_blocks.LiveBlocks`.
 
     Returns:
         int32 tensors [phases, tiles, 3] and [phases, n], the rows and the order of each phase; the phase of (row,
-        column) has number `row * stride[1] + column`. Of a phase's order only the slices of its rows are written.
+        column) has number `row * stride[1] + column`. Of a phase's order only the slices of its rows are written. At
+        stride 1 there is one phase: `rows` and `order` as they are.
     """
+    if max(stride) == 1:
+        return rows, order
     phases, entries = stride[0] * stride[1], order.shape[0]
     phase_rows = rows.new_empty(phases, *rows.shape)
     phase_order = order.new_empty(phases, entries)

@@ -65,10 +65,11 @@ def masked_conv2d_grad_input(
     pattern = unflatten(tensors)
     if runs_blocks(pattern, "grad_input", input_size, grad_output.dtype, stride, padding, dilation):
         from sparse_adv.kernels import masked_conv2d as kernels
+        from sparse_adv.kernels.masked_conv2d_phases import select_phases
 
-        values, lists = _block_values(pattern, weight), (pattern.blocks, pattern.grad_rows, pattern.grad_order)
-        strides = (stride, padding, dilation)
-        return kernels.grad_input(grad_output, values, *lists, input_size, *strides, precision=precision())
+        values, blocks, strides = _block_values(pattern, weight), pattern.blocks, (stride, padding, dilation)
+        lists = select_phases(blocks, pattern.grad_rows, pattern.grad_order, *strides)
+        return kernels.grad_input(grad_output, values, blocks, *lists, input_size, *strides, precision=precision())
     masked = _masked(weight, pattern, layout_of(grad_output))
     # cuDNN reads only size and layout of the input, to which grad_output is copied if it has another one.
     input = torch.empty(

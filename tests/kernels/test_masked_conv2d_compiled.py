@@ -11,6 +11,7 @@ from helpers.compiled_kernels import CAPABILITIES, Kernel, arguments, compiled
 from sparse_adv.kernels.masked_conv2d import forward, grad_input
 from sparse_adv.kernels.masked_conv2d_grad_weight import grad_weight
 from sparse_adv.kernels.masked_conv2d_pack import pack
+from sparse_adv.kernels.masked_conv2d_phases import select_phases
 
 F32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # that one program may have
@@ -116,8 +117,13 @@ def test_packing_moves_whole_lines_of_a_channels_last_weight(dtype):
 
 def test_a_strided_gradient_selects_its_phases_on_the_gpu():
     x = empty(512, 256, 4, 4, dtype=B16).to(memory_format=torch.channels_last)
-    lists = (empty(LIVE, 64, 64, dtype=B16), empty(LIVE, 4), empty(4, 3), empty(LIVE))
-    run = compiled(90, lambda: grad_input(x, *lists, (512, 256, 8, 8), (2, 2), (1, 1), (1, 1), precision="tf32"))
+    values, blocks, geometry = empty(LIVE, 64, 64, dtype=B16), empty(LIVE, 4), ((2, 2), (1, 1), (1, 1))
+
+    def launch() -> None:
+        lists = select_phases(blocks, empty(4, 3), empty(LIVE), *geometry)
+        grad_input(x, values, blocks, *lists, (512, 256, 8, 8), *geometry, precision="tf32")
+
+    run = compiled(90, launch)
     assert len(run) == 2 and all(kernel.stack == 0 for kernel in run)
 
 

@@ -191,3 +191,29 @@ def test_deterministic_algorithms_are_not_left_to_the_fused_calls_of_cudnn(calls
         assert_close(gradients.logits(x), expected.detach())
         assert_close(gradients.gradient(x, lambda logits: logits.square().sum(1)), leaf.grad)
     assert isinstance(gradients, program.Program) and not calls
+
+
+def test_lists_of_a_strided_gradient_are_made_once_in_an_attack(calls, monkeypatch):
+    torch.manual_seed(0)
+    model, x, made, select = network(pool=False), torch.rand(2, 3, 6, 6), [], kernels_cuda.select_phases
+
+    def selected(*operands):
+        made.append(max(operands[3]))
+        return select(*operands)
+
+    def loss(logits):
+        return logits.square().sum(1)
+
+    monkeypatch.setattr(kernels_cuda, "select_phases", selected)
+    for density in (0.7, 0.4):
+        model = sparse_nn.sparsify(model, masks.prune(model, density, block=(32, 32), scope="uniform"))
+        with engine.input_gradients(model, x) as gradients:
+            first = gradients.gradient(x, loss)
+            count = len(made)
+            assert torch.equal(gradients.gradient(x, loss), first) and len(made) == count
+        leaf = x.clone().requires_grad_()
+        loss(model(leaf)).sum().backward()
+        assert_close(first, leaf.grad)
+        made.clear()
+        with engine.input_gradients(model, x):
+            assert sorted(stride for stride in made if stride > 1) == [2, 2]

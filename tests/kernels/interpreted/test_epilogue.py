@@ -8,6 +8,7 @@ from helpers.tolerances import assert_close
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import masked_conv2d_pack
 from sparse_adv.kernels import pointwise as kernels
+from sparse_adv.kernels.masked_conv2d_phases import select_phases
 from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.ops import empty_gate, gate_to_bool, reference
 from sparse_adv.ops.masked_conv2d_live_blocks import live_blocks
@@ -107,8 +108,9 @@ def test_the_input_gradient_adds_a_residual_and_applies_a_gate(stride, layout):
     values = masked_conv2d_pack.pack(case.weight, blocks.blocks, (32, 32), 1, torch.float32)
     grad = case.grad_output.contiguous(memory_format=layout)
     residual, gate = (random(*case.input_size, seed=seed) for seed in (1, 2))
-    lists = values, blocks.blocks, blocks.grad_rows, blocks.grad_order
     geometry = case.shape[:3]
+    phases = select_phases(blocks.blocks, blocks.grad_rows, blocks.grad_order, *geometry)
+    lists = values, blocks.blocks, *phases
     actual = block_kernels.grad_input(grad, *lists, case.input_size, *geometry, residual, gate)
     assert_close(actual, (case.expected()["grad_input"] + residual).where(gate > 0, 0))
 
@@ -130,6 +132,7 @@ def test_gates_of_bits_over_live_blocks(channels, stride):
     passes = random(*case.input_size, layout=torch.channels_last, seed=4) > 0
     bits = empty_gate(case.input)
     pointwise(passes.float().contiguous(memory_format=torch.channels_last), relu=True, gate_out=bits)
-    lists = values, blocks.blocks, blocks.grad_rows, blocks.grad_order
+    phases = select_phases(blocks.blocks, blocks.grad_rows, blocks.grad_order, *geometry)
+    lists = values, blocks.blocks, *phases
     grad = block_kernels.grad_input(case.grad_output, *lists, case.input_size, *geometry, None, bits)
     assert_close(grad, expected["grad_input"].where(passes, 0))
