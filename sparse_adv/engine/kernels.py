@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparse_adv.engine.folding import FoldedNorm
 from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.conv_geometry import geometry_of
@@ -22,46 +22,38 @@ Place = Callable[[], Tensor]
 """Returns the memory that is planned for a result; a kernel may use it or allocate its own."""
 
 
-def fold_norm(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """BatchNorm in eval mode as a factor and a summand for each channel, in at least float32."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
-    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    bias = -norm.running_mean * scale
-    return scale, bias if norm.bias is None else bias + norm.bias.detach()
-
-
 class Convolution:
     """A convolution with the BatchNorm behind it folded in; in eval mode, so both are constant between updates.
 
+    `fold` comes before the first pass.
+
     Args:
-        layer, norm: the two layers; the second may be absent.
+        layer: the convolution.
         shape: of the input, for a whole batch; CPU kernels also compute fewer images.
         kernels: of the device.
     """
 
-    def __init__(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: DeviceKernels) -> None:
-        self.layer, self.norm, self.shape, self.kernels = layer, norm, shape, kernels
+    def __init__(self, layer: nn.Conv2d, shape: torch.Size, kernels: DeviceKernels) -> None:
+        self.layer, self.shape, self.kernels = layer, shape, kernels
         self.geometry = geometry_of(layer)
         self.weight: Tensor
         self.bias: Tensor | None
-        self.fold()
 
-    def fold(self) -> None:
-        """Read the weights and the statistics again."""
-        if isinstance(self.layer, MaskedConv2d):
-            self.layer.refresh()
-        weight, bias = self.layer.weight.detach(), self.layer.bias
-        bias = None if bias is None else bias.detach()
-        if self.norm is not None:
-            scale, shift = fold_norm(self.norm)
-            weight = weight * scale[:, None, None, None]
-            bias = shift if bias is None else shift + bias * scale
-        dtype = self.kernels.dtype
-        self.weight = self.masked(weight).to(dtype, memory_format=self.kernels.memory_format)
-        self.bias = None if bias is None else bias.to(dtype)
+    def fold(self, norm: FoldedNorm | None) -> None:
+        """Read the weights again, and take the BatchNorm behind them, if there is one."""
+        bias = None if self.layer.bias is None else self.layer.bias.detach()
+        if norm is not None:
+            bias = norm.bias if bias is None else norm.shift + bias * norm.scale
+        self.bias = None if bias is None else bias.to(self.kernels.dtype)
+        self.weight = self.folded_weight(norm)
+
+    def folded_weight(self, norm: FoldedNorm | None) -> Tensor:
+        """The weight that the passes read."""
+        weight, kernels = self.layer.weight.detach(), self.kernels
+        if norm is not None:  # in one pass
+            memory = torch.empty_like(weight, dtype=kernels.dtype, memory_format=kernels.memory_format)
+            weight = torch.mul(weight, norm.scale[:, None, None, None], out=memory)
+        return self.masked(weight).to(kernels.dtype, memory_format=kernels.memory_format)
 
     def masked(self, weight: Tensor) -> Tensor:
         """The weight with zeros where it is pruned; kernels that read only kept weights may skip this."""
@@ -132,8 +124,8 @@ class DeviceKernels:
         """Memory for the gate of a value that a step makes; None if the value is its own gate."""
         return torch.empty_like(self.empty(shape, device), dtype=torch.bool)
 
-    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:
-        return Convolution(layer, norm, shape, self)
+    def convolution(self, layer: nn.Conv2d, shape: torch.Size) -> Convolution:
+        return Convolution(layer, shape, self)
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
         """The maximum of windows that do not overlap, and its position in each window, in `index` unless it is None."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 
 from sparse_adv import ops
+from sparse_adv.engine.folding import FoldedNorm
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.winograd import sparse_is_faster, takes_live_filters, winograd_tile
 from sparse_adv.kernels.epilogue import Epilogue
@@ -38,16 +38,16 @@ class CpuKernels(DeviceKernels):
     def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor:
         return ops.empty_gate(_as_images(self.empty(shape, device)))
 
-    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:
+    def convolution(self, layer: nn.Conv2d, shape: torch.Size) -> Convolution:
         channels_last = self.memory_format == torch.channels_last
         tile = winograd_tile(layer, shape) if channels_last and self.dtype == torch.float32 else None
         if isinstance(layer, MaskedConv2d) and not channels_last and takes_live_filters(layer, shape):
-            return MaskedWinogradConvolution(layer, norm, shape, self)
+            return MaskedWinogradConvolution(layer, shape, self)
         if isinstance(layer, MaskedConv2d) and (tile is None or sparse_is_faster(layer, shape)):
-            return MaskedConvolution(layer, norm, shape, self)
+            return MaskedConvolution(layer, shape, self)
         if tile is not None:
-            return WinogradConvolution(layer, norm, shape, self, tile)
-        return Convolution(layer, norm, shape, self)
+            return WinogradConvolution(layer, shape, self, tile)
+        return Convolution(layer, shape, self)
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
         if x.dtype not in (torch.float32, torch.float64):
@@ -107,8 +107,8 @@ class MaskedConvolution(Convolution):
                 self.weight, self._is_masked = super().masked(self.weight), True
         return self.weight
 
-    def fold(self) -> None:
-        super().fold()
+    def fold(self, norm: FoldedNorm | None) -> None:
+        super().fold(norm)
         self._pattern = pack_checked(self.layer.pattern, self.weight).flatten()
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
@@ -127,17 +127,15 @@ class MaskedConvolution(Convolution):
 class WinogradConvolution(Convolution):
     """A dense 3 x 3 convolution that multiplies 2.25 or 4 times less than oneDNN, see `ops.winograd_conv2d_out`."""
 
-    def __init__(
-        self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: DeviceKernels, tile: int
-    ) -> None:
+    def __init__(self, layer: nn.Conv2d, shape: torch.Size, kernels: DeviceKernels, tile: int) -> None:
         self.tile = tile
-        super().__init__(layer, norm, shape, kernels)
+        super().__init__(layer, shape, kernels)
 
     def kernel(self, way: str) -> str:
         return "Winograd"
 
-    def fold(self) -> None:
-        super().fold()
+    def fold(self, norm: FoldedNorm | None) -> None:
+        super().fold(norm)
         self._weight = ops.winograd_conv2d_weight(self.weight, self.tile)
         self._transposed: Tensor | None = None  # made when it is needed: not where only logits are
 
@@ -161,9 +159,9 @@ class MaskedWinogradConvolution(Convolution):
 
     layer: MaskedConv2d
 
-    def __init__(self, layer: MaskedConv2d, norm: _BatchNorm | None, shape: torch.Size, kernels: DeviceKernels) -> None:
+    def __init__(self, layer: MaskedConv2d, shape: torch.Size, kernels: DeviceKernels) -> None:
         self._filters = [live_filters(layer.pattern, transposed) for transposed in (False, True)]
-        super().__init__(layer, norm, shape, kernels)
+        super().__init__(layer, shape, kernels)
 
     def kernel(self, way: str) -> str:
         return "sparse Winograd"
@@ -171,8 +169,8 @@ class MaskedWinogradConvolution(Convolution):
     def masked(self, weight: Tensor) -> Tensor:
         return weight  # no pruned entry is read
 
-    def fold(self) -> None:
-        super().fold()
+    def fold(self, norm: FoldedNorm | None) -> None:
+        super().fold(norm)
         self._weights: list[LiveWeight | None] = [None, None]  # made when they are needed
 
     def _weight_for(self, transposed: bool) -> LiveWeight:

@@ -10,9 +10,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv import ops
+from sparse_adv.engine.folding import FoldedNorm
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.steps import ConvolutionStep, PointwiseStep, Step
 from sparse_adv.kernels import masked_conv2d as block_kernels
@@ -49,10 +49,10 @@ class CudaKernels(DeviceKernels):
             return False
         return runs_blocks(pattern, "forward", step.input.shape, self.dtype, *geometry_of(layer))
 
-    def convolution(self, layer: nn.Conv2d, norm: _BatchNorm | None, shape: torch.Size) -> Convolution:
+    def convolution(self, layer: nn.Conv2d, shape: torch.Size) -> Convolution:
         if _block_pattern(layer) is not None:
-            return BlockConvolution(layer, norm, shape, self)
-        return CudnnConvolution(layer, norm, shape, self)
+            return BlockConvolution(layer, shape, self)
+        return CudnnConvolution(layer, shape, self)
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
         pooled = torch.Size((*x.shape[:2], x.shape[2] // size[0], x.shape[3] // size[1]))
@@ -102,8 +102,8 @@ class BlockConvolution(CudnnConvolution):
 
     layer: MaskedConv2d
 
-    def fold(self) -> None:
-        super().fold()
+    def fold(self, norm: FoldedNorm | None) -> None:
+        super().fold(norm)
         pattern = pack_checked(self.layer.pattern, self.weight)
         assert isinstance(pattern, BlockPattern)
         self._pattern = pattern

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_adv.engine import buffers
 from sparse_adv.engine.captured import Backward, CapturedPasses
+from sparse_adv.engine.folding import fold_norms
 from sparse_adv.engine.fusing import Fusion
 from sparse_adv.engine.gradients import Autograd, LossOfLogits, image_gradient, outside_inference
 from sparse_adv.engine.kernels import DeviceKernels
@@ -69,8 +70,9 @@ class Program:
             self._patterns, kernels = patterns, self._choose_kernels()
             if kernels.memory_format != self._kernels.memory_format:
                 self._plan_memory(kernels)
+        norms = iter(fold_norms([step.norm for step in self.steps if step.norm is not None], self._kernels.dtype))
         for step in self.steps:
-            step.fold(self._kernels)
+            step.fold(self._kernels, None if step.norm is None else next(norms))
         self._reads_features = False
         self.forget_graphs()
 

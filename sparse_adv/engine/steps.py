@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sparse_adv.engine.activations import Activation
-from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place, fold_norm
+from sparse_adv.engine.folding import FoldedNorm
+from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.model_state import has_hooks, runs_code_of_user
 from sparse_adv.engine.traced_code import OnACopy
 from sparse_adv.engine.values import PassTensors, Value
@@ -25,13 +26,18 @@ from sparse_adv.ops import Pattern
 
 
 class Step(ABC):
-    """A part of a model, with the values that it reads and makes."""
+    """A part of a model, with the values that it reads and makes.
+
+    Attributes:
+        norm: the BatchNorm in it, if there is one.
+    """
 
     def __init__(self, name: str, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
         self.name, self.inputs, self.outputs = name, tuple(inputs), tuple(outputs)
+        self.norm: _BatchNorm | None = None
 
-    def fold(self, kernels: DeviceKernels) -> None:  # noqa: B027 - most steps have weights, but not all
-        """Read the weights, which may have changed since the last time."""
+    def fold(self, kernels: DeviceKernels, norm: FoldedNorm | None) -> None:  # noqa: B027 - not all have weights
+        """Read the weights, which may have changed since the last time, and take the BatchNorm."""
 
     @abstractmethod
     def forward(self, tensors: PassTensors) -> None:
@@ -119,7 +125,6 @@ class ConvolutionStep(FusedStep):
     def __init__(self, name: str, layer: nn.Conv2d, input: Value, output: Value) -> None:
         super().__init__(name, input, output)
         self.layer = layer
-        self.norm: _BatchNorm | None = None
         self._convolution: Convolution
         self._made_for: tuple[DeviceKernels, Pattern | None] | None = None
 
@@ -131,13 +136,13 @@ class ConvolutionStep(FusedStep):
         self.layer.refresh()
         return self.layer.pattern
 
-    def fold(self, kernels: DeviceKernels) -> None:
+    def fold(self, kernels: DeviceKernels, norm: FoldedNorm | None) -> None:
         made_for = kernels, self.pattern
+        # Else the choice of the kernel holds, and so does what it has listed of the mask.
         if self._made_for is None or any(map(operator.is_not, made_for, self._made_for)):
-            self._convolution = kernels.convolution(self.layer, self.norm, self.input.shape)
+            self._convolution = kernels.convolution(self.layer, self.input.shape)
             self._made_for = made_for
-        else:  # the choice of the kernel holds, and so does what it has listed of the mask
-            self._convolution.fold()
+        self._convolution.fold(norm)
 
     def kernel_names(self) -> str:
         """Name of the kernel that computes it, or of both if the passes have different ones."""
@@ -161,7 +166,7 @@ class LinearStep(FusedStep):
         super().__init__(name, input, output)
         self.layer = layer
 
-    def fold(self, kernels: DeviceKernels) -> None:
+    def fold(self, kernels: DeviceKernels, norm: FoldedNorm | None) -> None:
         if isinstance(self.layer, MaskedLinear):
             self.layer.refresh()
         weight, bias = self.layer.weight.detach(), self.layer.bias
@@ -189,9 +194,9 @@ class PointwiseStep(FusedStep):
         self._scale: Tensor | None = None
         self._bias: Tensor | None = None
 
-    def fold(self, kernels: DeviceKernels) -> None:
-        if self.norm is not None:
-            self._scale, self._bias = fold_norm(self.norm)
+    def fold(self, kernels: DeviceKernels, norm: FoldedNorm | None) -> None:
+        if norm is not None:
+            self._scale, self._bias = norm.scale, norm.shift
 
     def passes_on(self) -> Sequence[Value]:
         return super().passes_on() if self.norm is not None else self.inputs

@@ -1,6 +1,7 @@
 """What becomes one step, and what is left to autograd while the engine still computes the rest."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from helpers.other_networks import OfLayers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv import engine
-from sparse_adv.engine.kernels import fold_norm
+from sparse_adv.engine.folding import fold_norms
 from sparse_adv.nn import sparsify
 
 CONV, NORM, BOTH = "convolution", "BatchNorm + ReLU", "convolution + BatchNorm"
@@ -76,10 +78,51 @@ def test_a_norm_is_folded_in_float32_at_least(dtype):
     norm.running_var.uniform_().data[0] = 0
     norm.weight.data.uniform_(0.5, 1.5)
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    folded = torch.stack(fold_norm(norm))
-    expected = torch.stack(fold_norm(copy.deepcopy(norm).double()))
+    (folded,), (expected,) = (fold_norms([each], dtype) for each in (norm, copy.deepcopy(norm).double()))
+    assert folded.bias.dtype == dtype and torch.equal(folded.bias, folded.shift.to(dtype))
+    folded, expected = (torch.stack([each.scale, each.shift]) for each in (folded, expected))
     assert folded.dtype == wanted
     torch.testing.assert_close(folded.double(), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_norms_are_folded_together_as_they_are_one_by_one():
+    layers = [nn.BatchNorm2d(5), nn.BatchNorm1d(7, affine=False), nn.BatchNorm2d(3, eps=0.1), nn.BatchNorm2d(5)]
+    for norm in layers:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        for parameter in norm.parameters():
+            parameter.data.normal_()
+    layers[3].bias = None
+    for norm, folded in zip(layers, fold_norms(layers, torch.float32), strict=True):
+        scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight)
+        shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)
+        assert torch.equal(folded.scale, scale) and torch.equal(folded.shift, shift)
+        assert folded.bias is folded.shift and not folded.scale.requires_grad
+    assert fold_norms([], torch.float32) == []
+
+
+class Ops(TorchDispatchMode):
+    """Counts the ops that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or "empty" in func.name() or "promote_types" in func.name()):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_only_folding_a_weight_takes_an_op_for_each_layer(layers):
+    parts = [nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(layers)]
+    program = engine.Program(nn.Sequential(*parts).eval(), torch.rand(2, 3, 4, 4))
+    program.fold()
+    with Ops() as ops:
+        program.fold()
+    assert ops.counts.pop("aten.mul.out") == layers
+    assert ops.counts.total() == 6 and all("_foreach_" in name for name in ops.counts)
 
 
 @pytest.mark.parametrize("name", STEPS)
