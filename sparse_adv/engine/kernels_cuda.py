@@ -18,13 +18,14 @@ from sparse_adv.engine.steps import ConvolutionStep, PointwiseStep, Step
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import max_pool2d
 from sparse_adv.kernels.epilogue import Epilogue
+from sparse_adv.kernels.masked_conv2d_pack import pack
 from sparse_adv.kernels.masked_conv2d_phases import select_phases
 from sparse_adv.kernels.pointwise import pointwise
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.conv_geometry import geometry_of
 from sparse_adv.ops.cuda_graph import Capturer
 from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
-from sparse_adv.ops.masked_conv2d_pattern import BlockPattern, pack_checked
+from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
 
 
 class CudaKernels(DeviceKernels):
@@ -50,8 +51,9 @@ class CudaKernels(DeviceKernels):
         return runs_blocks(pattern, "forward", step.input.shape, self.dtype, *geometry_of(layer))
 
     def convolution(self, layer: nn.Conv2d, shape: torch.Size) -> Convolution:
-        if _block_pattern(layer) is not None:
-            return BlockConvolution(layer, shape, self)
+        pattern = _block_pattern(layer)
+        if pattern is not None:
+            return BlockConvolution(layer, shape, self, pattern)
         return CudnnConvolution(layer, shape, self)
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
@@ -98,39 +100,48 @@ def _must_be_deterministic() -> bool:
 
 
 class BlockConvolution(CudnnConvolution):
-    """A convolution over live blocks, for each pass in which they are faster than cuDNN on the masked weight."""
+    """A convolution over live blocks, for each pass in which they are faster than cuDNN on the masked weight.
 
-    layer: MaskedConv2d
+    Args:
+        pattern: of the layer.
+    """
+
+    def __init__(self, layer: nn.Conv2d, shape: torch.Size, kernels: DeviceKernels, pattern: BlockPattern) -> None:
+        super().__init__(layer, shape, kernels)
+        self._pattern = pattern
+        planned = shape, kernels.dtype, *self.geometry
+        self._sparse = {way: runs_blocks(pattern, way, *planned) for way in ("forward", "grad_input")}
+
+    def kernel(self, way: str) -> str:
+        return "sparse" if self._sparse[way] else super().kernel(way)
 
     def fold(self, norm: FoldedNorm | None) -> None:
         super().fold(norm)
-        pattern = pack_checked(self.layer.pattern, self.weight)
-        assert isinstance(pattern, BlockPattern)
-        self._pattern = pattern
-        if self.kernel("grad_input") == "sparse":
+        pattern = self._pattern
+        if any(self._sparse.values()):
+            block, scale = pattern.block[:2], None if norm is None else norm.scale
+            weight = self.layer.weight.detach()
+            self._values = pack(weight, pattern.blocks, block, pattern.groups, self.kernels.dtype, scale)
+        if self._sparse["grad_input"]:
             # For all steps of an attack, but not for the next one: only a graph's own replays may read what it makes.
             lists = pattern.blocks, pattern.grad_rows, pattern.grad_order
             self._grad_lists = select_phases(*lists, *self.geometry)
 
-    def kernel(self, way: str) -> str:
-        return "sparse" if self._runs_blocks(way, self.shape, self.kernels.dtype) else super().kernel(way)
-
-    def _runs_blocks(self, way: str, shape: torch.Size, dtype: torch.dtype) -> bool:
-        return self._pattern.values is not None and runs_blocks(self._pattern, way, shape, dtype, *self.geometry)
+    def folded_weight(self, norm: FoldedNorm | None) -> Tensor:
+        """The weight for cuDNN; if it computes no pass, only the shape is read."""
+        return self.layer.weight.detach() if all(self._sparse.values()) else super().folded_weight(norm)
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        pattern = self._pattern
-        if pattern.values is None or not self._runs_blocks("forward", x.shape, x.dtype):
+        if not self._sparse["forward"]:
             return super().forward(x, epilogue, place)
-        lists = pattern.values, pattern.blocks, pattern.rows
+        lists = self._values, self._pattern.blocks, self._pattern.rows
         size, bias, residual, relu = self.weight.shape, self.bias, epilogue.residual, epilogue.relu
         operands = *lists, size, bias, *self.geometry, None, residual, relu, precision(), epilogue.gate_out
         return block_kernels.forward(x, *operands)
 
     def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        pattern = self._pattern
-        if pattern.values is None or not self._runs_blocks("grad_input", self.shape, grad.dtype):
+        if not self._sparse["grad_input"]:
             return super().grad_input(grad, epilogue, place)
-        lists = pattern.values, pattern.blocks, *self._grad_lists
+        lists = self._values, self._pattern.blocks, *self._grad_lists
         residual, gate = epilogue.residual, epilogue.gate
         return block_kernels.grad_input(grad, *lists, self.shape, *self.geometry, residual, gate, precision())

@@ -10,7 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 
-def pack(weight: Tensor, blocks: Tensor, block: Sequence[int], groups: int, dtype: torch.dtype) -> Tensor:
+def pack(
+    weight: Tensor,
+    blocks: Tensor,
+    block: Sequence[int],
+    groups: int,
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+) -> Tensor:
     """Pack the live blocks of a weight, in one pass; does not synchronise with the GPU.
 
     Args:
@@ -19,6 +26,7 @@ def pack(weight: Tensor, blocks: Tensor, block: Sequence[int], groups: int, dtyp
         block: (bo, bi).
         groups: the convolution's groups.
         dtype: of the result.
+        scale: contiguous float tensor [K], factors of the output channels, or None.
 
     Returns:
         tensor [n, bo, bi], 0 beyond the weight's last channels.
@@ -33,6 +41,7 @@ def pack(weight: Tensor, blocks: Tensor, block: Sequence[int], groups: int, dtyp
             weight=weight,
             blocks=blocks,
             values=values,
+            scale=scale,
             out_channels=out_channels,
             in_channels=in_channels,
             group_out=out_channels // groups,
@@ -52,6 +61,7 @@ def pack_kernel(
     weight,  # [out_channels, in_channels, rows, cols] of any strides
     blocks,  # int32 [n, 4], (first output channel, first input channel, filter row, filter column)
     values,  # [n, BLOCK_OUT, BLOCK_IN], written
+    scale,  # [out_channels], or None
     out_channels,
     in_channels,  # of one group
     group_out,  # output channels of one group
@@ -72,5 +82,7 @@ def pack_kernel(
     c = (first_in + tl.arange(0, BLOCK_IN))[None, :]
     valid = (k < out_channels) & (c < in_channels)
     value = tl.load(weight + tap + k.to(tl.int64) * out_step + c.to(tl.int64) * in_step, mask=valid, other=0.0)
+    if scale is not None:
+        value *= tl.load(scale + k, mask=k < out_channels, other=0.0)
     at = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, :]
     tl.store(values + number.to(tl.int64) * (BLOCK_OUT * BLOCK_IN) + at, value.to(values.dtype.element_ty))

@@ -111,8 +111,10 @@ def test_float16_runs_on_tensor_cores_too():
 @pytest.mark.parametrize("dtype", [B16, F32])
 def test_packing_moves_whole_lines_of_a_channels_last_weight(dtype):
     weight = empty(256, 256, 3, 3, dtype=F32).to(memory_format=torch.channels_last)
-    (kernel,) = compiled(90, lambda: pack(weight, empty(LIVE, 4), (64, 64), 1, dtype))
-    assert kernel.stack == 0 and any(instruction.startswith("STG.E.128") for instruction in kernel.instructions)
+    for scale in (None, empty(256, dtype=F32)):
+        (kernel,) = compiled(90, lambda scale=scale: pack(weight, empty(LIVE, 4), (64, 64), 1, dtype, scale))
+        assert dtype == F32 or "cvt.rn.bf16" in kernel.ptx
+        assert kernel.stack == 0 and any(instruction.startswith("STG.E.128") for instruction in kernel.instructions)
 
 
 def test_a_strided_gradient_selects_its_phases_on_the_gpu():

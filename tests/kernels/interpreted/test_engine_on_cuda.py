@@ -11,8 +11,10 @@ from torch import nn
 from sparse_adv import engine, masks
 from sparse_adv import nn as sparse_nn
 from sparse_adv.engine import kernels_cuda, program
-from sparse_adv.ops import masked_conv2d_cuda, set_kernels
-from sparse_adv.ops.masked_conv2d_pattern import block_pattern, unflatten
+from sparse_adv.engine.folding import fold_norms
+from sparse_adv.kernels.epilogue import Epilogue
+from sparse_adv.ops import set_kernels
+from sparse_adv.ops.masked_conv2d_pattern import block_pattern
 
 
 class Block(nn.Module):
@@ -41,12 +43,6 @@ def network(pool: bool) -> nn.Module:
             nn.init.uniform_(module.running_mean, -0.2, 0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model.eval()
-
-
-def packed(pattern, weight):
-    """What `ops.pack_pattern` returns on CUDA."""
-    promised = pattern._with_header("weight_is_masked", 1).flatten()
-    return unflatten([*promised, *masked_conv2d_cuda.pack_values(weight, promised)])
 
 
 @pytest.fixture
@@ -93,7 +89,6 @@ def calls(monkeypatch) -> list[str]:
     monkeypatch.setattr(sparse_nn.MaskedConv2d, "pattern", property(pattern))
     monkeypatch.setattr(program.Program, "fold", as_on_cuda(fold))
     monkeypatch.setattr(program.buffers, "gates", as_on_cuda(gates))
-    monkeypatch.setattr(kernels_cuda, "pack_checked", packed)
     monkeypatch.setattr(program, "choose_kernels", lambda steps, x: kernels_cuda.CudaKernels(x.dtype))
     monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", conv_relu, raising=False)
     monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", conv_add_relu, raising=False)
@@ -217,3 +212,27 @@ def test_lists_of_a_strided_gradient_are_made_once_in_an_attack(calls, monkeypat
         made.clear()
         with engine.input_gradients(model, x):
             assert sorted(stride for stride in made if stride > 1) == [2, 2]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("backward", ["sparse", "dense"])
+@pytest.mark.parametrize("forward", ["sparse", "dense"])
+def test_only_passes_of_cudnn_have_a_dense_weight(forward, backward, stride):
+    torch.manual_seed(0)
+    mask = (torch.rand(2, 2, 3, 3) < 0.6).repeat_interleave(32, 0).repeat_interleave(32, 1)
+    layer = sparse_nn.MaskedConv2d(64, 64, 3, stride, 1, mask=mask, block=(32, 32))
+    norm = nn.BatchNorm2d(64).eval()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    x = torch.randn(2, 64, 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    pattern = set_kernels(block_pattern(layer.pattern), forward, backward)
+    convolution = kernels_cuda.BlockConvolution(layer, x.shape, kernels_cuda.CudaKernels(torch.float32), pattern)
+    assert [convolution.kernel(way) for way in ("forward", "grad_input")] == [forward, backward]
+    (folded,) = fold_norms([norm], torch.float32)
+    convolution.fold(folded)
+    expected = norm(layer(x))
+    grad = torch.randn(expected.shape).contiguous(memory_format=torch.channels_last)
+    expected.backward(grad)
+    assert_close(convolution.forward(x.detach(), Epilogue(), None), expected.detach())
+    assert_close(convolution.grad_input(grad, Epilogue(), None), x.grad)
+    assert (convolution.weight.data_ptr() == layer.weight.data_ptr()) == (forward == backward == "sparse")

@@ -6,6 +6,7 @@ from helpers.convolution_cases import Case
 from helpers.tolerances import assert_close, assert_equal
 from torch import Tensor
 
+from sparse_adv.kernels.masked_conv2d_pack import pack
 from sparse_adv.ops import Pattern, set_kernels
 from sparse_adv.ops import masked_conv2d_cuda as cuda
 from sparse_adv.ops.masked_conv2d_pattern import block_pattern, unflatten
@@ -59,6 +60,18 @@ def test_packed_values_are_read_and_those_of_another_dtype_are_not():
         assert_equal(single[pass_], 2 * case.expected()[pass_])
         assert_close(half[pass_], case.expected()[pass_])
     assert len(twice.flatten()) == 7 and len(twice.without_values().flatten()) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # interpreted, a cast to bfloat16 does not round
+@pytest.mark.parametrize("of_weight", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["3x3", "1x1", "dilated groups"])
+def test_weights_are_packed_with_factors_of_their_channels(name, of_weight, dtype):
+    case = CASES[name]
+    pattern, weight = pattern_of(case), case.weight.to(of_weight)
+    scale = torch.randn(len(weight), generator=torch.Generator().manual_seed(0))
+    operands = pattern.blocks, pattern.block[:2], pattern.groups
+    expected = pack((weight * scale[:, None, None, None]).to(dtype), *operands, dtype)
+    assert torch.equal(pack(weight, *operands, dtype, scale), expected)
 
 
 def test_pruned_entries_are_not_read():
