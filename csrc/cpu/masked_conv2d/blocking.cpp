@@ -49,10 +49,10 @@ void Blocking::cut_into_pieces(int64_t piece) {
 
 // Cuts the rows into bands whose accumulators fill at most half of the L2 cache, and the channels into panels whose
 // input tile fills at most a third of it; the rest is for the weights and the images that stream through. Measured with
-// an L2 of 2 MB (docs/design/masked_conv2d.md): 64 channels at 32x32 took 14.6, 10.9, 9.9, 9.8 and 11.2 ms with 0.5,
-// 1, 1.5, 2 and 8 MB of scratch memory. Bands have equal heights: a last band of few rows would convert as many halo
-// rows as the others. A pass with several output phases (grad_input with a stride) has one panel, since its weights are
-// sorted by phase and not by panel.
+// an L2 of 2 MB (docs/design/masked_conv2d_history.md): 64 channels at 32x32 took 14.6, 10.9, 9.9, 9.8 and 11.2 ms with
+// 0.5, 1, 1.5, 2 and 8 MB of scratch memory. Bands have equal heights: a last band of few rows would convert as many
+// halo rows as the others. A pass with several output phases (grad_input with a stride) has one panel, since its
+// weights are sorted by phase and not by panel.
 void Blocking::cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row) {
   const int64_t vector_bytes = lanes * kFloat;
   const int64_t row_bytes = sizes.output_channels * acc_vectors_per_row * vector_bytes;

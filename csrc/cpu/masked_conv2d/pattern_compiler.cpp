@@ -51,9 +51,9 @@ int64_t choose_oc_block(int64_t mask_block, int64_t groups, int64_t group_out_ch
 //   around them;
 // - small enough that the part of the images that they read stays in the L1 cache: 16 to 64 channels for an oc_block of
 //   1, up to 256 for one of 2, and 64 to 256 for one of 4, which is computed for 4 vectors at a time instead of 16.
-// Measured at density 0.1 (docs/design/masked_conv2d.md): 256 channels at 8x8 take 7.5, 6.6, 7.3 and 8.7 ms with
-// ic_blocks of 8, 16, 32 and 64 channels and oc_block 1; 512 at 4x4 take 5.2, 4.5 and 4.3 ms with 16, 32 and 64 and
-// oc_block 4.
+// Measured at density 0.1 (docs/design/masked_conv2d_history.md): 256 channels at 8x8 take 7.5, 6.6, 7.3 and 8.7 ms
+// with ic_blocks of 8, 16, 32 and 64 channels and oc_block 1; 512 at 4x4 take 5.2, 4.5 and 4.3 ms with 16, 32 and 64
+// and oc_block 4.
 int64_t choose_ic_block(int64_t kept_weights, int64_t out_channels, int64_t group_in_channels, int64_t oc_block) {
   const double per_channel =
       static_cast<double>(kept_weights) / static_cast<double>(std::max<int64_t>(out_channels * group_in_channels, 1));
