@@ -131,12 +131,13 @@ int64_t Blocking::acc_size(int64_t channels) const {
   return channels * (width_vectorised() && !joins_rows() ? band_rows * row_vectors : acc_channel_pitch);
 }
 
-int64_t Blocking::tap_offset(int64_t tap, int64_t output_phase) const {
-  const auto filter_cols = static_cast<int64_t>(cols.taps.size());
-  const ConvAxis::Tap& row = rows.taps[tap / filter_cols];
-  const ConvAxis::Tap& col = cols.taps[tap % filter_cols];
-  if (row.output_phase != output_phase / cols.output_phases || col.output_phase != output_phase % cols.output_phases)
-    return -1;
+int64_t Blocking::output_phase(int64_t tap) const {
+  return row_tap(tap).output_phase * cols.output_phases + col_tap(tap).output_phase;
+}
+
+int64_t Blocking::tap_offset(int64_t tap) const {
+  const ConvAxis::Tap& row = row_tap(tap);
+  const ConvAxis::Tap& col = col_tap(tap);
   if (width_vectorised()) {
     const int64_t phase = row.source_phase * cols.source_phases + col.source_phase;
     return phase * phase_pitch * lanes + row.shift * row_stride() + row_lead - cols.pad / cols.source_phases +

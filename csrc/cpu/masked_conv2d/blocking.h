@@ -80,10 +80,12 @@ struct Blocking {
   // Floats that the input tile takes, where fits_int32().
   int64_t input_tile_size() const { return tile_floats<int64_t>(); }
   int64_t panel_channels(int64_t first_channel) const { return std::min(ic_panel, source_channels - first_channel); }
-  // The offset, in floats, from a position to what a tap reads; -1 if the tap belongs to another output phase.
-  int64_t tap_offset(int64_t tap, int64_t output_phase) const;
+  // The offset, in floats, from a position to what a tap reads.
+  int64_t tap_offset(int64_t tap) const;
+  // The output phase whose positions read by this tap.
+  int64_t output_phase(int64_t tap) const;
   // At unit stride, width-vectorised: the column that a tap reads, relative to the position.
-  int64_t column_offset(int64_t tap) const { return cols.taps[tap % std::ssize(cols.taps)].shift - cols.pad; }
+  int64_t column_offset(int64_t tap) const { return col_tap(tap).shift - cols.pad; }
   // The order in which the kernel may take the three taps of a filter row together; `any` if it may not.
   IndexOrder triple_order() const;
   // Whether the kernel may take column indices sorted by their column offset.
@@ -97,6 +99,8 @@ struct Blocking {
     const int64_t pitch = in_pieces() ? row_pitch : channel_pitch, count = in_pieces() ? band_rows : ic_panel;
     return static_cast<Number>(pitch) * static_cast<Number>(count * lanes) + static_cast<Number>(row_lead);
   }
+  const ConvAxis::Tap& row_tap(int64_t tap) const { return rows.taps[tap / std::ssize(cols.taps)]; }
+  const ConvAxis::Tap& col_tap(int64_t tap) const { return cols.taps[tap % std::ssize(cols.taps)]; }
   // Vectors that so many neighbouring floats take.
   int64_t vectors_of(int64_t floats) const { return (floats + lanes - 1) / lanes; }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 
 #include "common/errors.h"
 #include "cpu/masked_conv2d/col_indices_kernel.h"
@@ -97,10 +98,21 @@ bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, co
   return finite;
 }
 
+namespace {
+
+// A number for each tap of the filter.
+template <class NumberOf>
+std::vector<int32_t> for_each_tap(const Blocking& blocking, const NumberOf& number_of) {
+  std::vector<int32_t> numbers;
+  for (int64_t tap = 0; tap < std::ssize(blocking.rows.taps) * std::ssize(blocking.cols.taps); ++tap)
+    numbers.push_back(static_cast<int32_t>(number_of(tap)));
+  return numbers;
+}
+
+}  // namespace
+
 std::unique_ptr<int32_t[]> input_offsets(const BlockCsr& csr, const Blocking& blocking) {
-  std::vector<int32_t> tap_offset;
-  for (size_t tap = 0; tap < blocking.rows.taps.size() * blocking.cols.taps.size(); ++tap)
-    tap_offset.push_back(static_cast<int32_t>(blocking.tap_offset(static_cast<int64_t>(tap), 0)));
+  const std::vector<int32_t> tap_offset = for_each_tap(blocking, [&](int64_t tap) { return blocking.tap_offset(tap); });
   auto offsets = std::make_unique_for_overwrite<int32_t[]>(csr.nnz);
   const auto channel_pitch = static_cast<int32_t>(blocking.channel_pitch * blocking.lanes);
   // The channel's number within its panel: the size of a panel is a power of 2, unless it has all channels.
@@ -126,19 +138,36 @@ std::vector<int32_t> output_channels(const BlockCsr& csr) {
 
 ColumnOrder::ColumnOrder(const BlockCsr& csr, const Blocking& blocking)
     : column_splits(2 * csr.rows()), order(std::make_unique_for_overwrite<int32_t[]>(csr.nnz)) {
-  std::vector<int64_t> column_offset;
-  for (size_t tap = 0; tap < blocking.rows.taps.size() * blocking.cols.taps.size(); ++tap)
-    column_offset.push_back(blocking.column_offset(static_cast<int64_t>(tap)));
+  const std::vector<int32_t> column_offset =
+      for_each_tap(blocking, [&](int64_t tap) { return blocking.column_offset(tap); });
   parallel_for(0, csr.rows(), 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       int32_t next = csr.row_offsets[row];
-      for (const int64_t offset : {-1, 0, 1}) {
+      for (const int32_t offset : {-1, 0, 1}) {
         if (offset > -1) column_splits[2 * row + offset] = next - csr.row_offsets[row];
         for (int32_t i = csr.row_offsets[row]; i < csr.row_offsets[row + 1]; ++i)
           if (column_offset[csr.col_indices[i] & (kMaxTaps - 1)] == offset) order[i] = next++;
       }
     }
   });
+}
+
+PhaseOrder::PhaseOrder(const BlockCsr& csr, const Blocking& blocking)
+    : row_offsets(blocking.output_phases() * csr.rows() + 1),
+      order(std::make_unique_for_overwrite<int32_t[]>(csr.nnz)) {
+  const std::vector<int32_t> phase = for_each_tap(blocking, [&](int64_t tap) { return blocking.output_phase(tap); });
+  const int64_t rows = csr.rows();
+  // Calls visit(i, end) for each column index i, where `end` is that of its row and phase.
+  const auto for_each_index = [&](const auto& visit) {
+    parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for (int32_t i = csr.row_offsets[row]; i < csr.row_offsets[row + 1]; ++i)
+          visit(i, row_offsets[phase[csr.col_indices[i] & (kMaxTaps - 1)] * rows + row + 1]);
+    });
+  };
+  for_each_index([](int32_t, int32_t& count) { ++count; });
+  std::exclusive_scan(row_offsets.begin() + 1, row_offsets.end(), row_offsets.begin() + 1, 0);
+  for_each_index([&](int32_t i, int32_t& next) { order[i] = next++; });
 }
 
 IcBlockRange ic_blocks_of_panel(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel) {

@@ -39,7 +39,15 @@ struct ColumnOrder {
   ColumnOrder(const BlockCsr& csr, const Blocking& blocking);
 };
 
-// The column indices as offsets into the input tile, in floats; for passes with one output phase.
+// The column indices by the output phase of their tap, those of each phase row by row: phase p has a matrix of its own,
+// whose row offsets begin at row_offsets[p * rows].
+struct PhaseOrder {
+  std::vector<int32_t> row_offsets;  // [phases * rows + 1]
+  std::unique_ptr<int32_t[]> order;  // [nnz]: new index of column index i
+  PhaseOrder(const BlockCsr& csr, const Blocking& blocking);
+};
+
+// The column indices as offsets into the input tile, in floats.
 std::unique_ptr<int32_t[]> input_offsets(const BlockCsr& csr, const Blocking& blocking);
 
 // [oc_blocks * oc_block]: the output channel of each channel of each oc_block, -1 beyond the end of a group.

@@ -18,12 +18,12 @@ using torch::stable::Tensor;
 
 namespace {
 
-// The weights whose taps belong to one output phase, as the kernel reads them. `packed` points into the other members.
-struct PhaseWeights {
+// The weights of a pass as the kernel reads them, those of each output phase. `phases` points into the other members.
+struct PassWeights {
   std::vector<int32_t> row_offsets, column_splits;
   std::unique_ptr<int32_t[]> input_offsets;
   std::unique_ptr<float[]> values;
-  PackedWeights packed;
+  std::vector<PackedWeights> phases;
 };
 
 std::unique_ptr<float[]> pack_values(const SparseConv& conv) {
@@ -32,86 +32,52 @@ std::unique_ptr<float[]> pack_values(const SparseConv& conv) {
   return values;
 }
 
-void sort_by_column(const SparseConv& conv, PhaseWeights& phase) {
-  const BlockCsr& csr = conv.csr;
-  ColumnOrder columns(csr, conv.blocking);
+// Moves column index i, with its values, to order[i].
+void reorder(const BlockCsr& csr, const int32_t* order, const float* values, PassWeights& weights) {
   auto offsets = std::make_unique_for_overwrite<int32_t[]>(csr.nnz);
-  auto values = std::make_unique_for_overwrite<float[]>(csr.nnz);
+  auto ordered = std::make_unique_for_overwrite<float[]>(csr.nnz * csr.oc_block);
   parallel_for(0, csr.nnz, 32768, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      offsets[columns.order[i]] = phase.input_offsets[i];
-      values[columns.order[i]] = phase.packed.values[i];
+      offsets[order[i]] = weights.input_offsets[i];
+      for (int64_t j = 0; j < csr.oc_block; ++j) ordered[order[i] * csr.oc_block + j] = values[i * csr.oc_block + j];
     }
   });
-  phase.input_offsets = std::move(offsets);
-  phase.values = std::move(values);
-  phase.column_splits = std::move(columns.column_splits);
-  phase.packed.input_offsets = phase.input_offsets.get();
-  phase.packed.values = phase.values.get();
-  phase.packed.order = IndexOrder::by_column;
-  phase.packed.column_splits = phase.column_splits.data();
+  weights.input_offsets = std::move(offsets);
+  weights.values = std::move(ordered);
 }
 
-// For a pass with one output phase.
-void pack_all_weights(const SparseConv& conv, PhaseWeights& phase) {
+PassWeights pack_weights(const SparseConv& conv) {
   const BlockCsr& csr = conv.csr;
-  phase.input_offsets = input_offsets(csr, conv.blocking);
-  if (!csr.values) phase.values = pack_values(conv);
-  phase.packed = {.oc_block = csr.oc_block,
-                  .oc_blocks = csr.oc_blocks,
-                  .ic_blocks = csr.ic_blocks,
-                  .row_offsets = csr.row_offsets,
-                  .input_offsets = phase.input_offsets.get(),
-                  .values = csr.values ? csr.values : phase.values.get(),
-                  .order = csr.filter_row_triples ? conv.blocking.triple_order() : IndexOrder::any,
-                  .column_splits = nullptr};
-  if (!csr.filter_row_triples && conv.blocking.can_sort_by_column(csr.oc_block)) sort_by_column(conv, phase);
-}
-
-// For one of several output phases: selects the column indices whose taps belong to it. `values` are those of all.
-void pack_weights_of_phase(const SparseConv& conv, int64_t output_phase, const float* values, PhaseWeights& phase) {
-  const BlockCsr& csr = conv.csr;
-  const auto taps = static_cast<int64_t>(conv.weight.tap_offset.size());
-  std::vector<int64_t> tap_offset(taps);
-  for (int64_t tap = 0; tap < taps; ++tap) tap_offset[tap] = conv.blocking.tap_offset(tap, output_phase);
-  int64_t count = 0;
-  for (int64_t i = 0; i < csr.nnz; ++i) count += tap_offset[csr.col_indices[i] & (kMaxTaps - 1)] >= 0;
-  phase.input_offsets = std::make_unique_for_overwrite<int32_t[]>(count);
-  phase.values = std::make_unique_for_overwrite<float[]>(count * csr.oc_block);
-  int32_t next = 0;
-  phase.row_offsets.push_back(0);
-  for (int64_t row = 0; row < csr.rows(); ++row) {
-    for (int32_t i = csr.row_offsets[row]; i < csr.row_offsets[row + 1]; ++i) {
-      const int64_t offset = tap_offset[csr.col_indices[i] & (kMaxTaps - 1)];
-      if (offset < 0) continue;
-      const int64_t channel = csr.col_indices[i] >> kTapBits;
-      phase.input_offsets[next] =
-          static_cast<int32_t>(channel * conv.blocking.channel_pitch * conv.blocking.lanes + offset);
-      std::copy_n(values + i * csr.oc_block, csr.oc_block, phase.values.get() + next * csr.oc_block);
-      ++next;
-    }
-    phase.row_offsets.push_back(next);
+  const Blocking& blocking = conv.blocking;
+  PassWeights weights{.row_offsets = {},
+                      .column_splits = {},
+                      .input_offsets = input_offsets(csr, blocking),
+                      .values = csr.values ? nullptr : pack_values(conv),
+                      .phases = {}};
+  const float* values = csr.values ? csr.values : weights.values.get();
+  const int32_t* row_offsets = csr.row_offsets;
+  IndexOrder index_order = csr.filter_row_triples ? blocking.triple_order() : IndexOrder::any;
+  if (blocking.output_phases() > 1) {
+    PhaseOrder order(csr, blocking);
+    reorder(csr, order.order.get(), values, weights);
+    weights.row_offsets = std::move(order.row_offsets);
+    row_offsets = weights.row_offsets.data();
+  } else if (!csr.filter_row_triples && blocking.can_sort_by_column(csr.oc_block)) {
+    ColumnOrder order(csr, blocking);
+    reorder(csr, order.order.get(), values, weights);
+    weights.column_splits = std::move(order.column_splits);
+    index_order = IndexOrder::by_column;
   }
-  phase.packed = {.oc_block = csr.oc_block,
-                  .oc_blocks = csr.oc_blocks,
-                  .ic_blocks = csr.ic_blocks,
-                  .row_offsets = phase.row_offsets.data(),
-                  .input_offsets = phase.input_offsets.get(),
-                  .values = phase.values.get(),
-                  .order = IndexOrder::any,
-                  .column_splits = nullptr};
-}
-
-std::vector<PhaseWeights> pack_weights(const SparseConv& conv) {
-  std::vector<PhaseWeights> phases(conv.blocking.output_phases());
-  if (phases.size() == 1) {
-    pack_all_weights(conv, phases[0]);
-    return phases;
-  }
-  const std::unique_ptr<float[]> packed = conv.csr.values ? nullptr : pack_values(conv);
-  const float* values = conv.csr.values ? conv.csr.values : packed.get();
-  for (size_t i = 0; i < phases.size(); ++i) pack_weights_of_phase(conv, static_cast<int64_t>(i), values, phases[i]);
-  return phases;
+  for (int64_t phase = 0; phase < blocking.output_phases(); ++phase)
+    weights.phases.push_back({.oc_block = csr.oc_block,
+                              .oc_blocks = csr.oc_blocks,
+                              .ic_blocks = csr.ic_blocks,
+                              .row_offsets = row_offsets + phase * csr.rows(),
+                              .input_offsets = weights.input_offsets.get(),
+                              .values = weights.values ? weights.values.get() : csr.values,
+                              .order = index_order,
+                              .column_splits = weights.column_splits.empty() ? nullptr : weights.column_splits.data()});
+  return weights;
 }
 
 // The plane of accumulators of each output channel: the last oc_block of a group may extend beyond its last channel.
@@ -149,7 +115,7 @@ OcBlockRange oc_blocks_of_part(const BlockCsr& csr, int64_t parts, int64_t part)
 // Computes bands in the scratch memory of a thread, which holds the input tile followed by the accumulators.
 class BandComputer {
  public:
-  BandComputer(const SparseConv& conv, const std::vector<PhaseWeights>& phases, const std::vector<int32_t>& channel_of,
+  BandComputer(const SparseConv& conv, const std::vector<PackedWeights>& phases, const std::vector<int32_t>& channel_of,
                Tensor& output)
       : conv_(conv),
         blocking_(conv.blocking),
@@ -220,7 +186,7 @@ class BandComputer {
     for (int64_t phase = 0; phase < blocking_.output_phases(); ++phase)
       for_each_tile(band, [&](int64_t, int64_t, ConvTile tile) {
         tile.accumulators += phase * blocking_.acc_phase_pitch * blocking_.lanes;
-        SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[phase].packed, ic_blocks.first, ic_blocks.last, tile);
+        SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[phase], ic_blocks.first, ic_blocks.last, tile);
       });
   }
 
@@ -246,7 +212,7 @@ class BandComputer {
                               epilogue, at, is_padded ? at / gates.row_size * gates.row_bytes : (at - first_col) / 8)};
       tile.output = &region;
       const auto compute = [&] {
-        SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0].packed, ic_blocks.first, ic_blocks.last, tile);
+        SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0], ic_blocks.first, ic_blocks.last, tile);
       };
       if (blocking_.in_pieces() && is_gated && is_padded && ic_blocks.last == conv_.csr.ic_blocks)
         with_gates_of_piece(region, compute);
@@ -335,7 +301,7 @@ class BandComputer {
 
   const SparseConv& conv_;
   const Blocking& blocking_;
-  const std::vector<PhaseWeights>& phases_;
+  const std::vector<PackedWeights>& phases_;
   const std::vector<int32_t>& channel_of_;
   const std::vector<int32_t> plane_of_;
   Tensor& output_;
@@ -359,13 +325,13 @@ int64_t count_oc_parts(const BlockCsr& csr, int64_t threads) {
 }  // namespace
 
 void run_sparse_conv(const SparseConv& conv, Tensor& output) {
-  const std::vector<PhaseWeights> phases = pack_weights(conv);
+  const PassWeights weights = pack_weights(conv);
   const std::vector<int32_t> channel_of = output_channels(conv.csr);
   const int64_t threads = torch::stable::get_num_threads(), items = conv.blocking.work_items();
   const int64_t oc_parts = count_oc_parts(conv.csr, threads), whole = items / threads * threads;
   SharedItems whole_items(whole, threads), parts((items - whole) * oc_parts, threads);
   parallel_for(0, std::min(threads, items * oc_parts), 1, [&](int64_t thread, int64_t) {
-    BandComputer computer(conv, phases, channel_of, output);
+    BandComputer computer(conv, weights.phases, channel_of, output);
     whole_items.take(thread, [&](int64_t item) { computer.run(item, {.first = 0, .last = conv.csr.oc_blocks}); });
     parts.take(thread, [&](int64_t part) {
       computer.run(whole + part / oc_parts, oc_blocks_of_part(conv.csr, oc_parts, part % oc_parts));
