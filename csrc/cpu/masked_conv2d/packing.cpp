@@ -136,18 +136,23 @@ std::vector<int32_t> output_channels(const BlockCsr& csr) {
   return channels;
 }
 
+// Both orders count first and place afterwards, without a branch that depends on a column index: 15 ns per index with
+// one, 2 without.
 ColumnOrder::ColumnOrder(const BlockCsr& csr, const Blocking& blocking)
     : column_splits(2 * csr.rows()), order(std::make_unique_for_overwrite<int32_t[]>(csr.nnz)) {
-  const std::vector<int32_t> column_offset =
-      for_each_tap(blocking, [&](int64_t tap) { return blocking.column_offset(tap); });
+  const std::vector<int32_t> column =
+      for_each_tap(blocking, [&](int64_t tap) { return blocking.column_offset(tap) + 1; });
   parallel_for(0, csr.rows(), 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      int32_t next = csr.row_offsets[row];
-      for (const int32_t offset : {-1, 0, 1}) {
-        if (offset > -1) column_splits[2 * row + offset] = next - csr.row_offsets[row];
-        for (int32_t i = csr.row_offsets[row]; i < csr.row_offsets[row + 1]; ++i)
-          if (column_offset[csr.col_indices[i] & (kMaxTaps - 1)] == offset) order[i] = next++;
-      }
+      const int32_t first = csr.row_offsets[row], last = csr.row_offsets[row + 1];
+      const auto column_of = [&](int32_t i) { return column[csr.col_indices[i] & (kMaxTaps - 1)]; };
+      int32_t count[3] = {0, 0, 0};
+      for (int32_t i = first; i < last; ++i) ++count[column_of(i)];
+      const int32_t middle = count[0], right = middle + count[1];
+      column_splits[2 * row] = middle;
+      column_splits[2 * row + 1] = right;
+      int32_t next[3] = {first, first + middle, first + right};
+      for (int32_t i = first; i < last; ++i) order[i] = next[column_of(i)]++;
     }
   });
 }
