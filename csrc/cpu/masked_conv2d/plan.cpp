@@ -13,8 +13,11 @@ namespace {
 
 // Converting an element of input or output to the layout of the kernels and back: 14, 10 for grad_weight.
 constexpr double kPerElement = 14;
-// Checking, converting and packing one weight that the mask keeps, once per call.
-constexpr double kPerKeptWeight = 250;
+// Checking, converting and packing one weight that the mask keeps, once per call, which contains the sort by column;
+// with packed values, where none is gathered, it does not (480 timings at batch 1 to 8). And sorting a column index,
+// which stands for `oc_block` weights.
+double cost_per_kept_weight(bool packed) { return packed ? 40 : 250; }
+constexpr double kPerSortedIndex = 400;
 constexpr double kPerCall = 4e6;
 // The sparse kernel must be predicted to be faster by this factor. With it, the sparse kernel was chosen and more than
 // 5 % slower in 2, 4 and 0 of the 1,060 cases of the three passes; in 5 to 7 % of them a gain was missed, by 1.2x in
@@ -34,10 +37,10 @@ double cost_per_kept_mac(Pass pass, int64_t oc_block) {
 }
 
 // The dense pass, in addition to its multiply-adds: for an element of input and output, for a weight, kept or not,
-// which PyTorch reorders in each call, and for a call. The last two were fitted to 272 timings of each pass, of 1 x 1,
-// grouped and depthwise layers and small images on a Zen 4.
+// which PyTorch reorders in each call and which is masked before, unless the weights are packed, and for a call. The
+// last two were fitted to 272 timings of each pass, of 1 x 1, grouped and depthwise layers and small images on a Zen 4.
 double dense_cost_per_element(Pass pass) { return pass == Pass::forward ? 23 : pass == Pass::grad_input ? 40 : 10; }
-double dense_cost_per_weight(Pass pass) { return pass == Pass::grad_weight ? 160 : 90; }
+double dense_cost_per_weight(Pass pass, bool packed) { return pass == Pass::grad_weight ? 160 : packed ? 60 : 90; }
 constexpr double kDensePerCall = 4e6;
 
 // The multiply-adds of the dense pass of one image. The channels of small groups fill no vector, and oneDNN has kernels
@@ -55,12 +58,12 @@ bool sparse_is_faster(const Pattern& pattern, const ConvParams& conv, Pass pass,
   const auto pixels = static_cast<double>(conv.P * conv.Q);
   const auto elements = static_cast<double>(conv.C * conv.H * conv.W + conv.K * conv.P * conv.Q);
   const auto kept_weights = static_cast<double>(pattern.kept_weights);
-  // A strided grad_input also sorts the weights into output phases, on one thread.
-  const double packing = pass == Pass::grad_input && blocking.output_phases() > 1 ? 3 : 1;
+  const bool packed = pattern.weight_is_masked && pass != Pass::grad_weight;
+  const bool sorts = blocking.output_phases() > 1 || (packed && blocking.can_sort_by_column(oc_block));
+  const double packing = cost_per_kept_weight(packed) + (sorts ? kPerSortedIndex / static_cast<double>(oc_block) : 0);
   const double sparse =
       cost_per_kept_mac(pass, oc_block) * kept_weights * static_cast<double>(blocking.computed_positions()) +
-      kPerElement * elements * static_cast<double>(blocking.padded_batch()) + kPerKeptWeight * packing * kept_weights +
-      kPerCall;
+      kPerElement * elements * static_cast<double>(blocking.padded_batch()) + packing * kept_weights + kPerCall;
   // The timings above are without dilation. A dilation spreads the taps: each band fills a larger halo for them, while
   // the dense forward and grad_input skip those that read padding. 33x33 pixels, 256 to 128 channels, (4, 4) at 0.1 on
   // AVX2: sparse 10, 32 and 52 ms, dense 56, 35 and 18 ms with a dilation of 1, 12 and 24.
@@ -68,7 +71,7 @@ bool sparse_is_faster(const Pattern& pattern, const ConvParams& conv, Pass pass,
   const double halo = conv.is_dilated() ? kPerElement * blocking.filled_floats() : 0;
   const double macs = weights * pixels * (skips ? conv.share_inside() : 1);
   const double dense = batch * (dense_cost_of_macs(pass, conv, macs) + dense_cost_per_element(pass) * elements) +
-                       dense_cost_per_weight(pass) * weights + kDensePerCall;
+                       dense_cost_per_weight(pass, packed) * weights + kDensePerCall;
   return kMargin * (sparse + halo) < dense;
 }
 
