@@ -3,6 +3,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
+#include <bit>
+
+#include "common/errors.h"
 #include "common/layout.h"
 #include "cpu/pointwise.h"
 
@@ -31,9 +34,21 @@ Tensor call_tensor(const char* op, const char* overload, const Args&... args) {
 }
 
 // Selects and does not multiply, because NaN * 0 and infinity * 0 are NaN: whatever a pruned weight is, it counts as 0.
+// PyTorch's `where`, or a `?` here, branches at each element: 2 to 5 ns where no processor foresees the mask.
 Tensor zero_pruned(const Pattern& pattern, const Tensor& weight) {
-  Tensor zero = torch::stable::new_zeros(weight, {});
-  return call_tensor("aten::where", "self", pattern.mask, weight, zero);
+  if (weight.scalar_type() != ScalarType::Float || !weight.is_contiguous() || !pattern.mask.is_contiguous()) {
+    Tensor zero = torch::stable::new_zeros(weight, {});
+    return call_tensor("aten::where", "self", pattern.mask, weight, zero);
+  }
+  Tensor result = torch::stable::new_empty(weight, weight.sizes());
+  const bool* const kept = pattern.mask.const_data_ptr<bool>();
+  const float* const from = weight.const_data_ptr<float>();
+  float* const to = result.mutable_data_ptr<float>();
+  parallel_for(0, weight.numel(), 32768, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      to[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(from[i]) & (0u - uint32_t{kept[i]}));
+  });
+  return result;
 }
 
 Tensor masked(const Pattern& pattern, const Tensor& weight) {
