@@ -15,8 +15,8 @@ constexpr int64_t kFloat = sizeof(float);
 }  // namespace
 
 Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
-    : rows(std::move(rows_)),
-      cols(std::move(cols_)),
+    : rows(rows_),
+      cols(cols_),
       source_channels(sizes.source_channels),
       lanes(SPARSE_ADV_CHOOSE(lane_count)()),
       batch_(sizes.batch) {
@@ -26,6 +26,8 @@ Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
   else if (width_vectorised())
     lay_out_width(sizes);
   if (width_vectorised() && fits_int32()) return;
+  rows = std::move(rows_);  // they may have been cut into pieces
+  cols = std::move(cols_);
   take(choose_layout(rows, cols, sizes, lanes, false));
   lay_out_batch(sizes);
 }

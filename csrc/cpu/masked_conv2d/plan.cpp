@@ -100,6 +100,7 @@ Plan make_plan(const Pattern& pattern, const ConvParams& conv, Pass pass, torch:
   const int64_t oc_block = pass == Pass::grad_input ? pattern.grad_input_oc_block : pattern.forward_oc_block;
   if (requested != Kernel::sparse && !sparse_is_faster(pattern, conv, pass, oc_block, blocking)) return dense;
   if (gated) blocking = blocking_with(true);
+  if (!blocking.fits_int32()) return dense;  // the layout with a gate may need more memory than the one without
   return {.kernel = Kernel::sparse, .macs = positions * pattern.kept_weights, .blocking = std::move(blocking)};
 }
 
