@@ -10,10 +10,10 @@ namespace {
 // element that the largest offset reads. In triples, the indices read neighbouring columns, from right to left if
 // `reversed`; sorted by column, they read rows with zeros on both sides.
 struct WeightsAndInput {
-  static constexpr int64_t kOcBlocks = 3, kIcBlocks = 2, kRows = kOcBlocks * kIcBlocks;
+  static constexpr int64_t kOcBlocks = 3, kIcBlocks = 2, kRows = kOcBlocks * kIcBlocks, kFilterRows = 3;
   int64_t lanes, oc_block, row_pitch, reach, channels = kOcBlocks * oc_block;
   IndexOrder order;
-  std::vector<int32_t> row_offsets{0}, input_offsets, column_splits;
+  std::vector<int32_t> row_offsets{0}, input_offsets, column_splits, filter_row_starts;
   std::vector<float> values, input;
 
   WeightsAndInput(const Kernels& kernels, int64_t oc_block_, int cols, IndexOrder order_ = IndexOrder::any,
@@ -27,6 +27,10 @@ struct WeightsAndInput {
       fill_by_column(cols);
     else
       fill_any_or_triples(reversed);
+    for (int64_t row = 0; row < kRows; ++row) {
+      const int32_t count = row_offsets[row + 1] - row_offsets[row];
+      for (int32_t r = 0; r <= kFilterRows; ++r) filter_row_starts.push_back(count * r / kFilterRows);
+    }
   }
 
   PackedWeights packed() const {
@@ -37,7 +41,9 @@ struct WeightsAndInput {
             .input_offsets = input_offsets.data(),
             .values = values.data(),
             .order = order,
-            .column_splits = column_splits.data()};
+            .column_splits = column_splits.data(),
+            .filter_row_starts = filter_row_starts.data(),
+            .filter_rows = kFilterRows};
   }
 
   // What column index i reads at element `at` of the tile.
@@ -45,11 +51,12 @@ struct WeightsAndInput {
     return input[input_offsets[i] + at / (cols * lanes) * row_pitch + at % (cols * lanes)];
   }
 
-  double sum(int64_t channel, int64_t at, int cols) const {
+  double sum(int64_t channel, int64_t at, int cols, FilterRows inside = {.first = 0, .last = kFilterRows}) const {
     double sum = 0;
     for (int64_t ic_block = 0; ic_block < kIcBlocks; ++ic_block) {
       const int64_t row = ic_block * kOcBlocks + channel / oc_block;
-      for (int32_t i = row_offsets[row]; i < row_offsets[row + 1]; ++i)
+      const int32_t* const starts = filter_row_starts.data() + row * (kFilterRows + 1);
+      for (int32_t i = row_offsets[row] + starts[inside.first]; i < row_offsets[row] + starts[inside.last]; ++i)
         sum += static_cast<double>(values[i * oc_block + channel % oc_block]) * source(i, at, cols);
     }
     return sum;
@@ -93,7 +100,9 @@ struct WeightsAndInput {
 
 }  // namespace
 
-static bool check_accumulators(const Kernels& kernels, const WeightsAndInput& weights, int cols) {
+// `filter_rows` has one for each vector, or is null: the tile leaves out the others.
+static bool check_accumulators(const Kernels& kernels, const WeightsAndInput& weights, int cols,
+                               const FilterRows* filter_rows = nullptr) {
   const int64_t lanes = kernels.lanes, row_pitch = (cols + 1) * lanes, plane = kTileVectors / cols * row_pitch;
   std::vector<float> accumulators((weights.channels - 1) * plane + plane - lanes, kUntouched);
   // The first oc_block by itself, then the others.
@@ -110,12 +119,16 @@ static bool check_accumulators(const Kernels& kernels, const WeightsAndInput& we
                          .acc_channel_pitch = plane,
                          .output = nullptr,
                          .first_oc_block = first,
-                         .last_oc_block = first == 0 ? 1 : WeightsAndInput::kOcBlocks});
+                         .last_oc_block = first == 0 ? 1 : WeightsAndInput::kOcBlocks,
+                         .filter_rows = filter_rows});
 
   std::vector<double> expected(accumulators.size(), kUntouched);
   for (int64_t k = 0; k < weights.channels; ++k)
-    for (int64_t at = 0; at < kTileVectors * lanes; ++at)
-      expected[k * plane + at / (cols * lanes) * row_pitch + at % (cols * lanes)] = weights.sum(k, at, cols);
+    for (int64_t at = 0; at < kTileVectors * lanes; ++at) {
+      const int64_t row = at / (cols * lanes);
+      expected[k * plane + row * row_pitch + at % (cols * lanes)] =
+          filter_rows ? weights.sum(k, at, cols, filter_rows[row]) : weights.sum(k, at, cols);
+    }
   return equal(accumulators, expected);
 }
 
@@ -168,6 +181,8 @@ static bool check_output(const Kernels& kernels, const WeightsAndInput& weights,
 
 bool check_conv_tile(const Kernels& kernels) {
   bool good = true;
+  std::vector<FilterRows> filter_rows{{.first = 1, .last = 3}, {.first = 0, .last = 2}, {.first = 0, .last = 0}};
+  filter_rows.resize(kTileVectors, {.first = 0, .last = 3});
   for (int cols : {16, 8, 4, 2, 1}) {
     std::vector<WeightsAndInput> cases;
     for (int64_t oc_block : {1, 2, 4}) cases.emplace_back(kernels, oc_block, cols);
@@ -176,6 +191,8 @@ bool check_conv_tile(const Kernels& kernels) {
     cases.emplace_back(kernels, 1, cols, IndexOrder::by_column);
     for (const WeightsAndInput& weights : cases) {
       good &= check_accumulators(kernels, weights, cols);
+      if (weights.oc_block > 1 && kernels.part_of_tile(cols, weights.oc_block).rows == 1)
+        good &= check_accumulators(kernels, weights, cols, filter_rows.data());
       for (Activation activation : kActivations) good &= check_output(kernels, weights, cols, activation);
     }
   }
@@ -242,7 +259,24 @@ bool check_col_indices(const Kernels& kernels) {
   good &= kernels.col_indices_in_triples(triples.data(), 9) && !kernels.col_indices_in_triples(triples.data(), 8) &&
           !kernels.col_indices_in_triples(triples.data() + 1, 6);
   std::swap(triples[7], triples[8]);
-  return good && !kernels.col_indices_in_triples(triples.data(), 9);
+  good &= !kernels.col_indices_in_triples(triples.data(), 9);
+
+  // Rows of 37, 0 and 1 column indices; filter rows of 2 taps, the last of which has none.
+  std::ranges::sort(indices, {}, [](int32_t index) { return (index & (kMaxTaps - 1)) / 2; });
+  indices.push_back(2 << kTapBits | 3);
+  const std::vector<int32_t> row_offsets{0, 37, 37, 38};
+  std::vector<int32_t> starts(3 * 7, -1);
+  const auto find = [&](int64_t first, int64_t last) {
+    return kernels.find_filter_rows(indices.data(), row_offsets.data(), first, last, 6, 2, starts.data());
+  };
+  good &= find(0, 2) && starts[14] == -1 && find(2, 3);
+  for (int64_t row = 0; row < 3; ++row)
+    for (int64_t r = 0; r <= 6; ++r)
+      good &= starts[row * 7 + r] == std::count_if(indices.begin() + row_offsets[row],
+                                                   indices.begin() + row_offsets[row + 1],
+                                                   [&](int32_t index) { return (index & (kMaxTaps - 1)) / 2 < r; });
+  std::swap(indices[0], indices[36]);
+  return good && !find(0, 3);
 }
 
 }  // namespace sparse_adv

@@ -90,6 +90,10 @@ struct Blocking {
   IndexOrder triple_order() const;
   // Whether the kernel may take column indices sorted by their column offset.
   bool can_sort_by_column(int64_t oc_block) const;
+  // The filter rows that read pixels, not padding, at a row of positions; for passes with one output phase.
+  FilterRows filter_rows_inside(int64_t position) const;
+  // Whether to leave out filter rows that read padding: where the kernel can, and gains by it.
+  bool should_skip_padding(int64_t oc_block, int64_t indices_per_row) const;
   // Whether offsets into the input tile fit. In double: with large padding and dilation the size overflows int64.
   bool fits_int32() const { return tile_floats<double>() < static_cast<double>(int64_t{1} << 31); }
 

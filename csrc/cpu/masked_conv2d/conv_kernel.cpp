@@ -241,12 +241,20 @@ static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_
           weights.column_splits ? weights.column_splits + 2 * (ic_block * weights.oc_blocks + i) : nullptr;
       for (int j = 0; results && j < Order::kOcBlock; ++j)
         prefetch_output(*tile.output, tile.output->channel_of[i * Order::kOcBlock + j], TILE_COLS * kLanes);
+      const int32_t* const starts =
+          kPart.rows == 1 && tile.filter_rows
+              ? weights.filter_row_starts + (ic_block * weights.oc_blocks + i) * (weights.filter_rows + 1)
+              : nullptr;
       // All parts of the tile for one row of the matrix, so that the row stays in the L1 cache: 4.5 -> 4.3 ms for 512
       // channels at 4x4 with an oc_block of 4.
-      for (int row = 0; row < rows; row += kPart.rows)
+      for (int row = 0; row < rows; row += kPart.rows) {
+        const int begin = starts ? starts[tile.filter_rows[row].first] : 0;
+        const int end = starts ? starts[tile.filter_rows[row].last] : count;
         for (int col = 0; col < cols; col += kPart.cols)
-          accumulate<Order, kPart.rows, kPart.cols>(tile, row, col, i, offsets, values, count, column_splits,
-                                                    ic_block == 0, results);
+          accumulate<Order, kPart.rows, kPart.cols>(tile, row, col, i, offsets + begin,
+                                                    values + static_cast<int64_t>(begin) * Order::kOcBlock, end - begin,
+                                                    column_splits, ic_block == 0, results);
+      }
       for (int j = 0; results && j < Order::kOcBlock; ++j)
         write(*tile.output, tile.output->channel_of[i * Order::kOcBlock + j], room + j * kTileVectors * kLanes,
               TILE_COLS * kLanes);

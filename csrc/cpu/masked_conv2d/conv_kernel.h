@@ -23,6 +23,16 @@ struct PackedWeights {
   const float* values;           // [nnz, oc_block]
   IndexOrder order;
   const int32_t* column_splits;  // by_column: of each row, where column offsets 0 and +1 begin, from the row's start
+  // Null, or [rows of the matrix, filter_rows + 1]: where the column indices of each filter row begin, from the row's
+  // start.
+  const int32_t* filter_row_starts = nullptr;
+  int64_t filter_rows = 0;
+};
+
+// The filter rows of which a row of positions reads pixels, from the first to the one before the last: at the top and
+// at the bottom of an image the others read padding.
+struct FilterRows {
+  int32_t first, last;
 };
 
 constexpr int kTileVectors = 16;  // computed together, on every instruction set
@@ -46,8 +56,9 @@ struct ConvTile {
   int64_t input_row_pitch;
   float* accumulators;  // at the tile's first vector, a plane per output channel
   int64_t acc_row_pitch, acc_channel_pitch;
-  const OutputRegion* output;             // null: the results stay in the accumulators
-  int64_t first_oc_block, last_oc_block;  // those that are computed, from the first to the one before the last
+  const OutputRegion* output;               // null: the results stay in the accumulators
+  int64_t first_oc_block, last_oc_block;    // those that are computed, from the first to the one before the last
+  const FilterRows* filter_rows = nullptr;  // of each row inside, with filter_row_starts: others may be left out
 };
 
 // The kernel computes a tile in parts of this size, and leaves out the parts that lie beyond the end of the images. So

@@ -125,6 +125,19 @@ std::unique_ptr<int32_t[]> input_offsets(const BlockCsr& csr, const Blocking& bl
   return offsets;
 }
 
+std::vector<int32_t> filter_row_starts(const BlockCsr& csr, const Blocking& blocking) {
+  const int64_t filter_rows = std::ssize(blocking.rows.taps), filter_cols = std::ssize(blocking.cols.taps);
+  std::vector<int32_t> starts(csr.rows() * (filter_rows + 1));
+  std::atomic<bool> sorted = true;
+  parallel_for(0, csr.rows(), 512, [&](int64_t begin, int64_t end) {
+    if (!SPARSE_ADV_CHOOSE(find_filter_rows)(csr.col_indices, csr.row_offsets, begin, end, filter_rows, filter_cols,
+                                             starts.data()))
+      sorted.store(false, std::memory_order_relaxed);
+  });
+  if (!sorted) starts.clear();
+  return starts;
+}
+
 std::vector<int32_t> output_channels(const BlockCsr& csr) {
   const int64_t padded = csr.oc_blocks / csr.groups * csr.oc_block;  // channels per group
   std::vector<int32_t> channels;

@@ -50,6 +50,9 @@ struct PhaseOrder {
 // The column indices as offsets into the input tile, in floats.
 std::unique_ptr<int32_t[]> input_offsets(const BlockCsr& csr, const Blocking& blocking);
 
+// PackedWeights::filter_row_starts; empty if the column indices are not sorted by filter row.
+std::vector<int32_t> filter_row_starts(const BlockCsr& csr, const Blocking& blocking);
+
 // [oc_blocks * oc_block]: the output channel of each channel of each oc_block, -1 beyond the end of a group.
 std::vector<int32_t> output_channels(const BlockCsr& csr);
 

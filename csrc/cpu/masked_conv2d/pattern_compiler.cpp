@@ -64,17 +64,22 @@ int64_t choose_ic_block(int64_t kept_weights, int64_t out_channels, int64_t grou
   return ic_block;
 }
 
+struct FilterSize {
+  int64_t rows, cols;
+};
+
 // A weight as a pass uses it.
 struct PassWeight {
   int64_t out_channel, in_channel;  // that the pass writes and reads, each numbered within its group
   int32_t col_index;
 };
 
-// Sorts the weights kept by the mask into the rows of a pass, by counting. `weight_of(k, index)` describes the weight
-// of output channel k at column index `index` of `mask`. "out" and "in" are what the pass writes and reads.
+// Sorts the weights kept by the mask into the rows of a pass, and there by filter row, by counting. `weight_of(k,
+// index)` describes the weight of output channel k at column index `index` of `mask`. "out" and "in" are what the pass
+// writes and reads.
 template <class WeightOf>
-CsrArrays build_csr(const MaskCsr& mask, int64_t groups, int64_t group_out_channels, int64_t group_in_channels,
-                    int64_t oc_block, WeightOf weight_of) {
+CsrArrays build_csr(const MaskCsr& mask, FilterSize filter, int64_t groups, int64_t group_out_channels,
+                    int64_t group_in_channels, int64_t oc_block, WeightOf weight_of) {
   const auto kept_weights = static_cast<int64_t>(mask.col_indices.size());
   const auto mask_rows = static_cast<int64_t>(mask.row_offsets.size()) - 1;
   CsrArrays csr{.oc_block = oc_block,
@@ -85,6 +90,10 @@ CsrArrays build_csr(const MaskCsr& mask, int64_t groups, int64_t group_out_chann
   const int64_t ic_blocks = (group_in_channels + csr.ic_block - 1) / csr.ic_block;
   const int oc_bits = std::countr_zero(static_cast<uint64_t>(oc_block));
   const int ic_bits = std::countr_zero(static_cast<uint64_t>(csr.ic_block));
+  // The kernels need the order of filter rows only with an oc_block of 2 or 4 (Blocking::should_skip_padding).
+  const int64_t places = oc_block > 1 ? filter.rows : 1;
+  std::vector<int64_t> place_of(filter.rows * filter.cols);  // a table: a division for each weight would take longer
+  for (int64_t tap = 0; oc_block > 1 && tap < std::ssize(place_of); ++tap) place_of[tap] = tap / filter.cols;
   auto for_each_index = [&](auto visit) {
     for (int64_t k = 0; k < mask_rows; ++k) {
       const int64_t group = k / (mask_rows / groups);
@@ -92,16 +101,18 @@ CsrArrays build_csr(const MaskCsr& mask, int64_t groups, int64_t group_out_chann
         const PassWeight weight = weight_of(k, mask.col_indices[i]);
         if (weight.out_channel & (oc_block - 1)) continue;  // the first channel stands for the whole oc_block
         const int64_t oc_number = group * group_oc_blocks + (weight.out_channel >> oc_bits);
-        visit((weight.in_channel >> ic_bits) * group_oc_blocks * groups + oc_number, weight.col_index);
+        const int64_t row = (weight.in_channel >> ic_bits) * group_oc_blocks * groups + oc_number;
+        visit(row * places + place_of[weight.col_index & (kMaxTaps - 1)], weight.col_index);
       }
     }
   };
-  csr.row_offsets.assign(ic_blocks * group_oc_blocks * groups + 1, 0);
-  for_each_index([&](int64_t row, int32_t) { ++csr.row_offsets[row + 1]; });
-  for (size_t i = 1; i < csr.row_offsets.size(); ++i) csr.row_offsets[i] += csr.row_offsets[i - 1];
+  const int64_t rows = ic_blocks * group_oc_blocks * groups;
+  std::vector<int32_t> next(rows * places + 1);
+  for_each_index([&](int64_t at, int32_t) { ++next[at + 1]; });
+  for (size_t i = 1; i < next.size(); ++i) next[i] += next[i - 1];
+  for (int64_t row = 0; row <= rows; ++row) csr.row_offsets.push_back(next[row * places]);
   csr.col_indices.resize(csr.row_offsets.back());
-  std::vector<int32_t> next(csr.row_offsets.begin(), csr.row_offsets.end() - 1);
-  for_each_index([&](int64_t row, int32_t col_index) { csr.col_indices[next[row]++] = col_index; });
+  for_each_index([&](int64_t at, int32_t col_index) { csr.col_indices[next[at]++] = col_index; });
   return csr;
 }
 
@@ -118,16 +129,17 @@ CompiledMask compile_mask(const uint8_t* mask, const std::array<int64_t, 4>& siz
   const int64_t group_out = out_channels / groups;
   const MaskCsr mask_csr(mask, out_channels, in_channels, taps);
   CompiledMask compiled{};
-  compiled.forward = build_csr(mask_csr, groups, group_out, in_channels, choose_oc_block(block[0], groups, group_out),
-                               [&](int64_t k, int32_t index) -> PassWeight {
-                                 const int64_t first_channel =
-                                     k / group_out * in_channels;  // of the group, in the images
-                                 return {.out_channel = k % group_out,
-                                         .in_channel = index >> kTapBits,
-                                         .col_index = static_cast<int32_t>(index + (first_channel << kTapBits))};
-                               });
+  const FilterSize filter{.rows = sizes[2], .cols = sizes[3]};
+  compiled.forward =
+      build_csr(mask_csr, filter, groups, group_out, in_channels, choose_oc_block(block[0], groups, group_out),
+                [&](int64_t k, int32_t index) -> PassWeight {
+                  const int64_t first_channel = k / group_out * in_channels;  // of the group, in the images
+                  return {.out_channel = k % group_out,
+                          .in_channel = index >> kTapBits,
+                          .col_index = static_cast<int32_t>(index + (first_channel << kTapBits))};
+                });
   compiled.grad_input =
-      build_csr(mask_csr, groups, in_channels, group_out, choose_oc_block(block[1], groups, in_channels),
+      build_csr(mask_csr, filter, groups, in_channels, group_out, choose_oc_block(block[1], groups, in_channels),
                 [&](int64_t k, int32_t index) -> PassWeight {
                   const auto tap = static_cast<int32_t>(index & (kMaxTaps - 1));
                   return {.out_channel = index >> kTapBits,

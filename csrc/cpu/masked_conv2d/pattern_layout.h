@@ -15,7 +15,8 @@
 //
 // The channels that the pass reads are cut into blocks of `ic_block` consecutive channels, so that the part of the
 // images that one block reads stays in the L1 cache. Row number = ic_block number * oc_blocks + oc_block number: the
-// matrix has a row for each pair of these blocks. The column indices of a row ascend.
+// matrix has a row for each pair of these blocks. The column indices of a row ascend if oc_block is 1.
+// Otherwise they are sorted by filter row first, so that the kernel can leave out those that read padding.
 #pragma once
 
 #include <cstdint>

@@ -20,7 +20,7 @@ namespace {
 
 // The weights of a pass as the kernel reads them, those of each output phase. `phases` points into the other members.
 struct PassWeights {
-  std::vector<int32_t> row_offsets, column_splits;
+  std::vector<int32_t> row_offsets, column_splits, filter_row_starts;
   std::unique_ptr<int32_t[]> input_offsets;
   std::unique_ptr<float[]> values;
   std::vector<PackedWeights> phases;
@@ -51,6 +51,7 @@ PassWeights pack_weights(const SparseConv& conv) {
   const Blocking& blocking = conv.blocking;
   PassWeights weights{.row_offsets = {},
                       .column_splits = {},
+                      .filter_row_starts = {},
                       .input_offsets = input_offsets(csr, blocking),
                       .values = csr.values ? nullptr : pack_values(conv),
                       .phases = {}};
@@ -67,16 +68,22 @@ PassWeights pack_weights(const SparseConv& conv) {
     reorder(csr, order.order.get(), values, weights);
     weights.column_splits = std::move(order.column_splits);
     index_order = IndexOrder::by_column;
+  } else if (index_order == IndexOrder::any &&
+             blocking.should_skip_padding(csr.oc_block, csr.nnz / std::max<int64_t>(csr.rows(), 1))) {
+    weights.filter_row_starts = filter_row_starts(csr, blocking);
   }
   for (int64_t phase = 0; phase < blocking.output_phases(); ++phase)
-    weights.phases.push_back({.oc_block = csr.oc_block,
-                              .oc_blocks = csr.oc_blocks,
-                              .ic_blocks = csr.ic_blocks,
-                              .row_offsets = row_offsets + phase * csr.rows(),
-                              .input_offsets = weights.input_offsets.get(),
-                              .values = weights.values ? weights.values.get() : csr.values,
-                              .order = index_order,
-                              .column_splits = weights.column_splits.empty() ? nullptr : weights.column_splits.data()});
+    weights.phases.push_back(
+        {.oc_block = csr.oc_block,
+         .oc_blocks = csr.oc_blocks,
+         .ic_blocks = csr.ic_blocks,
+         .row_offsets = row_offsets + phase * csr.rows(),
+         .input_offsets = weights.input_offsets.get(),
+         .values = weights.values ? weights.values.get() : csr.values,
+         .order = index_order,
+         .column_splits = weights.column_splits.empty() ? nullptr : weights.column_splits.data(),
+         .filter_row_starts = weights.filter_row_starts.empty() ? nullptr : weights.filter_row_starts.data(),
+         .filter_rows = std::ssize(blocking.rows.taps)});
   return weights;
 }
 
@@ -140,6 +147,9 @@ class BandComputer {
     const Epilogue<float> epilogue =
         starting_at(conv_.epilogue, at, at / output.image_size * conv_.epilogue.gate_layout.image_bytes);
     loader_.start_band(band, images_of(conv_.source, blocking_, work_item));
+    filter_rows_.clear();
+    for (int64_t row = 0; phases_[0].filter_row_starts && row < blocking_.rows_in_band(band); ++row)
+      filter_rows_.push_back(blocking_.filter_rows_inside(band * blocking_.band_rows + row));
     for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_panel) {
       loader_.fill(channel, input_tile_);
       if (blocking_.width_vectorised() && !blocking_.joins_rows())
@@ -176,7 +186,8 @@ class BandComputer {
                        .acc_channel_pitch = blocking_.acc_channel_pitch * lanes,
                        .output = nullptr,
                        .first_oc_block = oc_blocks_.first,
-                       .last_oc_block = oc_blocks_.last});
+                       .last_oc_block = oc_blocks_.last,
+                       .filter_rows = filter_rows_.empty() ? nullptr : filter_rows_.data() + row});
     }
   }
 
@@ -310,6 +321,7 @@ class BandComputer {
   float* const accumulators_;
   InputTileLoader loader_;
   OcBlockRange oc_blocks_{};
+  std::vector<FilterRows> filter_rows_;
   std::vector<int32_t> positions_;
   std::vector<uint8_t> piece_gates_;
 };
