@@ -129,7 +129,7 @@ def test_small_images_and_depthwise_layers_take_the_sparse_kernels(channels, out
 
 def test_the_layout_of_the_input_counts():
     """Wide NCHW images are read without a transposition, channels_last ones are not: one layer, two kernels."""
-    case = Case(batch=4, group_in=32, group_out=32, image=(14, 14), density=0.1)
+    case = Case(batch=1, group_in=16, group_out=16, image=(28, 28), density=0.1)
     pattern = case.pattern()
     kernels = {
         layout: plan_of(case, pattern, LAYOUTS[layout](case.input))["forward"][0]
