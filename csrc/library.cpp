@@ -43,9 +43,11 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "winograd_conv2d_out(Tensor input, Tensor weight, SymInt[2] padding, Tensor? bias, Tensor? residual, bool relu, "
       "Tensor? gate, Tensor(a!) out, Tensor(b!)? gate_out) -> ()");
+  // With masked weights: the live filters alone, transformed, in the order of the matrix (row_offsets, channels).
   m.def(
       "masked_winograd_conv2d_weight(Tensor weight, Tensor mask, Tensor row_offsets, Tensor channels, int oc_block, "
       "bool transposed) -> Tensor");
+  // out = act(conv2d(input, those weights) + bias + residual) with tiles of 4 x 4 pixels, act = relu, gate or nothing.
   m.def(
       "masked_winograd_conv2d_out(Tensor input, Tensor row_offsets, Tensor channels, Tensor values, SymInt[2] padding, "
       "Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) out, Tensor(b!)? gate_out) -> ()");

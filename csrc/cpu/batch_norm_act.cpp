@@ -13,6 +13,7 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/rounding.h"
 #include "common/tensor_checks.h"
 #include "cpu/batch_norm_act_kernel.h"
 #include "cpu/epilogue_tensors.h"
@@ -44,7 +45,7 @@ void in_two_passes(const BatchNormSums<T>& operands, int64_t images, int64_t pix
   };
   if (operands.runs.channels_last) {
     const auto sums = SPARSE_ADV_CHOOSE(batch_norm_pixel_sums<T>);
-    const int64_t all = images * pixels, pieces = (all + kPixels - 1) / kPixels;
+    const int64_t all = images * pixels, pieces = divide_up(all, kPixels);
     std::vector<T> scratch(2 * channels);
     if (shift) {
       const int64_t count = std::min(all, kFirstPixels);
@@ -73,8 +74,8 @@ void in_two_passes(const BatchNormSums<T>& operands, int64_t images, int64_t pix
   } else {
     const auto sums = SPARSE_ADV_CHOOSE(batch_norm_channel_sums<T>);
     const int64_t bytes = pixels * static_cast<int64_t>(sizeof(T));
-    const int64_t together = std::clamp<int64_t>((kBytesInRow + bytes - 1) / bytes, 1, kChannelsTogether);
-    const int64_t groups = (channels + together - 1) / together;
+    const int64_t together = std::clamp<int64_t>(divide_up(kBytesInRow, bytes), 1, kChannelsTogether);
+    const int64_t groups = divide_up(channels, together);
     const int64_t grain = std::max<int64_t>(1, kGrain / (together * images * pixels));
     parallel_for(0, groups, grain, [&](int64_t group, int64_t last_group) {
       for (; group < last_group; ++group) {

@@ -5,8 +5,8 @@
 
 namespace sparse_adv {
 
-// NCHW, a run has the pixels of one channel of an image, and channels_last, or if an image is one pixel, the channels
-// of one pixel.
+// In NCHW a run has the pixels of one channel of an image. In channels_last, and where an image is one pixel, it has
+// the channels of one pixel.
 struct Runs {
   int64_t channels;
   bool channels_last;

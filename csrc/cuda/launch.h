@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "common/errors.h"
+#include "common/rounding.h"
 
 namespace sparse_adv {
 
@@ -24,7 +25,7 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
 
 // The number of blocks that have at least `threads` threads together.
 inline unsigned blocks_for(int64_t threads) {
-  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  const int64_t blocks = divide_up(threads, kThreads);
   check(blocks <= INT32_MAX, "a batch of ", threads, " threads is too large for one launch");
   return static_cast<unsigned>(blocks);
 }

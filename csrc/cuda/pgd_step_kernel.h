@@ -1,6 +1,8 @@
 // The PGD step on dense memory, the work of one thread. adv, grad, clean and out have the same layout; out may be adv.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/vectors.h"
 
 namespace sparse_adv {

@@ -43,7 +43,7 @@ void Blocking::take(const LayoutChoice& choice) {
 }
 
 void Blocking::cut_into_pieces(int64_t piece) {
-  const int64_t pixels = rows.positions * cols.positions, pieces = (pixels + piece - 1) / piece;
+  const int64_t pixels = rows.positions * cols.positions, pieces = divide_up(pixels, piece);
   last_piece = pixels - (pieces - 1) * piece;
   rows.source_size = rows.output_size = rows.positions = pieces;
   cols.source_size = cols.output_size = cols.positions = piece;
@@ -59,9 +59,9 @@ void Blocking::cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_
   const int64_t vector_bytes = lanes * kFloat;
   const int64_t row_bytes = sizes.output_channels * acc_vectors_per_row * vector_bytes;
   const int64_t rows_that_fit = std::max<int64_t>(l2_bytes() / 2 / row_bytes, tile_rows) / tile_rows * tile_rows;
-  bands = (rows.positions + rows_that_fit - 1) / rows_that_fit;
-  band_rows = round_up((rows.positions + bands - 1) / bands, tile_rows);
-  bands = (rows.positions + band_rows - 1) / band_rows;
+  bands = divide_up(rows.positions, rows_that_fit);
+  band_rows = round_up(divide_up(rows.positions, bands), tile_rows);
+  bands = divide_up(rows.positions, band_rows);
   channel_pitch = rows.source_phases * (band_rows + rows.max_shift) * row_pitch;
   ic_panel = source_channels;
   if (sizes.ic_block > 0 && output_phases() == 1) {

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/rounding.h"
 #include "cpu/masked_conv2d/conv_geometry.h"
 #include "cpu/masked_conv2d/conv_kernel.h"
 #include "cpu/masked_conv2d/conv_params.h"
@@ -106,10 +107,10 @@ struct Blocking {
   const ConvAxis::Tap& row_tap(int64_t tap) const { return rows.taps[tap / std::ssize(cols.taps)]; }
   const ConvAxis::Tap& col_tap(int64_t tap) const { return cols.taps[tap % std::ssize(cols.taps)]; }
   // Vectors that so many neighbouring floats take.
-  int64_t vectors_of(int64_t floats) const { return (floats + lanes - 1) / lanes; }
+  int64_t vectors_of(int64_t floats) const { return divide_up(floats, lanes); }
 
   int64_t batch_;
-  int64_t batch_blocks() const { return (batch_ + batch_block - 1) / batch_block; }
+  int64_t batch_blocks() const { return divide_up(batch_, batch_block); }
   void take(const LayoutChoice& choice);
   void cut_into_pieces(int64_t piece);
   void cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row);

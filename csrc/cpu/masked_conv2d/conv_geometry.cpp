@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "common/rounding.h"
+
 namespace sparse_adv {
 
 ConvAxis ConvAxis::forward(int64_t source, int64_t output, int64_t filter, int64_t stride, int64_t padding,
@@ -28,7 +30,7 @@ ConvAxis ConvAxis::grad_input(int64_t source, int64_t output, int64_t filter, in
                 .output_size = output,
                 .source_phases = 1,
                 .output_phases = stride,
-                .positions = (output + stride - 1) / stride,
+                .positions = divide_up(output, stride),
                 .pad = 0,
                 .taps = {},
                 .max_shift = 0};

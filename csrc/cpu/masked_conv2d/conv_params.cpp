@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/errors.h"
+#include "common/rounding.h"
 #include "common/tensor_checks.h"
 
 namespace sparse_adv {
@@ -18,7 +19,7 @@ bool every_window_reads(int64_t pixels, int64_t taps, int64_t windows, int64_t s
                         int64_t dilation) {
   for (int64_t i = 0; i < windows; ++i) {
     const int64_t start = i * stride - padding;
-    const int64_t skipped = start < 0 ? (-start + dilation - 1) / dilation : 0;  // taps before the first pixel
+    const int64_t skipped = start < 0 ? divide_up(-start, dilation) : 0;  // taps before the first pixel
     if (skipped >= taps || start + skipped * dilation >= pixels) return false;
   }
   return true;
@@ -29,7 +30,7 @@ double share_inside(int64_t pixels, int64_t taps, int64_t windows, int64_t strid
   int64_t inside = 0;
   for (int64_t tap = 0; tap < taps; ++tap) {
     const int64_t before = padding - tap * dilation;  // pixels that window 0 reads before the first one
-    const int64_t first = before > 0 ? (before + stride - 1) / stride : 0;
+    const int64_t first = before > 0 ? divide_up(before, stride) : 0;
     const int64_t end = pixels + before > 0 ? (pixels + before - 1) / stride + 1 : 0;
     inside += std::max<int64_t>(std::min(end, windows) - first, 0);
   }

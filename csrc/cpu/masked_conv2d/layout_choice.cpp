@@ -48,7 +48,7 @@ struct Layouts {
   const PassSizes& sizes;
   const int lanes;
 
-  int64_t vectors_of(int64_t floats) const { return (floats + lanes - 1) / lanes; }
+  int64_t vectors_of(int64_t floats) const { return divide_up(floats, lanes); }
 
   TilePart part_of(int tile_cols) const {
     if (sizes.whole_tiles) return {.rows = kTileVectors / tile_cols, .cols = tile_cols};
@@ -149,7 +149,7 @@ double cost_of(Layout layout, const Work& work, const PassSizes& sizes, int lane
   };
   const double load = sizes.oc_block > 1 ? 1 : work.crossing ? kCrossingLoad : kLoad;
   const double multiply_add = is_line && (joined || layout == Layout::rows) ? kTwoLines * load : load;
-  return static_cast<double>((sizes.batch + work.images - 1) / work.images) *
+  return static_cast<double>(divide_up(sizes.batch, work.images)) *
          (multiply_add * static_cast<double>(work.vectors * sizes.kept_weights) +
           moved(read, sizes.source_channels, work.read_vectors, work.read_rows) +
           moved(written, sizes.output_channels, work.written_vectors, work.written_rows));

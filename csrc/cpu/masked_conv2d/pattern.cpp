@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/errors.h"
+#include "common/rounding.h"
 #include "cpu/masked_conv2d/col_indices_kernel.h"
 
 namespace sparse_adv {
@@ -59,8 +60,8 @@ BlockCsr read_csr(const std::vector<Tensor>& tensors, int row_offsets_at, int va
                .group_out_channels = bounds.group_out_channels,
                .oc_block = oc_block,
                .ic_block = ic_block,
-               .oc_blocks = (bounds.group_out_channels + oc_block - 1) / oc_block * bounds.groups,
-               .ic_blocks = (bounds.group_in_channels + ic_block - 1) / ic_block,
+               .oc_blocks = divide_up(bounds.group_out_channels, oc_block) * bounds.groups,
+               .ic_blocks = divide_up(bounds.group_in_channels, ic_block),
                .row_offsets = int32_data(row_offsets),
                .col_indices = int32_data(col_indices),
                .nnz = col_indices.numel(),

@@ -6,6 +6,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "common/rounding.h"
+
 namespace sparse_adv {
 
 namespace {
@@ -86,8 +88,8 @@ CsrArrays build_csr(const MaskCsr& mask, FilterSize filter, int64_t groups, int6
                 .ic_block = choose_ic_block(kept_weights, group_out_channels * groups, group_in_channels, oc_block),
                 .row_offsets = {},
                 .col_indices = {}};
-  const int64_t group_oc_blocks = (group_out_channels + oc_block - 1) / oc_block;
-  const int64_t ic_blocks = (group_in_channels + csr.ic_block - 1) / csr.ic_block;
+  const int64_t group_oc_blocks = divide_up(group_out_channels, oc_block);
+  const int64_t ic_blocks = divide_up(group_in_channels, csr.ic_block);
   const int oc_bits = std::countr_zero(static_cast<uint64_t>(oc_block));
   const int ic_bits = std::countr_zero(static_cast<uint64_t>(csr.ic_block));
   // The kernels need the order of filter rows only with an oc_block of 2 or 4 (Blocking::should_skip_padding).

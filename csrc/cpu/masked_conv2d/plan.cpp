@@ -11,7 +11,8 @@ namespace {
 // channels and 2 to 112 pixels, batch 1 to 64, density 0.05 to 0.5 (docs/design/masked_conv2d.md). 80 % of the
 // predictions are within 0.7 and 1.2 of the measured time.
 
-// Converting an element of input or output to the layout of the kernels and back: 14, 10 for grad_weight.
+// Converting an element of input or output to the layout of the kernels and back: 14 were fitted, and 10 for
+// grad_weight.
 constexpr double kPerElement = 14;
 // Checking, converting and packing one weight that the mask keeps, once per call, which contains the sort by column;
 // with packed values, where none is gathered, it does not (480 timings at batch 1 to 8). And sorting a column index,

@@ -6,6 +6,7 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/rounding.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/masked_conv2d/conv_kernel.h"
 #include "cpu/masked_conv2d/gate_rows.h"
@@ -114,7 +115,7 @@ constexpr int64_t kPartChannels = 16;
 
 // The oc_blocks of one of `parts` nearly equal parts.
 OcBlockRange oc_blocks_of_part(const BlockCsr& csr, int64_t parts, int64_t part) {
-  const int64_t multiple = kPartChannels / csr.oc_block, multiples = (csr.oc_blocks + multiple - 1) / multiple;
+  const int64_t multiple = kPartChannels / csr.oc_block, multiples = divide_up(csr.oc_blocks, multiple);
   return {.first = part * multiples / parts * multiple,
           .last = std::min((part + 1) * multiples / parts * multiple, csr.oc_blocks)};
 }
@@ -331,7 +332,7 @@ class BandComputer {
 int64_t count_oc_parts(const BlockCsr& csr, int64_t threads) {
   const bool groups_are_padded = csr.group_out_channels % csr.oc_block != 0 && csr.groups > 1;
   if (groups_are_padded) return 1;
-  return std::min(threads, (csr.oc_blocks * csr.oc_block + kPartChannels - 1) / kPartChannels);
+  return std::min(threads, divide_up(csr.oc_blocks * csr.oc_block, kPartChannels));
 }
 
 }  // namespace
