@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.tolerances import assert_equal
 from sparse_adv.ops import Pattern, compile_pattern, reference, set_kernels
 from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
@@ -147,6 +148,12 @@ class Case:
             ),
             "grad_weight": ops.masked_conv2d_grad_weight(self.grad_output, self.input, tensors, *self.shape),
         }
+
+
+def assert_passes_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare results of the three passes bit for bit."""
+    for name, value in expected.items():
+        assert_equal(actual[name], value)
 
 
 @st.composite
