@@ -102,7 +102,7 @@ namespace {
 
 // A number for each tap of the filter.
 template <class NumberOf>
-std::vector<int32_t> for_each_tap(const Blocking& blocking, const NumberOf& number_of) {
+std::vector<int32_t> numbers_of_taps(const Blocking& blocking, const NumberOf& number_of) {
   std::vector<int32_t> numbers;
   for (int64_t tap = 0; tap < std::ssize(blocking.rows.taps) * std::ssize(blocking.cols.taps); ++tap)
     numbers.push_back(static_cast<int32_t>(number_of(tap)));
@@ -112,7 +112,8 @@ std::vector<int32_t> for_each_tap(const Blocking& blocking, const NumberOf& numb
 }  // namespace
 
 std::unique_ptr<int32_t[]> input_offsets(const BlockCsr& csr, const Blocking& blocking) {
-  const std::vector<int32_t> tap_offset = for_each_tap(blocking, [&](int64_t tap) { return blocking.tap_offset(tap); });
+  const std::vector<int32_t> tap_offset =
+      numbers_of_taps(blocking, [&](int64_t tap) { return blocking.tap_offset(tap); });
   auto offsets = std::make_unique_for_overwrite<int32_t[]>(csr.nnz);
   const auto channel_pitch = static_cast<int32_t>(blocking.channel_pitch * blocking.lanes);
   // The channel's number within its panel: the size of a panel is a power of 2, unless it has all channels.
@@ -154,7 +155,7 @@ std::vector<int32_t> output_channels(const BlockCsr& csr) {
 ColumnOrder::ColumnOrder(const BlockCsr& csr, const Blocking& blocking)
     : column_splits(2 * csr.rows()), order(std::make_unique_for_overwrite<int32_t[]>(csr.nnz)) {
   const std::vector<int32_t> column =
-      for_each_tap(blocking, [&](int64_t tap) { return blocking.column_offset(tap) + 1; });
+      numbers_of_taps(blocking, [&](int64_t tap) { return blocking.column_offset(tap) + 1; });
   parallel_for(0, csr.rows(), 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int32_t first = csr.row_offsets[row], last = csr.row_offsets[row + 1];
@@ -173,7 +174,7 @@ ColumnOrder::ColumnOrder(const BlockCsr& csr, const Blocking& blocking)
 PhaseOrder::PhaseOrder(const BlockCsr& csr, const Blocking& blocking)
     : row_offsets(blocking.output_phases() * csr.rows() + 1),
       order(std::make_unique_for_overwrite<int32_t[]>(csr.nnz)) {
-  const std::vector<int32_t> phase = for_each_tap(blocking, [&](int64_t tap) { return blocking.output_phase(tap); });
+  const std::vector<int32_t> phase = numbers_of_taps(blocking, [&](int64_t tap) { return blocking.output_phase(tap); });
   const int64_t rows = csr.rows();
   // Calls visit(i, end) for each column index i, where `end` is that of its row and phase.
   const auto for_each_index = [&](const auto& visit) {

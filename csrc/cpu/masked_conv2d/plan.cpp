@@ -14,9 +14,9 @@ namespace {
 // Converting an element of input or output to the layout of the kernels and back: 14 were fitted, and 10 for
 // grad_weight.
 constexpr double kPerElement = 14;
-// Checking, converting and packing one weight that the mask keeps, once per call, which contains the sort by column;
-// with packed values, where none is gathered, it does not (480 timings at batch 1 to 8). And sorting a column index,
-// which stands for `oc_block` weights.
+// Checking, converting and packing one weight that the mask keeps, once per call: 250, the sort by column included. If
+// the weights are packed already, no value is gathered, and the sort is counted on its own, for each column index,
+// which stands for `oc_block` weights (fitted to 480 timings at batch 1 to 8).
 double cost_per_kept_weight(bool packed) { return packed ? 40 : 250; }
 constexpr double kPerSortedIndex = 400;
 constexpr double kPerCall = 4e6;
