@@ -80,6 +80,7 @@ def _rows() -> Iterator[tuple[str, Row]]:
     for block in (1, 4):
         whole_filters = _method("flying-bird", block, 0.1, (3, 3))
         yield f"flying-bird ({block}, {block}, 3, 3) 0.1, as many epochs", Row(None, whole_filters)
+    yield "flying-bird (4, 4) 0.1, 1", Row(1.0, _method("flying-bird", 4, 0.1))
     warm = _method("flying-bird", 4, 0.2, dense_epochs=1.0)
     yield "flying-bird (4, 4) 0.2 after a dense epoch, 0.5", Row(0.5, warm)
     for block in (1, 4):
