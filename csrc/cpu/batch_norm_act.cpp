@@ -93,6 +93,13 @@ void in_two_passes(const BatchNormSums<T>& operands, int64_t images, int64_t pix
   }
 }
 
+// NCHW: the same channel of the next image is visited next.
+Runs channel_runs_of(const Tensor& tensor, bool has_gate) {
+  Runs runs = runs_of(tensor, has_gate);
+  if (!runs.channels_last) runs.ahead = runs.channels * runs.size();
+  return runs;
+}
+
 // BatchNorm's vectors are in the dtype of the arithmetic.
 Tensor vector_like(const Tensor& staging) { return torch::stable::new_empty(staging, {staging.size(1)}); }
 
@@ -122,7 +129,7 @@ void forward(const Tensor& out, const Tensor& input, const EpilogueTensors& epil
   const double count = static_cast<double>(N * pixels);
   const T *const weight = data_of<T>(epilogue.scale), *const bias = data_of<T>(epilogue.bias);
   std::vector<T> minus_shift(C), scale(C), offset(C);
-  const Runs runs = runs_of(out, epilogue.relu_gate.has_value());
+  const Runs runs = channel_runs_of(out, epilogue.relu_gate.has_value());
   const T* const x = input.const_data_ptr<T>();
   Pointwise<T> affine{
       .input = x, .out = out.mutable_data_ptr<T>(), .epilogue = epilogue.pointers<T>(out), .runs = runs};
@@ -191,7 +198,7 @@ void backward(const Backward& tensors) {
   std::vector<T> minus_mean(C), scale(C), slope(C), offset(C);
   std::transform(mean, mean + C, minus_mean.begin(), [](T x) { return -x; });
   const BatchNormGradInput<T> operands{
-      .operands = {.runs = runs_of(out, tensors.gate.has_value()),
+      .operands = {.runs = channel_runs_of(out, tensors.gate.has_value()),
                    .input = tensors.input.const_data_ptr<T>(),
                    .minus_shift = minus_mean.data(),
                    .grad = tensors.grad.const_data_ptr<T>(),

@@ -25,6 +25,12 @@ static inline __attribute__((always_inline)) auto gated(const BatchNormSums<T>& 
   return operands.gate ? zero_unless(bits.load(operands.gate, count), g) : g;
 }
 
+template <class T>
+static inline __attribute__((always_inline)) void prefetch_operands(const BatchNormSums<T>& operands, int64_t at) {
+  __builtin_prefetch(operands.input + at + operands.runs.ahead);
+  if (operands.grad) __builtin_prefetch(operands.grad + at + operands.runs.ahead);
+}
+
 // The vector with zeros in the lanes from `count` on, which must not count in a sum.
 static inline double only_first(double v, int) { return v; }
 static inline Vec only_first(Vec v, int count) { return count == kLanes ? v : zero_unless(first_bits(count), v); }
@@ -38,7 +44,6 @@ static void channel_sums(const BatchNormSums<T>& shared, int64_t images, int64_t
   const Values zero = broadcast(T(0));
   Values firsts[kChannelsTogether], seconds[kChannelsTogether];
   for (int64_t c = begin; c < end; ++c) first[c] = second[c] = 0;
-  const int64_t next = operands.runs.channels * operands.runs.size();
   const int64_t vectors = (operands.runs.size() + Lanes<T>::count - 1) / Lanes<T>::count;
   const int64_t stride = kAddends / vectors > 0 ? kAddends / vectors : 1;  // images
   for (int64_t start = 0; start < images; start += stride) {
@@ -63,8 +68,7 @@ static void channel_sums(const BatchNormSums<T>& shared, int64_t images, int64_t
               a = b = zero;
               added = 1;
             }
-            __builtin_prefetch(operands.input + at + next);
-            if (operands.grad) __builtin_prefetch(operands.grad + at + next);
+            prefetch_operands(operands, at);
             const Values d = only_first(add(load_up_to(operands.input + at, count), shift), count);
             const Values g = operands.grad ? gated(operands, at, count, bits) : d;
             a = add(a, g);
@@ -104,6 +108,7 @@ static void pixel_sums(const BatchNormSums<T>& shared, int64_t begin, int64_t en
     visit_runs<T, Bits>(
         operands.runs, {.read = operands.gate}, start, start + kAddends < end ? start + kAddends : end, [](int64_t) {},
         [&](int64_t at, int64_t column, int count, Bits& bits) __attribute__((always_inline)) {
+          prefetch_operands(operands, at);
           const auto d = add(load_up_to(operands.input + at, count), load_up_to(operands.minus_shift + column, count));
           const auto g = operands.grad ? gated(operands, at, count, bits) : d;
           store_up_to(firsts + column, add(load_up_to(firsts + column, count), g), count);
@@ -129,7 +134,6 @@ template <bool CHANNELS_LAST, class Bits, class T>
 static void grad_input(const BatchNormGradInput<T>& shared, int64_t begin, int64_t end) {
   const BatchNormGradInput<T> all = shared;
   const BatchNormSums<T>& operands = all.operands;
-  const int64_t next = operands.runs.channels * operands.runs.size();
   auto shift = broadcast(T(0)), scale = shift, slope = shift, offset = shift;
   visit_runs<T, Bits>(
       operands.runs, {.read = operands.gate}, begin, end,
@@ -147,11 +151,9 @@ static void grad_input(const BatchNormGradInput<T>& shared, int64_t begin, int64
           slope = load_up_to(all.slope + column, count);
           offset = load_up_to(all.offset + column, count);
         }
-        if (!CHANNELS_LAST) {
-          __builtin_prefetch(operands.input + at + next);
-          __builtin_prefetch(operands.grad + at + next);
-          __builtin_prefetch(all.grad_input + at + next, 1);
-        }
+        prefetch_operands(operands, at);
+        __builtin_prefetch(all.grad_input + at + operands.runs.ahead, 1);
+        if (all.grad_residual) __builtin_prefetch(all.grad_residual + at + operands.runs.ahead, 1);
         const auto g = gated(operands, at, count, bits);
         const auto d = add(load_up_to(operands.input + at, count), shift);
         if (all.grad_residual) store_up_to(all.grad_residual + at, g, count);

@@ -10,6 +10,7 @@ static void runs(const Pointwise<T>& operands, int64_t begin, int64_t end) {
   const Epilogue<T> epilogue = operands.epilogue;  // a copy can stay in registers, whatever is stored
   const T* const input = operands.input;
   T* const out = operands.out;
+  const int64_t ahead = operands.runs.ahead;
   const bool affine = epilogue.scale || epilogue.bias;
   auto scale = broadcast(T(1)), bias = broadcast(T(0));
   visit_runs<T, Bits>(
@@ -21,6 +22,9 @@ static void runs(const Pointwise<T>& operands, int64_t begin, int64_t end) {
       [&](int64_t at, int64_t column, int count, Bits& bits) __attribute__((always_inline)) {
         if (CHANNELS_LAST && epilogue.scale) scale = load_up_to(epilogue.scale + column, count);
         if (CHANNELS_LAST && epilogue.bias) bias = load_up_to(epilogue.bias + column, count);
+        __builtin_prefetch(input + at + ahead);
+        __builtin_prefetch(out + at + ahead, 1);
+        if (epilogue.residual) __builtin_prefetch(epilogue.residual + at + ahead);
         auto v = load_up_to(input + at, count);
         if (affine) v = fma(v, scale, bias);
         store_up_to(out + at, finish(v, epilogue, at, count, bits), count);

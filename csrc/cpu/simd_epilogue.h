@@ -1,6 +1,8 @@
 // The part of an epilogue that follows scale and bias, on vectors: residual, ReLU or gate.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/epilogue.h"
 #include "cpu/simd.h"
 
@@ -45,8 +47,25 @@ static inline void store_bits(uint8_t* p, int shift, uint32_t bits, int count) {
   }
 }
 
+// The bits of 4 rows of 4 elements, the images of a ResNet's last layers, without a loop.
+static inline uint64_t gather_4_of_4(const uint8_t* p) {
+  uint32_t bytes;
+  std::memcpy(&bytes, p, 4);
+  bytes &= 0x0f0f0f0f;
+  bytes = (bytes | bytes >> 4) & 0x00ff00ff;
+  return (bytes | bytes >> 8) & 0xffff;
+}
+
+static inline void scatter_4_of_4(uint8_t* p, uint64_t bits) {
+  uint32_t bytes = static_cast<uint32_t>(bits) & 0xffff;
+  bytes = (bytes | bytes << 8) & 0x00ff00ff;
+  bytes = (bytes | bytes << 4) & 0x0f0f0f0f;
+  std::memcpy(p, &bytes, 4);
+}
+
 // The bits of `rows` rows, at most 64 in all, one row after the other and without the padding of their last bytes.
 static inline uint64_t gather_rows(const uint8_t* p, int64_t rows, int64_t row_size, int64_t row_bytes) {
+  if (rows == 4 && row_size == 4) return gather_4_of_4(p);
   uint64_t bits = 0;
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t i = 0; i < row_bytes; ++i) {
@@ -57,6 +76,7 @@ static inline uint64_t gather_rows(const uint8_t* p, int64_t rows, int64_t row_s
 }
 
 static inline void scatter_rows(uint8_t* p, int64_t rows, int64_t row_size, int64_t row_bytes, uint64_t bits) {
+  if (rows == 4 && row_size == 4) return scatter_4_of_4(p, bits);
   const uint64_t row_mask = (uint64_t{1} << row_size) - 1;
   for (int64_t row = 0; row < rows; ++row, bits >>= row_size)
     for (int64_t i = 0; i < row_bytes; ++i) *p++ = static_cast<uint8_t>((bits & row_mask) >> 8 * i);
