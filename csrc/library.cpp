@@ -72,8 +72,9 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "batch_norm_act_grad(Tensor grad, Tensor input, Tensor? weight, Tensor mean, Tensor var, Tensor? gate, float "
       "eps, "
       "bool needs_residual) -> (Tensor, Tensor, Tensor, Tensor)");
-  // The weights kept by the mask, in the order of the column indices of forward and of grad_input.
-  m.def("pack_values(Tensor weight, Tensor[] pattern) -> Tensor[]");
+  // The weights kept by the mask, times the factor of their output channel, in the order of the column indices of
+  // forward and of grad_input.
+  m.def("pack_values(Tensor weight, Tensor[] pattern, Tensor? scale=None) -> Tensor[]");
   // For forward, grad_input and grad_weight, in this order: the kernel (1 sparse, 2 dense) and the multiply-adds that
   // it executes. Only dtype, sizes and strides of the input are read. grad_output is assumed to have the layout of the
   // output, which is the input's.

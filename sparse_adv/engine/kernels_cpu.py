@@ -20,7 +20,7 @@ from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.winograd import sparse_is_faster, takes_live_filters, winograd_tile
 from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.nn import MaskedConv2d
-from sparse_adv.ops.masked_conv2d_pattern import pack_checked
+from sparse_adv.ops.masked_conv2d_pattern import Pattern, pack_checked, promise_masked
 from sparse_adv.ops.masked_winograd_conv2d import LiveWeight, live_filters, transform_filters
 
 if TYPE_CHECKING:
@@ -82,34 +82,37 @@ class MaskedConvolution(Convolution):
     """A masked convolution, by the kernel that its plan says."""
 
     layer: MaskedConv2d
-
-    def masked(self, weight: Tensor) -> Tensor:
-        self._images = self.shape[0]
-        self._is_masked = not self._is_sparse()
-        return super().masked(weight) if self._is_masked else weight
+    _images: int
+    """Of the batch for which `weight` was made."""
+    _is_whole: bool
+    """Whether `weight` is folded and masked, as the dense kernel needs it."""
 
     def kernel(self, way: str) -> str:
-        return str(getattr(self._plan(self.shape[0]), way).kernel)
+        return str(getattr(self._plan(promise_masked(self.layer.pattern), self.shape[0]), way).kernel)
 
-    def _plan(self, images: int) -> ops.Plan:
-        return self.layer.plan(self.kernels.empty(self.input_shape(images), self.layer.weight.device))
-
-    def _is_sparse(self) -> bool:
-        """Whether no kernel reads pruned weights: writing their zeros would take most of the time of folding."""
-        plan = self._plan(self._images)
-        return plan.forward.kernel == plan.grad_input.kernel == "sparse"
+    def _plan(self, pattern: Pattern, images: int) -> ops.Plan:
+        return ops.plan(pattern, self.kernels.empty(self.input_shape(images), self.layer.weight.device), *self.geometry)
 
     def _weight_for(self, images: int) -> Tensor:
         """The weight that kernels read for a number of images: fewer may take the dense one."""
         if images != self._images:
             self._images = images
-            if not self._is_masked and not self._is_sparse():
-                self.weight, self._is_masked = super().masked(self.weight), True
+            if not self._is_whole:
+                self.weight = self.folded_weight(self._norm)
         return self.weight
 
     def fold(self, norm: FoldedNorm | None) -> None:
+        weight = self.layer.weight
+        self._norm, self._images = norm, self.shape[0]
+        self._packed = pack_checked(self.layer.pattern, weight, None if norm is None else norm.scale.to(weight.dtype))
+        self._pattern = self._packed.flatten()
         super().fold(norm)
-        self._pattern = pack_checked(self.layer.pattern, self.weight).flatten()
+
+    def folded_weight(self, norm: FoldedNorm | None) -> Tensor:
+        """The layer's own weight if no kernel reads more than the packed values: to fold it would take longer."""
+        plan = self._plan(self._packed, self._images)
+        self._is_whole = not plan.forward.kernel == plan.grad_input.kernel == "sparse"
+        return super().folded_weight(norm) if self._is_whole else self.layer.weight.detach()
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out = place()

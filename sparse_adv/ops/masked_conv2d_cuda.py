@@ -106,12 +106,12 @@ def masked_conv2d_grad_weight(
     return torch.where(mask, grad, grad.new_zeros(()), out=torch.empty_like(mask, dtype=grad.dtype))
 
 
-def pack_values(weight: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def pack_values(weight: Tensor, tensors: list[Tensor], scale: Tensor | None = None) -> list[Tensor]:
     """The values of the live blocks [n, bo, bi], in the order of the blocks; no tensor where no kernel reads them."""
     pattern = unflatten(tensors)
     if missing_kernel(pattern, weight.dtype, "cuda") or not isinstance(pattern, BlockPattern):
         return []
-    return [_block_values(pattern, weight)]
+    return [_packed(pattern, weight, scale)]
 
 
 def runs_blocks(
@@ -130,9 +130,13 @@ def _block_values(pattern: BlockPattern, weight: Tensor) -> Tensor:
     """The packed values, which `pack_pattern` may have added in this dtype already."""
     if pattern.values is not None and pattern.weight_is_masked and pattern.values.dtype == weight.dtype:
         return pattern.values
+    return _packed(pattern, weight)
+
+
+def _packed(pattern: BlockPattern, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     from sparse_adv.kernels import masked_conv2d_pack as kernels
 
-    return kernels.pack(weight, pattern.blocks, pattern.block[:2], pattern.groups, weight.dtype)
+    return kernels.pack(weight, pattern.blocks, pattern.block[:2], pattern.groups, weight.dtype, scale)
 
 
 def _masked(weight: Tensor, pattern: Pattern, layout: torch.memory_format) -> Tensor:

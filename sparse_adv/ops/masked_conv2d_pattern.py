@@ -261,15 +261,23 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
     return pack_checked(pattern, weight)
 
 
-def pack_checked(pattern: Pattern, weight: Tensor) -> Pattern:
+def pack_checked(pattern: Pattern, weight: Tensor, scale: Tensor | None = None) -> Pattern:
     """`pack_pattern` of a weight that fits the pattern, without a look at its pruned entries.
 
     The caller sees to it that the dense kernel gets a weight whose pruned entries are 0; the sparse one reads none.
+
+    Args:
+        scale: a factor for each output channel, in the weight's dtype, by which the values are multiplied.
     """
-    plain = pattern.without_values()
-    packable = isinstance(plain, BlockPattern) or (weight.device.type == "cpu" and weight.dtype == CPU_DTYPE)
-    values = torch.ops.sparse_adv.pack_values(weight.detach(), plain.flatten()) if packable else []
-    return unflatten([*plain._with_header("weight_is_masked", 1).flatten(), *values])
+    promised = promise_masked(pattern)
+    packable = isinstance(promised, BlockPattern) or (weight.device.type == "cpu" and weight.dtype == CPU_DTYPE)
+    values = torch.ops.sparse_adv.pack_values(weight.detach(), promised.flatten(), scale) if packable else []
+    return unflatten([*promised.flatten(), *values])
+
+
+def promise_masked(pattern: Pattern) -> Pattern:
+    """A copy without values for calls whose weight is 0 where pruned; their plan may be another, as none masks it."""
+    return pattern.without_values()._with_header("weight_is_masked", 1)
 
 
 def set_kernels(

@@ -95,6 +95,21 @@ def test_packed_values_are_the_weights_in_the_lists_order():
     assert_equal(pack_pattern(packed, 2 * weight).values, 2 * packed.values)
 
 
+@given(cases())
+def test_packed_values_may_have_a_factor_for_each_output_channel(case):
+    pattern, scale = case.pattern().flatten(), torch.rand(2 * case.weight.shape[0])[::2]
+    pack = torch.ops.sparse_adv.pack_values
+    scaled = case.weight * scale[:, None, None, None]
+    for values, expected in zip(pack(case.weight, pattern, scale), pack(scaled, pattern), strict=True):
+        assert_equal(values, expected)
+
+
+@pytest.mark.parametrize("scale", [torch.ones(7), torch.ones(8, dtype=torch.float64)])
+def test_a_factor_that_does_not_fit_the_weight_is_refused(scale):
+    with pytest.raises(RuntimeError, match="scale must"):
+        torch.ops.sparse_adv.pack_values(CASE.weight, CASE.pattern().flatten(), scale)
+
+
 def test_a_weight_that_is_not_zero_where_pruned_is_not_packed():
     mask = torch.tensor([[True, False], [True, True]])[..., None, None]
     pattern = compile_pattern(mask)

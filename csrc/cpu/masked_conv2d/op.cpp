@@ -69,14 +69,18 @@ void masked_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<Tensor> patt
   convolve(input, weight, pattern, stride, padding, dilation, groups, epilogue, out);
 }
 
-std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_tensors) {
+std::vector<Tensor> pack_values_cpu(Tensor weight, std::vector<Tensor> pattern_tensors, std::optional<Tensor> scale) {
   const Pattern pattern = read_pattern(pattern_tensors);
   check_size("weight", weight,
              {pattern.out_channels, pattern.group_in_channels, pattern.filter_rows, pattern.filter_cols});
   check(weight.scalar_type() == torch::headeronly::ScalarType::Float, "weight must be float32 to be packed");
+  check_size("scale", scale, {pattern.out_channels});
+  check_dtype("scale", scale, "weight", weight);
+  if (scale) scale = torch::stable::contiguous(*scale);
+  const float* const factors = scale ? scale->const_data_ptr<float>() : nullptr;
   const auto packed = [&](const BlockCsr& csr, const WeightLayout& layout) {
     Tensor values = torch::stable::new_empty(weight, {csr.nnz * csr.oc_block});
-    pack_values(csr, layout, values.mutable_data_ptr<float>());
+    pack_values(csr, layout, factors, values.mutable_data_ptr<float>());
     return values;
   };
   return {packed(pattern.forward_csr(), WeightLayout::forward(weight, pattern)),

@@ -29,6 +29,7 @@ std::vector<int64_t> tap_offsets(const Tensor& weight) {
 
 WeightLayout WeightLayout::forward(const Tensor& weight, const Pattern& pattern) {
   return {
+      .exchanged = false,
       .data = weight.const_data_ptr<float>(),
       .out_stride = weight.stride(0),
       .in_stride = weight.stride(1),
@@ -37,7 +38,8 @@ WeightLayout WeightLayout::forward(const Tensor& weight, const Pattern& pattern)
 }
 
 WeightLayout WeightLayout::grad_input(const Tensor& weight) {
-  return {.data = weight.const_data_ptr<float>(),
+  return {.exchanged = true,
+          .data = weight.const_data_ptr<float>(),
           .out_stride = weight.stride(1),
           .in_stride = weight.stride(0),
           .group_stride = 0,
@@ -46,9 +48,9 @@ WeightLayout WeightLayout::grad_input(const Tensor& weight) {
 
 namespace {
 
-// Calls begin_block(oc_block number), then visit(i, j, offset in the weight) for each column index i and channel j of
-// that oc_block; the offset is -1 beyond the end of a group. Block by block and not row by row of the matrix: this
-// reads the weight in memory order, which was 2.5x faster for 512 x 512 x 3 x 3 at density 0.1.
+// Calls begin_block(oc_block number), then visit(i, j, offset in the weight, its output channel) for each column index
+// i and channel j of that oc_block; the offset is -1 beyond the end of a group. Block by block and not row by row of
+// the matrix: this reads the weight in memory order, which was 2.5x faster for 512 x 512 x 3 x 3 at density 0.1.
 template <class BeginBlock, class Visit>
 void for_each_weight(const BlockCsr& csr, const WeightLayout& weight, const BeginBlock& begin_block,
                      const Visit& visit) {
@@ -62,8 +64,10 @@ void for_each_weight(const BlockCsr& csr, const WeightLayout& weight, const Begi
         for (int64_t i = csr.row_offsets[row]; i < csr.row_offsets[row + 1]; ++i) {
           const int32_t index = csr.col_indices[i];
           const int64_t at = base + (index >> kTapBits) * weight.in_stride + weight.tap_offset[index & (kMaxTaps - 1)];
+          const int64_t channel = group * csr.group_out_channels + first_channel;
           for (int64_t j = 0; j < csr.oc_block; ++j)
-            visit(i, j, first_channel + j < csr.group_out_channels ? at + j * weight.out_stride : -1);
+            visit(i, j, first_channel + j < csr.group_out_channels ? at + j * weight.out_stride : -1,
+                  weight.exchanged ? index >> kTapBits : channel + j);
         }
     }
   });
@@ -71,10 +75,13 @@ void for_each_weight(const BlockCsr& csr, const WeightLayout& weight, const Begi
 
 }  // namespace
 
-void pack_values(const BlockCsr& csr, const WeightLayout& weight, float* values) {
+void pack_values(const BlockCsr& csr, const WeightLayout& weight, const float* scale, float* values) {
   for_each_weight(
       csr, weight, [](int64_t) {},
-      [&](int64_t i, int64_t j, int64_t at) { values[i * csr.oc_block + j] = at >= 0 ? weight.data[at] : 0.0f; });
+      [&](int64_t i, int64_t j, int64_t at, int64_t channel) {
+        const float value = at >= 0 ? weight.data[at] : 0.0f;
+        values[i * csr.oc_block + j] = scale && at >= 0 ? value * scale[channel] : value;
+      });
 }
 
 bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, const float* partial_sums, int64_t parts,
@@ -87,7 +94,7 @@ bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, co
     std::fill_n(grad_weight + (block / group_oc_blocks * csr.group_out_channels + channel) * weight.out_stride,
                 count * weight.out_stride, 0.0f);
   };
-  for_each_weight(csr, weight, clear, [&](int64_t i, int64_t j, int64_t at) {
+  for_each_weight(csr, weight, clear, [&](int64_t i, int64_t j, int64_t at, int64_t) {
     if (at < 0) return;
     const float* part_sum = partial_sums + (order ? order[i] : i) * csr.oc_block + j;
     float sum = 0.0f;

@@ -12,8 +12,10 @@
 
 namespace sparse_adv {
 
-// Where a weight tensor has the value of (output channel, input channel, tap) of a pass, in elements.
+// Where a weight tensor has the value of (output channel, input channel, tap) of a pass, in elements. In grad_input the
+// channels are exchanged.
 struct WeightLayout {
+  bool exchanged;
   const float* data;
   int64_t out_stride, in_stride;
   int64_t group_stride;  // added per group: output channels count within their group, input channels across groups
@@ -24,7 +26,8 @@ struct WeightLayout {
 };
 
 // The weights kept by the mask in the order of the column indices, [nnz, oc_block]; 0 beyond the end of a group.
-void pack_values(const BlockCsr& csr, const WeightLayout& weight, float* values);
+// `scale` has a factor for each output channel of the weight, or is null.
+void pack_values(const BlockCsr& csr, const WeightLayout& weight, const float* scale, float* values);
 
 // Sums partial_sums [parts, nnz, oc_block] over the parts and scatters the sums to a contiguous weight gradient, which
 // is 0 where the mask is false. The sum of column index i is at order[i], if there is an `order`, else at i. Returns

@@ -29,7 +29,7 @@ struct PassWeights {
 
 std::unique_ptr<float[]> pack_values(const SparseConv& conv) {
   auto values = std::make_unique_for_overwrite<float[]>(conv.csr.nnz * conv.csr.oc_block);
-  pack_values(conv.csr, conv.weight, values.get());
+  pack_values(conv.csr, conv.weight, nullptr, values.get());
   return values;
 }
 

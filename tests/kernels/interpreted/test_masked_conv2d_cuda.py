@@ -51,6 +51,13 @@ def test_every_pass_equals_the_reference(name, dtype):
         (assert_equal if dtype == torch.float32 else assert_close)(actual, case.expected()[pass_])
 
 
+def test_packed_values_may_have_a_factor_for_each_output_channel():
+    case, scale = CASES["3x3"], torch.rand(CASES["3x3"].weight.shape[0])
+    pattern = pattern_of(case).flatten()
+    scaled = case.weight * scale[:, None, None, None]
+    assert_equal(cuda.pack_values(case.weight, pattern, scale)[0], cuda.pack_values(scaled, pattern)[0])
+
+
 def test_packed_values_are_read_and_those_of_another_dtype_are_not():
     case = CASES["3x3"]
     vars(case)["weight"] = case.weight.where(case.mask, 0)
