@@ -17,6 +17,8 @@ from torch.nn.utils import parametrize
 Layer = nn.Conv2d | nn.Linear
 _METHODS = frozenset(["forward", "_conv_forward"])
 """The methods of a module that compute its output: `forward`, and what that of a convolution calls."""
+_LISTED = 5
+"""The most layers that a message names."""
 Visit = Callable[[Any, Tensor, Tensor], None]
 """visit(layer, input, output); the layer is a Conv2d or, if asked for, a Linear."""
 
@@ -29,6 +31,12 @@ def maskable(model: nn.Module, linear: bool = True) -> dict[str, Layer]:
     classes = (nn.Conv2d, nn.Linear) if linear else nn.Conv2d
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, classes))
     return {name: module for name, module in layers if not isinstance(module, NonDynamicallyQuantizableLinear)}
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names of layers for a message: the first few, and how many more there are."""
+    first, more = ", ".join(map(repr, names[:_LISTED])), len(names) - _LISTED
+    return f"{first} and {more} more layers" if more > 0 else first
 
 
 def owners(layers: Mapping[str, nn.Module]) -> dict[str, str]:

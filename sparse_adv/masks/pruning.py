@@ -20,6 +20,7 @@ from sparse_adv.masks.layers import (
     computes_as_its_class,
     has_own_parameters,
     is_uninitialized,
+    listed,
     maskable,
     owners,
     unknown_module,
@@ -32,8 +33,6 @@ log = logging.getLogger(__name__)
 
 _NEVER_MASKED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Layers with weights that one may expect to be pruned, and that have no masked form."""
-_NAMED = 5
-"""The most layers that a message names; of the others it gives the number."""
 
 Score = Callable[[str, Tensor], Tensor]
 """score(module name, weight) -> scores of the weight's shape, at least 0."""
@@ -148,7 +147,7 @@ def prune(
         if density > 0 and not kept.any():
             empty.append(name)
     if empty:
-        log.warning("prune keeps no weight of %s, whose output will be constant", _names(empty))
+        log.warning("prune keeps no weight of %s, whose output will be constant", listed(empty))
     return masks
 
 
@@ -248,12 +247,6 @@ def _tell_share(shapes: Mapping[str, torch.Size], layers: Sequence[Layer]) -> No
             "those, too",
             100 * (1 - ranked / total),
         )
-
-
-def _names(names: Sequence[str]) -> str:
-    """The names of layers for a message: the first few, and how many more there are."""
-    listed, more = ", ".join(map(repr, names[:_NAMED])), len(names) - _NAMED
-    return f"{listed} and {more} more layers" if more > 0 else listed
 
 
 def _layers_of(exclude: Collection[str], model: nn.Module) -> set[nn.Module]:

@@ -16,6 +16,7 @@ from sparse_adv.masks import density
 from sparse_adv.masks.allocation import targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import check_traceable, dependency_groups
+from sparse_adv.masks.layers import listed
 from sparse_adv.methods import selection
 from sparse_adv.methods.adaptation import Adaptation
 from sparse_adv.methods.permutation import permute_before_pruning
@@ -164,9 +165,9 @@ class SparseTraining(UpdateHook):
         magnitudes = {name: self._means(self.layers[name].weight) for name in self.shapes}
         if prunes:
             new = selection.prune(grids, magnitudes, self._sizes(), self._targets(step))
-            for name, grid in new.items():
-                if not grid.any() and self.config.density > 0:
-                    log.warning("%s keeps no weight of %r: its output is constant", self.config.method, name)
+            empty = [name for name, grid in new.items() if not grid.any()]
+            if empty and self.config.density > 0:
+                log.warning("%s keeps no weight of %s, whose output is constant", self.config.method, listed(empty))
         else:
             new = selection.drop_and_grow(
                 grids,
