@@ -97,8 +97,8 @@ class MaskedConvolution(Convolution):
         """The weight that kernels read for a number of images: fewer may take the dense one."""
         if images != self._images:
             self._images = images
-            if not self._is_whole:
-                self.weight = self.folded_weight(self._norm)
+            if not self._is_whole and not self._takes_packed():
+                self.weight, self._is_whole = super().folded_weight(self._norm), True
         return self.weight
 
     def fold(self, norm: FoldedNorm | None) -> None:
@@ -108,10 +108,13 @@ class MaskedConvolution(Convolution):
         self._pattern = self._packed.flatten()
         super().fold(norm)
 
-    def folded_weight(self, norm: FoldedNorm | None) -> Tensor:
-        """The layer's own weight if no kernel reads more than the packed values: to fold it would take longer."""
+    def _takes_packed(self) -> bool:
+        """Whether no kernel reads more than the packed values: to fold the whole weight takes longer than to pack."""
         plan = self._plan(self._packed, self._images)
-        self._is_whole = not plan.forward.kernel == plan.grad_input.kernel == "sparse"
+        return plan.forward.kernel == plan.grad_input.kernel == "sparse"
+
+    def folded_weight(self, norm: FoldedNorm | None) -> Tensor:
+        self._is_whole = not self._takes_packed()
         return super().folded_weight(norm) if self._is_whole else self.layer.weight.detach()
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:

@@ -136,6 +136,7 @@ def _block_values(pattern: BlockPattern, weight: Tensor) -> Tensor:
 def _packed(pattern: BlockPattern, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     from sparse_adv.kernels import masked_conv2d_pack as kernels
 
+    scale = None if scale is None else scale.contiguous()
     return kernels.pack(weight, pattern.blocks, pattern.block[:2], pattern.groups, weight.dtype, scale)
 
 

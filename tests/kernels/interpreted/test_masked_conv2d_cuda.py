@@ -52,7 +52,7 @@ def test_every_pass_equals_the_reference(name, dtype):
 
 
 def test_packed_values_may_have_a_factor_for_each_output_channel():
-    case, scale = CASES["3x3"], torch.rand(CASES["3x3"].weight.shape[0])
+    case, scale = CASES["3x3"], torch.rand(2 * CASES["3x3"].weight.shape[0])[::2]
     pattern = pattern_of(case).flatten()
     scaled = case.weight * scale[:, None, None, None]
     assert_equal(cuda.pack_values(case.weight, pattern, scale)[0], cuda.pack_values(scaled, pattern)[0])
