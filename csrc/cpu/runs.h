@@ -11,8 +11,8 @@ struct Runs {
   int64_t channels;
   bool channels_last;
   int64_t rows, row_size;  // of a run: the rows of the gate, or one row if its bytes have no gaps within a run
-  // The kernels prefetch what they read and write this many elements later. No processor foresees where a kernel goes
-  // that visits one channel of all images; and it fetches a line that is only written when the store waits for it.
+  // The kernels prefetch what they read and write this many elements later. Otherwise each store would wait for its
+  // cache line, and so would each load of a kernel that visits one channel of all images, which lie far apart.
   int64_t ahead = 512;
 
   int64_t size() const { return rows * row_size; }

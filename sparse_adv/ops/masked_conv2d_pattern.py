@@ -276,7 +276,7 @@ def pack_checked(pattern: Pattern, weight: Tensor, scale: Tensor | None = None) 
 
 
 def promise_masked(pattern: Pattern) -> Pattern:
-    """A copy without values for calls whose weight is 0 where pruned; their plan may be another, as none masks it."""
+    """A copy, without values, for calls whose weight is 0 where pruned. They mask nothing, so their plan may differ."""
     return pattern.without_values()._with_header("weight_is_masked", 1)
 
 

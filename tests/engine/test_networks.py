@@ -56,22 +56,6 @@ def test_gradients_in_float32_differ_by_rounding(name, block):
     assert relative_error(program.gradient(x, loss), expected) < 1e-4
 
 
-@pytest.mark.parametrize("images", [1, 5, 32])
-def test_pruned_weights_that_somebody_wrote_count_as_zero(images):
-    """In every kernel, also where a pass takes another one because its weight is packed."""
-    model, shape = network("digits_cnn")
-    sparsify(model, masks.prune(model, density=0.3, block=(1, 1)))
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, MaskedConv2d):
-                layer.weight.masked_fill_(~layer.weight_mask, 0.5)
-    x = torch.rand(images, *shape[1:])
-    program = engine.Program(model, x)
-    program.fold()
-    loss = lambda logits: logits.square().sum(1)  # noqa: E731
-    assert relative_error(program.gradient(x, loss), engine.Autograd(model).gradient(x, loss)) < 1e-4
-
-
 def test_blocks_give_the_gradients_of_autograd(device):
     """On a GPU in Triton kernels, which leave a bit for each output of a ReLU."""
     torch.manual_seed(0)

@@ -12,8 +12,8 @@
 
 namespace sparse_adv {
 
-// Where a weight tensor has the value of (output channel, input channel, tap) of a pass, in elements. In grad_input the
-// channels are exchanged.
+// Where a weight tensor has the value of (output channel, input channel, tap) of a pass, in elements. In
+// grad_input the weight's input and output channels have exchanged their roles.
 struct WeightLayout {
   bool exchanged;
   const float* data;

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_adv.kernels.masked_conv2d_pack import pack
 from sparse_adv.ops import Pattern, set_kernels
 from sparse_adv.ops import masked_conv2d_cuda as cuda
-from sparse_adv.ops.masked_conv2d_pattern import block_pattern, unflatten
+from sparse_adv.ops.masked_conv2d_pattern import block_pattern, promise_masked, unflatten
 
 CASES = {
     "3x3": Case(3, 1, 40, 36, (5, 6), block=(32, 32)),
@@ -27,7 +27,7 @@ def pattern_of(case: Case) -> Pattern:
 
 def packed(pattern: Pattern, weight: Tensor) -> Pattern:
     """What `ops.pack_pattern` returns on CUDA."""
-    promised = pattern._with_header("weight_is_masked", 1).flatten()
+    promised = promise_masked(pattern).flatten()
     return unflatten([*promised, *cuda.pack_values(weight, promised)])
 
 
