@@ -3,10 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sparse_adv, m) {
-  // No keyword-only arguments, because torch.library.register_autograd does not support keyword-only tensors. No
-  // defaults, because the dispatcher drops arguments that equal their default, and then the number of gradients would
-  // be wrong. y = relu(scale[k] * conv2d(input, weight * mask) + bias[k] + residual); `pattern` is what compile_pattern
-  // returns.
+  // No keyword-only arguments and no defaults, because ops/autograd.py counts positions: the dispatcher drops arguments
+  // that equal their default, and then the number of gradients would be wrong. y = relu(scale[k] * conv2d(input, weight
+  // * mask) + bias[k] + residual); `pattern` is what compile_pattern returns.
   m.def(
       "masked_conv2d(Tensor input, Tensor weight, Tensor[] pattern, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
       "SymInt[2] dilation, SymInt groups, Tensor? scale, Tensor? residual, bool relu) -> Tensor");

@@ -13,6 +13,7 @@ from sparse_adv.kernels.layout import output_like
 from sparse_adv.kernels.tensor_checks import FLOATING
 from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import check_flag, check_number, check_tensors, overlaps_itself
+from sparse_adv.ops.autograd import register_autograd
 from sparse_adv.ops.gate import empty_gate, gate_to_bool
 from sparse_adv.ops.transforms import is_transformed
 
@@ -251,5 +252,5 @@ def _gradients(
     return of_input, of_weight.flatten(), of_bias.flatten(), grad
 
 
-torch.library.register_autograd("sparse_adv::batch_norm_act", _backward, setup_context=_setup)
-torch.library.register_autograd("sparse_adv::batch_norm_act_grad", _backward_grad, setup_context=_setup_grad)
+register_autograd("batch_norm_act", _backward, _setup)
+register_autograd("batch_norm_act_grad", _backward_grad, _setup_grad, uses_autograd=True)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparse_adv.ops.autograd import register_autograd
 from sparse_adv.ops.masked_conv2d_pattern import unflatten
 
-Gradient = Tensor | list[None] | None
+Gradients = tuple[Tensor | None, ...]
+"""One for each argument of an op, None for constants."""
 
 _masked = WeakTensorKeyDictionary()
 """Maps each gradient of a weight that an op here has formed to the mask outside of which it is 0, and its version."""
@@ -62,13 +64,11 @@ _GRAD_WEIGHT = ("grad_output", "input", "pattern", "stride", "padding", "dilatio
 
 
 def _needs(ctx: Any, arguments: Sequence[str]) -> dict[str, bool]:
-    return dict(zip(arguments, ctx.needs_input_grad, strict=True))
+    return dict(zip(arguments, ctx.needs_input_grad, strict=False))
 
 
-def _in_order(arguments: Sequence[str], tensors: Sequence[Tensor], **gradients: Tensor | None) -> tuple[Gradient, ...]:
-    """One gradient for each argument, None where it has none, and a list of None for the pattern's tensors."""
-    named: dict[str, Gradient] = {"pattern": [None] * len(tensors), **gradients}
-    return tuple(named.get(name) for name in arguments)
+def _in_order(arguments: Sequence[str], **gradients: Tensor | None) -> Gradients:
+    return tuple(map(gradients.get, arguments))
 
 
 def _shape_args(ctx: Any) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(input, weight, scale, output if ctx.relu else None, *tensors)
 
 
-def _backward_forward(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
+def _backward_forward(ctx: Any, grad: Tensor) -> Gradients:
     input, weight, scale, output, *tensors = ctx.saved_tensors
     needs, shape = _needs(ctx, _FORWARD), _shape_args(ctx)
     if ctx.relu:
@@ -101,7 +101,6 @@ def _backward_forward(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
         _masked[grad_weight] = unflatten(tensors).mask, grad_weight._version
     return _in_order(
         _FORWARD,
-        tensors,
         input=grad_input,
         weight=grad_weight if needs["weight"] else None,
         bias=grad.sum((0, 2, 3)) if needs["bias"] else None,
@@ -115,7 +114,7 @@ def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.save_for_backward(grad_output, weight, *tensors)
 
 
-def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
+def _backward_grad_input(ctx: Any, grad: Tensor) -> Gradients:
     grad_output, weight, *tensors = ctx.saved_tensors
     ops, needs, shape = torch.ops.sparse_adv, _needs(ctx, _GRAD_INPUT), _shape_args(ctx)
     grad_grad_output = grad_weight = None
@@ -123,7 +122,7 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
         grad_grad_output = ops.masked_conv2d(grad, weight, tensors, None, *shape, None, None, False)
     if needs["weight"]:
         grad_weight = ops.masked_conv2d_grad_weight(grad_output, grad, tensors, *shape)
-    return _in_order(_GRAD_INPUT, tensors, grad_output=grad_grad_output, weight=grad_weight)
+    return _in_order(_GRAD_INPUT, grad_output=grad_grad_output, weight=grad_weight)
 
 
 def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,7 +130,7 @@ def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.save_for_backward(grad_output, input, *tensors)
 
 
-def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
+def _backward_grad_weight(ctx: Any, grad: Tensor) -> Gradients:
     grad_output, input, *tensors = ctx.saved_tensors
     ops, needs, shape = torch.ops.sparse_adv, _needs(ctx, _GRAD_WEIGHT), _shape_args(ctx)
     # `grad` is the weight of the ops below, so the values that were packed for the layer's weight must not be read.
@@ -141,13 +140,9 @@ def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Gradient, ...]:
         grad_grad_output = ops.masked_conv2d(input, grad, without_values, None, *shape, None, None, False)
     if needs["input"]:
         grad_input = ops.masked_conv2d_grad_input(grad_output, grad, without_values, input.shape, *shape)
-    return _in_order(_GRAD_WEIGHT, tensors, grad_output=grad_grad_output, input=grad_input)
+    return _in_order(_GRAD_WEIGHT, grad_output=grad_grad_output, input=grad_input)
 
 
-torch.library.register_autograd("sparse_adv::masked_conv2d", _backward_forward, setup_context=_setup_forward)
-torch.library.register_autograd(
-    "sparse_adv::masked_conv2d_grad_input", _backward_grad_input, setup_context=_setup_grad_input
-)
-torch.library.register_autograd(
-    "sparse_adv::masked_conv2d_grad_weight", _backward_grad_weight, setup_context=_setup_grad_weight
-)
+register_autograd("masked_conv2d", _backward_forward, _setup_forward)
+register_autograd("masked_conv2d_grad_input", _backward_grad_input, _setup_grad_input)
+register_autograd("masked_conv2d_grad_weight", _backward_grad_weight, _setup_grad_weight)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparse_adv.kernels.layout import layout_of
 from sparse_adv.ops.arguments import Pair, check_flag, check_integer, check_tensors
+from sparse_adv.ops.autograd import register_autograd
 from sparse_adv.ops.conv_geometry import read_padding
 from sparse_adv.ops.transforms import is_transformed
 from sparse_adv.ops.written import check_written, mark_written, returns_nothing
@@ -211,10 +212,8 @@ def _backward_grad_weight(ctx: Any, of_weight: Tensor) -> tuple[Tensor | None, .
     return of_grad, of_input, None, None
 
 
-torch.library.register_autograd("sparse_adv::winograd_conv2d", _backward, setup_context=_setup)
-torch.library.register_autograd(
-    "sparse_adv::winograd_conv2d_grad_weight", _backward_grad_weight, setup_context=_setup_grad_weight
-)
+register_autograd("winograd_conv2d", _backward, _setup)
+register_autograd("winograd_conv2d_grad_weight", _backward_grad_weight, _setup_grad_weight)
 
 
 @register_flop_formula(torch.ops.sparse_adv.winograd_conv2d)
