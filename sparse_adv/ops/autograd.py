@@ -48,7 +48,7 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if uses_autograd or torch.is_grad_enabled():
+            if uses_autograd or torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return *backward(ctx, *grads), None
             with torch._C._AutoDispatchBelowAutograd():
                 return *backward(ctx, *grads), None

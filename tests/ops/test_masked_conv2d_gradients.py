@@ -6,6 +6,7 @@ from helpers.convolution_cases import Case, cases
 from helpers.tolerances import assert_close, assert_equal
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
 from sparse_adv.ops import Pattern, compile_pattern, masked_conv2d, pack_pattern, reference
 from sparse_adv.ops.masked_conv2d_gradients import is_masked
@@ -195,6 +196,16 @@ def test_one_compiled_graph_equals_eager_for_every_batch(kernel, layout):
         pairs = zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (actual, expected)), strict=True)
         for gradient, value in pairs:
             assert_equal(gradient, value)
+
+
+def test_one_graph_of_compiled_autograd_equals_eager():
+    case = Case()
+    net = Net(case, "sparse")
+    expected = torch.autograd.grad(net(case.input).square().sum(), list(net.parameters()))
+    with compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
+        net(case.input).square().sum().backward()
+    for parameter, value in zip(net.parameters(), expected, strict=True):
+        assert_equal(parameter.grad, value)
 
 
 def test_exported_with_a_free_batch_equals_eager():
