@@ -131,6 +131,14 @@ def test_from_the_third_update_of_a_shape_on_all_are_replayed(updates):
     assert updates == first + ["replayed"] * 5 + ["eager"] + second + ["captured"] + second + ["replayed"]
 
 
+@pytest.mark.parametrize(("objective", "kinds"), [("nu-at", 2), ("fgsm-rs-cs", 2)])
+def test_each_kind_of_update_is_captured_once_for_all_epochs(objective, kinds, updates):
+    # With and without the term that compares outputs; its weight, or the loss that it compares with, changes.
+    trained(replace(CONFIG, objective=objective, epochs=6), given=batches(16))
+    assert updates.count("captured") == kinds
+    assert updates[-12:] == ["replayed"] * 12
+
+
 def test_replays_count_as_attack_and_update(updates):
     run = training.Training(network(), batches(16), CONFIG)
     *_, last = run.epochs()

@@ -14,6 +14,7 @@ from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.config import TrainConfig
 from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training.objectives.base import Noise, Passes, TrainingObjective
+from sparse_adv.training.objectives.epoch_number import EpochNumber
 from sparse_adv.training.objectives.nuclear_norm import nuclear_norm
 
 
@@ -36,7 +37,7 @@ class NuAT(TrainingObjective):
 
     def __init__(self, config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
         super().__init__(config, check, graphs)
-        self.weight = config.second_weight
+        self.weight = EpochNumber(config.second_weight)
         self.count = 0
         """Updates of this epoch before the present one."""
 
@@ -50,11 +51,11 @@ class NuAT(TrainingObjective):
         return self.count % 2 == 1
 
     @property
-    def variant(self) -> tuple[bool, float]:
-        return self.compares, self.weight
+    def variant(self) -> bool:
+        return self.compares
 
     def begin_epoch(self, epoch: int) -> None:
-        self.weight = self.config.second_weight * epoch / self.config.epochs
+        self.weight.set(self.config.second_weight * epoch / self.config.epochs)
         self.count = 0
 
     def draws(self, x: Tensor) -> bool:
@@ -73,7 +74,7 @@ class NuAT(TrainingObjective):
 
             def raised(logits: Tensor) -> Tensor:
                 value = loss_function(self.attack_loss)(logits, y).sum()
-                return value if clean is None else value + self.weight * nuclear_norm(_difference(clean, logits))
+                return value if clean is None else value + self._weighted_norm(clean, logits)
 
             gradient = queries.gradient(start, raised)
             return ops.pgd_step(start, gradient, x, config.step_size, config.eps, config.norm)
@@ -82,7 +83,11 @@ class NuAT(TrainingObjective):
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         attacked, clean = model(adv), model(x)
-        return self.cross_entropy(clean, y) + self.weight * nuclear_norm(_difference(clean, attacked)) / len(x)
+        return self.cross_entropy(clean, y) + self._weighted_norm(clean, attacked) / len(x)
+
+    def _weighted_norm(self, clean: Tensor, attacked: Tensor) -> Tensor:
+        norm = nuclear_norm(_difference(clean, attacked))
+        return self.weight.like(norm) * norm
 
     def count_update(self) -> None:
         self.count += 1

@@ -14,6 +14,7 @@ from sparse_adv.config import TrainConfig
 from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training import distributed
 from sparse_adv.training.objectives.base import Noise, Passes, TrainingObjective
+from sparse_adv.training.objectives.epoch_number import EpochNumber
 
 
 class FGSM(TrainingObjective):
@@ -91,23 +92,25 @@ class FGSMRSCS(TrainingObjective):
         self.start_loss: Tensor | None = None
         self.total: Tensor | None = None
         """float64 [2]: the CE of x', summed over the images of this epoch, or the last one, and their number."""
-        self.level: float | None = None
-        """Mean CE of x' in the epoch before; None in an epoch without the second term."""
+        self.compares = False
+        """Whether the loss of this epoch has the second term."""
+        self.level = EpochNumber(0.0)
+        """Mean CE of x' in the epoch before one with the second term."""
 
     @property
     def passes(self) -> Passes:
-        return Passes(2, 1) if self.level is None else Passes(1, 1, update=2)
+        return Passes(1, 1, update=2) if self.compares else Passes(2, 1)
 
     @property
-    def variant(self) -> float | None:
-        return self.level
+    def variant(self) -> bool:
+        return self.compares
 
     def begin_epoch(self, epoch: int) -> None:
-        self.level = None
+        self.compares = self.total is not None and self._is_smooth(epoch)
         if self.total is not None:
-            if self._is_smooth(epoch):
+            if self.compares:
                 loss, images = distributed.all_reduce_sum(self.total.tolist(), self.total.device)
-                self.level = loss / images
+                self.level.set(loss / images)
             self.total.zero_()
 
     def _is_smooth(self, epoch: int) -> bool:
@@ -130,12 +133,12 @@ class FGSMRSCS(TrainingObjective):
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         assert self.start is not None
         loss = self.cross_entropy(model(adv), y)
-        with torch.set_grad_enabled(self.level is not None and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.compares and torch.is_grad_enabled()):
             start_loss = self.cross_entropy(model(self.start), y)
         self.start_loss = start_loss.detach()
-        if self.level is None:
+        if not self.compares:
             return loss
-        change = self.start_loss - self.level
+        change = self.start_loss - self.level.like(self.start_loss)
         return loss + self.config.second_weight * change.sign() * (change.abs() > self._LARGEST_CHANGE) * start_loss
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""A number of the loss that changes from epoch to epoch, read from memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class EpochNumber:
+    """A number in the device's memory: a CUDA graph that was captured in one epoch reads that of each later one.
+
+    Examples:
+        >>> weight = EpochNumber(0.5)
+        >>> ones = torch.ones(2)
+        >>> before = weight.like(ones)
+        >>> weight.set(2.0)
+        >>> before, weight.like(ones)
+        (tensor(0.5000), tensor(2.))
+    """
+
+    def __init__(self, value: float) -> None:
+        self._value = value
+        self._stored: Tensor | None = None
+
+    def set(self, value: float) -> None:
+        """Change the number, between two updates."""
+        self._value = value
+        if self._stored is not None:
+            self._stored.fill_(value)
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A scalar of the tensor's dtype, which has the bits of the number as PyTorch rounds one in an expression."""
+        if self._stored is None:  # never while a graph is captured, as each kind of update runs before
+            self._stored = torch.tensor(self._value, dtype=torch.float64, device=tensor.device)
+        return self._stored.to(tensor.dtype)
