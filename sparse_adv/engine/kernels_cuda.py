@@ -6,6 +6,7 @@ its own gate, and is kept until the backward pass.
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -15,9 +16,11 @@ from sparse_adv import ops
 from sparse_adv.engine.folding import FoldedNorm
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.steps import ConvolutionStep, PointwiseStep, Step
+from sparse_adv.errors import first_line
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import max_pool2d
 from sparse_adv.kernels.epilogue import Epilogue
+from sparse_adv.kernels.layout import output_size
 from sparse_adv.kernels.masked_conv2d_pack import pack
 from sparse_adv.kernels.masked_conv2d_phases import select_phases
 from sparse_adv.kernels.pointwise import pointwise
@@ -27,6 +30,8 @@ from sparse_adv.ops.cuda_graph import Capturer
 from sparse_adv.ops.masked_conv2d_cuda import precision, runs_blocks
 from sparse_adv.ops.masked_conv2d_pattern import BlockPattern
 
+log = logging.getLogger(__name__)
+
 
 class CudaKernels(DeviceKernels):
     """Kernels for images in channels_last. Memory comes from PyTorch's allocator, whose blocks are used again."""
@@ -35,6 +40,13 @@ class CudaKernels(DeviceKernels):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype, torch.channels_last)
+        self._zeros: dict[torch.Size, Tensor] = {}
+
+    def zeros(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Zeros that all convolutions of this output read; made with a program, so in no graph's memory."""
+        if shape not in self._zeros:
+            self._zeros[shape] = self.empty(shape, device).zero_()
+        return self._zeros[shape]
 
     def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor | None:
         one_pixel = math.prod(shape[2:]) == 1  # channels_last cannot be told from NCHW
@@ -83,19 +95,46 @@ def _block_pattern(layer: nn.Conv2d) -> BlockPattern | None:
 class CudnnConvolution(Convolution):
     """A convolution by cuDNN, which fuses bias, residual and ReLU in the forward pass, and nothing in the backward."""
 
+    kernels: CudaKernels
+
+    def __init__(self, layer: nn.Conv2d, shape: torch.Size, kernels: CudaKernels) -> None:
+        super().__init__(layer, shape, kernels)
+        self._fuses = kernels.dtype != torch.float64
+        pixels = output_size(shape[2:], layer.weight.shape[2:], *self.geometry)
+        self._no_residual = kernels.zeros(torch.Size((shape[0], len(layer.weight), *pixels)), layer.weight.device)
+
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        geometry = (*self.geometry, self.layer.groups)
-        fused = epilogue.relu and epilogue.gate_out is None and x.dtype != torch.float64
-        if not fused or _must_be_deterministic():  # PyTorch lets the fused calls take any of cuDNN's algorithms
-            # The epilogue in one pass; PyTorch would add the bias in a pass of its own.
-            y = self.kernels.plain(torch.conv2d(x, self.weight, None, *geometry))
-            return self.kernels.finish(y, epilogue._replace(bias=self.bias))
-        if epilogue.residual is None:
-            return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
-        return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, epilogue.residual, 1.0, self.bias, *geometry)
+        if self._fuses and epilogue.relu and epilogue.gate_out is None and not _must_be_deterministic():
+            result = self._fused(x, epilogue.residual)
+            if result is not None:
+                return result
+        # The epilogue in one pass; PyTorch would add the bias in a pass of its own.
+        y = self.kernels.plain(torch.conv2d(x, self.weight, None, *self.geometry, self.layer.groups))
+        return self.kernels.finish(y, epilogue._replace(bias=self.bias))
+
+    def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """relu(conv(x) + bias + residual) in one call of cuDNN; None, from the first time on, if it has none for it.
+
+        `cudnn_convolution_relu` adds 0 times its output's memory, which nobody has written: where that holds a NaN, the
+        sum is one, and the ReLU makes it 0. So zeros are added.
+        """
+        residual = self._no_residual if residual is None else residual
+        try:
+            return torch.ops.aten.cudnn_convolution_add_relu(
+                x, self.weight, residual, 1.0, self.bias, *self.geometry, self.layer.groups
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # some layers of groups, and some odd numbers of channels
+            if self.kernels.capturer.is_capturing():
+                raise
+            log.info("cuDNN computes %s and its ReLU in two calls: %s", self.layer, first_line(error))
+            self._fuses = False
+            return None
 
 
 def _must_be_deterministic() -> bool:
+    """Whether the result must be the same each time: PyTorch lets the fused call take any of cuDNN's algorithms."""
     return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
@@ -106,7 +145,7 @@ class BlockConvolution(CudnnConvolution):
         pattern: of the layer.
     """
 
-    def __init__(self, layer: nn.Conv2d, shape: torch.Size, kernels: DeviceKernels, pattern: BlockPattern) -> None:
+    def __init__(self, layer: nn.Conv2d, shape: torch.Size, kernels: CudaKernels, pattern: BlockPattern) -> None:
         super().__init__(layer, shape, kernels)
         self._pattern = pattern
         planned = shape, kernels.dtype, *self.geometry

@@ -50,12 +50,8 @@ def calls(monkeypatch) -> list[str]:
     """Lets the engine take its CUDA kernels on the CPU; returns the calls of cuDNN and of the Triton kernels."""
     calls: list[str] = []
 
-    def conv_relu(x, weight, bias, *geometry):
-        calls.append("cudnn conv + relu")
-        return F.conv2d(x, weight, bias, *geometry).relu()
-
     def conv_add_relu(x, weight, residual, alpha, bias, *geometry):
-        calls.append("cudnn conv + add + relu")
+        calls.append(f"cudnn conv + {'add + ' if residual.any() else ''}relu")
         return (F.conv2d(x, weight, bias, *geometry) + alpha * residual).relu()
 
     def count(name, module, function):
@@ -90,7 +86,6 @@ def calls(monkeypatch) -> list[str]:
     monkeypatch.setattr(program.Program, "fold", as_on_cuda(fold))
     monkeypatch.setattr(program.buffers, "gates", as_on_cuda(gates))
     monkeypatch.setattr(program, "choose_kernels", lambda steps, x: kernels_cuda.CudaKernels(x.dtype))
-    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", conv_relu, raising=False)
     monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", conv_add_relu, raising=False)
     for function in ("forward", "grad_input"):
         count("blocks", kernels_cuda.block_kernels, function)
@@ -186,6 +181,23 @@ def test_deterministic_algorithms_are_not_left_to_the_fused_calls_of_cudnn(calls
         assert_close(gradients.logits(x), expected.detach())
         assert_close(gradients.gradient(x, lambda logits: logits.square().sum(1)), leaf.grad)
     assert isinstance(gradients, program.Program) and not calls
+
+
+def test_a_layer_that_cudnn_cannot_fuse_takes_two_calls_and_the_others_one(calls, monkeypatch):
+    torch.manual_seed(0)
+    model, x, fused = network(pool=False), torch.rand(3, 3, 8, 8), torch.ops.aten.cudnn_convolution_add_relu
+
+    def refusing(x, *operands):
+        if x.shape[1] == 3:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return fused(x, *operands)
+
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", refusing)
+    with engine.input_gradients(model, x) as gradients:
+        calls.clear()
+        assert_close(gradients.logits(x), model(x).detach())
+    assert isinstance(gradients, program.Program)
+    assert calls.count("cudnn conv + relu") == 2 and calls.count("cudnn conv + add + relu") == 2
 
 
 def test_lists_of_a_strided_gradient_are_made_once_in_an_attack(calls, monkeypatch):
