@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from sparse_adv.engine.kernels import DeviceKernels, Place
 from sparse_adv.engine.steps import Step
 from sparse_adv.engine.values import PassMemory, Value
+
+_META = torch.device("meta")
 
 
 @dataclass(eq=False)
@@ -26,7 +28,7 @@ class Buffer:
         """A tensor of this shape in the buffer, in the memory format of the kernels."""
         if self.memory is None:
             self.memory = torch.empty(self.elements, dtype=kernels.dtype, device=device)
-        return self.memory.as_strided(shape, kernels.empty(shape, torch.device("meta")).stride())
+        return self.memory.as_strided(shape, kernels.empty(shape, _META).stride())
 
 
 @dataclass(eq=False)
@@ -50,20 +52,25 @@ class Memory:
         self, steps: Sequence[Step], input: Value, output: Value, kernels: DeviceKernels, device: torch.device
     ) -> None:
         self._kernels, self._device = kernels, device
-        self.gates = gates(steps, kernels, device)
+        self.gates = gates(steps, kernels, device if kernels.reuses_memory else _META)
         """Of outputs of a ReLU, for a whole batch; those that are not here are their own gates, and last as long."""
         self._values, self._gradients = _lifetimes(steps, input, output, self.gates)
         self._buffers = _share([*self._values, *self._gradients])
         self._last: PassMemory | None = None
 
-    def for_images(self, images: int) -> PassMemory:
+    def for_images(self, images: int, differentiable: bool) -> PassMemory:
         """The memory of a pass over a number of images, at most those of a batch."""
         if self._last is None or self._last.images != images:
             gates = {value: gate[: value.shape_for(images)[0]] for value, gate in self.gates.items()}
             self._last = PassMemory(
                 images, gates, self._places(self._values, images), self._places(self._gradients, images)
             )
-        return self._last
+        if self._kernels.reuses_memory:
+            return self._last
+        planned = self._last.gates.items() if differentiable else ()
+        return replace(
+            self._last, gates={value: torch.empty_like(gate, device=self._device) for value, gate in planned}
+        )
 
     def _places(self, lifetimes: Iterable[_Lifetime], images: int) -> Mapping[Value, Place]:
         return {
@@ -100,6 +107,11 @@ def _lifetimes(
         for value in step.outputs:
             gradients[value].end = max(gradients[value].end, passed_on)
     return values, list(gradients.values())
+
+
+def gated(steps: Sequence[Step], kernels: DeviceKernels) -> Collection[Value]:
+    """The outputs of a ReLU that get memory for a gate."""
+    return gates(steps, kernels, _META).keys()
 
 
 def gates(steps: Sequence[Step], kernels: DeviceKernels, device: torch.device) -> dict[Value, Tensor]:

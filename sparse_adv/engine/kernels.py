@@ -93,6 +93,8 @@ class DeviceKernels:
 
     Attributes:
         any_batch: whether the kernels compute any number of images, and not whole batches only.
+        reuses_memory: whether each pass writes its results where the one before did. A graph must not: another thread
+            may make a pass while it is replayed.
         capturer: captures passes that are made often as graphs; None if calling the kernels takes no time.
 
     Args:
@@ -101,6 +103,7 @@ class DeviceKernels:
     """
 
     any_batch = False
+    reuses_memory = True
     capturer: ClassVar[type[Capturer] | None] = None
 
     def __init__(self, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
@@ -128,7 +131,7 @@ class DeviceKernels:
         return Convolution(layer, shape, self)
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
-        """The maximum of windows that do not overlap, and its position in each window, in `index` unless it is None."""
+        """The maximum of windows that do not overlap, and its position in each window; it may be written to `index`."""
         return F.max_pool2d_with_indices(x, size)
 
     def max_pool_grad(

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 class CudaKernels(DeviceKernels):
     """Kernels for images in channels_last. Memory comes from PyTorch's allocator, whose blocks are used again."""
 
+    reuses_memory = False
     capturer = Capturer
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -71,7 +72,7 @@ class CudaKernels(DeviceKernels):
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
         pooled = torch.Size((*x.shape[:2], x.shape[2] // size[0], x.shape[3] // size[1]))
         out = self.empty(pooled, x.device)
-        index = torch.empty_like(out, dtype=torch.uint8) if index is None else index
+        index = torch.empty_like(out, dtype=torch.uint8)
         max_pool2d.forward(x, size, out, index)
         return out, index
 

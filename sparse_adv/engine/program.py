@@ -68,7 +68,8 @@ class Program:
         patterns = self._present_patterns()
         if any(map(operator.is_not, patterns, self._patterns)):
             self._patterns, kernels = patterns, self._choose_kernels()
-            if kernels.memory_format != self._kernels.memory_format:
+            is_other = kernels.memory_format != self._kernels.memory_format
+            if is_other or buffers.gated(self.steps, kernels) != self._memory.gates.keys():
                 self._plan_memory(kernels)
         norms = iter(fold_norms([step.norm for step in self.steps if step.norm is not None], self._kernels.dtype))
         for step in self.steps:
@@ -175,7 +176,7 @@ class Program:
 
     def _tensors(self, images: Tensor, differentiable: bool) -> PassTensors:
         """The tensors after a forward pass."""
-        tensors = PassTensors(self._kernels, self._memory.for_images(len(images)), differentiable)
+        tensors = PassTensors(self._kernels, self._memory.for_images(len(images), differentiable), differentiable)
         tensors[self._input] = images
         for step, unread in zip(self.steps, self._read_last, strict=True):
             step.forward(tensors)

@@ -58,7 +58,7 @@ def images_of_steps(monkeypatch):
     monkeypatch.setattr(
         engine.program.buffers.Memory,
         "for_images",
-        lambda self, images: seen.append(images) or for_images(self, images),
+        lambda self, images, differentiable: seen.append(images) or for_images(self, images, differentiable),
     )
     return seen
 

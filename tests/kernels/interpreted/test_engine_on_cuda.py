@@ -75,9 +75,9 @@ def calls(monkeypatch) -> list[str]:
     def as_on_cuda(function):
         def run(*args):
             nonlocal on_cuda
-            on_cuda = True
+            before, on_cuda = on_cuda, True
             result = function(*args)
-            on_cuda = False
+            on_cuda = before
             return result
 
         return run
@@ -145,6 +145,49 @@ def test_bias_and_residual_without_a_relu_are_one_pass(calls, monkeypatch):
         (True, False),
         (True, True),
     ]
+
+
+def test_gates_follow_the_kernels_of_new_masks(calls, monkeypatch):
+    torch.manual_seed(0)
+    model, x = network(pool=True), torch.rand(3, 3, 6, 6)
+    programs, request = [], set_kernels
+    for kernel, gates in (("dense", 0), ("sparse", 5), ("dense", 0)):
+        monkeypatch.setitem(
+            globals(), "set_kernels", lambda pattern, *_, kernel=kernel: request(pattern, *[kernel] * 3)
+        )
+        model = sparse_nn.sparsify(model, masks.prune(model, 0.5, block=(32, 32), scope="uniform", linear=False))
+        leaf = x.clone().requires_grad_()
+        model(leaf).square().sum().backward()
+        with engine.input_gradients(model, x) as gradients:
+            assert_close(gradients.gradient(x, lambda logits: logits.square().sum(1)), leaf.grad)
+            assert len(gradients._memory.gates) == gates
+        programs.append(gradients)
+    assert programs[0] is programs[1] is programs[2]
+
+
+def test_the_gates_of_a_pass_are_not_where_another_pass_writes(calls, monkeypatch):
+    """A replay of one, beside another thread's pass, would overwrite them."""
+    torch.manual_seed(0)
+    written: list[torch.Tensor] = []
+
+    def note(module):
+        kernel = module.forward
+
+        def noted(*args):
+            written.extend(arg for arg in args if isinstance(arg, torch.Tensor) and arg.dtype == torch.uint8)
+            return kernel(*args)
+
+        monkeypatch.setattr(module, "forward", noted)
+
+    note(kernels_cuda.block_kernels)
+    note(kernels_cuda.max_pool2d)
+    model, x = network(pool=True), torch.rand(3, 3, 6, 6)
+    model = sparse_nn.sparsify(model, masks.prune(model, 0.5, block=(32, 32), scope="uniform", linear=False))
+    with engine.input_gradients(model, x) as gradients:
+        written.clear()
+        for _ in range(2):
+            gradients.gradient(x, lambda logits: logits.sum(1))
+    assert len(written) == 2 * 6 == len({tensor.data_ptr() for tensor in written})
 
 
 @pytest.mark.parametrize("channels", [16, 12])  # whole bytes of bits, and others
