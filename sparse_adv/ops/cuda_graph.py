@@ -142,9 +142,12 @@ class Capturer:
             # the backward pass on the stream of the forward pass, so it is captured too.
             with (
                 _capturing,
+                warnings.catch_warnings(),
                 torch.cuda.stream(self.stream),
                 torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
             ):
+                # Of a stage that computes nothing, as an attack of training without one.
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
                 result = call()
         except BaseException:
             # After a failed capture the generator and the memory pool stay in capture state: replace both. Earlier
@@ -229,6 +232,7 @@ class CallCache:
         inputs: Sequence[Tensor | None],
         device: torch.device,
         phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+        at_once: bool = False,
     ) -> Any:
         """Make a call, by replaying it if possible; the first two times its stages run as they are.
 
@@ -239,6 +243,7 @@ class CallCache:
             inputs: of each stage. Those on the CPU are copied to the device, and the host does not wait for that.
             device: of the call.
             phase: entered around each stage with its name.
+            at_once: whether to capture it the first time, as it will be made again.
         """
         if call.replays:
             for memory, value in zip(call.inputs, inputs, strict=True):
@@ -255,17 +260,18 @@ class CallCache:
         capturer = self.capturers.get(device)
         if capturer is None:
             capturer = self.capturers[device] = self._capturer(device)
-        if not call.has_run:
+        has_run, call.has_run = call.has_run, True
+        if not (has_run or at_once):
             with part_of_a_call():
-                result = _run_each(stages, inputs, phase, capturer.run)
-            call.has_run = True
-            return result
-        result = self._warm_up(capturer, call, stages, inputs, phase)
+                return _run_each(stages, inputs, phase, capturer.run)
+        # The warm-up reads them too: with another alignment, libraries would choose other kernels in the capture.
+        own = [None if value is None else value.detach().clone() for value in inputs]
+        result = self._warm_up(capturer, call, stages, own, phase)
         if not call.reason and not call.attempts:
-            self._capture(capturer, call, stages, inputs)
+            self._capture(capturer, call, stages, own)
         if call.reason:
             warn_of_refusal(what, call.reason)
-        return result
+        return _copied(result)  # it may be one of the inputs
 
     @staticmethod
     def _warm_up(
@@ -295,8 +301,7 @@ class CallCache:
         return result
 
     @staticmethod
-    def _capture(capturer: Capturer, call: Call, stages: Stages, inputs: Sequence[Tensor | None]) -> None:
-        memory = [None if value is None else value.detach().clone() for value in inputs]
+    def _capture(capturer: Capturer, call: Call, stages: Stages, memory: Sequence[Tensor | None]) -> None:
         # Autocast caches casts of weights. The graph must not read casts made before it, which no replay would
         # update, and no later code may read casts made in the capture, which have no values before a replay.
         torch.clear_autocast_cache()

@@ -43,6 +43,8 @@ class CapturedUpdates:
     def __init__(self, updater: Updater, cache: CallCache, wanted: bool) -> None:
         self._updater, self._cache, self._wanted = updater, cache, wanted
         self._misses = 0
+        self._repeated: set[Hashable] = set()
+        """The kinds of update that were captured, with masks or a state that may be no more."""
 
     def run(
         self,
@@ -64,7 +66,8 @@ class CapturedUpdates:
         if not self._wanted or not self._cache.captures_on(updater.device):
             return None
         what = f"updates of this {type(updater.model).__name__}"
-        call = self._cache.find(*self._key(objective, x, y, numbers))
+        kind = objective.variant, key_of_batch(x, y)
+        call = self._cache.find(*self._key(kind, objective, numbers))
         self._misses = 0 if call.has_run else self._misses + 1
         if not call.has_run and (reason := _reason_against(updater, self._misses)):
             if distributed.rank() == 0:
@@ -83,7 +86,12 @@ class CapturedUpdates:
 
         inputs = x, y, noise, updater.device_numbers.packed(numbers)
         stages = {"attack": craft, "update": learn}
-        result: tuple[Tensor, Tensor] = self._cache.run(call, what, stages, inputs, updater.device, watch.phase)
+        at_once = kind in self._repeated
+        result: tuple[Tensor, Tensor] = self._cache.run(
+            call, what, stages, inputs, updater.device, watch.phase, at_once
+        )
+        if call.replays:
+            self._repeated.add(kind)
         # After a capture they lie in the pool, where other graphs write; before a replay they are of an older update.
         updater.optimizer.zero_grad()
         if call.reason:
@@ -98,7 +106,7 @@ class CapturedUpdates:
         self._wanted = False
         self._updater.restart_scaler()  # the capture may have ended in the middle of a step
 
-    def _key(self, objective: TrainingObjective, x: Tensor, y: Tensor, numbers: Numbers) -> tuple[Hashable, object]:
+    def _key(self, kind: Hashable, objective: TrainingObjective, numbers: Numbers) -> tuple[Hashable, object]:
         """All that the code of an update depends on, and the objects whose ids and addresses this holds."""
         updater = self._updater
         of_model, keep_alive = key_of_model(updater.model, updater.device.type)
@@ -106,8 +114,8 @@ class CapturedUpdates:
         parameters = list(updater.model.parameters())
         others = [*_tensors_of(updater), *state.values()]
         key = (
-            (id(objective), objective.variant, tuple(state)),
-            key_of_batch(x, y),
+            (id(objective), tuple(state)),
+            kind,
             of_model,
             structure_of(updater.model),
             all_contents_of(updater.model),
