@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import re
 import zipfile
 from contextlib import suppress
 from typing import IO, Any
@@ -49,6 +50,22 @@ def load(file: IO[bytes], device: torch.device | str = "cpu") -> Any:
         _check_names(file)
     file.seek(0)
     return torch.load(file, map_location=device, weights_only=True)
+
+
+def refused_object(error: Exception) -> str | None:
+    """The class or function in a file for which `load` has refused it; None if the error is another.
+
+    Examples:
+        >>> file = io.BytesIO()
+        >>> torch.save({"layer": torch.nn.Identity()}, file)
+        >>> try:
+        ...     load(file)
+        ... except pickle.UnpicklingError as error:
+        ...     refused_object(error)
+        'torch.nn.modules.linear.Identity'
+    """
+    found = re.search(r"GLOBAL (\S{1,100})", str(error))
+    return found and found[1]
 
 
 def _check_names(file: IO[bytes]) -> None:

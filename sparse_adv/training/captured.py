@@ -20,7 +20,7 @@ from sparse_adv.ops.cuda_graph import CallCache, warn_of_refusal
 from sparse_adv.training import distributed
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.hook import UpdateHook
-from sparse_adv.training.objectives import TrainingObjective
+from sparse_adv.training.objectives import TrainingObjective, state_of
 from sparse_adv.training.sgd import Numbers, is_fused
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class CapturedUpdates:
         """All that the code of an update depends on, and the objects whose ids and addresses this holds."""
         updater = self._updater
         of_model, keep_alive = key_of_model(updater.model, updater.device.type)
-        state = objective.state_dict()
+        state = state_of(objective)
         parameters = list(updater.model.parameters())
         others = [*_tensors_of(updater), *state.values()]
         key = (

@@ -97,28 +97,47 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         state: tensors, numbers, text, and dicts, lists and tuples of these, as PyTorch's state dicts are.
 
     Raises:
-        TypeError: if the file does not exist yet, and could not be read again: the state has other objects.
+        TypeError: if it could not be read again, as it has other objects. The file stays as it is.
     """
     # Into memory first: torch.save to a full disk raises a RuntimeError that does not mention the disk.
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    if not path.exists():
+    content = io.BytesIO()
+    torch.save(dict(state), content)
+    try:
+        torch_files.load(content, "meta")  # which reads no values: 15 ms of the 360 for a ResNet-18
+    except Exception as error:
+        raise _unreadable_part(state) or error from error
+    write_bytes(path, content.getvalue())
+
+
+def _unreadable_part(state: Mapping[str, Any]) -> TypeError | None:
+    """The error that names the part of a state which could not be read again."""
+    for name, part in state.items():
+        content = io.BytesIO()
+        torch.save(part, content)
         try:
-            torch_files.load(io.BytesIO(buffer.getvalue()))
+            torch_files.load(content, "meta")
         except Exception as error:
-            said = "a state must be tensors, numbers, text, and dicts, lists and tuples of these to be read again"
-            raise TypeError(f"{said}: {first_line(error)}") from error
-    write_bytes(path, buffer.getvalue())
+            found = torch_files.refused_object(error) or first_line(error)
+            return TypeError(
+                f"the state of {name!r} must be tensors, numbers, text, and dicts, lists and tuples of these, to be "
+                f"read again, and contains {found}"
+            )
+    return None
+
+
+def _cause(error: Exception) -> str:
+    refused = torch_files.refused_object(error)
+    if refused is not None:
+        return f"it contains {refused}, which is neither a tensor nor plain data"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def damaged(path: Path, error: Exception) -> Exception:
     """Return the error that refuses a damaged state; one of too little memory is returned as it is."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         return error
-    cause = f"{type(error).__name__}: {first_line(error)}"
-    return ValueError(
-        f"{str(path)!r} is damaged or of other code, the run cannot continue ({cause}): delete its folder to start anew"
-    )
+    said = f"{str(path)!r} is damaged or of other code, the run cannot continue ({_cause(error)})"
+    return ValueError(f"{said}: delete its folder to start anew")
 
 
 def read_state(path: Path, device: torch.device, keys: Iterable[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sparse_adv.runs import EpochRecord, RunInfo, best
 from sparse_adv.training import distributed, identity, random_numbers
 from sparse_adv.training.checkpoint import damaged, read_state, write_state, write_weights
 from sparse_adv.training.folder_lock import FolderLock, hold
+from sparse_adv.training.objectives import state_of
 from sparse_adv.training.overfitting import OverfittingMonitor
 from sparse_adv.training.update import Updater
 
@@ -83,7 +84,7 @@ class RunFiles:
         """
         of_ranks = distributed.collect(
             {
-                "objective": {key: tensor.cpu() for key, tensor in self.updater.objective.state_dict().items()},
+                "objective": {key: tensor.cpu() for key, tensor in state_of(self.updater.objective).items()},
                 "identity": self.identity,
                 "generators": random_numbers.states_of(self.batches, self.updater.model),
             }

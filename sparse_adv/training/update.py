@@ -19,7 +19,7 @@ from sparse_adv.config import TrainConfig
 from sparse_adv.nn import CommStats, dense_gradients, mask_agreement, register_masked_allreduce_hook
 from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training import distributed, objectives, sgd
-from sparse_adv.training.awp import perturbed_weights
+from sparse_adv.training.awp import perturbed_weights, weights_to_perturb
 from sparse_adv.training.captured import CapturedUpdates
 from sparse_adv.training.checks import count_batches
 from sparse_adv.training.costs import Stopwatch
@@ -105,6 +105,8 @@ class Updater:
         self.step = 0
         self.frozen = frozen_modules(model)
         hook.begin(self)
+        if config.awp_gamma:
+            weights_to_perturb(model)  # refused before the warm-up, not after it
         self.channels_last = wants_channels_last(device, config.precision)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -247,7 +249,7 @@ class Updater:
 
     def _passes(self, objective: objectives.TrainingObjective, dense_gradients: bool) -> Passes:
         """The passes of an update with this objective; AWP forms the gradients of kept weights once more."""
-        passes = objective.passes
+        passes = Passes(*objective.passes)
         return passes._replace(
             update=passes.update * (2 if self.awp_gamma else 1),
             dense_gradients=passes.update if dense_gradients else 0,
@@ -302,7 +304,7 @@ class Updater:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
-            "objective": self.objective.state_dict(),
+            "objective": objectives.state_of(self.objective),
             "hook": (type(self.hook).__qualname__, self.hook.state_dict()),
         }
 

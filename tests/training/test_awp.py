@@ -2,20 +2,33 @@
 
 import copy
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.small_runs import TRAIN, network
+from helpers.small_runs import TRAIN, WITH_ENGINE, batches, network
 from torch import nn
 
-from sparse_adv import data
+from sparse_adv import data, training
 from sparse_adv.training.awp import perturbed_weights
 
 
 def vector_network() -> nn.Module:
     size = TRAIN.images[0].numel()
     return nn.Sequential(nn.Flatten(), nn.Linear(size, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def test_training_refuses_a_model_without_weights_to_perturb_before_the_warm_up():
+    model = network().requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.requires_grad_()
+    config = replace(WITH_ENGINE, objective="pgd", awp_gamma=0.01, awp_warmup_epochs=1.0)
+    records = []
+    with pytest.raises(ValueError, match='awp_gamma needs a trained parameter with "weight" in its name'):
+        training.train(model, batches(), config, on_epoch=records.append)
+    assert not records
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -94,9 +94,15 @@ class NotOnCrafted(training.TrainingObjective):
         return self.cross_entropy(model(x + 0), y)
 
 
+class Counting(OwnFGSMRS):
+    def state_dict(self):
+        return {"made": 3}
+
+
 @pytest.mark.parametrize(
     ("objective", "error", "said"),
     [
+        (Counting, TypeError, r"objective.state_dict\(\) must hold tensors, got 3 for 'made'"),
         ("pgd", TypeError, "objective must be of type Callable or None, got 'pgd'"),
         (OwnFGSMRS(CONFIG), TypeError, "objective must be of type Callable or None, got <"),
         (lambda *arguments: "pgd", TypeError, "objective must make a TrainingObjective, got 'pgd'"),

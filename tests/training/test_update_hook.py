@@ -184,6 +184,26 @@ def test_what_a_hook_keeps_must_be_read_again(tmp_path):
         def state_dict(self):
             return {"best": np.float64(0.5)}
 
-    with pytest.raises(TypeError, match="a state must be tensors, numbers, text"):
+    with pytest.raises(TypeError, match=r"the state of 'hook' must be tensors, .* and contains numpy.*scalar$"):
         train(tmp_path, Keeping())
     assert not (tmp_path / "state.pt").exists()
+
+
+def test_what_a_hook_keeps_later_leaves_the_last_good_state(tmp_path):
+    class Keeping(training.UpdateHook):
+        best = 0.0
+
+        def after_epoch(self, record):
+            self.best = np.float64(0.5) if record.epoch == 2 and not hasattr(self, "plain") else self.best + 1
+
+        def state_dict(self):
+            return {"best": self.best}
+
+        def load_state_dict(self, state):
+            self.best, self.plain = state["best"], True
+
+    with pytest.raises(TypeError, match="the state of 'hook' must be tensors"):
+        train(tmp_path, Keeping())
+    hook = Keeping()
+    train(tmp_path, hook)
+    assert hook.best == CONFIG.epochs

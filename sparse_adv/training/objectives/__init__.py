@@ -13,13 +13,13 @@ from sparse_adv import attacks
 from sparse_adv.argument_types import shortened
 from sparse_adv.attacks.checks import int64_labels
 from sparse_adv.config import Norm, Objective, TrainConfig
-from sparse_adv.training.objectives.base import Natural, Passes, TrainingObjective
+from sparse_adv.training.objectives.base import Natural, Passes, TrainingObjective, state_of
 from sparse_adv.training.objectives.free import Free
 from sparse_adv.training.objectives.multi_step import MART, PGD, TRADES
 from sparse_adv.training.objectives.regularized import FGSMUAP, NuAT
 from sparse_adv.training.objectives.single_step import FGSM, FGSMRS, FGSMRSCS, NFGSM
 
-__all__ = ["Passes", "TrainingObjective", "adversarial_loss", "build"]
+__all__ = ["Passes", "TrainingObjective", "adversarial_loss", "build", "state_of"]
 
 _BY_NAME: dict[str, type[TrainingObjective]] = {
     "natural": Natural,
@@ -45,11 +45,12 @@ def build(
     """Return the objective of a configuration, or the one that `own` makes of the arguments of `TrainingObjective`.
 
     Raises:
-        TypeError: if `own` makes anything else.
+        TypeError: if `own` makes anything else, or one whose state are not tensors.
     """
     built = (_BY_NAME[config.objective] if own is None else own)(config, check, graphs)
     if not isinstance(built, TrainingObjective):
         raise TypeError(f"objective must make a TrainingObjective, got {shortened(built)}")
+    state_of(built)
     return built
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from sparse_adv import attacks
+from sparse_adv.argument_types import shortened
 from sparse_adv.attacks import CommonOptions
 from sparse_adv.attacks.checks import check_batch
 from sparse_adv.attacks.losses import Loss, SmoothedCrossEntropy
@@ -138,6 +139,15 @@ class TrainingObjective:
             "graphs": self.graphs,
             "engine": self.config.engine,
         }
+
+
+def state_of(objective: TrainingObjective) -> dict[str, Tensor]:
+    """The state of an objective; raises TypeError unless it is a dict of tensors, which graphs and files need."""
+    state = objective.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"objective.state_dict() must hold tensors, got {shortened(value)} for {shortened(name)}")
+    return state
 
 
 class Natural(TrainingObjective):
