@@ -16,7 +16,7 @@ from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.interchange.formats import GivenDensity
 from sparse_adv.methods.start import generator
 from sparse_adv.nn import mac_density
-from sparse_adv.runs import Density, EpochRecord, Run, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
+from sparse_adv.runs import Density, EpochRecord, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
 from sparse_adv.training.checkpoint import read_metadata
 from sparse_adv.training.run_files import begin, resume
@@ -100,17 +100,6 @@ def load_network(
     )
 
 
-def run_of(path: Path) -> Run | None:
-    """Return the run that wrote a file of weights, `best.safetensors` or `last.safetensors`; None for other files.
-
-    Examples:
-        >>> run_of(Path("nowhere") / "best.safetensors") is None
-        True
-    """
-    is_own = path.name in (runs.BEST, runs.LAST) and (path.parent / runs.INFO).is_file()
-    return runs.read(path.parent) if is_own else None
-
-
 def read_pruned(
     path: Path,
     mask_path: Path | None = None,
@@ -139,7 +128,7 @@ def read_pruned(
         FileNotFoundError: no file 'nowhere.safetensors'
     """
     pruned = masks.load_pruned(path, mask_path, model=model, density=density, format=format, dense=dense)
-    run = run_of(path)
+    run = runs.of_weights(path)
     if run is None:
         return pruned
     info = run.info

@@ -47,8 +47,10 @@ class Options:
 
     def __post_init__(self) -> None:
         check_new("target", self.target, self.source, self.masks)
-        if self.to == "ticket" and self.target.suffix in (".pt", ".pth"):
-            raise ValueError(f"a ticket is no file of torch.save: name it *.safetensors, got {self.target}")
+        suffixes = (".safetensors",) if self.to == "ticket" else (".safetensors", ".pt", ".pth")
+        if self.target.suffix not in suffixes:
+            names = " or ".join(f"*{suffix}" for suffix in suffixes)
+            raise ValueError(f"target must be {names} for --to {self.to}, got {self.target}")
         if self.width is not None and self.arch is None:
             raise ValueError(f"--width is for the network of --arch, which is missing, got --width {self.width}")
         if self.normalize is not None and (self.arch is None or self.masks is not None):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import nn
 
-from sparse_adv import attacks, data, experiment, tickets
+from sparse_adv import attacks, data, experiment, runs, tickets
 from sparse_adv.argument_types import check_count
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
@@ -127,7 +127,7 @@ def run(options: Options) -> int:
         if options.weights is not None and not options.what.is_dir():
             raise ValueError(f"--weights is for the folder of a run, got {options.what}")
         path = networks.weights_of(options.what, options.weights)
-        pruned, run = experiment.read_pruned(path, dense=True, density=options.density), experiment.run_of(path)
+        pruned, run = experiment.read_pruned(path, dense=True, density=options.density), runs.of_weights(path)
         if run and run.info.network is None and options.arch is None:
             raise ValueError(
                 f"{options.what} is the run of a model of your own: evaluate it in Python (guide, Sparsify your own "

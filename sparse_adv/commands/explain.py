@@ -54,7 +54,7 @@ class Options:
 
 def run(options: Options) -> int:
     path = _file_of(options.ticket) if options.ticket.is_dir() else options.ticket
-    ticket = experiment.read_pruned(path, dense=experiment.run_of(path) is not None)
+    ticket = experiment.read_pruned(path, dense=runs.of_weights(path) is not None)
     network = networks.agreed(options.arch, options.width, ticket.provenance, str(options.ticket))
     classes, channels = sizes_of(ticket.state_dict, network.arch)
     if options.input_shape and options.input_shape[0] != channels:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import takewhile
@@ -145,7 +146,7 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
         # Files first, because the later of two values wins.
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
     except (ArgumentError, ArgumentTypeError) as error:
-        raise ValueError(_sentence(error)) from error
+        raise ValueError(_sentence(error, known)) from error
     built = _build(options, namespace)
     if hasattr(built, "check_flags"):
         built.check_flags(set(_flags(others)))
@@ -265,7 +266,7 @@ def _build(kind: Any, namespace: Namespace) -> Any:
     return kind(**values)
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, flags: Container[str]) -> str:
     """What was wrong: jsonargparse wraps the errors of argparse and of the functions above in errors of its own."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and isinstance(cause, Exception):
@@ -276,7 +277,12 @@ def _sentence(error: Exception) -> str:
     for cause in causes:
         if isinstance(cause, ArgumentError) and cause.argument_name:
             return f"{cause.argument_name.partition('/')[0]}: {cause.message}"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    missing = re.search(r"the following arguments are required: (.*)", text)
+    if missing is None:
+        return text
+    flag_of = {name: f"--{name.replace('_', '-')}" for name in missing[1].split(", ")}
+    return f"missing: {', '.join(flag if flag in flags else name for name, flag in flag_of.items())}"
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -183,6 +183,26 @@ def read(folder: Path | str) -> Run:
     return Run(folder, info, records, json_files.read(kind, folder / RESULT) if (folder / RESULT).exists() else None)
 
 
+def of_weights(path: Path) -> Run | None:
+    """Return the run that wrote a file of weights, `best.safetensors` or `last.safetensors`; None for other files.
+
+    A round of a search has the network and the images of the search.
+
+    Examples:
+        >>> of_weights(Path("nowhere") / BEST) is None
+        True
+    """
+    folder, above = path.parent, path.parent.parent
+    if path.name not in (BEST, LAST) or not (folder / INFO).is_file():
+        return None
+    run = read(folder)
+    if run.info.network is None and folder.name.startswith("round_") and (above / INFO).is_file():
+        search = read(above).info
+        about = {name: getattr(search, name) for name in ("data", "network", "input_shape", "class_names")}
+        run = replace(run, info=replace(run.info, **about))
+    return run
+
+
 def is_file_of_run(path: Path) -> bool:
     """Return whether a path is that of a file which a run writes to its folder.
 

@@ -55,6 +55,7 @@ def hold(folder: Path | None) -> FolderLock:
 
     Raises:
         BlockingIOError: if another process holds it.
+        ValueError: if its name is not UTF-8, as the library that reads weights needs it.
 
     Examples:
         >>> import tempfile
@@ -64,6 +65,8 @@ def hold(folder: Path | None) -> FolderLock:
         >>> hold(folder) is lock
         True
     """
+    if folder is not None and not _is_utf8(str(folder)):
+        raise ValueError(f"folder must have a name in UTF-8, got {str(folder)!r}")
     if folder is None or distributed.rank():
         return FolderLock(None)
     try:
@@ -90,6 +93,14 @@ def hold(folder: Path | None) -> FolderLock:
     assert lock.inode is not None
     _held[lock.inode] = lock
     return lock
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _close(descriptor: int | None) -> None:

@@ -261,7 +261,7 @@ IMAGES = ("--structure", "weights", "--sparsity", "90", "--data", "digits", "--o
         (["evaluate", "a"], ""),
         (["report", "a"], ""),
         (["explain", "a"], ""),
-        (["convert", "a", "b"], ""),
+        (["convert", "a", "b.safetensors"], ""),
         (["doctor"], ""),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",

@@ -9,6 +9,7 @@ import yaml
 from helpers.digit_runs import NETWORK, QUICK, lines
 from helpers.refusal import refused
 from helpers.run_folders import FILES
+from PIL import Image
 
 from sparse_adv import masks, models, runs
 from sparse_adv.__main__ import main
@@ -154,6 +155,55 @@ def test_a_runs_own_config_continues_it(trained, capsys):
     assert config["out"] == str(trained)
     assert main(["train", "--config", str(trained / "config.yaml")]) == 0
     assert lines(capsys)[-1]["run"] == str(trained)
+
+
+def test_a_search_that_refuses_other_images_leaves_its_config_as_it_was(tmp_path, capsys):
+    for name, shade in (("first", 0), ("second", 100)):
+        for number in range(24):
+            file = tmp_path / name / "ab"[number % 2] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), shade + number).save(file)
+    out = tmp_path / "run"
+    arguments = ("search", "--arch", "digits_cnn", *QUICK, "--out", str(out), "--data")
+    assert main([*arguments, str(tmp_path / "first")]) == 0
+    config = (out / runs.CONFIG).read_text()
+    assert "other training images" in refused(capsys, *arguments, str(tmp_path / "second"))
+    assert (out / runs.CONFIG).read_text() == config
+    assert main(["search", "--config", str(out / runs.CONFIG)]) == 0
+
+
+def test_a_round_of_a_search_is_evaluated_with_its_network_and_images(searched, capsys):
+    assert main(["evaluate", str(searched / "round_1"), "--steps", "1"]) == 0
+    (line,) = lines(capsys)
+    assert line["data"] == "digits" and line["clean"] > 0.1
+
+
+def test_a_folder_that_weights_cannot_be_read_from_is_refused_before_training(tmp_path, capsys):
+    out = tmp_path / b"run\xff".decode(errors="surrogateescape")
+    said = refused(capsys, "train", *NETWORK, *QUICK, "--out", str(out))
+    assert "folder must have a name in UTF-8, got " in said and not out.exists()
+
+
+def test_missing_flags_and_arguments_are_named_as_they_are_given(capsys):
+    assert refused(capsys, "train", "--arch", "digits_cnn").endswith("error: missing: --out\n")
+    said = refused(capsys, "benchmark", "masks.safetensors")
+    assert said.endswith("error: missing: --out, --structure, --sparsity, --data\n")
+    assert refused(capsys, "convert", "a.pt").endswith("error: missing: target\n")
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "suffixes"),
+    [
+        ("ticket", "a.pt", "*.safetensors"),
+        ("ticket", "a.foo", "*.safetensors"),
+        ("dense", "a.foo", "*.safetensors or *.pt or *.pth"),
+        ("prune", "a", "*.safetensors or *.pt or *.pth"),
+    ],
+)
+def test_the_name_of_what_is_converted_is_checked_before_the_source_is_read(tmp_path, capsys, to, name, suffixes):
+    target = tmp_path / name
+    said = refused(capsys, "convert", "nowhere.pt", str(target), "--to", to)
+    assert f"target must be {suffixes} for --to {to}, got {target}" in said
 
 
 @pytest.mark.parametrize(
