@@ -54,6 +54,24 @@ def test_the_logits_are_nan_where_those_of_the_model_are(name, density, device):
     assert seen[0].equal(expected)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nan_in_memory_that_was_freed_reaches_no_result(name, device):
+    """cuDNN's fused call without a residual adds 0 times its output's memory, and its ReLU makes 0 of NaN."""
+    torch.manual_seed(0)
+    model, x = NETWORKS[name]().eval().to(device), torch.rand(64, 3, 10, 10).to(device)
+    with engine.input_gradients(model, x) as gradients:
+        expected = gradients.logits(x), gradients.gradient(x, torch.sum)
+        freed = [
+            torch.full((64, channels, size, size), torch.nan, device=device)
+            for channels in (8, 16, 32)
+            for size in (6, 8, 10)
+        ]
+        del freed
+        found = gradients.logits(x), gradients.gradient(x, torch.sum)
+    for now, before in zip(found, expected, strict=True):
+        assert torch.allclose(now, before, rtol=1e-3, atol=1e-4)
+
+
 def test_weights_that_became_nan_are_not_hidden(device):
     model, x = NETWORKS["convolution and ReLU"]().eval().to(device), torch.rand(2, 3, 10, 10).to(device)
     with engine.input_gradients(model, x):
