@@ -30,6 +30,16 @@ def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=layout_of(like))
 
 
+def empty_weight_gradient(input: Tensor, weight_size: Sequence[int]) -> Tensor:
+    """Uninitialised memory for the gradient of a weight on CUDA, in the layout of the input.
+
+    Where images are channels_last, training has weights in it, too, and PyTorch would copy a gradient whose layout is
+    not the weight's.
+    """
+    size, layout = tuple(weight_size), layout_of(input)
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
+
+
 def output_size(
     image: Sequence[int],
     filter: Sequence[int],

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_adv.kernels.layout import empty_weight_gradient
 from sparse_adv.kernels.masked_conv2d_tiles import (
     check_pixels,
     divider,
@@ -50,9 +51,9 @@ def grad_weight(
         precision: how float32 is multiplied, see `masked_conv2d.forward`.
 
     Returns:
-        float tensor [K, C/groups, R, S], exactly 0 outside the live blocks.
+        float tensor [K, C/groups, R, S] in the input's layout, exactly 0 outside the live blocks.
     """
-    grad = input.new_zeros(tuple(weight_size))
+    grad = empty_weight_gradient(input, weight_size).zero_()
     images, out_channels, out_rows, out_cols = grad_output.shape
     pixels = check_pixels(images * out_rows * out_cols)
     live = blocks.shape[0]
@@ -105,8 +106,10 @@ def grad_weight(
             group_out=weight_size[0] // groups,
             out_channels=weight_size[0],
             in_channels=weight_size[1],
-            filter_rows=weight_size[2],
-            filter_cols=weight_size[3],
+            stride_k=grad.stride(0),
+            stride_c=grad.stride(1),
+            stride_row=grad.stride(2),
+            stride_col=grad.stride(3),
             BLOCK_OUT=block[0],
             BLOCK_IN=block[1],
             ROWS=_ROWS,
@@ -190,19 +193,21 @@ def sum_products_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["shares", "live", "group_out", "out_channels", "in_channels", "filter_rows", "filter_cols"]
+    do_not_specialize=["shares", "live", "group_out", "out_channels", "in_channels", "stride_row", "stride_col"]
 )
 def add_shares_kernel(
     sums,  # float32 [shares, live, BLOCK_OUT, BLOCK_IN]
     blocks,  # int32 [live, 4]
-    grad,  # [out_channels, in_channels, filter_rows, filter_cols], written
+    grad,  # [out_channels, in_channels, filter rows, filter columns], written
     shares,
     live,
     group_out,  # output channels of one group
     out_channels,
     in_channels,
-    filter_rows,
-    filter_cols,
+    stride_k,  # of grad
+    stride_c,
+    stride_row,
+    stride_col,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -221,6 +226,6 @@ def add_shares_kernel(
     first_out = tl.load(blocks + 4 * number)
     k = first_out + tl.program_id(1) * ROWS + place // BLOCK_IN
     c = tl.load(blocks + 4 * number + 1) - first_out // group_out * in_channels + place % BLOCK_IN
-    tap = tl.load(blocks + 4 * number + 2) * filter_cols + tl.load(blocks + 4 * number + 3)
-    at = (k.to(tl.int64) * in_channels + c) * (filter_rows * filter_cols) + tap
+    tap = tl.load(blocks + 4 * number + 2) * stride_row + tl.load(blocks + 4 * number + 3) * stride_col
+    at = k.to(tl.int64) * stride_k + c * stride_c + tap
     tl.store(grad + at, total.to(grad.dtype.element_ty), mask=(k < out_channels) & (c < in_channels))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_adv.kernels.layout import in_layout_of, output_size
+from sparse_adv.kernels.layout import empty_weight_gradient, in_layout_of, output_size
 from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import Pair, check_flag, check_tensors
 from sparse_adv.ops.conv_geometry import check_input, read_geometry
@@ -130,4 +130,5 @@ def _(grad_output, weight, pattern, input_size, *_):  # type: ignore
 
 @torch.library.register_fake("sparse_adv::masked_conv2d_grad_weight")
 def _(grad_output, input, pattern, *_):  # type: ignore
-    return input.new_empty(unflatten(pattern).mask.shape)
+    size = unflatten(pattern).mask.shape
+    return empty_weight_gradient(input, size) if input.device.type == "cuda" else input.new_empty(size)

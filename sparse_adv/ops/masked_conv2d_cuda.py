@@ -15,7 +15,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from sparse_adv.kernels.layout import in_layout_of, layout_of
+from sparse_adv.kernels.layout import empty_weight_gradient, in_layout_of, layout_of
 from sparse_adv.ops._library import IMPLEMENTATIONS
 from sparse_adv.ops.masked_conv2d_pattern import BlockPattern, Pattern, unflatten
 from sparse_adv.ops.masked_conv2d_plan import missing_kernel, plan_on_cuda
@@ -103,7 +103,7 @@ def masked_conv2d_grad_weight(
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, (False, True, False))[1]
     # `where` and not a product: a pruned NaN or infinity must count as 0. `out` has the op's layout: no copy is needed.
-    return torch.where(mask, grad, grad.new_zeros(()), out=torch.empty_like(mask, dtype=grad.dtype))
+    return torch.where(mask, grad, grad.new_zeros(()), out=empty_weight_gradient(input, mask.shape))
 
 
 def pack_values(weight: Tensor, tensors: list[Tensor], scale: Tensor | None = None) -> list[Tensor]:

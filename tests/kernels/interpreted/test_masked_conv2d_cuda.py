@@ -6,6 +6,7 @@ from helpers.convolution_cases import Case
 from helpers.tolerances import assert_close, assert_equal
 from torch import Tensor
 
+from sparse_adv.kernels.layout import layout_of
 from sparse_adv.kernels.masked_conv2d_pack import pack
 from sparse_adv.ops import Pattern, set_kernels
 from sparse_adv.ops import masked_conv2d_cuda as cuda
@@ -49,6 +50,8 @@ def test_every_pass_equals_the_reference(name, dtype):
     for pass_, actual in passes(case, pattern_of(case), dtype).items():
         assert actual.dtype == dtype
         (assert_equal if dtype == torch.float32 else assert_close)(actual, case.expected()[pass_])
+        layout = layout_of(case.grad_output if pass_ == "grad_input" else case.input)
+        assert actual.is_contiguous(memory_format=layout)
 
 
 def test_packed_values_may_have_a_factor_for_each_output_channel():
