@@ -36,27 +36,26 @@ def register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
-    class Differentiable(torch.autograd.Function):
-        # The key set comes last, so that `ctx.needs_input_grad[i]` is that of the op's argument i.
+    # The key set comes last, so that `ctx.needs_input_grad[i]` is that of the op's argument i.
+    def run(ctx: Any, *arguments: Any) -> Any:
+        *inputs, keyset = arguments
+        outputs = below(keyset, tuple(inputs))
+        setup(ctx, tuple(inputs), outputs)
+        return outputs
 
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            *inputs, keyset = arguments
-            outputs = below(keyset, tuple(inputs))
-            setup(ctx, tuple(inputs), outputs)
-            return outputs
+    def differentiate(ctx: Any, *grads: Any) -> Any:
+        # torch.compile, in compiled autograd, cannot trace the guard.
+        if uses_autograd or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return *backward(ctx, *grads), None
+        with torch._C._AutoDispatchBelowAutograd():
+            return *backward(ctx, *grads), None
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            if uses_autograd or torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return *backward(ctx, *grads), None
-            with torch._C._AutoDispatchBelowAutograd():
-                return *backward(ctx, *grads), None
+    methods = {"forward": staticmethod(run), "backward": staticmethod(differentiate)}
+    function: Any = type(name, (torch.autograd.Function,), methods)  # of this name: results show it as their grad_fn
 
     def call(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return Differentiable.apply(*arguments, keyset)
+            return function.apply(*arguments, keyset)
         return below(keyset, arguments)
 
-    Differentiable.__name__ = f"{name}_backward"
     IMPLEMENTATIONS.impl(name, call, "Autograd", with_keyset=True)
