@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,9 @@ def accuracy_curves(path: Path, runs: Sequence[Run]) -> list[Path]:
     searched = any(run.info.before.seconds for run in shown)
     seconds, unit = _time_unit(max(measures.total(run).seconds for run in shown))
     with_search = ",\nwith ticket search (dotted)" if searched else ""
-    with _figure(path, 4.2 + searched * LEGEND_ROW + LEGEND_ROW * len(shown)) as figure:
+    names = [textwrap.fill(label_of[id(run)], 75) for run in shown]
+    rows_of_names = sum(1 + name.count("\n") for name in names)
+    with _figure(path, 4.2 + LEGEND_ROW * (searched + rows_of_names)) as figure:
         from matplotlib.ticker import EngFormatter, PercentFormatter
 
         rows = figure.subplots(2, 3, sharex="col", sharey="row")
@@ -93,7 +96,7 @@ def accuracy_curves(path: Path, runs: Sequence[Run]) -> list[Path]:
             axes.set_xlabel(label)
             axes.set_xlim(left=0)
         rows[-1][-1].xaxis.set_major_formatter(EngFormatter())
-        _legend(figure, rows[0][0], [label_of[id(run)] for run in shown])
+        _legend(figure, rows[0][0], names)
     return _files(path)
 
 
@@ -160,9 +163,11 @@ def _figure(path: Path, height: float) -> Iterator[Figure]:
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")  # without pyplot: no window, no global state
         yield figure
-        for file in _files(path):
-            with replacing(file) as draft:
-                figure.savefig(draft)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a run's name: it is drawn as a box
+            for file in _files(path):
+                with replacing(file) as draft:
+                    figure.savefig(draft)
 
 
 def _files(path: Path) -> list[Path]:
@@ -173,7 +178,8 @@ def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     """A legend below the axes, of the curves or bars that were drawn there in the order of their names."""
     texts = [f" {name}" for name in names]  # matplotlib leaves out names that begin with an underscore
     handles = axes.get_legend_handles_labels()[0]
-    columns = max(1, min(len(names), 90 // (max(map(len, names)) + 8)))
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    columns = max(1, min(len(names), 90 // (longest + 8)))
     for text in figure.legend(handles, texts, loc="outside lower center", ncols=columns).get_texts():
         text.set_parse_math(False)
 

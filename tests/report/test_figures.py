@@ -1,5 +1,6 @@
 """Figures: every curve and bar has its run's numbers, in the unit that its axis names."""
 
+import warnings
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -36,6 +37,18 @@ def test_phases_are_drawn_with_whole_names(tmp_path):
     texts = texts_of(report.phase_bars(tmp_path / "picture", read(long, none))[1])
     assert {r"a name of many $\no$ words", "that takes two lines", "search", "attack", "evaluation"} <= set(texts)
     assert "undone" not in texts
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # by the test, which asks for the size of the text
+@pytest.mark.parametrize("name", ["word " * 60, "x" * 300, "\N{CJK UNIFIED IDEOGRAPH-65E5} run"])
+def test_every_name_is_beside_its_curve_within_the_figure(tmp_path, drawn, name):
+    with warnings.catch_warnings(action="error"):
+        report.accuracy_curves(tmp_path / "picture", read(make(tmp_path / "long", name=name), make(tmp_path / "other")))
+        report.phase_bars(tmp_path / "phases", read(make(tmp_path / "again", name=name)))
+    (legend,) = drawn[0].legends
+    box, figure = legend.get_window_extent(), drawn[0].bbox
+    assert figure.x0 <= box.x0 and box.x1 <= figure.x1 and figure.y0 <= box.y0
+    assert [text.get_text().split() for text in legend.get_texts()][1] == ["other"]
 
 
 @pytest.fixture
