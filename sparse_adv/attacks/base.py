@@ -216,6 +216,11 @@ class Attack(ABC):
         used = self._normalization
         return None if used is None else {"mean": used.mean.view(1, -1, 1, 1), "std": used.std.view(1, -1, 1, 1)}
 
+    @property
+    def labels_are_targets(self) -> bool:
+        """Whether labels are the classes to reach; with other targets than these they are the true classes."""
+        return self.targeted and self._target_function is None
+
     def get_mode(self) -> str:
         """Return the name of the mode, as torchattacks calls it."""
         return self.attack_mode
@@ -233,10 +238,13 @@ class Attack(ABC):
     ) -> Any:
         """Attack all batches; write a dict of adv_inputs and labels with `torch.save`, for `load` and `torch.load`.
 
+        An image is robust if its example has the class of its label. Where labels are the classes to reach, it is
+        robust if its example has another class: the target was not reached.
+
         Args:
             data_loader: batches (images, labels).
             save_path: the file; None to write none.
-            verbose: print the robust accuracy in percent and the mean l2 distance of the adversarial images.
+            verbose: print the robust accuracy in percent and the mean l2 distance of the examples that are not robust.
             return_verbose: return both, and the seconds of a batch.
             save_predictions, save_clean_inputs: whether the file also gets preds and clean_inputs.
             save_type: "float", or "int" for bytes: the pixels times 255, rounded down, may leave the ball.

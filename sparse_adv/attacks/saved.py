@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_adv import torch_files
 from sparse_adv.argument_types import check_count, shortened
-from sparse_adv.attacks.checks import int64_labels, is_correct
+from sparse_adv.attacks.checks import int64_labels, is_adversarial
 from sparse_adv.attacks.normalized import channel_statistics, normalized
 from sparse_adv.errors import first_line
 from sparse_adv.files import check_writable, replacing
@@ -31,7 +31,7 @@ class Found(NamedTuple):
     accuracy: float
     """Robust accuracy in percent."""
     distance: float
-    """Mean l2 distance of the adversarial images; 0 without one."""
+    """Mean l2 distance of the examples that are not robust; 0 without one."""
     seconds: float
     """Time of a batch."""
 
@@ -53,11 +53,11 @@ def attacked(
         images, labels = _pair(batch)
         adv = attack(images, labels)
         logits, labels = attack.get_logits(adv), int64_labels(labels.to(adv.device))
-        right = is_correct(logits, labels)
+        fallen = is_adversarial(logits, labels, attack.labels_are_targets)
         moved, clean = map(attack.inverse_normalize, (adv, images.to(adv.device)))
         offset = (moved - clean).flatten(1).norm(dim=1)
-        robust.append(right)
-        distances.append(offset[~right])
+        robust.append(~fallen)
+        distances.append(offset[fallen])
         for name, values in (("adv_inputs", adv), ("clean_inputs", images)):
             kept[name].append(attack.inverse_normalize(values).cpu())
         kept["labels"].append(labels.cpu())
@@ -66,14 +66,14 @@ def attacked(
         raise ValueError("data_loader must hold at least one image, got none")
     seconds = (time.perf_counter() - start) / len(robust)
     accuracy = 100 * torch.cat(robust).float().mean().item()
-    fallen = torch.cat(distances)
+    lengths = torch.cat(distances)
     if path is not None:
         wanted = {"adv_inputs", "labels", *more}
         content: dict[str, Any] = {name: torch.cat(values) for name, values in kept.items() if name in wanted}
         content |= {name: to_type(content[name], save_type) for name in _IMAGES if name in content}
         with replacing(Path(path)) as temporary:
             torch.save({**content, "save_type": save_type}, temporary)
-    return Found(accuracy, fallen.mean().item() if len(fallen) else 0.0, seconds)
+    return Found(accuracy, lengths.mean().item() if len(lengths) else 0.0, seconds)
 
 
 def _pair(batch: object) -> tuple[Tensor, Tensor]:
