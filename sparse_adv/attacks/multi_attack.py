@@ -22,11 +22,13 @@ class MultiAttack(Attack):
     attack finds an adversarial example, and those that are misclassified without one, come back clean.
 
     Args:
-        attacks: at least two attack objects of one model.
+        attacks: at least two attack objects of one model, with the same normalisation of images if any. They may be
+            in a targeted mode in which labels are the true classes: labels say which images are adversarial.
         verbose: print for each batch how many percent of its images are adversarial after each of the attacks.
 
     Raises:
-        ValueError: if there are fewer than two attacks, or they have different models.
+        ValueError: if there are fewer than two attacks, they have different models or normalisations, or labels are
+            targets for one of them; when called, too.
 
     Examples:
         >>> import torch
@@ -41,13 +43,7 @@ class MultiAttack(Attack):
 
     @checks_types
     def __init__(self, attacks: Sequence[Attack], verbose: bool = False) -> None:
-        if len(attacks) < 2:
-            raise ValueError(f"attacks must be at least two, got {len(attacks)}")
-        for attack in attacks:
-            if not isinstance(attack, Attack):
-                raise TypeError(f"attacks must be attack objects, got {shortened(attack)}")
-        if any(attack.model is not attacks[0].model for attack in attacks):
-            raise ValueError("attacks must all have the same model, got different ones")
+        _check_members(attacks)
         super().__init__(attacks[0].model)
         self.attacks, self.verbose = list(attacks), verbose
         self._robust_counts = [0] * (len(attacks) + 1)
@@ -98,6 +94,7 @@ class MultiAttack(Attack):
     @torch.no_grad()
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
+        _check_members(self.attacks)  # again: each of them may have been set otherwise
         best, labels = images.clone(), int64_labels(labels)
         check_labels(images, labels)
         left = torch.arange(len(images), device=images.device)
@@ -137,6 +134,33 @@ class MultiAttack(Attack):
         options = save_path, verbose, True, save_predictions, save_clean_inputs, save_type
         accuracy, *rest = super(MultiAttack, attack).save(data_loader, *options)
         return (accuracy, _rates(attack._robust_counts), *rest) if return_verbose else None
+
+
+def _check_members(attacks: Sequence[Attack]) -> None:
+    """Raise TypeError or ValueError unless these attacks take the same images and labels, and share their model."""
+    if len(attacks) < 2:
+        raise ValueError(f"attacks must be at least two, got {len(attacks)}")
+    for index, attack in enumerate(attacks):
+        if not isinstance(attack, Attack):
+            raise TypeError(f"attacks must be attack objects, got {shortened(attack)}")
+        if attack.labels_are_targets:
+            raise ValueError(
+                f"labels must be true classes for all attacks, they are targets for attacks[{index}], {attack.attack}"
+            )
+    first, *others = attacks
+    if any(attack.model is not first.model for attack in others):
+        raise ValueError("attacks must all have the same model, got different ones")
+    if not all(_normalised_alike(attack.normalization_used, first.normalization_used) for attack in others):
+        raise ValueError("attacks must all have the same normalisation, got different ones")
+
+
+def _normalised_alike(used: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -> bool:
+    """Whether mean and std of two attacks are the same; one value counts for every channel."""
+    if used is None or other is None:
+        return used is other
+    pairs = [(used[name].flatten(), other[name].flatten()) for name in ("mean", "std")]
+    fits = all(len(a) == len(b) or 1 in (len(a), len(b)) for a, b in pairs)
+    return fits and all(bool((a.cpu() == b.cpu()).all()) for a, b in pairs)
 
 
 def _rates(counts: Sequence[int]) -> list[float]:

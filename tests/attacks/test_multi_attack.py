@@ -134,6 +134,55 @@ def test_saved_images_are_pixels_where_images_are_normalised(tmp_path):
     assert saved["adv_inputs"].min() >= 0 and saved["adv_inputs"].max() <= 1
 
 
+def by_label(attack):
+    attack.set_mode_targeted_by_label(quiet=True)
+
+
+def by_attribute(attack):
+    attack.targeted = True
+
+
+@pytest.mark.parametrize("target", [by_label, by_attribute])
+@pytest.mark.parametrize("kind", [PGD, MIFGSM])
+def test_attacks_for_which_labels_are_targets_are_refused_before_and_in_a_call(kind, target):
+    model, images, labels = classified()
+    members = [FGSM(model), kind(model, steps=1)]
+    attack = MultiAttack(members)
+    target(members[1])
+    for call in (lambda: MultiAttack(members), lambda: attack(images, labels)):
+        with pytest.raises(ValueError, match=rf"they are targets for attacks\[1\], {kind.__name__}$"):
+            call()
+
+
+def test_attacks_that_choose_targets_for_true_labels_are_members_like_others():
+    model, images, labels = classified(16)
+    members = [FGSM(model, eps=0.01), PGD(model, eps=0.1, alpha=0.02, random_start=False)]
+    members[1].set_mode_targeted_least_likely(quiet=True)
+    fallen = broken(model, MultiAttack(members)(images, labels), labels)
+    assert fallen.sum() > broken(model, members[0](images, labels), labels).sum()
+
+
+def test_attacks_of_other_normalisations_are_refused_before_and_in_a_call():
+    model, images, labels = classified()
+    members = [FGSM(model), PGD(model, steps=1)]
+    attack = MultiAttack(members)
+    for mean, std in ([0.5], [0.25]), ([0.5] * 3, [0.5] * 3), ([0.4] * 3, [0.25] * 3), ([0.5] * 2, [0.25] * 2):
+        members[0].set_normalization_used(mean, std)
+        for call in (lambda: MultiAttack(members), lambda: attack(images, labels)):
+            with pytest.raises(ValueError, match="attacks must all have the same normalisation"):
+                call()
+        members[1].set_normalization_used([0.5] * 3, [0.25] * 3)
+
+
+def test_one_mean_and_std_of_all_channels_is_the_same_normalisation_as_one_for_each():
+    model, images, labels = classified(16)
+    members = [FGSM(model, eps=0.01), FGSM(model, eps=0.1)]
+    members[0].set_normalization_used([0.5], [0.25])
+    members[1].set_normalization_used([0.5] * 3, [0.25] * 3)
+    labels = model((images - 0.5) / 0.25).argmax(1)
+    assert broken(model, MultiAttack(members)((images - 0.5) / 0.25, labels), labels).any()
+
+
 @pytest.mark.parametrize("label", [-1, 5])
 def test_labels_that_are_no_classes_are_refused(label):
     model, images, labels = classified()
