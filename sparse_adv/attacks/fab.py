@@ -185,7 +185,7 @@ class FAB(SeededAttack):
         n_restarts: `restarts` of `attacks.fab`.
         verbose: accepted, and without effect.
         seed: of the random starts; each call draws the same numbers.
-        multi_targeted: run `attacks.fab_t` towards n_classes - 1 classes; this has no targeted mode.
+        multi_targeted: run `attacks.fab_t` towards n_classes - 1 classes; while it is True there is no targeted mode.
         n_classes: number of classes, used if multi_targeted.
 
     Raises:
@@ -220,8 +220,18 @@ class FAB(SeededAttack):
         check_count("n_classes", n_classes, least=2)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
-        self.supports_targets = not multi_targeted
         self.multi_targeted, self.n_classes = multi_targeted, n_classes
+
+    @property
+    def supports_targets(self) -> bool:  # type: ignore[override]
+        """Whether labels may be classes to reach: not if multi_targeted, which may be set between two calls."""
+        return not self.multi_targeted
+
+    def forward(self, model: Model, images: Tensor, labels: Any, targeted: bool) -> Tensor:
+        """Return adversarial images for a batch."""
+        if targeted and self.multi_targeted:
+            raise ValueError("multi_targeted must be False in a targeted mode, got True")
+        return super().forward(model, images, labels, targeted)
 
     @property
     def _function(self) -> Callable[..., Tensor]:  # type: ignore[override]

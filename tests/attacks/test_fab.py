@@ -162,6 +162,22 @@ def test_the_object_computes_what_the_functions_compute():
         multi.set_mode_targeted_by_label()
 
 
+def test_the_targeted_modes_follow_multi_targeted_between_two_calls():
+    model, images, labels = classified()
+    attack = FAB(model, "L2", eps=0.1, steps=4, multi_targeted=True)
+    attack.multi_targeted = False
+    attack.set_mode_targeted_by_label(quiet=True)
+    targets = (labels + 1) % 5
+    expected = fab(model, images, targets, norm="l2", eps=0.1, steps=4, targeted=True)
+    assert attack.supported_mode == ["default", "targeted"] and attack(images, targets).equal(expected)
+    attack.multi_targeted = True
+    assert attack.supported_mode == ["default"]
+    with pytest.raises(ValueError, match="multi_targeted must be False in a targeted mode, got True"):
+        attack(images, targets)
+    attack.set_mode_default()
+    assert attack(images, labels).equal(fab_t(model, images, labels, norm="l2", eps=0.1, steps=4))
+
+
 def test_wrong_arguments_are_named():
     model, images, labels = classified()
     for words, arguments in (
