@@ -55,8 +55,8 @@ def sparsify(
 
     Raises:
         TypeError: if a named module is not a plain Conv2d or Linear, or a mask is not a bool tensor.
-        ValueError: if a name is unknown, a mask has the wrong shape or disobeys the block, or one weight would need
-            two masks.
+        ValueError: if a name is unknown, a mask has the wrong shape or disobeys the block, one weight would need two
+            masks, or a weight was made in `torch.inference_mode` and this is outside of it.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import computes_as, own_methods
@@ -48,3 +49,13 @@ def check_values(mask: Tensor, weight: Tensor) -> None:
     """Raises ValueError if the mask has no values for a weight that has some."""
     if mask.is_meta and not weight.is_meta:
         raise ValueError(f"mask is on the meta device and has no values, weight is on {weight.device}")
+
+
+def check_writable(weight: Tensor) -> None:
+    """Raises ValueError if pruned entries of the weight and of its gradient cannot be zeroed where it is called.
+
+    PyTorch raises in the write itself, which may be after another layer's.
+    """
+    for name, tensor in (("weight", weight), ("weight.grad", weight.grad)):
+        if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name} is an inference tensor, which takes a mask inside of torch.inference_mode only")

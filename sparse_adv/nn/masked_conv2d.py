@@ -16,7 +16,7 @@ from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.compiled_mask_check import header_of_mask, is_exporting
 from sparse_adv.nn.dense_gradients import convolve, is_collecting, with_dense_gradient
-from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_shape, check_values
+from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_shape, check_values, check_writable
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, mode_of
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, plan, set_kernels
 from sparse_adv.ops.arguments import read_pair
@@ -306,11 +306,13 @@ def check_conv_mask(conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None, 
 
     Raises:
         TypeError: if the mask is not a bool tensor.
-        ValueError: if it has another shape than the weight or no values, or does not obey the block.
+        ValueError: if it has another shape than the weight or no values, does not obey the block, or cannot be applied
+            to the weight here.
     """
     check_mask(mask)
     check_shape(mask, conv.weight)
     check_values(mask, conv.weight)
+    check_writable(conv.weight)
     if block is not None:
         block4 = check_block(block)
         if not mask.is_meta:

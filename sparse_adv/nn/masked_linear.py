@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
-from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_shape, check_values
+from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_shape, check_values, check_writable
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, mode_of
 from sparse_adv.ops.masked_conv2d_mask import check_mask
 
@@ -123,10 +123,11 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
 
 def check_linear_mask(linear: nn.Linear, mask: Tensor) -> None:
-    """Raises TypeError or ValueError if this is not a mask for the layer's weight."""
+    """Raises TypeError or ValueError if this is not a mask for the layer's weight, or cannot be applied to it here."""
     check_mask(mask, linear=True)
     check_shape(mask, linear.weight)
     check_values(mask, linear.weight)
+    check_writable(linear.weight)
 
 
 def check_linear(linear: nn.Module) -> None:

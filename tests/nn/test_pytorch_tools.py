@@ -87,6 +87,30 @@ def test_a_model_that_is_made_in_inference_mode_runs_there_and_outside(x):
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("index", [2, 4])
+@pytest.mark.parametrize("name", ["weight", "weight.grad"])
+def test_what_was_made_in_inference_mode_takes_a_mask_there_and_is_refused_outside_before_any_change(index, name):
+    model = dense_network()
+    masks = {key: torch.rand(model.get_submodule(key).weight.shape) < 0.5 for key in ("0", "2", "4")}
+    with torch.inference_mode():
+        new = torch.rand_like(model[index].weight)
+    if name == "weight":
+        model[index].weight = torch.nn.Parameter(new, requires_grad=False)
+    else:
+        model[index].weight.grad = new
+    before = copy.deepcopy(model.state_dict())
+    sentence = f"{name} is an inference tensor, which takes a mask inside of torch.inference_mode only"
+    with pytest.raises(ValueError, match=f"module '{index}': {sentence}"):
+        sparsify(model, masks)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with torch.inference_mode():
+        sparsify(model, masks)
+        assert torch.equal(model[index].weight, before[f"{index}.weight"] * masks[str(index)])
+    with pytest.raises(ValueError, match=sentence):
+        model[index].set_mask(~masks[str(index)])
+
+
 @pytest.mark.parametrize(
     "touch",
     [
