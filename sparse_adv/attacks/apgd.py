@@ -102,10 +102,7 @@ def apgd(
     check_count("restarts", restarts, least=1)
 
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
-        values = loss_values(loss, logits, labels)
-        if values.shape != labels.shape:
-            raise ValueError(f"loss must return one number for each image, [{len(labels)}], got {list(values.shape)}")
-        return sign * values
+        return sign * loss_values(loss, logits, labels, len(labels), of_each=True)
 
     def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
         attacker = Attacker(queries, images, labels, settings, generator)

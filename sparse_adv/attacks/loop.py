@@ -165,7 +165,7 @@ class PGDLoop:
                 label_range = None
             if options.early_stop:
                 fooled = self._is_fooled(logits, labels)
-            return self._loss(logits, labels)
+            return self._loss(logits, labels, len(images))
 
         adv = self._start(images, philox_state)
         ball, alpha = options.ball.on(images), step_sizes(images, options.alpha)
@@ -210,9 +210,9 @@ class PGDLoop:
         philox_state[1:].add_((images.numel() + 3) // 4)  # one Philox block gives four numbers
         return adv
 
-    def _loss(self, logits: Tensor, labels: Any) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Any, images: int) -> Tensor:
         """The loss to maximise, a scalar or one number per image: the negative loss if targeted."""
-        value = loss_values(self.options.loss, logits, labels)
+        value = loss_values(self.options.loss, logits, labels, images)
         return -value if self.options.targeted else value
 
     def _is_fooled(self, logits: Tensor, labels: Any) -> Tensor:
@@ -225,9 +225,9 @@ class PGDLoop:
     def _outcome(self, gradients: BatchGradients, adv: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
         """The loss of each image and whether it is a success, both [N]."""
         logits = gradients.logits(adv)
-        loss = self._loss(logits, labels)
+        loss = self._loss(logits, labels, len(adv))
         if loss.shape != logits.shape[:1]:
             of_images = isinstance(labels, Tensor) and labels.shape[:1] == logits.shape[:1]
             rows = labels.split(1) if of_images else [labels] * len(logits)
-            loss = torch.cat([self._loss(z, row).view(1) for z, row in zip(logits.split(1), rows, strict=True)])
+            loss = torch.cat([self._loss(z, row, 1).view(1) for z, row in zip(logits.split(1), rows, strict=True)])
         return loss, self._is_fooled(logits, labels)

@@ -223,15 +223,25 @@ def loss_function(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
-def loss_values(loss: str | Loss, logits: Tensor, labels: Any) -> Tensor:
-    """Return what a loss gives, a scalar or one number for each image.
+def loss_values(loss: str | Loss, logits: Tensor, labels: Any, images: int, of_each: bool = False) -> Tensor:
+    """Return what a loss gives: one number for each image, [N] or [N, 1], or one for all.
+
+    Args:
+        loss: a name of `LOSSES`, or a function (logits, labels) -> loss.
+        logits, labels: its arguments; those of a function of the caller may be anything.
+        images: the number of images N.
+        of_each: whether [N] alone will do.
 
     Raises:
         TypeError: if that is not a tensor.
+        ValueError: if it has another shape.
     """
     values = loss_function(loss)(logits, labels)
     if not isinstance(values, Tensor):
         raise TypeError(f"loss must return a tensor, got {shortened(values)}")
+    others = not of_each and (values.numel() == 1 or values.shape == (images, 1))
+    if not others and values.shape != (images,):
+        raise ValueError(f"loss must return one number for each image, [{images}], got {list(values.shape)}")
     return values
 
 
@@ -266,4 +276,4 @@ def _check_logits(name: str, logits: Tensor, least: int, **classes: Tensor) -> N
 def loss_to_raise(loss: str | Loss, labels: Tensor, targeted: bool) -> Callable[[Tensor], Tensor]:
     """The function of the logits that an attack raises: the loss, or its negative if targeted."""
     sign = -1 if targeted else 1
-    return lambda logits: sign * loss_values(loss, logits, labels)
+    return lambda logits: sign * loss_values(loss, logits, labels, len(labels))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers.attacked import batch, generator, make_model, philox_state
+from helpers.searched import classified
 from torch import nn
 
-from sparse_adv.attacks import Graphs, losses, pgd
+from sparse_adv.attacks import Graphs, apgd, eotpgd, fgsm, losses, mifgsm, pgd, rfgsm
 from sparse_adv.ops import random_start
 
 
@@ -37,6 +38,48 @@ def test_what_is_no_tensor_is_named(loss):
     wrong = "model must return logits" if loss == "ce" else "loss must return a tensor, got None"
     with pytest.raises(TypeError, match=wrong):
         pgd((lambda x: None) if loss == "ce" else model, images, labels, steps=1, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("attack", "options"),
+    [(pgd, {}), (pgd, {"restarts": 2}), (fgsm, {}), (mifgsm, {}), (eotpgd, {}), (rfgsm, {}), (apgd, {})],
+)
+def test_a_loss_of_more_or_fewer_numbers_than_images_is_refused(attack, options):
+    model, images, labels = classified()
+    for loss, shape in (lambda logits, labels: logits, r"\[6, 5\]"), (lambda logits, labels: logits[:3, 0], r"\[3\]"):
+        with pytest.raises(ValueError, match=rf"loss must return one number for each image, \[6\], got {shape}"):
+            attack(model, images, labels, loss=loss, **options)
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (), (1,)], ids=str)
+def test_a_loss_may_be_one_number_for_each_image_or_for_all(shape, restarts):
+    model, (images, labels) = make_model().eval(), batch()
+
+    def loss(logits, labels):
+        values = losses.margin(logits, labels)
+        return values.view(len(values), *shape[1:]) if shape[:1] == (6,) else values.sum().view(shape)
+
+    adv, expected = (
+        pgd(model, images, labels, steps=2, restarts=restarts, loss=each, generator=generator())
+        for each in (loss, "margin")
+    )
+    assert adv.equal(expected)
+
+
+def test_a_loss_of_the_caller_takes_whatever_the_model_returns():
+    """A dict, or a tensor whose first dimension is not that of the images."""
+    model, (images, labels) = make_model().eval(), batch()
+    expected = pgd(model, images, labels, steps=2, random_start=False)
+    for wrapped, logits_of in (
+        (lambda x: {"logits": model(x)}, lambda output: output["logits"]),
+        (lambda x: model(x).T, lambda output: output.T),
+    ):
+
+        def loss(output, labels, logits_of=logits_of):
+            return losses.cross_entropy(logits_of(output), labels)
+
+        assert pgd(wrapped, images, labels, steps=2, random_start=False, loss=loss).equal(expected)
 
 
 @pytest.mark.parametrize(
