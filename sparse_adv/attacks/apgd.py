@@ -12,7 +12,7 @@ from sparse_adv.attacks.apgd_ascent import Attacker, Settings
 from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.host_attack import SeededAttack
-from sparse_adv.attacks.losses import Loss, loss_function, loss_values, targeted_dlr
+from sparse_adv.attacks.losses import Loss, loss_function, loss_values, takes_classes, targeted_dlr
 from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.attacks.zero_gradients import is_telling
@@ -80,7 +80,8 @@ def apgd(
         ball and in [lo, hi] without slack.
 
     Raises:
-        TypeError, ValueError: as in `attacks.pgd`, and if steps, restarts, rho or eot_iter is out of range.
+        TypeError, ValueError: as in `attacks.pgd`, and if steps, restarts, rho or eot_iter is out of range, or the
+            model has fewer classes than the named loss needs, 3 for "dlr".
 
     Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
     attacks" (ICML 2020), algorithm 1.
@@ -106,6 +107,8 @@ def apgd(
 
     def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
         attacker = Attacker(queries, images, labels, settings, generator)
+        if takes_classes(loss):
+            objective(attacker.logits, labels)  # raises if there are too few classes, also where no image is robust
         for _ in range(restarts):
             attacker.ascend(objective)
         return attacker.result
@@ -164,6 +167,7 @@ def apgd_t(
 
     def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
         attacker = Attacker(queries, images, labels, settings, generator)
+        targeted_dlr(attacker.logits, labels, labels)  # raises if there are too few classes, as above
         for _ in range(restarts):
             for rank in range(min(n_target_classes, attacker.wrong_classes.shape[1])):
                 attacker.ascend(targeted_dlr, rank)

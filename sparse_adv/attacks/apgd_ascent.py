@@ -85,7 +85,8 @@ class Attacker:
     ) -> None:
         self._queries, self._images, self._labels = queries, images, labels
         self._settings, self._philox_state = settings, as_philox_state(generator, "generator").to(images.device)
-        logits = queries.logits(images)
+        logits = self.logits = queries.logits(images)
+        """Of the clean images."""
         self.result = images.clone()
         self._loss = torch.full((len(images),), -math.inf, device=images.device, dtype=torch.float64)
         """Of each result. Losses of any dtype are compared in float64."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.attacked import batch, generator, make_model, philox_state, snapshot
 from helpers.plain_apgd import ascend, checkpoints
+from helpers.searched import Linear
 from torch import nn
 
 from sparse_adv.attacks import apgd, apgd_t, eotpgd, losses
@@ -235,6 +236,20 @@ def test_options_out_of_range_are_refused(options, message):
     for attack in (apgd, apgd_t):
         with pytest.raises(ValueError, match=message):
             attack(make_model(), *batch(), **options)
+
+
+@pytest.mark.parametrize(("attack", "options", "least"), [(apgd_t, {}, 4), (apgd, {"loss": "dlr"}, 3)])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_too_few_classes_for_the_loss_are_refused_whether_images_are_robust_or_not(attack, options, least, wrong):
+    for classes in range(2, least + 1):
+        model = Linear(classes, (3, 8, 8))
+        images, _ = batch()
+        labels = (model(images).argmax(1) + wrong) % classes
+        if classes == least:
+            assert attack(model, images, labels, steps=1, **options).shape == images.shape
+            continue
+        with pytest.raises(ValueError, match=f"needs logits of at least {least} classes, got {classes}"):
+            attack(model, images, labels, **options)
 
 
 def test_empty_batches_and_other_dtypes():
