@@ -80,7 +80,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     Raises:
         TypeError: if the mask is not a bool tensor.
-        ValueError: if the mask has another shape than the weight, or does not obey the block.
+        ValueError: if the mask has another shape than the weight, or does not obey the block; if kernel_size is 0.
 
     Examples:
         >>> layer = MaskedConv2d(3, 8, 3, padding=1, mask=torch.rand(8, 3, 3, 3) < 0.1)
@@ -307,8 +307,10 @@ def check_conv_mask(conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None, 
     Raises:
         TypeError: if the mask is not a bool tensor.
         ValueError: if it has another shape than the weight or no values, does not obey the block, or cannot be applied
-            to the weight here.
+            to the weight here; if the layer has no filter.
     """
+    if 0 in conv.kernel_size:  # PyTorch makes such a layer, which cannot run
+        raise ValueError(f"kernel_size must be positive, got {conv.kernel_size}")
     check_mask(mask)
     check_shape(mask, conv.weight)
     check_values(mask, conv.weight)

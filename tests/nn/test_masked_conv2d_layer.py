@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -69,6 +70,21 @@ def test_the_constructor_is_that_of_conv2d():
     assert MaskedConv2d(8, 12, 3).weight_mask.all()
     with pytest.raises(ValueError, match=r"mask has shape \(1, 1, 1, 1\), weight has shape \(12, 8, 3, 3\)"):
         MaskedConv2d(8, 12, 3, mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("size", "pair"), [(0, (0, 0)), ((3, 0), (3, 0))])
+def test_a_layer_without_a_filter_is_refused_by_the_name_of_its_size(size, pair):
+    conv = nn.Conv2d(3, 8, size)
+    mask = torch.ones_like(conv.weight, dtype=torch.bool)
+    for make in (
+        lambda: MaskedConv2d(3, 8, size),
+        lambda: MaskedConv2d(3, 8, size, block=(1, 1)),
+        lambda: MaskedConv2d.from_dense(conv, mask),
+        lambda: sparsify(conv, {"": mask}),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"kernel_size must be positive, got {pair}")):
+            make()
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4), (2, 1), (1, 1, 3, 3)])
