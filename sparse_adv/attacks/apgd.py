@@ -11,7 +11,7 @@ from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.apgd_ascent import Attacker, Settings
 from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.checks import Model
-from sparse_adv.attacks.host_attack import SeededAttack
+from sparse_adv.attacks.host_attack import SeededAttack, count_setting
 from sparse_adv.attacks.losses import Loss, loss_function, loss_values, takes_classes, targeted_dlr
 from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, run_search
@@ -186,6 +186,7 @@ class APGD(SeededAttack):
         verbose: accepted, and without effect.
 
     Raises:
+        ValueError: if n_restarts is out of range.
         TypeError, ValueError: when called, as `attacks.apgd`.
 
     Examples:
@@ -226,6 +227,7 @@ class APGDT(SeededAttack):
         n_classes: number of classes; all wrong ones are targets.
 
     Raises:
+        ValueError: if n_restarts or n_classes is out of range.
         TypeError, ValueError: when called, as `attacks.apgd_t`.
 
     Examples:
@@ -237,6 +239,7 @@ class APGDT(SeededAttack):
     """
 
     _function = staticmethod(apgd_t)
+    n_classes = count_setting("n_classes", least=2)
     supports_targets = False
 
     def __init__(
@@ -254,7 +257,6 @@ class APGDT(SeededAttack):
         **options: Unpack[BasicOptions],
     ) -> None:
         super().__init__(model, **options)
-        check_count("n_classes", n_classes, least=2)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.eot_iter, self.rho, self.n_classes = eot_iter, rho, n_classes
 

@@ -106,6 +106,12 @@ def check_radius(eps: Values) -> None:
     check_number("eps", _extremes("eps", eps)[0])
 
 
+def check_finite_radius(eps: Values) -> None:
+    """Raise ValueError unless the radius, or that of each image, is finite."""
+    if bool(eps.isinf().any()) if isinstance(eps, Tensor) else eps == torch.inf:
+        raise ValueError("eps must be finite, got inf")
+
+
 def step_sizes(images: Tensor, alpha: Values) -> Values:
     """Check a step size, or a tensor of one for each image, which gets a shape that broadcasts with the images.
 

@@ -13,7 +13,7 @@ from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.generators import private_generator
 from sparse_adv.attacks.geometry import distance, divisor, per_image
-from sparse_adv.attacks.host_attack import SeededAttack
+from sparse_adv.attacks.host_attack import SeededAttack, count_setting
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import BasicOptions, check_settings
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, largest_logit, run_search
@@ -189,6 +189,7 @@ class FAB(SeededAttack):
         n_classes: number of classes, used if multi_targeted.
 
     Raises:
+        ValueError: if n_restarts or n_classes is out of range.
         TypeError, ValueError: when called, as `attacks.fab`.
 
     Examples:
@@ -198,6 +199,8 @@ class FAB(SeededAttack):
         >>> attack(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])).shape
         torch.Size([2, 1, 8, 8])
     """
+
+    n_classes = count_setting("n_classes", least=2)
 
     def __init__(
         self,
@@ -217,7 +220,6 @@ class FAB(SeededAttack):
     ) -> None:
         super().__init__(model, **options)
         check_flag("multi_targeted", multi_targeted)
-        check_count("n_classes", n_classes, least=2)
         self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
         self.multi_targeted, self.n_classes = multi_targeted, n_classes

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_adv.attacks import movement
-from sparse_adv.attacks.ball import Ball, Values, ball_around
+from sparse_adv.attacks.ball import Ball, Values, ball_around, check_finite_radius
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
@@ -52,7 +52,7 @@ def signs_of_masking(
         model: maps images to logits [N, classes]; a module or a plain function.
         images: float tensor [N, ...], N at least 1.
         labels: integer tensor [N].
-        eps, norm, lo, hi: ball of the attacks, as in `attacks.pgd`; eps None for no attack.
+        eps, norm, lo, hi: ball of the attacks, as in `attacks.pgd`, with a finite eps; eps None for no attack.
 
     Returns:
         One sentence for each sign; none does not prove that there is no masking.
@@ -81,6 +81,8 @@ def signs_of_masking(
     if not len(images):
         raise ValueError("images must hold at least one image, got none")
     ball = None if eps is None else ball_around(images, eps, norm, lo, hi)
+    if ball is not None:
+        check_finite_radius(ball.eps)
     found = []
     with torch.inference_mode(False), in_mode(module, "eval") as model:
         reference = Autograd(model)

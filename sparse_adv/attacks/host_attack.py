@@ -8,17 +8,32 @@ from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
+from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.generators import seeded
 from sparse_adv.attacks.options import BasicOptions, check_names
 
 
+def count_setting(name: str, least: int) -> property:
+    """A setting that is checked when it is set, because the function would name its own parameter in an error."""
+
+    def read(attack: HostAttack) -> Any:
+        return vars(attack)[name]
+
+    def write(attack: HostAttack, value: Any) -> None:
+        check_count(name, value, least)
+        vars(attack)[name] = value
+
+    return property(read, write, doc=f"`{name}`, an integer of at least {least}.")
+
+
 class HostAttack(Attack):
     """A function of `attacks` bound to a model, with the options lo, hi, check and engine of `attacks.pgd`.
 
     Its settings are attributes with the names of the function's parameters, and may be set between two calls. The
-    function checks them when the object is called, and raises what it raises.
+    function checks them when the object is called, and raises what it raises. A number of another name than the
+    function's is a `count_setting`.
 
     Raises:
         TypeError: if a keyword is another one.
@@ -51,7 +66,7 @@ class HostAttack(Attack):
 class SeededAttack(HostAttack):
     """A `HostAttack` with random starts, whose settings have the names of torchattacks."""
 
-    n_restarts: int
+    n_restarts = count_setting("n_restarts", least=1)
     seed: int
     verbose = False
     """Accepted, and without effect."""

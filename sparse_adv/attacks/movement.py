@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv import ops
-from sparse_adv.attacks.ball import Ball, Values
+from sparse_adv.attacks.ball import Ball, Values, check_finite_radius
 from sparse_adv.attacks.geometry import distance, per_image
 
 
@@ -23,8 +23,7 @@ def start(images: Tensor, ball: Ball, philox_state: Tensor) -> Tensor:
     eps, norm, lo, hi = ball
     if not (isinstance(eps, Tensor) or isinstance(lo, Tensor) or isinstance(hi, Tensor)):
         return ops.random_start(images, eps, norm, philox_state, lo, hi)
-    if bool(torch.as_tensor(eps, device=images.device).isinf().any()):
-        raise ValueError("eps must be finite, got inf")
+    check_finite_radius(eps)
     unit = ops.random_start(torch.zeros_like(images), 1.0, norm, philox_state, -math.inf, math.inf)
     return ball.clamp(images.detach() + eps * unit)
 

@@ -13,7 +13,7 @@ from sparse_adv.attacks.ball import Ball, ball_around, into_ball
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.generators import private_generator
 from sparse_adv.attacks.geometry import per_image
-from sparse_adv.attacks.host_attack import SeededAttack
+from sparse_adv.attacks.host_attack import SeededAttack, count_setting
 from sparse_adv.attacks.losses import cross_entropy
 from sparse_adv.attacks.options import BasicOptions, check_settings
 from sparse_adv.attacks.queries import Queries, advantage, run_search
@@ -129,7 +129,7 @@ class Square(SeededAttack):
         verbose: accepted, and without effect.
 
     Raises:
-        ValueError: when called, as `attacks.square`.
+        ValueError: if n_queries or n_restarts is out of range; when called, as `attacks.square`.
 
     Examples:
         >>> import torch
@@ -140,6 +140,7 @@ class Square(SeededAttack):
     """
 
     _function = staticmethod(square)
+    n_queries = count_setting("n_queries", least=1)
 
     def __init__(
         self,

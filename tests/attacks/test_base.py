@@ -149,6 +149,12 @@ def test_signs_of_masking_are_named():
             attack(lambda x: model(x.detach()))(images, model(images).argmax(1))
 
 
+@pytest.mark.parametrize("eps", [torch.inf, torch.tensor([0.1] * 5 + [torch.inf])], ids=["number", "tensor"])
+def test_an_infinite_radius_of_the_attacks_that_look_for_signs_is_refused_by_its_name(eps):
+    with pytest.raises(ValueError, match="eps must be finite, got inf"):
+        torchattacks.signs_of_masking(make_model(), *batch(), eps=eps)
+
+
 def test_what_random_noise_breaks_and_gradients_do_not_is_named():
     """Gradients lead to the wrong side: with a slope against them, the class changes 0.3 away in any direction."""
     images, labels = torch.rand(20, 3, 4, 4) * 0.2 + 0.4, torch.zeros(20, dtype=torch.int64)

@@ -5,6 +5,7 @@ import functools
 import inspect
 import pickle
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -59,6 +60,24 @@ def test_every_option_of_attack_options_is_one_of_pgd():
 def test_a_wrong_value_is_refused_when_it_is_set(name, value):
     with pytest.raises((TypeError, ValueError), match=name):
         setattr(PGD(make_model()), name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "least"),
+    [
+        *((name, "n_restarts", 1) for name in ("APGD", "APGDT", "FAB", "FABT", "Square")),
+        *((name, "n_classes", 2) for name in ("APGDT", "FAB", "FABT")),
+        ("Square", "n_queries", 1),
+    ],
+)
+def test_a_number_that_the_function_calls_otherwise_is_refused_by_its_own_name(name, setting, least):
+    kind, model = getattr(attacks, name), make_model()
+    attack = kind(model, **{setting: least})
+    for wrong in (least - 1, 2.5):
+        for give in (partial(kind, model, **{setting: wrong}), partial(setattr, attack, setting, wrong)):
+            with pytest.raises(ValueError, match=f"^{setting} must be an integer of at least {least}, got {wrong}"):
+                give()
+    assert getattr(attack, setting) == least and f"{setting}={least}" in repr(attack)
 
 
 @pytest.mark.parametrize("name", HOST)
