@@ -186,8 +186,7 @@ class APGD(SeededAttack):
         verbose: accepted, and without effect.
 
     Raises:
-        ValueError: if n_restarts is out of range.
-        TypeError, ValueError: when called, as `attacks.apgd`.
+        TypeError, ValueError: if n_restarts is out of range; when called, as `attacks.apgd`.
 
     Examples:
         >>> import torch
@@ -227,8 +226,7 @@ class APGDT(SeededAttack):
         n_classes: number of classes; all wrong ones are targets.
 
     Raises:
-        ValueError: if n_restarts or n_classes is out of range.
-        TypeError, ValueError: when called, as `attacks.apgd_t`.
+        TypeError, ValueError: if n_restarts or n_classes is out of range; when called, as `attacks.apgd_t`.
 
     Examples:
         >>> import torch

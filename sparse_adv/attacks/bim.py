@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.ball import checked_ball
 from sparse_adv.attacks.checks import Model
-from sparse_adv.attacks.options import LossOptions
+from sparse_adv.attacks.options import LossOptions, check_names
 from sparse_adv.attacks.pgd import PGD, pgd
 
 
@@ -28,7 +28,8 @@ def bim(
     """Basic iterative method: adv = project(adv + alpha * direction(gradient)) from the clean image, see `pgd`.
 
     Args:
-        model, images, labels, eps, alpha, steps, norm, options: as in `pgd`.
+        model, images, labels, eps, alpha, steps, norm, options: as in `pgd`; options are loss, targeted, lo, hi,
+            generator, bn_mode, check, graphs, engine and early_stop.
 
     Returns:
         The adversarial images, detached, as in `pgd`.
@@ -47,6 +48,7 @@ def bim(
         >>> bool((adv - images).abs().max() <= 0.2 + 1e-6)
         True
     """
+    check_names("bim", options, LossOptions)
     return pgd(model, images, labels, eps=eps, alpha=alpha, steps=steps, norm=norm, random_start=False, **options)
 
 
@@ -80,6 +82,7 @@ class BIM(PGD):
         graph: bool = False,
         **options: Unpack[LossOptions],
     ) -> None:
+        check_names(type(self).__name__, options, LossOptions)
         check_count("steps", steps, least=0)
         if steps == 0:
             checked_ball(eps, norm, 0.0, 1.0)

@@ -15,7 +15,7 @@ from sparse_adv.attacks.generators import private_generator
 from sparse_adv.attacks.geometry import distance, divisor, per_image
 from sparse_adv.attacks.host_attack import SeededAttack, count_setting
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
-from sparse_adv.attacks.options import BasicOptions, check_settings
+from sparse_adv.attacks.options import BasicOptions, FABTOptions, check_names, check_settings
 from sparse_adv.attacks.queries import Queries, advantage, confirmed, largest_logit, run_search
 from sparse_adv.ops.arguments import check_flag
 
@@ -189,8 +189,7 @@ class FAB(SeededAttack):
         n_classes: number of classes, used if multi_targeted.
 
     Raises:
-        ValueError: if n_restarts or n_classes is out of range.
-        TypeError, ValueError: when called, as `attacks.fab`.
+        TypeError, ValueError: if n_restarts or n_classes is out of range; when called, as `attacks.fab`.
 
     Examples:
         >>> import torch
@@ -262,8 +261,14 @@ class FABT(FAB):
     """
 
     def __init__(
-        self, model: Model, norm: str = "Linf", eps: float | Tensor | None = 8 / 255, steps: int = 10, **options: Any
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float | Tensor | None = 8 / 255,
+        steps: int = 10,
+        **options: Unpack[FABTOptions],
     ) -> None:
+        check_names(type(self).__name__, options, FABTOptions)
         super().__init__(model, norm, eps, steps, multi_targeted=True, **options)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.gradient_attack import GradientAttack
 from sparse_adv.attacks.loop import run_attack
-from sparse_adv.attacks.options import AttackOptions, LossOptions
+from sparse_adv.attacks.options import AttackOptions, LossOptions, check_names
 
 
 def fgsm(
@@ -151,6 +151,7 @@ class FGSM(GradientAttack):
         graph: bool = False,
         **options: Unpack[LossOptions],
     ) -> None:
+        check_names(type(self).__name__, options, LossOptions)
         super().__init__(model, AttackOptions.fgsm(eps, norm, **options), graph)
 
     def _with(self, **changes: Any) -> AttackOptions:
@@ -188,4 +189,5 @@ class FFGSM(GradientAttack):
         graph: bool = False,
         **options: Unpack[LossOptions],
     ) -> None:
+        check_names(type(self).__name__, options, LossOptions)
         super().__init__(model, AttackOptions.fgsm_rs(eps, alpha, norm, **options), graph)

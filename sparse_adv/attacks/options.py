@@ -47,6 +47,18 @@ class LossOptions(CommonOptions, total=False):
     early_stop: bool
 
 
+class FABTOptions(BasicOptions, total=False):
+    """Keyword arguments of `FABT`; `FAB` documents them."""
+
+    n_restarts: int
+    alpha_max: float
+    eta: float
+    beta: float
+    verbose: bool
+    seed: int
+    n_classes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackOptions:
     """All settings of an attack; `pgd` documents those that are not documented here.

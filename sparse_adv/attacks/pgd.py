@@ -12,7 +12,7 @@ from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.gradient_attack import GradientAttack
 from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
-from sparse_adv.attacks.options import AttackOptions, LossOptions
+from sparse_adv.attacks.options import AttackOptions, LossOptions, check_names
 
 
 def pgd(
@@ -150,6 +150,7 @@ class PGD(GradientAttack):
         graph: bool = False,
         **options: Unpack[LossOptions],
     ) -> None:
+        check_names(type(self).__name__, options, LossOptions)
         settings = AttackOptions(
             eps=eps, alpha=alpha, steps=steps, random_start=random_start, norm=norm, restarts=restarts, **options
         )
@@ -193,4 +194,5 @@ class PGDL2(PGD):
         graph: bool = False,
         **options: Unpack[LossOptions],
     ) -> None:
+        check_names(type(self).__name__, options, LossOptions)
         super().__init__(model, eps, alpha, steps, random_start, norm="l2", restarts=restarts, graph=graph, **options)

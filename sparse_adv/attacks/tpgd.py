@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.gradient_attack import GradientAttack
 from sparse_adv.attacks.loop import run_attack
-from sparse_adv.attacks.options import AttackOptions, CommonOptions, tpgd_start
+from sparse_adv.attacks.options import AttackOptions, CommonOptions, check_names, tpgd_start
 
 
 def tpgd(
@@ -85,6 +85,7 @@ class TPGD(GradientAttack):
         graph: bool = False,
         **options: Unpack[CommonOptions],
     ) -> None:
+        check_names(type(self).__name__, options, CommonOptions)
         super().__init__(model, AttackOptions.tpgd(eps, alpha, steps, norm, **options), graph)
 
     def _with(self, **changes: Any) -> AttackOptions:

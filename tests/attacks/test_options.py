@@ -64,6 +64,35 @@ def test_an_option_that_an_attack_does_not_have_raises_type_error(attack, option
         attack(make_model(), *batch_, **options)
 
 
+OBJECTS = [name for name in attacks.__all__ if isinstance(getattr(attacks, name), type(attacks.Attack))]
+FUNCTIONS = ["bim", "fgsm", "fgsm_rs", "n_fgsm", "pgd", "tpgd", "apgd", "apgd_t", "cw", "deepfool", "eotpgd", "fab"]
+FUNCTIONS += ["fab_t", "fmn", "mifgsm", "rfgsm", "square"]
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown"),
+    [
+        *((name, "foo") for name in OBJECTS if name not in ("Attack", "MultiAttack")),
+        *((name, "foo") for name in FUNCTIONS),
+        *(("BIM", "random_start"), ("BIM", "restarts"), ("bim", "random_start")),
+        *(("PGDL2", "norm"), ("FGSM", "alpha"), ("FABT", "multi_targeted")),
+    ],
+)
+def test_an_unknown_keyword_is_refused_in_the_name_of_what_was_called(name, unknown):
+    called = getattr(attacks, name)
+    given = () if isinstance(called, type) else batch()[:1] if name == "tpgd" else batch()
+    with pytest.raises(TypeError, match=rf"^{name}(\.__init__)?\(\) got an unexpected keyword argument '{unknown}'"):
+        called(make_model(), *given, **{unknown: 1})
+
+
+def test_an_unknown_keyword_of_a_class_of_the_caller_is_refused_in_its_name():
+    class Own(PGD):
+        pass
+
+    with pytest.raises(TypeError, match=r"^Own\(\) got an unexpected keyword argument 'foo'"):
+        Own(make_model(), foo=1)
+
+
 EPS, ALPHA = {"eps": 8 / 255}, {"alpha": 2 / 255, "steps": 10}
 BOUNDARY, SQUARE = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}, {"p_init": 0.8}
 ASCENT, NEAREST = {"rho": 0.75, "eot_iter": 1}, {"steps": 100, "alpha": 1.0, "gamma": 0.05, "loss": "margin"}
