@@ -96,7 +96,7 @@ def test_objectives_leave_masked_classes_out(objective):
         made = objectives.build(config)
         adv = made.craft(each, images, labels, generator())
         if objective == "nu-at":
-            made.weight = 1.0
+            made.weight.set(1.0)
         loss = made.loss(each, images, adv, labels)
         loss.backward()
         results.append((loss.item(), model.fc.weight.grad.clone()))
