@@ -101,6 +101,8 @@ class Attack(ABC):
         check_images(images)
         if isinstance(labels, Tensor):
             check_has_values("labels", labels)
+        if self.targeted:
+            self._check_supports_targets()
         if labels is None and self.needs_labels and self._target_function is None:
             raise TypeError(f"labels must be an integer tensor, {type(self).__name__} needs them, got None")
         if self.device is not None:
@@ -297,11 +299,14 @@ class Attack(ABC):
         return f"{self.attack}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def _set_targets(self, mode: str, function: Targets | None, quiet: bool) -> None:
-        if not self.supports_targets:
-            raise ValueError(f"{type(self).__name__} has no targeted mode")
+        self._check_supports_targets()
         self.targeted, self.attack_mode, self._target_function = True, mode, function
         if not quiet:
             print(f"Attack mode is changed to '{mode}'.")
+
+    def _check_supports_targets(self) -> None:
+        if not self.supports_targets:
+            raise ValueError(f"{self.attack} has no targeted mode")
 
     @torch.no_grad()
     def get_logits(self, images: Tensor) -> Tensor:

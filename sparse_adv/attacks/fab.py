@@ -228,12 +228,6 @@ class FAB(SeededAttack):
         """Whether labels may be classes to reach: not if multi_targeted, which may be set between two calls."""
         return not self.multi_targeted
 
-    def forward(self, model: Model, images: Tensor, labels: Any, targeted: bool) -> Tensor:
-        """Return adversarial images for a batch."""
-        if targeted and self.multi_targeted:
-            raise ValueError("multi_targeted must be False in a targeted mode, got True")
-        return super().forward(model, images, labels, targeted)
-
     @property
     def _function(self) -> Callable[..., Tensor]:  # type: ignore[override]
         return fab_t if self.multi_targeted else fab

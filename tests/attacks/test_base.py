@@ -81,6 +81,11 @@ def test_targeted_modes():
     assert torch.equal(atk(images, labels), pgd(model, images, labels, **options))
     with pytest.raises(ValueError, match="TPGD has no targeted mode"):
         torchattacks.TPGD(model).set_mode_targeted_by_label()
+    for name in ("DeepFool", "APGDT", "TPGD", "AutoAttack"):
+        attack = getattr(torchattacks, name)(model)
+        attack.targeted = True
+        with pytest.raises(ValueError, match=f"{name} has no targeted mode"):
+            attack(images, labels)
     with pytest.raises(ValueError, match="kth_min must be an integer of at least 1, got 0"):
         atk.set_mode_targeted_least_likely(0)
 
