@@ -44,7 +44,7 @@ class CudaKernels(DeviceKernels):
         self._zeros: dict[torch.Size, Tensor] = {}
 
     def zeros(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Zeros that all convolutions of this output read; made with a program, so in no graph's memory."""
+        """Zeros that all convolutions of this output read. The first pass of a program is never part of a graph."""
         if shape not in self._zeros:
             self._zeros[shape] = self.empty(shape, device).zero_()
         return self._zeros[shape]
@@ -97,18 +97,12 @@ class CudnnConvolution(Convolution):
     """A convolution by cuDNN, which fuses bias, residual and ReLU in the forward pass, and nothing in the backward."""
 
     kernels: CudaKernels
-
-    def __init__(self, layer: nn.Conv2d, shape: torch.Size, kernels: CudaKernels) -> None:
-        super().__init__(layer, shape, kernels)
-        self._fuses = kernels.dtype != torch.float64
-        pixels = output_size(shape[2:], layer.weight.shape[2:], *self.geometry)
-        self._no_residual = kernels.zeros(torch.Size((shape[0], len(layer.weight), *pixels)), layer.weight.device)
+    _fuses = True
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        if self._fuses and epilogue.relu and epilogue.gate_out is None and not _must_be_deterministic():
-            result = self._fused(x, epilogue.residual)
-            if result is not None:
-                return result
+        fused = self._fuses and epilogue.relu and epilogue.gate_out is None and x.dtype != torch.float64
+        if fused and not _must_be_deterministic() and (result := self._fused(x, epilogue.residual)) is not None:
+            return result
         # The epilogue in one pass; PyTorch would add the bias in a pass of its own.
         y = self.kernels.plain(torch.conv2d(x, self.weight, None, *self.geometry, self.layer.groups))
         return self.kernels.finish(y, epilogue._replace(bias=self.bias))
@@ -119,7 +113,9 @@ class CudnnConvolution(Convolution):
         `cudnn_convolution_relu` adds 0 times its output's memory, which nobody has written: where that holds a NaN, the
         sum is one, and the ReLU makes it 0. So zeros are added.
         """
-        residual = self._no_residual if residual is None else residual
+        if residual is None:
+            pixels = output_size(x.shape[2:], self.weight.shape[2:], *self.geometry)
+            residual = self.kernels.zeros(torch.Size((len(x), len(self.weight), *pixels)), x.device)
         try:
             return torch.ops.aten.cudnn_convolution_add_relu(
                 x, self.weight, residual, 1.0, self.bias, *self.geometry, self.layer.groups
