@@ -18,7 +18,7 @@ model = nn.Sequential(
 )
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-sparse_adv.sparsify(model, masks.prune(model, density=0.2, block=(4, 1)), optimizer=optimizer)
+sparse_adv.sparsify(model, masks.prune(model, density=0.2, block=(4, 1), scope="uniform"), optimizer=optimizer)
 batches = data.Batches(digits.train, batch_size=128)
 for epoch in range(3):
     for images, labels in batches:

@@ -34,7 +34,8 @@ class Options:
             that of --method.
         reinit: control: the mask of the ticket with fresh initial weights.
         shuffle: control: a random mask with the density of the ticket in each layer.
-        arch: name of an architecture of `sparse_adv.models`; the default is the one of the ticket.
+        arch: name of an architecture of `sparse_adv.models`, needed without --ticket; the default is the one of the
+            ticket.
         width: channels of the first stage; the default is the one of the ticket, or the published number.
         normalize: mean and standard deviation for a checkpoint of another tool that has none: of cifar10, cifar100,
             mnist, fashion_mnist or digits, or none for images in [0, 1] as they are.

@@ -97,6 +97,9 @@ class TrainConfig:
     Raises:
         ValueError: if a value is out of range, naming the field and the value.
 
+    Source: of `awp_gamma` Wu et al., "Adversarial weight perturbation helps robust generalization" (NeurIPS 2020);
+    those of the schedules are in `learning_rate`, those of the objectives in their classes.
+
     Examples:
         >>> config = TrainConfig(objective="fgsm-rs", epochs=4, schedule="cosine")
         >>> config.learning_rate(step=100, steps_per_epoch=50)  # after two of four epochs

@@ -8,12 +8,14 @@ of a ReLU and adds another branch's gradient. Operations that cannot be fused ar
 from sparse_adv.engine.dispatch import Autograd, InputGradients, explain, input_gradients
 from sparse_adv.engine.gradients import NoGradientError
 from sparse_adv.engine.program import Program
+from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.training import fuse_for_training
 
 __all__ = [
     "Autograd",
     "InputGradients",
     "NoGradientError",
+    "NotTraceable",
     "Program",
     "explain",
     "fuse_for_training",

@@ -122,7 +122,8 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
 
     Returns:
         One line for each step, or a line with the reason why autograd forms the gradients. Of a convolution it ends
-        with the kernel: sparse, dense (oneDNN or cuDNN on the masked weight), Winograd, sparse Winograd or blocks.
+        with the kernel: sparse, dense (oneDNN or cuDNN on the masked weight), Winograd or sparse Winograd; where the
+        backward pass has another one, with both: "dense, backward sparse".
 
     Raises:
         ValueError: if `example_input` is neither a tensor nor 4 positive integers. Nothing for a model that the engine

@@ -39,11 +39,11 @@ class Program:
 
     Args:
         model: in eval mode.
-        x: a batch of its input.
+        x: float tensor [N, ...], a batch of its input; its dtype is that of all steps, autocast aside.
         batch: the size of the batches; None for `padded_batch(len(x))`.
 
     Raises:
-        NotTraceable: if the model cannot become steps.
+        NotTraceable: if the model cannot become steps, or there are no kernels for its device.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, batch: int | None = None) -> None:

@@ -48,11 +48,8 @@ class SparseTraining(UpdateHook):
     block that a change drops and grows again keeps them. The gradients of pruned weights are formed in the one update
     before a change that grows by gradient, and in no other.
 
-    flying-bird-plus is Flying Bird until `adapt_from` of the updates; from there on its density follows the training.
-    Each change drops 1.4 times as many blocks if the gap between training and validation accuracy under attack grew in
-    at least half of the last four evaluations, and grows 1.05 times as many if the validation loss under attack rose in
-    at least half of them, see `methods.Adaptation`; both can apply at once. The numbers are those of a layer, or with
-    scope "global" of all layers together, and at least one block is kept. A layer that has become dense stays dense.
+    flying-bird-plus is Flying Bird until `adapt_from` of the updates; from there on `methods.Adaptation` decides how
+    many blocks a change drops and grows. At least one block is kept, and a layer that has become dense stays dense.
 
     With `permute_channels` the channels are permuted once, before the first pruning of dense weights (gmp,
     `dense_epochs`), with their BatchNorm, momentum and moving average, see `masks.permute_channels`.

@@ -49,6 +49,8 @@ def dense_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         its calls. Passes under `nn.frozen_weights`, `torch.no_grad` and `torch.func` add nothing, nor do layers whose
         weight requires no gradient. With `torch.utils.checkpoint` the backward pass has to be in the block too.
 
+    Source: growing by gradient is that of Evci et al., "Rigging the lottery" (ICML 2020), section 3.
+
     Examples:
         >>> from sparse_adv.nn import MaskedLinear
         >>> layer = MaskedLinear(2, 1, bias=False, mask=torch.tensor([[True, False]]))

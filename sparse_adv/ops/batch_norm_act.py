@@ -37,9 +37,9 @@ def batch_norm_act(
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training=True, momentum=momentum, eps=eps)
         y = (y + residual).relu()
 
-    where a residual that is None and relu=False are left out. The sums of a channel are formed in float64 from sums of
-    at most a few hundred elements (on CUDA of 256 at most, then pairwise), from which about the mean is subtracted, in
-    the same order for any number of threads.
+    where a residual that is None and relu=False are left out. About the mean is subtracted from each element first;
+    sums of at most a few hundred elements (on CUDA 256, then pairwise) are then added in float64, in the same order for
+    any number of threads.
     Instead of the ReLU's output, one bit per element is kept for the backward pass; on a CPU with NCHW images forward
     and backward read each tensor from memory once. It is implemented on the CPU and, with Triton, on CUDA.
     It is differentiable any number of times; second derivatives are computed in plain PyTorch.

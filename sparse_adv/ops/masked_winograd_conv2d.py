@@ -34,10 +34,11 @@ class LiveWeight(NamedTuple):
     """Transformed filters, as `masked_winograd_conv2d_weight` returns them."""
 
     row_offsets: Tensor
+    """int32 [ceil(K / oc_block) + 1]: where the input channels of each block of output channels begin."""
     channels: Tensor
-    """Both as in `LiveFilters`."""
+    """int32 [row_offsets[-1]]: the input channels of each row."""
     values: Tensor
-    """float32 [36, len(channels), oc_block]."""
+    """float32 [36, len(channels), oc_block], oc_block being 1, 2 or 4."""
 
 
 def live_filters(pattern: Pattern, transposed: bool = False) -> LiveFilters:

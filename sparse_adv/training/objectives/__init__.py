@@ -90,6 +90,8 @@ def adversarial_loss(
         TypeError: if x is not floating or y not of integers.
         ValueError: if an argument is out of range, or the objective has no loss of one batch.
 
+    Source: that of each objective, in the docstring of its class in `training/objectives`.
+
     Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
