@@ -76,7 +76,11 @@ def checks_types(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         signature, classes = _of(function)
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:  # which does not say of what
+            raise TypeError(f"{function.__qualname__}() {error}") from None
+        for name, value in given.arguments.items():
             wanted = classes.get(name)
             if wanted and not _is_one_of(value, wanted):
                 listed = " or ".join("None" if each is types.NoneType else each.__name__ for each in wanted)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_adv import argument_types, data, engine, masks, methods, models, tickets, training
+from sparse_adv import argument_types, attacks, data, engine, masks, methods, models, tickets, training
 from sparse_adv import nn as masked
 
 MODULES = (masks, masked, training, tickets, methods, data, models, engine)
@@ -76,6 +76,9 @@ def test_what_a_model_is_run_on_once_has_one_name_and_type():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
+        (lambda: masks.prune(nn.Identity(), densty=0.5), r"prune\(\) got an unexpected keyword argument 'densty'$"),
+        (lambda: attacks.MultiAttack([], foo=1), r"MultiAttack.__init__\(\) got an unexpected keyword argument 'foo'$"),
+        (lambda: training.train(nn.Identity()), r"train\(\) missing a required argument: 'batches'$"),
         (lambda: masks.prune("a", 0.5), "model must be of type Module, got 'a'"),
         (lambda: masks.density([1]), r"masks must be of type Mapping, got \[1\]"),
         (

@@ -81,7 +81,7 @@ def fmn(
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.
-        ValueError: if a value, shape or name is out of range.
+        ValueError: if a value, shape or name is out of range, or the model has fewer classes than "dlr" needs, 3.
 
     Source: Pintor et al., "Fast minimum-norm adversarial attacks through adaptive norm constraints" (NeurIPS 2021),
     algorithm 1, from the clean images.
@@ -108,7 +108,9 @@ def fmn(
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best = images.clone()
-        index = robust_images(model.logits(images), labels, targeted)
+        logits = model.logits(images)
+        loss_to_raise(loss, labels, targeted)(logits)  # raises if there are too few classes, also where none is robust
+        index = robust_images(logits, labels, targeted)
         if len(index):
             best[index] = _nearest(model, images[index], labels[index], box, steps, alpha, gamma, loss, targeted)
         return confirmed(model, best, images, labels, box, targeted)

@@ -20,6 +20,15 @@ from sparse_adv.attacks import FMN, distances, fab, fmn
 NORMS = ("linf", "l2")
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_too_few_classes_for_dlr_are_refused_whether_images_are_robust_or_not(wrong):
+    model, images = Linear(2, (3, 4, 4)), torch.rand(4, 3, 4, 4)
+    labels = (model(images).argmax(1) + wrong) % 2
+    assert fmn(model, images, labels, steps=1).shape == images.shape
+    with pytest.raises(ValueError, match="needs logits of at least 3 classes, got 2"):
+        fmn(model, images, labels, loss="dlr")
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_linear_model_falls_at_its_least_distance(norm):
     model, images, labels = linear_problem(24)
