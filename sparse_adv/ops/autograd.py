@@ -17,18 +17,18 @@ def register_autograd(
     *,
     uses_autograd: bool = False,
 ) -> None:
-    """Register the gradient of an op whose schema has neither defaults nor arguments by keyword.
+    """Register the gradient of an op whose schema has neither defaults nor keyword-only arguments.
 
-    `torch.library.register_autograd` does the same for every schema. To find tensors in lists it flattens all
-    arguments and gradients, forward and backward, which takes half of the time of a convolution of a few pixels (400 us
-    forward and backward, 200 without). Here lists are constants.
+    `torch.library.register_autograd` does the same for every schema. To find tensors in lists it flattens all arguments
+    and gradients, which takes half of the time of a convolution of a few pixels (forward and backward 400 us, 200
+    without). Here lists are constants.
 
     Args:
         name: of the op.
         backward: from the context and a gradient for each output, a gradient for each argument, None for constants.
         setup: called with the context, the arguments and the outputs after each call that needs gradients.
-        uses_autograd: whether `backward` itself calls functions that differentiate. Of others the operations pass by
-            autograd where no second derivatives are asked for, which takes 15 us less for each.
+        uses_autograd: whether `backward` itself calls functions that differentiate. The ops of other backward passes
+            skip autograd unless second derivatives are asked for, which saves 15 us each.
     """
     op = getattr(torch.ops.sparse_adv, name).default
 
