@@ -202,32 +202,11 @@ def test_a_last_batch_of_one_image_is_joined_to_the_one_before(images, size, wor
 @pytest.mark.parametrize(
     ("images", "shifts", "flips", "said"),
     [
-        (
-            torch.zeros(3, 4, 4),
-            torch.full((2, 3), 4),
-            torch.zeros(3, dtype=torch.bool),
-            r"images must be \[N, C, H, W\]",
-        ),
-        (
-            torch.zeros(3, 1, 4, 4),
-            torch.full((2, 2), 4),
-            torch.zeros(3, dtype=torch.bool),
-            r"shifts must have shape \[2, 3",
-        ),
-        (
-            torch.zeros(3, 1, 4, 4),
-            torch.full((2, 3), 4),
-            torch.zeros(2, dtype=torch.bool),
-            r"flips must have shape \[3\]",
-        ),
-        (
-            torch.zeros(1, 1, 4, 4),
-            torch.tensor([[9], [4]]),
-            torch.zeros(1, dtype=torch.bool),
-            r"in \[0, 8\], got 4 to 9",
-        ),
+        ((3, 4, 4), (2, 3), 3, r"images must be \[N, C, H, W\], got shape \[3, 4, 4\]"),
+        ((3, 1, 4, 4), (2, 2), 3, r"shifts must have shape \[2, 3\], got \[2, 2\]"),
+        ((3, 1, 4, 4), (2, 3), 2, r"flips must have shape \[3\], got \[2\]"),
     ],
 )
 def test_augmentation_names_what_does_not_fit(images, shifts, flips, said):
     with pytest.raises(ValueError, match=said):
-        crop_and_flip(images, shifts, flips)
+        crop_and_flip(torch.zeros(images), torch.full(shifts, 4), torch.zeros(flips, dtype=torch.bool))
