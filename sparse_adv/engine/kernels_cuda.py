@@ -122,7 +122,7 @@ class CudnnConvolution(Convolution):
             )
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # some layers of groups, and some odd numbers of channels
+        except RuntimeError as error:  # as for some grouped layers, and some odd numbers of channels
             if self.kernels.capturer.is_capturing():
                 raise
             log.info("cuDNN computes %s and its ReLU in two calls: %s", self.layer, first_line(error))

@@ -146,7 +146,7 @@ class Capturer:
                 torch.cuda.stream(self.stream),
                 torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
             ):
-                # Of a stage that computes nothing, as an attack of training without one.
+                # PyTorch warns of a stage that computes nothing, such as the attack of the objective "natural".
                 warnings.filterwarnings("ignore", "The CUDA Graph is empty")
                 result = call()
         except BaseException:
@@ -264,14 +264,14 @@ class CallCache:
         if not (has_run or at_once):
             with part_of_a_call():
                 return _run_each(stages, inputs, phase, capturer.run)
-        # The warm-up reads them too: with another alignment, libraries would choose other kernels in the capture.
+        # Warm-up and capture read the same memory: for another alignment libraries might choose other kernels.
         own = [None if value is None else value.detach().clone() for value in inputs]
         result = self._warm_up(capturer, call, stages, own, phase)
         if not call.reason and not call.attempts:
             self._capture(capturer, call, stages, own)
         if call.reason:
             warn_of_refusal(what, call.reason)
-        return _copied(result)  # it may be one of the inputs
+        return _copied(result)  # it may be one of `own`, which the next replay overwrites
 
     @staticmethod
     def _warm_up(

@@ -103,7 +103,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     content = io.BytesIO()
     torch.save(dict(state), content)
     try:
-        torch_files.load(content, "meta")  # which reads no values: 15 ms of the 360 for a ResNet-18
+        torch_files.load(content, "meta")  # reads no values: 15 ms for a ResNet-18, writing it takes 345
     except Exception as error:
         raise _unreadable_part(state) or error from error
     write_bytes(path, content.getvalue())

@@ -30,6 +30,6 @@ class EpochNumber:
 
     def like(self, tensor: Tensor) -> Tensor:
         """A scalar of the tensor's dtype, which has the bits of the number as PyTorch rounds one in an expression."""
-        if self._stored is None:  # never while a graph is captured, as each kind of update runs before
+        if self._stored is None:  # in an update without a graph: each kind has one before its capture
             self._stored = torch.tensor(self._value, dtype=torch.float64, device=tensor.device)
         return self._stored.to(tensor.dtype)
