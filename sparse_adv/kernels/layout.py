@@ -30,14 +30,9 @@ def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=layout_of(like))
 
 
-def empty_weight_gradient(input: Tensor, weight_size: Sequence[int]) -> Tensor:
-    """Uninitialised memory for the gradient of a weight on CUDA, in the layout of the input.
-
-    Where images are channels_last, training has weights in it, too, and PyTorch would copy a gradient whose layout is
-    not the weight's.
-    """
-    size, layout = tuple(weight_size), layout_of(input)
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
+def empty_in_layout_of(like: Tensor, size: Sequence[int]) -> Tensor:
+    """Uninitialised memory of this size, with the dtype and device of `like`, in the layout of the rule."""
+    return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=layout_of(like))
 
 
 def output_size(

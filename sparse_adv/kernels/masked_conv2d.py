@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.kernels.gate_tiles import packed, unpacked
-from sparse_adv.kernels.layout import WIDE_FROM, in_layout_of, layout_of, output_size
+from sparse_adv.kernels.layout import WIDE_FROM, empty_in_layout_of, in_layout_of, output_size
 from sparse_adv.kernels.masked_conv2d_lists import Lists
 from sparse_adv.kernels.masked_conv2d_tiles import check_pixels, convolution_tile, divider, kind_of, quotient
 from sparse_adv.kernels.tensor_checks import check_bits
@@ -66,7 +66,7 @@ def forward(
         RuntimeError: if there is a gate and the output is not channels_last with a multiple of 8 channels.
     """
     pixels = output_size(input.shape[2:], weight_size[2:], stride, padding, dilation)
-    output = _empty_like_layout(input, (input.shape[0], weight_size[0], *pixels))
+    output = empty_in_layout_of(input, (input.shape[0], weight_size[0], *pixels))
     if residual is not None:
         residual = in_layout_of(input, residual)
     if gate is not None:
@@ -105,7 +105,7 @@ def grad_input(
     Raises:
         RuntimeError: if a gate of bits does not fit the result.
     """
-    output = _empty_like_layout(grad_output, input_size)
+    output = empty_in_layout_of(grad_output, input_size)
     residual = None if residual is None else in_layout_of(output, residual)
     if gate is not None and gate.dtype == torch.uint8:
         check_bits("gate", gate, output)
@@ -209,10 +209,6 @@ def _launch(
             WIDE=reached >= WIDE_FROM,
             **tile.options,
         )
-
-
-def _empty_like_layout(like: Tensor, size: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=layout_of(like))
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:

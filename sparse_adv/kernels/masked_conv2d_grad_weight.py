@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.layout import empty_weight_gradient
+from sparse_adv.kernels.layout import empty_in_layout_of
 from sparse_adv.kernels.masked_conv2d_tiles import (
     check_pixels,
     divider,
@@ -53,7 +53,9 @@ def grad_weight(
     Returns:
         float tensor [K, C/groups, R, S] in the input's layout, exactly 0 outside the live blocks.
     """
-    grad = empty_weight_gradient(input, weight_size).zero_()
+    # Where images are channels_last, training has weights in that layout, too, and PyTorch would copy a gradient whose
+    # layout is not the weight's.
+    grad = empty_in_layout_of(input, weight_size).zero_()
     images, out_channels, out_rows, out_cols = grad_output.shape
     pixels = check_pixels(images * out_rows * out_cols)
     live = blocks.shape[0]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_adv.kernels.layout import empty_weight_gradient, in_layout_of, output_size
+from sparse_adv.kernels.layout import empty_in_layout_of, output_size
 from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import Pair, check_flag, check_tensors
 from sparse_adv.ops.conv_geometry import check_input, read_geometry
@@ -120,15 +120,15 @@ def _check_operands(input: Tensor, output_shape: tuple[int, ...], operands: dict
 @torch.library.register_fake("sparse_adv::masked_conv2d")
 def _(input, weight, pattern, bias, stride, padding, dilation, *_):  # type: ignore
     pixels = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return in_layout_of(input, input.new_empty((input.shape[0], weight.shape[0], *pixels)))
+    return empty_in_layout_of(input, (input.shape[0], weight.shape[0], *pixels))
 
 
 @torch.library.register_fake("sparse_adv::masked_conv2d_grad_input")
 def _(grad_output, weight, pattern, input_size, *_):  # type: ignore
-    return in_layout_of(grad_output, grad_output.new_empty(input_size))
+    return empty_in_layout_of(grad_output, input_size)
 
 
 @torch.library.register_fake("sparse_adv::masked_conv2d_grad_weight")
 def _(grad_output, input, pattern, *_):  # type: ignore
     size = unflatten(pattern).mask.shape
-    return empty_weight_gradient(input, size) if input.device.type == "cuda" else input.new_empty(size)
+    return empty_in_layout_of(input, size) if input.device.type == "cuda" else input.new_empty(size)

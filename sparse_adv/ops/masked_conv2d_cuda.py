@@ -15,7 +15,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from sparse_adv.kernels.layout import empty_weight_gradient, in_layout_of, layout_of
+from sparse_adv.kernels.layout import empty_in_layout_of, in_layout_of, layout_of
 from sparse_adv.ops._library import IMPLEMENTATIONS
 from sparse_adv.ops.masked_conv2d_pattern import BlockPattern, Pattern, unflatten
 from sparse_adv.ops.masked_conv2d_plan import missing_kernel, plan_on_cuda
@@ -72,12 +72,7 @@ def masked_conv2d_grad_input(
         return kernels.grad_input(grad_output, values, blocks, *lists, input_size, *strides, precision=precision())
     masked = _masked(weight, pattern, layout_of(grad_output))
     # cuDNN reads only size and layout of the input, to which grad_output is copied if it has another one.
-    input = torch.empty(
-        tuple(input_size),
-        dtype=grad_output.dtype,
-        device=grad_output.device,
-        memory_format=layout_of(grad_output),
-    )
+    input = empty_in_layout_of(grad_output, input_size)
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, masked, None, *geometry, (True, False, False))[0]
     return in_layout_of(grad_output, grad)
@@ -103,7 +98,7 @@ def masked_conv2d_grad_weight(
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, (False, True, False))[1]
     # `where` and not a product: a pruned NaN or infinity must count as 0. `out` has the op's layout: no copy is needed.
-    return torch.where(mask, grad, grad.new_zeros(()), out=empty_weight_gradient(input, mask.shape))
+    return torch.where(mask, grad, grad.new_zeros(()), out=empty_in_layout_of(input, mask.shape))
 
 
 def pack_values(weight: Tensor, tensors: list[Tensor], scale: Tensor | None = None) -> list[Tensor]:

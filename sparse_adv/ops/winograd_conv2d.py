@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparse_adv.kernels.layout import layout_of
+from sparse_adv.kernels.layout import empty_in_layout_of
 from sparse_adv.ops.arguments import Pair, check_flag, check_integer, check_tensors
 from sparse_adv.ops.autograd import register_autograd
 from sparse_adv.ops.conv_geometry import read_padding
@@ -168,7 +168,7 @@ def winograd_conv2d_out(
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], tile: int, transposed: bool) -> Tensor:
     count, _, height, width = input.shape
     size = count, weight.shape[1 if transposed else 0], height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout_of(input))
+    return empty_in_layout_of(input, size)
 
 
 @torch.library.register_fake("sparse_adv::winograd_conv2d_grad_weight")

@@ -8,7 +8,7 @@ from helpers.tolerances import assert_equal
 from hypothesis import given, settings
 from torch import Tensor
 
-from sparse_adv.kernels.layout import empty_weight_gradient
+from sparse_adv.kernels.layout import empty_in_layout_of
 from sparse_adv.ops import Pattern, pack_pattern
 from sparse_adv.ops import masked_conv2d_cuda as cuda
 
@@ -33,7 +33,7 @@ def strides(tensor: Tensor) -> list[int]:
 def test_every_pass_equals_the_reference_and_has_the_layout_of_the_op(case):
     actual = passes(case, case.weight, case.pattern())
     layouts = case.results(case.pattern("dense"))
-    layouts["grad_weight"] = empty_weight_gradient(case.input, case.mask.shape)
+    layouts["grad_weight"] = empty_in_layout_of(case.input, case.mask.shape)
     for name, expected in case.expected().items():
         assert_equal(actual[name], expected)
         assert strides(actual[name]) == strides(layouts[name]), name
