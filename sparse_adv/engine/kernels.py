@@ -1,7 +1,8 @@
-"""The arithmetic of the engine's steps in plain PyTorch, for every device and dtype; devices replace parts of it."""
+"""What a device supplies to the engine's steps, and the parts that plain PyTorch computes on every device."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -41,11 +42,15 @@ class Convolution:
 
     def fold(self, norm: FoldedNorm | None) -> None:
         """Read the weights again, and take the BatchNorm behind them, if there is one."""
+        self.bias = self.folded_bias(norm)
+        self.weight = self.folded_weight(norm)
+
+    def folded_bias(self, norm: FoldedNorm | None) -> Tensor | None:
+        """The bias that the passes add."""
         bias = None if self.layer.bias is None else self.layer.bias.detach()
         if norm is not None:
             bias = norm.bias if bias is None else norm.shift + bias * norm.scale
-        self.bias = None if bias is None else bias.to(self.kernels.dtype)
-        self.weight = self.folded_weight(norm)
+        return None if bias is None else bias.to(self.kernels.dtype)
 
     def folded_weight(self, norm: FoldedNorm | None) -> Tensor:
         """The weight that the passes read."""
@@ -88,7 +93,7 @@ class Convolution:
         return self.kernels.finish(self.kernels.plain(result), epilogue)
 
 
-class DeviceKernels:
+class DeviceKernels(ABC):
     """The functions that a device supplies, with a memory format for images and for gates.
 
     Attributes:
@@ -123,12 +128,13 @@ class DeviceKernels:
         """Memory for a result of the shape of another tensor: the one that is planned for it, or new one."""
         return torch.empty_like(like)
 
+    @abstractmethod
     def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor | None:
         """Memory for the gate of a value that a step makes; None if the value is its own gate."""
-        return torch.empty_like(self.empty(shape, device), dtype=torch.bool)
 
+    @abstractmethod
     def convolution(self, layer: nn.Conv2d, shape: torch.Size) -> Convolution:
-        return Convolution(layer, shape, self)
+        """The convolution of a layer whose input has this shape, by the kernel that is the fastest there."""
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
         """The maximum of windows that do not overlap, and its position in each window; it may be written to `index`."""
@@ -146,20 +152,6 @@ class DeviceKernels:
         """Apply an epilogue to the result of a kernel that cannot, in place."""
         return result if epilogue.is_empty else self.pointwise(result, epilogue, lambda: result)
 
+    @abstractmethod
     def pointwise(self, x: Tensor, epilogue: Epilogue, place: Place | None = None) -> Tensor:
         """An epilogue as a step of its own."""
-        scale, bias, residual, relu, gate_out, gate = epilogue
-        y = x
-        channels = (slice(None), *[None] * (x.dim() - 2))
-        if scale is not None:
-            y = y * scale[channels]
-        if bias is not None:
-            y = y + bias[channels]
-        y = y.to(x.dtype)
-        if residual is not None:
-            y = y + residual
-        if relu:
-            y = y.relu()
-            if gate_out is not None:
-                torch.logical_not(y <= 0, out=gate_out)  # NaN passes, as in PyTorch
-        return y if gate is None else y.where(gate, 0)

@@ -20,7 +20,7 @@ from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.winograd import sparse_is_faster, takes_live_filters, winograd_tile
 from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.nn import MaskedConv2d
-from sparse_adv.ops.masked_conv2d_pattern import Pattern, pack_checked, promise_masked
+from sparse_adv.ops.masked_conv2d_pattern import pack_checked
 from sparse_adv.ops.masked_winograd_conv2d import LiveWeight, live_filters, transform_filters
 
 if TYPE_CHECKING:
@@ -82,40 +82,36 @@ class MaskedConvolution(Convolution):
     """A masked convolution, by the kernel that its plan says."""
 
     layer: MaskedConv2d
-    _images: int
-    """Of the batch for which `weight` was made."""
-    _is_whole: bool
-    """Whether `weight` is folded and masked, as the dense kernel needs it."""
 
     def kernel(self, way: str) -> str:
-        return str(getattr(self._plan(promise_masked(self.layer.pattern), self.shape[0]), way).kernel)
+        return str(getattr(self._plan(self.shape[0]), way).kernel)
 
-    def _plan(self, pattern: Pattern, images: int) -> ops.Plan:
-        return ops.plan(pattern, self.kernels.empty(self.input_shape(images), self.layer.weight.device), *self.geometry)
-
-    def _weight_for(self, images: int) -> Tensor:
-        """The weight that kernels read for a number of images: fewer may take the dense one."""
-        if images != self._images:
-            self._images = images
-            if not self._is_whole and not self._takes_packed():
-                self.weight, self._is_whole = super().folded_weight(self._norm), True
-        return self.weight
+    def _plan(self, images: int) -> ops.Plan:
+        x = self.kernels.empty(self.input_shape(images), self.layer.weight.device)
+        return ops.plan(self._packed, x, *self.geometry)
 
     def fold(self, norm: FoldedNorm | None) -> None:
-        weight = self.layer.weight
-        self._norm, self._images = norm, self.shape[0]
-        self._packed = pack_checked(self.layer.pattern, weight, None if norm is None else norm.scale.to(weight.dtype))
-        self._pattern = self._packed.flatten()
-        super().fold(norm)
+        self.weight, self._norm = self.layer.weight.detach(), norm
+        scale = None if norm is None else norm.scale.to(self.weight.dtype)
+        self._packed = pack_checked(self.layer.pattern, self.weight, scale)
+        self._pattern, self.bias = self._packed.flatten(), self.folded_bias(norm)
+        self._weights: dict[int, Tensor] = {}
+        self._whole: Tensor | None = None
+        self._weight_for(self.shape[0])  # now, as the layer's weight may change before the first pass
 
-    def _takes_packed(self) -> bool:
-        """Whether no kernel reads more than the packed values: to fold the whole weight takes longer than to pack."""
-        plan = self._plan(self._packed, self._images)
-        return plan.forward.kernel == plan.grad_input.kernel == "sparse"
+    def _weight_for(self, images: int) -> Tensor:
+        """The weight that the kernels of a number of images read: fewer may take the dense one.
 
-    def folded_weight(self, norm: FoldedNorm | None) -> Tensor:
-        self._is_whole = not self._takes_packed()
-        return super().folded_weight(norm) if self._is_whole else self.layer.weight.detach()
+        To fold and mask the whole weight takes longer than to pack, so this is done for the dense kernel alone.
+        """
+        if images not in self._weights:
+            plan = self._plan(images)
+            if plan.forward.kernel == plan.grad_input.kernel == "sparse":
+                self._weights[images] = self.weight
+            else:
+                self._whole = self.folded_weight(self._norm) if self._whole is None else self._whole
+                self._weights[images] = self._whole
+        return self._weights[images]
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out = place()

@@ -159,7 +159,8 @@ class BlockConvolution(CudnnConvolution):
             weight = self.layer.weight.detach()
             self._values = pack(weight, pattern.blocks, block, pattern.groups, self.kernels.dtype, scale)
         if self._sparse["grad_input"]:
-            # For all steps of an attack, but not for the next one: only a graph's own replays may read what it makes.
+            # Selected once per attack: all its steps read these lists. The next attack selects its own, because memory
+            # that a CUDA graph allocates may be read only in that graph's replays.
             lists = pattern.blocks, pattern.grad_rows, pattern.grad_order
             self._grad_lists = select_phases(*lists, *self.geometry)
 

@@ -138,7 +138,7 @@ class ConvolutionStep(FusedStep):
 
     def fold(self, kernels: DeviceKernels, norm: FoldedNorm | None) -> None:
         made_for = kernels, self.pattern
-        # Else the choice of the kernel holds, and so does what it has listed of the mask.
+        # While mask and device are the same, the convolution is kept, with its kernel and its lists of blocks.
         if self._made_for is None or any(map(operator.is_not, made_for, self._made_for)):
             self._convolution = kernels.convolution(self.layer, self.input.shape)
             self._made_for = made_for
