@@ -24,7 +24,7 @@ from sparse_adv.engine.trace_cache import TraceCache, state_of
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.training import graph_for_training
 from sparse_adv.errors import first_line
-from sparse_adv.masks.layers import noise
+from sparse_adv.masks.layers import as_input
 from sparse_adv.nn import frozen_weights
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops import cuda_graph
@@ -140,7 +140,7 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
         _3: PyTorch and autograd: _3
     """
     model = unwrapped(model)  # as attacks do
-    x = example_input if isinstance(example_input, Tensor) else noise(model, example_input)
+    x = as_input(model, example_input)
     entry = _entry_of(model, x)
     if entry.program is None:
         return [f"autograd: {entry.reason}", *_explain_training(model, x)]

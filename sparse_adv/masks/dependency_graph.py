@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.channel_operations import Kind, kind_of
-from sparse_adv.masks.layers import computes_as_its_class, run_once
+from sparse_adv.masks.layers import as_input, computes_as_its_class, evaluating
 from sparse_adv.tracer import Tracer
 
 log = logging.getLogger(__name__)
@@ -102,38 +102,26 @@ def dependency_groups(model: nn.Module, example_input: Sequence[int] | Tensor) -
 
 def check_traceable(model: nn.Module) -> None:
     """Raise ValueError if torch.fx cannot trace a model, as `dependency_groups` does; no image is needed for that."""
-    run_once(_TracedOnCall(model, follows=False), torch.empty(0, device="cpu"))
+    with evaluating(model):
+        _trace(model)
 
 
 def build_dependency_graph(model: nn.Module, example_input: Sequence[int] | Tensor) -> DependencyGraph:
     """Trace a model; arguments and errors are those of `dependency_groups`."""
-    tracing = _TracedOnCall(model)
-    run_once(tracing, example_input)
-    assert tracing.result is not None
-    return tracing.result
+    x = as_input(model, example_input)
+    with evaluating(model):
+        interpreter = _Interpreter(model, _trace(model))
+        interpreter.run(x)
+    interpreter.result.groups = list(interpreter.groups())
+    return interpreter.result
 
 
-class _TracedOnCall(nn.Module):
-    """A model that is traced when it is called: `run_once` then restores its modes and forms no gradients."""
-
-    def __init__(self, model: nn.Module, follows: bool = True) -> None:
-        super().__init__()
-        self.model, self.follows = model, follows
-        self.result: DependencyGraph | None = None
-        """The graph; None if its channels are not followed."""
-
-    def forward(self, input: Tensor) -> None:
-        tracer = _Tracer()
-        try:
-            graph = tracer.trace(self.model)
-        except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
-            raise ValueError(f"torch.fx cannot trace {tracer.place}: {error}") from error
-        if not self.follows:
-            return
-        interpreter = _Interpreter(self.model, graph)
-        interpreter.run(input)
-        self.result = interpreter.result
-        self.result.groups = list(interpreter.groups())
+def _trace(model: nn.Module) -> fx.Graph:
+    tracer = _Tracer()
+    try:
+        return tracer.trace(model)
+    except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
+        raise ValueError(f"torch.fx cannot trace {tracer.place}: {error}") from error
 
 
 class _Tracer(Tracer):

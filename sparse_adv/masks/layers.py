@@ -59,7 +59,7 @@ def weight_of(layer: Layer) -> Tensor:
     """
     if not _is_weight_computed(layer):
         return layer.weight
-    with _evaluating(layer.get_submodule("parametrizations.weight")):
+    with evaluating(layer.get_submodule("parametrizations.weight")):
         return layer.weight
 
 
@@ -145,20 +145,21 @@ def run_once(
     visited = maskable(model, linear).values() if visit else ()
     handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in visited]
     try:
-        with _evaluating(model), _uncompiled(), torch.no_grad():
-            return model(example_input if isinstance(example_input, Tensor) else noise(model, example_input))
+        with evaluating(model):
+            return model(as_input(model, example_input))
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode of all modules, each of which then gets back its own."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No gradients, no compiled code, and eval mode of all modules, each of which then gets back its own mode."""
     modes = {each: each.training for each in module.modules()}
     try:
         module.eval()
-        yield
+        with _uncompiled(), torch.no_grad():
+            yield
     finally:
         for each, training in modes.items():
             each.training = training
@@ -176,7 +177,12 @@ def uses(layer: Layer, output: Tensor) -> int:
     return output.numel() // max(1, layer.weight.shape[0])
 
 
-def noise(model: nn.Module, shape: Sequence[int]) -> Tensor:
+def as_input(model: nn.Module, example_input: Sequence[int] | Tensor) -> Tensor:
+    """Return a batch as it is, and noise for the shape [N, C, H, W] of one."""
+    return example_input if isinstance(example_input, Tensor) else _noise(model, example_input)
+
+
+def _noise(model: nn.Module, shape: Sequence[int]) -> Tensor:
     """Return uniform noise of a shape [N, C, H, W], always the same, with the dtype and device of the parameters."""
     if len(shape) != 4 or not all(isinstance(size, int) and size >= 1 for size in shape):
         raise ValueError(f"example_input must be a tensor or 4 positive integers [N, C, H, W], got {tuple(shape)}")

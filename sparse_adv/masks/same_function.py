@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sparse_adv.masks.layers import noise, run_once
+from sparse_adv.masks.layers import as_input, run_once
 
 
 def check_same_function(
@@ -27,7 +27,7 @@ def check_same_function(
     Raises:
         ValueError: if the second model fails or computes something else.
     """
-    x = example_input if isinstance(example_input, Tensor) else noise(before, example_input)
+    x = as_input(before, example_input)
     expected = _outputs(before, x)
     try:
         actual = _outputs(after, x)
