@@ -29,7 +29,7 @@ EPS, SEED = 8 / 255, 0
 
 def network_of(run: runs.Run) -> tuple[nn.Module, str, Tensor, Tensor]:
     """The run's best network, in eval mode, its mask in words, and the test images that it classifies correctly."""
-    images, network = run.info.data or DataConfig(), run.info.network or NetworkConfig()
+    images, network = run.info.data or DataConfig(), _network_config(run)
     dataset = experiment.load_data(images, run.info.train.seed, torch.device("cpu"))
     pruned = masks.load_pruned(run.folder / runs.BEST, dense=True)
     model = experiment.build_network(network, dataset, 0, torch.device("cpu"))
@@ -40,6 +40,12 @@ def network_of(run: runs.Run) -> tuple[nn.Module, str, Tensor, Tensor]:
         correct = model(x).argmax(1) == y
     mask = f"density {masks.density(pruned.masks):.3g}" if pruned.masks else "dense"
     return model, mask, x[correct], y[correct]
+
+
+def _network_config(run: runs.Run) -> NetworkConfig:
+    if run.info.network is None:
+        raise ValueError(f"{run.folder} does not say which network it trained")
+    return run.info.network
 
 
 def sides(model: nn.Module, x: Tensor, y: Tensor, labels: dict[str, Value]) -> dict[str, Callable[[], object]]:
@@ -81,7 +87,7 @@ def case(run: runs.Run, images: int, rounds: int) -> Case:
     """Both sides on the first images that the network of a run classifies correctly."""
     model, mask, x, y = network_of(run)
     x, y = x[:images], y[:images]
-    network = run.info.network or NetworkConfig()
+    network = _network_config(run)
     name = network.arch if network.width is None else f"{network.arch} width {network.width}"
     labels: dict[str, Value] = {"op": "AutoAttack", "run": run.name, "network": name, "mask": mask, "images": len(y)}
     return Case(labels, sides(model, x, y, labels), rounds=rounds)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.engine import InputGradients, input_gradients
+from sparse_adv.engine import input_gradients
 from sparse_adv.engine.gradients import LossOfLogits
 
 
@@ -27,7 +27,7 @@ class BatchGradients:
     def __init__(self, model: nn.Module, images: Tensor, use_engine: bool) -> None:
         self._model, self._images, self._use_engine = model, images.detach(), use_engine
         self._size = len(images)
-        self._open: AbstractContextManager[InputGradients] | None = None
+        self._opened = ExitStack()
         self._enter()
 
     def logits(self, x: Tensor) -> Tensor:
@@ -42,14 +42,11 @@ class BatchGradients:
 
     def close(self) -> None:
         """Give the program back."""
-        opened, self._open = self._open, None
-        if opened is not None:
-            opened.__exit__(None, None, None)
+        self._opened.close()
 
     def _enter(self) -> None:
         opened = input_gradients(self._model, self._images[: self._size], self._use_engine)
-        self.formed_by = opened.__enter__()
-        self._open = opened
+        self.formed_by = self._opened.enter_context(opened)
 
     def _fit(self, count: int) -> None:
         size = len(self._images)

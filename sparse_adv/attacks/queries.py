@@ -42,10 +42,10 @@ class Queries:
         model: nn.Module,
         gradients: BatchGradients,
         label_range: LabelRange,
-        attacked: nn.Module | None = None,
+        attacked: nn.Module,
     ) -> None:
         self._model, self._gradients, self._label_range = model, gradients, label_range
-        self.attacked = model if attacked is None else attacked
+        self.attacked = attacked
         """The model of the caller, in place of which a twin may run."""
         self.unit = 0.0
         """A unit in the last place of the model's logits, as a share of the largest; 0 before the first ones."""

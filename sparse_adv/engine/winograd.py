@@ -14,6 +14,7 @@ from torch.nn.modules.utils import _pair
 
 from sparse_adv import ops
 from sparse_adv.engine.model_state import has_hooks
+from sparse_adv.kernels.layout import output_size
 from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.conv_geometry import geometry_of
@@ -62,7 +63,7 @@ def takes_live_filters(layer: MaskedConv2d, shape: Sequence[int]) -> bool:
         return False
     if min(layer.in_channels, layer.out_channels) < _LEAST_CHANNELS_OF_LIVE_FILTERS:
         return False
-    rows, cols = _output_size(layer, shape)
+    rows, cols = output_size(shape[2:], (3, 3), *geometry_of(layer))
     tiles = -(-rows // 4) * -(-cols // 4)
     if shape[0] * tiles < _LEAST_TILES_OF_LIVE_FILTERS or 36 * tiles > _MOST_MULTIPLICATIONS * 9 * rows * cols:
         return False
@@ -83,7 +84,7 @@ def winograd_tile(layer: nn.Conv2d, shape: Sequence[int]) -> int | None:
     """
     if not _is_3x3(layer) or min(layer.in_channels, layer.out_channels) < _LEAST_CHANNELS:
         return None
-    rows, cols = _output_size(layer, shape)
+    rows, cols = output_size(shape[2:], (3, 3), *geometry_of(layer))
     of_image = {tile: -(-rows // tile) * -(-cols // tile) for tile in (2, 4)}
     enough = {tile: shape[0] * of_image[tile] >= _LEAST_TILES[tile] for tile in (2, 4)}
     if enough[4] and 36 * of_image[4] < 16 * of_image[2]:
@@ -97,11 +98,6 @@ def _is_3x3(layer: nn.Conv2d) -> bool:
         return False
     stride, padding, dilation = geometry_of(layer)
     return (layer.kernel_size, stride, dilation) == ((3, 3), (1, 1), (1, 1)) and max(padding) <= 2
-
-
-def _output_size(layer: nn.Conv2d, shape: Sequence[int]) -> tuple[int, int]:
-    rows, cols = (size + 2 * zeros - 2 for size, zeros in zip(shape[2:], geometry_of(layer)[1], strict=True))
-    return rows, cols
 
 
 class TrainedConvolution:

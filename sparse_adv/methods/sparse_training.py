@@ -272,7 +272,7 @@ class SparseTraining(UpdateHook):
             # A weight without a gradient was not used in the update, or is frozen.
             own = gradients.get(name, torch.zeros_like(self.layers[name].weight))
             total[owner] = total[owner] + own if owner in total else own.contiguous()
-        distributed.average(list(total.values()))
+        distributed.average_each(list(total.values()))
         return {name: self._means(gradient) for name, gradient in total.items()}
 
     def _apply(self, new: Mapping[str, Tensor]) -> None:

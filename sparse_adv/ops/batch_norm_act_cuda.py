@@ -44,7 +44,7 @@ def batch_norm_act_grad(
     _check_like(input, "grad", grad)
     grad_input = output_like(input)
     if gate is not None:
-        check_gate("gate", gate, grad_input)
+        check_gate(gate, grad_input)
     grad_weight, grad_bias = _vectors_like(input)
     for name, vector in {"mean": mean, "var": var}.items():
         check_floating(name, vector, input)

@@ -69,12 +69,12 @@ def gate_to_bool(gate: Tensor, like: Tensor) -> Tensor:
     return passes if layout_of(like) == torch.contiguous_format else passes.permute(0, 3, 1, 2)
 
 
-def check_gate(name: str, gate: Tensor, like: Tensor) -> None:
+def check_gate(gate: Tensor, like: Tensor) -> None:
     """Raises RuntimeError unless this is a gate without gaps of a tensor, on its device."""
-    check_device(name, gate, like)
-    check_size(name, gate, _shape_of_gate(like))
+    check_device("gate", gate, like)
+    check_size("gate", gate, _shape_of_gate(like))
     fits = gate.dtype == torch.uint8 and gate.is_contiguous()
-    check(fits, f"{name} must be uint8 and contiguous, got {gate.dtype} with strides {list(gate.stride())}")
+    check(fits, f"gate must be uint8 and contiguous, got {gate.dtype} with strides {list(gate.stride())}")
 
 
 def _shape_of_gate(like: Tensor) -> tuple[int, ...]:

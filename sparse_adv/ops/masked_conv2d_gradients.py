@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sparse_adv.ops.autograd import register_autograd
 from sparse_adv.ops.masked_conv2d_pattern import unflatten
 
+_OPS = torch.ops.sparse_adv
 Gradients = tuple[Tensor | None, ...]
 """One for each argument of an op, None for constants."""
 
@@ -28,8 +29,12 @@ def is_masked(gradient: Tensor, mask: Tensor) -> bool:
 
     It is not known, and the result False, if autograd has added another gradient to it.
     """
-    known, version = _masked.get(gradient, (None, None))
-    return known is mask and version == gradient._version
+    return _mask_of(gradient) is mask
+
+
+def _mask_of(gradient: Tensor) -> Tensor | None:
+    mask, version = _masked.get(gradient, (None, None))
+    return mask if mask is not None and version == gradient._version else None
 
 
 def keep_known_through(cast: Tensor) -> None:
@@ -37,30 +42,19 @@ def keep_known_through(cast: Tensor) -> None:
 
     def carry(of_weight: tuple[Tensor | None, ...], of_cast: tuple[Tensor | None, ...]) -> None:
         if of_weight[0] is not None and of_cast[0] is not None:
-            mask, version = _masked.get(of_cast[0], (None, None))
-            if mask is not None and version == of_cast[0]._version:
+            mask = _mask_of(of_cast[0])
+            if mask is not None:
                 _masked[of_weight[0]] = mask, of_weight[0]._version
 
     if cast.grad_fn is not None:
         cast.grad_fn.register_hook(carry)
 
 
-# The arguments of each op, in the order of its schema.
-_FORWARD = (
-    "input",
-    "weight",
-    "pattern",
-    "bias",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "scale",
-    "residual",
-    "relu",
+_FORWARD, _GRAD_INPUT, _GRAD_WEIGHT = (
+    tuple(argument.name for argument in op.default._schema.arguments)
+    for op in (_OPS.masked_conv2d, _OPS.masked_conv2d_grad_input, _OPS.masked_conv2d_grad_weight)
 )
-_GRAD_INPUT = ("grad_output", "weight", "pattern", "input_size", "stride", "padding", "dilation", "groups")
-_GRAD_WEIGHT = ("grad_output", "input", "pattern", "stride", "padding", "dilation", "groups")
+"""The arguments of each op."""
 
 
 def _needs(ctx: Any, arguments: Sequence[str]) -> dict[str, bool]:
@@ -88,9 +82,9 @@ def _backward_forward(ctx: Any, grad: Tensor) -> Gradients:
     grad_input = grad_weight = grad_scale = None
     if needs["input"]:
         scaled = grad if scale is None else grad * scale[:, None, None]
-        grad_input = torch.ops.sparse_adv.masked_conv2d_grad_input(scaled, weight, tensors, input.shape, *shape)
+        grad_input = _OPS.masked_conv2d_grad_input(scaled, weight, tensors, input.shape, *shape)
     if needs["weight"] or needs["scale"]:
-        grad_weight = torch.ops.sparse_adv.masked_conv2d_grad_weight(grad, input, tensors, *shape)
+        grad_weight = _OPS.masked_conv2d_grad_weight(grad, input, tensors, *shape)
     if scale is not None and grad_weight is not None:
         # The gradient of scale[k] is <grad[k], conv[k]> = <grad_weight[k], weight[k]>, as conv is linear in the weight;
         # so the unscaled output need not be saved.
@@ -116,12 +110,12 @@ def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _backward_grad_input(ctx: Any, grad: Tensor) -> Gradients:
     grad_output, weight, *tensors = ctx.saved_tensors
-    ops, needs, shape = torch.ops.sparse_adv, _needs(ctx, _GRAD_INPUT), _shape_args(ctx)
+    needs, shape = _needs(ctx, _GRAD_INPUT), _shape_args(ctx)
     grad_grad_output = grad_weight = None
     if needs["grad_output"]:
-        grad_grad_output = ops.masked_conv2d(grad, weight, tensors, None, *shape, None, None, False)
+        grad_grad_output = _OPS.masked_conv2d(grad, weight, tensors, None, *shape, None, None, False)
     if needs["weight"]:
-        grad_weight = ops.masked_conv2d_grad_weight(grad_output, grad, tensors, *shape)
+        grad_weight = _OPS.masked_conv2d_grad_weight(grad_output, grad, tensors, *shape)
     return _in_order(_GRAD_INPUT, grad_output=grad_grad_output, weight=grad_weight)
 
 
@@ -132,14 +126,14 @@ def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward_grad_weight(ctx: Any, grad: Tensor) -> Gradients:
     grad_output, input, *tensors = ctx.saved_tensors
-    ops, needs, shape = torch.ops.sparse_adv, _needs(ctx, _GRAD_WEIGHT), _shape_args(ctx)
+    needs, shape = _needs(ctx, _GRAD_WEIGHT), _shape_args(ctx)
     # `grad` is the weight of the ops below, so the values that were packed for the layer's weight must not be read.
     without_values = unflatten(tensors).without_values().flatten()
     grad_grad_output = grad_input = None
     if needs["grad_output"]:
-        grad_grad_output = ops.masked_conv2d(input, grad, without_values, None, *shape, None, None, False)
+        grad_grad_output = _OPS.masked_conv2d(input, grad, without_values, None, *shape, None, None, False)
     if needs["input"]:
-        grad_input = ops.masked_conv2d_grad_input(grad_output, grad, without_values, input.shape, *shape)
+        grad_input = _OPS.masked_conv2d_grad_input(grad_output, grad, without_values, input.shape, *shape)
     return _in_order(_GRAD_WEIGHT, grad_output=grad_grad_output, input=grad_input)
 
 

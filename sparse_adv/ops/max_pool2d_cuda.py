@@ -38,7 +38,7 @@ def max_pool2d_grad_input_out(
         if residual.data_ptr() != out.data_ptr():
             check_apart("out", out, "residual", residual)
     if gate is not None:
-        check_gate("gate", gate, out)
+        check_gate(gate, out)
         check_apart("gate", gate, "out", out)
     if out.numel():
         from sparse_adv.kernels import max_pool2d as kernels

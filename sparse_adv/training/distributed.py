@@ -180,14 +180,6 @@ def average_each(tensors: Sequence[Tensor]) -> None:
         _unflatten(flat / world_size(), group)
 
 
-def average(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors of one device and dtype by their means over all processes."""
-    if world_size() > 1 and tensors:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        _unflatten(flat.div_(world_size()), tensors)
-
-
 def broadcast(tensors: Sequence[Tensor]) -> None:
     """Replace tensors of one device and dtype by those of rank 0."""
     if world_size() > 1 and tensors:

@@ -89,7 +89,9 @@ class Answers(nn.Module):
 
 def confirmed_by(model: nn.Module, engine: nn.Module, found: Tensor, images: Tensor) -> Tensor:
     labels = torch.zeros(len(images), dtype=torch.int64)
-    return confirmed(Queries(model, engine, None), found, images, labels, Ball(0.2, "linf", 0.0, 1.0), targeted=False)
+    return confirmed(
+        Queries(model, engine, None, model), found, images, labels, Ball(0.2, "linf", 0.0, 1.0), targeted=False
+    )
 
 
 def test_where_model_and_engine_disagree_the_model_itself_decides():
