@@ -33,6 +33,7 @@ from sparse_adv.engine.traced_code import (
 from sparse_adv.engine.written_norms import gather_norms
 from sparse_adv.errors import first_line
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
+from sparse_adv.nn.layer_checks import is_sharded
 from sparse_adv.tracer import Tracer, lock
 
 log = logging.getLogger(__name__)
@@ -108,11 +109,13 @@ def graph_of(model: nn.Module) -> fx.Graph:
 
     Raises:
         NotTraceable: if the model depends on values of its input or of its buffers, overwrites a tensor that is read
-            under another name, has hooks itself, or if its Python code draws random numbers, changes attributes of
-            modules, or computes with other tensors: the graph would repeat what happened this once. If it calls an
-            autograd function of its own or stops gradients, which the graph would not show. If it reads attributes
-            whose changes would not be seen.
+            under another name, has hooks itself, is sharded by FSDP, or if its Python code draws random numbers,
+            changes attributes of modules, or computes with other tensors: the graph would repeat what happened this
+            once. If it calls an autograd function of its own or stops gradients, which the graph would not show. If it
+            reads attributes whose changes would not be seen.
     """
+    if any(map(is_sharded, model.modules())):
+        raise NotTraceable("FSDP gathers its weights in each pass")
     if has_hooks(model) or has_global_hooks():
         raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
     if "forward" in vars(model):

@@ -6,10 +6,29 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import computes_as, own_methods
+from sparse_adv.ops.transforms import is_transformed
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, the first or the second, distributes the module's parameters over the processes."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def has_values(weight: Tensor) -> bool:
+    """Whether the whole weight is in memory: FSDP2 leaves a part in a DTensor, FSDP1 a view of memory that it freed."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+        return False
+    if is_transformed():  # then no tensor tells of its storage
+        return True
+    steps = zip(weight.shape, weight.stride(), strict=True)
+    last = weight.storage_offset() + sum((size - 1) * step for size, step in steps)
+    return not weight.numel() or weight.untyped_storage().nbytes() > last * weight.element_size()
 
 
 def check_own_parameters(layer: nn.Module) -> None:
     """Raises TypeError if weight or bias is not a Parameter of this layer."""
+    if is_sharded(layer):
+        raise TypeError("weight is sharded by FSDP: sparsify or densify the model before FSDP wraps it")
     for name in ("weight", "bias"):
         if name not in layer._parameters:
             raise TypeError(
@@ -43,6 +62,16 @@ def check_shape(mask: Tensor, weight: Tensor) -> None:
     """Raises ValueError if the mask is for a weight of another shape."""
     if mask.shape != weight.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, weight has shape {tuple(weight.shape)}")
+
+
+def check_parameter(mask: Tensor, weight: Tensor, layer: nn.Module) -> None:
+    """Raises ValueError if a Parameter that a masked layer is given has another shape than its mask."""
+    if mask.shape != weight.shape and is_sharded(layer):
+        raise ValueError(
+            f"weight must have the mask's shape {tuple(mask.shape)}, got its shard of shape {tuple(weight.shape)}: "
+            "FSDP(use_orig_params=True) cannot shard masked layers, use_orig_params=False can"
+        )
+    check_shape(mask, weight)
 
 
 def check_values(mask: Tensor, weight: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.layer_checks import check_replaceable, check_shape
+from sparse_adv.nn.layer_checks import check_parameter, check_replaceable, check_shape, has_values
 from sparse_adv.nn.mask_agreement import compare_in_first_pass
 from sparse_adv.nn.optimizer_hook import version_of
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
@@ -165,7 +165,7 @@ class MaskedLayer(nn.Module):
             raise TypeError("torchao cannot quantize masked layers: `densify` the model first")
         has_mask = name == "weight" and "weight_mask" in self._buffers
         if has_mask and type(param) is nn.Parameter:
-            check_shape(self.weight_mask, param)
+            check_parameter(self.weight_mask, param, self)
         super().register_parameter(name, param)
         if has_mask and type(param) is nn.Parameter:
             self._derive()
@@ -216,8 +216,11 @@ class MaskedLayer(nn.Module):
         return None if frozen is None or not frozen.are_of(self) else frozen.in_current_dtype()
 
     def freeze(self) -> bool:
-        """Start `nn.frozen_weights` for this layer and thread; False if it had started, or on the meta device."""
-        if get_ident() in self._frozen or self.weight.is_meta:
+        """Start `nn.frozen_weights` for this layer and thread; False if it had started, or without values of its own.
+
+        FSDP1 makes the weight in each pass, as a view that is no Parameter, and frees its memory afterwards.
+        """
+        if get_ident() in self._frozen or "weight" not in self._parameters or not has_values(self.weight):
             return False
         self.refresh()
         self._frozen[get_ident()] = _FrozenOperands(self)
@@ -260,9 +263,12 @@ class MaskedLayer(nn.Module):
     @torch.no_grad()
     def _zero_pruned(self) -> None:
         """Zero weight and gradient where the mask is false: the weight only if needed, as in `_write_mask`."""
+        if not has_values(self.weight):
+            return
         if torch.where(self.weight_mask, 0, self.weight).any():
             self.weight.masked_fill_(~self.weight_mask, 0)
-        grad = self.weight.grad  # a sum of micro-batches, which may be clipped before the next step
+        # A sum of micro-batches, which may be clipped before the next step. A view of FSDP1's parameter has none.
+        grad = self.weight.grad if self.weight.is_leaf else None
         if grad is not None and torch.where(self.weight_mask, 0, grad).any():
             grad.masked_fill_(~self.weight_mask, 0)
 
@@ -304,8 +310,7 @@ class MaskedLayer(nn.Module):
 
     def _save_to_state_dict(self, *args: Any) -> None:
         # Averaging and copying write the weight without a call of this layer, so it is zeroed here.
-        weight = self._parameters.get("weight")
-        if type(weight) is nn.Parameter and not weight.is_meta:  # a shard has another type
+        if type(self._parameters.get("weight")) is nn.Parameter:
             self._zero_pruned()
         super()._save_to_state_dict(*args)
 
