@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import owners
+from sparse_adv.masks.layers import masks_by_module, owners
 
 
 @checks_types
@@ -22,8 +22,8 @@ def density(masks: Mapping[str, Tensor], model: nn.Module | None = None) -> floa
         The density, in [0, 1].
 
     Raises:
-        ValueError: if the masks have no element.
-        AttributeError: if the model lacks a module.
+        TypeError: with a model, if a mask is not a bool tensor or its module is no Conv2d or Linear.
+        ValueError: if the masks have no element, or do not fit the model.
 
     Examples:
         >>> import torch
@@ -40,7 +40,12 @@ def density(masks: Mapping[str, Tensor], model: nn.Module | None = None) -> floa
 
 
 def of_distinct_weights(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the masks without those of layers whose weight is also that of an earlier layer."""
+    """Return the masks without those of layers whose weight is also that of an earlier layer.
+
+    Raises:
+        TypeError, ValueError: if `masks_by_module` does.
+    """
+    masks_by_module(model, masks)
     owner = owners({name: model.get_submodule(name) for name in masks})
     return {name: mask for name, mask in masks.items() if owner[name] == name}
 

@@ -45,15 +45,17 @@ def check_structure(block: Sequence[int] | str) -> Block | str:
 
 
 def block_in(layer_shape: Sequence[int], block: Block | str, groups: int = 1) -> Block:
-    """Return the block shape that a block or structure has in a convolution or linear layer.
+    """Return the block shape that a block or structure has in a convolution or linear layer, which may be smaller.
 
     Examples:
         >>> block_in((16, 4, 3, 3), "filter"), block_in((16, 4, 3, 3), "channel", groups=2)
         ((1, 4, 3, 3), (8, 1, 3, 3))
     """
+    shape = conv_shape(layer_shape)
     if not isinstance(block, str):
-        return block
-    filters, channels, height, width = conv_shape(layer_shape)
+        bo, bi, br, bs = (min(size, max(1, length)) for size, length in zip(block, shape, strict=True))
+        return bo, bi, br, bs
+    filters, channels, height, width = shape
     if block == "filter":
         return 1, channels, height, width
     return filters // groups, 1, height, width  # an input channel is read by the filters of one group

@@ -14,6 +14,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from sparse_adv.ops.masked_conv2d_mask import check_mask, check_shape
+
 Layer = nn.Conv2d | nn.Linear
 _METHODS = frozenset(["forward", "_conv_forward"])
 """The methods of a module that compute its output: `forward`, and what that of a convolution calls."""
@@ -105,6 +107,58 @@ def modules_by_name(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Mod
         if name not in modules:
             raise ValueError(unknown_module(name, modules))
     return modules
+
+
+def _check_fits(layer: Layer, mask: Tensor) -> None:
+    check_mask(mask, linear=isinstance(layer, nn.Linear))
+    check_shape(mask, weight_of(layer))
+
+
+def masks_by_module(
+    model: nn.Module, masks: Mapping[str, Tensor], check: Callable[[Layer, Tensor], None] = _check_fits
+) -> dict[nn.Module, Tensor]:
+    """Return the mask of each module that they name; a module of several names has one.
+
+    Args:
+        model: any module.
+        masks: by module name.
+        check: called with each layer and its mask, once; raises TypeError or ValueError if the mask does not fit.
+
+    Raises:
+        TypeError: if a mask is not a bool tensor, or is for a module that is no Conv2d or Linear.
+        ValueError: if a name is unknown, a module has no weight yet or two masks, or a mask has a wrong shape.
+    """
+    modules = modules_by_name(model, masks)
+    found: dict[nn.Module, Tensor] = {}
+    for name, mask in masks.items():
+        module = modules[name]
+        check_initialized(name, module)
+        if module in found:
+            if not is_same_mask(found[module], mask):
+                raise ValueError(f"module {name!r} has another name with another mask")
+            continue
+        with naming(name):
+            if not isinstance(module, Layer):
+                raise TypeError(f"only Conv2d and Linear layers can be masked, got {type(module).__name__}")
+            check(module, mask)
+        found[module] = mask
+    return found
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a module's name before the message of an error."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"module {name!r}: {error}") from error
+
+
+def is_same_mask(mask: Tensor, other: Tensor) -> bool:
+    """Whether two masks are equal; without values, on the meta device, whether they are one tensor."""
+    return mask is other or (
+        mask.dtype == other.dtype and not (mask.is_meta or other.is_meta) and torch.equal(mask, other.to(mask.device))
+    )
 
 
 def unknown_module(name: str, known: Iterable[str]) -> str:

@@ -133,7 +133,7 @@ def prune(
     if example_input is not None:
         scores, sizes = _joint_scores(scores, sizes, first_of_group)
         targets = _joint_targets(targets, first_of_group)
-    pruned = _pruned_before(within or {}, candidates, blocks, first_of_group)
+    pruned = _pruned_before(model, within or {}, candidates, blocks, first_of_group)
     # Kept weights can be 0 too, so those that were pruned rank after them.
     scores |= {name: scores[name].masked_fill(before, -1) for name, before in pruned.items()}
     kept_blocks = select_blocks(scores, sizes, targets)
@@ -303,12 +303,20 @@ def _highest(scores: Tensor, sizes: Tensor, target: int) -> Tensor:
 
 
 def _pruned_before(
+    model: nn.Module,
     within: Mapping[str, Tensor],
     candidates: Candidates,
     blocks: Mapping[str, Sequence[int]],
     first_of_group: Mapping[str, str],
 ) -> dict[str, Tensor]:
-    """The blocks of which earlier masks prune a weight, by the layer that they are ranked with."""
+    """The blocks of which earlier masks prune a weight, by the layer that they are ranked with.
+
+    Masks of layers that are no candidates count for nothing.
+    """
+    names = dict(model.named_modules(remove_duplicate=False))
+    for name in within:
+        if name not in names:
+            raise ValueError(f"within: {unknown_module(name, names)}")
     pruned: dict[str, Tensor] = {}
     for name, owner in candidates.owner.items():
         if name in within:

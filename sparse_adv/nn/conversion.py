@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import Layer, check_initialized, modules_by_name
+from sparse_adv.masks.layers import Layer, is_same_mask, masks_by_module, modules_by_name, naming
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.layer_checks import check_replaceable
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_conv_mask, check_convertible, compile_mask
@@ -59,21 +58,18 @@ def sparsify(
             masks, or a weight was made in `torch.inference_mode` and this is outside of it.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3))
         >>> sparsify(model, {"0": torch.rand(8, 3, 3, 3) < 0.1})[0].density < 0.3
         True
     """
     modules = modules_by_name(model, masks)
     conversions: dict[nn.Module, _Conversion] = {}
-    for name, mask in masks.items():
-        module = modules[name]
-        check_initialized(name, module)
-        if module in conversions:  # it has several names
-            if not _is_same(mask, conversions[module].mask):
-                raise ValueError(f"module {name!r} has another name with another mask")
-            continue
-        with _naming(name):
-            conversions[module] = _conversion(module, mask, block)
+
+    def check(layer: Layer, mask: Tensor) -> None:
+        conversions[layer] = _conversion(layer, mask, block)
+
+    masks_by_module(model, masks, check)
     _check_shared_weights(modules, conversions)
 
     layers = {module: conversion.convert() for module, conversion in conversions.items()}
@@ -81,15 +77,6 @@ def sparsify(
     if optimizer is not None:
         optimizer_hook.settle(optimizer)
     return model
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put a module's name before the message of an error."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"module {name!r}: {error}") from error
 
 
 @checks_types
@@ -110,6 +97,7 @@ def densify(model: nn.Module) -> nn.Module:
         TypeError: if weight or bias of a masked layer is parametrized, or a `forward` was set on it.
 
     Examples:
+        >>> import torch
         >>> layer = sparsify(nn.Linear(2, 1), {"": torch.tensor([[True, False]])})
         >>> type(densify(layer)) is nn.Linear
         True
@@ -117,7 +105,7 @@ def densify(model: nn.Module) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     masked = {name: module for name, module in modules.items() if isinstance(module, MaskedLayer)}
     for name, layer in masked.items():
-        with _naming(name):
+        with naming(name):
             check_replaceable(layer)
     return _replace(model, modules, {layer: layer.to_dense() for layer in set(masked.values())})
 
@@ -140,6 +128,7 @@ def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
         A context manager that yields the model.
 
     Examples:
+        >>> import torch
         >>> model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": torch.rand(8, 3, 3, 3) < 0.1})
         >>> with frozen_weights(model):
         ...     model(torch.rand(1, 3, 8, 8)).requires_grad
@@ -156,7 +145,7 @@ def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
             layer.unfreeze()
 
 
-def _conversion(module: nn.Module, mask: Tensor, block: Sequence[int] | None) -> _Conversion:
+def _conversion(module: Layer, mask: Tensor, block: Sequence[int] | None) -> _Conversion:
     """Check a mask for a module and compile it; the module stays as it is."""
     if isinstance(module, nn.Linear):
         check_linear(module)
@@ -166,8 +155,6 @@ def _conversion(module: nn.Module, mask: Tensor, block: Sequence[int] | None) ->
             if not mask.is_meta:
                 check_obeys(mask, block4)
         return _Conversion(module, mask, partial(MaskedLinear.from_checked, module, mask))
-    if not isinstance(module, nn.Conv2d):
-        raise TypeError(f"only Conv2d and Linear layers can be masked, got {type(module).__name__}")
     check_convertible(module)
     block4 = check_conv_mask(module, mask, block)
     compiled = compile_mask(module, mask, block4)
@@ -180,13 +167,8 @@ def _check_shared_weights(modules: Mapping[str, nn.Module], conversions: Mapping
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
             mask = masks.get(id(parameter))
-            if mask is not None and not (module in conversions and _is_same(conversions[module].mask, mask)):
+            if mask is not None and not (module in conversions and is_same_mask(conversions[module].mask, mask)):
                 raise ValueError(f"module {name!r} shares its weight with a module that gets another mask, or none")
-
-
-def _is_same(mask: Tensor, other: Tensor) -> bool:
-    """Whether two masks are equal; without values, on the meta device, whether they are one tensor."""
-    return mask is other or (not (mask.is_meta or other.is_meta) and torch.equal(mask, other))
 
 
 def _replace(model: nn.Module, modules: Mapping[str, nn.Module], new: Mapping[nn.Module, nn.Module]) -> nn.Module:

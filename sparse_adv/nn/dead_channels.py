@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import modules_by_name, run_once
+from sparse_adv.masks.layers import masks_by_module, run_once
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -36,7 +35,7 @@ def dead_channels(
         For each BatchNorm that counts, by module name, a bool tensor [C]: true = dead.
 
     Raises:
-        TypeError: if a mask is not a bool tensor.
+        TypeError: if a mask is not a bool tensor, or is for a module that is no Conv2d or Linear.
         ValueError: if a mask's name is unknown, or its shape is not the weight's.
 
     Source: Li et al., "Towards Practical Lottery Ticket Hypothesis for Adversarial Training" (arXiv 2003.05733). The
@@ -145,18 +144,9 @@ def revive_dead_channels(model: nn.Module) -> None:
 
 def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Module, Tensor]:
     """The output channels of each masked convolution that are always 0."""
-    modules = modules_by_name(model, masks)
     filters: dict[nn.Module, Tensor] = {}
-    for name, mask in masks.items():
-        layer = modules[name]
-        if not isinstance(layer, nn.Conv2d):
-            continue
-        check_mask(mask)
-        if mask.shape != layer.weight.shape:
-            raise ValueError(
-                f"mask of {name!r} has shape {tuple(mask.shape)}, weight has shape {tuple(layer.weight.shape)}"
-            )
-        if layer._forward_hooks:  # which may change its output
+    for layer, mask in masks_by_module(model, masks).items():
+        if not isinstance(layer, nn.Conv2d) or layer._forward_hooks:  # which may change its output
             continue
         dead = ~mask.flatten(1).any(1)
         filters[layer] = dead if layer.bias is None else dead & (layer.bias.detach() == 0).to(dead.device)

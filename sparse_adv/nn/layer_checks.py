@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.masks.layers import computes_as, own_methods
+from sparse_adv.ops.masked_conv2d_mask import check_shape
 from sparse_adv.ops.transforms import is_transformed
 
 
@@ -56,12 +57,6 @@ def check_plain(layer: nn.Module, kind: type[nn.Module]) -> None:
     if not computes_as(layer, kind):
         name = type(layer).__name__
         raise TypeError(f"{name} computes its output in its own way, only plain {kind.__name__} layers can be masked")
-
-
-def check_shape(mask: Tensor, weight: Tensor) -> None:
-    """Raises ValueError if the mask is for a weight of another shape."""
-    if mask.shape != weight.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, weight has shape {tuple(weight.shape)}")
 
 
 def check_parameter(mask: Tensor, weight: Tensor, layer: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import Layer, modules_by_name, run_once, uses, weight_of
+from sparse_adv.masks.layers import Layer, masks_by_module, run_once, uses, weight_of
 from sparse_adv.nn.masked_conv2d import MaskedConv2d
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.nn.masked_linear import MaskedLinear
@@ -98,7 +98,9 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], example_input: Se
         The density, in [0, 1].
 
     Raises:
-        ValueError: if a mask's name is unknown, or the model has no convolution and no linear layer.
+        TypeError: if a mask is not a bool tensor, or is for a module that is no Conv2d or Linear.
+        ValueError: if a mask's name is unknown, its shape is not the weight's, or the model has no convolution and no
+            linear layer.
 
     Examples:
         >>> import torch
@@ -107,8 +109,7 @@ def mac_density(model: nn.Module, masks: Mapping[str, Tensor], example_input: Se
         >>> mac_density(model, masks, (1, 3, 5, 5))  # 25 * 24 of 25 * 24 + 4 * 576 MACs
         0.2066115702479339
     """
-    modules = modules_by_name(model, masks)
-    weights_kept = {modules[name]: int(mask.count_nonzero()) for name, mask in masks.items()}
+    weights_kept = {layer: int(mask.count_nonzero()) for layer, mask in masks_by_module(model, masks).items()}
     calls = calls_of(model, example_input)
     dense = sum(call.uses * weight_of(call.layer).numel() for call in calls)
     if dense == 0:

@@ -16,12 +16,12 @@ from sparse_adv.masks.blocks import largest_obeyed_block
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.compiled_mask_check import header_of_mask, is_exporting
 from sparse_adv.nn.dense_gradients import convolve, is_collecting, with_dense_gradient
-from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_shape, check_values, check_writable
+from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_values, check_writable
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, mode_of
 from sparse_adv.ops import PASSES, PassPlan, Pattern, Plan, masked_conv2d, plan, set_kernels
 from sparse_adv.ops.arguments import read_pair
 from sparse_adv.ops.conv_geometry import geometry_of
-from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, obeys
+from sparse_adv.ops.masked_conv2d_mask import Block, check_block, check_mask, check_obeys, check_shape, obeys
 from sparse_adv.ops.masked_conv2d_pattern import compile_checked, pack_checked
 from sparse_adv.ops.masked_conv2d_plan import REQUESTED, ROOFLINE, TABLE
 from sparse_adv.ops.transforms import is_transformed

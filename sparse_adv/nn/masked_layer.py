@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
-from sparse_adv.nn.layer_checks import check_parameter, check_replaceable, check_shape, has_values
+from sparse_adv.nn.layer_checks import check_parameter, check_replaceable, has_values
 from sparse_adv.nn.mask_agreement import compare_in_first_pass
 from sparse_adv.nn.optimizer_hook import version_of
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
-from sparse_adv.ops.masked_conv2d_mask import check_mask
+from sparse_adv.ops.masked_conv2d_mask import check_mask, check_shape
 from sparse_adv.ops.transforms import is_transformed
 
 

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.dense_gradients import is_collecting, with_dense_gradient
-from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_shape, check_values, check_writable
+from sparse_adv.nn.layer_checks import check_own_parameters, check_plain, check_values, check_writable
 from sparse_adv.nn.masked_layer import CompiledMask, MaskedLayer, mode_of
-from sparse_adv.ops.masked_conv2d_mask import check_mask
+from sparse_adv.ops.masked_conv2d_mask import check_mask, check_shape
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):

@@ -20,12 +20,11 @@ from sparse_adv.argument_types import check_count, checks_types
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.masks.channel_operations import NORMS
 from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
-from sparse_adv.masks.layers import Layer, modules_by_name
+from sparse_adv.masks.layers import Layer, masks_by_module
 from sparse_adv.masks.same_function import check_same_function
 from sparse_adv.nn.conversion import densify, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.arguments import read_pair
-from sparse_adv.ops.masked_conv2d_mask import check_mask
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +75,9 @@ def shrink(
         are masked layers, all others plain ones.
 
     Raises:
-        ValueError: if torch.fx cannot trace the model, a mask fits no layer, multiple is not positive, or the small
-            model computes something else: each is compared with the whole one on the example input.
+        TypeError: if a mask is not a bool tensor, or is for a module that is no Conv2d or Linear.
+        ValueError: if torch.fx cannot trace the model, a mask does not fit its layer, multiple is not positive, or the
+            small model computes something else: each is compared with the whole one on the example input.
 
     Source: Lym et al., "PruneTrain" (SC 2019), section 3, for removal with a union at residual sums.
 
@@ -122,21 +122,13 @@ def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]
     """Copies of the masks on their weights' devices, by the first name of each module, as in a traced graph.
 
     Raises:
-        ValueError: if a mask does not fit, or a module has two.
+        TypeError, ValueError: if `masks_by_module` does.
     """
-    modules = modules_by_name(model, masks)
     first_names = {module: name for name, module in model.named_modules()}
-    copies: dict[str, Tensor] = {}
-    for name, mask in masks.items():
-        check_mask(mask, linear=True)
-        weight = getattr(modules[name], "weight", None)
-        if not isinstance(weight, Tensor) or mask.shape != weight.shape:
-            size = tuple(weight.shape) if isinstance(weight, Tensor) else "none"
-            raise ValueError(f"mask of {name!r} has shape {tuple(mask.shape)}, weight has shape {size}")
-        mask = mask.to(weight.device, copy=True)
-        if not copies.setdefault(first_names[modules[name]], mask).equal(mask):
-            raise ValueError(f"module {name!r} has another name with another mask")
-    return copies
+    return {
+        first_names[module]: mask.to(module.get_parameter("weight").device, copy=True)
+        for module, mask in masks_by_module(model, masks).items()
+    }
 
 
 def _widths(groups: Sequence[DependencyGroup], model: nn.Module) -> dict[str, int]:

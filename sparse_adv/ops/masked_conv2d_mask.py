@@ -36,6 +36,12 @@ def check_mask(mask: Tensor, linear: bool = False) -> None:
         raise ValueError(f"mask must have the weight's shape {shapes}, got {tuple(mask.shape)}")
 
 
+def check_shape(mask: Tensor, weight: Tensor) -> None:
+    """Raises ValueError if the mask is for a weight of another shape."""
+    if mask.shape != weight.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, weight has shape {tuple(weight.shape)}")
+
+
 def obeys(mask: Tensor, block: Sequence[int]) -> bool:
     """Whether the mask keeps or prunes each block as a whole.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparse_adv import masks
 from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.blocks import block_in, check_structure
-from sparse_adv.masks.layers import owners, parameter_of
+from sparse_adv.masks.layers import modules_by_name, owners, parameter_of
 from sparse_adv.masks.ticket import check_masks_fit
 from sparse_adv.nn import dead_channels, sparsify, zero_dead_channels
 from sparse_adv.ops.masked_conv2d_mask import check_mask, expand_blocks, obeys
@@ -113,8 +113,7 @@ def shuffle(
 
     Raises:
         TypeError: if a mask is not a bool tensor.
-        ValueError: if the block is invalid, or a mask does not obey it.
-        AttributeError: if the model lacks a module.
+        ValueError: if the block is invalid, a mask does not obey it, or the model lacks a module.
 
     Examples:
         >>> mask = torch.zeros(4, 6, dtype=torch.bool)
@@ -124,13 +123,13 @@ def shuffle(
         >>> shuffle({"fc": mask}, seed=0, block="channel")["fc"].all(0).sum()
         tensor(2)
     """
-    layers = {} if model is None else {name: model.get_submodule(name) for name in ticket_masks}
-    owner = owners(layers) if layers else {name: name for name in ticket_masks}
+    modules = {} if model is None else modules_by_name(model, ticket_masks)
+    owner = owners({name: modules[name] for name in ticket_masks}) if modules else {name: name for name in ticket_masks}
     generator = torch.Generator().manual_seed(seed)
     shuffled: dict[str, Tensor] = {}
     for name, mask in ticket_masks.items():
         if owner[name] == name:
-            groups = getattr(layers.get(name), "groups", 1)
+            groups = getattr(modules.get(name), "groups", 1)
             shuffled[name] = _shuffled(mask, _block_of(name, mask, block, groups), generator)
     return {name: shuffled[owner[name]] for name in ticket_masks}
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from sparse_adv.masks import density, distance
 
@@ -18,3 +19,11 @@ def test_density_and_distance():
         distance(a, {"x": b["x"]})
     with pytest.raises(ValueError, match="at least one element"):
         density({})
+
+
+def test_masks_of_another_model_are_refused():
+    model = nn.Sequential(nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"module '0': mask has shape \(2, 3\), weight has shape \(2, 4\)"):
+        density({"0": torch.ones(2, 3, dtype=torch.bool)}, model)
+    with pytest.raises(ValueError, match="model has no module '00'"):
+        density({"00": torch.ones(2, 4, dtype=torch.bool)}, model)

@@ -45,3 +45,9 @@ def test_sums_over_blocks_are_those_of_a_loop_and_sizes_count_elements(sizes):
     for index in torch.cartesian_prod(*map(torch.arange, sums.shape)).view(-1, len(shape)).tolist():
         part = values[tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, block, strict=True))]
         assert sums[tuple(index)] == pytest.approx(part.sum()) and counts[tuple(index)] == part.numel()
+
+
+def test_a_block_larger_than_the_weight_is_the_whole_weight():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    kept = prune(model, 0.5, (10**6, 10**6, 10**6, 10**6))
+    assert [bool(mask.any()) == bool(mask.all()) for mask in kept.values()] == [True, True]

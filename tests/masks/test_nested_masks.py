@@ -59,3 +59,11 @@ def test_earlier_masks_that_do_not_fit_are_refused():
         prune(nn.Sequential(nn.Conv2d(1, 4, 3)), within={"0": torch.ones(4, 3, dtype=torch.bool)})
     with pytest.raises(TypeError, match="mask must be a bool tensor"):
         prune(nn.Sequential(nn.Conv2d(1, 4, 3)), within={"0": torch.ones(4, 1, 3, 3)})
+
+
+def test_names_of_earlier_masks_are_those_of_modules():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    earlier = {"0": torch.ones(4, 1, 3, 3, dtype=torch.bool), "2": torch.ones(2, 16, dtype=torch.bool)}
+    assert list(prune(model, within=earlier)) == ["0"]  # "2" is no candidate
+    with pytest.raises(ValueError, match="within: model has no module '00'"):
+        prune(model, within={"00": earlier["0"]})

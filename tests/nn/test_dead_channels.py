@@ -317,7 +317,11 @@ def test_masks_of_linear_layers_are_ignored():
     ("masks", "error", "message"),
     [
         ({"00": torch.ones(8, 3, 3, 3, dtype=torch.bool)}, ValueError, "model has no module '00'"),
-        ({"0": torch.ones(8, 3, 1, 1, dtype=torch.bool)}, ValueError, r"mask of '0' has shape \(8, 3, 1, 1\), weight"),
+        (
+            {"0": torch.ones(8, 3, 1, 1, dtype=torch.bool)},
+            ValueError,
+            r"module '0': mask has shape \(8, 3, 1, 1\), weight",
+        ),
         ({"0": torch.ones(8, 3, 3, 3)}, TypeError, "mask must be a bool tensor"),
     ],
 )

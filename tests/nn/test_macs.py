@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_adv.nn import Macs, MaskedConv2d, count_macs, mac_density, sparsify
+from sparse_adv.masks import density
+from sparse_adv.nn import Macs, MaskedConv2d, count_macs, dead_channels, mac_density, shrink, sparsify
 from sparse_adv.ops import PASSES
 
 SHAPE = (3, 4, 9, 7)
@@ -171,3 +172,30 @@ def test_mac_density_raises_for_an_unknown_layer_or_an_invalid_shape():
         mac_density(nn.Conv2d(3, 4, 3), {"9": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, (1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"example_input must be a tensor or 4 positive integers .*got \(3, 8\)"):
         mac_density(nn.Conv2d(3, 4, 3), {}, (3, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "error", "message"),
+    [
+        (
+            "0",
+            torch.ones(8, 8, 9, 9, dtype=torch.bool),
+            ValueError,
+            r"module '0': mask has shape \(8, 8, 9, 9\), weight",
+        ),
+        ("0", torch.ones(4, 3, 3, 3), TypeError, "module '0': mask must be a bool tensor"),
+        ("1", torch.ones(4, 4, dtype=torch.bool), TypeError, "module '1': only Conv2d and Linear layers can be masked"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_in_one_way(name, mask, error, message):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    shape = (1, 3, 8, 8)
+    for use in (
+        lambda: mac_density(model, {name: mask}, shape),
+        lambda: density({name: mask}, model),
+        lambda: sparsify(model, {name: mask}),
+        lambda: shrink(model, {name: mask}, shape),
+        lambda: dead_channels(model, {name: mask}, shape),
+    ):
+        with pytest.raises(error, match=message):
+            use()

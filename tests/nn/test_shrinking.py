@@ -236,7 +236,7 @@ def test_the_small_model_can_be_trained_copied_loaded_and_compiled():
     ("masks", "multiple", "message"),
     [
         ({"conv9": torch.ones(1, 1, 1, 1, dtype=torch.bool)}, 1, "model has no module 'conv9'"),
-        ({"0": torch.ones(8, 3, 1, 1, dtype=torch.bool)}, 1, r"mask of '0' has shape \(8, 3, 1, 1\)"),
+        ({"0": torch.ones(8, 3, 1, 1, dtype=torch.bool)}, 1, r"module '0': mask has shape \(8, 3, 1, 1\)"),
         ({}, 0, "multiple must be an integer of at least 1, got 0"),
     ],
 )

@@ -170,3 +170,8 @@ def test_the_weights_of_the_ticket_are_known_in_another_precision(dtype):
     model.load_state_dict(ticket.state_dict)
     with pytest.raises(ValueError, match="model has the ticket's weights"):
         tickets.restore(model.to(dtype), ticket, torch.zeros(1, 1, 4, 4, dtype=dtype), weights=False)
+
+
+def test_a_mask_to_shuffle_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="model has no module 'foo'"):
+        tickets.shuffle({"foo": torch.ones(4, 4, dtype=torch.bool)}, 0, model=network())
