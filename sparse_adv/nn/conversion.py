@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.layers import Layer, is_same_mask, masks_by_module, modules_by_name, naming
 from sparse_adv.nn import optimizer_hook
+from sparse_adv.nn.dead_channels import release_channels
 from sparse_adv.nn.layer_checks import check_replaceable
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_conv_mask, check_convertible, compile_mask
 from sparse_adv.nn.masked_layer import MaskedLayer
@@ -84,8 +85,9 @@ def densify(model: nn.Module) -> nn.Module:
     """Replace every masked layer by a plain `nn.Conv2d` or `nn.Linear` with the same Parameters, zeros where pruned.
 
     The model is changed in place. Its `state_dict` then has the dense model's keys, and training may change the weights
-    that were pruned. A layer that was compiled by itself, `layer.compile()`, must be compiled again. If anything is
-    wrong, nothing changes.
+    that were pruned, and the BatchNorm channels that `zero_dead_channels` keeps at 0; call `revive_dead_channels`
+    before, as a ReLU passes no gradient to a channel that is 0 everywhere. A layer that was compiled by itself,
+    `layer.compile()`, must be compiled again. If anything is wrong, nothing changes.
 
     Args:
         model: any module, sparse or dense.
@@ -107,6 +109,7 @@ def densify(model: nn.Module) -> nn.Module:
     for name, layer in masked.items():
         with naming(name):
             check_replaceable(layer)
+    release_channels(model)
     return _replace(model, modules, {layer: layer.to_dense() for layer in set(masked.values())})
 
 

@@ -19,12 +19,13 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 def dead_channels(
     model: nn.Module, masks: Mapping[str, Tensor], example_input: Sequence[int] | Tensor
 ) -> dict[str, Tensor]:
-    """Find the BatchNorm channels whose input is always 0: it is the output of a filter without any kept weight.
+    """Find the BatchNorm channels whose input is always the same: the output of a filter without any kept weight.
+
+    That output is the filter's bias, or 0 without one.
 
     A BatchNorm2d (or SyncBatchNorm) with gamma and beta counts only if, whenever it runs, its input is the very tensor
     that a masked convolution without forward hooks returned, with nothing added in between. One that follows a residual
-    sum never counts, because the other summand may not be 0. A filter whose bias is not 0 is not dead, because it
-    outputs that bias.
+    sum never counts, because the other summand may vary.
 
     Args:
         model: any model, dense or sparse; it runs one forward pass, in eval mode.
@@ -83,9 +84,10 @@ def zero_dead_channels(
 ) -> dict[str, int]:
     """Set gamma and beta of the dead channels to 0, and keep them there under training.
 
-    A dead channel outputs the constant beta. After this call it outputs 0, and neither gradient, momentum nor weight
-    decay changes that, with DistributedDataParallel too. Running statistics stay as they are. Call it again after new
-    masks or loaded weights: channels that are no longer dead are then trained again, from the values that they have.
+    A dead channel outputs a constant, in training mode beta. After this call it outputs 0, and neither gradient,
+    momentum nor weight decay changes that, with DistributedDataParallel too. Running statistics stay as they are. Call
+    it again after new masks or loaded weights: channels that are no longer dead are then trained again, from the values
+    that they have; so are all after `densify`.
     The hooks that keep the zeros are not copied by `deepcopy` and `pickle`: call it on a copy that is to be trained.
 
     Args:
@@ -107,13 +109,20 @@ def zero_dead_channels(
         [1.0, 0.0]
     """
     dead = dead_channels(model, masks, example_input)
-    for name, module in model.named_modules():
+    release_channels(model)
+    for name, channels in dead.items():
+        if channels.any():
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                _keep_zero(parameter, channels.to(parameter.device))
+    return {name: int(channels.count_nonzero()) for name, channels in dead.items()}
+
+
+def release_channels(model: nn.Module) -> None:
+    """Have all channels trained again, from the values that they have."""
+    for module in model.modules():
         if isinstance(module, _NORMS):
             for parameter in module.parameters(recurse=False):
                 optimizer_hook.unwatch(parameter)
-                if name in dead and dead[name].any():
-                    _keep_zero(parameter, dead[name].to(parameter.device))
-    return {name: int(channels.count_nonzero()) for name, channels in dead.items()}
 
 
 def revive_dead_channels(model: nn.Module) -> None:
@@ -143,13 +152,12 @@ def revive_dead_channels(model: nn.Module) -> None:
 
 
 def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Module, Tensor]:
-    """The output channels of each masked convolution that are always 0."""
+    """The output channels of each masked convolution that are the same for all inputs."""
     filters: dict[nn.Module, Tensor] = {}
     for layer, mask in masks_by_module(model, masks).items():
         if not isinstance(layer, nn.Conv2d) or layer._forward_hooks:  # which may change its output
             continue
-        dead = ~mask.flatten(1).any(1)
-        filters[layer] = dead if layer.bias is None else dead & (layer.bias.detach() == 0).to(dead.device)
+        filters[layer] = ~mask.flatten(1).any(1)
     return filters
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_adv.nn import dead_channels, sparsify, zero_dead_channels
+from sparse_adv.nn import dead_channels, densify, shrink, sparsify, zero_dead_channels
 
 SHAPE = (4, 3, 6, 6)
 DEAD = [1, 4]
@@ -161,12 +161,38 @@ def test_without_dead_filters_no_channel_is_dead(prepare):
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_bias_other_than_zero_keeps_a_channel_alive(prepare):
+def test_a_bias_before_the_norm_keeps_no_channel_alive(prepare):
+    """As in torchvision's vgg16_bn: the filter outputs its bias, which BatchNorm makes a constant."""
     model = chain(bias=True)
     with torch.no_grad():
         model[0].bias.fill_(0.1)[DEAD[0]] = 0
     model, masks = prepare(model)
-    assert dead_channels(model, masks, SHAPE)["1"].nonzero().flatten().tolist() == DEAD[:1]
+    assert_equal(dead_channels(model, masks, SHAPE)["1"], dead_vector())
+    zero_dead_channels(model, masks, SHAPE)
+    train(model)
+    assert model[0].bias[DEAD[1]] != 0
+    for mode in (True, False):
+        hidden = model.train(mode)[:2](torch.randn(SHAPE))
+        assert not hidden[:, DEAD].any()
+    images = torch.randn(SHAPE)
+    small = shrink(model, masks, SHAPE)
+    assert small.widths["0"] == (8, 8 - len(DEAD)) and not small.retained
+    assert_close(small.model(images), sparsify(model, masks)(images))
+
+
+def test_densify_has_all_channels_trained_again():
+    model = chain()
+    masks = masks_of(model)
+    sparsify(model, masks)
+    zero_dead_channels(model, masks, SHAPE)
+    densify(model)
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter.fill_(1)
+    train(model)
+    for parameter in model[1].parameters():
+        assert parameter.all()
+    assert model[0].weight[DEAD].any()
 
 
 def test_a_norm_that_runs_twice_needs_dead_channels_twice():

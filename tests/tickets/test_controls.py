@@ -175,3 +175,11 @@ def test_the_weights_of_the_ticket_are_known_in_another_precision(dtype):
 def test_a_mask_to_shuffle_of_another_model_is_refused():
     with pytest.raises(ValueError, match="model has no module 'foo'"):
         tickets.shuffle({"foo": torch.ones(4, 4, dtype=torch.bool)}, 0, model=network())
+
+
+def test_a_restored_channel_is_zeroed_whatever_the_bias_of_its_filter():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    kept = masks.prune(model, 0.5, block="filter")
+    tickets.restore(model, masks.Ticket(kept, model.state_dict(), {}), (1, 1, 4, 4))
+    assert model[0].bias.all()
+    assert torch.equal(model[1].weight != 0, kept["0"].flatten(1).any(1))
