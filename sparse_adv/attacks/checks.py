@@ -70,6 +70,8 @@ def check_images(images: Tensor) -> None:
     check_floating("images", images)
     if images.dim() < 2:
         raise ValueError(f"images must be a batch [N, ...], got shape {tuple(images.shape)}")
+    if len(images) and not images.numel():
+        raise ValueError(f"images must have pixels, got shape {tuple(images.shape)}")
     check_has_values("images", images)
 
 

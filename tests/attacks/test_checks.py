@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.optim.swa_utils import AveragedModel
 
-from sparse_adv.attacks import checks, n_fgsm, pgd
+from sparse_adv.attacks import checks, fab, fmn, n_fgsm, pgd
 from sparse_adv.attacks.checks import InputValidator, as_module
 from sparse_adv.training import robust_accuracy
 
@@ -38,6 +38,7 @@ IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
             r"images must be a floating point tensor, got torch.uint8: data.to_unit\(images\) is one",
         ),
         ({"images": IMAGES[0, 0, 0]}, ValueError, r"images must be a batch \[N, ...\], got shape \(8,\)"),
+        ({"images": IMAGES[:, :, :0]}, ValueError, r"images must have pixels, got shape \(2, 3, 0, 8\)"),
         ({"labels": torch.tensor([0, 5])}, ValueError, r"labels must lie in \[0, 4\], the model's classes, got 0 to 5"),
         ({"labels": torch.tensor([-100, 1])}, ValueError, r"labels must lie in \[0, 4\], .*, got -100 to 1"),
         ({"labels": torch.tensor([0])}, ValueError, r"labels must have one label per image, shape \[2\], got \(1,\)$"),
@@ -59,7 +60,7 @@ IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 4])
         ({"model": lambda x: x.flatten(1)[:1]}, ValueError, r"must return logits \[2, classes\], got shape \(1, 192\)"),
     ],
 )
-@pytest.mark.parametrize("attack", [pgd, n_fgsm])
+@pytest.mark.parametrize("attack", [pgd, n_fgsm, fab, fmn])
 def test_an_invalid_batch_raises_an_error_that_names_it_and_leaves_the_model_as_it_was(attack, change, error, message):
     model = make_model()
     before = snapshot(model)
