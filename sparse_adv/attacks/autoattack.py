@@ -31,6 +31,7 @@ from sparse_adv.attacks.checks import (
 )
 from sparse_adv.attacks.gradient_masking import signs_of_masking
 from sparse_adv.attacks.modes import in_mode
+from sparse_adv.attacks.square import check_has_squares
 from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
 from sparse_adv.ops.arguments import check_flags
@@ -198,7 +199,9 @@ class AutoAttack(Versioned, Attack):
             bs: images per batch.
             return_labels: also return the model's classes of the examples.
             state_path: a safetensors file that is written between batches, which takes a tenth of the time at most. If
-                it exists, the run goes on from there and ends with the same examples as one that was not interrupted.
+                it exists, the run goes on from there and ends with the same examples as one that was not interrupted,
+                unless `bs` is another: that is allowed, for example after a lack of memory, and what is left of the run
+                then draws other random numbers.
 
         Returns:
             The examples, each image itself where none was found; with return_labels, a tuple of these and int64 [N].
@@ -274,6 +277,8 @@ class AutoAttack(Versioned, Attack):
         check_count("bs", batch, least=1)
         if not len(images):
             raise ValueError("x_orig must hold at least one image, got none")
+        if "square" in self.attacks_to_run:
+            check_has_squares(images)  # now, and not hours later
         if path is not None:
             check_writable(path)
         full = self.version == "standard" and tuple(names) == VERSIONS["standard"] and self.settings == Settings()

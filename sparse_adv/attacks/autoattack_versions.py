@@ -171,9 +171,12 @@ def with_enough_classes(names: Sequence[str], classes: int) -> int:
     for name in names:
         if classes < (least := _LEAST_CLASSES.get(name, 2)):
             others = sorted(set(MEMBERS) - set(_LEAST_CLASSES))
+            advice = (
+                f': take version "custom" with attacks_to_run of {", ".join(others[:-1])} and {others[-1]}, or, for '
+                "evaluate, --attack bound"
+            )
             raise ValueError(
-                f'{name} needs at least {least} classes, the model has {classes}: take version "custom" with '
-                f"attacks_to_run of {', '.join(others[:-1])} and {others[-1]}, or, for evaluate, --attack bound"
+                f"{name} needs at least {least} classes, the model has {classes}" + (advice if classes >= 2 else "")
             )
     return classes
 
@@ -258,4 +261,6 @@ def _names(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str) or name not in MEMBERS:
             raise ValueError(f"attacks_to_run must be of {', '.join(MEMBERS)}, got {shortened(name)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"attacks_to_run must name each attack once, got {list(names)}")
     return tuple(names)

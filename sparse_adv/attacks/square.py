@@ -93,8 +93,7 @@ def square(
     """
     check_flags(targeted=targeted, resc_schedule=resc_schedule)
     ball = ball_around(images, eps, norm, lo, hi)
-    if isinstance(images, Tensor) and images.dim() != 4:
-        raise ValueError(f"images must be [N, channels, height, width], got shape {tuple(images.shape)}")
+    check_has_squares(images)
     check_count("queries", queries, least=1)
     check_count("restarts", restarts, least=1)
     check_settings(p_init=p_init)
@@ -193,6 +192,12 @@ def _one_search(
         loss[left] = new_loss.where(better, loss[left])
         broken[left] = new_broken
     return adv, loss, broken
+
+
+def check_has_squares(images: object) -> None:
+    """Raise ValueError if these are tensors of another number of dimensions than images of rows and columns."""
+    if isinstance(images, Tensor) and images.dim() != 4:
+        raise ValueError(f"images must be [N, channels, height, width] for square, got shape {tuple(images.shape)}")
 
 
 def _robust(broken: Tensor) -> Tensor:

@@ -280,11 +280,14 @@ def test_options_and_batches_that_do_not_fit_are_refused(attacked):
         ({"attacks_to_run": ["square"]}, 'is for version "custom" only'),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, "got 'pgd'"),
         ({"norm": "L1"}, "norm must be"),
+        ({"version": "custom", "attacks_to_run": ["square"] * 2}, r"each attack once, got \['square', 'square'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             one_start(model, **options)
     with pytest.raises(ValueError, match="at least one image"):
         one_start(model, **CUSTOM).run_standard_evaluation(images[:0], labels[:0])
+    with pytest.raises(ValueError, match="images must have pixels, got shape"):
+        one_start(model, **CUSTOM).run_standard_evaluation(images[:, :, :0], labels)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -123,3 +123,26 @@ def test_a_run_that_drew_its_seed_continues_with_it(tmp_path, capsys):
     assert len(seeds) == 1
     whole = run(seed=int(seeds.pop())).run_standard_evaluation(images, labels, bs=4)
     assert whole.equal(continued)
+
+
+@pytest.mark.parametrize("run", ["run_standard_evaluation", "run_standard_evaluation_individual"])
+def test_images_without_rows_and_columns_are_refused_before_the_first_attack(run):
+    calls = []
+
+    def model(images):
+        calls.append(images)
+        return images.flatten(1)[:, :5]
+
+    evaluator = AutoAttack(model, seed=0, verbose=False)
+    with pytest.raises(
+        ValueError, match=r"images must be \[N, channels, height, width\] for square, got shape \(3, 8\)"
+    ):
+        getattr(evaluator, run)(torch.rand(3, 8), torch.tensor([0, 1, 0]))
+    assert not calls
+
+
+def test_a_model_of_one_class_is_told_without_advice():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 1))
+    evaluator = AutoAttack(model, version="custom", attacks_to_run=["square"], seed=0, verbose=False)
+    with pytest.raises(ValueError, match=r"square needs at least 2 classes, the model has 1$"):
+        evaluator.run_standard_evaluation(torch.rand(3, 1, 2, 2), torch.tensor([0, 0, 0]))

@@ -39,6 +39,16 @@ def test_the_seconds_are_those_of_all_batches_of_all_processes(clock, tmp_path):
     assert continued.result.seconds == 6
 
 
+def test_a_run_may_be_continued_with_smaller_batches(tmp_path):
+    model, (images, _) = make_model().eval(), batch(size=10)
+    labels, path = model(images).argmax(1), tmp_path / "state.safetensors"
+    with interrupted_at_its_first_state():
+        AutoAttack(model, **CUSTOM).run_standard_evaluation(images, labels, bs=4, state_path=path)
+    continued = AutoAttack(model, **CUSTOM)
+    continued.run_standard_evaluation(images, labels, bs=2, state_path=path)
+    assert list(continued.result.accuracy) == ["clean", "apgd-ce", "square"]
+
+
 def test_writing_the_state_between_batches_takes_a_tenth_of_the_time(monkeypatch, tmp_path):
     clock, written = [0.0], []
     monkeypatch.setattr(autoattack_state, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
