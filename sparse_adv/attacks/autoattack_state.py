@@ -139,14 +139,16 @@ def first_logits(logits: Tensor) -> Tensor:
 
 
 def fingerprint(text: str, tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of a text and of the bytes of tensors.
+    """SHA-256 of a text and of the bytes of tensors; of a DTensor, as FSDP2 makes them, the part of this process.
 
     Examples:
         >>> len(fingerprint("linf", [torch.zeros(2)]))
         64
     """
     digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
+    for tensor in (each.to_local() if hasattr(each, "to_local") else each for each in tensors):
         digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        # A copy, because storage that NumPy has seen cannot be resized, and FSDP2 resizes its own.
+        copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        digest.update(copied.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -32,8 +32,8 @@ from sparse_adv.engine.traced_code import (
 )
 from sparse_adv.engine.written_norms import gather_norms
 from sparse_adv.errors import first_line
+from sparse_adv.masks.layers import is_sharded
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
-from sparse_adv.nn.layer_checks import is_sharded
 from sparse_adv.tracer import Tracer, lock
 
 log = logging.getLogger(__name__)

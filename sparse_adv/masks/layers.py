@@ -81,6 +81,17 @@ def check_initialized(name: str, module: nn.Module) -> None:
         raise ValueError(f"module {name!r} has no weight yet: run a forward pass first, got {type(module).__name__}")
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP, the first or the second, distributes the module's parameters over the processes."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def check_whole(module: nn.Module) -> None:
+    """Raise TypeError if a process has a part of the module's weight."""
+    if is_sharded(module):
+        raise TypeError("weight is sharded by FSDP: prune, sparsify, densify or tune the model before FSDP wraps it")
+
+
 def own_methods(module: nn.Module) -> set[str]:
     """Return which of the methods that compute a layer's output are set on this very module."""
     return vars(module).keys() & _METHODS

@@ -17,11 +17,13 @@ from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.masks.layers import (
     Layer,
     check_initialized,
+    check_whole,
     computes_as_its_class,
     has_own_parameters,
     is_uninitialized,
     listed,
     maskable,
+    naming,
     owners,
     unknown_module,
     weight_of,
@@ -102,7 +104,7 @@ def prune(
         in the order of modules, then of indices, is kept.
 
     Raises:
-        TypeError: if a mask in `within` is not a bool tensor.
+        TypeError: if a mask in `within` is not a bool tensor, or a weight is sharded by FSDP.
         ValueError: if an argument is out of range, or a score is NaN or negative or has a wrong shape.
 
     Source: Frankle and Carbin, "The lottery ticket hypothesis" (ICLR 2019) for magnitude; Evci et al., "Rigging the
@@ -183,6 +185,9 @@ class Candidates:
             raise ValueError(f"score must be a function or one of {', '.join(_SCORES)}, got {score!r}")
         layers, excluded = maskable(model, linear), _layers_of(exclude, model)
         candidates = {name: layer for name, layer in layers.items() if layer not in excluded}
+        for name, layer in candidates.items():
+            with naming(name):
+                check_whole(layer)
         others = _tell_others(model, candidates)
         for name, layer in candidates.items():
             check_initialized(name, layer)

@@ -5,14 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.masks.layers import computes_as, own_methods
+from sparse_adv.masks.layers import check_whole, computes_as, is_sharded, own_methods
 from sparse_adv.ops.masked_conv2d_mask import check_shape
 from sparse_adv.ops.transforms import is_transformed
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP, the first or the second, distributes the module's parameters over the processes."""
-    return getattr(module, "_is_fsdp_managed_module", False)
 
 
 def has_values(weight: Tensor) -> bool:
@@ -28,8 +23,7 @@ def has_values(weight: Tensor) -> bool:
 
 def check_own_parameters(layer: nn.Module) -> None:
     """Raises TypeError if weight or bias is not a Parameter of this layer."""
-    if is_sharded(layer):
-        raise TypeError("weight is sharded by FSDP: sparsify or densify the model before FSDP wraps it")
+    check_whole(layer)
     for name in ("weight", "bias"):
         if name not in layer._parameters:
             raise TypeError(

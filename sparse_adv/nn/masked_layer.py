@@ -258,7 +258,8 @@ class MaskedLayer(nn.Module):
         self._installed = None if compiled is None else (self.weight_mask, compiled)
         if compiled is not None:
             self._zero_pruned()
-            optimizer_hook.watch(self.weight, compiled.mask)
+            if "weight" in self._parameters:  # else no optimiser has it
+                optimizer_hook.watch(self.weight, compiled.mask)
 
     @torch.no_grad()
     def _zero_pruned(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import checks_types
-from sparse_adv.masks.layers import run_once, unknown_module
+from sparse_adv.masks.layers import check_whole, naming, run_once, unknown_module
 from sparse_adv.nn.masked_conv2d import Choice, LayerChoices, MaskedConv2d
 from sparse_adv.ops import PASSES, Pattern, masked_conv2d, plan, set_kernels
 from sparse_adv.ops.cuda_graph import Capturer
@@ -71,6 +71,9 @@ def tune(
     applied: Choices = {}
     if choices is None:
         names = {layer: name for name, layer in layers.items()}
+        for name, layer in layers.items():
+            with naming(name):
+                check_whole(layer)
 
         def visit(layer: nn.Conv2d, input: Tensor, output: Tensor) -> None:
             if isinstance(layer, MaskedConv2d) and _has_choice(layer, input) and names[layer] not in applied:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from sparse_adv import attacks, densify, engine, masks, sparsify, training
-from sparse_adv.nn import frozen_weights
+from sparse_adv.nn import frozen_weights, tune
 
 STEPS = 3
 
@@ -52,6 +52,15 @@ def train(model, optimizer, x, y):
         optimizer.step()
 
 
+def auto_attack(model, x, y):
+    names = ["apgd-ce"]
+    evaluator = attacks.AutoAttack(
+        model, eps=0.1, version="custom", attacks_to_run=names, seed=0, engine=False, verbose=False
+    )
+    evaluator.apgd.n_iter = 5
+    return evaluator.run_standard_evaluation(x, y)
+
+
 def message(function, *args):
     try:
         function(*args)
@@ -74,6 +83,9 @@ def uses(wrap):
     kept = {name: torch.ones_like(each.weight_mask) for name, each in model.named_modules() if hasattr(each, "density")}
     results["sparsify"] = message(sparsify, model, kept)
     results["densify"] = message(densify, model)
+    results["prune"] = message(masks.prune, model)
+    results["tune"] = message(tune, model, x)
+    results["AutoAttack"] = auto_attack(model, x, y)
     train(model, optimizer, x, y)
     results["trained"] = model(x)
     return results
@@ -118,6 +130,7 @@ def test_attacks_and_evaluation_give_what_they_give_of_the_whole_model(each):
     for results in each:
         torch.testing.assert_close(results["engine=True"], expected)
         torch.testing.assert_close(results["engine=False"], expected)
+        torch.testing.assert_close(results["AutoAttack"], auto_attack(model, x, y))
         assert results["robust"] == robust
 
 
@@ -131,9 +144,9 @@ def test_training_gives_what_it_gives_of_the_whole_model(each):
 def test_what_cannot_be_done_is_told(each):
     for results in each:
         assert results["steps"] == ["autograd: FSDP gathers its weights in each pass"]
-        for function in ("sparsify", "densify"):
+        for function in ("prune", "sparsify", "densify", "tune"):
             assert results[function].endswith(
-                "weight is sharded by FSDP: sparsify or densify the model before FSDP wraps it"
+                "weight is sharded by FSDP: prune, sparsify, densify or tune the model before FSDP wraps it"
             )
 
 
