@@ -14,17 +14,13 @@ from sparse_adv import data, json_files, masks, methods, models, runs, tickets
 from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.interchange.formats import GivenDensity
-from sparse_adv.methods.start import generator
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Density, EpochRecord, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
 from sparse_adv.training.checkpoint import read_metadata
+from sparse_adv.training.random_numbers import Stream, seed_of
 from sparse_adv.training.run_files import begin, resume
 from sparse_adv.training.update import updates_of
-
-REINIT_SEED = 13
-"""The stream of random numbers, beside those of a method, that the weights of a re-initialised ticket come from: any
-training seed, or one next to it, may be the seed of the search, whose weights are the ticket's."""
 
 _CHOICE_OF_IMAGES = ("data", "limit", "validation", "share")
 """The fields of `DataConfig` that say which images are for training and which for validation."""
@@ -310,7 +306,7 @@ class TrainRun:
         else:
             start, source = ticket
             block = tickets.block_of(start)
-            seed = generator(train.seed, REINIT_SEED).initial_seed() if source.reinit else train.seed
+            seed = seed_of(train.seed, Stream.REINIT) if source.reinit else train.seed
             self.model = build_network(network, dataset, seed, device)
             self.masks = start.masks
             if source.shuffle:

@@ -103,8 +103,8 @@ class Batches:
         return self._batches(epoch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # The 0 makes this stream of random numbers differ from others that are seeded by (seed, epoch, number).
-        sequence = np.random.SeedSequence([self.seed, epoch, 0])
+        # 32 bits, unlike the seeds of `training.random_numbers`: so it is none of them.
+        sequence = np.random.SeedSequence([self.seed, epoch])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         order = (
             torch.randperm(len(self.split.labels), generator=generator, device="cpu")

@@ -21,13 +21,14 @@ from sparse_adv.methods import selection
 from sparse_adv.methods.adaptation import Adaptation
 from sparse_adv.methods.permutation import permute_before_pruning
 from sparse_adv.methods.schedule import Schedule
-from sparse_adv.methods.start import GROWTH_SEED, check_method, generator, start
+from sparse_adv.methods.start import check_method, start
 from sparse_adv.nn import revive_dead_channels, sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys, expand_blocks
 from sparse_adv.runs import EpochRecord
 from sparse_adv.training import distributed
 from sparse_adv.training.hook import UpdateHook
+from sparse_adv.training.random_numbers import Stream, generator
 from sparse_adv.training.update import Updater
 
 LARGEST_MISS = 0.1
@@ -262,7 +263,7 @@ class SparseTraining(UpdateHook):
         self, grids: Mapping[str, Tensor], gradients: Mapping[str, Tensor], step: int
     ) -> dict[str, Tensor]:
         if self.config.resolved().growth == "random":
-            random = generator(self.updater.config.seed, GROWTH_SEED, step)
+            random = generator(self.updater.config.seed, Stream.GROWTH, step)
             return {
                 name: torch.rand(grid.shape, generator=random, device="cpu").to(grid.device)
                 for name, grid in grids.items()

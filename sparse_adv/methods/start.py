@@ -14,20 +14,7 @@ from sparse_adv.config import MethodConfig
 from sparse_adv.masks.blocks import conv_shape, grid_shape
 from sparse_adv.nn import sparsify
 from sparse_adv.ops.masked_conv2d_mask import check_block, expand_blocks
-from sparse_adv.training.random_numbers import seed_of
-
-START_SEED, GROWTH_SEED = 11, 12
-"""Two streams of random numbers, of the first masks and of random growth: `generator(seed, stream, step)`."""
-
-
-def generator(*numbers: int) -> torch.Generator:
-    """Return a generator on the CPU whose numbers depend on these numbers only; so they are the same on all processes.
-
-    Examples:
-        >>> torch.rand((), generator=generator(0, 1)) == torch.rand((), generator=generator(0, 1))
-        tensor(True)
-    """
-    return torch.Generator().manual_seed(seed_of(*numbers))
+from sparse_adv.training.random_numbers import Stream, generator
 
 
 def check_method(config: MethodConfig) -> None:
@@ -56,7 +43,7 @@ def random_masks(model: nn.Module, config: MethodConfig, seed: int) -> dict[str,
         >>> masks.density(random_masks(nn.Sequential(nn.Linear(8, 8)), config, seed=0))
         0.25
     """
-    random = generator(seed, START_SEED)
+    random = generator(seed, Stream.MASKS)
     config = config.resolved()
     assert config.scope is not None
     return masks.prune(

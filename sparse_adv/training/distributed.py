@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_adv.training.random_numbers import seed_of
+from sparse_adv.training.random_numbers import Stream, seed_of
 
 T = TypeVar("T")
 
@@ -200,11 +200,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def own_seed(*numbers: int) -> int:
-    """Return a seed that depends only on these numbers and on the rank.
+def own_seed(seed: int, stream: Stream, *numbers: int) -> int:
+    """Return `seed_of` these numbers and the rank.
 
     Examples:
-        >>> own_seed(0, 1) == own_seed(0, 1), own_seed(0, 1) == own_seed(0, 2)
-        (True, False)
+        >>> own_seed(0, Stream.ATTACKS, 1) == own_seed(0, Stream.ATTACKS, 2)
+        False
     """
-    return seed_of(*numbers, rank())
+    return seed_of(seed, stream, *numbers, rank())

@@ -26,7 +26,7 @@ from sparse_adv.data import Batches, Split
 from sparse_adv.ops.arguments import check_number
 from sparse_adv.training import distributed
 from sparse_adv.training.checks import first_pass, pairs_of
-from sparse_adv.training.random_numbers import seeded, set_epoch
+from sparse_adv.training.random_numbers import Stream, seeded, set_epoch
 
 Images = Split | Iterable[tuple[Tensor, Tensor]]
 """Labelled images: a Split, or batches (images in [0, 1], labels) that can be iterated more than once."""
@@ -139,7 +139,7 @@ def robust_accuracy(
     """
     check_number("eps", eps)
     check_count("restarts", restarts, least=1)
-    generator = torch.Generator().manual_seed(distributed.own_seed(seed))
+    generator = torch.Generator().manual_seed(distributed.own_seed(seed, Stream.EVALUATION))
     size = eps / 4 if alpha is None else alpha
     graphs = graphs or attacks.Graphs()
     options: attacks.LossOptions = {

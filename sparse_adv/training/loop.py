@@ -39,6 +39,7 @@ from sparse_adv.training.evaluation import (
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
+from sparse_adv.training.random_numbers import Stream
 from sparse_adv.training.run_files import RunFiles, begin, resume
 from sparse_adv.training.update import Updater
 from sparse_adv.training.user_code import described
@@ -46,8 +47,6 @@ from sparse_adv.training.user_code import described
 log = logging.getLogger(__name__)
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-ORDER_SEED, NOISE_SEED = 1, 2
-"""Two streams of random numbers of an epoch: for the batches and the network's layers, and for the attacks."""
 
 
 class _Trained(NamedTuple):
@@ -190,13 +189,13 @@ class Training:
             objective = objectives.build(replace(config, objective="pgd", alpha=None), graphs=self.graphs)
         objective.begin_epoch(epoch)
         watch = Stopwatch(self.device)
-        generator = torch.Generator().manual_seed(distributed.own_seed(config.seed, NOISE_SEED, epoch))
+        generator = torch.Generator().manual_seed(distributed.own_seed(config.seed, Stream.ATTACKS, epoch))
         random_numbers.set_epoch(self.batches, epoch)
         loss_sum, tally = torch.zeros((), dtype=torch.float64, device=self.device), Tally()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         set_training_mode(updater.model, updater.frozen)
         # Batches and layers that draw from the global generators get numbers that depend on seed and epoch only.
-        with random_numbers.seeded(distributed.own_seed(config.seed, ORDER_SEED, epoch), self.device):
+        with random_numbers.seeded(distributed.own_seed(config.seed, Stream.BATCHES, epoch), self.device):
             for x, y in pairs_of(self.batches):
                 if not len(y):
                     raise ValueError("batches must have images in each batch, got one without any")

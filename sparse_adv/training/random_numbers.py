@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,45 @@ _PART_NAMES = (
 """Attributes by which a DataLoader, samplers, data sets such as Subset and transforms such as Compose hold others."""
 
 
-def seed_of(*numbers: int) -> int:
-    """Return a seed that depends only on these numbers.
+class Stream(IntEnum):
+    """What the random numbers of a run are for.
+
+    None is 0, because NumPy ignores zeros at the end of the numbers that it makes a seed of.
+    """
+
+    BATCHES = 1
+    """The order of an epoch's batches, and layers that draw."""
+    ATTACKS = 2
+    """The attacks of an epoch."""
+    EVALUATION = 3
+    """The attacks of an evaluation."""
+    MASKS = 11
+    """The random masks that sparse training starts from."""
+    GROWTH = 12
+    """The blocks that grow at random in a change of the masks."""
+    REINIT = 13
+    """The weights of a re-initialised ticket: any training seed, or one next to it, may be that of the search, whose
+    weights are the ticket's."""
+
+
+def seed_of(seed: int, stream: Stream, *numbers: int) -> int:
+    """Return a seed that depends only on a run's seed, on what its random numbers are for, and on further numbers.
 
     Examples:
-        >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(0, 2)
+        >>> seed_of(0, Stream.MASKS) == seed_of(0, Stream.MASKS), seed_of(0, Stream.MASKS) == seed_of(0, Stream.GROWTH)
         (True, False)
     """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence([seed, stream, *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(seed: int, stream: Stream, *numbers: int) -> Generator:
+    """Return a generator on the CPU with `seed_of` these numbers: its own are the same on all processes.
+
+    Examples:
+        >>> torch.rand((), generator=generator(0, Stream.MASKS)) == torch.rand((), generator=generator(0, Stream.MASKS))
+        tensor(True)
+    """
+    return Generator().manual_seed(seed_of(seed, stream, *numbers))
 
 
 @contextmanager

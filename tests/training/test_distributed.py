@@ -19,6 +19,7 @@ from helpers.small_runs import QUICK, TRAIN, VALIDATION, WITH_ENGINE, Batches, e
 from sparse_adv import masks, models, runs, training
 from sparse_adv.training import checkpoint
 from sparse_adv.training.distributed import own_seed
+from sparse_adv.training.random_numbers import Stream
 from sparse_adv.training.update import Updater
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -121,7 +122,8 @@ def train_in_three(rank, folder):
 
     "evaluated" are the networks that this process evaluated.
     """
-    results, end_epoch = {"evaluated": [], "seeds": [own_seed(7, epoch) for epoch in range(3)]}, Updater.end_epoch
+    seeds = [own_seed(7, Stream.BATCHES, epoch) for epoch in range(3)]
+    results, end_epoch = {"evaluated": [], "seeds": seeds}, Updater.end_epoch
 
     def end_and_keep(self, epoch):
         end_epoch(self, epoch)

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparse_adv import attacks, data, tickets, training
 from sparse_adv.training import evaluation
+from sparse_adv.training.random_numbers import Stream
 
 
 @pytest.fixture
@@ -211,13 +212,13 @@ def test_every_image_is_attacked_where_the_loss_is_measured(model, at_once, monk
     x, y = data.to_unit(VALIDATION.images), VALIDATION.labels
     options = {"eps": 0.2, "steps": 3, "seed": 4}
     measured = training.robust_accuracy(model, VALIDATION, **options, every_image=True)
-    noise = torch.Generator().manual_seed(training.distributed.own_seed(4))
+    noise = torch.Generator().manual_seed(training.distributed.own_seed(4, Stream.EVALUATION))
     logits = model(attacks.pgd(model, x, y, eps=0.2, alpha=0.05, steps=3, generator=noise)).detach()
     assert measured.loss == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-5)
     right = (logits.argmax(1) == y) & (model(x).argmax(1) == y)
     assert measured.fraction == pytest.approx(float(right.float().mean()))
     assert (measured.forward, measured.backward) == (5 * len(y), 3 * len(y))
-    noise.manual_seed(training.distributed.own_seed(4))
+    noise.manual_seed(training.distributed.own_seed(4, Stream.EVALUATION))
     tries = [attacks.pgd(model, x, y, eps=0.2, alpha=0.05, steps=3, generator=noise) for _ in range(3)]
     losses = torch.stack([nn.functional.cross_entropy(model(adv), y, reduction="none") for adv in tries]).detach()
     thrice = training.robust_accuracy(model, VALIDATION, **options, restarts=3, every_image=True)

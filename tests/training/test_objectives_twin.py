@@ -12,8 +12,9 @@ from torch import Generator, Tensor, nn
 from sparse_adv import data, masks, ops, training
 from sparse_adv.nn import sparsify
 from sparse_adv.nn.masked_layer import MaskedLayer
-from sparse_adv.training import distributed, loop, objectives
+from sparse_adv.training import distributed, objectives
 from sparse_adv.training.objectives.nuclear_norm import nuclear_norm
+from sparse_adv.training.random_numbers import Stream
 
 EPS = 0.05
 CONFIG = replace(
@@ -199,7 +200,7 @@ def test_training_is_a_plain_loop_with_onecycle_label_smoothing_and_average(obje
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=len(BATCHES) * config.epochs)
     average, updates = {}, 0
     for epoch in range(config.epochs):
-        noise = Generator().manual_seed(distributed.own_seed(config.seed, loop.NOISE_SEED, epoch))
+        noise = Generator().manual_seed(distributed.own_seed(config.seed, Stream.ATTACKS, epoch))
         twin.begin_epoch(epoch)
         for x, y in BATCHES:
             adv = twin.craft(plain.train(), x, y, noise)
