@@ -2,7 +2,7 @@
 
 from sparse_adv.config import OBJECTIVES, PRECISIONS, SCHEDULES, TrainConfig
 from sparse_adv.training.checkpoint import read_weights
-from sparse_adv.training.devices import deterministic
+from sparse_adv.training.determinism import deterministic
 from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.loop import Training, train

@@ -126,10 +126,7 @@ def _unreadable_part(state: Mapping[str, Any]) -> TypeError | None:
 
 
 def _cause(error: Exception) -> str:
-    refused = torch_files.refused_object(error)
-    if refused is not None:
-        return f"it contains {refused}, which is neither a tensor nor plain data"
-    return f"{type(error).__name__}: {first_line(error)}"
+    return torch_files.why_refused(error) or f"{type(error).__name__}: {first_line(error)}"
 
 
 def damaged(path: Path, error: Exception) -> Exception:

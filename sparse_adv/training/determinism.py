@@ -1,4 +1,4 @@
-"""Differences of training on a GPU: the memory format, deterministic algorithms."""
+"""Deterministic algorithms, with which a GPU, too, repeats a training bit for bit."""
 
 from __future__ import annotations
 
@@ -13,16 +13,6 @@ import torch
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 _COMPILER = "TORCHINDUCTOR_DETERMINISTIC"
-
-
-def wants_channels_last(device: torch.device, precision: str) -> bool:
-    """Return whether convolutions run on tensor cores, which need 16-bit images in the memory format channels_last.
-
-    Examples:
-        >>> wants_channels_last(torch.device("cuda"), "bfloat16"), wants_channels_last(torch.device("cpu"), "bfloat16")
-        (True, False)
-    """
-    return device.type == "cuda" and precision != "float32"
 
 
 @contextmanager

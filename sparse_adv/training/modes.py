@@ -22,15 +22,15 @@ def frozen_modules(model: nn.Module) -> list[str]:
         (['1'], ['1'], [])
     """
     if model.training:
-        _known[model] = in_eval_mode(model)
+        _known[model] = names_in_eval_mode(model)
     return _known.get(model, [])
 
 
-def in_eval_mode(model: nn.Module) -> list[str]:
+def names_in_eval_mode(model: nn.Module) -> list[str]:
     """Return the names of the modules in eval mode.
 
     Examples:
-        >>> in_eval_mode(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval()))
+        >>> names_in_eval_mode(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval()))
         ['1']
     """
     return [name for name, module in model.named_modules() if not module.training]

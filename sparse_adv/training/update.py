@@ -23,10 +23,9 @@ from sparse_adv.training.awp import perturbed_weights, weights_to_perturb
 from sparse_adv.training.captured import CapturedUpdates
 from sparse_adv.training.checks import count_batches
 from sparse_adv.training.costs import Stopwatch
-from sparse_adv.training.devices import wants_channels_last
 from sparse_adv.training.ema import EMA
 from sparse_adv.training.hook import UpdateHook
-from sparse_adv.training.modes import frozen_modules, in_eval_mode
+from sparse_adv.training.modes import frozen_modules, names_in_eval_mode
 from sparse_adv.training.objectives import Passes
 
 
@@ -272,7 +271,7 @@ class Updater:
         """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes."""
         # The schedule counts whole epochs, also if a run of "free" trained this one with PGD, in fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
-        self.frozen = in_eval_mode(self.model)
+        self.frozen = names_in_eval_mode(self.model)
         self.model.eval()
         distributed.average_buffers(self.model)
         if self.ema is not None:
@@ -366,3 +365,13 @@ def _counting_correct(model: nn.Module, images: Tensor, labels: Tensor) -> Itera
         handle.remove()
     if not correct:
         raise ValueError("loss must call model(adv), from whose logits the accuracy is counted, and did not")
+
+
+def wants_channels_last(device: torch.device, precision: str) -> bool:
+    """Return whether convolutions run on tensor cores, which need 16-bit images in the memory format channels_last.
+
+    Examples:
+        >>> wants_channels_last(torch.device("cuda"), "bfloat16"), wants_channels_last(torch.device("cpu"), "bfloat16")
+        (True, False)
+    """
+    return device.type == "cuda" and precision != "float32"

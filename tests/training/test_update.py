@@ -1,14 +1,14 @@
-"""Settings of devices: the memory layout that training takes on each."""
+"""The memory layout that updates take on each device."""
 
 import torch
 
-from sparse_adv.training import devices
+from sparse_adv.training.update import wants_channels_last
 
 
 def test_channels_last_is_chosen_for_tensor_cores_only():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     chosen = [
-        devices.wants_channels_last(device, precision)
+        wants_channels_last(device, precision)
         for device in (cuda, cpu)
         for precision in ("float32", "bfloat16", "float16")
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv import attacks, ops
-from sparse_adv.attacks.losses import loss_function
+from sparse_adv.attacks.losses import loss_to_raise, loss_values
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.config import TrainConfig
 from sparse_adv.ops.random_start import as_philox_state
@@ -73,7 +73,7 @@ class NuAT(TrainingObjective):
             clean = queries.logits(x) if self.compares else None
 
             def raised(logits: Tensor) -> Tensor:
-                value = loss_function(self.attack_loss)(logits, y).sum()
+                value = loss_values(self.attack_loss, logits, y, len(y)).sum()
                 return value if clean is None else value + self._weighted_norm(clean, logits)
 
             gradient = queries.gradient(start, raised)
@@ -133,25 +133,26 @@ class FGSMUAP(TrainingObjective):
         return self.prior is None or self.prior.shape[1:] != x.shape[1:]
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        config, radius = self.config, self._RADIUS * self.config.eps
+        config = self.config
         if self.prior is None or self.momentum is None or self.draws(x):
             self.momentum = torch.zeros_like(x[:1])
             signs = ops.random_start(self.momentum, 1.0, "linf", as_philox_state(noise), -1.0, 1.0).sign()
-            self.prior = self._moved(self.momentum, signs, radius)
-        start = (x + self._moved(self.prior, self.momentum, 0.0, config.eps)).clamp(0, 1)
-        gradients: list[Tensor] = []
+            self.prior = self._moved(self.momentum, signs, self._RADIUS * config.eps)
+        self.start = start = (x + self._moved(self.prior, self.momentum, 0.0, config.eps)).clamp(0, 1)
 
         def search(queries: Queries, x: Tensor, y: Tensor) -> Tensor:
-            gradients.append(queries.gradient(start, lambda logits: loss_function(self.attack_loss)(logits, y).sum()))
-            return ops.pgd_step(start, gradients[0], x, config.step_size, config.eps, config.norm)
+            gradient = queries.gradient(start, loss_to_raise(self.attack_loss, y, targeted=False))
+            self._follow(gradient)
+            return ops.pgd_step(start, gradient, x, config.step_size, config.eps, config.norm)
 
-        adv = run_search(search, model, x, y, 0.0, 1.0, self.check, config.engine)
-        for gradient in gradients:  # none for an empty batch
-            scale = gradient.abs().sum().clamp_min(torch.finfo(gradient.dtype).tiny)
-            self.momentum.copy_((gradient / scale).mean(0, keepdim=True) + self._MOMENTUM * self.momentum)
-            self.prior.copy_(self._moved(self.prior, self.momentum, radius))
-        self.start = start
-        return adv
+        return run_search(search, model, x, y, 0.0, 1.0, self.check, config.engine)
+
+    def _follow(self, gradient: Tensor) -> None:
+        """Move the perturbation along the gradient of a batch."""
+        assert self.prior is not None and self.momentum is not None
+        scale = gradient.abs().sum().clamp_min(torch.finfo(gradient.dtype).tiny)
+        self.momentum.copy_((gradient / scale).mean(0, keepdim=True) + self._MOMENTUM * self.momentum)
+        self.prior.copy_(self._moved(self.prior, self.momentum, self._RADIUS * self.config.eps))
 
     def _moved(self, prior: Tensor, direction: Tensor, alpha: float, radius: float | None = None) -> Tensor:
         """A step of this size in the ball of this radius, by default the step size, around 0."""
