@@ -68,6 +68,12 @@ def refused_object(error: Exception) -> str | None:
     return found and found[1]
 
 
+def why_refused(error: Exception) -> str | None:
+    """In words, that `load` has refused a class or function in a file; None if the error is another."""
+    refused = refused_object(error)
+    return refused and f"it contains {refused}, which is neither a tensor nor plain data"
+
+
 def _check_names(file: IO[bytes]) -> None:
     """Raise UnpicklingError for a long name in the pickles that a file begins with; before torch 1.6 it had several."""
     with suppress(ValueError):  # the file is no pickle, which torch.load says

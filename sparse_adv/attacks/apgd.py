@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count
-from sparse_adv.attacks.apgd_ascent import Attacker, Settings
+from sparse_adv.attacks.apgd_ascent import AscentSettings, Attacker
 from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.host_attack import SeededAttack, count_setting
-from sparse_adv.attacks.losses import Loss, loss_function, loss_values, takes_classes, targeted_dlr
+from sparse_adv.attacks.losses import Loss, loss_function, loss_to_raise, takes_classes, targeted_dlr
 from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, run_search
 from sparse_adv.attacks.zero_gradients import is_telling
@@ -97,13 +97,12 @@ def apgd(
     """
     check_flag("targeted", targeted)
     loss_function(loss)
-    sign = -1 if targeted else 1
     ball, telling = ball_around(images, eps, norm, lo, hi), is_telling(loss, targeted)
-    settings = Settings(ball, steps, rho, eot_iter, targeted, telling)
+    settings = AscentSettings(ball, steps, rho, eot_iter, targeted, telling)
     check_count("restarts", restarts, least=1)
 
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
-        return sign * loss_values(loss, logits, labels, len(labels), of_each=True)
+        return loss_to_raise(loss, labels, targeted, of_each=True)(logits)
 
     def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
         attacker = Attacker(queries, images, labels, settings, generator)
@@ -161,7 +160,7 @@ def apgd_t(
         >>> attacks.apgd_t(model, images, labels, eps=0.1, steps=5, n_target_classes=3).shape
         torch.Size([4, 1, 8, 8])
     """
-    settings = Settings(ball_around(images, eps, norm, lo, hi), steps, rho, eot_iter, False)
+    settings = AscentSettings(ball_around(images, eps, norm, lo, hi), steps, rho, eot_iter, False)
     check_count("restarts", restarts, least=1)
     check_count("n_target_classes", n_target_classes, least=1)
 

@@ -24,7 +24,7 @@ MOMENTUM = 0.75
 
 
 @dataclass(frozen=True)
-class Settings:
+class AscentSettings:
     """What all ascents of an attack share; `apgd` documents it."""
 
     ball: Ball
@@ -80,7 +80,7 @@ class Attacker:
         queries: Queries,
         images: Tensor,
         labels: Tensor,
-        settings: Settings,
+        settings: AscentSettings,
         generator: torch.Generator | None,
     ) -> None:
         self._queries, self._images, self._labels = queries, images, labels
@@ -136,7 +136,7 @@ class Attacker:
         clean = self._images[index]
         arguments = (self._labels[index],) if rank is None else (self._labels[index], self.wrong_classes[index, rank])
         x = movement.start(clean, ball, self._philox_state)
-        self._philox_state[1:].add_((clean.numel() + 3) // 4)  # one Philox block gives four numbers
+        movement.advance(self._philox_state, clean)
         zero = self._loss.new_zeros(len(index))
         step = torch.zeros_like(zero, dtype=clean.dtype) + 2 * ball.radii
         never = torch.zeros_like(zero, dtype=torch.bool)

@@ -15,7 +15,7 @@ from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.hyperplane import nearest_boundary
 from sparse_adv.attacks.options import BasicOptions
-from sparse_adv.attacks.queries import Queries, advantage, confirmed, run_search
+from sparse_adv.attacks.queries import Queries, confirmed, robust_images, run_search
 from sparse_adv.ops.arguments import check_number
 
 
@@ -78,7 +78,7 @@ def deepfool(
         adv, way = images.clone(), torch.zeros_like(images)
         index = torch.arange(len(images), device=images.device)
         for _ in range(steps):
-            index = index[~(advantage(model.logits(adv[index]), labels[index], False) > 0)]
+            index = index[robust_images(model.logits(adv[index]), labels[index], False)]
             if not len(index):
                 break
             x = box.clamp(images[index] + way[index])

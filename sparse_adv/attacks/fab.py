@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count
-from sparse_adv.attacks.ball import ball_around
+from sparse_adv.attacks.ball import Ball, ball_around
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.generators import private_generator
 from sparse_adv.attacks.geometry import distance, divisor, per_image
@@ -92,7 +93,7 @@ def fab(
         >>> attacks.fab(model, images, labels, norm="l2", steps=5).shape
         torch.Size([4, 1, 8, 8])
     """
-    settings = _Settings(norm, images, eps, steps, restarts, alpha_max, eta, beta, targeted, lo, hi)
+    settings = _Settings(_ball(images, eps, norm, lo, hi), steps, restarts, alpha_max, eta, beta, targeted)
     draw = private_generator(generator, images)
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ def fab_t(
         >>> bool((adv - images).abs().max() <= 0.3)
         True
     """
-    settings = _Settings(norm, images, eps, steps, restarts, alpha_max, eta, beta, False, lo, hi)
+    settings = _Settings(_ball(images, eps, norm, lo, hi), steps, restarts, alpha_max, eta, beta, False)
     check_count("n_target_classes", n_target_classes, least=1)
     draw = private_generator(generator, images)
 
@@ -266,30 +267,28 @@ class FABT(FAB):
         super().__init__(model, norm, eps, steps, multi_targeted=True, **options)
 
 
+@dataclass(frozen=True)
 class _Settings:
-    """The checked settings of an attack."""
+    """The checked settings of an attack; `fab` documents them."""
 
-    def __init__(
-        self,
-        norm: str,
-        images: Tensor,
-        eps: float | Tensor | None,
-        steps: int,
-        restarts: int,
-        alpha_max: float,
-        eta: float,
-        beta: float,
-        targeted: bool,
-        lo: float | Tensor,
-        hi: float | Tensor,
-    ) -> None:
-        check_flag("targeted", targeted)
-        self.ball = ball_around(images, torch.inf if eps is None else eps, norm, lo, hi)
-        check_count("steps", steps, least=1)
-        check_count("restarts", restarts, least=1)
-        check_settings(alpha_max=alpha_max, eta=eta, beta=beta)
-        self.steps, self.restarts, self.targeted = steps, restarts, targeted
-        self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
+    ball: Ball
+    steps: int
+    restarts: int
+    alpha_max: float
+    eta: float
+    beta: float
+    targeted: bool
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps, least=1)
+        check_count("restarts", self.restarts, least=1)
+        check_settings(alpha_max=self.alpha_max, eta=self.eta, beta=self.beta)
+        check_flag("targeted", self.targeted)
+
+
+def _ball(images: Tensor, eps: float | Tensor | None, norm: str, lo: float | Tensor, hi: float | Tensor) -> Ball:
+    """The ball of radius eps around the images, an unbounded one for None."""
+    return ball_around(images, torch.inf if eps is None else eps, norm, lo, hi)
 
 
 class _Fab:

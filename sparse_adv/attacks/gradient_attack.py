@@ -48,7 +48,7 @@ class GradientAttack(Attack):
         """Return adversarial images for a batch."""
         return run_attack(model, images, labels, replace(self.options, targeted=targeted))
 
-    # Each may be set between two calls.
+    # The caller may set these between two calls.
     eps = _option("eps")
     alpha = _option("alpha")
     steps = _option("steps")

@@ -207,7 +207,7 @@ class PGDLoop:
         if self.options.start is None or philox_state is None:
             return images.detach().clone()
         adv = movement.start(images, self.options.start.on(images), philox_state)
-        philox_state[1:].add_((images.numel() + 3) // 4)  # one Philox block gives four numbers
+        movement.advance(philox_state, images)
         return adv
 
     def _loss(self, logits: Tensor, labels: Any, images: int) -> Tensor:

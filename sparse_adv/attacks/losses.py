@@ -273,7 +273,9 @@ def _check_logits(name: str, logits: Tensor, least: int, **classes: Tensor) -> N
         raise ValueError(f"the loss {name} needs logits of at least {least} classes, got {logits.shape[1]}")
 
 
-def loss_to_raise(loss: str | Loss, labels: Tensor, targeted: bool) -> Callable[[Tensor], Tensor]:
-    """The function of the logits that an attack raises: the loss, or its negative if targeted."""
+def loss_to_raise(
+    loss: str | Loss, labels: Tensor, targeted: bool, of_each: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """The function of the logits that an attack raises: `loss_values`, or their negative if targeted."""
     sign = -1 if targeted else 1
-    return lambda logits: sign * loss_values(loss, logits, labels, len(labels))
+    return lambda logits: sign * loss_values(loss, logits, labels, len(labels), of_each)

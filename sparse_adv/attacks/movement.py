@@ -28,6 +28,11 @@ def start(images: Tensor, ball: Ball, philox_state: Tensor) -> Tensor:
     return ball.clamp(images.detach() + eps * unit)
 
 
+def advance(philox_state: Tensor, images: Tensor) -> None:
+    """Move the state on by the random numbers that `start` took for these images: a Philox block gives four."""
+    philox_state[1:].add_((images.numel() + 3) // 4)
+
+
 def step(adv: Tensor, grad: Tensor, images: Tensor, alpha: Values, ball: Ball) -> Tensor:
     """One step along the gradient, projected onto each image's ball and clamped.
 

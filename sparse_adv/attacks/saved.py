@@ -94,7 +94,8 @@ def load(
         try:
             content = torch_files.load(file)
         except Exception as error:  # of many types
-            raise ValueError(f"{path} is no file of adversarial images: {first_line(error)}") from error
+            reason = torch_files.why_refused(error) or first_line(error)
+            raise ValueError(f"{path} is no file of adversarial images: {reason}") from error
     for name in names:
         if not isinstance(content, dict) or not isinstance(content.get(name), Tensor):
             raise ValueError(f"{path} has no tensor {name!r}: it is no file of adversarial images, or saved without it")

@@ -16,7 +16,7 @@ from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.host_attack import SeededAttack, count_setting
 from sparse_adv.attacks.losses import cross_entropy
 from sparse_adv.attacks.options import BasicOptions, check_settings
-from sparse_adv.attacks.queries import Queries, advantage, run_search
+from sparse_adv.attacks.queries import Queries, advantage, robust_images, run_search
 from sparse_adv.ops.arguments import check_flags
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -104,7 +104,7 @@ def square(
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best, least = images.clone(), images.new_full(labels.shape, torch.inf, dtype=torch.float64)
-        left = _robust(advantage(model.logits(images), labels, targeted) > 0)
+        left = robust_images(model.logits(images), labels, targeted)
         for _ in range(restarts):
             if not len(left):
                 break

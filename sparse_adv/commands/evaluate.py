@@ -193,7 +193,7 @@ def _images(options: Options, known: DataConfig | None) -> DataConfig:
         raise ValueError(f"{options.what} does not say which images it is for: name them with --data")
     given = {name: getattr(options, name) for name in ("data", "limit", "validation")}
     wanted = replace(known or DataConfig(), **{name: value for name, value in given.items() if value is not None})
-    # Test images are the same however the others are divided, of which there may be fewer.
+    # limit and validation divide training images only, and may not fit this data set.
     return DataConfig(wanted.data) if options.split == "test" else wanted
 
 

@@ -139,7 +139,7 @@ class WinogradConvolution(Convolution):
     def fold(self, norm: FoldedNorm | None) -> None:
         super().fold(norm)
         self._weight = ops.winograd_conv2d_weight(self.weight, self.tile)
-        self._transposed: Tensor | None = None  # made when it is needed: not where only logits are
+        self._transposed: Tensor | None = None  # made by the first backward pass, and not where only logits are needed
 
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         out, padding = place(), self.geometry[1]

@@ -254,7 +254,7 @@ class ActivationStep(FusedStep):
     def _backward(self, tensors: PassTensors, gradient: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         kernels = tensors.kernels
         (kept,) = (kernels.plain(tensors[value]) for value in self.kept())
-        # The residual may lie in the place.
+        # The planned memory may hold the residual, which is still to be read.
         out = torch.empty_like(gradient) if epilogue.residual is not None else kernels.memory(gradient, place)
         return kernels.finish(self.activation.backward(gradient, kept, out), epilogue)
 

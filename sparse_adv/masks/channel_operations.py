@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from sparse_adv.masks.layers import computes_as_its_class
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 Kind = Literal[
     "input", "convolution", "linear", "norm", "elementwise", "spatial", "flatten", "not an activation", "unknown"
@@ -101,7 +101,7 @@ def kind_of(node: fx.Node, module: nn.Module | None, value: object, shapes: Mapp
 def _kind_of_module(module: nn.Module, value: object) -> Kind:
     if not isinstance(value, Tensor) or value.dim() < 2:
         return "unknown"
-    if isinstance(module, NORMS):
+    if isinstance(module, BATCH_NORMS):
         return "norm"
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         if not computes_as_its_class(module) or "weight" not in module._parameters:

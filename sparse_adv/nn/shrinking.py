@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_adv.argument_types import check_count, checks_types
 from sparse_adv.kernels.layout import in_layout_of
-from sparse_adv.masks.channel_operations import NORMS
+from sparse_adv.masks.channel_operations import BATCH_NORMS
 from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
 from sparse_adv.masks.layers import Layer, masks_by_module
 from sparse_adv.masks.same_function import check_same_function
@@ -315,7 +315,7 @@ def _cut(
             layer.in_channels = layer.groups = layer.out_channels
     for name, features in group.norms:
         norm = _module(model, name)
-        assert isinstance(norm, NORMS)
+        assert isinstance(norm, BATCH_NORMS)
         entries = channels.repeat_interleave(features)
         for parameter in ("weight", "bias"):
             if norm.affine:

@@ -120,11 +120,11 @@ def _first_bytes(path: Path) -> bytes:
 def _unreadable(path: Path, error: Exception) -> ValueError:
     text = str(error)
     begins = _first_bytes(path)
-    refused = torch_files.refused_object(error)
+    refused = torch_files.why_refused(error)
     if begins and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in begins):  # a web page, a Git LFS pointer
         reason = f"it is text that begins with {begins.decode()!r}, perhaps of a download that failed"
     elif refused:
-        reason = f"it contains {refused}, which is neither a tensor nor plain data; {_REMEDY}"
+        reason = f"{refused}; {_REMEDY}"
     elif text.startswith("Weights only load failed"):
         reason = f"torch.load(weights_only=True) refuses it; {_REMEDY}"
     else:
