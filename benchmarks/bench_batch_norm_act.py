@@ -18,8 +18,7 @@ from typing import NamedTuple
 import harness
 import pytest
 import torch
-from bench_pgd_step import compiled
-from harness import Case, label_of
+from harness import Case, compiled, label_of
 from torch import Tensor
 
 from sparse_adv.ops import batch_norm_act, reference

@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 import harness
 import pytest
 import torch
-from harness import Case, label_of
+from harness import Case, compiled, label_of
 from torch import Tensor
 
 from sparse_adv.ops import pgd_step, reference
@@ -30,15 +30,6 @@ TOY = (2, 3, 8, 8)
 VARIANTS = {"linf": torch.float32, "l2": torch.float32, "linf, bfloat16 gradient": torch.bfloat16}
 """The variants that are measured, with the dtype of the gradient."""
 SIDES = ("ours", "eager", "compile")  # a bfloat16 gradient without "compile", to save the seconds of compiling
-
-
-def compiled(function: Callable[..., Tensor], quick: bool) -> Callable[..., Tensor]:
-    """The rival "compile", compiled for one shape: code for several shapes is slower, and after some PyTorch gives up.
-
-    The backend "eager" compiles nothing, which would take seconds.
-    """
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False, backend="eager" if quick else "inductor")
 
 
 def images(shape: Sequence[int], device: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,8 +17,7 @@ import harness
 import pytest
 import torch
 from bench_batch_norm_act import SHAPES, TOY
-from bench_pgd_step import compiled
-from harness import Case, label_of
+from harness import Case, compiled, label_of
 from torch import Tensor
 
 from sparse_adv import ops

@@ -14,8 +14,8 @@ from functools import lru_cache, partial
 import harness
 import pytest
 import torch
-from bench_pgd_step import EPS, SHAPES, SIDES, TOY, case_of, compiled, of_each_shape
-from harness import Case, label_of
+from bench_pgd_step import EPS, SHAPES, SIDES, TOY, case_of, of_each_shape
+from harness import Case, compiled, label_of
 from torch import Tensor
 
 from sparse_adv.ops import random_start

@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from machine import Peak, environment, measured_peak, print_machine
 from timing import Side, Times, interleaved, interleaved_graphs
+from torch import Tensor
 
 from sparse_adv import keep_freed_memory
+from sparse_adv.files import write_text
 
 Value = str | int | float
 Record = dict[str, Value]
@@ -222,9 +224,16 @@ def write_records(path: Path, records: Sequence[Record], facts: Mapping[str, Val
     writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text.getvalue())
-    partial.replace(path)
+    write_text(path, text.getvalue())
+
+
+def compiled(function: Callable[..., Tensor], quick: bool) -> Callable[..., Tensor]:
+    """The rival "compile", compiled for one shape: code for several shapes is slower, and after some PyTorch gives up.
+
+    The backend "eager" compiles nothing, which would take seconds.
+    """
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False, backend="eager" if quick else "inductor")
 
 
 def read_records(path: Path) -> tuple[dict[str, str], list[Record]]:

@@ -19,6 +19,8 @@ import matplotlib.pyplot as plt
 from bench_masked_conv2d import cases_of, dense_ms
 from harness import Case, Record
 
+from sparse_adv.files import replacing
+
 CHANNELS, SIZE, BATCH, DENSITY = 128, 16, 64, 0.1
 DENSITIES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
 BATCHES = [1, 4, 16, 24, 32, 48, 64, 96, 128]
@@ -52,10 +54,9 @@ def draw(records: Sequence[Record], path: Path) -> None:
     left.set_title(f"{CHANNELS} channels, {SIZE} x {SIZE}, batch {BATCH}")
     right.set_title(f"density {DENSITY}")
     left.legend(fontsize="small")
-    partial = path.with_suffix(f".partial{path.suffix}")
-    with plt.rc_context({"svg.fonttype": "none"}):  # text as text: a fifth of the size
-        figure.savefig(partial, metadata={"Date": None} if path.suffix == ".svg" else None)
-    partial.replace(path)
+    kind = path.suffix[1:] or "png"
+    with replacing(path) as partial, plt.rc_context({"svg.fonttype": "none"}):  # text as text: a fifth of the size
+        figure.savefig(partial, format=kind, metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)
 
 
