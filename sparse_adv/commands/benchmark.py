@@ -18,7 +18,8 @@ from sparse_adv.attacks.autoattack_state import OtherRunError
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, require_radius
+from sparse_adv.config import DataConfig
+from sparse_adv.config.checks import require_radius
 from sparse_adv.files import check_writable, write_text
 from sparse_adv.report.tables import table
 from sparse_adv.training import distributed

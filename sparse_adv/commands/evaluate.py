@@ -16,7 +16,8 @@ from sparse_adv.argument_types import check_count
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import POSITIONAL
 from sparse_adv.commands.output import Output, check_new
-from sparse_adv.config import DataConfig, Norm, TrainConfig, require_radius
+from sparse_adv.config import DataConfig, Norm, TrainConfig
+from sparse_adv.config.checks import require_radius
 from sparse_adv.files import check_writable, write_text
 from sparse_adv.training import clean_accuracy, deterministic, distributed, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.evaluation import model_device

@@ -24,7 +24,8 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from sparse_adv import recipes, runs
 from sparse_adv.commands import config_files
-from sparse_adv.config import TrainConfig, refuse_unused
+from sparse_adv.config import TrainConfig
+from sparse_adv.config.checks import refuse_unused
 from sparse_adv.files import write_text
 from sparse_adv.training import distributed
 

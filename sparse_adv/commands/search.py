@@ -8,7 +8,8 @@ from pathlib import Path
 from sparse_adv import experiment, runs
 from sparse_adv.commands.options import AFTER_A_STOP, check_config, check_training, write_config
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig, refuse_unused
+from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.config.checks import refuse_unused
 from sparse_adv.experiment import SearchRun
 from sparse_adv.json_files import to_json
 from sparse_adv.memory import keep_freed_memory

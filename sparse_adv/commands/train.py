@@ -9,7 +9,8 @@ from sparse_adv import experiment, models
 from sparse_adv.commands import networks
 from sparse_adv.commands.options import AFTER_A_STOP, check_config, check_training, write_config
 from sparse_adv.commands.output import Output
-from sparse_adv.config import DataConfig, MethodConfig, TrainConfig, refuse_unused
+from sparse_adv.config import DataConfig, MethodConfig, TrainConfig
+from sparse_adv.config.checks import refuse_unused
 from sparse_adv.experiment import TrainRun
 from sparse_adv.json_files import to_json
 from sparse_adv.memory import keep_freed_memory

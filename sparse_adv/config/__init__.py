@@ -3,14 +3,11 @@
 The texts under `Args:` are also the help texts of the command line, which has a flag for every field.
 """
 
-from sparse_adv.config.checks import make_plain, refuse_unused, require_radius
 from sparse_adv.config.data import DataConfig, NetworkConfig
-from sparse_adv.config.pruning import METHODS, Growth, Method, MethodConfig, PruneConfig, Scope
+from sparse_adv.config.pruning import Growth, Method, MethodConfig, PruneConfig, Scope
 from sparse_adv.config.training import (
     NORMS,
     OBJECTIVES,
-    PRECISIONS,
-    SCHEDULES,
     SINGLE_STEP,
     LearningRateSchedule,
     Norm,
@@ -20,11 +17,8 @@ from sparse_adv.config.training import (
 )
 
 __all__ = [
-    "METHODS",
     "NORMS",
     "OBJECTIVES",
-    "PRECISIONS",
-    "SCHEDULES",
     "SINGLE_STEP",
     "DataConfig",
     "Growth",
@@ -38,7 +32,4 @@ __all__ = [
     "PruneConfig",
     "Scope",
     "TrainConfig",
-    "make_plain",
-    "refuse_unused",
-    "require_radius",
 ]

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig, make_plain
+from sparse_adv.config import DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
+from sparse_adv.config.checks import make_plain
 from sparse_adv.facts import Machine, Software, machine, software
 
 

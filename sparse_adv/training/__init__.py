@@ -1,6 +1,6 @@
 """Adversarial training of any classifier of images in [0, 1], dense or sparse."""
 
-from sparse_adv.config import OBJECTIVES, PRECISIONS, SCHEDULES, TrainConfig
+from sparse_adv.config import OBJECTIVES, TrainConfig
 from sparse_adv.training.checkpoint import read_weights
 from sparse_adv.training.determinism import deterministic
 from sparse_adv.training.evaluation import Accuracy, clean_accuracy, fgsm_accuracy, robust_accuracy
@@ -11,8 +11,6 @@ from sparse_adv.training.result import final_test
 
 __all__ = [
     "OBJECTIVES",
-    "PRECISIONS",
-    "SCHEDULES",
     "Accuracy",
     "Passes",
     "TrainConfig",
