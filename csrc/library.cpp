@@ -80,17 +80,19 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "masked_conv2d_plan(Tensor input, Tensor[] pattern, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> "
       "int[]");
+  // The norm is a bool, because torch loses the copy of a string that it hands to an op of a library on the stable ABI
+  // (pytorch issue 191340): no schema here has a str.
   // linf: clamp(clamp(adv + alpha * sign(grad), clean - eps, clean + eps), lo, hi); l2: normalised step and projection.
   m.def(
-      "pgd_step(Tensor adv, Tensor grad, Tensor clean, float alpha, float eps, str norm, float lo, float hi) -> "
+      "pgd_step(Tensor adv, Tensor grad, Tensor clean, float alpha, float eps, bool l2, float lo, float hi) -> "
       "Tensor");
   m.def(
-      "pgd_step_(Tensor(a!) adv, Tensor grad, Tensor clean, float alpha, float eps, str norm, float lo, float hi) -> "
+      "pgd_step_(Tensor(a!) adv, Tensor grad, Tensor clean, float alpha, float eps, bool l2, float lo, float hi) -> "
       "()");
   // The linf step, and its result normalised for the network: (moved - mean[c]) / std[c] in bfloat16 and channels_last.
   m.def(
       "pgd_step_normalized(Tensor adv, Tensor grad, Tensor clean, Tensor mean, Tensor std, float alpha, float eps, "
       "float lo, float hi) -> (Tensor, Tensor)");
   // clamp(clean + noise, lo, hi), noise uniform in the ball; seed is int64 [2]: Philox key and offset.
-  m.def("random_start(Tensor clean, Tensor seed, float eps, str norm, float lo, float hi) -> Tensor");
+  m.def("random_start(Tensor clean, Tensor seed, float eps, bool l2, float lo, float hi) -> Tensor");
 }

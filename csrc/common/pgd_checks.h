@@ -4,36 +4,28 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <string>
 
 #include "common/errors.h"
 #include "common/tensor_checks.h"
 
 namespace sparse_adv {
 
-inline void check_norm(const std::string& norm) {
-  check(norm == "linf" || norm == "l2", "norm must be linf or l2, got ", norm);
-}
-
 // The tensors of a PGD step: three batches of one size, each of any floating dtype.
 inline void check_step(const torch::stable::Tensor& adv, const torch::stable::Tensor& grad,
-                       const torch::stable::Tensor& clean, const std::string& norm) {
+                       const torch::stable::Tensor& clean) {
   check_floating("adv", adv, adv);
   check_floating("grad", grad, adv);
   check_floating("clean", clean, adv);
   check(std::ranges::equal(grad.sizes(), adv.sizes()), "grad must have the sizes of adv");
   check(std::ranges::equal(clean.sizes(), adv.sizes()), "clean must have the sizes of adv");
-  check_norm(norm);
 }
 
 // The seed of a random start: Philox key and offset, on the device of the images.
-inline void check_start(const torch::stable::Tensor& clean, const torch::stable::Tensor& seed,
-                        const std::string& norm) {
+inline void check_start(const torch::stable::Tensor& clean, const torch::stable::Tensor& seed) {
   check_floating("clean", clean, clean);
   check(seed.is_cpu() == clean.is_cpu() && seed.get_device_index() == clean.get_device_index() && seed.dim() == 1 &&
             seed.size(0) == 2 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
         "seed must be an int64 tensor of size [2] on the device of the images");
-  check_norm(norm);
 }
 
 }  // namespace sparse_adv

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <string>
 
 #include "common/errors.h"
 #include "common/layout.h"
@@ -20,12 +19,12 @@ constexpr int64_t kGrain = 32768;  // elements per thread at least, as in ATen's
 
 template <class T>
 void run(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out, const StepSizes& sizes,
-         const std::string& norm) {
+         bool l2) {
   const T* adv_data = adv.const_data_ptr<T>();
   const T* grad_data = grad.const_data_ptr<T>();
   const T* clean_data = clean.const_data_ptr<T>();
   T* out_data = out.mutable_data_ptr<T>();
-  if (norm == "linf") {
+  if (!l2) {
     const auto kernel = SPARSE_ADV_CHOOSE(pgd_step_linf<T>);
     parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
       kernel(adv_data + begin, grad_data + begin, clean_data + begin, out_data + begin, end - begin, sizes);
@@ -41,33 +40,32 @@ void run(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tenso
 }
 
 void step_into(Tensor& out, const Tensor& adv, const Tensor& grad, const Tensor& clean, const StepSizes& sizes,
-               const std::string& norm) {
+               bool l2) {
   if (out.numel() == 0) return;
   // In both plain layouts an image is one contiguous piece of memory, which the l2 norm needs.
   const Tensor staging = staging_for(out, has_plain_layout(out));
   Tensor centre = staged(clean, staging);
-  if (norm == "l2" && centre.const_data_ptr() == staging.const_data_ptr()) {
+  if (l2 && centre.const_data_ptr() == staging.const_data_ptr()) {
     // adv is clean, which the kernel reads again after it has written: that needs a copy.
     Tensor copy = torch::stable::empty_like(staging);
     centre = torch::stable::copy_(copy, clean);
   }
   const auto step = is_double(staging) ? &run<double> : &run<float>;
-  step(staged(adv, staging), staged(grad, staging), centre, staging, sizes, norm);
+  step(staged(adv, staging), staged(grad, staging), centre, staging, sizes, l2);
   unstage(staging, out);
 }
 
-Tensor pgd_step_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
-                    double hi) {
-  check_step(adv, grad, clean, norm);
+Tensor pgd_step_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, bool l2, double lo, double hi) {
+  check_step(adv, grad, clean);
   Tensor out = torch::stable::empty_like(adv);
-  step_into(out, adv, grad, clean, {alpha, eps, lo, hi}, norm);
+  step_into(out, adv, grad, clean, {alpha, eps, lo, hi}, l2);
   return out;
 }
 
-void pgd_step_inplace_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
+void pgd_step_inplace_cpu(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, bool l2, double lo,
                           double hi) {
-  check_step(adv, grad, clean, norm);
-  step_into(adv, adv, grad, clean, {alpha, eps, lo, hi}, norm);
+  check_step(adv, grad, clean);
+  step_into(adv, adv, grad, clean, {alpha, eps, lo, hi}, l2);
 }
 
 }  // namespace

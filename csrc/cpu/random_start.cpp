@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <string>
 
 #include "common/errors.h"
 #include "common/pgd_checks.h"
@@ -18,10 +17,10 @@ using torch::stable::Tensor;
 constexpr int64_t kGrain = 8192;  // elements per thread at least: each takes about 20 operations
 
 template <class T>
-void run(const Tensor& clean, const Tensor& out, const Noise& noise, const std::string& norm) {
+void run(const Tensor& clean, const Tensor& out, const Noise& noise, bool l2) {
   const T* clean_data = clean.const_data_ptr<T>();
   T* out_data = out.mutable_data_ptr<T>();
-  if (norm == "linf") {
+  if (!l2) {
     const auto kernel = SPARSE_ADV_CHOOSE(random_start_linf<T>);
     parallel_for(0, out.numel(), kGrain,
                  [&](int64_t begin, int64_t end) { kernel(clean_data, out_data, begin, end, noise); });
@@ -34,8 +33,8 @@ void run(const Tensor& clean, const Tensor& out, const Noise& noise, const std::
   });
 }
 
-Tensor random_start_cpu(Tensor clean, Tensor seed, double eps, std::string norm, double lo, double hi) {
-  check_start(clean, seed, norm);
+Tensor random_start_cpu(Tensor clean, Tensor seed, double eps, bool l2, double lo, double hi) {
+  check_start(clean, seed);
   Tensor out = torch::stable::empty_like(clean);
   if (out.numel() == 0) return out;
   const int64_t* philox_state = seed.const_data_ptr<int64_t>();
@@ -47,7 +46,7 @@ Tensor random_start_cpu(Tensor clean, Tensor seed, double eps, std::string norm,
   // Elements are numbered in NCHW order, so that the noise does not depend on the layout of the images.
   const Tensor staging = staging_for(out, out.is_contiguous());
   const auto start = is_double(staging) ? &run<double> : &run<float>;
-  start(staged(clean, staging), staging, noise, norm);
+  start(staged(clean, staging), staging, noise, l2);
   unstage(staging, out);
   return out;
 }

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <string>
 
 #include "common/layout.h"
 #include "common/pgd_checks.h"
@@ -46,7 +45,7 @@ void launch_l2(const PgdStep<Image, Grad>& step, int64_t images, int64_t count, 
 
 template <class Image, class Grad>
 void launch(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out, const double (&sizes)[4],
-            const std::string& norm) {
+            bool l2) {
   const PgdStep<Image, Grad> step{.adv = adv.const_data_ptr<Image>(),
                                   .grad = grad.const_data_ptr<Grad>(),
                                   .clean = clean.const_data_ptr<Image>(),
@@ -59,7 +58,7 @@ void launch(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Te
   const bool aligned = is_aligned(step.adv) && is_aligned(step.grad) && is_aligned(step.clean) && is_aligned(step.out);
   const cudaStream_t stream = current_stream(out);
   const int64_t count = out.numel();
-  if (norm == "linf") {
+  if (!l2) {
     const int64_t threads = aligned ? pgd_step_linf_threads<V>(count) : count;
     const auto kernel = aligned ? &pgd_step_linf<V, Image, Grad> : &pgd_step_linf<1, Image, Grad>;
     kernel<<<blocks_for(threads), kThreads, 0, stream>>>(step, count);
@@ -76,38 +75,37 @@ void launch(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Te
 
 template <class Image>
 void launch_grad(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out,
-                 const double (&sizes)[4], const std::string& norm) {
-  with_type_of(grad, [&](auto zero) { launch<Image, decltype(zero)>(adv, grad, clean, out, sizes, norm); });
+                 const double (&sizes)[4], bool l2) {
+  with_type_of(grad, [&](auto zero) { launch<Image, decltype(zero)>(adv, grad, clean, out, sizes, l2); });
 }
 
 void launch_image(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out,
-                  const double (&sizes)[4], const std::string& norm) {
-  with_type_of(out, [&](auto zero) { launch_grad<decltype(zero)>(adv, grad, clean, out, sizes, norm); });
+                  const double (&sizes)[4], bool l2) {
+  with_type_of(out, [&](auto zero) { launch_grad<decltype(zero)>(adv, grad, clean, out, sizes, l2); });
 }
 
 void step_into(Tensor& out, const Tensor& adv, const Tensor& grad, const Tensor& clean, const double (&sizes)[4],
-               const std::string& norm) {
+               bool l2) {
   if (out.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   const bool writable = has_plain_layout(out);
   const Tensor moved =
       writable ? out : torch::stable::empty(out.sizes(), out.scalar_type(), std::nullopt, out.device());
-  launch_image(in_layout_of(moved, adv), in_layout_of(moved, grad), in_layout_of(moved, clean), moved, sizes, norm);
+  launch_image(in_layout_of(moved, adv), in_layout_of(moved, grad), in_layout_of(moved, clean), moved, sizes, l2);
   if (!writable) torch::stable::copy_(out, moved);
 }
 
-Tensor pgd_step_cuda(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
-                     double hi) {
-  check_step(adv, grad, clean, norm);
+Tensor pgd_step_cuda(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, bool l2, double lo, double hi) {
+  check_step(adv, grad, clean);
   Tensor out = torch::stable::empty_like(adv);
-  step_into(out, adv, grad, clean, {alpha, eps, lo, hi}, norm);
+  step_into(out, adv, grad, clean, {alpha, eps, lo, hi}, l2);
   return out;
 }
 
-void pgd_step_inplace_cuda(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, std::string norm, double lo,
+void pgd_step_inplace_cuda(Tensor adv, Tensor grad, Tensor clean, double alpha, double eps, bool l2, double lo,
                            double hi) {
-  check_step(adv, grad, clean, norm);
-  step_into(adv, adv, grad, clean, {alpha, eps, lo, hi}, norm);
+  check_step(adv, grad, clean);
+  step_into(adv, adv, grad, clean, {alpha, eps, lo, hi}, l2);
 }
 
 }  // namespace

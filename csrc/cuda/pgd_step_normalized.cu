@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) pgd_step_normalized(NormalizedStep<G
 
 std::tuple<Tensor, Tensor> pgd_step_normalized_cuda(Tensor adv, Tensor grad, Tensor clean, Tensor mean, Tensor std,
                                                     double alpha, double eps, double lo, double hi) {
-  check_step(adv, grad, clean, "linf");
+  check_step(adv, grad, clean);
   check(adv.dim() == 4, "pgd_step_normalized: images must be [N, C, H, W]");
   check(adv.scalar_type() == ScalarType::Float && clean.scalar_type() == ScalarType::Float,
         "pgd_step_normalized: images must be float32");

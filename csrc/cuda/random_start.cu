@@ -1,8 +1,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <string>
-
 #include "common/pgd_checks.h"
 #include "cuda/launch.h"
 #include "cuda/random_start_kernel.h"
@@ -44,13 +42,12 @@ __global__ void __launch_bounds__(kThreads) random_start_l2(RandomStart<Image> s
 }
 
 template <class Image>
-void launch(const Tensor& clean, const Seed& seed, const Tensor& out, double eps, double lo, double hi,
-            const std::string& norm) {
+void launch(const Tensor& clean, const Seed& seed, const Tensor& out, double eps, double lo, double hi, bool l2) {
   const RandomStart<Image> start{
       .clean = clean.const_data_ptr<Image>(), .out = out.mutable_data_ptr<Image>(), .eps = eps, .lo = lo, .hi = hi};
   const cudaStream_t stream = current_stream(out);
   const int64_t count = out.numel();
-  if (norm == "linf") {
+  if (!l2) {
     const auto kernel = is_aligned(start.clean) ? &random_start_linf<4, Image> : &random_start_linf<1, Image>;
     kernel<<<blocks_for((count + 3) / 4), kThreads, 0, stream>>>(start, seed, count);
   } else {
@@ -61,8 +58,8 @@ void launch(const Tensor& clean, const Seed& seed, const Tensor& out, double eps
   check_launch("random_start");
 }
 
-Tensor random_start_cuda(Tensor clean, Tensor seed, double eps, std::string norm, double lo, double hi) {
-  check_start(clean, seed, norm);
+Tensor random_start_cuda(Tensor clean, Tensor seed, double eps, bool l2, double lo, double hi) {
+  check_start(clean, seed);
   Tensor out = torch::stable::empty_like(clean);
   if (out.numel() == 0) return out;
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
@@ -70,7 +67,7 @@ Tensor random_start_cuda(Tensor clean, Tensor seed, double eps, std::string norm
   const Tensor source = torch::stable::contiguous(clean);
   const Tensor moved = out.is_contiguous() ? out : torch::stable::empty_like(source);
   const Seed state{seed.const_data_ptr<int64_t>(), seed.stride(0)};
-  with_type_of(out, [&](auto zero) { launch<decltype(zero)>(source, state, moved, eps, lo, hi, norm); });
+  with_type_of(out, [&](auto zero) { launch<decltype(zero)>(source, state, moved, eps, lo, hi, l2); });
   if (!out.is_contiguous()) torch::stable::copy_(out, moved);
   return out;
 }

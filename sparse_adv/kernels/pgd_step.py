@@ -17,35 +17,28 @@ OPTIONS = {"enable_fp_fusion": True}
 
 
 def pgd_step(
-    adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float
+    adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, l2: bool, lo: float, hi: float
 ) -> Tensor:
     """The op `sparse_adv::pgd_step`, described in `ops.pgd_step`; it does not synchronise with the GPU."""
-    _check(adv, grad, clean, norm)
+    _check(adv, grad, clean)
     out = torch.empty_like(adv)
-    _step_into(out, adv, grad, clean, alpha, eps, norm, lo, hi)
+    _step_into(out, adv, grad, clean, alpha, eps, l2, lo, hi)
     return out
 
 
 def pgd_step_(
-    adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float
+    adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, l2: bool, lo: float, hi: float
 ) -> None:
     """The op `sparse_adv::pgd_step_`: `pgd_step` in place."""
-    _check(adv, grad, clean, norm)
-    _step_into(adv, adv, grad, clean, alpha, eps, norm, lo, hi)
+    _check(adv, grad, clean)
+    _step_into(adv, adv, grad, clean, alpha, eps, l2, lo, hi)
 
 
-def check_norm(norm: str) -> None:
-    """Raises RuntimeError unless there is a kernel for this norm."""
-    if norm not in ("linf", "l2"):
-        raise RuntimeError(f"sparse_adv: norm must be linf or l2, got {norm}")
-
-
-def _check(adv: Tensor, grad: Tensor, clean: Tensor, norm: str) -> None:
+def _check(adv: Tensor, grad: Tensor, clean: Tensor) -> None:
     for name, tensor in {"adv": adv, "grad": grad, "clean": clean}.items():
         check_floating(name, tensor, adv)
         if tensor.shape != adv.shape:
             raise RuntimeError(f"sparse_adv: {name} must have the sizes of adv")
-    check_norm(norm)
 
 
 def _step_into(
@@ -55,7 +48,7 @@ def _step_into(
     clean: Tensor,
     alpha: float,
     eps: float,
-    norm: str,
+    l2: bool,
     lo: float,
     hi: float,
 ) -> None:
@@ -65,7 +58,7 @@ def _step_into(
     tensors = [_like(moved, tensor) for tensor in (adv, grad, clean)]
     sizes = (alpha, eps, lo, hi)
     with torch.cuda.device_of(out):
-        if norm == "linf":
+        if not l2:
             block = 8 * _WARP_ELEMENTS  # for four warps: with 16-bit images, too, each thread accesses 16 bytes
             grid = (triton.cdiv(out.numel(), block),)
             linf_kernel[grid](*tensors, moved, out.numel(), *sizes, BLOCK=block, num_warps=4, **OPTIONS)

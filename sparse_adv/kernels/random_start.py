@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_adv.kernels.pgd_step import OPTIONS, check_norm, clamped
+from sparse_adv.kernels.pgd_step import OPTIONS, clamped
 from sparse_adv.kernels.tensor_checks import check_floating
 
 # The third word of the Philox counter, so that elements and radii never read the same numbers.
@@ -18,7 +18,7 @@ _WARP_BLOCKS = 32  # Philox blocks of a warp, each of four elements
 _MAX_WARPS = 32  # for one image; the noise of larger images than these can keep in registers is drawn twice
 
 
-def random_start(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, hi: float) -> Tensor:
+def random_start(clean: Tensor, seed: Tensor, eps: float, l2: bool, lo: float, hi: float) -> Tensor:
     """The op `sparse_adv::random_start`, described in `ops.random_start`; it does not synchronise with the GPU.
 
     The kernels read key and offset from GPU memory, so a CUDA graph whose offset is changed between replays draws new
@@ -27,7 +27,6 @@ def random_start(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, 
     check_floating("clean", clean, clean)
     if seed.device != clean.device or seed.shape != (2,) or seed.dtype != torch.int64:
         raise RuntimeError("sparse_adv: seed must be an int64 tensor of size [2] on the device of the images")
-    check_norm(norm)
     out = torch.empty_like(clean)
     if out.numel() == 0:
         return out
@@ -36,7 +35,7 @@ def random_start(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, 
     moved = out if out.is_contiguous() else torch.empty_like(clean)
     arguments = (clean, moved, seed, seed.stride(0))
     with torch.cuda.device_of(out):
-        if norm == "linf":
+        if not l2:
             block = 8 * _WARP_BLOCKS  # by four warps
             grid = (triton.cdiv(out.numel(), 4 * block),)
             linf_kernel[grid](*arguments, out.numel(), eps, lo, hi, BLOCK=block, num_warps=4, **OPTIONS)

@@ -66,7 +66,7 @@ def pgd_step(
         tensor([[0.6250, 0.5000, 0.3750]])
     """
     norm = check_step(adv, grad, clean, alpha, eps, norm, lo, hi)
-    return torch.ops.sparse_adv.pgd_step(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
+    return torch.ops.sparse_adv.pgd_step(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm == "l2", lo, hi)
 
 
 def pgd_step_(
@@ -112,7 +112,7 @@ def pgd_step_(
             with torch.no_grad():
                 return adv.copy_(pgd_step(adv, grad, clean, alpha, eps, norm, lo, hi))
         grad, clean = grad.resolve_neg(), clean.resolve_neg()
-    torch.ops.sparse_adv.pgd_step_(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm, lo, hi)
+    torch.ops.sparse_adv.pgd_step_(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm == "l2", lo, hi)
     mark_written(adv)
     return adv
 
@@ -175,14 +175,14 @@ returns_nothing("pgd_step_")
 
 # Triton is imported when it is first needed, because torch for CPUs does not install it.
 @cuda_stand_in("pgd_step")
-def _(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float) -> Tensor:
+def _(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, l2: bool, lo: float, hi: float) -> Tensor:
     from sparse_adv.kernels import pgd_step as kernels
 
-    return kernels.pgd_step(adv, grad, clean, alpha, eps, norm, lo, hi)
+    return kernels.pgd_step(adv, grad, clean, alpha, eps, l2, lo, hi)
 
 
 @cuda_stand_in("pgd_step_")
-def _(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, norm: str, lo: float, hi: float) -> None:
+def _(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, l2: bool, lo: float, hi: float) -> None:
     from sparse_adv.kernels import pgd_step as kernels
 
-    kernels.pgd_step_(adv, grad, clean, alpha, eps, norm, lo, hi)
+    kernels.pgd_step_(adv, grad, clean, alpha, eps, l2, lo, hi)

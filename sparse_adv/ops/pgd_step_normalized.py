@@ -85,7 +85,7 @@ def _in_two_passes(
     adv: Tensor, grad: Tensor, clean: Tensor, mean: Tensor, std: Tensor, alpha: float, eps: float, *pixels: float
 ) -> tuple[Tensor, Tensor]:
     """The implementation for all devices without CUDA ops."""
-    moved = torch.ops.sparse_adv.pgd_step(in_layout_of(adv, adv), grad, clean, alpha, eps, "linf", *pixels)
+    moved = torch.ops.sparse_adv.pgd_step(in_layout_of(adv, adv), grad, clean, alpha, eps, False, *pixels)
     normalized = (moved - mean[:, None, None]) / std[:, None, None]
     return moved, normalized.to(torch.bfloat16, memory_format=torch.channels_last)
 

@@ -68,7 +68,7 @@ def random_start(
     check_capability(clean.device)
     # A blocking copy would wait for all work that the GPU has queued.
     state = as_philox_state(seed).to(clean.device, non_blocking=True)
-    return torch.ops.sparse_adv.random_start(clean.detach(), state, eps, norm, lo, hi)
+    return torch.ops.sparse_adv.random_start(clean.detach(), state, eps, norm == "l2", lo, hi)
 
 
 def as_philox_state(seed: int | Tensor | torch.Generator | None, name: str = "seed") -> Tensor:
@@ -104,7 +104,7 @@ def _(clean: Tensor, *_: object) -> Tensor:
 
 
 @cuda_stand_in("random_start")
-def _(clean: Tensor, seed: Tensor, eps: float, norm: str, lo: float, hi: float) -> Tensor:
+def _(clean: Tensor, seed: Tensor, eps: float, l2: bool, lo: float, hi: float) -> Tensor:
     from sparse_adv.kernels import random_start as kernels
 
-    return kernels.random_start(clean, seed, eps, norm, lo, hi)
+    return kernels.random_start(clean, seed, eps, l2, lo, hi)

@@ -30,8 +30,8 @@ pytestmark = [
 @pytest.mark.parametrize("eps", [0.2, 50.0], ids=["projected", "within the ball"])
 def test_the_step(shape, layout, dtype, norm, eps):
     images = step_images(shape, dtype)
-    step = (0.1, eps, norm, 0.0, 1.0)
-    expected = reference.pgd_step(*images, *step)
+    step = (0.1, eps, norm == "l2", 0.0, 1.0)
+    expected = reference.pgd_step(*images, 0.1, eps, norm)
     adv, grad, clean = (LAYOUTS[layout](tensor.cuda()) for tensor in images)
     registered = OPS.pgd_step(adv, grad, clean, *step)
     moved = pgd_step.pgd_step(adv, grad.contiguous(), clean, *step)
@@ -44,8 +44,8 @@ def test_the_step(shape, layout, dtype, norm, eps):
 
 def test_the_start(shape, layout, dtype, norm):
     clean, seed = step_images(shape, dtype)[2], torch.tensor([-(2**60), 2**40])
-    start = (0.3, norm, 0.0, 1.0)
-    expected = reference.random_start(clean, seed, *start)
+    start = (0.3, norm == "l2", 0.0, 1.0)
+    expected = reference.random_start(clean, seed, 0.3, norm)
     clean, seed = LAYOUTS[layout](clean.cuda()), seed.cuda()
     registered = OPS.random_start(clean, seed, *start)
     actual = random_start.random_start(clean, seed, *start)

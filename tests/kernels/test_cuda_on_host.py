@@ -128,7 +128,7 @@ def test_the_step_that_normalises_is_the_reference(host, images, channels, area,
 def test_random_starts_are_those_of_the_cpu(host, shape, dtype, aligned, norm, key):
     clean = at_an_address(torch.rand(shape, generator=torch.Generator().manual_seed(key % 1000)).to(dtype), aligned)
     seed = torch.tensor([key, key // 3])
-    expected = torch.ops.sparse_adv.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
+    expected = torch.ops.sparse_adv.random_start(clean, seed, 0.3, norm == "l2", 0.0, 1.0)
     out = at_an_address(torch.empty_like(clean), aligned)
     host.host_random_start(
         numbers(dtype),

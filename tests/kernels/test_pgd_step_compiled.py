@@ -16,7 +16,7 @@ IN_REGISTERS, STREAMED = (2, 3, 32, 20), (2, 3, 64, 64)
 def step(capability: int, norm: str, shape: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.dtype) -> Kernel:
     adv, clean = torch.empty(2, *shape, dtype=dtype, device="meta")
     grad = torch.empty(shape, dtype=grad_dtype, device="meta")
-    (kernel,) = compiled(capability, lambda: pgd_step(adv, grad, clean, 0.1, 0.2, norm, 0.0, 1.0))
+    (kernel,) = compiled(capability, lambda: pgd_step(adv, grad, clean, 0.1, 0.2, norm == "l2", 0.0, 1.0))
     return kernel
 
 

@@ -16,7 +16,7 @@ IN_REGISTERS, STREAMED = (2, 3, 32, 32), (2, 3, 64, 64)
 def start(capability: int, norm: str, shape: tuple[int, ...], dtype: torch.dtype) -> Kernel:
     clean = torch.empty(shape, dtype=dtype, device="meta")
     seed = torch.empty(2, dtype=torch.int64, device="meta")
-    (kernel,) = compiled(capability, lambda: random_start(clean, seed, 0.2, norm, 0.0, 1.0))
+    (kernel,) = compiled(capability, lambda: random_start(clean, seed, 0.2, norm == "l2", 0.0, 1.0))
     return kernel
 
 

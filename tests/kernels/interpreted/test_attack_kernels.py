@@ -31,8 +31,9 @@ def test_the_step(shape, dtype, grad_dtype, norm, seed):
     if grad.numel():
         grad.view(-1)[seed % grad.numel()] = (0.0, math.nan, math.inf, -math.inf)[seed % 4]
         clean.view(-1)[seed // 2 % clean.numel()] = (0.5, math.nan)[seed % 2] if norm == "linf" else 0.5
-    step = (0.1, (0.05, 0.3, math.inf)[seed % 3], norm, 0.0, 1.0)
-    expected = reference.pgd_step(adv, grad, clean, *step)
+    eps = (0.05, 0.3, math.inf)[seed % 3]
+    expected = reference.pgd_step(adv, grad, clean, 0.1, eps, norm)
+    step = (0.1, eps, norm == "l2", 0.0, 1.0)
     assert_moved_alike(pgd_step.pgd_step(adv, grad, clean, *step), expected, norm)
     moved = adv.clone()
     pgd_step.pgd_step_(moved, grad, clean, *step)
@@ -44,7 +45,7 @@ def test_the_step(shape, dtype, grad_dtype, norm, seed):
 @pytest.mark.parametrize("other", ["contiguous", "channels_last"])
 def test_the_step_takes_any_layout(layout, other, norm):
     adv, grad, clean = step_images((3, 3, 8, 6), torch.float32)
-    step = (0.1, 0.2, norm, 0.0, 1.0)
+    step = (0.1, 0.2, norm == "l2", 0.0, 1.0)
     expected = OPS.pgd_step(adv, grad, clean, *step)
     adv, grad, clean = LAYOUTS[layout](adv), LAYOUTS[other](grad), LAYOUTS[layout](clean)
     actual = pgd_step.pgd_step(adv, grad, clean, *step)
@@ -59,8 +60,8 @@ def test_the_step_takes_any_layout(layout, other, norm):
 def test_the_start(shape, dtype, norm, key):
     _, _, clean = step_images(shape, dtype, key % 100)
     seed = torch.tensor([key, key // 3])
-    expected = OPS.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
-    actual = random_start.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
+    expected = OPS.random_start(clean, seed, 0.3, norm == "l2", 0.0, 1.0)
+    actual = random_start.random_start(clean, seed, 0.3, norm == "l2", 0.0, 1.0)
     if dtype == torch.float64:
         assert_close(actual, expected, "elementwise")
     else:
@@ -72,19 +73,20 @@ def test_the_start(shape, dtype, norm, key):
 def test_the_start_takes_any_layout(layout, norm):
     _, _, clean = step_images((3, 3, 8, 6), torch.float32)
     seed = torch.tensor([5, 6])
-    expected = OPS.random_start(clean, seed, 0.3, norm, 0.0, 1.0)
-    assert_moved_alike(random_start.random_start(LAYOUTS[layout](clean), seed, 0.3, norm, 0.0, 1.0), expected, norm)
+    expected = OPS.random_start(clean, seed, 0.3, norm == "l2", 0.0, 1.0)
+    assert_moved_alike(
+        random_start.random_start(LAYOUTS[layout](clean), seed, 0.3, norm == "l2", 0.0, 1.0), expected, norm
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm": "l1"}, "norm must be linf or l2, got l1"),
         ({"grad": torch.zeros(2, 2)}, "grad must have the sizes of adv"),
         ({"clean": torch.zeros(2, 3, dtype=torch.int32)}, "clean must be float64, float32"),
     ],
 )
 def test_arguments_that_the_cuda_ops_refuse_are_refused(change, message):
-    step = {"adv": torch.zeros(2, 3), "grad": torch.zeros(2, 3), "clean": torch.zeros(2, 3), "norm": "linf"}
+    step = {"adv": torch.zeros(2, 3), "grad": torch.zeros(2, 3), "clean": torch.zeros(2, 3), "l2": False}
     with pytest.raises(RuntimeError, match=message):
         pgd_step.pgd_step(**{**step, **change}, alpha=0.1, eps=0.1, lo=0.0, hi=1.0)
