@@ -1,7 +1,7 @@
 """Patterns: masks compiled into the index lists that the sparse kernels read.
 
-The ops of torch take a pattern as a list of tensors, `flatten`; csrc/cpu/masked_conv2d/pattern_layout.h describes the
-list. Everywhere else a pattern is an object with named fields.
+The ops of torch take a pattern as a list of tensors, `flatten`; csrc/common/pattern_layout.h describes the list.
+Everywhere else a pattern is an object with named fields.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class CsrPattern(Pattern):
     """The index lists of the CPU kernels: compressed sparse rows.
 
     Row i of the matrix has the column indices `col_indices[row_offsets[i]:row_offsets[i + 1]]`, each a (channel, tap)
-    pair that a block of 1, 2 or 4 output channels reads; csrc/cpu/masked_conv2d/pattern_layout.h has the details. For
-    grad_input, the channels that are read are the output channels of the convolution.
+    pair that a block of 1, 2 or 4 output channels reads; csrc/common/pattern_layout.h has the details. For grad_input,
+    the channels that are read are the output channels of the convolution.
     """
 
     row_offsets: Tensor

@@ -1,6 +1,6 @@
 // The arithmetic of the convolution and its gradients, and the checks of column indices.
+#include "common/pattern_layout.h"
 #include "cpp/kernels_check.h"
-#include "cpu/masked_conv2d/pattern_layout.h"
 
 namespace sparse_adv {
 

@@ -1,6 +1,6 @@
 #include "cpu/masked_conv2d/col_indices_kernel.h"
 
-#include "cpu/masked_conv2d/pattern_layout.h"
+#include "common/pattern_layout.h"
 
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {

@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/masked_conv2d/pattern_layout.h"
+#include "common/pattern_layout.h"
 
 namespace sparse_adv {
 

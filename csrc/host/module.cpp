@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cpu/masked_conv2d/pattern_compiler.h"
+#include "host/pattern_compiler.h"
 
 namespace py = pybind11;
 using namespace sparse_adv;

@@ -1,4 +1,5 @@
-// The memory layout of a compiled pattern, shared by the compiler (pattern_compiler.cpp) and the reader (pattern.cpp).
+// The memory layout of a compiled pattern, shared by the compiler (host/pattern_compiler.cpp) and the reader
+// (cpu/masked_conv2d/pattern.cpp).
 //
 // A pattern is a list of tensors. None of them depends on an image size.
 //   0 header       int64 [kHeaderSize], on the CPU

@@ -1,4 +1,4 @@
-#include "cpu/masked_conv2d/pattern_compiler.h"
+#include "host/pattern_compiler.h"
 
 #include <algorithm>
 #include <bit>

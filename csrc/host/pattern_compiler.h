@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/masked_conv2d/pattern_layout.h"
+#include "common/pattern_layout.h"
 
 namespace sparse_adv {
 
