@@ -64,11 +64,14 @@ void check_out(const Tensor& out, const std::array<int64_t, 4>& size, const char
   check_residual(epilogue.residual, out);
   check_gate("gate", epilogue.gate, out);
   check_gate_out(epilogue, out);
-  check_memory("out", out, like_name, like);
-  check_memory("out", out, "weight", weight);
   check_memory("out", out, "bias", epilogue.bias);
-  check_memory("gate_out", epilogue.relu_gate, like_name, like);
-  check_memory("gate_out", epilogue.relu_gate, "weight", weight);
+  check_is_not_written(like_name, like, out, epilogue);
+  check_is_not_written("weight", weight, out, epilogue);
+}
+
+void check_is_not_written(const char* name, const Tensor& read, const Tensor& out, const EpilogueTensors& epilogue) {
+  check_memory("out", out, name, read);
+  check_memory("gate_out", epilogue.relu_gate, name, read);
 }
 
 void check_activation(const EpilogueTensors& epilogue) {

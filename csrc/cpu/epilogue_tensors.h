@@ -38,10 +38,13 @@ void check_gate(const char* name, const std::optional<torch::stable::Tensor>& ga
 void check_residual(const std::optional<torch::stable::Tensor>& residual, const torch::stable::Tensor& out);
 
 // Throws unless a convolution of the images `like` with these weights can write to `out`: it has this size, their dtype
-// and their layout, residual and gate fit it, and neither out nor gate_out shares memory with what the kernels read
-// meanwhile.
+// and their layout, residual and gate fit it, and neither out nor gate_out shares memory with one of these operands.
 void check_out(const torch::stable::Tensor& out, const std::array<int64_t, 4>& size, const char* like_name,
                const torch::stable::Tensor& like, const torch::stable::Tensor& weight, const EpilogueTensors& epilogue);
+
+// Throws if out or gate_out shares memory with a tensor that the kernels read meanwhile.
+void check_is_not_written(const char* name, const torch::stable::Tensor& read, const torch::stable::Tensor& out,
+                          const EpilogueTensors& epilogue);
 
 // Throws if there are a ReLU and a gate, or a gate is to be written without a ReLU.
 void check_activation(const EpilogueTensors& epilogue);

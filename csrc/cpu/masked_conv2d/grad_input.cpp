@@ -38,7 +38,10 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const std::ve
   const ConvParams conv = make_conv_params(pattern, input_size, stride, padding, dilation, groups);
   check_weight(pattern, weight, grad_output);
   check_size("grad_output", grad_output, {conv.N, conv.K, conv.P, conv.Q});
-  if (out) check_out(*out, {conv.N, conv.C, conv.H, conv.W}, "grad_output", grad_output, weight, epilogue);
+  if (out) {
+    check_out(*out, {conv.N, conv.C, conv.H, conv.W}, "grad_output", grad_output, weight, epilogue);
+    check_is_not_written(pattern, *out, epilogue);
+  }
   const Plan plan =
       make_plan(pattern, conv, Pass::grad_input, grad_output.scalar_type(),
                 is_channels_last(grad_output) || (out && is_channels_last(*out)), epilogue.relu_gate || epilogue.gate);

@@ -45,7 +45,10 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const std::vector<Ten
   }
   check_size("residual", epilogue.residual, {conv.N, conv.K, conv.P, conv.Q});
   check_dtype("residual", epilogue.residual, "input", input);
-  if (out) check_out(*out, {conv.N, conv.K, conv.P, conv.Q}, "input", input, weight, epilogue);
+  if (out) {
+    check_out(*out, {conv.N, conv.K, conv.P, conv.Q}, "input", input, weight, epilogue);
+    check_is_not_written(pattern, *out, epilogue);
+  }
   const Plan plan =
       make_plan(pattern, conv, Pass::forward, input.scalar_type(),
                 is_channels_last(input) || (out && is_channels_last(*out)), epilogue.relu_gate || epilogue.gate);

@@ -154,4 +154,17 @@ Pattern read_pattern(const std::vector<Tensor>& tensors) {
   return pattern;
 }
 
+void check_is_not_written(const Pattern& pattern, const Tensor& out, const EpilogueTensors& epilogue) {
+  constexpr const char* kNames[] = {"the pattern's header",
+                                    "the pattern's mask",
+                                    "the pattern's row_offsets",
+                                    "the pattern's col_indices",
+                                    "the pattern's grad_input_row_offsets",
+                                    "the pattern's grad_input_col_indices",
+                                    "the pattern's values",
+                                    "the pattern's grad_input_values"};
+  for (size_t i = 0; i < pattern.tensors.size(); ++i)
+    check_is_not_written(kNames[i], pattern.tensors[i], out, epilogue);
+}
+
 }  // namespace sparse_adv

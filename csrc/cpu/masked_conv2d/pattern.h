@@ -3,10 +3,10 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <vector>
 
 #include "common/pattern_layout.h"
+#include "cpu/epilogue_tensors.h"
 
 namespace sparse_adv {
 
@@ -48,5 +48,9 @@ struct Pattern {
 
 // Throws std::runtime_error where the tensors are not a pattern.
 Pattern read_pattern(const std::vector<torch::stable::Tensor>& tensors);
+
+// Throws if out or gate_out shares memory with a tensor of the pattern: a list that changes after its checks would lead
+// the kernels out of bounds.
+void check_is_not_written(const Pattern& pattern, const torch::stable::Tensor& out, const EpilogueTensors& epilogue);
 
 }  // namespace sparse_adv

@@ -125,6 +125,8 @@ void masked_winograd_conv2d_out_cpu(Tensor input, Tensor row_offsets, Tensor cha
   check_dtype("bias", bias, "input", input);
   check_activation(epilogue);
   check_out(out, size, "input", input, values, epilogue);
+  check_is_not_written("row_offsets", row_offsets, out, epilogue);
+  check_is_not_written("channels", channels, out, epilogue);
   if (out.numel() == 0) return;
   const EpilogueTensors operands = epilogue.laid_out_like(out);
   const Epilogue<float> pointers = operands.pointers<float>(out);
