@@ -1,5 +1,4 @@
-// Scratch memory of a thread, aligned to a cache line. It grows when more is needed and stays allocated between calls,
-// unless it is large.
+// Scratch memory of a thread, aligned to a cache line. It stays allocated between calls unless it is large.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +11,9 @@ namespace sparse_adv {
 
 class AlignedBuffer {
  public:
-  // Room for `size` floats, uninitialised. More than kKept floats are given back when fewer are needed.
+  // Room for `size` floats, uninitialised. What an earlier call of at_least returned becomes invalid if it was smaller.
   float* at_least(int64_t size) {
-    if (size > size_ || (size_ > kKept && size <= kKept)) {
+    if (size > size_) {
       data_.reset();
       size_ = 0;  // also if no memory is found below
       constexpr std::size_t kAlignment = 64;
@@ -27,14 +26,37 @@ class AlignedBuffer {
     return data_.get();
   }
 
+  void give_back_large() {
+    if (size_ <= kKept) return;
+    data_.reset();
+    size_ = 0;
+  }
+
  private:
-  static constexpr int64_t kKept = 4 << 20;
+  // 32 MB: as much as winograd_conv2d takes for its tiles of 512 input and 512 output channels. If they were given
+  // back, the system would clear their pages in each call. Only extreme sizes take more, such as rows of thousands of
+  // pixels.
+  static constexpr int64_t kKept = 8 << 20;
 
   struct Free {
     void operator()(float* data) const { std::free(data); }
   };
   std::unique_ptr<float, Free> data_;
   int64_t size_ = 0;
+};
+
+// A call's use of the thread's buffer. At the end of the call, also by an exception, a large buffer is given back.
+class ScratchUse {
+ public:
+  explicit ScratchUse(AlignedBuffer& buffer) : buffer_(buffer) {}
+  ~ScratchUse() { buffer_.give_back_large(); }
+  ScratchUse(const ScratchUse&) = delete;
+  ScratchUse& operator=(const ScratchUse&) = delete;
+
+  float* at_least(int64_t size) { return buffer_.at_least(size); }
+
+ private:
+  AlignedBuffer& buffer_;
 };
 
 }  // namespace sparse_adv

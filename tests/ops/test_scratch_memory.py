@@ -56,6 +56,39 @@ def test_winograds_filtering_transforms_parts_of_many_channels_in_memory_that_th
     assert int(done.stdout) < 1000  # pages of 4 KB; a part takes 14 MB
 
 
+EXTREME = """
+import torch
+from sparse_adv import ops
+torch.set_num_threads(1)
+def in_use():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) >> 10
+weight = torch.randn(64, 64, 3, 3)
+kernels = dict.fromkeys(("forward", "grad_input", "grad_weight"), "sparse")
+sparse = ops.set_kernels(ops.compile_pattern(weight > 1), **kernels)
+filters = ops.compile_pattern((torch.rand(64, 64, 1, 1) < 0.1).expand(64, 64, 3, 3), (1, 1, 3, 3))
+live = ops.masked_winograd_conv2d_weight(weight, filters)
+def call(width):
+    x = torch.randn(1, 64, 4, width)
+    {call}
+call(8)
+before = in_use()
+call(100_000)
+print(in_use() - before)
+"""
+OPS = {
+    "masked_conv2d": "ops.masked_conv2d(x, weight, sparse, padding=1)",
+    "its gradient": "torch.ops.sparse_adv.masked_conv2d_grad_weight(x, x, sparse.flatten(), [1, 1], [1, 1], [1, 1], 1)",
+    "masked_winograd_conv2d_out": "ops.masked_winograd_conv2d_out(x, live, out=torch.empty_like(x))",
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_memory_that_an_extreme_size_took_is_given_back(op):
+    done = subprocess.run([sys.executable, "-c", EXTREME.replace("{call}", OPS[op])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 60  # MB; an input takes 100, a row of its tiles 300 to 700
+
+
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch does not tell a library why a call failed")
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
 def test_a_lack_of_memory_for_tensors_is_told_as_torch_tells_it(kernel):

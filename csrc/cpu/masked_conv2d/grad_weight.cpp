@@ -42,7 +42,7 @@ class PartComputer {
         grad_output_(grad_output),
         input_loader_(blocking),
         grad_loader_(blocking, grad_output.size(1)),
-        input_tile_(thread_buffer().at_least(blocking.input_tile_size() + grad_loader_.size)),
+        input_tile_(scratch_.at_least(blocking.input_tile_size() + grad_loader_.size)),
         grad_tile_(input_tile_ + blocking.input_tile_size()) {
     if (blocking.has_gaps()) std::fill_n(input_tile_, blocking.input_tile_size() + grad_loader_.size, 0.0f);
   }
@@ -83,6 +83,7 @@ class PartComputer {
   const Tensor& grad_output_;
   InputTileLoader input_loader_;
   GradTileLoader grad_loader_;
+  ScratchUse scratch_{thread_buffer()};
   float* const input_tile_;
   float* const grad_tile_;
 };

@@ -132,8 +132,7 @@ class BandComputer {
         plane_of_(accumulator_planes(conv.csr)),
         output_(output),
         planes_(conv.csr.oc_blocks * conv.csr.oc_block),
-        input_tile_(
-            thread_buffer().at_least(blocking_.input_tile_size() + blocking_.acc_size(planes_) * blocking_.lanes)),
+        input_tile_(scratch_.at_least(blocking_.input_tile_size() + blocking_.acc_size(planes_) * blocking_.lanes)),
         accumulators_(input_tile_ + blocking_.input_tile_size()),
         loader_(blocking_) {
     if (blocking_.has_gaps()) std::fill_n(input_tile_, blocking_.input_tile_size(), 0.0f);
@@ -318,6 +317,7 @@ class BandComputer {
   const std::vector<int32_t> plane_of_;
   Tensor& output_;
   const int64_t planes_;
+  ScratchUse scratch_{thread_buffer()};
   float* const input_tile_;
   float* const accumulators_;
   InputTileLoader loader_;

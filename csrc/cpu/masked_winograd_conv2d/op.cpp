@@ -149,10 +149,11 @@ void masked_winograd_conv2d_out_cpu(Tensor input, Tensor row_offsets, Tensor cha
   SharedItems pieces(count, threads);
   parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     thread_local AlignedBuffer buffer;
+    ScratchUse scratch(buffer);
     PieceTables tables(g);
     pieces.take(thread, [&](int64_t i) {
       const TilePiece piece = tables.build(i * rows, std::min((i + 1) * rows, tile_rows));
-      kernel(sizes, filters, weights, piece, images, results, pointers, buffer.at_least(sizes.scratch(piece)));
+      kernel(sizes, filters, weights, piece, images, results, pointers, scratch.at_least(sizes.scratch(piece)));
     });
   });
 }

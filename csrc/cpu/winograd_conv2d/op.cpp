@@ -116,9 +116,10 @@ void convolve(const Winograd& conv, int64_t tiles, const float* input, const flo
   SharedItems chunks(count, threads);
   parallel_for(0, std::min(threads, count), 1, [&](int64_t thread, int64_t) {
     thread_local AlignedBuffer buffer;
+    ScratchUse scratch(buffer);
     chunks.take(thread, [&](int64_t i) {
       kernel(conv, input, weight, out, epilogue, i * chunk, std::min(tiles, (i + 1) * chunk),
-             buffer.at_least(chunk * scratch_of_tile));
+             scratch.at_least(chunk * scratch_of_tile));
     });
   });
 }
@@ -178,9 +179,10 @@ Tensor winograd_conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> bi
   const EpilogueTensors epilogue = EpilogueTensors{.bias = bias}.laid_out_like(out);
   const float* const biases = epilogue.pointers<float>(out).bias;
   const WinogradWeight operand = weight_of(weight, transposed);
+  thread_local AlignedBuffer buffer;
+  ScratchUse scratch(buffer);
   for_each_part(conv, [&](const Winograd& part, int64_t first) {
-    thread_local AlignedBuffer buffer;
-    float* const transformed = buffer.at_least(transformed_size(part));
+    float* const transformed = scratch.at_least(transformed_size(part));
     WinogradWeight of_part = operand;
     of_part.first += first * operand.out_stride;
     of_part.out_channels = part.K;
@@ -195,9 +197,10 @@ Tensor winograd_conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> bi
 void differentiate(const Winograd& conv, int64_t tiles, const float* input, const float* grad, float* grad_weight) {
   const int64_t elements = elements_of(conv), width = conv.panels * kPanel, most = std::min(tiles, kGradTiles);
   thread_local AlignedBuffer v_buffer, z_buffer, sums_buffer;
-  float* const v = v_buffer.at_least(elements * most * conv.C);
-  float* const z = z_buffer.at_least(elements * most * width);
-  float* const sums = sums_buffer.at_least(transformed_size(conv));
+  ScratchUse v_scratch(v_buffer), z_scratch(z_buffer), sums_scratch(sums_buffer);
+  float* const v = v_scratch.at_least(elements * most * conv.C);
+  float* const z = z_scratch.at_least(elements * most * width);
+  float* const sums = sums_scratch.at_least(transformed_size(conv));
   const auto transform_tile = SPARSE_ADV_CHOOSE(winograd_grad_tile);
   const auto multiply = SPARSE_ADV_CHOOSE(winograd_grad_multiply);
   const auto finish = SPARSE_ADV_CHOOSE(winograd_grad_taps);
