@@ -15,7 +15,7 @@ struct Runs {
   // cache line, and so would each load of a kernel that visits one channel of all images, which lie far apart.
   int64_t ahead = 512;
 
-  int64_t size() const { return rows * row_size; }
+  [[gnu::always_inline]] int64_t size() const { return rows * row_size; }
 };
 
 }  // namespace sparse_adv

@@ -1,7 +1,8 @@
 // A vector of floats (`kLanes` lanes) in the instruction set that the including kernel file is compiled for.
 //
 // Everything is in the namespace of the instruction set, and kernel files call no inline function of another library:
-// the linker keeps one copy of an inline function, which might be the AVX-512 one on a machine without AVX-512.
+// the linker keeps one copy of an inline function, which might be the AVX-512 one on a machine without AVX-512. Methods
+// of their operands are always inlined for that reason; .ci/sanitize looks for others.
 #pragma once
 
 #include <cstdint>

@@ -53,8 +53,8 @@ struct PieceSizes {
   int64_t panel;                           // output channels whose sums are in the scratch memory, whole oc_blocks
 
   // V[element][channel][tile] and M[channel][element][tile]. The additions keep rows from the same sets of the L1.
-  int64_t v_pitch(int64_t tiles) const { return C * tiles + kTileGroup; }
-  int64_t m_pitch(int64_t tiles) const { return kElements * tiles + kTileGroup; }
+  [[gnu::always_inline]] int64_t v_pitch(int64_t tiles) const { return C * tiles + kTileGroup; }
+  [[gnu::always_inline]] int64_t m_pitch(int64_t tiles) const { return kElements * tiles + kTileGroup; }
   int64_t scratch(const TilePiece& piece) const {
     return kElements * v_pitch(piece.tiles) + panel * m_pitch(piece.tiles) + piece.plane_size;
   }
