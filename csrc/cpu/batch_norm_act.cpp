@@ -129,7 +129,7 @@ void forward(const Tensor& out, const Tensor& input, const EpilogueTensors& epil
   const double count = static_cast<double>(N * pixels);
   const T *const weight = data_of<T>(epilogue.scale), *const bias = data_of<T>(epilogue.bias);
   std::vector<T> minus_shift(C), scale(C), offset(C);
-  const Runs runs = channel_runs_of(out, epilogue.relu_gate.has_value());
+  const Runs runs = channel_runs_of(out, epilogue.gate_out.has_value());
   const T* const x = input.const_data_ptr<T>();
   Pointwise<T> affine{
       .input = x, .out = out.mutable_data_ptr<T>(), .epilogue = epilogue.pointers<T>(out), .runs = runs};
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_cpu(Tensor input, std:
   if (out.numel() == 0) return {out, torch::stable::zero_(mean), torch::stable::zero_(var), gate};
   EpilogueTensors operands{.scale = vector_for(weight, staging), .bias = vector_for(bias, staging), .relu = relu};
   if (residual) operands.residual = staged(*residual, staging);
-  if (relu) operands.relu_gate = gate;
+  if (relu) operands.gate_out = gate;
   (is_double(staging) ? &forward<double> : &forward<float>)(staging, staged(input, staging), operands, mean, var, eps);
   unstage(staging, out);
   return {out, mean, var, gate};

@@ -22,7 +22,7 @@ struct Epilogue {
   const T* bias = nullptr;
   const T* residual = nullptr;  // in the layout of the output, which it may be
   bool relu = false;
-  uint8_t* relu_gate = nullptr;  // receives the bits of the ReLU
+  uint8_t* gate_out = nullptr;  // receives the bits of the ReLU
   const uint8_t* gate = nullptr;
   GateLayout gate_layout = {};  // of both gates
 };

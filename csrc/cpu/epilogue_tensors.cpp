@@ -71,16 +71,16 @@ void check_out(const Tensor& out, const std::array<int64_t, 4>& size, const char
 
 void check_is_not_written(const char* name, const Tensor& read, const Tensor& out, const EpilogueTensors& epilogue) {
   check_memory("out", out, name, read);
-  check_memory("gate_out", epilogue.relu_gate, name, read);
+  check_memory("gate_out", epilogue.gate_out, name, read);
 }
 
 void check_activation(const EpilogueTensors& epilogue) {
   check(!(epilogue.relu && epilogue.gate), "relu and gate exclude each other");
-  check(epilogue.relu || !epilogue.relu_gate, "gate_out receives the bits of the ReLU, but relu is False");
+  check(epilogue.relu || !epilogue.gate_out, "gate_out receives the bits of the ReLU, but relu is False");
 }
 
 void check_gate_out(const EpilogueTensors& epilogue, const Tensor& out) {
-  const std::optional<Tensor>& gate_out = epilogue.relu_gate;
+  const std::optional<Tensor>& gate_out = epilogue.gate_out;
   check_gate("gate_out", gate_out, out);
   check_memory("gate_out", gate_out, "scale", epilogue.scale);
   check_memory("gate_out", gate_out, "bias", epilogue.bias);
@@ -102,7 +102,7 @@ Epilogue<T> EpilogueTensors::pointers(const Tensor& out) const {
           .bias = data(bias),
           .residual = data(residual),
           .relu = relu,
-          .relu_gate = relu_gate ? relu_gate->mutable_data_ptr<uint8_t>() : nullptr,
+          .gate_out = gate_out ? gate_out->mutable_data_ptr<uint8_t>() : nullptr,
           .gate = gate ? gate->const_data_ptr<uint8_t>() : nullptr,
           .gate_layout = gate_layout(out)};
 }

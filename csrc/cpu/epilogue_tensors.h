@@ -14,7 +14,7 @@ namespace sparse_adv {
 struct EpilogueTensors {
   std::optional<torch::stable::Tensor> scale = std::nullopt, bias = std::nullopt, residual = std::nullopt;
   bool relu = false;
-  std::optional<torch::stable::Tensor> relu_gate = std::nullopt, gate = std::nullopt;
+  std::optional<torch::stable::Tensor> gate_out = std::nullopt, gate = std::nullopt;
 
   // With contiguous vectors and the residual in the layout of `out`; copies where they are not so.
   EpilogueTensors laid_out_like(const torch::stable::Tensor& out) const;

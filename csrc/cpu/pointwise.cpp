@@ -21,7 +21,7 @@ constexpr int64_t kGrain = 32768;  // elements per thread at least, as in ATen's
 
 template <class T>
 void run(const Tensor& out, const Tensor& input, const EpilogueTensors& epilogue) {
-  const Runs runs = runs_of(out, epilogue.gate || epilogue.relu_gate);
+  const Runs runs = runs_of(out, epilogue.gate || epilogue.gate_out);
   const Pointwise<T> operands{.input = input.const_data_ptr<T>(),
                               .out = out.mutable_data_ptr<T>(),
                               .epilogue = epilogue.pointers<T>(out),
@@ -52,7 +52,7 @@ void pointwise_out_cpu(Tensor input, std::optional<Tensor> scale, std::optional<
   check_gate("gate", gate, out);
   check_memory("gate_out", gate_out, "input", input);
   const EpilogueTensors epilogue{
-      .scale = scale, .bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out, .gate = gate};
+      .scale = scale, .bias = bias, .residual = residual, .relu = relu, .gate_out = gate_out, .gate = gate};
   check_activation(epilogue);
   check_gate_out(epilogue, out);
   pointwise_into(out, input, epilogue);

@@ -14,7 +14,7 @@ static void runs(const Pointwise<T>& operands, int64_t begin, int64_t end) {
   const bool affine = epilogue.scale || epilogue.bias;
   auto scale = broadcast(T(1)), bias = broadcast(T(0));
   visit_runs<T, Bits>(
-      operands.runs, {.read = epilogue.gate, .write = epilogue.relu_gate}, begin, end,
+      operands.runs, {.read = epilogue.gate, .write = epilogue.gate_out}, begin, end,
       [&](int64_t channel) __attribute__((always_inline)) {
         if (!CHANNELS_LAST && epilogue.scale) scale = broadcast(epilogue.scale[channel]);
         if (!CHANNELS_LAST && epilogue.bias) bias = broadcast(epilogue.bias[channel]);

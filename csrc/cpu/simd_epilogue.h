@@ -162,7 +162,7 @@ static inline __attribute__((always_inline)) Values finish(Values v, const Epilo
   if (epilogue.residual) v = add(v, load_up_to(epilogue.residual + at, count));
   if (epilogue.gate) v = zero_unless(bits.load(epilogue.gate, count), v);
   if (epilogue.relu) {
-    if (epilogue.relu_gate) bits.store(epilogue.relu_gate, passing_bits(v), count);
+    if (epilogue.gate_out) bits.store(epilogue.gate_out, passing_bits(v), count);
     v = relu(v);
   }
   return v;

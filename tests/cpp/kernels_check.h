@@ -110,7 +110,7 @@ class Gates {
   template <class T>
   void activate(Epilogue<T>& epilogue) {
     epilogue.relu = activation_ == Activation::relu || activation_ == Activation::relu_with_gate;
-    epilogue.relu_gate = activation_ == Activation::relu_with_gate ? written_.data() : nullptr;
+    epilogue.gate_out = activation_ == Activation::relu_with_gate ? written_.data() : nullptr;
     epilogue.gate = activation_ == Activation::gate ? read_.data() : nullptr;
     epilogue.gate_layout = layout_;
   }

@@ -253,7 +253,7 @@ BAD = {
         RuntimeError,
         r"input must have pixels, got \[2, 4, 0, 7\]",
     ),
-    "no channels": ({"weight": WEIGHT[:0]}, RuntimeError, r"weight of size \[0, 4, 3, 3\] has no output channels"),
+    "no channels": ({"weight": WEIGHT[:0]}, RuntimeError, r"weight must not be empty, got size \[0, 4, 3, 3\]"),
     "no tensor": ({"input": [1.0]}, TypeError, "input must be a tensor, got list"),
 }
 

@@ -3,7 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
+#include <algorithm>
+#include <array>
 #include <bit>
+#include <optional>
 
 #include "common/errors.h"
 #include "common/layout.h"
@@ -149,11 +152,11 @@ Tensor finish(const Tensor& like, const Tensor& sum, const EpilogueTensors& epil
 // Scale and bias are applied as PyTorch does, each rounded, and the bias by the convolution unless a scale precedes it.
 Tensor dense_conv2d(const ConvParams& conv, const Pattern& pattern, const Tensor& input, const Tensor& weight,
                     const EpilogueTensors& epilogue, const std::optional<Tensor>& out) {
-  const auto& [scale, bias, residual, relu, relu_gate, gate] = epilogue;
+  const auto& [scale, bias, residual, relu, gate_out, gate] = epilogue;
   Tensor sum = forward(conv, input, masked(pattern, weight), scale ? std::nullopt : bias);
   if (scale) sum = call_tensor("aten::mul", "Tensor", sum, along_channels(conv, *scale));
   if (scale && bias) sum = add(sum, along_channels(conv, *bias));
-  return finish(input, sum, {.residual = residual, .relu = relu, .relu_gate = relu_gate, .gate = gate}, out);
+  return finish(input, sum, {.residual = residual, .relu = relu, .gate_out = gate_out, .gate = gate}, out);
 }
 
 Tensor dense_conv2d_grad_input(const ConvParams& conv, const Pattern& pattern, const Tensor& grad_output,

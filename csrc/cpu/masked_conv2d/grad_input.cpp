@@ -44,7 +44,7 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const std::ve
   }
   const Plan plan =
       make_plan(pattern, conv, Pass::grad_input, grad_output.scalar_type(),
-                is_channels_last(grad_output) || (out && is_channels_last(*out)), epilogue.relu_gate || epilogue.gate);
+                is_channels_last(grad_output) || (out && is_channels_last(*out)), epilogue.gate_out || epilogue.gate);
   if (plan.kernel == Kernel::sparse)
     return sparse_conv2d_grad_input(conv, pattern, *plan.blocking, grad_output, weight, epilogue, out);
   return dense_conv2d_grad_input(conv, pattern, grad_output, weight, epilogue, out);

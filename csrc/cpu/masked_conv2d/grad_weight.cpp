@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
+#include <optional>
 
 #include "common/errors.h"
 #include "common/layout.h"

@@ -51,7 +51,7 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const std::vector<Ten
   }
   const Plan plan =
       make_plan(pattern, conv, Pass::forward, input.scalar_type(),
-                is_channels_last(input) || (out && is_channels_last(*out)), epilogue.relu_gate || epilogue.gate);
+                is_channels_last(input) || (out && is_channels_last(*out)), epilogue.gate_out || epilogue.gate);
   if (plan.kernel == Kernel::sparse) return sparse_conv2d(conv, pattern, *plan.blocking, input, weight, epilogue, out);
   return dense_conv2d(conv, pattern, input, weight, epilogue, out);
 }
@@ -67,7 +67,7 @@ void masked_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<Tensor> patt
                            std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                            int64_t groups, std::optional<Tensor> residual, bool relu, Tensor out,
                            std::optional<Tensor> gate_out) {
-  const EpilogueTensors epilogue{.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out};
+  const EpilogueTensors epilogue{.bias = bias, .residual = residual, .relu = relu, .gate_out = gate_out};
   check_activation(epilogue);
   convolve(input, weight, pattern, stride, padding, dilation, groups, epilogue, out);
 }

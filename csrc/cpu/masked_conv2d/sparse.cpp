@@ -101,7 +101,7 @@ std::vector<int32_t> accumulator_planes(const BlockCsr& csr) {
 // The epilogue of a part of the output, which begins at this element and at this byte of the gates.
 Epilogue<float> starting_at(Epilogue<float> epilogue, int64_t element, int64_t gate_byte) {
   if (epilogue.residual) epilogue.residual += element;
-  if (epilogue.relu_gate) epilogue.relu_gate += gate_byte;
+  if (epilogue.gate_out) epilogue.gate_out += gate_byte;
   if (epilogue.gate) epilogue.gate += gate_byte;
   return epilogue;
 }
@@ -207,7 +207,7 @@ class BandComputer {
     const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
     const int64_t width = blocking_.cols.output_size;
     const GateLayout& gates = epilogue.gate_layout;
-    const bool is_gated = epilogue.relu_gate || epilogue.gate, is_padded = gates.row_size % 8 != 0;
+    const bool is_gated = epilogue.gate_out || epilogue.gate, is_padded = gates.row_size % 8 != 0;
     for_each_tile(band, [&](int64_t row, int64_t col, ConvTile tile) {
       const int64_t first_row = band * blocking_.band_rows + row, first_col = col * blocking_.lanes;
       const int64_t at = first_row * width + first_col;
@@ -244,12 +244,12 @@ class BandComputer {
     piece_gates_.resize(channels.last * pitch);
     region.gate_channel_pitch = pitch;
     region.epilogue.gate = padded.gate ? piece_gates_.data() : nullptr;
-    region.epilogue.relu_gate = padded.relu_gate ? piece_gates_.data() : nullptr;
+    region.epilogue.gate_out = padded.gate_out ? piece_gates_.data() : nullptr;
     for (int64_t k = channels.first; padded.gate && k < channels.last; ++k)
       remove_padding(padded.gate + k * padded_pitch, row_size, rows, piece_gates_.data() + k * pitch);
     compute();
-    for (int64_t k = channels.first; padded.relu_gate && k < channels.last; ++k)
-      add_padding(piece_gates_.data() + k * pitch, row_size, rows, padded.relu_gate + k * padded_pitch);
+    for (int64_t k = channels.first; padded.gate_out && k < channels.last; ++k)
+      add_padding(piece_gates_.data() + k * pitch, row_size, rows, padded.gate_out + k * padded_pitch);
   }
 
   struct ChannelRange {

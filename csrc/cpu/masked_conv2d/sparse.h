@@ -4,7 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu/masked_conv2d/batch_layout_kernel.h"
+#include "cpu/epilogue.h"
 #include "cpu/masked_conv2d/blocking.h"
 #include "cpu/masked_conv2d/packing.h"
 

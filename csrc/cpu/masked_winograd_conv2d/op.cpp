@@ -120,7 +120,7 @@ void masked_winograd_conv2d_out_cpu(Tensor input, Tensor row_offsets, Tensor cha
   check_dtype("values", values, "input", input);
   const LiveFilters filters = check_live_filters(row_offsets, channels, values.size(2), K, C);
   check_size("values", values, {kElements, filters.count, filters.oc_block});
-  const EpilogueTensors epilogue{.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out, .gate = gate};
+  const EpilogueTensors epilogue{.bias = bias, .residual = residual, .relu = relu, .gate_out = gate_out, .gate = gate};
   check_size("bias", bias, {K});
   check_dtype("bias", bias, "input", input);
   check_activation(epilogue);

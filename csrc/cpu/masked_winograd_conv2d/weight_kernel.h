@@ -5,7 +5,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/masked_winograd_conv2d/live_filters.h"
-#include "cpu/winograd_conv2d/conv_kernel.h"
+#include "cpu/winograd_conv2d/winograd_weight.h"
 
 namespace sparse_adv {
 

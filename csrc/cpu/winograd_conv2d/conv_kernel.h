@@ -8,6 +8,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/epilogue.h"
+#include "cpu/winograd_conv2d/winograd_weight.h"
 
 namespace sparse_adv {
 
@@ -25,14 +26,6 @@ struct Winograd {
   int64_t pad_rows, pad_cols;    // zeros above and left of the input
   int64_t tile_rows, tile_cols;  // tiles of an image
   int64_t panels;                // of output channels
-};
-
-// Where the transformation of weights finds w[out][in][row][col]; for the gradient of the input the roles of the
-// channels are exchanged and the taps are turned by 180 degrees, which negative strides express.
-struct WinogradWeight {
-  const float* first;  // the tap [0][0] of the first pair of channels
-  int64_t out_stride, in_stride, row_stride, col_stride;
-  int64_t out_channels, in_channels;
 };
 
 // Computes the tiles [begin, end), counted over all images, with an epilogue; `scratch` has room for them.

@@ -20,7 +20,6 @@
 namespace sparse_adv {
 
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
@@ -146,7 +145,7 @@ void winograd_conv2d_out_cpu(Tensor input, Tensor weight, std::vector<int64_t> p
                              std::optional<Tensor> residual, bool relu, std::optional<Tensor> gate, Tensor out,
                              std::optional<Tensor> gate_out) {
   const Winograd conv = check_operands(input, weight, padding, out);
-  const EpilogueTensors epilogue{.bias = bias, .residual = residual, .relu = relu, .relu_gate = gate_out, .gate = gate};
+  const EpilogueTensors epilogue{.bias = bias, .residual = residual, .relu = relu, .gate_out = gate_out, .gate = gate};
   check_size("bias", bias, {conv.K});
   check_dtype("bias", bias, "input", input);
   check_activation(epilogue);
@@ -164,7 +163,7 @@ Tensor winograd_conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> bi
                            int64_t tile, bool transposed) {
   check_filters_3x3(weight);
   const int64_t C = weight.size(transposed ? 0 : 1), K = weight.size(transposed ? 1 : 0);
-  check(weight.size(0) > 0, "weight of size ", text_of(weight.sizes()), " has no output channels");
+  check(weight.size(0) > 0, "weight must not be empty, got size ", text_of(weight.sizes()));
   check(input.dim() == 4 && input.size(1) == C, "input must be [N, ", C, ", H, W], got ", text_of(input.sizes()));
   check_float("input", input);
   check_tile(tile);
