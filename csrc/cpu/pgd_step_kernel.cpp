@@ -46,13 +46,14 @@ void l2_sample(const T* adv, const T* grad, const T* clean, T* out, int64_t coun
 
   auto offset = [=](int64_t i) { return static_cast<double>(out[i]) - static_cast<double>(clean[i]); };
   const double distance = __builtin_sqrt(sum_of_squares(count, offset));
-  if (!(distance <= sizes.eps)) {
-    const double shrink = sizes.eps / distance;
-    SPARSE_ADV_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(clean[i] + shrink * offset(i));
-  }
   const T lo = static_cast<T>(sizes.lo), hi = static_cast<T>(sizes.hi);
-  for (int64_t i = 0; i < count; ++i) out[i] = clamp(out[i], lo, hi);
+  if (distance <= sizes.eps) {
+    for (int64_t i = 0; i < count; ++i) out[i] = clamp(out[i], lo, hi);
+    return;
+  }
+  const double shrink = sizes.eps / distance;
+  SPARSE_ADV_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) out[i] = clamp(static_cast<T>(clean[i] + shrink * offset(i)), lo, hi);
 }
 
 }  // namespace

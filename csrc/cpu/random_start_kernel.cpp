@@ -57,12 +57,15 @@ void for_each_element(int64_t begin, int64_t end, const Noise& noise, Visit visi
 // Uniform in (0, 1]: 0 is excluded because its logarithm is taken.
 double unit(uint32_t bits) { return (static_cast<double>(bits) + 1.0) * 0x1p-32; }
 
-// Box-Muller on two neighbouring words: the cosine for the even index, the sine for the odd one.
-double normal(const uint32_t* bits, int index) {
-  const int even = index & ~1;
-  const double radius = __builtin_sqrt(-2.0 * __builtin_log(unit(bits[even])));
-  const double angle = 6.283185307179586 * unit(bits[even + 1]);
-  return radius * (index == even ? __builtin_cos(angle) : __builtin_sin(angle));
+struct NormalPair {
+  double even, odd;
+};
+
+// Box-Muller on two neighbouring words: the cosine for the even element, the sine for the odd one.
+NormalPair normal_pair(const uint32_t* bits) {
+  const double radius = __builtin_sqrt(-2.0 * __builtin_log(unit(bits[0])));
+  const double angle = 6.283185307179586 * unit(bits[1]);
+  return {radius * __builtin_cos(angle), radius * __builtin_sin(angle)};
 }
 
 template <class T>
@@ -90,8 +93,11 @@ template <class T>
 void random_start_l2(const T* clean, T* out, int64_t sample, int64_t count, const Noise& noise) {
   const int64_t begin = sample * count, end = begin + count;
   double sum = 0;
+  NormalPair pair{};
   for_each_element(begin, end, noise, [&](int64_t i, const uint32_t* bits, int index) {
-    const double value = normal(bits, index);
+    const bool is_odd = index % 2 == 1;
+    if (!is_odd || i == begin) pair = normal_pair(bits + index - is_odd);
+    const double value = is_odd ? pair.odd : pair.even;
     sum += value * value;
     out[i] = static_cast<T>(value);
   });
