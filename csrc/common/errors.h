@@ -41,6 +41,9 @@ void throw_in_torch(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if (!run_caught(op, stack, inputs, outputs, message)) aoti_torch_check(false, "sparse_adv", __FILE__, 0, message);
 }
 
+// Elements per thread at least, of loops with a few operations for each, as in ATen's elementwise kernels.
+constexpr int64_t kElementwiseGrain = 32768;
+
 // Replaces torch::stable::parallel_for, whose threads belong to libtorch: rethrows on the calling thread what `body`
 // threw on any thread.
 template <class Body>

@@ -27,7 +27,6 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kGrain = 32768;      // elements per thread at least
 constexpr int64_t kBytesInRow = 1024;  // of consecutive memory that a thread reads at least, if the images are NCHW
 constexpr int64_t kPixels = 512;       // of channels_last images that are summed in one piece
 constexpr int64_t kFirstPixels = 64;   // of channels_last images whose mean is subtracted before summing
@@ -54,7 +53,7 @@ void in_two_passes(const BatchNormSums<T>& operands, int64_t images, int64_t pix
       move_shift(0, channels, count);
     }
     std::vector<double> parts(2 * channels * pieces);
-    const int64_t grain = std::max<int64_t>(1, kGrain / (kPixels * channels));
+    const int64_t grain = std::max<int64_t>(1, kElementwiseGrain / (kPixels * channels));
     parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
       std::vector<T> own(2 * channels);
       for (int64_t piece = begin; piece < end; ++piece) {
@@ -70,13 +69,13 @@ void in_two_passes(const BatchNormSums<T>& operands, int64_t images, int64_t pix
         second[c] += parts[2 * channels * piece + channels + c];
       }
     finish(0, channels, first.data(), second.data());
-    parallel_for(0, all, std::max<int64_t>(1, kGrain / channels), apply);
+    parallel_for(0, all, std::max<int64_t>(1, kElementwiseGrain / channels), apply);
   } else {
     const auto sums = SPARSE_ADV_CHOOSE(batch_norm_channel_sums<T>);
     const int64_t bytes = pixels * static_cast<int64_t>(sizeof(T));
     const int64_t together = std::clamp<int64_t>(divide_up(kBytesInRow, bytes), 1, kChannelsTogether);
     const int64_t groups = divide_up(channels, together);
-    const int64_t grain = std::max<int64_t>(1, kGrain / (together * images * pixels));
+    const int64_t grain = std::max<int64_t>(1, kElementwiseGrain / (together * images * pixels));
     parallel_for(0, groups, grain, [&](int64_t group, int64_t last_group) {
       for (; group < last_group; ++group) {
         const int64_t begin = group * together, end = std::min(channels, begin + together);

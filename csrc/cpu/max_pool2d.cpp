@@ -21,8 +21,6 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements per thread at least
-
 // `image` and `pooled` are in one layout. Lines of the image are rows of one channel (NCHW) or of all (channels_last,
 // and images of one pixel).
 struct Geometry {
@@ -66,7 +64,7 @@ Geometry check_geometry(const Tensor& image, const Tensor& pooled, const std::ve
 template <class Body>
 void for_each_plane(const Geometry& geometry, const Body& body) {
   const int64_t elements = std::max<int64_t>(1, geometry.image_rows * geometry.image_line);
-  parallel_for(0, geometry.planes, std::max<int64_t>(1, kGrain / elements), [&](int64_t begin, int64_t end) {
+  parallel_for(0, geometry.planes, std::max<int64_t>(1, kElementwiseGrain / elements), [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) body(plane);
   });
 }

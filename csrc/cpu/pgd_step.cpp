@@ -15,8 +15,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 32768;  // elements per thread at least, as in ATen's elementwise kernels
-
 template <class T>
 void run(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tensor& out, const StepSizes& sizes,
          bool l2) {
@@ -26,14 +24,14 @@ void run(const Tensor& adv, const Tensor& grad, const Tensor& clean, const Tenso
   T* out_data = out.mutable_data_ptr<T>();
   if (!l2) {
     const auto kernel = SPARSE_ADV_CHOOSE(pgd_step_linf<T>);
-    parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, out.numel(), kElementwiseGrain, [&](int64_t begin, int64_t end) {
       kernel(adv_data + begin, grad_data + begin, clean_data + begin, out_data + begin, end - begin, sizes);
     });
     return;
   }
   const auto kernel = SPARSE_ADV_CHOOSE(pgd_step_l2<T>);
   const int64_t samples = out.dim() == 0 ? 1 : out.size(0), count = out.numel() / samples;
-  parallel_for(0, samples, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
+  parallel_for(0, samples, std::max<int64_t>(1, kElementwiseGrain / count), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * count;
     kernel(adv_data + first, grad_data + first, clean_data + first, out_data + first, end - begin, count, sizes);
   });

@@ -17,8 +17,6 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements per thread at least, as in ATen's elementwise kernels
-
 template <class T>
 void run(const Tensor& out, const Tensor& input, const EpilogueTensors& epilogue) {
   const Runs runs = runs_of(out, epilogue.gate || epilogue.gate_out);
@@ -27,7 +25,7 @@ void run(const Tensor& out, const Tensor& input, const EpilogueTensors& epilogue
                               .epilogue = epilogue.pointers<T>(out),
                               .runs = runs};
   const auto kernel = SPARSE_ADV_CHOOSE(pointwise<T>);
-  parallel_for(0, out.numel() / runs.size(), std::max<int64_t>(1, kGrain / runs.size()),
+  parallel_for(0, out.numel() / runs.size(), std::max<int64_t>(1, kElementwiseGrain / runs.size()),
                [&](int64_t begin, int64_t end) { kernel(operands, begin, end); });
 }
 

@@ -16,8 +16,6 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kIndicesPerThread = 32768;  // at least
-
 std::vector<int64_t> tap_offsets(const Tensor& weight) {
   std::vector<int64_t> offsets;
   for (int64_t r = 0; r < weight.size(2); ++r)
@@ -55,7 +53,9 @@ template <class BeginBlock, class Visit>
 void for_each_weight(const BlockCsr& csr, const WeightLayout& weight, const BeginBlock& begin_block,
                      const Visit& visit) {
   const int64_t group_oc_blocks = csr.oc_blocks / csr.groups;
-  parallel_for(0, csr.oc_blocks, 32, [&](int64_t begin, int64_t end) {
+  const int64_t weights = std::max<int64_t>(csr.nnz * csr.oc_block, 1);
+  const int64_t grain = std::max<int64_t>(kElementwiseGrain * csr.oc_blocks / weights, 1);
+  parallel_for(0, csr.oc_blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       begin_block(block);
       const int64_t group = block / group_oc_blocks, first_channel = block % group_oc_blocks * csr.oc_block;
@@ -126,7 +126,7 @@ std::unique_ptr<int32_t[]> input_offsets(const BlockCsr& csr, const Blocking& bl
   // The channel's number within its panel: the size of a panel is a power of 2, unless it has all channels.
   const auto panel_mask =
       static_cast<int32_t>(blocking.ic_panel < blocking.source_channels ? blocking.ic_panel - 1 : kMaxChannels - 1);
-  parallel_for(0, csr.nnz, kIndicesPerThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, csr.nnz, kElementwiseGrain, [&](int64_t begin, int64_t end) {
     SPARSE_ADV_CHOOSE(col_indices_to_offsets)(csr.col_indices + begin, end - begin, panel_mask, channel_pitch,
                                               tap_offset.data(), offsets.get() + begin);
   });

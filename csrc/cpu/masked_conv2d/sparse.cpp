@@ -37,7 +37,7 @@ std::unique_ptr<float[]> pack_values(const SparseConv& conv) {
 void reorder(const BlockCsr& csr, const int32_t* order, const float* values, PassWeights& weights) {
   auto offsets = std::make_unique_for_overwrite<int32_t[]>(csr.nnz);
   auto ordered = std::make_unique_for_overwrite<float[]>(csr.nnz * csr.oc_block);
-  parallel_for(0, csr.nnz, 32768, [&](int64_t begin, int64_t end) {
+  parallel_for(0, csr.nnz, kElementwiseGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       offsets[order[i]] = weights.input_offsets[i];
       for (int64_t j = 0; j < csr.oc_block; ++j) ordered[order[i] * csr.oc_block + j] = values[i * csr.oc_block + j];
