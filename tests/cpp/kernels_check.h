@@ -49,14 +49,14 @@ struct Kernels {
   decltype(&portable::store_joined_rows) store_joined_rows;
   decltype(&portable::masked_conv2d_tile) conv_tile;
   decltype(&portable::masked_conv2d_grad_weight_tile) grad_weight_tile;
-  decltype(&portable::part_of_tile) part_of_tile;
+  decltype(&portable::register_block_of_tile) register_block_of_tile;
   decltype(&portable::col_indices_inside) col_indices_inside;
   decltype(&portable::col_indices_in_triples) col_indices_in_triples;
   decltype(&portable::find_filter_rows) find_filter_rows;
   decltype(&portable::col_indices_to_offsets) col_indices_to_offsets;
   decltype(&portable::masked_winograd_weight) masked_winograd_weight;
   decltype(&portable::masked_winograd_joined_tiles) masked_winograd_joined_tiles;
-  decltype(&portable::masked_winograd_piece) masked_winograd_piece;
+  decltype(&portable::masked_winograd_item) masked_winograd_item;
   decltype(&portable::winograd_weight) winograd_weight;
   decltype(&portable::winograd_tiles) winograd_tiles;
   decltype(&portable::winograd_grad_tile) winograd_grad_tile;

@@ -25,11 +25,12 @@ namespace {
 #define KERNELS(ISA)                                                                                                  \
   Kernels {                                                                                                           \
     #ISA, ISA::lane_count(), &ISA::fill_batch_tile, &ISA::store_accumulators, &ISA::fill_width_tile,                  \
-        &ISA::store_joined_rows, &ISA::masked_conv2d_tile, &ISA::masked_conv2d_grad_weight_tile, &ISA::part_of_tile,  \
-        &ISA::col_indices_inside, &ISA::col_indices_in_triples, &ISA::find_filter_rows, &ISA::col_indices_to_offsets, \
-        &ISA::masked_winograd_weight, &ISA::masked_winograd_joined_tiles, &ISA::masked_winograd_piece,                \
-        &ISA::winograd_weight, &ISA::winograd_tiles, &ISA::winograd_grad_tile, &ISA::winograd_grad_multiply,          \
-        &ISA::winograd_grad_taps, ELEMENT_KERNELS(ISA, float), ELEMENT_KERNELS(ISA, double)                           \
+        &ISA::store_joined_rows, &ISA::masked_conv2d_tile, &ISA::masked_conv2d_grad_weight_tile,                      \
+        &ISA::register_block_of_tile, &ISA::col_indices_inside, &ISA::col_indices_in_triples, &ISA::find_filter_rows, \
+        &ISA::col_indices_to_offsets, &ISA::masked_winograd_weight, &ISA::masked_winograd_joined_tiles,               \
+        &ISA::masked_winograd_item, &ISA::winograd_weight, &ISA::winograd_tiles, &ISA::winograd_grad_tile,            \
+        &ISA::winograd_grad_multiply, &ISA::winograd_grad_taps, ELEMENT_KERNELS(ISA, float),                          \
+        ELEMENT_KERNELS(ISA, double)                                                                                  \
   }
 
 bool check_all(const Kernels& kernels) {

@@ -191,7 +191,7 @@ bool check_conv_tile(const Kernels& kernels) {
     cases.emplace_back(kernels, 1, cols, IndexOrder::by_column);
     for (const WeightsAndInput& weights : cases) {
       good &= check_accumulators(kernels, weights, cols);
-      if (weights.oc_block > 1 && kernels.part_of_tile(cols, weights.oc_block).rows == 1)
+      if (weights.oc_block > 1 && kernels.register_block_of_tile(cols, weights.oc_block).rows == 1)
         good &= check_accumulators(kernels, weights, cols, filter_rows.data());
       for (Activation activation : kActivations) good &= check_output(kernels, weights, cols, activation);
     }
@@ -199,13 +199,13 @@ bool check_conv_tile(const Kernels& kernels) {
   return good;
 }
 
-static bool check_partial_sums(const Kernels& kernels, const WeightsAndInput& weights, int cols) {
+static bool check_partials(const Kernels& kernels, const WeightsAndInput& weights, int cols) {
   const int64_t lanes = kernels.lanes, row_pitch = (cols + 1) * lanes, plane = kTileVectors / cols * row_pitch;
   std::vector<int32_t> channel_of(weights.channels);
   for (int64_t k = 0; k < weights.channels; ++k) channel_of[k] = static_cast<int32_t>(weights.channels - 1 - k);
   const std::vector<float> grad = numbers((weights.channels - 1) * plane + plane - lanes);
-  std::vector<float> partial_sums = numbers(weights.oc_block * std::ssize(weights.input_offsets));
-  std::vector<double> expected(partial_sums.begin(), partial_sums.end());
+  std::vector<float> partials = numbers(weights.oc_block * std::ssize(weights.input_offsets));
+  std::vector<double> expected(partials.begin(), partials.end());
   kernels.grad_weight_tile(weights.packed(), 0, WeightsAndInput::kIcBlocks,
                            {.input = weights.input.data(),
                             .grad = grad.data(),
@@ -214,7 +214,7 @@ static bool check_partial_sums(const Kernels& kernels, const WeightsAndInput& we
                             .grad_channel_pitch = plane,
                             .cols = cols,
                             .channel_of = channel_of.data()},
-                           partial_sums.data());
+                           partials.data());
 
   for (int64_t row = 0; row < WeightsAndInput::kRows; ++row)
     for (int32_t i = weights.row_offsets[row]; i < weights.row_offsets[row + 1]; ++i)
@@ -225,15 +225,14 @@ static bool check_partial_sums(const Kernels& kernels, const WeightsAndInput& we
               static_cast<double>(grad[k * plane + at / (cols * lanes) * row_pitch + at % (cols * lanes)]) *
               weights.source(i, at, cols);
       }
-  return equal(partial_sums, expected);
+  return equal(partials, expected);
 }
 
 bool check_grad_weight_tile(const Kernels& kernels) {
   bool good = true;
   for (int cols : {16, 8, 4, 2, 1}) {
-    for (int64_t oc_block : {1, 2, 4})
-      good &= check_partial_sums(kernels, WeightsAndInput(kernels, oc_block, cols), cols);
-    good &= check_partial_sums(kernels, WeightsAndInput(kernels, 1, cols, IndexOrder::by_column), cols);
+    for (int64_t oc_block : {1, 2, 4}) good &= check_partials(kernels, WeightsAndInput(kernels, oc_block, cols), cols);
+    good &= check_partials(kernels, WeightsAndInput(kernels, 1, cols, IndexOrder::by_column), cols);
   }
   return good;
 }

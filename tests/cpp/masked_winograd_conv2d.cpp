@@ -1,7 +1,7 @@
-// Winograd's filtering of live filters: the transformed filters and the pieces of a convolution, against direct loops.
+// Winograd's filtering of live filters: the transformed filters and the items of a convolution, against direct loops.
 #include "common/rounding.h"
 #include "cpp/kernels_check.h"
-#include "cpu/masked_winograd_conv2d/pieces.h"
+#include "cpu/masked_winograd_conv2d/items.h"
 
 namespace sparse_adv {
 
@@ -83,19 +83,19 @@ bool check(const Kernels& kernels, int64_t oc_block, Activation activation, int6
   Gates gates(activation, std::ssize(actual), g.Q, std::ssize(actual) / kImages);
   Epilogue<float> epilogue{.bias = bias.data(), .residual = residual.data()};
   gates.activate(epilogue);
-  const PieceSizes sizes{.C = kChannels,
-                         .K = kOutChannels,
-                         .input_pixels = rows * cols,
-                         .input_row_size = cols,
-                         .output_pixels = g.P * g.Q,
-                         .output_row_size = g.Q,
-                         .panel = 4};
-  PieceTables tables(g);
+  const ConvSizes sizes{.C = kChannels,
+                        .K = kOutChannels,
+                        .input_pixels = rows * cols,
+                        .input_row_size = cols,
+                        .output_pixels = g.P * g.Q,
+                        .output_row_size = g.Q,
+                        .slice = 4};
+  ItemTables tables(g);
   const int64_t begin = 1, end = kImages * g.tile_rows - 1;
-  const TilePiece piece = tables.build(begin, end);
-  std::vector<float> scratch(sizes.scratch(piece), kUntouched);
-  kernels.masked_winograd_piece(sizes, filters.live(), filters.values.data(), piece, input.data(), actual.data(),
-                                epilogue, scratch.data());
+  const TileItem item = tables.build(begin, end);
+  std::vector<float> scratch(sizes.scratch(item), kUntouched);
+  kernels.masked_winograd_item(sizes, filters.live(), filters.values.data(), item, input.data(), actual.data(),
+                               epilogue, scratch.data());
 
   std::vector<double> expected(actual.size(), kUntouched);
   for (int64_t at = 0; at < std::ssize(expected); ++at) {

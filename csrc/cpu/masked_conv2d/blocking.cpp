@@ -26,7 +26,7 @@ Blocking::Blocking(ConvAxis rows_, ConvAxis cols_, const PassSizes& sizes)
   else if (width_vectorised())
     lay_out_width(sizes);
   if (width_vectorised() && fits_int32()) return;
-  rows = std::move(rows_);  // they may have been cut into pieces
+  rows = std::move(rows_);  // they may have been cut into segments
   cols = std::move(cols_);
   take(choose_layout(rows, cols, sizes, lanes, false));
   lay_out_batch(sizes);
@@ -39,23 +39,23 @@ void Blocking::take(const LayoutChoice& choice) {
   row_vectors_inside = choice.row_vectors_inside;
   plane_vectors = choice.plane_vectors;
   joined_pitch = choice.joined_pitch;
-  if (in_pieces()) cut_into_pieces(choice.piece);
+  if (in_segments()) cut_into_segments(choice.segment);
 }
 
-void Blocking::cut_into_pieces(int64_t piece) {
-  const int64_t pixels = rows.positions * cols.positions, pieces = divide_up(pixels, piece);
-  last_piece = pixels - (pieces - 1) * piece;
-  rows.source_size = rows.output_size = rows.positions = pieces;
-  cols.source_size = cols.output_size = cols.positions = piece;
+void Blocking::cut_into_segments(int64_t segment) {
+  const int64_t pixels = rows.positions * cols.positions, segments = divide_up(pixels, segment);
+  last_segment = pixels - (segments - 1) * segment;
+  rows.source_size = rows.output_size = rows.positions = segments;
+  cols.source_size = cols.output_size = cols.positions = segment;
 }
 
-// Cuts the rows into bands whose accumulators fill at most half of the L2 cache, and the channels into panels whose
+// Cuts the rows into bands whose accumulators fill at most half of the L2 cache, and the channels into slices whose
 // input tile fills at most a third of it; the rest is for the weights and the images that stream through. Measured with
 // an L2 of 2 MB (docs/design/masked_conv2d_history.md): 64 channels at 32x32 took 14.6, 10.9, 9.9, 9.8 and 11.2 ms with
 // 0.5, 1, 1.5, 2 and 8 MB of scratch memory. Bands have equal heights: a last band of few rows would convert as many
-// halo rows as the others. A pass with several output phases (grad_input with a stride) has one panel, since its
-// weights are sorted by phase and not by panel.
-void Blocking::cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row) {
+// halo rows as the others. A pass with several output phases (grad_input with a stride) has one slice, since its
+// weights are sorted by phase and not by slice.
+void Blocking::cut_bands_and_slices(const PassSizes& sizes, int64_t acc_vectors_per_row) {
   const int64_t vector_bytes = lanes * kFloat;
   const int64_t row_bytes = sizes.output_channels * acc_vectors_per_row * vector_bytes;
   const int64_t rows_that_fit = std::max<int64_t>(l2_bytes() / 2 / row_bytes, tile_rows) / tile_rows * tile_rows;
@@ -63,16 +63,16 @@ void Blocking::cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_
   band_rows = round_up(divide_up(rows.positions, bands), tile_rows);
   bands = divide_up(rows.positions, band_rows);
   channel_pitch = rows.source_phases * (band_rows + rows.max_shift) * row_pitch;
-  ic_panel = source_channels;
+  ic_slice = source_channels;
   if (sizes.ic_block > 0 && output_phases() == 1) {
-    ic_panel = sizes.ic_block;
-    while (ic_panel < source_channels && 2 * ic_panel * channel_pitch * vector_bytes <= l2_bytes() / 3) ic_panel *= 2;
+    ic_slice = sizes.ic_block;
+    while (ic_slice < source_channels && 2 * ic_slice * channel_pitch * vector_bytes <= l2_bytes() / 3) ic_slice *= 2;
   }
-  // Tile after tile, each with all channels of the panel. With all pixels of a channel together, the channels of a tile
+  // Tile after tile, each with all channels of the slice. With all pixels of a channel together, the channels of a tile
   // can lie 4 KB apart, in a few sets of the L1 cache: 64 channels at 32x32 took 1.1 times as long.
-  if (in_pieces()) {
+  if (in_segments()) {
     channel_pitch = row_pitch;
-    row_pitch *= ic_panel;
+    row_pitch *= ic_slice;
   }
 }
 
@@ -83,7 +83,7 @@ void Blocking::lay_out_batch(const PassSizes& sizes) {
   phase_cols = row_vectors + cols.max_shift;
   row_pitch = cols.source_phases * phase_cols;
   acc_row_pitch = row_vectors;
-  cut_bands_and_panels(sizes, output_phases() * row_vectors);
+  cut_bands_and_slices(sizes, output_phases() * row_vectors);
   // The L1 cache has 64 sets. With a pitch of a multiple of 32 lines, the accumulators of all channels of a tile fall
   // into the same few sets and evict the input tile from them, which cost 4 % of the time.
   acc_phase_pitch = band_rows * acc_row_pitch;
@@ -100,7 +100,7 @@ void Blocking::lay_out_width(const PassSizes& sizes) {
   // The accumulators are stored tile after tile, so that the kernel reads them in memory order.
   acc_row_pitch = tile_cols;
   acc_channel_pitch = kTileVectors;
-  cut_bands_and_panels(sizes, row_vectors);
+  cut_bands_and_slices(sizes, row_vectors);
 }
 
 // A vector of room behind each source phase of a channel and behind each of accumulators: whole vectors are read, and
@@ -109,7 +109,7 @@ void Blocking::lay_out_joined_rows(const PassSizes& sizes) {
   batch_block = 1;
   row_lead = round_up(cols.pad / cols.source_phases, lanes);
   row_pitch = cols.source_phases * vectors_of(joined_pitch);
-  cut_bands_and_panels(sizes, output_phases() * vectors_of(joined_pitch));
+  cut_bands_and_slices(sizes, output_phases() * vectors_of(joined_pitch));
   row_vectors = round_up(vectors_of(band_rows * joined_pitch), tile_cols);
   row_vectors_inside = row_vectors;
   phase_pitch = vectors_of(row_lead + rows.max_shift * joined_pitch + cols.max_shift) + row_vectors + 1;
@@ -121,7 +121,7 @@ void Blocking::lay_out_joined_rows(const PassSizes& sizes) {
 
 int64_t Blocking::vectors_in_row(int64_t band, int64_t row) const {
   if (joins_rows()) return vectors_of((rows_in_band(band) - 1) * joined_pitch + cols.positions);
-  return is_last_piece(band * band_rows + row) ? vectors_of(last_piece) : row_vectors_inside;
+  return is_last_segment(band * band_rows + row) ? vectors_of(last_segment) : row_vectors_inside;
 }
 
 int64_t Blocking::acc_offset(int64_t row, int64_t col, int64_t channels) const {
@@ -177,14 +177,14 @@ FilterRows Blocking::filter_rows_inside(int64_t position) const {
   return inside;
 }
 
-// Each filter row reads pixels in some row of a part that has several, nearly always. So it does with an oc_block of 1,
-// whose parts are large. Parts with column indices of their own end their loops at numbers that the processor does not
-// foresee: with 14 column indices in a row, (2, 2) at 0.1 and 512@4 took 1.12 times as long on AVX2, with 43 0.94.
-// Width-vectorised images have many rows: nothing gained.
+// Each filter row reads pixels in some row of a register block that has several, nearly always. So it does with an
+// oc_block of 1, whose blocks are large. Blocks with column indices of their own end their loops at numbers that the
+// processor does not foresee: with 14 column indices in a row, (2, 2) at 0.1 and 512@4 took 1.12 times as long on AVX2,
+// with 43 0.94. Width-vectorised images have many rows: nothing gained.
 bool Blocking::should_skip_padding(int64_t oc_block, int64_t indices_per_row) const {
   constexpr int64_t kMinIndices = 24;
   if (oc_block == 1 || width_vectorised() || output_phases() > 1 || indices_per_row < kMinIndices) return false;
-  if (SPARSE_ADV_CHOOSE(part_of_tile)(tile_cols, oc_block).rows > 1) return false;
+  if (SPARSE_ADV_CHOOSE(register_block_of_tile)(tile_cols, oc_block).rows > 1) return false;
   const FilterRows top = filter_rows_inside(0), bottom = filter_rows_inside(rows.positions - 1);
   const auto all = static_cast<int32_t>(rows.taps.size());
   return top.last - top.first < all || bottom.last - bottom.first < all;

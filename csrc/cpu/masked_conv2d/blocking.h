@@ -2,11 +2,11 @@
 //
 // - Batch: one work item has `batch_block` images.
 // - Rows: output rows are cut into bands. A work item computes one band of its images.
-// - Channels that the pass reads: cut into panels. For one panel after the other, the input tile is filled and its
+// - Channels that the pass reads: cut into slices. For one slice after the other, the input tile is filled and its
 //   products are added to the accumulators. The input tile has the rows and columns of the images that a band reads,
-//   its padding and halo included, for the channels of a panel.
-// - Positions of a band: computed in tiles of kTileVectors vectors, tile_rows x tile_cols, without those parts that lie
-//   beyond the end of the images.
+//   its padding and halo included, for the channels of a slice.
+// - Positions of a band: computed in tiles of kTileVectors vectors, tile_rows x tile_cols, without those register
+//   blocks that lie beyond the end of the images.
 // - Rows: may count as one, which fills more lanes (Layout, in layout_choice.h).
 // - Channels that the pass writes: threads share a work item by them where the work items do not divide evenly.
 #pragma once
@@ -25,9 +25,9 @@ namespace sparse_adv {
 struct Blocking {
   ConvAxis rows, cols;
   Layout layout = Layout::batch;
-  int64_t last_piece = 0;
+  int64_t last_segment = 0;
   int64_t source_channels = 0;
-  int64_t ic_panel = 0;  // channels of a panel: a power of 2, unless one panel has all
+  int64_t ic_slice = 0;  // channels of a slice: a power of 2, unless one slice has all
   int lanes = 0;
   int64_t batch_block = 0;
   int tile_rows = 0, tile_cols = 0;
@@ -41,16 +41,16 @@ struct Blocking {
   int64_t phase_cols = 0;                    // batch-vectorised: vectors per source phase of a row
   int64_t phase_pitch = 0;                   // joined_rows: vectors from one source phase of a channel to the next
   int64_t row_pitch = 0, channel_pitch = 0;  // input tile: vectors from one row, one channel to the next
-  int64_t acc_row_pitch = 0, acc_channel_pitch = 0;  // the same of the accumulators, within a tile of rows or pieces
+  int64_t acc_row_pitch = 0, acc_channel_pitch = 0;  // the same of the accumulators, within a tile of rows or segments
   int64_t acc_phase_pitch = 0;                       // vectors from one output phase of a channel to the next
 
   Blocking(ConvAxis rows, ConvAxis cols, const PassSizes& sizes);
 
   bool width_vectorised() const { return layout != Layout::batch; }
-  bool in_pieces() const { return layout == Layout::pieces; }
+  bool in_segments() const { return layout == Layout::segments; }
   bool joins_rows() const { return layout == Layout::joined_rows; }
   // Whether the input tile must be 0 at first, because what lies between its rows is read and never written.
-  bool has_gaps() const { return width_vectorised() && !in_pieces(); }
+  bool has_gaps() const { return width_vectorised() && !in_segments(); }
   int64_t source_phases() const { return rows.source_phases * cols.source_phases; }
   int64_t output_phases() const { return rows.output_phases * cols.output_phases; }
   int64_t work_items() const { return batch_blocks() * bands; }
@@ -67,9 +67,9 @@ struct Blocking {
   // images.
   int64_t computed_rows(int64_t band) const { return joins_rows() ? 1 : rows_in_band(band); }
   int64_t vectors_in_row(int64_t band, int64_t row) const;
-  bool is_last_piece(int64_t row) const { return in_pieces() && row + 1 == rows.positions; }
+  bool is_last_segment(int64_t row) const { return in_segments() && row + 1 == rows.positions; }
   // Of `size` pixels of a row, those that this one has.
-  int64_t cols_in_row(int64_t row, int64_t size) const { return is_last_piece(row) ? last_piece : size; }
+  int64_t cols_in_row(int64_t row, int64_t size) const { return is_last_segment(row) ? last_segment : size; }
   // Width-vectorised: from one row of a source phase to the next in the input tile, in floats.
   int64_t row_stride() const { return joins_rows() ? joined_pitch : row_pitch * lanes; }
   // The same of joined rows, rounded up to whole vectors.
@@ -80,7 +80,7 @@ struct Blocking {
   int64_t acc_size(int64_t channels) const;
   // Floats that the input tile takes, where fits_int32().
   int64_t input_tile_size() const { return tile_floats<int64_t>(); }
-  int64_t panel_channels(int64_t first_channel) const { return std::min(ic_panel, source_channels - first_channel); }
+  int64_t slice_channels(int64_t first_channel) const { return std::min(ic_slice, source_channels - first_channel); }
   // The offset, in floats, from a position to what a tap reads.
   int64_t tap_offset(int64_t tap) const;
   // The output phase whose positions read by this tap.
@@ -101,7 +101,7 @@ struct Blocking {
  private:
   template <class Number>
   Number tile_floats() const {
-    const int64_t pitch = in_pieces() ? row_pitch : channel_pitch, count = in_pieces() ? band_rows : ic_panel;
+    const int64_t pitch = in_segments() ? row_pitch : channel_pitch, count = in_segments() ? band_rows : ic_slice;
     return static_cast<Number>(pitch) * static_cast<Number>(count * lanes) + static_cast<Number>(row_lead);
   }
   const ConvAxis::Tap& row_tap(int64_t tap) const { return rows.taps[tap / std::ssize(cols.taps)]; }
@@ -112,8 +112,8 @@ struct Blocking {
   int64_t batch_;
   int64_t batch_blocks() const { return divide_up(batch_, batch_block); }
   void take(const LayoutChoice& choice);
-  void cut_into_pieces(int64_t piece);
-  void cut_bands_and_panels(const PassSizes& sizes, int64_t acc_vectors_per_row);
+  void cut_into_segments(int64_t segment);
+  void cut_bands_and_slices(const PassSizes& sizes, int64_t acc_vectors_per_row);
   void lay_out_batch(const PassSizes& sizes);
   void lay_out_width(const PassSizes& sizes);
   void lay_out_joined_rows(const PassSizes& sizes);

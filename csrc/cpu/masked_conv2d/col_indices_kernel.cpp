@@ -48,11 +48,11 @@ bool find_filter_rows(const int32_t* col_indices, const int32_t* row_offsets, in
   return unsorted == 0;
 }
 
-void col_indices_to_offsets(const int32_t* col_indices, int64_t count, int32_t panel_mask, int32_t channel_pitch,
+void col_indices_to_offsets(const int32_t* col_indices, int64_t count, int32_t slice_mask, int32_t channel_pitch,
                             const int32_t* tap_offset, int32_t* offsets) {
   for (int64_t i = 0; i < count; ++i)
     offsets[i] =
-        (col_indices[i] >> kTapBits & panel_mask) * channel_pitch + tap_offset[col_indices[i] & (kMaxTaps - 1)];
+        (col_indices[i] >> kTapBits & slice_mask) * channel_pitch + tap_offset[col_indices[i] & (kMaxTaps - 1)];
 }
 
 }  // namespace SPARSE_ADV_ISA

@@ -21,8 +21,8 @@ SPARSE_ADV_FOR_EACH_ISA(bool find_filter_rows(const int32_t* col_indices, const 
                                               int64_t last_row, int64_t filter_rows, int64_t filter_cols,
                                               int32_t* starts));
 
-// offsets[i] = (channel & panel_mask) * channel_pitch + tap_offset[tap].
-SPARSE_ADV_FOR_EACH_ISA(void col_indices_to_offsets(const int32_t* col_indices, int64_t count, int32_t panel_mask,
+// offsets[i] = (channel & slice_mask) * channel_pitch + tap_offset[tap].
+SPARSE_ADV_FOR_EACH_ISA(void col_indices_to_offsets(const int32_t* col_indices, int64_t count, int32_t slice_mask,
                                                     int32_t channel_pitch, const int32_t* tap_offset,
                                                     int32_t* offsets));
 

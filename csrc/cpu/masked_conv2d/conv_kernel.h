@@ -51,7 +51,7 @@ struct OutputRegion {
 // A tile of kTileVectors vectors, `cols` (1, 2, 4, 8 or 16) of them per row. All pitches in floats.
 struct ConvTile {
   int cols;
-  int64_t rows_inside, cols_inside;  // the others are beyond the end of the images, and parts of them are left out
+  int64_t rows_inside, cols_inside;  // the others are beyond the end of the images, and blocks of them are left out
   const float* input;                // at the tile's first vector
   int64_t input_row_pitch;
   float* accumulators;  // at the tile's first vector, a plane per output channel
@@ -61,12 +61,12 @@ struct ConvTile {
   const FilterRows* filter_rows = nullptr;  // of each row inside, with filter_row_starts: others may be left out
 };
 
-// The kernel computes a tile in parts of this size, and leaves out the parts that lie beyond the end of the images. So
-// the rows and columns that it computes are rows_inside and cols_inside, rounded up to multiples of these.
-struct TilePart {
+// The kernel computes a tile in blocks of this size, and leaves out those that lie beyond the end of the images. So the
+// rows and columns that it computes are rows_inside and cols_inside, rounded up to multiples of these.
+struct RegisterBlock {
   int rows, cols;
 };
-SPARSE_ADV_FOR_EACH_ISA(TilePart part_of_tile(int tile_cols, int64_t oc_block));
+SPARSE_ADV_FOR_EACH_ISA(RegisterBlock register_block_of_tile(int tile_cols, int64_t oc_block));
 
 // For each row of the matrix that belongs to the ic_blocks from `first_ic_block` on, up to `last_ic_block` - 1, and to
 // the tile's oc_blocks, and each channel j of its oc_block:

@@ -23,19 +23,19 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The work items of a batch are cut into parts with partial sums of their own, which are added in order at the end: the
-// result does not depend on which thread computed which part. There are 16 parts at most, 64 bytes per kept weight; and
-// where possible two work items per part, since with one each, clearing and adding the partial sums took 8 % of the
-// time of 512 channels at 4x4.
-int64_t count_parts(int64_t work_items) {
+// The work items of a batch are divided among arrays of partial sums, which are added in order at the end: the result
+// does not depend on which thread computed which of them. There are 16 at most, 64 bytes per kept weight; and where
+// possible two work items for each, since with one, clearing and adding the partial sums took 8 % of the time of 512
+// channels at 4x4.
+int64_t count_partials(int64_t work_items) {
   return std::min<int64_t>({work_items, std::max<int64_t>(2, work_items / 2), 16});
 }
 
 // Adds the products of work items to partial sums, in the scratch memory of a thread.
-class PartComputer {
+class PartialComputer {
  public:
-  PartComputer(const PackedWeights& weights, const BlockCsr& csr, const Blocking& blocking,
-               const std::vector<int32_t>& channel_of, const Tensor& input, const Tensor& grad_output)
+  PartialComputer(const PackedWeights& weights, const BlockCsr& csr, const Blocking& blocking,
+                  const std::vector<int32_t>& channel_of, const Tensor& input, const Tensor& grad_output)
       : weights_(weights),
         csr_(csr),
         blocking_(blocking),
@@ -49,13 +49,13 @@ class PartComputer {
     if (blocking.has_gaps()) std::fill_n(input_tile_, blocking.input_tile_size() + grad_loader_.size, 0.0f);
   }
 
-  void run(int64_t work_item, float* partial_sums) {
+  void run(int64_t work_item, float* partial) {
     const int64_t band = work_item % blocking_.bands, rows = blocking_.computed_rows(band), lanes = blocking_.lanes;
     input_loader_.start_band(band, images_of(input_, blocking_, work_item));
     grad_loader_.fill(images_of(grad_output_, blocking_, work_item), band, grad_tile_);
-    for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_panel) {
+    for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_slice) {
       input_loader_.fill(channel, input_tile_);
-      const IcBlockRange ic_blocks = ic_blocks_of_panel(csr_, blocking_, channel);
+      const IcBlockRange ic_blocks = ic_blocks_of_slice(csr_, blocking_, channel);
       for (int64_t row = 0; row < rows; row += blocking_.tile_rows)
         for (int64_t col = 0; col < blocking_.row_vectors; col += blocking_.tile_cols)
           SPARSE_ADV_CHOOSE(masked_conv2d_grad_weight_tile)(
@@ -67,7 +67,7 @@ class PartComputer {
                .grad_channel_pitch = grad_loader_.channel_pitch * lanes,
                .cols = blocking_.tile_cols,
                .channel_of = channel_of_.data()},
-              partial_sums);
+              partial);
     }
   }
 
@@ -114,23 +114,23 @@ Tensor sparse_conv2d_grad_weight(const ConvParams& conv, const Pattern& pattern,
                               .column_splits = columns ? columns->column_splits.data() : nullptr};
   const std::vector<int32_t> channel_of = output_channels(csr);
 
-  const int64_t work_items = blocking.work_items(), parts = count_parts(work_items);
-  const int64_t part_size = csr.oc_block * csr.nnz;
-  const auto partial_sums = std::make_unique_for_overwrite<float[]>(parts * part_size);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), parts);
-  SharedItems shared_parts(parts, threads);
+  const int64_t work_items = blocking.work_items(), count = count_partials(work_items);
+  const int64_t partial_size = csr.oc_block * csr.nnz;
+  const auto partials = std::make_unique_for_overwrite<float[]>(count * partial_size);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  SharedItems shared(count, threads);
   parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    PartComputer computer(weights, csr, blocking, channel_of, plain_input, plain_grad);
-    shared_parts.take(thread, [&](int64_t part) {
-      float* const part_sums = partial_sums.get() + part * part_size;
-      std::fill_n(part_sums, part_size, 0.0f);
-      for (int64_t item = part * work_items / parts; item < (part + 1) * work_items / parts; ++item)
-        computer.run(item, part_sums);
+    PartialComputer computer(weights, csr, blocking, channel_of, plain_input, plain_grad);
+    shared.take(thread, [&](int64_t number) {
+      float* const partial = partials.get() + number * partial_size;
+      std::fill_n(partial, partial_size, 0.0f);
+      for (int64_t item = number * work_items / count; item < (number + 1) * work_items / count; ++item)
+        computer.run(item, partial);
     });
   });
 
   const bool finite =
-      scatter_weight_gradient(csr, WeightLayout::forward(grad_weight, pattern), partial_sums.get(), parts,
+      scatter_weight_gradient(csr, WeightLayout::forward(grad_weight, pattern), partials.get(), count,
                               columns ? columns->order.get() : nullptr, grad_weight.mutable_data_ptr<float>());
   // Tiles extend beyond the image, where grad_output counts as 0, and 0 times an infinite or NaN pixel is NaN. The
   // dense kernel stops at the end of the image.

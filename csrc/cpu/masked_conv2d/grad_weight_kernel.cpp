@@ -5,17 +5,17 @@
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
-// Adds to `partial_sums` the sums over the lanes of the first `count` of kLanes vectors.
-static inline void add_lane_sums(const Vec v[kLanes], int count, float* partial_sums) {
+// Adds to `partials` the sums over the lanes of the first `count` of kLanes vectors.
+static inline void add_lane_sums(const Vec v[kLanes], int count, float* partials) {
   Vec quads[kLanes / 4];
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes / 4; ++i)
     quads[i] = add_pairs(add_pair(v[4 * i], v[4 * i + 1]), add_pair(v[4 * i + 2], v[4 * i + 3]));
   const Vec sums = add_quads(quads);
   if (count == kLanes)
-    store(partial_sums, add(load(partial_sums), sums));
+    store(partials, add(load(partials), sums));
   else
-    store_first(partial_sums, add(load_first(partial_sums, count), sums), count);
+    store_first(partials, add(load_first(partials, count), sums), count);
 }
 
 // COUNT column indices of a row whose weights come in oc_blocks of 2 or 4, and all vectors of the tile: kLanes sums in
@@ -25,7 +25,7 @@ static inline void add_lane_sums(const Vec v[kLanes], int count, float* partial_
 template <int OC_BLOCK, int COUNT, int TILE_COLS>
 static inline __attribute__((always_inline)) void add_indices(const float* input, int64_t input_row_pitch,
                                                               const float* const grad[OC_BLOCK], int64_t grad_row_pitch,
-                                                              const int32_t* offsets, float* partial_sums) {
+                                                              const int32_t* offsets, float* partials) {
   Vec sum[kLanes] = {};
   const float* at[COUNT];
 #pragma GCC unroll 8
@@ -47,18 +47,18 @@ static inline __attribute__((always_inline)) void add_indices(const float* input
     input_row += input_row_pitch;
     grad_row += grad_row_pitch;
   }
-  add_lane_sums(sum, COUNT * OC_BLOCK, partial_sums);
+  add_lane_sums(sum, COUNT * OC_BLOCK, partials);
 }
 
 // One row of the matrix: COUNT column indices at a time, then half as many, until none are left.
 template <int OC_BLOCK, int COUNT, int TILE_COLS>
 static inline void add_block_row(const float* input, int64_t input_row_pitch, const float* const grad[OC_BLOCK],
-                                 int64_t grad_row_pitch, const int32_t* offsets, int count, float* partial_sums) {
-  for (; count >= COUNT; count -= COUNT, offsets += COUNT, partial_sums += COUNT * OC_BLOCK)
-    add_indices<OC_BLOCK, COUNT, TILE_COLS>(input, input_row_pitch, grad, grad_row_pitch, offsets, partial_sums);
+                                 int64_t grad_row_pitch, const int32_t* offsets, int count, float* partials) {
+  for (; count >= COUNT; count -= COUNT, offsets += COUNT, partials += COUNT * OC_BLOCK)
+    add_indices<OC_BLOCK, COUNT, TILE_COLS>(input, input_row_pitch, grad, grad_row_pitch, offsets, partials);
   if constexpr (COUNT > 1)
     add_block_row<OC_BLOCK, COUNT / 2, TILE_COLS>(input, input_row_pitch, grad, grad_row_pitch, offsets, count,
-                                                  partial_sums);
+                                                  partials);
 }
 
 // Collects a vector per weight of an oc_block of 1 and, whenever kLanes of them are full, adds their lane sums to the
@@ -66,20 +66,20 @@ static inline void add_block_row(const float* input, int64_t input_row_pitch, co
 // stored for each tile, 128 bytes, and took 11.2 ms instead of 8.3 for 512 channels at 4x4.
 class LaneSums {
  public:
-  explicit LaneSums(float* partial_sums) : partial_sums_(partial_sums) {}
+  explicit LaneSums(float* partials) : partials_(partials) {}
   int free_slots() const { return kLanes - filled_; }
   void push(Vec v) { store(vectors_ + filled_++ * kLanes, v); }
   void flush() {
     Vec v[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) v[i] = load(vectors_ + i * kLanes);
-    add_lane_sums(v, filled_, partial_sums_);
-    partial_sums_ += filled_;
+    add_lane_sums(v, filled_, partials_);
+    partials_ += filled_;
     filled_ = 0;
   }
 
  private:
-  float* partial_sums_;
+  float* partials_;
   int filled_ = 0;
   alignas(64) float vectors_[kLanes * kLanes] = {};
 };
@@ -121,7 +121,7 @@ static inline __attribute__((always_inline)) void multiply_all(const float* inpu
   }
 }
 
-// One row of the matrix and a part of the tile, ROWS x COLS vectors of the gradient, which stay in registers.
+// One row of the matrix and a register block, ROWS x COLS vectors of the gradient, which stay in registers.
 template <int ROWS, int COLS>
 static inline __attribute__((always_inline)) void add_channel_row(const float* input, int64_t row_pitch,
                                                                   const float* grad, int64_t grad_row_pitch,
@@ -146,7 +146,7 @@ static inline const float* grad_of_channel(const GradWeightTile& tile, int32_t c
 // An oc_block of 2 or 4: each row of the matrix is multiplied by the whole tile at once.
 template <int OC_BLOCK, int TILE_COLS>
 static void tile_of_blocks(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                           const GradWeightTile& tile, float* partial_sums) {
+                           const GradWeightTile& tile, float* partials) {
   for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
     const int32_t* row_offsets = weights.row_offsets + ic_block * weights.oc_blocks;
     for (int64_t i = 0; i < weights.oc_blocks; ++i) {
@@ -154,7 +154,7 @@ static void tile_of_blocks(const PackedWeights& weights, int64_t first_ic_block,
       for (int j = 0; j < OC_BLOCK; ++j) grad[j] = grad_of_channel(tile, tile.channel_of[i * OC_BLOCK + j]);
       add_block_row<OC_BLOCK, kLanes / OC_BLOCK, TILE_COLS>(
           tile.input, tile.input_row_pitch, grad, tile.grad_row_pitch, weights.input_offsets + row_offsets[i],
-          row_offsets[i + 1] - row_offsets[i], partial_sums + static_cast<int64_t>(row_offsets[i]) * OC_BLOCK);
+          row_offsets[i + 1] - row_offsets[i], partials + static_cast<int64_t>(row_offsets[i]) * OC_BLOCK);
     }
   }
 }
@@ -163,15 +163,15 @@ static void tile_of_blocks(const PackedWeights& weights, int64_t first_ic_block,
 // ic_block run on from one row of the matrix to the next.
 template <int TILE_COLS>
 static void tile_of_channels(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                             const GradWeightTile& tile, float* partial_sums) {
+                             const GradWeightTile& tile, float* partials) {
   constexpr int kCols = kAccumulators < TILE_COLS ? kAccumulators : TILE_COLS;
-  for (int part = 0; part < kTileVectors; part += kAccumulators) {
-    const int row = part / TILE_COLS, col = part % TILE_COLS * kLanes;
+  for (int block = 0; block < kTileVectors; block += kAccumulators) {
+    const int row = block / TILE_COLS, col = block % TILE_COLS * kLanes;
     const float* input = tile.input + row * tile.input_row_pitch + col;
     for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
       const int64_t first_row = ic_block * weights.oc_blocks;
       const int32_t* row_offsets = weights.row_offsets + first_row;
-      LaneSums sums(partial_sums + row_offsets[0]);
+      LaneSums sums(partials + row_offsets[0]);
       for (int64_t i = 0; i < weights.oc_blocks; ++i)
         add_channel_row<kAccumulators / kCols, kCols>(
             input, tile.input_row_pitch, grad_of_channel(tile, tile.channel_of[i]) + row * tile.grad_row_pitch + col,
@@ -184,28 +184,28 @@ static void tile_of_channels(const PackedWeights& weights, int64_t first_ic_bloc
 
 template <int OC_BLOCK, int TILE_COLS>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                    const GradWeightTile& tile, float* partial_sums) {
+                    const GradWeightTile& tile, float* partials) {
   if constexpr (OC_BLOCK == 1)
-    tile_of_channels<TILE_COLS>(weights, first_ic_block, last_ic_block, tile, partial_sums);
+    tile_of_channels<TILE_COLS>(weights, first_ic_block, last_ic_block, tile, partials);
   else
-    tile_of_blocks<OC_BLOCK, TILE_COLS>(weights, first_ic_block, last_ic_block, tile, partial_sums);
+    tile_of_blocks<OC_BLOCK, TILE_COLS>(weights, first_ic_block, last_ic_block, tile, partials);
 }
 
 template <int OC_BLOCK>
 static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                    const GradWeightTile& tile, float* partial_sums) {
-  if (tile.cols == 16) return tile_of<OC_BLOCK, 16>(weights, first_ic_block, last_ic_block, tile, partial_sums);
-  if (tile.cols == 8) return tile_of<OC_BLOCK, 8>(weights, first_ic_block, last_ic_block, tile, partial_sums);
-  if (tile.cols == 4) return tile_of<OC_BLOCK, 4>(weights, first_ic_block, last_ic_block, tile, partial_sums);
-  if (tile.cols == 2) return tile_of<OC_BLOCK, 2>(weights, first_ic_block, last_ic_block, tile, partial_sums);
-  return tile_of<OC_BLOCK, 1>(weights, first_ic_block, last_ic_block, tile, partial_sums);
+                    const GradWeightTile& tile, float* partials) {
+  if (tile.cols == 16) return tile_of<OC_BLOCK, 16>(weights, first_ic_block, last_ic_block, tile, partials);
+  if (tile.cols == 8) return tile_of<OC_BLOCK, 8>(weights, first_ic_block, last_ic_block, tile, partials);
+  if (tile.cols == 4) return tile_of<OC_BLOCK, 4>(weights, first_ic_block, last_ic_block, tile, partials);
+  if (tile.cols == 2) return tile_of<OC_BLOCK, 2>(weights, first_ic_block, last_ic_block, tile, partials);
+  return tile_of<OC_BLOCK, 1>(weights, first_ic_block, last_ic_block, tile, partials);
 }
 
 void masked_conv2d_grad_weight_tile(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                                    const GradWeightTile& tile, float* partial_sums) {
-  if (weights.oc_block == 4) return tile_of<4>(weights, first_ic_block, last_ic_block, tile, partial_sums);
-  if (weights.oc_block == 2) return tile_of<2>(weights, first_ic_block, last_ic_block, tile, partial_sums);
-  return tile_of<1>(weights, first_ic_block, last_ic_block, tile, partial_sums);
+                                    const GradWeightTile& tile, float* partials) {
+  if (weights.oc_block == 4) return tile_of<4>(weights, first_ic_block, last_ic_block, tile, partials);
+  if (weights.oc_block == 2) return tile_of<2>(weights, first_ic_block, last_ic_block, tile, partials);
+  return tile_of<1>(weights, first_ic_block, last_ic_block, tile, partials);
 }
 
 }  // namespace SPARSE_ADV_ISA

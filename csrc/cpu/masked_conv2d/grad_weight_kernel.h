@@ -20,9 +20,9 @@ struct GradWeightTile {
 
 // For the column indices i of the ic_blocks from `first_ic_block` on, up to `last_ic_block` - 1, and each channel j of
 // their oc_block:
-//   partial_sums[i][j] += sum over the tile's positions and lanes of input[input_offsets[i] + position] * grad[j]
+//   partials[i][j] += sum over the tile's positions and lanes of input[input_offsets[i] + position] * grad[j]
 SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_grad_weight_tile(const PackedWeights& weights, int64_t first_ic_block,
                                                             int64_t last_ic_block, const GradWeightTile& tile,
-                                                            float* partial_sums));
+                                                            float* partials));
 
 }  // namespace sparse_adv

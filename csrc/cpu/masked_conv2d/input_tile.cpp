@@ -28,7 +28,7 @@ void InputTileLoader::start_band(int64_t band, const Images& images) {
 }
 
 void InputTileLoader::fill(int64_t first_channel, float* tile) const {
-  const int64_t end = first_channel + blocking_.panel_channels(first_channel);
+  const int64_t end = first_channel + blocking_.slice_channels(first_channel);
   if (blocking_.width_vectorised())
     SPARSE_ADV_CHOOSE(fill_width_tile)(images_.data, images_.pixels, row_map_, first_channel, end,
                                        tile + blocking_.row_lead);
@@ -111,7 +111,7 @@ void InputTileLoader::map_rows(int64_t band) {
               .offsets = offsets_.data(),
               .zero_offsets = zero_offsets_.data(),
               .zero_count = std::ssize(zero_offsets_),
-              .tile_row_size = blocking_.in_pieces()    ? kTileVectors * lanes
+              .tile_row_size = blocking_.in_segments()  ? kTileVectors * lanes
                                : blocking_.joins_rows() ? blocking_.padded_joined_pitch()
                                                         : blocking_.row_pitch * lanes - blocking_.row_lead,
               .channel_pitch = blocking_.channel_pitch * lanes};

@@ -21,7 +21,7 @@ class InputTileLoader {
   explicit InputTileLoader(const Blocking& blocking) : blocking_(blocking) {}
 
   void start_band(int64_t band, const Images& images);
-  // The panel of channels that starts at `first_channel`. Width-vectorised, what lies between the rows and between the
+  // The slice of channels that starts at `first_channel`. Width-vectorised, what lies between the rows and between the
   // channels is left as it is (Blocking::has_gaps).
   void fill(int64_t first_channel, float* tile) const;
 
@@ -40,11 +40,11 @@ class InputTileLoader {
 class GradTileLoader {
  public:
   GradTileLoader(const Blocking& blocking, int64_t channels)
-      : row_pitch(blocking.in_pieces() ? channels * blocking.row_vectors : blocking.row_vectors),
-        channel_pitch(blocking.in_pieces() || blocking.joins_rows() ? blocking.row_vectors
-                                                                    : blocking.band_rows * blocking.row_vectors),
+      : row_pitch(blocking.in_segments() ? channels * blocking.row_vectors : blocking.row_vectors),
+        channel_pitch(blocking.in_segments() || blocking.joins_rows() ? blocking.row_vectors
+                                                                      : blocking.band_rows * blocking.row_vectors),
         // Joined rows: a vector of room, since whole vectors are written behind the end of a row.
-        size((blocking.in_pieces() ? blocking.band_rows * row_pitch : channels * channel_pitch + 1) * blocking.lanes),
+        size((blocking.in_segments() ? blocking.band_rows * row_pitch : channels * channel_pitch + 1) * blocking.lanes),
         blocking_(blocking) {}
 
   // With joined rows, what lies behind the last one is left as it is: the tile must be 0 at first.

@@ -10,9 +10,9 @@ namespace sparse_adv {
 
 namespace {
 
-// The pixels of a piece: as many as a tile has lanes; 0 if images cannot be cut into pieces. The rows of a gate are
-// padded to bytes. Where they are, pieces are whole rows, so that no two of them write bits of one byte.
-int64_t piece_size(const ConvAxis& rows, const ConvAxis& cols, int lanes, bool gated) {
+// The pixels of a segment: as many as a tile has lanes; 0 if images cannot be cut into segments. The rows of a gate are
+// padded to bytes. Where they are, segments are whole rows, so that no two of them write bits of one byte.
+int64_t segment_size(const ConvAxis& rows, const ConvAxis& cols, int lanes, bool gated) {
   const auto reads_its_own_pixel = [](const ConvAxis& axis) {
     return axis.is_unit_stride() && axis.taps.size() == 1 && axis.pad == 0 && axis.source_size == axis.output_size;
   };
@@ -50,15 +50,15 @@ struct Layouts {
 
   int64_t vectors_of(int64_t floats) const { return divide_up(floats, lanes); }
 
-  TilePart part_of(int tile_cols) const {
+  RegisterBlock register_block_of(int tile_cols) const {
     if (sizes.whole_tiles) return {.rows = kTileVectors / tile_cols, .cols = tile_cols};
-    return SPARSE_ADV_CHOOSE(part_of_tile)(tile_cols, sizes.oc_block);
+    return SPARSE_ADV_CHOOSE(register_block_of_tile)(tile_cols, sizes.oc_block);
   }
 
-  // A plane of vectors in whole parts of a tile, and in whole tiles.
-  int64_t in_parts(int64_t plane_rows, int64_t plane_cols, int tile_cols) const {
-    const TilePart part = part_of(tile_cols);
-    return round_up(plane_rows, part.rows) * round_up(plane_cols, part.cols);
+  // A plane of vectors in whole register blocks, and in whole tiles.
+  int64_t in_register_blocks(int64_t plane_rows, int64_t plane_cols, int tile_cols) const {
+    const RegisterBlock block = register_block_of(tile_cols);
+    return round_up(plane_rows, block.rows) * round_up(plane_cols, block.cols);
   }
   static int64_t in_tiles(int64_t plane_rows, int64_t plane_cols, int tile_cols) {
     return round_up(plane_rows, kTileVectors / tile_cols) * round_up(plane_cols, tile_cols);
@@ -68,7 +68,7 @@ struct Layouts {
     const int64_t positions = rows.positions * cols.positions;
     return {.images = lanes,
             .row_vectors = cols.positions,
-            .vectors = in_parts(rows.positions, cols.positions, tile_cols),
+            .vectors = in_register_blocks(rows.positions, cols.positions, tile_cols),
             .read_vectors = rows.phases_read_count() * cols.phases_read_count() *
                             in_tiles(rows.positions, cols.positions, tile_cols),
             .read_rows = 0,
@@ -81,7 +81,7 @@ struct Layouts {
     const int64_t row_vectors = vectors_of(cols.positions);
     return {.images = 1,
             .row_vectors = row_vectors,
-            .vectors = in_parts(rows.positions, row_vectors, tile_cols),
+            .vectors = in_register_blocks(rows.positions, row_vectors, tile_cols),
             .read_vectors = in_tiles(rows.positions, row_vectors, tile_cols),
             .read_rows = rows.positions,
             .written_vectors = rows.positions * row_vectors,
@@ -94,7 +94,7 @@ struct Layouts {
     const int64_t read_rows = rows.phases_read_count() * rows.positions;
     return {.images = 1,
             .row_vectors = row_vectors,
-            .vectors = in_parts(1, row_vectors, kTileVectors),
+            .vectors = in_register_blocks(1, row_vectors, kTileVectors),
             .read_vectors = read_rows * cols.source_phases * vectors_of(pitch),
             .read_rows = read_rows,
             .written_vectors = rows.output_size * vectors_of(cols.output_size),
@@ -102,14 +102,16 @@ struct Layouts {
             .crossing = true};
   }
 
-  Work pieces(int64_t piece) const {
-    const int64_t pixels = rows.positions * cols.positions, count = pixels / piece, last = vectors_of(pixels % piece);
+  Work segments(int64_t segment) const {
+    const int64_t pixels = rows.positions * cols.positions, count = pixels / segment,
+                  last = vectors_of(pixels % segment);
     return {.images = 1,
-            .row_vectors = vectors_of(piece),
-            .vectors = count * in_parts(1, vectors_of(piece), kTileVectors) + in_parts(1, last, kTileVectors),
+            .row_vectors = vectors_of(segment),
+            .vectors = count * in_register_blocks(1, vectors_of(segment), kTileVectors) +
+                       in_register_blocks(1, last, kTileVectors),
             .read_vectors = (count + (last > 0)) * kTileVectors,  // whole tiles are written
             .read_rows = count,
-            .written_vectors = count * vectors_of(piece) + last,
+            .written_vectors = count * vectors_of(segment) + last,
             .written_rows = count,
             .crossing = false};
   }
@@ -177,9 +179,9 @@ LayoutChoice choose_layout(const ConvAxis& rows, const ConvAxis& cols, const Pas
     choice.plane_vectors = work.vectors;
     best = choice;
   };
-  const int64_t piece = width_vectors_allowed ? piece_size(rows, cols, lanes, sizes.gated) : 0;
-  if (piece > 0) {
-    offer({.layout = Layout::pieces, .tile_cols = kTileVectors, .piece = piece}, layouts.pieces(piece));
+  const int64_t segment = width_vectors_allowed ? segment_size(rows, cols, lanes, sizes.gated) : 0;
+  if (segment > 0) {
+    offer({.layout = Layout::segments, .tile_cols = kTileVectors, .segment = segment}, layouts.segments(segment));
   } else if (width_vectors_allowed) {
     if (rows.is_unit_stride() && cols.is_unit_stride())
       for (int tile_cols : {2, 4, 1, 8, 16})

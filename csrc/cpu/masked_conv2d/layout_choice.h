@@ -12,7 +12,7 @@ struct PassSizes {
   int64_t batch, source_channels, output_channels;
   int64_t kept_weights;
   int64_t oc_block;
-  int64_t ic_block;    // panels are multiples of it; 0: one panel, for grouped convolutions (ic_blocks are per group)
+  int64_t ic_block;    // slices are multiples of it; 0: one slice, for grouped convolutions (ic_blocks are per group)
   bool channels_last;  // the layout of the images
   bool whole_tiles;    // all vectors of a tile are computed, also those beyond the end of the images
   bool gated;          // the epilogue reads or writes a gate, whose rows are padded to bytes
@@ -25,15 +25,15 @@ struct PassSizes {
 // - joined_rows: the rows of a band follow each other, with as many zeros in between as the taps reach across the ends
 //   of two rows, and count as one row; those of each source phase and of each output phase for themselves. Columns have
 //   two phases at most. The accumulators stay in the scratch memory until the band is computed.
-// - pieces: for 1x1 filters without padding, which do not see where a row ends. An image counts as one row of all its
-//   pixels that is cut into pieces of at most a tile: `rows` are then the pieces and `cols` the pixels of one. The last
-//   piece may be shorter.
-enum class Layout { batch, rows, joined_rows, pieces };
+// - segments: for 1x1 filters without padding, which do not see where a row ends. An image counts as one row of all its
+//   pixels that is cut into segments of at most a tile: `rows` are then the segments and `cols` the pixels of one. The
+//   last segment may be shorter.
+enum class Layout { batch, rows, joined_rows, segments };
 
 struct LayoutChoice {
   Layout layout;
   int tile_cols;                   // vectors of a tile per row
-  int64_t piece = 0;               // pieces: pixels of one
+  int64_t segment = 0;             // segments: pixels of one
   int64_t joined_pitch = 0;        // joined_rows: from one row of a phase to the next, in floats
   int64_t row_vectors_inside = 0;  // vectors of a row that have positions of the images
   int64_t plane_vectors = 0;       // vectors that are computed of a channel, of one batch block

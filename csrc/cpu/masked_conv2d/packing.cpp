@@ -84,8 +84,8 @@ void pack_values(const BlockCsr& csr, const WeightLayout& weight, const float* s
       });
 }
 
-bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, const float* partial_sums, int64_t parts,
-                             const int32_t* order, float* grad_weight) {
+bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, const float* partials,
+                             int64_t partial_count, const int32_t* order, float* grad_weight) {
   const int64_t group_oc_blocks = csr.oc_blocks / csr.groups;
   std::atomic<bool> finite = true;
   const auto clear = [&](int64_t block) {
@@ -96,9 +96,9 @@ bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, co
   };
   for_each_weight(csr, weight, clear, [&](int64_t i, int64_t j, int64_t at, int64_t) {
     if (at < 0) return;
-    const float* part_sum = partial_sums + (order ? order[i] : i) * csr.oc_block + j;
+    const float* partial = partials + (order ? order[i] : i) * csr.oc_block + j;
     float sum = 0.0f;
-    for (int64_t part = 0; part < parts; ++part) sum += part_sum[part * csr.oc_block * csr.nnz];
+    for (int64_t number = 0; number < partial_count; ++number) sum += partial[number * csr.oc_block * csr.nnz];
     grad_weight[at] = sum;
     if (!std::isfinite(sum)) finite.store(false, std::memory_order_relaxed);
   });
@@ -123,11 +123,11 @@ std::unique_ptr<int32_t[]> input_offsets(const BlockCsr& csr, const Blocking& bl
       numbers_of_taps(blocking, [&](int64_t tap) { return blocking.tap_offset(tap); });
   auto offsets = std::make_unique_for_overwrite<int32_t[]>(csr.nnz);
   const auto channel_pitch = static_cast<int32_t>(blocking.channel_pitch * blocking.lanes);
-  // The channel's number within its panel: the size of a panel is a power of 2, unless it has all channels.
-  const auto panel_mask =
-      static_cast<int32_t>(blocking.ic_panel < blocking.source_channels ? blocking.ic_panel - 1 : kMaxChannels - 1);
+  // The channel's number within its slice: the size of a slice is a power of 2, unless it has all channels.
+  const auto slice_mask =
+      static_cast<int32_t>(blocking.ic_slice < blocking.source_channels ? blocking.ic_slice - 1 : kMaxChannels - 1);
   parallel_for(0, csr.nnz, kElementwiseGrain, [&](int64_t begin, int64_t end) {
-    SPARSE_ADV_CHOOSE(col_indices_to_offsets)(csr.col_indices + begin, end - begin, panel_mask, channel_pitch,
+    SPARSE_ADV_CHOOSE(col_indices_to_offsets)(csr.col_indices + begin, end - begin, slice_mask, channel_pitch,
                                               tap_offset.data(), offsets.get() + begin);
   });
   return offsets;
@@ -196,9 +196,9 @@ PhaseOrder::PhaseOrder(const BlockCsr& csr, const Blocking& blocking)
   for_each_index([&](int32_t i, int32_t& next) { order[i] = next++; });
 }
 
-IcBlockRange ic_blocks_of_panel(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel) {
-  if (blocking.ic_panel >= blocking.source_channels) return {0, csr.ic_blocks};
-  return {first_channel / csr.ic_block, std::min(csr.ic_blocks, (first_channel + blocking.ic_panel) / csr.ic_block)};
+IcBlockRange ic_blocks_of_slice(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel) {
+  if (blocking.ic_slice >= blocking.source_channels) return {0, csr.ic_blocks};
+  return {first_channel / csr.ic_block, std::min(csr.ic_blocks, (first_channel + blocking.ic_slice) / csr.ic_block)};
 }
 
 }  // namespace sparse_adv

@@ -29,11 +29,11 @@ struct WeightLayout {
 // `scale` has a factor for each output channel of the weight, or is null.
 void pack_values(const BlockCsr& csr, const WeightLayout& weight, const float* scale, float* values);
 
-// Sums partial_sums [parts, nnz, oc_block] over the parts and scatters the sums to a contiguous weight gradient, which
-// is 0 where the mask is false. The sum of column index i is at order[i], if there is an `order`, else at i. Returns
-// whether all sums are finite.
-bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, const float* partial_sums, int64_t parts,
-                             const int32_t* order, float* grad_weight);
+// Sums partials [partial_count, nnz, oc_block] over the first axis and scatters the sums to a contiguous weight
+// gradient, which is 0 where the mask is false. The sum of column index i is at order[i], if there is an `order`, else
+// at i. Returns whether all sums are finite.
+bool scatter_weight_gradient(const BlockCsr& csr, const WeightLayout& weight, const float* partials,
+                             int64_t partial_count, const int32_t* order, float* grad_weight);
 
 // The column indices of each row in the order of IndexOrder::by_column.
 struct ColumnOrder {
@@ -59,10 +59,10 @@ std::vector<int32_t> filter_row_starts(const BlockCsr& csr, const Blocking& bloc
 // [oc_blocks * oc_block]: the output channel of each channel of each oc_block, -1 beyond the end of a group.
 std::vector<int32_t> output_channels(const BlockCsr& csr);
 
-// The ic_blocks of the panel that starts at `first_channel`: from `first` to `last` - 1.
+// The ic_blocks of the slice that starts at `first_channel`: from `first` to `last` - 1.
 struct IcBlockRange {
   int64_t first, last;
 };
-IcBlockRange ic_blocks_of_panel(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel);
+IcBlockRange ic_blocks_of_slice(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel);
 
 }  // namespace sparse_adv

@@ -110,14 +110,14 @@ struct OcBlockRange {
   int64_t first, last;
 };
 
-// A part of the output channels has a multiple of this number of them: one vector, and whole bytes of a gate.
-constexpr int64_t kPartChannels = 16;
+// A split of the output channels has a multiple of this number of them: one vector, and whole bytes of a gate.
+constexpr int64_t kSplitChannels = 16;
 
-// The oc_blocks of one of `parts` nearly equal parts.
-OcBlockRange oc_blocks_of_part(const BlockCsr& csr, int64_t parts, int64_t part) {
-  const int64_t multiple = kPartChannels / csr.oc_block, multiples = divide_up(csr.oc_blocks, multiple);
-  return {.first = part * multiples / parts * multiple,
-          .last = std::min((part + 1) * multiples / parts * multiple, csr.oc_blocks)};
+// The oc_blocks of one of `splits` nearly equal splits.
+OcBlockRange oc_blocks_of_split(const BlockCsr& csr, int64_t splits, int64_t split) {
+  const int64_t multiple = kSplitChannels / csr.oc_block, multiples = divide_up(csr.oc_blocks, multiple);
+  return {.first = split * multiples / splits * multiple,
+          .last = std::min((split + 1) * multiples / splits * multiple, csr.oc_blocks)};
 }
 
 // Computes bands in the scratch memory of a thread, which holds the input tile followed by the accumulators.
@@ -150,12 +150,12 @@ class BandComputer {
     filter_rows_.clear();
     for (int64_t row = 0; phases_[0].filter_row_starts && row < blocking_.rows_in_band(band); ++row)
       filter_rows_.push_back(blocking_.filter_rows_inside(band * blocking_.band_rows + row));
-    for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_panel) {
+    for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_slice) {
       loader_.fill(channel, input_tile_);
       if (blocking_.width_vectorised() && !blocking_.joins_rows())
-        add_panel_and_write(band, channel, epilogue, output, data);
+        add_slice_and_write(band, channel, epilogue, output, data);
       else
-        add_panel(band, channel);
+        add_slice(band, channel);
     }
     if (blocking_.joins_rows())
       SPARSE_ADV_CHOOSE(store_joined_rows)(joined_rows_of_band(band), epilogue, output.channels, output.pixels, data);
@@ -192,8 +192,8 @@ class BandComputer {
   }
 
   // The accumulators, of all output phases, stay in the scratch memory until the band is stored.
-  void add_panel(int64_t band, int64_t first_channel) const {
-    const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
+  void add_slice(int64_t band, int64_t first_channel) const {
+    const IcBlockRange ic_blocks = ic_blocks_of_slice(conv_.csr, blocking_, first_channel);
     for (int64_t phase = 0; phase < blocking_.output_phases(); ++phase)
       for_each_tile(band, [&](int64_t, int64_t, ConvTile tile) {
         tile.accumulators += phase * blocking_.acc_phase_pitch * blocking_.lanes;
@@ -201,10 +201,10 @@ class BandComputer {
       });
   }
 
-  // Rows that are not joined, and pieces: the last panel writes to the output.
-  void add_panel_and_write(int64_t band, int64_t first_channel, const Epilogue<float>& epilogue, const Images& output,
+  // Rows that are not joined, and segments: the last slice writes to the output.
+  void add_slice_and_write(int64_t band, int64_t first_channel, const Epilogue<float>& epilogue, const Images& output,
                            float* data) {
-    const IcBlockRange ic_blocks = ic_blocks_of_panel(conv_.csr, blocking_, first_channel);
+    const IcBlockRange ic_blocks = ic_blocks_of_slice(conv_.csr, blocking_, first_channel);
     const int64_t width = blocking_.cols.output_size;
     const GateLayout& gates = epilogue.gate_layout;
     const bool is_gated = epilogue.gate_out || epilogue.gate, is_padded = gates.row_size % 8 != 0;
@@ -225,31 +225,31 @@ class BandComputer {
       const auto compute = [&] {
         SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0], ic_blocks.first, ic_blocks.last, tile);
       };
-      if (blocking_.in_pieces() && is_gated && is_padded && ic_blocks.last == conv_.csr.ic_blocks)
-        with_gates_of_piece(region, compute);
+      if (blocking_.in_segments() && is_gated && is_padded && ic_blocks.last == conv_.csr.ic_blocks)
+        with_gates_of_segment(region, compute);
       else
         compute();
     });
   }
 
-  // A piece has whole rows, one behind the other, but each row of a gate is padded to bytes. So compute() reads and
-  // writes gates of the piece without padding, which are made from the padded ones before and written to them after.
+  // A segment has whole rows, one behind the other, but each row of a gate is padded to bytes. So compute() reads and
+  // writes gates of the segment without padding, which are made from the padded ones before and written to them after.
   template <class Compute>
-  void with_gates_of_piece(OutputRegion& region, const Compute& compute) {
+  void with_gates_of_segment(OutputRegion& region, const Compute& compute) {
     const Epilogue<float> padded = region.epilogue;
     const int64_t padded_pitch = region.gate_channel_pitch;
     const int64_t row_size = padded.gate_layout.row_size, rows = region.cols / row_size;
     const ChannelRange channels = channels_to_write();
     const int64_t pitch = blocking_.lanes * kTileVectors / 8;
-    piece_gates_.resize(channels.last * pitch);
+    segment_gates_.resize(channels.last * pitch);
     region.gate_channel_pitch = pitch;
-    region.epilogue.gate = padded.gate ? piece_gates_.data() : nullptr;
-    region.epilogue.gate_out = padded.gate_out ? piece_gates_.data() : nullptr;
+    region.epilogue.gate = padded.gate ? segment_gates_.data() : nullptr;
+    region.epilogue.gate_out = padded.gate_out ? segment_gates_.data() : nullptr;
     for (int64_t k = channels.first; padded.gate && k < channels.last; ++k)
-      remove_padding(padded.gate + k * padded_pitch, row_size, rows, piece_gates_.data() + k * pitch);
+      remove_padding(padded.gate + k * padded_pitch, row_size, rows, segment_gates_.data() + k * pitch);
     compute();
     for (int64_t k = channels.first; padded.gate_out && k < channels.last; ++k)
-      add_padding(piece_gates_.data() + k * pitch, row_size, rows, padded.gate_out + k * padded_pitch);
+      add_padding(segment_gates_.data() + k * pitch, row_size, rows, padded.gate_out + k * padded_pitch);
   }
 
   struct ChannelRange {
@@ -324,15 +324,15 @@ class BandComputer {
   OcBlockRange oc_blocks_{};
   std::vector<FilterRows> filter_rows_;
   std::vector<int32_t> positions_;
-  std::vector<uint8_t> piece_gates_;
+  std::vector<uint8_t> segment_gates_;
 };
 
-// How many nearly equal parts the output channels of a work item have that threads share, each of which fills an input
-// tile of its own. The results do not depend on it, as every output is computed within one part.
-int64_t count_oc_parts(const BlockCsr& csr, int64_t threads) {
+// How many nearly equal splits the output channels of a work item have that threads share, each of which fills an input
+// tile of its own. The results do not depend on it, as every output is computed within one split.
+int64_t count_oc_splits(const BlockCsr& csr, int64_t threads) {
   const bool groups_are_padded = csr.group_out_channels % csr.oc_block != 0 && csr.groups > 1;
   if (groups_are_padded) return 1;
-  return std::min(threads, divide_up(csr.oc_blocks * csr.oc_block, kPartChannels));
+  return std::min(threads, divide_up(csr.oc_blocks * csr.oc_block, kSplitChannels));
 }
 
 }  // namespace
@@ -341,13 +341,13 @@ void run_sparse_conv(const SparseConv& conv, Tensor& output) {
   const PassWeights weights = pack_weights(conv);
   const std::vector<int32_t> channel_of = output_channels(conv.csr);
   const int64_t threads = torch::stable::get_num_threads(), items = conv.blocking.work_items();
-  const int64_t oc_parts = count_oc_parts(conv.csr, threads), whole = items / threads * threads;
-  SharedItems whole_items(whole, threads), parts((items - whole) * oc_parts, threads);
-  parallel_for(0, std::min(threads, items * oc_parts), 1, [&](int64_t thread, int64_t) {
+  const int64_t oc_splits = count_oc_splits(conv.csr, threads), whole = items / threads * threads;
+  SharedItems whole_items(whole, threads), splits((items - whole) * oc_splits, threads);
+  parallel_for(0, std::min(threads, items * oc_splits), 1, [&](int64_t thread, int64_t) {
     BandComputer computer(conv, weights.phases, channel_of, output);
     whole_items.take(thread, [&](int64_t item) { computer.run(item, {.first = 0, .last = conv.csr.oc_blocks}); });
-    parts.take(thread, [&](int64_t part) {
-      computer.run(whole + part / oc_parts, oc_blocks_of_part(conv.csr, oc_parts, part % oc_parts));
+    splits.take(thread, [&](int64_t split) {
+      computer.run(whole + split / oc_splits, oc_blocks_of_split(conv.csr, oc_splits, split % oc_splits));
     });
   });
 }

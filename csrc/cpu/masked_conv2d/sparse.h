@@ -1,4 +1,4 @@
-// The sparse kernel of the forward pass and of grad_input: threads, bands, panels and tiles around the arithmetic of
+// The sparse kernel of the forward pass and of grad_input: threads, bands, slices and tiles around the arithmetic of
 // conv_kernel.h.
 #pragma once
 

@@ -42,7 +42,7 @@ static inline __attribute__((always_inline)) void load_row(const TileRun* runs, 
 constexpr int kChannelsAhead = 2;
 constexpr int kRunsOfLine = kLineFloats / kLanes;
 
-static inline __attribute__((always_inline)) void prefetch_windows(const PieceSizes& sizes, const TileRun* runs,
+static inline __attribute__((always_inline)) void prefetch_windows(const ConvSizes& sizes, const TileRun* runs,
                                                                    const float* input) {
   const float* row = input + kChannelsAhead * sizes.input_pixels;
   for (int r = 0; r < kWindow; ++r, row += sizes.input_row_size)
@@ -52,12 +52,12 @@ static inline __attribute__((always_inline)) void prefetch_windows(const PieceSi
 
 // V = B^T d B for all tiles and input channels.
 template <bool JOINED>
-static void transform_windows(const PieceSizes& sizes, const TilePiece& piece, const float* input, float* v) {
+static void transform_windows(const ConvSizes& sizes, const TileItem& item, const float* input, float* v) {
   constexpr int kRuns = JOINED ? 4 : kLanes;
-  const int64_t pitch = sizes.v_pitch(piece.tiles);
-  for (int64_t c = 0; c < sizes.C; ++c, v += piece.tiles, input += sizes.input_pixels) {
-    const TileRun* runs = piece.runs;
-    for (int64_t tile = 0; tile < piece.tiles; tile += kLanes, runs += kRuns) {
+  const int64_t pitch = sizes.v_pitch(item.tiles);
+  for (int64_t c = 0; c < sizes.C; ++c, v += item.tiles, input += sizes.input_pixels) {
+    const TileRun* runs = item.runs;
+    for (int64_t tile = 0; tile < item.tiles; tile += kLanes, runs += kRuns) {
       if constexpr (JOINED) prefetch_windows(sizes, runs, input);
       Vec d[kElements];
       const float* row = input;
@@ -129,7 +129,7 @@ static void multiply(const LiveFilters& filters, int64_t begin, int64_t end, int
 }
 
 // Applies the epilogue to the pixels of a joined run in one of its rows, and writes them.
-static inline __attribute__((always_inline)) void write_run(const PieceSizes& sizes, const TileRun& run, int row,
+static inline __attribute__((always_inline)) void write_run(const ConvSizes& sizes, const TileRun& run, int row,
                                                             int64_t channel, Vec pixels,
                                                             const Epilogue<float>& epilogue, float* out) {
   if (row >= run.rows) return;
@@ -142,7 +142,7 @@ static inline __attribute__((always_inline)) void write_run(const PieceSizes& si
   store_up_to(out + at, finish(pixels, epilogue, at, run.cols, bits), run.cols);
 }
 
-static inline void prefetch_run(const PieceSizes& sizes, const TileRun& run, int64_t channel, const float* residual,
+static inline void prefetch_run(const ConvSizes& sizes, const TileRun& run, int64_t channel, const float* residual,
                                 float* out) {
   if (channel >= sizes.K) return;
   int64_t at = (run.image * sizes.K + channel) * sizes.output_pixels + run.row * sizes.output_row_size + run.col;
@@ -152,10 +152,10 @@ static inline void prefetch_run(const PieceSizes& sizes, const TileRun& run, int
   }
 }
 
-static void write_plane(const PieceSizes& sizes, const TilePiece& piece, int64_t channel, const float* plane,
+static void write_plane(const ConvSizes& sizes, const TileItem& item, int64_t channel, const float* plane,
                         const Epilogue<float>& epilogue, float* out) {
-  for (int64_t n = 0; n < piece.write_count; ++n) {
-    const PixelRun& run = piece.writes[n];
+  for (int64_t n = 0; n < item.write_count; ++n) {
+    const PixelRun& run = item.writes[n];
     const int64_t in_image = channel * sizes.output_pixels + run.pixel;
     const int64_t at = run.image * sizes.K * sizes.output_pixels + in_image;
     BitsAcrossRows bits(epilogue.gate_layout, in_image, sizes.output_pixels);
@@ -169,22 +169,22 @@ static void write_plane(const PieceSizes& sizes, const TilePiece& piece, int64_t
 
 // The output pixels of one channel: A^T m A for each tile, and the epilogue.
 template <bool JOINED>
-static void transform_sums(const PieceSizes& sizes, const TilePiece& piece, const float* m, int64_t channel,
+static void transform_sums(const ConvSizes& sizes, const TileItem& item, const float* m, int64_t channel,
                            const Epilogue<float>& operands, float* plane, float* out) {
   const Epilogue<float> epilogue = operands;  // a copy can stay in registers, whatever is stored
   const Vec bias = broadcast(epilogue.bias ? epilogue.bias[channel] : 0.0f);
-  const TileRun* runs = piece.runs;
-  for (int64_t tile = 0; tile < piece.tiles; tile += kLanes, runs += JOINED ? 4 : kLanes) {
+  const TileRun* runs = item.runs;
+  for (int64_t tile = 0; tile < item.tiles; tile += kLanes, runs += JOINED ? 4 : kLanes) {
     if constexpr (JOINED)
       for (int j = 0; j < 4; j += kRunsOfLine)
         prefetch_run(sizes, runs[j], channel + kChannelsAhead, epilogue.residual, out);
     Vec half[4][kWindow];
     const float* of_column = m + tile;
-    for (int s = 0; s < kWindow; ++s, of_column += piece.tiles) {
+    for (int s = 0; s < kWindow; ++s, of_column += item.tiles) {
       Vec sums[kWindow];
       const float* element = of_column;
 #pragma GCC unroll 6
-      for (int r = 0; r < kWindow; ++r, element += kWindow * piece.tiles) sums[r] = load(element);
+      for (int r = 0; r < kWindow; ++r, element += kWindow * item.tiles) sums[r] = load(element);
       transform_output<4>(sums, 1);
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) half[r][s] = sums[r];
@@ -200,42 +200,40 @@ static void transform_sums(const PieceSizes& sizes, const TilePiece& piece, cons
           write_run(sizes, runs[j], r, channel, pixels[j], epilogue, out);
         } else {
           float* to[kFours];
-          for (int i = 0; i < kFours; ++i) to[i] = plane + runs[j * kFours + i].plane + r * piece.plane_pitch;
+          for (int i = 0; i < kFours; ++i) to[i] = plane + runs[j * kFours + i].plane + r * item.plane_pitch;
           store_fours(pixels[j], to);
         }
       }
     }
   }
-  if constexpr (!JOINED) write_plane(sizes, piece, channel, plane, epilogue, out);
+  if constexpr (!JOINED) write_plane(sizes, item, channel, plane, epilogue, out);
 }
 
 template <bool JOINED>
-static void compute_piece(const PieceSizes& sizes, const LiveFilters& filters, const float* values,
-                          const TilePiece& piece, const float* input, float* out, const Epilogue<float>& epilogue,
-                          float* scratch) {
-  const int64_t v_pitch = sizes.v_pitch(piece.tiles), m_pitch = sizes.m_pitch(piece.tiles);
-  float *const v = scratch, *const m = v + kElements * v_pitch, *const plane = m + sizes.panel * m_pitch;
+static void compute_item(const ConvSizes& sizes, const LiveFilters& filters, const float* values, const TileItem& item,
+                         const float* input, float* out, const Epilogue<float>& epilogue, float* scratch) {
+  const int64_t v_pitch = sizes.v_pitch(item.tiles), m_pitch = sizes.m_pitch(item.tiles);
+  float *const v = scratch, *const m = v + kElements * v_pitch, *const plane = m + sizes.slice * m_pitch;
   const auto kernel = filters.oc_block == 4 ? &multiply<4> : filters.oc_block == 2 ? &multiply<2> : &multiply<1>;
-  const int64_t rows_of_panel = sizes.panel / filters.oc_block;
-  transform_windows<JOINED>(sizes, piece, input, v);
-  for (int64_t begin = 0; begin < filters.oc_blocks; begin += rows_of_panel) {
-    const int64_t left = filters.oc_blocks - begin, end = begin + (left < rows_of_panel ? left : rows_of_panel);
+  const int64_t rows_of_slice = sizes.slice / filters.oc_block;
+  transform_windows<JOINED>(sizes, item, input, v);
+  for (int64_t begin = 0; begin < filters.oc_blocks; begin += rows_of_slice) {
+    const int64_t left = filters.oc_blocks - begin, end = begin + (left < rows_of_slice ? left : rows_of_slice);
     for (int64_t element = 0; element < kElements; ++element)
-      kernel(filters, begin, end, piece.tiles, v + element * v_pitch,
-             values + element * filters.count * filters.oc_block, m + element * piece.tiles, m_pitch);
+      kernel(filters, begin, end, item.tiles, v + element * v_pitch,
+             values + element * filters.count * filters.oc_block, m + element * item.tiles, m_pitch);
     const int64_t first = begin * filters.oc_block, last = end * filters.oc_block;
     for (int64_t k = first; k < (last < sizes.K ? last : sizes.K); ++k)
-      transform_sums<JOINED>(sizes, piece, m + (k - first) * m_pitch, k, epilogue, plane, out);
+      transform_sums<JOINED>(sizes, item, m + (k - first) * m_pitch, k, epilogue, plane, out);
   }
 }
 
 int masked_winograd_joined_tiles() { return kFours; }
 
-void masked_winograd_piece(const PieceSizes& sizes, const LiveFilters& filters, const float* values,
-                           const TilePiece& piece, const float* input, float* out, const Epilogue<float>& epilogue,
-                           float* scratch) {
-  const auto compute = piece.joined ? &compute_piece<true> : &compute_piece<false>;
-  compute(sizes, filters, values, piece, input, out, epilogue, scratch);
+void masked_winograd_item(const ConvSizes& sizes, const LiveFilters& filters, const float* values, const TileItem& item,
+                          const float* input, float* out, const Epilogue<float>& epilogue, float* scratch) {
+  const auto compute = item.joined ? &compute_item<true> : &compute_item<false>;
+  compute(sizes, filters, values, item, input, out, epilogue, scratch);
 }
 
 }  // namespace SPARSE_ADV_ISA

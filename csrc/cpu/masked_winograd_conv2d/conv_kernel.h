@@ -23,7 +23,7 @@ struct TileRun {
   uint16_t last[kWindow] = {};   // the same for pixel s + 4
   int64_t image = 0, row = 0, col = 0;  // the first pixel in the output
   int rows = 0, cols = 0;               // of the output that the tiles have; none if they only fill a vector
-  int64_t plane = 0;                    // not joined: the first pixel in the plane of a channel that a piece writes
+  int64_t plane = 0;                    // not joined: the first pixel in the plane of a channel that an item writes
 };
 
 // Pixels of a channel that follow each other in the output and in the plane.
@@ -33,11 +33,11 @@ struct PixelRun {
   int64_t size;
 };
 
-// A piece of the work: neighbouring rows of tiles. If they are `joined`, a run has kLanes / 4 tiles, whose pixels are
+// An item of the work: neighbouring rows of tiles. If they are `joined`, a run has kLanes / 4 tiles, whose pixels are
 // read and written as vectors. Else it has one, and the pixels of a channel are collected in a plane, since its rows do
 // not fill vectors. A vector of tiles has in its lanes 4 i, 4 i + 1, ... the tiles i, i + kLanes / 4, ...: four vectors
 // of pixels, transposed in fours, are four vectors of tiles.
-struct TilePiece {
+struct TileItem {
   bool joined;
   int64_t tiles;  // a multiple of kTileGroup
   const TileRun* runs;
@@ -46,26 +46,26 @@ struct TilePiece {
   int64_t write_count;
 };
 
-struct PieceSizes {
+struct ConvSizes {
   int64_t C, K;                            // input and output channels
   int64_t input_pixels, input_row_size;    // of a channel, of a row
   int64_t output_pixels, output_row_size;  // the same of the output
-  int64_t panel;                           // output channels whose sums are in the scratch memory, whole oc_blocks
+  int64_t slice;                           // output channels whose sums are in the scratch memory, whole oc_blocks
 
   // V[element][channel][tile] and M[channel][element][tile]. The additions keep rows from the same sets of the L1.
   [[gnu::always_inline]] int64_t v_pitch(int64_t tiles) const { return C * tiles + kTileGroup; }
   [[gnu::always_inline]] int64_t m_pitch(int64_t tiles) const { return kElements * tiles + kTileGroup; }
-  int64_t scratch(const TilePiece& piece) const {
-    return kElements * v_pitch(piece.tiles) + panel * m_pitch(piece.tiles) + piece.plane_size;
+  int64_t scratch(const TileItem& item) const {
+    return kElements * v_pitch(item.tiles) + slice * m_pitch(item.tiles) + item.plane_size;
   }
 };
 
 // The tiles of a joined run.
 SPARSE_ADV_FOR_EACH_ISA(int masked_winograd_joined_tiles())
 
-// Computes a piece with an epilogue without a scale; `scratch` has room for sizes.scratch(piece) floats.
-SPARSE_ADV_FOR_EACH_ISA(void masked_winograd_piece(const PieceSizes& sizes, const LiveFilters& filters,
-                                                   const float* values, const TilePiece& piece, const float* input,
-                                                   float* out, const Epilogue<float>& epilogue, float* scratch))
+// Computes an item with an epilogue without a scale; `scratch` has room for sizes.scratch(item) floats.
+SPARSE_ADV_FOR_EACH_ISA(void masked_winograd_item(const ConvSizes& sizes, const LiveFilters& filters,
+                                                  const float* values, const TileItem& item, const float* input,
+                                                  float* out, const Epilogue<float>& epilogue, float* scratch))
 
 }  // namespace sparse_adv

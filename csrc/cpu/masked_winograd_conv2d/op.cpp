@@ -13,7 +13,7 @@
 #include "cpu/caches.h"
 #include "cpu/epilogue_tensors.h"
 #include "cpu/masked_winograd_conv2d/conv_kernel.h"
-#include "cpu/masked_winograd_conv2d/pieces.h"
+#include "cpu/masked_winograd_conv2d/items.h"
 #include "cpu/masked_winograd_conv2d/weight_kernel.h"
 #include "cpu/shared_items.h"
 #include "cpu/winograd_conv2d/operands.h"
@@ -25,7 +25,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kMostTiles = 64;       // of a piece, if a row of tiles has not more
+constexpr int64_t kMostTiles = 64;       // of an item, if a row of tiles has not more
 constexpr int64_t kFiltersOfTask = 512;  // that a thread transforms, at least
 
 void check_indices(const char* name, const Tensor& list) {
@@ -88,10 +88,10 @@ Tensor masked_winograd_conv2d_weight_cpu(Tensor weight, Tensor mask, Tensor row_
   return values;
 }
 
-// The rows of tiles of a piece: V should take a third of the L2 cache, as the sums M. With blocks of fewer than 4
-// output channels a loaded vector serves few sums: pieces of twice as many tiles, two vectors at least, are faster,
+// The rows of tiles of an item: V should take a third of the L2 cache, as the sums M. With blocks of fewer than 4
+// output channels a loaded vector serves few sums: items of twice as many tiles, two vectors at least, are faster,
 // although V fills the cache (512 channels on 4 x 4 pixels, single filters: 16 tiles 5.4 ms, 32 tiles 3.7).
-int64_t tile_rows_of_piece(const TileGeometry& g, const LiveFilters& filters, int64_t tile_rows) {
+int64_t tile_rows_of_item(const TileGeometry& g, const LiveFilters& filters, int64_t tile_rows) {
   const int64_t groups = filters.oc_block < 4 ? 2 : 1, floats = groups * l2_bytes() / 4 / 3;
   const int64_t fitting = floats / (kElements * std::max<int64_t>(g.C, 1)) / kTileGroup * kTileGroup;
   const int64_t tiles = std::clamp<int64_t>(fitting, groups * kTileGroup, kMostTiles);
@@ -99,7 +99,7 @@ int64_t tile_rows_of_piece(const TileGeometry& g, const LiveFilters& filters, in
   return divide_up(tile_rows, divide_up(divide_up(tile_rows, most), threads) * threads);
 }
 
-int64_t channels_of_panel(int64_t tiles, int64_t K) {
+int64_t channels_of_slice(int64_t tiles, int64_t K) {
   const int64_t fitting = l2_bytes() / 4 / 3 / (kElements * tiles) / 4 * 4;
   return std::min(std::max<int64_t>(fitting, 8), round_up(K, 4));
 }
@@ -135,25 +135,25 @@ void masked_winograd_conv2d_out_cpu(Tensor input, Tensor row_offsets, Tensor cha
 
   const TileGeometry g({input.sizes().begin(), input.sizes().end()}, padding,
                        SPARSE_ADV_CHOOSE(masked_winograd_joined_tiles)());
-  const int64_t tile_rows = size[0] * g.tile_rows, rows = tile_rows_of_piece(g, filters, tile_rows);
-  const PieceSizes sizes{.C = C,
-                         .K = K,
-                         .input_pixels = g.H * g.W,
-                         .input_row_size = g.W,
-                         .output_pixels = g.P * g.Q,
-                         .output_row_size = g.Q,
-                         .panel = channels_of_panel(round_up(rows * g.tile_cols, kTileGroup), K)};
-  const auto kernel = SPARSE_ADV_CHOOSE(masked_winograd_piece);
+  const int64_t tile_rows = size[0] * g.tile_rows, rows = tile_rows_of_item(g, filters, tile_rows);
+  const ConvSizes sizes{.C = C,
+                        .K = K,
+                        .input_pixels = g.H * g.W,
+                        .input_row_size = g.W,
+                        .output_pixels = g.P * g.Q,
+                        .output_row_size = g.Q,
+                        .slice = channels_of_slice(round_up(rows * g.tile_cols, kTileGroup), K)};
+  const auto kernel = SPARSE_ADV_CHOOSE(masked_winograd_item);
   const int64_t count = divide_up(tile_rows, rows);
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  SharedItems pieces(count, threads);
+  SharedItems items(count, threads);
   parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     thread_local AlignedBuffer buffer;
     ScratchUse scratch(buffer);
-    PieceTables tables(g);
-    pieces.take(thread, [&](int64_t i) {
-      const TilePiece piece = tables.build(i * rows, std::min((i + 1) * rows, tile_rows));
-      kernel(sizes, filters, weights, piece, images, results, pointers, scratch.at_least(sizes.scratch(piece)));
+    ItemTables tables(g);
+    items.take(thread, [&](int64_t i) {
+      const TileItem item = tables.build(i * rows, std::min((i + 1) * rows, tile_rows));
+      kernel(sizes, filters, weights, item, images, results, pointers, scratch.at_least(sizes.scratch(item)));
     });
   });
 }

@@ -1,4 +1,4 @@
-#include "cpu/masked_winograd_conv2d/pieces.h"
+#include "cpu/masked_winograd_conv2d/items.h"
 
 #include <algorithm>
 
@@ -28,7 +28,7 @@ TileGeometry::TileGeometry(const std::vector<int64_t>& input, const std::vector<
   tile_cols = round_up(tile_cols, tiles_of_run);
 }
 
-TilePiece PieceTables::build(int64_t begin, int64_t end) {
+TileItem ItemTables::build(int64_t begin, int64_t end) {
   const bool joined = g_.tiles_of_run > 1;
   const int64_t pitch = kTile * g_.tile_cols, plane_size = (end - begin) * kTile * pitch;
   runs_.clear();
@@ -54,7 +54,7 @@ TilePiece PieceTables::build(int64_t begin, int64_t end) {
           .write_count = static_cast<int64_t>(writes_.size())};
 }
 
-TileRun PieceTables::run_at(int64_t image, int64_t row, int64_t col, int64_t plane) const {
+TileRun ItemTables::run_at(int64_t image, int64_t row, int64_t col, int64_t plane) const {
   const int64_t top = row - g_.pad_rows, left = col - g_.pad_cols, pixels = kTile * g_.tiles_of_run;
   TileRun run;
   run.plane = plane;
@@ -79,7 +79,7 @@ TileRun PieceTables::run_at(int64_t image, int64_t row, int64_t col, int64_t pla
 }
 
 // The pixels of a row of tiles, in one run with those before if nothing lies between them in the output.
-void PieceTables::add_writes(int64_t image, int64_t row, int64_t plane) {
+void ItemTables::add_writes(int64_t image, int64_t row, int64_t plane) {
   const int64_t pitch = kTile * g_.tile_cols, rows = std::min(kTile, g_.P - row);
   if (pitch != g_.Q) {
     for (int64_t r = 0; r < rows; ++r)

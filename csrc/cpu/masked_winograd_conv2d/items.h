@@ -1,4 +1,4 @@
-// How a call divides its images: into pieces of neighbouring rows of tiles.
+// How a call divides its images: into items of neighbouring rows of tiles.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +19,13 @@ struct TileGeometry {
   TileGeometry(const std::vector<int64_t>& input, const std::vector<int64_t>& padding, int64_t joined_tiles);
 };
 
-// The tables that a TilePiece points to; they last until the next piece is built.
-class PieceTables {
+// The tables that a TileItem points to; they last until the next item is built.
+class ItemTables {
  public:
-  explicit PieceTables(const TileGeometry& geometry) : g_(geometry) {}
+  explicit ItemTables(const TileGeometry& geometry) : g_(geometry) {}
 
   // The rows of tiles [begin, end), counted over all images.
-  TilePiece build(int64_t begin, int64_t end);
+  TileItem build(int64_t begin, int64_t end);
 
  private:
   TileRun run_at(int64_t image, int64_t row, int64_t col, int64_t plane) const;
