@@ -93,3 +93,10 @@ def test_a_call_keeps_no_memory(name, bytes_in_use):
     for _ in range(calls):
         op()
     assert bytes_in_use() - before < 8 * calls
+
+
+def test_no_op_takes_a_string():
+    schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("sparse_adv::")]
+    assert len(schemas) > 10
+    for schema in schemas:
+        assert not any("str" in str(argument.type) for argument in schema.arguments), schema
