@@ -39,10 +39,12 @@ def images(shape: Sequence[int], device: str) -> tuple[Tensor, Tensor, Tensor]:
     return (clean + 0.02 * torch.randn_like(clean)).clamp(0, 1), torch.randn_like(clean), clean
 
 
-def case_of(op: str, functions: Mapping[str, Callable], moved: int, images: Tensor, *others: object) -> Case:
+def case_of(
+    op: str, functions: Mapping[str, Callable], moved: int, images: Tensor, *others: Tensor, **numbers: object
+) -> Case:
     """The case of functions of the same operands, which move so many bytes; for all ops of an attack."""
     labels = {"op": op, "shape": label_of(images.shape), "dtype": "float32"}
-    sides = {name: partial(function, images, *others) for name, function in functions.items()}
+    sides = {name: partial(function, images, *others, **numbers) for name, function in functions.items()}
     rounds = 30 if images.device.type == "cpu" else 9
     return Case(labels, sides, moved=moved, rounds=rounds, warmup=3, capture=True)
 
@@ -58,12 +60,12 @@ def case(shape: tuple[int, ...], variant: str, device: str = "cpu", quick: bool 
     """The case of one shape, after a check that our result is right."""
     adv, grad, clean = images(shape, device)
     grad = grad.to(VARIANTS[variant])
-    step = (adv, grad, clean, ALPHA, EPS, variant.split(",")[0])
-    torch.testing.assert_close(pgd_step(*step), reference.pgd_step(*step))
+    tensors, numbers = (adv, grad, clean), {"alpha": ALPHA, "eps": EPS, "norm": variant.split(",")[0]}
+    torch.testing.assert_close(pgd_step(*tensors, **numbers), reference.pgd_step(*tensors, **numbers))
     functions = {"ours": pgd_step, "eager": reference.pgd_step}
     if grad.dtype == torch.float32:
         functions["compile"] = compiled(reference.pgd_step, quick)
-    return case_of(f"pgd_step {variant}", functions, 3 * clean.nbytes + grad.nbytes, *step)
+    return case_of(f"pgd_step {variant}", functions, 3 * clean.nbytes + grad.nbytes, *tensors, **numbers)
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:

@@ -22,9 +22,9 @@ from torch import Tensor
 from sparse_adv.ops import pgd_step_normalized, reference
 
 
-def plain(*arguments: Tensor | float) -> tuple[Tensor, Tensor]:
+def plain(*tensors: Tensor, **numbers: float) -> tuple[Tensor, Tensor]:
     """The reference, with the network's input in channels_last."""
-    adv, normalized = reference.pgd_step_normalized(*arguments)
+    adv, normalized = reference.pgd_step_normalized(*tensors, **numbers)
     return adv, normalized.contiguous(memory_format=torch.channels_last)
 
 
@@ -33,11 +33,12 @@ def case(shape: tuple[int, ...], device: str = "cpu", quick: bool = False) -> Ca
     """The case of one shape, after a check that our result is right."""
     adv, grad, clean = images(shape, device)
     mean, std = torch.full((2, shape[1]), 0.25, device=device)
-    step = (adv, grad, clean, mean, std, ALPHA, EPS)
+    tensors, numbers = (adv, grad, clean, mean, std), {"alpha": ALPHA, "eps": EPS}
     # The bfloat16 tensor may differ in its last bit.
-    torch.testing.assert_close(pgd_step_normalized(*step), plain(*step), rtol=1e-2, atol=1e-5)
+    ours, expected = pgd_step_normalized(*tensors, **numbers), plain(*tensors, **numbers)
+    torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-5)
     functions = dict(zip(SIDES, (pgd_step_normalized, plain, compiled(plain, quick)), strict=True))
-    return case_of("pgd_step_normalized linf", functions, 18 * clean.numel(), *step)
+    return case_of("pgd_step_normalized linf", functions, 18 * clean.numel(), *tensors, **numbers)
 
 
 cases = partial(of_each_shape, case)

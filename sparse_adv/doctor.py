@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,10 +224,10 @@ def _pgd_step(norm: str, device: torch.device) -> float:
     noise = torch.Generator().manual_seed(0)
     clean, adv = torch.rand(2, 3, 2, 5, 7, generator=noise)
     grad = torch.randn(3, 2, 5, 7, generator=noise)
-    numbers = (0.1, 0.3, norm)
-    expected = reference.pgd_step(adv, grad, clean, *numbers)
+    numbers: dict[str, Any] = {"alpha": 0.1, "eps": 0.3, "norm": norm}
+    expected = reference.pgd_step(adv, grad, clean, **numbers)
     adv, grad, clean = (images.to(device) for images in (adv, grad, clean))
-    actual = [ops.pgd_step(adv, grad, clean, *numbers), ops.pgd_step_(adv.clone(), grad, clean, *numbers)]
+    actual = [ops.pgd_step(adv, grad, clean, **numbers), ops.pgd_step_(adv.clone(), grad, clean, **numbers)]
     return _difference(actual, [expected, expected])
 
 
@@ -236,7 +237,7 @@ def _pgd_step_normalized(device: torch.device) -> float:
     tensors = (adv, grad - 0.5, clean, torch.tensor([0.5, 0.25]), torch.tensor([0.25, 0.5]))
 
     def results(op: Callable[..., tuple[Tensor, Tensor]], device: torch.device) -> list[Tensor]:
-        return [y.float() for y in op(*(tensor.to(device) for tensor in tensors), 0.1, 0.3)]
+        return [y.float() for y in op(*(tensor.to(device) for tensor in tensors), alpha=0.1, eps=0.3)]
 
     return _difference(results(ops.pgd_step_normalized, device), results(reference.pgd_step_normalized, CPU))
 
@@ -244,7 +245,7 @@ def _pgd_step_normalized(device: torch.device) -> float:
 def _random_start(norm: str, device: torch.device) -> float:
     clean = torch.rand(3, 2, 5, 7, generator=torch.Generator().manual_seed(0))
     seed = torch.tensor([7, 0])
-    actual = ops.random_start(clean.to(device), 0.3, norm, seed.to(device))
+    actual = ops.random_start(clean.to(device), 0.3, norm=norm, seed=seed.to(device))
     return _difference([actual], [reference.random_start(clean, seed, 0.3, norm)])
 
 

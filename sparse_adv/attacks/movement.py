@@ -22,9 +22,9 @@ def start(images: Tensor, ball: Ball, philox_state: Tensor) -> Tensor:
     """
     eps, norm, lo, hi = ball
     if not (isinstance(eps, Tensor) or isinstance(lo, Tensor) or isinstance(hi, Tensor)):
-        return ops.random_start(images, eps, norm, philox_state, lo, hi)
+        return ops.random_start(images, eps, norm=norm, seed=philox_state, lo=lo, hi=hi)
     check_finite_radius(eps)
-    unit = ops.random_start(torch.zeros_like(images), 1.0, norm, philox_state, -math.inf, math.inf)
+    unit = ops.random_start(torch.zeros_like(images), 1.0, norm=norm, seed=philox_state, lo=-math.inf, hi=math.inf)
     return ball.clamp(images.detach() + eps * unit)
 
 
@@ -43,9 +43,9 @@ def step(adv: Tensor, grad: Tensor, images: Tensor, alpha: Values, ball: Ball) -
     """
     eps, norm, lo, hi = ball
     if not any(isinstance(value, Tensor) for value in (alpha, eps, lo, hi)):
-        return ops.pgd_step(adv, grad, images, alpha, eps, norm, lo, hi)  # type: ignore[arg-type]
+        return ops.pgd_step(adv, grad, images, alpha=alpha, eps=eps, norm=norm, lo=lo, hi=hi)  # type: ignore[arg-type]
     zero = torch.zeros_like(adv)
-    direction = ops.pgd_step(zero, grad, zero, 1.0, math.inf, norm, -math.inf, math.inf)
+    direction = ops.pgd_step(zero, grad, zero, alpha=1.0, eps=math.inf, norm=norm, lo=-math.inf, hi=math.inf)
     moved = adv + alpha * direction
     if norm == "linf":
         return ball.clamp(torch.minimum(torch.maximum(moved, images - eps), images + eps))

@@ -19,6 +19,7 @@ def pgd_step(
     adv: Tensor,
     grad: Tensor,
     clean: Tensor,
+    *,
     alpha: float,
     eps: float,
     norm: str = "linf",
@@ -73,6 +74,7 @@ def pgd_step_(
     adv: Tensor,
     grad: Tensor,
     clean: Tensor,
+    *,
     alpha: float,
     eps: float,
     norm: str = "linf",
@@ -110,7 +112,7 @@ def pgd_step_(
         _check_memory(adv, grad, clean)
         if adv.is_neg():  # the view of a complex tensor, whose memory holds -adv
             with torch.no_grad():
-                return adv.copy_(pgd_step(adv, grad, clean, alpha, eps, norm, lo, hi))
+                return adv.copy_(pgd_step(adv, grad, clean, alpha=alpha, eps=eps, norm=norm, lo=lo, hi=hi))
         grad, clean = grad.resolve_neg(), clean.resolve_neg()
     torch.ops.sparse_adv.pgd_step_(adv.detach(), grad.detach(), clean.detach(), alpha, eps, norm == "l2", lo, hi)
     mark_written(adv)

@@ -17,6 +17,7 @@ def pgd_step_normalized(
     clean: Tensor,
     mean: Tensor,
     std: Tensor,
+    *,
     alpha: float,
     eps: float,
     lo: float = 0.0,
@@ -26,7 +27,7 @@ def pgd_step_normalized(
 
     Equivalent to::
 
-        adv = pgd_step(adv, grad, clean, alpha, eps, "linf", lo, hi)
+        adv = pgd_step(adv, grad, clean, alpha=alpha, eps=eps, lo=lo, hi=hi)
         input = ((adv - mean[:, None, None]) / std[:, None, None]).bfloat16().to(memory_format=torch.channels_last)
 
     On CUDA this is one pass, which moves 18 bytes per element instead of 22, and one kernel launch less. It is meant

@@ -17,6 +17,7 @@ _SEEDS = range(-(2**63), 2**63)
 def random_start(
     clean: Tensor,
     eps: float,
+    *,
     norm: str = "linf",
     seed: int | Tensor | torch.Generator = 0,
     lo: float = 0.0,

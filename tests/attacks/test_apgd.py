@@ -215,7 +215,7 @@ def test_pixels_whose_gradients_are_not_finite_stay_and_the_others_move(norm, st
         return torch.cat([score + 9, 2 * score], 1)  # no image falls
 
     images, labels = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
-    start = (random_start(images, 0.1, norm, philox_state()) - images).flatten(1)
+    start = (random_start(images, 0.1, norm=norm, seed=philox_state()) - images).flatten(1)
     moved = (apgd(model, images, labels, eps=0.1, norm=norm, steps=10, generator=generator()) - images).flatten(1)
     assert (moved[:, 0].abs() <= start[:, 0].abs() + 1e-6).all()  # a step of the others may be projected
     assert moved.norm(dim=1, p=math.inf if norm == "linf" else 2).max() <= 0.1

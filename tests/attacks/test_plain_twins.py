@@ -42,7 +42,7 @@ def test_apgd_is_algorithm_1(norm, loss, rho):
     model, images, labels = problem()
     eps = {"linf": 1e-3, "l2": 1e-2}[norm]  # so small that no image falls
     adv = apgd(model, images, labels, norm=norm, eps=eps, steps=30, rho=rho, loss=loss, generator=generator())
-    starts = ops.random_start(images, eps, norm, generator())
+    starts = ops.random_start(images, eps, norm=norm, seed=generator())
     assert (model(adv).argmax(1) == labels).all()
     for x, y, start, found in zip(images, labels, starts, adv, strict=True):
         expected = ascend(
@@ -72,7 +72,7 @@ def test_apgd_halves_its_steps_and_goes_back_to_its_best_points_from_every_start
     options = {"norm": norm, "eps": eps, "steps": 25, "restarts": 3, "loss": "margin"}
     adv = apgd(model, images, labels, generator=generator(), **options)
     starts = [
-        ops.random_start(images, eps, norm, philox_state() + torch.tensor([0, n * -(-images.numel() // 4)]))
+        ops.random_start(images, eps, norm=norm, seed=philox_state() + torch.tensor([0, n * -(-images.numel() // 4)]))
         for n in range(3)
     ]
     chosen = set()
@@ -97,7 +97,7 @@ def test_targeted_apgd_takes_the_nearest_classes_in_turn():
         found = []
         for ascent, rank in enumerate((0, 1, 0, 1)):
             words = key + torch.tensor([0, ascent * -(-images.numel() // 4)])
-            start = ops.random_start(images, 1e-3, "linf", words)[i]
+            start = ops.random_start(images, 1e-3, norm="linf", seed=words)[i]
 
             def loss(z, y=y, target=ranked[i, rank]):
                 return losses.targeted_dlr(model(z[None]), y[None], target[None]).sum()
@@ -120,7 +120,7 @@ class Alternating(nn.Module):
 def test_apgd_follows_the_mean_of_its_gradients():
     x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
     adv = apgd(Alternating(), x, y, eps=0.1, steps=2, eot_iter=2, loss="margin", generator=generator(), engine=False)
-    start = ops.random_start(x, 0.1, "linf", generator())
+    start = ops.random_start(x, 0.1, norm="linf", seed=generator())
     assert (adv < start).all()
 
 

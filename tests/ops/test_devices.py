@@ -177,11 +177,11 @@ def test_a_packed_pattern(device):
 def test_the_step_gives_the_numbers_of_the_cpu(device, shape, dtype, norm):
     adv, grad, clean = step_images(shape, dtype)
     grad = grad.to(dtype)
-    expected = pgd_step(adv, grad, clean, 0.1, 0.2, norm)
+    expected = pgd_step(adv, grad, clean, alpha=0.1, eps=0.2, norm=norm)
     on_device = [t.to(device) for t in (adv, grad, clean)]
     for actual in (
-        pgd_step(*on_device, 0.1, 0.2, norm),
-        pgd_step_(on_device[0].clone(), *on_device[1:], 0.1, 0.2, norm),
+        pgd_step(*on_device, alpha=0.1, eps=0.2, norm=norm),
+        pgd_step_(on_device[0].clone(), *on_device[1:], alpha=0.1, eps=0.2, norm=norm),
     ):
         assert_moved_alike(actual.cpu(), expected, norm)
 
@@ -191,11 +191,11 @@ def test_the_step_gives_the_numbers_of_the_cpu(device, shape, dtype, norm):
 @pytest.mark.parametrize("other", ["contiguous", "channels_last"])
 def test_the_step_takes_any_layout(device, layout, other, norm):
     adv, grad, clean = step_images((3, 3, 8, 6), torch.float32)
-    expected = pgd_step(adv, grad, clean, 0.1, 0.2, norm)
+    expected = pgd_step(adv, grad, clean, alpha=0.1, eps=0.2, norm=norm)
     adv, grad, clean = (t.to(device) for t in (adv, grad, clean))
     adv, clean, grad = LAYOUTS[layout](adv), LAYOUTS[layout](clean), LAYOUTS[other](grad)
-    assert_moved_alike(pgd_step(adv, grad, clean, 0.1, 0.2, norm).cpu(), expected, norm)
-    assert_moved_alike(pgd_step_(adv, grad, clean, 0.1, 0.2, norm).cpu(), expected, norm)
+    assert_moved_alike(pgd_step(adv, grad, clean, alpha=0.1, eps=0.2, norm=norm).cpu(), expected, norm)
+    assert_moved_alike(pgd_step_(adv, grad, clean, alpha=0.1, eps=0.2, norm=norm).cpu(), expected, norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -203,15 +203,17 @@ def test_the_step_takes_any_layout(device, layout, other, norm):
 @pytest.mark.parametrize("grad_dtype", DTYPES)
 def test_the_step_takes_any_alignment_and_gradient(device, grad_dtype, offset, norm):
     tensors = step_images((4, 333), torch.float32)
-    expected = pgd_step(*tensors, 0.1, 0.2, norm)
+    expected = pgd_step(*tensors, alpha=0.1, eps=0.2, norm=norm)
     memory = [torch.empty(t.numel() + offset, device=device) for t in tensors]
     adv, grad, clean = (m[offset:].view(t.shape).copy_(t) for m, t in zip(memory, tensors, strict=True))
-    actual = pgd_step(adv, grad.to(grad_dtype), clean, 0.1, 0.2, norm)
+    actual = pgd_step(adv, grad.to(grad_dtype), clean, alpha=0.1, eps=0.2, norm=norm)
     if norm == "linf" or grad_dtype in (torch.float32, torch.float64):
         assert_moved_alike(actual.cpu(), expected, norm)
     else:
         assert_moved_alike(
-            actual.cpu(), pgd_step(tensors[0], tensors[1].to(grad_dtype), tensors[2], 0.1, 0.2, norm), norm
+            actual.cpu(),
+            pgd_step(tensors[0], tensors[1].to(grad_dtype), tensors[2], alpha=0.1, eps=0.2, norm=norm),
+            norm,
         )
 
 
@@ -220,8 +222,8 @@ def test_the_step_takes_any_alignment_and_gradient(device, grad_dtype, offset, n
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every other"])
 def test_the_start_gives_the_numbers_of_the_cpu(device, layout, dtype, norm):
     clean, seed = torch.rand(5, 3, 7, 9).to(dtype), torch.tensor([-(2**60), 2**40])
-    expected = random_start(clean, 0.3, norm, seed)
-    actual = random_start(LAYOUTS[layout](clean.to(device)), 0.3, norm, seed.to(device))
+    expected = random_start(clean, 0.3, norm=norm, seed=seed)
+    actual = random_start(LAYOUTS[layout](clean.to(device)), 0.3, norm=norm, seed=seed.to(device))
     if dtype == torch.float64:  # an FMA may round otherwise
         assert_close(actual.cpu(), expected, "elementwise")
     else:
@@ -236,7 +238,7 @@ def test_the_normalised_step(device, layout, grad_dtype):
     expected = reference.pgd_step_normalized(adv, grad, clean, mean, std, 0.1, 0.2)
     adv, clean = (LAYOUTS[layout](t.to(device)) for t in (adv, clean))
     moved, normalized = pgd_step_normalized(
-        adv, grad.to(device, grad_dtype), clean, mean.to(device), std.to(device), 0.1, 0.2
+        adv, grad.to(device, grad_dtype), clean, mean.to(device), std.to(device), alpha=0.1, eps=0.2
     )
     assert_equal(moved.cpu(), expected[0])
     assert_equal(normalized.cpu(), expected[1])
@@ -341,7 +343,7 @@ def test_a_captured_graph_draws_new_numbers_in_each_replay_and_the_same_after_a_
 
     def attack() -> None:
         adv.copy_(random_start(clean, 0.1, seed=words))
-        pgd_step_(adv, grad, clean, 0.01, 0.1)
+        pgd_step_(adv, grad, clean, alpha=0.01, eps=0.1)
         words.add_(blocks)
 
     side = torch.cuda.Stream()
@@ -359,5 +361,5 @@ def test_a_captured_graph_draws_new_numbers_in_each_replay_and_the_same_after_a_
         graph.replay()
         results.append(adv.clone())
     assert not results[0].equal(results[1]) and results[0].equal(results[2])
-    expected = pgd_step(random_start(clean, 0.1, seed=torch.tensor([5, 0])), grad, clean, 0.01, 0.1)
+    expected = pgd_step(random_start(clean, 0.1, seed=torch.tensor([5, 0])), grad, clean, alpha=0.01, eps=0.1)
     assert results[0].equal(expected)

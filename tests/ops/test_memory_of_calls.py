@@ -37,10 +37,16 @@ def both_passes(kernel: str) -> Callable[[], object]:
 
 SPARSE = pattern("sparse")
 OPS: dict[str, Callable[[], object]] = {
-    **{f"pgd_step {norm}": lambda n=norm: ops.pgd_step(IMAGES, GRAD, CLEAN, 0.1, 0.1, n) for norm in ("linf", "l2")},
-    "pgd_step_": lambda: ops.pgd_step_(OUT, GRAD, CLEAN, 0.1, 0.1),
-    "pgd_step_normalized": lambda: ops.pgd_step_normalized(IMAGES, GRAD, CLEAN, VECTOR, VECTOR, 0.1, 0.1),
-    **{f"random_start {norm}": lambda n=norm: ops.random_start(CLEAN, 0.1, n, SEED) for norm in ("linf", "l2")},
+    **{
+        f"pgd_step {norm}": lambda n=norm: ops.pgd_step(IMAGES, GRAD, CLEAN, alpha=0.1, eps=0.1, norm=n)
+        for norm in ("linf", "l2")
+    },
+    "pgd_step_": lambda: ops.pgd_step_(OUT, GRAD, CLEAN, alpha=0.1, eps=0.1),
+    "pgd_step_normalized": lambda: ops.pgd_step_normalized(IMAGES, GRAD, CLEAN, VECTOR, VECTOR, alpha=0.1, eps=0.1),
+    **{
+        f"random_start {norm}": lambda n=norm: ops.random_start(CLEAN, 0.1, norm=n, seed=SEED)
+        for norm in ("linf", "l2")
+    },
     "masked_conv2d sparse": both_passes("sparse"),
     "masked_conv2d dense": both_passes("dense"),
     "masked_conv2d_out": lambda: ops.masked_conv2d_out(

@@ -40,7 +40,7 @@ def images(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tu
 def test_linf_equals_the_reference_bit_for_bit(dtype, layout):
     adv, grad, clean = (LAYOUTS[layout](t) for t in images(3, 5, 9, 7, dtype=dtype))
     expected = reference.pgd_step(adv, grad, clean, ALPHA, EPS)
-    assert torch.equal(pgd_step(adv, grad, clean, ALPHA, EPS), expected)
+    assert torch.equal(pgd_step(adv, grad, clean, alpha=ALPHA, eps=EPS), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -49,7 +49,7 @@ def test_l2_equals_the_reference(dtype, layout):
     adv, grad, clean = (LAYOUTS[layout](t) for t in images(3, 5, 9, 7, dtype=dtype))
     for alpha, eps in ((0.2, 0.5), (0.2, 100.0), (-0.2, 0.0), (0.2, math.inf)):
         expected = reference.pgd_step(adv, grad, clean, alpha, eps, "l2")
-        assert_close(pgd_step(adv, grad, clean, alpha, eps, "l2"), expected)
+        assert_close(pgd_step(adv, grad, clean, alpha=alpha, eps=eps, norm="l2"), expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -62,7 +62,7 @@ def test_l2_equals_the_reference(dtype, layout):
 )
 def test_every_shape_equals_the_reference(shape, norm, alpha, eps, seed):
     adv, grad, clean = images(*shape, seed=seed)
-    step = pgd_step(adv, grad, clean, alpha, eps, norm)
+    step = pgd_step(adv, grad, clean, alpha=alpha, eps=eps, norm=norm)
     expected = reference.pgd_step(adv, grad, clean, alpha, eps, norm)
     if norm == "linf":
         assert torch.equal(step, expected)
@@ -72,15 +72,21 @@ def test_every_shape_equals_the_reference(shape, norm, alpha, eps, seed):
 
 def test_many_images_equal_the_reference():
     adv, grad, clean = images(70, 3, 33, 31)
-    assert torch.equal(pgd_step(adv, grad, clean, ALPHA, EPS), reference.pgd_step(adv, grad, clean, ALPHA, EPS))
-    assert_close(pgd_step(adv, grad, clean, 0.2, 0.5, "l2"), reference.pgd_step(adv, grad, clean, 0.2, 0.5, "l2"))
+    assert torch.equal(
+        pgd_step(adv, grad, clean, alpha=ALPHA, eps=EPS), reference.pgd_step(adv, grad, clean, ALPHA, EPS)
+    )
+    assert_close(
+        pgd_step(adv, grad, clean, alpha=0.2, eps=0.5, norm="l2"), reference.pgd_step(adv, grad, clean, 0.2, 0.5, "l2")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_gradient_of_another_dtype_equals_the_reference(dtype):
     adv, grad, clean = images(2, 3, 8, 8)
     grad = grad.to(dtype)
-    assert torch.equal(pgd_step(adv, grad, clean, ALPHA, EPS), reference.pgd_step(adv, grad, clean, ALPHA, EPS))
+    assert torch.equal(
+        pgd_step(adv, grad, clean, alpha=ALPHA, eps=EPS), reference.pgd_step(adv, grad, clean, ALPHA, EPS)
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -89,7 +95,7 @@ def test_gradient_of_another_dtype_equals_the_reference(dtype):
 def test_values_that_are_not_finite_are_treated_as_in_the_reference(place, value, norm):
     tensors = dict(zip(("adv", "grad", "clean"), images(2, 3, 5, 5), strict=True))
     tensors[place][0, 0] = value
-    step, expected = (f(*tensors.values(), ALPHA, EPS, norm) for f in (pgd_step, reference.pgd_step))
+    step, expected = (f(**tensors, alpha=ALPHA, eps=EPS, norm=norm) for f in (pgd_step, reference.pgd_step))
     tolerance = 0 if norm == "linf" else 1e-6
     torch.testing.assert_close(step, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -98,7 +104,7 @@ def test_values_that_are_not_finite_are_treated_as_in_the_reference(place, value
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_without_a_gradient_images_do_not_move(norm, value):
     _, _, clean = images(2, 3, 5, 5)
-    assert torch.equal(pgd_step(clean, torch.full_like(clean, value), clean, ALPHA, EPS, norm), clean)
+    assert torch.equal(pgd_step(clean, torch.full_like(clean, value), clean, alpha=ALPHA, eps=EPS, norm=norm), clean)
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e38])
@@ -106,14 +112,17 @@ def test_l2_direction_does_not_depend_on_the_gradients_size(size):
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(2, 3, 8, 8, generator=generator)
     grad = torch.randint(-2, 3, clean.shape, generator=generator).float()
-    assert_close(pgd_step(clean, grad * size, clean, 0.2, 0.5, "l2"), pgd_step(clean, grad, clean, 0.2, 0.5, "l2"))
+    assert_close(
+        pgd_step(clean, grad * size, clean, alpha=0.2, eps=0.5, norm="l2"),
+        pgd_step(clean, grad, clean, alpha=0.2, eps=0.5, norm="l2"),
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_infinite_eps_projects_nothing(norm):
     clean = torch.full((1, 1, 2, 2), 0.5)
     adv = clean + 0.25
-    moved = pgd_step(adv, torch.ones_like(adv), clean, 0.125, math.inf, norm)
+    moved = pgd_step(adv, torch.ones_like(adv), clean, alpha=0.125, eps=math.inf, norm=norm)
     assert torch.equal(moved, adv + (0.125 if norm == "linf" else 0.0625))
 
 
@@ -122,9 +131,9 @@ def test_an_infinite_eps_projects_nothing(norm):
 def test_output_has_the_strides_of_empty_like(norm, layout):
     adv, grad, clean = images(3, 5, 9, 7)
     adv = LAYOUTS[layout](adv)
-    step = pgd_step(adv, grad, clean, ALPHA, EPS, norm)
+    step = pgd_step(adv, grad, clean, alpha=ALPHA, eps=EPS, norm=norm)
     assert step.stride() == torch.empty_like(adv).stride()
-    assert_close(step, pgd_step(adv.contiguous(), grad, clean, ALPHA, EPS, norm))
+    assert_close(step, pgd_step(adv.contiguous(), grad, clean, alpha=ALPHA, eps=EPS, norm=norm))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -133,15 +142,15 @@ def test_output_has_the_strides_of_empty_like(norm, layout):
 def test_the_op_in_place_writes_what_the_function_returns(norm, layout, dtype):
     adv, grad, clean = images(3, 5, 9, 7, dtype=dtype)
     adv = LAYOUTS[layout](adv)
-    expected = pgd_step(adv, grad, clean, ALPHA, EPS, norm)
-    assert pgd_step_(adv, grad, clean, ALPHA, EPS, norm) is adv
+    expected = pgd_step(adv, grad, clean, alpha=ALPHA, eps=EPS, norm=norm)
+    assert pgd_step_(adv, grad, clean, alpha=ALPHA, eps=EPS, norm=norm) is adv
     assert torch.equal(adv, expected)
 
 
 def test_the_op_in_place_writes_nothing_outside_a_slice():
     _, grad, clean = images(3, 5, 9, 7)
     whole = torch.full((3, 5, 9, 14), -7.0)
-    pgd_step_(whole[..., ::2], grad, clean, ALPHA, EPS)
+    pgd_step_(whole[..., ::2], grad, clean, alpha=ALPHA, eps=EPS)
     assert (whole[..., 1::2] == -7).all() and (whole[..., ::2] != -7).all()
 
 
@@ -152,29 +161,29 @@ def test_the_op_in_place_writes_nothing_outside_a_slice():
 def test_adv_may_be_clean_or_grad_itself(norm, layout, dtype, name):
     both, other, _ = (LAYOUTS[layout](image.nan_to_num().to(dtype)) for image in images(2, 3, 8, 8))
     grad, clean = (other, both) if name == "clean" else (both, other)
-    expected = pgd_step(both.clone(), grad.clone(), clean.clone(), 20 * EPS, EPS, norm)
-    assert torch.equal(pgd_step_(both, grad, clean, 20 * EPS, EPS, norm), expected)
+    expected = pgd_step(both.clone(), grad.clone(), clean.clone(), alpha=20 * EPS, eps=EPS, norm=norm)
+    assert torch.equal(pgd_step_(both, grad, clean, alpha=20 * EPS, eps=EPS, norm=norm), expected)
 
 
 def test_autograd_detects_the_write_in_place():
     adv, grad, clean = images(2, 3, 8, 8)
     weight = torch.ones_like(adv, requires_grad=True)
     product = weight * adv
-    pgd_step_(adv, grad, clean, ALPHA, EPS)
+    pgd_step_(adv, grad, clean, alpha=ALPHA, eps=EPS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
 
 
 def test_output_is_detached():
     adv, grad, clean = images(2, 3, 8, 8)
-    assert not pgd_step(adv.requires_grad_(), grad, clean, ALPHA, EPS).requires_grad
+    assert not pgd_step(adv.requires_grad_(), grad, clean, alpha=ALPHA, eps=EPS).requires_grad
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_empty_batch(norm):
     empty = torch.empty(0, 3, 8, 8)
-    assert pgd_step(empty, empty, empty, ALPHA, EPS, norm).shape == empty.shape
-    assert pgd_step_(empty, empty, empty, ALPHA, EPS, norm) is empty
+    assert pgd_step(empty, empty, empty, alpha=ALPHA, eps=EPS, norm=norm).shape == empty.shape
+    assert pgd_step_(empty, empty, empty, alpha=ALPHA, eps=EPS, norm=norm) is empty
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -185,7 +194,7 @@ def test_result_does_not_depend_on_the_number_of_threads(norm):
         steps = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            steps.append(pgd_step(*tensors, ALPHA, EPS, norm))
+            steps.append(pgd_step(*tensors, alpha=ALPHA, eps=EPS, norm=norm))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(steps[0], steps[1]) and torch.equal(steps[0], steps[2])
@@ -229,10 +238,10 @@ def test_compiles_as_one_graph():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def twice(adv: Tensor, grad: Tensor, clean: Tensor) -> Tensor:
-        return pgd_step_(pgd_step(adv, grad, clean, ALPHA, EPS), grad, clean, ALPHA, EPS)
+        return pgd_step_(pgd_step(adv, grad, clean, alpha=ALPHA, eps=EPS), grad, clean, alpha=ALPHA, eps=EPS)
 
-    once = pgd_step(adv, grad, clean, ALPHA, EPS)
-    assert torch.equal(twice(adv, grad, clean), pgd_step(once, grad, clean, ALPHA, EPS))
+    once = pgd_step(adv, grad, clean, alpha=ALPHA, eps=EPS)
+    assert torch.equal(twice(adv, grad, clean), pgd_step(once, grad, clean, alpha=ALPHA, eps=EPS))
 
 
 X = torch.rand(2, 3, 4, 4)
@@ -274,9 +283,9 @@ def test_the_op_in_place_refuses_tensors_that_it_cannot_write():
     x = torch.rand(20)
     for overlapping in (x[:4].expand(3, 4), x.as_strided((3, 4), (2, 1)), x.as_strided((3, 4), (3, 2))):
         with pytest.raises(ValueError, match=r"several elements of adv share memory \(strides \(\d, \d\)\): clone"):
-            pgd_step_(overlapping, torch.rand(3, 4), torch.rand(3, 4), ALPHA, EPS)
+            pgd_step_(overlapping, torch.rand(3, 4), torch.rand(3, 4), alpha=ALPHA, eps=EPS)
     with pytest.raises(ValueError, match="adv requires grad"):
-        pgd_step_(X.clone().requires_grad_(), X, X, ALPHA, EPS)
+        pgd_step_(X.clone().requires_grad_(), X, X, alpha=ALPHA, eps=EPS)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -284,25 +293,25 @@ def test_the_op_in_place_refuses_operands_that_it_would_change(norm):
     memory, other = torch.rand(3, 8), torch.rand(2, 8)
     for name, tensors in {"clean": (other, memory[1:]), "grad": (memory[1:], other)}.items():
         with pytest.raises(ValueError, match=f"adv and {name} share a part of their memory: clone one"):
-            pgd_step_(memory[:2], *tensors, ALPHA, EPS, norm)
+            pgd_step_(memory[:2], *tensors, alpha=ALPHA, eps=EPS, norm=norm)
     elements = torch.rand(31)
     ends = elements[:16].view(2, 8), elements[15:].view(2, 8)  # one element is shared
     for adv, clean in (ends, ends[::-1]):
         with pytest.raises(ValueError, match="adv and clean share a part"):
-            pgd_step_(adv, other, clean, ALPHA, EPS, norm)
+            pgd_step_(adv, other, clean, alpha=ALPHA, eps=EPS, norm=norm)
     with pytest.raises(ValueError, match="adv and grad share a part"):
-        pgd_step_(memory[:2], memory.flatten()[:16].view(8, 2).T, other, ALPHA, EPS, norm)
+        pgd_step_(memory[:2], memory.flatten()[:16].view(8, 2).T, other, alpha=ALPHA, eps=EPS, norm=norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_op_in_place_takes_operands_beside_adv_in_one_memory(norm):
     memory = torch.rand(2, 8, 3)
     adv, grad, clean = (memory[..., i] for i in range(3))
-    expected = pgd_step(adv, grad, clean, 0.2, 0.5, norm)
-    assert torch.equal(pgd_step_(adv, grad, clean, 0.2, 0.5, norm), expected)
+    expected = pgd_step(adv, grad, clean, alpha=0.2, eps=0.5, norm=norm)
+    assert torch.equal(pgd_step_(adv, grad, clean, alpha=0.2, eps=0.5, norm=norm), expected)
     interleaved = torch.rand(8).as_strided((2, 2), (3, 2))  # elements 0, 2, 3 and 5
-    expected = pgd_step(interleaved, other := torch.rand(2, 2), other, 0.2, 0.5, norm)
-    assert torch.equal(pgd_step_(interleaved, other, other, 0.2, 0.5, norm), expected)
+    expected = pgd_step(interleaved, other := torch.rand(2, 2), other, alpha=0.2, eps=0.5, norm=norm)
+    assert torch.equal(pgd_step_(interleaved, other, other, alpha=0.2, eps=0.5, norm=norm), expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -312,9 +321,9 @@ def test_views_with_the_negative_bit(norm, place):
     tensors = list(plain)
     tensors[place] = torch.complex(torch.zeros(2, 3), -plain[place]).conj().imag
     assert tensors[place].is_neg()
-    expected = pgd_step(*plain, 0.2, 0.5, norm)
-    assert torch.equal(pgd_step(*tensors, 0.2, 0.5, norm), expected)
-    assert torch.equal(pgd_step_(*tensors, 0.2, 0.5, norm), expected)
+    expected = pgd_step(*plain, alpha=0.2, eps=0.5, norm=norm)
+    assert torch.equal(pgd_step(*tensors, alpha=0.2, eps=0.5, norm=norm), expected)
+    assert torch.equal(pgd_step_(*tensors, alpha=0.2, eps=0.5, norm=norm), expected)
     assert torch.equal(tensors[0], expected)
 
 
@@ -330,7 +339,7 @@ def test_the_raw_op_refuses_unsafe_arguments(tensors):
 @pytest.mark.parametrize(("name", "norm"), [("Linf", "linf"), ("L2", "l2")])
 def test_a_norm_has_both_spellings(name, norm):
     adv, grad, clean = torch.rand(3, 2, 3, 4, 4)
-    stepped = pgd_step(adv, grad, clean, 0.1, 0.2, norm)
-    assert pgd_step(adv, grad, clean, 0.1, 0.2, name).equal(stepped)
-    assert pgd_step_(adv.clone(), grad, clean, 0.1, 0.2, name).equal(stepped)
-    assert random_start(clean, 0.2, name, seed=5).equal(random_start(clean, 0.2, norm, seed=5))
+    stepped = pgd_step(adv, grad, clean, alpha=0.1, eps=0.2, norm=norm)
+    assert pgd_step(adv, grad, clean, alpha=0.1, eps=0.2, norm=name).equal(stepped)
+    assert pgd_step_(adv.clone(), grad, clean, alpha=0.1, eps=0.2, norm=name).equal(stepped)
+    assert random_start(clean, 0.2, norm=name, seed=5).equal(random_start(clean, 0.2, norm=norm, seed=5))

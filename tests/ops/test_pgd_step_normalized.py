@@ -1,5 +1,7 @@
 """Errors of `pgd_step_normalized`; test_devices.py and test_cuda_on_host.py test its values."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -34,17 +36,17 @@ def test_bad_input_is_reported_by_name_and_value(change, error, message):
 def test_the_input_of_the_network_is_channels_last_whatever_the_images_are():
     for format in (torch.contiguous_format, torch.channels_last):
         images = IMAGES.contiguous(memory_format=format)
-        _, normalized = pgd_step_normalized(images, images, images, *STATISTICS, 0.1, 0.2)
+        _, normalized = pgd_step_normalized(images, images, images, *STATISTICS, alpha=0.1, eps=0.2)
         assert normalized.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_it_compiles_as_one_graph():
-    step = (IMAGES, IMAGES - 0.5, IMAGES, *STATISTICS, 0.1, 0.2)
-    compiled = torch.compile(pgd_step_normalized, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(*step), pgd_step_normalized(*step), strict=True):
+    step = partial(pgd_step_normalized, IMAGES, IMAGES - 0.5, IMAGES, *STATISTICS, alpha=0.1, eps=0.2)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(), step(), strict=True):
         assert torch.equal(actual, expected)
 
 
 def test_an_empty_batch():
-    moved, normalized = pgd_step_normalized(*[IMAGES[:0]] * 3, *STATISTICS, 0.1, 0.2)
+    moved, normalized = pgd_step_normalized(*[IMAGES[:0]] * 3, *STATISTICS, alpha=0.1, eps=0.2)
     assert moved.shape == normalized.shape == (0, 3, 4, 5)

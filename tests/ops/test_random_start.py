@@ -56,7 +56,7 @@ def test_linf_equals_the_reference_bit_for_bit(dtype, shape, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_l2_equals_the_reference(dtype, shape, seed):
     clean, words = clean_images(*shape, dtype=dtype), torch.tensor(seed)
-    assert_close(random_start(clean, 0.5, "l2", words), reference.random_start(clean, words, 0.5, "l2"))
+    assert_close(random_start(clean, 0.5, norm="l2", seed=words), reference.random_start(clean, words, 0.5, "l2"))
 
 
 def test_linf_in_float64_equals_the_reference():
@@ -67,12 +67,12 @@ def test_linf_in_float64_equals_the_reference():
 @pytest.mark.parametrize("norm", NORMS)
 def test_layout_does_not_change_the_values(norm):
     clean = clean_images(3, 5, 9, 7)
-    expected = random_start(clean, EPS, norm)
+    expected = random_start(clean, EPS, norm=norm)
     sliced = torch.cat([clean, clean], dim=3)[..., :7]
     for other in (clean.to(memory_format=torch.channels_last), clean.permute(3, 1, 0, 2).clone().permute(2, 1, 3, 0)):
-        start = random_start(other, EPS, norm)
+        start = random_start(other, EPS, norm=norm)
         assert torch.equal(start, expected) and start.stride() == other.stride()
-    assert torch.equal(random_start(sliced, EPS, norm), expected)
+    assert torch.equal(random_start(sliced, EPS, norm=norm), expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -83,7 +83,7 @@ def test_result_does_not_depend_on_the_number_of_threads(norm):
         starts = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            starts.append(random_start(clean, EPS, norm))
+            starts.append(random_start(clean, EPS, norm=norm))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
@@ -92,7 +92,7 @@ def test_result_does_not_depend_on_the_number_of_threads(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_image_keeps_its_noise_in_a_larger_batch(norm):
     clean = clean_images(9, 3, 5, 5)
-    assert torch.equal(random_start(clean, EPS, norm)[:4], random_start(clean[:4], EPS, norm))
+    assert torch.equal(random_start(clean, EPS, norm=norm)[:4], random_start(clean[:4], EPS, norm=norm))
 
 
 def test_an_offset_skips_blocks_of_the_stream():
@@ -107,7 +107,7 @@ def test_equal_seeds_give_equal_starts_and_others_do_not():
     for seed in (np.int64(7), np.uint8(7)):
         assert torch.equal(random_start(clean, EPS, seed=seed), random_start(clean, EPS, seed=7))
     for norm in NORMS:
-        assert not torch.equal(random_start(clean, EPS, norm, 7), random_start(clean, EPS, norm, 8))
+        assert not torch.equal(random_start(clean, EPS, norm=norm, seed=7), random_start(clean, EPS, norm=norm, seed=8))
 
 
 def test_one_number_is_drawn_from_a_generator():
@@ -138,7 +138,7 @@ def test_linf_noise_is_uniform():
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 1, 2), (3, 8, 8)])
 def test_l2_noise_is_uniform_in_the_ball(size):
     clean = middle_grey(4000, *size)
-    noise = (random_start(clean, 0.25, "l2", seed=11) - clean).flatten(1)
+    noise = (random_start(clean, 0.25, norm="l2", seed=11) - clean).flatten(1)
     radius = noise.norm(dim=1) / 0.25
     assert_close(radius.clamp(min=1), torch.ones_like(radius))
     assert kolmogorov(radius ** noise.shape[1]) < 1.95  # the share of the ball's volume inside
@@ -159,8 +159,8 @@ def test_noise_stays_in_the_ball_and_the_range():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_empty_batch_and_detached_output(norm):
-    assert random_start(torch.empty(0, 3, 8, 8), EPS, norm).shape == (0, 3, 8, 8)
-    assert not random_start(torch.rand(2, 3, requires_grad=True), EPS, norm).requires_grad
+    assert random_start(torch.empty(0, 3, 8, 8), EPS, norm=norm).shape == (0, 3, 8, 8)
+    assert not random_start(torch.rand(2, 3, requires_grad=True), EPS, norm=norm).requires_grad
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -44,7 +44,7 @@ def project(adv: Tensor, x: Tensor) -> Tensor:
 
 
 def random_signs(x: Tensor, noise: Generator) -> Tensor:
-    return ops.random_start(torch.zeros_like(x), 1.0, "linf", noise, -1, 1).sign()
+    return ops.random_start(torch.zeros_like(x), 1.0, norm="linf", seed=noise, lo=-1, hi=1).sign()
 
 
 class Twin:
@@ -66,7 +66,7 @@ class Twin:
 
 class FGSMRS(Twin):
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator) -> Tensor:
-        start = ops.random_start(x, EPS, "linf", noise)
+        start = ops.random_start(x, EPS, norm="linf", seed=noise)
         gradient = input_gradient(model, start, lambda logits: self.ce(logits, y))
         return project(start + 1.25 * EPS * gradient.sign(), x)
 
@@ -80,7 +80,7 @@ class FGSMRSCS(Twin):
         super().begin_epoch(epoch)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator) -> Tensor:
-        self.start = ops.random_start(x, EPS, "linf", noise)
+        self.start = ops.random_start(x, EPS, norm="linf", seed=noise)
         gradient = input_gradient(model, self.start, lambda logits: self.ce(logits, y))
         return (self.start + EPS * gradient.sign()).clamp(0, 1)
 
@@ -138,7 +138,7 @@ class NuAT(Twin):
 
 class PGD(Twin):
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Generator) -> Tensor:
-        adv = ops.random_start(x, EPS, "linf", noise)
+        adv = ops.random_start(x, EPS, norm="linf", seed=noise)
         for _ in range(CONFIG.steps):
             gradient = input_gradient(model, adv, lambda logits: F.cross_entropy(logits, y))
             adv = project(adv + EPS / 4 * gradient.sign(), x)

@@ -44,8 +44,8 @@ class Free(TrainingObjective):
         assert self.delta is not None and self.adv is not None
         if self.adv.grad is not None:
             config, delta = self.config, self.delta[: len(self.adv)]
-            ball = config.eps, config.norm, -math.inf, math.inf
-            delta.copy_(ops.pgd_step(delta, self.adv.grad, torch.zeros_like(delta), config.step_size, *ball))
+            step = {"alpha": config.step_size, "eps": config.eps, "lo": -math.inf, "hi": math.inf}
+            delta.copy_(ops.pgd_step(delta, self.adv.grad, torch.zeros_like(delta), norm=config.norm, **step))
         self.adv = None
 
     def state_dict(self) -> dict[str, Tensor]:

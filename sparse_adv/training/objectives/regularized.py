@@ -63,7 +63,9 @@ class NuAT(TrainingObjective):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         config = self.config
-        signs = ops.random_start(torch.zeros_like(x), 1.0, "linf", as_philox_state(noise), -1.0, 1.0).sign()
+        signs = ops.random_start(
+            torch.zeros_like(x), 1.0, norm="linf", seed=as_philox_state(noise), lo=-1.0, hi=1.0
+        ).sign()
         length = config.eps / 2
         if config.norm == "l2":
             length /= math.sqrt(max(1, x[0].numel() if len(x) else 1))
@@ -77,7 +79,7 @@ class NuAT(TrainingObjective):
                 return value if clean is None else value + self._weighted_norm(clean, logits)
 
             gradient = queries.gradient(start, raised)
-            return ops.pgd_step(start, gradient, x, config.step_size, config.eps, config.norm)
+            return ops.pgd_step(start, gradient, x, alpha=config.step_size, eps=config.eps, norm=config.norm)
 
         return run_search(search, model, x, y, 0.0, 1.0, self.check, config.engine)
 
@@ -136,14 +138,16 @@ class FGSMUAP(TrainingObjective):
         config = self.config
         if self.prior is None or self.momentum is None or self.draws(x):
             self.momentum = torch.zeros_like(x[:1])
-            signs = ops.random_start(self.momentum, 1.0, "linf", as_philox_state(noise), -1.0, 1.0).sign()
+            signs = ops.random_start(
+                self.momentum, 1.0, norm="linf", seed=as_philox_state(noise), lo=-1.0, hi=1.0
+            ).sign()
             self.prior = self._moved(self.momentum, signs, self._RADIUS * config.eps)
         self.start = start = (x + self._moved(self.prior, self.momentum, 0.0, config.eps)).clamp(0, 1)
 
         def search(queries: Queries, x: Tensor, y: Tensor) -> Tensor:
             gradient = queries.gradient(start, loss_to_raise(self.attack_loss, y, targeted=False))
             self._follow(gradient)
-            return ops.pgd_step(start, gradient, x, config.step_size, config.eps, config.norm)
+            return ops.pgd_step(start, gradient, x, alpha=config.step_size, eps=config.eps, norm=config.norm)
 
         return run_search(search, model, x, y, 0.0, 1.0, self.check, config.engine)
 
@@ -157,8 +161,8 @@ class FGSMUAP(TrainingObjective):
     def _moved(self, prior: Tensor, direction: Tensor, alpha: float, radius: float | None = None) -> Tensor:
         """A step of this size in the ball of this radius, by default the step size, around 0."""
         radius = alpha if radius is None else radius
-        ball = radius, self.config.norm, -math.inf, math.inf
-        return ops.pgd_step(prior, direction, torch.zeros_like(prior), alpha, *ball)
+        ball = {"eps": radius, "lo": -math.inf, "hi": math.inf}
+        return ops.pgd_step(prior, direction, torch.zeros_like(prior), alpha=alpha, norm=self.config.norm, **ball)
 
     def loss(self, model: nn.Module, x: Tensor, adv: Tensor, y: Tensor) -> Tensor:
         assert self.start is not None

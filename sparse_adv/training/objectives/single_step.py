@@ -124,7 +124,7 @@ class FGSMRSCS(TrainingObjective):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         config, options = self.config, self._options(noise)
-        self.start = ops.random_start(x, config.eps, config.norm, as_philox_state(noise))
+        self.start = ops.random_start(x, config.eps, norm=config.norm, seed=as_philox_state(noise))
         options["eps"] = config.step_size  # the ball is the one around the start
         return attacks.pgd(
             model, self.start, y, steps=1, random_start=False, norm=config.norm, loss=self.attack_loss, **options
