@@ -1,7 +1,5 @@
 """Errors of `pgd_step_normalized`; test_devices.py and test_cuda_on_host.py test its values."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -41,9 +39,9 @@ def test_the_input_of_the_network_is_channels_last_whatever_the_images_are():
 
 
 def test_it_compiles_as_one_graph():
-    step = partial(pgd_step_normalized, IMAGES, IMAGES - 0.5, IMAGES, *STATISTICS, alpha=0.1, eps=0.2)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(), step(), strict=True):
+    tensors, numbers = (IMAGES, IMAGES - 0.5, IMAGES, *STATISTICS), {"alpha": 0.1, "eps": 0.2}
+    compiled = torch.compile(pgd_step_normalized, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(*tensors, **numbers), pgd_step_normalized(*tensors, **numbers), strict=True):
         assert torch.equal(actual, expected)
 
 
