@@ -3,12 +3,12 @@
     python benchmarks/bench_attack.py [--device cuda] [--network resnet18] [--out FILE.csv]
     make bench
 
-All sides are public functions as users call them in loops of their own, on one network (bench_update.py has the
-updates of `training.train`):
+All sides are public functions, called as in users' own loops, on one network (bench_update.py has the updates of
+`training.train`):
 
 - "published": the loop of the published repositories in float32 and NCHW;
 - "careful": the same in bfloat16, channels_last and cuDNN's benchmark mode; only on a GPU;
-- "compile": careful with a compiled network, whose weights are frozen during the attack, since a compiled backward
+- "compile": careful with a compiled network; its weights are frozen during the attack, because a compiled backward
   pass would compute their gradients too;
 - "ours": on a GPU with the attack as one CUDA graph. Then ours on masked networks, against "ours_dense".
 
@@ -56,7 +56,7 @@ def published_attack(
     start_eps: float = EPS,
     project: bool = True,
 ) -> Tensor:
-    """PGD as TRADES, MadryLab's and Wong's repositories write it, shortened to what they share; or N-FGSM."""
+    """PGD as in TRADES, MadryLab's and Wong's repositories, shortened to what they have in common; or N-FGSM."""
     model.eval()
     adv = x + torch.empty_like(x).uniform_(-start_eps, start_eps)
     if project:
@@ -148,7 +148,7 @@ class Setup:
         self.network = models.build(self.name, width=width).to(device)
         self.x = torch.rand(batch, *models.find(self.name).input_shape, device=device)
         self.y = torch.randint(10, (batch,), device=device)
-        # The backend "eager" compiles nothing, which takes minutes.
+        # The backend "eager" compiles nothing: compiling takes minutes.
         self.compiler = partial(torch.compile, backend="eager" if quick else "inductor")
 
     def update_of(self, network: nn.Module, attack: Attack, **options: Any) -> Update:
@@ -176,7 +176,7 @@ class Setup:
         return sparsify(ticket, masks.prune(ticket, density, block, scope="uniform"))
 
     def case(self, op: str, mask: str, sides: dict[str, Side], rounds: int = 5, warmup: int = 4) -> Case:
-        """By default with warm-up calls in which cuDNN searches for algorithms and graphs are captured."""
+        """The default has warm-up calls, in which cuDNN searches for algorithms and graphs are captured."""
         dtype = "bfloat16" if self.on_gpu else "float32"
         labels = {"op": op, "network": self.name, "batch": len(self.x), "mask": mask, "dtype": dtype}
         return Case(labels, sides, rounds=rounds, warmup=warmup)

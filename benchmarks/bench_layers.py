@@ -4,13 +4,13 @@
     python benchmarks/bench_layers.py --random 40 [--seed 0] ...
     make bench
 
-`--random N` measures N layers of random shapes instead of those listed here. It shows whether the kernels are fast on
-other sizes than those that they were tuned on.
+`--random N` measures N layers of random shapes instead of those listed here. This shows whether the kernels are also
+fast on sizes that they were not tuned on.
 
 Each pass takes the kernel that the library chooses, and is timed against the better of PyTorch's NCHW and channels_last
 convolution; convolutions.py says which functions are timed. A pass loses time if it takes over 5 % longer than a dense
-one of over 2 ms, or over 60 us longer than a shorter one. Beside each time stands its share of the bound, as in
-bench_masked_conv2d.py; it is the bound of the weights that the mask keeps, also if the dense kernel is chosen.
+one of over 2 ms, or over 60 us longer than a shorter one. Next to each time is its share of the bound, as in
+bench_masked_conv2d.py. The bound is that of the kept weights, even if the dense kernel is chosen.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ the better of PyTorch's NCHW and channels_last convolution. "ours_unpacked" gath
 call, as a training step does. If SparseProp is installed (`pip install sparseprop`), it takes part with unstructured
 masks; its one backward call computes both gradients.
 
-On a GPU: bfloat16, channels_last, against cuDNN, each side as a CUDA graph. Block (1, 1) takes cuDNN on a masked
-weight, where a ratio of 1 is the aim.
+On a GPU: bfloat16, channels_last, against cuDNN, each side as a CUDA graph. Block (1, 1) uses cuDNN on a masked weight;
+there a ratio of 1 is the aim.
 
-Ratios depend on the machine, so each stands beside its bound: dense time / the least time that the pass can take by
-`machine.measured_peak` and `convolutions.least_work`. GFLOP/s count no taps on padding. ATEN_CPU_CAPABILITY=avx2 limits
-our side alone; for PyTorch's convolutions and the peak also set ONEDNN_MAX_CPU_ISA=AVX2 and
+Ratios depend on the machine, so each is printed next to its bound: dense time / the least time that the pass can take
+by `machine.measured_peak` and `convolutions.least_work`. GFLOP/s count no taps on padding. ATEN_CPU_CAPABILITY=avx2
+limits only our side; for PyTorch's convolutions and the peak also set ONEDNN_MAX_CPU_ISA=AVX2 and
 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
@@ -80,7 +80,7 @@ def _with(case: Case, **sides: Side) -> Case:
 
 
 def sparseprop_sides(convolution: MaskedConvolution) -> tuple[Side, Side]:
-    """Forward and backward of SparseProp's layer; from 32 pixels on along rows, as its documentation says."""
+    """Forward and backward of SparseProp's layer; along rows from 32 pixels on, as its documentation says."""
     from sparseprop.modules import SparseConv2d
 
     weight, input, grad = convolution.weight, convolution.input, convolution.grad
@@ -119,7 +119,7 @@ def dense_gflops(record: Record) -> float:
 
 
 def ratio_table(records: Sequence[Record]) -> str:
-    """How many times as long the better dense convolution takes, "of" the bound where there is one.
+    """How many times as long the better dense convolution takes, "of" the bound if there is one.
 
     Geometric means over the layers, and in brackets the lowest and the highest ratio.
     """

@@ -4,9 +4,8 @@
     make bench
 
 The layers are those of a CIFAR ResNet-18 at batch 64, 3x3 with stride 1; the masks prune whole filters in blocks.
-"ours" has its filters transformed, as in an attack, "direct" has them packed, and "winograd" is this library's dense op
-on channels_last images. The bound is the time of the multiplications that are left, 36 for each live filter and 16
-pixels.
+"ours" gets transformed filters, as in an attack, "direct" gets packed ones, and "winograd" is this library's dense op
+on channels_last images. The bound is the time of the remaining multiplications: 36 for each live filter and 16 pixels.
 """
 
 from __future__ import annotations

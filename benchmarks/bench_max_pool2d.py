@@ -3,7 +3,7 @@
     python benchmarks/bench_max_pool2d.py [--out FILE.csv]
     make bench
 
-The images are those that a VGG-16 pools at batch 64, windows of 2 x 2, NCHW and channels_last, float32. The bound is
+The images are those that a VGG-16 pools at batch 64: windows of 2 x 2, NCHW and channels_last, float32. The bound is
 the time of a copy of as many bytes: forward reads the input and writes output and index, backward the other way round.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_pgd_ops.py [--device cuda] [--out FILE.csv]
 
-For gpu_check.sh: PyTorch and its compiler start once instead of three times, which takes them 10 s and more.
+For gpu_check.sh: PyTorch and its compiler start once instead of three times; each start takes 10 s and more.
 """
 
 from __future__ import annotations

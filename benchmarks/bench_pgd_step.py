@@ -42,7 +42,7 @@ def images(shape: Sequence[int], device: str) -> tuple[Tensor, Tensor, Tensor]:
 def case_of(
     op: str, functions: Mapping[str, Callable], moved: int, images: Tensor, *others: Tensor, **numbers: object
 ) -> Case:
-    """The case of functions of the same operands, which move so many bytes; for all ops of an attack."""
+    """The case for functions with the same operands, which move this many bytes; for all ops of an attack."""
     labels = {"op": op, "shape": label_of(images.shape), "dtype": "float32"}
     sides = {name: partial(function, images, *others, **numbers) for name, function in functions.items()}
     rounds = 30 if images.device.type == "cpu" else 9
@@ -50,7 +50,7 @@ def case_of(
 
 
 def of_each_shape(case: Callable[[tuple[int, ...], str, bool], Case], device: str, quick: bool) -> Iterator[Case]:
-    """The cases of an op of an attack that has one a shape."""
+    """The cases of an op of an attack, one for each shape."""
     for shape in [TOY] if quick else SHAPES[device]:
         yield case(shape, device, quick)
 

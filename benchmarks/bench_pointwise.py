@@ -4,7 +4,7 @@
     make bench
 
 Forward is scale, bias, residual and ReLU with its gate, as after a convolution; backward is the residual and the gate.
-The images are the activations of a CIFAR ResNet-18 at batch 64, NCHW, float32. PyTorch has its memory given too, and
+The images are the activations of a CIFAR ResNet-18 at batch 64, NCHW, float32. PyTorch also writes to given memory; it
 keeps the output of the ReLU where the op keeps a bit. The bound is the time of a copy of as many bytes.
 """
 

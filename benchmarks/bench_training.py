@@ -5,8 +5,8 @@
 
 "ours" is the masked network with the engine, "without_engine" the same with the engine turned off, "careful" the
 dense network as a careful user of PyTorch writes it (channels_last, weights frozen during the attack), and "compile"
-the same under `torch.compile`, which --no-compile leaves out, as it compiles for minutes. All sides are float32 and
-keep freed memory.
+the same under `torch.compile`. It compiles for minutes; --no-compile leaves it out. All sides are float32 and keep
+freed memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """Network, its width (0 for its own) and batch size."""
+    """Network, its width (0 for the default) and batch size."""
 
     network: str = "resnet18"
     width: int = 64

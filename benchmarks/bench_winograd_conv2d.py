@@ -4,10 +4,9 @@
     make bench
 
 The layers are those of a CIFAR ResNet-18 at batch 64, 3x3 with stride 1. Ours is channels_last, PyTorch's is measured
-in both layouts. Ours, forward, is `winograd_conv2d` with the
-transformation of its weights, and without it ("engine": the weights are transformed once for all steps of an attack);
-grad_input likewise. Tiles are those that the engine chooses. The bound is the time of the multiplications that are
-left, 36 for each pair of channels and 16 pixels, or 16 for 4 pixels.
+in both layouts. Our forward is `winograd_conv2d` with the transformation of its weights, and without it ("engine": an
+attack transforms the weights once for all its steps); grad_input likewise. The engine chooses the tiles. The bound is
+the time of the remaining multiplications: 36 for each pair of channels and 16 pixels, or 16 for 4 pixels.
 """
 
 from __future__ import annotations

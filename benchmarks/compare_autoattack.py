@@ -3,9 +3,9 @@
     python benchmarks/compare_autoattack.py RUN [RUN ...] --images 32 [--out FILE.csv]
 
 A RUN is a folder of `sparse-adv train`, dense or with masks, on 32 x 32 images. The images are the first test images
-that the network classifies correctly. torchattacks gets the network with its masks multiplied in, channels_last, which
-is what PyTorch alone can do with a ticket, and the budgets of the reference: its own AutoAttack has 10 steps instead of
-100. After one image to warm up, each side attacks all of them `--rounds` times.
+that the network classifies correctly. torchattacks gets the network with its masks multiplied in, in channels_last
+(PyTorch alone can do no more with a ticket), and the budgets of the reference, because its own AutoAttack has 10 steps
+instead of 100. After one image to warm up, each side attacks all of them `--rounds` times.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def _network_config(run: runs.Run) -> NetworkConfig:
 
 
 def sides(model: nn.Module, x: Tensor, y: Tensor, labels: dict[str, Value]) -> dict[str, Callable[[], object]]:
-    """The two calls that are timed; each leaves the number of images that it found robust in the labels of its case.
+    """The two timed calls; each writes the number of images that it found robust into the labels of its case.
 
     The first call of a side, which `interleaved` does not time, attacks one image.
     """
-    import torchattacks  # needed here alone
+    import torchattacks  # needed only here
 
     plain = copy.deepcopy(model)
     sparse_nn.densify(plain).to(memory_format=torch.channels_last)

@@ -19,19 +19,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
-    """Add what the numbers depend on to the files of --benchmark-json and --benchmark-save."""
+    """Add the facts that the numbers depend on to the files of --benchmark-json and --benchmark-save."""
     machine_info.update(environment())
 
 
 @pytest.fixture
 def quick(benchmark: BenchmarkFixture) -> bool:
-    """Whether nothing is measured, so that toy sizes are enough."""
+    """Whether nothing is measured: then toy sizes are enough."""
     return benchmark.disabled
 
 
 @pytest.fixture
 def timed(benchmark: BenchmarkFixture) -> Callable[[Case, str], None]:
-    """Times one side of a case. The sides of a case are a group; its MACs, bytes and bound are extra information."""
+    """Times one side of a case. The sides of a case form a group; its MACs, bytes and bound are extra information."""
 
     def run(case: Case, side: str) -> None:
         benchmark.group = title_of(case.labels)

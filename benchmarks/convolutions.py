@@ -1,8 +1,8 @@
 """Masked convolutions and their rivals, for the benchmarks of `masked_conv2d`.
 
-Of ours, forward is the public function `ops.masked_conv2d`, its checks in Python included. The gradients have no public
-function of their own: they are the ops that autograd calls, and the rival is the op that autograd calls for
-`torch.conv2d`. Weights are packed, as the passes of an attack find them.
+Our forward is the public function `ops.masked_conv2d`, including its checks in Python. The gradients have no public
+function: they are the ops that autograd calls, and the rival is the op that autograd calls for `torch.conv2d`. Weights
+are packed, as in the passes of an attack.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Layer(NamedTuple):
 
 
 class MaskedConvolution:
-    """The tensors of one masked convolution, and the calls on them that are timed.
+    """The tensors of one masked convolution, and the timed calls on them.
 
     On the CPU float32: ours in NCHW, dense in NCHW and in channels_last. On a GPU bfloat16 in channels_last, all sides.
     """
@@ -68,7 +68,7 @@ class MaskedConvolution:
     def __init__(
         self, layer: Layer, block: Sequence[int], density: float, device: str = "cpu", kernel: str = "sparse"
     ) -> None:
-        """`kernel` is the one of ours: "sparse", or "auto" for the choice of the library."""
+        """`kernel` is our kernel: "sparse", or "auto" for the library's choice."""
         torch.manual_seed(0)
         self.layer, self.device = layer, device
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -101,7 +101,7 @@ class MaskedConvolution:
         return ops.masked_conv2d(self.input, self.weight, pattern, stride=strides, padding=paddings)
 
     def check(self) -> None:
-        """Assert that our sides compute what the dense ones do; forward in float64, of two images."""
+        """Assert that our sides compute what the dense ones do; forward in float64, on two images."""
         coarse = self.dtype == torch.bfloat16
         rtol, atol = (2e-2, 2e-2) if coarse else (1e-4, 1e-4)
         close = partial(torch.testing.assert_close, rtol=rtol)
@@ -110,7 +110,7 @@ class MaskedConvolution:
         close(self.forward(self.packed)[:2].double(), expected, atol=atol)
         operands = self.input, self.grad, self.weight, self.geometry
         close(self._ours("grad_input")().float(), dense("grad_input", *operands).float(), atol=atol)
-        products = (self.layer.batch * self.layer.size**2) ** 0.5  # the scale of a sum of so many random products
+        products = (self.layer.batch * self.layer.size**2) ** 0.5  # the scale of a sum of this many random products
         masked = dense("grad_weight", *operands).float() * self.mask
         close(self._ours("grad_weight")().float(), masked, atol=atol * products)
 

@@ -1,4 +1,4 @@
-"""Makes gpu_check.json and gpu_check.md of the output of gpu_check.sh: `python benchmarks/gpu_report.py FOLDER`."""
+"""Makes gpu_check.json and gpu_check.md from the output of gpu_check.sh: `python benchmarks/gpu_report.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEST = r"\S+\.py::.+?"
 
 
 def parts(folder: Path) -> list[dict[str, Any]]:
-    """Each part with its exit status, seconds and limit, and if it failed its failed tests or its last lines."""
+    """Each part with its exit status, seconds and limit; if it failed, also with its failed tests or its last lines."""
     found = []
     for line in (folder / "parts.tsv").read_text().splitlines():
         name, status, seconds, limit, note = line.split("\t")
@@ -35,7 +35,7 @@ def parts(folder: Path) -> list[dict[str, Any]]:
 def failed_tests(log: str) -> list[str]:
     """The tests that failed according to the output of `pytest -v`, with the reasons from its summary.
 
-    A run that is stopped, or whose process a test ends, has no summary; then the lines of single tests are used.
+    If a run was stopped, or a test ended its process, there is no summary; then the lines of single tests are used.
     """
     ended = [f"{test} - {error}" for test, error in re.findall(rf"^({TEST}) (Fatal Python error: .*)$", log, re.M)]
     if summary := re.findall(r"^(?:FAILED|ERROR) (\S+\.py\b.*)$", log, re.M):
@@ -46,7 +46,7 @@ def failed_tests(log: str) -> list[str]:
 
 
 def rows(folder: Path) -> list[Record]:
-    """The records of all parts that measured."""
+    """The records of all parts that measured something."""
     names = [line.split("\t")[0] for line in (folder / "parts.tsv").read_text().splitlines()]
     files = [path for name in names if (path := folder / f"{name}.csv").exists()]
     return [record for path in files for record in read_records(path)[1]]

@@ -1,7 +1,8 @@
 """Writes the documents' tables of GPU results: `python benchmarks/gpu_table.py`.
 
 The tables come from gpu_h100.json and gpu_h200.json, each the gpu_check.json of a run of gpu_check.sh, and from
-cifar10_tickets_h100.json, all in results/. They go between the marks in the Markdown file that has them.
+cifar10_tickets_h100.json, all in results/. Each table goes between its marks, in the Markdown file that has these
+marks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def ratio(value: float) -> str:
 
 
 def kernels(rows: Sequence[Record]) -> list[str]:
-    """How many times as fast as cuDNN each pass is: a line for each mask, batch and network, of its layers in order."""
+    """How many times as fast as cuDNN each pass is: a line per mask, batch and network, with its layers in order."""
     ratios = {
         tuple(row[label] for label in ("pass", "layer", "batch", "block", "density")): ratios_of(row)["dense"]
         for row in rows

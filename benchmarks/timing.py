@@ -1,6 +1,6 @@
 """Timing: several sides in turns in one process, by the wall clock on a CPU and by CUDA events on a GPU.
 
-A time is seconds of one call, allocation of its output included.
+A time is the seconds of one call, including the allocation of its output.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def interleaved_graphs(sides: Mapping[str, Side], rounds: int = 9, calls: int = 
 def captured(side: Side, calls: int = 20) -> Side:
     """Several calls of a side as one CUDA graph: its replay times the GPU's work without the launches by Python.
 
-    A replay returns what the last call returned in the capture, whose memory it writes again.
+    A replay returns what the last call returned in the capture, and overwrites that memory.
     """
     capturer = Capturer()
     for _ in range(3):
@@ -66,7 +66,7 @@ def captured(side: Side, calls: int = 20) -> Side:
     replay = capturer.capture(repeat)
 
     def replayed(kept: Side = side) -> object:
-        """Keeps the side, whose tensors the graph reads."""
+        """Keeps the side alive, because the graph reads its tensors."""
         return replay()
 
     return replayed

@@ -40,12 +40,12 @@ def run(
     """Search a ticket, train it and its controls, and report.
 
     Args:
-        out: the folder; a demo that was stopped there continues, a finished one is only reported again.
+        out: the folder. A demo that was stopped there continues; a finished one is only reported again.
         epochs: of the PGD adversarial training of each network.
         search_epochs: of the dense FGSM training that finds the mask.
         density: fraction of the weights that the ticket keeps.
         block: see `masks.prune`.
-        seed: of validation images, initial weights, order of the images and attacks.
+        seed: for validation images, initial weights, order of the images and attacks.
 
     Returns:
         Tables and sentences with the results.
@@ -68,7 +68,7 @@ def run(
         name: TrainRun(out / folder, train, IMAGES, NETWORK, dataset, cpu, ticket=ticket, name=name)
         for folder, (name, ticket) in controls.items()
     }
-    # Epoch by epoch in turns, so that other load on the machine slows all networks alike.
+    # The networks take turns after each epoch, so that other load on the machine slows all of them alike.
     for records in zip(*(training.epochs() for training in trainings.values()), strict=True):
         for name, record in zip(trainings, records, strict=True):
             _log_epoch(name, record)

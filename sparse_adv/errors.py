@@ -1,10 +1,10 @@
-"""What messages quote of an error that code of others has raised."""
+"""The text that messages quote from errors raised by other code."""
 
 from __future__ import annotations
 
 
 def first_cause(error: BaseException) -> str:
-    """Return the first line of the original error, where handling it raised others, as the end of a failed capture.
+    """Return the first line of the error that came first, if handling it raised others, as when a failed capture ends.
 
     Examples:
         >>> try:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Atomic write: yield a temporary path beside `path`; on success sync it to disk and rename it, on error delete it.
+    """Atomic write: yield a temporary path next to `path`; on success sync the file to disk and rename it, on error
+    delete it.
 
     At every moment, and after a crash, a reader finds the whole old file or the whole new one. Missing parent folders
-    are created. What exists and is no regular file, such as a folder or /dev/null, is not replaced.
+    are created. Whatever exists but is not a regular file, such as a folder or /dev/null, is not replaced.
 
     Examples:
         >>> import tempfile
@@ -33,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError unless `replacing` can write the file; call it before a long computation whose result it holds.
+    """Raise OSError unless `replacing` can write the file. Call it before the long computation of the file's content.
 
     Missing parent folders are created.
 
@@ -84,7 +85,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_remains(path: Path) -> None:
-    """Delete the temporary files of processes that were killed while they wrote a file, which nobody may be writing.
+    """Delete the temporary files that killed processes left next to a file. No process may be writing the file
+    meanwhile.
 
     Examples:
         >>> import tempfile

@@ -27,7 +27,7 @@ def to_json(record: DataclassInstance, *, with_none: bool = True) -> JSONObject:
 
     Args:
         record: fields are numbers, text, None, dataclasses, or tuples, lists and dicts of these.
-        with_none: whether fields that are None are written; `from_json` gives them their default otherwise.
+        with_none: whether fields that are None are written; if not, `from_json` gives them their defaults.
 
     Examples:
         >>> from sparse_adv.config import NetworkConfig
@@ -41,7 +41,7 @@ def to_json(record: DataclassInstance, *, with_none: bool = True) -> JSONObject:
 
 
 def from_json(kind: type[Record], content: Mapping[str, JSON], source: str) -> Record:
-    """Return the dataclass of which `to_json` made this JSON object.
+    """Return the dataclass from which `to_json` made this JSON object.
 
     Args:
         kind: the dataclass.

@@ -1,4 +1,4 @@
-"""A setting of this process's memory allocator: to keep freed memory."""
+"""A setting of this process's memory allocator: keep freed memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc'
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory instead of returning it to the kernel, for the rest of this process.
 
-    Otherwise every tensor of 32 MB or more lies on fresh memory, whose pages the kernel must clear. At batch 128, width
-    64 and on two cores an update of a ResNet-18 then takes 1.4 times as long, and 1.9 times with a mask of (4, 4)
-    blocks at density 0.1. `train`, `search`, `demo` and the benchmarks call this themselves. The process keeps the
-    memory of its greatest demand until it ends.
+    Otherwise every tensor of 32 MB or more lies on fresh memory, and the kernel must clear its pages. At batch 128,
+    width 64 and on two cores, an update of a ResNet-18 then takes 1.4 times as long, or 1.9 times with a mask of (4, 4)
+    blocks at density 0.1. `train`, `search`, `demo` and the benchmarks call this themselves. Until it ends, the process
+    keeps as much memory as it has needed at most.
 
     Returns:
         Whether it had an effect: False where the C library is not glibc.

@@ -45,12 +45,12 @@ def apgd(
         z = P(x_k + step * d_k)
         x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))
 
-    The step starts at 2 eps. At the checkpoints ceil(p_j steps), p = 0, 0.22, then p_{j+1} = p_j + max(p_j - p_{j-1} -
-    0.03, 0.06), it is halved, and the ascent goes on from the point of highest loss, if the loss rose in fewer than
-    rho of the steps since the last checkpoint, or if neither the step nor the highest loss has changed since then. This
-    is the paper's rule. The authors' code differs in three details: it halves also where the loss rose in exactly rho
-    of the steps, compares the first loss with 0 and not with that of the start, and applies the second condition from
-    the second checkpoint on.
+    The step starts at 2 eps. Checkpoints are ceil(p_j steps) with p = 0, 0.22, then p_{j+1} = p_j + max(p_j - p_{j-1} -
+    0.03, 0.06). There the step is halved, and the ascent goes on from the point of highest loss, if the loss rose in
+    fewer than rho of the steps since the last checkpoint, or if neither the step nor the highest loss has changed since
+    then. This is the paper's rule. The authors' code differs in three details: it also halves if the loss rose in
+    exactly rho of the steps, it compares the first loss with 0 instead of the loss at the start, and it applies the
+    second condition only from the second checkpoint on.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes]; a module, or a plain function, which autograd
@@ -65,19 +65,18 @@ def apgd(
         loss: "ce", "dlr", "margin", see `attacks.losses`, or a function (logits, labels) -> loss of each image [N].
         targeted: minimise the loss instead of maximising it.
         rho: fraction of the steps that must raise the loss, in [0, 1].
-        eot_iter: number of gradients that are averaged for each step, for models that draw random numbers. One
-            misclassification may then be chance, so with more than one, every image is attacked in all steps and
-            restarts.
-        generator: one number is drawn of it; None for PyTorch's global generator.
+        eot_iter: number of gradients averaged for each step, for models that draw random numbers. With more than one, a
+            single misclassification may be chance, so every image is attacked in all steps and restarts.
+        generator: one number is drawn from it; None for PyTorch's global generator.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels; on a GPU this synchronises once.
-        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+        engine: whether the engine may compute the gradients, see `sparse_adv.engine`.
 
     Returns:
         For each image the first adversarial example found, else the point of highest loss; images that are
-        misclassified without an attack are returned as they are. With eot_iter > 1, of the points that the most of
-        their eot_iter passes misclassify, the latest. Detached, with shape, dtype and memory format of `images`, in the
-        ball and in [lo, hi] without slack.
+        misclassified without an attack are returned unchanged. With eot_iter > 1: the point with the largest number of
+        misclassifying passes, of its eot_iter passes; among equals the latest. Detached, with shape, dtype and memory
+        format of `images`, in the ball and in [lo, hi] without slack.
 
     Raises:
         TypeError, ValueError: as in `attacks.pgd`, and if steps, restarts, rho or eot_iter is out of range, or the
@@ -107,7 +106,7 @@ def apgd(
     def search(queries: Queries, images: Tensor, labels: Tensor) -> Tensor:
         attacker = Attacker(queries, images, labels, settings, generator)
         if takes_classes(loss):
-            objective(attacker.logits, labels)  # raises if there are too few classes, also where no image is robust
+            objective(attacker.logits, labels)  # raises if there are too few classes, even if no image is robust
         for _ in range(restarts):
             attacker.ascend(objective)
         return attacker.result
@@ -133,14 +132,14 @@ def apgd_t(
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
-    """Auto-PGD on the targeted DLR loss, once for each of the wrong classes that the clean image is nearest to.
+    """Auto-PGD on the targeted DLR loss, once for each of the nearest wrong classes of the clean image.
 
-    Any misclassification counts as a success, not that of the target alone.
+    Any misclassification counts as a success, not only one as the target.
 
     Args:
         labels: integer tensor [N], the true classes.
-        n_target_classes: number of wrong classes to try, in the order of their logits at the clean image; all of them
-            if there are fewer.
+        n_target_classes: number of wrong classes to try, those with the highest logits at the clean image first; all of
+            them if there are fewer.
         model, images, norm, eps, steps, restarts, rho, eot_iter, generator, lo, hi, check, engine: as in `apgd`.
 
     Returns:

@@ -43,10 +43,10 @@ class AutoAttack(Versioned, Attack):
 
     Every example found is moved into the ball without slack, clamped to the range of pixel values and classified again
     by the model itself, without the engine and without autocast (in float32, if weights and images are); only those
-    that are then misclassified count. An image with a NaN among its logits is misclassified. What runs is printed with
-    its budget. Only version "standard" is called AutoAttack, and only with its own settings: those of `apgd`,
-    `apgd_targeted`, `fab` and `square` may be set, as in the authors' implementation, for example
-    `evaluator.apgd.n_restarts = 2`.
+    that are then misclassified count. An image with a NaN among its logits is misclassified. Each attack is printed
+    with its budget. The settings in `apgd`, `apgd_targeted`, `fab` and `square` may be changed as in the authors'
+    implementation, for example `evaluator.apgd.n_restarts = 2`. Only version "standard" with unchanged settings is
+    called AutoAttack.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes]; a module, or a plain function.
@@ -57,14 +57,14 @@ class AutoAttack(Versioned, Attack):
             targets), square (5000 queries). "plus", slower and seldom stronger: apgd-ce, apgd-dlr and fab (100 steps, 5
             restarts), square, apgd-t, fab-t. "rand", for models that draw random numbers: apgd-ce and apgd-dlr, each
             gradient averaged over 20. "custom": the attacks of `attacks_to_run`, with the budgets of "plus".
-        n_classes: accepted for torchattacks' sake, and without effect.
+        n_classes: accepted for compatibility with torchattacks, without effect.
         seed: of all random numbers; None to draw one from PyTorch's global generator.
         verbose: print what runs and what it found.
         attacks_to_run: names of attacks, for version "custom" only.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
-        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
-        device: where the batches are moved; None for the model's device.
-        log_path: a text file that what is printed is added to.
+        engine: whether the engine may compute the gradients, see `sparse_adv.engine`.
+        device: the device to move batches to; None for the model's device.
+        log_path: a text file to which the printed lines are also appended.
 
     Raises:
         TypeError: if eps, lo or hi is neither a number nor a float tensor of one dimension.
@@ -132,7 +132,7 @@ class AutoAttack(Versioned, Attack):
 
     @property
     def engine(self) -> bool:
-        """Whether the engine may form the gradients; it leaves plain functions to autograd."""
+        """Whether the engine may compute the gradients; it leaves plain functions to autograd."""
         return self._engine and as_module(self.model)[1]
 
     @engine.setter
@@ -145,7 +145,7 @@ class AutoAttack(Versioned, Attack):
         return f"AutoAttack({norm=}, eps={eps}, {version=}, attacks_to_run={self.attacks_to_run}, {seed=})"
 
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-        """Attack one batch; return the examples, and the images themselves where there are none."""
+        """Attack one batch; return the examples, or the images themselves where none was found."""
         if not len(images):
             return images
         run = copy.copy(self)
@@ -198,13 +198,12 @@ class AutoAttack(Versioned, Attack):
             y_orig: integer tensor [N], the true classes.
             bs: images per batch.
             return_labels: also return the model's classes of the examples.
-            state_path: a safetensors file that is written between batches, which takes a tenth of the time at most. If
-                it exists, the run goes on from there and ends with the same examples as one that was not interrupted,
-                unless `bs` is another: that is allowed, for example after a lack of memory, and what is left of the run
-                then draws other random numbers.
+            state_path: a safetensors file that is written between batches, in at most a tenth of the time. If it
+                exists, the run continues from there and ends with the same examples as an uninterrupted one. `bs` may
+                be changed, for example after a lack of memory; the rest of the run then draws other random numbers.
 
         Returns:
-            The examples, each image itself where none was found; with return_labels, a tuple of these and int64 [N].
+            The examples, or the image itself where none was found; with return_labels, a tuple of these and int64 [N].
 
         Raises:
             TypeError, ValueError: as in `attacks.pgd`; if there is no image; if bs is less than 1; if the file is of
@@ -230,14 +229,14 @@ class AutoAttack(Versioned, Attack):
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
-        """Run each attack on all images that are classified correctly, whatever the attacks before it found.
+        """Run each attack on all images that are classified correctly, whatever the earlier attacks found.
 
         Args:
             x_orig, y_orig, bs, return_labels: as in `run_standard_evaluation`.
 
         Returns:
-            For each name of an attack what `run_standard_evaluation` would return. `result` is that of the last attack.
-            The class has an example.
+            For each attack, by name, what `run_standard_evaluation` would return. `result` is the last attack's. The
+            class's documentation has an example.
         """
         found = {}
         for name in self.attacks_to_run:
@@ -261,7 +260,7 @@ class AutoAttack(Versioned, Attack):
         return accuracy
 
     def _found(self, result: Result, images: Tensor, return_labels: bool) -> Any:
-        """What a run returns, on the device of the images that it was given."""
+        """What a run returns, on the device of the given images."""
         adversarial, predictions = result.adversarial.to(images.device), result.predictions.to(images.device)
         return (adversarial, predictions) if return_labels else adversarial
 
@@ -278,7 +277,7 @@ class AutoAttack(Versioned, Attack):
         if not len(images):
             raise ValueError("x_orig must hold at least one image, got none")
         if "square" in self.attacks_to_run:
-            check_has_squares(images)  # now, and not hours later
+            check_has_squares(images)  # now, not hours later
         if path is not None:
             check_writable(path)
         full = self.version == "standard" and tuple(names) == VERSIONS["standard"] and self.settings == Settings()
@@ -333,8 +332,8 @@ class AutoAttack(Versioned, Attack):
             generator = torch.Generator().manual_seed(own_seed % 2**63)
             options = MEMBERS[name].options(self.settings)
             attack, left = partial(MEMBERS[name].attack, self.model, generator=generator, **options), index
-            # An unconfirmed example has ended the search for its image. So the image is attacked again without autocast
-            # and without the engine, which round differently. With averaged gradients no example ends a search.
+            # An unconfirmed example ended the search for its image too early. So the image is attacked again without
+            # autocast and engine, because these round differently. With averaged gradients no example ends a search.
             for exact in (False, True):
                 if not len(left):
                     break
@@ -360,7 +359,8 @@ class AutoAttack(Versioned, Attack):
         )
 
     def _verified(self, adv: Tensor, x: Tensor, y: Tensor, ball: Ball) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The examples in the ball, whether the model misclassifies each, its classes, and what the search said.
+        """The examples, moved into the ball; whether the model misclassifies each; its classes; and what the search
+        claimed.
 
         All are on the CPU.
         """
@@ -377,7 +377,7 @@ class AutoAttack(Versioned, Attack):
 
     @torch.no_grad()
     def get_logits(self, x: Tensor) -> Tensor:
-        """What the model itself returns, without the engine and without autocast."""
+        """What the model itself returns, without engine and autocast."""
         with torch.autocast(x.device.type, enabled=False):
             return super().get_logits(x)
 

@@ -57,8 +57,8 @@ class BIM(PGD):
 
     Args:
         model, eps, alpha, norm, options: as in `attacks.bim`.
-        steps: number of steps; 0 for that of the paper, the integer part of min(255 eps + 4, 1.25 * 255 eps), if eps is
-            a number.
+        steps: number of steps; 0 for the paper's number, the integer part of min(255 eps + 4, 1.25 * 255 eps), if eps
+            is a number.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:

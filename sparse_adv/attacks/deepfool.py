@@ -1,4 +1,4 @@
-"""DeepFool: steps onto the nearest linearised boundary, until the image is over it."""
+"""DeepFool: steps to the nearest linearised boundary, until the image has crossed it."""
 
 from __future__ import annotations
 
@@ -33,24 +33,25 @@ def deepfool(
 ) -> Tensor:
     """DeepFool: r = r - (z_y - z_k) / |w|^2 * w at x + r, until the label is not predicted at x + (1 + overshoot) r.
 
-    w is the gradient of z_y - z_k, 0 where it is not finite, and k the class with the least |z_y - z_k| / |w|_2; both
-    points are clamped to [lo, hi]. Where that cuts steps off, x + r creeps up to the boundary and never crosses it; the
-    overshoot does, as it is a share of all of r and not of the last step alone. An example so near to the boundary that
-    rounding decides is moved on by up to 1 % of its distance.
+    w is the gradient of z_y - z_k, 0 where it is not finite, and k is the class with the least |z_y - z_k| / |w|_2;
+    both points are clamped to [lo, hi]. If clamping shortens steps, x + r creeps up to the boundary and never crosses
+    it. The overshoot does cross it, because it is a share of all of r, not only of the last step. If an example is so
+    near to the boundary that rounding decides, it is moved further by up to 1 % of its distance.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
         images: float tensor [N, ...], the clean images x.
         labels: integer tensor [N], the true classes y.
-        steps: greatest number of steps; each is two passes forward and one back for every class, with autograd.
-        overshoot: how far past the boundary, as a share of the way; not negative.
+        steps: greatest number of steps; each is two forward passes and one backward pass for every class, with
+            autograd.
+        overshoot: how far to go past the boundary, as a share of the distance to it; not negative.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
-        engine: whether the engine may form the logits, see `sparse_adv.engine`.
+        engine: whether the engine may compute the logits, see `sparse_adv.engine`.
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi], at any distance;
-        where none was found, and where the clean image is adversarial, the clean image.
+        the clean image if none was found or the clean image is adversarial.
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.

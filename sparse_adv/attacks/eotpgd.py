@@ -40,11 +40,11 @@ def eotpgd(
 ) -> Tensor:
     """EOT-PGD: adv = project(adv + alpha * direction(mean of eot_iter gradients at adv)), `steps` times.
 
-    The mean estimates the gradient of the expected loss over the random numbers of the model, which it draws anew in
-    each pass. For a model that draws none, this is `attacks.pgd` at eot_iter times its cost.
+    The model draws random numbers anew in each pass; the mean estimates the gradient of the expected loss over them.
+    For a model that draws none, this is `attacks.pgd` at eot_iter times its cost.
 
     Args:
-        model: maps images in [lo, hi] to logits [N, classes]; in eval mode, so what is random is so in eval mode.
+        model: maps images in [lo, hi] to logits [N, classes]. It runs in eval mode, so it must be random in eval mode.
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
         eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
@@ -56,10 +56,10 @@ def eotpgd(
         norm: "linf" or "l2", also written "Linf" or "L2".
         loss: as in `attacks.pgd`.
         targeted: minimise the loss instead of maximising it.
-        generator: one number is drawn of it for the random start; None for PyTorch's global generator.
+        generator: one number is drawn from it for the random start; None for PyTorch's global generator.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
-        engine: whether the engine may form the gradients; it leaves models that draw random numbers to autograd.
+        engine: whether the engine may compute the gradients; it leaves models that draw random numbers to autograd.
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, without slack in the ball and

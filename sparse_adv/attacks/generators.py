@@ -1,4 +1,4 @@
-"""Generators of random numbers for one attack."""
+"""Random number generators for one attack."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sparse_adv.ops.random_start import as_philox_state
 
 
 def private_generator(generator: torch.Generator | None, images: Tensor) -> torch.Generator:
-    """A generator on the device of the images, seeded with one number of a generator; None for PyTorch's global one."""
+    """A generator on the images' device, seeded with one number from a generator; None for PyTorch's global one."""
     seed = int(as_philox_state(generator, "generator")[0]) & (2**63 - 1)
-    # `run_search` refuses images of a wrong type, and those on the device meta.
+    # `run_search` refuses images of a wrong type and images on the meta device.
     device = images.device if isinstance(images, Tensor) and not images.is_meta else "cpu"
     return torch.Generator(device).manual_seed(seed)
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator of the seed that somebody gave."""
+    """A new generator with the user's seed."""
     check_integer("seed", seed)
     return torch.Generator().manual_seed(int(seed))

@@ -15,8 +15,9 @@ from sparse_adv.engine.gradients import LossOfLogits
 class BatchGradients:
     """`engine.input_gradients` of a model for batches of at most as many images as the first one.
 
-    The kernels of a program are chosen for its whole batch, and some programs compute no fewer images. So when half of
-    the batch or less is left, a program for half the size takes over; halves only, because a model keeps few programs.
+    The kernels of a program are chosen for its whole batch, and some programs cannot compute fewer images. So when half
+    of the batch or less is left, a program for half the size takes over. Only halves are used, because a model keeps
+    few programs.
 
     Args:
         model: in the modes in which it is to run.

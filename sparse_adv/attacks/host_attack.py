@@ -1,4 +1,4 @@
-"""`HostAttack`: what the attacks as objects share whose loop runs on the host."""
+"""`HostAttack`: the base class of attack objects whose loop runs on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_adv.attacks.options import BasicOptions, check_names
 
 
 def count_setting(name: str, least: int) -> property:
-    """A setting that is checked when it is set, because the function would name its own parameter in an error."""
+    """A setting that is checked when it is set; the function's own error would name the function's parameter."""
 
     def read(attack: HostAttack) -> Any:
         return vars(attack)[name]
@@ -32,11 +32,11 @@ class HostAttack(Attack):
     """A function of `attacks` bound to a model, with the options lo, hi, check and engine of `attacks.pgd`.
 
     Its settings are attributes with the names of the function's parameters, and may be set between two calls. The
-    function checks them when the object is called, and raises what it raises. A number of another name than the
-    function's is a `count_setting`.
+    function checks them when the object is called, and its errors reach the caller. A number whose name differs from
+    the function's parameter is a `count_setting`.
 
     Raises:
-        TypeError: if a keyword is another one.
+        TypeError: for any other keyword.
     """
 
     _function: ClassVar[Callable[..., Tensor]]

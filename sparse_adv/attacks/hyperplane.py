@@ -1,4 +1,4 @@
-"""Linearised boundaries between classes: the nearest one, and the projection of images onto it within their range."""
+"""Linearised boundaries between classes: finding the nearest one, and projecting images onto it within their range."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sparse_adv.attacks.queries import Queries
 def nearest_boundary(model: Queries, x: Tensor, labels: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     """The lead of the label, z_y - z_k [N], and its gradient [N, ...], for the class k whose boundary is nearest.
 
-    That is the k != y with the least |z_y - z_k| / |gradient|_dual; the dual norm is l1 for linf and l2 for l2. Where a
-    gradient is not finite, it counts as 0.
+    That is the k != y with the least |z_y - z_k| / |gradient|_dual; the dual norm is l1 for linf and l2 for l2. Entries
+    of a gradient that are not finite count as 0.
     """
     logits, gradients = model.logits_and_gradients(x)
     rows = torch.arange(len(x), device=x.device)
@@ -27,7 +27,7 @@ def nearest_boundary(model: Queries, x: Tensor, labels: Tensor, norm: str) -> tu
 
 
 def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tensor:
-    """The least change d with value + <slope, d> = 0 and x + d in [lo, hi]; if there is none, that nearest to 0.
+    """The least change d with value + <slope, d> = 0 and x + d in [lo, hi]; if there is none, the one nearest to 0.
 
     For value > 0 (otherwise all signs are reversed)::
 
@@ -39,7 +39,7 @@ def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tens
 
     Args:
         x: float tensor [N, ...], in [lo, hi].
-        value: float tensor [N], of the affine function at x.
+        value: float tensor [N], the affine function at x.
         slope: float tensor [N, ...], its gradient.
         ball: the norm and the range, `on` these images; the radius is not used.
 
@@ -55,8 +55,8 @@ def onto_hyperplane(x: Tensor, value: Tensor, slope: Tensor, ball: Ball) -> Tens
     rate, room = rate.where(falls != 0, 0), room.where(falls != 0, 0)
     ends, order = (room / rate.where(rate > 0, 1)).sort(dim=1)
     falls = falls.gather(1, order)
-    # By how much the value has fallen at each breakpoint: by the coordinates that were at an end before, which are
-    # finite where [lo, hi] is not, and by those that moved until then.
+    # By how much the value has fallen at each breakpoint: through coordinates that reached an end before (finite even
+    # if [lo, hi] is not), and through coordinates that still move.
     met = F.pad((falls * ends).cumsum(1)[:, :-1], (1, 0))
     speed = falls.flip(1).cumsum(1).flip(1)
     goal = value.abs()[:, None]

@@ -42,7 +42,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SmoothedCrossEntropy:
-    """The cross-entropy of each image [N] with labels of which a part is spread evenly over all classes.
+    """The cross-entropy of each image [N] with smoothed labels: a part of each is spread evenly over all classes.
 
     Args:
         label_smoothing: that part, in [0, 1].
@@ -96,15 +96,15 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """The difference of logits ratio, (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), of each image.
 
     z_(k) is the k-th highest logit. The loss depends neither on a shift nor on a positive scale of the logits. The
-    denominator is at least 1e-12 (6e-5 in float16), so that equal logits give 0. Where it is not finite, because so
-    many classes are masked by -inf, it is 1: the loss is the margin.
+    denominator is at least 1e-12 (6e-5 in float16), so that equal logits give 0. If so many classes are masked by -inf
+    that it is not finite, it is 1: the loss is the margin.
 
     Args:
         logits: float tensor z [N, classes], of at least 3 classes.
         labels: int64 tensor y [N].
 
     Returns:
-        float tensor [N], in [-1, 1] but for margins.
+        float tensor [N], in [-1, 1] except for margins.
 
     Raises:
         ValueError: if there are fewer than 3 classes.
@@ -126,7 +126,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """The targeted difference of logits ratio, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), of each image.
 
-    z_(k) is the k-th highest logit; an attack maximises the loss. The denominator is bounded as that of `dlr`.
+    z_(k) is the k-th highest logit; an attack maximises the loss. The denominator is bounded as in `dlr`.
 
     Args:
         logits: float tensor z [N, classes], of at least 4 classes.
@@ -178,7 +178,7 @@ def kl_divergence(logits: Tensor, log_probabilities: Tensor) -> Tensor:
     if log_probabilities.shape != logits.shape:
         shapes = f"{list(logits.shape)}, got {list(log_probabilities.shape)}"
         raise ValueError(f"log_probabilities must have the shape of the logits, {shapes}")
-    # `F.kl_div` is NaN where a class is masked by -inf in both.
+    # `F.kl_div` is NaN if a class is masked by -inf in both.
     apart = (log_probabilities - F.log_softmax(logits, 1)).masked_fill(log_probabilities == -torch.inf, 0)
     return (log_probabilities.exp() * apart).sum(1)
 
@@ -188,7 +188,8 @@ LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
 def takes_classes(loss: str | Loss) -> bool:
-    """Return whether the labels of a loss are known to be classes; those of a function of the caller may be anything.
+    """Return whether the labels of a loss are known to be classes; labels for the caller's own function may be
+    anything.
 
     Args:
         loss: a name of `LOSSES`, or a function (logits, labels) -> loss.
@@ -224,17 +225,17 @@ def loss_function(loss: str | Loss) -> Loss:
 
 
 def loss_values(loss: str | Loss, logits: Tensor, labels: Any, images: int, of_each: bool = False) -> Tensor:
-    """Return what a loss gives: one number for each image, [N] or [N, 1], or one for all.
+    """Return the values of a loss: one number for each image, [N] or [N, 1], or one number for all.
 
     Args:
         loss: a name of `LOSSES`, or a function (logits, labels) -> loss.
-        logits, labels: its arguments; those of a function of the caller may be anything.
+        logits, labels: its arguments; labels for the caller's own function may be anything.
         images: the number of images N.
-        of_each: whether [N] alone will do.
+        of_each: whether only shape [N] is accepted.
 
     Raises:
-        TypeError: if that is not a tensor.
-        ValueError: if it has another shape.
+        TypeError: if the loss does not return a tensor.
+        ValueError: if the tensor has another shape.
     """
     values = loss_function(loss)(logits, labels)
     if not isinstance(values, Tensor):

@@ -54,7 +54,7 @@ def mifgsm(
         targeted: minimise the loss instead of maximising it.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
-        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+        engine: whether the engine may compute the gradients, see `sparse_adv.engine`.
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, without slack in the ball and
@@ -85,7 +85,7 @@ def mifgsm(
 
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         raised = loss_to_raise(loss, labels, targeted)
-        # 16 bits hold neither the l1 norm of a large image nor one pixel's part of it.
+        # 16 bits can represent neither the l1 norm of a large image nor one pixel's share of it.
         wide = torch.promote_types(images.dtype, torch.float32)
         adv, momentum = images, torch.zeros_like(images, dtype=wide)
         for _ in range(steps):

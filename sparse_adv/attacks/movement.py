@@ -1,4 +1,4 @@
-"""The start and the steps of PGD: fused ops, and PyTorch around them where eps, alpha, lo or hi is a tensor."""
+"""The start and the steps of PGD: fused ops, with PyTorch code around them if eps, alpha, lo or hi is a tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start(images: Tensor, ball: Ball, philox_state: Tensor) -> Tensor:
 
 
 def advance(philox_state: Tensor, images: Tensor) -> None:
-    """Move the state on by the random numbers that `start` took for these images: a Philox block gives four."""
+    """Advance the state past the random numbers that `start` used for these images: a Philox block gives four."""
     philox_state[1:].add_((images.numel() + 3) // 4)
 
 

@@ -1,4 +1,4 @@
-"""What attacks are compared with: images as they are, and Gaussian noise."""
+"""Baselines for attacks: unchanged images, and Gaussian noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_adv.ops.arguments import check_number
 
 
 class VANILA(Attack):
-    """No attack: the images as they are, with the interface of torchattacks.VANILA.
+    """No attack: the unchanged images, with the interface of torchattacks.VANILA.
 
     Args:
         model: as in `Attack`.
@@ -46,7 +46,7 @@ class GN(HostAttack):
     Args:
         model: as in `Attack`.
         std: standard deviation, in units of the images; at least 0. PyTorch's global generator draws the noise.
-        options: lo, hi, check and engine, as in `attacks.pgd`; lo and hi have an effect.
+        options: lo, hi, check and engine, as in `attacks.pgd`; only lo and hi have an effect.
 
     Raises:
         ValueError: if std is negative or not finite.

@@ -49,10 +49,10 @@ def rfgsm(
         steps: number of steps of size eps - alpha; 1 in the paper, 10 by default in torchattacks.
         loss: as in `attacks.pgd`.
         targeted: minimise the loss instead of maximising it.
-        generator: one number is drawn of it; None for PyTorch's global generator.
+        generator: one number is drawn from it; None for PyTorch's global generator.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
-        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+        engine: whether the engine may compute the gradients, see `sparse_adv.engine`.
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, without slack in the ball and

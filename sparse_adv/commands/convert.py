@@ -24,7 +24,8 @@ class Options:
         target: file to write: *.safetensors, *.pt or *.pth; neither one that is read nor one of a run.
         to: what to write.
         masks: file of the masks, where they are in another file than the weights.
-        format: format of the source; the default is to recognise it.
+        format: format of the source: parametrize, prune, masked, popup_scores (HYDRA, HARP), open_lth, turboprune,
+            zeros or ticket; the default is to recognise it.
         density: density of a checkpoint that has scores and no masks.
         arch: name of an architecture of `sparse_adv.models`, whose names masks and weights then get; needed to train a
             checkpoint of other code.
@@ -58,7 +59,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    # Masks in another file may be a list in the order of the network's layers, whose names the weights then have.
+    # Masks in another file may be a list in the order of the network's layers; the weights then have its names.
     model = models.build(options.arch, width=options.width) if options.arch and options.masks else None
     pruned = experiment.read_pruned(
         options.source, options.masks, model=model, density=options.density, format=options.format

@@ -87,7 +87,7 @@ def _file_of(folder: Path) -> Path:
 
 
 def _check_size(options: Options, ticket: masks.Ticket, model: nn.Module, shape: Sequence[int]) -> None:
-    """Raise ValueError, before any memory is taken, for sizes that the file does not have: it may claim anything."""
+    """Raise ValueError before allocating memory if the file claims sizes that it does not have."""
     sparsify(model, ticket.masks)
     held = sum(tensor.numel() for tensor in ticket.state_dict.values())
     needed = sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Output of the commands: sentences on a terminal, JSON lines in a pipe; of several processes only rank 0 prints."""
+"""Output of the commands: sentences on a terminal, JSON lines in a pipe. With several processes only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class Output:
 
 
 def check_new(name: str, path: Path, *read: Path | None) -> None:
-    """Raise ValueError if a file to be written would replace one that is read, or one of a run.
+    """Raise ValueError if a file to be written would replace a file that is read, or a file of a run.
 
     Args:
         name: of the argument, for the error.
         path: of the file to be written.
-        read: files that are read; None where one is not given.
+        read: files that are read; None for a file that is not given.
     """
     own = path.resolve()
     if own in [other.resolve() for other in read if other is not None] or runs.is_file_of_run(own):
@@ -95,13 +95,13 @@ def print_error(text: str, consequence: bool = False) -> None:
             process has printed an error.
     """
     if not _was_printed(text, consequence):
-        with suppress(OSError):  # a full disk: there is no place left to say so
+        with suppress(OSError):  # a full disk: there is no place left for a message
             print(f"sparse-adv: {text}", file=sys.stderr, flush=True)
 
 
 def _was_printed(text: str, consequence: bool) -> bool:
     """Return whether another process has printed the error; if not, note that this one does."""
-    # torchrun gives each process a file OWN/error.json in a folder for all processes of the machine and the attempt.
+    # torchrun gives each process a file OWN/error.json, inside a folder for all processes of this machine and attempt.
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if own is None:
         return False

@@ -63,7 +63,7 @@ def run(options: Options) -> int:
             write_config(options.out, options)
         with output.progress(search.updates) as step:
             result = search.run(on_epoch=output.epoch, on_step=step)
-        write_config(options.out, options)  # not before, as the search may refuse options that differ from the run's
+        write_config(options.out, options)  # not earlier: the search may refuse options that differ from the run's
         path, density = options.out / runs.TICKET, result.density
         output.print(
             f"{path}: keeps {density.weights:.1%} of the weights and {density.macs:.1%} of the multiply-adds; found in "

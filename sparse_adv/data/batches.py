@@ -30,17 +30,17 @@ class Batches:
         seed: seed of order and augmentation.
         rank, world_size: number of this process, and of all processes. Process r takes the images r, r + world_size,
             r + 2 world_size, ... of each batch. With shuffle, up to world_size - 1 images are left out of an epoch so
-            that all processes get the same number. Without, no image is left out; in the last batch a process may then
-            have one image less than another, or no batch at all.
+            that all processes get the same number. Without shuffle no image is left out; in the last batch, a process
+            may then have one image less than another, or no batch at all.
 
-    With shuffle, a last batch of one image per process is joined to the batch before it: BatchNorm cannot be trained
-    with one image.
+    With shuffle, a last batch of one image per process is joined to the batch before it, because BatchNorm cannot be
+    trained with one image.
 
     Raises:
         ValueError: if batch_size is not a multiple of world_size, an argument is out of range, the numbers of images
             and labels differ, images to augment have other dimensions, or a shuffled epoch would have no image for some
             process.
-        TypeError: if images or labels are no tensors, or the images integers other than uint8.
+        TypeError: if images or labels are not tensors, or the images are integers other than uint8.
 
     Examples:
         >>> import torch
@@ -87,7 +87,7 @@ class Batches:
         return count - self._joins_last(count)
 
     def _joins_last(self, count: int) -> bool:
-        """Whether the last of `count` batches has one image per process, and is joined to the one before it."""
+        """Whether the last of `count` batches has one image per process and is joined to the one before it."""
         last = self._images - (count - 1) * self.batch_size
         return self.shuffle and count > 1 and last <= self.world_size < self.batch_size
 
@@ -103,7 +103,7 @@ class Batches:
         return self._batches(epoch)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # 32 bits, unlike the seeds of `training.random_numbers`: so it is none of them.
+        # 32 bits, unlike the seeds of `training.random_numbers`, so it differs from all of them.
         sequence = np.random.SeedSequence([self.seed, epoch])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         order = (
@@ -119,8 +119,8 @@ class Batches:
             return
         own = slice(self.rank, None, self.world_size)
         sizes = [len(batch[own]) for batch in batches]
-        # The random numbers of the whole epoch are copied to the GPU at once, without waiting: a copy per batch would
-        # leave the GPU idle between batches.
+        # Copy the random numbers of the whole epoch to the GPU at once, without waiting: a copy per batch would leave
+        # the GPU idle between batches.
         indices = self._to_device([batch[own] for batch in batches]).split(sizes)
         if self.augment:
             shifts, flips = [], []
@@ -156,7 +156,7 @@ def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 
     Raises:
         ValueError: if images have other than four dimensions, or there are not two shifts and a flip for each image.
-        IndexError: if a shift is above 8. No value is looked at, as the host would wait for a GPU.
+        IndexError: if a shift is above 8. The host reads no value, because it would wait for a GPU.
 
     Source: He et al., "Deep residual learning for image recognition" (CVPR 2016), section 4.2.
 

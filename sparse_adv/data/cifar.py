@@ -122,7 +122,7 @@ def _from_archive(path: Path) -> RawDataset | None:
 
 
 class _Bounded:
-    """Reads a compressed file up to the size that CIFAR can have: a small file may expand to a thousand times that."""
+    """Reads a compressed file only up to the size that CIFAR can have: a small file may expand a thousandfold."""
 
     _LIMIT = 400 << 20
 

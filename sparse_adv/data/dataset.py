@@ -43,7 +43,7 @@ class Dataset(NamedTuple):
         test: images for one final test.
         classes: number of classes.
         name: "cifar10", "mnist", ... or any other name, see `models.Normalize.of`.
-        class_names: names of the classes, in the order of their numbers; None where the publisher has fixed it.
+        class_names: names of the classes, in the order of their numbers; None if the publisher has fixed the order.
 
     Examples:
         >>> import torch
@@ -89,7 +89,7 @@ def check_split(split: Split) -> None:
     """Check the types and lengths of a split.
 
     Raises:
-        TypeError: if images or labels are no tensors, or the labels no integers.
+        TypeError: if images or labels are not tensors, or the labels are not integers.
         ValueError: if there is not one label for each image.
     """
     for name, value in split._asdict().items():

@@ -90,7 +90,7 @@ def _elements(file: Any, dims: int, path: Path) -> np.ndarray:
     count = math.prod(sizes)
     if count > _MAX_BYTES:
         raise ValueError(f"{path} must have at most {_MAX_BYTES >> 20} MiB, its header has sizes {sizes}")
-    # One byte more than expected, not all that there is: a small compressed file may expand to a thousand times that.
+    # One byte more than expected, not the whole file: a small compressed file may expand a thousandfold.
     content = file.read(count + 1)
     if len(content) != count:
         got = f"more than {count}" if len(content) > count else len(content)

@@ -13,8 +13,9 @@ _CONSTANTS = (bool, float, str, type(None), slice, torch.dtype, torch.device, to
 def scaled(result: Any, of_one: Any, batch: int, images: int) -> Any:
     """Return what an operation returns for a number of images, from its results for a batch and for one image.
 
-    A number, in a shape too, may be the same for both, or `batch` times as large for the batch: it is then
-    proportional to the number of images. Of a tensor only the shape is scaled.
+    A number may be the same in both results, or `batch` times as large for the batch; then it is taken to be
+    proportional to the number of images. This also holds for the numbers in a shape. Only the shape of a tensor is
+    scaled.
 
     Args:
         result, of_one: for the batch and for one image; tensors on the meta device.

@@ -1,6 +1,6 @@
-"""Comparison of what the engine made of a model with the model itself: of copies in float64, on a few images.
+"""Compares what the engine made of a model with the model itself: copies of both in float64, on a few images.
 
-It finds code that a trace does not show: numbers drawn at random, images that depend on each other.
+This finds what a trace does not show: random numbers, and images whose results depend on each other.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from sparse_adv.ops.cudnn_benchmark import cudnn_benchmark
 
 
 class Undecided(Exception):
-    """A comparison that says nothing about a model: another one may end in another way."""
+    """A comparison that says nothing about a model: another one may have another result."""
 
 
 @contextmanager
 def comparing(device: torch.device) -> Iterator[KeptGenerators]:
-    """A context for a comparison: without autocast, and later code draws the random numbers that it would have drawn.
+    """A context for a comparison: without autocast, and with the random generators restored at the end.
 
-    Training lets cuDNN time its algorithms for each new shape. Those of a comparison never come again, so that it does
-    without.
+    In training, cuDNN times its algorithms for each new shape. The shapes of a comparison never come again, so cuDNN
+    does not do that here.
 
     Raises:
-        NotTraceable: for every error but torch.OutOfMemoryError and Undecided, since the model's own code may raise
-            any.
+        NotTraceable: for every error except torch.OutOfMemoryError and Undecided, because the model's own code may
+            raise any error.
     """
     with KeptGenerators(device) as generators, torch.autocast(device.type, enabled=False), cudnn_benchmark(False):
         try:
@@ -46,8 +46,8 @@ def comparing(device: torch.device) -> Iterator[KeptGenerators]:
 def double_copy(model: nn.Module) -> nn.Module:
     """A deep copy of a model in float64, its parameters moved a little at random, the same for each copy.
 
-    Weights of the moment may put a ReLU's inputs on 0 exactly: new biases of BatchNorm do it behind a layer whose mask
-    keeps nothing. Which way the ReLU goes is then up to rounding, and says nothing about a model.
+    The present weights may make a ReLU's input exactly 0: new BatchNorm biases do so behind a layer whose mask keeps
+    nothing. Rounding then decides whether the ReLU lets a gradient through, which says nothing about a model.
     """
     copied = detached_copy(model).double()
     generator = torch.Generator().manual_seed(0)
@@ -60,8 +60,8 @@ def double_copy(model: nn.Module) -> nn.Module:
 def without_ties(x: Tensor) -> Tensor:
     """Images in float64, moved by 1 % towards random ones between their bounds.
 
-    In an even area, such as the padding of a crop, several pixels of a max-pool's window are the largest. Which of them
-    gets the gradient is up to rounding, and says nothing about a model.
+    In an area of one colour, such as the padding of a crop, several pixels of a max-pool's window are the largest.
+    Rounding then decides which of them gets the gradient, which says nothing about a model.
     """
     x = x.double()
     low, high = x.min().clamp_max(0), x.max().clamp_min(1)
@@ -81,6 +81,6 @@ def _drawn(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generator
 
 
 def check_finite(results: Iterable[Tensor]) -> None:
-    """Raise Undecided if what PyTorch computes is not finite, as of an image or a weight that is not."""
+    """Raise Undecided if PyTorch's results are not finite, for example because an image or a weight is not."""
     if not all(bool(result.isfinite().all()) for result in results):
         raise Undecided("its results are not finite")

@@ -1,6 +1,6 @@
 """BatchNorm in eval mode as a factor and a summand for each channel, of all layers of a program together.
 
-Its vectors are short: on a GPU the time of folding is that of launches, and of 20 layers one by one more than 100.
+The vectors are short, so on a GPU folding costs only launches: more than 100 if 20 layers are folded one by one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _widened(vector: Tensor) -> Tensor:
 
 
 def _apply(operation: Callable[..., None], targets: Sequence[Tensor], operands: Iterable[Tensor | None]) -> None:
-    """Change the tensors that have an operand, in place."""
+    """Change the targets that have an operand, in place."""
     pairs = [(target, each.detach()) for target, each in zip(targets, operands, strict=True) if each is not None]
     if pairs:
         operation(*zip(*pairs, strict=True))

@@ -11,7 +11,7 @@ LossOfLogits = Callable[[Tensor], Tensor]
 
 
 class NoGradientError(ValueError):
-    """A loss that is not computed from the images, or only by operations without a gradient."""
+    """The loss is not computed from the images, or only by operations without a gradient."""
 
 
 def image_gradient(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
@@ -25,12 +25,12 @@ def image_gradient(value: Tensor, x: Tensor, retain_graph: bool = False) -> Tens
 
 
 def outside_inference(x: Tensor) -> Tensor:
-    """A tensor that autograd can use: a copy of one made in inference mode. To be called with that mode off."""
+    """The tensor as autograd can use it: a copy if it was made in inference mode. Call this with that mode off."""
     return x.clone() if x.is_inference() else x
 
 
 class Autograd:
-    """The gradients that PyTorch forms."""
+    """Logits and gradients as PyTorch computes them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

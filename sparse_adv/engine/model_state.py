@@ -1,4 +1,4 @@
-"""The state of a model on which its steps depend, and copies of it to compare them with."""
+"""The state of a model that its steps depend on, and copies of the model to compare the steps with."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ HOOKS = (
 
 
 class _SharedTensors(TorchFunctionMode):
-    """A context in which deep copies share the tensors of what is copied."""
+    """A context in which a deep copy shares its tensors with the original."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
 def copy_of_code(model: nn.Module) -> nn.Module:
-    """A deep copy that shares all tensors: what its Python code assigns, the model does not get."""
+    """A deep copy that shares all tensors. Attributes that its Python code assigns do not reach the model."""
     tensors = (*model.parameters(), *model.buffers())
     with _SharedTensors():
         return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def detached_copy(model: nn.Module) -> nn.Module:
-    """A deep copy; results of autograd, which modules under `torch.nn.utils.prune` hold, are copied without history."""
+    """A deep copy. Results of autograd, which modules under `torch.nn.utils.prune` hold, are copied without history."""
     tensors = (item for module in model.modules() for item in vars(module).values() if isinstance(item, Tensor))
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors})
 
@@ -50,7 +50,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def runs_own_code(module: nn.Module) -> bool:
-    """Whether a module computes something else than others of its class: it has hooks or a forward of its own."""
+    """Whether a module may compute something else than its class does: it has hooks or its own forward."""
     return has_hooks(module) or "forward" in vars(module)
 
 
@@ -60,9 +60,9 @@ def runs_code_of_user(module: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of wrappers whose forward does no more than call it, with any arguments: torch.fx needs names.
+    """The module inside wrappers that only call it. They take any arguments, but torch.fx needs arguments with names.
 
-    That of DistributedDataParallel would prepare an all-reduce that is never run.
+    The forward of DistributedDataParallel would also prepare an all-reduce that is never run.
     """
     while isinstance(model, DistributedDataParallel) or (
         isinstance(model, AveragedModel | nn.DataParallel)

@@ -31,15 +31,15 @@ log = logging.getLogger(__name__)
 class Program:
     """The fused steps of a model in eval mode, for batches of at most one size.
 
-    Where kernels or operations are right for whole batches only, smaller ones are padded with zeros.
+    Where kernels or operations need whole batches, smaller ones are padded with zeros.
 
-    Autograd forms single results where the steps cannot: those that a loss asks for, and the gradients of a loss that
-    reads what a hook has kept of the pass. It forms all of them once a part that is not traced returns another size
-    than in the trace. The model must then still exist.
+    Autograd computes what the steps cannot: results that a loss itself asks for, and gradients of a loss that reads
+    features kept by hooks. From the time on when a part that is not traced returns another size than in the trace,
+    autograd computes everything. The model must then still exist.
 
     Args:
         model: in eval mode.
-        x: float tensor [N, ...], a batch of its input; its dtype is that of all steps, autocast aside.
+        x: float tensor [N, ...], a batch of its input; all steps have its dtype, except under autocast.
         batch: the size of the batches; None for `padded_batch(len(x))`.
 
     Raises:
@@ -53,7 +53,7 @@ class Program:
         self.steps = fusion.steps
         self._convolutions = [step for step in self.steps if isinstance(step, ConvolutionStep)]
         self._like, self._input, self._output = x.new_empty(0), fusion.input, fusion.output
-        if self._output.shape[:1] != x.shape[:1]:  # as `squeeze` makes of one image
+        if self._output.shape[:1] != x.shape[:1]:  # as after `squeeze` on one image
             raise NotTraceable(f"its output of {len(x)} images has shape {list(self._output.shape)}")
         self._patterns, kernels = self._present_patterns(), self._choose_kernels()
         self._any_batch = kernels.any_batch and fusion.any_batch
@@ -89,7 +89,7 @@ class Program:
         self._read_last = buffers.read_last(self.steps, self._output, self._memory.gates)
 
     def forget_graphs(self) -> None:
-        """Free the memory of the passes that were captured; the next ones are captured anew."""
+        """Free the memory of the captured passes; later passes are captured anew."""
         for passes in self._captured.values():
             passes.forget()
 
@@ -119,12 +119,12 @@ class Program:
         return self._autograd().gradient(x, loss)
 
     def _gradient_of_logits(self, logits: Tensor, loss: LossOfLogits) -> Tensor | None:
-        """The gradient of the loss; None if it reads more of the pass than the logits, which hooks have kept."""
+        """The gradient of the loss by the logits; None if the loss also reads features that hooks kept."""
         with torch.enable_grad():
             logits = logits.detach().requires_grad_()
             self._in_loss = True
             try:
-                value = loss(logits.clone()).sum()  # of a copy, as the loss may keep its argument or write to it
+                value = loss(logits.clone()).sum()  # a copy: the loss may keep its argument or write to it
             finally:
                 self._in_loss = False
             features = [leaf for step in self._hooked for leaf in step.leaves]
@@ -134,7 +134,7 @@ class Program:
             return None if self._reads_features else image_gradient(value, logits)
 
     def _is_left_to_autograd(self, x: Tensor) -> bool:
-        """Whether no step may run: there are no images, or the steps are in use, or hooks would see padding."""
+        """Whether no step may run: no images, another size than traced, steps in use, or hooks would see padding."""
         pads = not self._any_batch and len(x) != self._input.shape[0]
         return self._has_other_sizes or self._in_loss or not len(x) or (pads and bool(self._hooked))
 
@@ -145,7 +145,7 @@ class Program:
 
     @contextmanager
     def _sizes_as_traced(self) -> Iterator[None]:
-        """A context that ends where a part of the model returns another size than in the trace."""
+        """A context that is left as soon as a part of the model returns another size than in the trace."""
         try:
             yield
         except OtherSize as error:
@@ -189,8 +189,8 @@ def choose_kernels(convolutions: Sequence[tuple[nn.Conv2d, torch.Size]], x: Tens
     """The kernels of the input's device, in the dtype and memory format in which a network is to run.
 
     Args:
-        convolutions: its layers, with the shapes of their inputs.
-        x: a batch of its input, of which dtype and device count.
+        convolutions: of the network, each with the shape of its input.
+        x: a batch of its input; only dtype and device are read.
 
     Raises:
         NotTraceable: if the engine has no kernels for them.
@@ -213,7 +213,7 @@ def padded_batch(count: int) -> int:
     """The batch size that a batch of this size is padded to: the next of 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, ...
 
     An evaluation attacks only the images that are still classified correctly, so the size changes from batch to batch.
-    With these sizes it needs few programs, and computes a quarter more at most.
+    These sizes need few programs, and at most a quarter more computation.
 
     Examples:
         >>> [padded_batch(count) for count in (7, 8, 9, 33, 100, 128)]

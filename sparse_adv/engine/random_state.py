@@ -11,15 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class KeptGenerators(TorchDispatchMode):
-    """A context whose code may draw from the global generators; at the end they are as they were.
+    """A context whose code may draw from the global generators; at the end they are restored.
 
     A generator that was not used is not written, because other threads may draw from it meanwhile. Draws from PyTorch's
-    generators are seen in this thread alone. For those of Python and NumPy the states before and after are compared, so
-    a draw by another thread counts too. Where the code itself draws, numbers that another thread drew in the meantime
-    come again: the generators belong to the whole process. Threads whose numbers matter need generators of their own.
+    generators are seen only in this thread. For Python and NumPy the states before and after are compared, so a draw by
+    another thread counts too. If the code draws, numbers that another thread drew meanwhile are drawn again later,
+    because the whole process shares the generators. Threads whose numbers matter need their own generators.
 
     Args:
-        device: whose generator is kept beside that of the CPU.
+        device: its generator is restored too, besides the CPU's.
 
     Examples:
         >>> state = torch.get_rng_state()
@@ -40,7 +40,7 @@ class KeptGenerators(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch would import torch._dynamo, which takes 2.5 s, to keep it from compiling `__torch_dispatch__`."""
+        """Return False: else PyTorch imports torch._dynamo (2.5 s) to keep it from compiling `__torch_dispatch__`."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,7 +59,7 @@ class KeptGenerators(TorchDispatchMode):
         return self._torch_drew or self._python_drew() or self._numpy_drew()
 
     def rewind(self) -> None:
-        """Set the generators back that were used, so that the same numbers come again."""
+        """Restore the generators that were used, so that the same numbers come again."""
         if self._python_drew():
             random.setstate(self._python)
         if self._numpy_drew():

@@ -1,4 +1,4 @@
-"""Finds BatchNorms in a graph that are written out, as in subclasses which compute more than a BatchNorm."""
+"""Finds calls of `F.batch_norm` in a graph, as subclasses that compute more than a BatchNorm make them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sparse_adv.engine.traced_code import arguments_of
 
 
 def gather_norms(model: nn.Module, graph: fx.Graph) -> None:
-    """Replace each call of `F.batch_norm` that does what `nn.BatchNorm2d` does by such a module, with the same tensors.
+    """Replace calls of `F.batch_norm` that do the same as `nn.BatchNorm2d` by such a module with the same tensors.
 
-    It comes from the forward of a subclass, such as timm's BatchNormAct2d, which also applies an activation.
+    Such calls come from the forward of a subclass, such as timm's BatchNormAct2d, which also applies an activation.
     """
     for node in list(graph.nodes):
         norm = _norm_of(model, node)
@@ -28,7 +28,7 @@ def gather_norms(model: nn.Module, graph: fx.Graph) -> None:
         tensors = [*node.all_input_nodes[1:], *[source for each in counting for source in each.all_input_nodes]]
         for each in counting:
             graph.erase_node(each)
-        plain = copy.copy(norm)  # its tables of parameters and buffers are those of the layer itself
+        plain = copy.copy(norm)  # shares the layer's own tables of parameters and buffers
         plain.__class__ = nn.BatchNorm2d
         node.target, node.args, node.kwargs = plain, node.args[:1], {}
         for tensor in tensors:
@@ -37,7 +37,7 @@ def gather_norms(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _norm_of(model: nn.Module, node: fx.Node) -> nn.BatchNorm2d | None:
-    """The layer from which a call of `F.batch_norm` takes all its arguments as `nn.BatchNorm2d` does."""
+    """The layer that all arguments of a call of `F.batch_norm` come from, in the way of `nn.BatchNorm2d`."""
     if node.target is not F.batch_norm or not node.args:
         return None
     given = arguments_of(node)

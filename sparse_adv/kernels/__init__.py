@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers: plain functions on tensors, which `ops` registers for GPUs when it needs them."""
+"""Triton kernels and their launchers: plain functions on tensors. `ops` registers them for GPUs when needed."""

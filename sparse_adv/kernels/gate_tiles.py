@@ -33,7 +33,7 @@ def tile_of_program(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The tile of a program that has one: its column of tiles, its first position, its channels, and its `places`."""
+    """A program's tile: its column of tiles, its first position, its channels, and its `places`."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     group, first = (tl.program_id(0) % groups).to(index), (tl.program_id(0) // groups).to(index) * BLOCK_M
     c = group * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -53,7 +53,7 @@ def gate_places(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The offsets of the bytes of a tile's gate, of which 8 elements share each, and which of them exist."""
+    """The offsets of the bytes of a tile's gate, each shared by 8 elements, and which of them exist."""
     if CHANNELS_LAST:
         q, c = first + tl.arange(0, BLOCK_M), group * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
         return places(q, c, positions, (channels + 7) // 8, 1, 1, 1, True)
@@ -64,7 +64,7 @@ def gate_places(
 
 @triton.jit
 def packed(passes, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The bytes of a gate of which a tile has the bits."""
+    """The bytes of a gate, from a tile of its bits."""
     bits = passes.to(tl.int32)
     weights = tl.arange(0, 8)
     if CHANNELS_LAST:

@@ -21,12 +21,12 @@ def layout_of(tensor: Tensor) -> torch.memory_format:
 
 
 def output_like(tensor: Tensor) -> Tensor:
-    """Uninitialised memory for an op's output of the shape and dtype of its input, in the layout of the rule."""
+    """Uninitialised memory for an op's output with the shape and dtype of its input, in the layout of the rule."""
     return torch.empty_like(tensor, memory_format=layout_of(tensor))
 
 
 def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor, copied where needed, in the layout that an op's output has for the input `like`."""
+    """The tensor, copied if needed, in the layout that an op's output has for the input `like`."""
     return tensor.contiguous(memory_format=layout_of(like))
 
 

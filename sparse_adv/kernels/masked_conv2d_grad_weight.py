@@ -4,8 +4,8 @@ Letters: N images, C input channels, H x W pixels; K output channels, R x S filt
 
 A program takes one live block and one share of the output pixels, and sums over these pixels the products of the 32 or
 64 channels of grad_output with those of the input under the block's tap. A second kernel adds the shares in a fixed
-order and rounds once, so that all calls give the same bits. Atomic additions would not save this kernel, because the
-float32 sums have to be converted to the weight's layout and dtype in any case.
+order and rounds once, so that all calls give the same bits. Atomic additions would not make this kernel unnecessary,
+because the float32 sums must be converted to the weight's layout and dtype anyway.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def grad_weight(
     Returns:
         float tensor [K, C/groups, R, S] in the input's layout, exactly 0 outside the live blocks.
     """
-    # Where images are channels_last, training has weights in that layout, too, and PyTorch would copy a gradient whose
-    # layout is not the weight's.
+    # If images are channels_last, training has weights in that layout too, and PyTorch would copy a gradient with
+    # another layout than its weight's.
     grad = empty_in_layout_of(input, weight_size).zero_()
     images, out_channels, out_rows, out_cols = grad_output.shape
     pixels = check_pixels(images * out_rows * out_cols)

@@ -1,4 +1,4 @@
-"""What the kernel of `masked_conv2d` and its input gradient reads of a mask."""
+"""The lists that the kernel of `masked_conv2d` and of its input gradient reads in place of a mask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Lists(NamedTuple):
-    """The live blocks, and which of them each tile of channels reads; `ops.masked_conv2d_live_blocks` makes them."""
+    """The live blocks, and the blocks that each tile of channels reads; from `ops.masked_conv2d_live_blocks`."""
 
     values: Tensor
     """[n, bo, bi]: the weights of the blocks."""

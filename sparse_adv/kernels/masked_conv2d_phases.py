@@ -1,7 +1,7 @@
 """Lists of blocks for each phase of a strided input gradient.
 
-With a stride, filter row r reaches only the input rows h with (h + padding - r * dilation) mod stride = 0, and columns
-alike. A phase is the set of input pixels with the same (row mod stride, column mod stride).
+With a stride, filter row r reaches only the input rows h with (h + padding - r * dilation) mod stride = 0; columns
+likewise. A phase is the set of input pixels with the same (row mod stride, column mod stride).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def select_phases(
 ) -> tuple[Tensor, Tensor]:
     """Select for each phase the blocks that reach it; does not synchronise with the GPU.
 
-    The result depends on the mask and the geometry alone: several input gradients may read it.
+    The result depends only on the mask and the geometry, so several input gradients may read it.
 
     Args:
         blocks, rows, order: `blocks`, `grad_rows` and `grad_order` of `ops.masked_conv2d_live_blocks.LiveBlocks`.
 
     Returns:
         int32 tensors [phases, tiles, 3] and [phases, n], the rows and the order of each phase; the phase of (row,
-        column) has number `row * stride[1] + column`. Of a phase's order only the slices of its rows are written. At
-        stride 1 there is one phase: `rows` and `order` as they are.
+        column) has number `row * stride[1] + column`. In a phase's order only the slices of its rows are written. At
+        stride 1 there is one phase: `rows` and `order` unchanged.
     """
     if max(stride) == 1:
         return rows, order
@@ -78,7 +78,7 @@ def select_phases_kernel(
     pad_w,
     dilation_h,
     dilation_w,
-    CHUNK: tl.constexpr,  # entries that are read at a time
+    CHUNK: tl.constexpr,  # entries that are read at a time; not tuned
 ):
     """The entries of one list (program_id 0) that reach one phase (program_id 1), in their order."""
     list_number = tl.program_id(0)

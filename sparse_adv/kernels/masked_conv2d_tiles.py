@@ -1,4 +1,4 @@
-"""Tiles of pixels: their size for each kind of product, and the position in the image of each pixel."""
+"""Tiles of pixels: their size for each kind of product, and each pixel's position in the image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tile:
 # Programs that an H100 or H200, for which the tiles were chosen, runs at a time: two on each of 132 multiprocessors.
 _PROGRAMS = 264
 
-# By kind of product and output channels of the tile: the tile for layers that fill the GPU, and for those that do not.
+# By kind of product and output channels of the tile: the tiles for layers that fill the GPU, and for other layers.
 # Three programs with the 16-bit tiles fit on a multiprocessor of 227 KB and 64 K registers, so that one computes while
 # another waits for its lists, its first pixels or its epilogue.
 _CONVOLUTION = {
@@ -69,7 +69,7 @@ def gradient_shares(pixels: int, live: int, tile: Tile) -> int:
 
 
 def check_pixels(pixels: int) -> int:
-    """Return the number of pixels; raises ValueError if the kernels cannot number so many."""
+    """Return the number of pixels; raises ValueError if the kernels cannot number that many."""
     if pixels >= MAX_PIXELS:
         raise ValueError(
             f"block kernels take fewer than {MAX_PIXELS} pixels in all images of a batch together, got {pixels}"

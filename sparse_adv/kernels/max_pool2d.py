@@ -1,4 +1,4 @@
-"""Max pooling with a stride of the window's size, and the gradient of its input, in Triton."""
+"""Max pooling with the window's size as stride, and the gradient of its input, in Triton."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def forward(input: Tensor, size: tuple[int, int], out: Tensor, index: Tensor | None) -> None:
-    """The maximum of each window, the last NaN if there is one, and which element of the window it is.
+    """The maximum of each window (the last NaN if there is one) and its position in the window.
 
     Args:
         input: float tensor [N, C, H, W] without gaps, NCHW or channels_last.
@@ -41,10 +41,10 @@ def forward(input: Tensor, size: tuple[int, int], out: Tensor, index: Tensor | N
 def backward(
     grad: Tensor, index: Tensor, size: tuple[int, int], residual: Tensor | None, gate: Tensor | None, out: Tensor
 ) -> None:
-    """The gradient of the input, then a residual is added and a gate applied.
+    """The gradient of the input, to which a residual is added and a gate applied.
 
     Args:
-        grad, index: tensors like the output of `forward`, which wrote the second.
+        grad, index: tensors like the output of `forward`, which wrote `index`.
         size: rows and columns of a window.
         residual: tensor like out, or None; it may be out.
         gate: uint8 tensor laid out as `ops.empty_gate` says; or a float tensor like out, which lets the gradient pass
@@ -91,7 +91,7 @@ def forward_kernel(
     WIDE: tl.constexpr,  # whether 64 bits number elements, and windows up to the end of the last block
     BLOCK: tl.constexpr,
 ):
-    """Windows whose maxima lie beside each other in memory. A plane is an image, or a channel of it if it is NCHW."""
+    """Windows whose maxima lie next to each other in memory. A plane is an image, or with NCHW one channel of it."""
     number: tl.constexpr = tl.int64 if WIDE else tl.int32
     accumulate: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(number) * BLOCK + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""`pgd_step` in Triton, for GPUs where the CUDA library is not built."""
+"""`pgd_step` in Triton, for GPUs if the CUDA library is not built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparse_adv.kernels.tensor_checks import check_floating
 _WARP_ELEMENTS = 4 * 32  # each thread accesses 16 bytes of float32 at a time
 _MAX_WARPS = 32  # for one image; larger images than these can keep in registers are read again in each loop
 
-# Without FMAs the float64 arithmetic takes twice the instructions. Triton is about to change the default.
+# Without FMAs the float64 arithmetic needs twice as many instructions. Triton is about to change the default.
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -59,7 +59,7 @@ def _step_into(
     sizes = (alpha, eps, lo, hi)
     with torch.cuda.device_of(out):
         if not l2:
-            block = 8 * _WARP_ELEMENTS  # for four warps: with 16-bit images, too, each thread accesses 16 bytes
+            block = 8 * _WARP_ELEMENTS  # for four warps: also with 16-bit images, each thread accesses 16 bytes
             grid = (triton.cdiv(out.numel(), block),)
             linf_kernel[grid](*tensors, moved, out.numel(), *sizes, BLOCK=block, num_warps=4, **OPTIONS)
         else:
@@ -177,7 +177,7 @@ def l2_kernel(
 
 @triton.jit
 def _slope(grad: tl.tensor, i: tl.tensor, count: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """The gradient in float64; entries that are not finite count as 0, or one overflow would make the norm infinite."""
+    """The gradient in float64. Entries that are not finite count as 0: one overflow would make the norm infinite."""
     slope = tl.load(grad + i, i < count, other=0).to(dtype)
     return tl.where(slope - slope == 0, slope, 0).to(tl.float64)
 

@@ -13,7 +13,7 @@ from sparse_adv.kernels.gate_tiles import packed, unpacked
 from sparse_adv.kernels.layout import WIDE_FROM, layout_of
 from sparse_adv.kernels.tensor_checks import check_bits
 
-_BLOCK = 2048
+_BLOCK = 2048  # elements of a program: not tuned
 
 
 def pointwise(
@@ -32,8 +32,8 @@ def pointwise(
         scale, bias: float tensors [C], or None.
         residual: float tensor of the input's shape and layout, or None.
         relu: whether to end with a ReLU.
-        gate: float tensor of the input's shape and layout: the result is 0 where it is not positive; or uint8 tensor
-            laid out as `ops.empty_gate` says: the result is 0 where the bit is 0; or None.
+        gate: float tensor of the input's shape and layout (the result is 0 where it is not positive), or uint8 tensor
+            laid out as in `ops.empty_gate` (the result is 0 where the bit is 0), or None.
         gate_out: uint8 tensor that receives the gate of the ReLU, or None.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`random_start` in Triton, for GPUs where the CUDA library is not built; it gives the CPU kernel's numbers."""
+"""`random_start` in Triton, for GPUs if the CUDA library is not built; it gives the CPU kernel's numbers."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _normal(seed: tl.tensor, seed_stride: tl.tensor, block: tl.tensor, BLOCK: tl
 def _cos_and_sin(turns: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Cosine and sine of an angle in turns, 0 to 1, by Taylor series around the nearest quarter turn.
 
-    `tl.cos` accepts angles of any size; it needs three times the registers, and stack memory.
+    `tl.cos` accepts angles of any size, but needs three times as many registers, and stack memory.
     """
     quarter = (4 * turns + 0.5).to(tl.int32)
     angle = (turns - 0.25 * quarter.to(tl.float64)) * _TURN

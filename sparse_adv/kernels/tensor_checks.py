@@ -1,4 +1,4 @@
-"""Checks of the tensors that launchers get, as csrc/common/tensor_checks.h has for the CPU; errors name the tensor."""
+"""Checks of the launchers' tensors, as in csrc/common/tensor_checks.h for the CPU; errors name the tensor."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_apart(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
 
 
 def check_bits(name: str, gate: Tensor, images: Tensor) -> None:
-    """Raises RuntimeError unless this is a gate of bits, as `ops.empty_gate` makes it, in which element i has bit i."""
+    """Raises RuntimeError unless this is a gate as `ops.empty_gate` makes it, and bit i belongs to element i."""
     fits = gate.dtype == torch.uint8 and gate.is_contiguous() and 8 * gate.numel() == images.numel()
     whole = images.shape[1] % 8 == 0 and images.dim() == 4 and layout_of(images) == torch.channels_last
     check(

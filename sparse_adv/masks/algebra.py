@@ -16,7 +16,7 @@ def density(masks: Mapping[str, Tensor], model: nn.Module | None = None) -> floa
 
     Args:
         masks: bool masks keyed by module name.
-        model: the model that they are for, in which a weight that layers share counts once; None to count all masks.
+        model: the model that the masks are for; a weight that layers share then counts once. None to count all masks.
 
     Returns:
         The density, in [0, 1].
@@ -40,10 +40,10 @@ def density(masks: Mapping[str, Tensor], model: nn.Module | None = None) -> floa
 
 
 def of_distinct_weights(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the masks without those of layers whose weight is also that of an earlier layer.
+    """Return the masks, but not those of layers that share the weight of an earlier layer.
 
     Raises:
-        TypeError, ValueError: if `masks_by_module` does.
+        TypeError, ValueError: as for `masks_by_module`.
     """
     masks_by_module(model, masks)
     owner = owners({name: model.get_submodule(name) for name in masks})

@@ -1,4 +1,4 @@
-"""Classifies the operations of a traced model: which make new channels, keep channels apart, flatten or mix them."""
+"""Classifies the operations of a traced model: do they make new channels, keep channels apart, flatten or mix them?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind = Literal[
 
 
 def _functions(names: str) -> set[object]:
-    """Functions and methods with one of these names, in torch, Tensor, torch.nn.functional and operator."""
+    """Functions and methods with these names in torch, Tensor, torch.nn.functional and operator."""
     places = (torch, Tensor, F, operator)
     return {getattr(place, name) for place in places for name in names.split() if hasattr(place, name)}
 
@@ -90,7 +90,7 @@ def kind_of(node: fx.Node, module: nn.Module | None, value: object, shapes: Mapp
         return "unknown"
     flat = value.dim() == 2 and value.shape[0] == source[0]
     if called in _FLATTEN:
-        # A number of features written in the code, as in x.view(-1, 512), would not follow the number of channels.
+        # A number of features in the code, as in x.view(-1, 512), would not change with the number of channels.
         inferred = node.target in ("flatten", torch.flatten) or node.args[-1] == -1
         return "flatten" if flat and inferred else "unknown"
     if called in _SPATIAL or (called in _REDUCTIONS and _reduces_pixels_only(node, len(source))):

@@ -16,7 +16,7 @@ def check_same_function(
 ) -> None:
     """Compare two models on an example input, in eval mode, up to rounding.
 
-    A traced graph shows neither what hooks compute, nor numbers that Python code takes from sizes and attributes
+    A traced graph shows neither what hooks compute nor numbers that Python code reads from sizes and attributes
     (`layer.out_channels`). Two forward passes show whether the function depends on them.
 
     Args:

@@ -1,7 +1,7 @@
 """Selects an exact number of blocks by their scores.
 
-Among equal scores the first is taken, in the order of layers, then of indices. So equal scores give the same choice on
-every device.
+Among equal scores the first ones are taken, in the order of layers, then of indices. So the choice is the same on every
+device.
 """
 
 import torch
@@ -28,7 +28,7 @@ def smallest(scores: Tensor, among: Tensor, count: int) -> Tensor:
     largest_finite = torch.finfo(scores.dtype).max
     scores = torch.nan_to_num(scores, nan=0.0, posinf=largest_finite, neginf=-largest_finite)
     candidates = torch.where(among, scores, torch.inf)
-    # A threshold instead of the indices that topk returns, since it may return any of several equal scores.
+    # A threshold instead of the indices from topk, because topk may return any of several equal scores.
     threshold = candidates.topk(count, largest=False, sorted=False).values.amax()
     below = candidates < threshold
     equal = candidates == threshold

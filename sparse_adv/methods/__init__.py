@@ -1,4 +1,4 @@
-"""Training that is sparse from the first step: masks that are random or full at first, and change during training."""
+"""Training that is sparse from the first step: masks start random or full, and change during training."""
 
 from sparse_adv.config import MethodConfig
 from sparse_adv.methods.adaptation import Adaptation

@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 def permute_before_pruning(updater: Updater, config: MethodConfig) -> tuple[float, float]:
     """Permute channels so that the blocks that pruning will keep hold more of the weights.
 
-    The function of the network stays the same, and so does that of its moving average. All processes take the
-    permutation of rank 0. `masks.permute_channels` finds it.
+    The functions of the network and of its moving average stay the same. All processes take the permutation of rank 0.
+    `masks.permute_channels` finds it.
 
     Args:
-        updater: of the run, whose model has no mask, or masks that keep everything.
+        updater: of the run; its model has no masks, or masks that keep everything.
         config: gives density, block, scope and `linear` of the pruning; with gmp, of its last change.
 
     Returns:

@@ -17,11 +17,12 @@ class Schedule:
         steps_per_epoch: updates of an epoch.
 
     Attributes:
-        first: updates without masks, where there are `dense_epochs` at least one and not all; gmp begins to prune after
-            them, other methods then prune to their density.
-        pruned: updates after which no pruning comes any more: of gmp `last`, of the others `first`.
-        last: updates after which the masks stay; of gmp, which then reaches its density, at least one.
-        adapt_after: updates after which the density follows the training; None for other methods.
+        first: number of updates before the first pruning: 0 without `dense_epochs`, else at least one and less than
+            all. Then gmp begins to prune; other methods prune to their density at once.
+        pruned: number of updates after which there is no more pruning: `last` with gmp, else `first`.
+        last: number of updates after which the masks no longer change. With gmp it is at least one, and the density is
+            reached then.
+        adapt_after: number of updates after which the density follows the training; None for methods without this.
 
     Examples:
         >>> schedule = Schedule(MethodConfig("rigl", interval=100, drop_fraction=0.5), epochs=10, steps_per_epoch=80)
@@ -47,8 +48,8 @@ class Schedule:
     def is_due(self, before: int, now: int) -> bool:
         """Return whether the masks change after one of the updates before + 1, ..., now.
 
-        They change after `first` updates if there are any, and after each multiple of the interval before `last`; with
-        gmp also after `last` updates, which leaves the density of the configuration.
+        They change after `first` updates if that is not 0, and after each multiple of the interval before `last`. With
+        gmp they also change after `last` updates, which gives the density of the configuration.
         """
         if before < self.first <= now or (self.config.method == "gmp" and before < self.last <= now):
             return True

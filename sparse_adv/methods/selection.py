@@ -24,22 +24,23 @@ def drop_and_grow(
     more_dropped: float = 0.0,
     more_grown: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Drop the kept blocks of smallest score, and grow as many, those of the largest score among all that are pruned.
+    """Drop the kept blocks with the smallest scores, and grow as many: those with the largest scores of all pruned
+    blocks.
 
     A block just dropped may be grown again. Layers that keep all of their blocks, or none, stay as they are.
 
     Args:
         grids: bool tensor for each layer: true = the block is kept.
         drop: scores by which kept blocks are dropped.
-        grow: returns the scores by which pruned blocks are grown; it is called only if blocks are replaced.
+        grow: returns the scores by which pruned blocks are grown; called only if blocks are replaced.
         groups: sets of layers that are ranked together.
-        fraction: of the kept blocks of a group that are dropped, rounded up, in [0, 1].
-        more_dropped, more_grown: numbers of blocks dropped and grown in addition, as fractions of `fraction` times the
-            kept blocks, rounded to the nearest integer. So a group keeps at least one block.
+        fraction: fraction of a group's kept blocks that is dropped, in [0, 1]; the number is rounded up.
+        more_dropped, more_grown: additional blocks dropped and grown, as fractions of `fraction` times the kept blocks,
+            rounded to the nearest integer. A group keeps at least one block.
 
     Returns:
-        The new grids of the layers that change. Of n kept blocks a group keeps n - dropped + grown: exactly n, if
-        nothing is dropped or grown in addition.
+        The new grids of the layers that change. Of n kept blocks a group keeps n - dropped + grown: exactly n without
+        additional blocks.
     """
     live = _count(grids, groups)
     new: dict[str, Tensor] = {}
@@ -60,14 +61,14 @@ def drop_and_grow(
 
 
 def prune(grids: Grids, scores: Grids, sizes: Grids, targets: Mapping[tuple[str, ...], int]) -> dict[str, Tensor]:
-    """Drop the kept blocks of smallest score, so that each group keeps a number of weights; no pruned block is grown.
+    """Drop the kept blocks with the smallest scores, so that each group keeps a number of weights; grows no block.
 
     Args:
         grids: bool tensor for each layer: true = the block is kept.
         scores: of the blocks, at least 0.
         sizes: int64, the number of weights of each block.
-        targets: for each set of layers that is ranked together, the number of weights to keep, which is met as nearly
-            as whole blocks allow. A group that keeps fewer already stays as it is.
+        targets: for each set of layers that is ranked together, the number of weights to keep; it is met as nearly as
+            whole blocks allow. A group that already keeps fewer does not change.
 
     Returns:
         The new grids of the layers that change.

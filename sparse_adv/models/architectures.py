@@ -19,7 +19,7 @@ from sparse_adv.models.vgg import vgg16, vgg16_hydra, vgg16_kuangliu
 
 
 class Architecture(NamedTuple):
-    """A function that makes a network from (width, classes, input_shape, data), and the defaults of these arguments."""
+    """A function that makes a network from (width, classes, input_shape, data), and the arguments' defaults."""
 
     make: Callable[[int, int, tuple[int, int, int], str], nn.Module]
     width: int = 64
@@ -104,7 +104,7 @@ def build(
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
         try:
             model = architecture.make(width, classes, (shape[0], shape[1], shape[2]), data or architecture.data)
-        except RuntimeError as error:  # of the allocator, or of sizes beyond 64 bits
+        except RuntimeError as error:  # raised by the allocator, or for sizes beyond 64 bits
             raise ValueError(f"{name} of width {width} cannot be built: {first_line(error)}") from error
     return model.to(device)
 

@@ -15,7 +15,7 @@ BlockMaker = Callable[[int, int, int], nn.Module]
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
-    """The operations of a shortcut: a 1x1 convolution with BatchNorm where shapes differ, else None."""
+    """The operations of a shortcut: a 1x1 convolution with BatchNorm if shapes differ, else None."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
@@ -66,9 +66,10 @@ class PreActBlock(nn.Module):
 
     Args:
         in_channels, out_channels, stride: of the block.
-        raw_shortcut: the 1x1 convolution is of x itself.
-        activation: in place of ReLU.
-        pads_after: a convolution of stride 2 pads its images at the bottom and the right only, as TensorFlow does.
+        raw_shortcut: whether the 1x1 convolution reads x instead of y.
+        activation: the function in place of ReLU.
+        pads_after: whether a convolution of stride 2 pads its images only at the bottom and the right, as TensorFlow
+            does.
     """
 
     def __init__(
@@ -113,12 +114,12 @@ def resnet(
 
     Args:
         depths: blocks of each stage: 2, 2, 2, 2 for ResNet-18; 3, 4, 6, 3 for ResNet-34 and ResNet-50.
-        width: channels of the first convolution, and of the first stage, whose output has four times as many if
-            bottleneck; each further stage has twice as many.
+        width: channels of the first convolution and of the first stage (with bottleneck, the stage's output has four
+            times as many); each further stage has twice as many.
         classes: number of outputs.
         input_shape: [C, H, W] of one image, of any size.
         data: name of the data set whose mean and standard deviation normalise the images.
-        bottleneck: blocks of three convolutions, as in ResNet-50, with the stride in the 3x3 one.
+        bottleneck: whether blocks have three convolutions, as in ResNet-50, with the stride in the 3x3 one.
 
     Source: He et al., "Deep residual learning for image recognition" (CVPR 2016), section 3.3; first convolution as in
     section 4.2; initialisation see `_initialise`.
@@ -181,9 +182,9 @@ def wide_resnet(
         factor: the stages have factor, 2 factor and 4 factor times the channels of the first convolution.
         width: channels of the first convolution, 16 in the paper.
         classes: number of outputs.
-        input_shape: [C, H, W] of one image, of any size; with silu of sides that are multiples of 4.
+        input_shape: [C, H, W] of one image, of any size; with silu, sides must be multiples of 4.
         data: name of the data set whose mean and standard deviation normalise the images.
-        silu: SiLU (Swish) in place of ReLU, and padding as TensorFlow pads, see `PreActBlock`.
+        silu: whether to use SiLU (Swish) in place of ReLU, and to pad as TensorFlow does, see `PreActBlock`.
 
     Raises:
         ValueError: if depth, factor or, with silu, the size of the images is out of range.
@@ -217,7 +218,7 @@ def _preact_network(
 ) -> nn.Sequential:
     """A first convolution of `stem` channels, stages of `depth` blocks with `widths` channels, and the head.
 
-    BatchNorm and the activation `last` come between, if there is one.
+    If `last` is given, BatchNorm and the activation `last` come before the head.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         normalize=Normalize.of(data, input_shape[0]),

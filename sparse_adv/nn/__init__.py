@@ -1,7 +1,7 @@
 """Masked layers, and conversion from a dense model to a sparse one and back.
 
-This package imports `masks`, `ops` and `kernels`, and nothing of the attacks and the training above it. The import
-contract in pyproject.toml has the order of all packages.
+This package imports `masks`, `ops` and `kernels`, but nothing from the attacks and the training above it. The import
+contract in pyproject.toml lists the order of all packages.
 """
 
 from sparse_adv.nn.allreduce_hook import CommStats, register_masked_allreduce_hook

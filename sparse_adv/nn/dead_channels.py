@@ -23,9 +23,9 @@ def dead_channels(
 
     That output is the filter's bias, or 0 without one.
 
-    A BatchNorm2d (or SyncBatchNorm) with gamma and beta counts only if, whenever it runs, its input is the very tensor
-    that a masked convolution without forward hooks returned, with nothing added in between. One that follows a residual
-    sum never counts, because the other summand may vary.
+    A BatchNorm2d (or SyncBatchNorm) with gamma and beta counts only if its input is always the very tensor that a
+    masked convolution without forward hooks returned, with nothing added in between. A BatchNorm after a residual sum
+    never counts, because the other summand may vary.
 
     Args:
         model: any model, dense or sparse; it runs one forward pass, in eval mode.
@@ -64,7 +64,7 @@ def dead_channels(
     def visit_norm(norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         input = args[0] if args else kwargs["input"]
         dead, version = outputs.get(input, (None, 0))
-        if dead is None or input._version != version:  # another version: something was added in place
+        if dead is None or input._version != version:  # another version: the tensor was changed in place
             fed_otherwise.add(norm)
         else:
             dead_of[norm] = dead_of.get(norm, dead) & dead
@@ -85,16 +85,16 @@ def zero_dead_channels(
     """Set gamma and beta of the dead channels to 0, and keep them there under training.
 
     A dead channel outputs a constant, in training mode beta. After this call it outputs 0, and neither gradient,
-    momentum nor weight decay changes that, with DistributedDataParallel too. Running statistics stay as they are. Call
-    it again after new masks or loaded weights: channels that are no longer dead are then trained again, from the values
-    that they have; so are all after `densify`.
-    The hooks that keep the zeros are not copied by `deepcopy` and `pickle`: call it on a copy that is to be trained.
+    momentum nor weight decay changes that, also with DistributedDataParallel. Running statistics stay as they are. Call
+    it again after new masks or loaded weights: channels that are no longer dead are then trained again, from their
+    present values. After `densify`, all channels are. `deepcopy` and `pickle` do not copy the hooks that keep the
+    zeros: call it on a copy that is to be trained.
 
     Args:
         model, masks, example_input: as for `dead_channels`.
 
     Returns:
-        For each BatchNorm that only a masked convolution feeds, by module name, the number of its dead channels.
+        For each BatchNorm that counts (see `dead_channels`), by module name, the number of its dead channels.
 
     Raises:
         TypeError, ValueError: as for `dead_channels`.
@@ -118,7 +118,7 @@ def zero_dead_channels(
 
 
 def release_channels(model: nn.Module) -> None:
-    """Have all channels trained again, from the values that they have."""
+    """Let training change all channels again, from their present values."""
     for module in model.modules():
         if isinstance(module, _NORMS):
             for parameter in module.parameters(recurse=False):
@@ -126,10 +126,10 @@ def release_channels(model: nn.Module) -> None:
 
 
 def revive_dead_channels(model: nn.Module) -> None:
-    """Train the channels again that `zero_dead_channels` keeps at 0, from gamma 1 and beta 0.01.
+    """Let training change the channels that `zero_dead_channels` keeps at 0, from gamma 1 and beta 0.01.
 
-    For networks whose filters may get weights again. These start at 0, and a gamma of 0 passes no gradient to them, nor
-    does a ReLU whose input is 0 everywhere; therefore beta is a little more than 0.
+    This is for networks whose filters may get weights again. These start at 0, and neither a gamma of 0 nor a ReLU
+    whose input is 0 everywhere passes them a gradient. So gamma is 1, and beta a little more than 0.
 
     Args:
         model: changed in place.
@@ -155,7 +155,7 @@ def _dead_filters(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Modu
     """The output channels of each masked convolution that are the same for all inputs."""
     filters: dict[nn.Module, Tensor] = {}
     for layer, mask in masks_by_module(model, masks).items():
-        if not isinstance(layer, nn.Conv2d) or layer._forward_hooks:  # which may change its output
+        if not isinstance(layer, nn.Conv2d) or layer._forward_hooks:  # a hook may change its output
             continue
         filters[layer] = ~mask.flatten(1).any(1)
     return filters

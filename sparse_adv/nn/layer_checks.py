@@ -11,10 +11,10 @@ from sparse_adv.ops.transforms import is_transformed
 
 
 def has_values(weight: Tensor) -> bool:
-    """Whether the whole weight is in memory: FSDP2 leaves a part in a DTensor, FSDP1 a view of memory that it freed."""
+    """Whether the whole weight is in memory: FSDP2 leaves a part of it in a DTensor, FSDP1 a view of freed memory."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return False
-    if is_transformed():  # then no tensor tells of its storage
+    if is_transformed():  # then a tensor cannot tell about its storage
         return True
     steps = zip(weight.shape, weight.stride(), strict=True)
     last = weight.storage_offset() + sum((size - 1) * step for size, step in steps)
@@ -35,17 +35,17 @@ def check_own_parameters(layer: nn.Module) -> None:
 def check_replaceable(layer: nn.Module) -> None:
     """Raises TypeError if another layer cannot take over the state of this one."""
     check_own_parameters(layer)
-    if own := own_methods(layer):  # it would still call this layer
+    if own := own_methods(layer):  # they would still call this layer
         what = f"a {min(own)} that was set on this {type(layer).__name__}"
         raise TypeError(f"{what} computes its output: remove that first")
 
 
 def check_plain(layer: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises TypeError if a masked layer would compute something else than this layer, or cannot take over its state.
+    """Raises TypeError if a masked layer would compute something else than this layer or cannot take over its state.
 
     Args:
         layer: a layer, not masked.
-        kind: nn.Conv2d or nn.Linear, whose output that of the masked layer is.
+        kind: nn.Conv2d or nn.Linear, the class whose output the masked layer computes.
     """
     check_replaceable(layer)
     if not computes_as(layer, kind):
@@ -54,7 +54,7 @@ def check_plain(layer: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def check_parameter(mask: Tensor, weight: Tensor, layer: nn.Module) -> None:
-    """Raises ValueError if a Parameter that a masked layer is given has another shape than its mask."""
+    """Raises ValueError if a new Parameter for a masked layer has another shape than its mask."""
     if mask.shape != weight.shape and is_sharded(layer):
         raise ValueError(
             f"weight must have the mask's shape {tuple(mask.shape)}, got its shard of shape {tuple(weight.shape)}: "
@@ -70,9 +70,9 @@ def check_values(mask: Tensor, weight: Tensor) -> None:
 
 
 def check_writable(weight: Tensor) -> None:
-    """Raises ValueError if pruned entries of the weight and of its gradient cannot be zeroed where it is called.
+    """Raises ValueError if pruned entries of the weight and of its gradient cannot be zeroed here.
 
-    PyTorch raises in the write itself, which may be after another layer's.
+    PyTorch itself raises only when it writes, when other layers may have been changed already.
     """
     for name, tensor in (("weight", weight), ("weight.grad", weight.grad)):
         if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():

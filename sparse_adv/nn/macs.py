@@ -1,4 +1,4 @@
-"""The multiply-adds (MACs) that a model executes, with the kernels that its masked layers take."""
+"""The multiply-adds (MACs) that a model executes with the kernels of its masked layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Macs(NamedTuple):
     """The batch's size."""
 
     def per_image(self) -> Macs:
-        """The MACs of one image of the batch, with the kernels that the batch takes."""
+        """The MACs for one image of the batch, with the kernels that the whole batch uses."""
         return Macs(*(count // max(1, self.images) for count in self))
 
 
@@ -50,8 +50,8 @@ def count_macs(model: nn.Module, example_input: Sequence[int] | Tensor) -> Macs:
     """Count the MACs that the convolutions and linear layers of a model execute on one batch.
 
     A pass executes `weights * positions`: positions are the layer's output pixels (for a linear layer, output rows)
-    over the whole batch; weights are those kept by the mask where the pass takes a sparse kernel, else all of the
-    layer's, as a dense kernel multiplies zeros as well. Taps that fall on padding count. Each call of a layer counts.
+    over the whole batch; weights are those kept by the mask if the pass runs a sparse kernel, else all of the layer's,
+    because a dense kernel multiplies zeros too. Taps on padding count, and each call of a layer counts.
 
     Args:
         model: any model, dense or sparse; it runs one forward pass, in eval mode, and stays as it was.

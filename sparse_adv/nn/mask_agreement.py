@@ -15,13 +15,14 @@ _compared: WeakSet[DistributedDataParallel] = WeakSet()
 
 
 def compare_in_first_pass() -> None:
-    """Compare the masks of all processes if this is the first forward pass of a DistributedDataParallel to train.
+    """Compare the masks of all processes, in the first training pass of a DistributedDataParallel.
 
-    Other passes, under `no_grad` or `no_sync`, may be one process's own, which no other one answers.
-    Equal weights under different masks give each process another network. The masks that count are those under which
-    the layers' weights were zeroed: the wrapper may have replaced the content of the buffers just now. A process whose
-    model is dense takes no part, and gloo then ends those that wait for it: "distributed collective mismatch". Where
-    all processes call `compare`, such as in `training.train` or with the hook of this package, that is found before.
+    Passes under `no_grad` or `no_sync` are left out: a process may make them alone, and then no other process would
+    answer. Equal weights under different masks give each process another network. The masks compared are those under
+    which the layers' weights were zeroed, because the wrapper may just have replaced the content of the buffers. A
+    process with a dense model takes no part; gloo then ends the processes that wait for it: "distributed collective
+    mismatch". Where all processes call `compare`, as in `training.train` or with the hook of this package, this is
+    found earlier.
 
     Raises:
         ValueError: if the processes' masks differ.
@@ -31,13 +32,13 @@ def compare_in_first_pass() -> None:
         return
     if not (torch.is_grad_enabled() and wrapped.require_backward_grad_sync):
         return
-    if masks_of(wrapped.module):  # none: a masked layer that is called in the pass is not the wrapped model's
+    if masks_of(wrapped.module):  # none if the masked layer in this pass is not part of the wrapped model
         compare(wrapped.module, wrapped.process_group)
     _compared.add(wrapped)
 
 
 def compare(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Compare the masks of all processes of a group, of which some may have none; all must call this.
+    """Compare the masks of all processes of a group; all must call this, also those without masks.
 
     Raises:
         ValueError: if the processes' masks differ.
@@ -52,7 +53,7 @@ def compare(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def masks_of(module: nn.Module) -> dict[Tensor, Tensor]:
-    """Return the mask of each weight under one: a Parameter `weight` in a module with a bool buffer `weight_mask`."""
+    """Return the mask of each masked weight: a Parameter `weight` in a module with a bool buffer `weight_mask`."""
     masks: dict[Tensor, Tensor] = {}
     for each in module.modules():
         weight, mask = each._parameters.get("weight"), each._buffers.get("weight_mask")
@@ -62,7 +63,7 @@ def masks_of(module: nn.Module) -> dict[Tensor, Tensor]:
 
 
 def checksum(mask: Tensor) -> int:
-    """Return 56 bits that differ for different masks."""
+    """Return 56 bits that almost surely differ for different masks."""
     digest = hashlib.blake2b(mask.cpu().numpy().tobytes(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
 

@@ -20,7 +20,7 @@ from sparse_adv.ops.masked_conv2d_mask import check_mask, check_shape
 class MaskedLinear(MaskedLayer, nn.Linear):
     """`nn.Linear` that keeps only the weights under a mask. It saves no time: the product is dense.
 
-    `y = x @ (weight * weight_mask).T + bias`, where a pruned weight counts as 0 and gets gradient 0 whatever its value.
+    `y = x @ (weight * weight_mask).T + bias`. A pruned weight counts as 0 and gets gradient 0, whatever its value is.
     Weight, mask, optimisers, copies and state dicts are handled as in `MaskedConv2d`.
 
     Args:
@@ -57,7 +57,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, mask: Tensor) -> Self:
-        """Make a masked layer of a dense one, with the same Parameter objects; pruned weights become 0 in place.
+        """Make a masked layer from a dense one, with the same Parameter objects; pruned weights become 0 in place.
 
         Raises:
             TypeError: if `linear` is not a plain Linear with its own weight.
@@ -69,7 +69,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     @classmethod
     def from_checked(cls, linear: nn.Linear, mask: Tensor) -> Self:
-        """`from_dense` for a mask that has been checked; a layer that is masked already gets the new mask."""
+        """`from_dense` for a mask that has been checked; an already masked layer gets the new mask."""
         layer = cls._sharing_state_of(linear)
         layer._set_mask(mask)
         return layer
@@ -77,7 +77,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     def set_mask(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
         """Change the mask: weights that it prunes become 0, weights that it revives start at 0.
 
-        Layers that share their weight need one mask: `sparsify` gives it to all of them.
+        Layers that share their weight need the same mask: `sparsify` gives it to all of them.
 
         Args:
             mask: bool tensor of the weight's shape.
@@ -123,7 +123,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
 
 def check_linear_mask(linear: nn.Linear, mask: Tensor) -> None:
-    """Raises TypeError or ValueError if this is not a mask for the layer's weight, or cannot be applied to it here."""
+    """Raises TypeError or ValueError if this mask does not fit the layer's weight, or cannot be applied to it here."""
     check_mask(mask, linear=True)
     check_shape(mask, linear.weight)
     check_values(mask, linear.weight)

@@ -36,7 +36,8 @@ def check_floating(name: str, tensor: object) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises TypeError unless this is a real number, and ValueError if it is an integer that no float or kernel holds.
+    """Raises TypeError unless this is a real number, and ValueError if it is an integer too large for a float or
+    kernel.
 
     Examples:
         >>> check_number("alpha", "0.1")
@@ -81,7 +82,7 @@ def is_integer(value: object) -> bool:
 
 
 def as_integer(value: Any) -> Any:
-    """Return an integer of NumPy as one of Python, whose arithmetic does not overflow, and others as they are."""
+    """Return a NumPy integer as a Python one, whose arithmetic does not overflow, and any other value unchanged."""
     return int(value) if isinstance(value, np.integer) else value
 
 
@@ -105,9 +106,9 @@ def read_pair(name: str, value: object) -> tuple[int, int]:
 
 
 def overlap_partly(written: Tensor, read: Tensor) -> bool:
-    """Whether a write to `written` changes some elements of `read` before they are read.
+    """Whether a write to `written` may change elements of `read` before they are read.
 
-    Tensors that share all elements in the same order do not.
+    It does not if the two are views of the same elements in the same order.
     """
     if written.numel() == 0 or not torch._C._is_alias_of(written, read):  # type: ignore[attr-defined]
         return False
@@ -118,7 +119,7 @@ def overlap_partly(written: Tensor, read: Tensor) -> bool:
     if start[0] >= end[1] or start[1] >= end[0]:
         return False
     if written.element_size() != read.element_size():
-        return True  # views of one memory as two dtypes: nobody needs an answer per element
+        return True  # views of the same memory with two dtypes: an answer for each element is not needed
     if written.stride() == read.stride() and written.shape == read.shape and _is_nested(written):
         return _is_reached(int(written.storage_offset() - read.storage_offset()), _dimensions(written))
     marks = _marked(written, max(_end(written), _end(read)))
@@ -133,12 +134,12 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
-    """Stride and size of each dimension of more than one element, the least stride first."""
+    """Stride and size of each dimension with more than one element, smallest stride first."""
     return sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 
 def _is_nested(tensor: Tensor) -> bool:
-    """Whether each stride exceeds the distance from the first to the last element of all dimensions within it."""
+    """Whether each stride is larger than the range that the dimensions with smaller strides cover."""
     inner = 0
     for stride, size in _dimensions(tensor):
         if stride <= inner:
@@ -148,7 +149,7 @@ def _is_nested(tensor: Tensor) -> bool:
 
 
 def _is_reached(distance: int, dimensions: list[tuple[int, int]]) -> bool:
-    """Whether a view of nested dimensions and the same view moved by a distance share an element."""
+    """Whether a view with nested dimensions shares an element with the same view moved by a distance."""
     if not dimensions:
         return distance == 0
     *inner, (stride, size) = dimensions
@@ -162,7 +163,7 @@ def _end(tensor: Tensor) -> int:
 
 
 def _marked(tensor: Tensor, elements: int) -> Tensor:
-    """For each of the first elements of the storage, whether it is one of the tensor's; bool [elements]."""
+    """For each of the first elements of the storage, whether it belongs to the tensor; bool [elements]."""
     marks = torch.zeros(elements, dtype=torch.bool, device="cpu")
     marks.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
     return marks

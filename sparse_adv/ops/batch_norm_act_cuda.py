@@ -78,7 +78,7 @@ def _check_like(input: Tensor, name: str, tensor: Tensor) -> None:
 
 
 def _vectors_like(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Two vectors [C] in the dtype of the arithmetic; of an empty batch they are 0."""
+    """Two vectors [C] in the dtype of the arithmetic; zeros for an empty batch."""
     make = torch.empty if input.numel() else torch.zeros
     dtype = torch.promote_types(input.dtype, torch.float32)
     first, second = (make(input.shape[1], dtype=dtype, device=input.device) for _ in range(2))

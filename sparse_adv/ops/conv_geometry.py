@@ -1,4 +1,4 @@
-"""Stride, padding and dilation of a convolution: read from what the caller passes, and checked against the input."""
+"""Stride, padding and dilation of a convolution: read from the caller's arguments, and checked against the input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_adv.ops.arguments import Pair, check_floating, read_pair
 
 
 class Geometry(NamedTuple):
-    """(rows, columns) of each."""
+    """Each as (rows, columns)."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -47,7 +47,7 @@ def read_geometry(
 
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """Return the geometry of a layer; its attributes are integers where code has set them so after construction."""
+    """Return the geometry of a layer; its attributes may be integers if code has set them after construction."""
     return read_geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
 
 
@@ -87,7 +87,7 @@ def read_padding(
     stride: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
 ) -> tuple[int, int]:
-    """Complete the padding to a pair, and "same" and "valid" to numbers; raises ValueError where that cannot be."""
+    """Complete the padding to a pair, and "same" and "valid" to numbers; raises ValueError where that is impossible."""
     if not isinstance(padding, str):
         return read_pair("padding", padding)
     if padding == "valid":

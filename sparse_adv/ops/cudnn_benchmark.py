@@ -31,7 +31,8 @@ def cudnn_benchmark(enabled: bool) -> Iterator[None]:
 def fastest_convolutions(device: torch.device) -> Iterator[None]:
     """Let cuDNN time its algorithms for each new shape, and take the fastest, until the block ends.
 
-    Nothing changes on a CPU, or where deterministic algorithms are asked for: the choice can differ from run to run.
+    Nothing changes on a CPU or if deterministic algorithms are requested, because the choice can differ from run to
+    run.
 
     Args:
         device: the device on which the convolutions run.

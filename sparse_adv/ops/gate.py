@@ -41,7 +41,7 @@ def empty_gate(like: Tensor) -> Tensor:
 
 
 def gate_to_bool(gate: Tensor, like: Tensor) -> Tensor:
-    """The bits of a gate as a bool tensor of the shape and the layout of `like`: true where the gradient passes.
+    """The bits of a gate as a bool tensor with the shape and layout of `like`: true where the gradient passes.
 
     Args:
         gate: uint8 tensor of the shape of `empty_gate(like)`.
@@ -70,7 +70,7 @@ def gate_to_bool(gate: Tensor, like: Tensor) -> Tensor:
 
 
 def check_gate(gate: Tensor, like: Tensor) -> None:
-    """Raises RuntimeError unless this is a gate without gaps of a tensor, on its device."""
+    """Raises RuntimeError unless this is a gate of the tensor `like`, without gaps and on its device."""
     check_device("gate", gate, like)
     check_size("gate", gate, _shape_of_gate(like))
     fits = gate.dtype == torch.uint8 and gate.is_contiguous()

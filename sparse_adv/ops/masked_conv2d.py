@@ -42,19 +42,19 @@ def masked_conv2d(
 
     for any weight: pruned entries count as 0 whatever their values are, and their gradient is exactly 0. Where the
     sparse kernels would be slower, the dense convolution runs instead. Differentiable any number of times; works under
-    autocast, `torch.compile(fullgraph=True)` and `torch.export`. Under `torch.func` (jvp, vmap, grad)
-    and forward-mode AD it is computed by this formula in plain PyTorch, without sparse kernels.
+    autocast, `torch.compile(fullgraph=True)` and `torch.export`. Under `torch.func` (jvp, vmap, grad) and forward-mode
+    AD, plain PyTorch computes the formula above, without sparse kernels.
 
-    Where only pruned entries read a pixel that is NaN or infinite, the formula and the dense kernels give NaN; the
-    sparse kernels do not read it.
+    If only pruned entries read a pixel that is NaN or infinite, the formula and the dense kernels give NaN, but the
+    sparse kernels do not read the pixel.
 
     Args:
         input: float tensor [N, C, H, W], NCHW or channels_last (others are copied); the output keeps the layout.
         weight: float tensor [K, C/groups, R, S], of the input's dtype.
         pattern: what `compile_pattern` returned for the weight's mask.
         bias: float tensor [K], or None.
-        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding may be "same" or "valid" where
-            it is the same on both sides.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding may be "valid", or "same" where
+            that is equal on both sides.
         scale: float tensor [K], or None: a factor per output channel, before the bias (a folded BatchNorm).
         residual: float tensor [N, K, P, Q], or None: added before the ReLU.
         relu: whether to end with a ReLU.
@@ -88,7 +88,7 @@ def masked_conv2d(
     mask = pattern.mask
     if weight.shape[0] == 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)} has no output channels")
-    if weight.shape[1] == 0:  # PyTorch convolves no channels to no channels; one of zeros per group gives zeros
+    if weight.shape[1] == 0:  # PyTorch turns no channels into no channels; one channel of zeros per group gives zeros
         input, weight, mask = (F.pad(x, (0, 0, 0, 0, 0, n)) for x, n in ((input, groups), (weight, 1), (mask, 1)))
     if is_transformed() or mask is not pattern.mask:
         return reference.masked_conv2d(

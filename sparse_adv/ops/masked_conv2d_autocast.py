@@ -23,7 +23,7 @@ def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
 
 
 def _register(device: str) -> None:
-    """Not torch.library.register_autocast, because it fixes one dtype for all calls; this casts to the current one."""
+    """Register a cast to autocast's current dtype; torch.library.register_autocast would fix it once and for all."""
     key = f"Autocast{device.upper()}"
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 

@@ -1,10 +1,10 @@
 """`masked_conv2d` and its gradients on CUDA: Triton kernels over the live blocks, or cuDNN on a masked weight.
 
-On tensor cores unstructured masks and small blocks cannot be faster than cuDNN: of 16 weights that are multiplied
-together, at least one is kept in 56 % of cases at density 0.05; and without tensor cores the break-even is at 96 % of
-zeros. Such layers take cuDNN's time on a masked weight. With `pack_pattern` the weight is
-masked once per optimiser step, else once per call, which moves 9 bytes per weight. Blocks of 32 or
-64 channels run in the Triton kernels wherever `masked_conv2d_roofline` expects a gain.
+On tensor cores, unstructured masks and small blocks cannot be faster than cuDNN: of 16 weights that are multiplied
+together, at least one is kept in 56 % of cases at density 0.05. Without tensor cores, the break-even is at 96 % zeros.
+Such layers use cuDNN on a masked weight. With `pack_pattern` the weight is masked once per optimiser step, else once
+per call, which moves 9 bytes per weight. Blocks of 32 or 64 channels run in the Triton kernels wherever
+`masked_conv2d_roofline` expects a gain.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def masked_conv2d_grad_input(
         lists = select_phases(blocks, pattern.grad_rows, pattern.grad_order, *strides)
         return kernels.grad_input(grad_output, values, blocks, *lists, input_size, *strides, precision=precision())
     masked = _masked(weight, pattern, layout_of(grad_output))
-    # cuDNN reads only size and layout of the input, to which grad_output is copied if it has another one.
+    # cuDNN reads only the input's size and layout, and copies grad_output if its layout differs.
     input = empty_in_layout_of(grad_output, input_size)
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, masked, None, *geometry, (True, False, False))[0]
@@ -97,12 +97,12 @@ def masked_conv2d_grad_weight(
     weight = input.new_empty(1).expand(mask.shape)
     geometry = (stride, padding, dilation, False, (0, 0), groups)
     grad = torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, (False, True, False))[1]
-    # `where` and not a product: a pruned NaN or infinity must count as 0. `out` has the op's layout: no copy is needed.
+    # `where`, not a product: a pruned NaN or infinity must count as 0. `out` has the op's layout: no copy is needed.
     return torch.where(mask, grad, grad.new_zeros(()), out=empty_in_layout_of(input, mask.shape))
 
 
 def pack_values(weight: Tensor, tensors: list[Tensor], scale: Tensor | None = None) -> list[Tensor]:
-    """The values of the live blocks [n, bo, bi], in the order of the blocks; no tensor where no kernel reads them."""
+    """The values of the live blocks [n, bo, bi], in the order of the blocks; an empty list if no kernel reads them."""
     pattern = unflatten(tensors)
     if missing_kernel(pattern, weight.dtype, "cuda") or not isinstance(pattern, BlockPattern):
         return []
@@ -122,7 +122,7 @@ def runs_blocks(
 
 
 def _block_values(pattern: BlockPattern, weight: Tensor) -> Tensor:
-    """The packed values, which `pack_pattern` may have added in this dtype already."""
+    """The packed values; `pack_pattern` may already have added them in this dtype."""
     if pattern.values is not None and pattern.weight_is_masked and pattern.values.dtype == weight.dtype:
         return pattern.values
     return _packed(pattern, weight)
@@ -136,7 +136,7 @@ def _packed(pattern: BlockPattern, weight: Tensor, scale: Tensor | None = None) 
 
 
 def _masked(weight: Tensor, pattern: Pattern, layout: torch.memory_format) -> Tensor:
-    """The masked weight in this layout. It is written in it: a copy would take a second pass over the weight."""
+    """The masked weight, written directly in this layout: a copy would take a second pass over the weight."""
     if pattern.weight_is_masked:
         return weight.contiguous(memory_format=layout)
     out = torch.empty_like(weight, memory_format=layout)
@@ -144,7 +144,7 @@ def _masked(weight: Tensor, pattern: Pattern, layout: torch.memory_format) -> Te
 
 
 def precision() -> str:
-    """How float32 blocks are multiplied: as PyTorch's convolutions are, but never without tensor cores."""
+    """The precision of products of float32 blocks: that of PyTorch's convolutions, but always on tensor cores."""
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"  # type: ignore[attr-defined]
 
 

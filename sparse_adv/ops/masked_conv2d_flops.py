@@ -15,7 +15,7 @@ _OPS = torch.ops.sparse_adv
 
 
 def _operations(pattern: Sequence[Tensor], output: Tensor) -> int:
-    """2 * kept weights * N OH OW, whichever kernel runs; the gradients of input and weight take as many."""
+    """2 * kept weights * N OH OW, for any kernel; each of the gradients of input and weight takes as many."""
     batch, _, height, width = output.shape
     return 2 * int(pattern[0][host.header_fields["kept"]]) * batch * height * width
 

@@ -1,9 +1,9 @@
 """`masked_conv2d` and its gradient with respect to the input, written into memory that the caller provides.
 
-Both have one epilogue, out = act(sum + bias + residual), so that a whole network runs in both directions as a list of
-such calls into buffers that are allocated once. Forward, act is the ReLU, and leaves a bit per element (`gate.py`).
-Backward, the gradient of a ReLU's output is stored as that of its input: the call that computes its last part adds
-the other parts as `residual` and applies the gate.
+Both have the same epilogue, out = act(sum + bias + residual). So a whole network runs, in both directions, as a list of
+such calls into buffers that are allocated once. In the forward pass act is the ReLU, and writes one bit per element
+(`gate.py`). In the backward pass, the gradient of a ReLU's input is stored in place of its output's: the call that
+computes the last part of it adds the other parts as `residual` and applies the gate.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def masked_conv2d_out(
         residual: float tensor [N, K, P, Q] in the layout of out, or None: added before the ReLU; it may be out.
         relu: whether to end with a ReLU.
         out: float tensor [N, K, P, Q] in the layout of the input, without gaps, that is written.
-        gate_out: uint8 tensor of the shape of `empty_gate(out)`, or None: receives the gate of the ReLU, whose bit is 1
-            where `torch.ops.aten.threshold_backward` passes the gradient: where the output is above 0 or NaN.
+        gate_out: uint8 tensor of the shape of `empty_gate(out)`, or None: receives the gate of the ReLU. A bit is 1
+            where the output is above 0 or NaN, as `torch.ops.aten.threshold_backward` passes the gradient there.
 
     Raises:
         TypeError: if the pattern is not a `Pattern`, an operand not a dense tensor, groups not an integer, or relu
@@ -105,8 +105,8 @@ def masked_conv2d_grad_input_out(
         sum = conv2d_input(out.shape, weight * mask, grad_output, stride, padding, dilation, groups) + residual
         out = sum.where(gate_to_bool(gate, out), 0)
 
-    If the input is the output of a ReLU with this gate, out is the gradient of the input of that ReLU. The sparse
-    kernels write to out directly, as those of `masked_conv2d_out`. It is implemented on the CPU and not differentiable.
+    If the input is the output of a ReLU with this gate, out is the gradient of that ReLU's input. As in
+    `masked_conv2d_out`, the sparse kernels write to out directly. It is implemented on the CPU and not differentiable.
 
     Args:
         grad_output: float tensor [N, K, P, Q], NCHW or channels_last.
@@ -114,7 +114,7 @@ def masked_conv2d_grad_input_out(
         residual: float tensor [N, C, H, W] in the layout of out, or None: the gradient that other uses of the input
             contribute; it may be out.
         gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0.
-        out: float tensor [N, C, H, W] in the layout of grad_output, without gaps, that is written; its size is that of
+        out: float tensor [N, C, H, W] in the layout of grad_output, without gaps, that is written; it has the size of
             the convolution's input.
 
     Raises:

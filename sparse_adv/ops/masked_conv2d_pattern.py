@@ -157,9 +157,10 @@ torch.export.register_dataclass(BlockPattern)
 
 
 def unflatten(tensors: Sequence[Tensor]) -> Pattern:
-    """The pattern that an op got as a list of tensors.
+    """The pattern from the list of tensors that an op was given.
 
-    It reads no values, only the number of dimensions of the third tensor, as tensors have none while a graph is traced.
+    This reads only the number of dimensions of the third tensor, because tensors have no values while a graph is
+    traced.
 
     Raises:
         ValueError: if there are fewer than 6 or more than 8 tensors.
@@ -209,7 +210,7 @@ def compile_pattern(mask: Tensor, block: Sequence[int] = (1, 1), groups: int = 1
 def compile_checked(mask: Tensor, block: Block, groups: int) -> Pattern:
     """`compile_pattern` of arguments that have been checked; raises ValueError if the mask is too large."""
     try:
-        # Cloned, because the pattern keeps the mask and must not change with the caller's.
+        # A clone, because the pattern keeps its mask and must not change with the caller's.
         on_cpu = mask.detach().clone(memory_format=torch.contiguous_format).cpu()
         arrays = host.compile_pattern(on_cpu.numpy(), block, groups)
     except ValueError as error:
@@ -222,7 +223,7 @@ def compile_checked(mask: Tensor, block: Block, groups: int) -> Pattern:
 
 
 def block_pattern(pattern: Pattern) -> BlockPattern:
-    """List the live blocks of a pattern whose block is one that `blocks_fit`."""
+    """List the live blocks of a pattern whose block `blocks_fit` accepts."""
     lists = live_blocks(pattern.mask, pattern.block, pattern.groups)
     return BlockPattern(pattern.header, pattern.mask, *lists)._with_header("format", _BLOCK_FORMAT)
 
@@ -230,10 +231,10 @@ def block_pattern(pattern: Pattern) -> BlockPattern:
 def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
     """Return a pattern for calls with one weight that is 0 where pruned and does not change.
 
-    The calls then do not mask the weight again. Where a sparse kernel can read them (float32 on the CPU, blocks on
-    CUDA), the pattern also gets the kept values in the kernel's order, and calls no longer gather them. Use the result
-    for the passes between two optimiser steps: it becomes invalid when the weight changes. `torch.compile` does not
-    trace this function.
+    The calls then do not mask the weight again. If a sparse kernel can read them (float32 on the CPU, blocks on CUDA),
+    the pattern also gets the kept values in the kernel's order, so that calls no longer gather them. Use the result for
+    the passes between two optimiser steps: it becomes invalid when the weight changes. `torch.compile` does not trace
+    this function.
 
     Args:
         pattern: what `compile_pattern` returned for the weight's mask.
@@ -262,12 +263,12 @@ def pack_pattern(pattern: Pattern, weight: Tensor) -> Pattern:
 
 
 def pack_checked(pattern: Pattern, weight: Tensor, scale: Tensor | None = None) -> Pattern:
-    """`pack_pattern` of a weight that fits the pattern, without a look at its pruned entries.
+    """`pack_pattern` for a weight that fits the pattern, without a check of its pruned entries.
 
-    The caller sees to it that the dense kernel gets a weight whose pruned entries are 0; the sparse one reads none.
+    The caller must give the dense kernel a weight whose pruned entries are 0. The sparse kernel does not read them.
 
     Args:
-        scale: a factor for each output channel, in the weight's dtype, by which the values are multiplied.
+        scale: factors for the values, one for each output channel, in the weight's dtype.
     """
     promised = promise_masked(pattern)
     packable = isinstance(promised, BlockPattern) or (weight.device.type == "cpu" and weight.dtype == CPU_DTYPE)
@@ -285,7 +286,7 @@ def set_kernels(
 ) -> Pattern:
     """Request a kernel for each pass: "sparse", "dense", or "auto", which lets `plan` choose.
 
-    A pass without a sparse kernel for its dtype (`plan` says which) runs the dense one in any case.
+    A pass without a sparse kernel for its dtype always runs the dense one; `plan` tells.
 
     Args:
         pattern: what `compile_pattern` returned.

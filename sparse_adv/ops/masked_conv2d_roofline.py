@@ -1,13 +1,13 @@
 """A roofline model that says whether a pass over live blocks is faster than the dense convolution on a GPU.
 
 Forward and grad_input take the longest of three times: to move their tensors, to multiply, and the minimum time of a
-kernel. Block kernels save multiplications only, so no mask makes a layer faster whose dense pass is bound by memory.
+kernel. Block kernels save only multiplications, so no mask speeds up a layer whose dense pass is bound by memory.
 
-grad_weight reads the channels of both images once for each live block, mostly from the L2 cache, and adds up the shares
-of the pixels that its blocks are divided into. Its constants are fitted to the rows of an H200 in bfloat16
-(`benchmarks/results/gpu_h200.json`), those of forward and grad_input to the rows of an H100 (`gpu_h100.json`). On
-neither does the model take a block kernel that was slower than cuDNN by more than 2 %. These are estimates; `nn.tune`
-measures.
+grad_weight reads a live block's channels of the input and of the output gradient, mostly from the L2 cache. Several
+programs share the pixels of a block, and their sums are added at the end. Its constants are fitted to the rows of an
+H200 in bfloat16 (`benchmarks/results/gpu_h200.json`), those of forward and grad_input to the rows of an H100
+(`gpu_h100.json`). On neither does the model choose a block kernel that was more than 2 % slower than cuDNN. These are
+estimates; `nn.tune` measures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-# Of an H200 in bfloat16: 790 TFLOP/s of a large matrix product over 4.3 TB/s of a copy. An A100 has 82, an H100 128.
+# On an H200 in bfloat16: 790 TFLOP/s (a large matrix product) over 4.3 TB/s (a copy). An A100 has 82, an H100 128.
 _MACS_PER_BYTE = 92
 _LATENCY_BYTES = 13e6  # bytes that the memory moves in 3 us, the minimum time of a kernel
 
@@ -36,7 +36,7 @@ _SHARE = 0.04  # time to add the share of one program for a block of 64 x 64 wei
 
 
 class PassSizes(NamedTuple):
-    """The sizes of one pass of a convolution that decide how much it moves and multiplies."""
+    """The sizes that decide how much one pass of a convolution moves and multiplies."""
 
     images: int
     in_elements: int
@@ -78,7 +78,7 @@ def _moved(cost: PassSizes) -> int:
 
 
 def _time(cost: PassSizes, weights: int, efficiency: float) -> float:
-    """The time of a pass that multiplies so many weights, in bytes that the memory moves meanwhile."""
+    """The time of a pass that multiplies this many weights, as the number of bytes that the memory moves meanwhile."""
     moved = _moved(cost) - cost.element_bytes * (cost.weights - weights)
     # float32 operands are multiplied as tf32, at half the rate.
     multiplied = cost.images * cost.out_pixels * weights / _MACS_PER_BYTE * (cost.element_bytes / 2)

@@ -10,17 +10,17 @@ from sparse_adv.ops.written import check_written, mark_written, returns_nothing
 
 
 def max_pool2d_out(input: Tensor, size: Pair, *, out: Tensor, index: Tensor | None = None) -> None:
-    """Take the maximum of each window, where the stride is the size of a window, into memory that the caller provides.
+    """Take the maximum of each window, with the window's size as stride, into memory that the caller provides.
 
     Equivalent to::
 
         out = F.max_pool2d(input, size)
 
-    A NaN counts as larger than any number, and of equal elements the first is taken, row by row, as in PyTorch. It is
+    As in PyTorch, a NaN counts as larger than any number, and of equal elements the first is taken, row by row. It is
     implemented on the CPU and, with Triton, on CUDA, and not differentiable.
 
     Args:
-        input: float32 or float64 tensor [N, C, H, W], on CUDA any float tensor, NCHW or channels_last without gaps.
+        input: float32 or float64 tensor (on CUDA any float dtype) [N, C, H, W], NCHW or channels_last without gaps.
         size: rows and columns of a window, as one or two integers, at most 255 elements. Rows and columns
             that fill no window are left out.
         out: tensor [N, C, H // rows, W // columns] in the dtype and layout of the input, that is written.
@@ -57,7 +57,8 @@ def max_pool2d_grad_input_out(
     gate: Tensor | None = None,
     out: Tensor,
 ) -> None:
-    """Form the gradient of max pooling's input, add a residual and apply a gate, into memory that the caller provides.
+    """Compute the gradient of max pooling's input, add a residual and apply a gate, into memory that the caller
+    provides.
 
     Equivalent to::
 

@@ -84,8 +84,8 @@ def pgd_step_(
     """`pgd_step` in place: writes the moved images into adv, whatever its strides, and returns it.
 
     Args:
-        adv: as for `pgd_step`, and written to. No two of its elements may share memory, nor an element with another
-            one of grad or clean (it may be clean itself); and if it requires grad, the call must be under
+        adv: as for `pgd_step`, and written to. Its elements must not share memory with each other, or with other
+            elements of grad or clean; adv may be clean itself. If it requires grad, the call must be under
             `torch.no_grad()`, as everywhere in PyTorch.
         grad, clean, alpha, eps, norm, lo, hi: as for `pgd_step`.
 
@@ -110,7 +110,7 @@ def pgd_step_(
         raise ValueError("adv requires grad: call pgd_step_ under torch.no_grad(), or use pgd_step")
     if not torch.compiler.is_compiling():
         _check_memory(adv, grad, clean)
-        if adv.is_neg():  # the view of a complex tensor, whose memory holds -adv
+        if adv.is_neg():  # a view of a complex tensor: its memory holds -adv
             with torch.no_grad():
                 return adv.copy_(pgd_step(adv, grad, clean, alpha=alpha, eps=eps, norm=norm, lo=lo, hi=hi))
         grad, clean = grad.resolve_neg(), clean.resolve_neg()
@@ -120,7 +120,7 @@ def pgd_step_(
 
 
 def _check_memory(adv: Tensor, grad: Tensor, clean: Tensor) -> None:
-    """Raises ValueError if a write to adv would change what is still to be read."""
+    """Raises ValueError if a write to adv would change elements that are still to be read."""
     if overlaps_itself(adv):
         raise ValueError(f"several elements of adv share memory (strides {adv.stride()}): clone it first")
     for name, tensor in {"grad": grad, "clean": clean}.items():
@@ -175,7 +175,7 @@ def _(adv: Tensor, *_: object) -> Tensor:
 returns_nothing("pgd_step_")
 
 
-# Triton is imported when it is first needed, because torch for CPUs does not install it.
+# Triton is imported only when it is needed, because torch for CPUs does not install it.
 @cuda_stand_in("pgd_step")
 def _(adv: Tensor, grad: Tensor, clean: Tensor, alpha: float, eps: float, l2: bool, lo: float, hi: float) -> Tensor:
     from sparse_adv.kernels import pgd_step as kernels

@@ -1,4 +1,4 @@
-"""`pgd_step_normalized`: a linf step that also returns the images normalised in bfloat16, as input of a network."""
+"""`pgd_step_normalized`: a linf step that also returns the images normalised, in bfloat16, as a network's input."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def pgd_step_normalized(
         input = ((adv - mean[:, None, None]) / std[:, None, None]).bfloat16().to(memory_format=torch.channels_last)
 
     On CUDA this is one pass, which moves 18 bytes per element instead of 22, and one kernel launch less. It is meant
-    for attack loops of your own, with a network that takes normalised images; grad is still the gradient at adv. No
-    attack of this library uses it: they normalise in the network. Where `torch.compile` can be used, the compiled
-    formula takes 0.8 to 0.9 times as long (docs/results/gpu.md).
+    for your own attack loops with a network that takes normalised images; grad is still the gradient at adv. This
+    library's attacks do not use it, because they normalise in the network. Where `torch.compile` can be used, the
+    compiled formula takes 0.8 to 0.9 times as long (docs/results/gpu.md).
 
     Args:
         adv: float32 tensor [N, C, H, W], the images to move.

@@ -27,10 +27,10 @@ def pointwise_out(
         y = input * scale[:, None, None] + bias[:, None, None] + residual
         out = y.relu() if relu else y.where(gate_to_bool(gate, out), 0)
 
-    where an operand that is None is left out. This is the epilogue of a convolution on its own, for example BatchNorm
-    in eval mode with what follows it, or, with gate, the backward pass of a ReLU whose input has several gradients. NaN
-    stays NaN, and the gradient of a ReLU passes where its output is NaN, as in PyTorch. 16-bit tensors are computed in
-    float32 and rounded once. It is implemented on the CPU and not differentiable.
+    where an operand that is None is left out. This is the epilogue of a convolution on its own: for example BatchNorm
+    in eval mode with the operations after it or, with gate, the backward pass of a ReLU whose input has several
+    gradients. As in PyTorch, NaN stays NaN, and the gradient of a ReLU passes where its output is NaN. 16-bit tensors
+    are computed in float32 and rounded once. It is implemented on the CPU and not differentiable.
 
     Args:
         input: float tensor [N, C, H, W] in the layout of out.

@@ -1,4 +1,4 @@
-"""`random_start`: move images to a random point of the ball around them, where an attack starts."""
+"""`random_start`: move images to random points of the balls around them, as the start of an attack."""
 
 from __future__ import annotations
 

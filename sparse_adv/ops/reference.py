@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the specification.
 
-Tests, benchmarks and `doctor` compare with it, and it runs where a transform of PyTorch asks for formulas.
+Tests, benchmarks and `doctor` compare with it, and it runs where a transform of PyTorch needs formulas.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ _LOW32 = 0xFFFFFFFF
 
 
 def _multiply32(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of a product; computed in halves, because int64 has no unsigned 64-bit product."""
+    """The high and the low 32 bits of a product, computed in halves: int64 cannot hold an unsigned 64-bit product."""
     high = ((factor >> 16) * words + ((factor & 0xFFFF) * words >> 16)) >> 16
     return high, (factor * words) & _LOW32
 
@@ -215,7 +215,7 @@ def _normal(count: int, key: Tensor, offset: Tensor) -> Tensor:
 
 
 def _masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """`where` and not a product: a pruned NaN must count as 0."""
+    """The masked weight, by `where` and not by a product: a pruned NaN must count as 0."""
     return weight.where(mask, 0)
 
 

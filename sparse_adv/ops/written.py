@@ -1,4 +1,4 @@
-"""What the ops that write into their arguments share: checks, version counts and their fake kernels."""
+"""Shared by the ops that write into their arguments: checks, version counts and fake kernels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sparse_adv.ops.transforms import is_transformed
 
 
 def returns_nothing(*ops: str) -> None:
-    """Register what ops that only write into their arguments compute for tensors without values: nothing."""
+    """Register fake kernels that do nothing, for ops that only write into their arguments."""
     for op in ops:
         torch.library.register_fake(f"sparse_adv::{op}", lambda *_: None)
 
 
 def check_written(function: str, out: Tensor, **operands: Tensor | None) -> None:
-    """Check the operands of an op that writes into out; also meta tensors, which the native op never sees.
+    """Check the operands of an op that writes into out, including meta tensors, which the native op never sees.
 
     Raises:
         TypeError: if one of them is not a tensor.
@@ -39,8 +39,8 @@ def check_written(function: str, out: Tensor, **operands: Tensor | None) -> None
 def mark_written(*tensors: Tensor | None) -> None:
     """Increment the versions of tensors that an op has written.
 
-    An op from outside PyTorch must do this itself, or a backward pass that saved one of them would not notice that its
-    values have changed.
+    An op from outside PyTorch must do this itself. Otherwise a backward pass that saved one of the tensors would not
+    notice that its values have changed.
     """
     if torch.compiler.is_compiling():
         return

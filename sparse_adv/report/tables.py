@@ -63,8 +63,8 @@ def summary(runs: Sequence[Run]) -> str:
     """Return a table with a row per run: how it was made, its densities, costs and accuracies.
 
     Total seconds and MACs are of ticket search, attacks and updates; evaluations are not counted. The densities of a
-    finished search are those of its ticket, those of a training run are of its best epoch, whose accuracies are shown
-    and whose weights are tested.
+    finished search are those of its ticket. The densities and accuracies of a training run are those of its best epoch,
+    whose weights are tested.
 
     Args:
         runs: run folders that `runs.read` has read, finished or not.
@@ -115,16 +115,16 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def time_to(runs: Sequence[Run], level: float | None = None) -> str:
-    """Return a sentence and a table: what it took each run to first reach a robust validation accuracy.
+    """Return a sentence and a table: the cost at which each run first reached a robust validation accuracy.
 
     Seconds and MACs include the ticket search. Ratios are to the first dense run, or to the first run if none is dense.
-    Searches are left out, because the runs of their tickets include their cost, and epochs after which a method has yet
-    to prune.
+    Searches are left out, because the runs of their tickets include their cost. So are epochs after which a method has
+    yet to prune.
 
     Args:
         runs: finished or not.
-        level: robust validation accuracy in [0, 1]; None for the highest that all evaluated runs reached that were
-            trained with attacks.
+        level: robust validation accuracy in [0, 1]; None for the highest that all evaluated runs with adversarial
+            training reached.
 
     Returns:
         Markdown: the sentence, an empty line and the table.

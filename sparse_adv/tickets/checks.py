@@ -1,7 +1,7 @@
 """Invariants of tickets, verified in every search and recorded in the ticket.
 
-Published implementations have violated each of them unnoticed: weights that were not reset, pruned weights that later
-masks kept again, densities other than requested.
+Published implementations have violated each of them unnoticed: weights were not reset, later masks kept pruned weights
+again, densities differed from the requested ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparse_adv.config import PruneConfig
 
 
 class TicketInvariantError(RuntimeError):
-    """An invariant of tickets does not hold: a defect of this library, or of a score function or layer of the user."""
+    """An invariant of tickets does not hold: a defect of this library, or of the user's score function or layer."""
 
 
 def check_reset(model: nn.Module, start: Mapping[str, Tensor]) -> None:
@@ -81,10 +81,10 @@ def check_density(masks: Mapping[str, Tensor], config: PruneConfig, number: int)
         number: of the round, counted from 1.
 
     Returns:
-        Number of weights, of those kept, and of those that the configuration asks for.
+        The numbers of weights, of kept weights, and of weights that the configuration asks for.
 
     Raises:
-        TicketInvariantError: if the number kept is another, with both numbers.
+        TicketInvariantError: if the number of kept weights differs, with both numbers.
 
     Examples:
         >>> check_density({"0": torch.arange(10).view(2, 5) < 5}, PruneConfig(density=0.5), number=1)

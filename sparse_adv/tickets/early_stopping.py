@@ -1,4 +1,4 @@
-"""Early stopping of a ticket search, when the mask that pruning would give no longer changes (Early-Bird tickets)."""
+"""Early stopping of a ticket search, once the mask from pruning no longer changes (Early-Bird tickets)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FILE = "early_stopping.pt"
 
 
 def check_threshold(config: PruneConfig, epochs: int) -> None:
-    """Check that the masks of a search can be further apart than its threshold, and that it has an epoch to leave out.
+    """Check that two masks of a search can differ by more than the threshold, and that stopping can save an epoch.
 
-    Two masks of density d differ in a fraction 2 min(d, 1 - d) of positions at most, so with a threshold of that size
+    Two masks of density d differ in at most a fraction 2 min(d, 1 - d) of positions. So with a threshold of that size
     each round would end after its sixth epoch, whatever its masks are.
 
     Args:
-        config: of the pruning; a threshold of 0, which is never reached, only records distances.
+        config: of the pruning; a threshold of 0 is never reached, so it only records distances.
         epochs: of each round.
 
     Raises:

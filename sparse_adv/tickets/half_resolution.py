@@ -15,9 +15,10 @@ from sparse_adv.training.evaluation import Images
 
 
 class Halved:
-    """Batches of another iterable, with their images at half resolution.
+    """The batches of another iterable, with images at half resolution.
 
-    Whatever else the other batches have, such as `set_epoch` and the generators of a DataLoader, this object has too.
+    This object also has all other attributes of the original batches, such as `set_epoch` and a DataLoader's
+    generators.
 
     Args:
         batches: (images [N, C, H, W], uint8 or float in [0, 1]; labels), with a length.
@@ -39,7 +40,7 @@ class Halved:
         return ((half(images), labels) for images, labels in pairs_of(self.batches))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "batches" or name.startswith("__"):  # of a copy that is not yet filled
+        if name == "batches" or name.startswith("__"):  # asked of a copy that is not filled yet
             raise AttributeError(name)
         return getattr(self.batches, name)
 
@@ -69,7 +70,7 @@ def halved(images: Images | None) -> Images | None:
 
 
 def check_takes(model: nn.Module, shape: Sequence[int]) -> None:
-    """Check that a model takes images of half the resolution.
+    """Check that a model accepts images of half the resolution.
 
     Args:
         model: runs one forward pass in eval mode and stays as it was.

@@ -51,7 +51,7 @@ def record_of(ticket: masks.Ticket, source: Path | str = "the ticket") -> Search
     """Return what `search` recorded in the provenance of a ticket.
 
     Args:
-        ticket: a ticket that `search` returned, or that was read from its file.
+        ticket: a ticket that `search` returned, or one read from its file.
         source: where the ticket comes from, for the error message.
 
     Returns:
@@ -112,7 +112,7 @@ def cost_of(ticket: masks.Ticket) -> Cost:
 
 @checks_types
 def block_of(ticket: masks.Ticket) -> tuple[int, ...] | str | None:
-    """Return the block that a search pruned with, or that a run's masks have; None if the provenance contains none.
+    """Return the block of a search's pruning or of a run's masks; None if the provenance contains none.
 
     Args:
         ticket: any ticket, also one that was read from a file of another tool.

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation: an update takes the gradient at weights moved in the direction of higher loss."""
+"""Adversarial weight perturbation: an update uses the gradient at weights that were moved towards a higher loss."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def weights_to_perturb(model: nn.Module) -> list[nn.Parameter]:
 def perturbed_weights(model: nn.Module, loss: Callable[[nn.Module], Tensor], gamma: float) -> Iterator[None]:
     """Within the block, move each weight tensor w to w + gamma ||w|| g / ||g||, g being the gradient of a loss.
 
-    Moved are those of `weights_to_perturb`; the norm is that of the whole tensor. At the end they are what they were,
-    bit for bit. Pruned weights have no gradient and are not moved. BatchNorm's statistics, the gradients in `.grad` and
-    the random numbers of layers are used as in any forward pass, but running statistics are not updated. In a run of
-    several processes each perturbs its copy of the weights with the gradient of its own images.
+    The tensors are those of `weights_to_perturb`, and the norm is that of a whole tensor. At the end they have their
+    old values, bit for bit. Pruned weights have no gradient and are not moved. BatchNorm's statistics, the gradients in
+    `.grad` and the random numbers of layers are used as in any forward pass, but running statistics are not updated. In
+    a run of several processes, each perturbs its copy of the weights with the gradient of its own images.
 
     Args:
-        model: in the modes in which the loss is to be formed.
+        model: in the modes in which the loss is to be computed.
         loss: maps the model to a scalar.
         gamma: size of the perturbation relative to the norm of the weights.
 
@@ -63,7 +63,7 @@ def perturbed_weights(model: nn.Module, loss: Callable[[nn.Module], Tensor], gam
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
-                # The scaled loss of float16 can overflow: where it does, the weights stay as they are.
+                # The scaled loss of float16 can overflow; then the weights are not moved.
                 factor = gamma * weight.norm() / (gradient.norm() + 1e-20)
                 weight.add_((factor * gradient).nan_to_num_(0.0, 0.0, 0.0))
     try:
@@ -76,7 +76,7 @@ def perturbed_weights(model: nn.Module, loss: Callable[[nn.Module], Tensor], gam
 
 @contextmanager
 def _still_statistics(model: nn.Module) -> Iterator[None]:
-    """At the end, give all buffers but masks, running statistics among them, the values that they had before."""
+    """At the end, restore all buffers except masks, including the running statistics."""
     buffers = [buffer for buffer in model.buffers() if buffer.dtype != torch.bool]
     before = [buffer.clone() for buffer in buffers]
     try:

@@ -1,4 +1,4 @@
-"""What training refuses in one sentence: models without anything to train, and batches that they cannot take."""
+"""What training refuses in one sentence: models with nothing to train, and batches that a model cannot take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_adv.masks.layers import check_initialized
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ValueError unless a model has weights, and a gradient of some of them is wanted.
+    """Raise ValueError unless a model has weights and some of them require a gradient.
 
     Examples:
         >>> check_trainable(nn.Linear(2, 2).requires_grad_(False))
@@ -61,8 +61,8 @@ def pairs_of(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches as (images, labels), labels of any integer dtype as int64.
 
     Raises:
-        TypeError: if one is not two tensors, such as a dict, or images and labels with a number of each image.
-        ValueError: if one is a single image.
+        TypeError: if a batch is not two tensors, for example a dict or a tuple of three.
+        ValueError: if a batch is a single image.
 
     Examples:
         >>> next(pairs_of([{"image": torch.zeros(1), "label": torch.zeros(1)}]))
@@ -83,7 +83,7 @@ def pairs_of(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 @contextmanager
 def first_pass(images: Tensor) -> Iterator[None]:
-    """Name the images in an error of a model's first pass: their shape or dtype may not be the model's.
+    """Name the images in an error of a model's first pass: their shape or dtype may not fit the model.
 
     Examples:
         >>> with first_pass(images := torch.zeros(1, 2, dtype=torch.float64)):
@@ -119,7 +119,7 @@ def check_batch_sizes(model: nn.Module, batches: Iterable[Any], x: Tensor) -> No
 
 
 def _last_size(batches: Iterable[Any]) -> int | None:
-    """The number of images in the last batch of a list, or of a DataLoader that keeps it; None if it is not known."""
+    """The number of images in the last batch of a list, or of a DataLoader that keeps its last batch; else None."""
     if isinstance(batches, Sequence):
         return len(batches[-1][1])
     sampler = getattr(batches, "batch_sampler", None)

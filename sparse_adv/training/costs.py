@@ -39,7 +39,7 @@ class Stopwatch:
         """Add the time until the end of the block to this phase."""
         if self._device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record(torch.cuda.current_stream(self._device))  # which may not be the current device
+            begin.record(torch.cuda.current_stream(self._device))  # this device may not be the current one
             yield
             end.record(torch.cuda.current_stream(self._device))
             self._events.append((name, begin, end))
@@ -73,7 +73,7 @@ class Tally:
         self._images[key] = self._images.get(key, 0) + images
 
     def summed(self, sums: Sequence[float], device: torch.device) -> tuple[list[float], int]:
-        """Add up the images, and other sums, over all processes; return these sums and the number of images.
+        """Add up the images and other sums over all processes; return these sums and the number of images.
 
         The costs change at the same updates on all processes.
         """
@@ -98,7 +98,7 @@ class NetworkCosts:
 
     Args:
         model: left as it was.
-        x: a batch on the model's device, of which only shape, dtype and memory layout matter.
+        x: a batch on the model's device; only its shape, dtype and memory layout matter.
 
     Attributes:
         density: of weights and MACs; None for a model without convolutions and linear layers.
@@ -124,17 +124,17 @@ class NetworkCosts:
     def attack(self, passes: Passes) -> int:
         """Return the MACs per image of the attack of an update.
 
-        They are counted with the kernels that the network itself takes. The engine forms the gradients of most attacks,
-        and on a CPU it may take others: in channels_last dense ones instead of sparse ones, up to 1.2 times the MACs at
-        batch 100 and 1.6 times at batch 4 (networks with densities of 0.05 to 0.45 tried), or Winograd's filtering,
-        which multiplies 2.25 or 4 times less often than a dense layer's MACs say.
+        They are counted with the kernels of the network itself. But the engine computes the gradients of most attacks,
+        and on a CPU it may use other kernels: dense ones in channels_last instead of sparse ones, with up to 1.2 times
+        the MACs at batch 100 and 1.6 times at batch 4 (measured for densities of 0.05 to 0.45), or Winograd's
+        filtering, with 2.25 or 4 times fewer multiplications than a dense layer's MACs.
         """
         return passes.attack_forward * self._per_image.forward + passes.attack_backward * self._per_image.grad_input
 
     def update(self, passes: Passes) -> int:
         """Return the MACs per image of an update: forward, weight gradient, and input gradient.
 
-        The input gradient of the first layer counts only where the update differentiates down to the image.
+        The input gradient of the first layer counts only if the update differentiates down to the image.
         """
         macs = self._per_image
         without_weight = macs.forward + macs.grad_input - macs.first_grad_input

@@ -1,4 +1,4 @@
-"""Deterministic algorithms, with which a GPU, too, repeats a training bit for bit."""
+"""Deterministic algorithms, with which a GPU also repeats a training bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMPILER = "TORCHINDUCTOR_DETERMINISTIC"
 
 @contextmanager
 def deterministic(enabled: bool = True) -> Iterator[None]:
-    """Limit PyTorch to deterministic algorithms until the block ends, so that a GPU, too, repeats results bit for bit.
+    """Limit PyTorch to deterministic algorithms until the block ends, so that a GPU also repeats results bit for bit.
 
     Enter it before the first matrix product on the GPU, because cuBLAS reads its environment only then. An operation
     without a deterministic algorithm raises RuntimeError; the networks of `sparse_adv.models` use no such operation.
@@ -51,7 +51,7 @@ def deterministic(enabled: bool = True) -> Iterator[None]:
     mode, compiler = torch.get_deterministic_debug_mode(), os.environ.get(_COMPILER)
     os.environ[_COMPILER] = "1"
     _set_deterministic_mode(2)
-    # cuDNN's search for the fastest algorithm can choose another one in each run. Filling new memory would cost a pass
+    # cuDNN's search for the fastest algorithm can choose differently in each run. Filling new memory would cost a pass
     # over each tensor, and this library reads no uninitialised memory.
     cudnn.benchmark = memory.fill_uninitialized_memory = False
     try:
@@ -66,10 +66,10 @@ def deterministic(enabled: bool = True) -> Iterator[None]:
 
 
 def _set_deterministic_mode(mode: int) -> None:
-    """Set the mode of PyTorch's ops: 0 any algorithm, 1 warnings, 2 deterministic ones; and that of torch.compile.
+    """Set the mode of PyTorch's ops (0 any algorithm, 1 warnings, 2 deterministic ones) and of torch.compile.
 
-    `use_deterministic_algorithms` does both, but imports the compiler, which took 3 of the 14 s of a short run. Where
-    that is imported later, it reads its mode from the environment.
+    `use_deterministic_algorithms` does both, but imports the compiler, which took 3 of the 14 s of a short run. A
+    compiler that is imported later reads its mode from the environment.
     """
     if "torch._inductor.config" in sys.modules:
         torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)

@@ -29,7 +29,7 @@ def rank() -> int:
 
 
 def launched_rank() -> int:
-    """Return the rank that torchrun gave this process in its environment; there need be no process group yet."""
+    """Return the rank that torchrun gave this process in its environment; needs no process group."""
     return _launched("RANK", 0)
 
 
@@ -48,15 +48,15 @@ def group(device: torch.device | str = "auto") -> Iterator[torch.device]:
     """Choose the device of this process, and under `torchrun` create the process group; both last until the block ends.
 
     Args:
-        device: "cpu"; "cuda", where each process gets a GPU of its own; one GPU such as "cuda:0", which all processes
-            of a machine share; or "auto", which is "cuda" where there is a GPU and "cpu" elsewhere.
+        device: "cpu"; "cuda", which gives each process its own GPU; one GPU such as "cuda:0", which all processes of a
+            machine share; or "auto", which is "cuda" if there is a GPU, else "cpu".
 
     Returns:
-        A context manager that yields the device. The backend is nccl where each process has a GPU of its own, and else
-        gloo, because nccl refuses two processes on one GPU.
+        A context manager that yields the device. The backend is nccl if each process has its own GPU, else gloo,
+        because nccl refuses two processes on one GPU.
 
     Raises:
-        ValueError: if there is no such device, or there are fewer GPUs than processes that need one of their own.
+        ValueError: if there is no such device, or there are fewer GPUs than processes that need their own.
         ConnectionError: when another process is lost, whatever error the backend raises then.
 
     Examples:
@@ -105,7 +105,7 @@ def _placed(name: str) -> tuple[torch.device, str]:
     if device.index is not None:
         if device.index >= gpus:
             raise ValueError(f"device {name!r} is not available: this torch has {there}, numbered from 0")
-        # The same on all machines: processes with different backends would wait for each other for ever.
+        # The choice is the same on all machines: processes with different backends would wait for each other for ever.
         shared = _launched("WORLD_SIZE", 1) > _launched("GROUP_WORLD_SIZE", 1)
         return device, "gloo" if shared else "nccl"
     processes = _launched("LOCAL_WORLD_SIZE", 1)
@@ -125,14 +125,14 @@ def _launched(name: str, otherwise: int) -> int:
 def _free_frames(error: BaseException) -> None:
     """Release the DistributedDataParallel model that the stack frames of an error refer to.
 
-    If it is freed after its process group, it waits for the threads of the group while it holds Python's lock, which
-    these threads may be waiting for. The process then never ends.
+    If the model is freed after its process group, it waits for the threads of the group while it holds Python's lock.
+    These threads may be waiting for that lock, so the process would never end.
     """
     traceback.clear_frames(error.__traceback__)
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """Return the sum over all processes of each number."""
+    """Return each number's sum over all processes."""
     if world_size() == 1:
         return values
     summed = torch.tensor(values, dtype=torch.float64, device=device)
@@ -153,7 +153,7 @@ def check_same(**settings: object) -> None:
     """Raise ValueError in all processes if they were not given the same.
 
     Args:
-        settings: plain values, by the names that the error says.
+        settings: plain values, by their names for the error.
     """
     of_ranks = collect(settings)
     for name in settings:
@@ -163,12 +163,12 @@ def check_same(**settings: object) -> None:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Replace floating buffers by their mean over all processes: BatchNorm statistics come from each one's images."""
+    """Replace floating buffers by their mean over all processes: each has BatchNorm statistics of its own images."""
     average_each([buffer for buffer in model.buffers() if buffer.is_floating_point()])
 
 
 def average_each(tensors: Sequence[Tensor]) -> None:
-    """Replace floating tensors of one device by their means over all processes; those of 16 bits add in float32."""
+    """Replace floating tensors of one device by their means over all processes; 16-bit tensors are added in float32."""
     if world_size() == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}

@@ -12,13 +12,13 @@ from sparse_adv.nn.masked_layer import MaskedLayer
 class EMA(AveragedModel):
     """Moving average of weights and floating buffers: after each update, theta' <- d theta' + (1 - d) theta.
 
-    After t updates d is min(decay, t / (t + 9)): the first average is the weights after the first update, and at any
-    time the average is over the last tenth of the updates or less. With d = 0.9995 from the start, 1,000 updates would
-    leave it at 61 % of the first weights. When 1 / (1 - decay) is small against the number of updates, the end is the
-    same as without this warm-up.
+    After t updates d is min(decay, t / (t + 9)): the first average is the weights after the first update, and the
+    average always covers the last tenth of the updates or less. With d = 0.9995 from the start, the first weights would
+    still make up 61 % of it after 1,000 updates. If 1 / (1 - decay) is small compared with the number of updates, the
+    end result is the same as without this warm-up.
 
-    BatchNorm's running statistics are averaged too, as in the FastAT Benchmark. Differences to `AveragedModel`: an
-    update never makes the host wait for a GPU; the other buffers are copied only by `copy_buffers`, and only those that
+    BatchNorm's running statistics are averaged too, as in the FastAT Benchmark. Differences from `AveragedModel`: an
+    update never makes the host wait for a GPU. Other buffers are copied only by `copy_buffers`, and only if they
     differ, because masked layers recompile a mask after a write to it.
 
     Args:
@@ -43,15 +43,15 @@ class EMA(AveragedModel):
         self.decay = decay
 
     def share(self, updates: int) -> float:
-        """The share of the present weights, 1 - d, after so many updates and one more."""
+        """The share of the present weights, 1 - d, in the update after this many updates."""
         return 1 - min(self.decay, updates / (updates + 9))
 
     @torch.no_grad()
     def move(self, model: nn.Module, share: float | Tensor) -> None:
         """Move the average towards the present weights and floating buffers by this share of the way.
 
-        A share that is a tensor [] gives the same bits, and may be another one in each replay of a CUDA graph. On CUDA
-        it takes a kernel for each tensor, a number one for many of them.
+        A share that is a tensor [] gives the same bits, and may differ in each replay of a CUDA graph. On CUDA it needs
+        a kernel for each tensor; a number needs one for many tensors.
         """
         own, present = _averaged(self.module), _averaged(model)
         if isinstance(share, Tensor):
@@ -61,7 +61,7 @@ class EMA(AveragedModel):
             torch._foreach_lerp_(own, present, share)
 
     def count(self) -> None:
-        """Count an update, on the CPU: what `move` launches on a GPU may be replayed without it."""
+        """Count an update on the CPU, because a replay of what `move` launches on a GPU does not run `move`."""
         self.n_averaged += 1
 
     @torch.no_grad()

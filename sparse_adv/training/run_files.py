@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 
 def begin(folder: Path | None, info: RunInfo) -> FolderLock:
-    """Lock a run's folder, and write its settings or check that it holds a run of the same, see `runs.begin`.
+    """Lock a run's folder, and write its settings or check that it holds a run with the same settings, see
+    `runs.begin`.
 
     Args:
         folder: of the run; None for a run that writes nothing.
@@ -42,7 +43,7 @@ def begin(folder: Path | None, info: RunInfo) -> FolderLock:
 
 
 def resume(folder: Path | None, info: RunInfo) -> None:
-    """Bring the settings in a folder that is known to hold this run up to date, see `runs.resume`."""
+    """Update the settings in a folder that is known to hold this run, see `runs.resume`."""
     if folder is not None and distributed.rank() == 0:
         runs.resume(folder, info)
     distributed.barrier()
@@ -77,7 +78,8 @@ class RunFiles:
         random_numbers.warn_of_unsaved(batches, updater.model)
 
     def save(self, records: list[EpochRecord]) -> None:
-        """Write all files, first the state: a run continues after its epoch, and `restore` writes the others again.
+        """Write all files, the state first: a run continues after the state's epoch, and `restore` rewrites the other
+        files.
 
         Raises:
             FileNotFoundError: if the folder was deleted or replaced, see `folder_lock`.
@@ -108,12 +110,12 @@ class RunFiles:
         distributed.barrier()
 
     def restore(self) -> list[EpochRecord]:
-        """Load the state in the folder, and return the records of the epochs before it; none if there is no state.
+        """Load the state in the folder, and return the records of the epochs up to it; none if there is no state.
 
         Raises:
             FileNotFoundError: if there are epochs without a state.
-            ValueError: if the state is damaged, or of another run: of another configuration (but for more epochs),
-                network or other images.
+            ValueError: if the state is damaged, or belongs to another run: one with another configuration (more epochs
+                are allowed), another network or other images.
         """
         runs.check_state(self.folder)
         path = self.folder / runs.STATE

@@ -1,4 +1,4 @@
-"""SGD as training takes its steps: fused ones, with the numbers that the schedules set for each update."""
+"""SGD as training uses it: fused steps, with the numbers that the schedules set for each update."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_adv.config import TrainConfig
 
 
 class Numbers(NamedTuple):
-    """What the schedules set for an update: numbers, or tensors [] where a graph must read them from memory."""
+    """What the schedules set for an update: numbers, or tensors [] that a graph reads from memory."""
 
     learning_rate: float | Tensor
     momentum: float | Tensor
@@ -26,9 +26,9 @@ class DeviceNumbers:
 
     Args:
         device: of the model.
-        wanted: whether there may be graphs; if not, the numbers stay what they are.
-        momentum: whether the momentum changes from update to update. If not it stays a number, which a fused step can
-            take; of one that changes see `reading`.
+        wanted: whether there may be graphs; if not, the numbers stay plain numbers.
+        momentum: whether the momentum changes from update to update. If not, it stays a number, because a fused step
+            takes only a number; for a changing one see `reading`.
     """
 
     def __init__(self, device: torch.device, wanted: bool, momentum: bool) -> None:
@@ -36,25 +36,25 @@ class DeviceNumbers:
         self.has_momentum = wanted and momentum
 
     def packed(self, numbers: Numbers) -> Tensor:
-        """All of them in one tensor on the CPU."""
-        # PyTorch's fused SGD reads a learning rate in float32 on CUDA. Elsewhere float64 has the bits of the number.
+        """All numbers in one tensor on the CPU."""
+        # On CUDA, PyTorch's fused SGD reads a learning rate in float32. Elsewhere float64 keeps the bits of the number.
         dtype = torch.float32 if self._device.type == "cuda" else torch.float64
         return torch.tensor(numbers, dtype=dtype, device="cpu")
 
     def unpacked(self, packed: Tensor, numbers: Numbers) -> Numbers:
-        """Views of a packed tensor on the device; `numbers` are those that are in it."""
+        """Views of a packed tensor on the device; `numbers` are the numbers in it."""
         learning_rate, momentum, share = packed.unbind()
         return Numbers(learning_rate, momentum if self.has_momentum else numbers.momentum, share)
 
     def of(self, numbers: Numbers) -> Numbers:
-        """The numbers as an update takes them that is not captured, too: a GPU gives the same bits with both."""
+        """The numbers for an update that is not captured: read from memory too, so that both give the same bits."""
         if not self._wanted:
             return numbers
         return self.unpacked(self.packed(numbers).to(self._device, non_blocking=True), numbers)
 
 
 def build(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """The optimiser of a configuration, fused where that is right for all parameters, with a momentum of 0."""
+    """The optimiser of a configuration, fused if that is right for all parameters, with momentum buffers of 0."""
     optimizer = torch.optim.SGD(
         model.parameters(),
         config.lr,
@@ -73,19 +73,20 @@ def is_fused(optimizer: torch.optim.SGD) -> bool:
 
 
 def set_numbers(optimizer: torch.optim.SGD, learning_rate: float | Tensor, momentum: float | Tensor) -> None:
-    """Set them for all parameters."""
+    """Set these numbers for all parameters."""
     for group in optimizer.param_groups:
         group["lr"], group["momentum"] = learning_rate, momentum
 
 
 @contextmanager
 def reading(optimizer: torch.optim.SGD, numbers: Numbers) -> Iterator[None]:
-    """A context for a step that reads the numbers that are tensors; the optimiser has those that are not."""
+    """A context for a step that reads numbers that are tensors; the optimiser already has the plain numbers."""
     groups = optimizer.param_groups
     before = [(group["lr"], group["momentum"]) for group in groups]
     momentum = numbers.momentum
     if isinstance(momentum, Tensor):
-        # The fused step takes no tensor as momentum. It adds the gradients to the buffers, which are scaled before.
+        # The fused step takes no tensor as momentum. So the buffers are scaled first, and it adds the gradients to
+        # them.
         states = [optimizer.state[p] for group in groups for p in group["params"] if p.grad is not None]
         buffers = [state["momentum_buffer"] for state in states if "momentum_buffer" in state]
         if buffers:
@@ -102,7 +103,7 @@ def reading(optimizer: torch.optim.SGD, numbers: Numbers) -> Iterator[None]:
 def _takes_fused_steps(parameter: Tensor) -> bool:
     """Whether PyTorch's fused SGD computes the right result for a parameter: on a CPU it ignores gaps in its memory.
 
-    A fused step moves half of the bytes: 13.3 -> 5.6 ms for a ResNet-18 on two cores.
+    A fused step moves half as many bytes: 13.3 -> 5.6 ms for a ResNet-18 on two cores.
     """
     without_gaps = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
     return without_gaps and parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
@@ -111,9 +112,9 @@ def _takes_fused_steps(parameter: Tensor) -> bool:
 def _begin_momentum(optimizer: torch.optim.SGD) -> None:
     """Set the momentum of each parameter to 0; the first step is then the same as without momentum.
 
-    PyTorch's first fused step would allocate the momentum without initialising it. If it overflows in float16, it is
-    skipped, and the next one reads that memory. Frozen parameters get one too, because they may be unfrozen later,
-    and a fused step fails if only some of its parameters have one.
+    PyTorch's first fused step would allocate the momentum without initialising it. If that step overflows in float16,
+    it is skipped, and the next one reads uninitialised memory. Frozen parameters also get a momentum, because they may
+    be unfrozen later, and a fused step fails if only some of its parameters have one.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""Classes of the user's that decide the result of a run, as `run.json` describes and compares them."""
+"""The user's classes that decide the result of a run, as `run.json` describes and compares them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def described(name: str, code: object, settings: object) -> UserCode:
 
     Raises:
         TypeError: if the settings are anything else.
-        ValueError: if they hold what JSON cannot.
+        ValueError: if they hold values that JSON cannot.
 
     Examples:
         >>> from sparse_adv.training import UpdateHook

@@ -1,4 +1,4 @@
-"""Masks and weights in the files of other tools: reading all of their formats, writing two of them.
+"""Masks and weights in the files of other tools: reads all of their formats, and writes two of them.
 
 `formats.py` lists the formats; each is recognised by the keys of its state dict.
 """

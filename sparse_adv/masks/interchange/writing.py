@@ -1,4 +1,4 @@
-"""`save_pruned`: masks and weights in files that need nothing of this library."""
+"""`save_pruned`: writes masks and weights to files that can be read without this library."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def save_pruned(
     state_dict: Mapping[str, Tensor],
     format: str = "dense",
 ) -> None:
-    """Write a pruned model as a state dict that needs nothing of this library; an existing file is replaced.
+    """Write a pruned model as a state dict that loads without this library; an existing file is replaced.
 
     Args:
         path: the file; its suffix decides the container: `.safetensors`, or `.pt` or `.pth` for torch.save.
         masks: bool masks keyed by module name.
-        state_dict: state dict of the dense model, or of the sparse one; it must have the weight of each mask.
+        state_dict: of the dense or the sparse model; it must have the weight of each mask.
         format: "dense": a state dict for the dense model, with zeros where pruned. "prune": a state dict for a model
             with `torch.nn.utils.prune` applied to these weights: `X.weight_orig`, as in `state_dict`, and
             `X.weight_mask`.
 
     Raises:
         TypeError: if a mask is not a bool tensor.
-        ValueError: if suffix or format is unknown, a mask has no weight of its shape in `state_dict`, or that is of a
-            sparse model with other masks.
+        ValueError: if suffix or format is unknown, a mask has no weight of its shape in `state_dict`, or `state_dict`
+            is of a sparse model with other masks.
 
     Examples:
         >>> import tempfile
@@ -76,7 +76,7 @@ def save_pruned(
 
 
 def _under_all_names(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks, also for weights that are the same memory under another name: a module may have several names."""
+    """The masks, also for other names of the same weights: a module may have several names."""
     places = {_place(state_dict[parameter_of(name)]): mask for name, mask in masks.items() if mask.numel()}
     others = {key.rpartition(".")[0]: _place(value) for key, value in state_dict.items() if key.endswith(".weight")}
     return {name: places[place] for name, place in others.items() if place in places} | dict(masks)

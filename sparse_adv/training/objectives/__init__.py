@@ -1,6 +1,6 @@
 """Objectives of adversarial training: how an update crafts its images, and the loss on them.
 
-`training.train` uses them; `adversarial_loss` computes the loss of one batch for a training loop of your own.
+`training.train` uses them; `adversarial_loss` computes the loss of one batch for your own training loop.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def build(
     graphs: attacks.Graphs | None = None,
     own: Callable[..., TrainingObjective] | None = None,
 ) -> TrainingObjective:
-    """Return the objective of a configuration, or the one that `own` makes of the arguments of `TrainingObjective`.
+    """Return the objective of a configuration, or the one that `own` makes from the arguments of `TrainingObjective`.
 
     Raises:
-        TypeError: if `own` makes anything else, or one whose state are not tensors.
+        TypeError: if `own` makes anything else, or an objective whose state is not a dict of tensors.
     """
     built = (_BY_NAME[config.objective] if own is None else own)(config, check, graphs)
     if not isinstance(built, TrainingObjective):
@@ -68,7 +68,7 @@ def adversarial_loss(
     beta: float | None = None,
     label_smoothing: float = TrainConfig.label_smoothing,
 ) -> Tensor:
-    """Craft adversarial images from a batch and return the loss on them, for a training loop of your own.
+    """Craft adversarial images from a batch and return the loss on them, for your own training loop.
 
     Crafting changes neither the model's mode nor its gradients or BatchNorm statistics; the loss is computed in the
     mode that the model is in.
@@ -77,20 +77,20 @@ def adversarial_loss(
         model: maps images [N, C, H, W] in [0, 1] to logits [N, classes].
         x: float images [N, C, H, W] in [0, 1].
         y: integer labels [N].
-        objective: as in `TrainConfig`, except "free", "fgsm-rs-cs" and "fgsm-uap", whose loss of a batch depends on the
-            batches before it. The second term of "nu-at" has its full weight, beta.
+        objective: as in `TrainConfig`, except "free", "fgsm-rs-cs" and "fgsm-uap": their loss of a batch depends on
+            earlier batches. The second term of "nu-at" has its full weight, beta.
         generator: CPU generator of the random start; None for PyTorch's global generator.
-        eps, norm, alpha, steps, beta, label_smoothing: as in `TrainConfig`; those that the objective does not use are
+        eps, norm, alpha, steps, beta, label_smoothing: as in `TrainConfig`; values that the objective does not use are
             ignored.
 
     Returns:
         The mean loss, a scalar with a gradient.
 
     Raises:
-        TypeError: if x is not floating or y not of integers.
+        TypeError: if x is not floating or y not integer.
         ValueError: if an argument is out of range, or the objective has no loss of one batch.
 
-    Source: that of each objective, in the docstring of its class in `training/objectives`.
+    Source: see the docstring of each objective's class in `training/objectives`.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""A number of the loss that changes from epoch to epoch, read from memory."""
+"""A number in the loss that changes from epoch to epoch, read from memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class EpochNumber:
-    """A number in the device's memory: a CUDA graph that was captured in one epoch reads that of each later one.
+    """A number in the device's memory, so that a CUDA graph captured in one epoch reads the number of each later epoch.
 
     Examples:
         >>> weight = EpochNumber(0.5)
@@ -29,7 +29,7 @@ class EpochNumber:
             self._stored.fill_(value)
 
     def like(self, tensor: Tensor) -> Tensor:
-        """A scalar of the tensor's dtype, which has the bits of the number as PyTorch rounds one in an expression."""
-        if self._stored is None:  # in an update without a graph: each kind has one before its capture
+        """The number as a scalar of the tensor's dtype, rounded as PyTorch rounds a Python number in an expression."""
+        if self._stored is None:  # in an update without a graph: there is one before each capture
             self._stored = torch.tensor(self._value, dtype=torch.float64, device=tensor.device)
         return self._stored.to(tensor.dtype)

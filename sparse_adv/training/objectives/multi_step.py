@@ -54,10 +54,10 @@ class MART(PGD):
 
         loss = CE(f(adv), y) - log(1 - q_c) + beta mean(KL(p || q) (1 - p_y))
 
-    adv is that of PGD. As in the authors' code, 0.0001 is added to 1 - q_c, whose logarithm could be infinite.
+    adv is crafted by PGD. As in the authors' code, 0.0001 is added to 1 - q_c, because its logarithm could be infinite.
 
     Source: Wang et al., "Improving adversarial robustness requires revisiting misclassified examples" (ICLR 2020),
-    equation 10 and algorithm 1. The FastAT Benchmark does not have it.
+    equation 10 and algorithm 1. The FastAT Benchmark does not include it.
     """
 
     @property
