@@ -7,8 +7,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
-#include <exception>
 #include <sstream>
 #include <stdexcept>
 
@@ -39,25 +37,6 @@ template <BoxedOp op>
 void throw_in_torch(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   char message[kMessageSize];
   if (!run_caught(op, stack, inputs, outputs, message)) aoti_torch_check(false, "sparse_adv", __FILE__, 0, message);
-}
-
-// Elements per thread at least, of loops with a few operations for each, as in ATen's elementwise kernels.
-constexpr int64_t kElementwiseGrain = 32768;
-
-// Replaces torch::stable::parallel_for, whose threads belong to libtorch: rethrows on the calling thread what `body`
-// threw on any thread.
-template <class Body>
-void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
-  std::exception_ptr error;
-  std::atomic_flag failed = ATOMIC_FLAG_INIT;
-  torch::stable::parallel_for(begin, end, grain, [&](int64_t part_begin, int64_t part_end) noexcept {
-    try {
-      body(part_begin, part_end);
-    } catch (...) {
-      if (!failed.test_and_set()) error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace sparse_adv

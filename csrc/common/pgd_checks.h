@@ -10,7 +10,8 @@
 
 namespace sparse_adv {
 
-// The tensors of a PGD step: three batches of one size, each of any floating dtype.
+// The tensors of a PGD step: three batches of one size, each of any floating dtype. Whether `adv`, where it is written,
+// shares a part of its memory with another is checked in ops/pgd_step.py: that would spoil values, but no memory.
 inline void check_step(const torch::stable::Tensor& adv, const torch::stable::Tensor& grad,
                        const torch::stable::Tensor& clean) {
   check_floating("adv", adv, adv);

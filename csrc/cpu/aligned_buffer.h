@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #include "common/errors.h"
 
@@ -26,16 +27,20 @@ class AlignedBuffer {
     return data_.get();
   }
 
-  void give_back_large() {
+  // Only one of the functions that are running on a thread may use a buffer: it would overwrite the other one's values.
+  void take() { check(!std::exchange(taken_, true), "a thread's intermediate results are needed by two functions"); }
+
+  void give_back() {
+    taken_ = false;
     if (size_ <= kKept) return;
     data_.reset();
     size_ = 0;
   }
 
  private:
-  // 32 MB: as much as winograd_conv2d takes for its tiles of 512 input and 512 output channels. If they were given
-  // back, the system would clear their pages in each call. Only extreme sizes take more, such as rows of thousands of
-  // pixels.
+  // 32 MB per thread and buffer: as much as winograd_conv2d takes for its tiles of 512 input and 512 output channels.
+  // If they were given back, the system would clear their pages in each call. Only extreme sizes take more, such as
+  // rows of thousands of pixels.
   static constexpr int64_t kKept = 8 << 20;
 
   struct Free {
@@ -43,19 +48,28 @@ class AlignedBuffer {
   };
   std::unique_ptr<float, Free> data_;
   int64_t size_ = 0;
+  bool taken_ = false;
 };
 
-// A call's use of the thread's buffer. At the end of the call, also by an exception, a large buffer is given back.
+// A call's use of a buffer of its thread. At the end of the call, also by an exception, a large buffer is given back.
 class ScratchUse {
  public:
-  explicit ScratchUse(AlignedBuffer& buffer) : buffer_(buffer) {}
-  ~ScratchUse() { buffer_.give_back_large(); }
+  // The buffer that all kernels share, of which a thread runs one at a time.
+  ScratchUse() : ScratchUse(shared()) {}
+  // Another one, for what lasts while kernels run.
+  explicit ScratchUse(AlignedBuffer& buffer) : buffer_(buffer) { buffer_.take(); }
+  ~ScratchUse() { buffer_.give_back(); }
   ScratchUse(const ScratchUse&) = delete;
   ScratchUse& operator=(const ScratchUse&) = delete;
 
   float* at_least(int64_t size) { return buffer_.at_least(size); }
 
  private:
+  static AlignedBuffer& shared() {
+    thread_local AlignedBuffer buffer;
+    return buffer;
+  }
+
   AlignedBuffer& buffer_;
 };
 

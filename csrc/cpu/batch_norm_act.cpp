@@ -13,6 +13,7 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/parallel.h"
 #include "common/rounding.h"
 #include "common/tensor_checks.h"
 #include "cpu/batch_norm_act_kernel.h"
@@ -27,9 +28,76 @@ using torch::stable::Tensor;
 
 namespace {
 
+// Chosen, not tuned.
 constexpr int64_t kBytesInRow = 1024;  // of consecutive memory that a thread reads at least, if the images are NCHW
 constexpr int64_t kPixels = 512;       // of channels_last images that are summed in one piece
 constexpr int64_t kFirstPixels = 64;   // of channels_last images whose mean is subtracted before summing
+
+// Moves a shift, the negative of some value of each channel, to the negative of the mean of `count` elements, from the
+// sums of their differences.
+template <class T>
+void move_shift(T* shift, int64_t begin, int64_t end, const std::vector<double>& sums, int64_t count) {
+  for (int64_t c = begin; c < end; ++c) shift[c] -= static_cast<T>(sums[c] / static_cast<double>(count));
+}
+
+// channels_last: see in_two_passes.
+template <class T, class Finish, class Apply>
+void sum_pixels_then_apply(const BatchNormSums<T>& operands, int64_t images, int64_t pixels, T* shift,
+                           const Finish& finish, const Apply& apply) {
+  const auto sums = SPARSE_ADV_CHOOSE(batch_norm_pixel_sums<T>);
+  const int64_t channels = operands.runs.channels, all = images * pixels, pieces = divide_up(all, kPixels);
+  std::vector<double> first(channels), second(channels);
+  if (shift) {
+    const int64_t count = std::min(all, kFirstPixels);
+    std::vector<T> scratch(2 * channels);
+    for (int64_t c = 0; c < channels; ++c) shift[c] = -operands.input[c];
+    sums(operands, 0, count, scratch.data(), first.data(), second.data());
+    move_shift(shift, 0, channels, first, count);
+  }
+  std::vector<double> parts(2 * channels * pieces);
+  const int64_t grain = std::max<int64_t>(1, kElementwiseGrain / (kPixels * channels));
+  parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(2 * channels);
+    for (int64_t piece = begin; piece < end; ++piece) {
+      double* const part = parts.data() + 2 * channels * piece;
+      sums(operands, piece * kPixels, std::min(all, (piece + 1) * kPixels), scratch.data(), part, part + channels);
+    }
+  });
+  std::fill(first.begin(), first.end(), 0.0);
+  std::fill(second.begin(), second.end(), 0.0);
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int64_t c = 0; c < channels; ++c) {
+      first[c] += parts[2 * channels * piece + c];
+      second[c] += parts[2 * channels * piece + channels + c];
+    }
+  finish(0, channels, first.data(), second.data());
+  parallel_for(0, all, std::max<int64_t>(1, kElementwiseGrain / channels), apply);
+}
+
+// NCHW: see in_two_passes.
+template <class T, class Finish, class Apply>
+void sum_channels_then_apply(const BatchNormSums<T>& operands, int64_t images, int64_t pixels, T* shift,
+                             const Finish& finish, const Apply& apply) {
+  const auto sums = SPARSE_ADV_CHOOSE(batch_norm_channel_sums<T>);
+  const int64_t channels = operands.runs.channels, bytes = pixels * static_cast<int64_t>(sizeof(T));
+  const int64_t together = std::clamp<int64_t>(divide_up(kBytesInRow, bytes), 1, kChannelsTogether);
+  const int64_t groups = divide_up(channels, together);
+  const int64_t grain = std::max<int64_t>(1, kElementwiseGrain / (together * images * pixels));
+  std::vector<double> first(channels), second(channels);
+  parallel_for(0, groups, grain, [&](int64_t group, int64_t last_group) {
+    for (; group < last_group; ++group) {
+      const int64_t begin = group * together, end = std::min(channels, begin + together);
+      if (shift) {
+        for (int64_t c = begin; c < end; ++c) shift[c] = -operands.input[c * pixels];
+        sums(operands, 1, begin, end, first.data(), second.data());
+        move_shift(shift, begin, end, first, pixels);
+      }
+      sums(operands, images, begin, end, first.data(), second.data());
+      finish(begin, end, first.data(), second.data());
+      for (int64_t image = 0; image < images; ++image) apply(image * channels + begin, image * channels + end);
+    }
+  });
+}
 
 // Calls finish(begin, end, first, second) with the sums of the channels from `begin` to `end` - 1 once they are
 // complete, and then apply(begin, end) for all their runs. If `shift` is given, it receives the operands' minus_shift:
@@ -37,59 +105,10 @@ constexpr int64_t kFirstPixels = 64;   // of channels_last images whose mean is 
 template <class T, class Finish, class Apply>
 void in_two_passes(const BatchNormSums<T>& operands, int64_t images, int64_t pixels, T* shift, const Finish& finish,
                    const Apply& apply) {
-  const int64_t channels = operands.runs.channels;
-  std::vector<double> first(channels), second(channels);
-  const auto move_shift = [&](int64_t begin, int64_t end, int64_t count) {
-    for (int64_t c = begin; c < end; ++c) shift[c] -= static_cast<T>(first[c] / static_cast<double>(count));
-  };
-  if (operands.runs.channels_last) {
-    const auto sums = SPARSE_ADV_CHOOSE(batch_norm_pixel_sums<T>);
-    const int64_t all = images * pixels, pieces = divide_up(all, kPixels);
-    std::vector<T> scratch(2 * channels);
-    if (shift) {
-      const int64_t count = std::min(all, kFirstPixels);
-      for (int64_t c = 0; c < channels; ++c) shift[c] = -operands.input[c];
-      sums(operands, 0, count, scratch.data(), first.data(), second.data());
-      move_shift(0, channels, count);
-    }
-    std::vector<double> parts(2 * channels * pieces);
-    const int64_t grain = std::max<int64_t>(1, kElementwiseGrain / (kPixels * channels));
-    parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
-      std::vector<T> own(2 * channels);
-      for (int64_t piece = begin; piece < end; ++piece) {
-        double* const part = parts.data() + 2 * channels * piece;
-        sums(operands, piece * kPixels, std::min(all, (piece + 1) * kPixels), own.data(), part, part + channels);
-      }
-    });
-    std::fill(first.begin(), first.end(), 0.0);
-    std::fill(second.begin(), second.end(), 0.0);
-    for (int64_t piece = 0; piece < pieces; ++piece)
-      for (int64_t c = 0; c < channels; ++c) {
-        first[c] += parts[2 * channels * piece + c];
-        second[c] += parts[2 * channels * piece + channels + c];
-      }
-    finish(0, channels, first.data(), second.data());
-    parallel_for(0, all, std::max<int64_t>(1, kElementwiseGrain / channels), apply);
-  } else {
-    const auto sums = SPARSE_ADV_CHOOSE(batch_norm_channel_sums<T>);
-    const int64_t bytes = pixels * static_cast<int64_t>(sizeof(T));
-    const int64_t together = std::clamp<int64_t>(divide_up(kBytesInRow, bytes), 1, kChannelsTogether);
-    const int64_t groups = divide_up(channels, together);
-    const int64_t grain = std::max<int64_t>(1, kElementwiseGrain / (together * images * pixels));
-    parallel_for(0, groups, grain, [&](int64_t group, int64_t last_group) {
-      for (; group < last_group; ++group) {
-        const int64_t begin = group * together, end = std::min(channels, begin + together);
-        if (shift) {
-          for (int64_t c = begin; c < end; ++c) shift[c] = -operands.input[c * pixels];
-          sums(operands, 1, begin, end, first.data(), second.data());
-          move_shift(begin, end, pixels);
-        }
-        sums(operands, images, begin, end, first.data(), second.data());
-        finish(begin, end, first.data(), second.data());
-        for (int64_t image = 0; image < images; ++image) apply(image * channels + begin, image * channels + end);
-      }
-    });
-  }
+  if (operands.runs.channels_last)
+    sum_pixels_then_apply(operands, images, pixels, shift, finish, apply);
+  else
+    sum_channels_then_apply(operands, images, pixels, shift, finish, apply);
 }
 
 // NCHW: the same channel of the next image is visited next.
@@ -141,8 +160,8 @@ void forward(const Tensor& out, const Tensor& input, const EpilogueTensors& epil
       [&](int64_t begin, int64_t end, const double* first, const double* second) {
         for (int64_t c = begin; c < end; ++c) {
           const double from_shift = first[c] / count, mean_of_c = from_shift - minus_shift[c];
-          const double spread = second[c] / count - from_shift * from_shift;
-          const double var_of_c = spread < 0 ? 0 : spread;  // NaN stays
+          const double variance = second[c] / count - from_shift * from_shift;
+          const double var_of_c = variance < 0 ? 0 : variance;  // NaN stays
           const double factor = (weight ? weight[c] : 1) / std::sqrt(var_of_c + eps);
           means[c] = static_cast<T>(mean_of_c);
           vars[c] = static_cast<T>(var_of_c);

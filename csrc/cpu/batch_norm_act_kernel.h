@@ -29,7 +29,7 @@ struct BatchNormGradInput {
   T* grad_residual;  // receives g, or null
 };
 
-// Channels that are summed together: their accumulators stay in the L1 cache.
+// Channels that are summed together: their accumulators stay in the L1 cache. Chosen, not tuned.
 constexpr int64_t kChannelsTogether = 16;
 
 // T is float or double.

@@ -8,6 +8,7 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/parallel.h"
 #include "common/tensor_checks.h"
 #include "cpu/epilogue_tensors.h"
 #include "cpu/max_pool2d_kernel.h"

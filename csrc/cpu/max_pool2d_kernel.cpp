@@ -8,7 +8,7 @@ namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
 // SIZE is the rows and columns of the windows, or 0 if they are only known at run time. The compiler vectorises the
-// loops over windows (NCHW) and over channels (channels_last).
+// loop over channels (channels_last); of NCHW images, float32 windows of 2 x 2 have functions of their own.
 template <int SIZE>
 static int64_t rows_of(const PoolRow& row) {
   return SIZE ? SIZE : row.rows;
@@ -45,16 +45,16 @@ struct Pairs {
 static inline Pairs load_pairs(const float* p, int count) {
   if (count == kLanes) {
     const Vec a = load(p), b = load(p + kLanes);
-    return {even(a, b), odd(a, b)};
+    return {deinterleave_even(a, b), deinterleave_odd(a, b)};
   }
   const int low = 2 * count < kLanes ? 2 * count : kLanes;
   const Vec a = load_first(p, low), b = load_first(p + low, 2 * count - low);
-  return {even(a, b), odd(a, b)};
+  return {deinterleave_even(a, b), deinterleave_odd(a, b)};
 }
 static inline void store_pairs(float* p, const Pairs& pairs, int count) {
   const int low = 2 * count < kLanes ? 2 * count : kLanes;
-  store_up_to(p, zip_low(pairs.even, pairs.odd), low);
-  if (2 * count > low) store_up_to(p + low, zip_high(pairs.even, pairs.odd), 2 * count - low);
+  store_up_to(p, interleave_low(pairs.even, pairs.odd), low);
+  if (2 * count > low) store_up_to(p + low, interleave_high(pairs.even, pairs.odd), 2 * count - low);
 }
 
 // Calls visit(i, count) for the vectors of `windows` windows of 2 x 2 pixels.
@@ -86,8 +86,8 @@ static void pool_two(const PoolRow& row, const float* input, float* out, uint8_t
 }
 
 template <bool ADDS>
-static void spread_two(const PoolRow& row, const float* grad, const uint8_t* index, const float* residual,
-                       float* grad_input) {
+static void scatter_two(const PoolRow& row, const float* grad, const uint8_t* index, const float* residual,
+                        float* grad_input) {
   for_each_vector(row.windows, [&](int64_t i, int count) {
     const Vec g = load_up_to(grad + i, count);
     uint8_t numbers[kLanes] = {};
@@ -131,8 +131,8 @@ void max_pool2d_row(const PoolRow& row, const T* input, T* out, uint8_t* index) 
 }
 
 template <int SIZE, bool ADDS, class T>
-static void spread(const PoolRow& row, int64_t count, int64_t stride, int64_t step, const T* __restrict grad,
-                   const uint8_t* __restrict index, const T* residual, T* grad_input) {
+static void scatter(const PoolRow& row, int64_t count, int64_t stride, int64_t step, const T* __restrict grad,
+                    const uint8_t* __restrict index, const T* residual, T* grad_input) {
   const int64_t rows = rows_of<SIZE>(row), cols = cols_of<SIZE>(row);
   for (int64_t r = 0; r < rows; ++r) {
     const T* const added = residual + (ADDS ? r * row.row_pitch : 0);
@@ -147,13 +147,13 @@ static void spread(const PoolRow& row, int64_t count, int64_t stride, int64_t st
 }
 
 template <int SIZE, bool ADDS, class T>
-static void spread_row(const PoolRow& row, const T* grad, const uint8_t* index, const T* residual, T* grad_input) {
+static void scatter_row(const PoolRow& row, const T* grad, const uint8_t* index, const T* residual, T* grad_input) {
   if constexpr (SIZE == 2 && std::is_same_v<T, float>)
-    if (row.step == 1) return spread_two<ADDS>(row, grad, index, residual, grad_input);
+    if (row.step == 1) return scatter_two<ADDS>(row, grad, index, residual, grad_input);
   const int64_t cols = cols_of<SIZE>(row);
-  if (row.step == 1) return spread<SIZE, ADDS>(row, row.windows, cols, 1, grad, index, residual, grad_input);
+  if (row.step == 1) return scatter<SIZE, ADDS>(row, row.windows, cols, 1, grad, index, residual, grad_input);
   for (int64_t q = 0; q < row.windows; ++q, grad += row.step, index += row.step) {
-    spread<SIZE, ADDS>(row, row.step, 1, row.step, grad, index, residual, grad_input);
+    scatter<SIZE, ADDS>(row, row.step, 1, row.step, grad, index, residual, grad_input);
     grad_input += cols * row.step;
     if (ADDS) residual += cols * row.step;
   }
@@ -162,8 +162,8 @@ static void spread_row(const PoolRow& row, const T* grad, const uint8_t* index, 
 template <class T>
 void max_pool2d_grad_row(const PoolRow& row, const T* grad, const uint8_t* index, const T* residual, T* grad_input) {
   const bool two = row.rows == 2 && row.cols == 2;
-  const auto kernel = two ? (residual ? &spread_row<2, true, T> : &spread_row<2, false, T>)
-                          : (residual ? &spread_row<0, true, T> : &spread_row<0, false, T>);
+  const auto kernel = two ? (residual ? &scatter_row<2, true, T> : &scatter_row<2, false, T>)
+                          : (residual ? &scatter_row<0, true, T> : &scatter_row<0, false, T>);
   kernel(row, grad, index, residual, grad_input);
 }
 

@@ -5,6 +5,7 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/parallel.h"
 #include "common/pgd_checks.h"
 #include "cpu/pgd_step_kernel.h"
 #include "cpu/staging.h"

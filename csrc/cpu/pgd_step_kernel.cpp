@@ -23,14 +23,14 @@ T clamp(T x, T low, T high) {
 // Sums in double, in an order that depends only on `count`: 16 partial sums, which GCC keeps in vector registers.
 template <class Value>
 double sum_of_squares(int64_t count, Value value) {
-  constexpr int kLanes = 16;
-  double lanes[kLanes] = {};
+  constexpr int kPartialSums = 16;
+  double sums[kPartialSums] = {};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += value(i + lane) * value(i + lane);
-  for (; i < count; ++i) lanes[i % kLanes] += value(i) * value(i);
+  for (; i + kPartialSums <= count; i += kPartialSums)
+    for (int j = 0; j < kPartialSums; ++j) sums[j] += value(i + j) * value(i + j);
+  for (; i < count; ++i) sums[i % kPartialSums] += value(i) * value(i);
   double sum = 0;
-  for (double lane : lanes) sum += lane;
+  for (double partial : sums) sum += partial;
   return sum;
 }
 

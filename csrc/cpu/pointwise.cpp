@@ -7,6 +7,7 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/parallel.h"
 #include "common/tensor_checks.h"
 #include "cpu/pointwise_kernel.h"
 #include "cpu/staging.h"

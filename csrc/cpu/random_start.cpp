@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/errors.h"
+#include "common/parallel.h"
 #include "common/pgd_checks.h"
 #include "cpu/random_start_kernel.h"
 #include "cpu/staging.h"
@@ -14,7 +15,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 8192;  // elements per thread at least: each takes about 20 operations
+constexpr int64_t kGrain = kElementwiseGrain / 4;  // elements per thread at least: each takes about 20 operations
 
 template <class T>
 void run(const Tensor& clean, const Tensor& out, const Noise& noise, bool l2) {

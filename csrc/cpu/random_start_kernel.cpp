@@ -1,45 +1,20 @@
 #include "cpu/random_start_kernel.h"
 
+#include "common/philox.h"
+
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
 namespace {
 
-constexpr int kLanes = 16;         // Philox blocks computed together, one per lane
-constexpr int kBits = 4 * kLanes;  // words of these blocks
+constexpr int kBlocks = 16;         // Philox blocks that are computed together
+constexpr int kBits = 4 * kBlocks;  // words of these blocks
 
-enum Stream : uint32_t { kElements, kRadii };  // the third counter word: streams never share a block
-
-struct Philox {
-  uint32_t word[4][kLanes];
-};
-
-// Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), for kLanes consecutive
-// counters. bits[i] is the word of element i.
-void draw(uint64_t counter, Stream stream, uint64_t key, uint32_t (&bits)[kBits]) {
-  Philox x;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const uint64_t position = counter + lane;
-    x.word[0][lane] = static_cast<uint32_t>(position);
-    x.word[1][lane] = static_cast<uint32_t>(position >> 32);
-    x.word[2][lane] = stream;
-    x.word[3][lane] = 0;
-  }
-  uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const uint64_t product0 = uint64_t{0xD2511F53} * x.word[0][lane];
-      const uint64_t product1 = uint64_t{0xCD9E8D57} * x.word[2][lane];
-      x.word[0][lane] = static_cast<uint32_t>(product1 >> 32) ^ x.word[1][lane] ^ key0;
-      x.word[1][lane] = static_cast<uint32_t>(product1);
-      x.word[2][lane] = static_cast<uint32_t>(product0 >> 32) ^ x.word[3][lane] ^ key1;
-      x.word[3][lane] = static_cast<uint32_t>(product0);
-    }
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
-  }
-  for (int lane = 0; lane < kLanes; ++lane)
-    for (int word = 0; word < 4; ++word) bits[4 * lane + word] = x.word[word][lane];
+// bits[i] is the word of element i.
+void draw(uint64_t counter, PhiloxStream stream, uint64_t key, uint32_t (&bits)[kBits]) {
+  const PhiloxBlocks<kBlocks> blocks = philox<kBlocks>(counter, stream, key);
+  for (int block = 0; block < kBlocks; ++block)
+    for (int word = 0; word < 4; ++word) bits[4 * block + word] = blocks.word[word][block];
 }
 
 // Calls visit(i, bits, index of i in bits) for begin <= i < end.
@@ -48,14 +23,11 @@ void for_each_element(int64_t begin, int64_t end, const Noise& noise, Visit visi
   uint32_t bits[kBits];
   for (int64_t group = begin / kBits; group * kBits < end; ++group) {
     const int64_t first = group * kBits;
-    draw(noise.offset + static_cast<uint64_t>(first / 4), kElements, noise.key, bits);
+    draw(noise.offset + static_cast<uint64_t>(first / 4), PhiloxStream::elements, noise.key, bits);
     const int64_t from = first < begin ? begin : first, to = first + kBits > end ? end : first + kBits;
     for (int64_t i = from; i < to; ++i) visit(i, bits, static_cast<int>(i - first));
   }
 }
-
-// Uniform in (0, 1]: 0 is excluded because its logarithm is taken.
-double unit(uint32_t bits) { return (static_cast<double>(bits) + 1.0) * 0x1p-32; }
 
 struct NormalPair {
   double even, odd;
@@ -82,8 +54,7 @@ template <class T>
 void random_start_linf(const T* clean, T* out, int64_t begin, int64_t end, const Noise& noise) {
   const double eps = static_cast<T>(noise.eps);
   for_each_element(begin, end, noise, [&](int64_t i, const uint32_t* bits, int index) {
-    const double fraction = static_cast<double>(static_cast<int32_t>(bits[index] >> 8)) * 0x1p-23 - 1.0;
-    out[i] = clamped<T>(clean[i] + eps * fraction, noise);
+    out[i] = clamped<T>(clean[i] + eps * fraction(bits[index]), noise);
   });
 }
 
@@ -102,7 +73,7 @@ void random_start_l2(const T* clean, T* out, int64_t sample, int64_t count, cons
     out[i] = static_cast<T>(value);
   });
   uint32_t bits[kBits];
-  draw(noise.offset + static_cast<uint64_t>(sample / 4), kRadii, noise.key, bits);
+  draw(noise.offset + static_cast<uint64_t>(sample / 4), PhiloxStream::radii, noise.key, bits);
   const double radius = noise.eps * __builtin_pow(unit(bits[sample % 4]), 1.0 / static_cast<double>(count));
   const double scale = sum > 0 ? radius / __builtin_sqrt(sum) : 0.0;
   for (int64_t i = begin; i < end; ++i) out[i] = clamped<T>(clean[i] + scale * out[i], noise);

@@ -54,18 +54,18 @@ static inline uint32_t equal_bits(const uint8_t* p, uint8_t value) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(static_cast<char>(value)))));
 }
-// even, odd: the lanes of even and of odd number of the sequence a, b. zip_low, zip_high: the reverse, lanes of a and b
-// in turn, from their first and from their second halves.
-static inline Vec even(Vec a, Vec b) {
+// The lanes of even and of odd number of the sequence a, b. The reverse: lanes of a and b in turn, from their first and
+// from their second halves.
+static inline Vec deinterleave_even(Vec a, Vec b) {
   return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b);
 }
-static inline Vec odd(Vec a, Vec b) {
+static inline Vec deinterleave_odd(Vec a, Vec b) {
   return _mm512_permutex2var_ps(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), b);
 }
-static inline Vec zip_low(Vec a, Vec b) {
+static inline Vec interleave_low(Vec a, Vec b) {
   return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
 }
-static inline Vec zip_high(Vec a, Vec b) {
+static inline Vec interleave_high(Vec a, Vec b) {
   return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
 }
 // The vectors that begin one float before and after `v`; `v` is at p, aligned, and has a vector before and after it.
@@ -77,9 +77,9 @@ static inline Vec one_before(const float*, Vec before, Vec v) {
 static inline Vec one_after(const float*, Vec v, Vec after) {
   return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(after), _mm512_castps_si512(v), 1));
 }
-static inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
-static inline Vec load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
-static inline void store_first(float* p, Vec v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
+static inline __mmask16 tail_mask(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+static inline Vec load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(tail_mask(count), p); }
+static inline void store_first(float* p, Vec v, int count) { _mm512_mask_storeu_ps(p, tail_mask(count), v); }
 
 static inline void transpose(Vec r[16]) {
   Vec t[16];
@@ -162,24 +162,23 @@ static inline uint32_t equal_bits(const uint8_t* p, uint8_t value) {
   return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(static_cast<char>(value)))) &
                                0xff);
 }
-static inline Vec unzipped(Vec v) {  // after a shuffle within 128-bit halves: the lanes of a first, then those of b
-  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
-}
-static inline Vec even(Vec a, Vec b) { return unzipped(_mm256_shuffle_ps(a, b, 0x88)); }
-static inline Vec odd(Vec a, Vec b) { return unzipped(_mm256_shuffle_ps(a, b, 0xdd)); }
-static inline Vec zip_low(Vec a, Vec b) {
+// After a shuffle within 128-bit halves: the lanes of a first, then those of b.
+static inline Vec deinterleaved(Vec v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
+static inline Vec deinterleave_even(Vec a, Vec b) { return deinterleaved(_mm256_shuffle_ps(a, b, 0x88)); }
+static inline Vec deinterleave_odd(Vec a, Vec b) { return deinterleaved(_mm256_shuffle_ps(a, b, 0xdd)); }
+static inline Vec interleave_low(Vec a, Vec b) {
   return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
 }
-static inline Vec zip_high(Vec a, Vec b) {
+static inline Vec interleave_high(Vec a, Vec b) {
   return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
 }
 static inline Vec one_before(const float* p, Vec, Vec) { return load(p - 1); }
 static inline Vec one_after(const float* p, Vec, Vec) { return load(p + 1); }
-static inline __m256i first(int count) {
+static inline __m256i tail_mask(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-static inline Vec load_first(const float* p, int count) { return _mm256_maskload_ps(p, first(count)); }
-static inline void store_first(float* p, Vec v, int count) { _mm256_maskstore_ps(p, first(count), v); }
+static inline Vec load_first(const float* p, int count) { return _mm256_maskload_ps(p, tail_mask(count)); }
+static inline void store_first(float* p, Vec v, int count) { _mm256_maskstore_ps(p, tail_mask(count), v); }
 
 static inline void transpose(Vec r[8]) {
   Vec t[8];
@@ -250,10 +249,10 @@ static inline uint32_t equal_bits(const uint8_t* p, uint8_t value) {
   for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(p[i] == value) << i;
   return bits;
 }
-static inline Vec even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
-static inline Vec odd(Vec a, Vec b) { return Vec{a[1], a[3], b[1], b[3]}; }
-static inline Vec zip_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
-static inline Vec zip_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
+static inline Vec deinterleave_even(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
+static inline Vec deinterleave_odd(Vec a, Vec b) { return Vec{a[1], a[3], b[1], b[3]}; }
+static inline Vec interleave_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+static inline Vec interleave_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
 static inline Vec one_before(const float* p, Vec, Vec) { return load(p - 1); }
 static inline Vec one_after(const float* p, Vec, Vec) { return load(p + 1); }
 static inline Vec load_first(const float* p, int count) {

@@ -1,4 +1,4 @@
-// Loads and stores of four neighbouring floats from and to each of kFours places, and their transposition.
+// Loads and stores of four neighbouring floats from and to each of kQuads places, and their transposition.
 #pragma once
 
 #include "cpu/simd.h"
@@ -6,7 +6,7 @@
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
 
-constexpr int kFours = kLanes / 4;
+constexpr int kQuads = kLanes / 4;
 
 // The floats at p whose bits are set; the others are 0 and not read.
 #if defined(__AVX512F__)
@@ -28,9 +28,9 @@ static inline Vec load_where(const float* p, uint32_t bits) {
 }
 #endif
 
-// The pixels 0 to 3 and 4 to 7 of kFours windows, wherever they are; bit s of a window is that of its pixel s.
-static inline __attribute__((always_inline)) void load_windows(const float* const p[kFours],
-                                                               const uint32_t bits[kFours], Vec& first, Vec& last) {
+// The pixels 0 to 3 and 4 to 7 of kQuads windows, wherever they are; bit s of a window is that of its pixel s.
+static inline __attribute__((always_inline)) void load_windows(const float* const p[kQuads],
+                                                               const uint32_t bits[kQuads], Vec& first, Vec& last) {
 #if defined(__AVX512F__)
   const auto pair = [&](int i) {
     const __m512 low = _mm512_zextps256_ps512(_mm256_maskz_loadu_ps(static_cast<__mmask8>(bits[i]), p[i]));
@@ -51,36 +51,37 @@ static inline __attribute__((always_inline)) void load_windows(const float* cons
 
 // Lanes of a and b in turn, from the first or the last half of each 128 bits, as single floats or as pairs.
 #if defined(__AVX512F__)
-static inline Vec zip_first(Vec a, Vec b) { return _mm512_unpacklo_ps(a, b); }
-static inline Vec zip_last(Vec a, Vec b) { return _mm512_unpackhi_ps(a, b); }
-static inline Vec zip_first_pairs(Vec a, Vec b) {
+static inline Vec interleave_first(Vec a, Vec b) { return _mm512_unpacklo_ps(a, b); }
+static inline Vec interleave_last(Vec a, Vec b) { return _mm512_unpackhi_ps(a, b); }
+static inline Vec interleave_first_pairs(Vec a, Vec b) {
   return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
 }
-static inline Vec zip_last_pairs(Vec a, Vec b) {
+static inline Vec interleave_last_pairs(Vec a, Vec b) {
   return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
 }
 #elif defined(__AVX2__)
-static inline Vec zip_first(Vec a, Vec b) { return _mm256_unpacklo_ps(a, b); }
-static inline Vec zip_last(Vec a, Vec b) { return _mm256_unpackhi_ps(a, b); }
-static inline Vec zip_first_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x44); }
-static inline Vec zip_last_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xee); }
+static inline Vec interleave_first(Vec a, Vec b) { return _mm256_unpacklo_ps(a, b); }
+static inline Vec interleave_last(Vec a, Vec b) { return _mm256_unpackhi_ps(a, b); }
+static inline Vec interleave_first_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x44); }
+static inline Vec interleave_last_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xee); }
 #endif
 
 // Transposes 4 x 4 floats in each 128 bits of four vectors.
 static inline __attribute__((always_inline)) void transpose_fours(Vec v[4]) {
 #if defined(__AVX2__)
-  const Vec a = zip_first(v[0], v[1]), b = zip_last(v[0], v[1]), c = zip_first(v[2], v[3]), d = zip_last(v[2], v[3]);
-  v[0] = zip_first_pairs(a, c);
-  v[1] = zip_last_pairs(a, c);
-  v[2] = zip_first_pairs(b, d);
-  v[3] = zip_last_pairs(b, d);
+  const Vec a = interleave_first(v[0], v[1]), b = interleave_last(v[0], v[1]), c = interleave_first(v[2], v[3]),
+            d = interleave_last(v[2], v[3]);
+  v[0] = interleave_first_pairs(a, c);
+  v[1] = interleave_last_pairs(a, c);
+  v[2] = interleave_first_pairs(b, d);
+  v[3] = interleave_last_pairs(b, d);
 #else
   transpose(v);
 #endif
 }
 
 // Stores the lanes 4 i to 4 i + 3 at to[i].
-static inline __attribute__((always_inline)) void store_fours(Vec v, float* const to[kFours]) {
+static inline __attribute__((always_inline)) void store_quads(Vec v, float* const to[kQuads]) {
 #if defined(__AVX512F__)
   _mm_storeu_ps(to[0], _mm512_castps512_ps128(v));
   _mm_storeu_ps(to[1], _mm512_extractf32x4_ps(v, 1));

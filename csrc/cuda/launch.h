@@ -53,7 +53,7 @@ void with_type_of(const torch::stable::Tensor& tensor, Visit visit) {
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Replaces N numbers of each thread of a block by their sums over all its threads. The order of summation depends on
-// the number of threads alone.
+// the number of threads alone. At most one call per kernel: nothing waits before `warps` is written again.
 template <int kBlock, int N>
 __device__ void block_sums(double (&values)[N]) {
   __shared__ double warps[kBlock / kWarp][N];

@@ -16,9 +16,10 @@ using torch::stable::Tensor;
 
 // One block per image. Its threads keep up to kCachedBytes each in registers between the sums and the move; with more,
 // registers spill to memory. Larger images (more than 8,192 float32 elements) are read twice: 28 bytes per element
-// instead of 16.
+// instead of 16. The limit of vectors, for those of one element, is chosen, not tuned.
 constexpr int kImageThreads = 512;
 constexpr int kCachedBytes = 192;
+constexpr int kMostCached = 8;
 
 template <int V, class Image, class Grad>
 __global__ void __launch_bounds__(kThreads) pgd_step_linf(PgdStep<Image, Grad> step, int64_t count) {
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kImageThreads) pgd_step_l2(PgdStep<Image, Grad
 
 template <int V, class Image, class Grad>
 void launch_l2(const PgdStep<Image, Grad>& step, int64_t images, int64_t count, cudaStream_t stream) {
-  constexpr int kCached = std::min(8, kCachedBytes / static_cast<int>(sizeof(StepVector<V, Image, Grad>)));
+  constexpr int kCached = std::min(kMostCached, kCachedBytes / static_cast<int>(sizeof(StepVector<V, Image, Grad>)));
   const auto kernel =
       count <= kCached * kImageThreads * V ? &pgd_step_l2<V, kCached, Image, Grad> : &pgd_step_l2<V, 0, Image, Grad>;
   kernel<<<static_cast<unsigned>(images), kImageThreads, 0, stream>>>(step, count);

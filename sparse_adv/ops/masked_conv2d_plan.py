@@ -1,6 +1,6 @@
 """Plans: which kernel each pass of a convolution runs, why, and how many multiply-adds (MACs) it executes.
 
-The kernels of the op are chosen here only. On the CPU the plan comes from the C++ op, which the passes follow; on CUDA
+The kernels of the op are chosen only here. On the CPU the plan comes from the C++ op, which the passes follow; on CUDA
 the passes call `plan_on_cuda`. `nn.explain`, `nn.count_macs` and `nn.tune` call `plan`. Steps of the engine may take
 Winograd's filtering instead of the op (`engine/winograd.py`).
 """
@@ -32,8 +32,8 @@ class PassPlan(NamedTuple):
     kernel: str
     """"sparse" or "dense"."""
     reason: str
-    """"requested" (by `set_kernels`), "table" (the cost model of the CPU kernels), "roofline" (that of the GPU
-    kernels), or why there is no sparse kernel."""
+    """"requested" (by `set_kernels`), "table" (the CPU kernels' cost model), "roofline" (the GPU kernels' cost model),
+    or why there is no sparse kernel."""
     macs: int
     """Multiply-adds executed: output pixels of the whole batch times the weights that the mask keeps, or times all
     weights where the kernel is dense."""
@@ -48,12 +48,12 @@ class Plan(NamedTuple):
 
 
 def plan(pattern: Pattern, input: Tensor, stride: Pair = 1, padding: Pair | str = 0, dilation: Pair = 1) -> Plan:
-    """Return which kernel each pass of `masked_conv2d` runs, why, and the multiply-adds that it executes.
+    """Return which kernel each pass of `masked_conv2d` runs, why, and how many multiply-adds it executes.
 
     Args:
         pattern: what `compile_pattern` returned.
-        input: float tensor [N, C, H, W]. Only its device, dtype (under autocast, that of autocast), shape and
-            layout matter. grad_output is assumed to have the layout of the output.
+        input: float tensor [N, C, H, W]. Only its device, shape, layout and dtype (under autocast, autocast's dtype)
+            matter. grad_output is assumed to have the layout of the output.
         stride, padding, dilation: as for `masked_conv2d`.
 
     Returns:
@@ -98,7 +98,7 @@ def plan_on_cuda(
 
 
 def missing_kernel(pattern: Pattern, dtype: torch.dtype, device: str) -> str:
-    """Why no sparse kernel can run this pattern in this dtype on this type of device; "" if one can."""
+    """Why no sparse kernel can run this pattern in this dtype on this type of device; "" if there is one."""
     kind = str(dtype).removeprefix("torch.")
     if device == "cpu":
         return "" if dtype == CPU_DTYPE else f"no sparse kernel for {kind} on cpu"

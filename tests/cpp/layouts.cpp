@@ -35,15 +35,15 @@ static bool check_fill_batch_tile(const Kernels& kernels, bool channels_last, in
                      .zero_count = std::ssize(zero_positions),
                      .channel_pitch = channel_pitch,
                      .ascending = ascending};
-  const int64_t first = 1, last = channels;
-  std::vector<float> tile((last - first) * channel_pitch * kernels.lanes, kUntouched);
-  kernels.fill_batch_tile(images, map, first, last, tile.data());
+  const Range written{.begin = 1, .end = channels};
+  std::vector<float> tile((written.end - written.begin) * channel_pitch * kernels.lanes, kUntouched);
+  kernels.fill_batch_tile(images, map, written, tile.data());
 
   std::vector<double> expected(tile.size());
-  for (int64_t c = first; c < last; ++c)
+  for (int64_t c = written.begin; c < written.end; ++c)
     for (int64_t p = 0; p < std::ssize(positions); ++p)
       for (int i = 0; i < count && positions[p] >= 0; ++i)
-        expected[((c - first) * channel_pitch + positions[p]) * kernels.lanes + i] =
+        expected[((c - written.begin) * channel_pitch + positions[p]) * kernels.lanes + i] =
             data[element(images, i, c, first_pixel + p)];
   return equal(tile, expected);
 }
@@ -85,7 +85,8 @@ static bool check_fill_width_tile(const Kernels& kernels, int64_t row_size, int6
                    .odd_offset = split ? phase + 1 : 0};
   const std::vector<float> image = numbers(channels * image_rows * row_size);
   std::vector<float> tile((channels - first) * map.channel_pitch, kUntouched);
-  kernels.fill_width_tile(image.data(), image_rows * row_size, map, first, channels, tile.data() + lead);
+  kernels.fill_width_tile(image.data(), image_rows * row_size, map, {.begin = first, .end = channels},
+                          tile.data() + lead);
 
   std::vector<double> expected(tile.size(), kUntouched);
   for (int64_t c = first; c < channels; ++c) {
@@ -135,15 +136,14 @@ static bool check_store_accumulators(const Kernels& kernels, const Images& shape
   gates.activate(epilogue);
   std::vector<float> output(size, kUntouched);
   const int64_t middle = std::min<int64_t>(std::max(8, kernels.lanes), shape.channels);  // whole bytes of a gate
-  for (const auto& [first_channel, last_channel] : {std::pair{middle, shape.channels}, std::pair{int64_t{0}, middle}})
+  for (const Range channels : {Range{middle, shape.channels}, Range{0, middle}})
     kernels.store_accumulators({.data = data.data(),
                                 .plane_of = plane_of.data(),
                                 .channel_pitch = channel_pitch,
                                 .first_pixel = first,
                                 .pixel_count = count,
                                 .positions = positions.data(),
-                                .first_channel = first_channel,
-                                .last_channel = last_channel},
+                                .channels = channels},
                                epilogue, shape, output.data());
 
   std::vector<double> expected(size, kUntouched);
@@ -179,8 +179,7 @@ static bool check_store_joined_rows(const Kernels& kernels, int64_t row_size, in
                   .first_row = first_row,
                   .row_count = row_count,
                   .row_size = row_size,
-                  .first_channel = 0,
-                  .last_channel = channels};
+                  .channels = {}};
   std::vector<float> output(size, kUntouched);
   for (int64_t k = 0; residual == Residual::output && k < channels; ++k) {
     const int64_t at = k * pixels + first_row * row_size;
@@ -194,9 +193,8 @@ static bool check_store_joined_rows(const Kernels& kernels, int64_t row_size, in
   Gates gates(activation, size, row_size, size);
   gates.activate(epilogue);
   std::vector<double> expected(size, kUntouched);
-  for (const auto& [first, last] : {std::pair{1, 3}, std::pair{0, 1}}) {
-    rows.first_channel = first;
-    rows.last_channel = last;
+  for (const Range written : {Range{1, 3}, Range{0, 1}}) {
+    rows.channels = written;
     kernels.store_joined_rows(rows, epilogue, channels, pixels, output.data());
   }
   if (epilogue.residual) epilogue.residual = added.data();

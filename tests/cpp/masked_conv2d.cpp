@@ -51,12 +51,12 @@ struct WeightsAndInput {
     return input[input_offsets[i] + at / (cols * lanes) * row_pitch + at % (cols * lanes)];
   }
 
-  double sum(int64_t channel, int64_t at, int cols, FilterRows inside = {.first = 0, .last = kFilterRows}) const {
+  double sum(int64_t channel, int64_t at, int cols, FilterRows inside = {.begin = 0, .end = kFilterRows}) const {
     double sum = 0;
     for (int64_t ic_block = 0; ic_block < kIcBlocks; ++ic_block) {
       const int64_t row = ic_block * kOcBlocks + channel / oc_block;
       const int32_t* const starts = filter_row_starts.data() + row * (kFilterRows + 1);
-      for (int32_t i = row_offsets[row] + starts[inside.first]; i < row_offsets[row] + starts[inside.last]; ++i)
+      for (int32_t i = row_offsets[row] + starts[inside.begin]; i < row_offsets[row] + starts[inside.end]; ++i)
         sum += static_cast<double>(values[i * oc_block + channel % oc_block]) * source(i, at, cols);
     }
     return sum;
@@ -107,8 +107,8 @@ static bool check_accumulators(const Kernels& kernels, const WeightsAndInput& we
   std::vector<float> accumulators((weights.channels - 1) * plane + plane - lanes, kUntouched);
   // The first oc_block by itself, then the others.
   for (int64_t ic_block = 0; ic_block < WeightsAndInput::kIcBlocks; ++ic_block)
-    for (int64_t first : {0, 1})
-      kernels.conv_tile(weights.packed(), ic_block, ic_block + 1,
+    for (Range oc_blocks : {Range{0, 1}, Range{1, WeightsAndInput::kOcBlocks}})
+      kernels.conv_tile(weights.packed(), {ic_block, ic_block + 1},
                         {.cols = cols,
                          .rows_inside = kTileVectors,
                          .cols_inside = kTileVectors,
@@ -118,8 +118,7 @@ static bool check_accumulators(const Kernels& kernels, const WeightsAndInput& we
                          .acc_row_pitch = row_pitch,
                          .acc_channel_pitch = plane,
                          .output = nullptr,
-                         .first_oc_block = first,
-                         .last_oc_block = first == 0 ? 1 : WeightsAndInput::kOcBlocks,
+                         .oc_blocks = oc_blocks,
                          .filter_rows = filter_rows});
 
   std::vector<double> expected(accumulators.size(), kUntouched);
@@ -156,7 +155,7 @@ static bool check_output(const Kernels& kernels, const WeightsAndInput& weights,
     region.epilogue = {.scale = affine.data(), .bias = affine.data(), .residual = residual.data()};
   Gates gates(activation, std::ssize(output), row_size, std::ssize(output));
   gates.activate(region.epilogue);
-  kernels.conv_tile(weights.packed(), 0, WeightsAndInput::kIcBlocks,
+  kernels.conv_tile(weights.packed(), {0, WeightsAndInput::kIcBlocks},
                     {.cols = cols,
                      .rows_inside = region.rows,
                      .cols_inside = cols,
@@ -166,8 +165,7 @@ static bool check_output(const Kernels& kernels, const WeightsAndInput& weights,
                      .acc_row_pitch = cols * lanes,
                      .acc_channel_pitch = kTileVectors * lanes,
                      .output = &region,
-                     .first_oc_block = 0,
-                     .last_oc_block = WeightsAndInput::kOcBlocks});
+                     .oc_blocks = {0, WeightsAndInput::kOcBlocks}});
 
   std::vector<double> expected(output.size(), kUntouched);
   for (int64_t k = 1; k < weights.channels; ++k)
@@ -181,8 +179,8 @@ static bool check_output(const Kernels& kernels, const WeightsAndInput& weights,
 
 bool check_conv_tile(const Kernels& kernels) {
   bool good = true;
-  std::vector<FilterRows> filter_rows{{.first = 1, .last = 3}, {.first = 0, .last = 2}, {.first = 0, .last = 0}};
-  filter_rows.resize(kTileVectors, {.first = 0, .last = 3});
+  std::vector<FilterRows> filter_rows{{.begin = 1, .end = 3}, {.begin = 0, .end = 2}, {.begin = 0, .end = 0}};
+  filter_rows.resize(kTileVectors, {.begin = 0, .end = 3});
   for (int cols : {16, 8, 4, 2, 1}) {
     std::vector<WeightsAndInput> cases;
     for (int64_t oc_block : {1, 2, 4}) cases.emplace_back(kernels, oc_block, cols);
@@ -206,15 +204,18 @@ static bool check_partials(const Kernels& kernels, const WeightsAndInput& weight
   const std::vector<float> grad = numbers((weights.channels - 1) * plane + plane - lanes);
   std::vector<float> partials = numbers(weights.oc_block * std::ssize(weights.input_offsets));
   std::vector<double> expected(partials.begin(), partials.end());
-  kernels.grad_weight_tile(weights.packed(), 0, WeightsAndInput::kIcBlocks,
-                           {.input = weights.input.data(),
-                            .grad = grad.data(),
-                            .input_row_pitch = weights.row_pitch,
-                            .grad_row_pitch = row_pitch,
-                            .grad_channel_pitch = plane,
-                            .cols = cols,
-                            .channel_of = channel_of.data()},
-                           partials.data());
+  // The first oc_block by itself, then the others.
+  for (Range oc_blocks : {Range{0, 1}, Range{1, WeightsAndInput::kOcBlocks}})
+    kernels.grad_weight_tile(weights.packed(), {0, WeightsAndInput::kIcBlocks},
+                             {.input = weights.input.data(),
+                              .grad = grad.data(),
+                              .input_row_pitch = weights.row_pitch,
+                              .grad_row_pitch = row_pitch,
+                              .grad_channel_pitch = plane,
+                              .cols = cols,
+                              .oc_blocks = oc_blocks,
+                              .channel_of = channel_of.data()},
+                             partials.data());
 
   for (int64_t row = 0; row < WeightsAndInput::kRows; ++row)
     for (int32_t i = weights.row_offsets[row]; i < weights.row_offsets[row + 1]; ++i)
@@ -265,8 +266,8 @@ bool check_col_indices(const Kernels& kernels) {
   indices.push_back(2 << kTapBits | 3);
   const std::vector<int32_t> row_offsets{0, 37, 37, 38};
   std::vector<int32_t> starts(3 * 7, -1);
-  const auto find = [&](int64_t first, int64_t last) {
-    return kernels.find_filter_rows(indices.data(), row_offsets.data(), first, last, 6, 2, starts.data());
+  const auto find = [&](int64_t begin, int64_t end) {
+    return kernels.find_filter_rows(indices.data(), row_offsets.data(), {begin, end}, 6, 2, starts.data());
   };
   good &= find(0, 2) && starts[14] == -1 && find(2, 3);
   for (int64_t row = 0; row < 3; ++row)

@@ -93,11 +93,14 @@ bool check_grad_weight(const Kernels& kernels, int64_t tile, int64_t C, int64_t 
   std::vector<float> v(elements * tiles * C, kUntouched), z(elements * tiles * width, kUntouched);
   for (int64_t i = 0; i < tiles; ++i)
     kernels.winograd_grad_tile(conv, input.data(), grad.data(), i, tiles, v.data() + i * C, z.data() + i * width);
-  std::vector<float> sums(elements * C * width), actual(K * C * 9, kUntouched);
+  std::vector<float> sums(elements * C * width, kUntouched), actual(K * C * 9, kUntouched);
+  const int64_t half = tiles / 2;  // of the tiles: the second half is added to the sums of the first
   for (int64_t i = 0; i < elements; ++i)
     for (const auto& [begin, end] : {std::pair{int64_t{0}, C / 2}, std::pair{C / 2, C}})
-      kernels.winograd_grad_multiply(conv, tiles, v.data() + i * tiles * C, z.data() + i * tiles * width, begin, end,
-                                     sums.data() + i * C * width);
+      for (const auto& [first, last] : {std::pair{int64_t{0}, half}, std::pair{half, tiles}})
+        kernels.winograd_grad_multiply(conv, last - first, v.data() + (i * tiles + first) * C,
+                                       z.data() + (i * tiles + first) * width, begin, end, first == 0,
+                                       sums.data() + i * C * width);
   kernels.winograd_grad_taps(conv, sums.data(), 0, C, actual.data());
 
   std::vector<double> expected(actual.size());

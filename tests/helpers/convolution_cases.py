@@ -69,8 +69,9 @@ class Case:
     def with_real_numbers(self) -> Self:
         """Replace the integers by normal numbers, whose sum depends on the order of summation."""
         generator = torch.Generator().manual_seed(self.seed)
-        sizes = {"input": self.input_size, "weight": self.weight_size, "grad_output": self.output_size}
-        vars(self).update({name: torch.randn(size, generator=generator) for name, size in sizes.items()})
+        for name in ("input", "weight", "grad_output"):
+            integers = getattr(self, name)
+            vars(self)[name] = torch.empty_like(integers).copy_(torch.randn(integers.shape, generator=generator))
         return self
 
     def on(self, device: torch.device) -> Self:

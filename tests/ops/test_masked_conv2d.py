@@ -231,14 +231,16 @@ def in_threads(count: int, case: Case, pattern: Pattern) -> dict[str, Tensor]:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("block", [(1, 1), (4, 1), (1, 1, 3, 3)])
-@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("block", [(1, 1), (2, 1), (4, 4), (1, 1, 3, 3)], ids=str)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("image", [(17, 23), (4, 4), (8, 16)], ids=str)
 @pytest.mark.parametrize("sizes", [(33, 1, 21, 19), (3, 1, 40, 70), (5, 2, 24, 20)], ids=str)
-def test_results_are_the_same_for_every_number_of_threads_and_every_call(sizes, stride, block):
-    case = Case(*sizes, (17, 23), stride=stride, block=block).with_real_numbers()
+def test_results_are_the_same_for_every_number_of_threads_and_every_call(sizes, image, stride, block, layout):
+    case = Case(*sizes, image, stride=stride, block=block, layout=layout).with_real_numbers()
     pattern = case.pattern("sparse")
     once = in_threads(1, case, pattern)
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 5, 16):
         assert_passes_equal(in_threads(count, case, pattern), once)
 
 

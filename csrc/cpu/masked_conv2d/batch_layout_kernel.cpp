@@ -18,29 +18,28 @@ static inline void load_transposed(Vec v[kLanes], const float* source, int64_t r
   transpose(v);
 }
 
-void fill_batch_tile(const Images& images, const PixelMap& map, int64_t first_channel, int64_t last_channel,
-                     float* tile) {
+void fill_batch_tile(const Images& images, const PixelMap& map, Range channels, float* tile) {
   const int64_t channel_pitch = map.channel_pitch;
-  for (int64_t c = first_channel; c < last_channel; ++c)
+  for (int64_t c = channels.begin; c < channels.end; ++c)
     for (int64_t i = 0; i < map.zero_count; ++i)
-      store(tile + ((c - first_channel) * channel_pitch + map.zero_positions[i]) * kLanes, broadcast(0.0f));
+      store(tile + ((c - channels.begin) * channel_pitch + map.zero_positions[i]) * kLanes, broadcast(0.0f));
   Vec v[kLanes];
   if (images.channels_last) {
     for (int64_t p = 0; p < map.pixel_count; ++p) {
       if (map.positions[p] < 0) continue;
       const float* pixel = images.data + (map.first_pixel + p) * images.channels;
-      for (int64_t c = first_channel; c < last_channel; c += kLanes) {
-        const int columns = last_channel - c < kLanes ? static_cast<int>(last_channel - c) : kLanes;
+      for (int64_t c = channels.begin; c < channels.end; c += kLanes) {
+        const int columns = channels.end - c < kLanes ? static_cast<int>(channels.end - c) : kLanes;
         load_transposed(v, pixel + c, images.image_size, images.count, columns);
         for (int j = 0; j < columns; ++j)
-          store(tile + ((c - first_channel + j) * channel_pitch + map.positions[p]) * kLanes, v[j]);
+          store(tile + ((c - channels.begin + j) * channel_pitch + map.positions[p]) * kLanes, v[j]);
       }
     }
     return;
   }
-  for (int64_t c = first_channel; c < last_channel; ++c) {
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
     const float* channel = images.data + c * images.pixels + map.first_pixel;
-    float* to = tile + (c - first_channel) * channel_pitch * kLanes;
+    float* to = tile + (c - channels.begin) * channel_pitch * kLanes;
     for (int64_t p = 0; p < map.pixel_count; p += kLanes) {
       const int columns = map.pixel_count - p < kLanes ? static_cast<int>(map.pixel_count - p) : kLanes;
       const int32_t* positions = map.positions + p;
@@ -73,8 +72,8 @@ static void store_channels_last(const Accumulators& accumulators, const Epilogue
                                 float* data) {
   Vec v[kLanes];
   for (int64_t p = 0; p < accumulators.pixel_count; ++p)
-    for (int64_t k = accumulators.first_channel; k < accumulators.last_channel; k += kLanes) {
-      const int64_t left = accumulators.last_channel - k;
+    for (int64_t k = accumulators.channels.begin; k < accumulators.channels.end; k += kLanes) {
+      const int64_t left = accumulators.channels.end - k;
       const int columns = left < kLanes ? static_cast<int>(left) : kLanes;
       for (int j = 0; j < kLanes; ++j)
         v[j] = j < columns ? scaled(accumulators, epilogue, k + j, accumulators.positions[p]) : broadcast(0.0f);
@@ -94,7 +93,7 @@ void store_accumulators(const Accumulators& accumulators, const Epilogue<float>&
   if (output.channels_last) return store_channels_last(accumulators, epilogue, output, data);
   const bool plain = !epilogue.residual && !epilogue.relu && !epilogue.gate && output.count == kLanes;
   Vec v[kLanes];
-  for (int64_t k = accumulators.first_channel; k < accumulators.last_channel; ++k) {
+  for (int64_t k = accumulators.channels.begin; k < accumulators.channels.end; ++k) {
     BitsAcrossRows bits_of_first_image(epilogue.gate_layout, k * output.pixels + accumulators.first_pixel,
                                        output.pixels);
     for (int64_t p = 0; p < accumulators.pixel_count; p += kLanes, bits_of_first_image.advance(kLanes)) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/range.h"
 #include "cpu/capability.h"
 #include "cpu/masked_conv2d/conv_kernel.h"
 
@@ -33,16 +34,15 @@ struct PixelMap {
 struct Accumulators {
   const float* data;
   const int32_t* plane_of;
-  int64_t channel_pitch;                // vectors from one plane to the next
-  int64_t first_pixel, pixel_count;     // of the output, to be written
-  const int32_t* positions;             // of each of these pixels in a plane
-  int64_t first_channel, last_channel;  // to be written, up to last_channel - 1; multiples of kLanes, but for the end
+  int64_t channel_pitch;             // vectors from one plane to the next
+  int64_t first_pixel, pixel_count;  // of the output, to be written
+  const int32_t* positions;          // of each of these pixels in a plane
+  Range channels;                    // to be written; from and to multiples of kLanes, but for the end
 };
 
 SPARSE_ADV_FOR_EACH_ISA(int lane_count());
-// Channel c goes to tile + (c - first_channel) * channel_pitch vectors.
-SPARSE_ADV_FOR_EACH_ISA(void fill_batch_tile(const Images& images, const PixelMap& map, int64_t first_channel,
-                                             int64_t last_channel, float* tile));
+// Channel c goes to tile + (c - channels.begin) * channel_pitch vectors.
+SPARSE_ADV_FOR_EACH_ISA(void fill_batch_tile(const Images& images, const PixelMap& map, Range channels, float* tile));
 // `output` describes the images that are written to `data`; residual and gates start at the first of them. The pixels
 // are whole rows of the gates.
 SPARSE_ADV_FOR_EACH_ISA(void store_accumulators(const Accumulators& accumulators, const Epilogue<float>& epilogue,

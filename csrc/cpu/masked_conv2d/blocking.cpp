@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "common/rounding.h"
-#include "cpu/caches.h"
+#include "cpu/l2_cache.h"
 #include "cpu/masked_conv2d/batch_layout_kernel.h"
 
 namespace sparse_adv {
@@ -167,12 +167,12 @@ bool Blocking::can_sort_by_column(int64_t oc_block) const {
 }
 
 FilterRows Blocking::filter_rows_inside(int64_t position) const {
-  FilterRows inside{.first = 0, .last = 0};
+  FilterRows inside{.begin = 0, .end = 0};
   for (int32_t r = 0; r < std::ssize(rows.taps); ++r) {
     const int64_t source = (position + rows.taps[r].shift) * rows.source_phases + rows.taps[r].source_phase - rows.pad;
     if (source < 0 || source >= rows.source_size) continue;
-    if (inside.last == 0) inside.first = r;
-    inside.last = r + 1;
+    if (inside.end == 0) inside.begin = r;
+    inside.end = r + 1;
   }
   return inside;
 }
@@ -187,7 +187,7 @@ bool Blocking::should_skip_padding(int64_t oc_block, int64_t indices_per_row) co
   if (SPARSE_ADV_CHOOSE(register_block_of_tile)(tile_cols, oc_block).rows > 1) return false;
   const FilterRows top = filter_rows_inside(0), bottom = filter_rows_inside(rows.positions - 1);
   const auto all = static_cast<int32_t>(rows.taps.size());
-  return top.last - top.first < all || bottom.last - bottom.first < all;
+  return top.end - top.begin < all || bottom.end - bottom.begin < all;
 }
 
 namespace {

@@ -7,7 +7,7 @@
 //   its padding and halo included, for the channels of a slice.
 // - Positions of a band: computed in tiles of kTileVectors vectors, tile_rows x tile_cols, without those register
 //   blocks that lie beyond the end of the images.
-// - Rows: may count as one, which fills more lanes (Layout, in layout_choice.h).
+// - Joined rows and segments: several rows count as one, which fills more lanes (Layout, in layout_choice.h).
 // - Channels that the pass writes: threads share a work item by them where the work items do not divide evenly.
 #pragma once
 
@@ -15,7 +15,7 @@
 #include <cstdint>
 
 #include "common/rounding.h"
-#include "cpu/masked_conv2d/conv_geometry.h"
+#include "cpu/masked_conv2d/conv_axis.h"
 #include "cpu/masked_conv2d/conv_kernel.h"
 #include "cpu/masked_conv2d/conv_params.h"
 #include "cpu/masked_conv2d/layout_choice.h"
@@ -41,8 +41,10 @@ struct Blocking {
   int64_t phase_cols = 0;                    // batch-vectorised: vectors per source phase of a row
   int64_t phase_pitch = 0;                   // joined_rows: vectors from one source phase of a channel to the next
   int64_t row_pitch = 0, channel_pitch = 0;  // input tile: vectors from one row, one channel to the next
-  int64_t acc_row_pitch = 0, acc_channel_pitch = 0;  // the same of the accumulators, within a tile of rows or segments
-  int64_t acc_phase_pitch = 0;                       // vectors from one output phase of a channel to the next
+  // Accumulators: vectors from one row, one channel to the next; in the layouts rows and segments within one tile,
+  // which are stored one after the other.
+  int64_t acc_row_pitch = 0, acc_channel_pitch = 0;
+  int64_t acc_phase_pitch = 0;  // vectors from one output phase of a channel to the next
 
   Blocking(ConvAxis rows, ConvAxis cols, const PassSizes& sizes);
 

@@ -24,11 +24,11 @@ bool col_indices_in_triples(const int32_t* col_indices, int64_t count) {
   return wrong == 0;
 }
 
-bool find_filter_rows(const int32_t* col_indices, const int32_t* row_offsets, int64_t first_row, int64_t last_row,
-                      int64_t filter_rows, int64_t filter_cols, int32_t* starts) {
+bool find_filter_rows(const int32_t* col_indices, const int32_t* row_offsets, Range rows, int64_t filter_rows,
+                      int64_t filter_cols, int32_t* starts) {
   constexpr auto kTap = static_cast<int32_t>(kMaxTaps - 1);
   int32_t unsorted = 0;
-  for (int64_t row = first_row; row < last_row; ++row) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int32_t* const indices = col_indices + row_offsets[row];
     const int32_t count = row_offsets[row + 1] - row_offsets[row];
     int32_t* const row_starts = starts + row * (filter_rows + 1);

@@ -225,17 +225,17 @@ constexpr bool keeps_whole = std::is_same_v<Order, ByColumn> && TILE_COLS == kTi
 
 // If the WHOLE tile is inside of the band, the numbers of rows and columns are constants, which is 4 % faster.
 template <class Order, int TILE_COLS, bool WHOLE>
-static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
+static void tile_of(const PackedWeights& weights, Range ic_blocks, const ConvTile& tile) {
   constexpr RegisterBlock kBlock =
       register_block_of(TILE_COLS, Order::kOcBlock, WHOLE || keeps_whole<Order, TILE_COLS>);
   const int rows = WHOLE ? kTileVectors / TILE_COLS : static_cast<int>(tile.rows_inside);
   const int cols = WHOLE ? TILE_COLS : static_cast<int>(tile.cols_inside);
   // Results are written when a tile has all those of an oc_block: 1.09 times as fast as block by block.
   alignas(64) float room[Order::kOcBlock * kTileVectors * kLanes];
-  for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
+  for (int64_t ic_block = ic_blocks.begin; ic_block < ic_blocks.end; ++ic_block) {
     const int32_t* row_offsets = weights.row_offsets + ic_block * weights.oc_blocks;
     float* const results = ic_block + 1 == weights.ic_blocks && tile.output ? room : nullptr;
-    for (int64_t i = tile.first_oc_block; i < tile.last_oc_block; ++i) {
+    for (int64_t i = tile.oc_blocks.begin; i < tile.oc_blocks.end; ++i) {
       const int count = row_offsets[i + 1] - row_offsets[i];
       if (count == 0 && ic_block > 0 && !results) continue;
       const int32_t* offsets = weights.input_offsets + row_offsets[i];
@@ -251,8 +251,8 @@ static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_
       // All register blocks of the tile for one row of the matrix, so that the row stays in the L1 cache: 4.5 -> 4.3 ms
       // for 512 channels at 4x4 with an oc_block of 4.
       for (int row = 0; row < rows; row += kBlock.rows) {
-        const int begin = starts ? starts[tile.filter_rows[row].first] : 0;
-        const int end = starts ? starts[tile.filter_rows[row].last] : count;
+        const int begin = starts ? starts[tile.filter_rows[row].begin] : 0;
+        const int end = starts ? starts[tile.filter_rows[row].end] : count;
         for (int col = 0; col < cols; col += kBlock.cols)
           accumulate<Order, kBlock.rows, kBlock.cols>(tile, row, col, i, offsets + begin,
                                                       values + static_cast<int64_t>(begin) * Order::kOcBlock,
@@ -266,38 +266,37 @@ static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_
 }
 
 template <class Order, int TILE_COLS>
-static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
+static void tile_of(const PackedWeights& weights, Range ic_blocks, const ConvTile& tile) {
   constexpr RegisterBlock kBlock = register_block_of(TILE_COLS, Order::kOcBlock, keeps_whole<Order, TILE_COLS>);
   const bool whole =
       tile.rows_inside > kTileVectors / TILE_COLS - kBlock.rows && tile.cols_inside > TILE_COLS - kBlock.cols;
-  if (whole) return tile_of<Order, TILE_COLS, true>(weights, first_ic_block, last_ic_block, tile);
-  return tile_of<Order, TILE_COLS, false>(weights, first_ic_block, last_ic_block, tile);
+  if (whole) return tile_of<Order, TILE_COLS, true>(weights, ic_blocks, tile);
+  return tile_of<Order, TILE_COLS, false>(weights, ic_blocks, tile);
 }
 
 template <class Order>
-static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block, const ConvTile& tile) {
-  if (tile.cols == 16) return tile_of<Order, 16>(weights, first_ic_block, last_ic_block, tile);
-  if (tile.cols == 8) return tile_of<Order, 8>(weights, first_ic_block, last_ic_block, tile);
-  if (tile.cols == 4) return tile_of<Order, 4>(weights, first_ic_block, last_ic_block, tile);
-  if (tile.cols == 2) return tile_of<Order, 2>(weights, first_ic_block, last_ic_block, tile);
-  return tile_of<Order, 1>(weights, first_ic_block, last_ic_block, tile);
+static void tile_of(const PackedWeights& weights, Range ic_blocks, const ConvTile& tile) {
+  if (tile.cols == 16) return tile_of<Order, 16>(weights, ic_blocks, tile);
+  if (tile.cols == 8) return tile_of<Order, 8>(weights, ic_blocks, tile);
+  if (tile.cols == 4) return tile_of<Order, 4>(weights, ic_blocks, tile);
+  if (tile.cols == 2) return tile_of<Order, 2>(weights, ic_blocks, tile);
+  return tile_of<Order, 1>(weights, ic_blocks, tile);
 }
 
-void masked_conv2d_tile(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                        const ConvTile& tile) {
+void masked_conv2d_tile(const PackedWeights& weights, Range ic_blocks, const ConvTile& tile) {
   switch (weights.order) {
     case IndexOrder::batch_triples:
-      return tile_of<Triples<false>>(weights, first_ic_block, last_ic_block, tile);
+      return tile_of<Triples<false>>(weights, ic_blocks, tile);
     case IndexOrder::width_triples:
-      return tile_of<Triples<true>>(weights, first_ic_block, last_ic_block, tile);
+      return tile_of<Triples<true>>(weights, ic_blocks, tile);
     case IndexOrder::by_column:
-      return tile_of<ByColumn>(weights, first_ic_block, last_ic_block, tile);
+      return tile_of<ByColumn>(weights, ic_blocks, tile);
     default:
       break;
   }
-  if (weights.oc_block == 4) return tile_of<AnyOrder<4>>(weights, first_ic_block, last_ic_block, tile);
-  if (weights.oc_block == 2) return tile_of<AnyOrder<2>>(weights, first_ic_block, last_ic_block, tile);
-  return tile_of<AnyOrder<1>>(weights, first_ic_block, last_ic_block, tile);
+  if (weights.oc_block == 4) return tile_of<AnyOrder<4>>(weights, ic_blocks, tile);
+  if (weights.oc_block == 2) return tile_of<AnyOrder<2>>(weights, ic_blocks, tile);
+  return tile_of<AnyOrder<1>>(weights, ic_blocks, tile);
 }
 
 }  // namespace SPARSE_ADV_ISA

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/range.h"
 #include "cpu/capability.h"
 #include "cpu/epilogue.h"
 
@@ -29,10 +30,10 @@ struct PackedWeights {
   int64_t filter_rows = 0;
 };
 
-// The filter rows of which a row of positions reads pixels, from the first to the one before the last: at the top and
-// at the bottom of an image the others read padding.
+// The filter rows [begin, end) of which a row of positions reads pixels: at the top and at the bottom of an image the
+// others read padding.
 struct FilterRows {
-  int32_t first, last;
+  int32_t begin, end;
 };
 
 constexpr int kTileVectors = 16;  // computed together, on every instruction set
@@ -57,7 +58,7 @@ struct ConvTile {
   float* accumulators;  // at the tile's first vector, a plane per output channel
   int64_t acc_row_pitch, acc_channel_pitch;
   const OutputRegion* output;               // null: the results stay in the accumulators
-  int64_t first_oc_block, last_oc_block;    // those that are computed, from the first to the one before the last
+  Range oc_blocks;                          // those that are computed
   const FilterRows* filter_rows = nullptr;  // of each row inside, with filter_row_starts: others may be left out
 };
 
@@ -68,11 +69,10 @@ struct RegisterBlock {
 };
 SPARSE_ADV_FOR_EACH_ISA(RegisterBlock register_block_of_tile(int tile_cols, int64_t oc_block));
 
-// For each row of the matrix that belongs to the ic_blocks from `first_ic_block` on, up to `last_ic_block` - 1, and to
-// the tile's oc_blocks, and each channel j of its oc_block:
+// For each row of the matrix that belongs to `ic_blocks` and to the tile's oc_blocks, and each channel j of its
+// oc_block:
 //   accumulators[oc_block number * oc_block + j][position] += sum_i values[i][j] * input[input_offsets[i] + position]
 // ic_block 0 starts from 0; after the last ic_block of the matrix the results go to `output`, if there is one.
-SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_tile(const PackedWeights& weights, int64_t first_ic_block,
-                                                int64_t last_ic_block, const ConvTile& tile));
+SPARSE_ADV_FOR_EACH_ISA(void masked_conv2d_tile(const PackedWeights& weights, Range ic_blocks, const ConvTile& tile));
 
 }  // namespace sparse_adv

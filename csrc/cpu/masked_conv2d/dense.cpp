@@ -8,8 +8,8 @@
 #include <bit>
 #include <optional>
 
-#include "common/errors.h"
 #include "common/layout.h"
+#include "common/parallel.h"
 #include "cpu/pointwise.h"
 
 namespace sparse_adv {
@@ -50,19 +50,25 @@ Tensor zero_pruned_by_torch(const Pattern& pattern, const Tensor& weight) {
   return call_tensor("aten::where", "self", pattern.mask, weight, torch::stable::new_zeros(weight, {}));
 }
 
+// Of contiguous elements; `to` may be `from`.
+void zero_pruned_into(const Pattern& pattern, const float* from, float* to) {
+  const bool* const kept = pattern.mask.const_data_ptr<bool>();
+  parallel_for(0, pattern.mask.numel(), kElementwiseGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = kept_or_zero(from[i], kept[i]);
+  });
+}
+
 // A contiguous tensor, whatever the strides of the weight.
 Tensor zero_pruned(const Pattern& pattern, const Tensor& weight) {
   if (!has_fast_selection(pattern, weight)) return zero_pruned_by_torch(pattern, weight);
   Tensor result = torch::stable::new_empty(weight, weight.sizes());
-  const bool* const kept = pattern.mask.const_data_ptr<bool>();
   const float* const from = weight.const_data_ptr<float>();
   float* const to = result.mutable_data_ptr<float>();
   if (weight.is_contiguous()) {
-    parallel_for(0, weight.numel(), kElementwiseGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to[i] = kept_or_zero(from[i], kept[i]);
-    });
+    zero_pruned_into(pattern, from, to);
     return result;
   }
+  const bool* const kept = pattern.mask.const_data_ptr<bool>();
   // In the order of a channels_last weight.
   const int64_t channels = pattern.group_in_channels, taps = pattern.taps(), size = channels * taps;
   const int64_t out_stride = weight.stride(0), in_stride = weight.stride(1);
@@ -85,11 +91,7 @@ Tensor zero_pruned(const Pattern& pattern, const Tensor& weight) {
 Tensor with_pruned_zeroed(const Pattern& pattern, const Tensor& tensor) {
   Tensor result = torch::stable::contiguous(tensor);
   if (!has_fast_selection(pattern, result)) return zero_pruned_by_torch(pattern, result);
-  const bool* const kept = pattern.mask.const_data_ptr<bool>();
-  float* const data = result.mutable_data_ptr<float>();
-  parallel_for(0, result.numel(), kElementwiseGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) data[i] = kept_or_zero(data[i], kept[i]);
-  });
+  zero_pruned_into(pattern, result.const_data_ptr<float>(), result.mutable_data_ptr<float>());
   return result;
 }
 

@@ -7,15 +7,17 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/parallel.h"
 #include "common/tensor_checks.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/masked_conv2d/conv_params.h"
 #include "cpu/masked_conv2d/dense.h"
 #include "cpu/masked_conv2d/grad_weight_kernel.h"
 #include "cpu/masked_conv2d/input_tile.h"
+#include "cpu/masked_conv2d/oc_splits.h"
 #include "cpu/masked_conv2d/packing.h"
 #include "cpu/masked_conv2d/plan.h"
-#include "cpu/shared_items.h"
+#include "cpu/work_stealing.h"
 
 namespace sparse_adv {
 
@@ -35,57 +37,63 @@ int64_t count_partials(int64_t work_items) {
 class PartialComputer {
  public:
   PartialComputer(const PackedWeights& weights, const BlockCsr& csr, const Blocking& blocking,
-                  const std::vector<int32_t>& channel_of, const Tensor& input, const Tensor& grad_output)
+                  const OutputChannels& channels, const Tensor& input, const Tensor& grad_output)
       : weights_(weights),
         csr_(csr),
         blocking_(blocking),
-        channel_of_(channel_of),
+        channels_(channels),
         input_(input),
         grad_output_(grad_output),
         input_loader_(blocking),
         grad_loader_(blocking, grad_output.size(1)),
         input_tile_(scratch_.at_least(blocking.input_tile_size() + grad_loader_.size)),
         grad_tile_(input_tile_ + blocking.input_tile_size()) {
-    if (blocking.has_gaps()) std::fill_n(input_tile_, blocking.input_tile_size() + grad_loader_.size, 0.0f);
+    if (blocking.has_gaps()) std::fill_n(input_tile_, blocking.input_tile_size(), 0.0f);
+    if (blocking.joins_rows()) std::fill_n(grad_tile_, grad_loader_.size, 0.0f);
   }
 
-  void run(int64_t work_item, float* partial) {
+  // Sets the sums of these oc_blocks to 0.
+  void clear(Range oc_blocks, float* partial) const {
+    for (int64_t ic_block = 0; ic_block < csr_.ic_blocks; ++ic_block) {
+      const int32_t* const row_offsets = csr_.row_offsets + ic_block * csr_.oc_blocks;
+      std::fill(partial + row_offsets[oc_blocks.begin] * csr_.oc_block,
+                partial + row_offsets[oc_blocks.end] * csr_.oc_block, 0.0f);
+    }
+  }
+
+  void add(int64_t work_item, Range oc_blocks, float* partial) {
     const int64_t band = work_item % blocking_.bands, rows = blocking_.computed_rows(band), lanes = blocking_.lanes;
     input_loader_.start_band(band, images_of(input_, blocking_, work_item));
-    grad_loader_.fill(images_of(grad_output_, blocking_, work_item), band, grad_tile_);
+    grad_loader_.fill(images_of(grad_output_, blocking_, work_item), band, channels_of(csr_, oc_blocks), grad_tile_);
     for (int64_t channel = 0; channel < blocking_.source_channels; channel += blocking_.ic_slice) {
       input_loader_.fill(channel, input_tile_);
-      const IcBlockRange ic_blocks = ic_blocks_of_slice(csr_, blocking_, channel);
+      const Range ic_blocks = ic_blocks_of_slice(csr_, blocking_, channel);
       for (int64_t row = 0; row < rows; row += blocking_.tile_rows)
         for (int64_t col = 0; col < blocking_.row_vectors; col += blocking_.tile_cols)
           SPARSE_ADV_CHOOSE(masked_conv2d_grad_weight_tile)(
-              weights_, ic_blocks.first, ic_blocks.last,
+              weights_, ic_blocks,
               {.input = input_tile_ + (row * blocking_.row_pitch + col) * lanes,
                .grad = grad_tile_ + (row * grad_loader_.row_pitch + col) * lanes,
                .input_row_pitch = blocking_.row_pitch * lanes,
                .grad_row_pitch = grad_loader_.row_pitch * lanes,
                .grad_channel_pitch = grad_loader_.channel_pitch * lanes,
                .cols = blocking_.tile_cols,
-               .channel_of = channel_of_.data()},
+               .oc_blocks = oc_blocks,
+               .channel_of = channels_.channel_of.data()},
               partial);
     }
   }
 
  private:
-  static AlignedBuffer& thread_buffer() {
-    thread_local AlignedBuffer buffer;
-    return buffer;
-  }
-
   const PackedWeights& weights_;
   const BlockCsr& csr_;
   const Blocking& blocking_;
-  const std::vector<int32_t>& channel_of_;
+  const OutputChannels& channels_;
   const Tensor& input_;
   const Tensor& grad_output_;
   InputTileLoader input_loader_;
   GradTileLoader grad_loader_;
-  ScratchUse scratch_{thread_buffer()};
+  ScratchUse scratch_;
   float* const input_tile_;
   float* const grad_tile_;
 };
@@ -100,9 +108,7 @@ Tensor sparse_conv2d_grad_weight(const ConvParams& conv, const Pattern& pattern,
   std::optional<ColumnOrder> columns;
   if (blocking.can_sort_by_column(csr.oc_block)) {
     columns.emplace(csr, blocking);
-    auto sorted = std::make_unique_for_overwrite<int32_t[]>(csr.nnz);
-    for (int64_t i = 0; i < csr.nnz; ++i) sorted[columns->order[i]] = offsets[i];
-    offsets = std::move(sorted);
+    offsets = reordered(offsets.get(), columns->order.get(), csr.nnz, 1);
   }
   const PackedWeights weights{.oc_block = csr.oc_block,
                               .oc_blocks = csr.oc_blocks,
@@ -112,20 +118,26 @@ Tensor sparse_conv2d_grad_weight(const ConvParams& conv, const Pattern& pattern,
                               .values = nullptr,
                               .order = columns ? IndexOrder::by_column : IndexOrder::any,
                               .column_splits = columns ? columns->column_splits.data() : nullptr};
-  const std::vector<int32_t> channel_of = output_channels(csr);
+  const OutputChannels channels(csr);
 
   const int64_t work_items = blocking.work_items(), count = count_partials(work_items);
   const int64_t partial_size = csr.oc_block * csr.nnz;
   const auto partials = std::make_unique_for_overwrite<float[]>(count * partial_size);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  SharedItems shared(count, threads);
+  // With fewer arrays than threads, several threads share an array by output channels. The number of splits is rounded
+  // down: rounded up, some thread would take two of them while others wait, which takes no less time.
+  const int64_t all_threads = torch::stable::get_num_threads();
+  const int64_t splits = count_oc_splits(csr, std::max<int64_t>(all_threads / count, 1));
+  const int64_t threads = std::min(all_threads, count * splits);
+  SharedItems shared(count * splits, threads);
   parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    PartialComputer computer(weights, csr, blocking, channel_of, plain_input, plain_grad);
-    shared.take(thread, [&](int64_t number) {
+    PartialComputer computer(weights, csr, blocking, channels, plain_input, plain_grad);
+    shared.take(thread, [&](int64_t i) {
+      const int64_t number = i / splits;
+      const Range oc_blocks = oc_blocks_of_split(csr, splits, i % splits);
       float* const partial = partials.get() + number * partial_size;
-      std::fill_n(partial, partial_size, 0.0f);
+      computer.clear(oc_blocks, partial);
       for (int64_t item = number * work_items / count; item < (number + 1) * work_items / count; ++item)
-        computer.run(item, partial);
+        computer.add(item, oc_blocks, partial);
     });
   });
 

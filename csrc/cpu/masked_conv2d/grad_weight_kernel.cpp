@@ -137,21 +137,20 @@ static inline __attribute__((always_inline)) void add_channel_row(const float* i
   multiply_all<ROWS, COLS, 1>(input, row_pitch, g, offsets + same, count - same, sums);
 }
 
-// The gradient of one output channel of a tile. Beyond the last channel of a group any channel will do: those partial
-// sums are never read.
-static inline const float* grad_of_channel(const GradWeightTile& tile, int32_t channel) {
-  return tile.grad + (channel < 0 ? 0 : channel) * tile.grad_channel_pitch;
+// The gradient of channel j of an oc_block. Beyond the last channel of a group the block's first one will do: those
+// partial sums are never read.
+static inline const float* grad_of_channel(const GradWeightTile& tile, const int32_t* channels_of_block, int j) {
+  return tile.grad + channels_of_block[channels_of_block[j] < 0 ? 0 : j] * tile.grad_channel_pitch;
 }
 
 // An oc_block of 2 or 4: each row of the matrix is multiplied by the whole tile at once.
 template <int OC_BLOCK, int TILE_COLS>
-static void tile_of_blocks(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                           const GradWeightTile& tile, float* partials) {
-  for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
+static void tile_of_blocks(const PackedWeights& weights, Range ic_blocks, const GradWeightTile& tile, float* partials) {
+  for (int64_t ic_block = ic_blocks.begin; ic_block < ic_blocks.end; ++ic_block) {
     const int32_t* row_offsets = weights.row_offsets + ic_block * weights.oc_blocks;
-    for (int64_t i = 0; i < weights.oc_blocks; ++i) {
+    for (int64_t i = tile.oc_blocks.begin; i < tile.oc_blocks.end; ++i) {
       const float* grad[OC_BLOCK];
-      for (int j = 0; j < OC_BLOCK; ++j) grad[j] = grad_of_channel(tile, tile.channel_of[i * OC_BLOCK + j]);
+      for (int j = 0; j < OC_BLOCK; ++j) grad[j] = grad_of_channel(tile, tile.channel_of + i * OC_BLOCK, j);
       add_block_row<OC_BLOCK, kLanes / OC_BLOCK, TILE_COLS>(
           tile.input, tile.input_row_pitch, grad, tile.grad_row_pitch, weights.input_offsets + row_offsets[i],
           row_offsets[i + 1] - row_offsets[i], partials + static_cast<int64_t>(row_offsets[i]) * OC_BLOCK);
@@ -162,20 +161,21 @@ static void tile_of_blocks(const PackedWeights& weights, int64_t first_ic_block,
 // An oc_block of 1: as many vectors of the gradient at a time as there are registers for it. The lane sums of an
 // ic_block run on from one row of the matrix to the next.
 template <int TILE_COLS>
-static void tile_of_channels(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                             const GradWeightTile& tile, float* partials) {
+static void tile_of_channels(const PackedWeights& weights, Range ic_blocks, const GradWeightTile& tile,
+                             float* partials) {
   constexpr int kCols = kAccumulators < TILE_COLS ? kAccumulators : TILE_COLS;
   for (int block = 0; block < kTileVectors; block += kAccumulators) {
     const int row = block / TILE_COLS, col = block % TILE_COLS * kLanes;
     const float* input = tile.input + row * tile.input_row_pitch + col;
-    for (int64_t ic_block = first_ic_block; ic_block < last_ic_block; ++ic_block) {
+    for (int64_t ic_block = ic_blocks.begin; ic_block < ic_blocks.end; ++ic_block) {
       const int64_t first_row = ic_block * weights.oc_blocks;
       const int32_t* row_offsets = weights.row_offsets + first_row;
-      LaneSums sums(partials + row_offsets[0]);
-      for (int64_t i = 0; i < weights.oc_blocks; ++i)
+      LaneSums sums(partials + row_offsets[tile.oc_blocks.begin]);
+      for (int64_t i = tile.oc_blocks.begin; i < tile.oc_blocks.end; ++i)
         add_channel_row<kAccumulators / kCols, kCols>(
-            input, tile.input_row_pitch, grad_of_channel(tile, tile.channel_of[i]) + row * tile.grad_row_pitch + col,
-            tile.grad_row_pitch, weights.input_offsets + row_offsets[i], row_offsets[i + 1] - row_offsets[i],
+            input, tile.input_row_pitch,
+            grad_of_channel(tile, tile.channel_of + i, 0) + row * tile.grad_row_pitch + col, tile.grad_row_pitch,
+            weights.input_offsets + row_offsets[i], row_offsets[i + 1] - row_offsets[i],
             weights.column_splits ? weights.column_splits + 2 * (first_row + i) : nullptr, sums);
       sums.flush();
     }
@@ -183,29 +183,27 @@ static void tile_of_channels(const PackedWeights& weights, int64_t first_ic_bloc
 }
 
 template <int OC_BLOCK, int TILE_COLS>
-static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                    const GradWeightTile& tile, float* partials) {
+static void tile_of(const PackedWeights& weights, Range ic_blocks, const GradWeightTile& tile, float* partials) {
   if constexpr (OC_BLOCK == 1)
-    tile_of_channels<TILE_COLS>(weights, first_ic_block, last_ic_block, tile, partials);
+    tile_of_channels<TILE_COLS>(weights, ic_blocks, tile, partials);
   else
-    tile_of_blocks<OC_BLOCK, TILE_COLS>(weights, first_ic_block, last_ic_block, tile, partials);
+    tile_of_blocks<OC_BLOCK, TILE_COLS>(weights, ic_blocks, tile, partials);
 }
 
 template <int OC_BLOCK>
-static void tile_of(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                    const GradWeightTile& tile, float* partials) {
-  if (tile.cols == 16) return tile_of<OC_BLOCK, 16>(weights, first_ic_block, last_ic_block, tile, partials);
-  if (tile.cols == 8) return tile_of<OC_BLOCK, 8>(weights, first_ic_block, last_ic_block, tile, partials);
-  if (tile.cols == 4) return tile_of<OC_BLOCK, 4>(weights, first_ic_block, last_ic_block, tile, partials);
-  if (tile.cols == 2) return tile_of<OC_BLOCK, 2>(weights, first_ic_block, last_ic_block, tile, partials);
-  return tile_of<OC_BLOCK, 1>(weights, first_ic_block, last_ic_block, tile, partials);
+static void tile_of(const PackedWeights& weights, Range ic_blocks, const GradWeightTile& tile, float* partials) {
+  if (tile.cols == 16) return tile_of<OC_BLOCK, 16>(weights, ic_blocks, tile, partials);
+  if (tile.cols == 8) return tile_of<OC_BLOCK, 8>(weights, ic_blocks, tile, partials);
+  if (tile.cols == 4) return tile_of<OC_BLOCK, 4>(weights, ic_blocks, tile, partials);
+  if (tile.cols == 2) return tile_of<OC_BLOCK, 2>(weights, ic_blocks, tile, partials);
+  return tile_of<OC_BLOCK, 1>(weights, ic_blocks, tile, partials);
 }
 
-void masked_conv2d_grad_weight_tile(const PackedWeights& weights, int64_t first_ic_block, int64_t last_ic_block,
-                                    const GradWeightTile& tile, float* partials) {
-  if (weights.oc_block == 4) return tile_of<4>(weights, first_ic_block, last_ic_block, tile, partials);
-  if (weights.oc_block == 2) return tile_of<2>(weights, first_ic_block, last_ic_block, tile, partials);
-  return tile_of<1>(weights, first_ic_block, last_ic_block, tile, partials);
+void masked_conv2d_grad_weight_tile(const PackedWeights& weights, Range ic_blocks, const GradWeightTile& tile,
+                                    float* partials) {
+  if (weights.oc_block == 4) return tile_of<4>(weights, ic_blocks, tile, partials);
+  if (weights.oc_block == 2) return tile_of<2>(weights, ic_blocks, tile, partials);
+  return tile_of<1>(weights, ic_blocks, tile, partials);
 }
 
 }  // namespace SPARSE_ADV_ISA

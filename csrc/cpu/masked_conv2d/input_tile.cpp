@@ -28,12 +28,11 @@ void InputTileLoader::start_band(int64_t band, const Images& images) {
 }
 
 void InputTileLoader::fill(int64_t first_channel, float* tile) const {
-  const int64_t end = first_channel + blocking_.slice_channels(first_channel);
+  const Range channels{.begin = first_channel, .end = first_channel + blocking_.slice_channels(first_channel)};
   if (blocking_.width_vectorised())
-    SPARSE_ADV_CHOOSE(fill_width_tile)(images_.data, images_.pixels, row_map_, first_channel, end,
-                                       tile + blocking_.row_lead);
+    SPARSE_ADV_CHOOSE(fill_width_tile)(images_.data, images_.pixels, row_map_, channels, tile + blocking_.row_lead);
   else
-    SPARSE_ADV_CHOOSE(fill_batch_tile)(images_, pixel_map_, first_channel, end, tile);
+    SPARSE_ADV_CHOOSE(fill_batch_tile)(images_, pixel_map_, channels, tile);
 }
 
 // Rows and columns of source phases that no tap reads, half of them for 1x1 filters at stride 2, are neither moved nor
@@ -120,11 +119,12 @@ void InputTileLoader::map_rows(int64_t band) {
     row_map_.odd_offset = offset_of(0, 1) * (phase_of_first_pixel ? -1 : 1) + phase_of_first_pixel;
 }
 
-void GradTileLoader::fill(const Images& grads, int64_t band, float* tile) {
+void GradTileLoader::fill(const Images& grads, int64_t band, Range channels, float* tile) {
+  tile += channels.begin * channel_pitch * blocking_.lanes;
   if (blocking_.width_vectorised())
-    SPARSE_ADV_CHOOSE(fill_width_tile)(grads.data, grads.pixels, map_rows(band), 0, grads.channels, tile);
+    SPARSE_ADV_CHOOSE(fill_width_tile)(grads.data, grads.pixels, map_rows(band), channels, tile);
   else
-    SPARSE_ADV_CHOOSE(fill_batch_tile)(grads, map_pixels(band), 0, grads.channels, tile);
+    SPARSE_ADV_CHOOSE(fill_batch_tile)(grads, map_pixels(band), channels, tile);
 }
 
 RowMap GradTileLoader::map_rows(int64_t band) {

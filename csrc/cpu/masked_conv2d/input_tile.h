@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/range.h"
 #include "cpu/masked_conv2d/batch_layout_kernel.h"
 #include "cpu/masked_conv2d/blocking.h"
 #include "cpu/masked_conv2d/width_layout_kernel.h"
@@ -21,8 +22,8 @@ class InputTileLoader {
   explicit InputTileLoader(const Blocking& blocking) : blocking_(blocking) {}
 
   void start_band(int64_t band, const Images& images);
-  // The slice of channels that starts at `first_channel`. Width-vectorised, what lies between the rows and between the
-  // channels is left as it is (Blocking::has_gaps).
+  // The slice of channels that starts at `first_channel`. The first one has as many channels as any later one.
+  // Width-vectorised, what lies between the rows and between the channels is left as it is (Blocking::has_gaps).
   void fill(int64_t first_channel, float* tile) const;
 
  private:
@@ -47,8 +48,9 @@ class GradTileLoader {
         size((blocking.in_segments() ? blocking.band_rows * row_pitch : channels * channel_pitch + 1) * blocking.lanes),
         blocking_(blocking) {}
 
-  // With joined rows, what lies behind the last one is left as it is: the tile must be 0 at first.
-  void fill(const Images& grads, int64_t band, float* tile);
+  // The planes of these channels. With joined rows, what lies behind the last one is left as it is: the tile must be 0
+  // at first.
+  void fill(const Images& grads, int64_t band, Range channels, float* tile);
 
   const int64_t row_pitch, channel_pitch;  // vectors from one row, one channel to the next
   const int64_t size;                      // of the tile, in floats

@@ -152,7 +152,7 @@ double cost_of(Layout layout, const Work& work, const PassSizes& sizes, int lane
   const double load = sizes.oc_block > 1 ? 1 : work.crossing ? kCrossingLoad : kLoad;
   const double multiply_add = is_line && (joined || layout == Layout::rows) ? kTwoLines * load : load;
   return static_cast<double>(divide_up(sizes.batch, work.images)) *
-         (multiply_add * static_cast<double>(work.vectors * sizes.kept_weights) +
+         (multiply_add * static_cast<double>(work.vectors) * static_cast<double>(sizes.kept_weights) +
           moved(read, sizes.source_channels, work.read_vectors, work.read_rows) +
           moved(written, sizes.output_channels, work.written_vectors, work.written_rows));
 }

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/masked_conv2d/conv_geometry.h"
+#include "cpu/masked_conv2d/conv_axis.h"
 
 namespace sparse_adv {
 

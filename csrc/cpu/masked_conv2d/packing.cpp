@@ -7,7 +7,6 @@
 #include <cmath>
 #include <numeric>
 
-#include "common/errors.h"
 #include "cpu/masked_conv2d/col_indices_kernel.h"
 
 namespace sparse_adv {
@@ -15,6 +14,10 @@ namespace sparse_adv {
 using torch::stable::Tensor;
 
 namespace {
+
+// Rows of the matrix for a thread at least, where their column indices are searched and where they are sorted: chosen,
+// not tuned.
+constexpr int64_t kRowGrain = 512, kSortGrain = 64;
 
 std::vector<int64_t> tap_offsets(const Tensor& weight) {
   std::vector<int64_t> offsets;
@@ -137,8 +140,8 @@ std::vector<int32_t> filter_row_starts(const BlockCsr& csr, const Blocking& bloc
   const int64_t filter_rows = std::ssize(blocking.rows.taps), filter_cols = std::ssize(blocking.cols.taps);
   std::vector<int32_t> starts(csr.rows() * (filter_rows + 1));
   std::atomic<bool> sorted = true;
-  parallel_for(0, csr.rows(), 512, [&](int64_t begin, int64_t end) {
-    if (!SPARSE_ADV_CHOOSE(find_filter_rows)(csr.col_indices, csr.row_offsets, begin, end, filter_rows, filter_cols,
+  parallel_for(0, csr.rows(), kRowGrain, [&](int64_t begin, int64_t end) {
+    if (!SPARSE_ADV_CHOOSE(find_filter_rows)(csr.col_indices, csr.row_offsets, {begin, end}, filter_rows, filter_cols,
                                              starts.data()))
       sorted.store(false, std::memory_order_relaxed);
   });
@@ -146,15 +149,14 @@ std::vector<int32_t> filter_row_starts(const BlockCsr& csr, const Blocking& bloc
   return starts;
 }
 
-std::vector<int32_t> output_channels(const BlockCsr& csr) {
+OutputChannels::OutputChannels(const BlockCsr& csr) : channel_of(csr.oc_blocks * csr.oc_block, -1) {
   const int64_t padded = csr.oc_blocks / csr.groups * csr.oc_block;  // channels per group
-  std::vector<int32_t> channels;
-  for (int64_t i = 0; i < csr.oc_blocks * csr.oc_block; ++i) {
-    const int64_t group = i / padded, channel = i % padded;
-    channels.push_back(channel < csr.group_out_channels ? static_cast<int32_t>(group * csr.group_out_channels + channel)
-                                                        : -1);
-  }
-  return channels;
+  for (int64_t group = 0; group < csr.groups; ++group)
+    for (int64_t channel = 0; channel < csr.group_out_channels; ++channel) {
+      const int64_t plane = group * padded + channel;
+      channel_of[plane] = static_cast<int32_t>(plane_of.size());
+      plane_of.push_back(static_cast<int32_t>(plane));
+    }
 }
 
 // Both orders count first and place afterwards, without a branch that depends on a column index: 15 ns per index with
@@ -163,7 +165,7 @@ ColumnOrder::ColumnOrder(const BlockCsr& csr, const Blocking& blocking)
     : column_splits(2 * csr.rows()), order(std::make_unique_for_overwrite<int32_t[]>(csr.nnz)) {
   const std::vector<int32_t> column =
       numbers_of_taps(blocking, [&](int64_t tap) { return blocking.column_offset(tap) + 1; });
-  parallel_for(0, csr.rows(), 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, csr.rows(), kSortGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int32_t first = csr.row_offsets[row], last = csr.row_offsets[row + 1];
       const auto column_of = [&](int32_t i) { return column[csr.col_indices[i] & (kMaxTaps - 1)]; };
@@ -185,7 +187,7 @@ PhaseOrder::PhaseOrder(const BlockCsr& csr, const Blocking& blocking)
   const int64_t rows = csr.rows();
   // Calls visit(i, end) for each column index i, where `end` is that of its row and phase.
   const auto for_each_index = [&](const auto& visit) {
-    parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, kSortGrain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         for (int32_t i = csr.row_offsets[row]; i < csr.row_offsets[row + 1]; ++i)
           visit(i, row_offsets[phase[csr.col_indices[i] & (kMaxTaps - 1)] * rows + row + 1]);
@@ -196,7 +198,7 @@ PhaseOrder::PhaseOrder(const BlockCsr& csr, const Blocking& blocking)
   for_each_index([&](int32_t i, int32_t& next) { order[i] = next++; });
 }
 
-IcBlockRange ic_blocks_of_slice(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel) {
+Range ic_blocks_of_slice(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel) {
   if (blocking.ic_slice >= blocking.source_channels) return {0, csr.ic_blocks};
   return {first_channel / csr.ic_block, std::min(csr.ic_blocks, (first_channel + blocking.ic_slice) / csr.ic_block)};
 }

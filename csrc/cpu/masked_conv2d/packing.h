@@ -7,6 +7,8 @@
 #include <memory>
 #include <vector>
 
+#include "common/parallel.h"
+#include "common/range.h"
 #include "cpu/masked_conv2d/blocking.h"
 #include "cpu/masked_conv2d/pattern.h"
 
@@ -50,19 +52,31 @@ struct PhaseOrder {
   PhaseOrder(const BlockCsr& csr, const Blocking& blocking);
 };
 
+// What belongs to the column indices, `block` numbers each, in a new order: that of index i moves to index order[i].
+template <class T>
+std::unique_ptr<T[]> reordered(const T* from, const int32_t* order, int64_t count, int64_t block) {
+  auto to = std::make_unique_for_overwrite<T[]>(count * block);
+  parallel_for(0, count, kElementwiseGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < block; ++j) to[order[i] * block + j] = from[i * block + j];
+  });
+  return to;
+}
+
 // The column indices as offsets into the input tile, in floats.
 std::unique_ptr<int32_t[]> input_offsets(const BlockCsr& csr, const Blocking& blocking);
 
 // PackedWeights::filter_row_starts; empty if the column indices are not sorted by filter row.
 std::vector<int32_t> filter_row_starts(const BlockCsr& csr, const Blocking& blocking);
 
-// [oc_blocks * oc_block]: the output channel of each channel of each oc_block, -1 beyond the end of a group.
-std::vector<int32_t> output_channels(const BlockCsr& csr);
-
-// The ic_blocks of the slice that starts at `first_channel`: from `first` to `last` - 1.
-struct IcBlockRange {
-  int64_t first, last;
+// The output channels in whole oc_blocks, of which the last one of a group may extend beyond its last channel.
+struct OutputChannels {
+  std::vector<int32_t> channel_of;  // [oc_blocks * oc_block]: -1 beyond the end of a group
+  std::vector<int32_t> plane_of;    // the inverse: where channel_of has an output channel
+  explicit OutputChannels(const BlockCsr& csr);
 };
-IcBlockRange ic_blocks_of_slice(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel);
+
+// The ic_blocks of the slice that starts at `first_channel`.
+Range ic_blocks_of_slice(const BlockCsr& csr, const Blocking& blocking, int64_t first_channel);
 
 }  // namespace sparse_adv

@@ -3,6 +3,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "common/errors.h"
 #include "common/rounding.h"
@@ -136,8 +137,8 @@ Pattern read_pattern(const std::vector<Tensor>& tensors) {
   for (const int64_t oc_block : {pattern.forward_oc_block, pattern.grad_input_oc_block})
     check(oc_block == 1 || oc_block == 2 || oc_block == 4, "pattern: oc_block must be 1, 2 or 4, got ", oc_block);
   for (const int64_t ic_block : {pattern.forward_ic_block, pattern.grad_input_ic_block})
-    check(ic_block >= 1 && ic_block <= kMaxChannels, "pattern: ic_block must be from 1 to ", kMaxChannels, ", got ",
-          ic_block);
+    check(ic_block >= 1 && ic_block <= kMaxChannels && std::has_single_bit(static_cast<uint64_t>(ic_block)),
+          "pattern: ic_block must be a power of 2 from 1 to ", kMaxChannels, ", got ", ic_block);
   check(
       pattern.out_channels % pattern.groups == 0 && pattern.in_channels() <= kMaxChannels && pattern.taps() <= kMaxTaps,
       "pattern: the header's sizes do not fit together");

@@ -11,26 +11,27 @@ namespace {
 // channels and 2 to 112 pixels, batch 1 to 64, density 0.05 to 0.5 (docs/design/masked_conv2d.md). 80 % of the
 // predictions are within 0.7 and 1.2 of the measured time.
 
-// Converting an element of input or output to the layout of the kernels and back: 14 were fitted, and 10 for
-// grad_weight.
+// Converting an element of input or output to the layout of the kernels and back: 14 for all passes; the fit for
+// grad_weight alone was 10.
 constexpr double kPerElement = 14;
 // Checking, converting and packing one weight that the mask keeps, once per call: 250, the sort by column included. If
 // the weights are packed already, no value is gathered, and the sort is counted on its own, for each column index,
 // which stands for `oc_block` weights (fitted to 480 timings at batch 1 to 8).
 double cost_per_kept_weight(bool packed) { return packed ? 40 : 250; }
 constexpr double kPerSortedIndex = 400;
-constexpr double kPerCall = 4e6;
+constexpr double kPerCall = 4e6;  // of the same fit
 // The sparse kernel must be predicted to be faster by this factor. With it, the sparse kernel was chosen and more than
 // 5 % slower in 2, 4 and 0 of the 1,060 cases of the three passes; in 5 to 7 % of them a gain was missed, by 1.2x in
 // the median, which nn.tune finds.
 constexpr double kMargin = 1.15;
 
 // A strided grad_input goes through all weights, and keeps accumulators, for each output phase, also for those that no
-// tap reaches: a 1x1 filter of stride 512 took 9.9 s and 2.5 GB.
+// tap reaches: a 1x1 filter of stride 512 took 9.9 s and 2.5 GB. The number is chosen, not tuned.
 constexpr int64_t kMaxPhasesPerTap = 16;
 
 // One multiply-add of a kept weight: 1.87 (grad_weight 1.7) for an oc_block of 1; for 2 and 4, which share each load of
-// the input, 1.13 to 1.4 and 1.04 to 1.2. Rounded to values that suit all three passes.
+// the input, 1.13 to 1.4 and 1.04 to 1.2. Rounded to values that suit all three passes. The factor of portable code,
+// with vectors of 4 lanes, is chosen, not fitted.
 double cost_per_kept_mac(Pass pass, int64_t oc_block) {
   const double shared = oc_block == 4 ? 1.15 : 1.25;
   const double simd = oc_block > 1 ? shared : pass == Pass::grad_weight ? 1.7 : 1.9;
@@ -45,7 +46,8 @@ double dense_cost_per_weight(Pass pass, bool packed) { return pass == Pass::grad
 constexpr double kDensePerCall = 4e6;
 
 // The multiply-adds of the dense pass of one image. The channels of small groups fill no vector, and oneDNN has kernels
-// for few shapes of depthwise layers: their grad_weight takes up to 34 times as long as the sparse one.
+// for few shapes of depthwise layers: their grad_weight takes up to 34 times as long as the sparse one. All numbers are
+// of the fit to 272 timings.
 double dense_cost_of_macs(Pass pass, const ConvParams& conv, double macs) {
   if (conv.groups == 1 || conv.C / conv.groups >= 16) return macs;
   const double per_weight = pass == Pass::forward ? 20 : pass == Pass::grad_input ? 15 : 80;

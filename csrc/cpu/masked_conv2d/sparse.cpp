@@ -4,14 +4,15 @@
 
 #include <algorithm>
 
-#include "common/errors.h"
 #include "common/layout.h"
-#include "common/rounding.h"
+#include "common/parallel.h"
+#include "common/range.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/masked_conv2d/conv_kernel.h"
 #include "cpu/masked_conv2d/gate_rows.h"
 #include "cpu/masked_conv2d/input_tile.h"
-#include "cpu/shared_items.h"
+#include "cpu/masked_conv2d/oc_splits.h"
+#include "cpu/work_stealing.h"
 
 namespace sparse_adv {
 
@@ -33,20 +34,6 @@ std::unique_ptr<float[]> pack_values(const SparseConv& conv) {
   return values;
 }
 
-// Moves column index i, with its values, to order[i].
-void reorder(const BlockCsr& csr, const int32_t* order, const float* values, PassWeights& weights) {
-  auto offsets = std::make_unique_for_overwrite<int32_t[]>(csr.nnz);
-  auto ordered = std::make_unique_for_overwrite<float[]>(csr.nnz * csr.oc_block);
-  parallel_for(0, csr.nnz, kElementwiseGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      offsets[order[i]] = weights.input_offsets[i];
-      for (int64_t j = 0; j < csr.oc_block; ++j) ordered[order[i] * csr.oc_block + j] = values[i * csr.oc_block + j];
-    }
-  });
-  weights.input_offsets = std::move(offsets);
-  weights.values = std::move(ordered);
-}
-
 PassWeights pack_weights(const SparseConv& conv) {
   const BlockCsr& csr = conv.csr;
   const Blocking& blocking = conv.blocking;
@@ -58,15 +45,19 @@ PassWeights pack_weights(const SparseConv& conv) {
                       .phases = {}};
   const float* values = csr.values ? csr.values : weights.values.get();
   const int32_t* row_offsets = csr.row_offsets;
+  const auto reorder = [&](const int32_t* order) {
+    weights.input_offsets = reordered(weights.input_offsets.get(), order, csr.nnz, 1);
+    weights.values = reordered(values, order, csr.nnz, csr.oc_block);
+  };
   IndexOrder index_order = csr.filter_row_triples ? blocking.triple_order() : IndexOrder::any;
   if (blocking.output_phases() > 1) {
     PhaseOrder order(csr, blocking);
-    reorder(csr, order.order.get(), values, weights);
+    reorder(order.order.get());
     weights.row_offsets = std::move(order.row_offsets);
     row_offsets = weights.row_offsets.data();
   } else if (!csr.filter_row_triples && blocking.can_sort_by_column(csr.oc_block)) {
     ColumnOrder order(csr, blocking);
-    reorder(csr, order.order.get(), values, weights);
+    reorder(order.order.get());
     weights.column_splits = std::move(order.column_splits);
     index_order = IndexOrder::by_column;
   } else if (index_order == IndexOrder::any &&
@@ -88,16 +79,6 @@ PassWeights pack_weights(const SparseConv& conv) {
   return weights;
 }
 
-// The plane of accumulators of each output channel: the last oc_block of a group may extend beyond its last channel.
-std::vector<int32_t> accumulator_planes(const BlockCsr& csr) {
-  const int64_t padded = csr.oc_blocks / csr.groups * csr.oc_block;  // planes per group
-  std::vector<int32_t> planes;
-  for (int64_t group = 0; group < csr.groups; ++group)
-    for (int64_t channel = 0; channel < csr.group_out_channels; ++channel)
-      planes.push_back(static_cast<int32_t>(group * padded + channel));
-  return planes;
-}
-
 // The epilogue of a part of the output, which begins at this element and at this byte of the gates.
 Epilogue<float> starting_at(Epilogue<float> epilogue, int64_t element, int64_t gate_byte) {
   if (epilogue.residual) epilogue.residual += element;
@@ -106,30 +87,15 @@ Epilogue<float> starting_at(Epilogue<float> epilogue, int64_t element, int64_t g
   return epilogue;
 }
 
-struct OcBlockRange {
-  int64_t first, last;
-};
-
-// A split of the output channels has a multiple of this number of them: one vector, and whole bytes of a gate.
-constexpr int64_t kSplitChannels = 16;
-
-// The oc_blocks of one of `splits` nearly equal splits.
-OcBlockRange oc_blocks_of_split(const BlockCsr& csr, int64_t splits, int64_t split) {
-  const int64_t multiple = kSplitChannels / csr.oc_block, multiples = divide_up(csr.oc_blocks, multiple);
-  return {.first = split * multiples / splits * multiple,
-          .last = std::min((split + 1) * multiples / splits * multiple, csr.oc_blocks)};
-}
-
 // Computes bands in the scratch memory of a thread, which holds the input tile followed by the accumulators.
 class BandComputer {
  public:
-  BandComputer(const SparseConv& conv, const std::vector<PackedWeights>& phases, const std::vector<int32_t>& channel_of,
+  BandComputer(const SparseConv& conv, const std::vector<PackedWeights>& phases, const OutputChannels& channels,
                Tensor& output)
       : conv_(conv),
         blocking_(conv.blocking),
         phases_(phases),
-        channel_of_(channel_of),
-        plane_of_(accumulator_planes(conv.csr)),
+        channels_(channels),
         output_(output),
         planes_(conv.csr.oc_blocks * conv.csr.oc_block),
         input_tile_(scratch_.at_least(blocking_.input_tile_size() + blocking_.acc_size(planes_) * blocking_.lanes)),
@@ -138,7 +104,7 @@ class BandComputer {
     if (blocking_.has_gaps()) std::fill_n(input_tile_, blocking_.input_tile_size(), 0.0f);
   }
 
-  void run(int64_t work_item, OcBlockRange oc_blocks) {
+  void run(int64_t work_item, Range oc_blocks) {
     oc_blocks_ = oc_blocks;
     const int64_t band = work_item % blocking_.bands;
     const Images output = images_of(output_, blocking_, work_item);
@@ -164,11 +130,6 @@ class BandComputer {
   }
 
  private:
-  static AlignedBuffer& thread_buffer() {
-    thread_local AlignedBuffer buffer;
-    return buffer;
-  }
-
   template <class Visit>
   void for_each_tile(int64_t band, const Visit& visit) const {
     const int64_t lanes = blocking_.lanes, rows = blocking_.computed_rows(band);
@@ -185,26 +146,25 @@ class BandComputer {
                        .acc_row_pitch = blocking_.acc_row_pitch * lanes,
                        .acc_channel_pitch = blocking_.acc_channel_pitch * lanes,
                        .output = nullptr,
-                       .first_oc_block = oc_blocks_.first,
-                       .last_oc_block = oc_blocks_.last,
+                       .oc_blocks = oc_blocks_,
                        .filter_rows = filter_rows_.empty() ? nullptr : filter_rows_.data() + row});
     }
   }
 
   // The accumulators, of all output phases, stay in the scratch memory until the band is stored.
   void add_slice(int64_t band, int64_t first_channel) const {
-    const IcBlockRange ic_blocks = ic_blocks_of_slice(conv_.csr, blocking_, first_channel);
+    const Range ic_blocks = ic_blocks_of_slice(conv_.csr, blocking_, first_channel);
     for (int64_t phase = 0; phase < blocking_.output_phases(); ++phase)
       for_each_tile(band, [&](int64_t, int64_t, ConvTile tile) {
         tile.accumulators += phase * blocking_.acc_phase_pitch * blocking_.lanes;
-        SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[phase], ic_blocks.first, ic_blocks.last, tile);
+        SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[phase], ic_blocks, tile);
       });
   }
 
   // Rows that are not joined, and segments: the last slice writes to the output.
   void add_slice_and_write(int64_t band, int64_t first_channel, const Epilogue<float>& epilogue, const Images& output,
                            float* data) {
-    const IcBlockRange ic_blocks = ic_blocks_of_slice(conv_.csr, blocking_, first_channel);
+    const Range ic_blocks = ic_blocks_of_slice(conv_.csr, blocking_, first_channel);
     const int64_t width = blocking_.cols.output_size;
     const GateLayout& gates = epilogue.gate_layout;
     const bool is_gated = epilogue.gate_out || epilogue.gate, is_padded = gates.row_size % 8 != 0;
@@ -218,14 +178,12 @@ class BandComputer {
                           .cols = blocking_.cols_in_row(first_row, width) - first_col,
                           .first_col = first_col,
                           .gate_channel_pitch = gates.image_bytes / output.channels,
-                          .channel_of = channel_of_.data(),
+                          .channel_of = channels_.channel_of.data(),
                           .epilogue = starting_at(
                               epilogue, at, is_padded ? at / gates.row_size * gates.row_bytes : (at - first_col) / 8)};
       tile.output = &region;
-      const auto compute = [&] {
-        SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0], ic_blocks.first, ic_blocks.last, tile);
-      };
-      if (blocking_.in_segments() && is_gated && is_padded && ic_blocks.last == conv_.csr.ic_blocks)
+      const auto compute = [&] { SPARSE_ADV_CHOOSE(masked_conv2d_tile)(phases_[0], ic_blocks, tile); };
+      if (blocking_.in_segments() && is_gated && is_padded && ic_blocks.end == conv_.csr.ic_blocks)
         with_gates_of_segment(region, compute);
       else
         compute();
@@ -239,52 +197,41 @@ class BandComputer {
     const Epilogue<float> padded = region.epilogue;
     const int64_t padded_pitch = region.gate_channel_pitch;
     const int64_t row_size = padded.gate_layout.row_size, rows = region.cols / row_size;
-    const ChannelRange channels = channels_to_write();
+    const Range channels = channels_to_write();
     const int64_t pitch = blocking_.lanes * kTileVectors / 8;
-    segment_gates_.resize(channels.last * pitch);
+    segment_gates_.resize(channels.end * pitch);
     region.gate_channel_pitch = pitch;
     region.epilogue.gate = padded.gate ? segment_gates_.data() : nullptr;
     region.epilogue.gate_out = padded.gate_out ? segment_gates_.data() : nullptr;
-    for (int64_t k = channels.first; padded.gate && k < channels.last; ++k)
+    for (int64_t k = channels.begin; padded.gate && k < channels.end; ++k)
       remove_padding(padded.gate + k * padded_pitch, row_size, rows, segment_gates_.data() + k * pitch);
     compute();
-    for (int64_t k = channels.first; padded.gate_out && k < channels.last; ++k)
+    for (int64_t k = channels.begin; padded.gate_out && k < channels.end; ++k)
       add_padding(segment_gates_.data() + k * pitch, row_size, rows, padded.gate_out + k * padded_pitch);
   }
 
-  struct ChannelRange {
-    int64_t first, last;
-  };
-  ChannelRange channels_to_write() const {
-    const BlockCsr& csr = conv_.csr;
-    return {.first = oc_blocks_.first * csr.oc_block,
-            .last = std::min(oc_blocks_.last * csr.oc_block, csr.groups * csr.group_out_channels)};
-  }
+  Range channels_to_write() const { return channels_of(conv_.csr, oc_blocks_); }
 
-  // The rows of the images that a band computes, from the first to the one before the last.
-  struct ImageRows {
-    int64_t first, last;
-  };
-  ImageRows image_rows_of_band(int64_t band) const {
+  // The rows of the images that a band computes.
+  Range image_rows_of_band(int64_t band) const {
     const ConvAxis& rows = blocking_.rows;
     const int64_t height = blocking_.band_rows * rows.output_phases;
-    return {.first = band * height, .last = std::min((band + 1) * height, rows.output_size)};
+    return {.begin = band * height, .end = std::min((band + 1) * height, rows.output_size)};
   }
 
   JoinedRows joined_rows_of_band(int64_t band) const {
-    const ImageRows rows = image_rows_of_band(band);
+    const Range rows = image_rows_of_band(band);
     return {.data = accumulators_,
-            .plane_of = plane_of_.data(),
+            .plane_of = channels_.plane_of.data(),
             .channel_pitch = blocking_.acc_channel_pitch * blocking_.lanes,
             .phase_pitch = blocking_.acc_phase_pitch * blocking_.lanes,
             .row_pitch = blocking_.joined_pitch,
             .row_phases = blocking_.rows.output_phases,
             .col_phases = blocking_.cols.output_phases,
-            .first_row = rows.first,
-            .row_count = rows.last - rows.first,
+            .first_row = rows.begin,
+            .row_count = rows.end - rows.begin,
             .row_size = blocking_.cols.output_size,
-            .first_channel = channels_to_write().first,
-            .last_channel = channels_to_write().last};
+            .channels = channels_to_write()};
   }
 
   // Batch-vectorised: the pixels of the output that a band computes, and the position of each in a plane.
@@ -301,51 +248,41 @@ class BandComputer {
             static_cast<int32_t>(phase * blocking_.acc_phase_pitch + row * blocking_.acc_row_pitch + col));
       }
     return {.data = accumulators_,
-            .plane_of = plane_of_.data(),
+            .plane_of = channels_.plane_of.data(),
             .channel_pitch = blocking_.acc_channel_pitch,
             .first_pixel = top * cols.output_size,
             .pixel_count = std::ssize(positions_),
             .positions = positions_.data(),
-            .first_channel = channels_to_write().first,
-            .last_channel = channels_to_write().last};
+            .channels = channels_to_write()};
   }
 
   const SparseConv& conv_;
   const Blocking& blocking_;
   const std::vector<PackedWeights>& phases_;
-  const std::vector<int32_t>& channel_of_;
-  const std::vector<int32_t> plane_of_;
+  const OutputChannels& channels_;
   Tensor& output_;
   const int64_t planes_;
-  ScratchUse scratch_{thread_buffer()};
+  ScratchUse scratch_;
   float* const input_tile_;
   float* const accumulators_;
   InputTileLoader loader_;
-  OcBlockRange oc_blocks_{};
+  Range oc_blocks_{};
   std::vector<FilterRows> filter_rows_;
   std::vector<int32_t> positions_;
   std::vector<uint8_t> segment_gates_;
 };
 
-// How many nearly equal splits the output channels of a work item have that threads share, each of which fills an input
-// tile of its own. The results do not depend on it, as every output is computed within one split.
-int64_t count_oc_splits(const BlockCsr& csr, int64_t threads) {
-  const bool groups_are_padded = csr.group_out_channels % csr.oc_block != 0 && csr.groups > 1;
-  if (groups_are_padded) return 1;
-  return std::min(threads, divide_up(csr.oc_blocks * csr.oc_block, kSplitChannels));
-}
-
 }  // namespace
 
 void run_sparse_conv(const SparseConv& conv, Tensor& output) {
   const PassWeights weights = pack_weights(conv);
-  const std::vector<int32_t> channel_of = output_channels(conv.csr);
+  const OutputChannels channels(conv.csr);
   const int64_t threads = torch::stable::get_num_threads(), items = conv.blocking.work_items();
   const int64_t oc_splits = count_oc_splits(conv.csr, threads), whole = items / threads * threads;
   SharedItems whole_items(whole, threads), splits((items - whole) * oc_splits, threads);
   parallel_for(0, std::min(threads, items * oc_splits), 1, [&](int64_t thread, int64_t) {
-    BandComputer computer(conv, weights.phases, channel_of, output);
-    whole_items.take(thread, [&](int64_t item) { computer.run(item, {.first = 0, .last = conv.csr.oc_blocks}); });
+    BandComputer computer(conv, weights.phases, channels, output);
+    whole_items.take(thread, [&](int64_t item) { computer.run(item, {.begin = 0, .end = conv.csr.oc_blocks}); });
     splits.take(thread, [&](int64_t split) {
       computer.run(whole + split / oc_splits, oc_blocks_of_split(conv.csr, oc_splits, split % oc_splits));
     });

@@ -21,20 +21,19 @@ static inline void split_row(const float* from, int64_t size, int64_t tile_row_s
   const int64_t whole = size / (2 * kLanes) * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
     const Vec a = load(from + 2 * i), b = load(from + 2 * i + kLanes);
-    store(to + i, even(a, b));
-    store(to_odd + i, odd(a, b));
+    store(to + i, deinterleave_even(a, b));
+    store(to_odd + i, deinterleave_odd(a, b));
   }
   for (int64_t i = whole; i < tile_row_size; i += kLanes) {
     const Vec a = load_rest(from + 2 * i, size - 2 * i);
     const Vec b = load_rest(from + 2 * i + kLanes, size - 2 * i - kLanes);
-    store(to + i, even(a, b));
-    store(to_odd + i, odd(a, b));
+    store(to + i, deinterleave_even(a, b));
+    store(to_odd + i, deinterleave_odd(a, b));
   }
 }
 
-void fill_width_tile(const float* image, int64_t pixels, const RowMap& map, int64_t first_channel, int64_t last_channel,
-                     float* tile) {
-  for (int64_t c = first_channel; c < last_channel; ++c, tile += map.channel_pitch) {
+void fill_width_tile(const float* image, int64_t pixels, const RowMap& map, Range channels, float* tile) {
+  for (int64_t c = channels.begin; c < channels.end; ++c, tile += map.channel_pitch) {
     for (int64_t z = 0; z < map.zero_count; ++z)
       for (int64_t i = 0; i < map.tile_row_size; i += kLanes) store(tile + map.zero_offsets[z] + i, broadcast(0.0f));
     const float* from = image + c * pixels + map.first_pixel;
@@ -51,8 +50,9 @@ void fill_width_tile(const float* image, int64_t pixels, const RowMap& map, int6
   }
 }
 
-// Everything is stored in ascending order and in whole vectors, which reach into what is stored next, as far as there
-// is such and it is not read before, as the residual: on AVX2 a masked store takes as long as several others.
+// Everything is stored in ascending order and in whole vectors, which reach into what is stored next, but never beyond
+// the band's last element, and not if the residual is the output itself, which would be read after it was overwritten.
+// On AVX2 a masked store takes as long as several others.
 void store_joined_rows(const JoinedRows& rows, const Epilogue<float>& operands, int64_t channels, int64_t pixels,
                        float* image) {
   const Epilogue<float> epilogue = operands;  // a copy can stay in registers, whatever is stored
@@ -60,10 +60,10 @@ void store_joined_rows(const JoinedRows& rows, const Epilogue<float>& operands, 
   const int64_t row_bytes = epilogue.gate_layout.row_bytes, channel_bytes = epilogue.gate_layout.image_bytes / channels;
   const int64_t size = rows.row_size, end_row = rows.first_row + rows.row_count;
   const bool whole_channels = rows.row_count * size == pixels, adds_to_image = epilogue.residual == image;
-  for (int64_t k = rows.first_channel; k < rows.last_channel; ++k) {
+  for (int64_t k = rows.channels.begin; k < rows.channels.end; ++k) {
     const Vec scale = broadcast(epilogue.scale ? epilogue.scale[k] : 1.0f);
     const Vec bias = broadcast(epilogue.bias ? epilogue.bias[k] : 0.0f);
-    const int64_t end = whole_channels ? rows.last_channel * pixels : k * pixels + end_row * size;
+    const int64_t end = whole_channels ? rows.channels.end * pixels : k * pixels + end_row * size;
     const auto store_row = [&](int64_t row, const float* from) {
       const int64_t at = k * pixels + row * size;
       const auto store_at = [&](int64_t i, Vec v) {
@@ -79,8 +79,8 @@ void store_joined_rows(const JoinedRows& rows, const Epilogue<float>& operands, 
       }
       for (int64_t i = 0; i < size; i += 2 * kLanes) {
         const Vec a = load(from + i / 2), b = load(from + rows.phase_pitch + i / 2);
-        store_at(i, zip_low(a, b));
-        if (i + kLanes < size) store_at(i + kLanes, zip_high(a, b));
+        store_at(i, interleave_low(a, b));
+        if (i + kLanes < size) store_at(i + kLanes, interleave_high(a, b));
       }
     };
     const float* from = rows.data + rows.plane_of[k] * rows.channel_pitch;

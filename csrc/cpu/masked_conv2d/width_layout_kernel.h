@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/range.h"
 #include "cpu/capability.h"
 #include "cpu/epilogue.h"
 
@@ -23,9 +24,9 @@ struct RowMap {
   int64_t odd_offset = 0;  // from a row of the tile to one that gets the pixels of odd number; 0: it has them itself
 };
 
-// Channel c of an image, `pixels` floats each, goes to tile + (c - first_channel) * channel_pitch.
-SPARSE_ADV_FOR_EACH_ISA(void fill_width_tile(const float* image, int64_t pixels, const RowMap& map,
-                                             int64_t first_channel, int64_t last_channel, float* tile));
+// Channel c of an image, `pixels` floats each, goes to tile + (c - channels.begin) * channel_pitch.
+SPARSE_ADV_FOR_EACH_ISA(void fill_width_tile(const float* image, int64_t pixels, const RowMap& map, Range channels,
+                                             float* tile));
 
 // Computed rows of a band, which follow each other in a plane per output channel and output phase: those of channel k
 // begin at plane_of[k] * channel_pitch, row phase by row phase, and within these column phase by column phase. Sizes
@@ -37,7 +38,7 @@ struct JoinedRows {
   int64_t row_phases, col_phases;  // columns have 1 or 2
   int64_t first_row, row_count;    // of the images; the first one is of row phase 0
   int64_t row_size;
-  int64_t first_channel, last_channel;  // to be written, up to last_channel - 1
+  Range channels;  // to be written
 };
 
 // Writes to an image of `channels` channels, each `pixels` floats; residual and gates start at its first row.

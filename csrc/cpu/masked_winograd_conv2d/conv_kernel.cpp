@@ -19,11 +19,11 @@ static inline __attribute__((always_inline)) void load_row(const TileRun* runs, 
       first[j] = load_where(input + run.input, run.first[row]);
       last[j] = load_where(input + run.input + 4, run.last[row]);
     } else {
-      const float* p[kFours];
-      uint32_t bits[kFours];
+      const float* p[kQuads];
+      uint32_t bits[kQuads];
 #pragma GCC unroll 4
-      for (int i = 0; i < kFours; ++i) {
-        const TileRun& run = runs[j * kFours + i];
+      for (int i = 0; i < kQuads; ++i) {
+        const TileRun& run = runs[j * kQuads + i];
         p[i] = input + run.input;
         bits[i] = run.first[row] | run.last[row] << 4;
       }
@@ -38,7 +38,7 @@ static inline __attribute__((always_inline)) void load_row(const TileRun* runs, 
   columns[5] = last[1];
 }
 
-// No hardware prefetcher foresees the next channels of joined runs, which lie in other pages.
+// No hardware prefetcher foresees the next channels of joined runs, which lie in other pages. 2: chosen, not tuned.
 constexpr int kChannelsAhead = 2;
 constexpr int kRunsOfLine = kLineFloats / kLanes;
 
@@ -199,9 +199,9 @@ static void transform_sums(const ConvSizes& sizes, const TileItem& item, const f
         if constexpr (JOINED) {
           write_run(sizes, runs[j], r, channel, pixels[j], epilogue, out);
         } else {
-          float* to[kFours];
-          for (int i = 0; i < kFours; ++i) to[i] = plane + runs[j * kFours + i].plane + r * item.plane_pitch;
-          store_fours(pixels[j], to);
+          float* to[kQuads];
+          for (int i = 0; i < kQuads; ++i) to[i] = plane + runs[j * kQuads + i].plane + r * item.plane_pitch;
+          store_quads(pixels[j], to);
         }
       }
     }
@@ -228,7 +228,7 @@ static void compute_item(const ConvSizes& sizes, const LiveFilters& filters, con
   }
 }
 
-int masked_winograd_joined_tiles() { return kFours; }
+int masked_winograd_joined_tiles() { return kQuads; }
 
 void masked_winograd_item(const ConvSizes& sizes, const LiveFilters& filters, const float* values, const TileItem& item,
                           const float* input, float* out, const Epilogue<float>& epilogue, float* scratch) {

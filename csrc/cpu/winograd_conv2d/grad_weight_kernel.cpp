@@ -1,6 +1,6 @@
 #include "cpu/winograd_conv2d/grad_weight_kernel.h"
 
-#include "cpu/winograd_conv2d/input_tile.h"
+#include "cpu/winograd_conv2d/transformed_tile.h"
 
 namespace sparse_adv {
 namespace SPARSE_ADV_ISA {
@@ -35,14 +35,15 @@ constexpr int kVectors = 2;
 constexpr int kChannels = kLanes == 16 ? 12 : 6;  // 24 or 12 accumulators
 
 template <int CHANNELS>
-static void multiply(const Winograd& conv, int64_t tiles, const float* v, const float* z, float* sums) {
+static void multiply(const Winograd& conv, int64_t tiles, const float* v, const float* z, bool is_first, float* sums) {
   const int64_t width = conv.panels * kPanel;
   for (int64_t k = 0; k < width; k += kVectors * kLanes) {
     Vec acc[CHANNELS][kVectors];
 #pragma GCC unroll 12
     for (int c = 0; c < CHANNELS; ++c)
 #pragma GCC unroll 2
-      for (int i = 0; i < kVectors; ++i) acc[c][i] = load(sums + c * width + k + i * kLanes);
+      for (int i = 0; i < kVectors; ++i)
+        acc[c][i] = is_first ? broadcast(0.0f) : load(sums + c * width + k + i * kLanes);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       Vec w[kVectors];
 #pragma GCC unroll 2
@@ -62,10 +63,10 @@ static void multiply(const Winograd& conv, int64_t tiles, const float* v, const 
 }
 
 void winograd_grad_multiply(const Winograd& conv, int64_t tiles, const float* v, const float* z, int64_t begin,
-                            int64_t end, float* sums) {
+                            int64_t end, bool is_first, float* sums) {
   int64_t c = begin;
   const auto take = [&](auto kernel, int64_t step) {
-    for (; c + step <= end; c += step) kernel(conv, tiles, v + c, z, sums + c * conv.panels * kPanel);
+    for (; c + step <= end; c += step) kernel(conv, tiles, v + c, z, is_first, sums + c * conv.panels * kPanel);
   };
   take(&multiply<kChannels>, kChannels);
   if (kChannels > 8) take(&multiply<8>, 8);

@@ -15,9 +15,10 @@ namespace sparse_adv {
 SPARSE_ADV_FOR_EACH_ISA(void winograd_grad_tile(const Winograd& conv, const float* input, const float* grad,
                                                 int64_t tile, int64_t pitch, float* v, float* z))
 
-// sums[c][k] += sum over `tiles` of v[tile][c] z[tile][k] for the channels [begin, end) of one element.
+// Adds the sum over `tiles` of v[tile][c] z[tile][k] to sums[c][k], or starts it if `is_first`, for the channels
+// [begin, end) of one element.
 SPARSE_ADV_FOR_EACH_ISA(void winograd_grad_multiply(const Winograd& conv, int64_t tiles, const float* v, const float* z,
-                                                    int64_t begin, int64_t end, float* sums))
+                                                    int64_t begin, int64_t end, bool is_first, float* sums))
 
 // Writes the gradient [K][C][3][3] of the input channels [begin, end) from the sums [element][C][panels * kPanel].
 SPARSE_ADV_FOR_EACH_ISA(void winograd_grad_taps(const Winograd& conv, const float* sums, int64_t begin, int64_t end,

@@ -8,14 +8,15 @@
 
 #include "common/errors.h"
 #include "common/layout.h"
+#include "common/parallel.h"
 #include "common/rounding.h"
 #include "common/tensor_checks.h"
 #include "cpu/aligned_buffer.h"
 #include "cpu/epilogue_tensors.h"
-#include "cpu/shared_items.h"
 #include "cpu/winograd_conv2d/conv_kernel.h"
 #include "cpu/winograd_conv2d/grad_weight_kernel.h"
 #include "cpu/winograd_conv2d/operands.h"
+#include "cpu/work_stealing.h"
 
 namespace sparse_adv {
 
@@ -30,9 +31,12 @@ namespace {
 constexpr int64_t kFewTiles = 24, kManyTiles = 192;
 // The gradient of weights: 64 channels 14.5 ms with 72 tiles, 20.4 with 192.
 constexpr int64_t kGradTiles = 72;
-constexpr int64_t kLargeWeights = 640 * 1024;  // floats
-constexpr int64_t kWeightGrain = 16;           // input channels of a panel, for a thread at least
-constexpr int64_t kChannelsOfPart = 48;        // input channels of an element that a thread multiplies, at most
+// Floats, 2.5 MB: between the weights of 64 channels (0.6 MB), which want few tiles, and those of 256 (9.4 MB).
+constexpr int64_t kLargeWeights = 640 * 1024;
+// Chosen, not tuned.
+constexpr int64_t kWeightGrain = 16;     // input channels of a panel, for a thread at least
+constexpr int64_t kGradTileGrain = 4;    // tiles that a thread transforms for the gradient of weights, at least
+constexpr int64_t kChannelsOfPart = 48;  // input channels of an element that a thread multiplies: four register blocks
 // Floats of transformed weights, or of their gradient, that are in memory at a time. An AlignedBuffer keeps so many
 // between calls. All of 512 x 512 channels would take 38 MB, which the system maps, clears and unmaps in each call.
 constexpr int64_t kTransformedAtOnce = 4 << 20;
@@ -114,8 +118,7 @@ void convolve(const Winograd& conv, int64_t tiles, const float* input, const flo
   const int64_t count = divide_up(tiles, chunk);
   SharedItems chunks(count, threads);
   parallel_for(0, std::min(threads, count), 1, [&](int64_t thread, int64_t) {
-    thread_local AlignedBuffer buffer;
-    ScratchUse scratch(buffer);
+    ScratchUse scratch;
     chunks.take(thread, [&](int64_t i) {
       kernel(conv, input, weight, out, epilogue, i * chunk, std::min(tiles, (i + 1) * chunk),
              scratch.at_least(chunk * scratch_of_tile));
@@ -192,23 +195,22 @@ Tensor winograd_conv2d_cpu(Tensor input, Tensor weight, std::optional<Tensor> bi
   return in_layout_of(input, out);
 }
 
-// Writes the gradient of the weights, from the images and the gradients of `tiles` tiles.
-void differentiate(const Winograd& conv, int64_t tiles, const float* input, const float* grad, float* grad_weight) {
+// Writes the gradient of the weights of a part, from the images and the gradients of `tiles` tiles.
+void grad_weight_of_part(const Winograd& conv, int64_t tiles, const float* input, const float* grad,
+                         float* grad_weight) {
   const int64_t elements = elements_of(conv), width = conv.panels * kPanel, most = std::min(tiles, kGradTiles);
-  thread_local AlignedBuffer v_buffer, z_buffer, sums_buffer;
-  ScratchUse v_scratch(v_buffer), z_scratch(z_buffer), sums_scratch(sums_buffer);
-  float* const v = v_scratch.at_least(elements * most * conv.C);
-  float* const z = z_scratch.at_least(elements * most * width);
-  float* const sums = sums_scratch.at_least(transformed_size(conv));
+  const int64_t z_size = elements * most * width;
+  ScratchUse scratch;
+  float* const sums = scratch.at_least(transformed_size(conv) + z_size + elements * most * conv.C);
+  float* const z = sums + transformed_size(conv);
+  float* const v = z + z_size;
   const auto transform_tile = SPARSE_ADV_CHOOSE(winograd_grad_tile);
   const auto multiply = SPARSE_ADV_CHOOSE(winograd_grad_multiply);
   const auto finish = SPARSE_ADV_CHOOSE(winograd_grad_taps);
   const int64_t parts = divide_up(conv.C, kChannelsOfPart);  // of an element's sums
-  parallel_for(0, elements * conv.C, 16,
-               [&](int64_t begin, int64_t end) { std::fill(sums + begin * width, sums + end * width, 0.0f); });
   for (int64_t first = 0; first < tiles; first += most) {
     const int64_t count = std::min(most, tiles - first);
-    parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, kGradTileGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         transform_tile(conv, input, grad, first + i, count, v + i * conv.C, z + i * width);
     });
@@ -216,7 +218,7 @@ void differentiate(const Winograd& conv, int64_t tiles, const float* input, cons
       for (int64_t i = begin; i < end; ++i) {
         const int64_t element = i / parts, channel = i % parts * kChannelsOfPart;
         multiply(conv, count, v + element * count * conv.C, z + element * count * width, channel,
-                 std::min(channel + kChannelsOfPart, conv.C), sums + element * conv.C * width);
+                 std::min(channel + kChannelsOfPart, conv.C), first == 0, sums + element * conv.C * width);
       }
     });
   }
@@ -233,14 +235,15 @@ Tensor winograd_conv2d_grad_weight_cpu(Tensor grad, Tensor input, std::vector<in
   check_size("grad", grad, {size.begin(), size.end()});
   const Winograd conv = winograd_of(input, size, padding, tile);
   const std::array<int64_t, 4> weight_size{conv.K, conv.C, 3, 3};
-  const Tensor grad_weight = torch::stable::new_empty(input, {weight_size.data(), weight_size.size()});
+  Tensor grad_weight = torch::stable::new_empty(input, {weight_size.data(), weight_size.size()});
   if (grad_weight.numel() == 0) return grad_weight;
+  if (grad.numel() == 0) return torch::stable::zero_(grad_weight);
   const Tensor images = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
   const Tensor gradients = torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
   for_each_part(conv, [&](const Winograd& part, int64_t first) {
-    differentiate(part, input.size(0) * conv.tile_rows * conv.tile_cols, images.const_data_ptr<float>(),
-                  gradients.const_data_ptr<float>() + first,
-                  grad_weight.mutable_data_ptr<float>() + first * conv.C * 9);
+    grad_weight_of_part(part, input.size(0) * conv.tile_rows * conv.tile_cols, images.const_data_ptr<float>(),
+                        gradients.const_data_ptr<float>() + first,
+                        grad_weight.mutable_data_ptr<float>() + first * conv.C * 9);
   });
   return grad_weight;
 }

@@ -1,4 +1,4 @@
-#include "cpu/shared_items.h"
+#include "cpu/work_stealing.h"
 
 #include <thread>
 

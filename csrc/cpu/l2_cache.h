@@ -1,4 +1,4 @@
-// The sizes of the caches, which decide how kernels cut their work.
+// The size of the L2 cache, which decides how kernels cut their work.
 #pragma once
 
 #include <unistd.h>

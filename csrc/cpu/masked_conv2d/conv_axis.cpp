@@ -1,4 +1,4 @@
-#include "cpu/masked_conv2d/conv_geometry.h"
+#include "cpu/masked_conv2d/conv_axis.h"
 
 #include <algorithm>
 
